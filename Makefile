@@ -1,0 +1,26 @@
+# make pretrain    train and check a small model on this machine
+# make test        run the tests
+PYTHON ?= python3
+VENV := .venv
+DONE := $(VENV)/.installed
+
+.PHONY: pretrain test lint venv
+
+pretrain: venv
+	$(VENV)/bin/python flows/pretrain.py --size tiny
+
+test: venv
+	$(VENV)/bin/python -m pytest
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+venv: $(DONE)
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("zeroflow needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(DONE)

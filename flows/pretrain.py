@@ -1,0 +1,109 @@
+"""Raw text to a trained and checked model: `python flows/pretrain.py --size tiny`."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import State
+
+from zeroflow import cli, orchestration, pictures, report
+from zeroflow import run as runs
+from zeroflow.checks import overfit
+from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
+from zeroflow.data import shards, tokenizer
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model import build
+from zeroflow.progress import TrainingProgress
+from zeroflow.run import RunConfig
+from zeroflow.training import job as jobs
+from zeroflow.training.job import TrainingJob, TrainResult
+
+# A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
+# and would return the path of a folder that has since been deleted.
+UNCACHED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+FROM_THE_HUB: dict[str, Any] = {
+    **UNCACHED,
+    "retries": 3,
+    "retry_delay_seconds": [5, 30, 120],
+    "retry_condition_fn": orchestration.may_succeed_later,
+}
+
+make_plan = task(name="plan", **UNCACHED)(runs.plan)
+fetch_tokenizer = task(name="fetch tokenizer", **FROM_THE_HUB)(tokenizer.fetch)
+build_model = task(name="build model", **UNCACHED)(build.build)
+
+
+@task(name="build shards", **FROM_THE_HUB)
+def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
+    built = shards.build(run.shard_config, run.data, tokens, run.cache_dir, seed=run.seed)
+    return orchestration.completed(built, reused=built.reused)
+
+
+@task(name="train", **UNCACHED)
+def train_model(job: TrainingJob) -> State:
+    if before := jobs.finished(job):
+        return orchestration.completed(before, reused=True)
+    with TrainingProgress() as progress:
+        return orchestration.completed(jobs.train(job, progress), reused=False)
+
+
+@task(name="overfit check", **UNCACHED)
+def check_overfit(job: OverfitJob) -> OverfitResult:
+    result = overfit.check(job)
+    picture = pictures.overfit_curve(
+        result.curve, job.run_dir / report.OVERFIT_CURVE, limit=job.limits.overfit_loss
+    )
+    orchestration.publish_picture(picture, "overfit", job.run_dir.name)
+    if not result.passed:
+        raise OverfitFailed(result)
+    return result
+
+
+@task(name="report", **UNCACHED)
+def write_report(*parts: Any) -> Path:
+    path = report.write(*parts)
+    orchestration.publish_report(report.with_pictures(path.parent), path.parent.name)
+    return path
+
+
+@flow(name="pretrain", persist_result=False)
+def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
+    """Raw text to a checked model; a run of the same name goes on where it stopped.
+
+    Returns:
+        the path of the run's report.json
+    """
+    with orchestration.logs_delivered():
+        return _pretrain(run)
+
+
+def _pretrain(asked: RunConfig) -> Path:
+    settled = make_plan(asked)
+    run = settled.run
+    tokens = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    rows: ShardSet = build_shards(run, tokens).result()
+    model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
+    job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+    trained: TrainResult = train_model(job).result()
+    try:
+        learned = check_overfit(overfit_job(job, run))
+    except OverfitFailed as failure:
+        write_report(run, job, rows, settled.device, trained, failure.result)
+        raise
+    return write_report(run, job, rows, settled.device, trained, learned)
+
+
+def overfit_job(job: TrainingJob, run: RunConfig) -> OverfitJob:
+    return OverfitJob(
+        run_dir=job.run_dir,
+        model=job.model,
+        training=job.training,
+        shards=job.shards,
+        limits=run.overfit,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run_flow(pretrain))

@@ -1,0 +1,1 @@
+"""Proofs around training: the overfit check after it."""

@@ -1,0 +1,203 @@
+"""Proof that optimiser and gradients work: fresh weights learn one fixed batch by heart.
+
+The same model class, optimiser, precision and compile settings as the run's, through the same
+`train` loop. A model can learn a batch with a part of it frozen, so every parameter must have
+moved as well. Runs in a process of its own: `-m zeroflow.checks.overfit JOB.json`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.data.shards import Rows
+from zeroflow.model.llama import ModelConfig
+from zeroflow.training import events, worker
+from zeroflow.training.job import launch
+from zeroflow.training.loop import BatchSource, TrainingConfig, TrainState, new_state, train
+from zeroflow.training.schedule import Schedule
+from zeroflow.training.worker import StopRequest
+
+log = logging.getLogger("zeroflow.checks.overfit")
+
+RESULT = "overfit.json"
+
+_JOB = "overfit-job.json"
+_ROWS = 4
+_CONTEXT = 64
+_PEAK = 1e-3
+_WARMUP_STEPS = 5
+
+
+class OverfitConfig(Config):
+    """The check after training that one fixed batch can be learned by heart."""
+
+    overfit_steps: PositiveInt = 150
+    """Steps it may take at most."""
+
+    overfit_loss: PositiveFloat = 0.1
+    """Loss it has to reach, in nats per token."""
+
+
+class OverfitJob(Config):
+    run_dir: Path
+    model: ModelConfig
+    training: TrainingConfig
+    """The run's own; the check changes its batch and schedule."""
+
+    shards: Path
+    limits: OverfitConfig
+
+
+class OverfitResult(Config):
+    """What the check leaves in overfit.json."""
+
+    passed: bool
+    loss: float
+    """Lowest of the curve."""
+
+    steps: int
+    reason: str
+    curve: list[float]
+    """Loss of every step."""
+
+
+class OverfitFailed(RuntimeError):
+    """The model could not learn one batch by heart."""
+
+    def __init__(self, result: OverfitResult) -> None:
+        super().__init__(f"overfit check: {result.reason}\nloss by step: {_curve(result)}")
+        self.result = result
+
+
+class FixedBatch(NamedTuple):
+    """The same micro-batch at every step."""
+
+    batch: MicroBatch
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        return [self.batch]
+
+
+def check(job: OverfitJob) -> OverfitResult:
+    """Run the check in a process of its own, unless this run has passed it before.
+
+    Raises:
+        TrainingFailed: the process ended by an error.
+    """
+    if (result := _finished(job)) is None:
+        job_file = job.run_dir / _JOB
+        artifacts.write_json(job_file, job.model_dump(mode="json"))
+        launch("zeroflow.checks.overfit", job_file, job.run_dir, lambda event: None)
+        result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
+    return result
+
+
+def overfit(
+    state: TrainState,
+    batches: BatchSource,
+    config: TrainingConfig,
+    limits: OverfitConfig,
+    stop: Callable[[], bool] = lambda: False,
+) -> OverfitResult | None:
+    """Train `state` until its loss is below the limit, and judge what happened.
+
+    Returns:
+        None if `stop` said so between two steps.
+    """
+    before = {name: tensor.clone() for name, tensor in _parameters(state)}
+    curve: list[float] = []
+    for metrics in islice(train(state, batches, config), limits.overfit_steps):
+        if stop():
+            return None
+        curve.append(metrics.loss.item())
+        if curve[-1] < limits.overfit_loss:
+            break
+    unmoved = [name for name, tensor in _parameters(state) if torch.equal(tensor, before[name])]
+    reached = min(curve) < limits.overfit_loss
+    if not reached:
+        reason = (
+            f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
+            f"{len(curve)} steps, not below {limits.overfit_loss}: gradients, optimiser or labels "
+            "are broken, or --overfit-steps is too low for this model"
+        )
+    elif unmoved:
+        reason = (
+            f"{len(unmoved)} parameters never changed, such as {unmoved[0]}: they are frozen or "
+            "cut off from the loss"
+        )
+    else:
+        reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
+    return OverfitResult(
+        passed=reached and not unmoved,
+        loss=min(curve),
+        steps=len(curve),
+        reason=reason,
+        curve=curve,
+    )
+
+
+def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
+    """The run's training settings, for one small batch at a steady learning rate."""
+    # Twice the steps, of which the check does the first half: no decay within it
+    steps = 2 * limits.overfit_steps + _WARMUP_STEPS
+    peak = min(_PEAK, training.schedule.peak)
+    schedule = Schedule(name="wsd", peak=peak, warmup_steps=_WARMUP_STEPS, steps=steps)
+    return training.replace(micro_batch_rows=_ROWS, accumulate=1, schedule=schedule)
+
+
+def fixed_batch(rows: Rows) -> FixedBatch:
+    """A few short pieces of the first training rows."""
+    ids = np.arange(min(_ROWS, len(rows)))
+    return FixedBatch(to_micro_batch(rows[ids][:, : _CONTEXT + 1]))
+
+
+def _parameters(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.detach()) for name, p in state.model.named_parameters())
+
+
+def _finished(job: OverfitJob) -> OverfitResult | None:
+    path = job.run_dir / RESULT
+    if not path.exists():
+        return None
+    result = OverfitResult.model_validate(artifacts.read_json(path))
+    return result if result.passed else None
+
+
+def _curve(result: OverfitResult) -> str:
+    every = max(1, len(result.curve) // 20)
+    shown = [*result.curve[:-1:every], result.curve[-1]]
+    return " ".join(f"{loss:.3f}" for loss in shown)
+
+
+def work(job: OverfitJob, stop: StopRequest) -> None:
+    config = settings(job.training, job.limits)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
+    state = new_state(job.model, config)
+    batch = fixed_batch(Rows(job.shards, "train"))
+    history = job.run_dir / events.EVENTS
+    result = overfit(state, batch, config, job.limits, stop=lambda: bool(stop))
+    if result is None:
+        message = "the overfit check was stopped; the same command repeats it"
+        events.append(history, {"event": "stopped", "message": message})
+        return
+    artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
+    log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
+    events.append(history, {"event": "done"})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
+    worker.main(OverfitJob, work)

@@ -1,0 +1,253 @@
+"""The command line, made from the settings classes, and the `zeroflow` command."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from rich.logging import RichHandler
+
+from zeroflow.generate import SamplingConfig
+from zeroflow.progress import console
+from zeroflow.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+_ALIASES = {"size": ["--model-size"]}
+
+
+class Setting(NamedTuple):
+    """A leaf of a settings class and where it lies."""
+
+    path: tuple[str, ...]
+    field: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.path[-1].replace("_", "-")
+
+
+def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
+    """Every single setting of `config`, groups unfolded."""
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, (*path, name))
+        else:
+            yield Setting((*path, name), field)
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
+    """Give `parser` a flag for every setting, in a group for every class."""
+    groups: dict[tuple[str, ...], Any] = {}
+    for setting in settings(config):
+        where = setting.path[:-1]
+        if where not in groups:
+            owner = _owner(config, where)
+            summary = (owner.__doc__ or "").strip().split("\n\n")[0]
+            groups[where] = parser.add_argument_group(where[-1] if where else title, summary)
+        _add_flag(groups[where], setting)
+
+
+def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given on the command line, nested as `config` is."""
+    values: dict[str, Any] = {}
+    for setting in settings(config):
+        given = getattr(arguments, _destination(setting))
+        if given is None:
+            continue
+        target = values
+        for name in setting.path[:-1]:
+            target = target.setdefault(name, {})
+        target[setting.path[-1]] = given
+    return values
+
+
+def complaint(error: Exception) -> str:
+    """An error as one message to a person; settings by their flags."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    lines = []
+    for problem in error.errors():
+        names = [str(part) for part in problem["loc"]]
+        message = problem["msg"].removeprefix("Value error, ")
+        if names and problem["type"] != "value_error":
+            flag = "--" + names[-1].replace("_", "-")
+            message = f"{flag}: {message} (found {problem['input']!r})"
+        lines.append(message)
+    return "\n".join(lines)
+
+
+def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = None) -> int:
+    """The command of a flow: parse, have a Prefect server, run, and say how it ended."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Raw text to a trained and checked LLaMA-style language model.\n\n"
+            "  python flows/pretrain.py                    a few minutes on any machine\n"
+            "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
+            "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
+            "The same command again goes on where it stopped, or shows what it made."
+        ),
+    )
+    add_settings(parser, RunConfig, "run")
+    parser.add_argument(
+        "--verbose", action="store_true", help="tracebacks, and Prefect's own lines"
+    )
+    arguments = parser.parse_args(argv)
+    from zeroflow import orchestration  # takes seconds to import: after --help and wrong flags
+
+    try:
+        run = RunConfig.model_validate(read_settings(RunConfig, arguments))
+    except ValidationError as error:
+        return _fail(error, verbose=arguments.verbose, code=2)
+    if not arguments.verbose:
+        orchestration.silence_console()
+    _log_to_console()
+    try:
+        with orchestration.server() as address:
+            log.info("Prefect UI: %s", address)
+            report = flow(run)
+        console.print(_ending(report, run.cache_dir), markup=False)
+        return 0
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the newest checkpoint")
+        return 130
+    except Exception as error:
+        return _fail(error, verbose=arguments.verbose)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `zeroflow` command."""
+    parser = argparse.ArgumentParser(prog="zeroflow", description="Use what a run has made.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="print text that a run's model makes")
+    generate.add_argument("--prompt", default="", help="text to go on from")
+    add_settings(generate, SamplingConfig, "sampling")
+    export = commands.add_parser("export", help="write a folder that plain transformers opens")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
+    for command in (generate, export):
+        command.add_argument("--run", required=True, help="name of the run")
+        command.add_argument("--cache-dir", type=Path, default=Path("data_cache"))
+        command.add_argument("--verbose", action="store_true", help="tracebacks")
+    arguments = parser.parse_args(argv)
+    _log_to_console()
+    try:
+        {"generate": _generate, "export": _export}[arguments.command](arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _fail(error, verbose=arguments.verbose)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from zeroflow import generate
+
+    sampling = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
+    trained = _load(arguments)
+    if trained.tokenizer.path is None:
+        ids = generate.complete_ids(
+            trained.model, trained.tokenizer, sampling, context=trained.context
+        )
+        text = " ".join(map(str, ids))
+    else:
+        text = generate.complete(
+            trained.model, trained.tokenizer, arguments.prompt, sampling, context=trained.context
+        )
+    console.print(text, markup=False)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from zeroflow import export
+
+    trained = _load(arguments)
+    export.export(trained.model, trained.tokenizer, arguments.out, context=trained.context)
+    console.print(f"{arguments.out}", markup=False)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from zeroflow import results
+
+    return results.load(arguments.cache_dir, arguments.run)
+
+
+def _log_to_console() -> None:
+    """Plain lines on standard output; around the live bar where there is a terminal."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("zeroflow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _ending(report: Path, cache: Path) -> str:
+    from zeroflow import results
+
+    return results.summary(report, cache)
+
+
+def _fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
+    if verbose:
+        logging.getLogger("zeroflow").error("failed", exc_info=error)
+    sys.stderr.write(f"error: {complaint(error)}\n")
+    return code
+
+
+def _owner(config: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel]:
+    for name in path:
+        annotation = config.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        config = annotation
+    return config
+
+
+def _destination(setting: Setting) -> str:
+    return "setting_" + "_".join(setting.path)
+
+
+def _add_flag(group: Any, setting: Setting) -> None:
+    field, default = setting.field, setting.field.default
+    text = " ".join((field.description or "").split()).replace("%", "%%")
+    if default not in (None, "", (), False):
+        text = f"{text} Default: {default}.".strip()
+    flags = [setting.flag, *_ALIASES.get(setting.path[-1], [])]
+    options: dict[str, Any] = {"dest": _destination(setting), "default": None, "help": text}
+    kinds = _kinds(field.annotation)
+    if bool in kinds:
+        # Only a setting that is not simply off needs a way to say no
+        options["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
+    elif tuple in kinds:
+        options |= {"nargs": "+", "metavar": "GLOB"}
+    elif choices := [value for kind in kinds if isinstance(kind, list) for value in kind]:
+        options["choices"] = choices
+    else:
+        options["metavar"] = {int: "N", float: "X", Path: "DIR"}.get(kinds[0], "NAME")
+    group.add_argument(*flags, **options)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types in an annotation; the choices of a Literal as a list."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return [list(get_args(annotation))]
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return [kind for part in parts for kind in _kinds(part)]
+    if origin is tuple:
+        return [tuple]
+    return [get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation]
+
+
+def entry() -> None:
+    raise SystemExit(main())

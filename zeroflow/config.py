@@ -1,0 +1,23 @@
+"""The base of every settings class."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """Frozen, typed settings that refuse names they do not know."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated like a new one."""
+        return type(self).model_validate(
+            {name: getattr(self, name) for name in type(self).model_fields} | changes
+        )

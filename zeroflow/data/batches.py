@@ -1,0 +1,108 @@
+"""Batch t as a pure function of (seed, t): no loader state, nothing to save or restore.
+
+Training visits the rows in the order of a keyed permutation, a new one every epoch. Epochs follow
+each other without a gap, so that every row comes exactly once an epoch whatever the batch size.
+Ranks and micro-batches only split the global batch of a step.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from zeroflow.data.shards import Rows
+
+Ids = npt.NDArray[np.int64]
+
+_ROUNDS = 6
+_U64 = np.uint64
+
+
+class MicroBatch(NamedTuple):
+    inputs: Tensor
+    """(rows, T) int64"""
+
+    targets: Tensor
+    """(rows, T) int64: the token after each input"""
+
+
+class Batches:
+    """The training batches of one rank."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        micro_batch_rows: int,
+        accumulate: int,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
+    ) -> None:
+        self._rows, self._seed, self._pin = rows, seed, pin
+        self._split = (accumulate, world, micro_batch_rows)
+        self._rank = rank
+
+    def row_ids(self, step: int) -> Ids:
+        """Rows of the global batch of `step`, shape (accumulate, world, micro_batch_rows)."""
+        size = int(np.prod(self._split))
+        ids = row_ids(np.arange(step * size, (step + 1) * size), len(self._rows), self._seed)
+        return ids.reshape(self._split)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's share of the global batch of `step`, one entry for each micro-batch."""
+        mine = self.row_ids(step)[:, self._rank]
+        return [to_micro_batch(self._rows[ids], pin=self._pin) for ids in mine]
+
+
+def to_micro_batch(rows: npt.NDArray[np.integer], *, pin: bool = False) -> MicroBatch:
+    """Inputs and targets of `rows` (n, row_tokens)."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if pin:
+        tokens = tokens.pin_memory()
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:])
+
+
+def row_ids(positions: Ids, rows: int, seed: int) -> Ids:
+    """The row at each position of the endless sequence of shuffled epochs over `rows` rows."""
+    epochs, places = np.divmod(positions, rows)
+    ids = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        ids[chosen] = permute(places[chosen], rows, key=_mix(_mix(seed) + int(epoch)))
+    return ids
+
+
+def permute(places: Ids, size: int, key: int) -> Ids:
+    """Where a keyed permutation of range(size) sends each of `places`; O(1) memory and seek.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked again while
+    it leads outside: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
+    """
+    half = _U64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (_U64(1) << half) - _U64(1)
+    keys = [_U64(_mix(key + round_)) for round_ in range(_ROUNDS)]
+    ids = places.astype(_U64)
+    outside = np.ones(len(ids), dtype=bool)
+    while outside.any():
+        left, right = ids[outside] >> half, ids[outside] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
+        ids[outside] = (left << half) | right
+        outside = ids >= _U64(size)
+    return ids.astype(np.int64)
+
+
+def _mix_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: https://doi.org/10.1145/2714064.2660195"""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def _mix(x: int) -> int:
+    spread = (x * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
+    return int(_mix_array(np.array([spread], dtype=_U64))[0])

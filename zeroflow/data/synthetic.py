@@ -1,0 +1,55 @@
+"""Seeded token ids with a structure that is quick to learn and an entropy that is known.
+
+A Markov chain over a small alphabet: every token has four successors with probabilities 1/2, 1/4,
+1/8 and 1/8, documents end with constant probability, and a new document starts anywhere. One
+token of context tells all there is to know, so no model can go below `entropy_rate`.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+
+from zeroflow.data.packing import Tokenized
+
+SUCCESSORS = np.array([0.5, 0.25, 0.125, 0.125])
+END_PROBABILITY = 1 / 256
+ALPHABET = 256
+_BLOCK = 1024
+"""Documents made at once."""
+
+
+def alphabet_size(vocab_size: int) -> int:
+    """Tokens in use; the last id of the vocabulary ends a document."""
+    return min(ALPHABET, vocab_size - 1)
+
+
+def entropy_rate(vocab_size: int) -> float:
+    """Least possible mean loss in nats per token, after at least one token of context."""
+    successors = -float(SUCCESSORS @ np.log(SUCCESSORS))
+    end = END_PROBABILITY
+    within = -end * math.log(end) - (1 - end) * math.log(1 - end) + (1 - end) * successors
+    start = math.log(alphabet_size(vocab_size))
+    share_of_ends = end / (1 + end)  # stationary: a document has 1/end tokens and its end
+    return (1 - share_of_ends) * within + share_of_ends * start
+
+
+def documents(vocab_size: int, seed: int) -> Iterator[Tokenized]:
+    """Endless documents of int32 ids, each closed by the last id of the vocabulary."""
+    size, end_of_text = alphabet_size(vocab_size), vocab_size - 1
+    # Ids spread over the whole vocabulary, so that every part of the embedding is used
+    ids = np.linspace(0, end_of_text, size, endpoint=False).astype(np.int32)
+    chain = np.random.default_rng([seed, 0])
+    successors = np.stack([chain.permutation(np.arange(size))[: len(SUCCESSORS)] for _ in range(size)])
+    for block in count():
+        random = np.random.default_rng([seed, 1, block])
+        lengths = random.geometric(END_PROBABILITY, size=(_BLOCK,))
+        states = np.empty((lengths.max(), _BLOCK), dtype=np.int64)
+        states[0] = random.integers(size, size=_BLOCK)
+        choices = random.choice(len(SUCCESSORS), size=states.shape, p=SUCCESSORS)
+        for i in range(1, len(states)):
+            states[i] = successors[states[i - 1], choices[i]]
+        for number, length in enumerate(lengths):
+            tokens = np.append(ids[states[:length, number]], np.int32(end_of_text))
+            yield Tokenized(f"synthetic-{block * _BLOCK + number}", tokens, text_bytes=0)

@@ -1,0 +1,366 @@
+"""Tokenizers: fetched at a pinned revision, taken from a folder, or trained; then loaded.
+
+Whatever its origin, a tokenizer becomes a directory under `<cache>/tokenizers/` that holds a
+`tokenizer.json`, is complete or absent, and is described by `TokenizerFiles`.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data import corpus, hub
+from zeroflow.data.corpus import CorpusConfig, Document
+from zeroflow.data.packing import Tokenized
+
+log = logging.getLogger(__name__)
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+TRAIN = "train"
+SYNTHETIC = "synthetic"
+"""Name of the tokenizer that synthetic data does without."""
+
+_FORMAT = 1
+_LLAMA_VOCABULARY = 128_256
+_END_OF_TEXT = "<|end_of_text|>"
+_USUAL_ENDS = (_END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
+_TRAINING_BYTES = 32_000_000
+_BATCH_DOCUMENTS = 256
+_HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
+_HUB_FILES += ["*.model", "config.json"]
+
+# The pre-tokenizer of Llama 3: https://github.com/meta-llama/llama3, tokenizer.py
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TokenizerConfig(Config):
+    """How text becomes token ids."""
+
+    tokenizer_name: str = "auto"
+    """A name on the Hugging Face Hub, a folder, a tokenizer.json, or train: a byte-level BPE
+    trained on the run's own text. auto: Llama-3.1's if it is cached or the hub gives it,
+    otherwise, and always with the sample, train."""
+
+    vocab_size: int = Field(32_768, ge=300, le=2**31 - 1)
+    """Tokens of a trained tokenizer, and of synthetic data."""
+
+    tokenizer_revision: str | None = None
+    """Commit of the tokenizer on the hub; found once, then recorded."""
+
+    end_of_text: str | None = None
+    """The token that ends every document, where the tokenizer's own end token is not wanted."""
+
+
+class TokenizerFiles(Config):
+    """A tokenizer in the cache."""
+
+    name: str
+
+    path: Path | None
+    """None for synthetic data, which has no text."""
+
+    vocab_size: int
+    """Ids are below this; added tokens are counted."""
+
+    end_of_text: int
+    """Id that ends every document."""
+
+    fingerprint: str
+    """Of tokenizer.json and the end-of-text id."""
+
+
+class Resolved(NamedTuple):
+    tokenizer: TokenizerConfig
+    reason: str
+
+
+def resolve(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Resolved:
+    """Settle `auto` and the revision, for a resolved corpus.
+
+    Raises:
+        hub.HubError: a tokenizer was asked for by name and is neither cached nor given.
+        ValueError: a folder or file was asked for that does not exist.
+    """
+    name = config.tokenizer_name
+    if text.data_mode == "synthetic":
+        return Resolved(config.replace(tokenizer_name=SYNTHETIC), "synthetic data is token ids")
+    if name == "auto":
+        if text.data_mode == "sample":
+            return Resolved(config.replace(tokenizer_name=TRAIN), "the default for the sample")
+        try:
+            resolved = resolve(config.replace(tokenizer_name=LLAMA), text, cache)
+        except hub.HubError as error:
+            return Resolved(
+                config.replace(tokenizer_name=TRAIN),
+                f"{LLAMA} is not cached and the hub does not give it ({error.cause})",
+            )
+        return Resolved(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
+    if name == TRAIN:
+        return Resolved(config, "asked for")
+    if _local(name):
+        return Resolved(config, "asked for")
+    if cached := _cached(config, cache):
+        revision = artifacts.read_json(cached / artifacts.MANIFEST)["revision"]
+        return Resolved(config.replace(tokenizer_revision=revision), "cached")
+    try:
+        revision = hub.model_revision(name, config.tokenizer_revision, probe="tokenizer.json")
+    except hub.HubError as error:
+        raise error.with_remedies(*_remedies(name)) from error
+    return Resolved(config.replace(tokenizer_revision=revision), "from the Hugging Face Hub")
+
+
+def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> TokenizerFiles:
+    """Have the resolved tokenizer under `<cache>/tokenizers/`; nothing is fetched or trained twice.
+
+    Raises:
+        hub.HubError: the hub refused or failed.
+        ValueError: the files hold no tokenizer, or none that says how a text ends.
+    """
+    name, root = config.tokenizer_name, cache / "tokenizers"
+    if name == SYNTHETIC:
+        return TokenizerFiles(
+            name=name,
+            path=None,
+            vocab_size=config.vocab_size,
+            end_of_text=config.vocab_size - 1,
+            fingerprint=artifacts.fingerprint([SYNTHETIC, config.vocab_size]),
+        )
+    if name == TRAIN:
+        return _train(config, text, root)
+    if source := _local(name):
+        return _copy(config, source, root)
+    path = _cached(config, cache) or _hub_path(config, root)
+
+    def download(partial: Path) -> None:
+        try:
+            hub.download(name, config.tokenizer_revision, _HUB_FILES, partial)
+        except hub.HubError as error:
+            raise error.with_remedies(*_remedies(name)) from error
+        _finish(partial, config, revision=config.tokenizer_revision)
+
+    _log_outcome(path, reused=artifacts.build_once(path, download), verb="fetched")
+    return describe(path)
+
+
+def describe(path: Path) -> TokenizerFiles:
+    """The description of a tokenizer directory, from its manifest."""
+    facts = artifacts.read_json(path / artifacts.MANIFEST)
+    known = {name: facts[name] for name in ("name", "vocab_size", "end_of_text", "fingerprint")}
+    return TokenizerFiles(path=path, **known)
+
+
+def expected_vocabulary(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
+    """Vocabulary of a resolved tokenizer before it is fetched, and whether that is certain."""
+    if config.tokenizer_name == SYNTHETIC:
+        return config.vocab_size, True
+    if config.tokenizer_name == TRAIN:
+        return config.vocab_size, False  # a small text gives fewer tokens
+    if not _local(config.tokenizer_name) and (path := _cached(config, cache)):
+        return describe(path).vocab_size, True
+    return _LLAMA_VOCABULARY, False
+
+
+def load(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer, set so that special tokens written in a document are text."""
+    assert files.path is not None, "synthetic data has no tokenizer"
+    tokenizer = Tokenizer.from_file(str(files.path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(files: TokenizerFiles, documents: Iterable[Document]) -> Iterator[Tokenized]:
+    """Token ids of every document, closed by the end-of-text id.
+
+    Raises:
+        ValueError: the tokenizer gave an id outside its vocabulary.
+    """
+    tokenizer = load(files)
+    stream = iter(documents)
+    while batch := list(islice(stream, _BATCH_DOCUMENTS)):
+        texts = [_without_surrogates(document.text) for document in batch]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for document, text, encoding in zip(batch, texts, encodings, strict=True):
+            tokens = np.array([*encoding.ids, files.end_of_text], dtype=np.int32)
+            if (highest := int(tokens.max())) >= files.vocab_size:
+                raise ValueError(
+                    f"{files.path} gave id {highest} for document {document.id}, but its "
+                    f"vocabulary has {files.vocab_size} tokens: its tokenizer.json is wrong"
+                )
+            yield Tokenized(document.id, tokens, len(text.encode()), document.url)
+
+
+def _without_surrogates(text: str) -> str:
+    """JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _remedies(name: str) -> tuple[str, ...]:
+    return (
+        f"accept the licence on the page of {name} and `hf auth login`, if it is gated",
+        "`--tokenizer-name train` to train one on the run's own text",
+        "`--tokenizer-name FOLDER` to use one that you have",
+    )
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.endswith(".json") or name.startswith((".", "/", "~")):
+        raise ValueError(f"--tokenizer-name {name}: there is no such file or folder")
+    return None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower()
+
+
+def _hub_path(config: TokenizerConfig, root: Path) -> Path:
+    assert config.tokenizer_revision, "resolve() pins the revision"
+    return root / f"{_slug(config.tokenizer_name)}-{_variant(config)}"
+
+
+def _variant(config: TokenizerConfig) -> str:
+    """The revision; with the chosen end-of-text token, which is part of the identity."""
+    assert config.tokenizer_revision
+    return artifacts.fingerprint([_FORMAT, config.tokenizer_revision, config.end_of_text])
+
+
+def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
+    """A complete directory of this hub name: of the revision, or the newest if none is set."""
+    if config.tokenizer_revision:
+        path = _hub_path(config, cache / "tokenizers")
+        return path if (path / artifacts.MANIFEST).exists() else None
+    found = []
+    for manifest in (cache / "tokenizers").glob(f"*/{artifacts.MANIFEST}"):
+        facts = artifacts.read_json(manifest)
+        if facts["name"] == config.tokenizer_name and facts["asked_end"] == config.end_of_text:
+            found.append(manifest)
+    newest = max(found, key=lambda manifest: manifest.stat().st_mtime, default=None)
+    return newest.parent if newest else None
+
+
+def _copy(config: TokenizerConfig, source: Path, root: Path) -> TokenizerFiles:
+    folder = source if source.is_dir() else source.parent
+    wanted = [source] if source.is_file() else sorted(_tokenizer_files(folder))
+    contents = {p.name: artifacts.file_sha256(p) for p in wanted}
+    name = artifacts.fingerprint([_FORMAT, contents, config.end_of_text])
+    path = root / f"{_slug(folder.resolve().name)}-{name}"
+
+    def copy(partial: Path) -> None:
+        for file in wanted:
+            target = "tokenizer.json" if file == source else file.name
+            shutil.copyfile(file, partial / target)
+        _finish(partial, config)
+
+    _log_outcome(path, reused=artifacts.build_once(path, copy), verb="copied")
+    return describe(path)
+
+
+def _tokenizer_files(folder: Path) -> set[Path]:
+    return {path for pattern in _HUB_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
+def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> TokenizerFiles:
+    identity = {
+        "format": _FORMAT,
+        "corpus": corpus.identity(text),
+        "vocab_size": config.vocab_size,
+        "bytes": _TRAINING_BYTES,
+    }
+    path = root / f"bpe-{config.vocab_size}-{text.name}-{artifacts.fingerprint(identity)}"
+
+    def train(partial: Path) -> None:
+        log.info("training a BPE of %d tokens on %s", config.vocab_size, text.name)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[_END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        texts = corpus.first_bytes(corpus.documents(text), _TRAINING_BYTES)
+        tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
+        artifacts.write_json(partial / "tokenizer_config.json", settings)
+        _finish(partial, config, corpus=identity["corpus"])
+
+    _log_outcome(path, reused=artifacts.build_once(path, train), verb="trained")
+    return describe(path)
+
+
+def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
+    """Check what lies in `partial` and seal it."""
+    file = partial / "tokenizer.json"
+    if not file.exists():
+        _convert(partial, config.tokenizer_name)
+    tokenizer = Tokenizer.from_file(str(file))
+    end_of_text = _end_of_text(partial, tokenizer, config)
+    facts |= {
+        "name": config.tokenizer_name,
+        # the highest id counts, as a vocabulary may have holes
+        "vocab_size": max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        "end_of_text": end_of_text,
+        "asked_end": config.end_of_text,
+        "fingerprint": artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
+    }
+    artifacts.seal(partial, facts)
+
+
+def _convert(folder: Path, name: str) -> None:
+    """Write tokenizer.json for a tokenizer that comes in another form."""
+    from transformers import AutoTokenizer  # takes seconds to import, and is rarely needed
+
+    try:
+        AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(
+            str(folder / "tokenizer.json")
+        )
+    except Exception as error:
+        raise ValueError(f"{name} has no tokenizer.json and none can be made: {error}") from error
+
+
+def _end_of_text(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) -> int:
+    token = config.end_of_text
+    settings = folder / "tokenizer_config.json"
+    if token is None and settings.exists():
+        declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        token = declared.get("content") if isinstance(declared, dict) else declared
+    candidates = [token] if token else _USUAL_ENDS
+    for candidate in candidates:
+        if (found := tokenizer.token_to_id(candidate)) is not None:
+            return found
+    raise ValueError(
+        f"{config.tokenizer_name} has no token {' or '.join(candidates)} to end a document with: "
+        "name one with --end-of-text"
+    )
+
+
+def _log_outcome(path: Path, *, reused: bool, verb: str) -> None:
+    log.info("tokenizer %s: %s", "reused" if reused else verb, path)

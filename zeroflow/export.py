@@ -1,0 +1,55 @@
+"""A checkpoint as a folder that plain transformers opens."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from zeroflow import artifacts
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.llama import Llama
+
+log = logging.getLogger(__name__)
+
+
+def export(model: Llama, tokenizer: TokenizerFiles, folder: Path, *, context: int) -> None:
+    """Write `model` as LlamaForCausalLM with its tokenizer into a new `folder`.
+
+    Args:
+        context: tokens the model was trained on at once.
+
+    Raises:
+        ValueError: `folder` exists and is not empty.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder for --out")
+    shape = model.config
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        # documents follow an end-of-text in training, so that is also what begins one
+        bos_token_id=tokenizer.end_of_text,
+        eos_token_id=tokenizer.end_of_text,
+    )
+    network = LlamaForCausalLM(config)
+    weights = dict(model.state_dict())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    network.load_state_dict(weights, strict=True)
+    network.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text
+    )
+    network.save_pretrained(folder)
+    if tokenizer.path is not None:
+        for file in tokenizer.path.iterdir():
+            if file.name not in (artifacts.MANIFEST, "config.json"):
+                shutil.copyfile(file, folder / file.name)
+    log.info("exported to %s", folder)

@@ -1,0 +1,80 @@
+"""Text from a model."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from zeroflow.config import Config
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.llama import Llama
+
+
+class SamplingConfig(Config):
+    """How the next token is chosen."""
+
+    tokens: PositiveInt = 64
+    """Tokens to add at most; an end of text ends it earlier."""
+
+    temperature: NonNegativeFloat = 0.8
+    """0 always takes the likeliest token."""
+
+    top_k: NonNegativeInt = 50
+    """Choose among this many likeliest tokens; 0 among all."""
+
+    seed: NonNegativeInt = 0
+
+
+@torch.inference_mode()
+def complete(
+    model: Llama, files: TokenizerFiles, prompt: str, config: SamplingConfig, *, context: int
+) -> str:
+    """`prompt` and what the model adds to it.
+
+    Args:
+        context: tokens the model was trained on at once; older ones are forgotten.
+    """
+    text = tokenizers.load(files)
+    ids = [files.end_of_text, *text.encode(prompt, add_special_tokens=False).ids]
+    added = _sample(model, ids, files, config, context)
+    return text.decode(ids[1:] + added, skip_special_tokens=False)
+
+
+def complete_ids(
+    model: Llama, files: TokenizerFiles, config: SamplingConfig, *, context: int
+) -> list[int]:
+    """Token ids of a new document, for data that is no text."""
+    with torch.inference_mode():
+        return _sample(model, [files.end_of_text], files, config, context)
+
+
+def _sample(
+    model: Llama, ids: list[int], files: TokenizerFiles, config: SamplingConfig, context: int
+) -> list[int]:
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(config.seed)
+    added: list[int] = []
+    # A compiled model would be compiled again for every length
+    with torch.compiler.set_stance("force_eager"):
+        while len(added) < config.tokens:
+            window = torch.tensor([(ids + added)[-context:]], device=device)
+            logits = model(window, _last_logits)[0, : files.vocab_size].float().cpu()
+            token = _choose(logits, config, generator)
+            if token == files.end_of_text:
+                break
+            added.append(token)
+    return added
+
+
+def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(hidden[:, -1], weight)  # (B, V)
+
+
+def _choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+    if config.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / config.temperature
+    if 0 < config.top_k < len(logits):
+        logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

@@ -1,0 +1,237 @@
+"""The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
+
+A state dict of `Llama` is one of `transformers.LlamaForCausalLM` with tied embeddings, so export
+copies instead of converting. There are no buffers: rotary angles are computed in `forward`.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from zeroflow.config import Config
+
+# B batch  T tokens  D hidden size  H query heads  K key/value heads  E features per head
+# M intermediate size of the feed-forward network  V vocabulary
+
+
+class Shape(Config):
+    """Size of the decoder without its vocabulary; names as in Hugging Face's `LlamaConfig`."""
+
+    hidden_size: PositiveInt
+    """Features per token in the residual stream."""
+
+    num_hidden_layers: PositiveInt
+    """Decoder blocks."""
+
+    num_attention_heads: PositiveInt
+    """Query heads; they divide `hidden_size`."""
+
+    num_key_value_heads: PositiveInt
+    """Fewer than `num_attention_heads` is grouped-query attention."""
+
+    intermediate_size: PositiveInt
+    """Features inside the SwiGLU feed-forward network."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be divided among "
+                f"{self.num_attention_heads} query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} / {self.num_attention_heads} heads gives heads "
+                f"of {self.head_dim} features: rotary embeddings need an even number"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot share "
+                f"{self.num_key_value_heads} key/value heads evenly"
+            )
+        return self
+
+
+class ModelConfig(Shape):
+    """All that defines the network."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding: the tokenizer's vocabulary, padded."""
+
+    rms_norm_eps: PositiveFloat = 1e-5
+
+    rope_theta: PositiveFloat = 500_000.0
+    """Base of the rotary wavelengths."""
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in closed form; the tied output head counts once."""
+        D, M, E = self.hidden_size, self.intermediate_size, self.head_dim
+        attention = 2 * D * self.num_attention_heads * E + 2 * D * self.num_key_value_heads * E
+        block = attention + 3 * D * M + 2 * D
+        return self.embedding_parameters + self.num_hidden_layers * block + D
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating point operations of one token's forward and backward pass at `context` tokens.
+
+        6N for the matrices (N with the tied head once) and 6·L·D·T for causal attention, half of
+        the full square: https://arxiv.org/abs/2204.02311, appendix B.
+        """
+        return 6 * self.parameters + 6 * self.num_hidden_layers * self.hidden_size * context
+
+
+class Llama(nn.Module):
+    """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+
+    def forward(
+        self, tokens: Tensor, head: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        """Apply `head` to the hidden states (B, T, D) and the output matrix (V, D).
+
+        The default head gives logits (B, T, V). Training passes its loss, which then never has to
+        hold all logits at once and meets the output matrix inside this forward, where a sharded
+        model has it whole.
+        """
+        return head(self.model(tokens), self.model.embed_tokens.weight)
+
+
+class Trunk(nn.Module):
+    """Everything below the output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.layers:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward network, each on a normalised residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped-query: https://arxiv.org/abs/2305.13245"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, H * E, bias=False)
+        self.k_proj = nn.Linear(D, K * E, bias=False)
+        self.v_proj = nn.Linear(D, K * E, bias=False)
+        self.o_proj = nn.Linear(H * E, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, E)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: https://arxiv.org/abs/2002.05202"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, M, bias=False)
+        self.up_proj = nn.Linear(D, M, bias=False)
+        self.down_proj = nn.Linear(M, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """https://arxiv.org/abs/1910.07467; computed in fp32 like Hugging Face's."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, head_dim), of rotary embedding at integer `positions` (T,).
+
+    Source: https://arxiv.org/abs/2104.09864, in the half-split order of Hugging Face.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (exponents / head_dim)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn features i and i + E/2 of every head in `x` (B, H, T, E) by their angle; keeps dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def initialize(model: Llama, seed: int) -> None:
+    """Fill every parameter from normal(0, 0.02); residual outputs are scaled by 1/sqrt(2·layers).
+
+    Each parameter has a generator of its own, keyed by `seed` and its name, on the CPU: the
+    weights depend neither on the device nor on the order or placement of the parameters.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 * (residual_scale if residual else 1.0)
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))

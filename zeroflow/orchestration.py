@@ -1,0 +1,186 @@
+"""What knows Prefect besides flows/: the server, log delivery, retry reasons, artifacts."""
+
+import base64
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, State
+
+from zeroflow.data.hub import HubError
+
+log = logging.getLogger(__name__)
+
+_USUAL_PORT = 4200
+_START_SECONDS = 120.0
+_STOP_SECONDS = 10.0
+
+# The shell outlives its parent by no more than it takes to stop the server: the end of its input
+# is the end of the flow, however that came about.
+_KEEPER = '"$@" </dev/null & child=$!; read -r _; kill "$child"; wait "$child"'
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Use the Prefect server at PREFECT_API_URL, else one on this machine, else run one meanwhile.
+
+    Prefect's own temporary server is not used: it loses records of quick tasks, hangs on Ctrl-C
+    and outlives a killed flow.
+
+    Yields:
+        the address of its user interface
+
+    Raises:
+        RuntimeError: a server was started and does not answer.
+    """
+    if url := PREFECT_API_URL.value():
+        yield _ui(url)
+        return
+    url = f"http://127.0.0.1:{_USUAL_PORT}/api"
+    if _answers(url):
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield _ui(url)
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    with _started(port, url), temporary_settings({PREFECT_API_URL: url}):
+        yield _ui(url)
+
+
+@contextmanager
+def logs_delivered() -> Iterator[None]:
+    """Send what zeroflow logs within the block to the flow run's log as well."""
+    logger, handler = logging.getLogger("zeroflow"), APILogHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def silence_console() -> None:
+    """Keep Prefect's own lines out of the terminal; they are in the flow run's log."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, PrefectConsoleHandler):
+            root.removeHandler(handler)
+
+
+def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
+    """Whether a failed task is worth another try: the hub was out of reach or busy."""
+    try:
+        state.result()
+    except HubError as error:
+        return error.transient
+    except BaseException:
+        return False
+    return False
+
+
+def completed(result: Any, *, reused: bool) -> State:
+    """The end of a task, that the UI shows as Reused where nothing had to be done."""
+    return Completed(name="Reused" if reused else None, data=result)
+
+
+def publish_report(markdown: str, run_name: str) -> None:
+    """Show the report on the flow run's page."""
+    _publish(markdown, "report", run_name)
+
+
+def publish_picture(picture: Path, subject: str, run_name: str) -> None:
+    """Show a PNG file on the flow run's page."""
+    # in markdown, as Prefect prints the whole data URI of an image artifact over its page
+    data = base64.b64encode(picture.read_bytes()).decode()
+    _publish(f"![{subject}](data:image/png;base64,{data})", subject, run_name)
+
+
+def tags() -> dict[str, str]:
+    """Tags that lead from another tool's record to this flow run."""
+    flow_run_id = runtime.flow_run.id
+    return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
+
+
+def _publish(markdown: str, subject: str, run_name: str) -> None:
+    key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
+    create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+
+
+def _ui(api_url: str) -> str:
+    return api_url.removesuffix("/").removesuffix("/api")
+
+
+def _answers(api_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=1) as response:
+            return response.status == 200 and response.read().strip() == b"true"
+    except OSError:
+        return False
+
+
+def _free_port() -> int:
+    for port in (_USUAL_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no port is free on 127.0.0.1 for the Prefect server")
+
+
+@contextmanager
+def _started(port: int, url: str) -> Iterator[None]:
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    environment = os.environ | {
+        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    log.info("starting a Prefect server for this run on port %d", port)
+    process = subprocess.Popen(
+        ["sh", "-c", _KEEPER, "keeper", *command, "--port", str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
+    try:
+        _wait_for(process, url)
+        yield
+    finally:
+        # What is still on its way would be tried for a minute against a server that is gone
+        EventsWorker.drain_all()
+        APILogWorker.drain_all()
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("the Prefect server did not stop in %d s", _STOP_SECONDS)
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not _answers(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(
+                "the Prefect server did not start; `prefect server start` shows why. With a server "
+                "elsewhere, set PREFECT_API_URL"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,47 @@
+"""Curves of a run as PNG files, readable on light and dark pages."""
+
+from pathlib import Path
+from typing import Any
+
+from zeroflow.training.events import Line
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
+
+
+def loss_curve(lines: list[Line], path: Path, *, title: str, entropy: float | None) -> Path:
+    """Training and validation loss against tokens, from the lines of metrics.jsonl."""
+    figure, axes = _figure(title, "tokens", "loss (nats per token)")
+    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    axes.plot(*zip(*train, strict=True), color=_BLUE, label="training")
+    axes.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", label="validation")
+    if entropy is not None:
+        axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
+    """Loss of the overfit check against its steps."""
+    figure, axes = _figure("overfit check: one batch by heart", "step", "loss (nats per token)")
+    axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
+    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"has to reach {limit:g}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    # The figure class itself: pyplot would keep state and look for a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, format="png")
+    return path

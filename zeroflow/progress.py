@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: log lines, and a live bar in a terminal."""
+
+import logging
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from zeroflow.planning import duration
+from zeroflow.training.events import Line
+
+log = logging.getLogger(__name__)
+
+_LOG_SECONDS = 15.0
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class TrainingProgress:
+    """Follows the events of a training: one log line now and then, a bar where there is a terminal.
+
+    The time left is reckoned from the speed of this process, all pauses included.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._logged = 0, 0.0
+        self._first: Line | None = None
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Line) -> None:
+        if event["event"] == "started":
+            self._steps = event["steps"]
+            self._bar.update(self._task, total=self._steps, completed=event["step"])
+        if event["event"] == "metrics" and "loss" in event:
+            self._show(event)
+
+    def _show(self, event: Line) -> None:
+        # The first step is slower than all others: it compiles and warms up
+        self._first = self._first or event
+        step, now = event["step"], time.monotonic()
+        done = step - self._first["step"]
+        pace = (event["time"] - self._first["time"]) / done if done else None
+        left = f"  ETA {duration(pace * (self._steps - step))}" if pace else ""
+        text = (
+            f"step {step}/{self._steps}  loss {event['loss']:.4f}  "
+            f"{event['tokens_per_second']:,.0f} tokens/s{left}"
+        )
+        self._bar.update(self._task, completed=step, description=text)
+        if now - self._logged > _LOG_SECONDS or step == self._steps:
+            log.info("%s", text)
+            self._logged = now

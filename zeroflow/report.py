@@ -1,0 +1,148 @@
+"""What a finished run says of itself: report.json, report.md and pictures."""
+
+import base64
+import logging
+from pathlib import Path
+from typing import Any
+
+from zeroflow import artifacts, pictures, tracking
+from zeroflow.checks.overfit import OverfitResult
+from zeroflow.data.shards import ShardSet
+from zeroflow.planning import Device
+from zeroflow.run import RunConfig, leaves
+from zeroflow.training import events
+from zeroflow.training.job import TrainingJob, TrainResult
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+MARKDOWN = "report.md"
+_LOSS_CURVE = "loss.png"
+OVERFIT_CURVE = "overfit.png"
+
+
+def write(
+    run: RunConfig,
+    job: TrainingJob,
+    shards: ShardSet,
+    device: Device,
+    trained: TrainResult,
+    overfit: OverfitResult,
+) -> Path:
+    """Write the report of a finished run into its directory and add it to MLflow.
+
+    Returns:
+        the path of report.json
+    """
+    folder = run.run_dir
+    loss_picture = pictures.loss_curve(
+        events.read(folder / events.METRICS),
+        folder / _LOSS_CURVE,
+        title=f"{run.run_name}: {job.model.parameters / 1e6:.1f}M parameters",
+        entropy=shards.entropy,
+    )
+    report = _figures(run, job, shards, device, trained, overfit)
+    markdown = folder / MARKDOWN
+    markdown.write_text(_markdown(report, run), encoding="utf-8")
+    report["mlflow_run_id"] = tracking.finish(
+        job.tracking,
+        folder,
+        files=[markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"],
+        metrics={"loss/val_final": trained.val_loss, "overfit/steps": overfit.steps},
+        series={"overfit/loss": overfit.curve},
+        succeeded=overfit.passed,
+    )
+    artifacts.write_json(folder / REPORT, report)
+    return folder / REPORT
+
+
+def with_pictures(folder: Path) -> str:
+    """The markdown report with its pictures inside, for a page that cannot reach the files."""
+    text = (folder / MARKDOWN).read_text(encoding="utf-8")
+    for name in (_LOSS_CURVE, OVERFIT_CURVE):
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
+    return text
+
+
+def _figures(
+    run: RunConfig,
+    job: TrainingJob,
+    shards: ShardSet,
+    device: Device,
+    trained: TrainResult,
+    overfit: OverfitResult,
+) -> dict[str, Any]:
+    epochs = run.batch_rows * trained.steps / shards.train_rows
+    return {
+        "status": "completed" if overfit.passed else "failed",
+        "run": run.run_name,
+        "size": run.model.name,
+        "parameters": job.model.parameters,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "train_loss": trained.train_loss,
+        "first_val_loss": trained.first_val_loss,
+        "val_loss": trained.val_loss,
+        "val_bpb": trained.val_bpb,
+        "entropy": shards.entropy,
+        "overfit": {"passed": overfit.passed, "loss": overfit.loss, "steps": overfit.steps},
+        "tokens_per_second": trained.tokens_per_second,
+        "mfu": trained.mfu,
+        "peak_memory_bytes": trained.peak_memory_bytes,
+        "device": device.name,
+        "precision": job.training.compute.precision,
+        "data": {
+            "mode": run.data.data_mode,
+            "name": run.data.name,
+            "revision": run.data.data_revision,
+            "synthetic_fallback": run.fell_back,
+            "documents": shards.documents,
+            "train_rows": shards.train_rows,
+            "epochs": epochs,
+            "path": str(shards.path),
+        },
+        "tokenizer": {
+            "name": job.tokenizer.name,
+            "revision": run.tokenizer.tokenizer_revision,
+            "vocab_size": job.tokenizer.vocab_size,
+            "fingerprint": job.tokenizer.fingerprint,
+        },
+        "checkpoint": str(trained.checkpoint),
+        "sample": trained.sample,
+    }
+
+
+def _markdown(report: dict[str, Any], run: RunConfig) -> str:
+    data, overfit = report["data"], report["overfit"]
+    bpb = report["val_bpb"]
+    rows = {
+        "Model": f"{report['size']}, {report['parameters']:,} parameters",
+        "Data": f"{data['name']}, revision {data['revision'] or 'none'}, "
+        f"{data['documents']:,} documents, {data['epochs']:.2f} epochs",
+        "Tokenizer": f"{report['tokenizer']['name']}, {report['tokenizer']['vocab_size']:,} tokens",
+        "Trained": f"{report['steps']:,} steps, {report['tokens']:,} tokens",
+        "Training loss": f"{report['train_loss']:.4f}",
+        "Validation loss": f"{report['first_val_loss']:.4f} → {report['val_loss']:.4f} "
+        "nats per token",
+        "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
+        "Speed": f"{report['tokens_per_second']:,.0f} tokens/s on {report['device']}, "
+        f"{report['precision']}",
+        "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
+        f"{overfit['loss']:.4f} after {overfit['steps']} steps",
+        "Checkpoint": f"`{report['checkpoint']}`",
+    }
+    if report["entropy"] is not None:
+        rows["Entropy of the data"] = f"{report['entropy']:.4f} nats per token, the least possible"
+    if report["mfu"] is not None:
+        rows["MFU"] = f"{report['mfu']:.1%} of the dense bf16 peak, (6N + 6·L·D·T) FLOPs a token"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
+    return (
+        f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
+        f"![loss against tokens]({_LOSS_CURVE})\n\n"
+        f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
+        f"## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
+    )

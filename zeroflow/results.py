@@ -1,0 +1,64 @@
+"""What a run has left, for those who use it: its model, its figures, and where all of it lies."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from zeroflow import artifacts, run, tracking
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.llama import Llama
+from zeroflow.training import checkpoint
+from zeroflow.training.job import JOB, TrainingJob
+
+
+class Trained(NamedTuple):
+    model: Llama
+    """On the CPU, of the newest checkpoint."""
+
+    tokenizer: TokenizerFiles
+    context: int
+    """Tokens it was trained on at once."""
+
+
+def load(cache: Path, name: str) -> Trained:
+    """The model of run `name` with its tokenizer.
+
+    Raises:
+        ValueError: there is no such run, or it has no checkpoint yet.
+    """
+    settings = run.load(cache, name)
+    newest = checkpoint.latest(settings.run_dir / "checkpoints")
+    if newest is None:
+        raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
+    job = TrainingJob.model_validate(artifacts.read_json(settings.run_dir / JOB))
+    context = settings.shard_config.seq_len
+    return Trained(checkpoint.load_model(newest), job.tokenizer, context)
+
+
+def summary(report_file: Path, cache: Path) -> str:
+    """The end of a run in a few lines: figures, and where everything is."""
+    report = artifacts.read_json(report_file)
+    folder = report_file.parent
+    bpb = f", {report['val_bpb']:.3f} bits per byte" if report["val_bpb"] else ""
+    floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
+    mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
+    overfit = report["overfit"]
+    lines = [
+        "",
+        f"run {report['run']} is complete",
+        f"  validation loss  {report['first_val_loss']:.4f} -> {report['val_loss']:.4f}"
+        f"{floor}{bpb}",
+        f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
+        f"{report['tokens_per_second']:,.0f} tokens/s{mfu}",
+        f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
+        f"  report           {folder / 'report.md'}",
+        f"  checkpoint       {report['checkpoint']}",
+        f"  text             zeroflow generate --run {report['run']} --prompt '...'",
+        f"  transformers     zeroflow export --run {report['run']} --out DIR",
+        "  Prefect UI       prefect server start, then http://127.0.0.1:4200",
+    ]
+    if command := tracking.ui_command(cache):
+        lines.append(f"  MLflow UI        {command}")
+    if facts := tracking.run_facts(folder):
+        page = tracking.charts_path(facts["experiment_id"])
+        lines.append(f"  loss of all runs http://127.0.0.1:5000{page}")
+    return "\n".join(lines)

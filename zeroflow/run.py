@@ -1,0 +1,574 @@
+"""The settings of a run: what was asked for, and how what was left open is settled, once.
+
+`RunConfig` makes the command line, the Prefect form, MLflow's params and `run.json`. A setting
+that is None depends on the device or on the outside world; `settle` fills it, and what it chose is
+recorded, so that a run goes on with the same settings wherever and whenever it is resumed.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from zeroflow import artifacts, planning, tracking
+from zeroflow.checks.overfit import OverfitConfig
+from zeroflow.config import Config
+from zeroflow.data import corpus as corpora
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.generate import SamplingConfig
+from zeroflow.model.llama import ModelConfig, Shape
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.planning import Device, duration
+from zeroflow.tracking import TrackingConfig
+from zeroflow.training.job import Cadence, TrainingJob
+from zeroflow.training.loop import ComputeConfig, Precision, TrainingConfig
+from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.training.schedule import Schedule, ScheduleName
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+
+T = TypeVar("T")
+
+
+class ModelChoice(Config):
+    """The network: a size by name, or a shape of your own given in full."""
+
+    size: Literal["tiny", "small", "medium"] | None = None
+    """tiny ~46M, small ~318M, medium ~1.34B parameters at Llama-3.1's vocabulary. Default: tiny."""
+
+    hidden_size: PositiveInt | None = None
+    """Features per token, of a shape of your own."""
+
+    num_hidden_layers: PositiveInt | None = None
+    """Decoder blocks, of a shape of your own."""
+
+    num_attention_heads: PositiveInt | None = None
+    """Query heads, of a shape of your own."""
+
+    num_key_value_heads: PositiveInt | None = None
+    """Key/value heads, of a shape of your own."""
+
+    intermediate_size: PositiveInt | None = None
+    """Features inside the feed-forward network, of a shape of your own."""
+
+    @model_validator(mode="after")
+    def _size_or_shape(self) -> Self:
+        given = {name: getattr(self, name) for name in Shape.model_fields}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) < len(given):
+            if self.size is not None:
+                raise ValueError(f"size {self.size} and a shape of your own: give one of them")
+            if missing:
+                raise ValueError(f"a shape of your own needs {', '.join(missing)} as well")
+            Shape(**given)
+        return self
+
+    @property
+    def shape(self) -> Shape:
+        if self.hidden_size is None:
+            return SIZES[self.size or "tiny"]
+        return Shape(**{name: getattr(self, name) for name in Shape.model_fields})
+
+    @property
+    def name(self) -> str:
+        return (self.size or "tiny") if self.hidden_size is None else "custom"
+
+
+class TrainingChoice(Config):
+    """The training. What is not given depends on the device and the size, and is printed."""
+
+    seq_len: int | None = Field(None, ge=2)
+    """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
+
+    batch_size: PositiveInt | None = None
+    """Rows in a micro-batch. Default: what the device's memory holds."""
+
+    grad_accum_steps: PositiveInt | None = None
+    """Micro-batches in a step. Default: batch_tokens / (batch_size x seq_len)."""
+
+    batch_tokens: PositiveInt | None = None
+    """Tokens in a step. Default: 512 on a CPU; 0.25M / 0.5M / 1M on a GPU for tiny / small /
+    medium."""
+
+    max_steps: PositiveInt | None = None
+    """Steps of the optimiser. Default: a few minutes on a CPU; 20 tokens a parameter on a GPU."""
+
+    learning_rate: PositiveFloat | None = None
+    """Peak. Default: 3e-3 / 2e-3 / 1e-3 for tiny / small / medium."""
+
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up. Default: 2 % of max_steps, 10 % of a short run."""
+
+    schedule: ScheduleName = "cosine"
+    """Decay after the warm-up: cosine to 0, or wsd, constant with the last 20 % linear to 0."""
+
+    precision: Precision | None = None
+    """bf16 computes in bf16 with fp32 master weights. Default: fp32 on a CPU, bf16 on a GPU."""
+
+    compile: bool | None = None
+    """Compile the decoder blocks with torch.compile. Default: on a GPU."""
+
+    validation_tokens: PositiveInt | None = None
+    """Held-out tokens in a validation. Default: 8K on a CPU, 1M on a GPU."""
+
+    validation_fraction: float = Field(0.02, gt=0, lt=1)
+    """Share of the documents that is kept for validation."""
+
+    token_type: Literal["int32", "uint16"] = "int32"
+    """Integer type of the shards; uint16 halves them, for vocabularies up to 65,536."""
+
+    validate_every: PositiveInt | None = None
+    """Steps between validations. Default: half of a CPU run, 250 on a GPU."""
+
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints. Default: a fifth of the run, at most 250."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+    log_interval: PositiveInt | None = None
+    """Steps between logged losses. Default: 5 on a CPU, 10 on a GPU."""
+
+    sample_prompt: str | None = None
+    """Beginning of the text sample at each validation. Default: fits the data."""
+
+    sample_tokens: PositiveInt = 48
+    """Tokens of the text sample."""
+
+
+class RunConfig(Config):
+    """Everything that defines a run."""
+
+    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """A run of the same name goes on where it stopped. Default: made from the settings, so that the
+    same command goes on as well."""
+
+    cache_dir: Path = Path("data_cache")
+    """Folder of everything that is written: tokenizers, shards, runs, mlflow."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    seed: NonNegativeInt = 0
+    """Of weights, data order and synthetic data."""
+
+    model: ModelChoice = ModelChoice()
+    data: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    training: TrainingChoice = TrainingChoice()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    overfit: OverfitConfig = OverfitConfig()
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.data.data_mode == "synthetic" and self.tokenizer.tokenizer_name not in (
+            "auto",
+            tokenizers.SYNTHETIC,
+        ):
+            raise ValueError(
+                "synthetic data is token ids and takes no tokenizer: drop --tokenizer-name, and "
+                "set --vocab-size if you like"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        assert self.run_name is not None, "settle() names the run"
+        return self.cache_dir / "runs" / self.run_name
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether synthetic data stands in for FineWeb-Edu."""
+        return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows in a step."""
+        return _known(self.training.batch_size) * _known(self.training.grad_accum_steps)
+
+    @property
+    def validation_rows(self) -> int:
+        """Rows in a validation."""
+        return max(1, _known(self.training.validation_tokens) // _known(self.training.seq_len))
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens trained on."""
+        steps = _known(self.training.max_steps)
+        return steps * self.batch_rows * _known(self.training.seq_len)
+
+    @property
+    def shard_config(self) -> ShardConfig:
+        return ShardConfig(
+            seq_len=_known(self.training.seq_len),
+            train_rows=_known(self.training.max_steps) * self.batch_rows,
+            validation_rows=self.validation_rows,
+            validation_fraction=self.training.validation_fraction,
+            token_type=self.training.token_type,
+        )
+
+    @property
+    def training_config(self) -> TrainingConfig:
+        choice = self.training
+        assert self.device != "auto"
+        return TrainingConfig(
+            seed=self.seed,
+            micro_batch_rows=_known(choice.batch_size),
+            accumulate=_known(choice.grad_accum_steps),
+            schedule=Schedule(
+                name=choice.schedule,
+                peak=_known(choice.learning_rate),
+                warmup_steps=_known(choice.warmup_steps),
+                steps=_known(choice.max_steps),
+            ),
+            optimizer=self.optimizer,
+            compute=ComputeConfig(
+                device=self.device,
+                precision=_known(choice.precision),
+                compile=_known(choice.compile),
+            ),
+        )
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(
+            log=_known(self.training.log_interval),
+            validate_=_known(self.training.validate_every),
+            checkpoint=_known(self.training.checkpoint_every),
+            keep_checkpoints=self.training.keep_checkpoints,
+        )
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(tokens=self.training.sample_tokens)
+
+
+def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single setting as ("group.name", value)."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+class Settled(NamedTuple):
+    run: RunConfig
+    """Nothing in it is None that training reads."""
+
+    device: Device
+    resumes: bool
+    """Whether a run of this name was started before."""
+
+    data_reason: str
+    """Why this data."""
+
+    tokenizer_reason: str
+    """Why this tokenizer."""
+
+
+# Settings that may change when a run goes on: they touch no weight
+_FREE = {"cache_dir", "device", "data.data_path", "data.allow_synthetic_fallback"} | {
+    f"training.{name}"
+    for name in (
+        "batch_size",  # with grad_accum_steps: only their product is mathematics
+        "grad_accum_steps",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_interval",
+        "sample_prompt",
+        "sample_tokens",
+    )
+}
+_FREE |= {"overfit.overfit_steps", "overfit.overfit_loss"}
+
+
+def settle(asked: RunConfig) -> Settled:
+    """Fill what `asked` leaves open, name the run, and record it in its run.json.
+
+    What a run of the same name has recorded comes before any default.
+
+    Raises:
+        ValueError: settings contradict each other, the device, or those of the run of this name.
+        hub.HubError: the hub is needed and refused or is out of reach.
+    """
+    recorded = _recorded(asked)
+    merged = _over(recorded, asked) if recorded else asked
+    device = planning.find_device(merged.device)
+    data, data_reason = corpora.resolve(merged.data)
+    tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
+    run = merged.replace(
+        device=device.kind,
+        data=data,
+        tokenizer=tokenizer,
+        training=_fill(merged.training, merged.model, data, device),
+    )
+    if run.run_name is None:
+        name = _default_name(run)
+        named = asked.model_copy(update={"run_name": name})
+        if _recorded(named):
+            return settle(named)  # the same command again
+        run = run.replace(run_name=name)
+    if recorded:
+        _require_same(recorded, run)
+        data_reason = tokenizer_reason = "as the run was started"
+    artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
+    return Settled(run, device, recorded is not None, data_reason, tokenizer_reason)
+
+
+def load(cache: Path, name: str) -> RunConfig:
+    """The settled settings of an existing run.
+
+    Raises:
+        ValueError: there is no run of this name; the message lists those there are.
+    """
+    path = cache / "runs" / name / RUN_FILE
+    if not path.exists():
+        there = sorted(p.parent.name for p in (cache / "runs").glob(f"*/{RUN_FILE}"))
+        raise ValueError(f"no run {name} in {cache}/runs; there are: {', '.join(there) or 'none'}")
+    return RunConfig.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
+
+
+def _known(value: T | None) -> T:
+    assert value is not None, "settle() fills this"
+    return value
+
+
+def _recorded(asked: RunConfig) -> RunConfig | None:
+    if asked.run_name is None or not (asked.run_dir / RUN_FILE).exists():
+        return None
+    return load(asked.cache_dir, asked.run_name)
+
+
+def _given(config: BaseModel) -> dict[str, Any]:
+    """Settings that were set by hand and to something definite, nested."""
+    given: dict[str, Any] = {}
+    for name in config.model_fields_set:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            value = _given(value)
+        if value not in (None, "auto", (), {}):
+            given[name] = value
+    return given
+
+
+def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
+    """The recorded settings with those on top that are given now."""
+    base, given = recorded.model_dump(), _given(asked)
+    if {"batch_size", "grad_accum_steps"} & set(given.get("training", {})):
+        base["training"] |= {"batch_size": None, "grad_accum_steps": None}
+    if "size" in given.get("model", {}) or "hidden_size" in given.get("model", {}):
+        base["model"] = {}
+    for name, value in given.items():
+        base[name] = base[name] | value if isinstance(value, dict) else value
+    return RunConfig.model_validate(base)
+
+
+def _require_same(recorded: RunConfig, run: RunConfig) -> None:
+    before, now = dict(leaves(recorded)), dict(leaves(run))
+    for name in set(before) - _FREE:
+        if before[name] == now[name]:
+            continue
+        if name == "training.max_steps" and now[name] > before[name]:
+            continue  # more steps extend a run
+        raise ValueError(
+            f"run {run.run_name} was started with {name} {before[name]}, now it is {now[name]}: "
+            "use another --run-name, or the former setting"
+        )
+
+
+def _default_name(run: RunConfig) -> str:
+    named = {"run_name", *_FREE}
+    identity = {name: str(value) for name, value in leaves(run) if name not in named}
+    return f"{run.model.name}-{run.data.name}-{artifacts.fingerprint(identity)[:6]}"
+
+
+_PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
+_GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
+_CPU_BATCH_TOKENS = 512
+_CPU_STEPS = 100
+
+
+def _fill(
+    choice: TrainingChoice, model: ModelChoice, data: CorpusConfig, device: Device
+) -> TrainingChoice:
+    """Defaults for what is None."""
+    gpu, shape = device.kind == "cuda", model.shape
+    nominal = with_vocabulary(shape, planning.NOMINAL_VOCABULARY)
+    size = _nearest_size(nominal.parameters)
+    seq_len = choice.seq_len or (2048 if gpu else 256)
+    fits = planning.micro_batch_rows(nominal, seq_len, device)
+    usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
+    batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)
+    batch_tokens = batch_size * accumulate * seq_len
+    budget = planning.TOKENS_PER_PARAMETER * nominal.parameters
+    steps = choice.max_steps or (-(-budget // batch_tokens) if gpu else _CPU_STEPS)
+    warmup = max(round(0.02 * steps), min(10, steps // 10))
+    prompt = "def " if data.data_mode == "sample" else "The "
+    filled = {
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "grad_accum_steps": accumulate,
+        "batch_tokens": batch_tokens,
+        "max_steps": steps,
+        "learning_rate": choice.learning_rate or _PEAK_LEARNING_RATES[size],
+        "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
+        "precision": choice.precision or ("bf16" if gpu else "fp32"),
+        "compile": gpu if choice.compile is None else choice.compile,
+        "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
+        "validate_every": choice.validate_every or (250 if gpu else max(1, steps // 2)),
+        "checkpoint_every": choice.checkpoint_every or max(1, min(250, steps // 5)),
+        "log_interval": choice.log_interval or (10 if gpu else 5),
+        "sample_prompt": prompt if choice.sample_prompt is None else choice.sample_prompt,
+    }
+    return choice.replace(**filled)
+
+
+def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -> tuple[int, int]:
+    """Rows in a micro-batch and micro-batches in a step."""
+    rows, accumulate = choice.batch_size, choice.grad_accum_steps
+    if choice.batch_tokens is None:
+        wanted = max(1, round(usual_tokens / seq_len))
+        if rows and accumulate:
+            return rows, accumulate
+        if rows:
+            return rows, max(1, round(wanted / rows))
+        if accumulate:
+            return max(1, min(fits, round(wanted / accumulate))), accumulate
+        rows = _largest_divisor(wanted, fits)
+        return rows, wanted // rows
+    wanted, rest = divmod(choice.batch_tokens, seq_len)
+    if rest:
+        raise ValueError(
+            f"batch_tokens {choice.batch_tokens} is no multiple of seq_len {seq_len}: "
+            f"take {max(1, wanted) * seq_len}"
+        )
+    if rows is None:
+        share, rest = divmod(wanted, accumulate or 1)
+        rows = share if accumulate else _largest_divisor(wanted, fits)
+    accumulate = accumulate or wanted // rows
+    if rest or rows * accumulate != wanted:
+        raise ValueError(
+            f"batch_tokens {choice.batch_tokens} are {wanted} rows of {seq_len}, which is not "
+            f"batch_size {rows} x grad_accum_steps {accumulate}: drop one of the three"
+        )
+    return rows, accumulate
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def _nearest_size(parameters: int) -> str:
+    """The named size whose habits suit a model of this many parameters."""
+    return "tiny" if parameters < 120e6 else "small" if parameters < 650e6 else "medium"
+
+
+def plan(asked: RunConfig) -> Settled:
+    """Settle `asked` and say what the run will be, before anything is built.
+
+    Raises:
+        ValueError, hub.HubError: as `settle` does.
+    """
+    settled = settle(asked)
+    for line in _plan_lines(settled):
+        log.info("%s", line)
+    return settled
+
+
+def training_job(
+    settled: Settled,
+    model: ModelConfig,
+    rows: ShardSet,
+    tokens: TokenizerFiles,
+    *,
+    tags: dict[str, str],
+) -> TrainingJob:
+    """What the training processes of a settled run are given.
+
+    Args:
+        tags: of the MLflow run, beside those that follow from the settings.
+    """
+    run = settled.run
+    uri, folder = tracking.location(run.cache_dir)
+    tracked = TrackingConfig(
+        uri=uri,
+        folder=folder,
+        run_name=_known(run.run_name),
+        tags={
+            "size": run.model.name,
+            "source": run.data.name,
+            "tokenizer": tokens.name,
+            "device": settled.device.name,
+            "parameters": str(model.parameters),
+            "synthetic_fallback": str(run.fell_back).lower(),
+            **tags,
+        },
+        params={name: str(value) for name, value in leaves(run)},
+        dataset={
+            "name": run.data.name,
+            "digest": rows.path.name.rsplit("-", 1)[-1],
+            "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
+        },
+    )
+    bf16 = run.training.precision == "bf16"
+    return TrainingJob(
+        run_dir=run.run_dir,
+        model=model,
+        training=run.training_config,
+        cadence=run.cadence,
+        shards=rows.path,
+        validation_rows=run.validation_rows,
+        bytes_per_token=rows.validation_bytes_per_token,
+        tokenizer=tokens,
+        prompt=run.training.sample_prompt or "",
+        sampling=run.sampling,
+        tracking=tracked,
+        peak_flops=settled.device.peak_flops if bf16 else None,
+    )
+
+
+def _plan_lines(settled: Settled) -> Iterator[str]:
+    run, device = settled.run, settled.device
+    choice, context = run.training, _known(run.training.seq_len)
+    yield f"data: {run.data.name} ({settled.data_reason})"
+    yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
+    going_on = "goes on where it stopped" if settled.resumes else "new"
+    yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
+    vocabulary, known = tokenizers.expected_vocabulary(run.tokenizer, run.cache_dir)
+    model = with_vocabulary(run.model.shape, vocabulary)
+    assumed = "" if known else ", assumed until the tokenizer is there"
+    yield (
+        f"model: {run.model.name}, {model.parameters / 1e6:.1f}M parameters "
+        f"(vocabulary {model.vocab_size:,}{assumed})"
+    )
+    yield (
+        f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
+        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
+        f"{choice.batch_size} rows of {context}; peak learning rate {choice.learning_rate:g}, "
+        f"{choice.warmup_steps} warm-up steps, {choice.schedule}"
+    )
+    compiled = "compiled" if choice.compile else "not compiled"
+    yield f"device: {device.name}, {choice.precision}, {compiled}"
+    rate, source = planning.expected_tokens_per_second(model, context, device)
+    if rate is None:
+        yield f"time: unknown, {source}"
+    else:
+        seconds = run.train_tokens / rate
+        yield f"time: about {duration(seconds)} of training at {rate:,.0f} tokens/s ({source})"
+    checkpoints = (run.training.keep_checkpoints + 1) * planning.checkpoint_bytes(model)
+    rows = run.train_tokens // context + _known(choice.validation_tokens) // context
+    token_bytes = 4 if choice.token_type == "int32" else 2
+    yield (
+        f"disk: up to {rows * (context + 1) * token_bytes / 1e9:.2f} GB of shards and "
+        f"{checkpoints / 1e9:.2f} GB of checkpoints"
+    )

@@ -1,0 +1,260 @@
+"""The program that every rank runs under torchrun: `-m zeroflow.training JOB.json`."""
+
+import logging
+import sys
+import time
+from functools import cached_property
+
+import torch
+
+from zeroflow import artifacts, generate
+from zeroflow.data.batches import Batches
+from zeroflow.data.shards import Rows
+from zeroflow.tracking import Tracker
+from zeroflow.training import checkpoint, events, worker
+from zeroflow.training.job import RESULT, TrainingJob, TrainResult
+from zeroflow.training.loop import StepMetrics, new_state, train
+from zeroflow.training.validation import bits_per_byte, validation_loss
+from zeroflow.training.worker import StopRequest
+
+log = logging.getLogger("zeroflow.training")
+
+
+class Stopwatch:
+    """Seconds of training: the clock without what was done between the steps."""
+
+    def __init__(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start - self._paused
+
+    def pause(self, since: float) -> None:
+        """Take out the time from `since`, a reading of time.perf_counter, until now."""
+        self._paused += time.perf_counter() - since
+
+
+class Recorder:
+    """Writes what happens to metrics.jsonl, events.jsonl and MLflow."""
+
+    def __init__(self, job: TrainingJob, *, step: int, context: int) -> None:
+        self._job, self._context = job, context
+        self._tokens_per_step = job.training.micro_batch_rows * job.training.accumulate * context
+        self._metrics, self._events = job.run_dir / events.METRICS, job.run_dir / events.EVENTS
+        # What a killed process logged after its last checkpoint comes again
+        events.keep(self._metrics, lambda line: 0 < step >= line["step"])
+        self._first = self._last = (step, 0.0)
+        self._tracker = Tracker(job.tracking, job.run_dir)
+
+    def tokens(self, step: int) -> int:
+        return step * self._tokens_per_step
+
+    def event(self, name: str, **facts: object) -> None:
+        events.append(self._events, {"event": name, "time": time.time(), **facts})
+
+    def step(self, step: int, metrics: StepMetrics, watch: Stopwatch) -> None:
+        """Log the step just done; reading its loss waits for the device.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is no finite number.
+        """
+        loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
+        if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+            raise FloatingPointError(
+                f"step {step} has loss {loss} and gradient norm {grad_norm}: lower "
+                "--learning-rate or lengthen --warmup-steps"
+            )
+        rate = self._rate(step, watch.seconds())
+        line = {
+            "step": step,
+            "tokens": self.tokens(step),
+            "loss": loss,
+            "lr": metrics.learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": rate,
+        }
+        self._record(line)
+        self._tracker.log(
+            step,
+            {
+                "loss/train": loss,
+                "optim/learning_rate": metrics.learning_rate,
+                "optim/grad_norm": grad_norm,
+                "perf/tokens_per_second": rate,
+                "perf/mfu": self.mfu(rate),
+                "perf/peak_memory_mib": peak_memory_bytes(self._job) / 2**20,
+            },
+        )
+        self._tracker.log(self.tokens(step), {"loss/train_by_tokens": loss})
+
+    def validation(self, step: int, loss: float, sample: str) -> None:
+        bytes_per_token = self._job.bytes_per_token
+        bpb = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
+        line = {"step": step, "tokens": self.tokens(step), "val_loss": loss, "val_bpb": bpb}
+        self._record(line | {"sample": sample})
+        self._tracker.log(step, {"loss/val": loss, "loss/val_bpb": bpb})
+        self._tracker.log(self.tokens(step), {"loss/val_by_tokens": loss})
+
+    def tokens_per_second(self) -> float:
+        """Over the steps of this process without its first; 0 if it has had no other."""
+        (first, start), (last, end) = self._first, self._last
+        return self.tokens(last - first) / (end - start) if last > first else 0.0
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
+        if self._job.peak_flops is None:
+            return None
+        flops = self._job.model.flops_per_token(self._context)
+        return tokens_per_second * flops / self._job.peak_flops
+
+    def lines(self) -> list[events.Line]:
+        return events.read(self._metrics)
+
+    def close(self, status: str) -> None:
+        self._tracker.close(status)
+
+    def _record(self, line: events.Line) -> None:
+        events.append(self._metrics, line)
+        self.event("metrics", **line)
+
+    def _rate(self, step: int, seconds: float) -> float:
+        last_step, last_seconds = self._last
+        if self._last == self._first:
+            self._first = (step, seconds)  # compiled and warmed up from here on
+        self._last = (step, seconds)
+        return self.tokens(step - last_step) / (seconds - last_seconds)
+
+
+class Session:
+    """One process's part of a run: from the newest checkpoint to the end, or until stopped."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.train_rows = Rows(job.shards, "train")
+        self.validation_rows = Rows(job.shards, "validation")
+        self.state = new_state(job.model, job.training)
+        if newest := checkpoint.latest(job.checkpoints):
+            checkpoint.load(self.state, newest)
+            log.info("resumed at step %d from %s", self.state.step, newest)
+        self.recorder = Recorder(job, step=self.state.step, context=self.context)
+        self.recorder.event("started", step=self.state.step, steps=job.training.steps)
+        self.watch = Stopwatch()
+
+    @property
+    def context(self) -> int:
+        return self.train_rows.row_tokens - 1
+
+    @cached_property
+    def batches(self) -> Batches:
+        config = self.job.training
+        return Batches(
+            self.train_rows,
+            seed=config.seed,
+            micro_batch_rows=config.micro_batch_rows,
+            accumulate=config.accumulate,
+            pin=config.compute.device == "cuda",
+        )
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train; whether the last step was reached."""
+        cadence, steps = self.job.cadence, self.job.training.steps
+        if self.state.step == 0:
+            self.validate()
+            self.watch = Stopwatch()
+        for metrics in train(self.state, self.batches, self.job.training):
+            step = self.state.step
+            last = step == steps
+            if step % cadence.log == 0 or step == 1 or last:
+                self.recorder.step(step, metrics, self.watch)
+            since = time.perf_counter()
+            if step % cadence.validate_ == 0 or last:
+                self.validate()
+            if step % cadence.checkpoint == 0 or last or stop:
+                self.save()
+            if stop and not last:
+                return False
+            self.watch.pause(since)
+        self.write_result()
+        return True
+
+    def validate(self) -> None:
+        config = self.job.training
+        loss = validation_loss(
+            self.state.model,
+            self.validation_rows,
+            self.job.validation_rows,
+            config.micro_batch_rows,
+            config.compute,
+        )
+        sample = self.sample()
+        self.recorder.validation(self.state.step, loss, sample)
+        log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss, sample)
+
+    def sample(self) -> str:
+        job, model = self.job, self.state.model
+        if job.tokenizer.path is None:
+            ids = generate.complete_ids(model, job.tokenizer, job.sampling, context=self.context)
+            return " ".join(map(str, ids))
+        return generate.complete(
+            model, job.tokenizer, job.prompt, job.sampling, context=self.context
+        )
+
+    def save(self) -> None:
+        path = checkpoint.save(
+            self.state, self.job.checkpoints, keep=self.job.cadence.keep_checkpoints
+        )
+        self.recorder.event("saved", step=self.state.step, path=str(path))
+        log.info("step %d: saved %s", self.state.step, path)
+
+    def write_result(self) -> None:
+        lines = self.recorder.lines()
+        validations = [line for line in lines if "val_loss" in line]
+        logged = [line for line in lines if "loss" in line]
+        rate = self.recorder.tokens_per_second() or logged[-1]["tokens_per_second"]
+        path = checkpoint.latest(self.job.checkpoints)
+        assert path is not None, "the last step is always saved"
+        result = TrainResult(
+            checkpoint=path,
+            steps=self.state.step,
+            tokens=self.recorder.tokens(self.state.step),
+            train_loss=logged[-1]["loss"],
+            val_loss=validations[-1]["val_loss"],
+            val_bpb=validations[-1]["val_bpb"],
+            first_val_loss=validations[0]["val_loss"],
+            tokens_per_second=rate,
+            mfu=self.recorder.mfu(rate),
+            peak_memory_bytes=peak_memory_bytes(self.job),
+            sample=validations[-1]["sample"],
+        )
+        artifacts.write_json(self.job.run_dir / RESULT, result.model_dump(mode="json"))
+
+
+def peak_memory_bytes(job: TrainingJob) -> int:
+    """Most memory held so far: of the GPU by tensors, of a CPU process as resident set."""
+    if job.training.compute.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where a GPU would be
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def work(job: TrainingJob, stop: StopRequest) -> None:
+    """Train the job from its newest checkpoint to its end, or until asked to stop."""
+    session = Session(job)
+    status = "FAILED"
+    try:
+        ended = session.run(stop)
+        status = "FINISHED" if ended else "KILLED"
+    finally:
+        session.recorder.close(status)
+    step = session.state.step
+    if ended:
+        session.recorder.event("done", step=step)
+    else:
+        message = f"stopped at step {step} with a checkpoint; the same command goes on from there"
+        session.recorder.event("stopped", step=step, message=message)
+
+
+if __name__ == "__main__":
+    worker.main(TrainingJob, work)

@@ -1,0 +1,237 @@
+"""What a training process is given, and how it is started, watched and stopped.
+
+Training always runs in processes of its own under torchrun, one or many: GPU memory is returned
+at their exit, and a crash or an out-of-memory kill leaves the flow alive to say so.
+"""
+
+import contextvars
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import PositiveInt
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.generate import SamplingConfig
+from zeroflow.model.llama import ModelConfig
+from zeroflow.tracking import TrackingConfig
+from zeroflow.training import events
+from zeroflow.training.loop import TrainingConfig
+
+log = logging.getLogger(__name__)
+
+RESULT = "training.json"
+WATCH_PARENT = "--watch-parent"
+
+JOB = "job.json"
+_STOP_SECONDS = 120.0
+_POLL_SECONDS = 0.2
+_LAST_LINES = 20
+
+
+class Cadence(Config):
+    """After how many steps something is done."""
+
+    log: PositiveInt
+    validate_: PositiveInt
+    checkpoint: PositiveInt
+    keep_checkpoints: PositiveInt
+
+
+class TrainingJob(Config):
+    """Everything the training processes of a run need."""
+
+    run_dir: Path
+    model: ModelConfig
+    training: TrainingConfig
+    cadence: Cadence
+    shards: Path
+    validation_rows: PositiveInt
+    """Rows in a validation, evenly spread over those that are held out."""
+
+    bytes_per_token: float | None
+    """Of the validation text; None where it is no text."""
+
+    tokenizer: TokenizerFiles
+    prompt: str
+    sampling: SamplingConfig
+    tracking: TrackingConfig
+    peak_flops: float | None
+    """Of the device, dense, at the run's precision; None if unknown: then no MFU is given."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+
+class TrainResult(Config):
+    """What a finished training leaves in training.json."""
+
+    checkpoint: Path
+    steps: int
+    tokens: int
+    train_loss: float
+    val_loss: float
+    val_bpb: float | None
+    first_val_loss: float
+    """Before the first step."""
+
+    tokens_per_second: float
+    """Of the last training process, without its first step, validation and checkpoints."""
+
+    mfu: float | None
+    peak_memory_bytes: int
+    sample: str
+
+
+class TrainingFailed(RuntimeError):
+    """A training process ended by an error, or was ended."""
+
+
+class TrainingStopped(RuntimeError):
+    """A training process was asked to stop, and did so in order."""
+
+
+def finished(job: TrainingJob) -> TrainResult | None:
+    """The result of this job, if it was trained to its last step before."""
+    path = job.run_dir / RESULT
+    if not path.exists():
+        return None
+    result = TrainResult.model_validate(artifacts.read_json(path))
+    done = result.steps == job.training.steps and result.checkpoint.exists()
+    return result if done else None
+
+
+def train(
+    job: TrainingJob, on_event: Callable[[events.Line], None] = lambda event: None
+) -> TrainResult:
+    """Train in processes of their own, going on from the newest checkpoint.
+
+    Args:
+        on_event: called here with every new line of events.jsonl.
+
+    Raises:
+        TrainingFailed: with the process's own reason, or its last output.
+        TrainingStopped: it was stopped from outside after writing a checkpoint.
+    """
+    job_file = job.run_dir / JOB
+    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    launch("zeroflow.training", job_file, job.run_dir, on_event)
+    if (result := finished(job)) is None:
+        raise TrainingFailed(f"training ended without a result in {job.run_dir / RESULT}")
+    return result
+
+
+def launch(
+    module: str, job_file: Path, run_dir: Path, on_event: Callable[[events.Line], None]
+) -> None:
+    """Run `python -m module job_file` under torchrun until it ends well.
+
+    Its output goes to this module's logger. If this process is interrupted, the child is asked to
+    stop and waited for; if this process dies, the child notices and stops by itself.
+    """
+    tail = events.Tail(run_dir / events.EVENTS, events.size(run_dir / events.EVENTS))
+    outcome: events.Line = {"event": "nothing"}
+
+    def follow() -> None:
+        nonlocal outcome
+        for outcome in tail.new_lines():
+            on_event(outcome)
+
+    with _torchrun(module, job_file) as (process, last_output):
+        while process.poll() is None:
+            follow()
+            time.sleep(_POLL_SECONDS)
+    follow()
+    match outcome["event"]:
+        case "done":
+            return
+        case "failed":
+            raise TrainingFailed(outcome["message"])
+        case "stopped":
+            raise TrainingStopped(outcome["message"])
+    raise TrainingFailed(
+        f"{module} ended with exit code {process.returncode} and said nothing of why; killed, or "
+        "out of memory? Its last output:\n" + "\n".join(last_output)
+    )
+
+
+@contextmanager
+def _torchrun(module: str, job_file: Path) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command += ["-m", module, str(job_file), WATCH_PARENT]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for this process, which then stops the child in order
+        env=_environment(),
+    )
+    last_output: deque[str] = deque(maxlen=_LAST_LINES)
+    # in this context, as Prefect finds the flow run that a log line belongs to there
+    context = contextvars.copy_context()
+    reader = threading.Thread(
+        target=context.run, args=(_pass_on, process, last_output), daemon=True
+    )
+    reader.start()
+    try:
+        yield process, last_output
+        reader.join(timeout=5)
+    finally:
+        _stop(process)
+
+
+def _environment() -> dict[str, str]:
+    # torchrun allows one thread a process where nothing is set, even for a single process
+    threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
+    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+
+
+def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        last_output.append(line.rstrip())
+        log.info("%s", line.rstrip())
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """Ask the child to save and end, wait for it, and leave nothing behind."""
+    if process.poll() is None:
+        log.info("asking the training process to save and stop")
+    family = _family(process.pid)
+    try:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        log.error("the training process did not stop within %d s: killed", _STOP_SECONDS)
+    finally:
+        for member in [*family, *_family(process.pid)]:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,124 @@
+"""One step, and the loop that yields after each; whoever runs it logs, saves and stops."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from zeroflow.config import Config
+from zeroflow.data.batches import MicroBatch
+from zeroflow.model.llama import Llama, ModelConfig, initialize
+from zeroflow.training import optimizer as optimizers
+from zeroflow.training.loss import cross_entropy_sum
+from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
+from zeroflow.training.schedule import Schedule
+
+Precision = Literal["bf16", "fp32"]
+
+
+class ComputeConfig(Config):
+    """How the network is computed, alike in training and in the checks around it."""
+
+    device: Literal["cpu", "cuda"]
+
+    precision: Precision
+    """bf16: matrices are multiplied in bf16, weights and moments stay fp32."""
+
+    compile: bool
+    """Compile the decoder blocks with torch.compile."""
+
+
+class TrainingConfig(Config):
+    """What a training process needs to know about the mathematics of a run."""
+
+    seed: NonNegativeInt
+    micro_batch_rows: PositiveInt
+    accumulate: PositiveInt
+    """Micro-batches in a step, on every rank."""
+
+    schedule: Schedule
+    optimizer: OptimizerConfig
+    compute: ComputeConfig
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+
+@dataclass
+class TrainState:
+    """All that training changes; a checkpoint is this and nothing else."""
+
+    model: Llama
+    optimizer: AdamW
+    step: int = 0
+    """Steps done, which is also the number of the next one."""
+
+
+class StepMetrics(NamedTuple):
+    loss: Tensor
+    """Mean over the tokens of the step, on the device."""
+
+    grad_norm: Tensor
+    """Global norm before clipping, on the device."""
+
+    learning_rate: float
+
+
+class BatchSource(Protocol):
+    def micro_batches(self, step: int) -> list[MicroBatch]: ...
+
+
+def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
+    """A freshly initialised model and optimiser on the device; the same for the same seed."""
+    with torch.device(config.compute.device):
+        network = Llama(model)
+    initialize(network, config.seed)
+    if config.compute.compile:
+        for block in network.model.layers:
+            block.compile(dynamic=False)
+    optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
+    return TrainState(network, optimizer)
+
+
+def autocast(compute: ComputeConfig) -> AbstractContextManager[object]:
+    """The context in which the network is computed at its precision."""
+    if compute.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(compute.device, dtype=torch.bfloat16)
+
+
+def train_step(
+    state: TrainState, micro_batches: list[MicroBatch], config: TrainingConfig
+) -> StepMetrics:
+    """Advance `state` by one optimiser step over the mean loss of all `micro_batches`."""
+    learning_rate = config.schedule.learning_rate(state.step)
+    set_learning_rate(state.optimizer, learning_rate)
+    tokens = sum(batch.targets.numel() for batch in micro_batches)
+    losses = []
+    for inputs, targets in micro_batches:
+        inputs, targets = (
+            tensor.to(config.compute.device, non_blocking=True) for tensor in (inputs, targets)
+        )
+        with autocast(config.compute):
+            loss = state.model(inputs, partial(cross_entropy_sum, targets=targets)) / tokens
+        loss.backward()
+        losses.append(loss.detach())  # no .item(): it would wait for the GPU
+
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return StepMetrics(torch.stack(losses).sum(), grad_norm, learning_rate)
+
+
+def train(state: TrainState, batches: BatchSource, config: TrainingConfig) -> Iterator[StepMetrics]:
+    """Train from `state.step` to the last step, yielding after each."""
+    while state.step < config.steps:
+        yield train_step(state, batches.micro_batches(state.step), config)
