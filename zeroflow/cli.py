@@ -251,3 +251,5 @@ def _kinds(annotation: Any) -> list[Any]:
 
 def entry() -> None:
     raise SystemExit(main())
+if __name__ == "__main__":
+    entry()

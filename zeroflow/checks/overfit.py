@@ -35,7 +35,6 @@ RESULT = "overfit.json"
 _JOB = "overfit-job.json"
 _ROWS = 4
 _CONTEXT = 64
-_PEAK = 1e-3
 _WARMUP_STEPS = 5
 
 
@@ -147,11 +146,17 @@ def overfit(
     )
 
 
-def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
-    """The run's training settings, for one small batch at a steady learning rate."""
+def settings(
+    model: ModelConfig, training: TrainingConfig, limits: OverfitConfig
+) -> TrainingConfig:
+    """The run's training settings, for one small batch at a steady learning rate.
+
+    The rate falls with the width, within what is usual: https://arxiv.org/abs/2203.03466. It is not
+    the run's, which suits millions of tokens rather than a few hundred.
+    """
     # Twice the steps, of which the check does the first half: no decay within it
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
-    peak = min(_PEAK, training.schedule.peak)
+    peak = min(1e-2, max(3e-4, 0.32 / model.hidden_size))
     schedule = Schedule(name="wsd", peak=peak, warmup_steps=_WARMUP_STEPS, steps=steps)
     return training.replace(micro_batch_rows=_ROWS, accumulate=1, schedule=schedule)
 
@@ -181,7 +186,7 @@ def _curve(result: OverfitResult) -> str:
 
 
 def work(job: OverfitJob, stop: StopRequest) -> None:
-    config = settings(job.training, job.limits)
+    config = settings(job.model, job.training, job.limits)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form

@@ -29,6 +29,8 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 _READ_ROWS = 1000
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+# What the decompressors, the Parquet reader and UTF-8 raise; none of them names the file
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
 
 class Document(NamedTuple):
@@ -214,7 +216,10 @@ def _kind(path: Path) -> str:
 def _files(config: CorpusConfig) -> Iterator[Document]:
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for name, path in _matching(config.data_path):
-        yield from readers[_kind(path)](name, path, config.text_column)
+        try:
+            yield from readers[_kind(path)](name, path, config.text_column)
+        except _UNREADABLE as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -225,11 +230,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_text(name: str, path: Path, column: str) -> Iterator[Document]:
     with _open(path) as file:
-        content = file.read()
-    try:
-        yield Document(name, content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        yield Document(name, file.read().decode("utf-8"))
 
 
 def _read_jsonl(name: str, path: Path, column: str) -> Iterator[Document]:
@@ -271,8 +272,14 @@ def _read_parquet(name: str, path: Path, column: str) -> Iterator[Document]:
             for batch in file.iter_batches(batch_size=_READ_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
+                    text = row[column] or ""
+                    if not isinstance(text, str):
+                        raise ValueError(
+                            f"{path}, row {number} has {type(text).__name__} in column {column!r}, "
+                            "no text: set --text-column"
+                        )
                     document_id = str(row.get("id") or f"{name}:{number}")
-                    yield Document(document_id, row[column] or "", str(row.get("url") or ""))
+                    yield Document(document_id, text, str(row.get("url") or ""))
 
 
 # Sample

@@ -231,7 +231,8 @@ class _SplitWriter:
         self._documents += 1
         self._document_tokens += len(document.tokens)
         self._text_bytes += document.text_bytes
-        while self._packing.waiting >= self._shard_rows:
+        # a document may be longer than all that is wanted
+        while self._packing.waiting >= self._shard_rows and self._rows < self._target:
             self._write(self._shard_rows)
         return {
             "id": document.id,
@@ -326,7 +327,8 @@ def _split(documents: Iterator[Tokenized], identity: dict[str, Any]) -> Iterator
     """Assign whole documents to validation by a hash of their id.
 
     Documents with the lowest hashes of the first window go to validation even above the fraction,
-    until they fill a row: a corpus of a few documents can be held out from as well.
+    until they fill a row, and the highest never does: a corpus of a few documents can be held out
+    from as well.
     """
     window = list(islice(documents, _FIRST_WINDOW))
     order = sorted(window, key=lambda document: corpus.held_out(document.id))
@@ -336,6 +338,8 @@ def _split(documents: Iterator[Tokenized], identity: dict[str, Any]) -> Iterator
             break
         filled += len(document.tokens)
         limit = max(limit, np.nextafter(corpus.held_out(document.id), 1))
+    if window:
+        limit = min(limit, corpus.held_out(order[-1].id))
     for document in chain(window, documents):
         yield _Assigned(document, corpus.held_out(document.id) < limit)
 

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from tiny import MODEL, training_config
+
+from zeroflow.checks import overfit as checks
+from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitResult
+from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.training import loop
+from zeroflow.training.loop import TrainState, new_state
+from zeroflow.training.optimizer import OptimizerConfig
+
+LIMITS = OverfitConfig(overfit_steps=80, overfit_loss=0.1)
+CONFIG = training_config(steps=200, peak=1e-2, optimizer=OptimizerConfig(beta2=0.95))
+ROWS = np.random.default_rng(0).integers(MODEL.vocab_size, size=(2, 17), dtype=np.int32)
+BATCH = FixedBatch(to_micro_batch(ROWS))
+
+
+def run(state: TrainState | None = None, batches: object = BATCH) -> OverfitResult:
+    result = checks.overfit(state or new_state(MODEL, CONFIG), batches, CONFIG, LIMITS)
+    assert result is not None
+    return result
+
+
+def test_sound_model_learns_the_batch_by_heart_the_same_way_each_time():
+    first, again = run(), run()
+    assert first.passed and first.loss < 0.1 and 5 < first.steps < 80
+    assert first.curve[0] == pytest.approx(np.log(MODEL.vocab_size), abs=0.1)  # fresh: knows nothing
+    assert len(first.curve) == first.steps
+    assert first.curve == again.curve
+
+
+def test_frozen_block_is_caught_although_the_batch_is_learned():
+    state = new_state(MODEL, CONFIG)
+    state.model.model.layers[0].requires_grad_(False)
+    result = run(state)
+    assert not result.passed and result.loss < 0.1
+    assert "9 parameters never changed, such as model.layers.0." in result.reason
+
+
+def test_block_cut_off_from_the_graph_is_caught_although_the_batch_is_learned():
+    state = new_state(MODEL, CONFIG)
+    block = state.model.model.layers[1].self_attn
+    forward = block.forward
+    block.forward = lambda *inputs: forward(*inputs).detach()
+    result = run(state)
+    assert not result.passed and result.loss < 0.1
+    assert "never changed, such as model.layers.1." in result.reason
+
+
+def test_matrix_that_only_decays_is_caught():
+    state = new_state(MODEL, CONFIG)
+    state.model.model.layers[0].self_attn.k_proj.weight.register_hook(torch.zeros_like)
+    result = run(state)
+    assert not result.passed
+    assert "model.layers.0.self_attn.k_proj.weight" in result.reason
+
+
+def test_learning_rate_of_zero_is_caught(monkeypatch):
+    set_learning_rate = loop.set_learning_rate
+    monkeypatch.setattr(loop, "set_learning_rate", lambda opt, rate: set_learning_rate(opt, 0.0))
+    result = run()
+    assert not result.passed and result.steps == LIMITS.overfit_steps
+    assert "in 80 steps, not below 0.1: gradients, optimiser or labels" in result.reason
+    assert result.curve == [result.curve[0]] * 80
+
+
+def test_labels_that_change_at_every_step_are_caught():
+    class Restless:
+        def micro_batches(self, step: int) -> list[MicroBatch]:
+            shift = torch.randint(1, MODEL.vocab_size, (1,), generator=torch.Generator().manual_seed(step))
+            return [MicroBatch(BATCH.batch.inputs, (BATCH.batch.targets + shift) % MODEL.vocab_size)]
+
+    result = run(batches=Restless())
+    assert not result.passed and "not below 0.1" in result.reason
+
+
+def test_check_ends_between_two_steps_when_asked_to():
+    answers = iter([False, False, True])
+    state = new_state(MODEL, CONFIG)
+    assert checks.overfit(state, BATCH, CONFIG, LIMITS, stop=lambda: next(answers)) is None
+    assert state.step == 3
+
+
+def test_settings_are_the_runs_own_but_for_batch_and_schedule():
+    run_settings = training_config(
+        seed=7, steps=10**6, peak=5e-4, micro_batch_rows=64, accumulate=9
+    )
+    settings = checks.settings(run_settings, OverfitConfig(overfit_steps=150))
+    for name in ("seed", "optimizer", "compute"):
+        assert getattr(settings, name) == getattr(run_settings, name)
+    assert settings.accumulate == 1
+    rates = [settings.schedule.learning_rate(step) for step in range(150)]
+    assert max(rates) == 5e-4 and set(rates[10:]) == {5e-4}, "no decay within the check"
+    bold = checks.settings(training_config(peak=0.5), OverfitConfig())
+    assert bold.schedule.peak == 1e-3
+
+
+def test_batch_is_the_beginning_of_the_first_rows():
+    rows = np.arange(10 * 100).reshape(10, 100)
+    [batch] = checks.fixed_batch(rows).micro_batches(0)
+    assert batch.inputs.tolist() == rows[:4, :64].tolist()
+    assert batch.targets.tolist() == rows[:4, 1:65].tolist()
+    [only] = checks.fixed_batch(rows[:1, :9]).micro_batches(5)
+    assert only.inputs.tolist() == rows[:1, :8].tolist()
+
+
+def test_failure_tells_the_reason_and_the_curve():
+    curve = [5.0 - step / 100 for step in range(200)]
+    result = OverfitResult(passed=False, loss=3.01, steps=200, reason="because", curve=curve)
+    message = str(checks.OverfitFailed(result))
+    assert "because" in message and "5.000" in message and "3.010" in message
+    assert len(message) < 300

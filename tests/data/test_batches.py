@@ -1,0 +1,99 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from zeroflow.data.batches import Batches, permute, row_ids, to_micro_batch
+
+ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
+"""23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
+
+
+def batches(*, accumulate: int, world: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
+    return Batches(
+        ROWS, seed=seed, micro_batch_rows=micro, accumulate=accumulate, rank=rank, world=world
+    )
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@example(size=1, key=0)
+@example(size=2, key=1)
+@example(size=4096, key=1)
+@example(size=4097, key=1)
+def test_permutation_visits_every_place_once(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permutation_of_a_place_needs_no_others():
+    size = 10**12
+    places = np.array([0, 1, 5 * 10**11, size - 1])
+    together = permute(places, size, key=3)
+    assert together.tolist() == [int(permute(places[i : i + 1], size, key=3)[0]) for i in range(4)]
+    assert len(set(together.tolist())) == 4 and together.max() < size
+
+
+def test_permutation_sends_a_place_anywhere_alike():
+    size, keys = 10, 1000
+    visits = np.stack([permute(np.arange(size), size, key) for key in range(keys)])
+    for place in range(size):
+        counts = np.bincount(visits[:, place], minlength=size)
+        # binomial with mean 100 and deviation 9.5: five of them
+        assert abs(counts - keys / size).max() < 48
+
+
+@pytest.mark.parametrize("size", [1, 2, 23, 100, 1000])
+def test_every_row_comes_once_an_epoch_in_another_order_each_time(size):
+    ids = row_ids(np.arange(3 * size), size, seed=5).reshape(3, size)
+    for epoch in ids:
+        assert sorted(epoch.tolist()) == list(range(size))
+    if size >= 23:
+        assert all(not np.array_equal(a, b) for a, b in pairwise(ids))
+        assert not np.array_equal(ids[0], row_ids(np.arange(size), size, seed=6))
+
+
+# global batches of 1, 6, 12, 23, 30 rows out of 23: also larger than an epoch
+@pytest.mark.parametrize("split", [(1, 1, 1), (2, 3, 1), (3, 2, 2), (1, 1, 23), (5, 2, 3)])
+def test_steps_of_any_size_visit_every_row_once_an_epoch(split):
+    accumulate, world, micro = split
+    size = accumulate * world * micro
+    source = batches(accumulate=accumulate, world=world, micro=micro)
+    visited = np.concatenate([source.row_ids(step).ravel() for step in range(23)])
+    assert len(visited) == 23 * size
+    for epoch in visited.reshape(size, 23):
+        assert sorted(epoch.tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize("split", [(12, 1, 1), (1, 12, 1), (2, 3, 2), (3, 2, 2), (1, 4, 3)])
+@pytest.mark.parametrize("step", [0, 1, 40])
+def test_ranks_and_micro_batches_only_split_the_global_batch(split, step):
+    whole = batches(accumulate=1, world=1, micro=12).micro_batches(step)[0].inputs
+    accumulate, world, micro = split
+    parts = []
+    for rank in range(world):
+        mine = batches(accumulate=accumulate, world=world, micro=micro, rank=rank)
+        shares = mine.micro_batches(step)
+        assert [share.inputs.shape for share in shares] == [(micro, 4)] * accumulate
+        parts += [share.inputs for share in shares]
+    joined = torch.cat(parts)
+    assert sorted(joined.tolist()) == sorted(whole.tolist())
+
+
+def test_batch_needs_no_history():
+    walked = batches(accumulate=2, world=1, micro=3)
+    for step in range(9):
+        before = walked.micro_batches(step)
+    fresh = batches(accumulate=2, world=1, micro=3).micro_batches(8)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(before, fresh, strict=True))
+    other = batches(accumulate=2, world=1, micro=3, seed=8).micro_batches(8)
+    assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(before, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
+def test_target_is_the_token_after_the_input(dtype):
+    inputs, targets = to_micro_batch(np.array([[5, 6, 7], [8, 9, 65_535]]).astype(dtype))
+    assert inputs.tolist() == [[5, 6], [8, 9]]
+    assert targets.tolist() == [[6, 7], [9, 65_535]]
+    assert inputs.dtype == targets.dtype == torch.int64

@@ -1,0 +1,189 @@
+import bz2
+import gzip
+import json
+import json.decoder
+import lzma
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import files_corpus
+
+from zeroflow.data import corpus
+from zeroflow.data.corpus import CorpusConfig, Document
+
+
+def with_pyarrow(codec):
+    def compress(content: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+
+    return compress
+
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": with_pyarrow("zstd"),
+    ".lz4": with_pyarrow("lz4"),
+}
+ROWS = [
+    {"id": "a", "url": "https://example.org/a", "text": "one\ntwo é\u2028 "},
+    {"id": "b", "url": "", "text": "three"},
+]
+
+
+def as_txt(rows: list[dict[str, str]]) -> bytes:
+    return rows[0]["text"].encode()
+
+
+def as_jsonl(rows: list[dict[str, str]]) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def as_parquet(rows: list[dict[str, str]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def read(*paths: object, **settings: str) -> list[Document]:
+    return list(corpus.documents(files_corpus(*map(str, paths), **settings)))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_files_of_every_kind_are_read_also_compressed(tmp_path, suffix):
+    for kind, write in ((".txt", as_txt), (".jsonl", as_jsonl), (".parquet", as_parquet)):
+        (tmp_path / f"file{kind}{suffix}").write_bytes(COMPRESS[suffix](write(ROWS)))
+    whole = [Document(**row) for row in ROWS]
+    assert read(tmp_path / f"*.jsonl{suffix}") == whole
+    assert read(tmp_path / f"*.parquet{suffix}") == whole
+    assert read(tmp_path / f"*.txt{suffix}") == [Document(f"file.txt{suffix}", ROWS[0]["text"])]
+
+
+def test_documents_without_id_are_named_after_their_file_and_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    (tmp_path / "b.parquet").write_bytes(as_parquet([{"text": "three"}, {"text": "four"}]))
+    ids = [document.id for document in read(tmp_path / "**" / "*.*")]
+    assert ids == ["a/x.jsonl:1", "a/x.jsonl:3", "b.parquet:1", "b.parquet:2"]
+
+
+def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
+    for name in ("c", "a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    asked_twice = (tmp_path / "c.txt", tmp_path / "[ab].txt", tmp_path / "*.txt")
+    assert [document.text for document in read(*asked_twice)] == ["a", "b", "c"]
+    everything = files_corpus(str(tmp_path / "*.txt")).data_revision
+    assert files_corpus(*map(str, asked_twice)).data_revision == everything
+
+
+def test_revision_is_of_names_and_contents_not_of_the_place(tmp_path):
+    def revision(folder: str, name: str, content: str) -> str | None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+        return files_corpus(str(tmp_path / folder / "*")).data_revision
+
+    here = revision("here", "a.txt", "one")
+    assert revision("there", "a.txt", "one") == here
+    assert revision("renamed", "b.txt", "one") != here
+    assert revision("rewritten", "a.txt", "two") != here
+
+
+def test_files_that_have_changed_since_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    pinned = files_corpus(str(tmp_path / "a.txt"))
+    assert corpus.resolve(pinned).corpus == pinned
+    (tmp_path / "a.txt").write_text("two")
+    with pytest.raises(ValueError, match="the files of files have changed"):
+        corpus.resolve(pinned)
+
+
+def test_empty_documents_are_left_out(tmp_path):
+    rows = [{"text": "one"}, {"text": ""}, {"text": None}, {"text": "two"}]
+    (tmp_path / "a.parquet").write_bytes(as_parquet(rows))
+    (tmp_path / "b.txt").write_text("")
+    assert [document.text for document in read(tmp_path / "*")] == ["one", "two"]
+
+
+def test_text_may_be_in_another_column(tmp_path):
+    rows = [{"body": "one", "id": "a"}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    (tmp_path / "b.parquet").write_bytes(as_parquet(rows))
+    assert read(tmp_path / "*", text_column="body") == [Document("a", "one")] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl"),
+        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl, line 1 has no text.*'body'.*--text-column"),
+        ("a.jsonl", b'{"text": 1}', r"a\.jsonl, line 1 has no text in field 'text'"),
+        ("a.jsonl", b"[1]", r"a\.jsonl, line 1 has no text in field 'text', only list"),
+        ("a.txt", b"\xff\xfe", r"a\.txt cannot be read: .*utf-8"),
+        ("a.txt.gz", b"this is no gzip", r"a\.txt\.gz"),
+        ("a.jsonl.xz", b"this is no xz", r"a\.jsonl\.xz"),
+        ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
+        ("a.parquet", b"this is no parquet", r"a\.parquet"),
+        ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no column 'text'.*'body'"),
+        ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet, row 1 has int in column 'text'"),
+    ],
+)
+def test_file_that_breaks_its_promise_is_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"a\.csv: cannot tell what it holds"):
+        files_corpus(str(tmp_path / "*"))
+    with pytest.raises(ValueError, match=r"--data-path .*\.txt matches no file"):
+        files_corpus(str(tmp_path / "*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_mode": "files"}, "data_mode files needs data_path"),
+        ({"data_mode": "sample", "data_path": ("x",)}, "add --data-mode files"),
+        ({"data_mode": "sample", "allow_synthetic_fallback": True}, "sample needs no hub"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CorpusConfig(**settings)
+
+
+def test_sample_is_the_source_of_the_standard_library():
+    settled = corpus.resolve(CorpusConfig(data_mode="sample")).corpus
+    documents = {document.id: document.text for document in corpus.documents(settled)}
+    source = Path(json.decoder.__file__)
+    assert documents["json/decoder.py"] == source.read_text(encoding="utf-8")
+    assert len(documents) > 100
+    assert not any("site-packages" in name for name in documents)
+    first = [document.id for document in islice(corpus.documents(settled), 100)]
+    assert first == list(documents)[:100]
+    assert len({name.split("/")[0] for name in first}) > 10, "the order mixes the subjects"
+
+
+def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
+    places = sorted(corpus.held_out(f"document {i}") for i in range(10_000))
+    # Kolmogorov-Smirnov: one in a million even samples deviates by more than 0.027
+    assert max(abs(place - i / 10_000) for i, place in enumerate(places)) < 0.027
+    assert 0 <= corpus.held_out("lone \ud800") < 1
+
+
+def test_first_bytes_end_with_the_document_that_passes_the_limit():
+    stream = [Document(str(i), "é" * 5) for i in range(10)]
+    assert len(list(corpus.first_bytes(stream, 10))) == 1
+    assert len(list(corpus.first_bytes(stream, 11))) == 2
+    assert len(list(corpus.first_bytes(stream, 10**6))) == 10

@@ -1,0 +1,183 @@
+"""Against a hub on loopback, in processes of their own: HF_ENDPOINT is read at import."""
+
+import json
+import os
+import subprocess
+import sys
+from http.client import HTTPException
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub import TOKEN, Fault, Hub, fineweb_edu_repo, llama_tokenizer_repo
+
+from zeroflow.data import hub as hubs
+
+PRELUDE = """
+import json, sys
+from pathlib import Path
+from zeroflow.data import corpus, hub, tokenizer
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.tokenizer import LLAMA, TokenizerConfig
+
+cache = Path(sys.argv[1])
+text = CorpusConfig(data_mode="fineweb", data_revision="any")
+facts = {}
+
+def failure(name, call):
+    try:
+        call()
+    except hub.HubError as error:
+        facts[name] = {"message": str(error), "transient": error.transient}
+
+def resolve(name):
+    return tokenizer.resolve(TokenizerConfig(tokenizer_name=name), text, cache)
+"""
+
+
+def ask(script: str, endpoint: str, tmp_path: Path, **environment: str) -> dict:
+    """What `script` leaves in its dictionary `facts`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "DO_NOT_TRACK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{PRELUDE}\n{script}\nprint(json.dumps(facts))", str(tmp_path)],
+        env=kept | ours | environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_refusals_say_what_can_be_done_and_whether_to_try_again(tmp_path):
+    def busy(method: str, path: str, headers: object) -> Fault | None:
+        return Fault(status=503) if "busy" in path else None
+
+    script = """
+failure("gated", lambda: resolve(LLAMA))
+failure("unknown", lambda: resolve("nobody/nothing"))
+failure("busy", lambda: resolve("owner/busy"))
+resolved = resolve("auto")
+facts["auto"] = [resolved.tokenizer.tokenizer_name, resolved.reason]
+"""
+    with Hub([llama_tokenizer_repo(gated=True)]) as hub:
+        hub.fault = busy
+        facts = ask(script, hub.url, tmp_path)
+
+    assert not facts["gated"]["transient"]
+    assert "meta-llama/Llama-3.1-8B: gated" in facts["gated"]["message"]
+    for remedy in ("hf auth login", "--tokenizer-name train", "--tokenizer-name FOLDER"):
+        assert remedy in facts["gated"]["message"]
+    assert not facts["unknown"]["transient"]
+    assert "nobody/nothing: unknown to the hub" in facts["unknown"]["message"]
+    assert facts["busy"]["transient"]
+    assert "503" in facts["busy"]["message"]
+    name, reason = facts["auto"]
+    assert name == "train" and "Llama-3.1-8B is not cached" in reason and "gated" in reason
+    assert not (tmp_path / "tokenizers").exists()
+
+
+def test_gated_tokenizer_is_fetched_once_with_a_token_and_then_needs_no_hub(tmp_path):
+    script = """
+resolved = resolve("auto")
+facts["reason"] = resolved.reason
+facts["files"] = tokenizer.fetch(resolved.tokenizer, text, cache).model_dump(mode="json")
+facts["revision"] = resolved.tokenizer.tokenizer_revision
+"""
+    repo = llama_tokenizer_repo(gated=True)
+    with Hub([repo]) as hub:
+        first = ask(script, hub.url, tmp_path, HF_TOKEN=TOKEN)
+        assert not any("safetensors" in path for _, path in hub.requests)
+        before = len(hub.requests)
+        again = ask(script, hub.url, tmp_path)
+        assert len(hub.requests) == before
+    assert first["revision"] == again["revision"] == repo.sha
+    assert first["files"] == again["files"]
+    assert "from the Hugging Face Hub" in first["reason"] and "cached" in again["reason"]
+    folder = Path(first["files"]["path"])
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (folder / name).read_bytes() == repo.contents[name]
+    assert not (folder / ".cache").exists()
+
+
+def test_hub_that_nobody_answers_for_is_a_transient_failure_or_a_fallback(tmp_path):
+    script = """
+failure("tokenizer", lambda: resolve("owner/name"))
+failure("fineweb", lambda: corpus.resolve(CorpusConfig(data_mode="fineweb")))
+for name, settings in {"auto": {}, "synthetic": {"allow_synthetic_fallback": True}}.items():
+    resolved = corpus.resolve(CorpusConfig(**settings))
+    facts[name] = [resolved.corpus.data_mode, resolved.reason]
+"""
+    facts = ask(script, "http://127.0.0.1:9", tmp_path)  # discard: nobody listens there
+    for name in ("tokenizer", "fineweb"):
+        assert facts[name]["transient"] and "cannot be reached" in facts[name]["message"]
+    assert "--data-mode sample" in facts["fineweb"]["message"]
+    assert "--allow-synthetic-fallback" in facts["fineweb"]["message"]
+    assert facts["auto"][0] == "sample" and "out of reach" in facts["auto"][1]
+    assert facts["synthetic"][0] == "synthetic" and "SYNTHETIC" in facts["synthetic"][1]
+
+
+def test_fineweb_is_streamed_in_order_at_the_pinned_revision(tmp_path):
+    script = """
+settled, reason = corpus.resolve(CorpusConfig())
+facts |= {"mode": settled.data_mode, "reason": reason, "revision": settled.data_revision}
+facts["documents"] = list(corpus.documents(settled))
+try:
+    list(corpus.documents(settled.replace(fineweb_subset="sample-1T")))
+except ValueError as error:
+    facts["subset"] = str(error)
+"""
+    repo = fineweb_edu_repo(documents=60)
+    with Hub([repo]) as hub:
+        facts = ask(script, hub.url, tmp_path)
+    files = [content for name, content in repo.contents.items() if name.startswith("sample/10BT")]
+    rows = [row for file in files for row in pq.read_table(pa.BufferReader(file)).to_pylist()]
+    assert facts["documents"] == [[row["id"], row["text"], row["url"]] for row in rows]
+    assert len(rows) == 60
+    assert (facts["mode"], facts["revision"]) == ("fineweb", repo.sha)
+    assert "no subset sample-1T, only" in facts["subset"] and "sample-10BT" in facts["subset"]
+
+
+def answered(status: int, code: str = "") -> Exception:
+    error = RuntimeError("something about the hub")
+    error.response = SimpleNamespace(status_code=status, headers={"X-Error-Code": code})
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "transient", "cause"),
+    [
+        (answered(401, "GatedRepo"), False, "gated"),
+        (answered(403), False, "gated"),
+        (answered(401, "RepoNotFound"), False, "unknown"),
+        (answered(404, "RevisionNotFound"), False, "not found on the hub (RevisionNotFound)"),
+        (answered(429), True, "slow down"),
+        (answered(500), True, "500"),
+        (answered(503), True, "503"),
+        (answered(418), False, "418"),
+        (ConnectionRefusedError("refused"), True, "cannot be reached (refused)"),
+        (HTTPException("IncompleteRead"), True, "reading from the hub failed"),
+    ],
+)
+def test_failure_is_explained_by_its_status_even_behind_other_errors(error, transient, cause):
+    plain = hubs.explain(error, "owner/name")
+    try:
+        try:
+            raise error
+        except type(error):
+            raise FileNotFoundError("what a library makes of it")  # noqa: B904, as they do
+    except FileNotFoundError as hiding:
+        hidden = hubs.explain(hiding, "owner/name")
+    assert plain.transient == transient and cause in plain.cause
+    assert str(plain).startswith("owner/name: ")
+    if hasattr(error, "response"):
+        assert (hidden.transient, hidden.cause) == (plain.transient, plain.cause)
+
+
+def test_remedies_are_added_to_the_message_and_change_nothing_else():
+    error = hubs.HubError("owner/name", "is busy", transient=True)
+    better = error.with_remedies("wait", "ask")
+    assert (better.subject, better.cause, better.transient) == ("owner/name", "is busy", True)
+    assert str(better) == "owner/name: is busy. What can be done:\n  - wait\n  - ask"

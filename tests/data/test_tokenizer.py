@@ -1,0 +1,194 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub import llama_tokenizer_repo
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import contents, jsonl_corpus
+from tokenizers import Tokenizer
+
+from zeroflow.data import corpus, tokenizer
+from zeroflow.data.corpus import CorpusConfig, Document
+from zeroflow.data.tokenizer import TokenizerConfig
+
+SYNTHETIC = CorpusConfig(data_mode="synthetic")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A tokenizer built like Llama 3's, as it lies in a folder of its own."""
+    folder = tmp_path_factory.mktemp("models") / "My Llama"
+    folder.mkdir()
+    for name, content in llama_tokenizer_repo(vocab_size=400).contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder, text, tmp_path_factory):
+    config = TokenizerConfig(tokenizer_name=str(llama_folder))
+    return tokenizer.fetch(config, text.corpus, tmp_path_factory.mktemp("cache"))
+
+
+def encode(files, *texts: str) -> list[list[int]]:
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    return [document.tokens.tolist() for document in tokenizer.encode(files, documents)]
+
+
+def decode(files, ids: list[int]) -> str:
+    return tokenizer.load(files).decode(ids, skip_special_tokens=False)
+
+
+@given(document=st.text())
+def test_trained_tokenizer_gives_any_text_back(text, document):
+    loaded = tokenizer.load(text.tokens)
+    ids = loaded.encode(document, add_special_tokens=False).ids
+    assert loaded.decode(ids, skip_special_tokens=False) == document
+    assert all(id_ < text.tokens.vocab_size for id_ in ids)
+
+
+def test_training_merges_what_is_frequent_in_the_text(text):
+    document = text.texts[0]
+    [ids] = encode(text.tokens, document)
+    assert len(ids) < 0.7 * len(document.encode())
+    assert text.tokens.vocab_size == 400
+
+
+def test_text_of_few_kinds_of_word_trains_a_smaller_vocabulary(tmp_path):
+    config = TokenizerConfig(tokenizer_name="train", vocab_size=1000)
+    files = tokenizer.fetch(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
+    loaded = Tokenizer.from_file(str(files.path / "tokenizer.json"))
+    assert files.vocab_size == loaded.get_vocab_size() < 300
+
+
+@pytest.mark.parametrize("which", ["trained", "llama"])
+def test_every_document_ends_with_the_end_of_text_and_holds_it_nowhere_else(text, llama, which):
+    files = text.tokens if which == "trained" else llama
+    documents = ["<|end_of_text|>", "<|begin_of_text|>a<|end_of_text|> b", "plain", " "]
+    for document, ids in zip(documents, encode(files, *documents), strict=True):
+        assert ids.count(files.end_of_text) == 1 and ids[-1] == files.end_of_text
+        # special tokens that a document spells out are text: none is a control id
+        assert decode(files, ids[:-1]) == document
+        assert Tokenizer.from_file(str(files.path / "tokenizer.json")).token_to_id(
+            "<|begin_of_text|>"
+        ) not in set(ids)
+
+
+def test_encoding_keeps_order_ids_urls_and_bytes_over_many_documents(text):
+    documents = [Document(f"d{i}", f"text é {i}", f"u{i}") for i in range(600)]
+    encoded = list(tokenizer.encode(text.tokens, iter(documents)))
+    assert [(e.id, e.url) for e in encoded] == [(d.id, d.url) for d in documents]
+    for document, tokens in zip(documents, encoded, strict=True):
+        assert decode(text.tokens, tokens.tokens[:-1].tolist()) == document.text
+        assert tokens.text_bytes == len(document.text.encode())
+        assert tokens.tokens.dtype == np.int32
+
+
+def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_path):
+    lines = ['{"text": "a \\ud800 b"}', '{"text": "\\ud83d\\ude00 \\ude00"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settled = corpus.resolve(
+        CorpusConfig(data_mode="files", data_path=(str(tmp_path / "a.jsonl"),))
+    ).corpus
+    encoded = list(tokenizer.encode(text.tokens, corpus.documents(settled)))
+    texts = [decode(text.tokens, document.tokens[:-1].tolist()) for document in encoded]
+    assert texts == ["a \ufffd b", "\U0001f600 \ufffd"]
+    config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
+    assert tokenizer.fetch(config, settled, tmp_path).path.exists()
+
+
+def test_id_outside_the_vocabulary_is_refused_with_its_document(text):
+    smaller = text.tokens.replace(vocab_size=300)
+    with pytest.raises(ValueError, match=r"gave id \d+ for document 0.*300 tokens"):
+        encode(smaller, text.texts[0])
+
+
+def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder):
+    copied = contents(llama.path)
+    assert "model.safetensors" not in copied
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert copied[name] == (llama_folder / name).read_bytes()
+    assert llama.path.name.startswith("my-llama-")
+    assert llama.vocab_size == 400
+    assert llama.end_of_text == tokenizer.load(llama).token_to_id("<|end_of_text|>")
+
+
+def test_tokenizer_file_alone_is_taken_by_any_name(llama, llama_folder, text, tmp_path):
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "other.json"
+    file.write_bytes((llama_folder / "tokenizer.json").read_bytes())
+    config = TokenizerConfig(tokenizer_name=str(file))
+    files = tokenizer.fetch(config, text.corpus, tmp_path / "cache")
+    assert sorted(contents(files.path)) == ["manifest.json", "tokenizer.json"]
+    assert files.fingerprint == llama.fingerprint
+    assert encode(files, "some text") == encode(llama, "some text")
+
+
+@pytest.mark.parametrize("name", ["train", "folder"])
+def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_path):
+    config = TokenizerConfig(
+        tokenizer_name=str(llama_folder) if name == "folder" else name, vocab_size=300
+    )
+    first = tokenizer.fetch(config, text.corpus, tmp_path)
+    made = first.path.stat().st_mtime_ns
+    assert tokenizer.fetch(config, text.corpus, tmp_path) == first
+    assert first.path.stat().st_mtime_ns == made
+    assert tokenizer.describe(first.path) == first
+
+
+def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
+    config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
+    files = tokenizer.fetch(config, text.corpus, tmp_path)
+    before = contents(files.path)
+    (files.path / "tokenizer.json").write_text("{}")
+    assert tokenizer.fetch(config, text.corpus, tmp_path) == files
+    assert contents(files.path) == before
+
+
+def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
+    def path(corpus_, vocab_size):
+        config = TokenizerConfig(tokenizer_name="train", vocab_size=vocab_size)
+        return tokenizer.fetch(config, corpus_, tmp_path).path
+
+    other = jsonl_corpus(tmp_path / "other.jsonl", ["something else"])
+    assert len({path(text.corpus, 300), path(text.corpus, 301), path(other, 300)}) == 3
+
+
+def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_folder, text, tmp_path):
+    config = TokenizerConfig(tokenizer_name=str(llama_folder), end_of_text="<|begin_of_text|>")
+    files = tokenizer.fetch(config, text.corpus, llama.path.parent.parent)
+    assert files.end_of_text == tokenizer.load(files).token_to_id("<|begin_of_text|>")
+    assert files.path != llama.path and files.fingerprint != llama.fingerprint
+
+
+def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, tmp_path):
+    (tmp_path / "mute").mkdir()
+    tokens = json.loads((llama_folder / "tokenizer.json").read_text())
+    tokens["added_tokens"], tokens["post_processor"] = [], None
+    (tmp_path / "mute" / "tokenizer.json").write_text(json.dumps(tokens))
+    config = TokenizerConfig(tokenizer_name=str(tmp_path / "mute"))
+    with pytest.raises(ValueError, match="has no token .*--end-of-text"):
+        tokenizer.fetch(config, text.corpus, tmp_path / "cache")
+    folders = [path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir()]
+    assert not folders
+
+
+def test_synthetic_data_takes_no_tokenizer(tmp_path):
+    config = TokenizerConfig(vocab_size=500)
+    settled = tokenizer.resolve(config, SYNTHETIC, tmp_path).tokenizer
+    files = tokenizer.fetch(settled, SYNTHETIC, tmp_path)
+    assert files.path is None and (files.vocab_size, files.end_of_text) == (500, 499)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_trains_its_tokenizer_by_default(tmp_path):
+    sample = CorpusConfig(data_mode="sample")
+    assert tokenizer.resolve(TokenizerConfig(), sample, tmp_path).tokenizer.tokenizer_name == "train"
+
+
+@pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./nowhere", "nowhere.json"])
+def test_local_name_that_does_not_exist_is_not_looked_for_on_the_hub(name, text, tmp_path):
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        tokenizer.resolve(TokenizerConfig(tokenizer_name=name), text.corpus, tmp_path)

@@ -1,0 +1,277 @@
+"""The whole flow as a user runs it, on every source of data."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import ROOT, SMALL_SHAPE, Flow, api
+from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
+
+TASKS = [
+    "plan",
+    "fetch tokenizer",
+    "build shards",
+    "build model",
+    "train",
+    "overfit check",
+    "report",
+]
+
+
+@pytest.fixture(scope="module")
+def sample(
+    tmp_path_factory: pytest.TempPathFactory, base_environment: dict[str, str], prefect_api: str
+) -> tuple[Flow, str]:
+    """A finished run on the sample, and what it printed."""
+    environment = base_environment | {"PREFECT_API_URL": prefect_api}
+    flow = Flow(tmp_path_factory.mktemp("sample") / "cache", environment)
+    return flow, flow.run("--run-name=first", "--log-interval=4", *SMALL_SHAPE)
+
+
+def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
+    flow, output = sample
+    report = flow.report("first")
+    assert report["status"] == "completed"
+    assert report["overfit"]["passed"] and report["overfit"]["loss"] < 0.1
+    assert report["val_loss"] < report["first_val_loss"]
+    assert report["val_bpb"] > 0
+    assert report["data"]["mode"] == "sample"
+    assert "sample (FineWeb-Edu is out of reach" in output.split("\n")[1], "said first"
+    assert {p.name for p in flow.cache.iterdir()} == {"tokenizers", "shards", "runs", "mlflow"}
+    assert (flow.folder("first") / "run.json").exists()
+
+
+def test_metrics_have_the_promised_fields_at_the_promised_steps(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    lines = flow.metrics("first")
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 4, 8, 12]
+    fields = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
+    assert all(fields <= set(line) for line in trained)
+    assert all(line["tokens"] == line["step"] * 4 * 32 for line in lines)
+    validations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validations] == [0, 6, 12]
+
+
+def test_every_task_is_in_prefect_by_name(sample: tuple[Flow, str], prefect_api: str) -> None:
+    flow, _ = sample
+    run_id = mlflow_run(flow, "first").data.tags["prefect.flow_run_id"]
+    runs = api(
+        prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run_id]}}
+    )
+    names = {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in runs}
+    assert names == dict.fromkeys(TASKS, "Completed")
+    logs = api(prefect_api, "/logs/filter", logs={"flow_run_id": {"any_": [run_id]}}, limit=200)
+    text = "\n".join(line["message"] for line in logs)
+    assert "step 12/12" in text and "saved" in text, "training's output is in the run's log"
+
+
+def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    run = mlflow_run(flow, "first")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.max_steps"] == "12"
+    assert run.data.tags["size"] == "custom" and run.data.tags["source"] == "sample"
+    assert run.inputs.dataset_inputs[0].dataset.name == "sample"
+    client = mlflow_client(flow)
+    logged = {line["step"]: line["loss"] for line in flow.metrics("first") if "loss" in line}
+    history = client.get_metric_history(run.info.run_id, "loss/train")
+    assert {point.step: point.value for point in history} == logged
+    by_tokens = client.get_metric_history(run.info.run_id, "loss/train_by_tokens")
+    assert [point.step for point in by_tokens] == [128 * step for step in logged]
+    wanted = {"loss/val", "loss/val_bpb", "optim/learning_rate", "optim/grad_norm"}
+    assert wanted | {"perf/tokens_per_second", "overfit/loss"} <= set(run.data.metrics)
+    assert "perf/mfu" not in run.data.metrics, "the peak of a CPU is not known"
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"report.md", "loss.png", "overfit.png", "run.json"} <= files
+
+
+def test_second_run_builds_nothing_and_trains_nothing(
+    sample: tuple[Flow, str], prefect_api: str
+) -> None:
+    flow, _ = sample
+    before = {p: p.stat().st_mtime_ns for p in built_files(flow.cache)}
+    output = flow.run("--run-name=first", *SMALL_SHAPE, "--log-interval=4")
+    assert "tokenizer reused" in output and "shards reused" in output
+    assert "goes on where it stopped" in output
+    assert {p: p.stat().st_mtime_ns for p in built_files(flow.cache)} == before
+    newest = api(prefect_api, "/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
+    runs = api(
+        prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [newest["id"]]}}
+    )
+    states = {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in runs}
+    assert states["build shards"] == states["train"] == "Reused"
+
+
+def test_other_run_of_same_data_shares_tokenizer_and_shards(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    output = flow.run("--run-name=other", "--seed=1", *SMALL_SHAPE)
+    assert "tokenizer reused" in output and "shards reused" in output
+    assert flow.report("other")["val_loss"] != flow.report("first")["val_loss"]
+
+
+def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    other = [flag for flag in SMALL_SHAPE if not flag.startswith("--learning-rate")]
+    output = flow.run("--run-name=first", "--learning-rate=0.5", *other, expect=1)
+    assert "training.learning_rate 0.01, now it is 0.5" in output
+    assert "Traceback" not in output
+
+
+def test_run_is_extended_by_more_steps(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    shutil.copytree(flow.folder("first"), flow.folder("longer"))
+    settings = json.loads((flow.folder("longer") / "run.json").read_text())
+    (flow.folder("longer") / "run.json").write_text(json.dumps(settings | {"run_name": "longer"}))
+    (flow.folder("longer") / "mlflow.json").unlink()
+    output = flow.run("--run-name=longer", "--max-steps=16")
+    assert "resumed at step 12" in output
+    assert flow.report("longer")["steps"] == 16
+
+
+def test_generate_prints_text_and_export_opens_in_transformers(
+    sample: tuple[Flow, str], tmp_path: Path
+) -> None:
+    flow, _ = sample
+    out = tmp_path / "exported"
+    text = zeroflow(flow, "generate", "--run=first", "--prompt=def f", "--tokens=8")
+    assert text.startswith("def f") and len(text) > len("def f\n")
+    zeroflow(flow, "export", "--run=first", f"--out={out}")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from zeroflow import results
+
+    theirs, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ours = results.load(flow.cache, "first")
+    ids = torch.tensor([words.encode("def f(x):\n    return x\n")])
+    with torch.no_grad():
+        # fp32 on both sides; the order of additions differs
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids), atol=1e-5, rtol=0)
+
+
+def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
+    prose = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
+    lines = [json.dumps({"body": f"{i}. {prose}"}) for i in range(60)]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    (tmp_path / "b.txt").write_text(prose)
+    flags = ["--data-mode=files", "--text-column=body", "--tokenizer-name=train"]
+    flow.run(
+        "--run-name=own", *flags, "--data-path", f"{tmp_path}/*.gz", f"{tmp_path}/*.txt",
+        *SMALL_SHAPE,
+    )  # fmt: skip
+    assert flow.report("own")["data"]["documents"] == 61
+
+
+def test_synthetic_loss_falls_towards_its_entropy(flow: Flow) -> None:
+    shape = [flag for flag in SMALL_SHAPE if not flag.startswith(("--max", "--batch-s"))]
+    output = flow.run(
+        "--run-name=synthetic", "--data-mode=synthetic", "--max-steps=150", "--batch-size=16",
+        *shape,
+    )  # fmt: skip
+    report = flow.report("synthetic")
+    assert f"entropy of the data {report['entropy']:.4f}" in output
+    # ln 512 = 6.24 at first; below the 5.5 of knowing only which tokens occur, and not under
+    # what can be known
+    assert report["entropy"] < report["val_loss"] < 5.0
+    assert report["val_bpb"] is None
+
+
+def test_fineweb_edu_with_llamas_tokenizer(flow: Flow) -> None:
+    """Against a hub that serves both, by the libraries' own code."""
+    with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
+        flow.environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        output = flow.run("--run-name=edu", *SMALL_SHAPE)
+        assert "fineweb-edu-sample-10BT (the hub answers)" in output
+        report = flow.report("edu")
+        assert report["data"]["revision"] == hub.repos["dataset", "HuggingFaceFW/fineweb-edu"].sha
+        assert report["tokenizer"]["name"] == "meta-llama/Llama-3.1-8B"
+        assert report["val_loss"] < report["first_val_loss"]
+
+        asked = len(hub.requests)
+        again = flow.run("--run-name=edu")
+        assert "tokenizer reused" in again and "shards reused" in again
+        fetched = [path for _, path in hub.requests[asked:] if "resolve" in path]
+        assert fetched == [], "nothing is fetched twice"
+
+
+def test_gated_tokenizer_is_one_message_with_remedies(flow: Flow) -> None:
+    with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
+        flow.environment |= {"HF_ENDPOINT": hub.url}
+        output = flow.run("--tokenizer-name=meta-llama/Llama-3.1-8B", "--seq-len=32", expect=1)
+        assert "gated" in output and "hf auth login" in output and "--tokenizer-name train" in output
+        assert "Traceback" not in output and output.count("error:") == 1
+
+        output = flow.run("--run-name=trained", *SMALL_SHAPE)
+        assert "tokenizer: train (meta-llama/Llama-3.1-8B is not cached" in output
+
+
+def test_fineweb_without_a_hub_fails_with_remedies_or_falls_back_aloud(flow: Flow) -> None:
+    output = flow.run("--data-mode=fineweb", "--seq-len=32", expect=1)
+    assert "cannot be reached" in output and "--allow-synthetic-fallback" in output
+    assert "Traceback" not in output
+    flags = ["--data-mode=fineweb", "--allow-synthetic-fallback", "--run-name=fallback"]
+    output = flow.run(*flags, *SMALL_SHAPE)
+    assert "SYNTHETIC FALLBACK" in output
+    assert mlflow_run(flow, "fallback").data.tags["synthetic_fallback"] == "true"
+
+
+def test_failed_overfit_check_fails_the_flow_with_its_curve(flow: Flow) -> None:
+    output = flow.run(
+        "--run-name=bad", "--data-mode=synthetic", "--overfit-steps=3", *SMALL_SHAPE, expect=1
+    )
+    assert "overfit check: the loss of one fixed batch went from" in output
+    assert "loss by step:" in output
+    assert flow.report("bad")["status"] == "failed"
+    assert mlflow_run(flow, "bad").info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-mode=files"], "needs data_path"),
+        (["--hidden-size=32"], "needs num_hidden_layers"),
+        (["--seq-len=1"], "--seq-len: Input should be greater than or equal to 2"),
+        (["--max-steps=ten"], "--max-steps"),
+        (["--data-mode=synthetic", "--tokenizer-name=gpt2"], "takes no tokenizer"),
+    ],
+)
+def test_contradictory_settings_fail_before_anything_is_built(
+    tmp_path: Path, flags: list[str], words: str
+) -> None:
+    command = [sys.executable, "flows/pretrain.py", f"--cache-dir={tmp_path / 'cache'}", *flags]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert words in ended.stderr and "Traceback" not in ended.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def zeroflow(flow: Flow, *arguments: str) -> str:
+    command = [sys.executable, "-m", "zeroflow.cli", *arguments, f"--cache-dir={flow.cache}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=flow.environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
+
+
+def mlflow_run(flow: Flow, name: str) -> mlflow.entities.Run:
+    facts = json.loads((flow.folder(name) / "mlflow.json").read_text())
+    return mlflow_client(flow).get_run(facts["run_id"])
+
+
+def built_files(cache: Path) -> list[Path]:
+    built = [*(cache / "tokenizers").rglob("*"), *(cache / "shards").rglob("*")]
+    built += (cache / "runs" / "first" / "checkpoints").rglob("*")
+    return [path for path in built if path.is_file() and not path.name.endswith(".lock")]

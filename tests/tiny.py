@@ -1,0 +1,83 @@
+"""The smallest of everything that still is the real thing, for tests all over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeroflow.data import corpus
+from zeroflow.data.batches import MicroBatch
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
+from zeroflow.training.loop import ComputeConfig, TrainingConfig
+from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.training.schedule import Schedule
+
+SHAPE = Shape(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+)
+MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
+CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
+
+
+def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> TrainingConfig:
+    """Settings of a short training; `changes` replace any of them."""
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "micro_batch_rows": 2,
+        "accumulate": 1,
+        "schedule": Schedule(name="cosine", peak=peak, warmup_steps=1, steps=steps),
+        "optimizer": OptimizerConfig(),
+        "compute": CPU,
+    }
+    return TrainingConfig(**settings | changes)
+
+
+def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
+    """A model whose weights are ten times larger than fresh ones, so that its logits spread."""
+    model = Llama(config)
+    initialize(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return model.eval()
+
+
+class RandomBatches:
+    """Micro-batches of random ids that are a function of the step, like the real ones."""
+
+    def __init__(self, *, rows: int = 2, tokens: int = 12, accumulate: int = 1) -> None:
+        self._shape, self._accumulate = (rows, tokens + 1), accumulate
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        generator = torch.Generator().manual_seed(step)
+        rows = [
+            torch.randint(MODEL.vocab_size, self._shape, generator=generator)
+            for _ in range(self._accumulate)
+        ]
+        return [MicroBatch(row[:, :-1], row[:, 1:]) for row in rows]
+
+
+def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
+    """`texts` as documents d0, d1, ... of one .jsonl file, as a resolved corpus."""
+    lines = (json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return files_corpus(str(file))
+
+
+def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
+    """Files as a resolved corpus."""
+    return corpus.resolve(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by its relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

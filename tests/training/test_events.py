@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroflow.training import events
+
+LINES = st.lists(
+    st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.integers() | st.none()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(lines=LINES, cuts=st.lists(st.integers(0, 400), max_size=8))
+def test_follower_sees_every_line_once_wherever_the_writer_pauses(tmp_path_factory, lines, cuts):
+    written = tmp_path_factory.mktemp("written") / "events.jsonl"
+    for line in lines:
+        events.append(written, line)
+    content = written.read_bytes()
+
+    growing = written.with_name("growing.jsonl")
+    tail, seen = events.Tail(growing), []
+    assert tail.new_lines() == []
+    for cut in [*sorted(cuts), len(content)]:
+        growing.write_bytes(content[:cut])
+        seen += tail.new_lines()
+        complete = content[:cut].count(b"\n")
+        assert seen == lines[:complete], "and none before it is complete"
+    assert seen == lines
+    assert events.read(growing) == lines
+
+
+def test_follower_may_begin_in_mid_file(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert events.size(path) == 0
+    events.append(path, {"n": 1})
+    tail = events.Tail(path, events.size(path))
+    events.append(path, {"n": 2})
+    assert tail.new_lines() == [{"n": 2}]
+    assert tail.new_lines() == []
+
+
+def test_half_written_last_line_is_no_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n": ')
+    assert events.read(path) == [{"n": 1}, {"n": 2}]
+    assert events.read(Path("nowhere.jsonl")) == []
+
+
+def test_only_wanted_lines_are_kept_and_nothing_half_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "text": "é"}\n{"step": 2}\n{"step": 1}\n{"st')
+    events.keep(path, lambda line: line["step"] == 1)
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert kept == [{"step": 1, "text": "é"}, {"step": 1}]
+    assert path.read_text().endswith("\n")
+    events.keep(tmp_path / "none.jsonl", lambda line: True)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,96 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import CPU, MODEL, RandomBatches, training_config
+
+from zeroflow.data.batches import MicroBatch
+from zeroflow.training.loop import new_state, train, train_step
+
+EIGHT_ROWS = RandomBatches(rows=8).micro_batches(0)
+
+
+def split(batch: MicroBatch, rows: int) -> list[MicroBatch]:
+    return [
+        MicroBatch(*parts)
+        for parts in zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_accumulated_micro_batches_equal_the_whole_batch(rows):
+    config = training_config()
+    whole, parts = new_state(MODEL, config), new_state(MODEL, config)
+    expected = train_step(whole, EIGHT_ROWS, config)
+    metrics = train_step(parts, split(EIGHT_ROWS[0], rows), config)
+    # the same terms summed in another order, in fp32
+    torch.testing.assert_close(metrics.loss, expected.loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(metrics.grad_norm, expected.grad_norm, atol=1e-6, rtol=1e-5)
+    for (name, mine), theirs in zip(
+        parts.model.named_parameters(), whole.model.parameters(), strict=True
+    ):
+        # the first moment after a step: a tenth of the gradient, whose entries are near 1e-2
+        torch.testing.assert_close(
+            parts.optimizer.state[mine]["exp_avg"],
+            whole.optimizer.state[theirs]["exp_avg"],
+            atol=1e-7,
+            rtol=1e-4,
+            msg=name,
+        )
+
+
+def test_loss_is_the_mean_over_the_tokens_of_the_step():
+    state = new_state(MODEL, training_config())
+    inputs, targets = EIGHT_ROWS[0]
+    expected = F.cross_entropy(state.model(inputs).flatten(0, 1), targets.flatten()).item()
+    loss = train_step(state, split(EIGHT_ROWS[0], 2), training_config()).loss.item()
+    assert loss == pytest.approx(expected, abs=1e-6)  # another order of the sum
+
+
+def test_gradients_above_the_limit_are_scaled_down_to_it():
+    config = training_config()
+    limit = 0.01
+    clipped = config.replace(optimizer=config.optimizer.replace(max_grad_norm=limit, beta1=0.5))
+    state = new_state(MODEL, clipped)
+    metrics = train_step(state, EIGHT_ROWS, clipped)
+    assert metrics.grad_norm > 10 * limit
+    moments = [state.optimizer.state[p]["exp_avg"].flatten() for p in state.model.parameters()]
+    # half of the clipped gradient; clipping adds 1e-6 to the norm it divides by
+    assert float(torch.cat(moments).norm()) == pytest.approx(limit / 2, rel=1e-3)
+
+
+def test_training_yields_after_each_step_at_the_scheduled_rate():
+    config = training_config(steps=5)
+    state = new_state(MODEL, config)
+    seen = []
+    for metrics in train(state, RandomBatches(), config):
+        seen.append((state.step, metrics.learning_rate))
+        assert all(group["lr"] == metrics.learning_rate for group in state.optimizer.param_groups)
+    assert seen == [(step + 1, config.schedule.learning_rate(step)) for step in range(5)]
+    assert not list(train(state, RandomBatches(), config)), "at the end there is nothing to do"
+
+
+def test_same_seed_trains_the_same_bit_for_bit():
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        config = training_config(seed=seed)
+        state = new_state(MODEL, config)
+        for _ in train(state, RandomBatches(), config):
+            pass
+        return state.model.state_dict()
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_bf16_keeps_weights_moments_and_loss_in_fp32():
+    config = training_config(compute=CPU.replace(precision="bf16"))
+    state = new_state(MODEL, config)
+    exact = train_step(new_state(MODEL, training_config()), EIGHT_ROWS, training_config()).loss
+    loss = train_step(state, EIGHT_ROWS, config).loss
+    assert loss.dtype == torch.float32
+    assert loss != exact
+    # 8 bits of mantissa, averaged over 96 tokens, at a loss of 5.5
+    assert float(loss) == pytest.approx(float(exact), abs=0.02)
+    for parameter in state.model.parameters():
+        assert parameter.dtype == torch.float32
+        assert state.optimizer.state[parameter]["exp_avg"].dtype == torch.float32

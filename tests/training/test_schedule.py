@@ -1,0 +1,65 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from zeroflow.training.schedule import Schedule
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    steps = draw(st.integers(1, 400))
+    return Schedule(
+        name=draw(st.sampled_from(["cosine", "wsd"])),
+        peak=draw(st.floats(1e-6, 1)),
+        warmup_steps=draw(st.integers(0, steps - 1)),
+        steps=steps,
+    )
+
+
+def rates(schedule: Schedule) -> list[float]:
+    return [schedule.learning_rate(step) for step in range(schedule.steps)]
+
+
+@given(schedules())
+def test_every_step_moves_and_none_exceeds_the_peak_that_is_reached(schedule):
+    values = rates(schedule)
+    # one rounding of the product and one of the quotient in fp64
+    assert all(0 < value <= schedule.peak * (1 + 1e-15) for value in values)
+    assert values[schedule.warmup_steps] == pytest.approx(schedule.peak, rel=1e-12)  # a cosine
+
+
+@given(schedules())
+def test_warm_up_is_linear_and_what_follows_never_rises(schedule):
+    values, warmup = rates(schedule), schedule.warmup_steps
+    for step, value in enumerate(values[:warmup]):
+        assert value == pytest.approx(schedule.peak * (step + 1) / warmup)
+    assert all(a >= b for a, b in pairwise(values[warmup:]))
+
+
+@pytest.mark.parametrize(("name", "last"), [("cosine", 1e-4), ("wsd", 1e-2)])
+def test_decay_ends_near_zero(name, last):
+    schedule = Schedule(name=name, peak=1.0, warmup_steps=20, steps=1000)
+    assert 0 < rates(schedule)[-1] < last
+    assert schedule.learning_rate(schedule.steps) == 0
+
+
+def test_cosine_is_halfway_down_in_the_middle():
+    schedule = Schedule(name="cosine", peak=2.0, warmup_steps=100, steps=300)
+    assert schedule.learning_rate(200) == pytest.approx(1.0)
+
+
+def test_wsd_is_constant_then_linear_over_the_last_fifth():
+    schedule = Schedule(name="wsd", peak=3.0, warmup_steps=10, steps=1000)
+    values = rates(schedule)
+    assert set(values[10:801]) == {3.0}
+    for step in range(800, 1000):
+        assert values[step] == pytest.approx(3.0 * (1000 - step) / 200)
+
+
+@pytest.mark.parametrize("warmup_steps", [10, 11])
+def test_warm_up_that_leaves_no_step_is_refused(warmup_steps):
+    with pytest.raises(ValidationError, match=f"{warmup_steps} warm-up steps leave nothing of 10"):
+        Schedule(name="cosine", peak=1.0, warmup_steps=warmup_steps, steps=10)
