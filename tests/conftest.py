@@ -19,11 +19,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A network of a few thousand parameters: its steps take milliseconds
-SMALL_SHAPE = (
-    "--hidden-size=32 --num-hidden-layers=2 --num-attention-heads=4 --num-key-value-heads=2 "
-    "--intermediate-size=64 --vocab-size=512 --seq-len=32 --batch-size=4 --grad-accum-steps=1 "
-    "--max-steps=12 --validation-tokens=512 --learning-rate=1e-2 --sample-tokens=8"
-).split()
+SMALL_SHAPE = [
+    "--hidden-size=32",
+    "--num-hidden-layers=2",
+    "--num-attention-heads=4",
+    "--num-key-value-heads=2",
+    "--intermediate-size=64",
+    "--vocab-size=512",
+    "--seq-len=32",
+    "--batch-size=4",
+    "--grad-accum-steps=1",
+    "--max-steps=12",
+    "--validation-tokens=512",
+    "--learning-rate=1e-2",
+    "--sample-tokens=8",
+]
 
 
 @dataclass

@@ -13,6 +13,9 @@ import torch
 from conftest import ROOT, SMALL_SHAPE, Flow, api
 from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
 
+from zeroflow import cli
+from zeroflow.run import RunConfig
+
 TASKS = [
     "plan",
     "fetch tokenizer",
@@ -62,9 +65,7 @@ def test_metrics_have_the_promised_fields_at_the_promised_steps(sample: tuple[Fl
 def test_every_task_is_in_prefect_by_name(sample: tuple[Flow, str], prefect_api: str) -> None:
     flow, _ = sample
     run_id = mlflow_run(flow, "first").data.tags["prefect.flow_run_id"]
-    runs = api(
-        prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run_id]}}
-    )
+    runs = api(prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run_id]}})
     names = {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in runs}
     assert names == dict.fromkeys(TASKS, "Completed")
     logs = api(prefect_api, "/logs/filter", logs={"flow_run_id": {"any_": [run_id]}}, limit=200)
@@ -109,13 +110,6 @@ def test_second_run_builds_nothing_and_trains_nothing(
     assert states["build shards"] == states["train"] == "Reused"
 
 
-def test_other_run_of_same_data_shares_tokenizer_and_shards(sample: tuple[Flow, str]) -> None:
-    flow, _ = sample
-    output = flow.run("--run-name=other", "--seed=1", *SMALL_SHAPE)
-    assert "tokenizer reused" in output and "shards reused" in output
-    assert flow.report("other")["val_loss"] != flow.report("first")["val_loss"]
-
-
 def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     other = [flag for flag in SMALL_SHAPE if not flag.startswith("--learning-rate")]
@@ -124,15 +118,22 @@ def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str
     assert "Traceback" not in output
 
 
-def test_run_is_extended_by_more_steps(sample: tuple[Flow, str]) -> None:
+def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
+    sample: tuple[Flow, str],
+) -> None:
     flow, _ = sample
     shutil.copytree(flow.folder("first"), flow.folder("longer"))
     settings = json.loads((flow.folder("longer") / "run.json").read_text())
     (flow.folder("longer") / "run.json").write_text(json.dumps(settings | {"run_name": "longer"}))
-    (flow.folder("longer") / "mlflow.json").unlink()
-    output = flow.run("--run-name=longer", "--max-steps=16")
+    for made in ("mlflow.json", "overfit.json"):
+        (flow.folder("longer") / made).unlink()
+    output = flow.run("--run-name=longer", "--max-steps=16", "--overfit-steps=3", expect=1)
     assert "resumed at step 12" in output
+    assert "overfit check: the loss of one fixed batch went from" in output
+    assert "loss by step:" in output and "Traceback" not in output
     assert flow.report("longer")["steps"] == 16
+    assert flow.report("longer")["status"] == "failed"
+    assert mlflow_run(flow, "longer").info.status == "FAILED"
 
 
 def test_generate_prints_text_and_export_opens_in_transformers(
@@ -170,20 +171,6 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     assert flow.report("own")["data"]["documents"] == 61
 
 
-def test_synthetic_loss_falls_towards_its_entropy(flow: Flow) -> None:
-    shape = [flag for flag in SMALL_SHAPE if not flag.startswith(("--max", "--batch-s"))]
-    output = flow.run(
-        "--run-name=synthetic", "--data-mode=synthetic", "--max-steps=150", "--batch-size=16",
-        *shape,
-    )  # fmt: skip
-    report = flow.report("synthetic")
-    assert f"entropy of the data {report['entropy']:.4f}" in output
-    # ln 512 = 6.24 at first; below the 5.5 of knowing only which tokens occur, and not under
-    # what can be known
-    assert report["entropy"] < report["val_loss"] < 5.0
-    assert report["val_bpb"] is None
-
-
 def test_fineweb_edu_with_llamas_tokenizer(flow: Flow) -> None:
     """Against a hub that serves both, by the libraries' own code."""
     with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
@@ -206,31 +193,30 @@ def test_gated_tokenizer_is_one_message_with_remedies(flow: Flow) -> None:
     with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
         flow.environment |= {"HF_ENDPOINT": hub.url}
         output = flow.run("--tokenizer-name=meta-llama/Llama-3.1-8B", "--seq-len=32", expect=1)
-        assert "gated" in output and "hf auth login" in output and "--tokenizer-name train" in output
-        assert "Traceback" not in output and output.count("error:") == 1
-
-        output = flow.run("--run-name=trained", *SMALL_SHAPE)
-        assert "tokenizer: train (meta-llama/Llama-3.1-8B is not cached" in output
+    assert "gated" in output and "hf auth login" in output and "--tokenizer-name train" in output
+    assert "Traceback" not in output and output.count("error:") == 1
 
 
-def test_fineweb_without_a_hub_fails_with_remedies_or_falls_back_aloud(flow: Flow) -> None:
+def test_fineweb_without_a_hub_fails_with_remedies(flow: Flow) -> None:
     output = flow.run("--data-mode=fineweb", "--seq-len=32", expect=1)
     assert "cannot be reached" in output and "--allow-synthetic-fallback" in output
     assert "Traceback" not in output
-    flags = ["--data-mode=fineweb", "--allow-synthetic-fallback", "--run-name=fallback"]
-    output = flow.run(*flags, *SMALL_SHAPE)
+
+
+def test_synthetic_fallback_is_loud_and_its_loss_falls_towards_its_entropy(flow: Flow) -> None:
+    shape = [flag for flag in SMALL_SHAPE if not flag.startswith(("--max", "--batch-s"))]
+    output = flow.run(
+        "--run-name=fallback", "--data-mode=fineweb", "--allow-synthetic-fallback",
+        "--max-steps=150", "--batch-size=16", *shape,
+    )  # fmt: skip
     assert "SYNTHETIC FALLBACK" in output
     assert mlflow_run(flow, "fallback").data.tags["synthetic_fallback"] == "true"
-
-
-def test_failed_overfit_check_fails_the_flow_with_its_curve(flow: Flow) -> None:
-    output = flow.run(
-        "--run-name=bad", "--data-mode=synthetic", "--overfit-steps=3", *SMALL_SHAPE, expect=1
-    )
-    assert "overfit check: the loss of one fixed batch went from" in output
-    assert "loss by step:" in output
-    assert flow.report("bad")["status"] == "failed"
-    assert mlflow_run(flow, "bad").info.status == "FAILED"
+    report = flow.report("fallback")
+    assert f"entropy of the data {report['entropy']:.4f}" in output
+    # ln 512 = 6.24 at first; below the 5.5 of knowing only which tokens occur, and not under
+    # what can be known
+    assert report["entropy"] < report["val_loss"] < 5.0
+    assert report["val_bpb"] is None
 
 
 @pytest.mark.parametrize(
@@ -244,12 +230,14 @@ def test_failed_overfit_check_fails_the_flow_with_its_curve(flow: Flow) -> None:
     ],
 )
 def test_contradictory_settings_fail_before_anything_is_built(
-    tmp_path: Path, flags: list[str], words: str
+    tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "flows/pretrain.py", f"--cache-dir={tmp_path / 'cache'}", *flags]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert words in ended.stderr and "Traceback" not in ended.stderr
+    def never(run: RunConfig) -> Path:
+        pytest.fail("the flow was started")
+
+    assert cli.run_flow(never, [f"--cache-dir={tmp_path / 'cache'}", *flags]) == 2
+    complaint = capsys.readouterr().err
+    assert words in complaint and "Traceback" not in complaint
     assert not (tmp_path / "cache").exists()
 
 

@@ -17,75 +17,58 @@ RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-int
 RUN += ["--checkpoint-every=100", "--validate-every=150"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, base_environment: dict[str, str], prefect_api: str
-) -> Flow:
-    flow = Flow(
-        tmp_path_factory.mktemp("undisturbed") / "cache",
-        base_environment | {"PREFECT_API_URL": prefect_api},
-    )
-    flow.run("--run-name=run", *RUN)
-    return flow
+def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_one(
+    flow: Flow, tmp_path: Path, base_environment: dict[str, str]
+) -> None:
+    home = tmp_path / "prefect"
+    undisturbed = Flow(tmp_path / "undisturbed", base_environment | {"PREFECT_HOME": str(home)})
+    output = undisturbed.run("--run-name=run", *RUN)
+    assert "starting a Prefect server for this run" in output, "as PREFECT_API_URL is not set"
+    assert processes_with("PREFECT_HOME", home) == [], "and it is stopped at the end"
 
-
-def test_killed_training_resumes_to_the_same_bits(undisturbed: Flow, flow: Flow) -> None:
-    """SIGKILL of the training process, then the same command."""
-    process = flow.start("--run-name=run", *RUN)
-    flow.wait_for_step("run", 240, process)
-    worker = youngest_training(flow.cache)
-    worker.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "killed, or out of memory" in output and "\nTraceback" not in output
-
-    again = flow.run("--run-name=run", *RUN)
-    assert "resumed at step" in again
+    kill_the_training(flow)
+    kill_the_flow(flow)
+    interrupt(flow, signal.SIGINT, from_step=310, expect=130)
+    interrupt(flow, signal.SIGTERM, from_step=410, expect=143)
+    output = flow.run("--run-name=run", *RUN)
+    assert "resumed at step" in output
     assert_same_end(flow, undisturbed)
 
 
-def test_killed_flow_leaves_no_process_and_resumes_to_the_same_bits(
-    undisturbed: Flow, flow: Flow
-) -> None:
-    """SIGKILL of the flow: the training notices, saves and ends by itself."""
+def kill_the_training(flow: Flow) -> None:
     process = flow.start("--run-name=run", *RUN)
     flow.wait_for_step("run", 130, process)
+    rank_of(flow.cache).kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "killed, or out of memory?" in output
+    assert newest_step(flow) == 100, "the last regular checkpoint"
+
+
+def kill_the_flow(flow: Flow) -> None:
+    process = flow.start("--run-name=run", *RUN)
+    flow.wait_for_step("run", 230, process)
     process.kill()
     process.communicate()
     wait_until_gone(flow.cache)
-    saved = checkpoint.latest(flow.folder("run") / "checkpoints")
-    assert saved is not None and checkpoint.step_of(saved) % 100, "not one of the regular ones"
-
-    flow.run("--run-name=run", *RUN)
-    assert_same_end(flow, undisturbed)
+    assert newest_step(flow) % 100, "the orphan saved and ended by itself"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_flow_saves_and_leaves_nothing_running(
-    undisturbed: Flow, flow: Flow, number: signal.Signals, code: int
-) -> None:
+def interrupt(flow: Flow, number: signal.Signals, *, from_step: int, expect: int) -> None:
     process = flow.start("--run-name=run", *RUN)
-    flow.wait_for_step("run", 130, process)
+    flow.wait_for_step("run", from_step, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    assert "the same command goes on" in output
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == expect, output
+    assert "the same command goes on" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []
-    assert checkpoint.latest(flow.folder("run") / "checkpoints") is not None
-
-    flow.run("--run-name=run", *RUN)
-    assert_same_end(flow, undisturbed)
+    assert newest_step(flow) >= from_step
 
 
-def test_flow_without_a_server_starts_one_and_stops_it(
-    tmp_path: Path, base_environment: dict[str, str]
-) -> None:
-    home = tmp_path / "prefect"
-    flow = Flow(tmp_path / "cache", base_environment | {"PREFECT_HOME": str(home)})
-    output = flow.run("--run-name=alone", "--data-mode=synthetic", *SMALL_SHAPE)
-    assert "starting a Prefect server for this run" in output
-    assert servers_of(home) == []
-    assert (home / "prefect.db").exists()
+def newest_step(flow: Flow) -> int:
+    newest = checkpoint.latest(flow.folder("run") / "checkpoints")
+    assert newest is not None
+    return checkpoint.step_of(newest)
 
 
 def assert_same_end(flow: Flow, other: Flow) -> None:
@@ -100,9 +83,7 @@ def assert_same_end(flow: Flow, other: Flow) -> None:
     )
     assert lines == expected, "every logged number, each once"
     report = ("val_loss", "overfit", "train_loss", "sample")
-    assert {k: flow.report("run")[k] for k in report} == {
-        k: other.report("run")[k] for k in report
-    }
+    assert {k: flow.report("run")[k] for k in report} == {k: other.report("run")[k] for k in report}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +97,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def youngest_training(cache: Path) -> psutil.Process:
+def rank_of(cache: Path) -> psutil.Process:
     """The rank that trains, not torchrun above it."""
     ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
     ranks = [p for p in ranks if not any("torch.distributed.run" in a for a in p.cmdline())]
@@ -131,11 +112,12 @@ def wait_until_gone(cache: Path) -> None:
     pytest.fail(f"still running: {processes_of(cache)}")
 
 
-def servers_of(home: Path) -> list[psutil.Process]:
+def processes_with(variable: str, value: Path) -> list[psutil.Process]:
+    """Processes in whose environment `variable` is `value`."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PREFECT_HOME") == str(home):
+            if process.environ().get(variable) == str(value):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue

@@ -14,6 +14,8 @@ from zeroflow.training.loop import ComputeConfig, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule
 
+torch.set_num_threads(1)  # such small matrices only wait for a second thread
+
 SHAPE = Shape(
     hidden_size=32,
     num_hidden_layers=2,

@@ -23,8 +23,7 @@ class DamagedArtifact(ValueError):
 
 def fingerprint(identity: Any) -> str:
     """12 hex digits that name `identity`, anything JSON can hold, whatever its key order."""
-    text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _sha256(identity)[:12]
 
 
 def file_sha256(path: Path) -> str:
@@ -49,13 +48,17 @@ def read_json(path: Path) -> Any:
 
 
 def seal(directory: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of a finished directory: `facts`, and size and sha256 of every file."""
+    """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
+
+    The manifest's last entry is a sha256 of the others.
+    """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
         _fsync(path)
         name = path.relative_to(directory).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(directory / MANIFEST, facts | {"files": files})
+    manifest = facts | {"files": files}
+    write_json(directory / MANIFEST, manifest | {"sha256": _sha256(manifest)})
     _fsync(directory)
 
 
@@ -63,12 +66,15 @@ def verify(directory: Path) -> dict[str, Any]:
     """The manifest of `directory`, after every file was compared with it.
 
     Raises:
-        DamagedArtifact: a file is missing, too many, of another size or of another content.
+        DamagedArtifact: a file is missing, too many, of another size or of another content; the
+            manifest is a file as well.
     """
     try:
         manifest: dict[str, Any] = read_json(directory / MANIFEST)
+        if manifest.pop("sha256") != _sha256(manifest):
+            raise ValueError("it is not what was written")
         listed = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedArtifact(f"{directory} has no readable {MANIFEST}: {error}") from error
     found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     if unexpected := found - set(listed) - {MANIFEST}:
@@ -152,6 +158,12 @@ def exclusive(path: Path, *, waiting_for: str, timeout_seconds: float = -1) -> I
         yield
     finally:
         lock.release()
+
+
+def _sha256(content: Any) -> str:
+    """Of `content` as JSON, whatever its key order."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -108,15 +109,16 @@ def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = Non
     if not arguments.verbose:
         orchestration.silence_console()
     _log_to_console()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with orchestration.server() as address:
             log.info("Prefect UI: %s", address)
             report = flow(run)
         console.print(_ending(report, run.cache_dir), markup=False)
         return 0
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the newest checkpoint")
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        console.print("stopped; the same command goes on from the newest checkpoint")
+        return 143 if isinstance(stop, SystemExit) else 130
     except Exception as error:
         return _fail(error, verbose=arguments.verbose)
 
@@ -174,6 +176,11 @@ def _load(arguments: argparse.Namespace) -> Any:
     from zeroflow import results
 
     return results.load(arguments.cache_dir, arguments.run)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End as after Ctrl-C; Prefect sends itself the signal again once the flow run has ended."""
+    raise SystemExit(128 + number)
 
 
 def _log_to_console() -> None:
@@ -251,5 +258,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 def entry() -> None:
     raise SystemExit(main())
+
+
 if __name__ == "__main__":
     entry()

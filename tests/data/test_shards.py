@@ -84,7 +84,10 @@ def test_no_validation_document_is_trained_on(built, text):
     assert len(held_out) + len(trained) == 60 and held_out and trained
     assert len(held_out) < 20
     loaded = tokenizer.load(text.tokens)
-    read = {split: loaded.decode(stream(built.path, split).tolist()) for split in ("train", "validation")}
+    read = {
+        split: loaded.decode(stream(built.path, split).tolist())
+        for split in ("train", "validation")
+    }
     for name in trained | held_out:
         marker = f"Marker{int(name[1:]):03}"
         assert (marker in read["train"]) == (name in trained)
@@ -158,7 +161,9 @@ def test_shorter_runs_share_their_shards(text, tmp_path):
 @pytest.mark.parametrize(
     ("token_type", "vocab_size"), [("int32", 70_000), ("uint16", 65_536), ("uint16", 300)]
 )
-def test_ids_up_to_the_highest_are_kept_in_either_type(few_tokens, token_type, vocab_size, tmp_path):
+def test_ids_up_to_the_highest_are_kept_in_either_type(
+    few_tokens, token_type, vocab_size, tmp_path
+):
     config = SMALL.replace(token_type=token_type)
     built = shards.build(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
     rows = Rows(built.path, "train")[np.arange(50)]
@@ -183,7 +188,7 @@ def test_vocabulary_that_does_not_fit_is_refused_before_anything_is_written(tmp_
 
 
 def test_id_outside_the_vocabulary_leaves_no_shards(text, tmp_path):
-    with pytest.raises(ValueError, match="its tokenizer.json is wrong"):
+    with pytest.raises(ValueError, match=r"its tokenizer\.json is wrong"):
         shards.build(SMALL, text.corpus, text.tokens.replace(vocab_size=300), tmp_path)
     assert not [path for path in (tmp_path / "shards").iterdir() if path.is_dir()]
 

@@ -169,7 +169,7 @@ def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, 
     tokens["added_tokens"], tokens["post_processor"] = [], None
     (tmp_path / "mute" / "tokenizer.json").write_text(json.dumps(tokens))
     config = TokenizerConfig(tokenizer_name=str(tmp_path / "mute"))
-    with pytest.raises(ValueError, match="has no token .*--end-of-text"):
+    with pytest.raises(ValueError, match=r"has no token .*--end-of-text"):
         tokenizer.fetch(config, text.corpus, tmp_path / "cache")
     folders = [path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir()]
     assert not folders
@@ -185,7 +185,9 @@ def test_synthetic_data_takes_no_tokenizer(tmp_path):
 
 def test_sample_trains_its_tokenizer_by_default(tmp_path):
     sample = CorpusConfig(data_mode="sample")
-    assert tokenizer.resolve(TokenizerConfig(), sample, tmp_path).tokenizer.tokenizer_name == "train"
+    assert (
+        tokenizer.resolve(TokenizerConfig(), sample, tmp_path).tokenizer.tokenizer_name == "train"
+    )
 
 
 @pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./nowhere", "nowhere.json"])

@@ -167,6 +167,12 @@ def test_weights_depend_on_the_seed_alone():
         assert torch.equal(weight, other[name]) == name.endswith("norm.weight"), name
 
 
+def test_no_two_matrices_share_their_weights():
+    matrices = [weight for weight in fresh(seed=3).values() if weight.dim() == 2]
+    beginnings = {tuple((weight / weight.std()).flatten()[:8].tolist()) for weight in matrices}
+    assert len(beginnings) == len(matrices)
+
+
 def test_each_parameter_is_filled_the_same_whatever_else_there_is():
     whole = fresh(seed=3)
     part = Llama(MODEL)

@@ -34,7 +34,9 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, chunk,
     expected = plain(hidden, weight, targets)
     # the same terms summed in another order, in fp32
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    for mine, theirs in zip(
+        gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     assert (ours > 0) == (ignored < B * T)
 

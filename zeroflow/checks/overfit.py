@@ -146,9 +146,7 @@ def overfit(
     )
 
 
-def settings(
-    model: ModelConfig, training: TrainingConfig, limits: OverfitConfig
-) -> TrainingConfig:
+def settings(model: ModelConfig, training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
     """The run's training settings, for one small batch at a steady learning rate.
 
     The rate falls with the width, within what is usual: https://arxiv.org/abs/2203.03466. It is not

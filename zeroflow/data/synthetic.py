@@ -14,6 +14,7 @@ import numpy as np
 from zeroflow.data.packing import Tokenized
 
 SUCCESSORS = np.array([0.5, 0.25, 0.125, 0.125])
+_WHICH = np.arange(len(SUCCESSORS))
 END_PROBABILITY = 1 / 256
 ALPHABET = 256
 _BLOCK = 1024
@@ -41,13 +42,15 @@ def documents(vocab_size: int, seed: int) -> Iterator[Tokenized]:
     # Ids spread over the whole vocabulary, so that every part of the embedding is used
     ids = np.linspace(0, end_of_text, size, endpoint=False).astype(np.int32)
     chain = np.random.default_rng([seed, 0])
-    successors = np.stack([chain.permutation(np.arange(size))[: len(SUCCESSORS)] for _ in range(size)])
+    successors = np.stack(
+        [chain.permutation(np.arange(size))[: len(SUCCESSORS)] for _ in range(size)]
+    )
     for block in count():
         random = np.random.default_rng([seed, 1, block])
         lengths = random.geometric(END_PROBABILITY, size=(_BLOCK,))
         states = np.empty((lengths.max(), _BLOCK), dtype=np.int64)
         states[0] = random.integers(size, size=_BLOCK)
-        choices = random.choice(len(SUCCESSORS), size=states.shape, p=SUCCESSORS)
+        choices = random.choice(_WHICH, size=states.shape, p=SUCCESSORS)
         for i in range(1, len(states)):
             states[i] = successors[states[i - 1], choices[i]]
         for number, length in enumerate(lengths):

@@ -246,17 +246,26 @@ def _variant(config: TokenizerConfig) -> str:
 
 
 def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
-    """A complete directory of this hub name: of the revision, or the newest if none is set."""
+    """An intact directory of this hub name: of the revision, or the newest if none is set."""
     if config.tokenizer_revision:
         path = _hub_path(config, cache / "tokenizers")
-        return path if (path / artifacts.MANIFEST).exists() else None
+        return path if _intact(path) else None
     found = []
     for manifest in (cache / "tokenizers").glob(f"*/{artifacts.MANIFEST}"):
-        facts = artifacts.read_json(manifest)
-        if facts["name"] == config.tokenizer_name and facts["asked_end"] == config.end_of_text:
+        facts = _intact(manifest.parent)
+        if not facts or facts["name"] != config.tokenizer_name:
+            continue
+        if facts["asked_end"] == config.end_of_text:
             found.append(manifest)
     newest = max(found, key=lambda manifest: manifest.stat().st_mtime, default=None)
     return newest.parent if newest else None
+
+
+def _intact(path: Path) -> dict[str, Any] | None:
+    try:
+        return artifacts.verify(path)
+    except artifacts.DamagedArtifact:
+        return None  # absent, set aside before, or to be set aside by `fetch`
 
 
 def _copy(config: TokenizerConfig, source: Path, root: Path) -> TokenizerFiles:

@@ -3,10 +3,8 @@
 import logging
 from pathlib import Path
 
-import torch
-
 from zeroflow import artifacts
-from zeroflow.model.llama import Llama, ModelConfig, Shape
+from zeroflow.model.llama import ModelConfig, Shape
 from zeroflow.model.sizes import with_vocabulary
 
 log = logging.getLogger(__name__)
@@ -17,14 +15,9 @@ MODEL_FILE = "model.json"
 def build(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
     """The network for a tokenizer of `vocab_size` tokens, recorded in `folder/model.json`.
 
-    It is built without memory for its weights, so that a wrong shape fails here; the training
-    process makes the weights, from the seed.
+    The training process makes the weights, from the seed.
     """
     config = with_vocabulary(shape, vocab_size)
-    with torch.device("meta"):
-        network = Llama(config)
-    built = sum(parameter.numel() for parameter in network.parameters())
-    assert built == config.parameters, f"closed form {config.parameters}, built {built}"
     facts = {
         **config.model_dump(),
         "parameters": config.parameters,
@@ -32,9 +25,9 @@ def build(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
     }
     artifacts.write_json(folder / MODEL_FILE, facts)
     log.info(
-        "model: %s parameters, %s of them in the embedding of %d tokens",
+        "model: %s parameters, %s of them in the embedding of %s tokens",
         f"{config.parameters:,}",
         f"{config.embedding_parameters:,}",
-        config.vocab_size,
+        f"{config.vocab_size:,}",
     )
     return config

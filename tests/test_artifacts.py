@@ -1,0 +1,168 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import contents
+
+from zeroflow import artifacts
+from zeroflow.artifacts import DamagedArtifact
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def write_files(folder):
+    (folder / "inner").mkdir()
+    (folder / "a.bin").write_bytes(random.Random(0).randbytes(500))
+    (folder / "inner" / "b.txt").write_text("some text")
+    (folder / "empty").write_bytes(b"")
+    artifacts.seal(folder, {"made": "here"})
+
+
+def reversed_keys(value):
+    if isinstance(value, dict):
+        return {key: reversed_keys(value[key]) for key in reversed(list(value))}
+    return [reversed_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def flip_a_bit(file, position):
+    content = bytearray(file.read_bytes())
+    content[position // 8] ^= 1 << position % 8
+    file.write_bytes(content)
+
+
+@given(JSON)
+def test_fingerprint_does_not_depend_on_the_order_of_keys(identity):
+    assert artifacts.fingerprint(reversed_keys(identity)) == artifacts.fingerprint(identity)
+
+
+def test_fingerprint_tells_different_things_apart_and_never_changes():
+    things = [{}, [], None, 0, "0", {"a": 1}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1], "é", "e\u0301"]
+    assert len({artifacts.fingerprint(thing) for thing in things}) == len(things)
+    assert artifacts.fingerprint({"a": 1}) == "f9d86028c6e0"  # sha256 of '{"a": 1}'
+
+
+def test_sealed_directory_verifies_and_returns_its_facts(tmp_path):
+    write_files(tmp_path)
+    manifest = artifacts.verify(tmp_path)
+    assert manifest["made"] == "here"
+    assert sorted(manifest["files"]) == ["a.bin", "empty", "inner/b.txt"]
+    assert manifest["files"]["inner/b.txt"]["bytes"] == 9
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    write_files(tmp_path)
+    rng = random.Random(0)
+    for _ in range(60):
+        file = tmp_path / rng.choice(["a.bin", "inner/b.txt"])
+        position = rng.randrange(8 * file.stat().st_size)
+        flip_a_bit(file, position)
+        with pytest.raises(DamagedArtifact, match=f"{file.name} is not what was written"):
+            artifacts.verify(tmp_path)
+        flip_a_bit(file, position)
+    artifacts.verify(tmp_path)
+
+
+def test_any_flipped_bit_of_the_manifest_is_noticed(tmp_path):
+    write_files(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    for position in random.Random(0).sample(range(8 * manifest.stat().st_size), 100):
+        flip_a_bit(manifest, position)
+        with pytest.raises(DamagedArtifact, match=r"no readable manifest\.json"):
+            artifacts.verify(tmp_path)
+        flip_a_bit(manifest, position)
+    artifacts.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "a.bin").unlink(), "a.bin is missing"),
+        (lambda folder: (folder / "a.bin").write_bytes(b"short"), "5 bytes instead of 500"),
+        (lambda folder: (folder / "inner" / "c").touch(), "does not list: {'inner/c'}"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "no readable manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text('{"fi'), "no readable manifest"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "no readable manifest"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "no readable manifest"),
+    ],
+)
+def test_directory_that_is_not_what_was_sealed_is_refused(tmp_path, damage, message):
+    write_files(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DamagedArtifact, match=message):
+        artifacts.verify(tmp_path)
+
+
+def test_builder_is_called_once(tmp_path):
+    calls = []
+
+    def build(partial):
+        calls.append(partial)
+        write_files(partial)
+
+    path = tmp_path / "deep" / "thing"
+    assert not artifacts.build_once(path, build)
+    made = path.stat().st_mtime_ns
+    assert artifacts.build_once(path, build)
+    assert len(calls) == 1 and calls[0] != path and not calls[0].exists()
+    assert path.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_builder_that_fails_leaves_nothing_and_does_not_lock_the_next(tmp_path, error):
+    def fail(partial):
+        (partial / "half").write_text("x")
+        raise error("on purpose")
+
+    path = tmp_path / "thing"
+    with pytest.raises(error, match="on purpose"):
+        artifacts.build_once(path, fail)
+    assert not [found for found in tmp_path.iterdir() if found.is_dir()]
+    assert not artifacts.build_once(path, write_files)
+    artifacts.verify(path)
+
+
+def test_what_a_killed_builder_left_is_no_part_of_the_next(tmp_path):
+    (tmp_path / ".thing.partial").mkdir()
+    (tmp_path / ".thing.partial" / "left over").write_text("x")
+    artifacts.build_once(tmp_path / "thing", write_files)
+    assert "left over" not in contents(tmp_path / "thing")
+    assert not (tmp_path / ".thing.partial").exists()
+
+
+def test_damaged_directories_are_all_kept_aside(tmp_path):
+    path = tmp_path / "thing"
+    for number in (1, 2):
+        artifacts.build_once(path, write_files)
+        (path / "a.bin").write_text(f"damage {number}")
+    assert not artifacts.build_once(path, write_files)
+    for number in (1, 2):
+        aside = tmp_path / f"thing.damaged-{number}"
+        assert (aside / "a.bin").read_text() == f"damage {number}"
+    artifacts.verify(path)
+
+
+def test_reader_of_json_meets_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "deep" / "facts.json"
+    artifacts.write_json(path, {"text": "é"})
+    assert artifacts.read_json(path) == {"text": "é"}
+    with pytest.raises(TypeError):
+        artifacts.write_json(path, {"text": "new", "bad": object()})
+    assert artifacts.read_json(path) == {"text": "é"}
+
+
+def test_lock_that_another_holds_is_waited_for_only_so_long(tmp_path):
+    path = tmp_path / "thing"
+    with (
+        artifacts.exclusive(path, waiting_for="nobody"),
+        pytest.raises(TimeoutError),
+        artifacts.exclusive(path, waiting_for="the other", timeout_seconds=0.05),
+    ):
+        pytest.fail("two hold the lock")
+    with artifacts.exclusive(path, waiting_for="nobody", timeout_seconds=0):
+        assert not path.exists()

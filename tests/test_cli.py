@@ -1,0 +1,196 @@
+import argparse
+import logging
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tiny import SHAPE
+
+from zeroflow import cli
+from zeroflow import run as runs
+from zeroflow.run import RunConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="program")
+    cli.add_settings(made, RunConfig, "run")
+    return made
+
+
+def read(*argv: str) -> RunConfig:
+    return RunConfig.model_validate(cli.read_settings(RunConfig, parser().parse_args(argv)))
+
+
+def flags(run: RunConfig) -> list[str]:
+    """The command line that asks for every setting of `run` that is not None."""
+    argv = []
+    for path, value in runs.leaves(run):
+        flag = "--" + path.rsplit(".", 1)[-1].replace("_", "-")
+        if isinstance(value, bool):
+            default = dict(runs.leaves(RunConfig()))[path]
+            if value:
+                argv.append(flag)
+            elif default is None:
+                argv.append(flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            argv += [flag, *value] if value else []
+        elif value is not None:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+RUNS = [
+    RunConfig(),
+    RunConfig(
+        run_name="mine.1",
+        cache_dir="/some/where",
+        device="cpu",
+        seed=7,
+        model=SHAPE.model_dump(),
+        data={
+            "data_mode": "files",
+            "data_path": ("a/*.txt", "b.jsonl"),
+            "text_column": "body",
+            "data_revision": "abc",
+        },
+        tokenizer={
+            "tokenizer_name": "train",
+            "vocab_size": 1234,
+            "tokenizer_revision": "def",
+            "end_of_text": "<end>",
+        },
+        training={
+            "seq_len": 64,
+            "batch_size": 2,
+            "grad_accum_steps": 3,
+            "batch_tokens": 384,
+            "max_steps": 50,
+            "learning_rate": 1.5e-4,
+            "warmup_steps": 4,
+            "schedule": "wsd",
+            "precision": "bf16",
+            "compile": True,
+            "validation_tokens": 640,
+            "validation_fraction": 0.25,
+            "token_type": "uint16",
+            "validate_every": 11,
+            "checkpoint_every": 12,
+            "keep_checkpoints": 3,
+            "log_interval": 13,
+            "sample_prompt": "Once upon - a time",
+            "sample_tokens": 5,
+        },
+        optimizer={
+            "beta1": 0.85,
+            "beta2": 0.99,
+            "epsilon": 1e-7,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.5,
+        },
+        overfit={"overfit_steps": 33, "overfit_loss": 0.2},
+    ),
+    RunConfig(
+        model={"size": "small"},
+        data={"fineweb_subset": "sample-100BT", "allow_synthetic_fallback": True},
+        training={"compile": False},
+    ),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_flags_of_a_run_give_the_run_back(run):
+    assert read(*flags(run)) == run
+
+
+def test_the_runs_above_change_every_setting():
+    defaults = dict(runs.leaves(RunConfig()))
+    changed = {name for run in RUNS for name, value in runs.leaves(run) if value != defaults[name]}
+    assert changed == set(defaults)
+
+
+def test_every_setting_has_a_flag_of_its_own():
+    found = [setting.flag for setting in cli.settings(RunConfig)]
+    assert len(found) == len(dict(runs.leaves(RunConfig())))
+    assert len(set(found)) == len(found)
+    for setting in cli.settings(RunConfig):
+        assert setting.field.description, setting.flag
+
+
+def test_only_what_is_given_is_set():
+    run = read("--max-steps", "9", "--model-size", "small")
+    assert run.model_fields_set == {"training", "model"}
+    assert run.training.model_fields_set == {"max_steps"}
+    assert run.model.size == "small"
+    assert read() == RunConfig() and not read().model_fields_set
+
+
+def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
+    for setting in cli.settings(RunConfig):
+        kind = setting.field.annotation
+        if kind in (str, str | None, Path) or kind == tuple[str, ...] or "bool" in str(kind):
+            continue
+        try:
+            read(setting.flag, "banana")
+        except ValidationError as error:
+            message = cli.complaint(error)
+            assert f"{setting.flag}: " in message and "'banana'" in message
+        except SystemExit:
+            assert f"{setting.flag}: invalid choice: 'banana'" in capsys.readouterr().err.replace(
+                "--size/--model-size", "--size"
+            )
+        else:
+            pytest.fail(f"{setting.flag} banana was taken")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-size=0"], "--batch-size: .* greater than 0 .found '0'"),
+        (["--seq-len=1"], "--seq-len: .* greater than or equal to 2"),
+        (["--run-name=a/b"], "--run-name: .*'a/b'"),
+        (["--hidden-size=32"], "a shape of your own needs num_hidden_layers"),
+        (["--data-mode=files"], "data_mode files needs data_path"),
+    ],
+)
+def test_complaint_is_in_the_words_of_the_command_line(argv, message):
+    with pytest.raises(ValidationError) as refused:
+        read(*argv)
+    complaint = cli.complaint(refused.value)
+    assert complaint.count("\n") == 0
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(complaint)
+
+
+def test_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        read("--max-stepps", "9")
+    assert "--max-stepps" in capsys.readouterr().err
+
+
+def test_help_tells_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for setting in cli.settings(RunConfig):
+        assert setting.flag in text
+    assert "Default: 0.95." in text
+
+
+@pytest.fixture
+def console():
+    """Put the package's logger back as it was."""
+    logger = logging.getLogger("zeroflow")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+@pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])
+def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, command):
+    argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
+    assert cli.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no run mine in ") and "there are: none" in error
+    assert not list(tmp_path.iterdir())

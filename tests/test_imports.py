@@ -1,0 +1,153 @@
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "zeroflow").rglob("*.py"), *(ROOT / "flows").rglob("*.py")])
+
+# A unit may import those in the lines above its own, and itself
+LAYERS = [
+    {"config", "artifacts"},
+    {"model", "data"},
+    {"planning", "generate", "export", "tracking"},
+    {"training"},
+    {"checks", "progress", "pictures"},
+    {"run"},
+    {"report", "results", "orchestration"},
+    {"cli"},
+    {"flows"},
+]
+HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def unit(module: str) -> str:
+    """zeroflow.data.corpus -> data; flows.pretrain -> flows"""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "zeroflow" and len(parts) > 1 else parts[0]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Every module that `file` imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(file)} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
+
+
+def importers(*modules: str) -> set[str]:
+    """Files that import one of `modules` or something in it."""
+    return {
+        name(file)
+        for file in FILES
+        for found in imported(file)
+        if any(f"{found}.".startswith(f"{module}.") for module in modules)
+    }
+
+
+def test_there_are_files_to_look_at():
+    assert len(FILES) > 30
+    assert "zeroflow/training/loop.py" in importers("torch")
+
+
+def test_prefect_is_known_to_flows_and_orchestration_only():
+    flows = {name(file) for file in FILES if name(file).startswith("flows/")}
+    assert importers("prefect") - flows == {"zeroflow/orchestration.py"}
+
+
+def test_mlflow_is_known_to_tracking_only():
+    assert importers("mlflow") == {"zeroflow/tracking.py"}
+
+
+def test_process_groups_are_known_to_checkpoints_and_sharding_only():
+    allowed = {"zeroflow/training/checkpoint.py", "zeroflow/training/zero.py"}
+    assert importers("torch.distributed") <= allowed
+
+
+def test_data_is_made_without_torch():
+    data = {name(file) for file in FILES if name(file).startswith("zeroflow/data/")}
+    assert importers("torch") & data == {"zeroflow/data/batches.py"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_imports_point_one_way(file):
+    module = name(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    if module == "zeroflow":
+        assert not list(imported(file)), "zeroflow/__init__.py holds a docstring"
+        return
+    assert unit(module) in HEIGHT, f"say in LAYERS where {unit(module)} belongs"
+    for found in imported(file):
+        if found.split(".")[0] not in ("zeroflow", "flows"):
+            continue
+        if unit(found) != unit(module):
+            assert HEIGHT[unit(found)] < HEIGHT[unit(module)], f"{module} imports {found}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=name)
+def test_packages_hold_a_docstring_only(file):
+    [docstring] = ast.parse(file.read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+
+
+IMPORT_ALL = """
+import importlib, json, logging, os, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+logger = logging.getLogger("zeroflow")
+inner = [name for name in logging.root.manager.loggerDict if name.startswith("zeroflow.")]
+import torch
+facts = {
+    "handlers": [str(handler) for handler in logging.root.handlers + logger.handlers],
+    "inner handlers": [name for name in inner if logging.getLogger(name).handlers],
+    "level": logger.level,
+    "cuda": torch.cuda.is_initialized(),
+    "mlflow": "mlflow" in sys.modules,
+    "loggers": len(inner),
+}
+print(json.dumps(facts))
+"""
+
+
+def test_importing_everything_touches_no_file_logger_or_device(tmp_path):
+    modules = [
+        name(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for file in FILES
+        if name(file).startswith("zeroflow/")
+    ]
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PREFECT_", "MLFLOW_", "HF_", "XDG_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", IMPORT_ALL, *modules],
+        cwd=tmp_path,
+        env=kept | {"HOME": str(tmp_path), "DO_NOT_TRACK": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # Prefect makes its own folder, and leaves it empty
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    facts = json.loads(done.stdout)
+    assert facts.pop("loggers") > 10
+    assert facts == {
+        "handlers": [],
+        "inner handlers": [],
+        "level": 0,
+        "cuda": False,
+        "mlflow": False,
+    }

@@ -1,0 +1,345 @@
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import SHAPE, jsonl_corpus
+
+from zeroflow import artifacts, planning
+from zeroflow import run as runs
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.planning import Device
+from zeroflow.run import ModelChoice, RunConfig, TrainingChoice, settle
+
+SYNTHETIC = {"data_mode": "synthetic"}
+GPU = Device(kind="cuda", name="NVIDIA H200", memory_bytes=140 * 2**30, peak_flops=989e12)
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Settings of a run on a CPU; groups as dictionaries."""
+
+    def make(**settings) -> RunConfig:
+        defaults = {"device": "cpu", "data": SYNTHETIC, "cache_dir": tmp_path / "cache"}
+        return RunConfig.model_validate(defaults | settings)
+
+    return make
+
+
+def unset(run: RunConfig) -> set[str]:
+    return {name for name, value in runs.leaves(run) if value is None}
+
+
+SHAPE_NAMES = {f"model.{name}" for name in ("size", *type(SHAPE).model_fields)}
+
+
+def test_synthetic_run_has_nothing_left_open(ask):
+    settled = settle(ask())
+    run = settled.run
+    open_ones = {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
+    assert unset(run) == SHAPE_NAMES | open_ones
+    assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
+    assert run.device == settled.device.kind == "cpu"
+    assert not settled.resumes
+    assert runs.load(run.cache_dir, run.run_name) == run
+    # all that follows from the settings can be made
+    assert run.training_config.steps == run.training.max_steps
+    assert run.shard_config.train_rows == run.training.max_steps * run.batch_rows
+    assert run.train_tokens == run.training.max_steps * run.training.batch_tokens
+    assert run.cadence.log and run.sampling.tokens
+
+
+def test_sample_run_trains_its_tokenizer_and_is_pinned(ask):
+    settled = settle(ask(data={"data_mode": "sample"}))
+    assert settled.run.data.data_revision is not None
+    assert settled.run.tokenizer.tokenizer_name == "train"
+    assert "sample" in settled.tokenizer_reason
+    assert settled.run.run_name.startswith("tiny-sample-")
+
+
+def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path):
+    file = tmp_path / "a.jsonl"
+    jsonl_corpus(file, ["one"])
+    asked = ask(
+        run_name="mine",
+        data={"data_mode": "files", "data_path": (str(file),)},
+        tokenizer={"tokenizer_name": "train"},
+    )
+    first = settle(asked)
+    assert settle(asked).run == first.run and settle(asked).resumes
+    jsonl_corpus(file, ["two"])
+    with pytest.raises(ValueError, match="files of files have changed"):
+        settle(asked)
+
+
+def test_same_settings_have_the_same_name_and_go_on(ask):
+    first, again = settle(ask()), settle(ask())
+    assert again.run == first.run and again.resumes and not first.resumes
+    assert again.data_reason == "as the run was started"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"training": {"max_steps": 7}},
+        {"training": {"learning_rate": 0.1}},
+        {"model": {"size": "small"}},
+        {"model": SHAPE.model_dump()},
+        {"optimizer": {"beta1": 0.8}},
+        {"tokenizer": {"vocab_size": 999}},
+    ],
+)
+def test_each_setting_that_touches_a_weight_makes_another_name(ask, change):
+    assert settle(ask(**change)).run.run_name != settle(ask()).run.run_name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"validate_every": 3, "sample_tokens": 5, "keep_checkpoints": 1}},
+        {"training": {"batch_size": 1, "grad_accum_steps": 2}},  # still 512 tokens a step
+        {"overfit": {"overfit_steps": 3}},
+    ],
+)
+def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change):
+    first = settle(ask()).run
+    assert first.training.batch_tokens == 512
+    again = settle(ask(run_name=first.run_name, **change)).run
+    assert again.run_name == first.run_name
+    [(group, values)] = change.items()
+    for name, value in values.items():
+        assert getattr(getattr(again, group), name) == value
+    assert settle(ask(**change)).run.run_name == first.run_name
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.003, now it is 0.1"),
+        # The batch's arithmetic complains first, of settings that nobody has given: compare the
+        # recorded settings with the given ones before the rest is filled in
+        pytest.param(
+            {"training": {"seq_len": 128}},
+            "training.seq_len 256, now it is 128",
+            marks=pytest.mark.xfail(strict=True, reason="known bug of run.settle"),
+        ),
+        ({"training": {"schedule": "wsd"}}, "training.schedule cosine, now it is wsd"),
+        ({"training": {"max_steps": 9}}, "training.max_steps 10, now it is 9"),
+        ({"model": {"size": "small"}}, "model.size None, now it is small"),
+        ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 32768, now it is 400"),
+        ({"optimizer": {"weight_decay": 0.0}}, "optimizer.weight_decay 0.1, now it is 0.0"),
+    ],
+)
+def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field):
+    start = ask(run_name="mine", training={"max_steps": 10})
+    before = settle(start).run
+    with pytest.raises(ValueError, match=f"run mine was started with {field}"):
+        settle(ask(run_name="mine", **change))
+    assert runs.load(before.cache_dir, "mine") == before
+
+
+def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
+    settle(ask(run_name="mine"))
+    with pytest.raises(ValueError, match=r"batch_tokens 512 are 2 rows .* not batch_size 3 x"):
+        settle(ask(run_name="mine", training={"batch_size": 3, "grad_accum_steps": 1}))
+
+
+def test_run_goes_on_with_more_steps_and_remembers_them(ask):
+    first = settle(ask(run_name="mine", training={"max_steps": 10})).run
+    more = settle(ask(run_name="mine", training={"max_steps": 20})).run
+    assert more.training.max_steps == 20
+    changed = {name for name, value in runs.leaves(more) if dict(runs.leaves(first))[name] != value}
+    assert changed == {"training.max_steps"}
+    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 15"):
+        settle(ask(run_name="mine", training={"max_steps": 15}))
+
+
+def test_setting_that_is_not_given_again_is_taken_from_the_run(ask):
+    settle(ask(run_name="mine", seed=5, training={"learning_rate": 0.5, "max_steps": 9}))
+    again = settle(ask(run_name="mine")).run
+    assert (again.seed, again.training.learning_rate, again.training.max_steps) == (5, 0.5, 9)
+
+
+def test_unknown_run_is_refused_with_those_there_are(ask):
+    cache = settle(ask(run_name="mine")).run.cache_dir
+    with pytest.raises(ValueError, match=r"no run yours in .* there are: mine"):
+        runs.load(cache, "yours")
+    with pytest.raises(ValueError, match="there are: none"):
+        runs.load(cache / "elsewhere", "yours")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "x" * 101, "a b"])
+def test_name_that_is_no_plain_folder_is_refused(name):
+    with pytest.raises(ValidationError, match="run_name"):
+        RunConfig(run_name=name)
+
+
+# seq_len is 100 throughout
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ({"batch_size": 3, "grad_accum_steps": 5}, (3, 5)),
+        ({"batch_tokens": 800, "batch_size": 2}, (2, 4)),
+        ({"batch_tokens": 800, "grad_accum_steps": 2}, (4, 2)),
+        ({"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 2}, (4, 2)),
+        ({"batch_tokens": 1400}, (2, 7)),  # the largest divisor of 14 rows up to the 4 that fit
+        ({}, (1, 5)),  # about 512 tokens: 5 rows, and 4 do not divide them
+        ({"batch_size": 2}, (2, 2)),
+        ({"grad_accum_steps": 5}, (1, 5)),
+    ],
+)
+def test_batch_is_whatever_is_given_and_the_rest_follows(ask, given, batch):
+    run = settle(ask(training={"seq_len": 100, **given})).run
+    assert (run.training.batch_size, run.training.grad_accum_steps) == batch
+    assert run.training.batch_tokens == batch[0] * batch[1] * 100 == 100 * run.batch_rows
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_tokens": 850}, "850 is no multiple of seq_len 100: take 800"),
+        ({"batch_tokens": 50}, "50 is no multiple of seq_len 100: take 100"),
+        ({"batch_tokens": 800, "batch_size": 3}, "8 rows of 100, which is not batch_size 3 x"),
+        ({"batch_tokens": 800, "batch_size": 16}, "8 rows of 100, which is not batch_size 16 x"),
+        ({"batch_tokens": 800, "grad_accum_steps": 3}, "8 rows of 100, which is not batch_size"),
+        ({"batch_tokens": 800, "grad_accum_steps": 16}, "8 rows of 100, which is not batch_size"),
+        (
+            {"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 4},
+            "not batch_size 4 x grad_accum_steps 4: drop one of the three",
+        ),
+        # It comes only when the shards are built, and its run.json then refuses the remedy
+        pytest.param(
+            {"warmup_steps": 10, "max_steps": 10},
+            "10 warm-up steps leave nothing of 10 steps",
+            marks=pytest.mark.xfail(strict=True, reason="known bug of run.settle"),
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_recorded(
+    ask, given, message
+):
+    asked = ask(run_name="mine", training={"seq_len": 100, **given})
+    with pytest.raises(ValueError, match=message):
+        settle(asked)
+    assert not asked.run_dir.exists()
+
+
+def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
+    choice = ModelChoice(**SHAPE.model_dump())
+    assert choice.shape == SHAPE and choice.name == "custom"
+    assert ModelChoice().shape == SIZES["tiny"] and ModelChoice().name == "tiny"
+    assert ModelChoice(size="medium").shape == SIZES["medium"]
+    with pytest.raises(ValidationError, match="needs num_key_value_heads, intermediate_size as"):
+        ModelChoice(**SHAPE.model_dump(exclude={"num_key_value_heads", "intermediate_size"}))
+    with pytest.raises(ValidationError, match="size tiny and a shape of your own"):
+        ModelChoice(size="tiny", hidden_size=32)
+    with pytest.raises(ValidationError, match="cannot be divided among 5 query heads"):
+        ModelChoice(**SHAPE.model_dump() | {"num_attention_heads": 5})
+
+
+def test_synthetic_data_with_a_tokenizer_is_refused():
+    with pytest.raises(ValidationError, match="takes no tokenizer: drop --tokenizer-name"):
+        RunConfig(data=SYNTHETIC, tokenizer={"tokenizer_name": "train"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there_is_refused(ask):
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        settle(ask(device="cuda"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(planning, "find_device", lambda wanted: GPU)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "rate"),
+    [("tiny", 2**18, 3e-3), ("small", 2**19, 2e-3), ("medium", 2**20, 1e-3)],
+)
+def test_defaults_on_a_gpu_suit_the_size(ask, gpu, size, tokens, rate):
+    run = settle(ask(device="auto", model={"size": size})).run
+    choice = run.training
+    assert run.device == "cuda"
+    assert (choice.seq_len, choice.precision, choice.compile) == (2048, "bf16", True)
+    assert (choice.batch_tokens, choice.learning_rate) == (tokens, rate)
+    nominal = with_vocabulary(SIZES[size], 128_256).parameters
+    assert run.train_tokens / nominal == pytest.approx(20, rel=0.02)  # whole steps
+    assert run.train_tokens >= 20 * nominal
+
+
+@pytest.fixture
+def rows(tmp_path) -> ShardSet:
+    return ShardSet(
+        path=tmp_path / "shards" / "synthetic-256-abcdef",
+        reused=False,
+        train_rows=100,
+        validation_rows=10,
+        row_tokens=257,
+        documents=9,
+        validation_bytes_per_token=4.5,
+        entropy=None,
+    )
+
+
+TOKENS = TokenizerFiles(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="f")
+
+
+def test_training_job_is_what_the_settings_say(ask, rows):
+    settled = settle(ask(seed=4, training={"max_steps": 12}))
+    model = with_vocabulary(settled.run.model.shape, 500)
+    job = runs.training_job(settled, model, rows, TOKENS, tags={"mine": "yes"})
+    assert job.model == model and job.shards == rows.path
+    assert (job.training.seed, job.training.steps) == (4, 12)
+    assert job.bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
+    assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset["digest"] == "abcdef"
+    assert set(job.tracking.params) == {name for name, _ in runs.leaves(settled.run)}
+    again = type(job).model_validate_json(job.model_dump_json())
+    assert again == job
+
+
+def test_utilisation_is_told_only_where_the_peak_is_known(ask, rows, gpu):
+    def peak(precision: str) -> float | None:
+        settled = settle(ask(device="auto", training={"precision": precision}))
+        model = with_vocabulary(settled.run.model.shape, 500)
+        return runs.training_job(settled, model, rows, TOKENS, tags={}).peak_flops
+
+    assert peak("bf16") == 989e12
+    assert peak("fp32") is None, "the table has bf16 peaks"
+
+
+def test_plan_tells_data_run_model_time_and_disk(ask, caplog):
+    with caplog.at_level("INFO", logger="zeroflow.run"):
+        run = runs.plan(ask(model=SHAPE.model_dump(), training={"max_steps": 10})).run
+    lines = {line.split(":")[0]: line for line in caplog.messages}
+    assert list(lines) == [
+        "data",
+        "tokenizer",
+        "run",
+        "model",
+        "training",
+        "device",
+        "time",
+        "disk",
+    ]
+    assert run.run_name in lines["run"] and "new" in lines["run"]
+    assert "10 steps x 512 tokens = 5,120 tokens" in lines["training"]
+    assert f"{with_vocabulary(SHAPE, 32_768).parameters / 1e6:.1f}M" in lines["model"]
+
+
+def test_every_setting_has_a_name_and_a_description_of_its_own():
+    names = [name.rsplit(".", 1)[-1] for name, _ in runs.leaves(RunConfig())]
+    assert len(set(names)) == len(names)
+    for group in (TrainingChoice, ModelChoice):
+        for name, field in group.model_fields.items():
+            assert field.description, name
+
+
+def test_record_is_readable_json(ask):
+    run = settle(ask(run_name="mine")).run
+    recorded = artifacts.read_json(Path(run.run_dir) / "run.json")
+    assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 100
