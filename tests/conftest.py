@@ -1,89 +1,13 @@
-"""A Prefect server for the session, and the flow as a user starts it."""
+"""A Prefect server for the session, and the flow with a cache of its own."""
 
-import json
 import os
-import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-# A network of a few thousand parameters: its steps take milliseconds
-SMALL_SHAPE = [
-    "--hidden-size=32",
-    "--num-hidden-layers=2",
-    "--num-attention-heads=4",
-    "--num-key-value-heads=2",
-    "--intermediate-size=64",
-    "--vocab-size=512",
-    "--seq-len=32",
-    "--batch-size=4",
-    "--grad-accum-steps=1",
-    "--max-steps=12",
-    "--validation-tokens=512",
-    "--learning-rate=1e-2",
-    "--sample-tokens=8",
-]
-
-
-@dataclass
-class Flow:
-    """`python flows/pretrain.py` with a cache of its own."""
-
-    cache: Path
-    environment: dict[str, str]
-
-    def start(self, *flags: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "flows/pretrain.py", "--cache-dir", str(self.cache), *flags]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=self.environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def run(self, *flags: str, expect: int = 0) -> str:
-        """The output of the flow, which has to end with exit code `expect`."""
-        process = self.start(*flags)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == expect, output
-        return output
-
-    def folder(self, name: str) -> Path:
-        return self.cache / "runs" / name
-
-    def report(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder(name) / "report.json").read_text())
-
-    def metrics(self, name: str) -> list[dict[str, Any]]:
-        lines = (self.folder(name) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def wait_for_step(self, name: str, step: int, process: "subprocess.Popen[str]") -> None:
-        """Return once the training of run `name` has logged `step`."""
-        path = self.folder(name) / "events.jsonl"
-        while process.poll() is None:
-            if path.exists() and any(s >= step for s in logged_steps(path.read_text())):
-                return
-            time.sleep(0.02)
-        pytest.fail(f"ended before step {step}:\n{process.communicate()[0]}")
-
-
-def logged_steps(events: str) -> list[int]:
-    return [int(found) for found in re.findall(r'"step": (\d+), "tokens": \d+, "loss"', events)]
+from pipeline import Flow, free_port, wait_until_healthy
 
 
 @pytest.fixture(scope="session")
@@ -125,41 +49,3 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
 @pytest.fixture
 def flow(tmp_path: Path, base_environment: dict[str, str], prefect_api: str) -> Flow:
     return Flow(tmp_path / "cache", base_environment | {"PREFECT_API_URL": prefect_api})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
-    for _ in range(600):
-        assert server.poll() is None, "the Prefect server ended"
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("the Prefect server does not answer")
-
-
-def api(url: str, path: str, **body: Any) -> Any:
-    """What Prefect's server answers to a POST."""
-    request = urllib.request.Request(
-        f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
-
-
-def processes_of(cache: Path) -> list[psutil.Process]:
-    """Training processes that were started for runs in `cache`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any(str(cache) in argument for argument in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found

@@ -10,8 +10,8 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import ROOT, SMALL_SHAPE, Flow, api
 from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
+from pipeline import ROOT, SMALL_SHAPE, Flow, api
 
 from zeroflow import cli
 from zeroflow.run import RunConfig

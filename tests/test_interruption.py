@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SMALL_SHAPE, Flow, processes_of
+from pipeline import SMALL_SHAPE, Flow, processes_of
 
 from zeroflow.training import checkpoint
 

@@ -71,6 +71,11 @@ class ModelChoice(Config):
         return self
 
     @property
+    def settled(self) -> Self:
+        """With the default written out."""
+        return self if self.size or self.hidden_size else self.replace(size="tiny")
+
+    @property
     def shape(self) -> Shape:
         if self.hidden_size is None:
             return SIZES[self.size or "tiny"]
@@ -264,6 +269,7 @@ class Settled(NamedTuple):
     run: RunConfig
     """Nothing in it is None that training reads."""
 
+    training: TrainingConfig
     device: Device
     resumes: bool
     """Whether a run of this name was started before."""
@@ -303,6 +309,9 @@ def settle(asked: RunConfig) -> Settled:
     """
     recorded = _recorded(asked)
     merged = _over(recorded, asked) if recorded else asked
+    merged = merged.replace(model=merged.model.settled)
+    if recorded:
+        _require_same(recorded, merged)
     device = planning.find_device(merged.device)
     data, data_reason = corpora.resolve(merged.data)
     tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
@@ -318,11 +327,11 @@ def settle(asked: RunConfig) -> Settled:
         if _recorded(named):
             return settle(named)  # the same command again
         run = run.replace(run_name=name)
+    training = run.training_config  # a contradiction shows here, before anything is recorded
     if recorded:
-        _require_same(recorded, run)
         data_reason = tokenizer_reason = "as the run was started"
     artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
-    return Settled(run, device, recorded is not None, data_reason, tokenizer_reason)
+    return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
 
 
 def load(cache: Path, name: str) -> RunConfig:
@@ -524,7 +533,7 @@ def training_job(
     return TrainingJob(
         run_dir=run.run_dir,
         model=model,
-        training=run.training_config,
+        training=settled.training,
         cadence=run.cadence,
         shards=rows.path,
         validation_rows=run.validation_rows,

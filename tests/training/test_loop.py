@@ -69,6 +69,15 @@ def test_training_yields_after_each_step_at_the_scheduled_rate():
     assert not list(train(state, RandomBatches(), config)), "at the end there is nothing to do"
 
 
+def test_random_numbers_begin_anew_from_the_seed():
+    torch.seed()  # what a process starts with: another every time
+    new_state(MODEL, training_config(seed=3))
+    drawn = torch.rand(4)
+    torch.seed()
+    new_state(MODEL, training_config(seed=3))
+    assert torch.equal(torch.rand(4), drawn)
+
+
 def test_same_seed_trains_the_same_bit_for_bit():
     def weights(seed: int) -> dict[str, torch.Tensor]:
         config = training_config(seed=seed)

@@ -1,8 +1,8 @@
 """Proof that optimiser and gradients work: fresh weights learn one fixed batch by heart.
 
 The same model class, optimiser, precision and compile settings as the run's, through the same
-`train` loop. A model can learn a batch with a part of it frozen, so every parameter must have
-moved as well. Runs in a process of its own: `-m zeroflow.checks.overfit JOB.json`.
+`train` loop. A model can learn a batch with a part of it frozen, so a gradient must have moved
+every parameter as well. Runs in a process of its own: `-m zeroflow.checks.overfit JOB.json`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroflow import artifacts
 from zeroflow.config import Config
@@ -114,7 +114,7 @@ def overfit(
     Returns:
         None if `stop` said so between two steps.
     """
-    before = {name: tensor.clone() for name, tensor in _parameters(state)}
+    before = {name: parameter.detach().clone() for name, parameter in _parameters(state)}
     curve: list[float] = []
     for metrics in islice(train(state, batches, config), limits.overfit_steps):
         if stop():
@@ -122,7 +122,7 @@ def overfit(
         curve.append(metrics.loss.item())
         if curve[-1] < limits.overfit_loss:
             break
-    unmoved = [name for name, tensor in _parameters(state) if torch.equal(tensor, before[name])]
+    idle = [name for name, p in _parameters(state) if _idle(state, p, before[name])]
     reached = min(curve) < limits.overfit_loss
     if not reached:
         reason = (
@@ -130,15 +130,15 @@ def overfit(
             f"{len(curve)} steps, not below {limits.overfit_loss}: gradients, optimiser or labels "
             "are broken, or --overfit-steps is too low for this model"
         )
-    elif unmoved:
+    elif idle:
         reason = (
-            f"{len(unmoved)} parameters never changed, such as {unmoved[0]}: they are frozen or "
+            f"{len(idle)} parameters learned nothing, such as {idle[0]}: they are frozen or "
             "cut off from the loss"
         )
     else:
         reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
     return OverfitResult(
-        passed=reached and not unmoved,
+        passed=reached and not idle,
         loss=min(curve),
         steps=len(curve),
         reason=reason,
@@ -165,8 +165,14 @@ def fixed_batch(rows: Rows) -> FixedBatch:
     return FixedBatch(to_micro_batch(rows[ids][:, : _CONTEXT + 1]))
 
 
-def _parameters(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    return ((name, p.detach()) for name, p in state.model.named_parameters())
+def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
+    return state.model.named_parameters()
+
+
+def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
+    """Whether no gradient has moved `parameter`; weight decay alone moves it as well."""
+    reached = state.optimizer.state[parameter]["exp_avg_sq"].any()
+    return not reached or torch.equal(parameter.detach(), before)
 
 
 def _finished(job: OverfitJob) -> OverfitResult | None:

@@ -76,7 +76,10 @@ class BatchSource(Protocol):
 
 
 def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
-    """A freshly initialised model and optimiser on the device; the same for the same seed."""
+    """A freshly initialised model and optimiser on the device; the same for the same seed.
+
+    PyTorch's random numbers, which a checkpoint holds as well, begin anew from the seed.
+    """
     with torch.device(config.compute.device):
         network = Llama(model)
     initialize(network, config.seed)
@@ -84,6 +87,7 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
         for block in network.model.layers:
             block.compile(dynamic=False)
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
+    torch.manual_seed(config.seed)
     return TrainState(network, optimizer)
 
 
