@@ -16,7 +16,7 @@ NOMINAL_VOCABULARY = 128_256
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
-ASSUMED_MFU = 0.35
+ASSUMED_MFU = 0.25
 _ASSUMED_CPU_SHARE = 0.75
 
 # Dense bf16 matrix peaks in FLOP/s, without sparsity, from the vendor's data sheets. The

@@ -404,7 +404,7 @@ def _default_name(run: RunConfig) -> str:
 _PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
 _GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
 _CPU_BATCH_TOKENS = 512
-_CPU_STEPS = 100
+_CPU_STEPS = 200
 
 
 def _fill(
