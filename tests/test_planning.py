@@ -32,8 +32,8 @@ def test_duration_has_its_two_largest_units(seconds, text):
 
 def test_rate_on_a_known_gpu_is_a_share_of_its_peak():
     rate, source = planning.expected_tokens_per_second(MODEL, 128, H200)
-    assert rate == pytest.approx(0.35 * 989e12 / MODEL.flops_per_token(128))
-    assert "35%" in source
+    assert rate == pytest.approx(0.25 * 989e12 / MODEL.flops_per_token(128))
+    assert "25%" in source
 
 
 def test_unknown_peak_gives_no_rate_and_no_guess():

@@ -120,7 +120,7 @@ def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change)
     ("change", "field"),
     [
         ({"seed": 1}, "seed 0, now it is 1"),
-        ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.003, now it is 0.1"),
+        ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.001, now it is 0.1"),
         ({"training": {"seq_len": 128}}, "training.seq_len 256, now it is 128"),
         ({"training": {"schedule": "wsd"}}, "training.schedule cosine, now it is wsd"),
         ({"training": {"max_steps": 9}}, "training.max_steps 10, now it is 9"),
@@ -332,4 +332,4 @@ def test_every_setting_has_a_name_and_a_description_of_its_own():
 def test_record_is_readable_json(ask):
     run = settle(ask(run_name="mine")).run
     recorded = artifacts.read_json(Path(run.run_dir) / "run.json")
-    assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 100
+    assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 200
