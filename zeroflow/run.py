@@ -103,7 +103,8 @@ class TrainingChoice(Config):
     medium."""
 
     max_steps: PositiveInt | None = None
-    """Steps of the optimiser. Default: 200 on a CPU, some minutes for tiny; 20 tokens a parameter on a GPU."""
+    """Steps of the optimiser. Default: 200 on a CPU, some minutes for tiny; 20 tokens a parameter
+    on a GPU."""
 
     learning_rate: PositiveFloat | None = None
     """Peak. Default: 3e-3 / 2e-3 / 1e-3 for tiny / small / medium; a third on a CPU, for its small
