@@ -50,8 +50,10 @@ class Trouble(NamedTuple):
     away_seconds: float = 0.0
     """How long the hub is gone after the first read; its port stays the same."""
 
-    seconds: float = 1.0
-    """Of patience."""
+    @property
+    def patience(self) -> Patience:
+        """Little where it is all used up; much where a slow machine must not use it up."""
+        return hurried(0.5 if self.says else 10.0)
 
 
 class Outcome(NamedTuple):
@@ -76,7 +78,7 @@ TROUBLES = [
     Trouble("416", (answers(416, Content_Range="bytes */9"),), "has changed since", False),
     Trouble("408 once", (answers(408), None)),
     Trouble("429 once, no Retry-After", (answers(429), None)),
-    Trouble("429 once, Retry-After: 1", (answers(429, Retry_After="1"), None), seconds=3),
+    Trouble("429 once, Retry-After: 1", (answers(429, Retry_After="1"), None)),
     Trouble("429, Retry-After: 3600", (answers(429, Retry_After="3600"),), "to wait 3600 s"),
     Trouble("429, rate limit in 300 s", (answers(429, RateLimit='"api";r=0;t=300'),), "wait 300 s"),
     Trouble("429 always", (answers(429),), "slow down (429)"),
@@ -101,7 +103,7 @@ TROUBLES = [
     Trouble("trickle always", (Fault(bytes_per_second=2_000),), "trickles in"),
     Trouble("refused", says="refuses connections", endpoint=NOBODY),
     Trouble("name not resolved", says="cannot be reached", endpoint="http://hub.invalid"),
-    Trouble("gone for 0.5 s", away_seconds=0.5, seconds=3),
+    Trouble("gone for 0.5 s", away_seconds=0.5),
     Trouble("gone for good", away_seconds=FOR_EVER, says="refuses connections"),
     Trouble(
         "file changes between two reads",
@@ -125,13 +127,13 @@ TROUBLES = [
 
 
 def hurried(seconds: float) -> Patience:
-    """READING for those who cannot wait."""
+    """Like READING, for those who cannot wait."""
     return Patience(
         seconds,
         tries=20,
-        stall_seconds=0.3 * seconds,
+        stall_seconds=0.25,
         slow_bytes_per_second=100_000,
-        window_seconds=0.2 * seconds,
+        window_seconds=0.2,
         first_wait_seconds=0.05,
         longest_wait_seconds=0.2,
     )
@@ -139,8 +141,8 @@ def hurried(seconds: float) -> Patience:
 
 def longest(patience: Patience, n_bytes: int) -> float:
     """Seconds that a request for so many bytes may take, as `Patience` states it."""
-    earned = n_bytes / patience.slow_bytes_per_second
-    return patience.seconds + patience.stall_seconds + earned
+    last = 2 * patience.stall_seconds + patience.window_seconds
+    return patience.seconds + last + n_bytes / patience.slow_bytes_per_second
 
 
 @contextmanager
@@ -164,8 +166,9 @@ def one_after_the_other(faults: tuple[Fault | None, ...]) -> Iterator[Fault | No
         yield faults[-1]
 
 
-def meet(trouble: Trouble, patience: Patience) -> Outcome:
+def meet(trouble: Trouble, patience: Patience | None = None) -> Outcome:
     """Read `READ` of `FILE` while `trouble` lasts."""
+    patience = patience or trouble.patience
     with ExitStack() as stack:
         hub = stack.enter_context(Hub([REPO]))
         stack.enter_context(asking(trouble.endpoint or hub.url))

@@ -39,8 +39,8 @@ class Patience:
     """How long one request may take, all its tries together."""
 
     seconds: float
-    """From the first try to the last. Bytes that are kept earn more, at `slow_bytes_per_second`:
-    a request for n bytes ends within `seconds + stall_seconds + n / slow_bytes_per_second`."""
+    """From the first try to the last, which may still take its time: a request for n bytes ends
+    within `seconds + 2 * stall_seconds + window_seconds + n / slow_bytes_per_second`."""
 
     tries: int
     """In a row that brought no byte."""
@@ -435,15 +435,16 @@ def _etag(response: Any) -> str:
 
 
 class _Effort:
-    """What a request has cost, against the patience for it."""
+    """What a request has cost, against the patience for it.
+
+    Bytes that are kept earn time, or a large read could not outlast many short breaks.
+    """
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
         self.kept = 0
         """Bytes that need not be asked for again."""
         self.tries = 0
-        self.limit = patience.stall_seconds
-        """Seconds that this try waits for a byte."""
         self._in_vain = 0
         self._kept_before = 0
         self._started = time.monotonic()
@@ -503,7 +504,7 @@ def _answer(
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers
 
-    limit = effort.limit = max(min(effort.patience.stall_seconds, effort.left()), 0.01)
+    limit = effort.patience.stall_seconds
 
     def send() -> Any:
         client = get_session()
@@ -528,21 +529,22 @@ def _answer(
 
 def _body(response: Any, subject: str, effort: _Effort) -> Iterator[bytes]:
     """The pieces of an answer's body, as they come."""
-    window = min(effort.patience.window_seconds, effort.limit)
+    patience = effort.patience
     began, heard = time.monotonic(), 0
     pieces = response.iter_bytes()
     while True:
         try:
             piece = next(pieces, None)
         except Exception as error:
-            raise _explain_silence(error, subject, str(response.url), effort.limit) from error
+            url = str(response.url)
+            raise _explain_silence(error, subject, url, patience.stall_seconds) from error
         if piece is None:
             return
         heard += len(piece)
         yield piece
         passed = time.monotonic() - began
-        if passed >= window:
-            if heard < effort.patience.slow_bytes_per_second * passed:
+        if passed >= patience.window_seconds:
+            if heard < patience.slow_bytes_per_second * passed:
                 cause = f"the answer trickles in ({heard / passed:,.0f} bytes/s)"
                 raise HubError(subject, cause, transient=True)
             began, heard = time.monotonic(), 0
