@@ -31,7 +31,7 @@ from hub import TOKEN, Fault, Hub, Repo, fineweb_edu_repo, llama_tokenizer_repo
 from zeroflow.data import hub as hubs
 from zeroflow.data.hub import HubError, HubFile
 
-HURRIED = replace(hurried(10), tries=3)
+HURRIED = replace(hurried(10), tries=2)
 MARGIN_SECONDS = 5.0
 """For a machine that does other things too."""
 
@@ -148,6 +148,16 @@ def test_offline_mode_is_said_and_not_tried_again(hub: Hub):
         with pytest.raises(HubError, match=r"HF_HUB_OFFLINE .*\(1 try") as failed:
             hubs.dataset_revision(DATASET)
     assert not failed.value.transient and not hub.requests
+
+
+def test_malformed_token_is_refused_without_being_shown(hub: Hub):
+    for token in ("hf_\x00secret", "hf_sécret"):
+        with asking(hub.url) as patch:
+            patch.setattr("huggingface_hub.get_token", lambda token=token: token)
+            with pytest.raises(HubError, match="HF_TOKEN") as failed:
+                hubs.dataset_revision(FINEWEB_EDU, patience=HURRIED)
+        assert not failed.value.transient
+        assert "cret" not in str(failed.value)
 
 
 def test_token_goes_to_the_hub_and_not_to_where_it_sends_on(hub: Hub):
@@ -287,6 +297,9 @@ def test_files_of_a_subset_are_listed_over_pages_with_their_sizes(hub: Hub):
     files = hubs.dataset_files(FINEWEB_EDU, "sample-10BT", revision=repo.sha)
     names = [f"sample/10BT/00{number}_00000.parquet" for number in (0, 1)]
     assert files == [HubFile(name, len(repo.contents[name])) for name in names]
+    path = f"datasets/{FINEWEB_EDU}"
+    asked = {path for _, path in hub.requests}  # only by us, nothing by the library
+    assert asked == {f"/api/{path}/tree/{repo.sha}", f"/{path}/resolve/{repo.sha}/README.md"}
     (crawl,) = hubs.dataset_files(FINEWEB_EDU, None, revision=repo.sha)
     assert crawl.name.startswith("data/CC-MAIN-2024-10/")
 

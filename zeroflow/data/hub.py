@@ -384,10 +384,10 @@ class _RemoteFile(io.RawIOBase):
                 for chunk in _body(response, subject, effort):
                     got.extend(chunk[skip:])
                     skip = max(skip - len(chunk), 0)
-                    del got[end - first :]
                     effort.kept = len(got)
-                    if response.status_code == 200 and len(got) == end - first:
-                        return  # the rest of the file may be long
+                    if len(got) > end - first:  # of the whole file, whose rest may be long
+                        del got[end - first :]
+                        return
             if len(got) < end - first:
                 cause = f"the answer ended after {len(got):,} of {end - first:,} bytes"
                 raise HubError(subject, cause, transient=True)
@@ -398,7 +398,7 @@ class _RemoteFile(io.RawIOBase):
     def _bytes_before(self, start: int, response: Any, subject: str) -> int:
         """How much of an answer comes before byte `start`, once it is known to be of this file."""
         etag = _etag(response)
-        if self._etag and etag != self._etag:
+        if self._etag and etag and etag != self._etag:
             cause = f"the file has changed since it was opened (ETag {etag}, was {self._etag})"
             raise HubError(subject, cause, transient=False)
         whole = response.status_code == 200
@@ -413,7 +413,7 @@ class _RemoteFile(io.RawIOBase):
         if not whole and not re.match(rf"bytes {start}-", said):
             cause = f"other bytes came than were asked for ({said or 'no Content-Range'})"
             raise HubError(subject, cause, transient=True)
-        self._etag = etag
+        self._etag = etag or self._etag
         return start if whole else 0
 
 
@@ -501,15 +501,19 @@ def _answer(
     The library's client brings the user's proxies and certificates; it sends the token to no
     other host than the first.
     """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, get_session, get_token
 
     limit = effort.patience.stall_seconds
+    headers |= {"User-Agent": "zeroflow", "Accept-Encoding": "identity"}
+    # Not `build_hf_headers`: it asks the hub for a list to name itself from, and waits for it
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+        if not (token.isascii() and token.isprintable()):  # the client's error would show it
+            raise HubError(subject, "the token is malformed: see HF_TOKEN", transient=False)
+        headers["Authorization"] = f"Bearer {token}"
 
     def send() -> Any:
         client = get_session()
-        sent = build_hf_headers(library_name="zeroflow") | {"Accept-Encoding": "identity"} | headers
-        request = client.build_request("GET", url, headers=sent, timeout=limit)
+        request = client.build_request("GET", url, headers=headers, timeout=limit)
         return client.send(request, stream=True, follow_redirects=True)
 
     try:
