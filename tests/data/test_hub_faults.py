@@ -309,6 +309,31 @@ def test_subset_that_is_not_there_is_answered_with_those_that_are(hub: Hub):
         hubs.dataset_files(FINEWEB_EDU, "sample-1T", revision="main")
 
 
+@pytest.mark.parametrize(
+    ("readme", "subset", "says"),
+    [
+        ("", None, "has no train split, only test"),
+        ("a: test.jsonl\nb: test.jsonl", None, "has several subsets, a, b: set --fineweb-subset"),
+        ("a: none.jsonl", "a", f"{DATASET}: its files make no dataset: .*none.jsonl"),
+    ],
+)
+def test_dataset_that_leaves_it_open_what_to_train_on_is_refused(
+    readme: str, subset: str | None, says: str
+):
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {path}\n"
+        for name, path in (line.split(": ") for line in readme.splitlines())
+    )
+    head = f"---\nconfigs:\n{configs}---\n" if configs else ""
+    files = {"README.md": head.encode(), "test.jsonl": b'{"text": ""}'}
+    with (
+        Hub([Repo("dataset", DATASET, files)]) as hub,
+        asking(hub.url),
+        pytest.raises(ValueError, match=says),
+    ):
+        hubs.dataset_files(DATASET, subset, revision="main")
+
+
 def test_list_that_names_a_file_outside_the_repository_is_refused():
     with (
         Hub([Repo("dataset", DATASET, {"../a.jsonl": b"{}"})]) as hub,

@@ -257,7 +257,11 @@ def _tree(kind: str, name: str, revision: str, patience: Patience) -> list[HubFi
     query = "recursive=true"
     while query:
         entries, following = _ask(f"{path}?{query}", f"{name}: list of files", patience)
-        files += [HubFile(e["path"], e["size"]) for e in entries if e["type"] == "file"]
+        try:
+            files += [HubFile(e["path"], e["size"]) for e in entries if e["type"] == "file"]
+        except (TypeError, KeyError) as error:
+            cause = "what the hub answers is no list of files"
+            raise HubError(name, cause, transient=True) from error
         query = urlsplit(following).query
     for file in files:
         if file.name.startswith("/") or ".." in PurePosixPath(file.name).parts:
@@ -298,11 +302,12 @@ def _train_split(folder: Path, dataset: str, subset: str | None) -> list[str]:
             fault = f"has no subset {chosen}, only" if chosen else "has several subsets,"
             raise ValueError(f"{dataset} {fault} {known}: set --fineweb-subset")
         splits = load_dataset_builder(place, chosen, cache_dir=place).config.data_files
-    except OSError as error:  # DataFilesNotFoundError and others that are about the folder
+    except FileNotFoundError as error:  # what it says of a folder without files that it knows
         text = str(error).replace(place, dataset)
         raise ValueError(f"{dataset}: its files make no dataset: {text}") from error
     if "train" not in splits:
-        raise ValueError(f"{dataset}, {chosen}: has no train split, only {', '.join(splits)}")
+        known = ", ".join(map(str, splits))
+        raise ValueError(f"{dataset}, {chosen}: has no train split, only {known}")
     return [Path(path).relative_to(folder).as_posix() for path in splits["train"]]
 
 
@@ -653,7 +658,9 @@ def _from_status(status: int, headers: Any, subject: str, storage: str = "") -> 
         cause = f"the file has changed since it was listed (416, {headers.get('Content-Range')})"
         return HubError(subject, cause, transient=False)
     wait = _asked_wait(status, headers)
-    cause = "the hub asks to slow down (429)" if status == 429 else f"the hub answers {status}"
+    cause = f"{storage or 'the hub'} answers {status}"
+    if status == 429:
+        cause = f"{storage or 'the hub'} asks to slow down (429)"
     if wait is not None:
         cause += f" and asks to wait {wait:.0f} s"
     transient = status in (408, 429) or status >= 500
