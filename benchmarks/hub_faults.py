@@ -3,7 +3,7 @@
     python benchmarks/hub_faults.py [--patience reading]
 
 Against a hub on loopback, with the faults of `tests/faults.py`. `reading` is the patience that runs
-have, with which the table takes a quarter of an hour.
+have, with which the table takes more than twenty minutes.
 """
 
 import argparse
