@@ -14,6 +14,7 @@ import random
 import re
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,7 +24,7 @@ from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote
 
@@ -122,26 +123,40 @@ class Fault:
     drop_after_bytes: int | None = None
     """Hang up after so many bytes of the body; Content-Length still tells the whole length."""
 
+    stall_after_bytes: int | None = None
+    """Send no more after so many bytes of the body, until the hub closes."""
+
+    truncate_to_bytes: int | None = None
+    """The body is only so long, and Content-Length agrees with it."""
+
+    bytes_per_second: float | None = None
+    """Let the body trickle."""
+
+    ignore_range: bool = False
+    """Answer with the whole file, as some proxies make a server do."""
+
 
 class Hub:
     """Serves `repos` for as long as the `with` block lasts; then even open connections end."""
 
     token = TOKEN
 
-    def __init__(self, repos: Iterable[Repo]) -> None:
+    def __init__(self, repos: Iterable[Repo], port: int = 0) -> None:
         self.repos: dict[tuple[str, str], Repo] = {(repo.kind, repo.name): repo for repo in repos}
         self.requests: list[tuple[str, str]] = []
         """Method and path, without the query, of every request."""
         self.fault: Callable[[str, str, Message], Fault | None] | None = None
         """Called with method, path and headers (in any case) before each answer."""
-        self._server = _Server(self)
+        self.page_entries = 1000
+        """Files and folders in one page of a list."""
+        self._server = _Server(self, port)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
-        Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -150,9 +165,10 @@ class Hub:
 
 
 class _Server(ThreadingHTTPServer):
-    def __init__(self, hub: Hub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: Hub, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.hub = hub
+        self.closed = Event()
         self.connections: set[socket.socket] = set()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -165,6 +181,7 @@ class _Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
+        self.closed.set()
         # A client that keeps its connection would otherwise go on being served.
         for connection in list(self.connections):
             with suppress(OSError):  # the client may have been faster
@@ -183,8 +200,9 @@ class _Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def _json(content: Any) -> _Answer:
-    return _Answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+def _json(content: Any, headers: Mapping[str, str] | None = None) -> _Answer:
+    kind = {"Content-Type": "application/json"}
+    return _Answer(200, json.dumps(content).encode(), kind | dict(headers or {}))
 
 
 def _error(status: int, code: str, message: str) -> _Answer:
@@ -207,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))  # or it begins the next request
         fault = hub.fault(self.command, unquote(path), self.headers) if hub.fault else None
         fault = fault or Fault()
+        if fault.ignore_range:
+            del self.headers["Range"]
         answer = self._answer(path, query) if fault.status is None else _Answer(fault.status)
         self._send(answer, fault)
 
@@ -236,7 +256,13 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             recursive = parse_qs(query).get("recursive", [""])[0].lower() in ("true", "1")
             entries = repo.tree(unquote(folder or ""), recursive=recursive)
-            return _json(entries) if entries else _error(404, "EntryNotFound", "Entry not found")
+            if not entries:
+                return _error(404, "EntryNotFound", "Entry not found")
+            first = int(parse_qs(query).get("cursor", ["0"])[0])
+            end = first + self.server.hub.page_entries
+            following = f"{self.server.hub.url}{path}?recursive={recursive}&cursor={end}"
+            links = {"Link": f'<{following}>; rel="next"'} if end < len(entries) else {}
+            return _json(entries[first:end], links)
         return _json(repo.info())
 
     def _file(self, repo: Repo, path: str) -> _Answer:
@@ -266,15 +292,28 @@ class _Handler(BaseHTTPRequestHandler):
         return _Answer(206, body[first : last + 1], headers | part)
 
     def _send(self, answer: _Answer, fault: Fault) -> None:
-        headers = {"Content-Length": str(len(answer.body)), **answer.headers, **fault.headers}
+        body = answer.body[: fault.truncate_to_bytes]
+        headers = {"Content-Length": str(len(body)), **answer.headers, **fault.headers}
         self.send_response(answer.status, HTTPStatus(answer.status).phrase)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: fault.drop_after_bytes])
-        if fault.drop_after_bytes is not None:
+            self._write(body[: fault.drop_after_bytes][: fault.stall_after_bytes], fault)
+        if fault.stall_after_bytes is not None:
+            self.server.closed.wait()
+        if fault.drop_after_bytes is not None or fault.stall_after_bytes is not None:
             self.close_connection = True
+
+    def _write(self, body: bytes, fault: Fault) -> None:
+        if fault.bytes_per_second is None:
+            self.wfile.write(body)
+            return
+        pause = 0.02
+        piece = max(int(fault.bytes_per_second * pause), 1)
+        for start in range(0, len(body), piece):
+            self.wfile.write(body[start : start + piece])
+            time.sleep(pause)
 
 
 _SUBJECTS = ["river", "teacher", "child", "engine", "forest", "planet", "farmer", "student"]

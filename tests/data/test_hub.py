@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import TOKEN, Fault, Hub, fineweb_edu_repo, llama_tokenizer_repo
+from hub import TOKEN, Fault, Hub, Repo, fineweb_edu_repo, llama_tokenizer_repo
 
 from zeroflow.data import hub as hubs
 
@@ -143,6 +143,27 @@ except ValueError as error:
     assert len(rows) == 60
     assert (facts["mode"], facts["revision"]) == ("fineweb", repo.sha)
     assert "no subset sample-1T, only" in facts["subset"] and "sample-10BT" in facts["subset"]
+
+
+def test_files_of_a_subset_are_those_that_the_datasets_library_reads(tmp_path):
+    script = """
+from datasets import load_dataset_builder
+facts["theirs"] = {}
+facts["ours"] = {}
+for name, subset in {"HuggingFaceFW/fineweb-edu": "sample-10BT", "owner/plain": None}.items():
+    revision = hub.dataset_revision(name)
+    data = load_dataset_builder(name, subset, revision=revision).config.data_files["train"]
+    facts["theirs"][name] = [path.partition(f"@{revision}/")[2] for path in data]
+    files = hub.dataset_files(name, subset, revision=revision)
+    facts["ours"][name] = [file.name for file in files]
+"""
+    names = ["test-0.jsonl", "train-10.jsonl", "train-9.jsonl", "more/train-1.jsonl", "LICENSE"]
+    plain = Repo("dataset", "owner/plain", {name: b'{"text": "a"}' for name in names})
+    with Hub([fineweb_edu_repo(documents=20, files=12), plain]) as hub:
+        facts = ask(script, hub.url, tmp_path)
+    assert facts["ours"] == facts["theirs"]
+    assert len(facts["ours"]["HuggingFaceFW/fineweb-edu"]) == 12
+    assert set(facts["ours"]["owner/plain"]) == {name for name in names if "train" in name}
 
 
 def answered(status: int, code: str = "") -> Exception:

@@ -1,0 +1,38 @@
+"""What reading from the hub does when something goes wrong: a table of fault, outcome, seconds.
+
+    python benchmarks/hub_faults.py [--patience reading]
+
+Against a hub on loopback, with the faults of `tests/faults.py`. `reading` is the patience that runs
+have, with which the table takes more than twenty minutes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tests")]
+
+from faults import CONTENT, READ, TROUBLES, longest, meet  # noqa: E402
+
+from zeroflow.data.hub import READING  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--patience", choices=["hurried", "reading"], default="hurried")
+    hurried = parser.parse_args().patience == "hurried"
+    out = sys.stdout.write
+    out("| fault | outcome | requests | seconds | at most |\n|---|---|---|---|---|\n")
+    for trouble in TROUBLES:
+        patience = trouble.patience if hurried else READING
+        data, error, seconds, requests = meet(trouble, patience)
+        again = "passing" if error and error.transient else "final"
+        outcome = f"{again}: {error.cause}" if error else "read"
+        assert error or data == CONTENT[READ], trouble
+        most = longest(patience, READ.stop - READ.start)
+        out(f"| {trouble.name} | {outcome} | {requests} | {seconds:.1f} | {most:.1f} |\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
