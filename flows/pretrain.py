@@ -11,7 +11,7 @@ from zeroflow import cli, orchestration, pictures, report
 from zeroflow import run as runs
 from zeroflow.checks import overfit
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
-from zeroflow.data import shards, tokenizer
+from zeroflow.data import parts, shards, tokenizer
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
@@ -35,9 +35,21 @@ fetch_tokenizer = task(name="fetch tokenizer", **FROM_THE_HUB)(tokenizer.fetch)
 build_model = task(name="build model", **UNCACHED)(build.build)
 
 
-@task(name="build shards", **FROM_THE_HUB)
+build_part = task(name="build part", **FROM_THE_HUB)(parts.build)
+
+
+@task(name="build shards", **UNCACHED)
 def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
-    built = shards.build(run.shard_config, run.data, tokens, run.cache_dir, seed=run.seed)
+    with orchestration.part_runner(build_part, run.build) as run_parts:
+        built = shards.build(
+            run.shard_config,
+            run.data,
+            tokens,
+            run.cache_dir,
+            seed=run.seed,
+            run_parts=run_parts,
+            at_once=run.build.data_workers,
+        )
     return orchestration.completed(built, reused=built.reused)
 
 

@@ -51,6 +51,8 @@ RUNS = [
             "data_mode": "files",
             "data_path": ("a/*.txt", "b.jsonl"),
             "text_column": "body",
+            "bad_lines_limit": 3,
+            "deduplicate": True,
             "data_revision": "abc",
         },
         tokenizer={
@@ -73,6 +75,7 @@ RUNS = [
             "validation_tokens": 640,
             "validation_fraction": 0.25,
             "token_type": "uint16",
+            "packing": "concat",
             "validate_every": 11,
             "checkpoint_every": 12,
             "keep_checkpoints": 3,
@@ -87,8 +90,10 @@ RUNS = [
             "weight_decay": 0.0,
             "max_grad_norm": 0.5,
         },
+        build={"data_workers": 2, "data_runner": "dask", "dask_address": "tcp://a:1"},
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
     ),
+    RunConfig(data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"}),
     RunConfig(
         model={"size": "small"},
         data={"fineweb_subset": "sample-100BT", "allow_synthetic_fallback": True},

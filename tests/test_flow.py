@@ -20,6 +20,7 @@ TASKS = [
     "plan",
     "fetch tokenizer",
     "build shards",
+    "build part",
     "build model",
     "train",
     "overfit check",

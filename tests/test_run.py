@@ -7,6 +7,7 @@ from tiny import SHAPE, jsonl_corpus
 
 from zeroflow import artifacts, planning
 from zeroflow import run as runs
+from zeroflow.data.parts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.sizes import SIZES, with_vocabulary
@@ -38,7 +39,8 @@ SHAPE_NAMES = {f"model.{name}" for name in type(SHAPE).model_fields}
 def test_synthetic_run_has_nothing_left_open(ask):
     settled = settle(ask())
     run = settled.run
-    open_ones = {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
+    open_ones = {"build.dask_address", "data.dataset", "data.dataset_config"}
+    open_ones |= {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
     assert unset(run) == SHAPE_NAMES | open_ones
     assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
     assert run.device == settled.device.kind == "cpu"
@@ -266,12 +268,15 @@ def test_defaults_on_a_gpu_suit_the_size(ask, gpu, size, tokens, rate):
 def rows(tmp_path) -> ShardSet:
     return ShardSet(
         path=tmp_path / "shards" / "synthetic-256-abcdef",
+        parts=2,
         reused=False,
-        train_rows=100,
-        validation_rows=10,
         row_tokens=257,
-        documents=9,
-        validation_bytes_per_token=4.5,
+        end_of_text=499,
+        train=SplitCounts(rows=100, documents=8, document_tokens=25_000),
+        validation=SplitCounts(rows=10, documents=1, document_tokens=2000, text_bytes=9000),
+        empty_documents=0,
+        duplicates=0,
+        bad_lines=0,
         entropy=None,
     )
 
@@ -283,9 +288,9 @@ def test_training_job_is_what_the_settings_say(ask, rows):
     settled = settle(ask(seed=4, training={"max_steps": 12}))
     model = with_vocabulary(settled.run.model.shape, 500)
     job = runs.training_job(settled, model, rows, TOKENS, tags={"mine": "yes"})
-    assert job.model == model and job.shards == rows.path
+    assert job.model == model and job.shards == rows
     assert (job.training.seed, job.training.steps) == (4, 12)
-    assert job.bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
+    assert job.shards.validation_bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
     assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset["digest"] == "abcdef"
     assert set(job.tracking.params) == {name for name, _ in runs.leaves(settled.run)}
     again = type(job).model_validate_json(job.model_dump_json())

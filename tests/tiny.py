@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from zeroflow.data import corpus
-from zeroflow.data.batches import MicroBatch
+from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.training.loop import ComputeConfig, TrainingConfig
@@ -24,6 +25,9 @@ SHAPE = Shape(
     intermediate_size=64,
 )
 MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
+NO_END = -1
+"""An end-of-text id that no row of random ids holds."""
+
 CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
 
 
@@ -51,6 +55,12 @@ def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
     return model.eval()
 
 
+class ArrayRows(np.ndarray):
+    """An array in place of `Rows`: `array.view(ArrayRows)`."""
+
+    end_of_text = NO_END
+
+
 class RandomBatches:
     """Micro-batches of random ids that are a function of the step, like the real ones."""
 
@@ -63,7 +73,7 @@ class RandomBatches:
             torch.randint(MODEL.vocab_size, self._shape, generator=generator)
             for _ in range(self._accumulate)
         ]
-        return [MicroBatch(row[:, :-1], row[:, 1:]) for row in rows]
+        return [to_micro_batch(row.numpy(), end_of_text=NO_END) for row in rows]
 
 
 def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:

@@ -19,8 +19,13 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, State
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
 
 from zeroflow.data.hub import HubError
+from zeroflow.data.parts import BuiltPart, PartJob
+from zeroflow.data.shards import RunParts
+from zeroflow.run import BuildChoice
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +94,40 @@ def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
     except BaseException:
         return False
     return False
+
+
+@contextmanager
+def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[RunParts]:
+    """What runs `build_part` for several parts, as tasks of the flow run.
+
+    Raises:
+        ValueError: Dask is asked for and not installed.
+    """
+    if build.data_workers == 1 and build.data_runner == "threads":
+        # In this thread, as Ctrl-C does not reach another
+        yield lambda jobs: [build_part(job) for job in jobs]
+        return
+    with _task_runner(build) as runner:
+        yield lambda jobs: [
+            future.result()
+            for future in [runner.submit(build_part, parameters={"job": job}) for job in jobs]
+        ]
+
+
+def _task_runner(build: BuildChoice) -> TaskRunner[Any]:
+    if build.data_runner == "threads":
+        return ThreadPoolTaskRunner(max_workers=build.data_workers)
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else a dozen lines a worker
+    try:
+        from prefect_dask import DaskTaskRunner  # an extra of the package
+    except ImportError as error:
+        raise ValueError(
+            f"--data-runner dask needs a package ({error}): pip install 'zeroflow[dask]'"
+        ) from error
+    if build.dask_address:
+        return DaskTaskRunner(address=build.dask_address)
+    workers = {"n_workers": build.data_workers, "threads_per_worker": 1, "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=workers)
 
 
 def completed(result: Any, *, reused: bool) -> State:

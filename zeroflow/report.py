@@ -73,7 +73,7 @@ def _figures(
     trained: TrainResult,
     overfit: OverfitResult,
 ) -> dict[str, Any]:
-    epochs = run.batch_rows * trained.steps / shards.train_rows
+    epochs = run.batch_rows * trained.steps / shards.train.rows
     return {
         "status": "completed" if overfit.passed else "failed",
         "run": run.run_name,
@@ -98,7 +98,7 @@ def _figures(
             "revision": run.data.data_revision,
             "synthetic_fallback": run.fell_back,
             "documents": shards.documents,
-            "train_rows": shards.train_rows,
+            "train_rows": shards.train.rows,
             "epochs": epochs,
             "path": str(shards.path),
         },

@@ -18,6 +18,7 @@ from zeroflow.config import Config
 from zeroflow.data import corpus as corpora
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.packing import PackingName
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
@@ -131,6 +132,10 @@ class TrainingChoice(Config):
     token_type: Literal["int32", "uint16"] = "int32"
     """Integer type of the shards; uint16 halves them, for vocabularies up to 65,536."""
 
+    packing: PackingName = "best-fit"
+    """best-fit cuts only documents longer than a row, and fills what stays short with padding that
+    the loss ignores; concat joins documents end to end and cuts wherever a row is full."""
+
     validate_every: PositiveInt | None = None
     """Steps between validations. Default: half of a CPU run, 250 on a GPU."""
 
@@ -148,6 +153,26 @@ class TrainingChoice(Config):
 
     sample_tokens: PositiveInt = 48
     """Tokens of the text sample."""
+
+
+class BuildChoice(Config):
+    """How shards are built. Changes the time it takes, and not a byte."""
+
+    data_workers: PositiveInt = 1
+    """Parts to build at once. One uses all cores of a machine; more help where reading is slow."""
+
+    data_runner: Literal["threads", "dask"] = "threads"
+    """Where parts are built if there are several: in this process, or on Dask workers."""
+
+    dask_address: str | None = None
+    """Scheduler of a running Dask cluster, which shares the cache's folder. Default: a cluster of
+    data_workers processes on this machine."""
+
+    @model_validator(mode="after")
+    def _address_belongs_to_dask(self) -> Self:
+        if self.dask_address and self.data_runner != "dask":
+            raise ValueError("dask_address is used with data_runner dask only: add it")
+        return self
 
 
 class RunConfig(Config):
@@ -169,6 +194,7 @@ class RunConfig(Config):
     model: ModelChoice = ModelChoice()
     data: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    build: BuildChoice = BuildChoice()
     training: TrainingChoice = TrainingChoice()
     optimizer: OptimizerConfig = OptimizerConfig()
     overfit: OverfitConfig = OverfitConfig()
@@ -219,6 +245,7 @@ class RunConfig(Config):
             validation_rows=self.validation_rows,
             validation_fraction=self.training.validation_fraction,
             token_type=self.training.token_type,
+            packing=self.training.packing,
         )
 
     @property
@@ -297,6 +324,7 @@ _FREE = {"cache_dir", "device", "data.data_path", "data.allow_synthetic_fallback
         "sample_tokens",
     )
 }
+_FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lines_limit"}
 _FREE |= {"overfit.overfit_steps", "overfit.overfit_loss"}
 
 
@@ -539,9 +567,8 @@ def training_job(
         model=model,
         training=settled.training,
         cadence=run.cadence,
-        shards=rows.path,
+        shards=rows,
         validation_rows=run.validation_rows,
-        bytes_per_token=rows.validation_bytes_per_token,
         tokenizer=tokens,
         prompt=run.training.sample_prompt or "",
         sampling=run.sampling,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, training_config
+from tiny import MODEL, NO_END, ArrayRows, training_config
 
 from zeroflow.checks import overfit as checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitResult
@@ -13,7 +13,7 @@ from zeroflow.training.optimizer import OptimizerConfig
 LIMITS = OverfitConfig(overfit_steps=80, overfit_loss=0.1)
 CONFIG = training_config(steps=200, peak=1e-2, optimizer=OptimizerConfig(beta2=0.95))
 ROWS = np.random.default_rng(0).integers(MODEL.vocab_size, size=(2, 17), dtype=np.int32)
-BATCH = FixedBatch(to_micro_batch(ROWS))
+BATCH = FixedBatch(to_micro_batch(ROWS, end_of_text=NO_END))
 
 
 def run(state: TrainState | None = None, batches: object = BATCH) -> OverfitResult:
@@ -72,9 +72,7 @@ def test_labels_that_change_at_every_step_are_caught():
             shift = torch.randint(
                 1, MODEL.vocab_size, (1,), generator=torch.Generator().manual_seed(step)
             )
-            return [
-                MicroBatch(BATCH.batch.inputs, (BATCH.batch.targets + shift) % MODEL.vocab_size)
-            ]
+            return [BATCH.batch._replace(targets=(BATCH.batch.targets + shift) % MODEL.vocab_size)]
 
     result = run(batches=Restless())
     assert not result.passed and "not below 0.1" in result.reason
@@ -101,7 +99,7 @@ def test_settings_are_the_runs_own_but_for_batch_and_schedule():
 
 
 def test_batch_is_the_beginning_of_the_first_rows():
-    rows = np.arange(10 * 100).reshape(10, 100)
+    rows = np.arange(10 * 100).reshape(10, 100).view(ArrayRows)
     [batch] = checks.fixed_batch(rows).micro_batches(0)
     assert batch.inputs.tolist() == rows[:4, :64].tolist()
     assert batch.targets.tolist() == rows[:4, 1:65].tolist()

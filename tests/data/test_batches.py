@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zeroflow.data.batches import Batches, permute, row_ids, to_micro_batch
+from zeroflow.data.batches import IGNORED, Batches, permute, row_ids, to_micro_batch
 
 ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
@@ -14,7 +14,13 @@ ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
 
 def batches(*, accumulate: int, world: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
     return Batches(
-        ROWS, seed=seed, micro_batch_rows=micro, accumulate=accumulate, rank=rank, world=world
+        ROWS,
+        end_of_text=-1,
+        seed=seed,
+        micro_batch_rows=micro,
+        accumulate=accumulate,
+        rank=rank,
+        world=world,
     )
 
 
@@ -93,7 +99,21 @@ def test_batch_needs_no_history():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 def test_target_is_the_token_after_the_input(dtype):
-    inputs, targets = to_micro_batch(np.array([[5, 6, 7], [8, 9, 65_535]]).astype(dtype))
+    rows = np.array([[5, 6, 7], [8, 9, 65_535]]).astype(dtype)
+    inputs, targets, valid = to_micro_batch(rows, end_of_text=0)
+    assert valid == 4
     assert inputs.tolist() == [[5, 6], [8, 9]]
     assert targets.tolist() == [[6, 7], [9, 65_535]]
     assert inputs.dtype == targets.dtype == torch.int64
+
+
+def test_padding_is_ignored_and_the_end_of_a_document_is_not():
+    end = 9
+    rows = np.array([[1, 2, end, 3, end, end, end], [end, 4, end, 5, 6, 7, end]])
+    inputs, targets, valid = to_micro_batch(rows, end_of_text=end)
+    assert inputs.tolist() == rows[:, :-1].tolist()
+    assert targets.tolist() == [
+        [2, end, 3, end, IGNORED, IGNORED],
+        [4, end, 5, 6, 7, end],
+    ]
+    assert valid == 10

@@ -12,7 +12,7 @@ import pytest
 from tiny import files_corpus
 
 from zeroflow.data import corpus
-from zeroflow.data.corpus import CorpusConfig, Document
+from zeroflow.data.corpus import CorpusConfig, Document, Slice, Tally
 
 
 def with_pyarrow(codec):
@@ -72,7 +72,7 @@ def test_documents_without_id_are_named_after_their_file_and_place(tmp_path):
     (tmp_path / "a" / "x.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
     (tmp_path / "b.parquet").write_bytes(as_parquet([{"text": "three"}, {"text": "four"}]))
     ids = [document.id for document in read(tmp_path / "**" / "*.*")]
-    assert ids == ["a/x.jsonl:1", "a/x.jsonl:3", "b.parquet:1", "b.parquet:2"]
+    assert ids == ["a/x.jsonl@0", "a/x.jsonl@17", "b.parquet:1", "b.parquet:2"]
 
 
 def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
@@ -133,7 +133,7 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
         ("a.parquet", b"this is no parquet", r"a\.parquet"),
         ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no column 'text'.*'body'"),
-        ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet, row 1 has int in column 'text'"),
+        ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet has int64 in column 'text', no text"),
     ],
 )
 def test_file_that_breaks_its_promise_is_refused_by_name(tmp_path, name, content, message):
@@ -155,7 +155,12 @@ def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):
     [
         ({"data_mode": "files"}, "data_mode files needs data_path"),
         ({"data_mode": "sample", "data_path": ("x",)}, "add --data-mode files"),
-        ({"data_mode": "sample", "allow_synthetic_fallback": True}, "sample needs no hub"),
+        (
+            {"data_mode": "sample", "allow_synthetic_fallback": True},
+            "belongs to fineweb, not to sample",
+        ),
+        ({"data_mode": "hub"}, "data_mode hub needs dataset"),
+        ({"data_mode": "files", "data_path": ("x",), "dataset": "a/b"}, "add --data-mode hub"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -187,3 +192,71 @@ def test_first_bytes_end_with_the_document_that_passes_the_limit():
     assert len(list(corpus.first_bytes(stream, 10))) == 1
     assert len(list(corpus.first_bytes(stream, 11))) == 2
     assert len(list(corpus.first_bytes(stream, 10**6))) == 10
+
+
+def write_large(folder: Path) -> Path:
+    """A few kilobytes of lines and of row groups, to be cut at every kilobyte."""
+    rows = [{"text": f"{i} " + "é" * (i * 7 % 90)} for i in range(90)]
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(as_jsonl(rows) + b"\n")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet", row_group_size=7)
+    for name in ("c", "d", "e"):
+        (folder / f"{name}.txt").write_text(name * 600)
+    (folder / "f.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows)))
+    return folder
+
+
+def slices(config: CorpusConfig) -> list[Slice]:
+    listed, first, found = corpus.files(config), 0, []
+    while first < len(listed):
+        planned, first = corpus.plan(config, listed, first)
+        found += planned
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 10, 999, 1000, 5000, 10**6])
+def test_slices_of_any_size_hold_every_document_once_and_in_order(tmp_path, monkeypatch, size):
+    config = files_corpus(str(write_large(tmp_path / "text") / "*"))
+    whole = list(corpus.documents(config))
+    assert len(whole) == 3 * 90 + 3
+    monkeypatch.setattr(corpus, "SLICE_BYTES", size)
+    cut = slices(config)
+    if size == 999:
+        assert len(cut) > 10, "large files are cut"
+        assert [file.name for piece in cut for file in piece.files].count("f.jsonl.gz") == 1
+    if size == 10**6:
+        assert len(cut) == 1, "small files are taken together"
+    # each alone, and in another order than they lie
+    read = {i: list(corpus.read(config, cut[i], Tally())) for i in reversed(range(len(cut)))}
+    found = [document for i in range(len(cut)) for batch in read[i] for document in batch]
+    assert [document.text for document in found] == [document.text for document in whole]
+    assert len({document.id for document in found}) == len(found)
+    assert [document.id for document in found] == [document.id for document in whole]
+
+
+def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
+    lines = [b'{"text": "one"}', b"{", b'{"body": 1}', b'{"text": "two"}', b"", b"\xff"]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    config = files_corpus(str(tmp_path / "a.jsonl"), bad_lines_limit=3)
+    tally = Tally()
+    [piece] = slices(config)
+    read = [document for batch in corpus.read(config, piece, tally) for document in batch]
+    assert [document.text for document in read] == ["one", "two"]
+    assert tally.bad == 3
+    for place, reason in zip(tally.places, ("2 is not JSON", "3 has no text", "6 is"), strict=True):
+        assert f"a.jsonl, line {reason}" in place
+    strict = config.replace(bad_lines_limit=2)
+    with pytest.raises(ValueError, match=r"line 6 is not JSON.*3 bad lines, --bad-lines-limit 2"):
+        list(corpus.read(strict, piece, Tally()))
+
+
+def test_damaged_page_of_a_parquet_file_is_noticed_where_the_file_has_checksums(tmp_path):
+    rows = [{"text": f"text {i}" * 9} for i in range(500)]
+    file = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read: .*checksum"):
+        read(file)

@@ -3,38 +3,117 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroflow.data.packing import Concatenation
+from zeroflow.data.packing import PACKINGS, best_fit, concatenate, lay_out
 
-DOCUMENTS = st.lists(st.integers(1, 30), max_size=20)
-"""Lengths; the tokens are numbered, so that each can be told from all others."""
+FILL = -1
+LENGTHS = st.lists(st.integers(1, 30), max_size=40)
+"""Of documents; their tokens are numbered, so that each can be told from all others."""
+
+ROW_TOKENS = st.integers(2, 12)
 
 
-@given(lengths=DOCUMENTS, row_tokens=st.integers(2, 12), takes=st.randoms(use_true_random=False))
-def test_rows_are_the_documents_end_to_end_whenever_they_are_taken(lengths, row_tokens, takes):
+def rows_of(pack, lengths, row_tokens):
+    """The rows, each as its list of tokens without the filling."""
+    sizes = np.array(lengths, dtype=np.int64)
+    stream = np.arange(sizes.sum(), dtype=np.int32)
+    pieces = pack(sizes, row_tokens)
+    rows = lay_out(stream, sizes, pieces, row_tokens, FILL)
+    assert rows.shape == (pieces.rows, row_tokens) and rows.dtype == np.int32
+    for row in rows:
+        filled = row == FILL
+        assert not filled[0] and (np.diff(filled.astype(int)) >= 0).all(), "filling comes last"
+    return [[token for token in row if token != FILL] for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_every_token_lies_in_just_one_row(name, lengths, row_tokens):
+    rows = rows_of(PACKINGS[name], lengths, row_tokens)
+    assert sorted(token for row in rows for token in row) == list(range(sum(lengths)))
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_pieces_say_where_every_token_lies(name, lengths, row_tokens):
+    sizes = np.array(lengths, dtype=np.int64)
+    pieces = PACKINGS[name](sizes, row_tokens)
+    assert (np.diff(pieces.document) >= 0).all()
+    begins = np.cumsum(sizes) - sizes
+    rows = lay_out(np.arange(sizes.sum(), dtype=np.int32), sizes, pieces, row_tokens, FILL)
+    for document, start, tokens, row, offset in zip(*pieces[:5], strict=True):
+        found = rows[row, offset : offset + tokens].tolist()
+        first = begins[document] + start
+        assert found == list(range(first, first + tokens)) and tokens > 0
+    assert np.array_equal(np.bincount(pieces.document, pieces.tokens), sizes)
+
+
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_concatenation_is_the_stream_cut_at_every_full_row(lengths, row_tokens):
     stream = list(range(sum(lengths)))
-    packing, taken, start = Concatenation(row_tokens), [], 0
+    expected = [stream[i : i + row_tokens] for i in range(0, len(stream), row_tokens)]
+    assert rows_of(concatenate, lengths, row_tokens) == expected
+
+
+def plain_best_fit(lengths, row_tokens):
+    """Room left in each row, by trying all rows for every piece."""
+    pieces = []
+    rows = []
     for length in lengths:
-        place = packing.add(np.arange(start, start + length, dtype=np.int32))
-        assert place.row * row_tokens + place.offset == start
-        assert place.offset < row_tokens
-        start += length
-        rows = takes.randint(0, packing.waiting)
-        taken += packing.take(rows).tolist()
-    taken += packing.take(packing.waiting).tolist()
-
-    full = len(stream) // row_tokens
-    assert packing.rows == full and packing.waiting == 0 and packing.tokens == len(stream)
-    assert taken == [stream[i * row_tokens : (i + 1) * row_tokens] for i in range(full)]
-
-
-def test_rows_keep_the_type_and_shape_of_tokens():
-    packing = Concatenation(4)
-    assert packing.take(0).shape == (0, 4)
-    packing.add(np.arange(9, dtype=np.int32))
-    rows = packing.take(2)
-    assert rows.shape == (2, 4) and rows.dtype == np.int32
+        whole = length <= row_tokens
+        while length > row_tokens:
+            rows.append(0)
+            length -= row_tokens
+        if length == 1 and not whole:
+            rows.append(row_tokens - 1)  # an end of text alone
+        else:
+            pieces.append(length)
+    for piece in sorted(pieces, reverse=True):
+        fitting = [room for room in rows if room >= piece]
+        room = min(fitting, default=row_tokens)
+        if fitting:
+            rows.remove(room)
+        rows.append(room - piece)
+    return sorted(rows)
 
 
-def test_rows_without_a_token_to_predict_are_refused():
-    with pytest.raises(ValueError, match="rows of 1 tokens leave no token to predict"):
-        Concatenation(1)
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_best_fit_leaves_the_room_that_plain_search_leaves(lengths, row_tokens):
+    rows = rows_of(best_fit, lengths, row_tokens)
+    rooms = sorted(row_tokens - len(row) for row in rows)
+    assert rooms == plain_best_fit(lengths, row_tokens)
+
+
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_tokens):
+    pieces = best_fit(np.array(lengths, dtype=np.int64), row_tokens)
+    counts = np.bincount(pieces.document, minlength=len(lengths))
+    assert counts.tolist() == [-(-length // row_tokens) for length in lengths]
+
+
+def test_text_like_lengths_are_packed_with_hardly_any_padding():
+    lengths = np.random.default_rng(0).lognormal(6.5, 1, 2000).astype(np.int64) + 1
+    pieces = best_fit(lengths, 2049)
+    assert pieces.rows * 2049 < 1.005 * lengths.sum()
+
+
+def test_same_lengths_are_packed_the_same():
+    lengths = np.random.default_rng(1).integers(1, 50, 500)
+    first, again = best_fit(lengths, 32), best_fit(lengths, 32)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+@given(lengths=st.lists(st.integers(2, 30), max_size=40), row_tokens=ROW_TOKENS)
+def test_padding_is_just_what_follows_two_ends_of_text(name, lengths, row_tokens):
+    """So that a reader can tell it, and the beginnings of documents, from the ids alone."""
+    sizes = np.array(lengths, dtype=np.int64)
+    stream = np.ones(sizes.sum(), dtype=np.int32)
+    stream[np.cumsum(sizes) - 1] = 0  # the end of text
+    pieces = PACKINGS[name](sizes, row_tokens)
+    rows = lay_out(stream, sizes, pieces, row_tokens, 0)
+    marked = lay_out(stream, sizes, pieces, row_tokens, FILL)
+    ends = rows == 0
+    assert np.array_equal(marked[:, 1:] == FILL, ends[:, 1:] & ends[:, :-1])
+    inner = pieces.offset > 0
+    before = ends[pieces.row[inner], pieces.offset[inner] - 1]
+    assert before.all(), "what begins within a row follows an end of text"

@@ -1,20 +1,29 @@
+import hashlib
+import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import english
 from tiny import contents, jsonl_corpus
 
-from zeroflow.data import shards, synthetic, tokenizer
+from zeroflow.data import corpus, parts, shards, synthetic, tokenizer
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import Rows, ShardConfig
+from zeroflow.data.shards import Rows, ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
 SMALL = ShardConfig(seq_len=32, train_rows=50, validation_rows=4, validation_fraction=0.1)
+ALL = SMALL.replace(train_rows=10**6, validation_rows=10**6)
 
 
 def synthetic_tokens(vocab_size: int) -> TokenizerFiles:
@@ -24,79 +33,95 @@ def synthetic_tokens(vocab_size: int) -> TokenizerFiles:
 
 
 @pytest.fixture
-def few_tokens(monkeypatch):
-    """Ask for no more than the settings do, and begin a file every 20 rows."""
-    monkeypatch.setattr(shards, "_LEAST_TRAIN_TOKENS", 0)
-    monkeypatch.setattr(shards, "_LEAST_VALIDATION_TOKENS", 0)
-    monkeypatch.setattr(shards, "_SHARD_TOKENS", 20 * SMALL.row_tokens)
+def small_pieces(monkeypatch):
+    """A part for every few documents, a file for every 20 rows, a window for every batch."""
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(corpus, "_READ_ROWS", 5)
+    monkeypatch.setattr(parts, "_SHARD_TOKENS", 20 * 33)
+    monkeypatch.setattr(parts, "_WINDOW_DOCUMENTS", 4)
+    monkeypatch.setattr(parts, "_WINDOW_TOKENS", (100, 5000))
 
 
-@pytest.fixture
-def built(few_tokens, text, tmp_path):
+@pytest.fixture(params=["best-fit", "concat"])
+def built(request, small_pieces, text, tmp_path) -> ShardSet:
     """All of the sixty documents: more rows are asked for than there are."""
-    return shards.build(SMALL.replace(train_rows=10**6, validation_rows=10**6), *text[:2], tmp_path)
+    return shards.build(ALL.replace(packing=request.param), *text[:2], tmp_path)
 
 
-def documents(path: Path) -> list[dict]:
-    return pq.read_table(path / "documents.parquet").to_pylist()
+def lines(built: ShardSet) -> list[dict]:
+    """The table of documents, with the number of the part each line is of."""
+    tables = [parts.documents(path).to_pylist() for path in built.part_paths]
+    return [line | {"part": part} for part, table in enumerate(tables) for line in table]
 
 
-def stream(path: Path, split: str) -> np.ndarray:
-    """All tokens of a split, read by plain pyarrow."""
+def rows_of(path: Path, split: str) -> np.ndarray:
+    """All rows of a split of a part, read by plain pyarrow."""
     files = sorted(path.glob(f"{split}-*.arrow"))
     tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
-    return np.array([row for table in tables for row in table["tokens"].to_pylist()]).ravel()
+    return np.array([row for table in tables for row in table["tokens"].to_pylist()])
 
 
-def test_row_leads_back_to_the_text_of_its_documents(built, text):
+def documents_of(built: ShardSet) -> dict[str, list[int]]:
+    """The ids of every document, put together from its pieces."""
+    found: dict[str, list[int]] = {}
+    rows = {
+        (part, split): rows_of(path, split)
+        for part, path in enumerate(built.part_paths)
+        for split in parts.SPLITS
+    }
+    for line in lines(built):
+        ids = found.setdefault(line["id"], [])
+        assert len(ids) == line["start"]
+        row = rows[line["part"], line["split"]][line["row"]]
+        ids += row[line["offset"] : line["offset"] + line["tokens"]].tolist()
+    return found
+
+
+def test_every_document_is_found_whole_through_the_table(built, text):
     loaded = tokenizer.load(text.tokens)
-    tokens = {split: stream(built.path, split) for split in ("train", "validation")}
-    lines, whole = documents(built.path), 0
-    assert {line["id"] for line in lines} == {f"d{number}" for number in range(60)}
-    for line in lines:
-        start = line["row"] * built.row_tokens + line["offset"]
-        ids = tokens[line["split"]][start : start + line["tokens"]]
-        document = text.texts[int(line["id"][1:])]
-        assert line["bytes"] == len(document.encode())
-        if len(ids) < line["tokens"]:  # the last of its split, cut by the last full row
-            assert document.startswith(loaded.decode(ids.tolist()[:-1]))
-            continue
-        assert loaded.decode(ids[:-1].tolist(), skip_special_tokens=False) == document
+    found = documents_of(built)
+    assert list(found) != [] and set(found) == {f"d{number}" for number in range(60)}
+    for name, ids in found.items():
+        document = text.texts[int(name[1:])]
         assert ids[-1] == text.tokens.end_of_text
-        whole += 1
-    assert whole >= 58
+        assert loaded.decode(ids[:-1], skip_special_tokens=False) == document
+    for line in lines(built):
+        assert line["bytes"] == len(text.texts[int(line["id"][1:])].encode())
 
 
-def test_documents_follow_each_other_without_a_gap(built):
-    for split in ("train", "validation"):
-        lines = [line for line in documents(built.path) if line["split"] == split]
-        starts = [line["row"] * built.row_tokens + line["offset"] for line in lines]
-        ends = np.cumsum([line["tokens"] for line in lines])
-        assert starts == [0, *ends[:-1].tolist()]
-        rows = built.train_rows if split == "train" else built.validation_rows
-        assert rows == ends[-1] // built.row_tokens
+def test_what_no_document_lies_in_is_padding_and_is_counted(built):
+    for split in parts.SPLITS:
+        padding = 0
+        for part, path in enumerate(built.part_paths):
+            rows = rows_of(path, split)
+            free = np.ones(rows.shape, dtype=bool) if len(rows) else np.empty((0, 33), bool)
+            for line in lines(built):
+                if (line["part"], line["split"]) == (part, split):
+                    place = free[line["row"], line["offset"] : line["offset"] + line["tokens"]]
+                    assert place.all(), "no two documents overlap"
+                    place[:] = False
+            assert (rows[free] == built.end_of_text).all() if len(rows) else True
+            # which is all that a reader needs to tell it
+            ends = rows == built.end_of_text
+            if len(rows):
+                assert np.array_equal(free[:, 1:], ends[:, 1:] & ends[:, :-1])
+            padding += int(free.sum())
+        counts = getattr(built, split)
+        assert counts.padding_tokens == padding
+        assert counts.rows * 33 == counts.document_tokens + padding
 
 
 def test_no_validation_document_is_trained_on(built, text):
-    lines = documents(built.path)
-    held_out = {line["id"] for line in lines if line["split"] == "validation"}
-    trained = {line["id"] for line in lines if line["split"] == "train"}
+    held_out = {line["id"] for line in lines(built) if line["split"] == "validation"}
+    trained = {line["id"] for line in lines(built) if line["split"] == "train"}
     assert len(held_out) + len(trained) == 60 and held_out and trained
     assert len(held_out) < 20
-    loaded = tokenizer.load(text.tokens)
-    read = {
-        split: loaded.decode(stream(built.path, split).tolist())
-        for split in ("train", "validation")
-    }
-    for name in trained | held_out:
-        marker = f"Marker{int(name[1:]):03}"
-        assert (marker in read["train"]) == (name in trained)
-        assert (marker in read["validation"]) == (name in held_out)
+    assert (built.validation.documents, built.train.documents) == (len(held_out), len(trained))
 
 
 def test_files_have_the_documented_schema_and_one_batch_each(built):
-    files = sorted(built.path.glob("*.arrow"))
-    assert len(files) > 3
+    assert built.parts > 3
+    files = sorted(built.path.rglob("*.arrow"))
     for file in files:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
         assert reader.num_record_batches == 1
@@ -104,17 +129,18 @@ def test_files_have_the_documented_schema_and_one_batch_each(built):
         assert field.name == "tokens" and not field.nullable
         assert field.type == pa.list_(pa.field("item", pa.int32(), nullable=False), 33)
         batch = reader.get_batch(0)
-        assert batch.num_rows <= 20
+        assert 0 < batch.num_rows <= 20
         # lies uncompressed in the file: reading a row allocates nothing
         assert batch.column(0).flatten().to_numpy(zero_copy_only=True).dtype == np.int32
-    for field in pq.read_schema(built.path / "documents.parquet"):
+    for field in pq.read_schema(built.part_paths[0] / "documents.parquet"):
         assert not field.nullable, field
 
 
 def test_reader_finds_rows_in_any_file_and_order(built):
-    for split in ("train", "validation"):
-        expected = stream(built.path, split).reshape(-1, built.row_tokens)
-        rows = Rows(built.path, split)
+    for split in parts.SPLITS:
+        found = [rows_of(path, split) for path in built.part_paths]
+        expected = np.concatenate([rows for rows in found if len(rows)])
+        rows = Rows(built, split)
         assert (len(rows), rows.row_tokens) == expected.shape
         ids = np.random.default_rng(0).integers(len(rows), size=100)
         assert np.array_equal(rows[ids], expected[ids])
@@ -122,59 +148,81 @@ def test_reader_finds_rows_in_any_file_and_order(built):
         assert np.array_equal(rows[ends], expected[ends])
 
 
-def test_split_without_shards_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no shard of split train"):
-        Rows(tmp_path, "train")
+def test_best_fit_cuts_fewer_documents_than_concatenation(small_pieces, text, tmp_path):
+    texts = [text[:90] for text in text.texts]
+    short = jsonl_corpus(tmp_path / "short.jsonl", texts)
+    cut = {
+        name: shards.build(ALL.replace(packing=name), short, text.tokens, tmp_path).train
+        for name in ("best-fit", "concat")
+    }
+    longer = sum(len(tokens) > 33 for tokens in _tokens(texts, text.tokens))
+    assert cut["best-fit"].cut_documents <= longer < cut["concat"].cut_documents
 
 
-def test_description_counts_what_is_there(built, text):
-    lines = documents(built.path)
-    held_out = [line for line in lines if line["split"] == "validation"]
-    assert built.documents == len(lines) == 60
-    bytes_, tokens = (sum(line[key] for line in held_out) for key in ("bytes", "tokens"))
-    assert built.validation_bytes_per_token == bytes_ / tokens
-    assert built.entropy is None
-    assert shards.describe(built.path, reused=False) == built
+def _tokens(texts, files):
+    encoded = tokenizer.encoder(files).encode(texts)
+    return np.split(np.arange(len(encoded.ids) + len(texts)), np.cumsum(encoded.lengths + 1)[:-1])
 
 
-def test_exactly_the_rows_asked_for_are_kept(few_tokens, text, tmp_path):
-    built = shards.build(SMALL, *text[:2], tmp_path)
-    assert (built.train_rows, built.validation_rows) == (50, 4)
-    assert len(Rows(built.path, "train")) == 50 and len(Rows(built.path, "validation")) == 4
+def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tmp_path):
+    few = shards.build(SMALL, *text[:2], tmp_path)
+    before = contents(few.path)
+    assert few.train.rows >= 50 and few.parts < 5
+    more = shards.build(SMALL.replace(train_rows=400), *text[:2], tmp_path)
+    assert more.path == few.path and more.parts > few.parts and not more.reused
+    kept = {name: data for name, data in before.items() if name.startswith("part-")}
+    after = contents(few.path)
+    assert kept.items() <= after.items()
+    rows = Rows(few, "train")
+    assert np.array_equal(rows[np.arange(50)], Rows(more, "train")[np.arange(50)])
+    # the run that needs few reads few, whatever has come since
+    again = shards.build(SMALL, *text[:2], tmp_path)
+    assert again == few.replace(reused=True)
+    assert contents(few.path) == after
 
 
-def test_document_longer_than_all_rows_asked_for_is_cut(few_tokens, text, tmp_path):
-    long = " ".join(text.texts[1:])
-    corpus = jsonl_corpus(tmp_path / "long.jsonl", [text.texts[0], long])
-    built = shards.build(SMALL.replace(train_rows=25), corpus, text.tokens, tmp_path / "cache")
-    [line] = [line for line in documents(built.path) if line["split"] == "train"]
-    assert line["tokens"] > 100 * SMALL.row_tokens
-    assert built.train_rows == len(Rows(built.path, "train")) == 25
+def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, tmp_path):
+    first = np.arange(4)
+    for rows in (1, 100, 400):
+        built = shards.build(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
+        held_out = Rows(built, "validation")[first]
+        assert np.array_equal(held_out, Rows(built, "validation")[first])
+        if rows == 1:
+            expected = held_out
+        assert np.array_equal(held_out, expected)
 
 
-def test_shorter_runs_share_their_shards(text, tmp_path):
-    first = shards.build(SMALL, *text[:2], tmp_path)
-    again = shards.build(SMALL.replace(train_rows=7, validation_rows=1), *text[:2], tmp_path)
-    assert not first.reused and again == first.replace(reused=True)
+def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
+    small_pieces, text, tmp_path
+):
+    alone = shards.build(ALL, *text[:2], tmp_path / "alone")
+
+    def backwards(jobs):
+        return [parts.build(job) for job in reversed(jobs)][::-1]
+
+    together = shards.build(ALL, *text[:2], tmp_path / "together", run_parts=backwards, at_once=3)
+    assert together == alone.replace(path=together.path)
+    for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
+        assert contents(mine) == contents(theirs)
 
 
 @pytest.mark.parametrize(
     ("token_type", "vocab_size"), [("int32", 70_000), ("uint16", 65_536), ("uint16", 300)]
 )
-def test_ids_up_to_the_highest_are_kept_in_either_type(
-    few_tokens, token_type, vocab_size, tmp_path
-):
-    config = SMALL.replace(token_type=token_type)
+def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, tmp_path):
+    config = SMALL.replace(token_type=token_type, packing="concat")
     built = shards.build(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
-    rows = Rows(built.path, "train")[np.arange(50)]
+    rows = Rows(built, "train")[np.arange(50)]
     assert rows.dtype == np.dtype(token_type)
     assert rows.max() == vocab_size - 1
-    documents_ = synthetic.documents(vocab_size, 3)
-    trained = {line["id"] for line in documents(built.path) if line["split"] == "train"}
-    tokens = []
-    while len(tokens) < rows.size:
-        document = next(documents_)
-        tokens += document.tokens.tolist() if document.id in trained else []
+    block = synthetic.documents(vocab_size, 3, 0)
+    trained = {line["id"] for line in lines(built) if line["split"] == "train"}
+    tokens = [
+        token
+        for name, ids in zip(block.ids, block.tokens, strict=True)
+        if name in trained
+        for token in ids.tolist()
+    ]
     assert rows.ravel().tolist() == tokens[: rows.size]
     assert built.entropy == synthetic.entropy_rate(vocab_size)
     assert built.validation_bytes_per_token is None
@@ -187,10 +235,11 @@ def test_vocabulary_that_does_not_fit_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "cache").exists()
 
 
-def test_id_outside_the_vocabulary_leaves_no_shards(text, tmp_path):
-    with pytest.raises(ValueError, match=r"its tokenizer\.json is wrong"):
-        shards.build(SMALL, text.corpus, text.tokens.replace(vocab_size=300), tmp_path)
-    assert not [path for path in (tmp_path / "shards").iterdir() if path.is_dir()]
+def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
+    wrong = text.tokens.replace(vocab_size=300)
+    with pytest.raises(ValueError, match=r"gave id \d+ for document d0.*its tokenizer\.json is"):
+        shards.build(SMALL, text.corpus, wrong, tmp_path)
+    assert not list((tmp_path / "shards").glob("*/part-*"))
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
@@ -199,25 +248,47 @@ def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, coun
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
     built = shards.build(config, few, text.tokens, tmp_path / "cache")
-    assert built.validation_rows >= 1 and built.train_rows >= 1
-    splits = [line["split"] for line in documents(built.path)]
-    assert sorted(set(splits)) == ["train", "validation"] and len(splits) == count
+    assert built.documents == count
+    assert built.train.rows and built.validation.rows
 
 
-@pytest.mark.parametrize(
-    ("texts", "split"), [(["one document " * 99], "validation"), (["a b", "c d"], "train")]
-)
-def test_too_small_corpus_is_refused_with_what_to_do(text, tmp_path, texts, split):
-    small = jsonl_corpus(tmp_path / "small.jsonl", texts)
-    with pytest.raises(ValueError, match=rf"too small: .* for {split} .*--seq-len"):
-        shards.build(SMALL, small, text.tokens, tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache" / "shards").iterdir() if path.is_dir()]
+@pytest.mark.parametrize("texts", [[], ["one document"]])
+def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
+    few = jsonl_corpus(tmp_path / "few.jsonl", texts)
+    with pytest.raises(ValueError, match="the corpus is too small"):
+        shards.build(SMALL, few, text.tokens, tmp_path / "cache")
+
+
+def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_pieces, text, tmp_path):
+    texts = [*text.texts[:20], *text.texts[:20], *text.texts[20:40], text.texts[25]]
+    twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)
+    plain = shards.build(ALL, twice, text.tokens, tmp_path)
+    assert (plain.documents, plain.duplicates) == (61, 0)
+    once = shards.build(ALL, twice.replace(deduplicate=True), text.tokens, tmp_path, at_once=3)
+    assert once.path != plain.path and once.parts > 3
+    assert (once.documents, once.duplicates) == (40, 21)
+    names = {f"d{i}" for i in (*range(20), *range(40, 60))}
+    assert set(documents_of(once)) == names, "the first of its kind is kept"
+
+
+def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):
+    good = [json.dumps({"text": document}) for document in text.texts[:9]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*good, '{"text": ""}', "no json", '{"text": ""}']))
+    settled = corpus.resolve(
+        CorpusConfig(data_mode="files", data_path=(str(file),), bad_lines_limit=1)
+    ).corpus
+    built = shards.build(ALL, settled, text.tokens, tmp_path)
+    assert (built.documents, built.empty_documents, built.bad_lines) == (9, 2, 1)
+    with pytest.raises(ValueError, match=r"1 bad lines, --bad-lines-limit 0:\n  .*line 11 is not"):
+        shards.build(ALL, settled.replace(bad_lines_limit=0), text.tokens, tmp_path)
 
 
 def flip_a_bit(folder: Path) -> None:
-    file = folder / "train-00000.arrow"
+    rng = random.Random(1)
+    file = rng.choice(sorted(folder.glob("*.arrow")))
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
 
 
@@ -229,7 +300,7 @@ def truncate(folder: Path) -> None:
 DAMAGES = {
     "bit flip": flip_a_bit,
     "truncated": truncate,
-    "missing": lambda folder: (folder / "validation-00000.arrow").unlink(),
+    "missing": lambda folder: (folder / "train-00000.arrow").unlink(),
     "extra": lambda folder: (folder / "train-00099.arrow").write_bytes(b"x"),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"files": {'),
@@ -237,27 +308,36 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shards_are_set_aside_and_rebuilt_to_the_same_bytes(
-    few_tokens, text, tmp_path, damage
+def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
+    small_pieces, text, tmp_path, damage
 ):
-    built = shards.build(SMALL, *text[:2], tmp_path)
-    before = contents(built.path)
-    assert shards.build(SMALL, *text[:2], tmp_path).reused
-    DAMAGES[damage](built.path)
-    damaged = contents(built.path)
+    config = SMALL.replace(train_rows=400)
+    built = shards.build(config, *text[:2], tmp_path)
+    part = built.part_paths[1]
+    before = contents(part)
+    DAMAGES[damage](part)
+    damaged = contents(part)
     assert damaged != before
 
-    again = shards.build(SMALL, *text[:2], tmp_path)
+    again = shards.build(config, *text[:2], tmp_path)
     assert not again.reused and again == built
-    assert contents(built.path) == before
-    assert contents(built.path.with_name(built.path.name + ".damaged-1")) == damaged
+    assert contents(part) == before
+    assert contents(part.with_name(part.name + ".damaged-1")) == damaged
 
 
-def test_same_settings_give_the_same_bytes(built, few_tokens, text, tmp_path):
-    config = SMALL.replace(train_rows=10**6, validation_rows=10**6)
-    twin = shards.build(config, *text[:2], tmp_path / "elsewhere")
-    assert twin.path.name == built.path.name
-    assert contents(twin.path) == contents(built.path)
+def test_all_of_many_flipped_bits_are_noticed(small_pieces, text, tmp_path):
+    part = shards.build(SMALL, *text[:2], tmp_path).part_paths[0]
+    rng = random.Random(0)
+    files = sorted(path for path in part.iterdir())
+    for _ in range(100):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        assert parts.existing(part) is None, file
+        file.write_bytes(content)
+    assert parts.existing(part) is not None
 
 
 @pytest.mark.parametrize(
@@ -266,38 +346,53 @@ def test_same_settings_give_the_same_bytes(built, few_tokens, text, tmp_path):
         {"seq_len": 33},
         {"validation_fraction": 0.5},
         {"token_type": "uint16"},
-        {"train_rows": 51},
-        {"validation_rows": 5},
+        {"packing": "concat"},
     ],
 )
-def test_each_setting_that_changes_the_bytes_changes_the_name(few_tokens, text, tmp_path, change):
+def test_each_setting_that_changes_the_bytes_changes_the_name(text, tmp_path, change):
     first = shards.build(SMALL, *text[:2], tmp_path)
     other = shards.build(SMALL.replace(**change), *text[:2], tmp_path)
     assert other.path != first.path and not other.reused
 
 
-def test_seed_counts_for_synthetic_data_only(few_tokens, text, tmp_path):
-    def path(corpus, tokens, seed):
-        return shards.build(SMALL, corpus, tokens, tmp_path, seed=seed).path
+def test_seed_counts_for_synthetic_data_only(text, tmp_path):
+    def path(settled, tokens, seed):
+        return shards.build(SMALL, settled, tokens, tmp_path, seed=seed).path
 
     assert path(*text[:2], 0) == path(*text[:2], 1)
     tokens = synthetic_tokens(300)
     assert path(SYNTHETIC, tokens, 0) != path(SYNTHETIC, tokens, 1)
 
 
+def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
+    def endless():
+        while True:
+            yield 1
+
+    ahead = parts._ahead(endless())
+    assert list(islice(ahead, 5)) == [1] * 5
+    ahead.close()
+    for _ in range(100):
+        if not any(thread.name == "ahead" for thread in parts.threading.enumerate()):
+            return
+        time.sleep(0.05)
+    pytest.fail("the thread goes on")
+
+
 BUILD = """
 import sys
 from pathlib import Path
-from zeroflow.data import shards
+from zeroflow.data import corpus, parts, shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerFiles
 
-config, corpus, tokens, cache = sys.argv[1:]
+config, text, tokens, cache, slice_bytes = sys.argv[1:]
+corpus.SLICE_BYTES = int(slice_bytes)
 print("ready", flush=True)
 sys.stdin.readline()
 built = shards.build(
     shards.ShardConfig.model_validate_json(config),
-    CorpusConfig.model_validate_json(corpus),
+    CorpusConfig.model_validate_json(text),
     TokenizerFiles.model_validate_json(tokens),
     Path(cache),
 )
@@ -305,11 +400,15 @@ print(built.model_dump_json())
 """
 
 
-def test_two_processes_at_once_build_once_and_both_succeed(text, tmp_path):
-    settings = [part.model_dump_json() for part in (SMALL, *text[:2])]
-    command = [sys.executable, "-c", BUILD, *settings, str(tmp_path / "both")]
+def start_build(settings: list[str], cache: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", BUILD, *settings, str(cache), "15000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    return subprocess.Popen(command, **pipes)
+
+
+def test_two_processes_at_once_share_the_work_and_both_succeed(text, tmp_path, monkeypatch):
+    settings = [part.model_dump_json() for part in (ALL, *text[:2])]
+    processes = [start_build(settings, tmp_path / "both") for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
     for process in processes:
@@ -317,9 +416,72 @@ def test_two_processes_at_once_build_once_and_both_succeed(text, tmp_path):
         process.stdin.flush()
     answers = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    built = [shards.ShardSet.model_validate_json(answer) for answer in answers]
-    assert sorted(answer.reused for answer in built) == [False, True]
+    built = [ShardSet.model_validate_json(answer) for answer in answers]
+    assert built[0].replace(reused=False) == built[1].replace(reused=False)
 
-    alone = shards.build(SMALL, *text[:2], tmp_path / "alone")
-    [folder] = [path for path in (tmp_path / "both" / "shards").iterdir() if path.is_dir()]
-    assert contents(folder) == contents(alone.path)
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    alone = shards.build(ALL, *text[:2], tmp_path / "alone")
+    assert digests(built[0]) == digests(alone)
+
+
+def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_one(
+    text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    rng = random.Random(0)
+    many = jsonl_corpus(tmp_path / "a.jsonl", [english(rng) for _ in range(1000)])
+    began = time.monotonic()
+    undisturbed = shards.build(ALL, many, text.tokens, tmp_path / "undisturbed")
+    took = time.monotonic() - began
+    assert undisturbed.parts > 60
+
+    settings = [part.model_dump_json() for part in (ALL, many, text.tokens)]
+    cache, kills, found = tmp_path / "killed", 0, []
+    while kills < 30:
+        # started ahead, as an import takes longer than what is to be killed
+        process = start_build(settings, cache)
+        process.stdout.readline()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        time.sleep(rng.random() * took / 6)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        found.append(len(list(cache.glob("shards/*/part-*"))))
+    assert found == sorted(found), "no finished part is ever lost"
+    assert found[-1] > 0, "and every try adds some"
+    built = shards.build(ALL, many, text.tokens, cache)
+    assert digests(built) == digests(undisturbed)
+
+
+def digests(built: ShardSet) -> list[dict[str, str]]:
+    return [
+        {name: hashlib.sha256(data).hexdigest() for name, data in contents(path).items()}
+        for path in built.part_paths
+    ]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")
+def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
+    small_pieces, text, tmp_path
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = "size=400k"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        many = jsonl_corpus(tmp_path / "a.jsonl", text.texts * 10)
+        with pytest.raises(OSError, match=r"no space is left in .* the parts that are complete"):
+            shards.build(ALL, many, text.tokens, disk)
+        complete = list(disk.glob("shards/*/part-*"))
+        assert complete and all(parts.existing(part) for part in complete)
+        assert not list(disk.glob("shards/*/.*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        built = shards.build(ALL, many, text.tokens, disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert built.documents == 600

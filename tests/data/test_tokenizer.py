@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny import contents, jsonl_corpus
 from tokenizers import Tokenizer
 
-from zeroflow.data import corpus, tokenizer
-from zeroflow.data.corpus import CorpusConfig, Document
+from zeroflow.data import corpus, encoding, tokenizer
+from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
@@ -33,8 +33,8 @@ def llama(llama_folder, text, tmp_path_factory):
 
 
 def encode(files, *texts: str) -> list[list[int]]:
-    documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    return [document.tokens.tolist() for document in tokenizer.encode(files, documents)]
+    encoded = tokenizer.encoder(files).encode(list(texts))
+    return [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
 
 
 def decode(files, ids: list[int]) -> str:
@@ -64,26 +64,15 @@ def test_text_of_few_kinds_of_word_trains_a_smaller_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
-def test_every_document_ends_with_the_end_of_text_and_holds_it_nowhere_else(text, llama, which):
+def test_special_tokens_that_a_document_spells_out_are_text(text, llama, which):
     files = text.tokens if which == "trained" else llama
     documents = ["<|end_of_text|>", "<|begin_of_text|>a<|end_of_text|> b", "plain", " "]
     for document, ids in zip(documents, encode(files, *documents), strict=True):
-        assert ids.count(files.end_of_text) == 1 and ids[-1] == files.end_of_text
-        # special tokens that a document spells out are text: none is a control id
-        assert decode(files, ids[:-1]) == document
+        assert files.end_of_text not in ids
+        assert decode(files, ids) == document
         assert Tokenizer.from_file(str(files.path / "tokenizer.json")).token_to_id(
             "<|begin_of_text|>"
         ) not in set(ids)
-
-
-def test_encoding_keeps_order_ids_urls_and_bytes_over_many_documents(text):
-    documents = [Document(f"d{i}", f"text é {i}", f"u{i}") for i in range(600)]
-    encoded = list(tokenizer.encode(text.tokens, iter(documents)))
-    assert [(e.id, e.url) for e in encoded] == [(d.id, d.url) for d in documents]
-    for document, tokens in zip(documents, encoded, strict=True):
-        assert decode(text.tokens, tokens.tokens[:-1].tolist()) == document.text
-        assert tokens.text_bytes == len(document.text.encode())
-        assert tokens.tokens.dtype == np.int32
 
 
 def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_path):
@@ -92,17 +81,13 @@ def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_pa
     settled = corpus.resolve(
         CorpusConfig(data_mode="files", data_path=(str(tmp_path / "a.jsonl"),))
     ).corpus
-    encoded = list(tokenizer.encode(text.tokens, corpus.documents(settled)))
-    texts = [decode(text.tokens, document.tokens[:-1].tolist()) for document in encoded]
+    sound = [encoding.sound_text(document.text) for document in corpus.documents(settled)]
+    assert [size for _, size in sound] == [len(text.encode()) for text, _ in sound]
+    encoded = encode(text.tokens, *(text for text, _ in sound))
+    texts = [decode(text.tokens, ids) for ids in encoded]
     assert texts == ["a \ufffd b", "\U0001f600 \ufffd"]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
     assert tokenizer.fetch(config, settled, tmp_path).path.exists()
-
-
-def test_id_outside_the_vocabulary_is_refused_with_its_document(text):
-    smaller = text.tokens.replace(vocab_size=300)
-    with pytest.raises(ValueError, match=r"gave id \d+ for document 0.*300 tokens"):
-        encode(smaller, text.texts[0])
 
 
 def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from tiny import CPU, MODEL, RandomBatches, training_config
 
-from zeroflow.data.batches import MicroBatch
+from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training.loop import new_state, train, train_step
 
 EIGHT_ROWS = RandomBatches(rows=8).micro_batches(0)
@@ -11,8 +11,8 @@ EIGHT_ROWS = RandomBatches(rows=8).micro_batches(0)
 
 def split(batch: MicroBatch, rows: int) -> list[MicroBatch]:
     return [
-        MicroBatch(*parts)
-        for parts in zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+        MicroBatch(inputs, targets, targets.numel())
+        for inputs, targets in zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
     ]
 
 
@@ -40,10 +40,32 @@ def test_accumulated_micro_batches_equal_the_whole_batch(rows):
 
 def test_loss_is_the_mean_over_the_tokens_of_the_step():
     state = new_state(MODEL, training_config())
-    inputs, targets = EIGHT_ROWS[0]
+    inputs, targets, _ = EIGHT_ROWS[0]
     expected = F.cross_entropy(state.model(inputs).flatten(0, 1), targets.flatten()).item()
     loss = train_step(state, split(EIGHT_ROWS[0], 2), training_config()).loss.item()
     assert loss == pytest.approx(expected, abs=1e-6)  # another order of the sum
+
+
+def test_padding_counts_neither_in_the_loss_nor_in_its_mean():
+    rows = torch.randint(1, MODEL.vocab_size, (4, 13), generator=torch.Generator().manual_seed(5))
+    rows[:, -1] = 0  # the end of text
+    padded = torch.cat([rows, torch.zeros(4, 6, dtype=rows.dtype)], dim=1)
+    states = []
+    for tokens in (rows, padded):
+        states.append(new_state(MODEL, training_config()))
+        batch = to_micro_batch(tokens.numpy(), end_of_text=0)
+        assert batch.valid == 48
+        states.append(train_step(states[-1], [batch], training_config()))
+    plain, metrics, with_padding, padded_metrics = states
+    # attention over more columns sums in another order, in fp32
+    torch.testing.assert_close(padded_metrics.loss, metrics.loss, atol=1e-6, rtol=0)
+    for mine, theirs in zip(with_padding.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            with_padding.optimizer.state[mine]["exp_avg"],
+            plain.optimizer.state[theirs]["exp_avg"],
+            atol=1e-7,
+            rtol=1e-4,
+        )
 
 
 def test_gradients_above_the_limit_are_scaled_down_to_it():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.data.shards import Rows
+from zeroflow.data.shards import Rows, ShardSet
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import events, worker
 from zeroflow.training.job import launch
@@ -54,7 +54,7 @@ class OverfitJob(Config):
     training: TrainingConfig
     """The run's own; the check changes its batch and schedule."""
 
-    shards: Path
+    shards: ShardSet
     limits: OverfitConfig
 
 
@@ -162,7 +162,7 @@ def settings(model: ModelConfig, training: TrainingConfig, limits: OverfitConfig
 def fixed_batch(rows: Rows) -> FixedBatch:
     """A few short pieces of the first training rows."""
     ids = np.arange(min(_ROWS, len(rows)))
-    return FixedBatch(to_micro_batch(rows[ids][:, : _CONTEXT + 1]))
+    return FixedBatch(to_micro_batch(rows[ids][:, : _CONTEXT + 1], end_of_text=rows.end_of_text))
 
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,9 @@ from zeroflow.data.shards import Rows
 
 Ids = npt.NDArray[np.int64]
 
+IGNORED = -100
+"""Targets with this value count neither in the loss nor in its mean."""
+
 _ROUNDS = 6
 _U64 = np.uint64
 
@@ -25,7 +28,10 @@ class MicroBatch(NamedTuple):
     """(rows, T) int64"""
 
     targets: Tensor
-    """(rows, T) int64: the token after each input"""
+    """(rows, T) int64: the token after each input, `IGNORED` where that is padding"""
+
+    valid: int
+    """Targets that are not ignored."""
 
 
 class Batches:
@@ -35,6 +41,7 @@ class Batches:
         self,
         rows: Rows,
         *,
+        end_of_text: int,
         seed: int,
         micro_batch_rows: int,
         accumulate: int,
@@ -42,7 +49,7 @@ class Batches:
         world: int = 1,
         pin: bool = False,
     ) -> None:
-        self._rows, self._seed, self._pin = rows, seed, pin
+        self._rows, self._end_of_text, self._seed, self._pin = rows, end_of_text, seed, pin
         self._split = (accumulate, world, micro_batch_rows)
         self._rank = rank
 
@@ -55,15 +62,24 @@ class Batches:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of the global batch of `step`, one entry for each micro-batch."""
         mine = self.row_ids(step)[:, self._rank]
-        return [to_micro_batch(self._rows[ids], pin=self._pin) for ids in mine]
+        return [
+            to_micro_batch(self._rows[ids], end_of_text=self._end_of_text, pin=self._pin)
+            for ids in mine
+        ]
 
 
-def to_micro_batch(rows: npt.NDArray[np.integer], *, pin: bool = False) -> MicroBatch:
+def to_micro_batch(
+    rows: npt.NDArray[np.integer], *, end_of_text: int, pin: bool = False
+) -> MicroBatch:
     """Inputs and targets of `rows` (n, row_tokens)."""
-    tokens = torch.from_numpy(rows.astype(np.int64))
+    ends = rows == end_of_text
+    padding = ends[:, :-1] & ends[:, 1:]
+    inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+    targets[padding] = IGNORED
+    tensors = [torch.from_numpy(array) for array in (inputs, targets)]
     if pin:
-        tokens = tokens.pin_memory()
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:])
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return MicroBatch(tensors[0], tensors[1], padding.size - int(padding.sum()))
 
 
 def row_ids(positions: Ids, rows: int, seed: int) -> Ids:

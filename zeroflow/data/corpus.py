@@ -1,6 +1,8 @@
-"""Streams of documents by name: FineWeb-Edu, own files, the sample every machine has, synthetic.
+"""Streams of documents by name: FineWeb-Edu and other datasets, own files, a sample, synthetic.
 
-`resolve` turns what a user asked for into what the bytes depend on, once; `documents` reads it.
+`resolve` turns what a user asked for into what the bytes depend on, once. A resolved corpus is a
+list of files; `plan` cuts it into slices of about equal size, each of which `read` reads alone,
+whatever came before it.
 """
 
 import glob
@@ -12,23 +14,35 @@ import lzma
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from zeroflow.config import Config
 from zeroflow.data import hub
+from zeroflow.data.hub import HubFile
 
 log = logging.getLogger(__name__)
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
+SLICE_BYTES = 2**25
+"""Text in a slice, about: what a killed build loses at most."""
+
 _READ_ROWS = 1000
+_READ_BYTES = 2**22
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+_COMPRESSION = 3
+"""Text bytes for a byte on disk, assumed where a file is compressed."""
+
+_PLACES = 10
 # What the decompressors, the Parquet reader and UTF-8 raise; none of them names the file
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
@@ -42,13 +56,20 @@ class Document(NamedTuple):
 class CorpusConfig(Config):
     """Where the text comes from."""
 
-    data_mode: Literal["auto", "fineweb", "files", "sample", "synthetic"] = "auto"
-    """fineweb: FineWeb-Edu from the Hugging Face Hub. files: your own, see data_path. sample:
-    source files of Python's standard library, on every machine. synthetic: generated token ids.
-    auto: fineweb when the hub answers within a few seconds, otherwise sample."""
+    data_mode: Literal["auto", "fineweb", "hub", "files", "sample", "synthetic"] = "auto"
+    """fineweb: FineWeb-Edu from the Hugging Face Hub. hub: another dataset there, see dataset.
+    files: your own, see data_path. sample: source files of Python's standard library, on every
+    machine. synthetic: generated token ids. auto: fineweb when the hub answers within a few
+    seconds, otherwise sample."""
 
     fineweb_subset: str = "sample-10BT"
     """Configuration of FineWeb-Edu, such as sample-10BT, sample-100BT or CC-MAIN-2024-10."""
+
+    dataset: str | None = None
+    """Name of a dataset on the hub, for data_mode hub; its files are .parquet, .jsonl or .txt."""
+
+    dataset_config: str | None = None
+    """Configuration of that dataset. Default: its own."""
 
     data_path: tuple[str, ...] = ()
     """Files or globs of .txt (a document each), .jsonl or .parquet, also compressed (.gz .bz2
@@ -57,6 +78,13 @@ class CorpusConfig(Config):
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that holds the text."""
 
+    bad_lines_limit: NonNegativeInt = 0
+    """Lines of .jsonl files without JSON or text that are left out, counted and told; one more
+    ends the run."""
+
+    deduplicate: bool = False
+    """Leave out documents whose text has come before, byte for byte."""
+
     allow_synthetic_fallback: bool = False
     """Fall back to synthetic, loudly, when FineWeb-Edu cannot be reached."""
 
@@ -64,7 +92,7 @@ class CorpusConfig(Config):
     """Commit of the dataset on the hub, or the digest of the files; found once, then recorded."""
 
     @model_validator(mode="after")
-    def _paths_belong_to_files(self) -> Self:
+    def _settings_belong_to_the_mode(self) -> Self:
         if self.data_mode == "files" and not self.data_path:
             raise ValueError("data_mode files needs data_path: name files or globs")
         if self.data_path and self.data_mode != "files":
@@ -72,16 +100,76 @@ class CorpusConfig(Config):
                 f"data_path is read in data_mode files only, not in {self.data_mode}: "
                 "add --data-mode files"
             )
-        if self.allow_synthetic_fallback and self.data_mode in ("files", "sample"):
+        if self.data_mode == "hub" and not self.dataset:
+            raise ValueError("data_mode hub needs dataset: name one, as owner/name")
+        if (self.dataset or self.dataset_config) and self.data_mode != "hub":
             raise ValueError(
-                f"allow_synthetic_fallback belongs to fineweb; {self.data_mode} needs no hub"
+                f"dataset is read in data_mode hub only, not in {self.data_mode}: "
+                "add --data-mode hub"
+            )
+        if self.allow_synthetic_fallback and self.data_mode in ("hub", "files", "sample"):
+            raise ValueError(
+                f"allow_synthetic_fallback belongs to fineweb, not to {self.data_mode}"
             )
         return self
 
     @property
     def name(self) -> str:
         """Short readable name for directories, tags and reports."""
-        return {"fineweb": f"fineweb-edu-{self.fineweb_subset}"}.get(self.data_mode, self.data_mode)
+        if self.data_mode == "fineweb":
+            return f"fineweb-edu-{self.fineweb_subset}"
+        if self.data_mode == "hub":
+            parts = (self.dataset_name.rsplit("/", 1)[-1], self.dataset_config)
+            return "-".join(part for part in parts if part).lower()
+        return self.data_mode
+
+    @property
+    def dataset_name(self) -> str:
+        """On the hub."""
+        return self.dataset or FINEWEB_EDU
+
+    @property
+    def subset(self) -> str | None:
+        return self.fineweb_subset if self.data_mode == "fineweb" else self.dataset_config
+
+
+class SourceFile(Config):
+    """A file of a corpus."""
+
+    name: str
+    """Within the corpus, the same on every machine."""
+
+    size: NonNegativeInt
+    """Bytes, as they are stored."""
+
+
+class Slice(Config):
+    """A piece of a corpus that is read alone."""
+
+    files: tuple[SourceFile, ...] = ()
+    """Whole files; a part of the only one where `stop` is set. None for synthetic data."""
+
+    start: NonNegativeInt = 0
+    """First row group of a .parquet file, first byte of a .jsonl file, first synthetic block."""
+
+    stop: NonNegativeInt | None = None
+    """One after the last."""
+
+
+class Planned(NamedTuple):
+    slices: list[Slice]
+    next_file: int
+    """Number of the first file that comes after them."""
+
+
+@dataclass
+class Tally:
+    """What was left out in reading."""
+
+    empty: int = 0
+    bad: int = 0
+    places: list[str] = field(default_factory=list)
+    """Where the first bad lines are, and why they are bad."""
 
 
 class Resolved(NamedTuple):
@@ -93,7 +181,7 @@ def resolve(config: CorpusConfig) -> Resolved:
     """Settle `auto` and the revision.
 
     Raises:
-        hub.HubError: fineweb was asked for and the hub refused or was out of reach.
+        hub.HubError: the hub was asked for and refused or was out of reach.
         ValueError: files were asked for and none matches, or they are not those of
             `data_revision`.
     """
@@ -103,7 +191,7 @@ def resolve(config: CorpusConfig) -> Resolved:
         return Resolved(config, "asked for")
     auto = config.data_mode == "auto"
     try:
-        return Resolved(_pin_fineweb(config), "the hub answers" if auto else "asked for")
+        return Resolved(_pin_dataset(config), "the hub answers" if auto else "asked for")
     except hub.HubError as error:
         if config.allow_synthetic_fallback:
             fallback = config.replace(data_mode="synthetic")
@@ -121,22 +209,84 @@ def resolve(config: CorpusConfig) -> Resolved:
 def identity(config: CorpusConfig) -> dict[str, Any]:
     """What the documents of a resolved text corpus depend on."""
     facts: dict[str, Any] = {"source": config.data_mode, "revision": config.data_revision}
-    if config.data_mode == "fineweb":
-        facts |= {"dataset": FINEWEB_EDU, "subset": config.fineweb_subset}
-    if config.data_mode == "files":
+    if _on_the_hub(config):
+        facts |= {"dataset": config.dataset_name, "subset": config.subset}
+    if config.data_mode != "sample":
         facts |= {"text_column": config.text_column}
     return facts
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
-    """The documents of a resolved text corpus, always in the same order; empty ones left out.
+def files(config: CorpusConfig) -> list[SourceFile]:
+    """The files of a resolved text corpus, in the order in which they are read.
 
     Raises:
-        ValueError: a file does not hold what its name promises; names file and place.
+        hub.HubError: the hub refused or failed.
+        ValueError: the dataset has no such configuration, or files of an unknown kind.
+    """
+    if _on_the_hub(config):
+        assert config.data_revision, "resolve() pins the revision"
+        found = hub.dataset_files(config.dataset_name, config.subset, revision=config.data_revision)
+        listed = [SourceFile(name=file.name, size=file.size) for file in found]
+    else:
+        paths = _paths(config)
+        listed = [SourceFile(name=n, size=path.stat().st_size) for n, path in paths.items()]
+    for file in listed:
+        _kind(file.name)
+    return listed
+
+
+def plan(config: CorpusConfig, listed: list[SourceFile], first: int) -> Planned:
+    """The slices that begin with file number `first` of those `listed`.
+
+    Large files are cut, at row groups or lines; what cannot be cut, a compressed file, is a slice
+    whatever its size. Smaller ones are taken together.
+
+    Raises:
+        hub.HubError: the hub refused or failed.
+        ValueError: a Parquet file is damaged.
+    """
+    if (cut := _cut(config, listed[first])) is not None:
+        return Planned(cut, first + 1)
+    together: list[SourceFile] = []
+    held = 0
+    for file in listed[first:]:
+        if together and (held >= SLICE_BYTES or _divisible(file)):
+            break
+        together.append(file)
+        held += _text_bytes(file)
+    return Planned([Slice(files=tuple(together))], first + len(together))
+
+
+def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[list[Document]]:
+    """The documents of a slice, always in the same order, some at a time; empty ones left out.
+
+    Raises:
+        ValueError: a file does not hold what its name promises, or more than `bad_lines_limit`
+            lines are bad; names file and place.
         hub.HubError: the hub failed in mid-stream.
     """
-    read = {"fineweb": _fineweb, "files": _files, "sample": _sample}[config.data_mode]
-    return (document for document in read(config) if document.text)
+    for file in piece.files:
+        reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        try:
+            for documents in reader[_kind(file.name)](config, file, piece, tally):
+                kept = [document for document in documents if document.text]
+                tally.empty += len(documents) - len(kept)
+                if kept:
+                    yield kept
+        except _UNREADABLE as error:
+            if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
+                continue  # the library's tests hold a few files that are wrong on purpose
+            raise ValueError(f"{_place(config, file)} cannot be read: {error}") from error
+
+
+def documents(config: CorpusConfig) -> Iterator[Document]:
+    """All documents of a resolved text corpus, one after another."""
+    listed, first = files(config), 0
+    while first < len(listed):
+        slices, first = plan(config, listed, first)
+        for piece in slices:
+            for batch in read(config, piece, Tally()):
+                yield from batch
 
 
 def held_out(document_id: str) -> float:
@@ -145,36 +295,34 @@ def held_out(document_id: str) -> float:
     return int.from_bytes(digest[:8]) / 2**64
 
 
-# FineWeb-Edu
+def first_bytes(stream: Iterable[Document], limit: int) -> Iterator[str]:
+    """Texts of documents until `limit` bytes have been passed on."""
+    passed = 0
+    for document in stream:
+        if passed >= limit:
+            return
+        passed += len(document.text.encode("utf-8", "surrogatepass"))
+        yield document.text
 
 
-def _pin_fineweb(config: CorpusConfig) -> CorpusConfig:
-    revision = config.data_revision or hub.dataset_revision(FINEWEB_EDU)
-    return config.replace(data_mode="fineweb", data_revision=revision)
+# Files and their slices
 
 
-def _fineweb(config: CorpusConfig) -> Iterator[Document]:
-    assert config.data_revision, "resolve() pins the revision"
-    tables = hub.stream(
-        FINEWEB_EDU,
-        config.fineweb_subset,
-        revision=config.data_revision,
-        columns=["id", "text", "url"],
-        rows=_READ_ROWS,
-    )
-    for table in tables:
-        for row in table.to_pylist():
-            yield Document(row["id"], row["text"] or "", row["url"] or "")
+def _on_the_hub(config: CorpusConfig) -> bool:
+    return config.data_mode in ("fineweb", "hub")
 
 
-# Files
+def _pin_dataset(config: CorpusConfig) -> CorpusConfig:
+    revision = config.data_revision or hub.dataset_revision(config.dataset_name)
+    mode = "fineweb" if config.data_mode == "auto" else config.data_mode
+    return config.replace(data_mode=mode, data_revision=revision)
 
 
 def _pin_files(config: CorpusConfig) -> CorpusConfig:
     """Set the revision to a digest of names and contents."""
-    paths = _sample_paths() if config.data_mode == "sample" else _matching(config.data_path)
+    _paths.cache_clear()  # files may have come since
     digest = hashlib.sha256()
-    for name, path in paths:
+    for name, path in _paths(config).items():
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{name}\n{content}\n".encode())
@@ -187,105 +335,13 @@ def _pin_files(config: CorpusConfig) -> CorpusConfig:
     return config.replace(data_revision=revision)
 
 
-def _matching(patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Name and path of every file, sorted by name; names start below the common folder."""
-    paths: set[Path] = set()
-    for pattern in patterns:
-        found = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
-        if not (files := [path.resolve() for path in found if path.is_file()]):
-            raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
-        paths.update(files)
-    for path in paths:
-        _kind(path)
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    return sorted((path.relative_to(common).as_posix(), path) for path in paths)
+@lru_cache(maxsize=4)
+def _paths(config: CorpusConfig) -> dict[str, Path]:
+    """Path of every local file by its name in the corpus, in the order in which they are read."""
+    return _sample_paths() if config.data_mode == "sample" else _matching(config.data_path)
 
 
-def _kind(path: Path) -> str:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes = suffixes[:-1]
-    if not suffixes or suffixes[-1] not in _SUFFIXES:
-        raise ValueError(
-            f"{path}: cannot tell what it holds; known are {', '.join(_SUFFIXES)}, "
-            f"each also with {', '.join(_COMPRESSED)}"
-        )
-    return suffixes[-1]
-
-
-def _files(config: CorpusConfig) -> Iterator[Document]:
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for name, path in _matching(config.data_path):
-        try:
-            yield from readers[_kind(path)](name, path, config.text_column)
-        except _UNREADABLE as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".xz":
-        return cast(IO[bytes], lzma.open(path))
-    return pa.input_stream(str(path), compression="detect")
-
-
-def _read_text(name: str, path: Path, column: str) -> Iterator[Document]:
-    with _open(path) as file:
-        yield Document(name, file.read().decode("utf-8"))
-
-
-def _read_jsonl(name: str, path: Path, column: str) -> Iterator[Document]:
-    with _open(path) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8"), start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} is not JSON: {error}") from error
-            if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
-                found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-                raise ValueError(
-                    f"{place} has no text in field {column!r}, only {found}: set --text-column"
-                )
-            document_id = fields.get("id")
-            url = fields.get("url")
-            yield Document(
-                document_id if isinstance(document_id, str) else f"{name}:{number}",
-                fields[column],
-                url if isinstance(url, str) else "",
-            )
-
-
-def _read_parquet(name: str, path: Path, column: str) -> Iterator[Document]:
-    with _open(path) as stream:
-        # Parquet is read from its end, which a compressed stream cannot reach
-        source = pa.BufferReader(stream.read()) if path.suffix in _COMPRESSED else str(path)
-        with pq.ParquetFile(source, memory_map=True) as file:
-            present = file.schema_arrow.names
-            if column not in present:
-                raise ValueError(
-                    f"{path} has no column {column!r}, only {present}: set --text-column"
-                )
-            columns = [column, *(c for c in ("id", "url") if c in present and c != column)]
-            number = 0
-            for batch in file.iter_batches(batch_size=_READ_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    text = row[column] or ""
-                    if not isinstance(text, str):
-                        raise ValueError(
-                            f"{path}, row {number} has {type(text).__name__} in column {column!r}, "
-                            "no text: set --text-column"
-                        )
-                    document_id = str(row.get("id") or f"{name}:{number}")
-                    yield Document(document_id, text, str(row.get("url") or ""))
-
-
-# Sample
-
-
-def _sample_paths() -> list[tuple[str, Path]]:
+def _sample_paths() -> dict[str, Path]:
     library = Path(sysconfig.get_path("stdlib"))
     found = (
         (path.relative_to(library).as_posix(), path)
@@ -293,22 +349,237 @@ def _sample_paths() -> list[tuple[str, Path]]:
         if not {"site-packages", "dist-packages"}.intersection(path.parts)
     )
     # Keyed order: neighbours in the alphabet are about one subject, a short run needs them all
-    return sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    return dict(sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest()))
 
 
-def _sample(config: CorpusConfig) -> Iterator[Document]:
-    for name, path in _sample_paths():
-        try:
-            yield Document(name, path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            continue  # the library's tests hold a few files that are wrong on purpose
+def _matching(patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Sorted by name; names start below the common folder."""
+    paths: set[Path] = set()
+    for pattern in patterns:
+        found = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        if not (matched := [path.resolve() for path in found if path.is_file()]):
+            raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
+        paths.update(matched)
+    for path in paths:
+        _kind(str(path))
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    return dict(sorted((path.relative_to(common).as_posix(), path) for path in paths))
 
 
-def first_bytes(stream: Iterable[Document], limit: int) -> Iterator[str]:
-    """Texts of documents that are not held out, until `limit` bytes have been passed on."""
-    passed = 0
-    for document in stream:
-        if passed >= limit:
-            return
-        passed += len(document.text.encode("utf-8", "surrogatepass"))
-        yield document.text
+def _kind(name: str) -> str:
+    suffixes = Path(name).suffixes
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes = suffixes[:-1]
+    if suffixes and suffixes[-1] == ".py":
+        return ".txt"  # of the sample
+    if not suffixes or suffixes[-1] not in _SUFFIXES:
+        raise ValueError(
+            f"{name}: cannot tell what it holds; known are {', '.join(_SUFFIXES)}, "
+            f"each also with {', '.join(_COMPRESSED)}"
+        )
+    return suffixes[-1]
+
+
+def _is_compressed(file: SourceFile) -> bool:
+    return Path(file.name).suffix in _COMPRESSED
+
+
+def _text_bytes(file: SourceFile) -> int:
+    """What it holds, about."""
+    dense = _is_compressed(file) or _kind(file.name) == ".parquet"
+    return file.size * (_COMPRESSION if dense else 1)
+
+
+def _divisible(file: SourceFile) -> bool:
+    large = _text_bytes(file) > SLICE_BYTES
+    return large and not _is_compressed(file) and _kind(file.name) != ".txt"
+
+
+def _cut(config: CorpusConfig, file: SourceFile) -> list[Slice] | None:
+    """The slices of a large file; None for one that is not cut."""
+    if not _divisible(file):
+        return None
+    if _kind(file.name) == ".parquet":
+        cuts = _row_group_cuts(config, file)
+    else:
+        cuts = [*range(0, file.size, SLICE_BYTES), file.size]
+    return [Slice(files=(file,), start=start, stop=stop) for start, stop in pairwise(cuts)]
+
+
+def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
+    try:
+        with _parquet(config, file) as opened:
+            footer = opened.metadata
+            groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+            column = _present(config, file, opened)
+            sizes = [_column_bytes(group, column) for group in groups]
+    except _UNREADABLE as error:
+        raise ValueError(f"{_place(config, file)} cannot be read: {error}") from error
+    cuts, taken = [0], 0
+    for number, size in enumerate(sizes, start=1):
+        taken += size
+        if taken >= SLICE_BYTES or number == len(sizes):
+            cuts.append(number)
+            taken = 0
+    return cuts
+
+
+def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+
+
+# Reading
+
+
+def _place(config: CorpusConfig, file: SourceFile) -> str:
+    """The file as a person finds it."""
+    if _on_the_hub(config):
+        return f"{config.dataset_name}, {file.name}"
+    return str(_paths(config)[file.name])
+
+
+def _open(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
+    """The file's stored bytes."""
+    if _on_the_hub(config):
+        assert config.data_revision, "resolve() pins the revision"
+        remote = HubFile(name=file.name, size=file.size)
+        return cast(
+            IO[bytes], hub.open_file(config.dataset_name, remote, revision=config.data_revision)
+        )
+    return _paths(config)[file.name].open("rb")
+
+
+def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
+    stored = _open(config, file)
+    suffix = Path(file.name).suffix
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(stored))
+    if suffix in _COMPRESSED:
+        codec = {".gz": "gzip", ".zst": "zstd"}.get(suffix, suffix[1:])
+        stream = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), codec)
+        return cast(IO[bytes], io.BufferedReader(stream, _READ_BYTES))
+    return stored
+
+
+def _read_text(
+    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
+) -> Iterator[list[Document]]:
+    with _decompressed(config, file) as stream:
+        yield [Document(file.name, stream.read().decode("utf-8"))]
+
+
+def _read_jsonl(
+    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
+) -> Iterator[list[Document]]:
+    """Lines that begin within the slice; a document without an id is named by its first byte."""
+    documents, held = [], 0
+    with _decompressed(config, file) as stream:
+        position, number = piece.start, 0
+        if position:
+            stream.seek(position - 1)
+            position += len(stream.readline()) - 1  # the rest of a line that the slice before owns
+        while piece.stop is None or position < piece.stop:
+            if not (line := stream.readline()):
+                break
+            number += 1
+            try:
+                if line.strip():
+                    documents.append(_from_line(config, file, line, position))
+            except ValueError as error:
+                where = f"line {number}" if not piece.start else f"the line at byte {position}"
+                _count_bad(config, tally, f"{_place(config, file)}, {where} {error}")
+            position += len(line)
+            held += len(line)
+            if len(documents) >= _READ_ROWS or held >= _READ_BYTES:
+                yield documents
+                documents, held = [], 0
+    yield documents
+
+
+def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: int) -> Document:
+    column = config.text_column
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
+        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
+    document_id, url = fields.get("id"), fields.get("url")
+    return Document(
+        document_id if isinstance(document_id, str) else f"{file.name}@{position}",
+        fields[column],
+        url if isinstance(url, str) else "",
+    )
+
+
+def _count_bad(config: CorpusConfig, tally: Tally, place: str) -> None:
+    tally.bad += 1
+    if len(tally.places) < _PLACES:
+        tally.places.append(place)
+    if tally.bad > config.bad_lines_limit:
+        allowed = f" ({tally.bad} bad lines, --bad-lines-limit {config.bad_lines_limit})"
+        raise ValueError(place + (allowed if config.bad_lines_limit else ""))
+
+
+def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
+    source: Any
+    if _is_compressed(file):
+        # Parquet is read from its end, which a compressed stream cannot reach
+        with _decompressed(config, file) as stream:
+            source = pa.BufferReader(stream.read())
+    elif _on_the_hub(config):
+        source = pa.PythonFile(_open(config, file), mode="r")
+    else:
+        source = str(_paths(config)[file.name])
+    return pq.ParquetFile(
+        source,
+        memory_map=not _on_the_hub(config),
+        pre_buffer=_on_the_hub(config),
+        page_checksum_verification=True,
+    )
+
+
+def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> str:
+    """The text column, which has to be there."""
+    present = opened.schema_arrow.names
+    if config.text_column not in present:
+        raise ValueError(
+            f"{_place(config, file)} has no column {config.text_column!r}, only {present}: "
+            "set --text-column"
+        )
+    kind = opened.schema_arrow.field(config.text_column).type
+    if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+        raise ValueError(
+            f"{_place(config, file)} has {kind} in column {config.text_column!r}, no text: "
+            "set --text-column"
+        )
+    return config.text_column
+
+
+def _read_parquet(
+    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
+) -> Iterator[list[Document]]:
+    with _parquet(config, file) as opened:
+        column = _present(config, file, opened)
+        present = opened.schema_arrow.names
+        columns = [column, *(c for c in ("id", "url") if c in present and c != column)]
+        stop = opened.num_row_groups if piece.stop is None else piece.stop
+        rows = (opened.metadata.row_group(i).num_rows for i in range(piece.start))
+        number = sum(rows)
+        groups = range(piece.start, stop)
+        for batch in opened.iter_batches(_READ_ROWS, row_groups=groups, columns=columns):
+            texts, ids, urls = (
+                batch.column(name).to_pylist() if name in columns else [None] * len(batch)
+                for name in (column, "id", "url")
+            )
+            documents = []
+            for text, document_id, url in zip(texts, ids, urls, strict=True):
+                number += 1
+                documents.append(
+                    Document(
+                        str(document_id or f"{file.name}:{number}"), text or "", str(url or "")
+                    )
+                )
+            yield documents

@@ -24,8 +24,6 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
-import pyarrow as pa
-
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -78,11 +76,10 @@ SKIP_BYTES = 16 * 2**20
 """Read in vain, at most, from a server that answers a range with the whole file."""
 
 _PEEK_BYTES = 8192
+_WORTH_A_LINE_SECONDS = 1.0
 
 # From these the `datasets` library learns how a repository's files make up its subsets
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
-
-_RETRIES = 2
 
 
 class HubError(RuntimeError):
@@ -209,34 +206,6 @@ def open_file(
         HubError: from its reads: the hub refused or failed, or the file has changed.
     """
     return _RemoteFile("dataset", dataset, file, revision, patience)
-
-
-def stream(
-    name: str, subset: str, *, revision: str, columns: list[str], rows: int
-) -> Iterator[pa.Table]:
-    """Tables of `rows` rows of a dataset's train split, read as they are needed.
-
-    Raises:
-        HubError: the hub refused or failed, at first or in mid-stream.
-        ValueError: the dataset has no such subset.
-    """
-    import datasets
-    from datasets import get_dataset_config_names, load_dataset
-
-    # Its default of 20 tries of half a minute each looks like a stream that hangs
-    datasets.config.STREAMING_READ_MAX_RETRIES = _RETRIES
-    datasets.config.STREAMING_OPEN_MAX_RETRIES = _RETRIES
-    try:
-        if subset not in (subsets := get_dataset_config_names(name, revision=revision)):
-            known = ", ".join(subsets[:8]) + (", ..." if len(subsets) > 8 else "")
-            raise ValueError(f"{name} has no subset {subset}, only {known}: set --fineweb-subset")
-        dataset = load_dataset(name, subset, split="train", streaming=True, revision=revision)
-        selected = dataset.select_columns(columns).with_format("arrow")
-        yield from selected.iter(batch_size=rows)
-    except (ValueError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise explain(error, name) from error
 
 
 # What we ask
@@ -493,7 +462,8 @@ def _persist(subject: str, patience: Patience, attempt: Callable[[_Effort], T]) 
                     transient=failure.transient,
                     retry_after=failure.retry_after,
                 ) from failure.__cause__
-            log.warning("%s: %s; next try in %.1f s", subject, failure.cause, wait)
+            if wait >= _WORTH_A_LINE_SECONDS:
+                log.warning("%s: %s; next try in %.1f s", subject, failure.cause, wait)
         time.sleep(wait)
 
 

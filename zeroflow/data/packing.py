@@ -1,70 +1,118 @@
-"""Token lists to rows of one length. Pure numpy."""
+"""Documents to rows of one length. Pure numpy.
 
-from typing import NamedTuple
+A window of documents is packed at once, and what fills a row depends on that window alone. No
+token is lost: a row that stays short is filled up with end-of-text ids. Documents are never empty,
+so that an end of text that follows an end of text is padding and nothing else is, and the places
+after an end of text are where documents begin: rows need no further marks.
+"""
+
+from bisect import bisect_left, insort
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
+
+PackingName = Literal["best-fit", "concat"]
 
 
-class Tokenized(NamedTuple):
-    """A document as token ids, its end-of-text id included."""
+class Pieces(NamedTuple):
+    """Where the documents of a window lie; arrays of one entry for each piece of a document."""
 
-    id: str
-    tokens: Tokens
-    text_bytes: int
-    """UTF-8 bytes of the text; 0 for documents that never were text."""
+    document: Ids
+    """Number within the window, in ascending order."""
 
-    url: str = ""
+    start: Ids
+    """First token of the piece within its document."""
+
+    tokens: Ids
+    row: Ids
+    offset: Ids
+    """Place of its first token in that row."""
+
+    rows: int
+    """Rows of the whole window."""
 
 
-class Place(NamedTuple):
-    """Where the first token of a document lies."""
-
-    row: int
-    offset: int
-
-
-class Concatenation:
-    """Documents end to end, cut into rows of one length.
-
-    A document that reaches the end of a row goes on in the next, so no token is lost but those
-    after the last full row.
+def concatenate(lengths: Ids, row_tokens: int) -> Pieces:
+    """Documents of `lengths` tokens end to end, cut into rows.
 
     Source: Brown et al. 2020, appendix B, https://arxiv.org/abs/2005.14165
     """
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    total = int(ends[-1]) if len(ends) else 0
+    # a piece begins where a document does or a row does
+    cuts = np.union1d(begins, np.arange(0, total, row_tokens))
+    document = np.searchsorted(ends, cuts, side="right")
+    return Pieces(
+        document=document,
+        start=cuts - begins[document],
+        tokens=np.diff(cuts, append=total),
+        row=cuts // row_tokens,
+        offset=cuts % row_tokens,
+        rows=-(-total // row_tokens),
+    )
 
-    def __init__(self, row_tokens: int) -> None:
-        if row_tokens < 2:
-            raise ValueError(f"rows of {row_tokens} tokens leave no token to predict")
-        self.row_tokens = row_tokens
-        self.tokens = 0
-        """Tokens added so far."""
-        self._taken_rows = 0
-        self._pending: list[Tokens] = []
 
-    @property
-    def rows(self) -> int:
-        """Full rows so far, taken ones included."""
-        return self.tokens // self.row_tokens
+def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
+    """Documents of `lengths` tokens, longest first, each into the fullest row that still has room.
 
-    @property
-    def waiting(self) -> int:
-        """Full rows not yet taken."""
-        return self.rows - self._taken_rows
+    Only documents longer than a row are cut: into full rows and a rest that is packed like a
+    document. A rest that is an end of text alone begins a row, as elsewhere it would be padding.
 
-    def add(self, tokens: Tokens) -> Place:
-        place = Place(*divmod(self.tokens, self.row_tokens))
-        self._pending.append(tokens)
-        self.tokens += len(tokens)
-        return place
+    Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
+    """
+    full = (lengths - 1) // row_tokens  # a document of just one row is no rest of another
+    counts = full + 1
+    document = np.repeat(np.arange(len(lengths)), counts)
+    within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = within * row_tokens
+    tokens = np.minimum(lengths[document] - start, row_tokens)
+    row, offset = np.empty_like(start), np.zeros_like(start)
+    whole = tokens == row_tokens
+    rows = int(whole.sum())
+    row[whole] = np.arange(rows)
 
-    def take(self, rows: int) -> Tokens:
-        """The next `rows` full rows, shape (rows, row_tokens)."""
-        assert rows <= self.waiting
-        joined = np.concatenate(self._pending) if self._pending else np.empty(0, np.int32)
-        cut = rows * self.row_tokens
-        self._pending = [joined[cut:]]
-        self._taken_rows += rows
-        return joined[:cut].reshape(rows, self.row_tokens)
+    alone = (tokens == 1) & (within > 0)
+    begun = rows + int(alone.sum())
+    row[alone] = np.arange(rows, begun)
+    with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # rows by their room
+    with_room[row_tokens - 1] = list(range(rows, begun))
+    rooms = [row_tokens - 1] if begun > rows else []  # those that some row has, ascending
+    rows = begun
+    rests = np.flatnonzero(~whole & ~alone)
+    order = rests[np.argsort(-tokens[rests], kind="stable")]
+    for piece, length in zip(order.tolist(), tokens[order].tolist(), strict=True):
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            chosen, room = rows, row_tokens
+            rows += 1
+        else:
+            room = rooms[place]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[place]
+        row[piece], offset[piece] = chosen, row_tokens - room
+        if left := room - length:
+            if not with_room[left]:
+                insort(rooms, left)
+            with_room[left].append(chosen)
+    return Pieces(document, start, tokens, row, offset, rows)
+
+
+PACKINGS = {"best-fit": best_fit, "concat": concatenate}
+
+
+def lay_out(stream: Tokens, lengths: Ids, pieces: Pieces, row_tokens: int, fill: int) -> Tokens:
+    """The rows (pieces.rows, row_tokens) of documents that lie end to end in `stream`."""
+    out = np.full((pieces.rows, row_tokens), fill, dtype=np.int32)
+    begins = np.cumsum(lengths) - lengths
+    source = (begins[pieces.document] + pieces.start).tolist()
+    target = (pieces.row * row_tokens + pieces.offset).tolist()
+    flat = out.reshape(-1)
+    for begin, place, tokens in zip(source, target, pieces.tokens.tolist(), strict=True):
+        flat[place : place + tokens] = stream[begin : begin + tokens]
+    return out

@@ -1,54 +1,62 @@
-"""Rows of tokens on disk: Arrow IPC files with a manifest, and their memory-mapped reader.
+"""Rows of tokens on disk: a set of parts that grows, and its memory-mapped reader.
 
-A shard set is a directory with
+A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
 
-    train-00000.arrow ...      rows to train on
-    validation-00000.arrow ... rows of documents that no training row contains
-    documents.parquet          every document: id, url, split, row, offset, tokens, bytes
-    manifest.json              settings, source, tokenizer, counts, sha256 of every file
+    plan.json        settings and source, the corpus's files, and the slices that parts are made of
+    part-00000/ ...  a part for each slice, complete or absent:
+        train-00000.arrow ...       rows to train on
+        validation-00000.arrow ...  rows of documents of which no training row holds a token
+        documents.parquet           where each document lies
+        manifest.json               counts, and size and sha256 of every file
 
 Each Arrow file is one record batch with one column `tokens`, a non-null, uncompressed
 `FixedSizeList` of `row_tokens` ids: plain pyarrow maps it into memory and reads any row at once.
-`row` and `offset` in documents.parquet are the place of the document's first token in its split;
-documents follow each other without a gap, over the ends of rows and files.
+Every document is closed by the end-of-text id, which stands nowhere else but as padding behind
+another one. documents.parquet has a line for each piece of a document, in order: id, url, split,
+row of that split in the part, offset in the row, start in the document, tokens of the piece, UTF-8
+bytes of the whole document, and a hash of its text where duplicates are left out.
+
+A run reads the first parts that hold as many rows as it needs. The fingerprint is of what the bytes
+depend on, of which the length of a run is none: a longer run adds parts.
 """
 
+import json
 import logging
-from collections.abc import Iterator
-from itertools import chain, islice
+import time
+from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data import corpus, synthetic, tokenizer
-from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.packing import Concatenation, Tokenized
+from zeroflow.data import corpus, parts, synthetic, tokenizer
+from zeroflow.data.corpus import CorpusConfig, Document, Slice, SourceFile
+from zeroflow.data.encoding import sound_text
+from zeroflow.data.packing import PackingName
+from zeroflow.data.parts import BuiltPart, Layout, PartFacts, PartJob, Split, SplitCounts
 from zeroflow.data.tokenizer import TokenizerFiles
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "validation"]
+PLAN = "plan.json"
+BUILDS = "builds.jsonl"
+"""A line for each part that was built here: how long it took."""
 
-_FORMAT = 1
-_SHARD_TOKENS = 2**24
-_LEAST_TRAIN_TOKENS = 2**21
-_LEAST_VALIDATION_TOKENS = 2**16
-"""Built even if a short run needs fewer: its rows are then of many documents, and runs of
-different lengths share their shards."""
-
-_FIRST_WINDOW = 1000
+_FORMAT = 2
+_SYNTHETIC_BLOCKS = 8
+_FIRST_DOCUMENTS = 1000
 """Documents looked at before validation is known to have any."""
 
 
 class ShardConfig(Config):
-    """How tokens are packed and held out."""
+    """How documents are held out, packed and stored, and how much of them is needed."""
 
     seq_len: int = Field(ge=2)
     """Tokens of context. A row has one more, as targets are shifted by one."""
@@ -60,30 +68,66 @@ class ShardConfig(Config):
     """Rows that the run validates on, of documents of which no token is trained on."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents that is kept for validation; the first of them are used."""
+    """Share of the documents that is kept for validation."""
 
     token_type: Literal["int32", "uint16"] = "int32"
     """Integer type on disk; uint16 takes half the space, for vocabularies up to 65,536."""
 
+    packing: PackingName = "best-fit"
+    """How documents are put into rows."""
+
     @property
-    def row_tokens(self) -> int:
-        return self.seq_len + 1
+    def layout(self) -> Layout:
+        return Layout(
+            row_tokens=self.seq_len + 1,
+            token_type=self.token_type,
+            packing=self.packing,
+            validation_fraction=self.validation_fraction,
+        )
 
 
 class ShardSet(Config):
-    """A complete directory of shards."""
+    """The parts of a set that a run reads."""
 
     path: Path
-    reused: bool
-    train_rows: PositiveInt
-    validation_rows: PositiveInt
-    row_tokens: int
-    documents: int
-    validation_bytes_per_token: float | None
-    """UTF-8 bytes per token of the validation documents; None for synthetic data."""
+    parts: PositiveInt
+    """The first so many are read, however many there are."""
 
+    reused: bool
+    """Whether none had to be built."""
+
+    row_tokens: PositiveInt
+    end_of_text: NonNegativeInt
+    train: SplitCounts
+    validation: SplitCounts
+    empty_documents: NonNegativeInt
+    duplicates: NonNegativeInt
+    bad_lines: NonNegativeInt
     entropy: float | None
     """Nats per token that no model can go below, where the source's entropy is known."""
+
+    @property
+    def documents(self) -> int:
+        return self.train.documents + self.validation.documents
+
+    @property
+    def validation_bytes_per_token(self) -> float | None:
+        """UTF-8 bytes per token of the validation documents; None for synthetic data."""
+        if not self.validation.text_bytes:
+            return None
+        return self.validation.text_bytes / self.validation.document_tokens
+
+    @property
+    def part_paths(self) -> list[Path]:
+        return [part_path(self.path, number) for number in range(self.parts)]
+
+
+RunParts = Callable[[list[PartJob]], list[BuiltPart]]
+
+
+def in_order(jobs: list[PartJob]) -> list[BuiltPart]:
+    """Build one part after another, here."""
+    return [parts.build(job) for job in jobs]
 
 
 def build(
@@ -93,17 +137,22 @@ def build(
     cache: Path,
     *,
     seed: NonNegativeInt = 0,
+    run_parts: RunParts = in_order,
+    at_once: int = 1,
 ) -> ShardSet:
-    """Have rows of the resolved corpus `text` under `<cache>/shards/`, built only if need be.
+    """Have the rows that `config` asks for, of the resolved corpus `text`, under `<cache>/shards/`.
 
-    A corpus that ends earlier gives the rows it has.
+    Parts that are there are verified and used. A corpus that ends earlier gives the rows it has.
 
     Args:
         seed: of synthetic data.
+        run_parts: builds the parts it is given, wherever and in whatever order.
+        at_once: parts that it is given at a time.
 
     Raises:
         ValueError: ids do not fit the integer type, or the corpus is too small to hold out a
-            document and fill a row.
+            document, or holds what it should not.
+        hub.HubError: the hub failed.
     """
     highest = np.iinfo(config.token_type).max
     if tokens.vocab_size - 1 > highest:
@@ -115,75 +164,43 @@ def build(
         "format": _FORMAT,
         "corpus": _identity(text, tokens, seed),
         "tokenizer": tokens.fingerprint,
-        "packing": "concatenate",
-        "row_tokens": config.row_tokens,
-        "token_type": config.token_type,
-        "train_rows": max(config.train_rows, _LEAST_TRAIN_TOKENS // config.row_tokens),
-        "validation_rows": max(
-            config.validation_rows, _LEAST_VALIDATION_TOKENS // config.row_tokens
-        ),
-        "validation_fraction": config.validation_fraction,
+        "layout": config.layout.model_dump(),
+        "slice_bytes": corpus.SLICE_BYTES,
     }
     name = f"{text.name}-{config.seq_len}-{artifacts.fingerprint(identity)}"
     path = cache / "shards" / name
+    plan = _Plan(path, text, tokens, config, seed, identity)
 
-    def write(partial: Path) -> None:
-        log.info(
-            "building %d + %d rows of %d tokens from %s",
-            identity["train_rows"],
-            identity["validation_rows"],
-            config.row_tokens,
-            text.name,
-        )
-        documents = _documents(text, tokens, seed)
-        writers = _write(partial, documents, identity, highest_id=tokens.vocab_size - 1)
-        counts = {split: writer.counts() for split, writer in writers.items()}
-        facts = {"identity": identity, "source": text.model_dump(mode="json"), "splits": counts}
-        entropy = synthetic.entropy_rate(tokens.vocab_size) if tokens.path is None else None
-        artifacts.seal(partial, facts | {"tokenizer": tokens.name, "entropy": entropy})
-
-    reused = artifacts.build_once(path, write)
-    shards = describe(path, reused=reused)
-    log.info(
-        "shards %s: %d + %d rows of %d tokens from %d documents: %s",
-        "reused" if reused else "built",
-        shards.train_rows,
-        shards.validation_rows,
-        shards.row_tokens,
-        shards.documents,
-        path,
-    )
+    facts: list[PartFacts] = []
+    built = 0
+    while not _enough(facts, config) and (job := plan.job(len(facts))):
+        if (whole := parts.existing(job.path)) is not None:
+            facts.append(whole)
+            continue
+        jobs = [job, *plan.absent_after(len(facts), at_once - 1, alone=text.deduplicate)]
+        if not built:
+            log.info("building shards of %s in %s", text.name, path)
+        for done in run_parts(jobs):
+            built += 1
+            facts.append(done.facts)
+            _note_build(path, len(facts) - 1, done)
+    _refuse_bad_lines(facts, text)
+    shards = _describe(path, facts[: _needed(facts, config)], built, tokens, config)
+    _tell(shards, config, built)
     return shards
-
-
-def describe(path: Path, *, reused: bool = True) -> ShardSet:
-    """The description of a shard directory, from its manifest."""
-    manifest = artifacts.read_json(path / artifacts.MANIFEST)
-    train, validation = (manifest["splits"][split] for split in ("train", "validation"))
-    with_text = validation["text_bytes"] > 0
-    return ShardSet(
-        path=path,
-        reused=reused,
-        train_rows=train["rows"],
-        validation_rows=validation["rows"],
-        row_tokens=manifest["identity"]["row_tokens"],
-        documents=train["documents"] + validation["documents"],
-        validation_bytes_per_token=(
-            validation["text_bytes"] / validation["document_tokens"] if with_text else None
-        ),
-        entropy=manifest["entropy"],
-    )
 
 
 class Rows:
     """The rows of one split, memory-mapped: `rows[ids]` gives (len(ids), row_tokens) integers."""
 
-    def __init__(self, path: Path, split: Split) -> None:
-        files = sorted(path.glob(f"{split}-*.arrow"))
+    def __init__(self, shards: ShardSet, split: Split) -> None:
+        files = [file for path in shards.part_paths for file in sorted(path.glob(f"{split}-*"))]
         if not files:
-            raise FileNotFoundError(f"{path} holds no shard of split {split}")
+            raise FileNotFoundError(f"{shards.path} holds no shard of split {split}")
         self._shards = [_map(file) for file in files]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self._starts = self._ends - [len(shard) for shard in self._shards]
+        self.end_of_text = shards.end_of_text
 
     @property
     def row_tokens(self) -> int:
@@ -194,9 +211,216 @@ class Rows:
 
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
         shard_ids = np.searchsorted(self._ends, ids, side="right")
-        starts = self._ends - [len(shard) for shard in self._shards]
-        rows = zip(shard_ids, ids, strict=True)
-        return np.stack([self._shards[s][i - starts[s]] for s, i in rows])
+        places = (ids - self._starts[shard_ids]).tolist()
+        first = self._shards[0]
+        out = np.empty((len(places), first.shape[1]), dtype=first.dtype)
+        for i, (shard, place) in enumerate(zip(shard_ids.tolist(), places, strict=True)):
+            out[i] = self._shards[shard][place]
+        return out
+
+
+def part_path(path: Path, number: int) -> Path:
+    return path / f"part-{number:05d}"
+
+
+def build_times(path: Path) -> list[dict[str, Any]]:
+    """What `builds.jsonl` notes: `part`, `seconds`, `tokens`, `text_bytes`."""
+    file = path / BUILDS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class _Plan:
+    """The slices of the corpus, found out as far as they are needed and kept in plan.json.
+
+    Its content follows from the corpus, so it does not matter which of several processes writes it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        text: CorpusConfig,
+        tokens: TokenizerFiles,
+        config: ShardConfig,
+        seed: int,
+        identity: dict[str, Any],
+    ) -> None:
+        self._path, self._text, self._tokens = path, text, tokens
+        self._layout, self._seed = config.layout, seed
+        if (path / PLAN).exists():
+            known = artifacts.read_json(path / PLAN)
+        else:
+            known = {
+                "identity": identity,
+                "tokenizer": tokens.name,
+                "held_out_below": _held_out_below(text, tokens, config.layout),
+                "files": [file.model_dump() for file in _files(text)],
+                "next_file": 0,
+                "slices": [],
+            }
+            artifacts.write_json(path / PLAN, known)
+        self._known = known
+        self._files = [SourceFile.model_validate(file) for file in known["files"]]
+        self._slices = [Slice.model_validate(piece) for piece in known["slices"]]
+
+    def job(self, number: int) -> PartJob | None:
+        """What part `number` is made of; None if the corpus ends before."""
+        if (piece := self._slice(number)) is None:
+            return None
+        earlier = range(number) if self._text.deduplicate else ()
+        return PartJob(
+            path=part_path(self._path, number),
+            piece=piece,
+            corpus=self._text,
+            tokens=self._tokens,
+            layout=self._layout,
+            held_out_below=self._known["held_out_below"],
+            seed=self._seed,
+            earlier=tuple(part_path(self._path, i) for i in earlier),
+        )
+
+    def absent_after(self, number: int, most: int, *, alone: bool) -> Iterator[PartJob]:
+        """Jobs of the parts that follow part `number`, up to the first that is there."""
+        for following in range(number + 1, number + 1 + (0 if alone else most)):
+            job = self.job(following)
+            if job is None or job.path.exists():
+                return
+            yield job
+
+    def _slice(self, number: int) -> Slice | None:
+        if self._tokens.path is None:
+            start = number * _SYNTHETIC_BLOCKS
+            return Slice(start=start, stop=start + _SYNTHETIC_BLOCKS)
+        while number >= len(self._slices) and self._known["next_file"] < len(self._files):
+            planned = corpus.plan(self._text, self._files, self._known["next_file"])
+            self._slices += planned.slices
+            self._known["next_file"] = planned.next_file
+            self._known["slices"] = [piece.model_dump() for piece in self._slices]
+            artifacts.write_json(self._path / PLAN, self._known)
+        return self._slices[number] if number < len(self._slices) else None
+
+
+def _files(text: CorpusConfig) -> list[SourceFile]:
+    return [] if text.data_mode == "synthetic" else corpus.files(text)
+
+
+def _identity(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> dict[str, Any]:
+    if text.data_mode == "synthetic":
+        return {"source": "synthetic", "seed": seed, "vocab_size": tokens.vocab_size}
+    return corpus.identity(text) | {"deduplicate": text.deduplicate}
+
+
+def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) -> float:
+    """Documents whose place in [0, 1) is lower are held out.
+
+    Of the first documents those with the lowest places are held out even above the fraction, until
+    they fill a row, and the highest never is: a corpus of a few can be held out from as well.
+    """
+    limit = layout.validation_fraction
+    if tokens.path is None:
+        return limit
+    first: list[Document] = []
+    held = 0
+    for document in corpus.documents(text):
+        first.append(document)
+        held += len(document.text)
+        if len(first) >= _FIRST_DOCUMENTS or held >= corpus.SLICE_BYTES:
+            break
+    order = sorted(first, key=lambda document: corpus.held_out(document.id))
+    encoder, filled = tokenizer.encoder(tokens), 0
+    for document in order[:-1]:
+        if filled >= layout.row_tokens:
+            break
+        filled += len(encoder.encode([sound_text(document.text)[0]]).ids) + 1
+        limit = max(limit, float(np.nextafter(corpus.held_out(document.id), 1)))
+    return min(limit, corpus.held_out(order[-1].id)) if order else limit
+
+
+def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
+    train = sum(part.train.rows for part in facts)
+    validation = sum(part.validation.rows for part in facts)
+    return train >= config.train_rows and validation >= config.validation_rows
+
+
+def _needed(facts: list[PartFacts], config: ShardConfig) -> int:
+    counts = range(1, len(facts) + 1)
+    return next((n for n in counts if _enough(facts[:n], config)), len(facts))
+
+
+def _describe(
+    path: Path, facts: list[PartFacts], built: int, tokens: TokenizerFiles, config: ShardConfig
+) -> ShardSet:
+    train = reduce(add, (part.train for part in facts), SplitCounts())
+    validation = reduce(add, (part.validation for part in facts), SplitCounts())
+    for split, counts in (("train", train), ("validation", validation)):
+        if not counts.rows:
+            raise ValueError(
+                f"the corpus is too small: it has {train.documents + validation.documents} "
+                f"documents, and none is left for {split}. Give more documents (whole ones are "
+                "held out for validation)"
+            )
+    return ShardSet(
+        path=path,
+        parts=len(facts),
+        reused=not built,
+        row_tokens=config.layout.row_tokens,
+        end_of_text=tokens.end_of_text,
+        train=train,
+        validation=validation,
+        empty_documents=sum(part.empty_documents for part in facts),
+        duplicates=sum(part.duplicates for part in facts),
+        bad_lines=sum(part.bad_lines for part in facts),
+        entropy=synthetic.entropy_rate(tokens.vocab_size) if tokens.path is None else None,
+    )
+
+
+def _tell(shards: ShardSet, config: ShardConfig, built: int) -> None:
+    log.info(
+        "shards %s: %s + %s rows of %d tokens from %s documents, parts 1 to %d: %s",
+        "reused" if shards.reused else f"built ({built} parts)",
+        f"{shards.train.rows:,}",
+        f"{shards.validation.rows:,}",
+        shards.row_tokens,
+        f"{shards.documents:,}",
+        shards.parts,
+        shards.path,
+    )
+    left_out = {
+        "empty documents": shards.empty_documents,
+        "duplicates": shards.duplicates,
+        "bad lines": shards.bad_lines,
+    }
+    if some := ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count):
+        log.info("left out: %s", some)
+    if shards.train.rows < config.train_rows:
+        log.warning(
+            "the corpus has %s of the %s rows that the run trains on: it is repeated %.1f times",
+            f"{shards.train.rows:,}",
+            f"{config.train_rows:,}",
+            config.train_rows / shards.train.rows,
+        )
+
+
+def _refuse_bad_lines(facts: list[PartFacts], text: CorpusConfig) -> None:
+    bad = sum(part.bad_lines for part in facts)
+    if bad > text.bad_lines_limit:
+        places = "\n  ".join(place for part in facts for place in part.bad_places)
+        raise ValueError(f"{bad} bad lines, --bad-lines-limit {text.bad_lines_limit}:\n  {places}")
+
+
+def _note_build(path: Path, number: int, done: BuiltPart) -> None:
+    if not done.seconds:
+        return
+    both = done.facts.train + done.facts.validation
+    line = {
+        "part": number,
+        "time": time.time(),
+        "seconds": done.seconds,
+        "tokens": both.document_tokens,
+        "text_bytes": both.text_bytes,
+    }
+    with (path / BUILDS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _map(file: Path) -> npt.NDArray[np.integer[Any]]:
@@ -204,153 +428,3 @@ def _map(file: Path) -> npt.NDArray[np.integer[Any]]:
     column = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
     flat = column.flatten().to_numpy(zero_copy_only=True)
     return flat.reshape(-1, column.type.list_size)
-
-
-class _SplitWriter:
-    """Collects the rows of one split and writes a file whenever a shard's worth has come."""
-
-    def __init__(self, folder: Path, split: Split, target_rows: int, identity: dict[str, Any]):
-        self._folder, self.split, self._target = folder, split, target_rows
-        self._packing = Concatenation(identity["row_tokens"])
-        self._type = pa.type_for_alias(identity["token_type"])
-        self._shard_rows = max(1, _SHARD_TOKENS // self._packing.row_tokens)
-        self._rows = self._files = 0
-        self._documents = self._document_tokens = self._text_bytes = 0
-
-    @property
-    def full(self) -> bool:
-        return self._packing.rows >= self._target
-
-    @property
-    def has_row(self) -> bool:
-        return self._packing.rows > 0
-
-    def add(self, document: Tokenized) -> dict[str, Any]:
-        """Append `document`; its line in documents.parquet."""
-        place = self._packing.add(document.tokens)
-        self._documents += 1
-        self._document_tokens += len(document.tokens)
-        self._text_bytes += document.text_bytes
-        # a document may be longer than all that is wanted
-        while self._packing.waiting >= self._shard_rows and self._rows < self._target:
-            self._write(self._shard_rows)
-        return {
-            "id": document.id,
-            "url": document.url,
-            "split": self.split,
-            "row": place.row,
-            "offset": place.offset,
-            "tokens": len(document.tokens),
-            "bytes": document.text_bytes,
-        }
-
-    def finish(self) -> None:
-        if left := min(self._packing.waiting, self._target - self._rows):
-            self._write(left)
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "rows": self._rows,
-            "tokens": self._rows * self._packing.row_tokens,
-            "documents": self._documents,
-            "document_tokens": self._document_tokens,
-            "text_bytes": self._text_bytes,
-        }
-
-    def _write(self, rows: int) -> None:
-        tokens = self._packing.take(min(rows, self._target - self._rows))
-        item = pa.field("item", self._type, nullable=False)
-        flat = pa.array(tokens.reshape(-1), type=self._type)
-        column = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, tokens.shape[1]))
-        schema = pa.schema([pa.field("tokens", column.type, nullable=False)])
-        file = self._folder / f"{self.split}-{self._files:05d}.arrow"
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.record_batch([column], schema=schema))
-        self._rows += len(tokens)
-        self._files += 1
-
-
-_DOCUMENT_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("offset", pa.int32(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-    ]
-)
-
-
-def _write(
-    folder: Path, documents: Iterator[Tokenized], identity: dict[str, Any], *, highest_id: int
-) -> dict[Split, _SplitWriter]:
-    train = _SplitWriter(folder, "train", identity["train_rows"], identity)
-    validation = _SplitWriter(folder, "validation", identity["validation_rows"], identity)
-    lines: list[dict[str, Any]] = []
-    table = folder / "documents.parquet"
-    with pq.ParquetWriter(table, _DOCUMENT_SCHEMA, compression="zstd") as documents_table:
-
-        def flush() -> None:
-            documents_table.write_table(pa.Table.from_pylist(lines, schema=_DOCUMENT_SCHEMA))
-            lines.clear()
-
-        for document, held_out in _split(documents, identity):
-            assert document.tokens.max() <= highest_id and document.tokens.min() >= 0
-            writer = validation if held_out else train
-            if not writer.full:
-                lines.append(writer.add(document))
-            if train.full and validation.full:
-                break
-            if len(lines) >= 10_000:
-                flush()
-        flush()
-    for writer in (train, validation):
-        writer.finish()
-        if not writer.has_row:
-            raise ValueError(
-                f"the corpus is too small: its {writer.counts()['documents']} documents for "
-                f"{writer.split} have {writer.counts()['document_tokens']} tokens, less than one "
-                f"row of {identity['row_tokens']}. Give more documents (whole ones are held out "
-                "for validation) or lower --seq-len"
-            )
-    return {"train": train, "validation": validation}
-
-
-class _Assigned(NamedTuple):
-    document: Tokenized
-    held_out: bool
-
-
-def _split(documents: Iterator[Tokenized], identity: dict[str, Any]) -> Iterator[_Assigned]:
-    """Assign whole documents to validation by a hash of their id.
-
-    Documents with the lowest hashes of the first window go to validation even above the fraction,
-    until they fill a row, and the highest never does: a corpus of a few documents can be held out
-    from as well.
-    """
-    window = list(islice(documents, _FIRST_WINDOW))
-    order = sorted(window, key=lambda document: corpus.held_out(document.id))
-    limit, filled = identity["validation_fraction"], 0
-    for document in order[:-1]:
-        if filled >= identity["row_tokens"]:
-            break
-        filled += len(document.tokens)
-        limit = max(limit, np.nextafter(corpus.held_out(document.id), 1))
-    if window:
-        limit = min(limit, corpus.held_out(order[-1].id))
-    for document in chain(window, documents):
-        yield _Assigned(document, corpus.held_out(document.id) < limit)
-
-
-def _identity(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> dict[str, Any]:
-    if text.data_mode == "synthetic":
-        return {"source": "synthetic", "seed": seed, "vocab_size": tokens.vocab_size}
-    return corpus.identity(text)
-
-
-def _documents(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> Iterator[Tokenized]:
-    if text.data_mode == "synthetic":
-        return synthetic.documents(tokens.vocab_size, seed)
-    return tokenizer.encode(tokens, corpus.documents(text))

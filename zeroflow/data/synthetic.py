@@ -6,18 +6,17 @@ token of context tells all there is to know, so no model can go below `entropy_r
 """
 
 import math
-from collections.abc import Iterator
-from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
-from zeroflow.data.packing import Tokenized
+from zeroflow.data.packing import Tokens
 
 SUCCESSORS = np.array([0.5, 0.25, 0.125, 0.125])
 _WHICH = np.arange(len(SUCCESSORS))
 END_PROBABILITY = 1 / 256
 ALPHABET = 256
-_BLOCK = 1024
+BLOCK = 1024
 """Documents made at once."""
 
 
@@ -36,8 +35,16 @@ def entropy_rate(vocab_size: int) -> float:
     return (1 - share_of_ends) * within + share_of_ends * start
 
 
-def documents(vocab_size: int, seed: int) -> Iterator[Tokenized]:
-    """Endless documents of int32 ids, each closed by the last id of the vocabulary."""
+class Block(NamedTuple):
+    """Some documents; those of different blocks are independent."""
+
+    ids: list[str]
+    tokens: list[Tokens]
+    """Each closed by the last id of the vocabulary."""
+
+
+def documents(vocab_size: int, seed: int, block: int) -> Block:
+    """Documents number `block` * BLOCK and on."""
     size, end_of_text = alphabet_size(vocab_size), vocab_size - 1
     # Ids spread over the whole vocabulary, so that every part of the embedding is used
     ids = np.linspace(0, end_of_text, size, endpoint=False).astype(np.int32)
@@ -45,14 +52,16 @@ def documents(vocab_size: int, seed: int) -> Iterator[Tokenized]:
     successors = np.stack(
         [chain.permutation(np.arange(size))[: len(SUCCESSORS)] for _ in range(size)]
     )
-    for block in count():
-        random = np.random.default_rng([seed, 1, block])
-        lengths = random.geometric(END_PROBABILITY, size=(_BLOCK,))
-        states = np.empty((lengths.max(), _BLOCK), dtype=np.int64)
-        states[0] = random.integers(size, size=_BLOCK)
-        choices = random.choice(_WHICH, size=states.shape, p=SUCCESSORS)
-        for i in range(1, len(states)):
-            states[i] = successors[states[i - 1], choices[i]]
-        for number, length in enumerate(lengths):
-            tokens = np.append(ids[states[:length, number]], np.int32(end_of_text))
-            yield Tokenized(f"synthetic-{block * _BLOCK + number}", tokens, text_bytes=0)
+    random = np.random.default_rng([seed, 1, block])
+    lengths = random.geometric(END_PROBABILITY, size=(BLOCK,))
+    states = np.empty((lengths.max(), BLOCK), dtype=np.int64)
+    states[0] = random.integers(size, size=BLOCK)
+    choices = random.choice(_WHICH, size=states.shape, p=SUCCESSORS)
+    for i in range(1, len(states)):
+        states[i] = successors[states[i - 1], choices[i]]
+    numbers = range(block * BLOCK, (block + 1) * BLOCK)
+    made = [
+        np.append(ids[states[:length, number]], np.int32(end_of_text))
+        for number, length in enumerate(lengths)
+    ]
+    return Block([f"synthetic-{number}" for number in numbers], made)

@@ -8,20 +8,18 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data import corpus, hub
-from zeroflow.data.corpus import CorpusConfig, Document
-from zeroflow.data.packing import Tokenized
+from zeroflow.data import corpus, encoding, hub
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.encoding import Encoder, EncoderName, sound_text
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +28,11 @@ TRAIN = "train"
 SYNTHETIC = "synthetic"
 """Name of the tokenizer that synthetic data does without."""
 
-_FORMAT = 1
+_FORMAT = 2
 _LLAMA_VOCABULARY = 128_256
 _END_OF_TEXT = "<|end_of_text|>"
 _USUAL_ENDS = (_END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
 _TRAINING_BYTES = 32_000_000
-_BATCH_DOCUMENTS = 256
 _HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
 _HUB_FILES += ["*.model", "config.json"]
 
@@ -80,6 +77,9 @@ class TokenizerFiles(Config):
 
     fingerprint: str
     """Of tokenizer.json and the end-of-text id."""
+
+    encoder: EncoderName = "tokenizers"
+    """The library that encodes documents; its ids are Hugging Face's, whichever it is."""
 
 
 class Resolved(NamedTuple):
@@ -159,7 +159,10 @@ def describe(path: Path) -> TokenizerFiles:
     """The description of a tokenizer directory, from its manifest."""
     facts = artifacts.read_json(path / artifacts.MANIFEST)
     known = {name: facts[name] for name in ("name", "vocab_size", "end_of_text", "fingerprint")}
-    return TokenizerFiles(path=path, **known)
+    chosen = facts["encoder"]
+    if chosen["compared_with"] != version("fastokens"):  # another one may give other ids
+        chosen = _choose_encoder(path)
+    return TokenizerFiles(path=path, encoder=chosen["name"], **known)
 
 
 def expected_vocabulary(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
@@ -174,43 +177,18 @@ def expected_vocabulary(config: TokenizerConfig, cache: Path) -> tuple[int, bool
 
 
 def load(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizer, set so that special tokens written in a document are text."""
+    """Hugging Face's tokenizer, set so that special tokens written in a text are text."""
+    return encoding.plain(tokenizer_file(files))
+
+
+def encoder(files: TokenizerFiles) -> Encoder:
+    """What turns much text into ids."""
+    return encoding.load(tokenizer_file(files), files.encoder)
+
+
+def tokenizer_file(files: TokenizerFiles) -> Path:
     assert files.path is not None, "synthetic data has no tokenizer"
-    tokenizer = Tokenizer.from_file(str(files.path / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def encode(files: TokenizerFiles, documents: Iterable[Document]) -> Iterator[Tokenized]:
-    """Token ids of every document, closed by the end-of-text id.
-
-    Raises:
-        ValueError: the tokenizer gave an id outside its vocabulary.
-    """
-    tokenizer = load(files)
-    stream = iter(documents)
-    while batch := list(islice(stream, _BATCH_DOCUMENTS)):
-        texts = [_without_surrogates(document.text) for document in batch]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for document, text, encoding in zip(batch, texts, encodings, strict=True):
-            tokens = np.array([*encoding.ids, files.end_of_text], dtype=np.int32)
-            if (highest := int(tokens.max())) >= files.vocab_size:
-                raise ValueError(
-                    f"{files.path} gave id {highest} for document {document.id}, but its "
-                    f"vocabulary has {files.vocab_size} tokens: its tokenizer.json is wrong"
-                )
-            yield Tokenized(document.id, tokens, len(text.encode()), document.url)
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return files.path / "tokenizer.json"
 
 
 def _remedies(name: str) -> tuple[str, ...]:
@@ -315,7 +293,7 @@ def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> Tokenizer
             show_progress=False,
         )
         texts = corpus.first_bytes(corpus.documents(text), _TRAINING_BYTES)
-        tokenizer.train_from_iterator(map(_without_surrogates, texts), trainer)
+        tokenizer.train_from_iterator((sound_text(text)[0] for text in texts), trainer)
         tokenizer.save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
         artifacts.write_json(partial / "tokenizer_config.json", settings)
@@ -339,8 +317,15 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
         "end_of_text": end_of_text,
         "asked_end": config.end_of_text,
         "fingerprint": artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
+        "encoder": _choose_encoder(partial),
     }
     artifacts.seal(partial, facts)
+
+
+def _choose_encoder(folder: Path) -> dict[str, str]:
+    name, reason = encoding.choose(folder / "tokenizer.json")
+    log.info("documents are encoded by %s: %s", name, reason)
+    return {"name": name, "reason": reason, "compared_with": version("fastokens")}
 
 
 def _convert(folder: Path, name: str) -> None:

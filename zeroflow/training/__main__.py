@@ -88,7 +88,7 @@ class Recorder:
         self._tracker.log(self.tokens(step), {"loss/train_by_tokens": loss})
 
     def validation(self, step: int, loss: float, sample: str) -> None:
-        bytes_per_token = self._job.bytes_per_token
+        bytes_per_token = self._job.shards.validation_bytes_per_token
         bpb = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
         line = {"step": step, "tokens": self.tokens(step), "val_loss": loss, "val_bpb": bpb}
         self._record(line | {"sample": sample})
@@ -149,6 +149,7 @@ class Session:
         config = self.job.training
         return Batches(
             self.train_rows,
+            end_of_text=self.train_rows.end_of_text,
             seed=config.seed,
             micro_batch_rows=config.micro_batch_rows,
             accumulate=config.accumulate,

@@ -23,6 +23,7 @@ from pydantic import PositiveInt
 
 from zeroflow import artifacts
 from zeroflow.config import Config
+from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
@@ -57,12 +58,9 @@ class TrainingJob(Config):
     model: ModelConfig
     training: TrainingConfig
     cadence: Cadence
-    shards: Path
+    shards: ShardSet
     validation_rows: PositiveInt
-    """Rows in a validation, evenly spread over those that are held out."""
-
-    bytes_per_token: float | None
-    """Of the validation text; None where it is no text."""
+    """Rows in a validation, the first of those that are held out."""
 
     tokenizer: TokenizerFiles
     prompt: str

@@ -63,7 +63,7 @@ class TrainState:
 
 class StepMetrics(NamedTuple):
     loss: Tensor
-    """Mean over the tokens of the step, on the device."""
+    """Mean over the valid targets of the step, on the device."""
 
     grad_norm: Tensor
     """Global norm before clipping, on the device."""
@@ -101,17 +101,18 @@ def autocast(compute: ComputeConfig) -> AbstractContextManager[object]:
 def train_step(
     state: TrainState, micro_batches: list[MicroBatch], config: TrainingConfig
 ) -> StepMetrics:
-    """Advance `state` by one optimiser step over the mean loss of all `micro_batches`."""
+    """Advance `state` by one optimiser step over the mean loss of all valid targets."""
     learning_rate = config.schedule.learning_rate(state.step)
     set_learning_rate(state.optimizer, learning_rate)
-    tokens = sum(batch.targets.numel() for batch in micro_batches)
+    valid = sum(batch.valid for batch in micro_batches)
     losses = []
-    for inputs, targets in micro_batches:
+    for batch in micro_batches:
         inputs, targets = (
-            tensor.to(config.compute.device, non_blocking=True) for tensor in (inputs, targets)
+            tensor.to(config.compute.device, non_blocking=True)
+            for tensor in (batch.inputs, batch.targets)
         )
         with autocast(config.compute):
-            loss = state.model(inputs, partial(cross_entropy_sum, targets=targets)) / tokens
+            loss = state.model(inputs, partial(cross_entropy_sum, targets=targets)) / valid
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-"""Targets with this value count neither in the loss nor in its mean."""
+from zeroflow.data.batches import IGNORED
 
 _CHUNK_LOGITS = 2**28
 

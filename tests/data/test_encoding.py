@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub import llama_tokenizer_repo
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from zeroflow.data import encoding
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+    file.write_bytes(llama_tokenizer_repo(vocab_size=400).contents["tokenizer.json"])
+    return file
+
+
+@given(texts=st.lists(st.text(), max_size=4))
+def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
+    fast, plain = encoding.load(llama, "fastokens"), encoding.load(llama, "tokenizers")
+    sound = [encoding.sound_text(text)[0] for text in texts]
+    mine, theirs = fast.encode(sound), plain.encode(sound)
+    assert np.array_equal(mine.ids, theirs.ids) and np.array_equal(mine.lengths, theirs.lengths)
+    assert mine.ids.dtype == np.int32 and mine.lengths.sum() == len(mine.ids)
+
+
+def test_fast_encoder_is_chosen_where_it_agrees_on_every_hard_string(llama):
+    name, reason = encoding.choose(llama)
+    assert name == "fastokens"
+    assert f"the same ids to {len(encoding.hard_strings(llama))} hard strings" in reason
+
+
+def test_hard_strings_hold_what_tells_tokenizers_apart(llama):
+    texts = encoding.hard_strings(llama)
+    assert len(texts) > 3000 and texts == encoding.hard_strings(llama)
+    everything = "".join(texts)
+    for found in ("<|end_of_text|>", "\x00", "\ufffd", "a" * 60_000, "日本", "\u3000", "👩"):
+        assert found in everything
+    assert all(text.encode() is not None for text in texts), "none holds a surrogate"
+
+
+def test_other_ids_are_noticed_and_hugging_face_is_taken(llama, monkeypatch):
+    encode = encoding._Fastokens.encode
+
+    def one_wrong(self, texts):
+        encoded = encode(self, texts)
+        ids = encoded.ids.copy()
+        ids[-1] += 1
+        return encoded._replace(ids=ids)
+
+    monkeypatch.setattr(encoding._Fastokens, "encode", one_wrong)
+    name, reason = encoding.choose(llama)
+    assert name == "tokenizers" and "gives other ids to some of" in reason
+
+
+def test_tokenizer_that_the_fast_library_does_not_take_is_left_to_hugging_face(tmp_path):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=["[UNK]", "[SEP]"])
+    tokenizer.train_from_iterator(["some text to learn pieces of"], trainer)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    name, reason = encoding.choose(file)
+    loaded = encoding.load(file, name)
+    expected = tokenizer.encode("some text", add_special_tokens=False).ids
+    assert loaded.encode(["some text"]).ids.tolist() == expected
+    assert json.dumps(reason), "a reason that a manifest can hold"

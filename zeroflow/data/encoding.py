@@ -1,0 +1,173 @@
+"""Text to token ids by the fastest library whose ids are Hugging Face's.
+
+Which one that is for a tokenizer is found by trying: `choose` compares a few thousand hard strings.
+Special tokens that a document spells out are text to every encoder, never control ids.
+"""
+
+import logging
+import random
+import sys
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import fastokens
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+EncoderName = Literal["fastokens", "tokenizers"]
+
+_FUZZED = 3000
+_WHITESPACE = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2009\u200b\u2028\u2029\u202f\u3000\ufeff"
+_OTHERS = "\x00\x01\x7f\u0301\u0308\u200d\ufe0f\ufffd\U0001f600\U0001f468\U0001f3fd\U0010ffff"
+_PIECES = (
+    *(
+        "don't I'LL we'Ve 'S ''s it’s",
+        "1234567 3.14 1,000 ½ ²",
+        "http://a.b/c?d=e&f=%20",
+        "ﬁ ǅ ß İ",
+    ),
+    *(
+        "\r\n\r\n",
+        "\n \n\t\n",
+        "  x",
+        "...",
+        "»«",
+        "<|",
+        "|>",
+        "</",
+        "[INST]",
+        "def f(x):\n\treturn",
+    ),
+    *(
+        "日本語の文章",
+        "한국어",
+        "العربية",
+        "हिन्दी",
+        "ไทย",
+        "Ελληνικά",
+        "עברית",
+        "ქართული",
+        "𝔘𝔫𝔦",
+        "🇫🇷👩‍👩‍👧",
+    ),
+)
+
+
+class Encoded(NamedTuple):
+    """Documents end to end."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+
+
+class Encoder(Protocol):
+    def encode(self, texts: list[str]) -> Encoded:
+        """Ids of all `texts`, which hold no surrogates, without special tokens."""
+        ...
+
+
+class _HuggingFace:
+    def __init__(self, file: Path) -> None:
+        self._tokenizer = plain(file)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        lengths = np.array([len(part) for part in ids], dtype=np.int64)
+        return Encoded(np.concatenate([*ids, np.empty(0, np.int32)]), lengths)
+
+
+class _Fastokens:
+    def __init__(self, file: Path) -> None:
+        self._tokenizer = fastokens.Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, texts: list[str]) -> Encoded:
+        ids, ends = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+        offsets = np.frombuffer(ends, np.uint64).astype(np.int64)
+        return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
+
+
+def plain(file: Path) -> Tokenizer:
+    """Hugging Face's own tokenizer, set so that special tokens written in a text are text."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def choose(file: Path) -> tuple[EncoderName, str]:
+    """The encoder for a tokenizer.json, and why it is that one."""
+    reference = _HuggingFace(file)
+    texts = hard_strings(file)
+    name = f"fastokens {version('fastokens')}"
+    try:
+        found = _Fastokens(file).encode(texts)
+    except BaseException as error:  # its panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        return "tokenizers", f"{name} does not take this tokenizer: {str(error)[:200]}"
+    expected = reference.encode(texts)
+    if not np.array_equal(found.lengths, expected.lengths) or not np.array_equal(
+        found.ids, expected.ids
+    ):
+        return "tokenizers", f"{name} gives other ids to some of {len(texts)} hard strings"
+    return "fastokens", f"{name} gives the same ids to {len(texts)} hard strings"
+
+
+@lru_cache(maxsize=2)  # a vocabulary of 128,000 takes most of a second
+def load(file: Path, name: EncoderName) -> Encoder:
+    """The encoder of that name for a tokenizer.json."""
+    return _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
+
+
+def sound_text(text: str) -> tuple[str, int]:
+    """`text` without surrogates, and its bytes in UTF-8.
+
+    JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place.
+    """
+    try:
+        return text, len(text.encode())
+    except UnicodeEncodeError:
+        sound = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return sound, len(sound.encode())
+
+
+def hard_strings(file: Path) -> list[str]:
+    """What has been seen to tell tokenizers apart, and random mixtures of it; always the same."""
+    rng = random.Random(0)
+    special = [token.content for token in plain(file).get_added_tokens_decoder().values()]
+    texts = ["", *_PIECES, *_WHITESPACE, *_OTHERS, "a\ufffdb", "\x00" * 99]
+    texts += [f"{a}{token}{b}" for token in special for a, b in (("", ""), ("x", "y"), (" ", " "))]
+    texts += [letter * 60_000 for letter in "a 1\n"] + ["ab" * 20_000, "é" * 5000, "\r\n" * 5000]
+    alphabets = [_WHITESPACE, _OTHERS, "".join(map(chr, range(32, 127))), *_scripts()]
+    for _ in range(_FUZZED):
+        parts = []
+        for _ in range(rng.randint(1, 8)):
+            match rng.randrange(4):
+                case 0:
+                    parts.append(rng.choice(_PIECES))
+                case 1 if special:
+                    parts.append(rng.choice(special))
+                case _:
+                    parts.append("".join(rng.choices(rng.choice(alphabets), k=rng.randint(1, 12))))
+        texts.append("".join(parts))
+    return texts
+
+
+def _scripts() -> list[str]:
+    """Runs of 64 neighbouring characters from all over Unicode."""
+    starts = [
+        *range(0x80, 0x3000, 0x40),
+        *range(0x3000, 0xD800, 0x400),
+        *range(0xE000, 0x10000, 64),
+    ]
+    starts += range(0x10000, min(0x20000, sys.maxunicode), 0x100)
+    return ["".join(map(chr, range(start, start + 64))) for start in starts]

@@ -1,0 +1,409 @@
+"""One part of a shard set: a slice of the corpus, tokenised, packed and written.
+
+A part depends on its slice and the settings alone, on no other part. So parts may be built in any
+order, by any number of processes at once, and a killed build loses no more than the one at hand.
+"""
+
+import errno
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, NonNegativeInt
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data import corpus, packing, synthetic, tokenizer
+from zeroflow.data.corpus import CorpusConfig, Document, Slice, Tally
+from zeroflow.data.encoding import sound_text
+from zeroflow.data.packing import Ids, PackingName, Tokens
+from zeroflow.data.tokenizer import TokenizerFiles
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+DOCUMENTS = "documents.parquet"
+
+_SHARD_TOKENS = 2**23
+_WINDOW_DOCUMENTS = 2000
+_WINDOW_TOKENS = (2**20, 2**23)
+"""A window of documents is packed once it holds so many documents and the first number of tokens,
+or the second."""
+
+_AHEAD = 3
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("offset", pa.int32(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("text_hash", pa.uint64(), nullable=False),
+    ]
+)
+
+T = TypeVar("T")
+
+
+class Layout(Config):
+    """How documents are held out, packed and stored."""
+
+    row_tokens: int = Field(ge=2)
+    token_type: Literal["int32", "uint16"]
+    packing: PackingName
+    validation_fraction: float
+
+
+class PartJob(Config):
+    """What the bytes of a part depend on, and the directory it becomes."""
+
+    path: Path
+    piece: Slice
+    corpus: CorpusConfig
+    tokens: TokenizerFiles
+    layout: Layout
+    held_out_below: float
+    """Documents whose `corpus.held_out` is lower go to validation."""
+
+    seed: NonNegativeInt
+    """Of synthetic data."""
+
+    earlier: tuple[Path, ...] = ()
+    """Parts whose texts are duplicates here."""
+
+
+class SplitCounts(Config):
+    """What a split holds; sums over parts are counts of a set."""
+
+    rows: NonNegativeInt = 0
+    documents: NonNegativeInt = 0
+    document_tokens: NonNegativeInt = 0
+    """The end of text of every document included."""
+
+    padding_tokens: NonNegativeInt = 0
+    cut_documents: NonNegativeInt = 0
+    """Documents that lie in more than one row."""
+
+    text_bytes: NonNegativeInt = 0
+    """UTF-8; 0 for documents that never were text."""
+
+    def __add__(self, other: "SplitCounts") -> "SplitCounts":
+        sums = {
+            name: getattr(self, name) + getattr(other, name) for name in SplitCounts.model_fields
+        }
+        return SplitCounts(**sums)
+
+
+class PartFacts(Config):
+    """What a part's manifest says of it."""
+
+    train: SplitCounts
+    validation: SplitCounts
+    empty_documents: NonNegativeInt
+    duplicates: NonNegativeInt
+    bad_lines: NonNegativeInt
+    bad_places: tuple[str, ...]
+    """Where the first of them are, and why they are bad."""
+
+
+class BuiltPart(Config):
+    facts: PartFacts
+    seconds: float
+    """0 for a part that was there."""
+
+
+class _Batch(NamedTuple):
+    """Tokenised documents, end to end in `stream`."""
+
+    ids: list[str]
+    urls: list[str]
+    text_bytes: Ids
+    hashes: npt.NDArray[np.uint64]
+    stream: Tokens
+    lengths: Ids
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> "_Batch":
+        places = np.flatnonzero(chosen).tolist()
+        return _Batch(
+            [self.ids[i] for i in places],
+            [self.urls[i] for i in places],
+            self.text_bytes[chosen],
+            self.hashes[chosen],
+            self.stream[np.repeat(chosen, self.lengths)],
+            self.lengths[chosen],
+        )
+
+
+def existing(path: Path) -> PartFacts | None:
+    """The facts of a part that is there and whole; a damaged one is set aside."""
+    if not path.exists():
+        return None
+    try:
+        return PartFacts.model_validate(artifacts.verify(path)["facts"])
+    except artifacts.DamagedArtifact:
+        return None  # `build` sets it aside under the lock
+
+
+def build(job: PartJob) -> BuiltPart:
+    """Have the part, writing it unless it is there and whole.
+
+    Raises:
+        ValueError: the corpus, or the tokenizer, is not what it promises.
+        hub.HubError: the hub failed.
+        OSError: the disk is full, among others.
+    """
+    start = time.perf_counter()
+
+    def write(partial: Path) -> None:
+        artifacts.seal(partial, {"facts": _write(partial, job).model_dump(mode="json")})
+
+    try:
+        reused = artifacts.build_once(job.path, write)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC,
+                f"no space is left in {job.path.parent} for another part: free some, or name "
+                "another --cache-dir; the parts that are complete are kept",
+            ) from error
+        raise
+    facts = PartFacts.model_validate(artifacts.read_json(job.path / artifacts.MANIFEST)["facts"])
+    seconds = 0.0 if reused else time.perf_counter() - start
+    if not reused:
+        tokens = facts.train.document_tokens + facts.validation.document_tokens
+        log.info("%s: %s tokens in %.1f s", job.path.name, f"{tokens:,}", seconds)
+    return BuiltPart(facts=facts, seconds=seconds)
+
+
+def documents(path: Path) -> pa.Table:
+    """The table of a part: a line for each piece of a document."""
+    return pq.read_table(path / DOCUMENTS)
+
+
+def _write(folder: Path, job: PartJob) -> PartFacts:
+    tally, duplicates = Tally(), 0
+    known = _Known(job.earlier) if job.corpus.deduplicate else None
+    with pq.ParquetWriter(folder / DOCUMENTS, _SCHEMA, compression="zstd") as table:
+        writers = {split: _SplitWriter(folder, split, job, table) for split in SPLITS}
+        for batch in _ahead(_tokenized(job, tally)):
+            if known:
+                new = known.add(batch.hashes)
+                duplicates += len(new) - int(new.sum())
+                batch = batch.only(new)
+            places = np.array([corpus.held_out(document_id) for document_id in batch.ids])
+            held_out = places < job.held_out_below
+            writers["train"].add(batch.only(~held_out))
+            writers["validation"].add(batch.only(held_out))
+        counts = {split: writer.finish() for split, writer in writers.items()}
+    return PartFacts(
+        **counts,
+        empty_documents=tally.empty,
+        duplicates=duplicates,
+        bad_lines=tally.bad,
+        bad_places=tuple(tally.places),
+    )
+
+
+def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
+    if job.tokens.path is None:
+        yield from _synthetic(job)
+        return
+    encoder, end = tokenizer.encoder(job.tokens), job.tokens.end_of_text
+    for read in _ahead(corpus.read(job.corpus, job.piece, tally)):
+        texts, sizes = zip(*(sound_text(document.text) for document in read), strict=True)
+        ids, lengths = encoder.encode(list(texts))
+        _check(job, ids, lengths, read)
+        batch = _Batch(
+            [document.id for document in read],
+            [document.url for document in read],
+            np.array(sizes, dtype=np.int64),
+            _hashes(texts if job.corpus.deduplicate else (), len(texts)),
+            np.insert(ids, np.cumsum(lengths), end),
+            lengths + 1,
+        )
+        if not lengths.all():  # text that the tokenizer makes nothing of
+            tally.empty += int((lengths == 0).sum())
+            batch = batch.only(lengths > 0)
+        yield batch
+
+
+def _check(job: PartJob, ids: Tokens, lengths: Ids, read: list[Document]) -> None:
+    wrong = (ids >= job.tokens.vocab_size) | (ids == job.tokens.end_of_text)
+    if wrong.any():
+        place = int(wrong.argmax())
+        document = read[int(np.searchsorted(np.cumsum(lengths), place, side="right"))]
+        raise ValueError(
+            f"{job.tokens.path} gave id {ids[place]} for document {document.id}, but its "
+            f"vocabulary has {job.tokens.vocab_size} tokens, of which {job.tokens.end_of_text} "
+            "ends a document and stands in none: its tokenizer.json is wrong"
+        )
+
+
+def _synthetic(job: PartJob) -> Iterator[_Batch]:
+    assert job.piece.stop is not None
+    for block in range(job.piece.start, job.piece.stop):
+        made = synthetic.documents(job.tokens.vocab_size, job.seed, block)
+        lengths = np.array([len(tokens) for tokens in made.tokens], dtype=np.int64)
+        nothing = np.zeros(len(lengths), dtype=np.int64)
+        yield _Batch(
+            made.ids,
+            [""] * len(lengths),
+            nothing,
+            nothing.astype(np.uint64),
+            np.concatenate(made.tokens),
+            lengths,
+        )
+
+
+def _hashes(texts: Sequence[str], count: int) -> npt.NDArray[np.uint64]:
+    if not texts:
+        return np.zeros(count, dtype=np.uint64)
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+
+
+class _Known:
+    """Hashes of texts that have come before."""
+
+    def __init__(self, earlier: Iterable[Path]) -> None:
+        columns = [
+            pq.read_table(path / DOCUMENTS, columns=["text_hash"]).column(0).to_numpy()
+            for path in earlier
+        ]
+        self._earlier = np.unique(np.concatenate([*columns, np.empty(0, np.uint64)]))
+        self._here: set[int] = set()
+
+    def add(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which of them are new."""
+        new = ~np.isin(hashes, self._earlier)
+        for place in np.flatnonzero(new).tolist():
+            value = int(hashes[place])
+            new[place] = value not in self._here
+            self._here.add(value)
+        return new
+
+
+def _ahead(source: Iterator[T]) -> Iterator[T]:
+    """The items of `source`, made by a thread that runs a little ahead.
+
+    So reading waits for disk or network, tokens are made and rows are packed all at once.
+    """
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=_AHEAD)
+    given_up = threading.Event()
+
+    def put(item: T | BaseException | None) -> None:
+        while not given_up.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in source:
+                put(item)
+                if given_up.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=run, name="ahead", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        given_up.set()
+
+
+class _SplitWriter:
+    """Packs the documents of one split, window by window, and writes its rows and its table."""
+
+    def __init__(self, folder: Path, split: Split, job: PartJob, table: pq.ParquetWriter) -> None:
+        self._folder, self._split, self._table = folder, split, table
+        self._layout, self._fill = job.layout, job.tokens.end_of_text
+        self._pack = packing.PACKINGS[job.layout.packing]
+        shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
+        self._shard = np.empty((shard_rows, job.layout.row_tokens), dtype=job.layout.token_type)
+        self._filled = self._files = 0
+        self._window: list[_Batch] = []
+        self._counts = SplitCounts()
+
+    def add(self, batch: _Batch) -> None:
+        self._window.append(batch)
+        documents = sum(len(b.lengths) for b in self._window)
+        tokens = sum(len(b.stream) for b in self._window)
+        enough, many = _WINDOW_TOKENS
+        if (documents >= _WINDOW_DOCUMENTS and tokens >= enough) or tokens >= many:
+            self._close_window()
+
+    def finish(self) -> SplitCounts:
+        self._close_window()
+        if self._filled:
+            self._write()
+        return self._counts
+
+    def _close_window(self) -> None:
+        window, self._window = self._window, []
+        lengths = np.concatenate([b.lengths for b in window]) if window else np.empty(0, np.int64)
+        if not len(lengths):
+            return
+        stream = np.concatenate([b.stream for b in window])
+        pieces = self._pack(lengths, self._layout.row_tokens)
+        rows = packing.lay_out(stream, lengths, pieces, self._layout.row_tokens, self._fill)
+        text_bytes = np.concatenate([b.text_bytes for b in window])
+        columns = {
+            "id": pa.array([i for b in window for i in b.ids]).take(pieces.document),
+            "url": pa.array([u for b in window for u in b.urls]).take(pieces.document),
+            "split": pa.repeat(self._split, len(pieces.row)),
+            "row": pa.array(pieces.row + self._counts.rows),
+            "offset": pa.array(pieces.offset, pa.int32()),
+            "start": pa.array(pieces.start),
+            "tokens": pa.array(pieces.tokens, pa.int32()),
+            "bytes": pa.array(text_bytes[pieces.document]),
+            "text_hash": pa.array(np.concatenate([b.hashes for b in window])[pieces.document]),
+        }
+        self._table.write_table(pa.table(columns, schema=_SCHEMA))
+        self._counts += SplitCounts(
+            rows=pieces.rows,
+            documents=len(lengths),
+            document_tokens=len(stream),
+            padding_tokens=rows.size - len(stream),
+            cut_documents=len(np.unique(pieces.document[pieces.start > 0])),
+            text_bytes=int(text_bytes.sum()),
+        )
+        while len(rows):
+            room = len(self._shard) - self._filled
+            self._shard[self._filled : self._filled + len(rows)] = rows[:room]
+            self._filled += len(rows[:room])
+            rows = rows[room:]
+            if self._filled == len(self._shard):
+                self._write()
+
+    def _write(self) -> None:
+        item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
+        flat = pa.array(self._shard[: self._filled].reshape(-1), type=item.type)
+        list_type = pa.list_(item, self._layout.row_tokens)
+        column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
+        schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
+        file = self._folder / f"{self._split}-{self._files:05d}.arrow"
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([column], schema=schema))
+        self._files += 1
+        self._filled = 0
