@@ -8,6 +8,7 @@ first takes beyond that is start-up. benchmarks/README.md says how each is set u
 import argparse
 import glob
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Only the standard library up here: each process imports what its contender needs, and pays for it
+
+log = logging.getLogger(__name__)
 
 SEQ_LEN = 2048
 ROW_TOKENS = SEQ_LEN + 1
@@ -296,9 +299,9 @@ def measure(name: str, job: Job) -> Figures:
         "RAYON_NUM_THREADS": str(job.threads),
     }
     environment.pop("TOKENIZERS_PARALLELISM", None)
-    log = job.out / "log.txt"
+    output = job.out / "output.txt"
     command = [sys.executable, __file__, "--run", name, *map(str, job)]
-    with log.open("wb") as sink:
+    with output.open("wb") as sink:
         started, busy, waited = time.perf_counter(), _busy_seconds(), _waited_seconds()
         process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
         with _Sampler(process.pid) as sampled:
@@ -306,7 +309,7 @@ def measure(name: str, job: Job) -> Figures:
         seconds = time.perf_counter() - started
         busy, waited = _busy_seconds() - busy, _waited_seconds() - waited
     if code:
-        lines = log.read_text(errors="replace").split("\n")
+        lines = output.read_text(errors="replace").split("\n")
         raise ContenderFailed(next((line for line in reversed(lines) if line.strip()), str(code)))
     figures: Figures = json.loads((job.out / "figures.json").read_text())
     cpu_seconds = max(waited, sampled.cpu_seconds)
@@ -496,7 +499,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         out = Path(tempfile.mkdtemp(dir=folder))
         try:
             job = Job(texts[part], arguments.tokenizer.resolve(), out, arguments.threads)
-            facts.setdefault(f"{part}_rounds", []).append(measure(name, job))
+            figures = measure(name, job)
+            facts.setdefault(f"{part}_rounds", []).append(figures)
+            log.info("%s, %s: %.1f s", name, part, figures["seconds"])
         except ContenderFailed as failure:
             facts["absent"] = f"failed: {failure}"
         shutil.rmtree(out)
@@ -554,6 +559,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeat < 2:
         parser.error("--repeat below 2 leaves no difference to take")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         results = compare(arguments, Path(folder))
