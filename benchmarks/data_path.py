@@ -78,7 +78,7 @@ def build_ours(job: Job) -> Any:
 
 def ours(job: Job) -> Figures:
     shards = build_ours(job)
-    return {"tokens": (shards.train_rows + shards.validation_rows) * shards.row_tokens}
+    return {"tokens": shards.train.document_tokens + shards.validation.document_tokens}
 
 
 def datatrove(job: Job) -> Figures:
@@ -218,10 +218,12 @@ def reads(job: Job) -> Figures:
     from zeroflow.data.batches import Batches
     from zeroflow.data.shards import Rows
 
-    rows = Rows(build_ours(job).path, "train")
+    rows = Rows(build_ours(job), "train")
     random = np.random.default_rng(0)
     ids = random.integers(len(rows), size=(100_000, _READ_ROWS))
-    batches = Batches(rows, seed=0, micro_batch_rows=_READ_ROWS, accumulate=1)
+    batches = Batches(
+        rows, end_of_text=rows.end_of_text, seed=0, micro_batch_rows=_READ_ROWS, accumulate=1
+    )
     rows_read = _READ_ROWS * _repetitions(lambda i: rows[ids[i % len(ids)]], time.process_time)
     fed = _repetitions(batches.micro_batches, time.perf_counter)
     return {

@@ -1,7 +1,11 @@
 """Raw text to a trained and checked model: `python flows/pretrain.py --size tiny`."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("DO_NOT_TRACK", "true")  # read while Prefect is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

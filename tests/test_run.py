@@ -7,6 +7,8 @@ from tiny import SHAPE, jsonl_corpus
 
 from zeroflow import artifacts, planning
 from zeroflow import run as runs
+from zeroflow.data import corpus as corpora
+from zeroflow.data.hub import HubError
 from zeroflow.data.parts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -27,6 +29,13 @@ def ask(tmp_path):
         return RunConfig.model_validate(defaults | settings)
 
     return make
+
+
+def trained(asked: RunConfig) -> RunConfig:
+    """A settled run that has a checkpoint, or seems to."""
+    run = settle(asked).run
+    (run.run_dir / "checkpoints").mkdir()
+    return run
 
 
 def unset(run: RunConfig) -> set[str]:
@@ -133,10 +142,60 @@ def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change)
 )
 def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field):
     start = ask(run_name="mine", training={"max_steps": 10})
-    before = settle(start).run
+    before = trained(start)
     with pytest.raises(ValueError, match=f"run mine was started with {field}"):
         settle(ask(run_name="mine", **change))
     assert runs.load(before.cache_dir, "mine") == before
+
+
+def test_run_that_never_trained_begins_anew_with_other_settings(ask):
+    """So that the remedy of a failure can be tried under the same name."""
+    settle(ask(run_name="mine", training={"seq_len": 64}))
+    again = settle(ask(run_name="mine", training={"seq_len": 128, "max_steps": 5}))
+    assert not again.resumes
+    assert (again.run.training.seq_len, again.run.training.max_steps) == (128, 5)
+    assert settle(ask(run_name="mine")).run == again.run
+
+
+def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeypatch):
+    def unreachable(name, revision):
+        raise HubError(name, "the hub cannot be reached", transient=True)
+
+    monkeypatch.setattr(corpora.hub, "dataset_revision", unreachable)
+    fallback = {"data_mode": "fineweb", "allow_synthetic_fallback": True}
+    asked = ask(data=fallback, training={"max_steps": 7})
+    first = settle(asked)
+    assert first.run.fell_back and first.run.data.data_mode == "synthetic"
+    (first.run.run_dir / "checkpoints").mkdir()
+    named = asked.replace(run_name=first.run.run_name)
+    assert settle(named).run == first.run == settle(asked).run
+    with pytest.raises(ValueError, match="data_mode synthetic, now it is sample"):
+        settle(named.replace(data={"data_mode": "sample"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"data_mode": "sample", "fineweb_subset": "x"}}, "--fineweb-subset does nothing"),
+        ({"data": {"data_mode": "sample", "text_column": "x"}}, "--text-column does nothing"),
+        (
+            {"data": SYNTHETIC | {"allow_synthetic_fallback": True}},
+            "--allow-synthetic-fallback does",
+        ),
+        ({"data": SYNTHETIC | {"deduplicate": True}}, "--deduplicate does nothing"),
+        (
+            {"data": {}, "tokenizer": {"tokenizer_name": "gpt2", "vocab_size": 9000}},
+            "--vocab-size does nothing with --tokenizer-name gpt2",
+        ),
+        (
+            {"data": {}, "tokenizer": {"tokenizer_name": "train", "end_of_text": "x"}},
+            "--end-of-text does nothing",
+        ),
+    ],
+)
+def test_setting_that_would_do_nothing_is_refused(ask, settings, message):
+    with pytest.raises(ValueError, match=message):
+        settle(ask(**settings))
 
 
 def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
@@ -146,7 +205,7 @@ def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
 
 
 def test_run_goes_on_with_more_steps_and_remembers_them(ask):
-    first = settle(ask(run_name="mine", training={"max_steps": 10})).run
+    first = trained(ask(run_name="mine", training={"max_steps": 10}))
     more = settle(ask(run_name="mine", training={"max_steps": 20})).run
     assert more.training.max_steps == 20
     changed = {name for name, value in runs.leaves(more) if dict(runs.leaves(first))[name] != value}

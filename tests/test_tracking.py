@@ -77,13 +77,14 @@ def test_resumed_run_is_one_run_with_every_step_once(patient, config, run_dir, t
             config,
             run_dir,
             files=[attached],
+            step=5,
             metrics={"overfit/steps": 9},
             series={"overfit/loss": [3.0, 2.0, 1.0]},
             succeeded=False,
         )
         assert done == first["run_id"]
     assert history(config, done, "overfit/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert history(config, done, "overfit/steps") == [(0, 9.0)]
+    assert history(config, done, "overfit/steps") == [(5, 9.0)]
     assert client(config).get_run(done).info.status == "FAILED"
     assert [file.path for file in client(config).list_artifacts(done)] == ["report.md"]
     assert (config.folder / "artifacts").exists()
@@ -97,7 +98,9 @@ def test_store_that_cannot_be_written_is_a_warning_only(patient, config, run_dir
         tracker = Tracker(dead, run_dir)
         tracker.log(1, {"loss/train": 1.0})
         tracker.close("FINISHED")
-        finished = tracking.finish(dead, run_dir, files=[], metrics={}, series={}, succeeded=True)
+        finished = tracking.finish(
+            dead, run_dir, files=[], step=1, metrics={}, series={}, succeeded=True
+        )
     assert finished is None
     assert any("failed, will try again" in message for message in caplog.messages)
     assert any("could not be added to MLflow" in message for message in caplog.messages)

@@ -141,8 +141,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
 
 
 @contextmanager
-def exclusive(path: Path, *, waiting_for: str, timeout_seconds: float = -1) -> Iterator[None]:
-    """Hold the lock that belongs to `path`, waiting for it aloud; -1 waits for ever.
+def exclusive(path: Path, *, waiting_for: str = "", timeout_seconds: float = -1) -> Iterator[None]:
+    """Hold the lock that belongs to `path`, waiting for it aloud; -1 waits for ever, 0 not at all.
 
     Raises:
         TimeoutError: another process held it all the while.
@@ -152,6 +152,8 @@ def exclusive(path: Path, *, waiting_for: str, timeout_seconds: float = -1) -> I
     try:
         lock.acquire(timeout=0)
     except TimeoutError:
+        if not timeout_seconds:
+            raise
         log.info("waiting: %s", waiting_for)
         lock.acquire(timeout=timeout_seconds)
     try:

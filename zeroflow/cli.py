@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -15,7 +17,7 @@ from rich.logging import RichHandler
 
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
-from zeroflow.run import RunConfig
+from zeroflow.run import DEFAULT_CACHE, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ def complaint(error: Exception) -> str:
 def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = None) -> int:
     """The command of a flow: parse, have a Prefect server, run, and say how it ended."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # a misspelt flag is an error
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Raw text to a trained and checked LLaMA-style language model.\n\n"
@@ -108,17 +111,18 @@ def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = Non
         return _fail(error, verbose=arguments.verbose, code=2)
     if not arguments.verbose:
         orchestration.silence_console()
-    _log_to_console()
+    _log_to_console(verbose=arguments.verbose)
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _require_writable(run.cache_dir)
         with orchestration.server() as address:
             log.info("Prefect UI: %s", address)
             report = flow(run)
         console.print(_ending(report, run.cache_dir), markup=False)
         return 0
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except (KeyboardInterrupt, _Terminated) as stop:
         console.print("stopped; the same command goes on from the newest checkpoint")
-        return 143 if isinstance(stop, SystemExit) else 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         return _fail(error, verbose=arguments.verbose)
 
@@ -134,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("--out", type=Path, required=True, help="new folder")
     for command in (generate, export):
         command.add_argument("--run", required=True, help="name of the run")
-        command.add_argument("--cache-dir", type=Path, default=Path("data_cache"))
+        command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
-    _log_to_console()
+    _log_to_console(verbose=arguments.verbose)
     try:
         {"generate": _generate, "export": _export}[arguments.command](arguments)
         return 0
@@ -153,6 +157,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     sampling = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
     trained = _load(arguments)
     if trained.tokenizer.path is None:
+        if arguments.prompt:
+            raise ValueError(f"run {arguments.run} was trained on token ids: it takes no --prompt")
         ids = generate.complete_ids(
             trained.model, trained.tokenizer, sampling, context=trained.context
         )
@@ -178,23 +184,49 @@ def _load(arguments: argparse.Namespace) -> Any:
     return results.load(arguments.cache_dir, arguments.run)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM has come."""
+
+
 def _terminate(number: int, frame: object) -> None:
     """End as after Ctrl-C; Prefect sends itself the signal again once the flow run has ended."""
-    raise SystemExit(128 + number)
+    raise _Terminated(128 + number)
 
 
-def _log_to_console() -> None:
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to {folder.absolute()} ({error.strerror}): name another "
+            "--cache-dir"
+        ) from error
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Lines on standard output, for as long as somebody reads them: a run outlives `| head`."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if isinstance(sys.exception(), BrokenPipeError):
+            sys.stdout = self.stream = open(os.devnull, "w")  # noqa: SIM115, PTH123, to the end
+        else:
+            super().handleError(record)
+
+
+def _log_to_console(*, verbose: bool) -> None:
     """Plain lines on standard output; around the live bar where there is a terminal."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Lines(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("zeroflow")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
 
 

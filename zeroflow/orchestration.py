@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ _KEEPER = '"$@" </dev/null & child=$!; read -r _; kill "$child"; wait "$child"'
 def server() -> Iterator[str]:
     """Use the Prefect server at PREFECT_API_URL, else one on this machine, else run one meanwhile.
 
+    One on this machine is looked for at the usual port. The server of a run listens at another, so
+    that no second run comes to depend on it.
+
     Prefect's own temporary server is not used: it loses records of quick tasks, hangs on Ctrl-C
     and outlives a killed flow.
 
@@ -49,9 +53,14 @@ def server() -> Iterator[str]:
         the address of its user interface
 
     Raises:
-        RuntimeError: a server was started and does not answer.
+        RuntimeError: the server named does not answer, or the one that was started.
     """
     if url := PREFECT_API_URL.value():
+        if not _answers(url):
+            raise RuntimeError(
+                f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
+                "variable, and the run starts one of its own"
+            )
         yield _ui(url)
         return
     url = f"http://127.0.0.1:{_USUAL_PORT}/api"
@@ -69,7 +78,9 @@ def server() -> Iterator[str]:
 def logs_delivered() -> Iterator[None]:
     """Send what zeroflow logs within the block to the flow run's log as well."""
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
-    logger.setLevel(logging.INFO)
+    handler.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # no command line has set it
+        logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
@@ -155,7 +166,10 @@ def tags() -> dict[str, str]:
 
 def _publish(markdown: str, subject: str, run_name: str) -> None:
     key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
-    create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+    try:
+        create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+    except Exception as error:  # the server is gone; what it would show is on disk
+        log.warning("the %s could not be shown in Prefect: %s", subject, error)
 
 
 def _ui(api_url: str) -> str:
@@ -164,22 +178,18 @@ def _ui(api_url: str) -> str:
 
 def _answers(api_url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{api_url}/health", timeout=1) as response:
-            return response.status == 200 and response.read().strip() == b"true"
-    except OSError:
+        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it wants to know who asks
+    except (OSError, ValueError):
         return False
 
 
 def _free_port() -> int:
-    for port in (_USUAL_PORT, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise RuntimeError("no port is free on 127.0.0.1 for the Prefect server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

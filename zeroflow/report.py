@@ -44,10 +44,14 @@ def write(
     report = _figures(run, job, shards, device, trained, overfit)
     markdown = folder / MARKDOWN
     markdown.write_text(_markdown(report, run), encoding="utf-8")
+    opened = tracking.run_facts(folder)
+    report["mlflow_run_id"] = opened["run_id"] if opened else None
+    artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
     report["mlflow_run_id"] = tracking.finish(
         job.tracking,
         folder,
         files=[markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"],
+        step=trained.steps,
         metrics={"loss/val_final": trained.val_loss, "overfit/steps": overfit.steps},
         series={"overfit/loss": overfit.curve},
         succeeded=overfit.passed,

@@ -1,11 +1,15 @@
 """What a run has left, for those who use it: its model, its figures, and where all of it lies."""
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow import artifacts, run, tracking
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import Llama
+from zeroflow.run import DEFAULT_CACHE
 from zeroflow.training import checkpoint
 from zeroflow.training.job import JOB, TrainingJob
 
@@ -42,6 +46,9 @@ def summary(report_file: Path, cache: Path) -> str:
     floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
     mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
     overfit = report["overfit"]
+    of_run = f"--run {report['run']}"
+    if cache != DEFAULT_CACHE:
+        of_run += f" --cache-dir {shlex.quote(str(cache))}"
     lines = [
         "",
         f"run {report['run']} is complete",
@@ -52,13 +59,21 @@ def summary(report_file: Path, cache: Path) -> str:
         f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
         f"  report           {folder / 'report.md'}",
         f"  checkpoint       {report['checkpoint']}",
-        f"  text             zeroflow generate --run {report['run']} --prompt '...'",
-        f"  transformers     zeroflow export --run {report['run']} --out DIR",
-        "  Prefect UI       prefect server start, then http://127.0.0.1:4200",
+        f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
+        f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
+        f"  Prefect UI       {_program('prefect')} server start, then http://127.0.0.1:4200",
     ]
-    if command := tracking.ui_command(cache):
+    if command := tracking.ui_command(cache, program=_program("mlflow")):
         lines.append(f"  MLflow UI        {command}")
     if facts := tracking.run_facts(folder):
         page = tracking.charts_path(facts["experiment_id"])
         lines.append(f"  loss of all runs http://127.0.0.1:5000{page}")
     return "\n".join(lines)
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment in a shell."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path))

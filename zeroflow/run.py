@@ -34,6 +34,10 @@ from zeroflow.training.schedule import Schedule, ScheduleName
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+ASKED_FILE = "asked.json"
+"""What was asked for when the run was started, before it was settled."""
+
+DEFAULT_CACHE = Path("data_cache")
 
 T = TypeVar("T")
 
@@ -182,7 +186,7 @@ class RunConfig(Config):
     """A run of the same name goes on where it stopped. Default: made from the settings, so that the
     same command goes on as well."""
 
-    cache_dir: Path = Path("data_cache")
+    cache_dir: Path = DEFAULT_CACHE
     """Folder of everything that is written: tokenizers, shards, runs, mlflow."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -337,11 +341,20 @@ def settle(asked: RunConfig) -> Settled:
         ValueError: settings contradict each other, the device, or those of the run of this name.
         hub.HubError: the hub is needed and refused or is out of reach.
     """
+    _refuse_what_does_nothing(asked)
     recorded = _recorded(asked)
     merged = _over(recorded, asked) if recorded else asked
     merged = merged.replace(model=merged.model.settled)
-    if recorded:
-        _require_same(recorded, merged)
+    if recorded and (different := _difference(recorded, merged)):
+        if (recorded.run_dir / "checkpoints").exists():
+            raise ValueError(
+                f"run {merged.run_name} was started with {different}: use another --run-name, or "
+                "the former setting"
+            )
+        # Nothing has been trained: the run begins anew, so that a remedy can be tried
+        (recorded.run_dir / ASKED_FILE).unlink(missing_ok=True)
+        tracking.forget(recorded.run_dir)
+        recorded, merged = None, asked.replace(model=asked.model.settled)
     device = planning.find_device(merged.device)
     data, data_reason = corpora.resolve(merged.data)
     tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
@@ -360,6 +373,8 @@ def settle(asked: RunConfig) -> Settled:
     training = run.training_config  # a contradiction shows here, before anything is recorded
     if recorded:
         data_reason = tokenizer_reason = "as the run was started"
+    if not recorded:
+        artifacts.write_json(run.run_dir / ASKED_FILE, _given(asked))
     artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
     return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
 
@@ -396,13 +411,30 @@ def _given(config: BaseModel) -> dict[str, Any]:
         if isinstance(value, BaseModel):
             value = _given(value)
         if value not in (None, "auto", (), {}):
-            given[name] = value
+            given[name] = str(value) if isinstance(value, Path) else value
     return given
 
 
+def _without(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What is `given` and was not, with that value, before."""
+    new = {}
+    for name, value in given.items():
+        known = before.get(name)
+        if isinstance(value, dict) and isinstance(known, dict):
+            value = _without(value, known)
+        if value != {} and value != (tuple(known) if isinstance(known, list) else known):
+            new[name] = value
+    return new
+
+
 def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
-    """The recorded settings with those on top that are given now."""
-    base, given = recorded.model_dump(), _given(asked)
+    """The recorded settings with those on top that are given now and were not at the start.
+
+    What was asked for then may have been settled otherwise, as `auto` and fallbacks are.
+    """
+    path = recorded.run_dir / ASKED_FILE
+    before = artifacts.read_json(path) if path.exists() else {}
+    base, given = recorded.model_dump(), _without(_given(asked), before)
     if {"batch_size", "grad_accum_steps"} & set(given.get("training", {})):
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
     if "size" in given.get("model", {}) or "hidden_size" in given.get("model", {}):
@@ -412,16 +444,46 @@ def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
     return RunConfig.model_validate(base)
 
 
-def _require_same(recorded: RunConfig, run: RunConfig) -> None:
+def _difference(recorded: RunConfig, run: RunConfig) -> str:
+    """The first setting in which a run may not change, and how it would; else nothing."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
-    for name in set(before) - _FREE:
-        if before[name] == now[name]:
+    for name in before:
+        if name in _FREE or before[name] == now[name]:
             continue
         if name == "training.max_steps" and now[name] > before[name]:
             continue  # more steps extend a run
+        return f"{name} {before[name]}, now it is {now[name]}"
+    return ""
+
+
+# Settings that one kind of data or tokenizer reads, and none of the others
+_READ_BY_DATA = {
+    "fineweb_subset": ("auto", "fineweb"),
+    "text_column": ("auto", "fineweb", "hub", "files"),
+    "bad_lines_limit": ("hub", "files"),
+    "deduplicate": ("auto", "fineweb", "hub", "files", "sample"),
+    "allow_synthetic_fallback": ("auto", "fineweb"),
+}
+
+
+def _refuse_what_does_nothing(asked: RunConfig) -> None:
+    data, tokenizer = asked.data, asked.tokenizer
+    for name, modes in _READ_BY_DATA.items():
+        default = CorpusConfig.model_fields[name].default
+        if data.data_mode not in modes and getattr(data, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} does nothing with --data-mode {data.data_mode}, only "
+                f"with {', '.join(modes)}: drop one of them"
+            )
+    trained = tokenizer.tokenizer_name in ("auto", tokenizers.TRAIN, tokenizers.SYNTHETIC)
+    if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:
         raise ValueError(
-            f"run {run.run_name} was started with {name} {before[name]}, now it is {now[name]}: "
-            "use another --run-name, or the former setting"
+            f"--vocab-size does nothing with --tokenizer-name {tokenizer.tokenizer_name}, which "
+            "has its own: drop it, or use --tokenizer-name train"
+        )
+    if tokenizer.end_of_text and tokenizer.tokenizer_name == tokenizers.TRAIN:
+        raise ValueError(
+            "--end-of-text does nothing with --tokenizer-name train, which has its own: drop it"
         )
 
 
@@ -435,6 +497,8 @@ _PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
 _GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
 _CPU_BATCH_TOKENS = 512
 _CPU_STEPS = 200
+_PART_TOKENS = corpora.SLICE_BYTES // 4
+"""In a part of the shards, at the four bytes a token of English text."""
 
 
 def _fill(
@@ -500,7 +564,7 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
     if rest or rows * accumulate != wanted:
         raise ValueError(
             f"batch_tokens {choice.batch_tokens} are {wanted} rows of {seq_len}, which is not "
-            f"batch_size {rows} x grad_accum_steps {accumulate}: drop one of the three"
+            f"batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of the three"
         )
     return rows, accumulate
 
@@ -551,6 +615,7 @@ def training_job(
             "tokenizer": tokens.name,
             "device": settled.device.name,
             "parameters": str(model.parameters),
+            "max_steps": str(run.training.max_steps),
             "synthetic_fallback": str(run.fell_back).lower(),
             **tags,
         },
@@ -606,9 +671,10 @@ def _plan_lines(settled: Settled) -> Iterator[str]:
         seconds = run.train_tokens / rate
         yield f"time: about {duration(seconds)} of training at {rate:,.0f} tokens/s ({source})"
     checkpoints = (run.training.keep_checkpoints + 1) * planning.checkpoint_bytes(model)
-    rows = run.train_tokens // context + _known(choice.validation_tokens) // context
     token_bytes = 4 if choice.token_type == "int32" else 2
+    # whole parts, and what is held out beside them; a small corpus gives less
+    wanted = run.train_tokens + _PART_TOKENS
     yield (
-        f"disk: up to {rows * (context + 1) * token_bytes / 1e9:.2f} GB of shards and "
+        f"disk: up to {wanted * token_bytes / 1e9:.2f} GB of shards and "
         f"{checkpoints / 1e9:.2f} GB of checkpoints"
     )

@@ -7,6 +7,7 @@ The only importer of mlflow. By default runs are written straight to SQLite unde
 import logging
 import os
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -56,14 +57,18 @@ def location(cache: Path) -> tuple[str, Path | None]:
     return f"sqlite:///{folder / 'mlflow.db'}", folder
 
 
-def ui_command(cache: Path) -> str | None:
-    """The shell command that shows the runs; None when a server does."""
+def ui_command(cache: Path, *, program: str = "mlflow") -> str | None:
+    """The shell command that shows the runs; None when a server does.
+
+    Args:
+        program: how mlflow is called.
+    """
     uri, folder = location(cache)
     if folder is None:
         return None
     return (
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --port 5000 "
-        f"--backend-store-uri {uri}"
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} server --workers 1 --port 5000 "
+        f"--backend-store-uri {shlex.quote(uri)}"
     )
 
 
@@ -76,6 +81,11 @@ def run_facts(run_dir: Path) -> dict[str, str] | None:
     """`run_id` and `experiment_id` of the MLflow run, if one was opened."""
     path = run_dir / _RUN_FILE
     return artifacts.read_json(path) if path.exists() else None
+
+
+def forget(run_dir: Path) -> None:
+    """Have the next tracker begin another MLflow run."""
+    (run_dir / _RUN_FILE).unlink(missing_ok=True)
 
 
 class Tracker:
@@ -138,12 +148,9 @@ class _Session:
         import mlflow  # takes seconds, which the training does not wait for
 
         self._client, self._run_id = _open(config, run_dir)
-        data = self._client.get_run(self._run_id).data
-        self._last_step = {
-            key: max(point.step for point in self._client.get_metric_history(self._run_id, key))
-            for key in data.metrics
-            if not key.startswith("system/")
-        }
+        known = self._client.get_run(self._run_id).data.metrics
+        logged = {key for key in known if not key.startswith("system/")}
+        self._last_step = _last_steps(self._client, self._run_id, logged)
         mlflow.set_tracking_uri(config.uri)
         mlflow.set_system_metrics_sampling_interval(5)
         mlflow.start_run(run_id=self._run_id, log_system_metrics=True)
@@ -168,11 +175,12 @@ def finish(
     run_dir: Path,
     *,
     files: list[Path],
+    step: int,
     metrics: dict[str, float],
     series: dict[str, list[float]],
     succeeded: bool,
 ) -> str | None:
-    """Attach the end of a run: files, single figures and series over steps 1, 2, ...
+    """Attach the end of a run: files, figures at its last `step`, series over steps 1, 2, ...
 
     Returns:
         the run id; None, with a warning, if MLflow cannot be written.
@@ -182,11 +190,11 @@ def finish(
     try:
         client, run_id = _open(config, run_dir)
         now = int(time.time() * 1000)
-        points = [Metric(key, value, now, 0) for key, value in metrics.items()]
+        points = [Metric(key, value, now, step) for key, value in metrics.items()]
         for key, values in series.items():
-            points += [Metric(key, value, now, step) for step, value in enumerate(values, 1)]
-        known = client.get_run(run_id).data.metrics
-        points = [point for point in points if point.key not in known]
+            points += [Metric(key, value, now, number) for number, value in enumerate(values, 1)]
+        last = _last_steps(client, run_id, {point.key for point in points})
+        points = [point for point in points if point.step > last.get(point.key, -1)]
         for start in range(0, len(points), _BATCH_METRICS):
             client.log_batch(run_id, metrics=points[start : start + _BATCH_METRICS])
         for file in files:
@@ -198,9 +206,19 @@ def finish(
         return None
 
 
+def _last_steps(client: Any, run_id: str, keys: set[str]) -> dict[str, int]:
+    """The last step at which each of `keys` was logged, where it was."""
+    histories = {key: client.get_metric_history(run_id, key) for key in keys}
+    return {key: max(p.step for p in points) for key, points in histories.items() if points}
+
+
 def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     """A client and the id of the run, which is created if there is none."""
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    # By default a server that is gone is asked for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -214,6 +232,8 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
             experiment_id = experiment.experiment_id
     facts = run_facts(run_dir)
     if facts and _exists(client, facts["run_id"]):
+        for key, value in config.tags.items():  # a run that was extended has other ones
+            client.set_tag(facts["run_id"], key, value)
         return client, facts["run_id"]
     run = client.create_run(experiment_id, tags=config.tags, run_name=config.run_name)
     run_id = run.info.run_id

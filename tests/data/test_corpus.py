@@ -155,10 +155,6 @@ def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):
     [
         ({"data_mode": "files"}, "data_mode files needs data_path"),
         ({"data_mode": "sample", "data_path": ("x",)}, "add --data-mode files"),
-        (
-            {"data_mode": "sample", "allow_synthetic_fallback": True},
-            "belongs to fineweb, not to sample",
-        ),
         ({"data_mode": "hub"}, "data_mode hub needs dataset"),
         ({"data_mode": "files", "data_path": ("x",), "dataset": "a/b"}, "add --data-mode hub"),
     ],

@@ -111,8 +111,8 @@ def test_hub_that_nobody_answers_for_is_a_transient_failure_or_a_fallback(tmp_pa
     script = """
 failure("tokenizer", lambda: resolve("owner/name"))
 failure("fineweb", lambda: corpus.resolve(CorpusConfig(data_mode="fineweb")))
-for name, settings in {"auto": {}, "synthetic": {"allow_synthetic_fallback": True}}.items():
-    resolved = corpus.resolve(CorpusConfig(**settings))
+for name, mode in {"auto": "auto", "synthetic": "fineweb"}.items():
+    resolved = corpus.resolve(CorpusConfig(data_mode=mode, allow_synthetic_fallback=True))
     facts[name] = [resolved.corpus.data_mode, resolved.reason]
 """
     facts = ask(script, "http://127.0.0.1:9", tmp_path)  # discard: nobody listens there

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from zeroflow import artifacts
@@ -44,7 +44,7 @@ class OverfitConfig(Config):
     overfit_steps: PositiveInt = 150
     """Steps it may take at most."""
 
-    overfit_loss: PositiveFloat = 0.1
+    overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Loss it has to reach, in nats per token."""
 
 
@@ -70,6 +70,9 @@ class OverfitResult(Config):
     curve: list[float]
     """Loss of every step."""
 
+    job: str = ""
+    """Fingerprint of what was checked."""
+
 
 class OverfitFailed(RuntimeError):
     """The model could not learn one batch by heart."""
@@ -89,7 +92,7 @@ class FixedBatch(NamedTuple):
 
 
 def check(job: OverfitJob) -> OverfitResult:
-    """Run the check in a process of its own, unless this run has passed it before.
+    """Run the check in a process of its own, unless the same one has been passed before.
 
     Raises:
         TrainingFailed: the process ended by an error.
@@ -180,7 +183,15 @@ def _finished(job: OverfitJob) -> OverfitResult | None:
     if not path.exists():
         return None
     result = OverfitResult.model_validate(artifacts.read_json(path))
-    return result if result.passed else None
+    return result if result.passed and result.job == _identity(job) else None
+
+
+def _identity(job: OverfitJob) -> str:
+    """Of all that decides how the check ends; not of the length of the run's own training."""
+    checked = settings(job.model, job.training, job.limits).model_dump(mode="json")
+    return artifacts.fingerprint(
+        [job.model.model_dump(), checked, job.limits.model_dump(), str(job.shards.path.name)]
+    )
 
 
 def _curve(result: OverfitResult) -> str:
@@ -202,6 +213,7 @@ def work(job: OverfitJob, stop: StopRequest) -> None:
         message = "the overfit check was stopped; the same command repeats it"
         events.append(history, {"event": "stopped", "message": message})
         return
+    result = result.replace(job=_identity(job))
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
     log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
     events.append(history, {"event": "done"})

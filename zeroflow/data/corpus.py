@@ -5,6 +5,7 @@ list of files; `plan` cuts it into slices of about equal size, each of which `re
 whatever came before it.
 """
 
+import codecs
 import glob
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -107,10 +109,6 @@ class CorpusConfig(Config):
                 f"dataset is read in data_mode hub only, not in {self.data_mode}: "
                 "add --data-mode hub"
             )
-        if self.allow_synthetic_fallback and self.data_mode in ("hub", "files", "sample"):
-            raise ValueError(
-                f"allow_synthetic_fallback belongs to fineweb, not to {self.data_mode}"
-            )
         return self
 
     @property
@@ -193,7 +191,7 @@ def resolve(config: CorpusConfig) -> Resolved:
     try:
         return Resolved(_pin_dataset(config), "the hub answers" if auto else "asked for")
     except hub.HubError as error:
-        if config.allow_synthetic_fallback:
+        if config.allow_synthetic_fallback and not auto:
             fallback = config.replace(data_mode="synthetic")
             return Resolved(fallback, f"SYNTHETIC FALLBACK, no real text: {error}")
         if auto:
@@ -313,7 +311,9 @@ def _on_the_hub(config: CorpusConfig) -> bool:
 
 
 def _pin_dataset(config: CorpusConfig) -> CorpusConfig:
-    revision = config.data_revision or hub.dataset_revision(config.dataset_name)
+    revision = config.data_revision or "main"
+    if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch goes on, a commit stays
+        revision = hub.dataset_revision(config.dataset_name, revision)
     mode = "fineweb" if config.data_mode == "auto" else config.data_mode
     return config.replace(data_mode=mode, data_revision=revision)
 
@@ -367,7 +367,7 @@ def _matching(patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _kind(name: str) -> str:
-    suffixes = Path(name).suffixes
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes = suffixes[:-1]
     if suffixes and suffixes[-1] == ".py":
@@ -483,13 +483,15 @@ def _read_jsonl(
             if not (line := stream.readline()):
                 break
             number += 1
+            position_after = position + len(line)
             try:
+                line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     documents.append(_from_line(config, file, line, position))
             except ValueError as error:
                 where = f"line {number}" if not piece.start else f"the line at byte {position}"
                 _count_bad(config, tally, f"{_place(config, file)}, {where} {error}")
-            position += len(line)
+            position = position_after
             held += len(line)
             if len(documents) >= _READ_ROWS or held >= _READ_BYTES:
                 yield documents
@@ -503,6 +505,8 @@ def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: in
         fields = json.loads(line)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
+    if isinstance(fields, dict) and fields.get(column, "") is None:
+        return Document(file.name, "")  # as in Parquet files, null is an empty document
     if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")

@@ -7,7 +7,6 @@ Special tokens that a document spells out are text to every encoder, never contr
 import logging
 import random
 import sys
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -16,6 +15,8 @@ import fastokens
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+
+from zeroflow import artifacts
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,9 @@ class _HuggingFace:
     def __init__(self, file: Path) -> None:
         self._tokenizer = plain(file)
 
+    def added_tokens(self) -> list[str]:
+        return [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
+
     def encode(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -94,6 +98,9 @@ class _Fastokens:
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
 
 
+_loaded: dict[tuple[str, EncoderName], Encoder] = {}
+
+
 def plain(file: Path) -> Tokenizer:
     """Hugging Face's own tokenizer, set so that special tokens written in a text are text."""
     tokenizer = Tokenizer.from_file(str(file))
@@ -106,10 +113,10 @@ def plain(file: Path) -> Tokenizer:
 def choose(file: Path) -> tuple[EncoderName, str]:
     """The encoder for a tokenizer.json, and why it is that one."""
     reference = _HuggingFace(file)
-    texts = hard_strings(file)
+    texts = hard_strings(reference.added_tokens())
     name = f"fastokens {version('fastokens')}"
     try:
-        found = _Fastokens(file).encode(texts)
+        found = load(file, "fastokens").encode(texts)
     except BaseException as error:  # its panics are no Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -122,10 +129,16 @@ def choose(file: Path) -> tuple[EncoderName, str]:
     return "fastokens", f"{name} gives the same ids to {len(texts)} hard strings"
 
 
-@lru_cache(maxsize=2)  # a vocabulary of 128,000 takes most of a second
 def load(file: Path, name: EncoderName) -> Encoder:
-    """The encoder of that name for a tokenizer.json."""
-    return _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
+    """The encoder of that name for a tokenizer.json.
+
+    It is kept, as a vocabulary of 128,000 takes most of a second to load.
+    """
+    key = (artifacts.file_sha256(file), name)
+    if key not in _loaded:
+        _loaded.clear()  # one is used at a time, and takes 150 MB
+        _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
+    return _loaded[key]
 
 
 def sound_text(text: str) -> tuple[str, int]:
@@ -140,10 +153,13 @@ def sound_text(text: str) -> tuple[str, int]:
         return sound, len(sound.encode())
 
 
-def hard_strings(file: Path) -> list[str]:
-    """What has been seen to tell tokenizers apart, and random mixtures of it; always the same."""
+def hard_strings(special: list[str]) -> list[str]:
+    """What has been seen to tell tokenizers apart, and random mixtures of it; always the same.
+
+    Args:
+        special: the tokenizer's special tokens, which a text may spell out.
+    """
     rng = random.Random(0)
-    special = [token.content for token in plain(file).get_added_tokens_decoder().values()]
     texts = ["", *_PIECES, *_WHITESPACE, *_OTHERS, "a\ufffdb", "\x00" * 99]
     texts += [f"{a}{token}{b}" for token in special for a, b in (("", ""), ("x", "y"), (" ", " "))]
     texts += [letter * 60_000 for letter in "a 1\n"] + ["ab" * 20_000, "é" * 5000, "\r\n" * 5000]

@@ -119,13 +119,13 @@ class HubFile(NamedTuple):
     """Bytes."""
 
 
-def dataset_revision(name: str, *, patience: Patience = QUESTION) -> str:
-    """The commit that a dataset's main branch is at.
+def dataset_revision(name: str, revision: str = "main", *, patience: Patience = QUESTION) -> str:
+    """The commit that a branch or tag of a dataset is at.
 
     Raises:
         HubError: within a few seconds.
     """
-    return _commit("dataset", name, "main", patience)
+    return _commit("dataset", name, revision, patience)
 
 
 def model_revision(

@@ -308,7 +308,12 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
     file = partial / "tokenizer.json"
     if not file.exists():
         _convert(partial, config.tokenizer_name)
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no narrower class
+        raise ValueError(
+            f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
+        ) from error
     end_of_text = _end_of_text(partial, tokenizer, config)
     facts |= {
         "name": config.tokenizer_name,

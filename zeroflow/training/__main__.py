@@ -1,6 +1,7 @@
 """The program that every rank runs under torchrun: `-m zeroflow.training JOB.json`."""
 
 import logging
+import math
 import sys
 import time
 from functools import cached_property
@@ -58,12 +59,7 @@ class Recorder:
         Raises:
             FloatingPointError: the loss or the gradient is no finite number.
         """
-        loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-        if not (abs(loss) < float("inf") and grad_norm < float("inf")):
-            raise FloatingPointError(
-                f"step {step} has loss {loss} and gradient norm {grad_norm}: lower "
-                "--learning-rate or lengthen --warmup-steps"
-            )
+        loss, grad_norm = finite(step, metrics)
         rate = self._rate(step, watch.seconds())
         line = {
             "step": step,
@@ -125,6 +121,21 @@ class Recorder:
         return self.tokens(step - last_step) / (seconds - last_seconds)
 
 
+def finite(step: int, metrics: StepMetrics) -> tuple[float, float]:
+    """Loss and gradient norm of a step, once the device has them.
+
+    Raises:
+        FloatingPointError: one is no finite number.
+    """
+    loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(
+            f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --learning-rate "
+            "or lengthen --warmup-steps"
+        )
+    return loss, grad_norm
+
+
 class Session:
     """One process's part of a run: from the newest checkpoint to the end, or until stopped."""
 
@@ -171,6 +182,7 @@ class Session:
             if step % cadence.validate_ == 0 or last:
                 self.validate()
             if step % cadence.checkpoint == 0 or last or stop:
+                finite(step, metrics)  # what is broken is not kept
                 self.save()
             if stop and not last:
                 return False

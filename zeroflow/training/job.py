@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ log = logging.getLogger(__name__)
 
 RESULT = "training.json"
 WATCH_PARENT = "--watch-parent"
+LOGGED = "\x1e"
+"""Begins each line that a child logs, and tells it from what else is printed there."""
 
 JOB = "job.json"
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 20
+_TORCHRUN_COMPLAINS = "torch/distributed/elastic/"
 
 
 class Cadence(Config):
@@ -139,7 +142,30 @@ def launch(
 
     Its output goes to this module's logger. If this process is interrupted, the child is asked to
     stop and waited for; if this process dies, the child notices and stops by itself.
+
+    Raises:
+        TrainingFailed: another process has launched one for this run and is there still.
     """
+    with _only_launch(run_dir):
+        _launch(module, job_file, run_dir, on_event)
+
+
+@contextmanager
+def _only_launch(run_dir: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(artifacts.exclusive(run_dir / "launch", timeout_seconds=0))
+        except TimeoutError as error:
+            raise TrainingFailed(
+                f"another process is at work on run {run_dir.name}: wait for its end, or use "
+                "another --run-name"
+            ) from error
+        yield
+
+
+def _launch(
+    module: str, job_file: Path, run_dir: Path, on_event: Callable[[events.Line], None]
+) -> None:
     tail = events.Tail(run_dir / events.EVENTS, events.size(run_dir / events.EVENTS))
     outcome: events.Line = {"event": "nothing"}
 
@@ -201,10 +227,16 @@ def _environment() -> dict[str, str]:
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
+    """Log what the child logs. All else, warnings of libraries and tracebacks, is for --verbose."""
     assert process.stdout is not None
-    for line in process.stdout:
-        last_output.append(line.rstrip())
-        log.info("%s", line.rstrip())
+    of_torchrun = False
+    for line in map(str.rstrip, process.stdout):
+        ours = line.startswith(LOGGED)
+        of_torchrun = of_torchrun or (not ours and _TORCHRUN_COMPLAINS in line)
+        text = line.removeprefix(LOGGED)
+        if not of_torchrun:
+            last_output.append(text)
+        log.log(logging.INFO if ours else logging.DEBUG, "%s", text)
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

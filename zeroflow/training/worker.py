@@ -13,7 +13,7 @@ from typing import TypeVar
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.training import events
-from zeroflow.training.job import WATCH_PARENT
+from zeroflow.training.job import LOGGED, WATCH_PARENT
 
 _SAME_REQUEST_SECONDS = 1.0
 _TAKE_OVER_SECONDS = 60.0
@@ -51,7 +51,7 @@ def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
 
     A failure is told to the parent through events.jsonl, as no exit code could.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=f"{LOGGED}%(message)s", stream=sys.stderr)
     job_file = Path(sys.argv[1])
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
     stop = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
