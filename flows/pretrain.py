@@ -54,6 +54,8 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
             run_parts=run_parts,
             at_once=run.build.data_workers,
         )
+    page = report.write_data(built, tokens, run.run_dir)
+    orchestration.publish(report.with_pictures(page), "data", run.run_dir.name)
     return orchestration.completed(built, reused=built.reused)
 
 
@@ -80,7 +82,8 @@ def check_overfit(job: OverfitJob) -> OverfitResult:
 @task(name="report", **UNCACHED)
 def write_report(*parts: Any) -> Path:
     path = report.write(*parts)
-    orchestration.publish_report(report.with_pictures(path.parent), path.parent.name)
+    page = path.with_name(report.MARKDOWN)
+    orchestration.publish(report.with_pictures(page), "report", path.parent.name)
     return path
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str
     assert wanted | {"perf/tokens_per_second", "overfit/loss"} <= set(run.data.metrics)
     assert "perf/mfu" not in run.data.metrics, "the peak of a CPU is not known"
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"report.md", "loss.png", "overfit.png", "run.json"} <= files
+    assert {"report.md", "loss.png", "overfit.png", "run.json", "data.md"} <= files
 
 
 def test_second_run_builds_nothing_and_trains_nothing(
@@ -142,6 +143,8 @@ def test_generate_prints_text_and_export_opens_in_transformers(
 ) -> None:
     flow, _ = sample
     out = tmp_path / "exported"
+    page = zeroflow(flow, "data", "--run=first")
+    assert "# Data: sample-32-" in page and "def " in page and "padding" in page
     text = zeroflow(flow, "generate", "--run=first", "--prompt=def f", "--tokens=8")
     assert text.startswith("def f") and len(text) > len("def f\n")
     zeroflow(flow, "export", "--run=first", f"--out={out}")
@@ -218,6 +221,37 @@ def test_synthetic_fallback_is_loud_and_its_loss_falls_towards_its_entropy(flow:
     # what can be known
     assert report["entropy"] < report["val_loss"] < 5.0
     assert report["val_bpb"] is None
+
+
+def test_training_that_fails_ends_in_one_message_and_its_remedy_may_be_tried(flow: Flow) -> None:
+    mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
+    synthetic = ["--run-name=mad", "--data-mode=synthetic"]
+    output = flow.run(*synthetic, *SMALL_SHAPE, *mad, expect=1)
+    assert "has loss" in output and "lower --learning-rate" in output
+    assert "Traceback" not in output and output.count("error:") == 1
+    assert len(output.splitlines()) < 40
+    again = flow.run(*synthetic, *SMALL_SHAPE)
+    assert "run mad is complete" in again
+
+
+def test_second_run_of_a_name_is_refused_while_the_first_trains(flow: Flow) -> None:
+    flags = ["--run-name=twin", "--data-mode=synthetic", *SMALL_SHAPE, "--max-steps=100000"]
+    first = flow.start(*flags, "--log-interval=10")
+    flow.wait_for_step("twin", 20, first)
+    output = flow.run(*flags, expect=1)
+    assert "another process is at work on run twin" in output and "step 20" not in output
+    assert first.poll() is None, "and the first goes on"
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+
+
+def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    process = flow.start("--run-name=first")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
 
 
 @pytest.mark.parametrize(

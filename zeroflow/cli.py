@@ -136,14 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_settings(generate, SamplingConfig, "sampling")
     export = commands.add_parser("export", help="write a folder that plain transformers opens")
     export.add_argument("--out", type=Path, required=True, help="new folder")
-    for command in (generate, export):
+    data = commands.add_parser("data", help="show what a run's rows are made of")
+    for command in (generate, export, data):
         command.add_argument("--run", required=True, help="name of the run")
         command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
     try:
-        {"generate": _generate, "export": _export}[arguments.command](arguments)
+        run = {"generate": _generate, "export": _export, "data": _data}[arguments.command]
+        run(arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -176,6 +178,15 @@ def _export(arguments: argparse.Namespace) -> None:
     trained = _load(arguments)
     export.export(trained.model, trained.tokenizer, arguments.out, context=trained.context)
     console.print(f"{arguments.out}", markup=False)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from zeroflow import report, results
+
+    job = results.job(arguments.cache_dir, arguments.run)
+    page = report.write_data(job.shards, job.tokenizer, job.run_dir)
+    console.print(page.read_text(encoding="utf-8"), markup=False)
+    console.print(f"{page}", markup=False)
 
 
 def _load(arguments: argparse.Namespace) -> Any:

@@ -146,30 +146,26 @@ def completed(result: Any, *, reused: bool) -> State:
     return Completed(name="Reused" if reused else None, data=result)
 
 
-def publish_report(markdown: str, run_name: str) -> None:
-    """Show the report on the flow run's page."""
-    _publish(markdown, "report", run_name)
+def publish(markdown: str, subject: str, run_name: str) -> None:
+    """Show a page on the flow run's page."""
+    key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
+    try:
+        create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+    except Exception as error:  # the server is gone; what it would show is on disk
+        log.warning("the %s could not be shown in Prefect: %s", subject, error)
 
 
 def publish_picture(picture: Path, subject: str, run_name: str) -> None:
     """Show a PNG file on the flow run's page."""
     # in markdown, as Prefect prints the whole data URI of an image artifact over its page
     data = base64.b64encode(picture.read_bytes()).decode()
-    _publish(f"![{subject}](data:image/png;base64,{data})", subject, run_name)
+    publish(f"![{subject}](data:image/png;base64,{data})", subject, run_name)
 
 
 def tags() -> dict[str, str]:
     """Tags that lead from another tool's record to this flow run."""
     flow_run_id = runtime.flow_run.id
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
-
-
-def _publish(markdown: str, subject: str, run_name: str) -> None:
-    key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
-    try:
-        create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
-    except Exception as error:  # the server is gone; what it would show is on disk
-        log.warning("the %s could not be shown in Prefect: %s", subject, error)
 
 
 def _ui(api_url: str) -> str:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from zeroflow.data.packing import Ids
 from zeroflow.training.events import Line
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -27,6 +30,17 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
     figure, axes = _figure("overfit check: one batch by heart", "step", "loss (nats per token)")
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"has to reach {limit:g}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def document_lengths(lengths: Ids, path: Path, *, row_tokens: int) -> Path:
+    """How many documents have how many tokens, and the length of a row beside it."""
+    figure, axes = _figure("documents by length", "tokens", "documents")
+    edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)
+    axes.hist(lengths, bins=edges, color=_BLUE)
+    axes.axvline(row_tokens, color=_ORANGE, linestyle="--", label=f"a row, {row_tokens:,} tokens")
+    axes.set_xscale("log")
     axes.legend()
     return _save(figure, path)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from zeroflow import artifacts, pictures, tracking
 from zeroflow.checks.overfit import OverfitResult
+from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.planning import Device
 from zeroflow.run import RunConfig, leaves
 from zeroflow.training import events
@@ -17,7 +19,9 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 MARKDOWN = "report.md"
+DATA = "data.md"
 _LOSS_CURVE = "loss.png"
+_LENGTHS = "lengths.png"
 OVERFIT_CURVE = "overfit.png"
 
 
@@ -50,7 +54,10 @@ def write(
     report["mlflow_run_id"] = tracking.finish(
         job.tracking,
         folder,
-        files=[markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"],
+        files=[
+            *(markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"),
+            *(folder / DATA, folder / _LENGTHS),
+        ],
         step=trained.steps,
         metrics={"loss/val_final": trained.val_loss, "overfit/steps": overfit.steps},
         series={"overfit/loss": overfit.curve},
@@ -60,12 +67,27 @@ def write(
     return folder / REPORT
 
 
-def with_pictures(folder: Path) -> str:
-    """The markdown report with its pictures inside, for a page that cannot reach the files."""
-    text = (folder / MARKDOWN).read_text(encoding="utf-8")
-    for name in (_LOSS_CURVE, OVERFIT_CURVE):
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
+def write_data(shards: ShardSet, tokens: TokenizerFiles, folder: Path) -> Path:
+    """Write a page about a run's data, with a picture, into the run's `folder`.
+
+    Returns:
+        the path of data.md
+    """
+    seen = look.look(shards, tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.document_lengths(seen.lengths, folder / _LENGTHS, row_tokens=shards.row_tokens)
+    page = folder / DATA
+    page.write_text(look.markdown(shards, seen, tokens, picture=_LENGTHS), encoding="utf-8")
+    return page
+
+
+def with_pictures(page: Path) -> str:
+    """A markdown page with its pictures inside, for readers who cannot reach the files."""
+    text = page.read_text(encoding="utf-8")
+    for name in (_LOSS_CURVE, OVERFIT_CURVE, _LENGTHS):
+        if f"]({name})" in text:
+            data = base64.b64encode((page.parent / name).read_bytes()).decode()
+            text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
     return text
 
 

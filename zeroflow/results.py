@@ -33,9 +33,27 @@ def load(cache: Path, name: str) -> Trained:
     newest = checkpoint.latest(settings.run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
-    job = TrainingJob.model_validate(artifacts.read_json(settings.run_dir / JOB))
     context = settings.shard_config.seq_len
-    return Trained(checkpoint.load_model(newest), job.tokenizer, context)
+    return Trained(checkpoint.load_model(newest), job(cache, name).tokenizer, context)
+
+
+def job(cache: Path, name: str) -> TrainingJob:
+    """What the training of run `name` was given.
+
+    Raises:
+        ValueError: there is no such run, or it has not come as far as that.
+    """
+    settings = run.load(cache, name)
+    file = settings.run_dir / JOB
+    if not file.exists():
+        raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
+    found = TrainingJob.model_validate(artifacts.read_json(file))
+    # The cache may have been moved since
+    tokens = found.tokenizer
+    if tokens.path is not None:
+        tokens = tokens.replace(path=cache / "tokenizers" / tokens.path.name)
+    rows = found.shards.replace(path=cache / "shards" / found.shards.path.name)
+    return found.replace(run_dir=settings.run_dir, tokenizer=tokens, shards=rows)
 
 
 def summary(report_file: Path, cache: Path) -> str:

@@ -166,6 +166,48 @@ for name, subset in {"HuggingFaceFW/fineweb-edu": "sample-10BT", "owner/plain": 
     assert set(facts["ours"]["owner/plain"]) == {name for name in names if "train" in name}
 
 
+def test_other_datasets_are_read_in_slices_that_ask_for_no_more_than_they_hold(tmp_path):
+    script = """
+corpus.SLICE_BYTES = 20_000
+for name in ("owner/rows", "owner/lines"):
+    settled = corpus.resolve(CorpusConfig(data_mode="hub", dataset=name)).corpus
+    files = corpus.files(settled)
+    slices, first = [], 0
+    while first < len(files):
+        planned, first = corpus.plan(settled, files, first)
+        slices += planned
+    facts[name] = {
+        "revision": settled.data_revision,
+        "texts": [
+            [d.text for batch in corpus.read(settled, piece, corpus.Tally()) for d in batch]
+            for piece in slices
+        ],
+    }
+"""
+    texts = [f"{i} " + "word " * 200 for i in range(200)]
+    table, sink = pa.table({"text": texts, "more": ["x" * 3000] * 200}), pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=20, compression="none", use_dictionary=False)
+    parquet = sink.getvalue().to_pybytes()
+    lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    repos = [
+        Repo("dataset", "owner/rows", {"train-0.parquet": parquet}),
+        Repo("dataset", "owner/lines", {"train-0.jsonl": lines}),
+    ]
+    sent = []
+    with Hub(repos) as hub:
+        hub.fault = lambda method, path, headers: sent.append((path, headers.get("Range")))
+        facts = ask(script, hub.url, tmp_path)
+    for repo in repos:
+        found = facts[repo.name]
+        assert found["revision"] == repo.sha
+        assert len(found["texts"]) >= 10
+        assert [text for piece in found["texts"] for text in piece] == texts
+    ranges = [r.removeprefix("bytes=").split("-") for p, r in sent if "parquet" in p and r]
+    asked = sum(int(last) - int(first) + 1 for first, last in ranges if first)
+    # the text is a quarter of the file; the footer, read once, is 64 KiB of it
+    assert asked < 0.4 * len(parquet)
+
+
 def answered(status: int, code: str = "") -> Exception:
     error = RuntimeError("something about the hub")
     error.response = SimpleNamespace(status_code=status, headers={"X-Error-Code": code})

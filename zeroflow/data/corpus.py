@@ -527,18 +527,26 @@ def _count_bad(config: CorpusConfig, tally: Tally, place: str) -> None:
         raise ValueError(place + (allowed if config.bad_lines_limit else ""))
 
 
+@lru_cache(maxsize=4)
+def _footer(config: CorpusConfig, file: SourceFile) -> pq.FileMetaData:
+    """Of a file on the hub, which has about a megabyte of it and is opened for every slice."""
+    return pq.read_metadata(pa.PythonFile(_open(config, file), mode="r"))
+
+
 def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
     source: Any
+    footer = None
     if _is_compressed(file):
         # Parquet is read from its end, which a compressed stream cannot reach
         with _decompressed(config, file) as stream:
             source = pa.BufferReader(stream.read())
     elif _on_the_hub(config):
-        source = pa.PythonFile(_open(config, file), mode="r")
+        source, footer = pa.PythonFile(_open(config, file), mode="r"), _footer(config, file)
     else:
         source = str(_paths(config)[file.name])
     return pq.ParquetFile(
         source,
+        metadata=footer,
         memory_map=not _on_the_hub(config),
         pre_buffer=_on_the_hub(config),
         page_checksum_verification=True,

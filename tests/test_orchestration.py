@@ -1,0 +1,107 @@
+"""Parts of the data built as tasks, by threads and by Dask workers, against a real server."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+from pipeline import api, free_port
+from tiny import contents
+
+from zeroflow import orchestration
+from zeroflow.data import corpus, shards
+
+BUILD = """
+import sys
+from pathlib import Path
+
+from prefect import flow, task
+
+from zeroflow import orchestration
+from zeroflow.data import corpus, parts, shards
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.run import BuildChoice
+
+corpus.SLICE_BYTES = 15_000
+build_part = task(name="build part")(parts.build)
+
+
+@flow(name="parts")
+def build(config, text, tokens, cache, choice):
+    with orchestration.part_runner(build_part, choice) as run_parts:
+        return shards.build(
+            config, text, tokens, cache, run_parts=run_parts, at_once=choice.data_workers
+        )
+
+
+if __name__ == "__main__":
+    config, text, tokens, cache, runner = sys.argv[1:]
+    built = build(
+        shards.ShardConfig.model_validate_json(config),
+        CorpusConfig.model_validate_json(text),
+        TokenizerFiles.model_validate_json(tokens),
+        Path(cache),
+        BuildChoice(data_workers=2, data_runner=runner),
+    )
+    Path(cache, "built.json").write_text(built.model_dump_json())
+"""
+
+
+@pytest.mark.parametrize("runner", ["threads", "dask"])
+def test_parts_built_by_several_workers_are_those_of_one(
+    runner, text, prefect_api, base_environment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    config = shards.ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6)
+    alone = shards.build(config, *text[:2], tmp_path / "alone")
+    assert alone.parts > 4
+
+    (tmp_path / "build.py").write_text(BUILD)
+    cache = tmp_path / runner
+    cache.mkdir()
+    settings = [part.model_dump_json() for part in (config, *text[:2])]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "build.py"), *settings, str(cache), runner],
+        env=base_environment | {"PREFECT_API_URL": prefect_api, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    together = shards.ShardSet.model_validate_json((cache / "built.json").read_text())
+    assert together == alone.replace(path=together.path)
+    for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
+        assert contents(mine) == contents(theirs)
+    [run] = api(prefect_api, "/flow_runs/filter", sort="START_TIME_DESC", limit=1)
+    tasks = api(prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run["id"]]}})
+    states = [task["state_name"] for task in tasks if task["name"].startswith("build part")]
+    assert states == ["Completed"] * alone.parts, json.dumps(states)
+
+
+def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(RuntimeError, match=f"nothing answers at PREFECT_API_URL {url}: start"),
+        orchestration.server(),
+    ):
+        pytest.fail("there is no server")
+
+
+def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        caplog.at_level("WARNING"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
+        orchestration.publish("# page", "report", "mine")
+    assert any("the report could not be shown in Prefect" in m for m in caplog.messages)
