@@ -91,7 +91,7 @@ def summary(report_file: Path, cache: Path) -> str:
 
 def _program(name: str) -> str:
     """How to call a program of this environment in a shell."""
-    if shutil.which(name):
-        return name
     path = Path(sys.executable).parent / name
+    if shutil.which(name) or not path.exists():
+        return name
     return shlex.quote(str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path))

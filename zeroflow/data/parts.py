@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -332,6 +332,22 @@ def _ahead(source: Iterator[T]) -> Iterator[T]:
         given_up.set()
 
 
+# pa.array would import pandas, which takes a third of a second
+
+
+def _numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
+    return pa.Array.from_buffers(kind, len(values), [None, buffer])
+
+
+def _strings(values: list[str]) -> pa.Array:
+    encoded = [sound_text(value)[0].encode() for value in values]
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in encoded], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
+
 class _SplitWriter:
     """Packs the documents of one split, window by window, and writes its rows and its table."""
 
@@ -368,18 +384,21 @@ class _SplitWriter:
         pieces = self._pack(lengths, self._layout.row_tokens)
         rows = packing.lay_out(stream, lengths, pieces, self._layout.row_tokens, self._fill)
         text_bytes = np.concatenate([b.text_bytes for b in window])
-        columns = {
-            "id": pa.array([i for b in window for i in b.ids]).take(pieces.document),
-            "url": pa.array([u for b in window for u in b.urls]).take(pieces.document),
-            "split": pa.repeat(self._split, len(pieces.row)),
-            "row": pa.array(pieces.row + self._counts.rows),
-            "offset": pa.array(pieces.offset, pa.int32()),
-            "start": pa.array(pieces.start),
-            "tokens": pa.array(pieces.tokens, pa.int32()),
-            "bytes": pa.array(text_bytes[pieces.document]),
-            "text_hash": pa.array(np.concatenate([b.hashes for b in window])[pieces.document]),
-        }
-        self._table.write_table(pa.table(columns, schema=_SCHEMA))
+        ids = [document_id for b in window for document_id in b.ids]
+        urls = [url for b in window for url in b.urls]
+        documents = pieces.document.tolist()
+        columns = [
+            _strings([ids[i] for i in documents]),
+            _strings([urls[i] for i in documents]),
+            _strings([self._split] * len(documents)),
+            _numbers(pieces.row + self._counts.rows, pa.int64()),
+            _numbers(pieces.offset, pa.int32()),
+            _numbers(pieces.start, pa.int64()),
+            _numbers(pieces.tokens, pa.int32()),
+            _numbers(text_bytes[pieces.document], pa.int64()),
+            _numbers(np.concatenate([b.hashes for b in window])[pieces.document], pa.uint64()),
+        ]
+        self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._counts += SplitCounts(
             rows=pieces.rows,
             documents=len(lengths),
@@ -398,7 +417,7 @@ class _SplitWriter:
 
     def _write(self) -> None:
         item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
-        flat = pa.array(self._shard[: self._filled].reshape(-1), type=item.type)
+        flat = _numbers(self._shard[: self._filled].reshape(-1), item.type)
         list_type = pa.list_(item, self._layout.row_tokens)
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
