@@ -47,6 +47,26 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_signed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` with a sha256 of the content as its last entry."""
+    write_json(path, content | {"sha256": _sha256(content)})
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """What `write_signed` wrote.
+
+    Raises:
+        DamagedArtifact: it is not there, cannot be read, or is not what was written.
+    """
+    try:
+        content: dict[str, Any] = read_json(path)
+        if content.pop("sha256") != _sha256(content):
+            raise ValueError("it is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifact(f"{path.parent} has no readable {path.name}: {error}") from error
+    return content
+
+
 def seal(directory: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
 
@@ -57,8 +77,7 @@ def seal(directory: Path, facts: dict[str, Any]) -> None:
         _fsync(path)
         name = path.relative_to(directory).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest = facts | {"files": files}
-    write_json(directory / MANIFEST, manifest | {"sha256": _sha256(manifest)})
+    write_signed(directory / MANIFEST, facts | {"files": files})
     _fsync(directory)
 
 
@@ -69,13 +88,8 @@ def verify(directory: Path) -> dict[str, Any]:
         DamagedArtifact: a file is missing, too many, of another size or of another content; the
             manifest is a file as well.
     """
-    try:
-        manifest: dict[str, Any] = read_json(directory / MANIFEST)
-        if manifest.pop("sha256") != _sha256(manifest):
-            raise ValueError("it is not what was written")
-        listed = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedArtifact(f"{directory} has no readable {MANIFEST}: {error}") from error
+    manifest = read_signed(directory / MANIFEST)
+    listed = manifest["files"]
     found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     if unexpected := found - set(listed) - {MANIFEST}:
         raise DamagedArtifact(f"{directory} holds files its manifest does not list: {unexpected}")

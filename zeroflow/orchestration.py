@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from prefect.tasks import Task
 
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
-from zeroflow.data.shards import RunParts
+from zeroflow.data.shards import RunParts, outcome
 from zeroflow.run import BuildChoice
 
 log = logging.getLogger(__name__)
@@ -116,13 +117,15 @@ def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> I
     """
     if build.data_workers == 1 and build.data_runner == "threads":
         # In this thread, as Ctrl-C does not reach another
-        yield lambda jobs: [build_part(job) for job in jobs]
+        yield lambda jobs: [outcome(partial(build_part, job)) for job in jobs]
         return
     with _task_runner(build) as runner:
-        yield lambda jobs: [
-            future.result()
-            for future in [runner.submit(build_part, parameters={"job": job}) for job in jobs]
-        ]
+
+        def run_parts(jobs: list[PartJob]) -> list[BuiltPart | Exception]:
+            futures = [runner.submit(build_part, parameters={"job": job}) for job in jobs]
+            return [outcome(future.result) for future in futures]
+
+        yield run_parts
 
 
 def _task_runner(build: BuildChoice) -> TaskRunner[Any]:

@@ -69,10 +69,12 @@ def test_files_of_every_kind_are_read_also_compressed(tmp_path, suffix):
 
 def test_documents_without_id_are_named_after_their_file_and_place(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    (tmp_path / "a" / "x.jsonl").write_text(
+        '{"text": "one"}\n\n{"text": "two", "id": 3}\n{"text": "x"}'
+    )
     (tmp_path / "b.parquet").write_bytes(as_parquet([{"text": "three"}, {"text": "four"}]))
     ids = [document.id for document in read(tmp_path / "**" / "*.*")]
-    assert ids == ["a/x.jsonl@0", "a/x.jsonl@17", "b.parquet:1", "b.parquet:2"]
+    assert ids == ["a/x.jsonl@0", "3", "a/x.jsonl@42", "b.parquet:1", "b.parquet:2"]
 
 
 def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
@@ -132,7 +134,7 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.jsonl.xz", b"this is no xz", r"a\.jsonl\.xz"),
         ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
         ("a.parquet", b"this is no parquet", r"a\.parquet"),
-        ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no column 'text'.*'body'"),
+        ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no one column 'text'.*'body'"),
         ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet has int64 in column 'text', no text"),
     ],
 )
@@ -256,3 +258,42 @@ def test_damaged_page_of_a_parquet_file_is_noticed_where_the_file_has_checksums(
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read: .*checksum"):
         read(file)
+
+
+def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(as_jsonl([{"text": "one"}]))
+    settled = files_corpus(str(file))
+    assert len(list(corpus.documents(settled))) == 1
+    listed = corpus.files(settled)
+    file.write_bytes(as_jsonl([{"text": "two"}]))  # of the same size
+    [piece] = corpus.plan(settled, listed, 0).slices
+    with pytest.raises(ValueError, match=r"a\.jsonl has changed since the run began"):
+        list(corpus.read(settled, piece, Tally()))
+
+
+def test_suffixes_are_known_in_capitals_and_names_with_brackets_are_names(tmp_path):
+    (tmp_path / "a[1].JSONL.GZ").write_bytes(gzip.compress(as_jsonl(ROWS)))
+    assert [document.text for document in read(tmp_path / "a[1].JSONL.GZ")] == [
+        row["text"] for row in ROWS
+    ]
+    with pytest.raises(ValueError, match=r"is a folder: name its files, as in .*\*\.jsonl"):
+        files_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_may_be_stored_in_any_of_arrows_string_types(tmp_path, kind):
+    texts = pa.array(["one", "two", "one"]).cast(kind)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert [document.text for document in read(tmp_path / "a.parquet")] == ["one", "two", "one"]
+
+
+def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_READ_BYTES", 10_000)
+    rows = [{"text": f"{i}" * 4000} for i in range(9)]
+    for name, write in (("a.jsonl", as_jsonl), ("b.parquet", as_parquet)):
+        (tmp_path / name).write_bytes(write(rows))
+        config = files_corpus(str(tmp_path / name))
+        [piece] = slices(config)
+        sizes = [len(batch) for batch in corpus.read(config, piece, Tally())]
+        assert sizes == [3, 3, 3]

@@ -258,6 +258,76 @@ def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
         shards.build(SMALL, few, text.tokens, tmp_path / "cache")
 
 
+def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_path):
+    short = jsonl_corpus(tmp_path / "short.jsonl", [f"hi {i}" for i in range(3000)])
+    config = ALL.replace(seq_len=2048, validation_fraction=0.02)
+    built = shards.build(config, short, text.tokens, tmp_path)
+    # binomial: 60 of 3,000, with a deviation of 7.7
+    assert 20 < built.validation.documents < 100
+
+
+def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
+    small_pieces, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "_FEW_DOCUMENTS", 20)  # else all are looked at before
+    file = tmp_path / "a.jsonl"
+    jsonl_corpus(file, text.texts)
+    file.write_text(file.read_text() + "\nno json")
+    settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
+    one = shards.build(SMALL, settled, text.tokens, tmp_path / "one")
+    many = shards.build(SMALL, settled, text.tokens, tmp_path / "many", at_once=99)
+    assert many == one.replace(path=many.path)
+    with pytest.raises(ValueError, match="is not JSON"):
+        shards.build(ALL, settled, text.tokens, tmp_path / "many", at_once=99)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.replace('"held_out_below": 0.1', '"held_out_below": 0.9'),
+        lambda plan: plan.replace('"next_file"', '"nextfile"'),
+        lambda plan: plan[: len(plan) // 2],
+        lambda plan: "",
+        lambda plan: "null",
+    ],
+)
+def test_damaged_plan_is_made_anew(small_pieces, text, tmp_path, damage):
+    built = shards.build(SMALL, *text[:2], tmp_path)
+    plan = built.path / shards.PLAN
+    before = plan.read_text()
+    plan.write_text(damage(before))
+    assert plan.read_text() != before
+    assert shards.build(SMALL, *text[:2], tmp_path) == built.replace(reused=True)
+    assert plan.read_text() == before
+
+
+def test_synthetic_data_has_no_duplicates_to_leave_out(tmp_path):
+    settled = SYNTHETIC.replace(deduplicate=True)
+    built = shards.build(SMALL, settled, synthetic_tokens(300), tmp_path)
+    assert built.documents > 1000 and built.duplicates == 0
+
+
+def test_document_that_spells_out_the_end_of_text_is_refused_where_it_cannot_be_told_apart(
+    text, tmp_path
+):
+    from tokenizers import Tokenizer, models, trainers
+
+    tokens = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokens.train_from_iterator(text.texts, trainer)
+    (tmp_path / "unigram").mkdir()
+    tokens.save(str(tmp_path / "unigram" / "tokenizer.json"))
+    config = TokenizerConfig(tokenizer_name=str(tmp_path / "unigram"))
+    files = tokenizer.fetch(config, text.corpus, tmp_path)
+    good = shards.build(SMALL, text.corpus, files, tmp_path)
+    assert good.train.rows
+    bad = jsonl_corpus(tmp_path / "bad.jsonl", [*text.texts[:3], "a </s> b"])
+    with pytest.raises(ValueError, match="document d3 spells out the token that ends documents"):
+        shards.build(SMALL, bad, files, tmp_path)
+
+
 def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_pieces, text, tmp_path):
     texts = [*text.texts[:20], *text.texts[:20], *text.texts[20:40], text.texts[25]]
     twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)

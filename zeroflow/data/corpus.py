@@ -40,6 +40,7 @@ SLICE_BYTES = 2**25
 _READ_ROWS = 1000
 _READ_BYTES = 2**22
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
+_ALSO = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py of the sample
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
 _COMPRESSION = 3
 """Text bytes for a byte on disk, assumed where a file is compressed."""
@@ -88,7 +89,8 @@ class CorpusConfig(Config):
     """Leave out documents whose text has come before, byte for byte."""
 
     allow_synthetic_fallback: bool = False
-    """Fall back to synthetic, loudly, when FineWeb-Edu cannot be reached."""
+    """Fall back from fineweb to synthetic, loudly, when FineWeb-Edu cannot be reached; auto has
+    the sample for that."""
 
     data_revision: str | None = None
     """Commit of the dataset on the hub, or the digest of the files; found once, then recorded."""
@@ -192,16 +194,17 @@ def resolve(config: CorpusConfig) -> Resolved:
         return Resolved(_pin_dataset(config), "the hub answers" if auto else "asked for")
     except hub.HubError as error:
         if config.allow_synthetic_fallback and not auto:
-            fallback = config.replace(data_mode="synthetic")
+            fallback = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
             return Resolved(fallback, f"SYNTHETIC FALLBACK, no real text: {error}")
         if auto:
-            sample = _pin_files(config.replace(data_mode="sample"))
+            sample = CorpusConfig(data_mode="sample", deduplicate=config.deduplicate)
+            sample = _pin_files(sample)
             return Resolved(sample, f"FineWeb-Edu is out of reach: {error.cause}")
-        raise error.with_remedies(
-            "`hf auth login` if it asks for an account",
-            "`--data-mode sample` to work without the hub",
-            "`--allow-synthetic-fallback` to train on synthetic data instead",
-        ) from error
+        remedies = ["`hf auth login` if it asks for an account"]
+        remedies += ["`--data-mode sample` to work without the hub"]
+        if config.data_mode == "fineweb":
+            remedies += ["`--allow-synthetic-fallback` to train on synthetic data instead"]
+        raise error.with_remedies(*remedies) from error
 
 
 def identity(config: CorpusConfig) -> dict[str, Any]:
@@ -263,14 +266,25 @@ def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[list[Docu
             lines are bad; names file and place.
         hub.HubError: the hub failed in mid-stream.
     """
+    waiting: list[Document] = []
+    held = 0
+    for document in _documents(config, piece, tally):
+        if not document.text:
+            tally.empty += 1
+            continue
+        waiting.append(document)
+        held += len(document.text)
+        if len(waiting) >= _READ_ROWS or held >= _READ_BYTES:
+            yield waiting
+            waiting, held = [], 0
+    if waiting:
+        yield waiting
+
+
+def _documents(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Document]:
     for file in piece.files:
-        reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
         try:
-            for documents in reader[_kind(file.name)](config, file, piece, tally):
-                kept = [document for document in documents if document.text]
-                tally.empty += len(documents) - len(kept)
-                if kept:
-                    yield kept
+            yield from _READERS[_kind(file.name)](config, file, piece, tally)
         except _UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
                 continue  # the library's tests hold a few files that are wrong on purpose
@@ -326,6 +340,7 @@ def _pin_files(config: CorpusConfig) -> CorpusConfig:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{name}\n{content}\n".encode())
+        _pinned[path] = _stamp(path)
     revision = digest.hexdigest()[:16]
     if config.data_revision not in (None, revision):
         raise ValueError(
@@ -333,6 +348,24 @@ def _pin_files(config: CorpusConfig) -> CorpusConfig:
             f"started with {config.data_revision}. Restore them, or use another --run-name"
         )
     return config.replace(data_revision=revision)
+
+
+_pinned: dict[Path, tuple[int, int]] = {}
+"""Stamp of each local file when its content was made part of a revision, in this process."""
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _unchanged(config: CorpusConfig, file: SourceFile) -> Path:
+    """The path of a local file, which has to be what it was when the revision was found."""
+    path = _paths(config)[file.name]
+    now = _stamp(path)
+    if now[0] != file.size or now != _pinned.get(path, now):
+        raise ValueError(f"{path} has changed since the run began: run the same command again")
+    return path
 
 
 @lru_cache(maxsize=4)
@@ -356,9 +389,12 @@ def _matching(patterns: tuple[str, ...]) -> dict[str, Path]:
     """Sorted by name; names start below the common folder."""
     paths: set[Path] = set()
     for pattern in patterns:
-        found = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        plain = Path(pattern).expanduser()
+        found = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
         if not (matched := [path.resolve() for path in found if path.is_file()]):
-            raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
+            why = "is a folder: name its files, as in" if plain.is_dir() else "matches no file in"
+            where = plain / "*.jsonl" if plain.is_dir() else Path.cwd()
+            raise ValueError(f"--data-path {pattern} {why} {where}")
         paths.update(matched)
     for path in paths:
         _kind(str(path))
@@ -370,18 +406,17 @@ def _kind(name: str) -> str:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes = suffixes[:-1]
-    if suffixes and suffixes[-1] == ".py":
-        return ".txt"  # of the sample
-    if not suffixes or suffixes[-1] not in _SUFFIXES:
+    kind = _ALSO.get(suffixes[-1], suffixes[-1]) if suffixes else ""
+    if kind not in _SUFFIXES:
         raise ValueError(
             f"{name}: cannot tell what it holds; known are {', '.join(_SUFFIXES)}, "
             f"each also with {', '.join(_COMPRESSED)}"
         )
-    return suffixes[-1]
+    return kind
 
 
 def _is_compressed(file: SourceFile) -> bool:
-    return Path(file.name).suffix in _COMPRESSED
+    return Path(file.name).suffix.lower() in _COMPRESSED
 
 
 def _text_bytes(file: SourceFile) -> int:
@@ -447,12 +482,12 @@ def _open(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
         return cast(
             IO[bytes], hub.open_file(config.dataset_name, remote, revision=config.data_revision)
         )
-    return _paths(config)[file.name].open("rb")
+    return _unchanged(config, file).open("rb")
 
 
 def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
     stored = _open(config, file)
-    suffix = Path(file.name).suffix
+    suffix = Path(file.name).suffix.lower()
     if suffix == ".xz":
         return cast(IO[bytes], lzma.open(stored))
     if suffix in _COMPRESSED:
@@ -464,16 +499,15 @@ def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
 
 def _read_text(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[list[Document]]:
+) -> Iterator[Document]:
     with _decompressed(config, file) as stream:
-        yield [Document(file.name, stream.read().decode("utf-8"))]
+        yield Document(file.name, stream.read().decode("utf-8-sig"))
 
 
 def _read_jsonl(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[list[Document]]:
+) -> Iterator[Document]:
     """Lines that begin within the slice; a document without an id is named by its first byte."""
-    documents, held = [], 0
     with _decompressed(config, file) as stream:
         position, number = piece.start, 0
         if position:
@@ -481,22 +515,15 @@ def _read_jsonl(
             position += len(stream.readline()) - 1  # the rest of a line that the slice before owns
         while piece.stop is None or position < piece.stop:
             if not (line := stream.readline()):
-                break
-            number += 1
-            position_after = position + len(line)
+                return
+            begin, number, position = position, number + 1, position + len(line)
+            if not (content := line.removeprefix(codecs.BOM_UTF8).strip()):
+                continue
             try:
-                line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    documents.append(_from_line(config, file, line, position))
-            except ValueError as error:
-                where = f"line {number}" if not piece.start else f"the line at byte {position}"
+                yield _from_line(config, file, content, begin)
+            except (ValueError, RecursionError) as error:
+                where = f"line {number}" if not piece.start else f"the line at byte {begin}"
                 _count_bad(config, tally, f"{_place(config, file)}, {where} {error}")
-            position = position_after
-            held += len(line)
-            if len(documents) >= _READ_ROWS or held >= _READ_BYTES:
-                yield documents
-                documents, held = [], 0
-    yield documents
 
 
 def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: int) -> Document:
@@ -512,7 +539,7 @@ def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: in
         raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
     document_id, url = fields.get("id"), fields.get("url")
     return Document(
-        document_id if isinstance(document_id, str) else f"{file.name}@{position}",
+        str(document_id) if isinstance(document_id, str | int) else f"{file.name}@{position}",
         fields[column],
         url if isinstance(url, str) else "",
     )
@@ -543,7 +570,7 @@ def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
     elif _on_the_hub(config):
         source, footer = pa.PythonFile(_open(config, file), mode="r"), _footer(config, file)
     else:
-        source = str(_paths(config)[file.name])
+        source = str(_unchanged(config, file))
     return pq.ParquetFile(
         source,
         metadata=footer,
@@ -556,13 +583,15 @@ def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
 def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> str:
     """The text column, which has to be there."""
     present = opened.schema_arrow.names
-    if config.text_column not in present:
+    if present.count(config.text_column) != 1:
         raise ValueError(
-            f"{_place(config, file)} has no column {config.text_column!r}, only {present}: "
+            f"{_place(config, file)} has no one column {config.text_column!r}, but {present}: "
             "set --text-column"
         )
     kind = opened.schema_arrow.field(config.text_column).type
-    if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ValueError(
             f"{_place(config, file)} has {kind} in column {config.text_column!r}, no text: "
             "set --text-column"
@@ -572,26 +601,28 @@ def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> 
 
 def _read_parquet(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[list[Document]]:
+) -> Iterator[Document]:
     with _parquet(config, file) as opened:
         column = _present(config, file, opened)
         present = opened.schema_arrow.names
         columns = [column, *(c for c in ("id", "url") if c in present and c != column)]
-        stop = opened.num_row_groups if piece.stop is None else piece.stop
-        rows = (opened.metadata.row_group(i).num_rows for i in range(piece.start))
-        number = sum(rows)
+        footer = opened.metadata
+        stop = footer.num_row_groups if piece.stop is None else piece.stop
         groups = range(piece.start, stop)
-        for batch in opened.iter_batches(_READ_ROWS, row_groups=groups, columns=columns):
+        number = sum(footer.row_group(group).num_rows for group in range(piece.start))
+        rows = sum(footer.row_group(group).num_rows for group in groups)
+        size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
+        # long documents are read a few at a time: eight batches are on their way at once
+        at_once = max(1, min(_READ_ROWS, _READ_BYTES * rows // max(1, size)))
+        for batch in opened.iter_batches(at_once, row_groups=groups, columns=columns):
             texts, ids, urls = (
                 batch.column(name).to_pylist() if name in columns else [None] * len(batch)
                 for name in (column, "id", "url")
             )
-            documents = []
             for text, document_id, url in zip(texts, ids, urls, strict=True):
                 number += 1
-                documents.append(
-                    Document(
-                        str(document_id or f"{file.name}:{number}"), text or "", str(url or "")
-                    )
-                )
-            yield documents
+                name = f"{file.name}:{number}" if document_id in (None, "") else str(document_id)
+                yield Document(name, text or "", str(url or ""))
+
+
+_READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -268,8 +268,9 @@ def _train_split(folder: Path, dataset: str, subset: str | None) -> list[str]:
         chosen = subset or get_dataset_default_config_name(place)
         if chosen not in subsets:
             known = ", ".join(subsets[:8]) + (", ..." if len(subsets) > 8 else "")
+            flag = "--fineweb-subset, or --dataset-config of another dataset"
             fault = f"has no subset {chosen}, only" if chosen else "has several subsets,"
-            raise ValueError(f"{dataset} {fault} {known}: set --fineweb-subset")
+            raise ValueError(f"{dataset} {fault} {known}: set {flag}")
         splits = load_dataset_builder(place, chosen, cache_dir=place).config.data_files
     except FileNotFoundError as error:  # what it says of a folder without files that it knows
         text = str(error).replace(place, dataset)

@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 def look(built: ShardSet, tokens: TokenizerFiles) -> Look:
     """Gather what is known of a shard set, from its manifests, tables and rows."""
-    plan = artifacts.read_json(built.path / shards.PLAN)
+    plan = artifacts.read_signed(built.path / shards.PLAN)
     times = [line for line in shards.build_times(built.path) if line["part"] < built.parts]
     seconds = sum(line["seconds"] for line in times)
     return Look(

@@ -195,7 +195,8 @@ def documents(path: Path) -> pa.Table:
 
 def _write(folder: Path, job: PartJob) -> PartFacts:
     tally, duplicates = Tally(), 0
-    known = _Known(job.earlier) if job.corpus.deduplicate else None
+    with_hashes = job.corpus.deduplicate and job.tokens.path is not None
+    known = _Known(job.earlier) if with_hashes else None
     with pq.ParquetWriter(folder / DOCUMENTS, _SCHEMA, compression="zstd") as table:
         writers = {split: _SplitWriter(folder, split, job, table) for split in SPLITS}
         for batch in _ahead(_tokenized(job, tally)):
@@ -245,10 +246,15 @@ def _check(job: PartJob, ids: Tokens, lengths: Ids, read: list[Document]) -> Non
     if wrong.any():
         place = int(wrong.argmax())
         document = read[int(np.searchsorted(np.cumsum(lengths), place, side="right"))]
+        if ids[place] == job.tokens.end_of_text:
+            raise ValueError(
+                f"document {document.id} spells out the token that ends documents, and this "
+                "tokenizer cannot tell the two apart: name another with --end-of-text, or use "
+                "another tokenizer"
+            )
         raise ValueError(
             f"{job.tokens.path} gave id {ids[place]} for document {document.id}, but its "
-            f"vocabulary has {job.tokens.vocab_size} tokens, of which {job.tokens.end_of_text} "
-            "ends a document and stands in none: its tokenizer.json is wrong"
+            f"vocabulary has {job.tokens.vocab_size} tokens: its tokenizer.json is wrong"
         )
 
 
@@ -359,14 +365,17 @@ class _SplitWriter:
         self._shard = np.empty((shard_rows, job.layout.row_tokens), dtype=job.layout.token_type)
         self._filled = self._files = 0
         self._window: list[_Batch] = []
+        self._documents = self._tokens = 0
         self._counts = SplitCounts()
 
     def add(self, batch: _Batch) -> None:
         self._window.append(batch)
-        documents = sum(len(b.lengths) for b in self._window)
-        tokens = sum(len(b.stream) for b in self._window)
+        self._documents += len(batch.lengths)
+        self._tokens += len(batch.stream)
         enough, many = _WINDOW_TOKENS
-        if (documents >= _WINDOW_DOCUMENTS and tokens >= enough) or tokens >= many:
+        if (self._documents >= _WINDOW_DOCUMENTS and self._tokens >= enough) or (
+            self._tokens >= many
+        ):
             self._close_window()
 
     def finish(self) -> SplitCounts:
@@ -377,6 +386,7 @@ class _SplitWriter:
 
     def _close_window(self) -> None:
         window, self._window = self._window, []
+        self._documents = self._tokens = 0
         lengths = np.concatenate([b.lengths for b in window]) if window else np.empty(0, np.int64)
         if not len(lengths):
             return

@@ -24,7 +24,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import reduce
+from contextlib import suppress
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any, Literal
@@ -51,8 +52,8 @@ BUILDS = "builds.jsonl"
 
 _FORMAT = 2
 _SYNTHETIC_BLOCKS = 8
-_FIRST_DOCUMENTS = 1000
-"""Documents looked at before validation is known to have any."""
+_FEW_DOCUMENTS = 1000
+"""From so many on, the fraction that is held out is left to chance."""
 
 
 class ShardConfig(Config):
@@ -122,12 +123,20 @@ class ShardSet(Config):
         return [part_path(self.path, number) for number in range(self.parts)]
 
 
-RunParts = Callable[[list[PartJob]], list[BuiltPart]]
+RunParts = Callable[[list[PartJob]], list[BuiltPart | Exception]]
 
 
-def in_order(jobs: list[PartJob]) -> list[BuiltPart]:
+def in_order(jobs: list[PartJob]) -> list[BuiltPart | Exception]:
     """Build one part after another, here."""
-    return [parts.build(job) for job in jobs]
+    return [outcome(partial(parts.build, job)) for job in jobs]
+
+
+def outcome(build_part: Callable[[], BuiltPart]) -> BuiltPart | Exception:
+    """The part, or why there is none: whether it was needed is known only later."""
+    try:
+        return build_part()
+    except Exception as error:
+        return error
 
 
 def build(
@@ -146,7 +155,8 @@ def build(
 
     Args:
         seed: of synthetic data.
-        run_parts: builds the parts it is given, wherever and in whatever order.
+        run_parts: builds the parts it is given, wherever and in whatever order; an exception
+            stands for a part that failed.
         at_once: parts that it is given at a time.
 
     Raises:
@@ -181,11 +191,16 @@ def build(
         if not built:
             log.info("building shards of %s in %s", text.name, path)
         for done in run_parts(jobs):
+            if _enough(facts, config):
+                break  # what was built ahead and is not needed may well have failed
+            if isinstance(done, Exception):
+                raise done
             built += 1
             facts.append(done.facts)
             _note_build(path, len(facts) - 1, done)
+            _refuse_bad_lines(facts, text)
     _refuse_bad_lines(facts, text)
-    shards = _describe(path, facts[: _needed(facts, config)], built, tokens, config)
+    shards = _describe(path, facts, built, tokens, config)
     _tell(shards, config, built)
     return shards
 
@@ -227,7 +242,11 @@ def build_times(path: Path) -> list[dict[str, Any]]:
     """What `builds.jsonl` notes: `part`, `seconds`, `tokens`, `text_bytes`."""
     file = path / BUILDS
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
+    times = []
+    for line in lines:
+        with suppress(ValueError):  # half a line, of a process that was killed
+            times.append(json.loads(line))
+    return times
 
 
 class _Plan:
@@ -247,9 +266,8 @@ class _Plan:
     ) -> None:
         self._path, self._text, self._tokens = path, text, tokens
         self._layout, self._seed = config.layout, seed
-        if (path / PLAN).exists():
-            known = artifacts.read_json(path / PLAN)
-        else:
+        known = self._read(identity)
+        if known is None:
             known = {
                 "identity": identity,
                 "tokenizer": tokens.name,
@@ -258,10 +276,21 @@ class _Plan:
                 "next_file": 0,
                 "slices": [],
             }
-            artifacts.write_json(path / PLAN, known)
+            artifacts.write_signed(path / PLAN, known)
         self._known = known
         self._files = [SourceFile.model_validate(file) for file in known["files"]]
         self._slices = [Slice.model_validate(piece) for piece in known["slices"]]
+
+    def _read(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """What is known already; None if that is nothing, or not to be trusted."""
+        if not (self._path / PLAN).exists():
+            return None
+        try:
+            known = artifacts.read_signed(self._path / PLAN)
+        except artifacts.DamagedArtifact as damage:
+            log.warning("%s: made anew", damage)
+            return None
+        return known if known["identity"] == json.loads(json.dumps(identity)) else None
 
     def job(self, number: int) -> PartJob | None:
         """What part `number` is made of; None if the corpus ends before."""
@@ -296,7 +325,7 @@ class _Plan:
             self._slices += planned.slices
             self._known["next_file"] = planned.next_file
             self._known["slices"] = [piece.model_dump() for piece in self._slices]
-            artifacts.write_json(self._path / PLAN, self._known)
+            artifacts.write_signed(self._path / PLAN, self._known)
         return self._slices[number] if number < len(self._slices) else None
 
 
@@ -313,22 +342,20 @@ def _identity(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> dict[str
 def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) -> float:
     """Documents whose place in [0, 1) is lower are held out.
 
-    Of the first documents those with the lowest places are held out even above the fraction, until
-    they fill a row, and the highest never is: a corpus of a few can be held out from as well.
+    Of a corpus of a few documents, those with the lowest places are held out even above the
+    fraction, until they fill a row or are half of all, and the highest never is.
     """
     limit = layout.validation_fraction
     if tokens.path is None:
         return limit
-    first: list[Document] = []
-    held = 0
+    few: list[Document] = []
     for document in corpus.documents(text):
-        first.append(document)
-        held += len(document.text)
-        if len(first) >= _FIRST_DOCUMENTS or held >= corpus.SLICE_BYTES:
-            break
-    order = sorted(first, key=lambda document: corpus.held_out(document.id))
+        few.append(document)
+        if len(few) >= _FEW_DOCUMENTS:
+            return limit
+    order = sorted(few, key=lambda document: corpus.held_out(document.id))
     encoder, filled = tokenizer.encoder(tokens), 0
-    for document in order[:-1]:
+    for document in order[: max(1, len(order) // 2)]:
         if filled >= layout.row_tokens:
             break
         filled += len(encoder.encode([sound_text(document.text)[0]]).ids) + 1
@@ -342,11 +369,6 @@ def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
     return train >= config.train_rows and validation >= config.validation_rows
 
 
-def _needed(facts: list[PartFacts], config: ShardConfig) -> int:
-    counts = range(1, len(facts) + 1)
-    return next((n for n in counts if _enough(facts[:n], config)), len(facts))
-
-
 def _describe(
     path: Path, facts: list[PartFacts], built: int, tokens: TokenizerFiles, config: ShardConfig
 ) -> ShardSet:
@@ -356,8 +378,8 @@ def _describe(
         if not counts.rows:
             raise ValueError(
                 f"the corpus is too small: it has {train.documents + validation.documents} "
-                f"documents, and none is left for {split}. Give more documents (whole ones are "
-                "held out for validation)"
+                f"documents, and none is left for {split}. Give more documents: whole ones are "
+                "held out for validation, by their ids, which have to differ"
             )
     return ShardSet(
         path=path,

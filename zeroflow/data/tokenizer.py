@@ -315,6 +315,7 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
             f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
         ) from error
     end_of_text = _end_of_text(partial, tokenizer, config)
+    _tell_of_confusion(tokenizer)
     facts |= {
         "name": config.tokenizer_name,
         # the highest id counts, as a vocabulary may have holes
@@ -325,6 +326,26 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
         "encoder": _choose_encoder(partial),
     }
     artifacts.seal(partial, facts)
+
+
+def _tell_of_confusion(tokenizer: Tokenizer) -> None:
+    """Warn of special tokens that a text which spells them out would become.
+
+    Unigram models hold them as pieces like any other.
+    """
+    tokenizer.encode_special_tokens = True
+    special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    confused = [
+        text
+        for id_, text in special.items()
+        if id_ in tokenizer.encode(text, add_special_tokens=False).ids
+    ]
+    if confused:
+        log.warning(
+            "this tokenizer makes control ids of texts that spell out %s: a document with the one "
+            "that ends documents will be refused",
+            ", ".join(confused[:9]),
+        )
 
 
 def _choose_encoder(folder: Path) -> dict[str, str]:
