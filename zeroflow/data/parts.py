@@ -36,7 +36,7 @@ DOCUMENTS = "documents.parquet"
 
 _SHARD_TOKENS = 2**23
 _WINDOW_DOCUMENTS = 2000
-_WINDOW_TOKENS = (2**20, 2**23)
+_WINDOW_TOKENS = (2**20, 2**21)
 """A window of documents is packed once it holds so many documents and the first number of tokens,
 or the second."""
 

@@ -37,9 +37,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data import corpus, parts, synthetic, tokenizer
-from zeroflow.data.corpus import CorpusConfig, Document, Slice, SourceFile
-from zeroflow.data.encoding import sound_text
+from zeroflow.data import corpus, parts, synthetic
+from zeroflow.data.corpus import CorpusConfig, Slice, SourceFile
 from zeroflow.data.packing import PackingName
 from zeroflow.data.parts import BuiltPart, Layout, PartFacts, PartJob, Split, SplitCounts
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -52,6 +51,7 @@ BUILDS = "builds.jsonl"
 
 _FORMAT = 2
 _SYNTHETIC_BLOCKS = 8
+_CHARACTERS_PER_TOKEN = 4
 _FEW_DOCUMENTS = 1000
 """From so many on, the fraction that is held out is left to chance."""
 
@@ -348,19 +348,19 @@ def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) 
     limit = layout.validation_fraction
     if tokens.path is None:
         return limit
-    few: list[Document] = []
+    few: list[tuple[float, int]] = []  # not the texts, which may be books
     for document in corpus.documents(text):
-        few.append(document)
+        few.append((corpus.held_out(document.id), len(document.text)))
         if len(few) >= _FEW_DOCUMENTS:
             return limit
-    order = sorted(few, key=lambda document: corpus.held_out(document.id))
-    encoder, filled = tokenizer.encoder(tokens), 0
-    for document in order[: max(1, len(order) // 2)]:
+    few.sort()
+    filled = 0.0
+    for place, characters in few[: max(1, len(few) // 2)]:
         if filled >= layout.row_tokens:
             break
-        filled += len(encoder.encode([sound_text(document.text)[0]]).ids) + 1
-        limit = max(limit, float(np.nextafter(corpus.held_out(document.id), 1)))
-    return min(limit, corpus.held_out(order[-1].id)) if order else limit
+        filled += characters / _CHARACTERS_PER_TOKEN
+        limit = max(limit, float(np.nextafter(place, 1)))
+    return min(limit, few[-1][0]) if few else limit
 
 
 def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
