@@ -37,8 +37,6 @@ FROM_THE_HUB: dict[str, Any] = {
 make_plan = task(name="plan", **UNCACHED)(runs.plan)
 fetch_tokenizer = task(name="fetch tokenizer", **FROM_THE_HUB)(tokenizer.fetch)
 build_model = task(name="build model", **UNCACHED)(build.build)
-
-
 build_part = task(name="build part", **FROM_THE_HUB)(parts.build)
 
 

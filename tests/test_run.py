@@ -157,6 +157,21 @@ def test_run_that_never_trained_begins_anew_with_other_settings(ask):
     assert settle(ask(run_name="mine")).run == again.run
 
 
+def test_setting_that_is_changed_and_changed_back_is_what_was_given_last(ask):
+    def logged(interval: int) -> int | None:
+        run = settle(ask(run_name="mine", training={"log_interval": interval})).run
+        return run.training.log_interval
+
+    assert [logged(interval) for interval in (10, 5, 10)] == [10, 5, 10]
+
+
+def test_run_that_was_extended_refuses_the_steps_it_was_started_with(ask):
+    trained(ask(run_name="mine", training={"max_steps": 10}))
+    settle(ask(run_name="mine", training={"max_steps": 20}))
+    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 10"):
+        settle(ask(run_name="mine", training={"max_steps": 10}))
+
+
 def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeypatch):
     def unreachable(name, revision):
         raise HubError(name, "the hub cannot be reached", transient=True)

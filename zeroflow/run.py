@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 ASKED_FILE = "asked.json"
-"""What was asked for when the run was started, before it was settled."""
+"""What was asked for when the run was started and settled otherwise: branches, fallbacks."""
 
 DEFAULT_CACHE = Path("data_cache")
 
@@ -373,8 +373,9 @@ def settle(asked: RunConfig) -> Settled:
     training = run.training_config  # a contradiction shows here, before anything is recorded
     if recorded:
         data_reason = tokenizer_reason = "as the run was started"
-    if not recorded:
-        artifacts.write_json(run.run_dir / ASKED_FILE, _given(asked))
+    else:
+        otherwise = _without(_given(asked), run.model_dump(mode="json"))
+        artifacts.write_json(run.run_dir / ASKED_FILE, otherwise)
     artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
     return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
 
@@ -428,9 +429,9 @@ def _without(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
-    """The recorded settings with those on top that are given now and were not at the start.
+    """The recorded settings with those on top that are given now.
 
-    What was asked for then may have been settled otherwise, as `auto` and fallbacks are.
+    What was settled otherwise at the start, and is asked for again, stays as it was settled.
     """
     path = recorded.run_dir / ASKED_FILE
     before = artifacts.read_json(path) if path.exists() else {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from http.client import HTTPException
@@ -249,3 +250,10 @@ def test_remedies_are_added_to_the_message_and_change_nothing_else():
     better = error.with_remedies("wait", "ask")
     assert (better.subject, better.cause, better.transient) == ("owner/name", "is busy", True)
     assert str(better) == "owner/name: is busy. What can be done:\n  - wait\n  - ask"
+
+
+def test_failure_comes_back_whole_from_another_process():
+    error = hubs.HubError("a/b", "busy", transient=True, remedies=("wait",), retry_after=3.0)
+    back = pickle.loads(pickle.dumps(error))
+    assert str(back) == str(error) and "wait" in str(back)
+    assert (back.transient, back.retry_after) == (True, 3.0)

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -96,10 +97,20 @@ class HubError(RuntimeError):
     ) -> None:
         self.subject, self.cause, self.transient = subject, cause, transient
         """`transient`: the same call may succeed later."""
+        self.remedies = remedies
         self.retry_after = retry_after
         """Seconds after which the hub wants to be asked again, if it said so."""
         ways = "".join(f"\n  - {remedy}" for remedy in remedies)
         super().__init__(f"{subject}: {cause}" + (f". What can be done:{ways}" if ways else ""))
+
+    def __reduce__(self) -> Any:
+        """Through a pickle, as from a Dask worker, which knows positional arguments only."""
+        return partial(
+            type(self),
+            transient=self.transient,
+            remedies=self.remedies,
+            retry_after=self.retry_after,
+        ), (self.subject, self.cause)
 
     def with_remedies(self, *remedies: str) -> Self:
         return type(self)(

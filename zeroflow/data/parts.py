@@ -148,7 +148,7 @@ class _Batch(NamedTuple):
 
 
 def existing(path: Path) -> PartFacts | None:
-    """The facts of a part that is there and whole; a damaged one is set aside."""
+    """The facts of a part that is there and whole."""
     if not path.exists():
         return None
     try:
