@@ -90,7 +90,7 @@ RUNS = [
             "weight_decay": 0.0,
             "max_grad_norm": 0.5,
         },
-        build={"data_workers": 2, "data_runner": "dask", "dask_address": "tcp://a:1"},
+        build={"data_workers": 3, "data_runner": "dask", "dask_address": "tcp://a:1"},
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
     ),
     RunConfig(data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"}),

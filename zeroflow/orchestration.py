@@ -21,12 +21,12 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, State
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
 
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
-from zeroflow.data.shards import RunParts, outcome
+from zeroflow.data.shards import RunParts, in_threads, outcome
 from zeroflow.run import BuildChoice
 
 log = logging.getLogger(__name__)
@@ -115,11 +115,11 @@ def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> I
     Raises:
         ValueError: Dask is asked for and not installed.
     """
-    if build.data_workers == 1 and build.data_runner == "threads":
-        # In this thread, as Ctrl-C does not reach another
-        yield lambda jobs: [outcome(partial(build_part, job)) for job in jobs]
+    if build.data_runner == "threads":
+        # Not Prefect's own threads: Ctrl-C would wait for them
+        yield partial(in_threads, build_part=build_part)
         return
-    with _task_runner(build) as runner:
+    with _dask(build) as runner:
 
         def run_parts(jobs: list[PartJob]) -> list[BuiltPart | Exception]:
             futures = [runner.submit(build_part, parameters={"job": job}) for job in jobs]
@@ -128,9 +128,7 @@ def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> I
         yield run_parts
 
 
-def _task_runner(build: BuildChoice) -> TaskRunner[Any]:
-    if build.data_runner == "threads":
-        return ThreadPoolTaskRunner(max_workers=build.data_workers)
+def _dask(build: BuildChoice) -> TaskRunner[Any]:
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else a dozen lines a worker
     try:
         from prefect_dask import DaskTaskRunner  # an extra of the package

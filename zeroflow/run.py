@@ -162,8 +162,9 @@ class TrainingChoice(Config):
 class BuildChoice(Config):
     """How shards are built. Changes the time it takes, and not a byte."""
 
-    data_workers: PositiveInt = 1
-    """Parts to build at once. One uses all cores of a machine; more help where reading is slow."""
+    data_workers: PositiveInt = 2
+    """Parts to build at once. Two keep two cores busy; more help on more cores, or where reading is
+    slow."""
 
     data_runner: Literal["threads", "dask"] = "threads"
     """Where parts are built if there are several: in this process, or on Dask workers."""

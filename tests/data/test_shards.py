@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -264,6 +265,40 @@ def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_pat
     built = shards.build(config, short, text.tokens, tmp_path)
     # binomial: 60 of 3,000, with a deviation of 7.7
     assert 20 < built.validation.documents < 100
+
+
+def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, text, tmp_path):
+    asked = []
+
+    def noting(jobs):
+        asked.append(len(jobs))
+        return shards.in_threads(jobs)
+
+    one_part = ShardConfig(seq_len=32, train_rows=8, validation_rows=1, validation_fraction=0.1)
+    shards.build(one_part, *text[:2], tmp_path / "one", run_parts=noting, at_once=99)
+    assert asked == [1]
+    built = shards.build(ALL, *text[:2], tmp_path / "all", run_parts=noting, at_once=3)
+    assert max(asked) == 3 and sum(asked) == 1 + built.parts
+
+
+def test_interrupt_does_not_wait_for_parts_that_are_being_built(text, tmp_path):
+    """A hub that does not answer may hold up a part for minutes."""
+    code = """
+import signal, threading
+from types import SimpleNamespace
+from pathlib import Path
+from zeroflow.data import shards
+
+def stuck(job):
+    signal.raise_signal(signal.SIGINT)
+    threading.Event().wait()
+
+shards.in_threads([SimpleNamespace(path=Path("part"))] * 2, stuck)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == -signal.SIGINT, done.stderr
 
 
 def test_part_that_was_built_ahead_and_is_not_needed_may_fail(

@@ -38,7 +38,7 @@ SLICE_BYTES = 2**25
 """Text in a slice, about: what a killed build loses at most."""
 
 _READ_ROWS = 1000
-_READ_BYTES = 2**22
+_READ_BYTES = 2**20
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _ALSO = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py of the sample
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")

@@ -7,6 +7,7 @@ Special tokens that a document spells out are text to every encoder, never contr
 import logging
 import random
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -99,6 +100,7 @@ class _Fastokens:
 
 
 _loaded: dict[tuple[str, EncoderName], Encoder] = {}
+_loading = threading.Lock()
 
 
 def plain(file: Path) -> Tokenizer:
@@ -135,10 +137,11 @@ def load(file: Path, name: EncoderName) -> Encoder:
     It is kept, as a vocabulary of 128,000 takes most of a second to load.
     """
     key = (artifacts.file_sha256(file), name)
-    if key not in _loaded:
-        _loaded.clear()  # one is used at a time, and takes 150 MB
-        _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
-    return _loaded[key]
+    with _loading:
+        if key not in _loaded:
+            _loaded.clear()  # one is used at a time, and takes 150 MB
+            _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
+        return _loaded[key]
 
 
 def sound_text(text: str) -> tuple[str, int]:

@@ -34,7 +34,7 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 DOCUMENTS = "documents.parquet"
 
-_SHARD_TOKENS = 2**23
+_SHARD_TOKENS = 2**22
 _WINDOW_DOCUMENTS = 2000
 _WINDOW_TOKENS = (2**20, 2**21)
 """A window of documents is packed once it holds so many documents and the first number of tokens,

@@ -22,12 +22,16 @@ depend on, of which the length of a run is none: a longer run adds parts.
 
 import json
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial, reduce
+from contextvars import copy_context
+from functools import reduce
 from operator import add
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +53,7 @@ PLAN = "plan.json"
 BUILDS = "builds.jsonl"
 """A line for each part that was built here: how long it took."""
 
-_FORMAT = 2
+_FORMAT = 3
 _SYNTHETIC_BLOCKS = 8
 _CHARACTERS_PER_TOKEN = 4
 _FEW_DOCUMENTS = 1000
@@ -126,17 +130,43 @@ class ShardSet(Config):
 RunParts = Callable[[list[PartJob]], list[BuiltPart | Exception]]
 
 
-def in_order(jobs: list[PartJob]) -> list[BuiltPart | Exception]:
-    """Build one part after another, here."""
-    return [outcome(partial(parts.build, job)) for job in jobs]
+def in_threads(
+    jobs: list[PartJob], build_part: Callable[[PartJob], BuiltPart] = parts.build
+) -> list[BuiltPart | Exception]:
+    """Build the parts at the same time, here.
+
+    One is read or sealed while another is tokenised. The threads end with the program: Ctrl-C does
+    not wait for a part, or for a hub that does not answer.
+    """
+    ends = [_started(build_part, job) for job in jobs]
+    return [outcome(end.get) for end in ends]
 
 
-def outcome(build_part: Callable[[], BuiltPart]) -> BuiltPart | Exception:
+def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
     """The part, or why there is none: whether it was needed is known only later."""
     try:
-        return build_part()
+        end = build_part()
     except Exception as error:
         return error
+    if isinstance(end, BuiltPart | Exception):
+        return end
+    raise end
+
+
+def _started(
+    build_part: Callable[[PartJob], BuiltPart], job: PartJob
+) -> SimpleQueue[BuiltPart | BaseException]:
+    end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
+    context = copy_context()  # by which a task knows its flow run
+
+    def run() -> None:
+        try:
+            end.put(context.run(build_part, job))
+        except BaseException as error:
+            end.put(error)
+
+    threading.Thread(target=run, name=job.path.name, daemon=True).start()
+    return end
 
 
 def build(
@@ -146,7 +176,7 @@ def build(
     cache: Path,
     *,
     seed: NonNegativeInt = 0,
-    run_parts: RunParts = in_order,
+    run_parts: RunParts = in_threads,
     at_once: int = 1,
 ) -> ShardSet:
     """Have the rows that `config` asks for, of the resolved corpus `text`, under `<cache>/shards/`.
@@ -157,7 +187,7 @@ def build(
         seed: of synthetic data.
         run_parts: builds the parts it is given, wherever and in whatever order; an exception
             stands for a part that failed.
-        at_once: parts that it is given at a time.
+        at_once: parts that it is given at a time, if the run is likely to need as many.
 
     Raises:
         ValueError: ids do not fit the integer type, or the corpus is too small to hold out a
@@ -187,7 +217,8 @@ def build(
         if (whole := parts.existing(job.path)) is not None:
             facts.append(whole)
             continue
-        jobs = [job, *plan.absent_after(len(facts), at_once - 1, alone=text.deduplicate)]
+        ahead = min(at_once, _missing_parts(facts, config)) - 1
+        jobs = [job, *plan.absent_after(len(facts), ahead, alone=text.deduplicate)]
         if not built:
             log.info("building shards of %s in %s", text.name, path)
         for done in run_parts(jobs):
@@ -367,6 +398,21 @@ def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
     train = sum(part.train.rows for part in facts)
     validation = sum(part.validation.rows for part in facts)
     return train >= config.train_rows and validation >= config.validation_rows
+
+
+def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
+    """How many more are likely to be needed, judged by those that are there."""
+    row_bytes = config.layout.row_tokens * _CHARACTERS_PER_TOKEN
+    rows = corpus.SLICE_BYTES / row_bytes  # in a part, as long as there is none
+    share = config.validation_fraction
+    train, validation = rows * (1 - share), rows * share
+    if facts:
+        train = sum(part.train.rows for part in facts) / len(facts)
+        validation = sum(part.validation.rows for part in facts) / len(facts)
+    total = max(
+        config.train_rows / max(train, 1), config.validation_rows / max(validation, 1), len(facts)
+    )
+    return max(1, math.ceil(total) - len(facts))
 
 
 def _describe(
