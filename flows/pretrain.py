@@ -22,6 +22,7 @@ from zeroflow.model import build
 from zeroflow.progress import TrainingProgress
 from zeroflow.run import RunConfig
 from zeroflow.training import job as jobs
+from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
@@ -57,12 +58,17 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
     return orchestration.completed(built, reused=built.reused)
 
 
-@task(name="train", **UNCACHED)
+@task(
+    name="train",
+    **UNCACHED,
+    retries=recovery.MOST_RETRIES,
+    retry_condition_fn=orchestration.was_helped,
+)
 def train_model(job: TrainingJob) -> State:
     if before := jobs.finished(job):
         return orchestration.completed(before, reused=True)
     with TrainingProgress() as progress:
-        return orchestration.completed(jobs.train(job, progress), reused=False)
+        return orchestration.completed(recovery.train(job, progress), reused=False)
 
 
 @task(name="overfit check", **UNCACHED)

@@ -48,7 +48,7 @@ SHAPE_NAMES = {f"model.{name}" for name in type(SHAPE).model_fields}
 def test_synthetic_run_has_nothing_left_open(ask):
     settled = settle(ask())
     run = settled.run
-    open_ones = {"build.dask_address", "data.dataset", "data.dataset_config"}
+    open_ones = {"build.dask_address", "data.dataset", "data.dataset_config", "training.keep_every"}
     open_ones |= {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
     assert unset(run) == SHAPE_NAMES | open_ones
     assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
@@ -392,9 +392,11 @@ def test_plan_tells_data_run_model_time_and_disk(ask, caplog):
         "model",
         "training",
         "device",
+        "resume",
         "time",
         "disk",
     ]
+    assert lines["resume"] == "resume: bit for bit", "on a CPU"
     assert run.run_name in lines["run"] and "new" in lines["run"]
     assert "10 steps x 512 tokens = 5,120 tokens" in lines["training"]
     assert f"{with_vocabulary(SHAPE, 32_768).parameters / 1e6:.1f}M" in lines["model"]

@@ -28,6 +28,7 @@ from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
 from zeroflow.data.shards import RunParts, in_threads, outcome
 from zeroflow.run import BuildChoice
+from zeroflow.training.job import TrainingFailed
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,17 @@ def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
         state.result()
     except HubError as error:
         return error.transient
+    except BaseException:
+        return False
+    return False
+
+
+def was_helped(task: Any, task_run: Any, state: State) -> bool:
+    """Whether something was changed about a training that failed, so that a retry has a chance."""
+    try:
+        state.result()
+    except TrainingFailed as failure:
+        return failure.will_retry
     except BaseException:
         return False
     return False

@@ -11,8 +11,8 @@ from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.planning import Device
-from zeroflow.run import RunConfig, leaves
-from zeroflow.training import events
+from zeroflow.run import RunConfig, leaves, resume_promise
+from zeroflow.training import events, recovery
 from zeroflow.training.job import TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def _figures(
         "peak_memory_bytes": trained.peak_memory_bytes,
         "device": device.name,
         "precision": job.training.compute.precision,
+        "resume": resume_promise(run),
+        "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.run_dir)],
         "data": {
             "mode": run.data.data_mode,
             "name": run.data.name,
@@ -156,6 +158,7 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
         f"{report['precision']}",
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
         f"{overfit['loss']:.4f} after {overfit['steps']} steps",
+        "Resume": report["resume"],
         "Checkpoint": f"`{report['checkpoint']}`",
     }
     if report["entropy"] is not None:
@@ -163,12 +166,20 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
     if report["mfu"] is not None:
         rows["MFU"] = f"{report['mfu']:.1%} of the dense bf16 peak, (6N + 6·L·D·T) FLOPs a token"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    recovered = "\n".join(
+        f"| {entry['step']:,} | {entry['reason']} | {entry['action']} |"
+        for entry in report["recoveries"]
+    )
+    if recovered:
+        recovered = (
+            f"## Recoveries\n\n| from step | failure | action |\n|---|---|---|\n{recovered}\n\n"
+        )
     warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
-        f"## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

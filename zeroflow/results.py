@@ -11,7 +11,7 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import Llama
 from zeroflow.run import DEFAULT_CACHE
 from zeroflow.training import checkpoint
-from zeroflow.training.job import JOB, TrainingJob
+from zeroflow.training.job import CHECKPOINTS, JOB, TrainingJob
 
 
 class Trained(NamedTuple):
@@ -30,7 +30,7 @@ def load(cache: Path, name: str) -> Trained:
         ValueError: there is no such run, or it has no checkpoint yet.
     """
     settings = run.load(cache, name)
-    newest = checkpoint.latest(settings.run_dir / "checkpoints")
+    newest = checkpoint.latest(settings.run_dir / CHECKPOINTS)
     if newest is None:
         raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
     context = settings.shard_config.seq_len

@@ -26,7 +26,9 @@ from zeroflow.model.llama import ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.planning import Device, duration
 from zeroflow.tracking import TrackingConfig
-from zeroflow.training.job import Cadence, TrainingJob
+from zeroflow.training import checkpoint, recovery
+from zeroflow.training.checkpoint import Retention
+from zeroflow.training.job import CHECKPOINTS, Cadence, TrainingJob
 from zeroflow.training.loop import ComputeConfig, Precision, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule, ScheduleName
@@ -147,7 +149,24 @@ class TrainingChoice(Config):
     """Steps between checkpoints. Default: a fifth of the run, at most 250."""
 
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep. The one with the lowest validation loss stays as well."""
+
+    keep_every: PositiveInt | None = None
+    """And those at multiples of so many steps. Default: none."""
+
+    deterministic: bool = False
+    """On a GPU, take only kernels whose results are the same from run to run, so that a run that
+    was interrupted ends with the same bits, at the price of some speed. A CPU's always are."""
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full computes activations again in the backward pass: less memory, about a third slower."""
+
+    on_spike: Literal["report", "roll-back"] = "report"
+    """What to do at a loss, gradient norm or update that is far from usual: say so, or go back to
+    the newest checkpoint and leave out the data since."""
+
+    hang_seconds: PositiveInt = 3600
+    """Without a finished step, after which training is taken for hung and started again."""
 
     log_interval: PositiveInt | None = None
     """Steps between logged losses. Default: 5 on a CPU, 10 on a GPU."""
@@ -272,6 +291,8 @@ class RunConfig(Config):
                 device=self.device,
                 precision=_known(choice.precision),
                 compile=_known(choice.compile),
+                deterministic=choice.deterministic,
+                activation_checkpointing=choice.activation_checkpointing,
             ),
         )
 
@@ -281,8 +302,11 @@ class RunConfig(Config):
             log=_known(self.training.log_interval),
             validate_=_known(self.training.validate_every),
             checkpoint=_known(self.training.checkpoint_every),
-            keep_checkpoints=self.training.keep_checkpoints,
         )
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(keep=self.training.keep_checkpoints, keep_every=self.training.keep_every)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -324,6 +348,10 @@ _FREE = {"cache_dir", "device", "data.data_path", "data.allow_synthetic_fallback
         "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "activation_checkpointing",
+        "on_spike",
+        "hang_seconds",
         "log_interval",
         "sample_prompt",
         "sample_tokens",
@@ -347,13 +375,14 @@ def settle(asked: RunConfig) -> Settled:
     merged = _over(recorded, asked) if recorded else asked
     merged = merged.replace(model=merged.model.settled)
     if recorded and (different := _difference(recorded, merged)):
-        if (recorded.run_dir / "checkpoints").exists():
+        if checkpoint.newest_step(recorded.run_dir / CHECKPOINTS):
             raise ValueError(
                 f"run {merged.run_name} was started with {different}: use another --run-name, or "
                 "the former setting"
             )
         # Nothing has been trained: the run begins anew, so that a remedy can be tried
-        (recorded.run_dir / ASKED_FILE).unlink(missing_ok=True)
+        for of_before in (ASKED_FILE, recovery.LEDGER):
+            (recorded.run_dir / of_before).unlink(missing_ok=True)
         tracking.forget(recorded.run_dir)
         recorded, merged = None, asked.replace(model=asked.model.settled)
     device = planning.find_device(merged.device)
@@ -634,6 +663,9 @@ def training_job(
         model=model,
         training=settled.training,
         cadence=run.cadence,
+        retention=run.retention,
+        hang_seconds=run.training.hang_seconds,
+        roll_back_spikes=run.training.on_spike == "roll-back",
         shards=rows,
         validation_rows=run.validation_rows,
         tokenizer=tokens,
@@ -641,6 +673,18 @@ def training_job(
         sampling=run.sampling,
         tracking=tracked,
         peak_flops=settled.device.peak_flops if bf16 else None,
+    )
+
+
+def resume_promise(run: RunConfig) -> str:
+    """How exact this run is when it goes on."""
+    if run.device == "cpu":
+        return "bit for bit"
+    if run.training.deterministic:
+        return "bit for bit, with deterministic kernels only"
+    return (
+        "the same data, random numbers and weights; kernels differ in the last bits between runs "
+        "(--deterministic: they do not, for 3-10 % of the speed)"
     )
 
 
@@ -666,13 +710,15 @@ def _plan_lines(settled: Settled) -> Iterator[str]:
     )
     compiled = "compiled" if choice.compile else "not compiled"
     yield f"device: {device.name}, {choice.precision}, {compiled}"
+    yield f"resume: {resume_promise(run)}"
     rate, source = planning.expected_tokens_per_second(model, context, device)
     if rate is None:
         yield f"time: unknown, {source}"
     else:
         seconds = run.train_tokens / rate
         yield f"time: about {duration(seconds)} of training at {rate:,.0f} tokens/s ({source})"
-    checkpoints = (run.training.keep_checkpoints + 1) * planning.checkpoint_bytes(model)
+    # the best one, and the one being written
+    checkpoints = (run.training.keep_checkpoints + 2) * planning.checkpoint_bytes(model)
     token_bytes = 4 if choice.token_type == "int32" else 2
     # whole parts, and what is held out beside them; a small corpus gives less
     wanted = run.train_tokens + _PART_TOKENS

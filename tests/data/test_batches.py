@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zeroflow.data.batches import IGNORED, Batches, permute, row_ids, to_micro_batch
+from zeroflow.data.batches import IGNORED, Batches, Skip, permute, row_ids, to_micro_batch
 
 ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
@@ -117,3 +117,16 @@ def test_padding_is_ignored_and_the_end_of_a_document_is_not():
         [4, end, 5, 6, 7, end],
     ]
     assert valid == 10
+
+
+def test_skipped_window_is_left_out_and_nothing_else_moves():
+    def order(skips, steps=6):
+        batches = Batches(
+            ROWS, end_of_text=-1, seed=3, micro_batch_rows=2, accumulate=2, skips=skips
+        )
+        return [batches.row_ids(step).ravel().tolist() for step in range(steps)]
+
+    plain = order((), steps=12)
+    assert order([Skip(step=2, batches=3)]) == plain[:2] + plain[5:9]
+    both = [Skip(step=2, batches=3), Skip(step=4, batches=1)]
+    assert order(both) == plain[:2] + plain[5:7] + plain[8:10]

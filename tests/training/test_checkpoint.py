@@ -1,7 +1,13 @@
+import os
 import random
+import shutil
+import subprocess
+import threading
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from tiny import MODEL, RandomBatches, training_config
@@ -9,10 +15,11 @@ from tiny import MODEL, RandomBatches, training_config
 from zeroflow import artifacts
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint
-from zeroflow.training.checkpoint import CheckpointError
+from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.loop import TrainState, new_state, train
 
 CONFIG = training_config(steps=6)
+TOKENIZER = "0123456789ab"
 BATCHES = RandomBatches(accumulate=2)
 
 
@@ -21,6 +28,18 @@ def trained(steps: int) -> TrainState:
     for _ in islice(train(state, BATCHES, CONFIG), steps):
         pass
     return state
+
+
+def save(state: TrainState, folder: Path, *, keep: int, **facts) -> Path:
+    """Save, and wait until it is on the disk."""
+    saver = Saver(folder, Retention(keep=keep), tokenizer=TOKENIZER)
+    saver.save(state, **facts)
+    saver.wait()
+    return folder / f"step-{state.step:08d}"
+
+
+def load(state: TrainState, path: Path) -> None:
+    checkpoint.load(state, path, tokenizer=TOKENIZER)
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
@@ -48,11 +67,11 @@ def test_loaded_state_is_the_saved_one_bit_for_bit(tmp_path):
     saved = trained(3)
     torch.manual_seed(99)
     random_state = torch.get_rng_state()
-    path = checkpoint.save(saved, tmp_path, keep=2)
+    path = save(saved, tmp_path, keep=2)
     torch.manual_seed(1)
 
     loaded = new_state(MODEL, CONFIG.replace(seed=5))
-    checkpoint.load(loaded, path)
+    load(loaded, path)
     assert loaded.step == 3
     assert_equal(tensors(loaded), tensors(saved))
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -64,9 +83,9 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
     straight = new_state(MODEL, CONFIG)
     losses = [metrics.loss.item() for metrics in train(straight, BATCHES, CONFIG)]
 
-    path = checkpoint.save(trained(3), tmp_path, keep=1)
+    path = save(trained(3), tmp_path, keep=1)
     resumed = new_state(MODEL, CONFIG)
-    checkpoint.load(resumed, path)
+    load(resumed, path)
     assert [metrics.loss.item() for metrics in train(resumed, BATCHES, CONFIG)] == losses[3:]
     assert_equal(tensors(resumed), tensors(straight))
 
@@ -74,17 +93,99 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
 def test_saving_leaves_the_state_as_it_is(tmp_path):
     state = trained(2)
     before = tensors(state)
-    checkpoint.save(state, tmp_path, keep=1)
+    save(state, tmp_path, keep=1)
     assert_equal(tensors(state), before)
 
 
 def test_newest_checkpoints_are_kept(tmp_path):
     state = new_state(MODEL, CONFIG)
     for _ in train(state, BATCHES, CONFIG):
-        checkpoint.save(state, tmp_path, keep=2)
+        save(state, tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
     newest = checkpoint.latest(tmp_path)
     assert newest is not None and checkpoint.step_of(newest) == 6
+
+
+def test_best_and_every_nth_stay_beside_the_newest(tmp_path):
+    losses = {1: 5.0, 2: 3.0, 4: 3.5, 6: 3.2}
+    saver = Saver(tmp_path, Retention(keep=1, keep_every=3), tokenizer=TOKENIZER)
+    state = new_state(MODEL, training_config(steps=7))
+    for _ in train(state, BATCHES, training_config(steps=7)):
+        saver.save(state, val_loss=losses.get(state.step))
+    saver.wait()
+    steps = [checkpoint.step_of(path) for path in sorted(tmp_path.glob("step-*"))]
+    assert steps == [2, 3, 6, 7], "the best, the multiples of three, the newest"
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp_path, monkeypatch):
+    written = threading.Event()
+    write = Saver._write
+
+    def late(self, path, tensors, facts):
+        assert written.wait(30)
+        write(self, path, tensors, facts)
+
+    monkeypatch.setattr(Saver, "_write", late)
+    state = new_state(MODEL, CONFIG)
+    steps = train(state, BATCHES, CONFIG)
+    next(steps)
+    then = tensors(state)
+    saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
+    saver.save(state)
+    next(steps)
+    assert not list(tmp_path.glob("step-*")), "training went on before it was written"
+    written.set()
+    saver.wait()
+    loaded = new_state(MODEL, CONFIG)
+    load(loaded, tmp_path / "step-00000001")
+    assert_equal(tensors(loaded), then)
+
+
+def test_state_too_large_to_copy_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
+    saver.save(trained(1))
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_checkpoint_that_does_not_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
+    with pytest.raises(OSError, match=r"a checkpoint takes 0.00 GB and .* has room for 0.00 GB"):
+        saver.save(trained(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")
+def test_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        monkeypatch.setattr(Saver, "require_room", lambda self, state: None)  # taken meanwhile
+        older = save(trained(1), disk, keep=2)
+        with pytest.raises(OSError, match="No space left on device"):
+            save(trained(2), disk, keep=2)
+        assert checkpoint.latest(disk) == older
+        assert [path.name for path in disk.iterdir()] == [older.name]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    path = save(trained(1), tmp_path, keep=1)
+    (tmp_path / ".step-00000003.partial").mkdir()
+    checkpoint.clear_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    path = save(trained(1), tmp_path, keep=1)
+    with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, this run has other"):
+        checkpoint.load(new_state(MODEL, CONFIG), path, tokenizer="other")
 
 
 def test_folder_without_checkpoints_has_no_latest(tmp_path):
@@ -95,17 +196,17 @@ def test_folder_without_checkpoints_has_no_latest(tmp_path):
 
 def test_saving_the_same_step_again_keeps_what_is_there(tmp_path):
     state = trained(1)
-    path = checkpoint.save(state, tmp_path, keep=1)
+    path = save(state, tmp_path, keep=1)
     made = path.stat().st_mtime_ns
-    assert checkpoint.save(state, tmp_path, keep=1) == path
+    assert save(state, tmp_path, keep=1) == path
     assert path.stat().st_mtime_ns == made
 
 
 def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path):
     state = trained(1)
-    older = checkpoint.save(state, tmp_path, keep=3)
+    older = save(state, tmp_path, keep=3)
     state.step = 2
-    newer = checkpoint.save(state, tmp_path, keep=3)
+    newer = save(state, tmp_path, keep=3)
     [data] = newer.glob("*.distcp")
     flip_a_bit(data, 8 * data.stat().st_size // 2)
     assert checkpoint.latest(tmp_path) == older
@@ -114,7 +215,7 @@ def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path):
 
 
 def test_any_flipped_bit_is_noticed(tmp_path):
-    path = checkpoint.save(trained(1), tmp_path, keep=1)
+    path = save(trained(1), tmp_path, keep=1)
     rng = random.Random(0)
     files = sorted(path.iterdir())
     assert len(files) >= 3, "tensors, their index and the manifest"
@@ -132,27 +233,27 @@ def test_any_flipped_bit_is_noticed(tmp_path):
     "change", [{"hidden_size": 64}, {"num_key_value_heads": 4}, {"rope_theta": 1e4}]
 )
 def test_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, change):
-    path = checkpoint.save(trained(1), tmp_path, keep=1)
+    path = save(trained(1), tmp_path, keep=1)
     other = new_state(MODEL.replace(**change), CONFIG)
     before = tensors(other)
     [(name, value)] = change.items()
     with pytest.raises(CheckpointError, match=f"written with {name} .* this run has {value}"):
-        checkpoint.load(other, path)
+        load(other, path)
     assert_equal(tensors(other), before)
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):
-    path = checkpoint.save(trained(1), tmp_path, keep=1)
+    path = save(trained(1), tmp_path, keep=1)
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 99})
     with pytest.raises(CheckpointError, match="format 99, this version reads"):
-        checkpoint.load(new_state(MODEL, CONFIG), path)
+        load(new_state(MODEL, CONFIG), path)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load_model(path)
 
 
 def test_checkpoint_without_its_tensors_is_refused(tmp_path):
-    path = checkpoint.save(trained(1), tmp_path, keep=1)
+    path = save(trained(1), tmp_path, keep=1)
     [data] = path.glob("*.distcp")
     data.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -161,7 +262,7 @@ def test_checkpoint_without_its_tensors_is_refused(tmp_path):
 
 def test_model_alone_gives_the_same_logits(tmp_path):
     state = trained(2)
-    model = checkpoint.load_model(checkpoint.save(state, tmp_path, keep=1))
+    model = checkpoint.load_model(save(state, tmp_path, keep=1))
     tokens = BATCHES.micro_batches(7)[0].inputs
     assert torch.equal(model(tokens), state.model(tokens))
     assert not model.training and isinstance(model.config, ModelConfig)

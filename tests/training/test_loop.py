@@ -125,3 +125,42 @@ def test_bf16_keeps_weights_moments_and_loss_in_fp32():
     for parameter in state.model.parameters():
         assert parameter.dtype == torch.float32
         assert state.optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+
+
+class Poisoned(RandomBatches):
+    """Step 2 has a loss that is no number, whatever the weights are."""
+
+    def micro_batches(self, step):
+        batches = super().micro_batches(step)
+        return [batch._replace(valid=0 if step == 2 else batch.valid) for batch in batches]
+
+
+def test_update_that_is_no_finite_number_is_skipped_and_counted():
+    config = training_config(steps=6)
+    state = new_state(MODEL, config)
+    counts, before = [], {}
+    for metrics in train(state, Poisoned(), config):
+        if state.step == 3:
+            assert not metrics.loss.isfinite()
+            for name, weight in state.model.state_dict().items():
+                assert torch.equal(weight, before[name]), name
+        else:
+            assert metrics.loss.isfinite()
+        before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
+        counts.append(state.skipped.tolist())
+    assert counts == [[0, 0], [0, 0], [1, 1], [0, 1], [0, 1], [0, 1]]
+    steps = {int(moments["step"]) for moments in state.optimizer.state.values()}
+    assert steps == {5}, "bias correction counts the updates that were made"
+
+
+def test_activations_computed_again_give_the_same_bits():
+    def weights(kind: str) -> dict[str, torch.Tensor]:
+        config = training_config(compute=CPU.replace(activation_checkpointing=kind))
+        state = new_state(MODEL, config)
+        for _ in train(state, RandomBatches(), config):
+            pass
+        return state.model.state_dict()
+
+    kept, again = weights("none"), weights("full")
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)

@@ -1,8 +1,10 @@
+import pytest
 import torch
-from tiny import MODEL, lively_model
+from tiny import MODEL, RandomBatches, lively_model, training_config
 
 from zeroflow.model.llama import Llama
 from zeroflow.training import optimizer as optimizers
+from zeroflow.training.loop import new_state, train
 from zeroflow.training.optimizer import OptimizerConfig
 
 
@@ -67,3 +69,17 @@ def test_learning_rate_is_set_for_every_parameter():
     optimizer = optimizers.build(Llama(MODEL), OptimizerConfig(), 1e-3)
     optimizers.set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_update_ratio_is_that_of_the_update_that_was_made():
+    config = training_config(optimizer=OptimizerConfig(weight_decay=0.0))
+    state = new_state(MODEL, config)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    next(train(state, RandomBatches(), config))
+    ratios = [
+        float((p.detach() - before[name]).norm() / p.detach().norm())
+        for name, p in state.model.named_parameters()
+        if p.dim() == 2 and "embed" not in name
+    ]
+    # the difference of two nearly equal weights has fewer digits
+    assert float(optimizers.update_ratio(state.optimizer)) == pytest.approx(max(ratios), rel=1e-3)

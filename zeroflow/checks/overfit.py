@@ -6,7 +6,6 @@ every parameter as well. Runs in a process of its own: `-m zeroflow.checks.overf
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -202,9 +201,7 @@ def _curve(result: OverfitResult) -> str:
 
 def work(job: OverfitJob, stop: StopRequest) -> None:
     config = settings(job.model, job.training, job.limits)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form
+    worker.make_deterministic()
     state = new_state(job.model, config)
     batch = fixed_batch(Rows(job.shards, "train"))
     history = job.run_dir / events.EVENTS
@@ -220,5 +217,4 @@ def work(job: OverfitJob, stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
     worker.main(OverfitJob, work)

@@ -5,13 +5,16 @@ each other without a gap, so that every row comes exactly once an epoch whatever
 Ranks and micro-batches only split the global batch of a step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from zeroflow.config import Config
 from zeroflow.data.shards import Rows
 
 Ids = npt.NDArray[np.int64]
@@ -34,6 +37,16 @@ class MicroBatch(NamedTuple):
     """Targets that are not ignored."""
 
 
+class Skip(Config):
+    """A window of the data that a run leaves out from some step on."""
+
+    step: NonNegativeInt
+    """Number of the first step, from 0, that reads what comes behind the window."""
+
+    batches: PositiveInt
+    """Steps' worth of data that is left out."""
+
+
 class Batches:
     """The training batches of one rank."""
 
@@ -45,18 +58,20 @@ class Batches:
         seed: int,
         micro_batch_rows: int,
         accumulate: int,
+        skips: Sequence[Skip] = (),
         rank: int = 0,
         world: int = 1,
         pin: bool = False,
     ) -> None:
         self._rows, self._end_of_text, self._seed, self._pin = rows, end_of_text, seed, pin
         self._split = (accumulate, world, micro_batch_rows)
-        self._rank = rank
+        self._skips, self._rank = skips, rank
 
     def row_ids(self, step: int) -> Ids:
         """Rows of the global batch of `step`, shape (accumulate, world, micro_batch_rows)."""
         size = int(np.prod(self._split))
-        ids = row_ids(np.arange(step * size, (step + 1) * size), len(self._rows), self._seed)
+        batch = step + sum(skip.batches for skip in self._skips if skip.step <= step)
+        ids = row_ids(np.arange(batch * size, (batch + 1) * size), len(self._rows), self._seed)
         return ids.reshape(self._split)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -13,12 +14,18 @@ from zeroflow.data.batches import Batches
 from zeroflow.data.shards import Rows
 from zeroflow.tracking import Tracker
 from zeroflow.training import checkpoint, events, worker
+from zeroflow.training.checkpoint import Saver
+from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import RESULT, TrainingJob, TrainResult
-from zeroflow.training.loop import StepMetrics, new_state, train
+from zeroflow.training.loop import StepMetrics, TrainState, new_state, train
+from zeroflow.training.optimizer import update_ratio
 from zeroflow.training.validation import bits_per_byte, validation_loss
-from zeroflow.training.worker import StopRequest
+from zeroflow.training.worker import Diverged, StopRequest
 
 log = logging.getLogger("zeroflow.training")
+
+_MOST_SKIPPED = 5
+"""Updates in a row that may be skipped before the run goes back to its newest checkpoint."""
 
 
 class Stopwatch:
@@ -40,11 +47,14 @@ class Recorder:
 
     def __init__(self, job: TrainingJob, *, step: int, context: int) -> None:
         self._job, self._context = job, context
-        self._tokens_per_step = job.training.micro_batch_rows * job.training.accumulate * context
+        self._rows_per_step = job.training.micro_batch_rows * job.training.accumulate
+        self._tokens_per_step = self._rows_per_step * context
         self._metrics, self._events = job.run_dir / events.METRICS, job.run_dir / events.EVENTS
         # What a killed process logged after its last checkpoint comes again
         events.keep(self._metrics, lambda line: 0 < step >= line["step"])
         self._first = self._last = (step, 0.0)
+        earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
+        self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
         self._tracker = Tracker(job.tracking, job.run_dir)
 
     def tokens(self, step: int) -> int:
@@ -53,20 +63,31 @@ class Recorder:
     def event(self, name: str, **facts: object) -> None:
         events.append(self._events, {"event": name, "time": time.time(), **facts})
 
-    def step(self, step: int, metrics: StepMetrics, watch: Stopwatch) -> None:
+    def alive(self) -> None:
+        (self._job.run_dir / events.ALIVE).touch()
+
+    def step(self, state: TrainState, metrics: StepMetrics, watch: Stopwatch) -> list[str]:
         """Log the step just done; reading its loss waits for the device.
 
-        Raises:
-            FloatingPointError: the loss or the gradient is no finite number.
+        Returns:
+            what is unusual about the step, in words
         """
-        loss, grad_norm = finite(step, metrics)
+        step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
         rate = self._rate(step, watch.seconds())
+        skipped = int(state.skipped[1])
+        if not math.isfinite(loss + grad_norm):
+            log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
+            self.event("skipped", step=step, skipped=skipped)
+            return []
         line = {
             "step": step,
             "tokens": self.tokens(step),
             "loss": loss,
             "lr": metrics.learning_rate,
             "grad_norm": grad_norm,
+            "update_ratio": update_ratio(state.optimizer).item(),
+            "skipped_updates": skipped,
+            "first_epoch": step * self._rows_per_step <= self._job.shards.train.rows,
             "tokens_per_second": rate,
         }
         self._record(line)
@@ -82,6 +103,15 @@ class Recorder:
             },
         )
         self._tracker.log(self.tokens(step), {"loss/train_by_tokens": loss})
+        alarms = self._monitor.alarms(_reading(line))
+        for alarm in alarms:
+            log.warning("step %d: %s", step, alarm)
+        if alarms:
+            log.warning(
+                "its documents: zeroflow documents --run %s --step %d", self._job.run_dir.name, step
+            )
+            self.event("spike", step=step, alarms=alarms)
+        return alarms
 
     def validation(self, step: int, loss: float, sample: str) -> None:
         bytes_per_token = self._job.shards.validation_bytes_per_token
@@ -121,19 +151,23 @@ class Recorder:
         return self.tokens(step - last_step) / (seconds - last_seconds)
 
 
-def finite(step: int, metrics: StepMetrics) -> tuple[float, float]:
-    """Loss and gradient norm of a step, once the device has them.
+def _reading(line: events.Line) -> Reading:
+    return Reading(**{name: line[name] for name in Reading._fields})
 
-    Raises:
-        FloatingPointError: one is no finite number.
+
+def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
     """
-    loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise FloatingPointError(
-            f"step {step} has loss {loss} and gradient norm {grad_norm}: lower --learning-rate "
-            "or lengthen --warmup-steps"
+    Raises:
+        Diverged: more than `most_skipped` updates in a row have been skipped until now.
+    """
+    in_a_row = int(state.skipped[0])
+    if in_a_row > most_skipped:
+        raise Diverged(
+            f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
+            f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row that are no finite "
+            "numbers: lower --learning-rate or lengthen --warmup-steps",
+            state.step,
         )
-    return loss, grad_norm
 
 
 class Session:
@@ -144,10 +178,21 @@ class Session:
         self.train_rows = Rows(job.shards, "train")
         self.validation_rows = Rows(job.shards, "validation")
         self.state = new_state(job.model, job.training)
+        checkpoint.clear_unfinished(job.checkpoints)
         if newest := checkpoint.latest(job.checkpoints):
-            checkpoint.load(self.state, newest)
+            checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             log.info("resumed at step %d from %s", self.state.step, newest)
         self.recorder = Recorder(job, step=self.state.step, context=self.context)
+        self.saver = Saver(
+            job.checkpoints,
+            job.retention,
+            tokenizer=job.tokenizer.fingerprint,
+            on_saved=self.saved,
+        )
+        self.saver.require_room(self.state)
+        self.val_loss: tuple[int, float] | None = None
+        """Step and loss of the last validation."""
+
         self.recorder.event("started", step=self.state.step, steps=job.training.steps)
         self.watch = Stopwatch()
 
@@ -164,6 +209,7 @@ class Session:
             seed=config.seed,
             micro_batch_rows=config.micro_batch_rows,
             accumulate=config.accumulate,
+            skips=self.job.skips,
             pin=config.compute.device == "cuda",
         )
 
@@ -174,19 +220,26 @@ class Session:
             self.validate()
             self.watch = Stopwatch()
         for metrics in train(self.state, self.batches, self.job.training):
+            self.recorder.alive()
             step = self.state.step
             last = step == steps
             if step % cadence.log == 0 or step == 1 or last:
-                self.recorder.step(step, metrics, self.watch)
+                alarms = self.recorder.step(self.state, metrics, self.watch)
+                require_healthy(self.state, metrics, most_skipped=_MOST_SKIPPED)
+                if alarms and self.job.roll_back_spikes:
+                    raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
             since = time.perf_counter()
             if step % cadence.validate_ == 0 or last:
                 self.validate()
+            if last:
+                require_healthy(self.state, metrics, most_skipped=0)
             if step % cadence.checkpoint == 0 or last or stop:
-                finite(step, metrics)  # what is broken is not kept
                 self.save()
             if stop and not last:
+                self.saver.wait()
                 return False
             self.watch.pause(since)
+        self.saver.wait()
         self.write_result()
         return True
 
@@ -199,6 +252,8 @@ class Session:
             config.micro_batch_rows,
             config.compute,
         )
+        self.val_loss = (self.state.step, loss)
+        self.recorder.alive()
         sample = self.sample()
         self.recorder.validation(self.state.step, loss, sample)
         log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss, sample)
@@ -213,11 +268,18 @@ class Session:
         )
 
     def save(self) -> None:
-        path = checkpoint.save(
-            self.state, self.job.checkpoints, keep=self.job.cadence.keep_checkpoints
-        )
-        self.recorder.event("saved", step=self.state.step, path=str(path))
-        log.info("step %d: saved %s", self.state.step, path)
+        if self.state.skipped[0]:
+            log.warning("step %d: not saved, as its update was skipped", self.state.step)
+            return
+        step, loss = self.val_loss or (0, None)
+        self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
+
+    def saved(self, path: Path) -> None:
+        """Called by the thread that writes."""
+        step = checkpoint.step_of(path)
+        self.recorder.event("saved", step=step, path=str(path))
+        self.recorder.alive()
+        log.info("step %d: saved %s", step, path)
 
     def write_result(self) -> None:
         lines = self.recorder.lines()
@@ -254,6 +316,8 @@ def peak_memory_bytes(job: TrainingJob) -> int:
 
 def work(job: TrainingJob, stop: StopRequest) -> None:
     """Train the job from its newest checkpoint to its end, or until asked to stop."""
+    if job.training.compute.deterministic:
+        worker.make_deterministic()
     session = Session(job)
     status = "FAILED"
     try:

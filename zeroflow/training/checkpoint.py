@@ -6,44 +6,200 @@ and the sha256 of every file: PyTorch's loader returns wrong values for most fli
 an error. It appears under its name when all of it is on the disk.
 """
 
+import errno
 import logging
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from zeroflow import artifacts
+from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.training.loop import TrainState
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
+_RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
+"""Every rank has its own, and PyTorch keeps one of several values of the same name."""
+
+_OVERHEAD_BYTES = 2**20
+"""Of a checkpoint's index, manifest and directory."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to the model or cannot be read."""
+    """A checkpoint that does not belong to the run or cannot be read."""
 
 
-def save(state: TrainState, folder: Path, *, keep: int) -> Path:
-    """Write `state` as `folder/step-N`, then remove all but the newest `keep`."""
-    path = folder / f"step-{state.step:08d}"
-    if path.exists():
-        return path
-    with artifacts.new_directory(path) as partial:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
-            dcp.save(_tensors(state), storage_writer=FileSystemWriter(partial), no_dist=True)
-        facts = {"format": _FORMAT, "step": state.step, "model": state.model.config.model_dump()}
-        artifacts.seal(partial, facts)
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
-    return path
+class Retention(Config):
+    """Which checkpoints stay, beside the one with the lowest validation loss."""
+
+    keep: PositiveInt
+    """The newest so many."""
+
+    keep_every: PositiveInt | None = None
+    """And those at multiples of so many steps."""
+
+
+class Saver:
+    """Writes checkpoints of a state into `folder` while training goes on.
+
+    Training waits for a copy of the state, made into memory that is kept for the next one (pinned,
+    of a GPU's state), and for the write before if that has not ended. Where such a copy would take
+    more than half of what memory is left, it waits for the write instead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        *,
+        tokenizer: str,
+        on_saved: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
+            on_saved: called, in the thread that writes, once a checkpoint is complete.
+        """
+        self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
+        self._on_saved = on_saved
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
+        """Begin to write `state` as `folder/step-N`; a failure shows at the next call.
+
+        Args:
+            val_loss: validation loss of this very state, if it was measured.
+
+        Raises:
+            OSError: it would not fit on the disk; nothing has been begun.
+        """
+        self.wait()
+        path = self._folder / f"step-{state.step:08d}"
+        if path.exists():
+            return
+        self.require_room(state)
+        tensors = _tensors(state)
+        facts = {
+            "format": _FORMAT,
+            "step": state.step,
+            "model": state.model.config.model_dump(),
+            "tokenizer": self._tokenizer,
+            "val_loss": val_loss,
+        }
+        if not self._may_copy(tensors):
+            self._write(path, tensors, facts)
+            return
+        copies = self._copy(tensors)
+        self._thread = threading.Thread(
+            target=self._write_aside, args=(path, copies, facts), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            OSError: what was being written could not be.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if failure := self._failure:
+            self._failure = None
+            raise failure
+
+    def require_room(self, state: TrainState) -> None:
+        """
+        Raises:
+            OSError: the disk has less room than a checkpoint of `state` takes.
+        """
+        needed = sum(tensor.nbytes for tensor in _tensors(state).values()) + _OVERHEAD_BYTES
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint takes {needed / 1e9:.2f} GB and {self._folder} has room for "
+                f"{free / 1e9:.2f} GB: free some, or move the cache (--cache-dir); the checkpoints "
+                "that are there are kept, and the same command goes on from the newest",
+            )
+
+    def _may_copy(self, tensors: dict[str, Tensor]) -> bool:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        return bool(self._copies) or needed < psutil.virtual_memory().available / 2
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda
+                )
+            self._copies[name].copy_(tensor, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return self._copies
+
+    def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        try:
+            self._write(path, tensors, facts)
+        except BaseException as error:  # CheckpointException is no Exception
+            self._failure = _as_exception(error)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        with artifacts.new_directory(path) as partial:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
+                dcp.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=True)
+            artifacts.seal(partial, facts)
+        self._on_saved(path)
+        retire(self._folder, self._retention)
+
+
+def retire(folder: Path, retention: Retention) -> None:
+    """Remove the checkpoints that need not stay."""
+    steps = {step_of(path): path for path in _all(folder)}
+    stay = set(sorted(steps)[-retention.keep :])
+    if retention.keep_every:
+        stay |= {step for step in steps if step % retention.keep_every == 0}
+    if (best_one := best(folder)) is not None:
+        stay.add(step_of(best_one))
+    for step in steps.keys() - stay:
+        shutil.rmtree(steps[step])
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those made when it was measured."""
+    losses = {}
+    for path in _all(folder):
+        try:
+            if (
+                loss := artifacts.read_signed(path / artifacts.MANIFEST).get("val_loss")
+            ) is not None:
+                losses[path] = loss
+        except artifacts.DamagedArtifact:
+            continue  # `latest` deals with it
+    return min(losses, key=lambda path: losses[path], default=None)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes have half written."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -57,25 +213,39 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """Of the newest complete checkpoint, damaged or not; 0 if there is none."""
+    return max(map(step_of, _all(folder)), default=0)
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load(state: TrainState, path: Path) -> None:
+def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
     """Set `state` to what `path` holds, in place.
 
+    Args:
+        tokenizer: fingerprint of the tokenizer of the run that loads it.
+
     Raises:
-        CheckpointError: it was written by another format or for another model.
+        CheckpointError: it was written by another format, for another model or on the ids of
+            another tokenizer.
     """
     manifest = _manifest(path)
     _require_same_model(state.model.config, ModelConfig(**manifest["model"]), path)
+    if manifest["tokenizer"] != tokenizer:
+        raise CheckpointError(
+            f"{path} was trained on ids of tokenizer {manifest['tokenizer']}, this run has "
+            f"{tokenizer}"
+        )
     tensors = _tensors(state)
-    if not _has(path, "random.cuda"):
-        tensors.pop("random.cuda", None)  # it was written by a run on a CPU
+    if not _has(path, _RANDOM_CUDA):
+        tensors.pop(_RANDOM_CUDA, None)  # it was written by a run on a CPU
     _read(tensors, path)
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    torch.set_rng_state(tensors[_RANDOM_CPU])
+    if _RANDOM_CUDA in tensors:
+        torch.cuda.set_rng_state(tensors[_RANDOM_CUDA])
     state.step = manifest["step"]
 
 
@@ -90,9 +260,9 @@ def load_model(path: Path) -> Llama:
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Every tensor of the state by a name that depends on no device count."""
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if next(state.model.parameters()).is_cuda:
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors = {_RANDOM_CPU: torch.get_rng_state(), "skipped": state.skipped}
+    if state.skipped.is_cuda:
+        tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state()
     for name, parameter in state.model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
@@ -106,6 +276,17 @@ def _read(tensors: dict[str, Tensor], path: Path) -> None:
             dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     except dcp.api.CheckpointException as error:  # a BaseException, which nobody would catch
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _as_exception(error: BaseException) -> BaseException:
+    """What a full disk looks like through PyTorch's wrapping, as the OSError that it is."""
+    if isinstance(error, dcp.api.CheckpointException):
+        for wrapped in error.failures.values():
+            cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+            if isinstance(cause, OSError):
+                return cause
+        return CheckpointError(str(error))
+    return error
 
 
 def _has(path: Path, name: str) -> bool:

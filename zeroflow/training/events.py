@@ -12,6 +12,8 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+ALIVE = "alive"
+"""An empty file, touched whenever something was finished."""
 
 Line = dict[str, Any]
 

@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -23,12 +23,14 @@ from pydantic import PositiveInt
 
 from zeroflow import artifacts
 from zeroflow.config import Config
+from zeroflow.data.batches import Skip
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import events
+from zeroflow.training.checkpoint import Retention
 from zeroflow.training.loop import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,15 @@ LOGGED = "\x1e"
 """Begins each line that a child logs, and tells it from what else is printed there."""
 
 JOB = "job.json"
+CHECKPOINTS = "checkpoints"
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 20
 _TORCHRUN_COMPLAINS = "torch/distributed/elastic/"
+
+
+FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
+"""killed: it ended without a word. diverged: its numbers went wrong."""
 
 
 class Cadence(Config):
@@ -51,7 +58,6 @@ class Cadence(Config):
     log: PositiveInt
     validate_: PositiveInt
     checkpoint: PositiveInt
-    keep_checkpoints: PositiveInt
 
 
 class TrainingJob(Config):
@@ -61,6 +67,14 @@ class TrainingJob(Config):
     model: ModelConfig
     training: TrainingConfig
     cadence: Cadence
+    retention: Retention
+    hang_seconds: PositiveInt
+    """Without a finished step, validation or checkpoint, after which it is taken for hung."""
+
+    roll_back_spikes: bool
+    skips: tuple[Skip, ...] = ()
+    """Windows of the data that are left out."""
+
     shards: ShardSet
     validation_rows: PositiveInt
     """Rows in a validation, the first of those that are held out."""
@@ -74,7 +88,7 @@ class TrainingJob(Config):
 
     @property
     def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
+        return self.run_dir / CHECKPOINTS
 
 
 class TrainResult(Config):
@@ -99,6 +113,22 @@ class TrainResult(Config):
 
 class TrainingFailed(RuntimeError):
     """A training process ended by an error, or was ended."""
+
+    def __init__(
+        self, message: str, reason: FailureReason = "error", step: int | None = None
+    ) -> None:
+        """
+        Args:
+            step: that the numbers went wrong at.
+        """
+        super().__init__(message)
+        self.reason, self.step = reason, step
+        self.will_retry = False
+        """Whether something was changed, so that another start has a chance."""
+
+    def add_advice(self, advice: str) -> None:
+        if advice:
+            self.args = (f"{self}\n{advice}",)
 
 
 class TrainingStopped(RuntimeError):
@@ -129,25 +159,33 @@ def train(
     """
     job_file = job.run_dir / JOB
     artifacts.write_json(job_file, job.model_dump(mode="json"))
-    launch("zeroflow.training", job_file, job.run_dir, on_event)
+    launch("zeroflow.training", job_file, job.run_dir, on_event, hang_seconds=job.hang_seconds)
     if (result := finished(job)) is None:
         raise TrainingFailed(f"training ended without a result in {job.run_dir / RESULT}")
     return result
 
 
 def launch(
-    module: str, job_file: Path, run_dir: Path, on_event: Callable[[events.Line], None]
+    module: str,
+    job_file: Path,
+    run_dir: Path,
+    on_event: Callable[[events.Line], None],
+    *,
+    hang_seconds: int | None = None,
 ) -> None:
     """Run `python -m module job_file` under torchrun until it ends well.
 
     Its output goes to this module's logger. If this process is interrupted, the child is asked to
     stop and waited for; if this process dies, the child notices and stops by itself.
 
+    Args:
+        hang_seconds: without a sign of life, after which it is killed; None waits for ever.
+
     Raises:
         TrainingFailed: another process has launched one for this run and is there still.
     """
     with _only_launch(run_dir):
-        _launch(module, job_file, run_dir, on_event)
+        _launch(module, job_file, run_dir, on_event, hang_seconds)
 
 
 @contextmanager
@@ -164,7 +202,11 @@ def _only_launch(run_dir: Path) -> Iterator[None]:
 
 
 def _launch(
-    module: str, job_file: Path, run_dir: Path, on_event: Callable[[events.Line], None]
+    module: str,
+    job_file: Path,
+    run_dir: Path,
+    on_event: Callable[[events.Line], None],
+    hang_seconds: int | None,
 ) -> None:
     tail = events.Tail(run_dir / events.EVENTS, events.size(run_dir / events.EVENTS))
     outcome: events.Line = {"event": "nothing"}
@@ -174,22 +216,45 @@ def _launch(
         for outcome in tail.new_lines():
             on_event(outcome)
 
+    signs = _SignsOfLife(run_dir)
     with _torchrun(module, job_file) as (process, last_output):
         while process.poll() is None:
             follow()
+            if hang_seconds and signs.seconds_since_last() > hang_seconds:
+                _kill(process)
+                raise TrainingFailed(
+                    f"{module} has shown no sign of life for {hang_seconds} s: killed", "hang"
+                )
             time.sleep(_POLL_SECONDS)
     follow()
     match outcome["event"]:
         case "done":
             return
         case "failed":
-            raise TrainingFailed(outcome["message"])
+            raise TrainingFailed(outcome["message"], outcome["reason"], outcome["step"])
         case "stopped":
             raise TrainingStopped(outcome["message"])
     raise TrainingFailed(
         f"{module} ended with exit code {process.returncode} and said nothing of why; killed, or "
-        "out of memory? Its last output:\n" + "\n".join(last_output)
+        "out of memory? Its last output:\n" + "\n".join(last_output),
+        "killed",
     )
+
+
+class _SignsOfLife:
+    """Watches for changes of the file that training touches, by this process's own clock.
+
+    Times of files are compared with each other only: a clock that is set changes nothing.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file, self._seen, self._since = run_dir / events.ALIVE, 0, time.monotonic()
+
+    def seconds_since_last(self) -> float:
+        touched = self._file.stat().st_mtime_ns if self._file.exists() else 0
+        if touched != self._seen:
+            self._seen, self._since = touched, time.monotonic()
+        return time.monotonic() - self._since
 
 
 @contextmanager
@@ -251,12 +316,17 @@ def _stop(process: subprocess.Popen[Any]) -> None:
     except subprocess.TimeoutExpired:
         log.error("the training process did not stop within %d s: killed", _STOP_SECONDS)
     finally:
-        for member in [*family, *_family(process.pid)]:
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                continue
-        process.wait()
+        _kill(process, family)
+
+
+def _kill(process: subprocess.Popen[Any], known: Sequence[psutil.Process] = ()) -> None:
+    """End it and all its children, those that were `known` before included."""
+    for member in [*known, *_family(process.pid)]:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
@@ -32,6 +33,12 @@ class ComputeConfig(Config):
 
     compile: bool
     """Compile the decoder blocks with torch.compile."""
+
+    deterministic: bool = False
+    """Only kernels whose results are the same from run to run."""
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: activations within a block are computed again in the backward pass."""
 
 
 class TrainingConfig(Config):
@@ -57,6 +64,10 @@ class TrainState:
 
     model: Llama
     optimizer: AdamW
+    skipped: Tensor
+    """(2,) int64 on the device: updates skipped in a row until now, and in all, as their loss or
+    gradient was no finite number."""
+
     step: int = 0
     """Steps done, which is also the number of the next one."""
 
@@ -80,15 +91,21 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
 
     PyTorch's random numbers, which a checkpoint holds as well, begin anew from the seed.
     """
-    with torch.device(config.compute.device):
+    device = config.compute.device
+    with torch.device(device):
         network = Llama(model)
     initialize(network, config.seed)
+    if config.compute.activation_checkpointing == "full":
+        for block in network.model.layers:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
     if config.compute.compile:
         for block in network.model.layers:
             block.compile(dynamic=False)
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
-    return TrainState(network, optimizer)
+    return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
 
 
 def autocast(compute: ComputeConfig) -> AbstractContextManager[object]:
@@ -101,7 +118,11 @@ def autocast(compute: ComputeConfig) -> AbstractContextManager[object]:
 def train_step(
     state: TrainState, micro_batches: list[MicroBatch], config: TrainingConfig
 ) -> StepMetrics:
-    """Advance `state` by one optimiser step over the mean loss of all valid targets."""
+    """Advance `state` by one optimiser step over the mean loss of all valid targets.
+
+    A loss or gradient that is no finite number leaves weights and moments as they are; that is
+    decided on the device, which nobody waits for, and counted in `state.skipped`.
+    """
     learning_rate = config.schedule.learning_rate(state.step)
     set_learning_rate(state.optimizer, learning_rate)
     valid = sum(batch.valid for batch in micro_batches)
@@ -116,11 +137,15 @@ def train_step(
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 
+    loss = torch.stack(losses).sum()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
-    state.optimizer.step()
+    broken = ~torch.isfinite(loss + grad_norm)
+    optimizers.step_unless(state.optimizer, broken)
     state.optimizer.zero_grad()
+    state.skipped += broken
+    state.skipped[0] *= broken
     state.step += 1
-    return StepMetrics(torch.stack(losses).sum(), grad_norm, learning_rate)
+    return StepMetrics(loss, grad_norm, learning_rate)
 
 
 def train(state: TrainState, batches: BatchSource, config: TrainingConfig) -> Iterator[StepMetrics]:

@@ -1,8 +1,10 @@
 """AdamW with decoupled weight decay where it belongs, and its state from the start."""
 
+from typing import Any
+
 import torch
 from pydantic import Field, PositiveFloat
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from zeroflow.config import Config
@@ -60,3 +62,29 @@ def build(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> Ad
 def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def step_unless(optimizer: AdamW, broken: Tensor) -> None:
+    """Update the weights unless `broken` (a bool on the device), without waiting to know.
+
+    PyTorch's fused kernels read both attributes: its GradScaler sets them to skip a step.
+    """
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = None, broken.float()
+    optimizer.step()
+
+
+def update_ratio(optimizer: AdamW) -> Tensor:
+    """Largest norm of a matrix's last update over its weights' norm, a scalar on the device.
+
+    About 1e-3 in a healthy training; 0.1 overwrites in a few steps what was learned.
+    """
+    group = optimizer.param_groups[0]
+    (beta1, beta2), epsilon = group["betas"], group["eps"]
+    ratios = []
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        first = state["exp_avg"] / (1 - beta1 ** state["step"])
+        second = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(epsilon)
+        ratios.append(group["lr"] * first.div_(second).norm() / parameter.detach().norm())
+    return torch.stack(ratios).max()

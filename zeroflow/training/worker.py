@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.training import events
-from zeroflow.training.job import LOGGED, WATCH_PARENT
+from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason
 
 _SAME_REQUEST_SECONDS = 1.0
 _TAKE_OVER_SECONDS = 60.0
@@ -64,6 +66,37 @@ def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
         ):
             work(job, stop)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        events.append(run_dir / events.EVENTS, {"event": "failed", "message": message})
+        failure = {"event": "failed", "message": _message(error), "reason": _reason(error)}
+        step = error.step if isinstance(error, Diverged) else None
+        events.append(run_dir / events.EVENTS, failure | {"step": step})
         raise
+
+
+class Diverged(FloatingPointError):
+    """Loss, gradient or update went wrong."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def _reason(error: Exception) -> FailureReason:
+    if isinstance(error, Diverged):
+        return "diverged"
+    # PyTorch's CPU allocator raises a plain RuntimeError
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return "out of memory" if out else "error"
+
+
+def _message(error: Exception) -> str:
+    expected = isinstance(error, Diverged | ValueError | OSError)
+    text = str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)
+    return text if expected else f"{type(error).__name__}: {text}"
+
+
+def make_deterministic() -> None:
+    """Have PyTorch use only kernels whose results are the same from run to run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no deterministic form

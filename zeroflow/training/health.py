@@ -1,0 +1,74 @@
+"""Signs that a training goes wrong while all its numbers are finite."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+_WINDOW = 50
+_ENOUGH = 10
+_SIGMAS = 6.0
+_NORMAL = 1.4826
+"""Median absolute deviations in a standard deviation of a normal distribution."""
+
+_LOSS_RISE = 0.3
+_NORM_FACTOR = 3.0
+_UPDATE_RATIO = 0.1
+_TOO_GOOD = 0.5
+
+
+class Reading(NamedTuple):
+    """What is known of a step once it has been logged."""
+
+    loss: float
+    grad_norm: float
+    update_ratio: float
+    """Largest norm of a matrix's update over the norm of its weights."""
+
+    first_epoch: bool
+    """Whether every row has come at most once until then."""
+
+
+class Monitor:
+    """Compares every logged step with those before it.
+
+    Loss and gradient norm alarm where they lie six robust standard deviations above the median of
+    a window, and clearly above it in absolute terms: a window that still holds the fast drop of the
+    beginning is blind, which is why the update ratio has a limit of its own. A loss that is too
+    good in the first epoch means that the targets leak into the inputs.
+    """
+
+    def __init__(self, *, entropy: float | None, earlier: Sequence[Reading] = ()) -> None:
+        """
+        Args:
+            entropy: nats per token that no model can go below, where that is known.
+            earlier: readings of the steps before, of a run that goes on.
+        """
+        self._floor = _TOO_GOOD if entropy is None else min(_TOO_GOOD, 0.9 * entropy)
+        self._window: deque[Reading] = deque(earlier, maxlen=_WINDOW)
+
+    def alarms(self, reading: Reading) -> list[str]:
+        """What is wrong with the step, in words; nothing for a healthy one."""
+        found = []
+        if len(self._window) >= _ENOUGH:
+            usual = [earlier.loss for earlier in self._window]
+            limit = max(_limit(usual), median(usual) + _LOSS_RISE)
+            if reading.loss > limit:
+                found.append(f"loss {reading.loss:.4f}, usual is up to {limit:.4f}")
+            usual = [earlier.grad_norm for earlier in self._window]
+            limit = max(_limit(usual), _NORM_FACTOR * median(usual))
+            if reading.grad_norm > limit:
+                found.append(f"gradient norm {reading.grad_norm:.3g}, usual is up to {limit:.3g}")
+        if len(self._window) >= _ENOUGH and reading.update_ratio > _UPDATE_RATIO:
+            found.append(f"an update of {reading.update_ratio:.0%} of a matrix's norm")
+        if reading.first_epoch and reading.loss < self._floor:
+            found.append(f"loss {reading.loss:.4f} is too good to be true: do targets leak?")
+        if math.isfinite(reading.loss):
+            self._window.append(reading)
+        return found
+
+
+def _limit(usual: Sequence[float]) -> float:
+    middle = median(usual)
+    return middle + _SIGMAS * _NORMAL * median(abs(value - middle) for value in usual)

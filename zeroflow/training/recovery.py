@@ -1,0 +1,178 @@
+"""What is done about a training that failed, and the ledger that says so.
+
+A failed training is started again with the job that follows from the run's `ledger.jsonl`: an
+entry for every failure that something could be done about. A retry, the same command in a shell
+and a retry by Prefect all read the same ledger, so that all go on in the same way.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from zeroflow.config import Config
+from zeroflow.data.batches import Skip
+from zeroflow.training import checkpoint, events, job
+from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
+
+log = logging.getLogger(__name__)
+
+LEDGER = "ledger.jsonl"
+MOST_RETRIES = 20
+"""Of one command. Each reason has a limit of its own, which is lower."""
+
+_IN_VAIN = 3
+_ROLLBACKS = 3
+_FIRST_WAIT_SECONDS = 2.0
+
+
+class Entry(Config):
+    """A failure and what was changed for the next start."""
+
+    time: float
+    process: int
+    """Of the flow that saw it."""
+
+    reason: FailureReason
+    step: NonNegativeInt
+    """Of the checkpoint that training goes on from; 0 for none."""
+
+    message: str
+    action: str
+    micro_batch_rows: PositiveInt | None = None
+    activation_checkpointing: bool = False
+    skip: Skip | None = None
+
+
+def read(run_dir: Path) -> list[Entry]:
+    """The ledger of a run, oldest first."""
+    return [Entry.model_validate(line) for line in events.read(run_dir / LEDGER)]
+
+
+def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
+    """The job with all that the ledger has changed about it.
+
+    The rows of every step stay the same: only how they are split into micro-batches changes, and
+    which windows of the data are left out.
+    """
+    training = planned.training
+    rows = training.micro_batch_rows * training.accumulate
+    for entry in ledger:
+        if entry.micro_batch_rows and entry.micro_batch_rows < training.micro_batch_rows:
+            fewer = _largest_divisor(rows, entry.micro_batch_rows)
+            training = training.replace(micro_batch_rows=fewer, accumulate=rows // fewer)
+        if entry.activation_checkpointing:
+            compute = training.compute.replace(activation_checkpointing="full")
+            training = training.replace(compute=compute)
+    skips = tuple(entry.skip for entry in ledger if entry.skip)
+    return planned.replace(training=training, skips=skips)
+
+
+def train(planned: TrainingJob, on_event: Callable[[events.Line], None]) -> TrainResult:
+    """Train as the ledger says; a failure that can be helped is noted there, for another call.
+
+    Raises:
+        TrainingFailed: `will_retry` says whether another call has a chance.
+        TrainingStopped: it was stopped from outside after writing a checkpoint.
+    """
+    ledger = read(planned.run_dir)
+    now = applied(planned, ledger)
+    _back_off(ledger)
+    try:
+        return job.train(now, on_event)
+    except TrainingFailed as failure:
+        entry = remedy(now, failure, ledger)
+        if entry is None:
+            failure.add_advice(_advice(now, failure))
+            raise
+        events.append(planned.run_dir / LEDGER, entry.model_dump(mode="json"))
+        log.warning("training failed (%s): %s", entry.reason, entry.message)
+        log.warning("%s", entry.action)
+        failure.will_retry = True
+        raise
+
+
+def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
+    """What to do about `failure` of the job `now`; None if nothing would help."""
+    newest = checkpoint.newest_step(now.checkpoints)
+    base = {
+        "time": time.time(),
+        "process": os.getpid(),
+        "reason": failure.reason,
+        "step": newest,
+        "message": str(failure).split("\n")[0],
+    }
+    goes_on = f"goes on from step {newest}"
+    match failure.reason:
+        case "killed" | "hang" if _in_vain(ledger, newest) + 1 < _IN_VAIN:
+            return Entry(**base, action=goes_on)
+        case "out of memory":
+            training = now.training
+            if training.micro_batch_rows > 1:
+                rows = training.micro_batch_rows * training.accumulate
+                fewer = _largest_divisor(rows, training.micro_batch_rows // 2)
+                action = (
+                    f"micro-batches of {fewer} rows instead of {training.micro_batch_rows}, "
+                    f"{rows // fewer} of them a step, the same rows in the same order; {goes_on}"
+                )
+                return Entry(**base, action=action, micro_batch_rows=fewer)
+            if training.compute.activation_checkpointing == "none":
+                action = f"activations are computed again instead of kept; {goes_on}"
+                return Entry(**base, action=action, activation_checkpointing=True)
+        case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
+            skip = Skip(step=newest, batches=max(1, failure.step - newest))
+            action = f"leaves out the data of steps {newest + 1} to {failure.step}; {goes_on}"
+            return Entry(**base, action=action, skip=skip)
+    return None
+
+
+def _advice(now: TrainingJob, failure: TrainingFailed) -> str:
+    match failure.reason:
+        case "out of memory":
+            state = 16 * now.model.parameters / 1e9
+            return (
+                "with micro-batches of one row and activations computed again nothing is left to "
+                f"save: weights, gradients and moments alone take {state:.1f} GB. Take a smaller "
+                "size, a lower --seq-len or a device with more memory"
+            )
+        case "diverged":
+            return (
+                f"{_ROLLBACKS} windows of data have been left out in vain: lower --learning-rate "
+                "or lengthen --warmup-steps, under another --run-name"
+            )
+        case "killed" | "hang":
+            return f"it was started {_IN_VAIN} times without getting to another checkpoint"
+    return ""
+
+
+def _in_vain(ledger: list[Entry], step: int) -> int:
+    """Starts by this process in a row that ended without a newer checkpoint."""
+    count = 0
+    for entry in reversed(ledger):
+        mine = entry.process == os.getpid() and entry.reason in ("killed", "hang")
+        if not mine or entry.step != step:
+            break
+        count += 1
+    return count
+
+
+def _rollbacks(ledger: list[Entry]) -> int:
+    return sum(entry.skip is not None for entry in ledger)
+
+
+def _back_off(ledger: list[Entry]) -> None:
+    """Wait where the failure may be of a machine that needs time."""
+    if not ledger:
+        return
+    times = _in_vain(ledger, ledger[-1].step)
+    if times:
+        seconds = _FIRST_WAIT_SECONDS * 4 ** (times - 1)
+        log.info("waiting %.0f s before the next start", seconds)
+        time.sleep(seconds)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
