@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import Flow, runtime
+from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -30,13 +30,12 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
-from prefect.flow_engine import run_flow
+from prefect.flows import Flow
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Pending, State
 from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
-from prefect.workers.process import ProcessWorker
 
 from zeroflow import run as runs
 from zeroflow.data.hub import HubError
@@ -105,6 +104,8 @@ def set_up(silence: timedelta = _SILENCE) -> None:
     Raises:
         RuntimeError: no server answers.
     """
+    from prefect.workers.process import ProcessWorker  # its import sets up logging
+
     if (url := _in_use()) is None:
         raise RuntimeError(
             f"no Prefect server answers on port {_USUAL_PORT}: start one with `prefect server "
@@ -135,6 +136,8 @@ def run_here(flow: RunFlow, config: RunConfig) -> Path:
     Returns:
         what the flow returns, even if the server has gone meanwhile; then with a warning.
     """
+    from prefect.flow_engine import run_flow  # its import sets up logging
+
     with get_client(sync_client=True) as client:
         flow_run = _new_flow_run(client, flow, config)
         with _cancelled_by_button(client, flow_run.id) as cancelled:
