@@ -91,7 +91,7 @@ def write_report(*parts: Any) -> Path:
     return path
 
 
-@flow(name="pretrain", persist_result=False)
+@flow(name=orchestration.FLOW, persist_result=False)
 def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
     """Raw text to a checked model; a run of the same name goes on where it stopped.
 
@@ -105,6 +105,7 @@ def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
 def _pretrain(asked: RunConfig) -> Path:
     settled = make_plan(asked)
     run = settled.run
+    orchestration.name_flow_run(asked, run)
     tokens = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)

@@ -3,13 +3,14 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,6 +19,9 @@ from rich.logging import RichHandler
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
 from zeroflow.run import DEFAULT_CACHE, RunConfig
+
+if TYPE_CHECKING:
+    from zeroflow.orchestration import RunFlow
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +89,7 @@ def complaint(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = None) -> int:
+def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     """The command of a flow: parse, have a Prefect server, run, and say how it ended."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,  # a misspelt flag is an error
@@ -117,13 +121,14 @@ def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = Non
         _require_writable(run.cache_dir)
         with orchestration.server() as address:
             log.info("Prefect UI: %s", address)
-            report = flow(run)
+            report = orchestration.run_here(flow, run)
         console.print(_ending(report, run.cache_dir), markup=False)
         return 0
     except (KeyboardInterrupt, _Terminated) as stop:
         console.print("stopped; the same command goes on from the newest checkpoint")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
+        error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
         return _fail(error, verbose=arguments.verbose)
 
 
@@ -137,14 +142,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a folder that plain transformers opens")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     data = commands.add_parser("data", help="show what a run's rows are made of")
+    setup = commands.add_parser(
+        "prefect-setup", help="give a Prefect server its work pool, and notice of killed runs"
+    )
     for command in (generate, export, data):
         command.add_argument("--run", required=True, help="name of the run")
         command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    for command in (generate, export, data, setup):
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
     try:
-        run = {"generate": _generate, "export": _export, "data": _data}[arguments.command]
+        run = {
+            "generate": _generate,
+            "export": _export,
+            "data": _data,
+            "prefect-setup": _prefect_setup,
+        }[arguments.command]
         run(arguments)
         return 0
     except KeyboardInterrupt:
@@ -187,6 +201,12 @@ def _data(arguments: argparse.Namespace) -> None:
     page = report.write_data(job.shards, job.tokenizer, job.run_dir)
     console.print(page.read_text(encoding="utf-8"), markup=False)
     console.print(f"{page}", markup=False)
+
+
+def _prefect_setup(arguments: argparse.Namespace) -> None:
+    from zeroflow import orchestration
+
+    orchestration.set_up()
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -250,7 +270,8 @@ def _ending(report: Path, cache: Path) -> str:
 def _fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
     if verbose:
         logging.getLogger("zeroflow").error("failed", exc_info=error)
-    sys.stderr.write(f"error: {complaint(error)}\n")
+    notes = getattr(error, "__notes__", [])
+    sys.stderr.write("\n".join([f"error: {complaint(error)}", *notes, ""]))
     return code
 
 

@@ -1,40 +1,65 @@
-"""What knows Prefect besides flows/: the server, log delivery, retry reasons, artifacts."""
+"""What knows Prefect besides flows/: the server, flow runs, log delivery, retry reasons, pages."""
 
 import base64
+import contextvars
+import copy
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
+from prefect.flows import Flow
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, State
+from prefect.states import Cancelled, Completed, Pending, State
 from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
 
+from zeroflow import run as runs
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
 from zeroflow.data.shards import RunParts, in_threads, outcome
-from zeroflow.run import BuildChoice
+from zeroflow.run import BuildChoice, RunConfig
 from zeroflow.training.job import TrainingFailed
 
 log = logging.getLogger(__name__)
 
+RunFlow = Flow[[RunConfig], Path]
+
+FLOW = "pretrain"
+WORK_POOL = "zeroflow"
+AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
+
 _USUAL_PORT = 4200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
+_POLL_SECONDS = 3.0
+
+# Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
+# live runs crashed.
+_SILENCE = timedelta(minutes=15)
 
 # The shell outlives its parent by no more than it takes to stop the server: the end of its input
 # is the end of the flow, however that came about.
@@ -57,16 +82,7 @@ def server() -> Iterator[str]:
     Raises:
         RuntimeError: the server named does not answer, or the one that was started.
     """
-    if url := PREFECT_API_URL.value():
-        if not _answers(url):
-            raise RuntimeError(
-                f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
-                "variable, and the run starts one of its own"
-            )
-        yield _ui(url)
-        return
-    url = f"http://127.0.0.1:{_USUAL_PORT}/api"
-    if _answers(url):
+    if url := _in_use():
         with temporary_settings({PREFECT_API_URL: url}):
             yield _ui(url)
         return
@@ -74,6 +90,98 @@ def server() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/api"
     with _started(port, url), temporary_settings({PREFECT_API_URL: url}):
         yield _ui(url)
+
+
+def set_up(silence: timedelta = _SILENCE) -> None:
+    """Have the server in use know what deployments and killed runs need; again changes nothing.
+
+    That is the work pool of prefect.yaml, and an automation that marks a run of the flow crashed
+    when its process is gone without a word, so that it can be retried.
+
+    Args:
+        silence: time without a heartbeat after which a process counts as gone. A server that was
+            away for as long takes live runs for crashed, until they end.
+
+    Raises:
+        RuntimeError: no server answers.
+    """
+    from prefect.workers.process import ProcessWorker  # its import sets up logging
+
+    if (url := _in_use()) is None:
+        raise RuntimeError(
+            f"no Prefect server answers on port {_USUAL_PORT}: start one with `prefect server "
+            "start`, or name one in PREFECT_API_URL"
+        )
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        template = ProcessWorker.get_default_base_job_template()
+        pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(pool)
+        automation = _crash_detection(silence)
+        if there := client.read_automations_by_name(AUTOMATION):
+            client.update_automation(there[0].id, automation)
+        else:
+            client.create_automation(automation)
+    minutes = silence / timedelta(minutes=1)
+    log.info("Prefect at %s has", _ui(url))
+    log.info("  work pool   %s", WORK_POOL)
+    log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+
+
+def run_here(flow: RunFlow, config: RunConfig) -> Path:
+    """Run `flow` in this process, such that Prefect's buttons work as for the run of a worker.
+
+    Its run is one of the deployment of the model's size, if there is one: then it can be retried.
+    When it is cancelled, this process gets SIGTERM, and another when the flow has ended.
+
+    Returns:
+        what the flow returns, even if the server has gone meanwhile; then with a warning.
+    """
+    from prefect.flow_engine import run_flow  # its import sets up logging
+
+    with get_client(sync_client=True) as client:
+        flow_run = _new_flow_run(client, flow, config)
+        with _cancelled_by_button(client, flow_run.id) as cancelled:
+            attempt = _Attempt(flow, cancelled)
+            try:
+                run_flow(attempt.flow, flow_run=flow_run, parameters={"run": config})
+            except Exception as error:
+                if cancelled.is_set():
+                    signal.raise_signal(signal.SIGTERM)
+                if error is not attempt.error:
+                    if attempt.result is None and attempt.error is None:
+                        raise
+                    log.warning("Prefect could not be told how the run ended: %s", error)
+            finally:
+                if cancelled.is_set():
+                    _mark_cancelled(client, flow_run.id)
+    if attempt.error:
+        if flow_run.deployment_id:
+            attempt.error.add_note("retry: the button on the flow run's page in Prefect")
+        raise attempt.error
+    assert attempt.result is not None
+    return attempt.result
+
+
+def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
+    """Name the flow run after `run`, and have its retry, wherever, go on with that.
+
+    Args:
+        asked: what the flow was given.
+        run: what that was settled to.
+    """
+    if not (flow_run_id := runtime.flow_run.id):
+        return
+    named = asked.model_copy(update={"run_name": run.run_name})
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(
+                UUID(flow_run_id),
+                name=f"{run.model.name} · {run.data.name} · {run.run_name}",
+                parameters=_parameters(named),
+            )
+    except Exception as error:  # the run is the same by any name
+        log.warning("the flow run could not be named in Prefect: %s", error)
 
 
 @contextmanager
@@ -179,6 +287,124 @@ def tags() -> dict[str, str]:
     """Tags that lead from another tool's record to this flow run."""
     flow_run_id = runtime.flow_run.id
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
+
+
+def _new_flow_run(client: SyncPrefectClient, flow: RunFlow, config: RunConfig) -> FlowRun:
+    """Pending, which no worker takes."""
+    parameters = _parameters(config)
+    try:
+        deployment = client.read_deployment_by_name(f"{flow.name}/{runs.size_of(config)}")
+    except ObjectNotFound:
+        return client.create_flow_run(flow, parameters=parameters, state=Pending())
+    return client.create_flow_run_from_deployment(
+        deployment.id, parameters=parameters, state=Pending()
+    )
+
+
+def _parameters(config: RunConfig) -> dict[str, Any]:
+    """Of a flow run, with what was given and nothing else: a default may be settled otherwise."""
+    return {"run": config.anywhere.model_dump(mode="json", exclude_unset=True)}
+
+
+class _Attempt:
+    """A flow that remembers how its own code ended, whatever becomes of the server."""
+
+    def __init__(self, flow: RunFlow, cancelled: threading.Event) -> None:
+        self.result: Path | None = None
+        self.error: Exception | None = None
+        self._cancelled = cancelled
+        self._function = flow.fn
+        body: Any = wraps(flow.fn)(lambda run: self._run(run))  # it may return a state, as well
+        self.flow = copy.copy(flow)
+        self.flow.fn = body
+
+    def _run(self, run: RunConfig) -> Path | State:
+        try:
+            self.result = self._function(run)
+        except TerminationSignal:
+            if not self._cancelled.is_set():
+                raise
+            return Cancelled(message="Stopped, as was asked for in Prefect.")
+        except Exception as error:
+            self.error = error
+            raise
+        return self.result
+
+
+@contextmanager
+def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterator[threading.Event]:
+    """Send this process SIGTERM once the flow run is being cancelled; that sets the event.
+
+    Prefect signals the processes of its workers only.
+    """
+    cancelled, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            with suppress(Exception):  # the server is away
+                state = client.read_flow_run(flow_run_id).state
+                if state and (state.is_cancelling() or state.is_cancelled()):
+                    cancelled.set()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(watch,), daemon=True).start()
+    try:
+        yield cancelled
+    finally:
+        ended.set()
+
+
+def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Also where the signal came outside of the flow's own code, which Prefect calls a crash."""
+    try:
+        state = client.read_flow_run(flow_run_id).state
+        if state is None or not (state.is_cancelled() or state.is_completed()):
+            client.set_flow_run_state(flow_run_id, Cancelled(), force=True)
+    except Exception as error:
+        log.warning("Prefect could not be told that the run was cancelled: %s", error)
+
+
+def _crash_detection(silence: timedelta) -> AutomationCore:
+    heartbeat = "prefect.flow-run.heartbeat"
+    ends = ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut")
+    return AutomationCore(
+        name=AUTOMATION,
+        description="Made by `zeroflow prefect-setup`.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": FLOW},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            after={heartbeat},
+            expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ends)},
+            within=silence,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message="Its process sent no heartbeat any more: killed, or its machine stopped.",
+            )
+        ],
+    )
+
+
+def _in_use() -> str | None:
+    """API of the server at PREFECT_API_URL, else of one on this machine.
+
+    Raises:
+        RuntimeError: the server named does not answer.
+    """
+    if url := PREFECT_API_URL.value():
+        if not _answers(url):
+            raise RuntimeError(
+                f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
+                "variable, and a run starts one of its own"
+            )
+        return url
+    url = f"http://127.0.0.1:{_USUAL_PORT}/api"
+    return url if _answers(url) else None
 
 
 def _ui(api_url: str) -> str:

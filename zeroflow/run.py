@@ -241,6 +241,15 @@ class RunConfig(Config):
         return self.cache_dir / "runs" / self.run_name
 
     @property
+    def anywhere(self) -> Self:
+        """With paths that mean the same from every working directory; else as it was given."""
+        changes: dict[str, Any] = {"cache_dir": self.cache_dir.absolute()}
+        if self.data.data_path:
+            paths = tuple(str(Path(p).expanduser().absolute()) for p in self.data.data_path)
+            changes["data"] = self.data.model_copy(update={"data_path": paths})
+        return self.model_copy(update=changes)
+
+    @property
     def fell_back(self) -> bool:
         """Whether synthetic data stands in for FineWeb-Edu."""
         return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
@@ -421,6 +430,11 @@ def load(cache: Path, name: str) -> RunConfig:
         there = sorted(p.parent.name for p in (cache / "runs").glob(f"*/{RUN_FILE}"))
         raise ValueError(f"no run {name} in {cache}/runs; there are: {', '.join(there) or 'none'}")
     return RunConfig.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
+
+
+def size_of(asked: RunConfig) -> str:
+    """Name of the model's size, which is that of the run of this name if there is one."""
+    return (_recorded(asked) or asked).model.name
 
 
 def _known(value: T | None) -> T:
