@@ -1,6 +1,7 @@
 """The command line, made from the settings classes, and the `zeroflow` command."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -137,15 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a folder that plain transformers opens")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     data = commands.add_parser("data", help="show what a run's rows are made of")
-    for command in (generate, export, data):
+    documents = commands.add_parser("documents", help="list the documents that a step trains on")
+    documents.add_argument("--step", type=int, required=True, help="as logged, from 1", metavar="N")
+    documents.add_argument("--json", action="store_true", help="an object a line, for programs")
+    for command in (generate, export, data, documents):
         command.add_argument("--run", required=True, help="name of the run")
         command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
     try:
-        run = {"generate": _generate, "export": _export, "data": _data}[arguments.command]
-        run(arguments)
+        _COMMANDS[arguments.command](arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -187,6 +190,39 @@ def _data(arguments: argparse.Namespace) -> None:
     page = report.write_data(job.shards, job.tokenizer, job.run_dir)
     console.print(page.read_text(encoding="utf-8"), markup=False)
     console.print(f"{page}", markup=False)
+
+
+def _documents(arguments: argparse.Namespace) -> None:
+    from zeroflow import results
+
+    pieces = results.documents(arguments.cache_dir, arguments.run, arguments.step)
+    if arguments.json:
+        lines = [json.dumps(piece._asdict(), ensure_ascii=False) for piece in pieces]
+    else:
+        shown = [
+            piece._replace(url=_shortened(piece.url), words=_shortened(piece.words))
+            for piece in pieces
+        ]
+        lines = _table(type(pieces[0])._fields, shown)
+    console.print("\n".join(lines), markup=False)
+
+
+_COMMANDS = {"generate": _generate, "export": _export, "data": _data, "documents": _documents}
+_WIDTH = 60
+"""Of a text in a table, at most."""
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a table as wide as its contents; numbers to the right."""
+    cells = [list(names), *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [">" if isinstance(value, int) else "<" for value in rows[0]]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
+    return [form.format(*line).rstrip() for line in cells]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 def _load(arguments: argparse.Namespace) -> Any:
