@@ -16,8 +16,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.logging import RichHandler
 
+from zeroflow import proof
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
+from zeroflow.proof import ProofRun
 from zeroflow.run import DEFAULT_CACHE, RunConfig
 
 log = logging.getLogger(__name__)
@@ -128,8 +130,14 @@ def run_flow(flow: Callable[[RunConfig], Path], argv: Sequence[str] | None = Non
         return _fail(error, verbose=arguments.verbose)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `zeroflow` command."""
+def main(
+    argv: Sequence[str] | None = None, *, prove: Callable[[ProofRun], Path] = proof.prove
+) -> int:
+    """The `zeroflow` command.
+
+    Args:
+        prove: what `prove-resume` calls.
+    """
     parser = argparse.ArgumentParser(prog="zeroflow", description="Use what a run has made.")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="print text that a run's model makes")
@@ -144,11 +152,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (generate, export, data, documents):
         command.add_argument("--run", required=True, help="name of the run")
         command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    proving = commands.add_parser(
+        "prove-resume",
+        allow_abbrev=False,  # a misspelt flag is an error
+        help="train undisturbed and killed, and compare every bit",
+        description="Train twice, once killed again and again, and compare every bit. What is not "
+        "given is small: a minute or two on a CPU.",
+    )
+    add_settings(proving, ProofRun, "proof")
+    for command in (generate, export, data, documents, proving):
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
     try:
-        _COMMANDS[arguments.command](arguments)
+        if arguments.command == "prove-resume":
+            asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
+            _require_writable(asked.run.cache_dir)
+            page = prove(asked)
+            console.print(page.read_text(encoding="utf-8"), f"{page}", sep="\n", markup=False)
+        else:
+            _COMMANDS[arguments.command](arguments)
         return 0
     except KeyboardInterrupt:
         return 130
