@@ -1,5 +1,6 @@
 """A text and its tokenizer, a Prefect server, and the flow with a cache of its own."""
 
+import logging
 import os
 import random
 import subprocess
@@ -75,3 +76,13 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
 @pytest.fixture
 def flow(tmp_path: Path, base_environment: dict[str, str], prefect_api: str) -> Flow:
     return Flow(tmp_path / "cache", base_environment | {"PREFECT_API_URL": prefect_api})
+
+
+@pytest.fixture
+def console() -> Iterator[None]:
+    """Put the package's logger back as it was."""
+    logger = logging.getLogger("zeroflow")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])

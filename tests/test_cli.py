@@ -1,5 +1,4 @@
 import argparse
-import logging
 from pathlib import Path
 
 import pytest
@@ -185,16 +184,6 @@ def test_help_tells_every_setting_and_its_default(capsys):
     for setting in cli.settings(RunConfig):
         assert setting.flag in text
     assert "Default: 0.95." in text
-
-
-@pytest.fixture
-def console():
-    """Put the package's logger back as it was."""
-    logger = logging.getLogger("zeroflow")
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 @pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])

@@ -20,6 +20,7 @@ LAYERS = [
     {"checks", "progress", "pictures"},
     {"run"},
     {"report", "results", "orchestration"},
+    {"proof"},
     {"cli"},
     {"flows"},
 ]

@@ -1,6 +1,7 @@
 """The command line, made from the settings classes, and the `zeroflow` command."""
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -16,8 +17,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.logging import RichHandler
 
+from zeroflow import proof
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
+from zeroflow.proof import ProofRun
 from zeroflow.run import DEFAULT_CACHE, RunConfig
 
 if TYPE_CHECKING:
@@ -132,8 +135,14 @@ def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
         return _fail(error, verbose=arguments.verbose)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `zeroflow` command."""
+def main(
+    argv: Sequence[str] | None = None, *, prove: Callable[[ProofRun], Path] = proof.prove
+) -> int:
+    """The `zeroflow` command.
+
+    Args:
+        prove: what `prove-resume` calls.
+    """
     parser = argparse.ArgumentParser(prog="zeroflow", description="Use what a run has made.")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="print text that a run's model makes")
@@ -142,24 +151,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a folder that plain transformers opens")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     data = commands.add_parser("data", help="show what a run's rows are made of")
+    documents = commands.add_parser("documents", help="list the documents that a step trains on")
+    documents.add_argument("--step", type=int, required=True, help="as logged, from 1", metavar="N")
+    documents.add_argument("--json", action="store_true", help="an object a line, for programs")
+    for command in (generate, export, data, documents):
+        command.add_argument("--run", required=True, help="name of the run")
+        command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    proving = commands.add_parser(
+        "prove-resume",
+        allow_abbrev=False,  # a misspelt flag is an error
+        help="train undisturbed and killed, and compare every bit",
+        description="Train twice, once killed again and again, and compare every bit. What is not "
+        "given is small: a minute or two on a CPU.",
+    )
+    add_settings(proving, ProofRun, "proof")
     setup = commands.add_parser(
         "prefect-setup", help="give a Prefect server its work pool, and notice of killed runs"
     )
-    for command in (generate, export, data):
-        command.add_argument("--run", required=True, help="name of the run")
-        command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
-    for command in (generate, export, data, setup):
+    for command in (generate, export, data, documents, proving, setup):
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
     try:
-        run = {
-            "generate": _generate,
-            "export": _export,
-            "data": _data,
-            "prefect-setup": _prefect_setup,
-        }[arguments.command]
-        run(arguments)
+        if arguments.command == "prove-resume":
+            asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
+            _require_writable(asked.run.cache_dir)
+            page = prove(asked)
+            console.print(page.read_text(encoding="utf-8"), f"{page}", sep="\n", markup=False)
+        else:
+            _COMMANDS[arguments.command](arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -207,6 +227,45 @@ def _prefect_setup(arguments: argparse.Namespace) -> None:
     from zeroflow import orchestration
 
     orchestration.set_up()
+
+
+def _documents(arguments: argparse.Namespace) -> None:
+    from zeroflow import results
+
+    pieces = results.documents(arguments.cache_dir, arguments.run, arguments.step)
+    if arguments.json:
+        lines = [json.dumps(piece._asdict(), ensure_ascii=False) for piece in pieces]
+    else:
+        shown = [
+            piece._replace(url=_shortened(piece.url), words=_shortened(piece.words))
+            for piece in pieces
+        ]
+        lines = _table(type(pieces[0])._fields, shown)
+    console.print("\n".join(lines), markup=False)
+
+
+_COMMANDS = {
+    "generate": _generate,
+    "export": _export,
+    "data": _data,
+    "documents": _documents,
+    "prefect-setup": _prefect_setup,
+}
+_WIDTH = 60
+"""Of a text in a table, at most."""
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a table as wide as its contents; numbers to the right."""
+    cells = [list(names), *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [">" if isinstance(value, int) else "<" for value in rows[0]]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
+    return [form.format(*line).rstrip() for line in cells]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 def _load(arguments: argparse.Namespace) -> Any:

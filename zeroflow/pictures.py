@@ -25,6 +25,27 @@ def loss_curve(lines: list[Line], path: Path, *, title: str, entropy: float | No
     return _save(figure, path)
 
 
+def resume_curves(
+    undisturbed: list[Line], killed: list[Line], path: Path, *, kills: list[int]
+) -> Path:
+    """Training and validation loss of two trainings; `kills` are the steps that one was killed at.
+
+    The one that was killed is dashed over the other, which shows where they part.
+    """
+    figure, axes = _figure("a training that was killed over one that was not", "step", "loss")
+    for lines, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
+        for quantity, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
+            points = [(line["step"], line[quantity]) for line in lines if quantity in line]
+            dark = "black" if style == "--" else colour
+            axes.plot(
+                *zip(*points, strict=True), color=dark, linestyle=style, label=f"{quantity} {name}"
+            )
+    for number, step in enumerate(kills):
+        axes.axvline(step, color=_GREY, linestyle=":", label=None if number else "kill")
+    axes.legend()
+    return _save(figure, path)
+
+
 def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
     """Loss of the overfit check against its steps."""
     figure, axes = _figure("overfit check: one batch by heart", "step", "loss (nats per token)")

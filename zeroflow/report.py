@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,9 @@ def write_data(shards: ShardSet, tokens: TokenizerFiles, folder: Path) -> Path:
 def with_pictures(page: Path) -> str:
     """A markdown page with its pictures inside, for readers who cannot reach the files."""
     text = page.read_text(encoding="utf-8")
-    for name in (_LOSS_CURVE, OVERFIT_CURVE, _LENGTHS):
-        if f"]({name})" in text:
-            data = base64.b64encode((page.parent / name).read_bytes()).decode()
-            text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
+    for name in set(re.findall(r"\]\(([\w.-]+\.png)\)", text)):
+        data = base64.b64encode((page.parent / name).read_bytes()).decode()
+        text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
     return text
 
 

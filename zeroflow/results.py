@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow import artifacts, run, tracking
+from zeroflow.data import lookup
+from zeroflow.data.batches import Batches
+from zeroflow.data.lookup import Piece
+from zeroflow.data.shards import Rows
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import Llama
 from zeroflow.run import DEFAULT_CACHE
-from zeroflow.training import checkpoint
+from zeroflow.training import checkpoint, events
 from zeroflow.training.job import CHECKPOINTS, JOB, TrainingJob
 
 
@@ -54,6 +58,38 @@ def job(cache: Path, name: str) -> TrainingJob:
         tokens = tokens.replace(path=cache / "tokenizers" / tokens.path.name)
     rows = found.shards.replace(path=cache / "shards" / found.shards.path.name)
     return found.replace(run_dir=settings.run_dir, tokenizer=tokens, shards=rows)
+
+
+def documents(cache: Path, name: str, step: int) -> list[Piece]:
+    """The documents that optimiser step `step` (from 1, as logged) of run `name` trains on.
+
+    Raises:
+        ValueError: there is no such run, or it has no such step.
+    """
+    found = job(cache, name)
+    config = found.training
+    if not 1 <= step <= config.steps:
+        raise ValueError(f"run {name} has no step {step}: its steps are 1 to {config.steps}")
+    shards = found.shards.replace(parts=_parts_read(found, step))
+    batches = Batches(
+        Rows(shards, "train"),
+        end_of_text=shards.end_of_text,
+        seed=config.seed,
+        micro_batch_rows=config.micro_batch_rows,
+        accumulate=config.accumulate,
+        skips=found.skips,
+    )
+    return lookup.pieces(shards, found.tokenizer, batches.row_ids(step - 1).flatten())
+
+
+def _parts_read(job: TrainingJob, step: int) -> int:
+    """Parts of the shards that the process read which did `step`: a run that is extended has more.
+
+    The last one to begin before the step, as what others did of it was not kept.
+    """
+    history = events.read(job.run_dir / events.EVENTS)
+    read = [e["parts"] for e in history if e["event"] == "started" and e["step"] < step]
+    return read[-1] if read else job.shards.parts
 
 
 def summary(report_file: Path, cache: Path) -> str:

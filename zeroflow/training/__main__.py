@@ -193,7 +193,9 @@ class Session:
         self.val_loss: tuple[int, float] | None = None
         """Step and loss of the last validation."""
 
-        self.recorder.event("started", step=self.state.step, steps=job.training.steps)
+        self.recorder.event(
+            "started", step=self.state.step, steps=job.training.steps, parts=job.shards.parts
+        )
         self.watch = Stopwatch()
 
     @property

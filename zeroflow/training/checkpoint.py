@@ -7,6 +7,7 @@ an error. It appears under its name when all of it is on the disk.
 """
 
 import errno
+import hashlib
 import logging
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import PositiveInt
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zeroflow import artifacts
 from zeroflow.config import Config
@@ -256,6 +258,17 @@ def load_model(path: Path) -> Llama:
     model = model.to_empty(device="cpu")
     _read({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, path)
     return model.eval()
+
+
+def digests(path: Path) -> dict[str, str]:
+    """The sha256 of the bytes of every tensor in a checkpoint, by name."""
+    found = {}
+    for name, stored in sorted(FileSystemReader(path).read_metadata().state_dict_metadata.items()):
+        assert isinstance(stored, TensorStorageMetadata), name
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        _read({name: tensor}, path)
+        found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return found
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:

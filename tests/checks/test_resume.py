@@ -1,0 +1,174 @@
+"""The proof of resume finds what is not the same, and only that."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from zeroflow import artifacts, cli
+from zeroflow.checks import resume
+from zeroflow.checks.resume import Kill, Proof, ProofConfig
+from zeroflow.training import checkpoint, events
+from zeroflow.training.checkpoint import Retention, Saver
+from zeroflow.training.job import JOB, RESULT, TrainingJob, TrainResult, launch
+from zeroflow.training.loop import new_state
+
+STEPS = 24
+FLAGS = ["--run-name=proof", "--device=cpu", f"--max-steps={STEPS}", "--checkpoint-every=4"]
+FLAGS += ["--validate-every=5", "--validation-tokens=128", "--seq-len=32", "--sample-tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """The exit code of a proof whose training forgets its random numbers, and its directory."""
+    cache = tmp_path_factory.mktemp("forgetful")
+
+    def train(job: TrainingJob, on_event) -> TrainResult:
+        artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
+        launch("forgetful", job.run_dir / JOB, job.run_dir, on_event)
+        return TrainResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "train", train)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        code = cli.main(["prove-resume", f"--cache-dir={cache}", "--kills=3", *FLAGS])
+    return code, cache / "runs" / "proof"
+
+
+def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forgetful, console):
+    code, folder = forgetful
+    proof = Proof.model_validate(artifacts.read_json(folder / "proof.json"))
+    assert code == 1 and not proof.passed
+    started = [e["step"] for e in history(folder) if e["event"] == "started"]
+    resumed = [step for step in started if step]
+    assert resumed, "a training that begins anew forgets nothing"
+    assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
+    undisturbed, killed = (logged(folder / name) for name in ("undisturbed", "killed"))
+    first = next(s for s in range(1, STEPS + 1) if undisturbed[s]["loss"] != killed[s]["loss"])
+    assert first == proof.difference.step
+    assert proof.difference.killed == float(killed[first]["loss"]).hex()
+    assert "random-number generator" in proof.reason and "**FAILED**" in page(folder)
+    assert len(set(proof.sha256.values())) == 2
+
+
+def test_kills_are_told_as_they_were(forgetful):
+    _, folder = forgetful
+    proof = Proof.model_validate(artifacts.read_json(folder / "proof.json"))
+    started = [e["step"] for e in history(folder) if e["event"] == "started"]
+    # what was killed while starting up has no line of its own
+    assert started[-1] == proof.kills[-1].resumed_at
+    assert set(started) <= {0, *(kill.resumed_at for kill in proof.kills)}
+    assert sum(e["event"] == "done" for e in history(folder)) == 1
+    assert not any(e["event"] in ("failed", "stopped") for e in history(folder))
+
+
+def test_moments_are_of_all_phases_and_spread_over_the_steps(forgetful):
+    _, folder = forgetful
+    lines = events.read(folder / "undisturbed" / events.EVENTS)
+    intervals = resume._intervals(lines, 3.0)
+    assert {interval.phase for interval in intervals} == set(resume.PHASES)
+    assert sum(interval.phase == "training" for interval in intervals) >= STEPS - 6
+    for seed in range(20):
+        config = ProofConfig(kills=4, kill_seed=seed)
+        moments = resume._moments(intervals, config, last=STEPS)
+        assert moments == resume._moments(intervals, config, last=STEPS)
+        assert sorted(moment.phase for moment in moments) == sorted(resume.PHASES)
+        steps = [moment.step for moment in moments if moment.phase != "start-up"]
+        assert steps == sorted(set(steps)), "one after the other"
+        assert min(steps) < STEPS / 2 <= max(steps) < STEPS
+
+
+@pytest.fixture
+def twins(forgetful, tmp_path) -> tuple[TrainingJob, TrainingJob]:
+    """A finished training, twice."""
+    source = forgetful[1] / "undisturbed"
+    for name in ("undisturbed", "killed"):
+        shutil.copytree(source, tmp_path / name)
+    job = TrainingJob.model_validate(artifacts.read_json(source / JOB))
+    return tuple(job.replace(run_dir=tmp_path / name) for name in ("undisturbed", "killed"))
+
+
+KILLS = [Kill(aimed_at="training", moment="after step 7", step=7, resumed_at=4)]
+
+
+def judged(twins: tuple[TrainingJob, TrainingJob]) -> Proof:
+    return resume.compare(*twins, KILLS, 1)
+
+
+def test_equal_trainings_pass_unless_none_was_killed(twins):
+    proof = judged(twins)
+    assert proof.passed and proof.difference is None
+    # 24 losses and gradient norms; validations at 0, 5, 10, 15, 20, 24
+    assert proof.numbers == 2 * STEPS + 6
+    unharmed = resume.compare(*twins, [], 1)
+    assert not unharmed.passed and "before it could be killed" in unharmed.reason
+
+
+@pytest.mark.parametrize("quantity", ["loss", "grad_norm", "val_loss"])
+@pytest.mark.parametrize("step", [5, 20])
+def test_last_bit_of_one_number_is_caught(twins, quantity, step):
+    lines = events.read(twins[1].run_dir / events.METRICS)
+    [line] = [m for m in lines if m["step"] == step and quantity in m]
+    line[quantity] = math.nextafter(line[quantity], math.inf)
+    rewrite(twins[1], lines)
+    proof = judged(twins)
+    assert not proof.passed
+    assert (proof.difference.step, proof.difference.quantity) == (step, quantity)
+    assert proof.difference.killed == line[quantity].hex() != proof.difference.undisturbed
+
+
+def test_line_that_is_missing_or_comes_twice_is_caught(twins):
+    lines = events.read(twins[1].run_dir / events.METRICS)
+    place = next(i for i, line in enumerate(lines) if line["step"] == 9)
+    rewrite(twins[1], lines[:place] + lines[place + 1 :])
+    assert "step 9 is the first that differs: loss" in judged(twins).reason
+    assert judged(twins).difference.killed == ""
+    rewrite(twins[1], [*lines, lines[place]])
+    assert " and 0x" in judged(twins).difference.killed
+
+
+def test_difference_before_any_resume_is_blamed_on_the_device(twins):
+    lines = events.read(twins[1].run_dir / events.METRICS)
+    for line in lines:
+        if "loss" in line and line["step"] >= 4:
+            line["loss"] += 1e-6
+    rewrite(twins[1], lines)
+    assert "even undisturbed" in judged(twins).reason
+
+
+def test_last_bit_of_one_moment_is_caught_by_name(twins):
+    job = twins[1]
+    state = new_state(job.model, job.training)
+    saved = checkpoint.latest(job.checkpoints)
+    checkpoint.load(state, saved, tokenizer=job.tokenizer.fingerprint)
+    moment = state.optimizer.state[state.model.model.norm.weight]["exp_avg"]
+    moment.view(torch.int32)[3] ^= 1
+    shutil.rmtree(saved)
+    saver = Saver(job.checkpoints, Retention(keep=2), tokenizer=job.tokenizer.fingerprint)
+    saver.save(state)
+    saver.wait()
+    proof = judged(twins)
+    assert not proof.passed
+    assert proof.difference.step == STEPS
+    assert proof.difference.quantity == "optimizer.model.norm.weight.exp_avg"
+
+
+def history(folder: Path) -> list[events.Line]:
+    return events.read(folder / "killed" / events.EVENTS)
+
+
+def page(folder: Path) -> str:
+    return (folder / "proof.md").read_text(encoding="utf-8")
+
+
+def logged(run_dir: Path) -> dict[int, events.Line]:
+    return {line["step"]: line for line in events.read(run_dir / events.METRICS) if "loss" in line}
+
+
+def rewrite(job: TrainingJob, lines: list[events.Line]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (job.run_dir / events.METRICS).write_text(text, encoding="utf-8")

@@ -1,0 +1,116 @@
+"""What is found out about a run from its directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zeroflow import artifacts, cli, results
+from zeroflow import run as runs
+from zeroflow.data import corpus, shards, tokenizer
+from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.shards import Rows
+from zeroflow.model import build
+from zeroflow.run import RunConfig
+from zeroflow.training import events
+from zeroflow.training.job import JOB, TrainingJob
+
+TRAINING = {"seq_len": 32, "batch_size": 2, "grad_accum_steps": 2, "validation_tokens": 32}
+
+
+def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
+    """A run that is about to be trained."""
+    asked = RunConfig(
+        run_name="mine",
+        cache_dir=cache,
+        device="cpu",
+        data=text.corpus.model_dump(),
+        tokenizer={"tokenizer_name": "train", "vocab_size": 400},
+        training=TRAINING | {"max_steps": steps},
+    )
+    settled = runs.settle(asked)
+    run = settled.run
+    tokens = tokenizer.fetch(run.tokenizer, run.data, cache)
+    rows = shards.build(run.shard_config, run.data, tokens, cache)
+    model = build.build(run.model.shape, tokens.vocab_size, run.run_dir)
+    job = runs.training_job(settled, model, rows, tokens, tags={})
+    artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
+    return job
+
+
+def begin(job: TrainingJob, step: int) -> None:
+    """Note that a process began to train at `step`."""
+    started = {"event": "started", "step": step, "parts": job.shards.parts}
+    events.append(job.run_dir / events.EVENTS, started)
+
+
+def trained_on(job: TrainingJob, step: int) -> list[int]:
+    """Rows whose tokens training reads for `step`, from 1."""
+    batches = Batches(
+        Rows(job.shards, "train"),
+        end_of_text=job.shards.end_of_text,
+        seed=0,
+        micro_batch_rows=2,
+        accumulate=2,
+        skips=job.skips,
+    )
+    ids = batches.row_ids(step - 1).flatten()
+    inputs = [row for batch in batches.micro_batches(step - 1) for row in batch.inputs.tolist()]
+    assert inputs == Rows(job.shards, "train")[ids][:, :-1].tolist()
+    return ids.tolist()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+
+
+def test_documents_of_a_step_are_those_of_its_batch(text, tmp_path, small_parts):
+    job = prepared(text, tmp_path, steps=6)
+    begin(job, 0)
+    for step in (1, 2, 6):
+        pieces = results.documents(tmp_path, "mine", step)
+        assert list(dict.fromkeys(piece.row for piece in pieces)) == trained_on(job, step)
+
+
+def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
+    prepared(text, tmp_path, steps=6)
+    of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=2"]
+    capsys.readouterr()
+    assert cli.main(of_run) == 0
+    pieces, table = results.documents(tmp_path, "mine", 2), capsys.readouterr().out.splitlines()
+    assert table[0].split() == list(pieces[0]._fields)
+    assert len(table) == 1 + len(pieces)
+    assert table[1].split()[:4] == [*map(str, pieces[0][:3]), pieces[0].document]
+    assert cli.main([*of_run, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [piece._asdict() for piece in pieces]
+
+
+def test_windows_that_a_run_left_out_are_left_out(text, tmp_path):
+    job = prepared(text, tmp_path, steps=6)
+    unskipped = [trained_on(job, step) for step in range(1, 7)]
+    job = job.replace(skips=(Skip(step=2, batches=2),))
+    artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
+    for step, read_at in ((2, 2), (3, 5), (4, 6)):
+        rows = [piece.row for piece in results.documents(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(rows)) == trained_on(job, step) == unskipped[read_at - 1]
+
+
+@pytest.mark.parametrize("step", [0, 7, -1])
+def test_step_that_a_run_does_not_have_is_refused(text, tmp_path, step):
+    prepared(text, tmp_path, steps=6)
+    with pytest.raises(ValueError, match=f"no step {step}: its steps are 1 to 6"):
+        results.documents(tmp_path, "mine", step)
+
+
+def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path, small_parts):
+    short = prepared(text, tmp_path, steps=6)
+    begin(short, 0)
+    longer = prepared(text, tmp_path, steps=100)
+    begin(longer, 4)
+    assert longer.shards.parts > short.shards.parts
+    for step, job in ((4, short), (5, longer), (100, longer)):
+        rows = [piece.row for piece in results.documents(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(rows)) == trained_on(job, step)
+    assert trained_on(short, 4) != trained_on(longer, 4), "so it matters"

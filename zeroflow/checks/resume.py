@@ -1,0 +1,408 @@
+"""Proof that a training which is killed again and again ends with the bits of an undisturbed one.
+
+The same job is trained twice, each time in a directory of its own: once in peace, and once while
+its rank is killed with SIGKILL at random moments, going on from the newest checkpoint each time.
+Every logged number and every tensor of the last checkpoint has to be the same.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from random import Random
+from typing import Literal, NamedTuple, get_args
+
+import psutil
+from pydantic import NonNegativeInt, PositiveInt
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.training import checkpoint, events
+from zeroflow.training.job import JOB, TrainingFailed, TrainingJob, train
+
+log = logging.getLogger(__name__)
+
+UNDISTURBED, KILLED = "undisturbed", "killed"
+"""The directories of the two trainings, in that of the run."""
+
+Phase = Literal["start-up", "training", "saving", "validation"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_QUANTITIES = ("loss", "grad_norm", "val_loss")
+_POLL_SECONDS = 0.001
+
+
+class ProofConfig(Config):
+    """How the resume is tried."""
+
+    kills: PositiveInt = 5
+    """Times that the training is killed with SIGKILL."""
+
+    kill_seed: NonNegativeInt = 0
+    """Of the moments at which it is killed."""
+
+
+class Kill(Config):
+    """A SIGKILL that the training got."""
+
+    aimed_at: Phase
+    moment: str
+    """What was going on, by what had been logged and written."""
+
+    step: NonNegativeInt
+    """Last step that had been logged."""
+
+    resumed_at: NonNegativeInt
+    """Step from which the training went on, 0 for the beginning."""
+
+
+class Difference(Config):
+    """The first thing that is not the same, as it is in either training; "" if it is missing."""
+
+    step: int
+    quantity: str
+    """A number that is logged, or a tensor of the last checkpoint."""
+
+    undisturbed: str
+    killed: str
+
+
+class Proof(Config):
+    """What came out, and how hard it was tried."""
+
+    passed: bool
+    reason: str
+    difference: Difference | None
+    kills: tuple[Kill, ...]
+    kills_asked: int
+    steps: int
+    numbers: int
+    """Losses, gradient norms and validation losses that were compared, as float.hex."""
+
+    tensors: int
+    """Tensors of weights, optimiser and random state whose sha256 were compared."""
+
+    sha256: dict[str, str]
+    """Over the sha256 of all tensors, of either training."""
+
+
+class ResumeInexact(RuntimeError):
+    """The training that was killed did not end as the undisturbed one."""
+
+
+class _Interval(NamedTuple):
+    """What happens between two lines of events.jsonl."""
+
+    phase: Phase
+    step: int
+    after: str
+    """What it begins with: the line of this kind at this step."""
+
+    seconds: float
+
+
+def prove(
+    job: TrainingJob,
+    config: ProofConfig,
+    on_event: Callable[[events.Line], None] = lambda event: None,
+) -> Proof:
+    """Train `job` undisturbed and killed, in directories below its own, and compare.
+
+    What an earlier proof has left there is removed.
+
+    Args:
+        on_event: called with every new line of either events.jsonl.
+
+    Raises:
+        ValueError: a loss is not logged at every step, or there are too few steps.
+        TrainingFailed: by itself, not by being killed; or another proof is at work there.
+    """
+    if job.cadence.log != 1:
+        raise ValueError(
+            f"a proof compares every step, and losses are logged every {job.cadence.log}: use "
+            "--log-interval 1"
+        )
+    if config.kills >= job.training.steps:
+        raise ValueError(
+            f"{config.kills} kills need more than {job.training.steps} steps: raise --max-steps "
+            "or lower --kills"
+        )
+    undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
+    with _alone(job.run_dir):
+        for side in (undisturbed, killed):
+            shutil.rmtree(side.run_dir, ignore_errors=True)
+            side.run_dir.mkdir(parents=True)
+        log.info("training undisturbed: %s", undisturbed.run_dir)
+        start_up = _train_undisturbed(undisturbed, on_event)
+        lines = events.read(undisturbed.run_dir / events.EVENTS)
+        moments = _moments(_intervals(lines, start_up), config, last=job.training.steps)
+        kills = _train_killed(killed, moments, Random(config.kill_seed), on_event)
+        return compare(undisturbed, killed, kills, config.kills)
+
+
+def _side(job: TrainingJob, name: str) -> TrainingJob:
+    tracking = job.tracking.replace(run_name=f"{job.tracking.run_name}-{name}")
+    return job.replace(run_dir=job.run_dir / name, tracking=tracking)
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(artifacts.exclusive(run_dir / "proof", timeout_seconds=0))
+        except TimeoutError as error:
+            raise TrainingFailed(
+                f"another proof is at work on {run_dir.name}: wait for its end, or use another "
+                "--run-name"
+            ) from error
+        yield
+
+
+def _train_undisturbed(job: TrainingJob, on_event: Callable[[events.Line], None]) -> float:
+    """Seconds that the rank took to start."""
+    start_up = 0.0
+
+    def follow(line: events.Line) -> None:
+        nonlocal start_up
+        if line["event"] == "started" and (rank := _rank(job)):
+            start_up = line["time"] - rank.create_time()
+        on_event(line)
+
+    train(job, follow)
+    return start_up
+
+
+def _train_killed(
+    job: TrainingJob,
+    moments: list[_Interval],
+    random: Random,
+    on_event: Callable[[events.Line], None],
+) -> list[Kill]:
+    """Train to the end, killed at a random point of each of `moments`; the kills that came in time.
+
+    Raises:
+        TrainingFailed: before it was killed.
+    """
+    kills: list[Kill] = []
+    for moment in moments:
+        tail, seconds = _tail(job), random.uniform(0, moment.seconds)
+        with _killer(job, moment, seconds) as struck:
+            try:
+                train(job, on_event)
+                break  # it ended before the moment came
+            except TrainingFailed:
+                if not struck.is_set():
+                    raise
+        newest = checkpoint.latest(job.checkpoints)
+        kill = Kill(
+            aimed_at=moment.phase,
+            moment=_seen(job, tail.new_lines()),
+            step=max((step for step, _ in _numbers(job)), default=0),
+            resumed_at=checkpoint.step_of(newest) if newest else 0,
+        )
+        log.info("kill %d of %d: %s", len(kills) + 1, len(moments), kill.moment)
+        kills.append(kill)
+    else:
+        train(job, on_event)
+    return kills
+
+
+@contextmanager
+def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[threading.Event]:
+    """Kills the rank of `job` so many seconds after `moment` has begun; set once that is done."""
+    struck, over = threading.Event(), threading.Event()
+    tail = _tail(job)
+
+    def begun() -> bool:
+        if moment.phase == "start-up":
+            return _rank(job) is not None
+        return any(_reaches(line, moment) for line in tail.new_lines())
+
+    def kill() -> None:
+        while not begun():
+            if over.wait(_POLL_SECONDS):
+                return
+        if not over.wait(seconds) and (rank := _rank(job)):
+            rank.kill()
+            struck.set()
+
+    thread = threading.Thread(target=kill, name="killer", daemon=True)
+    thread.start()
+    try:
+        yield struck
+    finally:
+        over.set()
+        thread.join()
+
+
+def _tail(job: TrainingJob) -> events.Tail:
+    """The history of what comes from now on."""
+    history = job.run_dir / events.EVENTS
+    return events.Tail(history, events.size(history))
+
+
+def _rank(job: TrainingJob) -> psutil.Process | None:
+    """The process that trains `job`, not torchrun above it."""
+    file = str(job.run_dir / JOB)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if file in command and "torch.distributed.run" not in command:
+            return process
+    return None
+
+
+def _kind(line: events.Line) -> str | None:
+    """Which of the lines it is that mark a moment of a training."""
+    if line["event"] == "metrics":
+        return "val_loss" if "val_loss" in line else "loss"
+    return line["event"] if line["event"] in ("started", "saved") else None
+
+
+def _reaches(line: events.Line, moment: _Interval) -> bool:
+    """Whether the moment begins with `line`, or began in what a checkpoint made unnecessary."""
+    kind = _kind(line)
+    if kind is None or line["step"] < moment.step:
+        return False
+    return line["step"] > moment.step or kind in (moment.after, "started")
+
+
+def _intervals(lines: list[events.Line], start_up_seconds: float) -> list[_Interval]:
+    """What an undisturbed training did, and for how long."""
+    intervals = [_Interval("start-up", 0, "", start_up_seconds)]
+    marked = [line for line in lines if _kind(line)]
+    phases: dict[str, Phase] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
+    for number, line in enumerate(marked):
+        phase = phases.get(str(_kind(line)))
+        if phase is None:
+            continue
+        before = marked[number - 1]
+        if phase == "saving":  # aside, while other steps are done
+            before = next(m for m in reversed(marked[:number]) if m["step"] == line["step"])
+        seconds = max(0.0, line["time"] - before["time"])
+        intervals.append(_Interval(phase, before["step"], str(_kind(before)), seconds))
+    return intervals
+
+
+def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> list[_Interval]:
+    """One moment for each kill: all phases by turns, spread over the steps before the `last`.
+
+    Each is chosen in a stretch of the training of its own, so that none lies in what is done.
+    """
+    random = Random(config.kill_seed)
+    turns = (phase for _ in itertools.count() for phase in random.sample(PHASES, len(PHASES)))
+    chosen = []
+    for number, phase in enumerate(itertools.islice(turns, config.kills)):
+        if phase == "start-up":
+            chosen.append(intervals[0])
+            continue
+        begin, end = ((last - 1) * n / config.kills for n in (number, number + 1))
+        ahead = [i for i in intervals[1:] if begin <= i.step < last]
+        here = [i for i in ahead if i.step < end]
+        of_phase = [i for i in here if i.phase == phase] or [i for i in ahead if i.phase == phase]
+        chosen.append(random.choice(of_phase or here or ahead))
+    return chosen
+
+
+def _seen(job: TrainingJob, lines: list[events.Line]) -> str:
+    """What was going on when a process was killed, by the lines and files that it left."""
+    marked = [line for line in lines if _kind(line)]
+    if not marked:
+        return "while starting up"
+    if partial := next(job.checkpoints.glob(".step-*.partial"), None):
+        step = int("".join(filter(str.isdigit, partial.name)))
+        return f"with the checkpoint of step {step} half written"
+    done = {
+        "started": "having started at step {}",
+        "loss": "after step {}",
+        "val_loss": "after the validation of step {}",
+        "saved": "after the checkpoint of step {}",
+    }
+    return done[str(_kind(marked[-1]))].format(marked[-1]["step"])
+
+
+_Found = dict[tuple[int, str], str]
+"""What was found of every quantity of every step."""
+
+
+def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], asked: int) -> Proof:
+    """Judge two finished trainings of one job, of which the second got `kills` of those `asked`."""
+    numbers, numbers_killed = _numbers(undisturbed), _numbers(killed)
+    tensors, tensors_killed = _tensors(undisturbed), _tensors(killed)
+    difference = _first_difference(numbers, numbers_killed) or _first_difference(
+        tensors, tensors_killed
+    )
+    if difference:
+        reason = _explanation(difference, kills)
+    elif not kills:
+        reason = "the training ended before it could be killed: raise --max-steps"
+    else:
+        reason = f"killed {len(kills)} times, the training ended with the same bits"
+    return Proof(
+        passed=not difference and bool(kills),
+        reason=reason,
+        difference=difference,
+        kills=tuple(kills),
+        kills_asked=asked,
+        steps=undisturbed.training.steps,
+        numbers=len(numbers),
+        tensors=len(tensors),
+        sha256={UNDISTURBED: _sha256(tensors), KILLED: _sha256(tensors_killed)},
+    )
+
+
+def _numbers(job: TrainingJob) -> _Found:
+    """Every number that was logged, to the bit."""
+    found: _Found = {}
+    for line in events.read(job.run_dir / events.METRICS):
+        for quantity in _QUANTITIES:
+            if quantity in line:
+                key, value = (line["step"], quantity), float(line[quantity]).hex()
+                # A line that comes twice is a difference
+                found[key] = f"{found[key]} and {value}" if key in found else value
+    return found
+
+
+def _tensors(job: TrainingJob) -> _Found:
+    """The sha256 of every tensor of the last checkpoint."""
+    newest = checkpoint.latest(job.checkpoints)
+    assert newest is not None, "the last step is always saved"
+    step = checkpoint.step_of(newest)
+    return {(step, name): digest for name, digest in checkpoint.digests(newest).items()}
+
+
+def _first_difference(undisturbed: _Found, killed: _Found) -> Difference | None:
+    for key in sorted({**undisturbed, **killed}, key=lambda key: key[0]):
+        ours, theirs = undisturbed.get(key, ""), killed.get(key, "")
+        if ours != theirs:
+            return Difference(step=key[0], quantity=key[1], undisturbed=ours, killed=theirs)
+    return None
+
+
+def _explanation(difference: Difference, kills: list[Kill]) -> str:
+    ours, theirs = (value or "missing" for value in (difference.undisturbed, difference.killed))
+    found = (
+        f"step {difference.step} is the first that differs: {difference.quantity} {ours} "
+        f"undisturbed, {theirs} killed"
+    )
+    resumed = [kill.resumed_at for kill in kills if kill.resumed_at]
+    if difference.step <= min(resumed, default=difference.step):
+        return (
+            f"{found}. No checkpoint had been gone on from before it: the same steps give other "
+            "results each time here, even undisturbed"
+        )
+    return (
+        f"{found}. Something that training changes is in no checkpoint, such as the state of a "
+        "random-number generator"
+    )
+
+
+def _sha256(found: _Found) -> str:
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
