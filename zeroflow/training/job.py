@@ -101,6 +101,10 @@ class TrainingFailed(RuntimeError):
     """A training process ended by an error, or was ended."""
 
 
+class RunIsBusy(TrainingFailed):
+    """Another process has launched one for this run and is there still."""
+
+
 class TrainingStopped(RuntimeError):
     """A training process was asked to stop, and did so in order."""
 
@@ -144,7 +148,8 @@ def launch(
     stop and waited for; if this process dies, the child notices and stops by itself.
 
     Raises:
-        TrainingFailed: another process has launched one for this run and is there still.
+        RunIsBusy: another process has launched one for this run and is there still.
+        TrainingFailed: with the process's own reason, or its last output.
     """
     with _only_launch(run_dir):
         _launch(module, job_file, run_dir, on_event)
@@ -156,7 +161,7 @@ def _only_launch(run_dir: Path) -> Iterator[None]:
         try:
             held.enter_context(artifacts.exclusive(run_dir / "launch", timeout_seconds=0))
         except TimeoutError as error:
-            raise TrainingFailed(
+            raise RunIsBusy(
                 f"another process is at work on run {run_dir.name}: wait for its end, or use "
                 "another --run-name"
             ) from error
