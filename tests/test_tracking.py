@@ -270,6 +270,20 @@ def test_points_whose_answer_was_lost_are_there_once(config, run_dir):
     assert len(history(config, run_dir, "loss/val_by_tokens")) == 1199
 
 
+def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir):
+    from mlflow.exceptions import MlflowException
+
+    run = tracking._Run(config, run_dir)
+    away = config.replace(uri=f"http://127.0.0.1:{free_port()}", folder=None)
+    with pytest.raises(MlflowException, match="refused"):
+        tracking._existing(client(away), run.run_id)
+    assert tracking._Run(config, run_dir).run_id == run.run_id
+    client(config).delete_run(run.run_id)
+    record(run_dir, range(1, 4))
+    assert finish(config, run_dir, succeeded=True) != run.run_id
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+
+
 def test_training_that_was_killed_is_delivered_for_and_ends_as_failed(config, run_dir):
     record(run_dir, range(1, 4))
     tracking._Run(config, run_dir).begin()
