@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from zeroflow import cli, orchestration, pictures, report
+from zeroflow import cli, orchestration, pictures, report, tracking
 from zeroflow import run as runs
 from zeroflow.checks import overfit
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
@@ -21,6 +21,7 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
 from zeroflow.progress import TrainingProgress
 from zeroflow.run import RunConfig
+from zeroflow.training import events
 from zeroflow.training import job as jobs
 from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -67,8 +68,14 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
 def train_model(job: TrainingJob) -> State:
     if before := jobs.finished(job):
         return orchestration.completed(before, reused=True)
-    with TrainingProgress() as progress:
-        return orchestration.completed(recovery.train(job, progress), reused=False)
+    try:
+        with TrainingProgress() as progress:
+            return orchestration.completed(recovery.train(job, progress), reused=False)
+    except jobs.RunIsBusy:
+        raise
+    except jobs.TrainingFailed:
+        tracking.abandon(job.tracking, job.run_dir, events.read(job.run_dir / events.METRICS))
+        raise
 
 
 @task(name="overfit check", **UNCACHED)

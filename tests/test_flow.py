@@ -58,8 +58,8 @@ def test_metrics_have_the_promised_fields_at_the_promised_steps(sample: tuple[Fl
     lines = flow.metrics("first")
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [1, 4, 8, 12]
-    fields = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
-    assert all(fields <= set(line) for line in trained)
+    fields = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time"}
+    assert all(fields | {"peak_memory_mib"} <= set(line) for line in trained)
     assert all(line["tokens"] == line["step"] * 4 * 32 for line in lines)
     validations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validations] == [0, 6, 12]
@@ -90,7 +90,9 @@ def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str
     by_tokens = client.get_metric_history(run.info.run_id, "loss/train_by_tokens")
     assert [point.step for point in by_tokens] == [128 * step for step in logged]
     wanted = {"loss/val", "loss/val_bpb", "optim/learning_rate", "optim/grad_norm"}
-    assert wanted | {"perf/tokens_per_second", "overfit/loss"} <= set(run.data.metrics)
+    assert wanted | {"perf/tokens_per_second", "perf/peak_memory_mib", "overfit/loss"} <= set(
+        run.data.metrics
+    )
     assert "perf/mfu" not in run.data.metrics, "the peak of a CPU is not known"
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"report.md", "loss.png", "overfit.png", "run.json", "data.md"} <= files

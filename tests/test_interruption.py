@@ -4,11 +4,13 @@ import signal
 import time
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 import torch
 from pipeline import SMALL_SHAPE, Flow, processes_of
 
+from zeroflow import tracking
 from zeroflow.training import checkpoint, recovery
 
 STEPS = 600
@@ -32,6 +34,7 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_one(
     output = flow.run("--run-name=run", *RUN)
     assert "resumed at step" in output
     assert_same_end(flow, undisturbed)
+    assert_one_mlflow_run_has_every_line_once(flow)
 
 
 def kill_the_training_and_then_the_flow(flow: Flow) -> None:
@@ -78,6 +81,27 @@ def assert_same_end(flow: Flow, other: Flow) -> None:
     assert lines == expected, "every logged number, each once"
     report = ("val_loss", "overfit", "train_loss", "sample")
     assert {k: flow.report("run")[k] for k in report} == {k: other.report("run")[k] for k in report}
+
+
+def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
+
+
+def mlflow_run(flow: Flow) -> mlflow.entities.Run:
+    facts = tracking.run_facts(flow.folder("run"))
+    assert facts is not None
+    return mlflow_client(flow).get_run(facts["run_id"])
+
+
+def assert_one_mlflow_run_has_every_line_once(flow: Flow) -> None:
+    client, run = mlflow_client(flow), mlflow_run(flow)
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    assert run.info.status == "FINISHED"
+    curves = {"loss/train": "loss", "loss/val": "val_loss", "optim/grad_norm": "grad_norm"}
+    for key, field in curves.items():
+        lines = [(line["step"], line[field]) for line in flow.metrics("run") if field in line]
+        points = client.get_metric_history(run.info.run_id, key)
+        assert sorted((point.step, point.value) for point in points) == lines, key
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

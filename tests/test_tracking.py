@@ -1,14 +1,33 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
+from pipeline import free_port
 
 from zeroflow import tracking
-from zeroflow.tracking import Tracker, TrackingConfig
+from zeroflow.tracking import LEDGER, Tracker, TrackingConfig
+from zeroflow.training import events
+
+BEGAN = 1_700_000_000.0
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """Wait for as long as a busy machine needs, and no longer than it must."""
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 300.0)
     monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
 @pytest.fixture
@@ -32,35 +51,150 @@ def run_dir(tmp_path):
     return folder
 
 
+class Server:
+    """A real MLflow server that can die and come back at its port."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.uri = f"http://127.0.0.1:{free_port()}"
+        self._environment = environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        port = self.uri.rpartition(":")[2]
+        self._command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        self._command += ["--host", "127.0.0.1", "--port", port]
+        self._command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_for(self._answers)
+
+    def kill(self) -> None:
+        """With its workers, as by a power cut."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                return True
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def server(tmp_path, base_environment) -> Iterator[Server]:
+    server = Server(tmp_path, base_environment)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited in vain")
+
+
+def line(step: int, **figures: float | None) -> dict[str, Any]:
+    """Of metrics.jsonl; a step that is trained again has another time and the same loss."""
+    again = {"step": step, "tokens": 128 * step, "loss": 5.0 - step / 10, "time": BEGAN + step}
+    return again | figures
+
+
+def record(run_dir: Path, steps: range, **figures: float | None) -> None:
+    for step in steps:
+        events.append(run_dir / events.METRICS, line(step, **figures))
+
+
+def follow(config: TrackingConfig, run_dir: Path) -> Tracker:
+    return Tracker(config, run_dir, events.Tail(run_dir / events.METRICS).new_lines)
+
+
+def finish(config: TrackingConfig, run_dir: Path, *, succeeded: bool, files=()) -> str | None:
+    return tracking.finish(
+        config,
+        run_dir,
+        events.read(run_dir / events.METRICS),
+        files=list(files),
+        step=5,
+        metrics={"overfit/steps": 9},
+        series={"overfit/loss": [3.0, 2.0, 1.0]},
+        succeeded=succeeded,
+    )
+
+
 def client(config: TrackingConfig):
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(config.uri)
 
 
-def history(config: TrackingConfig, run_id: str, key: str) -> list[tuple[int, float]]:
-    points = client(config).get_metric_history(run_id, key)
-    return sorted((point.step, point.value) for point in points)
+def the_run(config: TrackingConfig, run_dir: Path):
+    facts = tracking.run_facts(run_dir)
+    assert facts is not None
+    return client(config).get_run(facts["run_id"])
 
 
-def test_resumed_run_is_one_run_with_every_step_once(patient, config, run_dir, tmp_path):
-    tracker = Tracker(config, run_dir)
-    for step in (1, 2, 3):
-        tracker.log(step, {"loss/train": 5.0 - step, "perf/mfu": None})
-    tracker.close("KILLED")
+def history(config: TrackingConfig, run_dir: Path, key: str) -> list[tuple[int, float]]:
+    """Step and value of every point, in the order of their times."""
+    run = the_run(config, run_dir)
+    points = client(config).get_metric_history(run.info.run_id, key)
+    return [(point.step, point.value) for point in points]
+
+
+def arrived(config: TrackingConfig, run_dir: Path) -> int:
+    return len(history(config, run_dir, "loss/train")) if tracking.run_facts(run_dir) else 0
+
+
+def losses(*steps: int) -> list[tuple[int, float]]:
+    return [(step, 5.0 - step / 10) for step in steps]
+
+
+@contextmanager
+def no_connection_of_this_thread() -> Iterator[None]:
+    here, connect = threading.current_thread(), socket.socket.connect
+
+    def watched(self: socket.socket, address: Any) -> None:
+        assert threading.current_thread() is not here, f"waits for {address}"
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", watched)
+        yield
+
+
+def test_resumed_run_is_one_run_with_every_step_once(config, run_dir, tmp_path):
+    metrics = run_dir / events.METRICS
+    record(run_dir, range(1, 4), mfu=None)
+    follow(config, run_dir).close("KILLED")
     first = tracking.run_facts(run_dir)
-    assert client(config).get_run(first["run_id"]).info.status == "KILLED"
+    assert the_run(config, run_dir).info.status == "KILLED"
 
-    tracker = Tracker(config, run_dir)
-    for step in (2, 3, 4, 5):  # the killed process was ahead of its checkpoint
-        tracker.log(step, {"loss/train": 5.0 - step, "loss/val": float(step)})
+    # the killed process was ahead of its checkpoint, and its steps come again later
+    events.keep(metrics, lambda line: line["step"] <= 1)
+    tracker = follow(config, run_dir)
+    wait_for(lambda: the_run(config, run_dir).info.status == "RUNNING")
+    record(run_dir, range(2, 6), time=BEGAN + 100, val_loss=2.0)
     tracker.close("FINISHED")
 
     assert tracking.run_facts(run_dir) == first
-    run = client(config).get_run(first["run_id"])
-    expected = [(step, 5.0 - step) for step in (1, 2, 3, 4, 5)]
-    assert history(config, first["run_id"], "loss/train") == expected
-    assert history(config, first["run_id"], "loss/val") == [(s, float(s)) for s in (2, 3, 4, 5)]
+    run = the_run(config, run_dir)
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3, 4, 5)
+    by_tokens = [(128 * step, loss) for step, loss in losses(1, 2, 3, 4, 5)]
+    assert history(config, run_dir, "loss/train_by_tokens") == by_tokens
+    assert history(config, run_dir, "loss/val") == [(step, 2.0) for step in (2, 3, 4, 5)]
     assert "perf/mfu" not in run.data.metrics
     assert run.info.status == "FINISHED" and run.info.run_name == "mine"
     assert run.data.params["seed"] == "7" and run.data.tags["size"] == "tiny"
@@ -72,39 +206,110 @@ def test_resumed_run_is_one_run_with_every_step_once(patient, config, run_dir, t
     # the end of the run, told twice as by a flow that runs again
     attached = tmp_path / "report.md"
     attached.write_text("# report")
+    recovery = {"time": BEGAN, "reason": "out of memory", "step": 3, "action": "halved"}
     for _ in range(2):
-        done = tracking.finish(
-            config,
-            run_dir,
-            files=[attached],
-            step=5,
-            metrics={"overfit/steps": 9},
-            series={"overfit/loss": [3.0, 2.0, 1.0]},
-            succeeded=False,
-        )
-        assert done == first["run_id"]
-    assert history(config, done, "overfit/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert history(config, done, "overfit/steps") == [(5, 9.0)]
-    assert client(config).get_run(done).info.status == "FAILED"
-    assert [file.path for file in client(config).list_artifacts(done)] == ["report.md"]
+        events.append(run_dir / LEDGER, recovery)
+        done = finish(config, run_dir, succeeded=False, files=[attached])
+        assert done == run.info.run_id
+    assert sorted(history(config, run_dir, "overfit/loss")) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert history(config, run_dir, "overfit/steps") == [(5, 9.0)]
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3, 4, 5)
+    assert the_run(config, run_dir).info.status == "FAILED"
+    assert the_run(config, run_dir).data.tags["recoveries"] == "2"
+    files = [file.path for file in client(config).list_artifacts(done)]
+    assert sorted(files) == [LEDGER, "report.md"]
     assert (config.folder / "artifacts").exists()
 
 
-def test_store_that_cannot_be_written_is_a_warning_only(patient, config, run_dir, caplog):
+def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, server, caplog):
+    """One run goes on while the server is away, another ends."""
+    caplog.set_level("INFO", logger="zeroflow.tracking")
+    remote = config.replace(uri=server.uri, folder=None)
+    ended = run_dir.with_name("ended")
+    ended.mkdir()
+    server.start()
+    going, ending = follow(remote, run_dir), follow(remote, ended)
+    record(run_dir, range(1, 4))
+    record(ended, range(1, 3))
+    wait_for(lambda: arrived(remote, run_dir) == 3 and arrived(remote, ended) == 2)
+
+    server.kill()
+    caplog.clear()  # two runs that begin at once may disturb each other, and try again
+    with no_connection_of_this_thread():
+        record(run_dir, range(4, 8))
+        record(ended, range(3, 6))
+    wait_for(lambda: sum("will try again" in message for message in caplog.messages) == 2)
+    with no_connection_of_this_thread():
+        ending.close("FINISHED")
+        late = follow(remote, ended)
+        late.close("FINISHED")
+    assert sum("did not take the last metrics" in message for message in caplog.messages) == 2
+    assert finish(remote, ended, succeeded=True) is None
+
+    server.start()
+    wait_for(lambda: any("is back and has all" in message for message in caplog.messages))
+    assert history(remote, run_dir, "loss/train") == losses(*range(1, 8)), "during the run"
+    record(run_dir, range(8, 10))
+    going.close("FINISHED")
+    assert history(remote, run_dir, "loss/train") == losses(*range(1, 10))
+    assert the_run(remote, run_dir).info.status == "FINISHED"
+
+    assert the_run(remote, ended).info.status == "RUNNING", "as nobody could tell it"
+    assert finish(remote, ended, succeeded=True) == the_run(remote, ended).info.run_id
+    assert history(remote, ended, "loss/train") == losses(*range(1, 6)), "by the next finish"
+    assert the_run(remote, ended).info.status == "FINISHED"
+
+
+def test_points_whose_answer_was_lost_are_there_once(config, run_dir):
+    """Two writers that both believe nothing has arrived."""
+    first, second = (tracking._Run(config, run_dir) for _ in range(2))
+    lines = [line(step, val_loss=1.0) for step in range(1, 1200)]  # several batches
+    first.send(tracking.points(lines[:700]))
+    second.send(tracking.points(lines))
+    assert history(config, run_dir, "loss/train") == losses(*range(1, 1200))
+    assert len(history(config, run_dir, "loss/val_by_tokens")) == 1199
+
+
+def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir):
+    from mlflow.exceptions import MlflowException
+
+    run = tracking._Run(config, run_dir)
+    away = config.replace(uri=f"http://127.0.0.1:{free_port()}", folder=None)
+    with pytest.raises(MlflowException, match="refused"):
+        tracking._existing(client(away), run.run_id)
+    assert tracking._Run(config, run_dir).run_id == run.run_id
+    client(config).delete_run(run.run_id)
+    record(run_dir, range(1, 4))
+    assert finish(config, run_dir, succeeded=True) != run.run_id
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+
+
+def test_training_that_was_killed_is_delivered_for_and_ends_as_failed(config, run_dir):
+    record(run_dir, range(1, 4))
+    tracking._Run(config, run_dir).begin()
+    assert the_run(config, run_dir).info.status == "RUNNING"
+    tracking.abandon(config, run_dir, events.read(run_dir / events.METRICS))
+    assert the_run(config, run_dir).info.status == "FAILED"
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+
+
+def test_store_that_cannot_be_written_is_a_warning_only(config, run_dir, caplog):
     blocked = run_dir / "a file"
     blocked.write_text("where a folder should be")
     dead = config.replace(uri=f"sqlite:///{blocked}/mlflow.db", folder=blocked / "mlflow")
+    record(run_dir, range(1, 2))
     with caplog.at_level("WARNING", logger="zeroflow.tracking"):
-        tracker = Tracker(dead, run_dir)
-        tracker.log(1, {"loss/train": 1.0})
-        tracker.close("FINISHED")
-        finished = tracking.finish(
-            dead, run_dir, files=[], step=1, metrics={}, series={}, succeeded=True
-        )
+        follow(dead, run_dir).close("FINISHED")
+        finished = finish(dead, run_dir, succeeded=True)
+        tracking.abandon(dead, run_dir, [line(1)])
     assert finished is None
-    assert any("failed, will try again" in message for message in caplog.messages)
-    assert any("could not be added to MLflow" in message for message in caplog.messages)
+    for words in ("failed, will try again", "did not take the last", "could not be added", "know"):
+        assert any(words in message for message in caplog.messages), words
     assert tracking.run_facts(run_dir) is None
+
+    # and the same command, once it can be written
+    assert finish(config, run_dir, succeeded=True) is not None
+    assert history(config, run_dir, "loss/train") == losses(1)
 
 
 def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):

@@ -138,6 +138,7 @@ def write(job: TrainingJob, proof: Proof) -> Path:
     tracking.finish(
         job.tracking,
         folder,
+        [],  # what was trained is in runs of its own
         files=[page, picture, folder / PROOF],
         step=proof.steps,
         metrics={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},

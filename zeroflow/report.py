@@ -40,8 +40,9 @@ def write(
         the path of report.json
     """
     folder = run.run_dir
+    lines = events.read(folder / events.METRICS)
     loss_picture = pictures.loss_curve(
-        events.read(folder / events.METRICS),
+        lines,
         folder / _LOSS_CURVE,
         title=f"{run.run_name}: {job.model.parameters / 1e6:.1f}M parameters",
         entropy=shards.entropy,
@@ -55,6 +56,7 @@ def write(
     report["mlflow_run_id"] = tracking.finish(
         job.tracking,
         folder,
+        lines,
         files=[
             *(markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"),
             *(folder / DATA, folder / _LENGTHS),

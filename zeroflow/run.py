@@ -26,7 +26,7 @@ from zeroflow.model.llama import ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.planning import Device, duration
 from zeroflow.tracking import TrackingConfig
-from zeroflow.training import checkpoint, recovery
+from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.job import CHECKPOINTS, Cadence, TrainingJob
 from zeroflow.training.loop import ComputeConfig, Precision, TrainingConfig
@@ -390,7 +390,7 @@ def settle(asked: RunConfig) -> Settled:
                 "the former setting"
             )
         # Nothing has been trained: the run begins anew, so that a remedy can be tried
-        for of_before in (ASKED_FILE, recovery.LEDGER):
+        for of_before in (ASKED_FILE, tracking.LEDGER):
             (recorded.run_dir / of_before).unlink(missing_ok=True)
         tracking.forget(recorded.run_dir)
         recorded, merged = None, asked.replace(model=asked.model.settled)

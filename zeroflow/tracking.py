@@ -2,15 +2,18 @@
 
 The only importer of mlflow. By default runs are written straight to SQLite under
 `<cache>/mlflow/`; an MLflow server is only the viewer.
+
+What is delivered is read from the run's metrics.jsonl, and only what lies after the last step that
+MLflow has of a curve is sent. So whatever MLflow missed, it has after the next delivery that
+succeeds: later in the training, at its end, with the report, or when the same command runs again.
 """
 
 import logging
 import os
-import queue
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +24,15 @@ from zeroflow.config import Config
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "zeroflow"
+LEDGER = "ledger.jsonl"
+"""In the run directory: a line for each recovery from a failure, where there was one."""
+
+Line = dict[str, Any]
+"""Of metrics.jsonl."""
 
 _RUN_FILE = "mlflow.json"
-_FLUSH_SECONDS = 2.0
+_FLUSH_SECONDS = 5.0
+_RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
 _BATCH_METRICS = 1000  # the most that MLflow takes at once
 _CHARTS = "runs?compareRunsMode=CHART&workflowType=machine_learning"
@@ -47,6 +56,32 @@ class Point(NamedTuple):
     key: str
     value: float
     step: int
+    time: float
+
+
+# Curves and the fields of metrics.jsonl that they draw
+_BY_STEP = {
+    "loss/train": "loss",
+    "loss/val": "val_loss",
+    "loss/val_bpb": "val_bpb",
+    "optim/learning_rate": "lr",
+    "optim/grad_norm": "grad_norm",
+    "optim/update_ratio": "update_ratio",
+    "optim/skipped_updates": "skipped_updates",
+    "perf/tokens_per_second": "tokens_per_second",
+    "perf/mfu": "mfu",
+    "perf/peak_memory_mib": "peak_memory_mib",
+}
+_BY_TOKENS = {"loss/train_by_tokens": "loss", "loss/val_by_tokens": "val_loss"}
+
+
+def points(lines: Iterable[Line]) -> Iterator[Point]:
+    """What MLflow shows of `lines`, in their order; a figure that is None or absent is no point."""
+    for line in lines:
+        for x, curves in (("step", _BY_STEP), ("tokens", _BY_TOKENS)):
+            for key, field in curves.items():
+                if (value := line.get(field)) is not None:
+                    yield Point(key, value, line[x], line["time"])
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
@@ -89,90 +124,71 @@ def forget(run_dir: Path) -> None:
 
 
 class Tracker:
-    """Delivers metrics to MLflow from a thread of its own.
+    """Follows a run's metrics.jsonl and delivers to MLflow, in a thread of its own.
 
-    Whatever happens to MLflow, training goes on: points are kept and sent again, and those that
-    cannot be delivered by the end are still in metrics.jsonl. Points a run has already are left
-    out, so that a resumed run has none twice.
+    Whatever happens to MLflow, training goes on and waits only at its end, for a moment.
+
+    Args:
+        new_lines: returns the lines that were added since it was called last.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: Path) -> None:
-        self._config, self._run_dir = config, run_dir
-        self._points: queue.SimpleQueue[Point] = queue.SimpleQueue()
+    def __init__(
+        self, config: TrackingConfig, run_dir: Path, new_lines: Callable[[], list[Line]]
+    ) -> None:
+        self._config, self._run_dir, self._new_lines = config, run_dir, new_lines
         self._closing = threading.Event()
         self._status = "KILLED"
-        self._warned = False
+        self._delivered = False
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
-
-    def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Queue `metrics` at `step`; None values are left out."""
-        for key, value in metrics.items():
-            if value is not None:
-                self._points.put(Point(key, value, step))
 
     def close(self, status: str) -> None:
         """Send what is left and end the run as FINISHED, FAILED or KILLED."""
         self._status = status
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
-        if self._thread.is_alive():
-            log.warning("MLflow did not take the last metrics; they are in %s", self._run_dir)
+        if not self._delivered:
+            log.warning(
+                "MLflow at %s did not take the last metrics; they are kept in %s, and delivered "
+                "with the report or when the same command runs again",
+                self._config.uri,
+                self._run_dir,
+            )
 
     def _deliver(self) -> None:
-        waiting: list[Point] = []
-        session: _Session | None = None
+        waiting: list[Line] = []
+        run: _Run | None = None
+        failing = False
         while True:
-            closing = self._closing.wait(_FLUSH_SECONDS)
-            while not self._points.empty():
-                waiting.append(self._points.get())
+            closing = self._closing.wait(_RETRY_SECONDS if failing else _FLUSH_SECONDS)
             try:
-                session = session or _Session(self._config, self._run_dir)
-                while waiting:
-                    session.send(waiting[:_BATCH_METRICS])
-                    del waiting[:_BATCH_METRICS]
+                waiting += self._new_lines()
+                if run is None:
+                    run = _Run(self._config, self._run_dir)
+                    run.begin()
+                run.send(points(waiting))
+                waiting.clear()
                 if closing:
-                    session.end(self._status)
+                    run.end(self._status)
+                    self._delivered = True
+                else:
+                    run.measure_machine()
+                if failing:
+                    log.info("MLflow at %s is back and has all metrics", self._config.uri)
+                failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
-                if not self._warned:
+                run = None  # only a run opened anew knows what has arrived
+                if not failing:
                     log.warning("MLflow at %s failed, will try again: %s", self._config.uri, error)
-                self._warned = True
+                failing = True
             if closing:
                 return
-
-
-class _Session:
-    """An open MLflow run, in the thread that made it."""
-
-    def __init__(self, config: TrackingConfig, run_dir: Path) -> None:
-        import mlflow  # takes seconds, which the training does not wait for
-
-        self._client, self._run_id = _open(config, run_dir)
-        known = self._client.get_run(self._run_id).data.metrics
-        logged = {key for key in known if not key.startswith("system/")}
-        self._last_step = _last_steps(self._client, self._run_id, logged)
-        mlflow.set_tracking_uri(config.uri)
-        mlflow.set_system_metrics_sampling_interval(5)
-        mlflow.start_run(run_id=self._run_id, log_system_metrics=True)
-
-    def send(self, points: list[Point]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        new = [p for p in points if p.step > self._last_step.get(p.key, -1)]
-        metrics = [Metric(p.key, p.value, now, p.step) for p in new]
-        self._client.log_batch(self._run_id, metrics=metrics)
-        self._last_step |= {p.key: p.step for p in new}
-
-    def end(self, status: str) -> None:
-        import mlflow
-
-        mlflow.end_run(status)
 
 
 def finish(
     config: TrackingConfig,
     run_dir: Path,
+    lines: list[Line],
     *,
     files: list[Path],
     step: int,
@@ -182,34 +198,95 @@ def finish(
 ) -> str | None:
     """Attach the end of a run: files, figures at its last `step`, series over steps 1, 2, ...
 
+    Args:
+        lines: of metrics.jsonl, of which those are sent that MLflow has not.
+
     Returns:
         the run id; None, with a warning, if MLflow cannot be written.
     """
-    from mlflow.entities import Metric
-
+    now = time.time()
+    figures = [Point(key, value, step, now) for key, value in metrics.items()]
+    for key, values in series.items():
+        figures += [Point(key, value, number, now) for number, value in enumerate(values, 1)]
     try:
-        client, run_id = _open(config, run_dir)
-        now = int(time.time() * 1000)
-        points = [Metric(key, value, now, step) for key, value in metrics.items()]
-        for key, values in series.items():
-            points += [Metric(key, value, now, number) for number, value in enumerate(values, 1)]
-        last = _last_steps(client, run_id, {point.key for point in points})
-        points = [point for point in points if point.step > last.get(point.key, -1)]
-        for start in range(0, len(points), _BATCH_METRICS):
-            client.log_batch(run_id, metrics=points[start : start + _BATCH_METRICS])
+        run = _Run(config, run_dir)
+        run.send(points(lines))
+        run.send(figures)
         for file in files:
-            client.log_artifact(run_id, str(file))
-        client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
-        return run_id
+            run.attach(file)
+        run.end("FINISHED" if succeeded else "FAILED")
+        return run.run_id
     except Exception as error:  # the run itself is done and on disk
-        log.warning("the report could not be added to MLflow at %s: %s", config.uri, error)
+        log.warning(
+            "the report could not be added to MLflow at %s, which the same command tries again: %s",
+            config.uri,
+            error,
+        )
         return None
 
 
-def _last_steps(client: Any, run_id: str, keys: set[str]) -> dict[str, int]:
-    """The last step at which each of `keys` was logged, where it was."""
-    histories = {key: client.get_metric_history(run_id, key) for key in keys}
-    return {key: max(p.step for p in points) for key, points in histories.items() if points}
+def abandon(config: TrackingConfig, run_dir: Path, lines: list[Line]) -> None:
+    """Deliver for a training process that could not, as it was killed, and end its run as FAILED.
+
+    Args:
+        lines: of metrics.jsonl, of which those are sent that MLflow has not.
+    """
+    try:
+        run = _Run(config, run_dir)
+        run.send(points(lines))
+        run.end("FAILED")
+    except Exception as error:  # the failure of the training is what matters
+        log.warning("MLflow at %s does not know that the training failed: %s", config.uri, error)
+
+
+class _Run:
+    """The MLflow run of a zeroflow run, open for one thread; of no use after its first error."""
+
+    def __init__(self, config: TrackingConfig, run_dir: Path) -> None:
+        self._uri, self._run_dir = config.uri, run_dir
+        self._client, self.run_id = _open(config, run_dir)
+        latest = self._client.get_run(self.run_id).data.to_proto().metrics
+        self._last_step = {metric.key: metric.step for metric in latest}
+
+    def begin(self) -> None:
+        """Show the run as RUNNING, and be ready to `measure_machine`."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._client.update_run(self.run_id, "RUNNING")
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, resume_logging=True, tracking_uri=self._uri
+        )
+
+    def send(self, candidates: Iterable[Point]) -> None:
+        """Send those after the last step of their key: a run has no step twice.
+
+        What is sent again although it did arrive, as the answer was lost, has the same time, and
+        that is one point to MLflow.
+        """
+        from mlflow.entities import Metric
+
+        new = [p for p in candidates if p.step > self._last_step.get(p.key, -1)]
+        for start in range(0, len(new), _BATCH_METRICS):
+            batch = new[start : start + _BATCH_METRICS]
+            metrics = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
+            self._client.log_batch(self.run_id, metrics=metrics)
+        self._last_step |= {p.key: p.step for p in new}
+
+    def measure_machine(self) -> None:
+        """Send the load of this machine; its monitor's own thread would end with the server."""
+        self._monitor.collect_metrics()
+        self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+
+    def attach(self, file: Path) -> None:
+        self._client.log_artifact(self.run_id, str(file))
+
+    def end(self, status: str) -> None:
+        ledger = self._run_dir / LEDGER
+        if ledger.exists():
+            self.attach(ledger)
+            recoveries = ledger.read_bytes().count(b"\n")
+            self._client.set_tag(self.run_id, "recoveries", str(recoveries))
+        self._client.set_terminated(self.run_id, status)
 
 
 def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
@@ -219,6 +296,7 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow.entities import RunTag
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -231,16 +309,18 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
         else:
             experiment_id = experiment.experiment_id
     facts = run_facts(run_dir)
-    if facts and _exists(client, facts["run_id"]):
-        for key, value in config.tags.items():  # a run that was extended has other ones
-            client.set_tag(facts["run_id"], key, value)
-        return client, facts["run_id"]
-    run = client.create_run(experiment_id, tags=config.tags, run_name=config.run_name)
+    run = _existing(client, facts["run_id"]) if facts else None
+    if run is None:
+        run = client.create_run(experiment_id, run_name=config.run_name)
+        artifacts.write_json(
+            run_dir / _RUN_FILE,
+            {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": config.uri},
+        )
     run_id = run.info.run_id
-    _describe(client, run_id, config)
-    artifacts.write_json(
-        run_dir / _RUN_FILE, {"run_id": run_id, "experiment_id": experiment_id, "uri": config.uri}
-    )
+    # A run that was extended has other tags
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in config.tags.items()])
+    if not run.data.params:
+        _describe(client, run_id, config)
     return client, run_id
 
 
@@ -255,20 +335,23 @@ def _store_lock(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _exists(client: Any, run_id: str) -> bool:
+def _existing(client: Any, run_id: str) -> Any | None:
+    """The run; None where the store has none of this id, or one that was deleted there."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise  # a server that is away has not lost the run
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
+    """Add dataset and params, the params last: a run that has them has both."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    params = [Param(key, value[:6000]) for key, value in config.params.items()]
-    client.log_batch(run_id, params=params)
     dataset = Dataset(
         name=config.dataset["name"],
         digest=config.dataset["digest"],
@@ -277,3 +360,5 @@ def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
     )
     tags = [InputTag("mlflow.data.context", "training")]
     client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+    params = [Param(key, value[:6000]) for key, value in config.params.items()]
+    client.log_batch(run_id, params=params)

@@ -43,7 +43,7 @@ class Stopwatch:
 
 
 class Recorder:
-    """Writes what happens to metrics.jsonl, events.jsonl and MLflow."""
+    """Writes what happens to metrics.jsonl, which MLflow gets it from, and to events.jsonl."""
 
     def __init__(self, job: TrainingJob, *, step: int, context: int) -> None:
         self._job, self._context = job, context
@@ -55,7 +55,7 @@ class Recorder:
         self._first = self._last = (step, 0.0)
         earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
-        self._tracker = Tracker(job.tracking, job.run_dir)
+        self._tracker = Tracker(job.tracking, job.run_dir, events.Tail(self._metrics).new_lines)
 
     def tokens(self, step: int) -> int:
         return step * self._tokens_per_step
@@ -89,20 +89,11 @@ class Recorder:
             "skipped_updates": skipped,
             "first_epoch": step * self._rows_per_step <= self._job.shards.train.rows,
             "tokens_per_second": rate,
+            "peak_memory_mib": peak_memory_bytes(self._job) / 2**20,
         }
+        if (mfu := self.mfu(rate)) is not None:
+            line["mfu"] = mfu
         self._record(line)
-        self._tracker.log(
-            step,
-            {
-                "loss/train": loss,
-                "optim/learning_rate": metrics.learning_rate,
-                "optim/grad_norm": grad_norm,
-                "perf/tokens_per_second": rate,
-                "perf/mfu": self.mfu(rate),
-                "perf/peak_memory_mib": peak_memory_bytes(self._job) / 2**20,
-            },
-        )
-        self._tracker.log(self.tokens(step), {"loss/train_by_tokens": loss})
         alarms = self._monitor.alarms(_reading(line))
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
@@ -118,8 +109,6 @@ class Recorder:
         bpb = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
         line = {"step": step, "tokens": self.tokens(step), "val_loss": loss, "val_bpb": bpb}
         self._record(line | {"sample": sample})
-        self._tracker.log(step, {"loss/val": loss, "loss/val_bpb": bpb})
-        self._tracker.log(self.tokens(step), {"loss/val_by_tokens": loss})
 
     def tokens_per_second(self) -> float:
         """Over the steps of this process without its first; 0 if it has had no other."""
@@ -140,6 +129,7 @@ class Recorder:
         self._tracker.close(status)
 
     def _record(self, line: events.Line) -> None:
+        line["time"] = time.time()
         events.append(self._metrics, line)
         self.event("metrics", **line)
 

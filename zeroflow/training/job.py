@@ -131,6 +131,10 @@ class TrainingFailed(RuntimeError):
             self.args = (f"{self}\n{advice}",)
 
 
+class RunIsBusy(TrainingFailed):
+    """Another process has launched one for this run and is there still."""
+
+
 class TrainingStopped(RuntimeError):
     """A training process was asked to stop, and did so in order."""
 
@@ -182,7 +186,8 @@ def launch(
         hang_seconds: without a sign of life, after which it is killed; None waits for ever.
 
     Raises:
-        TrainingFailed: another process has launched one for this run and is there still.
+        RunIsBusy: another process has launched one for this run and is there still.
+        TrainingFailed: with the process's own reason, or its last output.
     """
     with _only_launch(run_dir):
         _launch(module, job_file, run_dir, on_event, hang_seconds)
@@ -194,7 +199,7 @@ def _only_launch(run_dir: Path) -> Iterator[None]:
         try:
             held.enter_context(artifacts.exclusive(run_dir / "launch", timeout_seconds=0))
         except TimeoutError as error:
-            raise TrainingFailed(
+            raise RunIsBusy(
                 f"another process is at work on run {run_dir.name}: wait for its end, or use "
                 "another --run-name"
             ) from error

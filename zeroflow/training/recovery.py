@@ -15,12 +15,12 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip
+from zeroflow.tracking import LEDGER
 from zeroflow.training import checkpoint, events, job
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
 
-LEDGER = "ledger.jsonl"
 MOST_RETRIES = 20
 """Of one command. Each reason has a limit of its own, which is lower."""
 
