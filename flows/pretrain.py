@@ -21,9 +21,8 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
 from zeroflow.progress import TrainingProgress
 from zeroflow.run import RunConfig
-from zeroflow.training import events
+from zeroflow.training import events, recovery
 from zeroflow.training import job as jobs
-from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
