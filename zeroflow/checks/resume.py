@@ -215,7 +215,10 @@ def _train_killed(
 
 @contextmanager
 def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[threading.Event]:
-    """Kills the rank of `job` so many seconds after `moment` has begun, or at the end of a start-up; set once that is done."""
+    """Kills the rank of `job` so many seconds after `moment` has begun; set once that is done.
+
+    A start-up that is over sooner than the undisturbed one is cut off at its end.
+    """
     struck, over = threading.Event(), threading.Event()
     tail = _tail(job)
 
