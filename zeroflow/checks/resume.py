@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -214,7 +215,10 @@ def _train_killed(
 
 @contextmanager
 def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[threading.Event]:
-    """Kills the rank of `job` so many seconds after `moment` has begun; set once that is done."""
+    """Kills the rank of `job` so many seconds after `moment` has begun; set once that is done.
+
+    A start-up that is over sooner than the undisturbed one is cut off at its end.
+    """
     struck, over = threading.Event(), threading.Event()
     tail = _tail(job)
 
@@ -223,11 +227,19 @@ def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[thr
             return _rank(job) is not None
         return any(_reaches(line, moment) for line in tail.new_lines())
 
+    def outrun() -> bool:
+        """Whether the process, this time, has started sooner than the undisturbed one."""
+        return moment.phase == "start-up" and bool(tail.new_lines())
+
     def kill() -> None:
         while not begun():
             if over.wait(_POLL_SECONDS):
                 return
-        if not over.wait(seconds) and (rank := _rank(job)):
+        due = time.monotonic() + seconds
+        while time.monotonic() < due and not outrun():
+            if over.wait(_POLL_SECONDS):
+                return
+        if rank := _rank(job):
             rank.kill()
             struck.set()
 
@@ -294,7 +306,8 @@ def _intervals(lines: list[events.Line], start_up_seconds: float) -> list[_Inter
 def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> list[_Interval]:
     """One moment for each kill: all phases by turns, spread over the steps before the `last`.
 
-    Each is chosen in a stretch of the training of its own, so that none lies in what is done.
+    Each is chosen in a stretch of the training of its own, or soon after, as most of what was done
+    by then is not done again.
     """
     random = Random(config.kill_seed)
     turns = (phase for _ in itertools.count() for phase in random.sample(PHASES, len(PHASES)))
@@ -306,8 +319,13 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
         begin, end = ((last - 1) * n / config.kills for n in (number, number + 1))
         ahead = [i for i in intervals[1:] if begin <= i.step < last]
         here = [i for i in ahead if i.step < end]
-        of_phase = [i for i in here if i.phase == phase] or [i for i in ahead if i.phase == phase]
-        chosen.append(random.choice(of_phase or here or ahead))
+        of_phase = [i for i in here if i.phase == phase]
+        # the next of its phase, where this stretch has none
+        chosen.append(
+            random.choice(of_phase)
+            if of_phase
+            else next((i for i in ahead if i.phase == phase), random.choice(here or ahead))
+        )
     return chosen
 
 
