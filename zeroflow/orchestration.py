@@ -61,7 +61,7 @@ _lost = threading.Event()
 
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
 # live runs crashed.
-_SILENCE = timedelta(minutes=15)
+SILENCE = timedelta(minutes=15)
 
 # The shell outlives its parent by no more than it takes to stop the server: the end of its input
 # is the end of the flow, however that came about.
@@ -94,7 +94,7 @@ def server() -> Iterator[str]:
         yield _ui(url)
 
 
-def set_up(silence: timedelta = _SILENCE) -> None:
+def set_up(silence: timedelta = SILENCE) -> None:
     """Have the server in use know what deployments and killed runs need; again changes nothing.
 
     That is the work pool of prefect.yaml, and an automation that marks a run of the flow crashed
