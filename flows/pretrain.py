@@ -136,4 +136,4 @@ def overfit_job(job: TrainingJob, run: RunConfig) -> OverfitJob:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run_flow(pretrain))
+    orchestration.leave(cli.run_flow(pretrain))

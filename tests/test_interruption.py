@@ -8,7 +8,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from pipeline import SMALL_SHAPE, Flow, processes_of
+from pipeline import SMALL_SHAPE, Flow, processes_of, rank_of
 
 from zeroflow import tracking
 from zeroflow.training import checkpoint, recovery
@@ -113,13 +113,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     tensors = torch.load(target, weights_only=True)
     target.unlink()
     return tensors
-
-
-def rank_of(cache: Path) -> psutil.Process:
-    """The rank that trains, not torchrun above it."""
-    ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
-    ranks = [p for p in ranks if not any("torch.distributed.run" in a for a in p.cmdline())]
-    return max(ranks, key=lambda process: process.create_time())
 
 
 def wait_until_gone(cache: Path) -> None:

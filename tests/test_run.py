@@ -165,6 +165,30 @@ def test_setting_that_is_changed_and_changed_back_is_what_was_given_last(ask):
     assert [logged(interval) for interval in (10, 5, 10)] == [10, 5, 10]
 
 
+def test_settings_sent_elsewhere_are_the_same_run_and_only_what_was_given(
+    ask, tmp_path, monkeypatch
+):
+    jsonl_corpus(tmp_path / "mine" / "text.jsonl", ["Some words of my own."])
+    monkeypatch.chdir(tmp_path / "mine")
+    files = {"data_mode": "files", "data_path": ("*.jsonl",)}
+    asked = ask(data=files, cache_dir="cache", tokenizer={"tokenizer_name": "train"})
+    run = settle(asked).run
+    sent = asked.model_copy(update={"run_name": run.run_name}).anywhere
+    values = sent.model_dump(mode="json", exclude_unset=True)
+    assert values.keys() == {"device", "data", "cache_dir", "tokenizer", "run_name"}
+
+    monkeypatch.chdir(tmp_path)
+    again = settle(RunConfig.model_validate(values))
+    assert again.resumes and again.run.run_dir == tmp_path / "mine" / run.run_dir
+    assert [file.size for file in corpora.files(again.run.data)]
+
+
+def test_size_of_a_run_is_what_it_was_started_with(ask):
+    run = settle(ask(run_name="mine", model={"size": "small"})).run
+    assert runs.size_of(RunConfig(run_name="mine", cache_dir=run.cache_dir)) == "small"
+    assert runs.size_of(RunConfig(run_name="other", cache_dir=run.cache_dir)) == "tiny"
+
+
 def test_run_that_was_extended_refuses_the_steps_it_was_started_with(ask):
     trained(ask(run_name="mine", training={"max_steps": 10}))
     settle(ask(run_name="mine", training={"max_steps": 20}))

@@ -14,11 +14,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 from prefect import runtime
@@ -32,7 +32,7 @@ from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
 from prefect.flows import Flow
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Pending, State
 from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
@@ -57,9 +57,12 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 3.0
 
+_lost = threading.Event()
+"""Whether the server had gone when a flow ended."""
+
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
 # live runs crashed.
-_SILENCE = timedelta(minutes=15)
+SILENCE = timedelta(minutes=15)
 
 # The shell outlives its parent by no more than it takes to stop the server: the end of its input
 # is the end of the flow, however that came about.
@@ -92,7 +95,7 @@ def server() -> Iterator[str]:
         yield _ui(url)
 
 
-def set_up(silence: timedelta = _SILENCE) -> None:
+def set_up(silence: timedelta = SILENCE) -> None:
     """Have the server in use know what deployments and killed runs need; again changes nothing.
 
     That is the work pool of prefect.yaml, and an automation that marks a run of the flow crashed
@@ -139,10 +142,10 @@ def run_here(flow: RunFlow, config: RunConfig) -> Path:
     """
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client, ExitStack() as until_told:
         flow_run = _new_flow_run(client, flow, config)
         with _cancelled_by_button(client, flow_run.id) as cancelled:
-            attempt = _Attempt(flow, cancelled)
+            attempt = _Attempt(flow, cancelled, until_told)
             try:
                 run_flow(attempt.flow, flow_run=flow_run, parameters={"run": config})
             except Exception as error:
@@ -161,6 +164,15 @@ def run_here(flow: RunFlow, config: RunConfig) -> Path:
         raise attempt.error
     assert attempt.result is not None
     return attempt.result
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, and do not try for minutes to deliver what is left to a lost server."""
+    if _lost.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
@@ -204,6 +216,10 @@ def silence_console() -> None:
     for handler in list(root.handlers):
         if isinstance(handler, PrefectConsoleHandler):
             root.removeHandler(handler)
+    # What a server that is away gives rise to, pages of it, comes by these
+    for name in ("prefect", "prefect._internal", "asyncio"):
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+    logging.raiseExceptions = False
 
 
 def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
@@ -271,8 +287,10 @@ def publish(markdown: str, subject: str, run_name: str) -> None:
     """Show a page on the flow run's page."""
     key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
     try:
+        if not _reachable():
+            raise ConnectionError("its server does not answer")  # Prefect would try for a minute
         create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
-    except Exception as error:  # the server is gone; what it would show is on disk
+    except Exception as error:  # what it would show is on disk
         log.warning("the %s could not be shown in Prefect: %s", subject, error)
 
 
@@ -307,12 +325,15 @@ def _parameters(config: RunConfig) -> dict[str, Any]:
 
 
 class _Attempt:
-    """A flow that remembers how its own code ended, whatever becomes of the server."""
+    """A flow that remembers how its own code ended, whatever becomes of the server.
 
-    def __init__(self, flow: RunFlow, cancelled: threading.Event) -> None:
+    A server that has gone by then is told the end once, not again and again for minutes.
+    """
+
+    def __init__(self, flow: RunFlow, cancelled: threading.Event, until_told: ExitStack) -> None:
         self.result: Path | None = None
         self.error: Exception | None = None
-        self._cancelled = cancelled
+        self._cancelled, self._until_told = cancelled, until_told
         self._function = flow.fn
         body: Any = wraps(flow.fn)(lambda run: self._run(run))  # it may return a state, as well
         self.flow = copy.copy(flow)
@@ -328,6 +349,11 @@ class _Attempt:
         except Exception as error:
             self.error = error
             raise
+        finally:
+            if not _reachable():
+                _lost.set()
+                once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+                self._until_told.enter_context(once)
         return self.result
 
 
@@ -409,6 +435,11 @@ def _in_use() -> str | None:
 
 def _ui(api_url: str) -> str:
     return api_url.removesuffix("/").removesuffix("/api")
+
+
+def _reachable() -> bool:
+    url = PREFECT_API_URL.value()
+    return url is None or _answers(url)
 
 
 def _answers(api_url: str) -> bool:
