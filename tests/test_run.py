@@ -34,7 +34,7 @@ def ask(tmp_path):
 def trained(asked: RunConfig) -> RunConfig:
     """A settled run that has a checkpoint, or seems to."""
     run = settle(asked).run
-    (run.run_dir / "checkpoints").mkdir()
+    (run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
     return run
 
 
@@ -205,7 +205,7 @@ def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeyp
     asked = ask(data=fallback, training={"max_steps": 7})
     first = settle(asked)
     assert first.run.fell_back and first.run.data.data_mode == "synthetic"
-    (first.run.run_dir / "checkpoints").mkdir()
+    (first.run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
     named = asked.replace(run_name=first.run.run_name)
     assert settle(named).run == first.run == settle(asked).run
     with pytest.raises(ValueError, match="data_mode synthetic, now it is sample"):
