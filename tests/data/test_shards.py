@@ -290,10 +290,11 @@ from pathlib import Path
 from zeroflow.data import shards
 
 def stuck(job):
-    signal.raise_signal(signal.SIGINT)
+    if job.path == Path("first"):
+        signal.raise_signal(signal.SIGINT)
     threading.Event().wait()
 
-shards.in_threads([SimpleNamespace(path=Path("part"))] * 2, stuck)
+shards.in_threads([SimpleNamespace(path=Path(name)) for name in ("other", "first")], stuck)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
