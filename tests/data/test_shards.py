@@ -284,14 +284,14 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
 def test_interrupt_does_not_wait_for_parts_that_are_being_built(text, tmp_path):
     """A hub that does not answer may hold up a part for minutes."""
     code = """
-import signal, threading
+import os, signal, threading
 from types import SimpleNamespace
 from pathlib import Path
 from zeroflow.data import shards
 
 def stuck(job):
     if job.path == Path("first"):
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # to the process, as Ctrl-C is
     threading.Event().wait()
 
 shards.in_threads([SimpleNamespace(path=Path(name)) for name in ("other", "first")], stuck)
