@@ -120,6 +120,11 @@ def micro_batch_rows(model: ModelConfig, context: int, device: Device) -> int:
     return max(1, int(rows))
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
 def checkpoint_bytes(model: ModelConfig) -> int:
     """Weights and two moments in fp32."""
     return 12 * model.parameters

@@ -594,7 +594,7 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
             return rows, max(1, round(wanted / rows))
         if accumulate:
             return max(1, min(fits, round(wanted / accumulate))), accumulate
-        rows = _largest_divisor(wanted, fits)
+        rows = planning.largest_divisor(wanted, fits)
         return rows, wanted // rows
     wanted, rest = divmod(choice.batch_tokens, seq_len)
     if rest:
@@ -604,7 +604,7 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
         )
     if rows is None:
         share, rest = divmod(wanted, accumulate or 1)
-        rows = share if accumulate else _largest_divisor(wanted, fits)
+        rows = share if accumulate else planning.largest_divisor(wanted, fits)
     accumulate = accumulate or wanted // rows
     if rest or rows * accumulate != wanted:
         raise ValueError(
@@ -612,10 +612,6 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
             f"batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of the three"
         )
     return rows, accumulate
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 def _nearest_size(parameters: int) -> str:

@@ -13,18 +13,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
 import psutil
 from pydantic import NonNegativeInt, PositiveInt
 
-from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.training import checkpoint, events
-from zeroflow.training.job import JOB, TrainingFailed, TrainingJob, train
+from zeroflow.training.job import JOB, TrainingFailed, TrainingJob, alone, train
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +132,7 @@ def prove(
             "or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
-    with _alone(job.run_dir):
+    with alone(job.run_dir / "proof", f"another proof is at work on {job.run_dir.name}"):
         for side in (undisturbed, killed):
             shutil.rmtree(side.run_dir, ignore_errors=True)
             side.run_dir.mkdir(parents=True)
@@ -149,19 +147,6 @@ def prove(
 def _side(job: TrainingJob, name: str) -> TrainingJob:
     tracking = job.tracking.replace(run_name=f"{job.tracking.run_name}-{name}")
     return job.replace(run_dir=job.run_dir / name, tracking=tracking)
-
-
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    with ExitStack() as held:
-        try:
-            held.enter_context(artifacts.exclusive(run_dir / "proof", timeout_seconds=0))
-        except TimeoutError as error:
-            raise TrainingFailed(
-                f"another proof is at work on {run_dir.name}: wait for its end, or use another "
-                "--run-name"
-            ) from error
-        yield
 
 
 def _train_undisturbed(job: TrainingJob, on_event: Callable[[events.Line], None]) -> float:

@@ -189,20 +189,22 @@ def launch(
         RunIsBusy: another process has launched one for this run and is there still.
         TrainingFailed: with the process's own reason, or its last output.
     """
-    with _only_launch(run_dir):
+    with alone(run_dir / "launch", f"another process is at work on run {run_dir.name}"):
         _launch(module, job_file, run_dir, on_event, hang_seconds)
 
 
 @contextmanager
-def _only_launch(run_dir: Path) -> Iterator[None]:
+def alone(lock: Path, found: str) -> Iterator[None]:
+    """Hold `lock`, or fail at once.
+
+    Raises:
+        RunIsBusy: another process holds it; says what was `found`.
+    """
     with ExitStack() as held:
         try:
-            held.enter_context(artifacts.exclusive(run_dir / "launch", timeout_seconds=0))
+            held.enter_context(artifacts.exclusive(lock, timeout_seconds=0))
         except TimeoutError as error:
-            raise RunIsBusy(
-                f"another process is at work on run {run_dir.name}: wait for its end, or use "
-                "another --run-name"
-            ) from error
+            raise RunIsBusy(f"{found}: wait for its end, or use another --run-name") from error
         yield
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from zeroflow import planning
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip
 from zeroflow.tracking import LEDGER
@@ -62,7 +63,7 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     rows = training.micro_batch_rows * training.accumulate
     for entry in ledger:
         if entry.micro_batch_rows and entry.micro_batch_rows < training.micro_batch_rows:
-            fewer = _largest_divisor(rows, entry.micro_batch_rows)
+            fewer = planning.largest_divisor(rows, entry.micro_batch_rows)
             training = training.replace(micro_batch_rows=fewer, accumulate=rows // fewer)
         if entry.activation_checkpointing:
             compute = training.compute.replace(activation_checkpointing="full")
@@ -113,7 +114,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
             training = now.training
             if training.micro_batch_rows > 1:
                 rows = training.micro_batch_rows * training.accumulate
-                fewer = _largest_divisor(rows, training.micro_batch_rows // 2)
+                fewer = planning.largest_divisor(rows, training.micro_batch_rows // 2)
                 action = (
                     f"micro-batches of {fewer} rows instead of {training.micro_batch_rows}, "
                     f"{rows // fewer} of them a step, the same rows in the same order; {goes_on}"
@@ -172,7 +173,3 @@ def _back_off(ledger: list[Entry]) -> None:
         seconds = _FIRST_WAIT_SECONDS * 4 ** (times - 1)
         log.info("waiting %.0f s before the next start", seconds)
         time.sleep(seconds)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
