@@ -71,6 +71,8 @@ RUNS = [
             "schedule": "wsd",
             "precision": "bf16",
             "compile": True,
+            "document_mask": True,
+            "z_loss": 1e-5,
             "validation_tokens": 640,
             "validation_fraction": 0.25,
             "token_type": "uint16",

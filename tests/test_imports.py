@@ -11,12 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "zeroflow").rglob("*.py"), *(ROOT / "flows").rglob("*.py")])
 
+NEED_A_GPU = {"loss_kernel.py"}
+"""Import Triton, which comes with PyTorch's builds for GPUs only."""
+
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
     {"config", "artifacts"},
     {"model", "data"},
-    {"planning", "generate", "export", "tracking"},
+    {"generate", "export", "tracking"},
     {"training"},
+    {"planning"},
     {"checks", "progress", "pictures"},
     {"run"},
     {"report", "results", "orchestration"},
@@ -126,7 +130,7 @@ def test_importing_everything_touches_no_file_logger_or_device(tmp_path):
     modules = [
         name(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for file in FILES
-        if name(file).startswith("zeroflow/")
+        if name(file).startswith("zeroflow/") and file.name not in NEED_A_GPU
     ]
     kept = {
         key: value

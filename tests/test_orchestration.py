@@ -11,6 +11,7 @@ from tiny import contents
 
 from zeroflow import orchestration
 from zeroflow.data import corpus, shards
+from zeroflow.run import RunConfig
 
 BUILD = """
 import sys
@@ -91,6 +92,35 @@ def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
         orchestration.server(),
     ):
         pytest.fail("there is no server")
+
+
+def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_api, caplog):
+    """Its schema knows nothing of a setting that is new."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    @flow(name="outdated")
+    def pretrain(run: RunConfig) -> None: ...
+
+    settings = {"type": "object", "properties": {"cache_dir": {}}, "additionalProperties": False}
+    schema = {"type": "object", "properties": {"run": settings}}
+    with (
+        temporary_settings({PREFECT_API_URL: prefect_api}),
+        get_client(sync_client=True) as client,
+        caplog.at_level("WARNING"),
+    ):
+        deployment = client.create_deployment(
+            flow_id=client.create_flow(pretrain),
+            name="tiny",
+            parameter_openapi_schema=schema,
+            enforce_parameter_schema=True,
+        )
+        known = orchestration._new_flow_run(client, pretrain, RunConfig())
+        assert known.deployment_id == deployment
+        unknown = orchestration._new_flow_run(client, pretrain, RunConfig(seed=1))
+    assert unknown.deployment_id is None
+    assert any("prefect deploy --all" in message for message in caplog.messages)
 
 
 def test_page_that_cannot_be_shown_is_a_warning_only(caplog):

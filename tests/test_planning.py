@@ -59,14 +59,24 @@ def test_gpu_is_refused_where_there_is_none_and_not_asked_for_by_auto():
         planning.find_device("cuda")
 
 
-def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
-    def rows(size: str, memory: int) -> int:
-        model = with_vocabulary(SIZES[size], 128_256)
-        return planning.micro_batch_rows(model, 2048, H200.replace(memory_bytes=memory * 2**30))
+def micro_batch(size: str, gigabytes: int, *kind: str) -> tuple[int, str]:
+    model = with_vocabulary(SIZES[size], 128_256)
+    device = H200.replace(memory_bytes=gigabytes * 2**30)
+    return planning.micro_batch(model, 2048, device, *kind)
 
-    assert rows("tiny", 80) > rows("small", 80) > rows("medium", 80) > 1
-    assert rows("medium", 140) > rows("medium", 80)
-    assert rows("medium", 8) == 1, "a step of one row is always tried"
+
+def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
+    rows = [micro_batch(size, 80)[0] for size in ("tiny", "small", "medium")]
+    assert rows == sorted(rows, reverse=True) and rows[-1] > 1
+    assert micro_batch("medium", 140)[0] > micro_batch("medium", 80)[0]
+
+
+def test_activations_are_computed_again_where_they_would_not_fit():
+    assert micro_batch("medium", 80)[1] == "none"
+    assert micro_batch("medium", 24) == (1, "full"), "medium trains on a card of 24 GB"
+    assert micro_batch("medium", 8) == (1, "full"), "a step of one row is always tried"
+    rows = [micro_batch("small", 24, kind)[0] for kind in ("none", "selective", "full")]
+    assert rows == sorted(rows) and rows[0] < rows[-1], "more fits if asked for"
 
 
 def test_checkpoint_holds_weights_and_two_moments_in_four_bytes_each():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from zeroflow.data import corpus
@@ -27,6 +28,14 @@ SHAPE = Shape(
 MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
 NO_END = -1
 """An end-of-text id that no row of random ids holds."""
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
 
 CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial, wraps
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
@@ -29,7 +30,12 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
+from prefect.exceptions import (
+    ObjectAlreadyExists,
+    ObjectNotFound,
+    PrefectHTTPStatusError,
+    TerminationSignal,
+)
 from prefect.flows import Flow
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -310,13 +316,23 @@ def tags() -> dict[str, str]:
 def _new_flow_run(client: SyncPrefectClient, flow: RunFlow, config: RunConfig) -> FlowRun:
     """Pending, which no worker takes."""
     parameters = _parameters(config)
+    name = f"{flow.name}/{runs.size_of(config)}"
     try:
-        deployment = client.read_deployment_by_name(f"{flow.name}/{runs.size_of(config)}")
+        deployment = client.read_deployment_by_name(name)
+        return client.create_flow_run_from_deployment(
+            deployment.id, parameters=parameters, state=Pending()
+        )
     except ObjectNotFound:
-        return client.create_flow_run(flow, parameters=parameters, state=Pending())
-    return client.create_flow_run_from_deployment(
-        deployment.id, parameters=parameters, state=Pending()
-    )
+        pass
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != HTTPStatus.CONFLICT:
+            raise
+        log.warning(
+            "deployment %s does not know these settings, as it was made by another version: this "
+            "run has no Retry button until `prefect deploy --all` has renewed it",
+            name,
+        )
+    return client.create_flow_run(flow, parameters=parameters, state=Pending())
 
 
 def _parameters(config: RunConfig) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import os
 import platform
 import time
-from typing import Literal
+from itertools import count, takewhile
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig
+from zeroflow.training.loop import ActivationCheckpointing
+from zeroflow.training.loss import chunk_bytes
 
 NOMINAL_VOCABULARY = 128_256
 """Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
@@ -105,24 +108,76 @@ def _measure_cpu_flops(seconds: float = 0.2) -> float:
     return 2 * n**3 * products / elapsed
 
 
-def micro_batch_rows(model: ModelConfig, context: int, device: Device) -> int:
-    """Rows that fit on the device at once beside weights, gradients and moments.
+class Memory(NamedTuple):
+    """What a step holds at its fullest, in bytes."""
 
-    Reckoned with 16 bytes of state and 2 of a bf16 copy a parameter, 1 GiB for each of three chunks
-    of logits, and 48 bytes an activation feature and layer, as measured for this block in bf16; a
-    fifth is left to the allocator. On a CPU memory is not what limits: 4 rows.
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    loss: int
+    """A chunk of logits, and what the embedding's gradients are added from."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory(
+    model: ModelConfig,
+    context: int,
+    rows: int,
+    checkpointing: ActivationCheckpointing,
+    device: Device,
+) -> Memory:
+    """Memory of a step over micro-batches of `rows` in bf16, compiled.
+
+    A block keeps of a token its input, that of its second half and what attention gave; queries,
+    keys and values before and after rotation; and of the feed-forward network both projections and
+    their product. What is not computed again lies there for all blocks, the rest for one.
+    """
+    D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    qkv = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    tokens = rows * context
+    half = 2 * tokens
+    feed_forward, others = half * 3 * M, half * (3 * D + 2 * qkv)
+    kept = {
+        "none": L * (others + feed_forward),
+        "selective": L * (others + half * D) + feed_forward,
+        "full": L * half * D + others + feed_forward,
+    }
+    chunk = min(2 * tokens * model.vocab_size, chunk_bytes(device.memory_bytes))
+    return Memory(
+        weights=4 * model.parameters,
+        gradients=4 * model.parameters,
+        moments=8 * model.parameters,
+        activations=kept[checkpointing] + 4 * half * D,
+        loss=chunk + 10 * model.embedding_parameters,
+    )
+
+
+def micro_batch(
+    model: ModelConfig,
+    context: int,
+    device: Device,
+    checkpointing: ActivationCheckpointing | None = None,
+) -> tuple[int, ActivationCheckpointing]:
+    """The most rows that fit on the device at once, and the least that has to be computed again.
+
+    A tenth of a GPU is left to its context and the allocator. On a CPU memory is not what limits: 4
+    rows. One row is always tried.
     """
     if device.kind == "cpu":
-        return 4
-    state = 18 * model.parameters + 3 * 2**30
-    activations = 48 * model.hidden_size * model.num_hidden_layers * context
-    rows = (0.8 * device.memory_bytes - state) / activations
-    return max(1, int(rows))
+        return 4, checkpointing or "none"
+    kinds = (checkpointing,) if checkpointing else get_args(ActivationCheckpointing)
+    for kind in kinds:
 
+        def fits(rows: int, kind: ActivationCheckpointing = kind) -> bool:
+            return memory(model, context, rows, kind, device).total <= 0.9 * device.memory_bytes
 
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`."""
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+        if rows := max(takewhile(fits, count(1)), default=0):
+            return rows, kind
+    return 1, kinds[-1]
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

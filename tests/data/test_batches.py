@@ -100,7 +100,7 @@ def test_batch_needs_no_history():
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 def test_target_is_the_token_after_the_input(dtype):
     rows = np.array([[5, 6, 7], [8, 9, 65_535]]).astype(dtype)
-    inputs, targets, valid = to_micro_batch(rows, end_of_text=0)
+    inputs, targets, valid, _ = to_micro_batch(rows, end_of_text=0)
     assert valid == 4
     assert inputs.tolist() == [[5, 6], [8, 9]]
     assert targets.tolist() == [[6, 7], [9, 65_535]]
@@ -110,13 +110,21 @@ def test_target_is_the_token_after_the_input(dtype):
 def test_padding_is_ignored_and_the_end_of_a_document_is_not():
     end = 9
     rows = np.array([[1, 2, end, 3, end, end, end], [end, 4, end, 5, 6, 7, end]])
-    inputs, targets, valid = to_micro_batch(rows, end_of_text=end)
+    inputs, targets, valid, _ = to_micro_batch(rows, end_of_text=end)
     assert inputs.tolist() == rows[:, :-1].tolist()
     assert targets.tolist() == [
         [2, end, 3, end, IGNORED, IGNORED],
         [4, end, 5, 6, 7, end],
     ]
     assert valid == 10
+
+
+def test_documents_of_a_row_are_numbered_with_their_ends():
+    end = 9
+    rows = np.array([[1, 2, end, 3, end, end, end], [end, 4, end, 5, 6, 7, end]])
+    batch = to_micro_batch(rows, end_of_text=end, document_mask=True)
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 2, 2]]
+    assert to_micro_batch(rows, end_of_text=end).documents is None
 
 
 def test_skipped_window_is_left_out_and_nothing_else_moves():

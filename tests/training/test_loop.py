@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, MODEL, RandomBatches, training_config
+from tiny import CPU, DEVICES, MODEL, RandomBatches, training_config
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.training.loop import new_state, train, train_step
+from zeroflow.training.loop import ComputeConfig, loss_sum, new_state, train, train_step
 
 EIGHT_ROWS = RandomBatches(rows=8).micro_batches(0)
 
@@ -40,7 +41,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(rows):
 
 def test_loss_is_the_mean_over_the_tokens_of_the_step():
     state = new_state(MODEL, training_config())
-    inputs, targets, _ = EIGHT_ROWS[0]
+    inputs, targets, *_ = EIGHT_ROWS[0]
     expected = F.cross_entropy(state.model(inputs).flatten(0, 1), targets.flatten()).item()
     loss = train_step(state, split(EIGHT_ROWS[0], 2), training_config()).loss.item()
     assert loss == pytest.approx(expected, abs=1e-6)  # another order of the sum
@@ -161,6 +162,102 @@ def test_activations_computed_again_give_the_same_bits():
             pass
         return state.model.state_dict()
 
-    kept, again = weights("none"), weights("full")
-    assert kept.keys() == again.keys()
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    kept = weights("none")
+    for kind in ("selective", "full"):
+        again = weights(kind)
+        assert kept.keys() == again.keys()
+        assert all(torch.equal(kept[name], again[name]) for name in kept), kind
+
+
+def saved_bytes(kind: str) -> int:
+    """Of what one micro-batch leaves for its backward pass, without the weights."""
+    config = training_config(compute=CPU.replace(activation_checkpointing=kind))
+    state = new_state(MODEL, config)
+    weights = {parameter.data_ptr() for parameter in state.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_sum(state.model, EIGHT_ROWS[0])
+    return sum(kept.values())
+
+
+def test_less_is_kept_the_more_is_computed_again():
+    assert saved_bytes("none") > 1.3 * saved_bytes("selective") > 1.3 * saved_bytes("full")
+
+
+def documents(*lengths: int) -> torch.Tensor:
+    return torch.tensor([[number for number, n in enumerate(lengths) for _ in range(n)]])
+
+
+def compute(device: str) -> ComputeConfig:
+    """As a run on the device has it by default."""
+    gpu = device == "cuda"
+    return ComputeConfig(device=device, precision="bf16" if gpu else "fp32", compile=gpu)
+
+
+WIDE = MODEL.replace(hidden_size=128, intermediate_size=256)  # heads as wide as a GPU's kernels ask
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_leaks_from_one_document_into_another(device):
+    config = training_config(compute=compute(device), document_mask=True)
+    model = new_state(WIDE, config).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.dim() > 1 else 1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (100, 1, 27, 172)
+    numbers = documents(*lengths).to(device)
+    before = torch.randint(256, (1, sum(lengths)), generator=generator).to(device)
+    for changed, length in enumerate(lengths):
+        begin = sum(lengths[:changed])
+        after = before.clone()
+        after[:, begin : begin + length] = (after[:, begin : begin + length] + 7) % 256
+        moved = (model(before, None, numbers) != model(after, None, numbers)).any(-1)
+        assert moved[0].tolist() == (numbers[0] == changed).tolist()
+
+    # nor in the backward pass
+    hidden: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: hidden.append(output) or output.retain_grad()
+    )
+    model(before, None, numbers)[:, 101:128].float().square().sum().backward()
+    reached = hidden[0].grad.abs().sum(-1)[0] > 0
+    assert reached.tolist() == (numbers[0] == 2).tolist()
+
+
+def test_document_in_a_row_is_computed_as_if_it_were_alone():
+    model = new_state(MODEL, training_config()).model
+    tokens = torch.randint(256, (1, 30), generator=torch.Generator().manual_seed(0))
+    together = model(tokens, None, documents(5, 12, 13))
+    alone = [model(part) for part in tokens.split([5, 12, 13], dim=1)]
+    # the same sums over more columns, whose weight is 0
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_is_that_of_plain_code_in_fp32(device):
+    """The default path of a device beside eager fp32 on the CPU, masked and not."""
+    for masked in (False, True):
+        rows = np.random.default_rng(0).integers(256, size=(4, 129))
+        rows[:, ::40] = 0
+        batch = to_micro_batch(rows, end_of_text=0, document_mask=masked)
+        config = training_config(compute=compute(device), document_mask=masked)
+        state, plain = new_state(WIDE, config), new_state(WIDE, training_config())
+        loss = train_step(state, [batch], config)
+        expected = train_step(plain, [batch], training_config())
+        # bf16 has 8 bits of mantissa; a loss of 5.5 is a mean over hundreds of tokens
+        assert float(loss.loss) == pytest.approx(float(expected.loss), rel=1e-3)
+        assert float(loss.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-2)
+        for (name, mine), theirs in zip(
+            state.model.named_parameters(), plain.model.parameters(), strict=True
+        ):
+            gradient = state.optimizer.state[mine]["exp_avg"].cpu()
+            wanted = plain.optimizer.state[theirs]["exp_avg"]
+            assert (gradient - wanted).norm() < 3e-2 * wanted.norm(), name

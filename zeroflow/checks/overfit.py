@@ -161,10 +161,12 @@ def settings(model: ModelConfig, training: TrainingConfig, limits: OverfitConfig
     return training.replace(micro_batch_rows=_ROWS, accumulate=1, schedule=schedule)
 
 
-def fixed_batch(rows: Rows) -> FixedBatch:
+def fixed_batch(rows: Rows, *, document_mask: bool = False) -> FixedBatch:
     """A few short pieces of the first training rows."""
-    ids = np.arange(min(_ROWS, len(rows)))
-    return FixedBatch(to_micro_batch(rows[ids][:, : _CONTEXT + 1], end_of_text=rows.end_of_text))
+    pieces = rows[np.arange(min(_ROWS, len(rows)))][:, : _CONTEXT + 1]
+    return FixedBatch(
+        to_micro_batch(pieces, end_of_text=rows.end_of_text, document_mask=document_mask)
+    )
 
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -203,7 +205,7 @@ def work(job: OverfitJob, stop: StopRequest) -> None:
     config = settings(job.model, job.training, job.limits)
     worker.make_deterministic()
     state = new_state(job.model, config)
-    batch = fixed_batch(Rows(job.shards, "train"))
+    batch = fixed_batch(Rows(job.shards, "train"), document_mask=config.document_mask)
     history = job.run_dir / events.EVENTS
     result = overfit(state, batch, config, job.limits, stop=lambda: bool(stop))
     if result is None:

@@ -36,6 +36,10 @@ class MicroBatch(NamedTuple):
     valid: int
     """Targets that are not ignored."""
 
+    documents: Tensor | None = None
+    """(rows, T) int32: number of each input's document in its row, where attention is to stay
+    within documents."""
+
 
 class Skip(Config):
     """A window of the data that a run leaves out from some step on."""
@@ -58,6 +62,7 @@ class Batches:
         seed: int,
         micro_batch_rows: int,
         accumulate: int,
+        document_mask: bool = False,
         skips: Sequence[Skip] = (),
         rank: int = 0,
         world: int = 1,
@@ -65,7 +70,7 @@ class Batches:
     ) -> None:
         self._rows, self._end_of_text, self._seed, self._pin = rows, end_of_text, seed, pin
         self._split = (accumulate, world, micro_batch_rows)
-        self._skips, self._rank = skips, rank
+        self._document_mask, self._skips, self._rank = document_mask, skips, rank
 
     def row_ids(self, step: int) -> Ids:
         """Rows of the global batch of `step`, shape (accumulate, world, micro_batch_rows)."""
@@ -78,23 +83,41 @@ class Batches:
         """This rank's share of the global batch of `step`, one entry for each micro-batch."""
         mine = self.row_ids(step)[:, self._rank]
         return [
-            to_micro_batch(self._rows[ids], end_of_text=self._end_of_text, pin=self._pin)
+            to_micro_batch(
+                self._rows[ids],
+                end_of_text=self._end_of_text,
+                document_mask=self._document_mask,
+                pin=self._pin,
+            )
             for ids in mine
         ]
 
 
 def to_micro_batch(
-    rows: npt.NDArray[np.integer], *, end_of_text: int, pin: bool = False
+    rows: npt.NDArray[np.integer],
+    *,
+    end_of_text: int,
+    document_mask: bool = False,
+    pin: bool = False,
 ) -> MicroBatch:
     """Inputs and targets of `rows` (n, row_tokens)."""
     ends = rows == end_of_text
     padding = ends[:, :-1] & ends[:, 1:]
     inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
     targets[padding] = IGNORED
-    tensors = [torch.from_numpy(array) for array in (inputs, targets)]
+    arrays = [inputs, targets]
+    if document_mask:  # a document ends with its end of text, which belongs to it
+        numbers = ends[:, :-1].cumsum(axis=1, dtype=np.int32) - ends[:, :-1]
+        arrays.append(numbers.astype(np.int32))
+    tensors = [torch.from_numpy(array) for array in arrays]
     if pin:
         tensors = [tensor.pin_memory() for tensor in tensors]
-    return MicroBatch(tensors[0], tensors[1], padding.size - int(padding.sum()))
+    return MicroBatch(tensors[0], tensors[1], padding.size - int(padding.sum()), *tensors[2:])
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`: rows of equal micro-batches that fit."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 def row_ids(positions: Ids, rows: int, seed: int) -> Ids:

@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from zeroflow.config import Config
+from zeroflow.model.attention import Mask, attend, document_mask, positions_within
 
 # B batch  T tokens  D hidden size  H query heads  K key/value heads  E features per head
 # M intermediate size of the feed-forward network  V vocabulary
@@ -95,41 +96,58 @@ class ModelConfig(Shape):
 
 
 class Llama(nn.Module):
-    """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied."""
+    """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Weights are fp32. Matrices are multiplied in `dtype`, which is also that of the residual stream;
+    norms and rotations are computed in fp32 between.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = Trunk(config, dtype)
 
     def forward(
-        self, tokens: Tensor, head: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self,
+        tokens: Tensor,
+        head: "Head | None" = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Apply `head` to the hidden states (B, T, D) and the output matrix (V, D).
 
         The default head gives logits (B, T, V). Training passes its loss, which then never has to
         hold all logits at once and meets the output matrix inside this forward, where a sharded
         model has it whole.
+
+        Tokens (B, T) see those before them in their row, or, where `documents` (B, T) numbers the
+        documents of a row, those of their own document, in which positions begin anew.
         """
-        return head(self.model(tokens), self.model.embed_tokens.weight)
+        return (head or linear)(self.model(tokens, documents), self.model.embed_tokens.weight)
+
+
+Head = Callable[[Tensor, Tensor], Tensor]
 
 
 class Trunk(nn.Module):
     """Everything below the output head."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self.dtype = dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        x = self.embed_tokens(tokens).to(self.dtype)  # (B, T, D)
+        if documents is None:
+            mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            mask, positions = document_mask(documents), positions_within(documents)[:, None]
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -143,8 +161,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -155,20 +173,18 @@ class Attention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = E
+        self.head_dim, self.heads = E, (H, K, K)
         self.q_proj = nn.Linear(D, H * E, bias=False)
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, E)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        qkv = linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, E)
+        q, k, v = heads.split(self.heads, dim=1)
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)  # (B, H, T, E)
+        return linear(y.transpose(1, 2).flatten(2), self.o_proj.weight)  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -182,7 +198,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(M, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linear(x, self.gate_proj.weight, self.up_proj.weight).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class RMSNorm(nn.Module):
@@ -196,17 +213,28 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return (self.weight * y).to(x.dtype)
+
+
+def linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """`x` (..., D) times the transposes of `weights` (N, D), side by side, in the type of `x`.
+
+    One product of joined matrices is faster than one for each. To join them costs nothing where
+    they are cast to bf16 anyway, in the same pass over memory.
+    """
+    cast = [weight.to(x.dtype) for weight in weights]
+    return F.linear(x, torch.cat(cast) if len(cast) > 1 else cast[0])
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, head_dim), of rotary embedding at integer `positions` (T,).
+    """Cosines and sines (..., T, head_dim) of rotary embedding at integer `positions` (..., T).
 
     Source: https://arxiv.org/abs/2104.09864, in the half-split order of Hugging Face.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (exponents / head_dim)
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    half = positions[..., None].float() * frequencies
+    angles = torch.cat((half, half), dim=-1)
     return angles.cos(), angles.sin()
 
 

@@ -201,6 +201,7 @@ class Session:
             seed=config.seed,
             micro_batch_rows=config.micro_batch_rows,
             accumulate=config.accumulate,
+            document_mask=config.document_mask,
             skips=self.job.skips,
             pin=config.compute.device == "cuda",
         )
@@ -242,7 +243,7 @@ class Session:
             self.validation_rows,
             self.job.validation_rows,
             config.micro_batch_rows,
-            config.compute,
+            document_mask=config.document_mask,
         )
         self.val_loss = (self.state.step, loss)
         self.recorder.alive()

@@ -1,13 +1,12 @@
 """One step, and the loop that yields after each; whoever runs it logs, saves and stops."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +20,7 @@ from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
 from zeroflow.training.schedule import Schedule
 
 Precision = Literal["bf16", "fp32"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class ComputeConfig(Config):
@@ -29,16 +29,22 @@ class ComputeConfig(Config):
     device: Literal["cpu", "cuda"]
 
     precision: Precision
-    """bf16: matrices are multiplied in bf16, weights and moments stay fp32."""
+    """bf16: matrices are multiplied and activations kept in bf16, weights and moments stay fp32."""
 
     compile: bool
-    """Compile the decoder blocks with torch.compile."""
+    """Compile the decoder blocks and the last norm with torch.compile."""
 
     deterministic: bool = False
     """Only kernels whose results are the same from run to run."""
 
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: activations within a block are computed again in the backward pass."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What is computed again in the backward pass: the activations within the feed-forward
+    networks (selective), or all within a block (full)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class TrainingConfig(Config):
@@ -48,6 +54,12 @@ class TrainingConfig(Config):
     micro_batch_rows: PositiveInt
     accumulate: PositiveInt
     """Micro-batches in a step, on every rank."""
+
+    document_mask: bool = False
+    """Tokens see those of their own document only, and positions begin anew with it."""
+
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of (log Z)² in the loss."""
 
     schedule: Schedule
     optimizer: OptimizerConfig
@@ -93,26 +105,38 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
     """
     device = config.compute.device
     with torch.device(device):
-        network = Llama(model)
+        network = Llama(model, config.compute.dtype)
     initialize(network, config.seed)
-    if config.compute.activation_checkpointing == "full":
-        for block in network.model.layers:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
-    if config.compute.compile:
-        for block in network.model.layers:
+    kind = config.compute.activation_checkpointing
+    for block in network.model.layers:
+        if kind == "full":
+            _compute_again(block)
+        elif kind == "selective":
+            _compute_again(block.get_submodule("mlp"))
+        if config.compute.compile:
             block.compile(dynamic=False)
+    if config.compute.compile:
+        network.model.norm.compile(dynamic=False)
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
 
 
-def autocast(compute: ComputeConfig) -> AbstractContextManager[object]:
-    """The context in which the network is computed at its precision."""
-    if compute.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(compute.device, dtype=torch.bfloat16)
+def _compute_again(module: nn.Module) -> None:
+    """Keep nothing of `module` but its inputs for the backward pass."""
+    module.forward = partial(
+        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
+    """Sum of the loss over the valid targets of `batch`, on the model's device."""
+    device = model.model.embed_tokens.weight.device
+    there = partial(Tensor.to, device=device, non_blocking=True)
+    loss = partial(cross_entropy_sum, targets=there(batch.targets), z_loss=z_loss)
+    documents = None if batch.documents is None else there(batch.documents)
+    total: Tensor = model(there(batch.inputs), loss, documents)
+    return total
 
 
 def train_step(
@@ -128,12 +152,7 @@ def train_step(
     valid = sum(batch.valid for batch in micro_batches)
     losses = []
     for batch in micro_batches:
-        inputs, targets = (
-            tensor.to(config.compute.device, non_blocking=True)
-            for tensor in (batch.inputs, batch.targets)
-        )
-        with autocast(config.compute):
-            loss = state.model(inputs, partial(cross_entropy_sum, targets=targets)) / valid
+        loss = loss_sum(state.model, batch, config.z_loss) / valid
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 

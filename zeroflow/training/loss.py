@@ -1,30 +1,113 @@
 """Next-token cross-entropy that never holds the logits of a whole batch."""
 
+import importlib.util
+from functools import cache
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from zeroflow.data.batches import IGNORED
 
-_CHUNK_LOGITS = 2**28
+_CHUNK_BYTES = 2**30
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the valid targets of -log p, a scalar in fp32.
+def chunk_bytes(gpu_memory: int | None) -> int:
+    """Size of the logits that are held at once.
 
-    The logits of hidden states (B, T, D) times the output matrix (V, D) are made a chunk of
-    tokens at a time, and made again in the backward pass: 1 GiB instead of B·T·V·4 bytes.
+    Large chunks are faster on a GPU, as the matrix's gradient is read and written for each.
     """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
-    if len(targets) <= chunk:
-        return _sum(hidden, weight, targets)
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    losses = [checkpoint(_sum, h, weight, t, use_reentrant=False) for h, t in parts]
-    return torch.stack(losses).sum()
+    return _CHUNK_BYTES if gpu_memory is None else gpu_memory // 20
 
 
-def _sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0
+) -> Tensor:
+    """Sum over the valid targets (B, T) of -log p + z_loss · (log Z)², a scalar in fp32.
+
+    The logits of hidden states (B, T, D) times the output matrix (V, D) are made a chunk of tokens
+    at a time, in the type of the hidden states, and turned into their gradient where they lie:
+    `chunk_bytes` instead of three times B·T·V·4. So the gradients are there when the loss is,
+    and nothing is computed again in the backward pass: https://arxiv.org/abs/2410.10989, section
+    3.2. Those of the matrix are summed over the chunks in fp32.
+
+    Z is the sum of the exponents, which z-loss keeps near 1: https://arxiv.org/abs/2204.02311,
+    section 5.
+    """
+    loss: Tensor = _CrossEntropySum.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
+    return loss
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        matrix = weight.to(hidden.dtype)
+        chunk = min(len(hidden), max(1, _held_at_once(hidden) // len(matrix)))
+        logits = hidden.new_empty(chunk, len(matrix))
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        for begin in range(0, len(hidden), chunk):
+            part = slice(begin, begin + chunk)
+            h = hidden[part]
+            x = torch.mm(h, matrix.T, out=logits[: len(h)])
+            _to_losses_and_gradients(x, targets[part], losses[part], z_loss)
+            if d_hidden is not None and d_weight is not None:
+                torch.mm(x, matrix, out=d_hidden[part])
+                _add_product(d_weight, x.T, h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # A backward pass that comes again would find them multiplied twice; autograd frees them
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
+
+
+def _to_losses_and_gradients(
+    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float
+) -> None:
+    """Fill `losses` (n,), and put the gradients of their sum in the place of `logits` (n, V)."""
+    if logits.is_cuda and has_triton():
+        from zeroflow.training import loss_kernel
+
+        loss_kernel.to_losses_and_gradients(logits, targets, losses, z_loss)
+        return
+    exact = logits.float()  # the same tensor if it is fp32
+    valid = targets != IGNORED
+    rows, columns = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+    log_z = exact.logsumexp(dim=1)
+    losses.copy_((log_z - exact[rows, columns] + z_loss * log_z**2) * valid)
+    exact.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
+    exact[rows, columns] -= 1
+    exact.mul_(valid[:, None])
+    logits.copy_(exact)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b`, in fp32 without rounding in between, to `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _held_at_once(hidden: Tensor) -> int:
+    """Logits."""
+    device = hidden.device
+    gpu_memory = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    )
+    return chunk_bytes(gpu_memory) // hidden.element_size()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled; Triton comes with PyTorch's builds for GPUs."""
+    return importlib.util.find_spec("triton") is not None

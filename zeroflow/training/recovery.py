@@ -13,9 +13,8 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from zeroflow import planning
 from zeroflow.config import Config
-from zeroflow.data.batches import Skip
+from zeroflow.data.batches import Skip, largest_divisor
 from zeroflow.tracking import LEDGER
 from zeroflow.training import checkpoint, events, job
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
@@ -63,7 +62,7 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     rows = training.micro_batch_rows * training.accumulate
     for entry in ledger:
         if entry.micro_batch_rows and entry.micro_batch_rows < training.micro_batch_rows:
-            fewer = planning.largest_divisor(rows, entry.micro_batch_rows)
+            fewer = largest_divisor(rows, entry.micro_batch_rows)
             training = training.replace(micro_batch_rows=fewer, accumulate=rows // fewer)
         if entry.activation_checkpointing:
             compute = training.compute.replace(activation_checkpointing="full")
@@ -114,7 +113,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
             training = now.training
             if training.micro_batch_rows > 1:
                 rows = training.micro_batch_rows * training.accumulate
-                fewer = planning.largest_divisor(rows, training.micro_batch_rows // 2)
+                fewer = largest_divisor(rows, training.micro_batch_rows // 2)
                 action = (
                     f"micro-batches of {fewer} rows instead of {training.micro_batch_rows}, "
                     f"{rows // fewer} of them a step, the same rows in the same order; {goes_on}"

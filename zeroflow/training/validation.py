@@ -1,40 +1,46 @@
 """Loss on the held-out rows."""
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from zeroflow.data.batches import IGNORED, to_micro_batch
+from zeroflow.data.batches import IGNORED, MicroBatch, to_micro_batch
 from zeroflow.data.shards import Rows
 from zeroflow.model.llama import Llama
-from zeroflow.training.loop import ComputeConfig, autocast
-from zeroflow.training.loss import cross_entropy_sum
+from zeroflow.training.loop import loss_sum
 
 
 @torch.no_grad()
 def validation_loss(
-    model: Llama, rows: Rows, count: int, micro_batch_rows: int, compute: ComputeConfig
+    model: Llama, rows: Rows, count: int, micro_batch_rows: int, *, document_mask: bool = False
 ) -> float:
     """Mean loss in nats per token over the first `count` of `rows`; all if fewer.
 
     The first, so that runs that read more parts of a shard set are validated on the same rows.
     """
     chosen = np.arange(min(count, len(rows)))
-    total, valid = torch.zeros((), dtype=torch.float64, device=compute.device), 0
+    device = model.model.embed_tokens.weight.device
+    total, valid = torch.zeros((), dtype=torch.float64, device=device), 0
     for start in range(0, len(chosen), micro_batch_rows):
         ids = chosen[start : start + micro_batch_rows]
-        batch = to_micro_batch(rows[ids], end_of_text=rows.end_of_text)
+        batch = to_micro_batch(rows[ids], end_of_text=rows.end_of_text, document_mask=document_mask)
         valid += batch.valid
         # One shape for all, as a compiled model would be compiled again for the last rows
-        missing = micro_batch_rows - len(ids)
-        inputs = F.pad(batch.inputs, (0, 0, 0, missing)).to(compute.device)
-        targets = F.pad(batch.targets, (0, 0, 0, missing), value=IGNORED).to(compute.device)
-        with autocast(compute):
-            total += model(inputs, partial(cross_entropy_sum, targets=targets))
+        total += loss_sum(model, _with_rows(batch, micro_batch_rows))
     return float(total) / valid
+
+
+def _with_rows(batch: MicroBatch, rows: int) -> MicroBatch:
+    """`batch` filled up with rows that do not count."""
+    missing = (0, 0, 0, rows - len(batch.inputs))
+    documents = batch.documents
+    return batch._replace(
+        inputs=F.pad(batch.inputs, missing),
+        targets=F.pad(batch.targets, missing, value=IGNORED),
+        documents=None if documents is None else F.pad(documents, missing),
+    )
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
