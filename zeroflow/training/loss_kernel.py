@@ -13,7 +13,7 @@ _BLOCK = 32_768
 
 
 @triton.jit
-def _losses_and_gradients(
+def _cross_entropy(
     logits,
     stride,
     targets,
@@ -68,7 +68,7 @@ def to_losses_and_gradients(logits: Tensor, targets: Tensor, losses: Tensor, z_l
     """Fill `losses` (n,), and put the gradients of their sum in the place of `logits` (n, V)."""
     rows, vocabulary = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-    _losses_and_gradients[(rows,)](
+    _cross_entropy[(rows,)](
         logits,
         logits.stride(0),
         targets,
