@@ -546,19 +546,21 @@ def report(results: Figures) -> str:
     """The table, in Markdown."""
     device, settings = results["device"], results["settings"]
     machine = results["machine"]
-    head = ["size", "", "version", "rows", "tokens/s", "ours / it", "MFU %", "TFLOP/s"]
-    head += ["peak GB", "first step s", "spread %", "loss", "busy elsewhere"]
+    head = ["size", "", "version", "rows", "tokens/s", "fastest", "ours / it", "MFU %"]
+    head += ["TFLOP/s", "peak GB", "first step s", "spread %", "loss", "busy elsewhere"]
     rows = []
     for facts in results["runs"]:
         row = [facts["size"], facts["contender"], facts["version"]]
         if best := facts.get("best"):
-            row += [str(best["rows"]), f"{best['tokens_per_second']:,.0f}", _ratio(results, facts)]
+            fastest = settings["batch_rows"] * settings["seq_len"] / min(best["windows"])
+            row += [str(best["rows"]), f"{best['tokens_per_second']:,.0f}", f"{fastest:,.0f}"]
+            row += [_ratio(results, facts)]
             row += [f"{100 * best['mfu']:.1f}" if "mfu" in best else "-", f"{best['tflops']:.3g}"]
             row += [f"{best['peak_gb']:.1f}", f"{best['first_step_seconds']:.1f}"]
             row += [f"{100 * best['spread']:.1f}", "{:.2f} → {:.2f}".format(*best["losses"])]
             row += [f"{best['busy_elsewhere']:.1f}"]
         else:
-            row += ["-"] * 10
+            row += ["-"] * 11
         rows.append(row)
     rule = ["---", "---", "---", *["---:"] * (len(head) - 3)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
@@ -575,7 +577,8 @@ def report(results: Figures) -> str:
     return (
         f"{device['name']}, torch {machine['torch']}, {settings['precision']}; context "
         f"{settings['seq_len']:,}, vocabulary {settings['vocab_size']:,}, "
-        f"{settings['batch_rows']} rows a step; median of {settings['rounds']} x {settings['windows']} windows\n\n"
+        f"{settings['batch_rows']} rows a step; median of "
+        f"{settings['rounds'] * settings['windows']} windows\n\n"
         f"{table}\n"
         f"Matrix product of {anchor_n}, TFLOP/s in a burst / sustained, before and after all: "
         f"{anchors}\n\n"
