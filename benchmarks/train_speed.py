@@ -1,0 +1,700 @@
+"""Tokens per second of a training step: zeroflow and others, side by side on one device.
+
+Every contender trains the same shape on the same random tokens, with the same rows in a step of the
+optimiser, in a process of its own. benchmarks/README.md says how each is set up.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from zeroflow.config import Config
+from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.model.llama import ModelConfig
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.planning import NOMINAL_VOCABULARY, Device, find_device
+from zeroflow.training.loop import ComputeConfig, TrainingConfig, autocast, new_state, train_step
+from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+_BATCHES = 4
+_GAIN = 1.02
+"""Speed-up for which the search goes on to twice the rows: below is noise."""
+
+_LEARNING_RATE = 1e-4
+_NO_END = -1
+_MATMUL = {"cuda": 8192, "cpu": 2048}
+_MATMUL_SECONDS = 1.5
+
+Step = Callable[[list[MicroBatch]], Tensor]
+"""One step of the optimiser over micro-batches; gives the mean loss, on the device."""
+
+Figures = dict[str, Any]
+
+
+class Workload(Config):
+    """What a contender is given."""
+
+    size: str
+    vocab_size: PositiveInt
+    seq_len: PositiveInt
+    batch_rows: PositiveInt
+    """Rows in a step of the optimiser."""
+
+    rows: tuple[PositiveInt, ...]
+    """Rows of a micro-batch to try, in this order."""
+
+    compute: ComputeConfig
+    windows: PositiveInt
+    seconds: PositiveFloat
+    """Length of a window."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return with_vocabulary(SIZES[self.size], self.vocab_size)
+
+    def batches(self, rows: int) -> list[list[MicroBatch]]:
+        """Some batches of random tokens in micro-batches of `rows`, pinned for a GPU."""
+        random = np.random.default_rng(0)
+        shape = (_BATCHES, self.batch_rows // rows, rows, self.seq_len + 1)
+        tokens = random.integers(self.vocab_size, size=shape, dtype=np.int32)
+        pin = self.compute.device == "cuda"
+        return [
+            [to_micro_batch(part, end_of_text=_NO_END, pin=pin) for part in batch]
+            for batch in tokens
+        ]
+
+
+# Contenders
+
+
+def ours(work: Workload, rows: int) -> Step:
+    config = TrainingConfig(
+        seed=0,
+        micro_batch_rows=rows,
+        accumulate=work.batch_rows // rows,
+        schedule=Schedule(name="wsd", peak=_LEARNING_RATE, warmup_steps=0, steps=10**9),
+        optimizer=OptimizerConfig(),
+        compute=work.compute,
+    )
+    state = new_state(work.model, config)
+    return lambda micro_batches: train_step(state, micro_batches, config).loss
+
+
+def hf_eager(work: Workload, rows: int) -> Step:
+    model = _hugging_face(work)
+    return _common_step(work, model, lambda x, y: model(x, labels=y, shift_labels=y).loss)
+
+
+def hf_compiled(work: Workload, rows: int) -> Step:
+    model = _hugging_face(work)
+    compiled = torch.compile(model)  # its loss is inside
+    return _common_step(work, model, lambda x, y: compiled(x, labels=y, shift_labels=y).loss)
+
+
+def liger(work: Workload, rows: int) -> Step:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama()
+    return hf_eager(work, rows)
+
+
+def liger_compiled(work: Workload, rows: int) -> Step:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama()
+    return hf_compiled(work, rows)
+
+
+def _hugging_face(work: Workload) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = work.model
+    config = LlamaConfig(
+        **shape.model_dump(exclude={"rope_theta"}),
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        max_position_embeddings=work.seq_len,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device(work.compute.device):
+        return LlamaForCausalLM(config).train()
+
+
+def torchtitan(work: Workload, rows: int) -> Step:
+    """As its trainer runs one GPU: autocast, blocks and loss compiled apart, the rest eager."""
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.models.llama3.model.model import Transformer
+
+    shape = work.model
+    arguments = TransformerModelArgs(
+        dim=shape.hidden_size,
+        n_layers=shape.num_hidden_layers,
+        n_heads=shape.num_attention_heads,
+        n_kv_heads=shape.num_key_value_heads,
+        vocab_size=shape.vocab_size,
+        # its feed-forward size is 8/3 of dim, rounded up to a multiple of this
+        multiple_of=shape.intermediate_size,
+        norm_eps=shape.rms_norm_eps,
+        rope_theta=shape.rope_theta,
+        max_seq_len=work.seq_len,
+    )
+    with torch.device(work.compute.device):
+        model = Transformer(arguments)
+    model.tok_embeddings.weight = model.output.weight
+    for block in model.layers.values():
+        block.compile(fullgraph=True)
+    loss = torch.compile(cross_entropy_loss)
+    return _common_step(work, model, lambda x, y: loss(model(x), y) / y.numel())
+
+
+def litgpt(work: Workload, rows: int) -> Step:
+    """As its pretrain.py: bf16-mixed, compiled whole, cross-entropy in chunks of 128 outside."""
+    from litgpt.config import Config as GptConfig
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    shape = work.model
+    config = GptConfig(
+        block_size=work.seq_len,
+        n_layer=shape.num_hidden_layers,
+        n_embd=shape.hidden_size,
+        n_head=shape.num_attention_heads,
+        n_query_groups=shape.num_key_value_heads,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size,
+        intermediate_size=shape.intermediate_size,
+        norm_class_name="RMSNorm",
+        norm_eps=shape.rms_norm_eps,
+        mlp_class_name="LLaMAMLP",
+        parallel_residual=False,
+        bias=False,
+        rotary_percentage=1.0,
+        rope_base=int(shape.rope_theta),
+    )
+    with torch.device(work.compute.device):
+        model = GPT(config)
+    model.transformer.wte.weight = model.lm_head.weight
+    compiled = torch.compile(model)
+    return _common_step(work, model, lambda x, y: chunked_cross_entropy(compiled(x), y))
+
+
+def _common_step(
+    work: Workload, model: nn.Module, mean_loss: Callable[[Tensor, Tensor], Tensor]
+) -> Step:
+    """What everybody writes around a model: autocast, clipping, fused AdamW."""
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    if count != work.model.parameters:
+        raise ValueError(f"{count:,} parameters where ours are {work.model.parameters:,}")
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+
+    def step(micro_batches: list[MicroBatch]) -> Tensor:
+        losses = []
+        for batch in micro_batches:
+            inputs, targets = (
+                tensor.to(work.compute.device, non_blocking=True)
+                for tensor in (batch.inputs, batch.targets)
+            )
+            with autocast(work.compute):
+                loss = mean_loss(inputs, targets) / len(micro_batches)
+            loss.backward()
+            losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.stack(losses).sum()
+
+    return step
+
+
+class Contender(NamedTuple):
+    build: Callable[[Workload, int], Step]
+    packages: dict[str, str]
+    """Importable names and what to give to pip for each; the first gives the version."""
+
+    needs_gpu: bool = False
+
+
+_HUGGING_FACE = {"transformers": "transformers"}
+_LIGER = {"liger_kernel": "liger-kernel", "triton": "triton", "transformers": "transformers"}
+CONTENDERS = {
+    "ours": Contender(ours, {"torch": "torch"}),
+    "hf_compiled": Contender(hf_compiled, _HUGGING_FACE),
+    "hf_eager": Contender(hf_eager, _HUGGING_FACE),
+    "liger": Contender(liger, _LIGER, needs_gpu=True),
+    "liger_compiled": Contender(liger_compiled, _LIGER, needs_gpu=True),
+    "torchtitan": Contender(
+        torchtitan,
+        {"torchtitan": "'torchtitan>=0.2.2,<0.3'", "tyro": "tyro", "triton": "triton"},
+    ),
+    "litgpt": Contender(litgpt, {"litgpt": "litgpt", "lightning": "lightning"}),
+}
+
+
+# Measuring, in the contender's process
+
+
+def measure(contender: str, work: Workload) -> Iterator[Figures]:
+    """Figures for every micro-batch tried, until memory is out or more rows are no faster."""
+    fastest = 0.0
+    for rows in work.rows:
+        try:
+            figures = _measure_rows(CONTENDERS[contender].build, work, rows)
+        except Exception as error:  # compilers wrap it in errors of their own
+            if "out of memory" not in str(error).lower():
+                raise
+            yield {"rows": rows, "failed": "out of memory"}
+            return
+        yield figures
+        if figures["tokens_per_second"] < _GAIN * fastest:
+            return
+        fastest = max(fastest, figures["tokens_per_second"])
+        gc.collect()
+        torch._dynamo.reset()  # or the next shape would be compiled as a dynamic one
+        if work.compute.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: int) -> Figures:
+    device = work.compute.device
+    batches = work.batches(rows)
+    step = build(work, rows)
+    wait(device)
+    started = time.perf_counter()
+    first_loss = float(step(batches[0]))
+    first_step = time.perf_counter() - started
+    step(batches[1])  # what is allocated or recorded in the second step only
+    wait(device)
+
+    def seconds_a_step(steps: int) -> float:
+        wait(device)
+        started = time.perf_counter()
+        for number in range(steps):
+            step(batches[number % len(batches)])
+        wait(device)
+        return (time.perf_counter() - started) / steps
+
+    steps = math.ceil(work.seconds / seconds_a_step(1))
+    steps = math.ceil(work.seconds / seconds_a_step(steps))  # warm by now
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    busy = _busy_elsewhere()
+    started = time.perf_counter()
+    windows = [seconds_a_step(steps) for _ in range(work.windows)]
+    elapsed, busy = time.perf_counter() - started, _busy_elsewhere() - busy
+    loss = float(step(batches[0]))
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
+    return {
+        "rows": rows,
+        "tokens_per_second": work.batch_rows * work.seq_len / statistics.median(windows),
+        "windows": windows,
+        "steps": steps,
+        "busy_elsewhere": max(0.0, busy / elapsed),
+        "first_step_seconds": first_step,
+        "peak_gb": peak_bytes(device) / 1e9,
+        "losses": [first_loss, loss],
+    }
+
+
+def _busy_elsewhere() -> float:
+    """CPU seconds of all other programs on the machine, and what the hypervisor kept."""
+    import psutil
+
+    times = psutil.cpu_times()
+    idle = times.idle + times.iowait + times.guest + times.guest_nice
+    return sum(times) - idle - time.process_time()
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory held: by tensors on a GPU, by the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def matmul(work: Workload) -> Figures:
+    """TFLOP/s of one large matrix product: ten at once, and on and on until the chip is hot."""
+    device, n = work.compute.device, _MATMUL[work.compute.device]
+    dtype = torch.bfloat16 if work.compute.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def tflops(products: int) -> float:
+        wait(device)
+        started = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b)
+        wait(device)
+        return 2 * n**3 * products / (time.perf_counter() - started) / 1e12
+
+    tflops(3)
+    burst = tflops(10)
+    many = max(10, round(_MATMUL_SECONDS * burst * 1e12 / (2 * n**3)))
+    return {"n": n, "dtype": str(dtype), "burst_tflops": burst, "sustained_tflops": tflops(many)}
+
+
+def run(contender: str, workload: str, file: str) -> None:
+    """Write the figures to `file` after every trial, so that those before a failure remain."""
+    work = Workload.model_validate_json(workload)
+    torch.manual_seed(0)
+    trials = []
+    for figures in [matmul(work)] if contender == "matmul" else measure(contender, work):
+        trials.append(figures)
+        Path(file).write_text(json.dumps(trials))
+
+
+# Comparing
+
+
+def compare(arguments: argparse.Namespace, device: Device) -> Figures:
+    """Figures of every contender asked for; of one that cannot run, why not."""
+    anchor = workload(arguments, arguments.sizes[0], {})
+    anchors = [try_in_process("matmul", anchor, arguments.limit)]
+    runs: list[Figures] = [
+        {"size": size, "contender": asked} | _presence(parse_contender(asked)[0], device)
+        for size, asked in product(arguments.sizes, arguments.contenders)
+    ]
+    for _, facts in product(range(arguments.rounds), runs):  # rounds outermost: a slow minute
+        if "absent" not in facts and "failed" not in facts:  # does not hit one contender alone
+            _try_once_more(facts, arguments, device)
+            log.info("%s, %s: %s", facts["size"], facts["contender"], _outcome(facts))
+    anchors.append(try_in_process("matmul", anchor, arguments.limit))
+    return {
+        "device": device.model_dump(),
+        "machine": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        },
+        "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
+        "mfu": "(6 N + 6 L D T) FLOPs a token / dense bf16 peak, N with the tied head once",
+        "matmul": [anchor["trials"][0] for anchor in anchors if anchor["trials"]],
+        "runs": runs,
+    }
+
+
+def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device) -> None:
+    """A round of a contender: first the search, then more windows at the best rows."""
+    name, settings = parse_contender(facts["contender"])
+    work = workload(arguments, facts["size"], settings)
+    best = facts.get("best")
+    if best is not None:
+        work = work.replace(rows=(best["rows"],))
+    outcome = try_in_process(name, work, arguments.limit)
+    trials = facts.setdefault("trials", [])
+    trials += outcome["trials"]
+    done = [trial for trial in outcome["trials"] if "failed" not in trial]
+    if "failed" in outcome:
+        facts["failed"] = outcome["failed"]
+    elif not done:
+        facts["failed"] = f"out of memory at {trials[-1]['rows']} rows"
+    if not done:
+        return
+    if best is None:
+        facts["best"] = best = dict(max(done, key=lambda trial: trial["tokens_per_second"]))
+    else:
+        best["windows"] = best["windows"] + done[0]["windows"]
+        best["busy_elsewhere"] = max(best["busy_elsewhere"], done[0]["busy_elsewhere"])
+    median = statistics.median(best["windows"])
+    best["tokens_per_second"] = work.batch_rows * work.seq_len / median
+    best["spread"] = (max(best["windows"]) - min(best["windows"])) / median
+    flops = work.model.flops_per_token(work.seq_len) * best["tokens_per_second"]
+    best["tflops"] = flops / 1e12
+    if device.peak_flops and work.compute.precision == "bf16":  # whose peak it is
+        best["mfu"] = flops / device.peak_flops
+
+
+def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
+    """`ours:compile=false,precision=fp32` is ours with these settings of its `ComputeConfig`."""
+    name, _, settings = asked.partition(":")
+    if name not in CONTENDERS:
+        raise ValueError(f"{name} is no contender: choose from {', '.join(CONTENDERS)}")
+    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
+    return name, {key: value for key, _, value in pairs}
+
+
+def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Workload:
+    compute = {
+        "device": arguments.device,
+        "precision": arguments.precision,
+        "compile": arguments.device == "cuda",  # a run's default
+    }
+    return Workload(
+        size=size,
+        vocab_size=arguments.vocab_size,
+        seq_len=arguments.seq_len,
+        batch_rows=arguments.batch_rows,
+        rows=tuple(arguments.rows or doublings(arguments.batch_rows)),
+        compute=ComputeConfig.model_validate(compute | settings),
+        windows=arguments.windows,
+        seconds=arguments.seconds,
+    )
+
+
+def doublings(number: int) -> list[int]:
+    """`number` and its halves, upwards: 3, 6, 12, 24, 48."""
+    halves = [number]
+    while halves[0] % 2 == 0:
+        halves.insert(0, halves[0] // 2)
+    return halves
+
+
+def _presence(name: str, device: Device) -> Figures:
+    """Its version, and under `absent` why it cannot run, if so."""
+    contender = CONTENDERS[name]
+    if contender.needs_gpu and device.kind != "cuda":
+        return {"version": "", "absent": "needs a GPU"}
+    lacking = [pip for module, pip in contender.packages.items() if find_spec(module) is None]
+    if lacking:
+        hint = f"not installed: pip install --no-deps {' '.join(lacking)}"
+        return {"version": "", "absent": hint}
+    package = next(iter(contender.packages))
+    return {"version": f"{package} {version(package)}"}
+
+
+def try_in_process(name: str, work: Workload, limit: float) -> Figures:
+    """Trials of one contender in a process of its own, and under `failed` why it ended, if so."""
+    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+        file, output = Path(folder, "trials.json"), Path(folder, "output.txt")
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # nobody finds its graphs compiled
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+        }
+        command = [sys.executable, __file__, "--run", name, work.model_dump_json(), str(file)]
+        failed = None
+        with output.open("wb") as sink:
+            process = subprocess.Popen(
+                command, env=environment, stdout=sink, stderr=sink, start_new_session=True
+            )
+            try:
+                code = process.wait(limit)
+                failed = _last_line(output) or f"exit code {code}" if code else None
+            except subprocess.TimeoutExpired:
+                failed = f"stopped after {limit:.0f} s (--limit)"
+            finally:
+                _end_family(process)
+        trials = json.loads(file.read_text()) if file.exists() else []
+    return {"trials": trials} | ({"failed": failed} if failed else {})
+
+
+def _end_family(process: subprocess.Popen[bytes]) -> None:
+    """Compile workers go with their parent."""
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(output: Path) -> str:
+    lines = [line for line in output.read_text(errors="replace").split("\n") if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith(" ")]
+    return (errors or lines or [""])[-1].strip()[:200]
+
+
+def _outcome(facts: Figures) -> str:
+    if best := facts.get("best"):
+        ended = f"; then {facts['failed']}" if "failed" in facts else ""
+        return f"{best['tokens_per_second']:,.0f} tokens/s, {best['rows']} rows{ended}"
+    return str(facts.get("absent") or facts["failed"])
+
+
+# Reporting
+
+
+def report(results: Figures) -> str:
+    """The table, in Markdown."""
+    device, settings = results["device"], results["settings"]
+    machine = results["machine"]
+    head = ["size", "", "version", "rows", "tokens/s", "fastest", "ours / it", "MFU %"]
+    head += ["TFLOP/s", "peak GB", "first step s", "spread %", "loss", "busy elsewhere"]
+    rows = []
+    for facts in results["runs"]:
+        row = [facts["size"], facts["contender"], facts["version"]]
+        if best := facts.get("best"):
+            fastest = settings["batch_rows"] * settings["seq_len"] / min(best["windows"])
+            row += [str(best["rows"]), f"{best['tokens_per_second']:,.0f}", f"{fastest:,.0f}"]
+            row += [_ratio(results, facts)]
+            row += [f"{100 * best['mfu']:.1f}" if "mfu" in best else "-", f"{best['tflops']:.3g}"]
+            row += [f"{best['peak_gb']:.1f}", f"{best['first_step_seconds']:.1f}"]
+            row += [f"{100 * best['spread']:.1f}", "{:.2f} → {:.2f}".format(*best["losses"])]
+            row += [f"{best['busy_elsewhere']:.1f}"]
+        else:
+            row += ["-"] * 11
+        rows.append(row)
+    rule = ["---", "---", "---", *["---:"] * (len(head) - 3)]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
+    notes = [
+        f"{facts['size']}, {facts['contender']}: {_outcome(facts)}\n"
+        for facts in results["runs"]
+        if "absent" in facts or "failed" in facts
+    ]
+    anchors = ", ".join(
+        f"{anchor['burst_tflops']:.3g} / {anchor['sustained_tflops']:.3g}"
+        for anchor in results["matmul"]
+    )
+    anchor_n = results["matmul"][0]["n"] if results["matmul"] else 0
+    return (
+        f"{device['name']}, torch {machine['torch']}, {settings['precision']}; context "
+        f"{settings['seq_len']:,}, vocabulary {settings['vocab_size']:,}, "
+        f"{settings['batch_rows']} rows a step; median of "
+        f"{settings['rounds'] * settings['windows']} windows\n\n"
+        f"{table}\n"
+        f"Matrix product of {anchor_n}, TFLOP/s in a burst / sustained, before and after all: "
+        f"{anchors}\n\n"
+        f"MFU = {results['mfu']}: {_peak(device)}\n\n" + "\n".join(notes)
+    )
+
+
+def _peak(device: Figures) -> str:
+    peak = device["peak_flops"]
+    return f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known for this device"
+
+
+def _ratio(results: Figures, facts: Figures) -> str:
+    mine = [run for run in results["runs"] if run["size"] == facts["size"] and "best" in run]
+    first = next((run for run in mine if run["contender"].startswith("ours")), None)
+    if first is None:
+        return ""
+    ratio = first["best"]["tokens_per_second"] / facts["best"]["tokens_per_second"]
+    return f"{ratio:.2f}"
+
+
+def draw(results: Figures, file: Path) -> None:
+    """Bars of tokens per second, one panel a size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = results["settings"]["sizes"]
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(5 * len(sizes), 3.2), squeeze=False, layout="constrained"
+    )
+    for size, panel in zip(sizes, panels[0], strict=True):
+        runs = [run for run in results["runs"] if run["size"] == size and "best" in run]
+        speeds = [run["best"]["tokens_per_second"] for run in runs]
+        mine = [run["contender"].startswith("ours") for run in runs]
+        colors = ["tab:blue" if our else "tab:gray" for our in mine]
+        bars = panel.barh([run["contender"] for run in runs], speeds, color=colors)
+        labels = [
+            f"{speed:,.0f}" + (f"  {run['best']['mfu']:.1%}" if "mfu" in run["best"] else "")
+            for speed, run in zip(speeds, runs, strict=True)
+        ]
+        panel.bar_label(bars, labels, padding=3, fontsize=8)
+        panel.set_xlim(0, 1.45 * max(speeds, default=1))
+        panel.invert_yaxis()
+        panel.set_title(size)
+        panel.set_xlabel("tokens/s  (MFU)" if results["device"]["peak_flops"] else "tokens/s")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(results["device"]["name"], fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Flags for what is trained; those left out depend on the device."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seq-len", type=int, help="context; 2048, on a CPU 256")
+    parser.add_argument("--vocab-size", type=int, help="Llama-3.1's, on a CPU the sample's")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="bf16, on a CPU fp32")
+
+
+def settle_shape(arguments: argparse.Namespace) -> Device:
+    """Fill in what was left out, as a run would; gives the device."""
+    device = find_device(arguments.device)
+    gpu = device.kind == "cuda"
+    sample = cast(int, TokenizerConfig.model_fields["vocab_size"].default)
+    arguments.device = device.kind
+    arguments.seq_len = arguments.seq_len or (2048 if gpu else 256)
+    arguments.vocab_size = arguments.vocab_size or (NOMINAL_VOCABULARY if gpu else sample)
+    arguments.precision = arguments.precision or ("bf16" if gpu else "fp32")
+    return device
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:
+        return run(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"of {', '.join(CONTENDERS)}; ours:compile=false is ours with another ComputeConfig",
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="all, on a CPU tiny")
+    add_shape(parser)
+    parser.add_argument("--batch-rows", type=int, help="rows of a step; 48, on a CPU 4")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", help="rows of a micro-batch to try; doubled by default"
+    )
+    parser.add_argument("--windows", type=int, default=3, help="of which the median counts (3)")
+    parser.add_argument("--rounds", type=int, default=1, help="all again for more windows (1)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a window (3)")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a contender (600)")
+    parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/train_speed"))
+    arguments = parser.parse_args()
+    device = settle_shape(arguments)
+    arguments.sizes = arguments.sizes or (list(SIZES) if device.kind == "cuda" else ["tiny"])
+    arguments.batch_rows = arguments.batch_rows or (48 if device.kind == "cuda" else 4)
+    for rows in arguments.rows or []:
+        if arguments.batch_rows % rows:
+            parser.error(f"--rows {rows} does not divide --batch-rows {arguments.batch_rows}")
+    try:
+        for asked in arguments.contenders:
+            workload(arguments, arguments.sizes[0], parse_contender(asked)[1])
+    except ValueError as error:
+        parser.error(str(error))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results = compare(arguments, device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2) + "\n"
+    (arguments.out / "train_speed.json").write_text(text, encoding="utf-8")
+    (arguments.out / "train_speed.md").write_text(report(results), encoding="utf-8")
+    draw(results, arguments.out / "train_speed.png")
+    sys.stdout.write(report(results))
+    return None
+
+
+if __name__ == "__main__":
+    main()
