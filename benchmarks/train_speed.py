@@ -36,7 +36,7 @@ from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.planning import NOMINAL_VOCABULARY, Device, find_device
-from zeroflow.training.loop import ComputeConfig, TrainingConfig, autocast, new_state, train_step
+from zeroflow.training.loop import ComputeConfig, TrainingConfig, new_state, train_step
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule
 
@@ -222,6 +222,8 @@ def _common_step(
         parameters, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
 
+    bf16 = work.compute.precision == "bf16"
+
     def step(micro_batches: list[MicroBatch]) -> Tensor:
         losses = []
         for batch in micro_batches:
@@ -229,7 +231,7 @@ def _common_step(
                 tensor.to(work.compute.device, non_blocking=True)
                 for tensor in (batch.inputs, batch.targets)
             )
-            with autocast(work.compute):
+            with torch.autocast(work.compute.device, torch.bfloat16, enabled=bf16):
                 loss = mean_loss(inputs, targets) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())

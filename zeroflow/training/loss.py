@@ -48,7 +48,7 @@ class _CrossEntropySum(torch.autograd.Function):
         logits = hidden.new_empty(chunk, len(matrix))
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
         for begin in range(0, len(hidden), chunk):
             part = slice(begin, begin + chunk)
             h = hidden[part]
@@ -56,7 +56,7 @@ class _CrossEntropySum(torch.autograd.Function):
             _to_losses_and_gradients(x, targets[part], losses[part], z_loss)
             if d_hidden is not None and d_weight is not None:
                 torch.mm(x, matrix, out=d_hidden[part])
-                _add_product(d_weight, x.T, h)
+                _put_product(d_weight, x.T, h, add=begin > 0)
         ctx.save_for_backward(d_hidden, d_weight)
         return losses.sum()
 
@@ -82,20 +82,28 @@ def _to_losses_and_gradients(
     rows, columns = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
     log_z = exact.logsumexp(dim=1)
     losses.copy_((log_z - exact[rows, columns] + z_loss * log_z**2) * valid)
-    exact.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
+    exact.sub_(log_z[:, None]).exp_()
+    if z_loss:
+        exact.mul_(1 + 2 * z_loss * log_z[:, None])
     exact[rows, columns] -= 1
-    exact.mul_(valid[:, None])
-    logits.copy_(exact)
+    exact[~valid] = 0
+    if exact is not logits:
+        logits.copy_(exact)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b`, in fp32 without rounding in between, to `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """Set `out` to `a @ b`, or add that to it, in fp32 without rounding in between."""
+    if a.is_cuda and a.dtype != out.dtype:
+        if add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        out.addmm_(a, b)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.mm(a, b, out=out)
 
 
 def _held_at_once(hidden: Tensor) -> int:
