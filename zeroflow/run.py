@@ -31,19 +31,14 @@ from zeroflow.data.packing import PackingName
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
-from zeroflow.model.llama import ModelConfig, Shape
+from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.planning import Device, duration
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.job import CHECKPOINTS, Cadence, TrainingJob
-from zeroflow.training.loop import (
-    ActivationCheckpointing,
-    ComputeConfig,
-    Precision,
-    TrainingConfig,
-)
+from zeroflow.training.loop import ComputeConfig, Precision, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule, ScheduleName
 
@@ -179,7 +174,7 @@ class TrainingChoice(Config):
     """On a GPU, take only kernels whose results are the same from run to run, so that a run that
     was interrupted ends with the same bits, at the price of some speed. A CPU's always are."""
 
-    activation_checkpointing: ActivationCheckpointing | None = None
+    activation_checkpointing: Recompute | None = None
     """Computes activations again in the backward pass to save memory: selective those within the
     feed-forward networks, for about a sixth of the speed, full all, for about a quarter. Default:
     the first of none, selective and full with which a row fits."""

@@ -7,12 +7,13 @@ copies instead of converting. There are no buffers: rotary angles are computed i
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
 from zeroflow.model.attention import Mask, attend, document_mask, positions_within
@@ -95,6 +96,11 @@ class ModelConfig(Shape):
         return 6 * self.parameters + 6 * self.num_hidden_layers * self.hidden_size * context
 
 
+Recompute = Literal["none", "selective", "full"]
+"""Activations that are computed again in the backward pass: those within the feed-forward networks,
+or all within a block."""
+
+
 class Llama(nn.Module):
     """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied.
 
@@ -160,10 +166,21 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        if self.recompute == "full":
+            return recomputed(self._forward, x, cos, sin, mask)
+        return self._forward(x, cos, sin, mask)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self._feed_forward(self.post_attention_layernorm(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.recompute == "selective":
+            return recomputed(self.mlp, x)
+        return self.mlp(x)
 
 
 class Attention(nn.Module):
@@ -214,6 +231,16 @@ class RMSNorm(nn.Module):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * y).to(x.dtype)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Tensor:
+    """`function` of `inputs`, which are all that is kept for its backward pass.
+
+    Source: https://arxiv.org/abs/1604.06174
+    """
+    # Neither has random numbers. Here and not around the modules, so that one compiled block serves
+    # for all of them
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:

@@ -9,18 +9,16 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
-from zeroflow.model.llama import Llama, ModelConfig, initialize
+from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
 from zeroflow.training import optimizer as optimizers
 from zeroflow.training.loss import cross_entropy_sum
 from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
 from zeroflow.training.schedule import Schedule
 
 Precision = Literal["bf16", "fp32"]
-ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class ComputeConfig(Config):
@@ -37,7 +35,7 @@ class ComputeConfig(Config):
     deterministic: bool = False
     """Only kernels whose results are the same from run to run."""
 
-    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_checkpointing: Recompute = "none"
     """What is computed again in the backward pass: the activations within the feed-forward
     networks (selective), or all within a block (full)."""
 
@@ -107,12 +105,9 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
     with torch.device(device):
         network = Llama(model, config.compute.dtype)
     initialize(network, config.seed)
-    kind = config.compute.activation_checkpointing
     for block in network.model.layers:
-        if kind == "full":
-            _compute_again(block)
-        elif kind == "selective":
-            _compute_again(block.get_submodule("mlp"))
+        assert isinstance(block, Block)
+        block.recompute = config.compute.activation_checkpointing
         if config.compute.compile:
             block.compile(dynamic=False)
     if config.compute.compile:
@@ -120,13 +115,6 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
-
-
-def _compute_again(module: nn.Module) -> None:
-    """Keep nothing of `module` but its inputs for the backward pass."""
-    module.forward = partial(
-        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-    )
 
 
 def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
