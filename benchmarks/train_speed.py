@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -245,25 +245,25 @@ def _common_step(
 
 class Contender(NamedTuple):
     build: Callable[[Workload, int], Step]
-    packages: dict[str, str]
-    """Importable names and what to give to pip for each; the first gives the version."""
+    packages: tuple[str, ...]
+    """To be importable; the first gives the version."""
+
+    install: str = ""
+    """What to give to pip."""
 
     needs_gpu: bool = False
 
 
-_HUGGING_FACE = {"transformers": "transformers"}
-_LIGER = {"liger_kernel": "liger-kernel", "triton": "triton", "transformers": "transformers"}
+_LIGER = ("liger_kernel", "triton", "transformers")
+_TORCHTITAN = ("torchtitan", "tyro", "tensorboard", "triton")
 CONTENDERS = {
-    "ours": Contender(ours, {"torch": "torch"}),
-    "hf_compiled": Contender(hf_compiled, _HUGGING_FACE),
-    "hf_eager": Contender(hf_eager, _HUGGING_FACE),
-    "liger": Contender(liger, _LIGER, needs_gpu=True),
-    "liger_compiled": Contender(liger_compiled, _LIGER, needs_gpu=True),
-    "torchtitan": Contender(
-        torchtitan,
-        {"torchtitan": "'torchtitan>=0.2.2,<0.3'", "tyro": "tyro", "triton": "triton"},
-    ),
-    "litgpt": Contender(litgpt, {"litgpt": "litgpt", "lightning": "lightning"}),
+    "ours": Contender(ours, ("torch",)),
+    "hf_compiled": Contender(hf_compiled, ("transformers",)),
+    "hf_eager": Contender(hf_eager, ("transformers",)),
+    "liger": Contender(liger, _LIGER, "liger-kernel", needs_gpu=True),
+    "liger_compiled": Contender(liger_compiled, _LIGER, "liger-kernel", needs_gpu=True),
+    "torchtitan": Contender(torchtitan, _TORCHTITAN, "'torchtitan>=0.2.2,<0.3'"),
+    "litgpt": Contender(litgpt, ("litgpt", "lightning"), "--no-deps litgpt; pip install lightning"),
 }
 
 
@@ -487,12 +487,15 @@ def _presence(name: str, device: Device) -> Figures:
     contender = CONTENDERS[name]
     if contender.needs_gpu and device.kind != "cuda":
         return {"version": "", "absent": "needs a GPU"}
-    lacking = [pip for module, pip in contender.packages.items() if find_spec(module) is None]
+    lacking = [name for name in contender.packages if find_spec(name) is None]
     if lacking:
-        hint = f"not installed: pip install --no-deps {' '.join(lacking)}"
-        return {"version": "", "absent": hint}
-    package = next(iter(contender.packages))
-    return {"version": f"{package} {version(package)}"}
+        absent = f"not installed: {', '.join(lacking)} (pip install {contender.install})"
+        return {"version": "", "absent": absent}
+    package = contender.packages[0]
+    try:
+        return {"version": f"{package} {version(package)}"}
+    except PackageNotFoundError:
+        return {"version": package}  # from a checkout
 
 
 def try_in_process(name: str, work: Workload, limit: float) -> Figures:
