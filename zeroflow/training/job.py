@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 RESULT = "training.json"
 WATCH_PARENT = "--watch-parent"
+LAUNCHED = "ZEROFLOW_LAUNCHED"
+"""Environment variable with the time at which the child was launched."""
+
 LOGGED = "\x1e"
 """Begins each line that a child logs, and tells it from what else is printed there."""
 
@@ -104,7 +107,7 @@ class TrainResult(Config):
     """Before the first step."""
 
     tokens_per_second: float
-    """Of the last training process, without its first step, validation and checkpoints."""
+    """Over the seconds in which steps were trained: see `goodput.TRAINING`."""
 
     mfu: float | None
     peak_memory_bytes: int
@@ -295,7 +298,11 @@ def _torchrun(module: str, job_file: Path) -> Iterator[tuple[subprocess.Popen[st
 def _environment() -> dict[str, str]:
     # torchrun allows one thread a process where nothing is set, even for a single process
     threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONUNBUFFERED": "1",
+        LAUNCHED: str(time.time()),
+    }
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
