@@ -132,6 +132,7 @@ def overfit_job(job: TrainingJob, run: RunConfig) -> OverfitJob:
         training=job.training,
         shards=job.shards,
         limits=run.overfit,
+        compile_cache=job.compile_cache,
     )
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import mlflow
@@ -16,7 +17,7 @@ from pipeline import ROOT, SMALL_SHAPE, Flow, api
 
 from zeroflow import cli
 from zeroflow.run import RunConfig
-from zeroflow.training import recovery
+from zeroflow.training import goodput, recovery
 
 TASKS = [
     "plan",
@@ -93,9 +94,31 @@ def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str
     assert wanted | {"perf/tokens_per_second", "perf/peak_memory_mib", "overfit/loss"} <= set(
         run.data.metrics
     )
+    shares = [v for key, v in run.data.metrics.items() if key.startswith("goodput/")]
+    assert len(shares) == len(goodput.PHASES) and sum(shares) == pytest.approx(1)
     assert "perf/mfu" not in run.data.metrics, "the peak of a CPU is not known"
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"report.md", "loss.png", "overfit.png", "run.json", "data.md"} <= files
+    assert {"report.md", "loss.png", "time.png", "overfit.png", "run.json", "data.md"} <= files
+
+
+def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens(
+    sample: tuple[Flow, str],
+) -> None:
+    flow, output = sample
+    report = flow.report("first")
+    spent = report["time"]
+    assert sum(spent["seconds"].values()) == pytest.approx(spent["wall_seconds"])
+    seconds = spent["training_seconds"]
+    assert report["tokens_per_second"] * seconds == pytest.approx(report["tokens"])
+    trained = [line for line in flow.metrics("first") if "loss" in line]
+    steps = [b["step"] - a["step"] for a, b in pairwise([{"step": 0}, *trained])]
+    taken = [128 * n / line["tokens_per_second"] for n, line in zip(steps, trained, strict=True)]
+    # the logging of the last step comes after its line
+    assert sum(taken) == pytest.approx(seconds, rel=0.2) and sum(taken) <= seconds
+    assert (
+        "time of the training: " in output
+        and "![share of the wall time" in (flow.folder("first") / "report.md").read_text()
+    )
 
 
 def test_second_run_builds_nothing_and_trains_nothing(

@@ -18,9 +18,8 @@ NEED_A_GPU = {"loss_kernel.py"}
 LAYERS = [
     {"config", "artifacts"},
     {"model", "data"},
-    {"generate", "export", "tracking"},
+    {"planning", "generate", "export", "tracking"},
     {"training"},
-    {"planning"},
     {"checks", "progress", "pictures"},
     {"run"},
     {"report", "results", "orchestration"},

@@ -11,7 +11,7 @@ import torch
 from pipeline import SMALL_SHAPE, Flow, processes_of, rank_of
 
 from zeroflow import tracking
-from zeroflow.training import checkpoint, recovery
+from zeroflow.training import checkpoint, goodput, recovery
 
 STEPS = 600
 # The last flag of a name counts
@@ -34,6 +34,7 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_one(
     output = flow.run("--run-name=run", *RUN)
     assert "resumed at step" in output
     assert_same_end(flow, undisturbed)
+    assert_time_is_accounted_for(flow)
     assert_one_mlflow_run_has_every_line_once(flow)
 
 
@@ -60,6 +61,15 @@ def interrupt(flow: Flow, number: signal.Signals, *, from_step: int, expect: int
     assert "the same command goes on" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []
     assert newest_step(flow) >= from_step
+
+
+def assert_time_is_accounted_for(flow: Flow) -> None:
+    account = goodput.read(flow.folder("run"))
+    assert account.restarts == 1, "of five processes one was killed; the orphan ended in order"
+    assert account.steps_again >= 30, "from step 130, or later, back to 100"
+    report = flow.report("run")
+    seconds = report["time"]["training_seconds"]
+    assert report["tokens_per_second"] * seconds == pytest.approx(report["tokens"])
 
 
 def newest_step(flow: Flow) -> int:

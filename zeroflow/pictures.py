@@ -55,6 +55,18 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
     return _save(figure, path)
 
 
+def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
+    """A bar for each part of the wall time; what is `good` in another colour."""
+    figure, axes = _figure(title, "share of the wall time (%)", "")
+    names, percent = list(shares), [100 * share for share in shares.values()]
+    bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    return _save(figure, path)
+
+
 def document_lengths(lengths: Ids, path: Path, *, row_tokens: int) -> Path:
     """How many documents have how many tokens, and the length of a row beside it."""
     figure, axes = _figure("documents by length", "tokens", "documents")

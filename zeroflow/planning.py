@@ -10,7 +10,6 @@ import torch
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig, Recompute
-from zeroflow.training.loss import chunk_bytes
 
 NOMINAL_VOCABULARY = 128_256
 """Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
@@ -107,6 +106,14 @@ def _measure_cpu_flops(seconds: float = 0.2) -> float:
     return 2 * n**3 * products / elapsed
 
 
+def logits_bytes(gpu_memory: int | None) -> int:
+    """Size of the logits that the loss holds at once; `gpu_memory` is None on a CPU.
+
+    Large chunks are faster on a GPU, as the matrix's gradient is read and written for each.
+    """
+    return 2**30 if gpu_memory is None else gpu_memory // 20
+
+
 class Memory(NamedTuple):
     """What a step holds at its fullest, in bytes."""
 
@@ -146,7 +153,7 @@ def memory(
         "selective": L * (others + half * D) + feed_forward,
         "full": L * half * D + others + feed_forward,
     }
-    chunk = min(2 * tokens * model.vocab_size, chunk_bytes(device.memory_bytes))
+    chunk = min(2 * tokens * model.vocab_size, logits_bytes(device.memory_bytes))
     return Memory(
         weights=4 * model.parameters,
         gradients=4 * model.parameters,

@@ -11,9 +11,9 @@ from zeroflow.checks.overfit import OverfitResult
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.planning import Device
+from zeroflow.planning import Device, duration
 from zeroflow.run import RunConfig, leaves, resume_promise
-from zeroflow.training import events, recovery
+from zeroflow.training import events, goodput, recovery
 from zeroflow.training.job import TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ DATA = "data.md"
 _LOSS_CURVE = "loss.png"
 _LENGTHS = "lengths.png"
 OVERFIT_CURVE = "overfit.png"
+_TIME = "time.png"
 
 
 def write(
@@ -47,7 +48,14 @@ def write(
         title=f"{run.run_name}: {job.model.parameters / 1e6:.1f}M parameters",
         entropy=shards.entropy,
     )
-    report = _figures(run, job, shards, device, trained, overfit)
+    spent = goodput.read(folder)
+    time_picture = pictures.time_shares(
+        {goodput.label(phase): share for phase, share in spent.shares.items()},
+        folder / _TIME,
+        title=f"where {duration(spent.wall)} of training went",
+        good={goodput.label(phase) for phase in goodput.GOOD},
+    )
+    report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
     markdown = folder / MARKDOWN
     markdown.write_text(_markdown(report, run), encoding="utf-8")
     opened = tracking.run_facts(folder)
@@ -58,7 +66,7 @@ def write(
         folder,
         lines,
         files=[
-            *(markdown, loss_picture, folder / OVERFIT_CURVE, folder / "run.json"),
+            *(markdown, loss_picture, time_picture, folder / OVERFIT_CURVE, folder / "run.json"),
             *(folder / DATA, folder / _LENGTHS),
         ],
         step=trained.steps,
@@ -143,6 +151,35 @@ def _figures(
     }
 
 
+def _time(spent: goodput.Account) -> dict[str, Any]:
+    """Seconds of the wall time of training by phase, and what follows from them."""
+    return {
+        "wall_seconds": spent.wall,
+        "training_seconds": spent.training,
+        "goodput": spent.goodput,
+        "seconds": spent.seconds,
+        "shares": spent.shares,
+        "restarts": spent.restarts,
+        "steps_again": spent.steps_again,
+    }
+
+
+def _time_section(time: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {goodput.label(phase)} | {time['seconds'][phase]:,.1f} | {share:.1%} |"
+        for phase, share in time["shares"].items()
+    )
+    again = f", {time['steps_again']:,} steps trained again" if time["restarts"] else ""
+    return (
+        f"## Time\n\n{time['goodput']:.1%} of {duration(time['wall_seconds'])} went into forward, "
+        f"backward and optimiser. Restarts: {time['restarts']}{again}. Tokens/s are over the "
+        f"{time['training_seconds']:,.1f} s of data wait, forward/backward, optimiser, "
+        f"communication and logging.\n\n"
+        f"| phase | seconds | share |\n|---|---:|---:|\n{rows}\n\n"
+        f"![share of the wall time by phase]({_TIME})\n\n"
+    )
+
+
 def _markdown(report: dict[str, Any], run: RunConfig) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
@@ -182,6 +219,6 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
-        f"{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"{_time_section(report['time'])}{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

@@ -14,7 +14,7 @@ from zeroflow.data.shards import Rows
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import Llama
 from zeroflow.run import DEFAULT_CACHE
-from zeroflow.training import checkpoint, events
+from zeroflow.training import checkpoint, events, goodput
 from zeroflow.training.job import CHECKPOINTS, JOB, TrainingJob
 
 
@@ -99,7 +99,7 @@ def summary(report_file: Path, cache: Path) -> str:
     bpb = f", {report['val_bpb']:.3f} bits per byte" if report["val_bpb"] else ""
     floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
     mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
-    overfit = report["overfit"]
+    overfit, time = report["overfit"], report["time"]
     of_run = f"--run {report['run']}"
     if cache != DEFAULT_CACHE:
         of_run += f" --cache-dir {shlex.quote(str(cache))}"
@@ -110,6 +110,7 @@ def summary(report_file: Path, cache: Path) -> str:
         f"{floor}{bpb}",
         f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
         f"{report['tokens_per_second']:,.0f} tokens/s{mfu}",
+        f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
         f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
         f"  report           {folder / 'report.md'}",
         f"  checkpoint       {report['checkpoint']}",

@@ -705,6 +705,7 @@ def training_job(
         prompt=run.training.sample_prompt or "",
         sampling=run.sampling,
         tracking=tracked,
+        compile_cache=run.cache_dir.resolve() / "compile",
         peak_flops=settled.device.peak_flops if bf16 else None,
     )
 

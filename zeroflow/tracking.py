@@ -82,6 +82,8 @@ def points(lines: Iterable[Line]) -> Iterator[Point]:
             for key, field in curves.items():
                 if (value := line.get(field)) is not None:
                     yield Point(key, value, line[x], line["time"])
+        for phase, share in line.get("goodput", {}).items():
+            yield Point(f"goodput/{phase}", share, line["step"], line["time"])
 
 
 def location(cache: Path) -> tuple[str, Path | None]:

@@ -27,7 +27,7 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 @pytest.mark.parametrize("chunk", [1, 4, B * T, 10 * B * T])
 @pytest.mark.parametrize("ignored", [0, 5, B * T])
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, chunk, ignored):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * chunk * V)
+    monkeypatch.setattr(loss, "logits_bytes", lambda memory: 4 * chunk * V)
     hidden, weight, targets = example(ignored=ignored)
     ours = cross_entropy_sum(hidden, weight, targets)
     gradients = torch.autograd.grad(ours, (hidden, weight))
@@ -43,12 +43,12 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, chunk,
 
 
 def test_chunks_smaller_than_a_vocabulary_still_hold_a_token(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss, "logits_bytes", lambda memory: 1)
     torch.testing.assert_close(cross_entropy_sum(*example()), plain(*example()))
 
 
 def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 16 * V)
+    monkeypatch.setattr(loss, "logits_bytes", lambda memory: 16 * V)
     held = []
 
     def watch(tensor: torch.Tensor) -> torch.Tensor:

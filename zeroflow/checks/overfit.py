@@ -55,6 +55,8 @@ class OverfitJob(Config):
 
     shards: ShardSet
     limits: OverfitConfig
+    compile_cache: Path | None = None
+    """As of the run."""
 
 
 class OverfitResult(Config):
@@ -99,7 +101,13 @@ def check(job: OverfitJob) -> OverfitResult:
     if (result := _finished(job)) is None:
         job_file = job.run_dir / _JOB
         artifacts.write_json(job_file, job.model_dump(mode="json"))
-        launch("zeroflow.checks.overfit", job_file, job.run_dir, lambda event: None)
+        launch(
+            "zeroflow.checks.overfit",
+            job_file,
+            job.run_dir,
+            lambda event: None,
+            compile_cache=job.compile_cache,
+        )
         result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
     return result
 

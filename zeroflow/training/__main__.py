@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from functools import cached_property
@@ -13,10 +14,11 @@ from zeroflow import artifacts, generate
 from zeroflow.data.batches import Batches
 from zeroflow.data.shards import Rows
 from zeroflow.tracking import Tracker
-from zeroflow.training import checkpoint, events, worker
+from zeroflow.training import checkpoint, compiling, events, goodput, worker
 from zeroflow.training.checkpoint import Saver
+from zeroflow.training.goodput import Books, Clock
 from zeroflow.training.health import Monitor, Reading
-from zeroflow.training.job import RESULT, TrainingJob, TrainResult
+from zeroflow.training.job import LAUNCHED, RESULT, TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, TrainState, new_state, train
 from zeroflow.training.optimizer import update_ratio
 from zeroflow.training.validation import bits_per_byte, validation_loss
@@ -28,31 +30,21 @@ _MOST_SKIPPED = 5
 """Updates in a row that may be skipped before the run goes back to its newest checkpoint."""
 
 
-class Stopwatch:
-    """Seconds of training: the clock without what was done between the steps."""
-
-    def __init__(self) -> None:
-        self._start, self._paused = time.perf_counter(), 0.0
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start - self._paused
-
-    def pause(self, since: float) -> None:
-        """Take out the time from `since`, a reading of time.perf_counter, until now."""
-        self._paused += time.perf_counter() - since
+_STEPS_TO_SETTLE = 3
+"""Steps of a process in which things are compiled as a matter of course."""
 
 
 class Recorder:
     """Writes what happens to metrics.jsonl, which MLflow gets it from, and to events.jsonl."""
 
-    def __init__(self, job: TrainingJob, *, step: int, context: int) -> None:
-        self._job, self._context = job, context
+    def __init__(self, job: TrainingJob, books: Books, *, step: int, context: int) -> None:
+        self._job, self._books, self._context = job, books, context
         self._rows_per_step = job.training.micro_batch_rows * job.training.accumulate
         self._tokens_per_step = self._rows_per_step * context
         self._metrics, self._events = job.run_dir / events.METRICS, job.run_dir / events.EVENTS
         # What a killed process logged after its last checkpoint comes again
         events.keep(self._metrics, lambda line: 0 < step >= line["step"])
-        self._first = self._last = (step, 0.0)
+        self._last = (step, books.account.training)
         earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
         self._tracker = Tracker(job.tracking, job.run_dir, events.Tail(self._metrics).new_lines)
@@ -66,14 +58,15 @@ class Recorder:
     def alive(self) -> None:
         (self._job.run_dir / events.ALIVE).touch()
 
-    def step(self, state: TrainState, metrics: StepMetrics, watch: Stopwatch) -> list[str]:
+    def step(self, state: TrainState, metrics: StepMetrics) -> list[str]:
         """Log the step just done; reading its loss waits for the device.
 
         Returns:
             what is unusual about the step, in words
         """
         step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
-        rate = self._rate(step, watch.seconds())
+        account = self._books.book(step)
+        rate = self._rate(step, account.training)
         skipped = int(state.skipped[1])
         if not math.isfinite(loss + grad_norm):
             log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
@@ -90,6 +83,7 @@ class Recorder:
             "first_epoch": step * self._rows_per_step <= self._job.shards.train.rows,
             "tokens_per_second": rate,
             "peak_memory_mib": peak_memory_bytes(self._job) / 2**20,
+            "goodput": account.shares,
         }
         if (mfu := self.mfu(rate)) is not None:
             line["mfu"] = mfu
@@ -109,11 +103,6 @@ class Recorder:
         bpb = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
         line = {"step": step, "tokens": self.tokens(step), "val_loss": loss, "val_bpb": bpb}
         self._record(line | {"sample": sample})
-
-    def tokens_per_second(self) -> float:
-        """Over the steps of this process without its first; 0 if it has had no other."""
-        (first, start), (last, end) = self._first, self._last
-        return self.tokens(last - first) / (end - start) if last > first else 0.0
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
@@ -135,8 +124,6 @@ class Recorder:
 
     def _rate(self, step: int, seconds: float) -> float:
         last_step, last_seconds = self._last
-        if self._last == self._first:
-            self._first = (step, seconds)  # compiled and warmed up from here on
         self._last = (step, seconds)
         return self.tokens(step - last_step) / (seconds - last_seconds)
 
@@ -163,8 +150,8 @@ def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: in
 class Session:
     """One process's part of a run: from the newest checkpoint to the end, or until stopped."""
 
-    def __init__(self, job: TrainingJob) -> None:
-        self.job = job
+    def __init__(self, job: TrainingJob, clock: Clock) -> None:
+        self.job, self.clock = job, clock
         self.train_rows = Rows(job.shards, "train")
         self.validation_rows = Rows(job.shards, "validation")
         self.state = new_state(job.model, job.training)
@@ -172,7 +159,9 @@ class Session:
         if newest := checkpoint.latest(job.checkpoints):
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             log.info("resumed at step %d from %s", self.state.step, newest)
-        self.recorder = Recorder(job, step=self.state.step, context=self.context)
+        self.books = Books(job.run_dir, clock)
+        self.books.book(self.state.step, first=True)
+        self.recorder = Recorder(job, self.books, step=self.state.step, context=self.context)
         self.saver = Saver(
             job.checkpoints,
             job.retention,
@@ -186,7 +175,11 @@ class Session:
         self.recorder.event(
             "started", step=self.state.step, steps=job.training.steps, parts=job.shards.parts
         )
-        self.watch = Stopwatch()
+        self.settled_from = self.state.step + _STEPS_TO_SETTLE
+        """Step from which nothing should be compiled any more."""
+
+        if job.training.compute.compile:
+            compiling.watch(clock, is_settled=lambda: self.state.step >= self.settled_from)
 
     @property
     def context(self) -> int:
@@ -211,17 +204,16 @@ class Session:
         cadence, steps = self.job.cadence, self.job.training.steps
         if self.state.step == 0:
             self.validate()
-            self.watch = Stopwatch()
-        for metrics in train(self.state, self.batches, self.job.training):
+        for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
+            self.clock.enter("logging")
             self.recorder.alive()
             step = self.state.step
             last = step == steps
             if step % cadence.log == 0 or step == 1 or last:
-                alarms = self.recorder.step(self.state, metrics, self.watch)
+                alarms = self.recorder.step(self.state, metrics)
                 require_healthy(self.state, metrics, most_skipped=_MOST_SKIPPED)
                 if alarms and self.job.roll_back_spikes:
                     raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
-            since = time.perf_counter()
             if step % cadence.validate_ == 0 or last:
                 self.validate()
             if last:
@@ -231,12 +223,14 @@ class Session:
             if stop and not last:
                 self.saver.wait()
                 return False
-            self.watch.pause(since)
         self.saver.wait()
         self.write_result()
         return True
 
     def validate(self) -> None:
+        self.clock.enter("validation")
+        if self.val_loss is None:  # compiled in this process for the first time
+            self.settled_from = max(self.settled_from, self.state.step + 1)
         config = self.job.training
         loss = validation_loss(
             self.state.model,
@@ -261,11 +255,13 @@ class Session:
         )
 
     def save(self) -> None:
+        self.clock.enter("checkpoint")
         if self.state.skipped[0]:
             log.warning("step %d: not saved, as its update was skipped", self.state.step)
             return
         step, loss = self.val_loss or (0, None)
         self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
+        self.books.book(self.state.step)
 
     def saved(self, path: Path) -> None:
         """Called by the thread that writes."""
@@ -278,7 +274,8 @@ class Session:
         lines = self.recorder.lines()
         validations = [line for line in lines if "val_loss" in line]
         logged = [line for line in lines if "loss" in line]
-        rate = self.recorder.tokens_per_second() or logged[-1]["tokens_per_second"]
+        account = self.books.account
+        rate = self.recorder.tokens(self.state.step - account.first_step) / account.training
         path = checkpoint.latest(self.job.checkpoints)
         assert path is not None, "the last step is always saved"
         result = TrainResult(
@@ -311,13 +308,17 @@ def work(job: TrainingJob, stop: StopRequest) -> None:
     """Train the job from its newest checkpoint to its end, or until asked to stop."""
     if job.training.compute.deterministic:
         worker.make_deterministic()
-    session = Session(job)
+    clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=job.training.compute.device)
+    session = Session(job, clock)
     status = "FAILED"
     try:
         ended = session.run(stop)
         status = "FINISHED" if ended else "KILLED"
     finally:
+        clock.enter("other")
         session.recorder.close(status)
+    account = session.books.book(session.state.step, ended=True)
+    log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
     if ended:
         session.recorder.event("done", step=step)

@@ -4,6 +4,8 @@ A checkpoint is a directory `step-00000100/` with the tensors as PyTorch writes 
 (`torch.distributed.checkpoint`, which reshards on load), the rest of the state in the manifest,
 and the sha256 of every file: PyTorch's loader returns wrong values for most flipped bits without
 an error. It appears under its name when all of it is on the disk.
+
+`torch.distributed.checkpoint` takes most of a second to import, so only what reads or writes does.
 """
 
 import errno
@@ -19,11 +21,8 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import PositiveInt
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zeroflow import artifacts
 from zeroflow.config import Config
@@ -164,9 +163,11 @@ class Saver:
             self._failure = _as_exception(error)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
         with artifacts.new_directory(path) as partial:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
-                dcp.save(tensors, storage_writer=FileSystemWriter(partial), no_dist=True)
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
             artifacts.seal(partial, facts)
         self._on_saved(path)
         retire(self._folder, self._retention)
@@ -262,8 +263,10 @@ def load_model(path: Path) -> Llama:
 
 def digests(path: Path) -> dict[str, str]:
     """The sha256 of the bytes of every tensor in a checkpoint, by name."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     found = {}
-    for name, stored in sorted(FileSystemReader(path).read_metadata().state_dict_metadata.items()):
+    for name, stored in sorted(_stored(path).items()):
         assert isinstance(stored, TensorStorageMetadata), name
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         _read({name: tensor}, path)
@@ -284,15 +287,19 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _read(tensors: dict[str, Tensor], path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
-            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     except dcp.api.CheckpointException as error:  # a BaseException, which nobody would catch
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _as_exception(error: BaseException) -> BaseException:
     """What a full disk looks like through PyTorch's wrapping, as the OSError that it is."""
+    import torch.distributed.checkpoint as dcp
+
     if isinstance(error, dcp.api.CheckpointException):
         for wrapped in error.failures.values():
             cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
@@ -303,7 +310,14 @@ def _as_exception(error: BaseException) -> BaseException:
 
 
 def _has(path: Path, name: str) -> bool:
-    return name in FileSystemReader(path).read_metadata().state_dict_metadata
+    return name in _stored(path)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a checkpoint's index says of its tensors, by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
 def _manifest(path: Path) -> dict[str, Any]:

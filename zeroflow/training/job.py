@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 RESULT = "training.json"
 WATCH_PARENT = "--watch-parent"
+LAUNCHED = "ZEROFLOW_LAUNCHED"
+"""Environment variable with the time at which the child was launched."""
+
 LOGGED = "\x1e"
 """Begins each line that a child logs, and tells it from what else is printed there."""
 
@@ -83,6 +86,9 @@ class TrainingJob(Config):
     prompt: str
     sampling: SamplingConfig
     tracking: TrackingConfig
+    compile_cache: Path | None = None
+    """Where compiled code is kept; None where PyTorch keeps it."""
+
     peak_flops: float | None
     """Of the device, dense, at the run's precision; None if unknown: then no MFU is given."""
 
@@ -104,7 +110,7 @@ class TrainResult(Config):
     """Before the first step."""
 
     tokens_per_second: float
-    """Of the last training process, without its first step, validation and checkpoints."""
+    """Over the seconds in which steps were trained: see `goodput.TRAINING`."""
 
     mfu: float | None
     peak_memory_bytes: int
@@ -163,7 +169,14 @@ def train(
     """
     job_file = job.run_dir / JOB
     artifacts.write_json(job_file, job.model_dump(mode="json"))
-    launch("zeroflow.training", job_file, job.run_dir, on_event, hang_seconds=job.hang_seconds)
+    launch(
+        "zeroflow.training",
+        job_file,
+        job.run_dir,
+        on_event,
+        hang_seconds=job.hang_seconds,
+        compile_cache=job.compile_cache,
+    )
     if (result := finished(job)) is None:
         raise TrainingFailed(f"training ended without a result in {job.run_dir / RESULT}")
     return result
@@ -176,6 +189,7 @@ def launch(
     on_event: Callable[[events.Line], None],
     *,
     hang_seconds: int | None = None,
+    compile_cache: Path | None = None,
 ) -> None:
     """Run `python -m module job_file` under torchrun until it ends well.
 
@@ -184,13 +198,15 @@ def launch(
 
     Args:
         hang_seconds: without a sign of life, after which it is killed; None waits for ever.
+        compile_cache: where compiled code is kept; None, or the user's environment, for elsewhere.
 
     Raises:
         RunIsBusy: another process has launched one for this run and is there still.
         TrainingFailed: with the process's own reason, or its last output.
     """
     with alone(run_dir / "launch", f"another process is at work on run {run_dir.name}"):
-        _launch(module, job_file, run_dir, on_event, hang_seconds)
+        environment = _environment(compile_cache)
+        _launch(module, job_file, run_dir, on_event, hang_seconds, environment)
 
 
 @contextmanager
@@ -214,6 +230,7 @@ def _launch(
     run_dir: Path,
     on_event: Callable[[events.Line], None],
     hang_seconds: int | None,
+    environment: dict[str, str],
 ) -> None:
     tail = events.Tail(run_dir / events.EVENTS, events.size(run_dir / events.EVENTS))
     outcome: events.Line = {"event": "nothing"}
@@ -224,7 +241,7 @@ def _launch(
             on_event(outcome)
 
     signs = _SignsOfLife(run_dir)
-    with _torchrun(module, job_file) as (process, last_output):
+    with _torchrun(module, job_file, environment) as (process, last_output):
         while process.poll() is None:
             follow()
             if hang_seconds and signs.seconds_since_last() > hang_seconds:
@@ -265,7 +282,9 @@ class _SignsOfLife:
 
 
 @contextmanager
-def _torchrun(module: str, job_file: Path) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
+def _torchrun(
+    module: str, job_file: Path, environment: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     command += ["-m", module, str(job_file), WATCH_PARENT]
     process = subprocess.Popen(
@@ -276,7 +295,7 @@ def _torchrun(module: str, job_file: Path) -> Iterator[tuple[subprocess.Popen[st
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C is for this process, which then stops the child in order
-        env=_environment(),
+        env=environment,
     )
     last_output: deque[str] = deque(maxlen=_LAST_LINES)
     # in this context, as Prefect finds the flow run that a log line belongs to there
@@ -292,10 +311,23 @@ def _torchrun(module: str, job_file: Path) -> Iterator[tuple[subprocess.Popen[st
         _stop(process)
 
 
-def _environment() -> dict[str, str]:
+def _environment(compile_cache: Path | None) -> dict[str, str]:
+    kept = {}
+    if compile_cache is not None:
+        # PyTorch's is a temporary folder of the user, which may be gone after a reboot
+        names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        kept = {name: str(compile_cache / folder) for name, folder in names.items()}
     # torchrun allows one thread a process where nothing is set, even for a single process
     threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return (
+        kept
+        | os.environ
+        | {
+            "OMP_NUM_THREADS": threads,
+            "PYTHONUNBUFFERED": "1",
+            LAUNCHED: str(time.time()),
+        }
+    )
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:

@@ -1,6 +1,6 @@
 """One step, and the loop that yields after each; whoever runs it logs, saves and stops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
 from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
 from zeroflow.training import optimizer as optimizers
+from zeroflow.training.goodput import Phase
 from zeroflow.training.loss import cross_entropy_sum
 from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
 from zeroflow.training.schedule import Schedule
@@ -127,14 +128,25 @@ def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
     return total
 
 
+def _unobserved(phase: Phase) -> None:
+    pass
+
+
 def train_step(
-    state: TrainState, micro_batches: list[MicroBatch], config: TrainingConfig
+    state: TrainState,
+    micro_batches: list[MicroBatch],
+    config: TrainingConfig,
+    enter: Callable[[Phase], None] = _unobserved,
 ) -> StepMetrics:
     """Advance `state` by one optimiser step over the mean loss of all valid targets.
 
     A loss or gradient that is no finite number leaves weights and moments as they are; that is
     decided on the device, which nobody waits for, and counted in `state.skipped`.
+
+    Args:
+        enter: called as each phase begins.
     """
+    enter("forward_backward")
     learning_rate = config.schedule.learning_rate(state.step)
     set_learning_rate(state.optimizer, learning_rate)
     valid = sum(batch.valid for batch in micro_batches)
@@ -144,6 +156,7 @@ def train_step(
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 
+    enter("optimizer")
     loss = torch.stack(losses).sum()
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
     broken = ~torch.isfinite(loss + grad_norm)
@@ -155,7 +168,18 @@ def train_step(
     return StepMetrics(loss, grad_norm, learning_rate)
 
 
-def train(state: TrainState, batches: BatchSource, config: TrainingConfig) -> Iterator[StepMetrics]:
-    """Train from `state.step` to the last step, yielding after each."""
+def train(
+    state: TrainState,
+    batches: BatchSource,
+    config: TrainingConfig,
+    enter: Callable[[Phase], None] = _unobserved,
+) -> Iterator[StepMetrics]:
+    """Train from `state.step` to the last step, yielding after each.
+
+    Args:
+        enter: called as each phase begins.
+    """
     while state.step < config.steps:
-        yield train_step(state, batches.micro_batches(state.step), config)
+        enter("data")
+        micro_batches = batches.micro_batches(state.step)
+        yield train_step(state, micro_batches, config, enter)

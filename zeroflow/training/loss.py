@@ -9,16 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zeroflow.data.batches import IGNORED
-
-_CHUNK_BYTES = 2**30
-
-
-def chunk_bytes(gpu_memory: int | None) -> int:
-    """Size of the logits that are held at once.
-
-    Large chunks are faster on a GPU, as the matrix's gradient is read and written for each.
-    """
-    return _CHUNK_BYTES if gpu_memory is None else gpu_memory // 20
+from zeroflow.planning import logits_bytes
 
 
 def cross_entropy_sum(
@@ -28,9 +19,9 @@ def cross_entropy_sum(
 
     The logits of hidden states (B, T, D) times the output matrix (V, D) are made a chunk of tokens
     at a time, in the type of the hidden states, and turned into their gradient where they lie:
-    `chunk_bytes` instead of three times B·T·V·4. So the gradients are there when the loss is,
-    and nothing is computed again in the backward pass: https://arxiv.org/abs/2410.10989, section
-    3.2. Those of the matrix are summed over the chunks in fp32.
+    `planning.logits_bytes` instead of three times B·T·V·4. So the gradients are there when the loss
+    is, and nothing is computed again in the backward pass: https://arxiv.org/abs/2410.10989,
+    section 3.2. Those of the matrix are summed over the chunks in fp32.
 
     Z is the sum of the exponents, which z-loss keeps near 1: https://arxiv.org/abs/2204.02311,
     section 5.
@@ -112,7 +103,7 @@ def _held_at_once(hidden: Tensor) -> int:
     gpu_memory = (
         torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     )
-    return chunk_bytes(gpu_memory) // hidden.element_size()
+    return logits_bytes(gpu_memory) // hidden.element_size()
 
 
 @cache

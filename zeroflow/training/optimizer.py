@@ -84,7 +84,10 @@ def update_ratio(optimizer: AdamW) -> Tensor:
     ratios = []
     for parameter in group["params"]:
         state = optimizer.state[parameter]
-        first = state["exp_avg"] / (1 - beta1 ** state["step"])
-        second = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(epsilon)
-        ratios.append(group["lr"] * first.div_(second).norm() / parameter.detach().norm())
+        # Bias corrections are scalars beside the matrices, for fewer passes over memory
+        root = (1 - beta2 ** state["step"]).sqrt()
+        update = state["exp_avg_sq"].sqrt().add_(epsilon * root)
+        torch.div(state["exp_avg"], update, out=update)
+        scale = group["lr"] * root / (1 - beta1 ** state["step"])
+        ratios.append(scale * update.norm() / parameter.detach().norm())
     return torch.stack(ratios).max()

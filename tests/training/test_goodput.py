@@ -1,0 +1,217 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import pytest
+import torch
+from tiny import MODEL, RandomBatches, training_config
+from torch import nn
+
+from zeroflow.training import compiling, goodput
+from zeroflow.training.goodput import PHASES, Account, Books, Clock
+from zeroflow.training.loop import new_state, train
+
+
+def begun(now: float = 0.0) -> Clock:
+    return Clock(now or time.time(), device="cpu")
+
+
+def line(step: int, time: float, *, ended: bool = False, began: float | None = None, **seconds):
+    made = {"step": step, "time": time, "ended": ended, "seconds": seconds}
+    return made if began is None else made | {"began": began}
+
+
+def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
+    clock = begun(time.time() - 5)
+    for phase in ("data", "forward_backward", "optimizer", "data", "logging"):
+        clock.enter(phase)
+        time.sleep(0.01)
+    account = Books(tmp_path, clock).book(1, first=True)
+    # one sleeps no shorter than asked for; the two clocks differ by less than a second
+    assert account.seconds["start"] == pytest.approx(5, abs=1)
+    assert account.seconds["data"] >= 0.02 and account.seconds["optimizer"] >= 0.01
+    assert account.wall == pytest.approx(time.time() - clock.began, abs=1)
+    assert sum(account.shares.values()) == pytest.approx(1)
+    assert set(account.seconds) == set(PHASES)
+    assert Account(json.loads(text) for text in lines(tmp_path)).seconds == account.seconds
+
+
+def lines(folder) -> list[str]:
+    return (folder / goodput.GOODPUT).read_text().splitlines()
+
+
+class SlowBatches(RandomBatches):
+    def micro_batches(self, step):
+        time.sleep(0.02)
+        return super().micro_batches(step)
+
+
+def test_slow_source_of_batches_is_seen_as_data_wait():
+    def seconds(batches: RandomBatches) -> dict[str, float]:
+        config, clock = training_config(steps=10), begun()
+        for _ in train(new_state(MODEL, config), batches, config, clock.enter):
+            clock.enter("logging")
+        clock.settle()
+        return clock.seconds
+
+    fast, slow = seconds(RandomBatches()), seconds(SlowBatches())
+    assert slow["data"] >= 10 * 0.02 and slow["data"] > 5 * fast["data"]
+    assert slow["forward_backward"] > 0 and slow["optimizer"] > 0
+
+
+def test_killed_process_costs_its_steps_since_the_checkpoint_and_the_time_until_the_next():
+    killed = [
+        line(0, 102.0, began=100.0, start=2.0),
+        line(10, 112.0, compile=3.0, forward_backward=7.0),
+        line(20, 122.0, forward_backward=9.0, logging=1.0),
+        line(25, 127.0, forward_backward=4.0, data=1.0),
+    ]
+    resumed = [
+        line(10, 140.0, began=138.0, start=2.0),  # from the checkpoint of step 10
+        line(20, 151.0, forward_backward=10.0, optimizer=1.0),
+    ]
+    account = Account([*killed, *resumed])
+    assert account.wall == pytest.approx(151.0 - 100.0), "nothing is missing, nothing twice"
+    assert account.seconds["restarts"] == pytest.approx(10 + 5 + (138 - 127))
+    assert account.seconds["start"] == 4 and account.seconds["compile"] == 3
+    assert account.seconds["forward_backward"] == 7 + 10
+    assert account.training == 7 + 10 + 1, "20 steps, each once"
+    assert (account.restarts, account.steps_again) == (1, 15)
+    assert account.goodput == pytest.approx(18 / 51)
+
+
+def test_run_that_was_stopped_in_order_is_not_charged_for_the_time_until_it_goes_on():
+    account = Account(
+        [
+            line(0, 101.0, began=100.0, start=1.0),
+            line(7, 110.0, ended=True, forward_backward=9.0),
+            line(7, 9002.0, began=9000.0, start=2.0),
+        ]
+    )
+    assert account.wall == 12 and account.seconds["restarts"] == 0
+    assert (account.restarts, account.steps_again) == (0, 0)
+
+
+def test_process_that_never_got_ready_is_lost_as_time_between_two():
+    account = Account([line(5, 10.0, began=0.0, start=10.0), line(5, 60.0, began=50.0, start=10.0)])
+    assert account.seconds["restarts"] == 40 and account.wall == 60
+
+
+def test_half_a_line_of_a_killed_process_is_no_line(tmp_path):
+    Books(tmp_path, begun()).book(3, first=True)
+    with (tmp_path / goodput.GOODPUT).open("a") as file:
+        file.write('{"step": 4, "ti')
+    books = Books(tmp_path, begun())
+    books.book(3, first=True)
+    assert [json.loads(text)["step"] for text in lines(tmp_path)] == [3, 3]
+    assert goodput.read(tmp_path).restarts == 1
+
+
+TRAIN = """
+import sys, time
+from itertools import islice
+from pathlib import Path
+from tiny import MODEL, RandomBatches, training_config
+from zeroflow.training.goodput import Books, Clock
+from zeroflow.training.loop import new_state, train
+
+config, clock = training_config(steps=10**6), Clock(time.time(), device="cpu")
+state, books = new_state(MODEL, config), Books(Path(sys.argv[1]), clock)
+books.book(0, first=True)
+for _ in train(state, RandomBatches(), config, clock.enter):
+    books.book(state.step)
+    print(state.step, flush=True)
+"""
+
+
+def test_books_survive_sigkill(tmp_path):
+    began = time.time()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    said = list(islice(process.stdout, 20))
+    process.kill()
+    said += process.stdout.readlines()
+    process.wait()
+    died = time.time()
+    time.sleep(0.3)
+    account = Books(tmp_path, begun(resumed := time.time())).book(5, first=True)
+    assert account.steps_again >= int(said[-1]) - 5 and account.restarts == 1
+    assert account.seconds["restarts"] >= resumed - died
+    assert account.wall <= time.time() - began
+    assert account.training > 0, "of the five steps that count"
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+def test_compiling_is_timed_and_a_second_time_in_mid_run_is_a_warning_with_its_reason(caplog):
+    def warnings() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name == compiling.__name__]
+
+    clock, settled = begun(), False
+    layer = Layer()
+    layer.compile(dynamic=False)
+    compiling.watch(clock, is_settled=lambda: settled)
+    try:
+        clock.enter("forward_backward")
+        for rows in (4, 4):
+            layer(torch.randn(rows, 8)).sum().backward()
+        clock.settle()
+        compiled = clock.seconds["compile"]
+        assert compiled > 0.1 and clock.phase == "forward_backward"
+        layer(torch.randn(5, 8))
+        assert not warnings(), "which is a matter of course in the first steps"
+        settled = True
+        layer(torch.randn(6, 8))
+        [warning] = warnings()
+        assert "compiled again in mid-run: Recompiling function forward" in warning
+        assert "size mismatch at index 0. expected" in warning and "\n" not in warning
+        clock.settle()
+        assert clock.seconds["compile"] > compiled
+    finally:
+        torch._dynamo.reset()
+        torch._logging.set_logs()
+
+
+def test_line_for_people_names_the_largest_parts():
+    account = Account([line(1, 100.0, began=0.0, start=10.0, forward_backward=80.0, data=10.0)])
+    text = goodput.summary(account.shares, account.wall)
+    assert text.startswith("1 min 40 s: forward/backward 80.0%, start 10.0%, data wait 10.0%")
+    assert math.isclose(account.goodput, 0.8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_time_is_of_the_phase_that_asked_for_it():
+    """Asked for in no time, and waited for later, in another phase."""
+    clock = Clock(time.time(), device="cuda")
+    matrix = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    clock.enter("forward_backward")
+    for _ in range(20):
+        matrix @ matrix
+    clock.enter("data")
+    time.sleep(0.01)  # hidden by the device, which is still busy
+    clock.enter("optimizer")
+    matrix @ matrix
+    clock.enter("logging")
+    torch.cuda.synchronize()
+    clock.settle()
+    seconds = clock.seconds
+    assert seconds["forward_backward"] > 10 * seconds["optimizer"]
+    assert seconds["data"] < 0.002 and seconds["logging"] < 0.01
