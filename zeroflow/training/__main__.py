@@ -1,5 +1,6 @@
 """The program that every rank runs under torchrun: `-m zeroflow.training JOB.json`."""
 
+import gc
 import logging
 import math
 import os
@@ -202,6 +203,7 @@ class Session:
     def run(self, stop: StopRequest) -> bool:
         """Train; whether the last step was reached."""
         cadence, steps = self.job.cadence, self.job.training.steps
+        gc.disable()  # it would halt the host in some step; `validate` collects
         if self.state.step == 0:
             self.validate()
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
@@ -239,6 +241,7 @@ class Session:
             config.micro_batch_rows,
             document_mask=config.document_mask,
         )
+        gc.collect()
         self.val_loss = (self.state.step, loss)
         self.recorder.alive()
         sample = self.sample()
