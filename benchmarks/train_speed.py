@@ -272,6 +272,11 @@ def measure(contender: str, work: Workload) -> Iterator[Figures]:
     """Figures for every micro-batch tried, until memory is out or more rows are no faster."""
     fastest = 0.0
     for rows in work.rows:
+        if fastest:
+            gc.collect()
+            torch.compiler.reset()  # or the next shape would be compiled as a dynamic one
+            if work.compute.device == "cuda":
+                torch.cuda.empty_cache()
         try:
             figures = _measure_rows(CONTENDERS[contender].build, work, rows)
         except Exception as error:  # compilers wrap it in errors of their own
@@ -283,10 +288,6 @@ def measure(contender: str, work: Workload) -> Iterator[Figures]:
         if figures["tokens_per_second"] < _GAIN * fastest:
             return
         fastest = max(fastest, figures["tokens_per_second"])
-        gc.collect()
-        torch._dynamo.reset()  # or the next shape would be compiled as a dynamic one
-        if work.compute.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: int) -> Figures:
