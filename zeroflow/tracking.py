@@ -302,12 +302,7 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     with _store_lock(config.folder):
         client = MlflowClient(config.uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            artifact_root = (config.folder / "artifacts").as_uri() if config.folder else None
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_root)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment(client, config.folder)
     facts = run_facts(run_dir)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:
@@ -322,6 +317,22 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     if not run.data.params:
         _describe(client, run_id, config)
     return client, run_id
+
+
+def _experiment(client: Any, folder: Path | None) -> str:
+    """Id of the experiment, which is created if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    try:
+        return client.create_experiment(
+            EXPERIMENT, (folder / "artifacts").as_uri() if folder else None
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another run was faster
 
 
 @contextmanager
