@@ -309,8 +309,10 @@ def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir
 
 def test_training_that_was_killed_is_delivered_for_and_ends_as_failed(config, run_dir):
     record(run_dir, range(1, 4))
+    events.append(run_dir / LEDGER, {"reason": "killed"})
     tracking._Run(config, run_dir).begin()
-    assert the_run(config, run_dir).info.status == "RUNNING"
+    begun = the_run(config, run_dir)
+    assert begun.info.status == "RUNNING" and begun.data.tags["recoveries"] == "1"
     tracking.abandon(config, run_dir, events.read(run_dir / events.METRICS))
     assert the_run(config, run_dir).info.status == "FAILED"
     assert history(config, run_dir, "loss/train") == losses(1, 2, 3)

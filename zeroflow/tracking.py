@@ -6,6 +6,7 @@ The only importer of mlflow. By default runs are written straight to SQLite unde
 What is delivered is read from the run's metrics.jsonl, and only what lies after the last step that
 MLflow has of a curve is sent. So whatever MLflow missed, it has after the next delivery that
 succeeds: later in the training, at its end, with the report, or when the same command runs again.
+MLflow deletes no point, so that steps that a roll-back trains anew keep what was sent of them first.
 """
 
 import logging
@@ -253,6 +254,7 @@ class _Run:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client.update_run(self.run_id, "RUNNING")
+        self._tell_recoveries()
         self._monitor = SystemMetricsMonitor(
             self.run_id, resume_logging=True, tracking_uri=self._uri
         )
@@ -281,12 +283,15 @@ class _Run:
         self._client.log_artifact(self.run_id, str(file))
 
     def end(self, status: str) -> None:
+        self._tell_recoveries()
+        self._client.set_terminated(self.run_id, status)
+
+    def _tell_recoveries(self) -> None:
         ledger = self._run_dir / LEDGER
         if ledger.exists():
             self.attach(ledger)
             recoveries = ledger.read_bytes().count(b"\n")
             self._client.set_tag(self.run_id, "recoveries", str(recoveries))
-        self._client.set_terminated(self.run_id, status)
 
 
 def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
