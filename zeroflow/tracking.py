@@ -6,7 +6,7 @@ The only importer of mlflow. By default runs are written straight to SQLite unde
 What is delivered is read from the run's metrics.jsonl, and only what lies after the last step that
 MLflow has of a curve is sent. So whatever MLflow missed, it has after the next delivery that
 succeeds: later in the training, at its end, with the report, or when the same command runs again.
-MLflow deletes no point, so that steps that a roll-back trains anew keep what was sent of them first.
+MLflow deletes no point: steps that a roll-back trains anew keep what was sent of them first.
 """
 
 import logging
