@@ -1,9 +1,14 @@
 """What is found out about a run from its directory."""
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tiny import contents
 
 from zeroflow import artifacts, cli, results
 from zeroflow import run as runs
@@ -114,3 +119,30 @@ def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path,
         rows = [piece.row for piece in results.documents(tmp_path, "mine", step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step)
     assert trained_on(short, 4) != trained_on(longer, 4), "so it matters"
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    if subprocess.run(["mount", "--bind", folder, folder], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system is made read-only as root")
+def test_read_only_cache_is_read_from_and_refused_for_a_run(console, text, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    begin(prepared(text, cache, steps=4), 0)
+
+    before = contents(cache)
+    with read_only(cache):
+        assert cli.main(["documents", "--run=mine", "--step=1", f"--cache-dir={cache}"]) == 0
+        assert "Marker" in capsys.readouterr().out
+        assert cli.main(["prove-resume", f"--cache-dir={cache}"]) == 1
+        error = capsys.readouterr().err
+    assert f"error: nothing can be written to {cache} (Read-only file system)" in error
+    assert "name another --cache-dir" in error
+    assert contents(cache) == before

@@ -1,6 +1,11 @@
-"""The training program with a planted fault: memory that turns a weight into no number, once."""
+"""The training program with planted faults.
 
+Memory that turns a weight into no number, once, and a clock that is set by days all the time.
+"""
+
+import itertools
 import math
+import time
 
 import torch
 
@@ -9,7 +14,12 @@ from zeroflow.training import loop, worker
 from zeroflow.training.job import TrainingJob
 
 AT_STEP = 78
-train_step = loop.train_step
+DAYS = itertools.cycle([0, 3, -2, 1, -5])
+train_step, now = loop.train_step, time.time
+
+
+def jumping_time():
+    return now() + 86_400 * next(DAYS)
 
 
 def corrupting_step(state, micro_batches, config):
@@ -20,6 +30,7 @@ def corrupting_step(state, micro_batches, config):
 
 
 def work(job, stop):
+    time.time = jumping_time
     if len(job.skips) == 1:  # the start after the spike
         loop.train_step = corrupting_step
     program.work(job, stop)

@@ -269,13 +269,27 @@ def test_saving_the_same_step_again_keeps_what_is_there(tmp_path):
     assert path.stat().st_mtime_ns == made
 
 
-def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path):
+def tensors_of(path: Path) -> Path:
+    [data] = path.glob("*.distcp")
+    return data
+
+
+DAMAGES = {
+    "bit flip": lambda path: flip_a_bit(tensors_of(path), 8 * 10_000),
+    "truncated": lambda path: os.truncate(tensors_of(path), 10_000),
+    "missing": lambda path: tensors_of(path).unlink(),
+    "extra": lambda path: (path / "__1_0.distcp").write_bytes(b"x"),
+    "no manifest": lambda path: (path / artifacts.MANIFEST).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, damage):
     state = trained(1)
     older = save(state, tmp_path, keep=3)
     state.step = 2
     newer = save(state, tmp_path, keep=3)
-    [data] = newer.glob("*.distcp")
-    flip_a_bit(data, 8 * data.stat().st_size // 2)
+    DAMAGES[damage](newer)
     assert checkpoint.latest(tmp_path) == older
     assert not newer.exists() and newer.with_name(f"{newer.name}.damaged-1").exists()
     assert checkpoint.latest(tmp_path) == older

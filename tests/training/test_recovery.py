@@ -1,5 +1,6 @@
 import os
 import random
+import time
 from pathlib import Path
 
 import corrupted
@@ -161,12 +162,17 @@ def train_with_retries(job: TrainingJob) -> TrainResult:
 def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     noisy_job, monkeypatch
 ):
-    """Once as noise in the data makes a spike, once as no number is finite any more."""
+    """Once as noise in the data makes a spike, once as no number is finite any more.
+
+    Meanwhile the clock is set to and fro by days.
+    """
     launch = jobs.launch
     monkeypatch.setattr(jobs, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert train_with_retries(noisy_job).steps == STEPS
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", corrupted.jumping_time)
+        assert train_with_retries(noisy_job).steps == STEPS
 
     spike, broken = recovery.read(noisy_job.run_dir)
     assert spike.reason == broken.reason == "diverged"
@@ -181,6 +187,8 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert [event["step"] for event in found if event["event"] == "started"] == [0, 70, 75]
 
     lines = [line for line in events.read(noisy_job.run_dir / events.METRICS) if "loss" in line]
+    times = [line["time"] for line in lines]
+    assert max(times) - min(times) > 6 * 86_400 and times != sorted(times)
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     assert max(line["loss"] for line in lines[60:]) < 1.8, "without the spike"
 
