@@ -41,6 +41,7 @@ def flags(run: RunConfig) -> list[str]:
 RUNS = [
     RunConfig(),
     RunConfig(
+        sweep="ours",
         run_name="mine.1",
         cache_dir="/some/where",
         device="cpu",

@@ -11,7 +11,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TextIO,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,11 +32,14 @@ from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
 from zeroflow.proof import ProofRun
 from zeroflow.run import DEFAULT_CACHE, RunConfig
+from zeroflow.sweep import SweepConfig
 
 if TYPE_CHECKING:
     from zeroflow.orchestration import RunFlow
 
 log = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 _ALIASES = {"size": ["--model-size"]}
 
@@ -94,38 +107,71 @@ def complaint(error: Exception) -> str:
 
 def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     """The command of a flow: parse, have a Prefect server, run, and say how it ended."""
+
+    def start(run: RunConfig) -> str:
+        from zeroflow import orchestration
+
+        return _ending(orchestration.run_here(flow, run), run.cache_dir)
+
+    description = (
+        "Raw text to a trained and checked LLaMA-style language model.\n\n"
+        "  python flows/pretrain.py                    a few minutes on any machine\n"
+        "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
+        "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
+        "The same command again goes on where it stopped, or shows what it made."
+    )
+    return _with_prefect(RunConfig, "run", description, argv, lambda run: run.cache_dir, start)
+
+
+def run_sweep(start: Callable[[SweepConfig], str], argv: Sequence[str] | None = None) -> int:
+    """The command of the sweep's flow, which `start` runs."""
+    description = (
+        "Train several sizes, seeds or learning rates one after the other, and compare them.\n\n"
+        "  python flows/sweep.py --sizes tiny small medium\n"
+        "  python flows/sweep.py --size tiny --seeds 0 1 2 --max-steps 100\n\n"
+        "All other settings are those of a run, and the same for all. The same command again goes\n"
+        "on where it stopped, or shows what it made."
+    )
+    return _with_prefect(
+        SweepConfig, "sweep", description, argv, lambda sweep: sweep.run.cache_dir, start
+    )
+
+
+def _with_prefect(
+    config: type[Settings],
+    title: str,
+    description: str,
+    argv: Sequence[str] | None,
+    cache_of: Callable[[Settings], Path],
+    start: Callable[[Settings], str],
+) -> int:
+    """Read settings from the command line and `start` with a Prefect server; an exit code."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,  # a misspelt flag is an error
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(
-            "Raw text to a trained and checked LLaMA-style language model.\n\n"
-            "  python flows/pretrain.py                    a few minutes on any machine\n"
-            "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
-            "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
-            "The same command again goes on where it stopped, or shows what it made."
-        ),
+        description=description,
     )
-    add_settings(parser, RunConfig, "run")
+    add_settings(parser, config, title)
     parser.add_argument(
         "--verbose", action="store_true", help="tracebacks, and Prefect's own lines"
     )
     arguments = parser.parse_args(argv)
-    from zeroflow import orchestration  # takes seconds to import: after --help and wrong flags
-
     try:
-        run = RunConfig.model_validate(read_settings(RunConfig, arguments))
+        asked = config.model_validate(read_settings(config, arguments))
     except ValidationError as error:
         return _fail(error, verbose=arguments.verbose, code=2)
+    from zeroflow import orchestration  # takes seconds to import: after --help and wrong flags
+
     if not arguments.verbose:
         orchestration.silence_console()
     _log_to_console(verbose=arguments.verbose)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _require_writable(run.cache_dir)
+        _require_writable(cache_of(asked))
         with orchestration.server() as address:
             log.info("Prefect UI: %s", address)
-            report = orchestration.run_here(flow, run)
-        console.print(_ending(report, run.cache_dir), markup=False)
+            ending = start(asked)
+        console.print(ending, markup=False)
         return 0
     except (KeyboardInterrupt, _Terminated) as stop:
         console.print("stopped; the same command goes on from the newest checkpoint")
@@ -358,12 +404,25 @@ def _add_flag(group: Any, setting: Setting) -> None:
         # Only a setting that is not simply off needs a way to say no
         options["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
     elif tuple in kinds:
-        options |= {"nargs": "+", "metavar": "GLOB"}
+        item = _kinds(get_args(field.annotation)[0])[0]
+        options |= {"nargs": "+", "metavar": _METAVARS.get(setting.path[-1], _metavar(item))}
+        if isinstance(item, list):
+            options["choices"] = item
+            del options["metavar"]
     elif choices := [value for kind in kinds if isinstance(kind, list) for value in kind]:
         options["choices"] = choices
     else:
-        options["metavar"] = {int: "N", float: "X", Path: "DIR"}.get(kinds[0], "NAME")
+        options["metavar"] = _metavar(kinds[0])
     group.add_argument(*flags, **options)
+
+
+_METAVARS = {"data_path": "GLOB"}
+
+
+def _metavar(kind: Any) -> str:
+    return (
+        "NAME" if isinstance(kind, list) else {int: "N", float: "X", Path: "DIR"}.get(kind, "NAME")
+    )
 
 
 def _kinds(annotation: Any) -> list[Any]:

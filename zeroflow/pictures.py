@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from zeroflow.comparison import Comparison
 from zeroflow.data.packing import Ids
 from zeroflow.training.events import Line
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
+_STYLES = ("-", "--", "-.", ":")
 
 
 def loss_curve(lines: list[Line], path: Path, *, title: str, entropy: float | None) -> Path:
@@ -23,6 +26,34 @@ def loss_curve(lines: list[Line], path: Path, *, title: str, entropy: float | No
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
     axes.legend()
     return _save(figure, path)
+
+
+def losses_compared(found: Comparison, folder: Path) -> list[Path]:
+    """Validation loss of every run against tokens, FLOPs and hours, and the power law."""
+    drawn = []
+    sizes = list(dict.fromkeys(one.size for one in found.outcomes))
+    for name, label, scale in (
+        ("tokens", "tokens", lambda one: 1.0),
+        ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
+        ("hours", "training time (hours)", lambda one: 1 / one.tokens_per_second / 3600),
+    ):
+        figure, axes = _figure(f"validation loss by {name}", label, "loss (nats per token)")
+        for number, one in enumerate(found.outcomes):
+            x = [tokens * scale(one) for tokens, _ in one.curve]
+            y = [loss for _, loss in one.curve]
+            colour = _COLOURS[sizes.index(one.size) % len(_COLOURS)]
+            style = _STYLES[number % len(_STYLES)]
+            axes.plot(x, y, color=colour, linestyle=style, marker=".", label=one.run)
+        if name == "flops" and found.law is not None:
+            ends = [one.flops for one in found.outcomes]
+            ends += [found.next_size.flops] if found.next_size else []
+            span = np.geomspace(min(ends), max(ends), 50)
+            law = [found.law.loss(flops) for flops in span]
+            axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^-{found.law.b:.3f}")
+            axes.set_xscale("log")
+        axes.legend(fontsize="small")
+        drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
+    return drawn
 
 
 def resume_curves(

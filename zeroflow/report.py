@@ -8,6 +8,7 @@ from typing import Any
 
 from zeroflow import artifacts, pictures, tracking
 from zeroflow.checks.overfit import OverfitResult
+from zeroflow.comparison import REPORT
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -18,7 +19,6 @@ from zeroflow.training.job import TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.json"
 MARKDOWN = "report.md"
 DATA = "data.md"
 _LOSS_CURVE = "loss.png"

@@ -224,6 +224,9 @@ class RunConfig(Config):
     """A run of the same name goes on where it stopped. Default: made from the settings, so that the
     same command goes on as well."""
 
+    sweep: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    """Sweep that the run is a part of, which MLflow shows it in."""
+
     cache_dir: Path = DEFAULT_CACHE
     """Folder of everything that is written: tokenizers, shards, runs, mlflow."""
 
@@ -369,7 +372,7 @@ class Settled(NamedTuple):
 
 
 # Settings that may change when a run goes on: they touch no weight
-_FREE = {"cache_dir", "device", "data.data_path", "data.allow_synthetic_fallback"} | {
+_FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
     f"training.{name}"
     for name in (
         "batch_size",  # with grad_accum_steps: only their product is mathematics
@@ -654,6 +657,24 @@ def plan(asked: RunConfig) -> Settled:
     return settled
 
 
+def _description(run: RunConfig, model: ModelConfig) -> str:
+    """Of the run, on its page in MLflow."""
+    choice = run.training
+    return (
+        f"{run.model.name}, {model.parameters / 1e6:.1f}M parameters, on {run.data.name}: "
+        f"{choice.max_steps:,} steps of {choice.batch_tokens:,} tokens at a peak learning rate of "
+        f"{choice.learning_rate:g}, seed {run.seed}"
+    )
+
+
+def _group_tags(run: RunConfig) -> dict[str, str]:
+    """That put the run into its sweep."""
+    if run.sweep is None:
+        return {}
+    group = tracking.run_facts(run.cache_dir / "sweeps" / run.sweep)
+    return {"sweep": run.sweep} | ({tracking.PARENT: group["run_id"]} if group else {})
+
+
 def training_job(
     settled: Settled,
     model: ModelConfig,
@@ -681,6 +702,8 @@ def training_job(
             "parameters": str(model.parameters),
             "max_steps": str(run.training.max_steps),
             "synthetic_fallback": str(run.fell_back).lower(),
+            tracking.DESCRIPTION: _description(run, model),
+            **_group_tags(run),
             **tags,
         },
         params={name: str(value) for name, value in leaves(run)},

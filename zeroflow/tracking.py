@@ -31,7 +31,11 @@ LEDGER = "ledger.jsonl"
 Line = dict[str, Any]
 """Of metrics.jsonl."""
 
+DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+"""Tags that MLflow's pages read."""
+
 _RUN_FILE = "mlflow.json"
+_GROUP_FILE = "group.json"
 _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
@@ -49,8 +53,8 @@ class TrackingConfig(Config):
     run_name: str
     tags: dict[str, str]
     params: dict[str, str]
-    dataset: dict[str, str]
-    """`name`, `digest` and `source` of the rows trained on."""
+    dataset: dict[str, str] | None
+    """`name`, `digest` and `source` of the rows trained on; of a sweep's own run, none."""
 
 
 class Point(NamedTuple):
@@ -74,15 +78,19 @@ _BY_STEP = {
     "perf/peak_memory_mib": "peak_memory_mib",
 }
 _BY_TOKENS = {"loss/train_by_tokens": "loss", "loss/val_by_tokens": "val_loss"}
+_BY_GFLOPS = {"loss/train_by_gflops": "loss", "loss/val_by_gflops": "val_loss"}
 
 
 def points(lines: Iterable[Line]) -> Iterator[Point]:
     """What MLflow shows of `lines`, in their order; a figure that is None or absent is no point."""
     for line in lines:
-        for x, curves in (("step", _BY_STEP), ("tokens", _BY_TOKENS)):
+        axes = [(line["step"], _BY_STEP), (line["tokens"], _BY_TOKENS)]
+        if "flops" in line:  # in units of which MLflow's 64 bits hold enough
+            axes.append((line["flops"] // 10**9, _BY_GFLOPS))
+        for x, curves in axes:
             for key, field in curves.items():
                 if (value := line.get(field)) is not None:
-                    yield Point(key, value, line[x], line["time"])
+                    yield Point(key, value, x, line["time"])
         for phase, share in line.get("goodput", {}).items():
             yield Point(f"goodput/{phase}", share, line["step"], line["time"])
 
@@ -242,6 +250,31 @@ def abandon(config: TrackingConfig, run_dir: Path, lines: list[Line]) -> None:
         log.warning("MLflow at %s does not know that the training failed: %s", config.uri, error)
 
 
+def open_group(config: TrackingConfig, folder: Path) -> None:
+    """Open the MLflow run that others name as their `PARENT`; its ids are in `folder`."""
+    try:
+        artifacts.write_json(folder / _GROUP_FILE, config.model_dump(mode="json"))
+        _open(config, folder)
+    except Exception as error:  # its runs are compared without it as well
+        log.warning("MLflow at %s does not show the runs as one sweep: %s", config.uri, error)
+
+
+def close_group(
+    folder: Path, files: list[Path], metrics: dict[str, float], *, failed: bool
+) -> None:
+    """Attach `files` and figures to the run that `open_group` opened, and end it."""
+    config = TrackingConfig.model_validate(artifacts.read_json(folder / _GROUP_FILE))
+    try:
+        run = _Run(config, folder)
+        now = time.time()
+        run.send(Point(key, value, int(now), now) for key, value in metrics.items())
+        for file in files:
+            run.attach(file)
+        run.end("FAILED" if failed else "FINISHED")
+    except Exception as error:  # the comparison is on disk
+        log.warning("the comparison could not be added to MLflow at %s: %s", config.uri, error)
+
+
 class _Run:
     """The MLflow run of a zeroflow run, open for one thread; of no use after its first error."""
 
@@ -370,13 +403,14 @@ def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
     """Add dataset and params, the params last: a run that has them has both."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    dataset = Dataset(
-        name=config.dataset["name"],
-        digest=config.dataset["digest"],
-        source_type="local",
-        source=config.dataset["source"],
-    )
-    tags = [InputTag("mlflow.data.context", "training")]
-    client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+    if config.dataset is not None:
+        dataset = Dataset(
+            name=config.dataset["name"],
+            digest=config.dataset["digest"],
+            source_type="local",
+            source=config.dataset["source"],
+        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        client.log_inputs(run_id, [DatasetInput(dataset, tags)])
     params = [Param(key, value[:6000]) for key, value in config.params.items()]
     client.log_batch(run_id, params=params)

@@ -53,6 +53,9 @@ class Recorder:
     def tokens(self, step: int) -> int:
         return step * self._tokens_per_step
 
+    def flops(self, step: int) -> int:
+        return self.tokens(step) * self._job.model.flops_per_token(self._context)
+
     def event(self, name: str, **facts: object) -> None:
         events.append(self._events, {"event": name, "time": time.time(), **facts})
 
@@ -76,6 +79,7 @@ class Recorder:
         line = {
             "step": step,
             "tokens": self.tokens(step),
+            "flops": self.flops(step),
             "loss": loss,
             "lr": metrics.learning_rate,
             "grad_norm": grad_norm,
@@ -102,7 +106,8 @@ class Recorder:
     def validation(self, step: int, loss: float, sample: str) -> None:
         bytes_per_token = self._job.shards.validation_bytes_per_token
         bpb = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
-        line = {"step": step, "tokens": self.tokens(step), "val_loss": loss, "val_bpb": bpb}
+        line: events.Line = {"step": step, "tokens": self.tokens(step), "flops": self.flops(step)}
+        line |= {"val_loss": loss, "val_bpb": bpb}
         self._record(line | {"sample": sample})
 
     def mfu(self, tokens_per_second: float) -> float | None:

@@ -1,0 +1,140 @@
+"""Several runs that differ in size, seed or learning rate, and their comparison."""
+
+import logging
+from itertools import product
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from zeroflow import artifacts, comparison, pictures, tracking
+from zeroflow.config import Config
+from zeroflow.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+SizeName = Literal["tiny", "small", "medium"]
+
+COMPARISON = "comparison.md"
+_FIGURES = "comparison.json"
+_SWEEP_FILE = "sweep.json"
+
+
+class SweepConfig(Config):
+    """What a sweep varies; every combination is a run."""
+
+    sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    """A sweep of the same name goes on where it stopped, and can be added to. Default: made from
+    the settings."""
+
+    sizes: tuple[SizeName, ...] = ()
+    """Sizes to train. Default: the one of the run."""
+
+    seeds: tuple[NonNegativeInt, ...] = ()
+    """Seeds to train each with. Default: the one of the run."""
+
+    learning_rates: tuple[PositiveFloat, ...] = ()
+    """Peak learning rates to train each at. Default: the one of the run, or of the size."""
+
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _varies_what_the_run_leaves_open(self) -> Self:
+        run = self.run
+        fixed = {
+            "run_name": run.run_name is not None,
+            "sweep": run.sweep is not None,
+            "size": bool(self.sizes) and (run.model.size or run.model.hidden_size) is not None,
+            "learning_rate": bool(self.learning_rates) and run.training.learning_rate is not None,
+        }
+        for name, given in fixed.items():
+            if given:
+                flag = name.replace("_", "-")
+                raise ValueError(f"a sweep sets --{flag} of its runs itself: drop it")
+        for name in ("sizes", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names the same twice: {', '.join(map(str, values))}")
+        return self
+
+    @property
+    def name(self) -> str:
+        given = self.model_dump(mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}})
+        return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.run.cache_dir, self.name)
+
+
+def folder(cache: Path, name: str) -> Path:
+    """Of sweep `name`."""
+    return cache / "sweeps" / name
+
+
+def cells(sweep: SweepConfig) -> list[RunConfig]:
+    """The runs of a sweep, smallest first, named after what they are."""
+    found = []
+    for size, seed, rate in product(
+        sweep.sizes or (None,), sweep.seeds or (None,), sweep.learning_rates or (None,)
+    ):
+        # What was given and nothing else: a default is settled for each run
+        given = sweep.run.model_dump(exclude_unset=True)
+        name = [sweep.name, size or sweep.run.model.name]
+        if size is not None:
+            given["model"] = {"size": size}
+        if seed is not None:
+            given["seed"] = seed
+            name.append(f"seed{seed}")
+        if rate is not None:
+            given["training"] = given.get("training", {}) | {"learning_rate": rate}
+            name.append(f"lr{rate:g}")
+        given |= {"sweep": sweep.name, "run_name": "-".join(name)}
+        found.append(RunConfig.model_validate(given))
+    return found
+
+
+def open_group(sweep: SweepConfig) -> None:
+    """Record the sweep, and open the MLflow run that holds its runs together."""
+    uri, local = tracking.location(sweep.run.cache_dir)
+    artifacts.write_json(sweep.folder / _SWEEP_FILE, sweep.model_dump(mode="json"))
+    varied = {"sizes": sweep.sizes, "seeds": sweep.seeds, "learning_rates": sweep.learning_rates}
+    config = tracking.TrackingConfig(
+        uri=uri,
+        folder=local,
+        run_name=sweep.name,
+        tags={"sweep": sweep.name, tracking.DESCRIPTION: f"Sweep of {len(cells(sweep))} runs"},
+        params={name: " ".join(map(str, values)) for name, values in varied.items()},
+        dataset=None,
+    )
+    tracking.open_group(config, sweep.folder)
+
+
+def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
+    """Write the comparison of the sweep's finished runs, also to MLflow.
+
+    Returns:
+        the path of comparison.md
+
+    Raises:
+        ValueError: no run has finished.
+    """
+    cache, where = sweep.run.cache_dir, sweep.folder
+    names = [str(cell.run_name) for cell in cells(sweep)]
+    outcomes = [one for name in names if (one := comparison.outcome(cache, name))]
+    if not outcomes:
+        raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
+    found = comparison.compare(outcomes)
+    drawn = pictures.losses_compared(found, where)
+    page = where / COMPARISON
+    text = comparison.markdown(
+        f"Sweep {sweep.name}", found, pictures=[path.name for path in drawn], failed=failed
+    )
+    page.write_text(text, encoding="utf-8")
+    artifacts.write_json(where / _FIGURES, comparison.figures(found))
+    law = {"sweep/exponent": found.law.b} if found.law else {}
+    best = min(one.val_loss for one in outcomes)
+    tracking.close_group(
+        where, [page, where / _FIGURES, *drawn], {"loss/val_best": best} | law, failed=bool(failed)
+    )
+    return page
