@@ -298,7 +298,7 @@ def test_flipped_byte_of_a_shard_is_caught(job):
     file.write_bytes(content)
     result = preflight.check(job, "a device")
     [check] = [check for check in result.checks if not check.passed]
-    failed(check, "a part is damaged", file.name, "sha256 differs", "made anew")
+    failed(check, "a part is damaged", file.name, "sha256 differs", "makes it anew")
 
 
 def test_checkpoint_comes_back_with_the_same_bits(state, tmp_path):
