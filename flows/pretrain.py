@@ -13,8 +13,9 @@ from prefect.states import State
 
 from zeroflow import cli, orchestration, pictures, report, tracking
 from zeroflow import run as runs
-from zeroflow.checks import overfit
+from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
+from zeroflow.checks.preflight import PreflightFailed
 from zeroflow.data import parts, shards, tokenizer
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -56,6 +57,18 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
     page = report.write_data(built, tokens, run.run_dir)
     orchestration.publish(report.with_pictures(page), "data", run.run_dir.name)
     return orchestration.completed(built, reused=built.reused)
+
+
+@task(name="pre-flight", **UNCACHED)
+def check_before(job: TrainingJob, device: str) -> State:
+    before = preflight.known(job, device)
+    if before or jobs.finished(job):
+        return orchestration.completed(before, reused=True)
+    result = preflight.check(job, device)
+    orchestration.publish(report.preflight_section(result), "preflight", job.run_dir.name)
+    if not result.passed:
+        raise PreflightFailed(result)
+    return orchestration.completed(result, reused=False)
 
 
 @task(
@@ -116,6 +129,8 @@ def _pretrain(asked: RunConfig) -> Path:
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
     job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+    if not run.skip_preflight:
+        check_before(job, settled.device.name)
     trained: TrainResult = train_model(job).result()
     try:
         learned = check_overfit(overfit_job(job, run))

@@ -99,6 +99,7 @@ RUNS = [
         },
         build={"data_workers": 3, "data_runner": "dask", "dask_address": "tcp://a:1"},
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
+        skip_preflight=True,
     ),
     RunConfig(data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"}),
     RunConfig(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ TASKS = [
     "build shards",
     "build part",
     "build model",
+    "pre-flight",
     "train",
     "overfit check",
     "report",
@@ -46,6 +48,7 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     report = flow.report("first")
     assert report["status"] == "completed"
     assert report["overfit"]["passed"] and report["overfit"]["loss"] < 0.1
+    assert report["preflight"]["passed"] and len(report["preflight"]["checks"]) == 8
     assert report["val_loss"] < report["first_val_loss"]
     assert report["val_bpb"] > 0
     assert report["data"]["mode"] == "sample"
@@ -121,6 +124,39 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
     )
 
 
+def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) -> None:
+    flow, output = sample
+    assert output.index("pre-flight passed: 8 checks") < output.index("step 0: validation")
+    assert "pre-flight: gradients: 20 of 20 parameters; " in output
+    page = (flow.folder("first") / "report.md").read_text()
+    assert "| Pre-flight | passed: 8 checks |" in page
+    assert "| causality | passed | largest change 0 | " in page
+
+
+def test_failed_check_before_training_ends_the_run_in_one_message(
+    flow: Flow, tmp_path: Path
+) -> None:
+    """With attention that sees what comes later, in every process of the flow."""
+    (tmp_path / "sitecustomize.py").write_text(BLIND_ATTENTION)
+    before = flow.environment.get("PYTHONPATH", "")
+    flow.environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{before}"}
+    output = flow.run("--run-name=blind", "--data-mode=synthetic", *SMALL_SHAPE, expect=1)
+    assert "error: pre-flight: 1 of 7 checks failed, and nothing was trained" in output
+    assert "causality: largest change " in output and "look at the mask of `attend`" in output
+    assert "--skip-preflight" in output and "Traceback" not in output
+    assert output.count("pre-flight: causality: FAILED") == 1, "it is not tried again"
+    assert not (flow.folder("blind") / "training.json").exists()
+    assert not (flow.folder("blind") / "checkpoints").exists()
+
+
+BLIND_ATTENTION = """
+import torch.nn.functional as F
+
+attend = F.scaled_dot_product_attention
+F.scaled_dot_product_attention = lambda *qkv, is_causal=False, **rest: attend(*qkv, **rest)
+"""
+
+
 def test_second_run_builds_nothing_and_trains_nothing(
     sample: tuple[Flow, str], prefect_api: str
 ) -> None:
@@ -135,7 +171,7 @@ def test_second_run_builds_nothing_and_trains_nothing(
         prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [newest["id"]]}}
     )
     states = {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in runs}
-    assert states["build shards"] == states["train"] == "Reused"
+    assert states["build shards"] == states["pre-flight"] == states["train"] == "Reused"
 
 
 def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
@@ -196,9 +232,12 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     flags = ["--data-mode=files", "--text-column=body", "--tokenizer-name=train"]
     flow.run(
         "--run-name=own", *flags, "--data-path", f"{tmp_path}/*.gz", f"{tmp_path}/*.txt",
-        *SMALL_SHAPE,
+        *SMALL_SHAPE, "--skip-preflight",
     )  # fmt: skip
     assert flow.report("own")["data"]["documents"] == 61
+    assert flow.report("own")["preflight"] is None
+    assert "| skip_preflight | True |" in (flow.folder("own") / "report.md").read_text()
+    assert mlflow_run(flow, "own").data.params["skip_preflight"] == "True"
 
 
 def test_fineweb_edu_with_llamas_tokenizer(flow: Flow) -> None:
@@ -237,7 +276,7 @@ def test_synthetic_fallback_is_loud_and_its_loss_falls_towards_its_entropy(flow:
     shape = [flag for flag in SMALL_SHAPE if not flag.startswith(("--max", "--batch-s"))]
     output = flow.run(
         "--run-name=fallback", "--data-mode=fineweb", "--allow-synthetic-fallback",
-        "--max-steps=150", "--batch-size=16", *shape,
+        "--max-steps=150", "--batch-size=16", *shape, "--skip-preflight",
     )  # fmt: skip
     assert "SYNTHETIC FALLBACK" in output
     assert mlflow_run(flow, "fallback").data.tags["synthetic_fallback"] == "true"
@@ -257,7 +296,8 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
         entry = recovery.Entry(**before, action="left out", skip=Skip(step=0, batches=1))
         events.append(flow.folder("mad") / recovery.LEDGER, entry.model_dump(mode="json"))
     mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
-    output = flow.run("--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE, *mad, expect=1)
+    synthetic = ["--run-name=mad", "--data-mode=synthetic", "--skip-preflight"]
+    output = flow.run(*synthetic, *SMALL_SHAPE, *mad, expect=1)
     assert "has loss" in output and "lower --learning-rate" in output
     assert "Traceback" not in output and output.count("error:") == 1
     assert [entry.skip.step for entry in recovery.read(flow.folder("mad"))] == [0, 0, 0]

@@ -61,6 +61,8 @@ def test_what_is_left_open_is_small_and_what_is_given_is_kept() -> None:
 def test_what_a_proof_cannot_do_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no overfit check"):
         proof.settings(RunConfig(overfit={"overfit_steps": 3}))
+    with pytest.raises(ValueError, match="no pre-flight"):
+        proof.settings(RunConfig(skip_preflight=True))
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"mine is a training run: .* another --run-name"):
         proof.settings(RunConfig(run_name="mine", cache_dir=tmp_path))

@@ -49,6 +49,8 @@ def settings(asked: RunConfig) -> RunConfig:
     """
     if asked.overfit != OverfitConfig():
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
+    if asked.skip_preflight:
+        raise ValueError("a proof has no pre-flight: drop --skip-preflight")
     if asked.run_name and (asked.run_dir / CHECKPOINTS).exists():
         raise ValueError(f"{asked.run_name} is a training run: give the proof another --run-name")
     chosen = {name: getattr(asked.training, name) for name in asked.training.model_fields_set}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts, pictures, tracking
+from zeroflow.checks import preflight
 from zeroflow.checks.overfit import OverfitResult
+from zeroflow.checks.preflight import PreflightResult
 from zeroflow.comparison import REPORT
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
@@ -56,8 +58,10 @@ def write(
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
+    checked = None if run.skip_preflight else preflight.read(folder)
+    report["preflight"] = checked and checked.model_dump(mode="json")
     markdown = folder / MARKDOWN
-    markdown.write_text(_markdown(report, run), encoding="utf-8")
+    markdown.write_text(_markdown(report, run, checked), encoding="utf-8")
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
@@ -90,6 +94,19 @@ def write_data(shards: ShardSet, tokens: TokenizerFiles, folder: Path) -> Path:
     page = folder / DATA
     page.write_text(look.markdown(shards, seen, tokens, picture=_LENGTHS), encoding="utf-8")
     return page
+
+
+def preflight_section(result: PreflightResult) -> str:
+    """A section about the checks before training."""
+    rows = "\n".join(
+        f"| {check.name} | {'passed' if check.passed else '**FAILED**'} | {check.figure} | "
+        f"{check.sentence.replace('|', chr(92) + '|')} |"
+        for check in result.checks
+    )
+    return (
+        f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n"
+        f"| check | | found | |\n|---|---|---|---|\n{rows}\n\n"
+    )
 
 
 def with_pictures(page: Path) -> str:
@@ -180,7 +197,7 @@ def _time_section(time: dict[str, Any]) -> str:
     )
 
 
-def _markdown(report: dict[str, Any], run: RunConfig) -> str:
+def _markdown(report: dict[str, Any], run: RunConfig, checked: PreflightResult | None) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
     rows = {
@@ -195,6 +212,7 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
         "Speed": f"{report['tokens_per_second']:,.0f} tokens/s on {report['device']}, "
         f"{report['precision']}",
+        "Pre-flight": f"passed: {len(checked.checks)} checks" if checked else "none",
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
         f"{overfit['loss']:.4f} after {overfit['steps']} steps",
         "Resume": report["resume"],
@@ -219,6 +237,7 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
+        f"{preflight_section(checked) if checked else ''}"
         f"{_time_section(report['time'])}{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

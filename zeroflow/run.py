@@ -236,6 +236,9 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     """Of weights, data order and synthetic data."""
 
+    skip_preflight: bool = False
+    """Train without the checks before it."""
+
     model: ModelChoice = ModelChoice()
     data: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -390,7 +393,7 @@ _FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic
     )
 }
 _FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lines_limit"}
-_FREE |= {"overfit.overfit_steps", "overfit.overfit_loss"}
+_FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 
 def settle(asked: RunConfig) -> Settled:
@@ -768,6 +771,8 @@ def _plan_lines(settled: Settled) -> Iterator[str]:
     compiled = "compiled" if choice.compile else "not compiled"
     yield f"device: {device.name}, {choice.precision}, {compiled}"
     yield f"resume: {resume_promise(run)}"
+    if run.skip_preflight:
+        yield "pre-flight: skipped, as asked for"
     rate, source = planning.expected_tokens_per_second(model, context, device)
     if rate is None:
         yield f"time: unknown, {source}"

@@ -1,1 +1,1 @@
-"""Proofs around training: the overfit check after it."""
+"""Proofs around training: the pre-flight before it, the overfit check after it."""

@@ -96,6 +96,9 @@ class ModelConfig(Shape):
         return 6 * self.parameters + 6 * self.num_hidden_layers * self.hidden_size * context
 
 
+INITIAL_STD = 0.02
+"""Of fresh weights but norms; residual outputs have less."""
+
 Recompute = Literal["none", "selective", "full"]
 """Activations that are computed again in the backward pass: those within the feed-forward networks,
 or all within a block."""
@@ -286,7 +289,7 @@ def initialize(model: Llama, seed: int) -> None:
                 parameter.fill_(1.0)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 * (residual_scale if residual else 1.0)
+            std = INITIAL_STD * (residual_scale if residual else 1.0)
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
             parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))

@@ -86,13 +86,18 @@ def train(planned: TrainingJob, on_event: Callable[[events.Line], None]) -> Trai
     except TrainingFailed as failure:
         entry = remedy(now, failure, ledger)
         if entry is None:
-            failure.add_advice(_advice(now, failure))
+            failure.add_advice(advice(now, failure))
             raise
-        events.append(planned.run_dir / LEDGER, entry.model_dump(mode="json"))
         log.warning("training failed (%s): %s", entry.reason, entry.message)
-        log.warning("%s", entry.action)
+        note(planned.run_dir, entry)
         failure.will_retry = True
         raise
+
+
+def note(run_dir: Path, entry: Entry) -> None:
+    """Add `entry` to a run's ledger, aloud; from then on it is applied."""
+    events.append(run_dir / LEDGER, entry.model_dump(mode="json"))
+    log.warning("%s", entry.action)
 
 
 def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
@@ -129,7 +134,8 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
     return None
 
 
-def _advice(now: TrainingJob, failure: TrainingFailed) -> str:
+def advice(now: TrainingJob, failure: TrainingFailed) -> str:
+    """What a person may do about `failure`, as nothing else is left; may be empty."""
     match failure.reason:
         case "out of memory":
             state = 16 * now.model.parameters / 1e9

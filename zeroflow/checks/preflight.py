@@ -1,0 +1,581 @@
+"""The gate before training: seconds, so that a broken run costs no hours.
+
+The run's own model, data, device, precision and compile settings, through the functions that
+train. Every check is a figure and a sentence; one that fails ends the run before its first step,
+and is not tried again. A micro-batch that does not fit is halved first, as training would do.
+Runs in a process of its own: `-m zeroflow.checks.preflight JOB.json`.
+"""
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data import tokenizer
+from zeroflow.data.batches import Batches, MicroBatch
+from zeroflow.data.parts import Split
+from zeroflow.data.shards import Rows, ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
+from zeroflow.training import checkpoint, events, recovery, worker
+from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.job import RunIsBusy, TrainingFailed, TrainingJob, launch
+from zeroflow.training.loop import TrainingConfig, TrainState, loss_sum, new_state, train_step
+from zeroflow.training.worker import StopRequest
+
+log = logging.getLogger("zeroflow.checks.preflight")
+
+RESULT = "preflight.json"
+
+_JOB = "preflight-job.json"
+_CHECKPOINT = "preflight-checkpoint"
+_ROWS, _CONTEXT = 2, 64
+_WINDOW = 32
+"""Logits that are compared on either side of a change, as all of them may not fit in memory."""
+
+_SAMPLED_ROWS = 256
+_TEXT_ROWS = 16
+_SAMPLED_PARTS = 3
+_LEAST_RETURNED = 0.75
+_COMPILED_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+"""Of the logits' norm. Fused kernels round in fewer places: fp32 keeps 24 bits, bf16 8."""
+
+
+class Check(Config):
+    name: str
+    passed: bool
+    figure: str
+    """What was found, with its unit."""
+
+    sentence: str
+    """What that means; where it failed, also what to change."""
+
+
+class PreflightJob(Config):
+    run_dir: Path
+    model: ModelConfig
+    training: TrainingConfig
+    """With micro-batches as they are trained with, after what did not fit."""
+
+    shards: ShardSet
+    tokenizer: TokenizerFiles
+    identity: str
+    """Fingerprint of what is checked."""
+
+
+class PreflightResult(Config):
+    """What the pre-flight leaves in preflight.json."""
+
+    passed: bool
+    seconds: float
+    checks: list[Check]
+    job: str
+    """Fingerprint of what was checked."""
+
+
+class PreflightFailed(RuntimeError):
+    """A check before training failed."""
+
+    def __init__(self, result: PreflightResult) -> None:
+        failed = [check for check in result.checks if not check.passed]
+        lines = "\n".join(f"  {check.name}: {check.figure}; {check.sentence}" for check in failed)
+        super().__init__(
+            f"pre-flight: {len(failed)} of {len(result.checks)} checks failed, and nothing was "
+            f"trained:\n{lines}\n--skip-preflight trains nevertheless"
+        )
+        self.result = result
+
+
+def known(job: TrainingJob, device: str) -> PreflightResult | None:
+    """What was found before, if the same job passed on such a device."""
+    found = read(job.run_dir)
+    same = found is not None and found.passed and found.job == _identity(job, device)
+    return found if same else None
+
+
+def read(run_dir: Path) -> PreflightResult | None:
+    """What the pre-flight of a run has found, if it had one."""
+    path = run_dir / RESULT
+    return PreflightResult.model_validate(artifacts.read_json(path)) if path.exists() else None
+
+
+def check(job: TrainingJob, device: str) -> PreflightResult:
+    """Check the job in processes of their own: one, and another for each size that did not fit.
+
+    A size that does not fit is noted in the run's ledger as training would do it, which so begins
+    with one that does.
+
+    Args:
+        device: name of the device.
+
+    Raises:
+        TrainingFailed: the process ended by an error, of which being out of memory is none.
+    """
+    while True:
+        ledger = recovery.read(job.run_dir)
+        now = recovery.applied(job, ledger)
+        try:
+            return _launched(now, _identity(job, device))
+        except RunIsBusy:
+            raise
+        except TrainingFailed as failure:
+            if failure.reason != "out of memory":
+                failure.add_advice("this was in the pre-flight: nothing was trained")
+                raise
+            if (entry := recovery.remedy(now, failure, ledger)) is None:
+                return _does_not_fit(now, failure, _identity(job, device))
+            recovery.note(job.run_dir, entry)
+
+
+def _launched(now: TrainingJob, identity: str) -> PreflightResult:
+    job = PreflightJob(
+        run_dir=now.run_dir,
+        model=now.model,
+        training=now.training,
+        shards=now.shards,
+        tokenizer=now.tokenizer,
+        identity=identity,
+    )
+    job_file = job.run_dir / _JOB
+    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    try:
+        launch(
+            "zeroflow.checks.preflight",
+            job_file,
+            job.run_dir,
+            lambda event: None,
+            compile_cache=now.compile_cache,
+        )
+    finally:
+        shutil.rmtree(job.run_dir / _CHECKPOINT, ignore_errors=True)  # of a process that was killed
+    result = read(job.run_dir)
+    assert result is not None, "written by a process that ended well"
+    return result
+
+
+def _does_not_fit(now: TrainingJob, failure: TrainingFailed, identity: str) -> PreflightResult:
+    sentence = f"{recovery.advice(now, failure)} ({str(failure).splitlines()[0]})"
+    check = Check(name="micro-batch", passed=False, figure="1 row does not fit", sentence=sentence)
+    result = PreflightResult(passed=False, seconds=0.0, checks=[check], job=identity)
+    artifacts.write_json(now.run_dir / RESULT, result.model_dump(mode="json"))
+    return result
+
+
+def _identity(job: TrainingJob, device: str) -> str:
+    """Of all that decides how the checks end; not of the length of the training."""
+    training = job.training.model_dump(mode="json")
+    schedule = training.pop("schedule")
+    return artifacts.fingerprint(
+        [
+            *(job.model.model_dump(), training, schedule["peak"], str(job.shards.path.name)),
+            *(job.tokenizer.fingerprint, device, torch.__version__),
+        ]
+    )
+
+
+def checks(job: PreflightJob) -> Iterator[Check]:
+    """Every check in turn. No step is made of rows that are wrong."""
+    sound = True
+    for of_data in data_checks(job):
+        sound = sound and of_data.passed
+        yield of_data
+    state = new_state(job.model, job.training)
+    yield from model_checks(state, job.training, job.shards.row_tokens - 1)
+    if sound:
+        yield micro_batch(state, job.training, Rows(job.shards, "train"))
+    yield round_trip(state, job.run_dir / _CHECKPOINT, job.tokenizer.fingerprint)
+
+
+def data_checks(job: PreflightJob) -> Iterator[Check]:
+    whole = checksums(job.shards)
+    yield whole
+    if not whole.passed:
+        return
+    of_model = token_ids(job.shards, job.tokenizer, job.model)
+    yield of_model
+    if of_model.passed and job.tokenizer.path is not None:
+        yield text(Rows(job.shards, "train"), job.tokenizer)
+
+
+def model_checks(state: TrainState, config: TrainingConfig, context: int) -> Iterator[Check]:
+    """Checks of fresh weights, which they leave as they are.
+
+    On random ids, and few of them. A compiled model is compiled for one shape, so it gets that of
+    the run: training then finds the code in the cache.
+    """
+    compiled = config.compute.compile
+    rows = config.micro_batch_rows if compiled else _ROWS
+    batch = random_batch(
+        state.model.config,
+        rows,
+        context if compiled else min(context, _CONTEXT),
+        seed=config.seed,
+        document_mask=config.document_mask,
+    )
+    yield initial_loss(state, batch)
+    yield gradients(state, batch)
+    yield causality(state, batch)
+    if config.document_mask:
+        yield documents(state, batch)
+    if compiled:
+        yield compiled_equals_eager(state, batch, _COMPILED_TOLERANCE[config.compute.precision])
+
+
+def random_batch(
+    model: ModelConfig, rows: int, context: int, *, seed: int, document_mask: bool = False
+) -> MicroBatch:
+    """Rows of random ids, each one document."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.vocab_size, (rows, context + 1), generator=generator)
+    numbers = torch.zeros(rows, context, dtype=torch.int32) if document_mask else None
+    return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * context, numbers)
+
+
+def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
+    """A model that knows nothing gives every token the same chance, but for its random logits.
+
+    Behind the last norm a hidden state has D features of size 1, so logits have a variance of
+    s² = D · std², which adds s²/2 to ln V (the mean of a log-normal). The mean over N tokens of a
+    vocabulary of V strays by s/√N + s/√V; five times that is allowed, and 0.05 for all else.
+    """
+    V, variance = state.model.config.vocab_size, state.model.config.hidden_size * INITIAL_STD**2
+    expected = math.log(V) + variance / 2
+    strays = math.sqrt(variance) * (1 / math.sqrt(batch.valid) + 1 / math.sqrt(V))
+    allowed = 0.05 + 5 * strays
+    loss = loss_sum(state.model, batch).item() / batch.valid
+    passed = abs(loss - expected) <= allowed
+    sentence = f"expected ln V = {math.log(V):.3f} and {variance / 2:.3f} for the spread of logits"
+    if not passed:
+        sentence += f", to within {allowed:.3f}: look at `initialize`, the loss and the output head"
+    return Check(
+        name="loss at initialisation", passed=passed, figure=f"{loss:.3f} nats", sentence=sentence
+    )
+
+
+def gradients(state: TrainState, batch: MicroBatch) -> Check:
+    (loss_sum(state.model, batch) / batch.valid).backward()
+    parameters = dict(state.model.named_parameters())
+    idle = [name for name, p in parameters.items() if not _reached(p)]
+    state.optimizer.zero_grad()
+    sentence = "one backward pass gives each a gradient of finite numbers"
+    if idle:
+        sentence = (
+            f"{idle[0]} gets none, or one of no finite numbers: let it require one, and look for a "
+            "detach() between it and the loss"
+        )
+    return Check(
+        name="gradients",
+        passed=not idle,
+        figure=f"{len(parameters) - len(idle)} of {len(parameters)} parameters",
+        sentence=sentence,
+    )
+
+
+def _reached(parameter: Tensor) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and bool(gradient.any() and gradient.isfinite().all())
+
+
+def causality(state: TrainState, batch: MicroBatch) -> Check:
+    context = batch.inputs.shape[1]
+    # no edge of a kernel's blocks: within one, a token may see what it should not
+    place = min(context // 2 + 3, context - 1)
+    changed = batch.inputs.clone()
+    changed[:, place:] = _others(changed[:, place:], state)
+    change = _change(state, batch, changed, place)
+    leaks = change.before > change.by_chance
+    sentence = (
+        f"in logits before a token that changes; those from it on change by {change.after:.3g}"
+    )
+    if leaks:
+        sentence = "logits see tokens that come later: look at the mask of `attend`"
+    elif change.after == 0:
+        sentence = "logits see no token at all: look at the embedding and the blocks"
+    return Check(
+        name="causality",
+        passed=not leaks and change.after > 0,
+        figure=f"largest change {change.before:.3g}",
+        sentence=sentence,
+    )
+
+
+def documents(state: TrainState, batch: MicroBatch) -> Check:
+    """Two documents in a row, of which the first changes."""
+    place = max(1, batch.inputs.shape[1] // 2 - 3)
+    assert batch.documents is not None
+    numbers = batch.documents.clone()
+    numbers[:, place:] = 1
+    changed = batch.inputs.clone()
+    changed[:, :place] = _others(changed[:, :place], state)
+    change = _change(state, batch._replace(documents=numbers), changed, place)
+    leaks = change.after > change.by_chance
+    sentence = f"in logits behind a document that changes; its own change by {change.before:.3g}"
+    if leaks:
+        sentence = "logits see other documents: look at `document_mask`, or drop --document-mask"
+    return Check(
+        name="documents",
+        passed=not leaks,
+        figure=f"largest change {change.after:.3g}",
+        sentence=sentence,
+    )
+
+
+def compiled_equals_eager(state: TrainState, batch: MicroBatch, tolerance: float) -> Check:
+    """In the logits of one row. Eager, all of them may not fit in memory."""
+    window = slice(0, 2 * _WINDOW)
+    ours = _logits(state, batch.inputs, batch.documents, window)
+    numbers = None if batch.documents is None else batch.documents[:1]
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        eager = _logits(state, batch.inputs[:1], numbers, window)
+    difference = ((ours - eager).norm() / eager.norm()).item()
+    passed = difference <= tolerance
+    sentence = f"as a part of the logits' norm; rounding explains {tolerance:g}"
+    if not passed:
+        sentence += ": use --no-compile, or clear the cache of compiled code"
+    return Check(
+        name="compiled equals eager",
+        passed=passed,
+        figure=f"{difference:.2g} apart",
+        sentence=sentence,
+    )
+
+
+def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
+    """A step of the run's shape. If it has several micro-batches, of two: the second meets the
+    gradients of the first in memory, as all that follow."""
+    batches = Batches(
+        rows,
+        end_of_text=rows.end_of_text,
+        seed=config.seed,
+        micro_batch_rows=config.micro_batch_rows,
+        accumulate=min(2, config.accumulate),
+        document_mask=config.document_mask,
+    )
+    on_gpu = config.compute.device == "cuda"
+    if on_gpu:  # else what the checks before have left would be counted, in pieces
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.monotonic()
+    metrics = train_step(state, batches.micro_batches(0), config)
+    loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
+    figure = f"{config.micro_batch_rows} rows x {rows.row_tokens - 1:,} tokens fit"
+    if on_gpu:
+        total = torch.cuda.get_device_properties(0).total_memory
+        figure += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    passed = math.isfinite(loss + grad_norm)
+    sentence = (
+        f"forward, backward and optimiser in {time.monotonic() - begin:.1f} s, loss {loss:.3f}, "
+        f"gradient norm {grad_norm:.3g}"
+    )
+    if not passed:
+        sentence += ": no finite numbers; look at --precision, and at the rows of the first step"
+    return Check(name="micro-batch", passed=passed, figure=figure, sentence=sentence)
+
+
+def token_ids(shards: ShardSet, tokens: TokenizerFiles, model: ModelConfig) -> Check:
+    limit = min(tokens.vocab_size, model.vocab_size)
+    splits: tuple[Split, ...] = ("train", "validation")
+    ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
+    lowest, highest = int(ids.min()), int(ids.max())
+    passed = lowest >= 0 and highest < limit
+    sentence = f"found in {len(ids)} rows, of a vocabulary of {limit:,}"
+    if not passed:
+        sentence += (
+            f": the rows are of another tokenizer than {tokens.name}, or damaged; remove "
+            f"{shards.path}, and the same command builds them anew"
+        )
+    return Check(
+        name="token ids", passed=passed, figure=f"{lowest:,} to {highest:,}", sentence=sentence
+    )
+
+
+def text(rows: Rows, tokens: TokenizerFiles) -> Check:
+    """Ids of the tokenizer's own text come back when that is tokenised again.
+
+    All but those at the cut ends of rows; of another tokenizer's ids fewer do.
+    """
+    loaded = tokenizer.load(tokens)
+    returned = total = 0
+    beginning = ""
+    for row in _spread(rows, _TEXT_ROWS):
+        for document in np.split(row, np.flatnonzero(row == rows.end_of_text) + 1):
+            ids = document[document != rows.end_of_text].tolist()
+            words = loaded.decode(ids, skip_special_tokens=False)
+            again = loaded.encode(words, add_special_tokens=False).ids
+            returned += (Counter(ids) & Counter(again)).total()
+            total += len(ids)
+            beginning = beginning or " ".join(words.split())[:40]
+    share = returned / max(1, total)
+    passed = share >= _LEAST_RETURNED
+    sentence = (
+        f"of {total:,} ids come back when their text is tokenised again, such as {beginning!r}"
+    )
+    if not passed:
+        sentence += (
+            f": these are no ids of {tokens.name}, or it cannot spell them; look at `zeroflow "
+            "data`, and remove the shards if they are another tokenizer's"
+        )
+    return Check(name="text", passed=passed, figure=f"{share:.1%}", sentence=sentence)
+
+
+def checksums(shards: ShardSet) -> Check:
+    """Of a few parts. All were compared, or written, by the stage that gave this set."""
+    numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
+    try:
+        files = sum(len(artifacts.verify(shards.part_paths[n])["files"]) for n in numbers)
+    except artifacts.DamagedArtifact as damage:
+        sentence = f"{damage}: the same command again sets that part aside and makes it anew"
+        return Check(name="checksums", passed=False, figure="a part is damaged", sentence=sentence)
+    return Check(
+        name="checksums",
+        passed=True,
+        figure=f"{files} files",
+        sentence=f"as they were written, in {len(numbers)} of {shards.parts} parts; all parts were "
+        "looked at when the shards were built or reused",
+    )
+
+
+def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
+    """Save the state, overwrite it with zeros, load it, and compare every tensor's bits.
+
+    If they are the same, the state is left as it was. `folder` is removed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    begin = time.monotonic()
+    tensors = _tensors(state)
+    size = f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.0f} MB"
+    before, step = _digests(tensors), state.step
+    try:
+        saver = Saver(folder, Retention(keep=1), tokenizer=fingerprint)
+        saver.save(state)
+        saver.wait()
+        for tensor in tensors.values():
+            tensor.zero_()
+        saved = checkpoint.latest(folder)
+        if saved is None:
+            raise CheckpointError("what was written is damaged: look at the disk")
+        checkpoint.load(state, saved, tokenizer=fingerprint)
+    except (OSError, CheckpointError) as error:
+        return Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    after = _digests(tensors)
+    lost = [name for name in before if after[name] != before[name]]
+    passed = not lost and state.step == step
+    sentence = f"written and read back with the same bits in {time.monotonic() - begin:.1f} s"
+    if not passed:
+        what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
+        sentence = f"{what} came back otherwise: look at `checkpoint`, and at the disk"
+    return Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
+
+
+def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:
+    """Some rows from all over a split."""
+    count = min(most, len(rows))
+    return rows[np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)]
+
+
+def _others(ids: Tensor, state: TrainState) -> Tensor:
+    """Another id in the place of each."""
+    V = state.model.config.vocab_size
+    return (ids + max(1, V // 2)) % V
+
+
+class _Change(NamedTuple):
+    """The largest of the first row's logits."""
+
+    before: float
+    """In front of some place."""
+
+    after: float
+    """From there on."""
+
+    by_chance: float
+    """Twice that of the same row again: 0, but where kernels do not repeat themselves. What is
+    masked adds exactly nothing."""
+
+
+def _change(state: TrainState, batch: MicroBatch, changed: Tensor, place: int) -> _Change:
+    window = slice(max(0, place - _WINDOW), place + _WINDOW)
+    old, again, new = (
+        _logits(state, ids, batch.documents, window)
+        for ids in (batch.inputs, batch.inputs, changed)
+    )
+    change = (new - old).abs().amax(dim=-1)
+    border = place - window.start
+    return _Change(
+        before=change[:border].max().item(),
+        after=change[border:].max().item(),
+        by_chance=2 * (again - old).abs().max().item(),
+    )
+
+
+def _logits(state: TrainState, inputs: Tensor, numbers: Tensor | None, places: slice) -> Tensor:
+    """Of some places in the first row (places, V), by the kernels that train."""
+    device = state.model.model.embed_tokens.weight.device
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear(hidden[0, places], weight)
+
+    there = None if numbers is None else numbers.to(device)
+    return state.model(inputs.to(device), head, there).detach().float()
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """All that training changes; listed here, so that a checkpoint that forgets some is noticed."""
+    tensors = {"skipped": state.skipped}
+    for name, parameter in state.model.named_parameters():
+        tensors[name] = parameter.detach()
+        for key, value in state.optimizer.state[parameter].items():
+            tensors[f"{key} of {name}"] = value
+    return tensors
+
+
+def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
+
+
+def work(job: PreflightJob, stop: StopRequest) -> None:
+    begin = time.monotonic()
+    if job.training.compute.deterministic:
+        worker.make_deterministic()
+    history = job.run_dir / events.EVENTS
+    done: list[Check] = []
+    for check in checks(job):
+        verdict = "" if check.passed else "FAILED, "
+        log.info("pre-flight: %s: %s%s; %s", check.name, verdict, check.figure, check.sentence)
+        done.append(check)
+        if stop:
+            message = "the pre-flight was stopped; the same command repeats it"
+            events.append(history, {"event": "stopped", "message": message})
+            return
+    passed, seconds = all(check.passed for check in done), time.monotonic() - begin
+    result = PreflightResult(passed=passed, seconds=seconds, checks=done, job=job.identity)
+    artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
+    log.info(
+        "pre-flight %s: %d checks in %.1f s", "passed" if passed else "FAILED", len(done), seconds
+    )
+    events.append(history, {"event": "done"})
+
+
+if __name__ == "__main__":
+    worker.main(PreflightJob, work)
