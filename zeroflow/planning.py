@@ -137,7 +137,7 @@ def expected_tokens_per_second(
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
     mfu = assumed_mfu(model)
-    source = f"assuming {mfu:.0%} MFU, as measured on one H100 for a model of this size"
+    source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
     if checkpointing != "none":
         source += ", less what is computed again"
     return mfu * device.peak_flops / flops, source

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts, pictures, tracking
+from zeroflow import artifacts, pictures, plan_page, tracking
+from zeroflow import plan as plans
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
@@ -56,8 +57,12 @@ def write(
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
+    compared = plans.hold(run, job, shards, device, trained, spent.training)
+    report["plan"] = [row._asdict() | {"miss": row.miss} for row in compared]
+    for row in compared:
+        log.info("plan of %s: %s predicted, %s measured %s", *plans.cells(row))
     markdown = folder / MARKDOWN
-    markdown.write_text(_markdown(report, run), encoding="utf-8")
+    markdown.write_text(_markdown(report, run, compared), encoding="utf-8")
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
@@ -70,7 +75,11 @@ def write(
             *(folder / DATA, folder / _LENGTHS),
         ],
         step=trained.steps,
-        metrics={"loss/val_final": trained.val_loss, "overfit/steps": overfit.steps},
+        metrics={
+            "loss/val_final": trained.val_loss,
+            "overfit/steps": overfit.steps,
+            **plans.metrics(compared),
+        },
         series={"overfit/loss": overfit.curve},
         succeeded=overfit.passed,
     )
@@ -180,7 +189,7 @@ def _time_section(time: dict[str, Any]) -> str:
     )
 
 
-def _markdown(report: dict[str, Any], run: RunConfig) -> str:
+def _markdown(report: dict[str, Any], run: RunConfig, compared: list[plans.Compared]) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
     rows = {
@@ -214,11 +223,14 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
             f"## Recoveries\n\n| from step | failure | action |\n|---|---|---|\n{recovered}\n\n"
         )
     warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
+    plan = plans.load(run.run_dir)
+    planned = plan_page.section(plan, compared) if plan else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
-        f"{_time_section(report['time'])}{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"{_time_section(report['time'])}{planned}{recovered}"
+        f"## Sample\n\n```\n{report['sample']}\n```\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )
