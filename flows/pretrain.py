@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from zeroflow import cli, orchestration, pictures, report, tracking
+from zeroflow import cli, orchestration, pictures, plan, report, tracking
 from zeroflow import run as runs
 from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
@@ -36,7 +36,7 @@ FROM_THE_HUB: dict[str, Any] = {
     "retry_condition_fn": orchestration.may_succeed_later,
 }
 
-make_plan = task(name="plan", **UNCACHED)(runs.plan)
+make_plan = task(name="plan", **UNCACHED)(plan.make)
 fetch_tokenizer = task(name="fetch tokenizer", **FROM_THE_HUB)(tokenizer.fetch)
 build_model = task(name="build model", **UNCACHED)(build.build)
 build_part = task(name="build part", **FROM_THE_HUB)(parts.build)

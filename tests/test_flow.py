@@ -53,7 +53,8 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     assert report["val_bpb"] > 0
     assert report["data"]["mode"] == "sample"
     assert "sample (FineWeb-Edu is out of reach" in output.split("\n")[1], "said first"
-    assert {p.name for p in flow.cache.iterdir()} == {"tokenizers", "shards", "runs", "mlflow"}
+    made = {p.name for p in flow.cache.iterdir()}
+    assert made == {"tokenizers", "shards", "runs", "mlflow", "plans.jsonl"}
     assert (flow.folder("first") / "run.json").exists()
 
 
@@ -155,6 +156,26 @@ import torch.nn.functional as F
 attend = F.scaled_dot_product_attention
 F.scaled_dot_product_attention = lambda *qkv, is_causal=False, **rest: attend(*qkv, **rest)
 """
+
+
+def test_run_is_held_to_its_plan_and_the_next_one_learns_from_it(
+    sample: tuple[Flow, str], capsys: pytest.CaptureFixture[str], console: None
+) -> None:
+    flow, output = sample
+    report = flow.report("first")
+    held = {row["name"]: row for row in report["plan"]}
+    assert held["tokens_per_second"]["measured"] == report["tokens_per_second"]
+    assert held["memory_bytes"]["measured"] == report["peak_memory_bytes"]
+    assert abs(held["memory_bytes"]["miss"]) < 0.15, "mostly what Python and PyTorch take"
+    assert "plan of peak memory: " in output
+    page = (flow.folder("first") / "report.md").read_text()
+    assert "## Predicted and measured" in page
+    logged = mlflow_run(flow, "first").data.metrics
+    assert logged["plan/seconds_measured"] == pytest.approx(report["time"]["training_seconds"])
+    assert cli.main(["plan", "--seed=1", f"--cache-dir={flow.cache}", *SMALL_SHAPE]) == 0
+    page = capsys.readouterr().out
+    if report["tokenizer"]["vocab_size"] > 384:  # padded to the 512 that were asked for
+        assert "from 1 earlier run here" in page
 
 
 def test_second_run_builds_nothing_and_trains_nothing(

@@ -407,27 +407,6 @@ def test_utilisation_is_told_only_where_the_peak_is_known(ask, rows, gpu):
     assert peak("fp32") is None, "the table has bf16 peaks"
 
 
-def test_plan_tells_data_run_model_time_and_disk(ask, caplog):
-    with caplog.at_level("INFO", logger="zeroflow.run"):
-        run = runs.plan(ask(model=SHAPE.model_dump(), training={"max_steps": 10})).run
-    lines = {line.split(":")[0]: line for line in caplog.messages}
-    assert list(lines) == [
-        "data",
-        "tokenizer",
-        "run",
-        "model",
-        "training",
-        "device",
-        "resume",
-        "time",
-        "disk",
-    ]
-    assert lines["resume"] == "resume: bit for bit", "on a CPU"
-    assert run.run_name in lines["run"] and "new" in lines["run"]
-    assert "10 steps x 512 tokens = 5,120 tokens" in lines["training"]
-    assert f"{with_vocabulary(SHAPE, 32_768).parameters / 1e6:.1f}M" in lines["model"]
-
-
 def test_every_setting_has_a_name_and_a_description_of_its_own():
     names = [name.rsplit(".", 1)[-1] for name, _ in runs.leaves(RunConfig())]
     assert len(set(names)) == len(names)

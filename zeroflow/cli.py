@@ -203,6 +203,19 @@ def main(
     for command in (generate, export, data, documents):
         command.add_argument("--run", required=True, help="name of the run")
         command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    planning = commands.add_parser(
+        "plan",
+        allow_abbrev=False,  # a misspelt flag is an error
+        help="say what a run will be and need, and start nothing",
+        description="Parameters, FLOPs, memory, time and disk of a run, before it is one. Nothing "
+        "is looked up, built or recorded.",
+    )
+    planning.add_argument("--gpus", type=int, default=1, help="so many of them", metavar="N")
+    planning.add_argument(
+        "--gpu", help="for this one, instead of this machine's device", metavar="NAME"
+    )
+    planning.add_argument("--json", action="store_true", help="an object, for programs")
+    add_settings(planning, RunConfig, "run")
     proving = commands.add_parser(
         "prove-resume",
         allow_abbrev=False,  # a misspelt flag is an error
@@ -214,7 +227,7 @@ def main(
     setup = commands.add_parser(
         "prefect-setup", help="give a Prefect server its work pool, and notice of killed runs"
     )
-    for command in (generate, export, data, documents, proving, setup):
+    for command in (generate, export, data, documents, planning, proving, setup):
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
@@ -269,6 +282,17 @@ def _data(arguments: argparse.Namespace) -> None:
     console.print(f"{page}", markup=False)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from zeroflow import plan, plan_page
+
+    if arguments.gpus < 1:
+        raise ValueError(f"--gpus {arguments.gpus}: at least one")
+    asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
+    planned = plan.offline(asked, gpu=arguments.gpu, gpus=arguments.gpus)
+    shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
+    console.print(shown, markup=False)
+
+
 def _prefect_setup(arguments: argparse.Namespace) -> None:
     from zeroflow import orchestration
 
@@ -295,6 +319,7 @@ _COMMANDS = {
     "export": _export,
     "data": _data,
     "documents": _documents,
+    "plan": _plan,
     "prefect-setup": _prefect_setup,
 }
 _WIDTH = 60

@@ -1,11 +1,15 @@
 """What a run will need, before it starts: the device at hand, memory, time, disk."""
 
+import math
 import os
 import platform
+import shutil
 import time
 from itertools import count, takewhile
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 
 from zeroflow.config import Config
@@ -17,25 +21,39 @@ NOMINAL_VOCABULARY = 128_256
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
-ASSUMED_MFU = 0.25
+_MEASURED_MFU = {46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
+"""By parameters, of tiny, small and medium on an H100: `benchmarks/README.md`."""
+
 _ASSUMED_CPU_SHARE = 0.75
 
-# Dense bf16 matrix peaks in FLOP/s, without sparsity, from the vendor's data sheets. The
-# names are whole, as NVML gives them: variants of a chip differ.
-_PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
+
+class _Gpu(NamedTuple):
+    peak_flops: float
+    """Dense bf16 matrix products, without sparsity."""
+
+    gigabytes: int
+    """As sold; NVML has up to 5 % less where error correction takes its part."""
+
+
+# From the vendor's data sheets. The names are whole, as NVML gives them: variants of a chip differ
+_GPUS = {
+    "NVIDIA H200": _Gpu(989e12, 141),
+    "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80),
+    "NVIDIA H100 NVL": _Gpu(835e12, 94),
+    "NVIDIA H100 PCIe": _Gpu(756e12, 80),
+    "NVIDIA A100-SXM4-80GB": _Gpu(312e12, 80),
+    "NVIDIA A100-SXM4-40GB": _Gpu(312e12, 40),
+    "NVIDIA A100 80GB PCIe": _Gpu(312e12, 80),
+    "NVIDIA A100-PCIE-40GB": _Gpu(312e12, 40),
+    "NVIDIA L40S": _Gpu(362e12, 48),
+    "NVIDIA L4": _Gpu(121e12, 24),
+    "NVIDIA GeForce RTX 4090": _Gpu(165e12, 24),
+    "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24),
 }
+
+Precision = Literal["bf16", "fp32"]
+Stage = Literal[0, 1, 2, 3]
+"""Of ZeRO: what ranks share out. 0 nothing, 1 moments, 2 and gradients, 3 and weights."""
 
 
 class Device(Config):
@@ -77,21 +95,63 @@ def _first_gpu() -> Device:
     )
     name = pynvml.nvmlDeviceGetName(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-    return Device(kind="cuda", name=name, memory_bytes=memory, peak_flops=_PEAK_FLOPS.get(name))
+    return Device(kind="cuda", name=name, memory_bytes=memory, peak_flops=_peak_flops(name))
+
+
+def _peak_flops(name: str) -> float | None:
+    return _GPUS[name].peak_flops if name in _GPUS else None
+
+
+def known_gpu(wanted: str) -> Device:
+    """A GPU by its name, or by a part of it that no other has.
+
+    Raises:
+        ValueError: there is none, or there are several; the message lists those there are.
+    """
+    found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
+    if wanted in _GPUS:
+        found = [wanted]
+    if len(found) != 1:
+        names = ", ".join(found or _GPUS)
+        raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
+    [name] = found
+    memory = _GPUS[name].gigabytes * 2**30
+    return Device(kind="cuda", name=name, memory_bytes=memory, peak_flops=_peak_flops(name))
+
+
+def assumed_mfu(model: ModelConfig) -> float:
+    """What a model of as many parameters has reached on an H100."""
+    sizes = [math.log(parameters) for parameters in _MEASURED_MFU]
+    return float(np.interp(math.log(model.parameters), sizes, list(_MEASURED_MFU.values())))
 
 
 def expected_tokens_per_second(
-    model: ModelConfig, context: int, device: Device
+    model: ModelConfig, context: int, device: Device, checkpointing: Recompute = "none"
 ) -> tuple[float | None, str]:
     """A rate to expect and where it comes from; None for a GPU whose peak is not known."""
-    flops = model.flops_per_token(context)
+    flops = model.flops_per_token(context) * (1 + _computed_again(model, checkpointing))
     if device.kind == "cpu":
         measured = _measure_cpu_flops()
         source = f"{_ASSUMED_CPU_SHARE:.0%} of {measured / 1e9:.0f} GFLOP/s measured now"
         return _ASSUMED_CPU_SHARE * measured / flops, source
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
-    return ASSUMED_MFU * device.peak_flops / flops, f"assuming {ASSUMED_MFU:.0%} MFU"
+    mfu = assumed_mfu(model)
+    source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
+    if checkpointing != "none":
+        source += ", less what is computed again"
+    return mfu * device.peak_flops / flops, source
+
+
+def _computed_again(model: ModelConfig, checkpointing: Recompute) -> float:
+    """Share of the FLOPs of forward and backward that are done once more."""
+    parts = model.parameters_by_part
+    again = {
+        "none": 0,
+        "selective": parts["feed-forward"],
+        "full": parts["feed-forward"] + parts["attention"],
+    }
+    return again[checkpointing] / model.parameters / 3  # backward is twice forward
 
 
 def _measure_cpu_flops(seconds: float = 0.2) -> float:
@@ -115,18 +175,33 @@ def logits_bytes(gpu_memory: int | None) -> int:
 
 
 class Memory(NamedTuple):
-    """What a step holds at its fullest, in bytes."""
+    """What a rank holds when a step is at its fullest, in bytes."""
 
     weights: int
     gradients: int
+    """Of a step of one micro-batch only what does not fit where activations were."""
+
     moments: int
     activations: int
     loss: int
-    """A chunk of logits, the output matrix in bf16 and its gradient in fp32."""
+    """A chunk of logits, the output matrix in the type of products and its gradient in fp32."""
+
+    communication: int = 0
+    """Weights gathered from all ranks in bf16, and gradients of a block on their way in fp32."""
+
+    checkpoint: int = 0
+    """The copy that is being written, on a CPU."""
+
+    program: int = 0
+    """Python and its libraries, on a CPU."""
 
     @property
     def total(self) -> int:
         return sum(self)
+
+    def fits(self, device: Device) -> bool:
+        """A seventh is left to a GPU's context and to what the allocator cannot use."""
+        return self.total <= 0.85 * device.memory_bytes
 
 
 def memory(
@@ -135,32 +210,96 @@ def memory(
     rows: int,
     checkpointing: Recompute,
     device: Device,
+    *,
+    precision: Precision | None = None,
+    accumulates: bool = True,
+    stage: Stage = 0,
+    ranks: int = 1,
 ) -> Memory:
-    """Memory of a step over micro-batches of `rows` in bf16, compiled.
+    """Memory of a step over micro-batches of `rows`: compiled on a GPU, not compiled on a CPU.
+
+    On one H100 within 2.4 % of what was measured in bf16 for tiny, small and medium; with several
+    ranks it follows from how FSDP2 shares out, and has not been measured on GPUs.
+
+    Args:
+        precision: None for that which is usual on the device.
+        accumulates: whether a step has several micro-batches.
+    """
+    P, E, V = model.parameters, model.embedding_parameters, model.vocab_size
+    gpu, tokens = device.kind == "cuda", rows * context
+    width = 4 if precision == "fp32" or (precision is None and not gpu) else 2
+    chunk = min(width * tokens * V, logits_bytes(device.memory_bytes if gpu else None))
+    cast = 0 if width == 4 or ranks > 1 else 2 * E  # gathered weights are bf16 already
+    # On a CPU logsumexp copies the logits, before the gradient is written
+    loss = chunk + cast + 4 * E if gpu else chunk + max(chunk, 4 * E)
+    kept = (_kept_compiled if gpu else _kept_eager)(model, tokens, checkpointing, width)
+    shared = ranks if stage else 1
+    gradients = 4 * P // (shared if stage >= 2 else 1)
+    return Memory(
+        weights=4 * P // shared,
+        gradients=gradients if accumulates else max(0, gradients - kept - loss),
+        moments=8 * P // shared,
+        activations=kept,
+        loss=loss,
+        communication=_communication(model, stage) if ranks > 1 else 0,
+        checkpoint=0 if gpu else checkpoint_bytes(model),
+        program=0 if gpu else _PROGRAM_BYTES,
+    )
+
+
+_PROGRAM_BYTES = 550 * 2**20
+"""Resident in a training process besides tensors, measured with PyTorch 2.13 on Linux."""
+
+
+def _kept_compiled(model: ModelConfig, tokens: int, checkpointing: Recompute, width: int) -> int:
+    """Activations in bytes.
 
     A block keeps of a token its input and that of its second half, both also normed, and what
     attention gave; queries, keys and values before and after rotation; and of the feed-forward
     network both projections and their product. What is not computed again is kept of all blocks,
-    the rest of one. On an H100 within 2.3 % of what was measured for tiny, small and medium.
+    the rest of one.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     qkv = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    tokens = rows * context
-    half = 2 * tokens
-    feed_forward, others = half * (3 * M + D), half * (4 * D + 2 * qkv)
+    feed_forward, others = 3 * M + D, 4 * D + 2 * qkv
     kept = {
         "none": L * (others + feed_forward),
-        "selective": L * (others + half * D) + feed_forward,
-        "full": L * half * D + others + feed_forward,
+        "selective": L * (others + D) + feed_forward,
+        "full": L * D + others + feed_forward,
     }
-    chunk = min(2 * tokens * model.vocab_size, logits_bytes(device.memory_bytes))
-    return Memory(
-        weights=4 * model.parameters,
-        gradients=4 * model.parameters,
-        moments=8 * model.parameters,
-        activations=kept[checkpointing] + 4 * half * D,
-        loss=chunk + 6 * model.embedding_parameters,
-    )
+    return width * tokens * (kept[checkpointing] + 4 * D)
+
+
+def _kept_eager(model: ModelConfig, tokens: int, checkpointing: Recompute, width: int) -> int:
+    """Activations in bytes, where no kernels are joined.
+
+    Norms keep what they have normed before it is scaled as well, the feed-forward network what
+    silu gave, and matrices that are multiplied side by side are copied. With what is computed
+    again it is more than is needed, as that comes after the loss.
+    """
+    D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    others = tokens * (6 * D + (2 * H + 3 * K) * E + H + 2) + D * (H + 2 * K) * E
+    feed_forward = tokens * 4 * M + D * 2 * M
+    kept = {
+        "none": L * (others + tokens * D + feed_forward),
+        "selective": L * (others + tokens * D) + feed_forward,
+        "full": L * tokens * D + others + feed_forward,
+    }
+    return int(HEAP * width * (kept[checkpointing] + 3 * tokens * D))
+
+
+HEAP = 1.2
+"""Memory of a CPU process for activations over their bytes; the rest the allocator keeps to itself.
+With it and the program's own, six runs of tiny at 512 to 4,096 tokens met the plan within 3 %."""
+
+
+def _communication(model: ModelConfig, stage: Stage) -> int:
+    """Of stages 0 to 2 a rank gathers all weights, of 3 those of two blocks, and the embedding."""
+    E = model.embedding_parameters
+    block = (model.parameters - E) // model.num_hidden_layers
+    gathered = E + 2 * block if stage == 3 else model.parameters
+    return 2 * gathered + 4 * block
 
 
 def micro_batch(
@@ -168,11 +307,14 @@ def micro_batch(
     context: int,
     device: Device,
     checkpointing: Recompute | None = None,
+    *,
+    precision: Precision | None = None,
+    stage: Stage = 0,
+    ranks: int = 1,
 ) -> tuple[int, Recompute]:
     """The most rows that fit on the device at once, and the least that has to be computed again.
 
-    A seventh of a GPU is left to its context and what the allocator cannot use. On a CPU memory is
-    not what limits: 4 rows. One row is always tried.
+    On a CPU memory is not what limits: 4 rows. One row is always tried.
     """
     if device.kind == "cpu":
         return 4, checkpointing or "none"
@@ -180,7 +322,10 @@ def micro_batch(
     for kind in kinds:
 
         def fits(rows: int, kind: Recompute = kind) -> bool:
-            return memory(model, context, rows, kind, device).total <= 0.85 * device.memory_bytes
+            needed = memory(
+                *(model, context, rows, kind, device), precision=precision, stage=stage, ranks=ranks
+            )
+            return needed.fits(device)
 
         if rows := max(takewhile(fits, count(1)), default=0):
             return rows, kind
@@ -190,6 +335,12 @@ def micro_batch(
 def checkpoint_bytes(model: ModelConfig) -> int:
     """Weights and two moments in fp32."""
     return 12 * model.parameters
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that `folder` is on, or will be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from zeroflow import artifacts, pictures, tracking
+from zeroflow import artifacts, pictures, plan, tracking
 from zeroflow import run as runs
 from zeroflow.checks import resume
 from zeroflow.checks.overfit import OverfitConfig
@@ -84,7 +84,7 @@ def prove(asked: ProofRun) -> Path:
     Raises:
         ResumeInexact: the proof failed; its page says how.
     """
-    settled = runs.plan(settings(asked.run))
+    settled = plan.make(settings(asked.run))
     run = settled.run
     tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
     rows = shards.build(

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts, pictures, tracking
+from zeroflow import artifacts, pictures, plan_page, tracking
+from zeroflow import plan as plans
 from zeroflow.checks import preflight
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
@@ -60,8 +61,12 @@ def write(
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
     checked = None if run.skip_preflight else preflight.read(folder)
     report["preflight"] = checked and checked.model_dump(mode="json")
+    compared = plans.hold(run, job, shards, device, trained, spent.training)
+    report["plan"] = [row._asdict() | {"miss": row.miss} for row in compared]
+    for row in compared:
+        log.info("plan of %s: %s predicted, %s measured %s", *plans.cells(row))
     markdown = folder / MARKDOWN
-    markdown.write_text(_markdown(report, run, checked), encoding="utf-8")
+    markdown.write_text(_markdown(report, run, checked, compared), encoding="utf-8")
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
@@ -74,7 +79,11 @@ def write(
             *(folder / DATA, folder / _LENGTHS),
         ],
         step=trained.steps,
-        metrics={"loss/val_final": trained.val_loss, "overfit/steps": overfit.steps},
+        metrics={
+            "loss/val_final": trained.val_loss,
+            "overfit/steps": overfit.steps,
+            **plans.metrics(compared),
+        },
         series={"overfit/loss": overfit.curve},
         succeeded=overfit.passed,
     )
@@ -197,7 +206,12 @@ def _time_section(time: dict[str, Any]) -> str:
     )
 
 
-def _markdown(report: dict[str, Any], run: RunConfig, checked: PreflightResult | None) -> str:
+def _markdown(
+    report: dict[str, Any],
+    run: RunConfig,
+    checked: PreflightResult | None,
+    compared: list[plans.Compared],
+) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
     rows = {
@@ -232,12 +246,15 @@ def _markdown(report: dict[str, Any], run: RunConfig, checked: PreflightResult |
             f"## Recoveries\n\n| from step | failure | action |\n|---|---|---|\n{recovered}\n\n"
         )
     warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
+    plan = plans.load(run.run_dir)
+    planned = plan_page.section(plan, compared) if plan else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
         f"{preflight_section(checked) if checked else ''}"
-        f"{_time_section(report['time'])}{recovered}## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"{_time_section(report['time'])}{planned}{recovered}"
+        f"## Sample\n\n```\n{report['sample']}\n```\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

@@ -33,12 +33,12 @@ from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import Device, duration
+from zeroflow.planning import Device, Precision
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.job import CHECKPOINTS, Cadence, TrainingJob
-from zeroflow.training.loop import ComputeConfig, Precision, TrainingConfig
+from zeroflow.training.loop import ComputeConfig, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule, ScheduleName
 
@@ -445,6 +445,21 @@ def settle(asked: RunConfig) -> Settled:
     return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
 
 
+def sketch(asked: RunConfig, device: Device) -> RunConfig:
+    """`asked` with what follows from the device filled in; looks nothing up, records nothing.
+
+    What a run of the same name has recorded comes before any default.
+
+    Raises:
+        ValueError: settings contradict each other.
+    """
+    _refuse_what_does_nothing(asked)
+    recorded = _recorded(asked)
+    merged = _over(recorded, asked) if recorded else asked
+    merged = merged.replace(device=device.kind, model=merged.model.settled)
+    return merged.replace(training=_fill(merged.training, merged.model, merged.data, device))
+
+
 def load(cache: Path, name: str) -> RunConfig:
     """The settled settings of an existing run.
 
@@ -568,8 +583,6 @@ _PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
 _GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
 _CPU_BATCH_TOKENS = 512
 _CPU_STEPS = 200
-_PART_TOKENS = corpora.SLICE_BYTES // 4
-"""In a part of the shards, at the four bytes a token of English text."""
 
 
 def _fill(
@@ -580,8 +593,9 @@ def _fill(
     nominal = with_vocabulary(shape, planning.NOMINAL_VOCABULARY)
     size = _nearest_size(nominal.parameters)
     seq_len = choice.seq_len or (2048 if gpu else 256)
+    precision: Precision = choice.precision or ("bf16" if gpu else "fp32")
     fits, checkpointing = planning.micro_batch(
-        nominal, seq_len, device, choice.activation_checkpointing
+        nominal, seq_len, device, choice.activation_checkpointing, precision=precision
     )
     usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)
@@ -600,7 +614,7 @@ def _fill(
         "max_steps": steps,
         "learning_rate": choice.learning_rate or peak,
         "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
-        "precision": choice.precision or ("bf16" if gpu else "fp32"),
+        "precision": precision,
         "compile": gpu if choice.compile is None else choice.compile,
         "activation_checkpointing": checkpointing,
         "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
@@ -646,18 +660,6 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
 def _nearest_size(parameters: int) -> str:
     """The named size whose habits suit a model of this many parameters."""
     return "tiny" if parameters < 120e6 else "small" if parameters < 650e6 else "medium"
-
-
-def plan(asked: RunConfig) -> Settled:
-    """Settle `asked` and say what the run will be, before anything is built.
-
-    Raises:
-        ValueError, hub.HubError: as `settle` does.
-    """
-    settled = settle(asked)
-    for line in _plan_lines(settled):
-        log.info("%s", line)
-    return settled
 
 
 def _description(run: RunConfig, model: ModelConfig) -> str:
@@ -745,46 +747,4 @@ def resume_promise(run: RunConfig) -> str:
     return (
         "the same data, random numbers and weights; kernels differ in the last bits between runs "
         "(--deterministic: they do not, for 3-10 % of the speed)"
-    )
-
-
-def _plan_lines(settled: Settled) -> Iterator[str]:
-    run, device = settled.run, settled.device
-    choice, context = run.training, _known(run.training.seq_len)
-    yield f"data: {run.data.name} ({settled.data_reason})"
-    yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
-    going_on = "goes on where it stopped" if settled.resumes else "new"
-    yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
-    vocabulary, known = tokenizers.expected_vocabulary(run.tokenizer, run.cache_dir)
-    model = with_vocabulary(run.model.shape, vocabulary)
-    assumed = "" if known else ", assumed until the tokenizer is there"
-    yield (
-        f"model: {run.model.name}, {model.parameters / 1e6:.1f}M parameters "
-        f"(vocabulary {model.vocab_size:,}{assumed})"
-    )
-    yield (
-        f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
-        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
-        f"{choice.batch_size} rows of {context}; peak learning rate {choice.learning_rate:g}, "
-        f"{choice.warmup_steps} warm-up steps, {choice.schedule}"
-    )
-    compiled = "compiled" if choice.compile else "not compiled"
-    yield f"device: {device.name}, {choice.precision}, {compiled}"
-    yield f"resume: {resume_promise(run)}"
-    if run.skip_preflight:
-        yield "pre-flight: skipped, as asked for"
-    rate, source = planning.expected_tokens_per_second(model, context, device)
-    if rate is None:
-        yield f"time: unknown, {source}"
-    else:
-        seconds = run.train_tokens / rate
-        yield f"time: about {duration(seconds)} of training at {rate:,.0f} tokens/s ({source})"
-    # the best one, and the one being written
-    checkpoints = (run.training.keep_checkpoints + 2) * planning.checkpoint_bytes(model)
-    token_bytes = 4 if choice.token_type == "int32" else 2
-    # whole parts, and what is held out beside them; a small corpus gives less
-    wanted = run.train_tokens + _PART_TOKENS
-    yield (
-        f"disk: up to {wanted * token_bytes / 1e9:.2f} GB of shards and "
-        f"{checkpoints / 1e9:.2f} GB of checkpoints"
     )

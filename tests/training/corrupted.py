@@ -22,11 +22,11 @@ def jumping_time():
     return now() + 86_400 * next(DAYS)
 
 
-def corrupting_step(state, micro_batches, config):
+def corrupting_step(state, *given):
     if state.step == AT_STEP - 1:
         with torch.no_grad():
             state.model.model.norm.weight[0] = math.nan
-    return train_step(state, micro_batches, config)
+    return train_step(state, *given)
 
 
 def work(job, stop):

@@ -394,6 +394,26 @@ def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) 
     return min(limit, few[-1][0]) if few else limit
 
 
+def expected_bytes(config: ShardConfig, text: CorpusConfig) -> int:
+    """What the rows that `config` asks for are likely to take, in whole parts.
+
+    A corpus that ends earlier takes less.
+    """
+    part = corpus.SLICE_BYTES / _CHARACTERS_PER_TOKEN
+    if text.data_mode == "synthetic":
+        part = _SYNTHETIC_BLOCKS * synthetic.BLOCK / synthetic.END_PROBABILITY
+    held_out, row = config.validation_fraction, config.layout.row_tokens
+    train = config.train_rows * row / (part * (1 - held_out))
+    validation = config.validation_rows * row / (part * held_out)
+    parts_read = math.ceil(max(train, validation))
+    return int(parts_read * part * np.dtype(config.token_type).itemsize)
+
+
+def row_bytes(rows: ShardSet) -> int:
+    """Size on disk of the rows of all parts that are read."""
+    return sum(file.stat().st_size for part in rows.part_paths for file in part.glob("*.arrow"))
+
+
 def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
     train = sum(part.train.rows for part in facts)
     validation = sum(part.validation.rows for part in facts)

@@ -80,12 +80,24 @@ class ModelConfig(Shape):
         return self.vocab_size * self.hidden_size
 
     @property
+    def parameters_by_part(self) -> dict[str, int]:
+        """Parameters in closed form; the tied output head is the embedding."""
+        D, M, L, E = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.head_dim,
+        )
+        return {
+            "embedding": self.embedding_parameters,
+            "attention": L * 2 * D * (self.num_attention_heads + self.num_key_value_heads) * E,
+            "feed-forward": L * 3 * D * M,
+            "norms": (2 * L + 1) * D,
+        }
+
+    @property
     def parameters(self) -> int:
-        """Parameters in closed form; the tied output head counts once."""
-        D, M, E = self.hidden_size, self.intermediate_size, self.head_dim
-        attention = 2 * D * self.num_attention_heads * E + 2 * D * self.num_key_value_heads * E
-        block = attention + 3 * D * M + 2 * D
-        return self.embedding_parameters + self.num_hidden_layers * block + D
+        return sum(self.parameters_by_part.values())
 
     def flops_per_token(self, context: int) -> int:
         """Floating point operations of one token's forward and backward pass at `context` tokens.

@@ -13,13 +13,12 @@ from torch.optim import AdamW
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
 from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
+from zeroflow.planning import Precision
 from zeroflow.training import optimizer as optimizers
 from zeroflow.training.goodput import Phase
 from zeroflow.training.loss import cross_entropy_sum
 from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
 from zeroflow.training.schedule import Schedule
-
-Precision = Literal["bf16", "fp32"]
 
 
 class ComputeConfig(Config):

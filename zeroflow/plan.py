@@ -1,0 +1,381 @@
+"""What a run will be and need, before anything is built; and at its end, whether that was so."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from zeroflow import artifacts, history, planning
+from zeroflow import run as runs
+from zeroflow.config import Config
+from zeroflow.data import shards
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.batches import largest_divisor
+from zeroflow.data.shards import ShardSet
+from zeroflow.history import Figures, Past, Workload
+from zeroflow.model.llama import ModelConfig, Recompute
+from zeroflow.model.sizes import with_vocabulary
+from zeroflow.planning import Device, Stage, duration
+from zeroflow.run import RunConfig, Settled
+from zeroflow.training import recovery
+from zeroflow.training.job import TrainingJob, TrainResult
+from zeroflow.training.loop import TrainingConfig
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+
+
+class StagePlan(Config):
+    """What a rank holds at a stage of ZeRO."""
+
+    stage: Stage
+    memory: dict[str, int]
+    """Bytes by part, at the micro-batch of the plan."""
+
+    total: int
+    fits: bool
+    micro_batch_rows: int
+    """That would be chosen at this stage, where the batch is not given otherwise."""
+
+    activation_checkpointing: Recompute
+
+
+class Plan(Config):
+    """All figures of a run that is yet to be."""
+
+    run: str | None
+    size: str
+    device: Device
+    gpus: int
+    workload: Workload
+    """Of each rank."""
+
+    vocabulary_is_certain: bool
+    parameters: dict[str, int]
+    flops_per_token: int
+    tokens: int
+    steps: int
+    batch_tokens: int
+    stages: tuple[StagePlan, ...]
+    predicted: Figures
+    rate_source: str
+    memory_source: str
+    disk_bytes: int
+    """Shards, and as many checkpoints as there are at a time."""
+
+    free_bytes: int
+
+
+def make(asked: RunConfig) -> Settled:
+    """Settle `asked` and say what the run will be, before anything is built.
+
+    The plan is kept in the run's directory, and stays as it was made for as long as the run is the
+    same.
+
+    Raises:
+        ValueError, hub.HubError: as `settle` does.
+    """
+    settled = runs.settle(asked)
+    run = settled.run
+    plan = _of(run, settled.device)
+    if (before := load(run.run_dir)) and _same(before, plan):
+        plan = before.replace(free_bytes=plan.free_bytes)
+    artifacts.write_json(run.run_dir / PLAN, plan.model_dump(mode="json"))
+    for line in _log_lines(settled, plan):
+        log.info("%s", line)
+    return settled
+
+
+def offline(asked: RunConfig, *, gpu: str | None, gpus: int) -> Plan:
+    """The plan of `asked`, for which nothing is looked up, built or recorded.
+
+    Args:
+        gpu: name of a GPU; None for the device of this machine.
+
+    Raises:
+        ValueError: settings contradict each other, the device or the number of GPUs.
+    """
+    if gpu and asked.device == "cpu":
+        raise ValueError("--gpu and --device cpu: drop one of them")
+    device = planning.known_gpu(gpu) if gpu else planning.find_device(asked.device)
+    if gpus > 1 and device.kind == "cpu":
+        raise ValueError(f"--gpus {gpus}, but this machine has none: name one with --gpu")
+    return _of(runs.sketch(asked, device), device, gpus)
+
+
+def load(run_dir: Path) -> Plan | None:
+    """The plan of a run, if this version made one."""
+    try:
+        return Plan.model_validate(artifacts.read_json(run_dir / PLAN))
+    except (OSError, ValueError):
+        return None
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    names = ("workload", "tokens", "gpus")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
+    vocabulary, certain = _vocabulary(run)
+    model = with_vocabulary(run.model.shape, vocabulary)
+    training = run.training_config
+    share, rest = divmod(run.batch_rows, gpus)
+    if rest:
+        raise ValueError(
+            f"{gpus} GPUs cannot share the {run.batch_rows} rows of a step evenly: take another "
+            "--batch-tokens"
+        )
+    rows = largest_divisor(share, training.micro_batch_rows)
+    training = training.replace(micro_batch_rows=rows, accumulate=share // rows)
+    work = workload(model, run.shard_config.seq_len, training, device)
+    stages = tuple(_stage(work, device, stage, gpus) for stage in get_args(Stage))
+    known = history.known(run.cache_dir, work, but=run.run_name)
+    if known:
+        rate: float | None = known.tokens_per_second
+        source = known.source
+    else:
+        rate, source = planning.expected_tokens_per_second(
+            model, work.seq_len, device, work.activation_checkpointing
+        )
+    if rate is not None and gpus > 1:
+        rate, source = rate * gpus, f"{source}, times {gpus}, communication not counted"
+    held, memory_source = stages[0].total if _is_reckoned(work, device) else None, "by its parts"
+    if held is None:
+        memory_source = "unknown for such code on a CPU until one has run here"
+    if known and known.memory_bytes and gpus == 1:
+        held, memory_source = known.memory_bytes, known.source
+    predicted = Figures(
+        tokens_per_second=rate,
+        seconds=run.train_tokens / rate if rate else None,
+        memory_bytes=held,
+        shard_bytes=shards.expected_bytes(run.shard_config, run.data),
+        checkpoint_bytes=planning.checkpoint_bytes(model),
+    )
+    # the best one, and the one being written
+    checkpoints = (run.training.keep_checkpoints + 2) * planning.checkpoint_bytes(model)
+    return Plan(
+        run=run.run_name,
+        size=run.model.name,
+        device=device,
+        gpus=gpus,
+        workload=work,
+        vocabulary_is_certain=certain,
+        parameters=model.parameters_by_part,
+        flops_per_token=work.flops_per_token,
+        tokens=run.train_tokens,
+        steps=training.steps,
+        batch_tokens=run.batch_rows * work.seq_len,
+        stages=stages,
+        predicted=predicted,
+        rate_source=source,
+        memory_source=memory_source,
+        disk_bytes=(predicted.shard_bytes or 0) + checkpoints,
+        free_bytes=planning.free_bytes(run.cache_dir),
+    )
+
+
+def _vocabulary(run: RunConfig) -> tuple[int, bool]:
+    """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
+    config = run.tokenizer
+    if config.tokenizer_name == "auto":
+        offline = {"synthetic": tokenizers.SYNTHETIC, "sample": tokenizers.TRAIN}
+        name = offline.get(run.data.data_mode, tokenizers.LLAMA)
+        config = config.replace(tokenizer_name=name)
+    return tokenizers.expected_vocabulary(config, run.cache_dir)
+
+
+def workload(
+    model: ModelConfig, seq_len: int, training: TrainingConfig, device: Device
+) -> Workload:
+    compute = training.compute
+    return Workload(
+        device=device.name,
+        model=model,
+        seq_len=seq_len,
+        micro_batch_rows=training.micro_batch_rows,
+        accumulate=training.accumulate,
+        precision=compute.precision,
+        compile=compute.compile,
+        deterministic=compute.deterministic,
+        document_mask=training.document_mask,
+        activation_checkpointing=compute.activation_checkpointing,
+    )
+
+
+def _is_reckoned(work: Workload, device: Device) -> bool:
+    """Whether the formula of memory is for this code."""
+    return device.kind == "cuda" or not (
+        work.compile or work.document_mask or work.precision == "bf16"
+    )
+
+
+def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePlan:
+    memory = planning.memory(
+        work.model,
+        work.seq_len,
+        work.micro_batch_rows,
+        work.activation_checkpointing,
+        device,
+        precision=work.precision,
+        accumulates=work.accumulate > 1,
+        stage=stage,
+        ranks=ranks,
+    )
+    most, kind = planning.micro_batch(
+        work.model, work.seq_len, device, precision=work.precision, stage=stage, ranks=ranks
+    )
+    return StagePlan(
+        stage=stage,
+        memory={name: size for name, size in memory._asdict().items() if size},
+        total=memory.total,
+        fits=memory.fits(device),
+        micro_batch_rows=largest_divisor(work.micro_batch_rows * work.accumulate, most),
+        activation_checkpointing=kind,
+    )
+
+
+class Compared(NamedTuple):
+    """A figure of the plan and what became of it."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def miss(self) -> float | None:
+        """How much more was measured than predicted, as a share; None where one is missing."""
+        if not self.predicted or self.measured is None:
+            return None
+        return self.measured / self.predicted - 1
+
+
+def hold(
+    run: RunConfig,
+    job: TrainingJob,
+    rows: ShardSet,
+    device: Device,
+    trained: TrainResult,
+    training_seconds: float,
+) -> list[Compared]:
+    """Hold a finished run to its plan, and remember both for the plans to come.
+
+    Args:
+        training_seconds: that tokens per second are over.
+    """
+    plan = load(run.run_dir)
+    if plan is None:
+        return []  # started by a version that made none
+    measured = Figures(
+        tokens_per_second=trained.tokens_per_second,
+        seconds=training_seconds,
+        memory_bytes=trained.peak_memory_bytes,
+        shard_bytes=shards.row_bytes(rows),
+        checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
+    )
+    now = recovery.applied(job, recovery.read(run.run_dir)).training
+    past = Past(
+        run=run.run_dir.name,
+        steps=trained.steps,
+        workload=workload(job.model, rows.row_tokens - 1, now, device),
+        predicted=plan.predicted,
+        measured=measured,
+    )
+    history.append(run.cache_dir, past)
+    return [
+        Compared(name, getattr(plan.predicted, name), getattr(measured, name))
+        for name in Figures.model_fields
+    ]
+
+
+def metrics(compared: Sequence[Compared]) -> dict[str, float]:
+    """For MLflow, a miss in percent."""
+    found: dict[str, float | None] = {}
+    for row in compared:
+        miss = None if row.miss is None else 100 * row.miss
+        of_row = {"predicted": row.predicted, "measured": row.measured, "miss_percent": miss}
+        found |= {f"plan/{row.name}_{kind}": value for kind, value in of_row.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def cells(row: Compared) -> tuple[str, str, str, str]:
+    """Name, predicted, measured and miss, for people."""
+    unit = _SHOWN[row.name]
+    miss = "" if row.miss is None else f"{row.miss:+.1%}"
+    return unit.label, unit.text(row.predicted), unit.text(row.measured), miss
+
+
+class _Shown(NamedTuple):
+    label: str
+    size: float
+    """In which the figure is told."""
+
+    name: str
+
+    def text(self, value: float | None) -> str:
+        if value is None:
+            return "unknown"
+        number = value / self.size
+        return f"{number:,.{0 if number >= 1000 else 1 if number >= 10 else 3}f} {self.name}"
+
+
+_SHOWN = {
+    "tokens_per_second": _Shown("speed", 1, "tokens/s"),
+    "seconds": _Shown("training", 1, "s"),
+    "memory_bytes": _Shown("peak memory", 2**30, "GiB"),
+    "shard_bytes": _Shown("shards", 1e9, "GB"),
+    "checkpoint_bytes": _Shown("a checkpoint", 1e9, "GB"),
+}
+
+
+def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
+    run, device, work = settled.run, settled.device, plan.workload
+    choice = run.training
+    yield f"data: {run.data.name} ({settled.data_reason})"
+    yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
+    going_on = "goes on where it stopped" if settled.resumes else "new"
+    yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
+    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    yield (
+        f"model: {run.model.name}, {work.model.parameters / 1e6:.1f}M parameters "
+        f"(vocabulary {work.model.vocab_size:,}{assumed})"
+    )
+    yield (
+        f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
+        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
+        f"{choice.batch_size} rows of {work.seq_len}; peak learning rate "
+        f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
+    )
+    compiled = "compiled" if choice.compile else "not compiled"
+    yield f"device: {device.name}, {choice.precision}, {compiled}"
+    yield f"resume: {runs.resume_promise(run)}"
+    if run.skip_preflight:
+        yield "pre-flight: skipped, as asked for"
+    yield f"time: {time_line(plan)}"
+    yield f"memory: {memory_line(plan)}"
+    yield f"disk: {disk_line(plan)}"
+
+
+def time_line(plan: Plan) -> str:
+    rate, seconds = plan.predicted.tokens_per_second, plan.predicted.seconds
+    if rate is None or seconds is None:
+        return f"unknown, {plan.rate_source}"
+    return f"about {duration(seconds)} of training at {rate:,.0f} tokens/s ({plan.rate_source})"
+
+
+def memory_line(plan: Plan) -> str:
+    if plan.predicted.memory_bytes is None:
+        return plan.memory_source
+    of = f"of {plan.device.memory_bytes / 2**30:.1f} GiB"
+    return f"{plan.predicted.memory_bytes / 2**30:.2f} GiB {of} ({plan.memory_source})"
+
+
+def disk_line(plan: Plan) -> str:
+    shard_bytes = plan.predicted.shard_bytes or 0
+    room = "" if plan.disk_bytes <= plan.free_bytes else ": NOT ENOUGH"
+    return (
+        f"up to {shard_bytes / 1e9:.2f} GB of shards and "
+        f"{(plan.disk_bytes - shard_bytes) / 1e9:.2f} GB of checkpoints; "
+        f"{plan.free_bytes / 1e9:,.1f} GB are free{room}"
+    )
