@@ -130,7 +130,7 @@ def test_run_is_held_to_its_plan_and_the_next_one_learns_from_it(
     held = {row["name"]: row for row in report["plan"]}
     assert held["tokens_per_second"]["measured"] == report["tokens_per_second"]
     assert held["memory_bytes"]["measured"] == report["peak_memory_bytes"]
-    assert abs(held["memory_bytes"]["miss"]) < 0.15, "mostly what Python and PyTorch take"
+    assert abs(held["memory_bytes"]["miss"]) < 0.2, "mostly what Python and PyTorch take"
     assert "plan of peak memory: " in output
     page = (flow.folder("first") / "report.md").read_text()
     assert "## Predicted and measured" in page

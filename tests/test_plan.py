@@ -124,7 +124,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     for expected in (
         "plan of medium on 4 x NVIDIA H100 80GB HBM3",
         "not built yet",
-        "feed-forward    830.5 M  61.7%",
+        "feed-forward    830,472,192  61.7%",
         "assuming 52% MFU",
         "stage 3",
     ):
@@ -242,7 +242,7 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
 def test_miss_is_known_only_where_both_are():
     assert Compared("seconds", 10.0, 11.0).miss == pytest.approx(0.1)
     assert Compared("seconds", None, 11.0).miss is None
-    assert plan.cells(Compared("memory_bytes", None, 2**30))[1:] == ("unknown", "1.000 GiB", "")
+    assert plan.cells(Compared("memory_bytes", None, 2**30))[1:] == ("unknown", "1.00 GiB", "")
 
 
 def test_memory_of_code_that_the_formula_is_not_for_is_left_open(ask):
