@@ -140,7 +140,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
             model, work.seq_len, device, work.activation_checkpointing
         )
     if rate is not None and gpus > 1:
-        rate, source = rate * gpus, f"{source}, times {gpus}, communication not counted"
+        rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"
     held, memory_source = stages[0].total if _is_reckoned(work, device) else None, "by its parts"
     if held is None:
         memory_source = "unknown for such code on a CPU until one has run here"

@@ -55,7 +55,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _facts(
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
-            "FLOPs a token": f"{plan.flops_per_token / 1e6:,.1f} M at a context of {work.seq_len:,}",
+            "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{each}, "
             f"activations computed again: {work.activation_checkpointing}",
@@ -74,9 +74,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     stages = plan.stages if plan.gpus > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
     heads = [f"stage {s.stage}" for s in stages] if plan.gpus > 1 else [""]
-    rows = [
-        (_label(name), *(f"{s.memory.get(name, 0) / 2**30:.2f}" for s in stages)) for name in names
-    ]
+    rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
     rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("yes" if s.fits else "NO" for s in stages)))
     if plan.device.kind == "cuda":
@@ -85,8 +83,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     title = "on each GPU, by ZeRO" if plan.gpus > 1 else "memory by part"
     yield from _table((title, *heads), rows)
     if plan.gpus > 1:
-        yield "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers of them in"
-        yield "bf16, all or, at stage 3, those of two blocks, is communication"
+        yield "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers of them"
+        yield "in bf16, all or, at stage 3, those of two blocks, is communication"
 
 
 def _label(name: str) -> str:
