@@ -32,7 +32,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
         "## Predicted and measured\n\n"
         "| | predicted | measured | miss |\n|---|---:|---:|---:|\n"
         f"{held}\n\n"
-        f"Speed was predicted {plan.rate_source}; memory {plan.memory_source}.\n\n"
+        f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}.\n\n"
         f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
         f"- Memory by part: {memory}\n"
         f"- Disk: {plans.disk_line(plan)}\n\n"
