@@ -54,6 +54,7 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     assert report["data"]["mode"] == "sample"
     assert "sample (FineWeb-Edu is out of reach" in output.split("\n")[1], "said first"
     made = {p.name for p in flow.cache.iterdir()}
+    made.discard("compile")  # PyTorch makes it, compiled or not
     assert made == {"tokenizers", "shards", "runs", "mlflow", "plans.jsonl"}
     assert (flow.folder("first") / "run.json").exists()
 
@@ -166,16 +167,18 @@ def test_run_is_held_to_its_plan_and_the_next_one_learns_from_it(
     held = {row["name"]: row for row in report["plan"]}
     assert held["tokens_per_second"]["measured"] == report["tokens_per_second"]
     assert held["memory_bytes"]["measured"] == report["peak_memory_bytes"]
-    assert abs(held["memory_bytes"]["miss"]) < 0.15, "mostly what Python and PyTorch take"
+    assert abs(held["memory_bytes"]["miss"]) < 0.2, "mostly what Python and PyTorch take"
     assert "plan of peak memory: " in output
     page = (flow.folder("first") / "report.md").read_text()
     assert "## Predicted and measured" in page
     logged = mlflow_run(flow, "first").data.metrics
     assert logged["plan/seconds_measured"] == pytest.approx(report["time"]["training_seconds"])
-    assert cli.main(["plan", "--seed=1", f"--cache-dir={flow.cache}", *SMALL_SHAPE]) == 0
-    page = capsys.readouterr().out
-    if report["tokenizer"]["vocab_size"] > 384:  # padded to the 512 that were asked for
-        assert "from 1 earlier run here" in page
+    threads, torch_threads = int(flow.environment["OMP_NUM_THREADS"]), torch.get_num_threads()
+    torch.set_num_threads(threads)  # they are part of a CPU's name
+    another = ["--seed=1", "--data-mode=sample", f"--cache-dir={flow.cache}", *SMALL_SHAPE]
+    assert cli.main(["plan", *another]) == 0
+    torch.set_num_threads(torch_threads)
+    assert capsys.readouterr().out.count("from 1 earlier run here") == 2, "speed and memory"
 
 
 def test_second_run_builds_nothing_and_trains_nothing(

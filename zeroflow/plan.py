@@ -1,9 +1,9 @@
 """What a run will be and need, before anything is built; and at its end, whether that was so."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from zeroflow import artifacts, history, planning
 from zeroflow import run as runs
@@ -15,7 +15,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.history import Figures, Past, Workload
 from zeroflow.model.llama import ModelConfig, Recompute
 from zeroflow.model.sizes import with_vocabulary
-from zeroflow.planning import Device, Stage, duration
+from zeroflow.planning import Device, Stage, binary, decimal, duration
 from zeroflow.run import RunConfig, Settled
 from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -140,7 +140,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
             model, work.seq_len, device, work.activation_checkpointing
         )
     if rate is not None and gpus > 1:
-        rate, source = rate * gpus, f"{source}, times {gpus}, communication not counted"
+        rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"
     held, memory_source = stages[0].total if _is_reckoned(work, device) else None, "by its parts"
     if held is None:
         memory_source = "unknown for such code on a CPU until one has run here"
@@ -301,31 +301,19 @@ def metrics(compared: Sequence[Compared]) -> dict[str, float]:
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
     """Name, predicted, measured and miss, for people."""
-    unit = _SHOWN[row.name]
-    miss = "" if row.miss is None else f"{row.miss:+.1%}"
-    return unit.label, unit.text(row.predicted), unit.text(row.measured), miss
+    name, told = _TOLD[row.name]
+    predicted, measured = (
+        "unknown" if value is None else told(value) for value in (row.predicted, row.measured)
+    )
+    return name, predicted, measured, "" if row.miss is None else f"{row.miss:+.1%}"
 
 
-class _Shown(NamedTuple):
-    label: str
-    size: float
-    """In which the figure is told."""
-
-    name: str
-
-    def text(self, value: float | None) -> str:
-        if value is None:
-            return "unknown"
-        number = value / self.size
-        return f"{number:,.{0 if number >= 1000 else 1 if number >= 10 else 3}f} {self.name}"
-
-
-_SHOWN = {
-    "tokens_per_second": _Shown("speed", 1, "tokens/s"),
-    "seconds": _Shown("training", 1, "s"),
-    "memory_bytes": _Shown("peak memory", 2**30, "GiB"),
-    "shard_bytes": _Shown("shards", 1e9, "GB"),
-    "checkpoint_bytes": _Shown("a checkpoint", 1e9, "GB"),
+_TOLD: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "tokens_per_second": ("speed", "{:,.0f} tokens/s".format),
+    "seconds": ("training", "{:,.1f} s".format),
+    "memory_bytes": ("peak memory", binary),
+    "shard_bytes": ("shards", decimal),
+    "checkpoint_bytes": ("a checkpoint", decimal),
 }
 
 
@@ -367,15 +355,14 @@ def time_line(plan: Plan) -> str:
 def memory_line(plan: Plan) -> str:
     if plan.predicted.memory_bytes is None:
         return plan.memory_source
-    of = f"of {plan.device.memory_bytes / 2**30:.1f} GiB"
-    return f"{plan.predicted.memory_bytes / 2**30:.2f} GiB {of} ({plan.memory_source})"
+    held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
+    return f"{held} of {all_of_it} ({plan.memory_source})"
 
 
 def disk_line(plan: Plan) -> str:
     shard_bytes = plan.predicted.shard_bytes or 0
     room = "" if plan.disk_bytes <= plan.free_bytes else ": NOT ENOUGH"
     return (
-        f"up to {shard_bytes / 1e9:.2f} GB of shards and "
-        f"{(plan.disk_bytes - shard_bytes) / 1e9:.2f} GB of checkpoints; "
-        f"{plan.free_bytes / 1e9:,.1f} GB are free{room}"
+        f"up to {decimal(shard_bytes)} of shards and {decimal(plan.disk_bytes - shard_bytes)} of "
+        f"checkpoints; {decimal(plan.free_bytes)} are free{room}"
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from zeroflow import plan as plans
 from zeroflow.plan import Compared, Plan
+from zeroflow.planning import binary
 
 _LABELS = {
     "loss": "loss, with logits",
@@ -23,17 +24,17 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
         f"| {name} | {predicted} | {measured} | {miss} |"
         for name, predicted, measured, miss in map(plans.cells, compared)
     )
-    parts = " + ".join(f"{count / 1e6:,.1f}M {name}" for name, count in plan.parameters.items())
-    memory = " + ".join(
-        f"{size / 2**30:.2f} {_label(name)}" for name, size in plan.stages[0].memory.items()
+    parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
+    memory = ", ".join(
+        f"{_label(name)} {binary(size)}" for name, size in plan.stages[0].memory.items()
     )
     return (
         "## Predicted and measured\n\n"
         "| | predicted | measured | miss |\n|---|---:|---:|---:|\n"
         f"{held}\n\n"
-        f"Speed was predicted {plan.rate_source}; memory {plan.memory_source}.\n\n"
-        f"- Parameters: {parts}; {plan.flops_per_token / 1e9:.2f} GFLOPs a token\n"
-        f"- Memory in GiB, by its parts: {memory}\n"
+        f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}.\n\n"
+        f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
+        f"- Memory by part: {memory}\n"
         f"- Disk: {plans.disk_line(plan)}\n\n"
     )
 
@@ -41,24 +42,20 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
     work, device = plan.workload, plan.device
     gpus = f"{plan.gpus} x " if plan.gpus > 1 else ""
-    memory = device.memory_bytes / 2**30
-    yield f"plan of {plan.size} on {gpus}{device.name} with {memory:.1f} GiB"
+    yield f"plan of {plan.size} on {gpus}{device.name} with {binary(device.memory_bytes)}"
     if plan.gpus > 1:
         yield "training on several GPUs is not built yet: figures for them are the plan only"
     yield ""
     total = sum(plan.parameters.values())
-    rows = [
-        (name, f"{count / 1e6:,.1f} M", f"{count / total:.1%}")
-        for name, count in plan.parameters.items()
-    ]
-    yield from _table(("parameters", f"{total / 1e6:,.1f} M", ""), rows)
+    rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
+    yield from _table(("parameters", f"{total:,}", ""), rows)
     yield ""
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
     each = " on each" if plan.gpus > 1 else ""
     yield from _facts(
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
-            "FLOPs a token": f"{plan.flops_per_token / 1e9:.2f} G at a context of {work.seq_len:,}",
+            "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{each}, "
             f"activations computed again: {work.activation_checkpointing}",
@@ -76,22 +73,18 @@ def _memory(plan: Plan) -> Iterator[str]:
     """By part, for every stage of ZeRO; they are one and the same on one device."""
     stages = plan.stages if plan.gpus > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
-    heads = [f"stage {s.stage}" for s in stages] if plan.gpus > 1 else ["GiB"]
-    rows = [
-        (_label(name), *(f"{s.memory.get(name, 0) / 2**30:.2f}" for s in stages)) for name in names
-    ]
-    rows.append(("total", *(f"{s.total / 2**30:.2f}" for s in stages)))
+    heads = [f"stage {s.stage}" for s in stages] if plan.gpus > 1 else [""]
+    rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
+    rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("yes" if s.fits else "NO" for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
-    title = "GiB on each GPU by ZeRO" if plan.gpus > 1 else "memory by part"
+    title = "on each GPU, by ZeRO" if plan.gpus > 1 else "memory by part"
     yield from _table((title, *heads), rows)
     if plan.gpus > 1:
-        yield (
-            "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers in bf16, "
-            "all of them or, at stage 3, those of two blocks, is communication"
-        )
+        yield "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers of them"
+        yield "in bf16, all or, at stage 3, those of two blocks, is communication"
 
 
 def _label(name: str) -> str:
