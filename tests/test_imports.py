@@ -16,14 +16,14 @@ NEED_A_GPU = {"loss_kernel.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts"},
+    {"config", "artifacts", "programs"},
     {"model", "data"},
     {"planning", "generate", "export", "tracking"},
     {"training"},
     {"checks", "progress", "pictures"},
     {"run"},
     {"report", "results", "orchestration"},
-    {"proof"},
+    {"proof", "ui"},
     {"cli"},
     {"flows"},
 ]

@@ -7,10 +7,8 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
+import psutil
 from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -47,6 +46,7 @@ from zeroflow import run as runs
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
 from zeroflow.data.shards import RunParts, in_threads, outcome
+from zeroflow.programs import Program
 from zeroflow.run import BuildChoice, RunConfig
 from zeroflow.training.job import TrainingFailed
 
@@ -58,7 +58,10 @@ FLOW = "pretrain"
 WORK_POOL = "zeroflow"
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
-_USUAL_PORT = 4200
+_ROOT = Path(__file__).parents[1]
+_DEPLOYMENTS = "prefect.yaml"
+_ENGINE = {"prefect.engine", "prefect.flow_engine"}
+USUAL_PORT = 4200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 3.0
@@ -69,10 +72,6 @@ _lost = threading.Event()
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
 # live runs crashed.
 SILENCE = timedelta(minutes=15)
-
-# The shell outlives its parent by no more than it takes to stop the server: the end of its input
-# is the end of the flow, however that came about.
-_KEEPER = '"$@" </dev/null & child=$!; read -r _; kill "$child"; wait "$child"'
 
 
 @contextmanager
@@ -96,7 +95,7 @@ def server() -> Iterator[str]:
             yield _ui(url)
         return
     port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
+    url = _local(port)
     with _started(port, url), temporary_settings({PREFECT_API_URL: url}):
         yield _ui(url)
 
@@ -118,7 +117,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
 
     if (url := _in_use()) is None:
         raise RuntimeError(
-            f"no Prefect server answers on port {_USUAL_PORT}: start one with `prefect server "
+            f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
             "start`, or name one in PREFECT_API_URL"
         )
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
@@ -135,6 +134,75 @@ def set_up(silence: timedelta = SILENCE) -> None:
     log.info("Prefect at %s has", _ui(url))
     log.info("  work pool   %s", WORK_POOL)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+
+
+class Prefect:
+    """Prefect's server with the deployments, and a worker that runs them one at a time.
+
+    Args:
+        port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
+            started otherwise.
+        logs: folder for their output.
+
+    Raises:
+        RuntimeError: the server that PREFECT_API_URL names does not answer.
+        ValueError: there is nothing to deploy.
+    """
+
+    def __init__(self, port: int, logs: Path) -> None:
+        if not (_ROOT / _DEPLOYMENTS).exists():
+            raise ValueError(
+                f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
+            )
+        found = _in_use(port)
+        self.url, self.to_be_started = found or _local(port), found is None
+        self.programs: list[Program] = []
+        self._port, self._logs = port, logs
+
+    @property
+    def address(self) -> str:
+        """Of the user interface."""
+        return _ui(self.url)
+
+    def start_server(self) -> None:
+        if self.to_be_started:
+            self.programs.append(_start_server(self._port, self._logs / "prefect.log"))
+
+    def start_worker(self) -> None:
+        """Once the server answers: set it up, deploy, and have the deployments run.
+
+        Raises:
+            RuntimeError: one of these did not work; with its last lines.
+        """
+        for server in self.programs:
+            server.wait_until(partial(_answers, self.url), _START_SECONDS)
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            set_up()
+        self._run("deploy", "--all", wait=_START_SECONDS)
+        self._run("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+
+    def stop(self) -> None:
+        """Runs of the worker save and stop before it does; a server that was there stays."""
+        for program in reversed(self.programs):
+            for run in _flow_runs(program.pid):
+                log.info("asking the flow run in process %d to save and stop", run.pid)
+                with suppress(psutil.NoSuchProcess):
+                    run.terminate()
+            if not program.stop(_STOP_SECONDS):
+                log.warning("%s did not stop in %d s: killed", program.name, _STOP_SECONDS)
+
+    def _run(self, *arguments: str, wait: float | None = None) -> None:
+        program = Program(
+            f"prefect {arguments[0]}",
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            environment=os.environ | {"PREFECT_API_URL": self.url, "DO_NOT_TRACK": "1"},
+            log=self._logs / f"{arguments[0]}.log",
+            folder=_ROOT,
+        )
+        if wait:
+            program.wait_for_end(wait)
+        else:
+            self.programs.append(program)
 
 
 def run_here(flow: RunFlow, config: RunConfig) -> Path:
@@ -340,6 +408,32 @@ def _parameters(config: RunConfig) -> dict[str, Any]:
     return {"run": config.anywhere.model_dump(mode="json", exclude_unset=True)}
 
 
+def _flow_runs(pid: int) -> list[psutil.Process]:
+    """Processes of flow runs below process `pid`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if _ENGINE & {*process.cmdline()}:
+                found.append(process)
+    return found
+
+
+def _start_server(port: int, log_file: Path | None = None) -> Program:
+    """Start a Prefect server on this machine's loopback."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    environment = os.environ | {
+        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    return Program(
+        "Prefect's server",
+        [*command, "--port", str(port)],
+        environment=environment,
+        log=log_file,
+    )
+
+
 class _Attempt:
     """A flow that remembers how its own code ended, whatever becomes of the server.
 
@@ -432,7 +526,7 @@ def _crash_detection(silence: timedelta) -> AutomationCore:
     )
 
 
-def _in_use() -> str | None:
+def _in_use(port: int = USUAL_PORT) -> str | None:
     """API of the server at PREFECT_API_URL, else of one on this machine.
 
     Raises:
@@ -445,8 +539,12 @@ def _in_use() -> str | None:
                 "variable, and a run starts one of its own"
             )
         return url
-    url = f"http://127.0.0.1:{_USUAL_PORT}/api"
+    url = _local(port)
     return url if _answers(url) else None
+
+
+def _local(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
 
 
 def _ui(api_url: str) -> str:
@@ -462,8 +560,8 @@ def _answers(api_url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5):
             return True
-    except urllib.error.HTTPError:
-        return True  # it wants to know who asks
+    except urllib.error.HTTPError as error:
+        return error.code != HTTPStatus.NOT_FOUND  # it may want to know who asks
     except (OSError, ValueError):
         return False
 
@@ -476,42 +574,22 @@ def _free_port() -> int:
 
 @contextmanager
 def _started(port: int, url: str) -> Iterator[None]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    environment = os.environ | {
-        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
     log.info("starting a Prefect server for this run on port %d", port)
-    process = subprocess.Popen(
-        ["sh", "-c", _KEEPER, "keeper", *command, "--port", str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment,
-    )
+    server = _start_server(port)
     try:
-        _wait_for(process, url)
+        _wait_for(server, url)
         yield
     finally:
         # What is still on its way would be tried for a minute against a server that is gone
         EventsWorker.drain_all()
         APILogWorker.drain_all()
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not server.stop(_STOP_SECONDS):
             log.warning("the Prefect server did not stop in %d s", _STOP_SECONDS)
 
 
-def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while not _answers(url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(
-                "the Prefect server did not start; `prefect server start` shows why. With a server "
-                "elsewhere, set PREFECT_API_URL"
-            )
-        time.sleep(0.2)
+def _wait_for(server: Program, url: str) -> None:
+    try:
+        server.wait_until(partial(_answers, url), _START_SECONDS)
+    except RuntimeError as error:
+        error.add_note("with a server elsewhere, set PREFECT_API_URL")
+        raise
