@@ -63,7 +63,10 @@ _DEPLOYMENTS = "prefect.yaml"
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
 USUAL_PORT = 4200
 _START_SECONDS = 120.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 20.0
+_SAVE_SECONDS = 150.0
+"""That a training has to write a checkpoint, and some."""
+
 _POLL_SECONDS = 3.0
 
 _lost = threading.Event()
@@ -184,10 +187,13 @@ class Prefect:
     def stop(self) -> None:
         """Runs of the worker save and stop before it does; a server that was there stays."""
         for program in reversed(self.programs):
-            for run in _flow_runs(program.pid):
+            runs = _flow_runs(program.pid)
+            for run in runs:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
                     run.terminate()
+            # A worker that is stopped kills its runs
+            psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(_STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, _STOP_SECONDS)
 

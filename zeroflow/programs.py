@@ -10,17 +10,10 @@ from pathlib import Path
 
 _LAST_LINES = 15
 
-# A shell that outlives us by no more than it takes to stop the program: the end of its input is
-# our end. Its reader is a child of its own, so that it also sees the program end first.
-_KEEPER = """
-exec 3<&0
-"$@" </dev/null 3<&- & child=$!
-(read -r _ <&3; kill "$child") 2>/dev/null & reader=$!
-exec 3<&-
-wait "$child"; code=$?
-kill "$reader" 2>/dev/null
-exit "$code"
-"""
+# Before the shell becomes the program, it leaves a child that ends it once its input ends, as it
+# does when we do. Not the other way round: what a shell starts with & never hears of SIGINT, by
+# which Prefect's worker stops.
+_KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
 
 
 class Program:
@@ -42,8 +35,8 @@ class Program:
     ) -> None:
         self.name, self._log = name, log
         with (log or Path(os.devnull)).open("wb") as output:
-            self._keeper = subprocess.Popen(
-                ["sh", "-c", _KEEPER, "keeper", *command],
+            self._process = subprocess.Popen(
+                ["sh", "-c", _KEPT, "kept", *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -54,15 +47,14 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """Of a process that all of the program's are children of."""
-        return self._keeper.pid
+        return self._process.pid
 
     def require_running(self) -> None:
         """
         Raises:
             RuntimeError: it has ended; with its last lines.
         """
-        if (code := self._keeper.poll()) is not None:
+        if (code := self._process.poll()) is not None:
             raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
 
     def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
@@ -85,7 +77,7 @@ class Program:
             RuntimeError: it has not ended well within the time; with its last lines.
         """
         with suppress(subprocess.TimeoutExpired):
-            if self._keeper.wait(seconds) == 0:
+            if self._process.wait(seconds) == 0:
                 return
         self.require_running()
         self.stop(0)
@@ -93,17 +85,17 @@ class Program:
 
     def stop(self, seconds: float) -> bool:
         """Have it end, and all its children that are left then; whether it did so in time."""
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
-            self._keeper.wait(seconds)
+            self._process.wait(seconds)
             return True
         except subprocess.TimeoutExpired:
             return False
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            self._keeper.wait()
+            self._process.wait()
 
     def _last_lines(self) -> str:
         if self._log is None:
