@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,10 +23,15 @@ from uuid import UUID
 
 import psutil
 from prefect import runtime
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.concurrency.sync import concurrency
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
@@ -58,6 +64,9 @@ FLOW = "pretrain"
 WORK_POOL = "zeroflow"
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
+GPU_LIMIT = "zeroflow-gpu"
+"""Of jobs on GPUs that go on at once, over all runs that the server knows."""
+
 _ROOT = Path(__file__).parents[1]
 _DEPLOYMENTS = "prefect.yaml"
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
@@ -68,6 +77,9 @@ _SAVE_SECONDS = 150.0
 """That a training has to write a checkpoint, and some."""
 
 _POLL_SECONDS = 3.0
+_BAR_SECONDS = 5.0
+_BAR_RETRY_SECONDS = 60.0
+_SLOT_SECONDS = 5.0
 
 _lost = threading.Event()
 """Whether the server had gone when a flow ended."""
@@ -106,8 +118,9 @@ def server() -> Iterator[str]:
 def set_up(silence: timedelta = SILENCE) -> None:
     """Have the server in use know what deployments and killed runs need; again changes nothing.
 
-    That is the work pool of prefect.yaml, and an automation that marks a run of the flow crashed
-    when its process is gone without a word, so that it can be retried.
+    That is the work pool of prefect.yaml, a limit of one job on a GPU at a time, and an automation
+    that marks a run of the flow crashed when its process is gone without a word, so that it can be
+    retried.
 
     Args:
         silence: time without a heartbeat after which a process counts as gone. A server that was
@@ -128,6 +141,10 @@ def set_up(silence: timedelta = SILENCE) -> None:
         pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
         with suppress(ObjectAlreadyExists):
             client.create_work_pool(pool)
+        with suppress(ObjectAlreadyExists):
+            client.create_global_concurrency_limit(
+                GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
+            )
         automation = _crash_detection(silence)
         if there := client.read_automations_by_name(AUTOMATION):
             client.update_automation(there[0].id, automation)
@@ -136,6 +153,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
     minutes = silence / timedelta(minutes=1)
     log.info("Prefect at %s has", _ui(url))
     log.info("  work pool   %s", WORK_POOL)
+    log.info("  limit       %s, of jobs on GPUs at once", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
 
 
@@ -256,7 +274,7 @@ def leave(code: int) -> NoReturn:
 
 
 def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
-    """Name the flow run after `run`, and have its retry, wherever, go on with that.
+    """Name and tag the flow run after `run`, and have its retry, wherever, go on with that.
 
     Args:
         asked: what the flow was given.
@@ -265,12 +283,14 @@ def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
     if not (flow_run_id := runtime.flow_run.id):
         return
     named = asked.model_copy(update={"run_name": run.run_name})
+    found = (run.model.name, run.data.data_mode, run.device)
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(
                 UUID(flow_run_id),
                 name=f"{run.model.name} · {run.data.name} · {run.run_name}",
                 parameters=_parameters(named),
+                tags=sorted({*runtime.flow_run.tags, *found}),
             )
     except Exception as error:  # the run is the same by any name
         log.warning("the flow run could not be named in Prefect: %s", error)
@@ -365,10 +385,10 @@ def completed(result: Any, *, reused: bool) -> State:
 
 def publish(markdown: str, subject: str, run_name: str) -> None:
     """Show a page on the flow run's page."""
-    key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
     try:
         if not _reachable():
             raise ConnectionError("its server does not answer")  # Prefect would try for a minute
+        key = _key(subject, run_name)
         create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
     except Exception as error:  # what it would show is on disk
         log.warning("the %s could not be shown in Prefect: %s", subject, error)
@@ -379,6 +399,69 @@ def publish_picture(picture: Path, subject: str, run_name: str) -> None:
     # in markdown, as Prefect prints the whole data URI of an image artifact over its page
     data = base64.b64encode(picture.read_bytes()).decode()
     publish(f"![{subject}](data:image/png;base64,{data})", subject, run_name)
+
+
+class Progress:
+    """A bar on the flow run's page, brought up to date at a pace that a person can follow."""
+
+    def __init__(self, subject: str, run_name: str) -> None:
+        self._subject, self._key = subject, _key(f"{subject}-progress", run_name)
+        self._bar: UUID | None = None
+        self._next = 0.0
+        self._failing = False
+
+    def __call__(self, share: float, text: str) -> None:
+        """Show the `share` that is done, from 0 to 1, and a line about it."""
+        if time.monotonic() < self._next and share < 1:
+            return
+        percent, text = round(100 * share, 1), f"{self._subject}: {text}"
+        wait = _BAR_SECONDS
+        try:
+            if not _reachable():
+                raise ConnectionError("its server does not answer")
+            if self._bar is None:
+                self._bar = create_progress_artifact(percent, self._key, text)
+            else:
+                update_progress_artifact(self._bar, percent, text)
+            self._failing = False
+        except Exception as error:  # it is in the log as well
+            wait = _BAR_RETRY_SECONDS
+            if not self._failing:
+                log.warning("progress of %s is not shown in Prefect: %s", self._subject, error)
+            self._failing = True
+        self._next = time.monotonic() + wait
+
+
+def _key(subject: str, run_name: str) -> str:
+    """Of an artifact: lower-case letters, digits and dashes."""
+    lower = f"{subject}-{run_name}".lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")
+
+
+@contextmanager
+def gpu_slot(device: str) -> Iterator[None]:
+    """Hold the one slot for jobs on GPUs within the block, as soon as no other run does.
+
+    A server that is away, before or meanwhile, or knows no limit, costs the slot and not the run.
+    """
+    with ExitStack() as held:
+        if device == "cuda":
+            try:
+                if not _reachable():
+                    raise ConnectionError("its server does not answer")
+                _take_slot(held)
+            except Exception as error:
+                log.warning("Prefect does not keep other runs off the GPU: %s", error)
+        yield
+
+
+def _take_slot(held: ExitStack) -> None:
+    # Not strict, as a lease that is lost with the server would end the training
+    try:
+        held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
+    except TimeoutError:
+        log.info("waiting until another run is done with the GPU (limit %s in Prefect)", GPU_LIMIT)
+        held.enter_context(concurrency(GPU_LIMIT, strict=False))
 
 
 def tags() -> dict[str, str]:

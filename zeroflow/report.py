@@ -57,7 +57,8 @@ def write(
     )
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
     markdown = folder / MARKDOWN
-    markdown.write_text(_markdown(report, run), encoding="utf-8")
+    pages = tracking.links(folder, run.cache_dir)
+    markdown.write_text(_markdown(report, run, pages), encoding="utf-8")
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
@@ -180,7 +181,7 @@ def _time_section(time: dict[str, Any]) -> str:
     )
 
 
-def _markdown(report: dict[str, Any], run: RunConfig) -> str:
+def _markdown(report: dict[str, Any], run: RunConfig, pages: dict[str, str]) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
     rows = {
@@ -200,6 +201,8 @@ def _markdown(report: dict[str, Any], run: RunConfig) -> str:
         "Resume": report["resume"],
         "Checkpoint": f"`{report['checkpoint']}`",
     }
+    if pages:
+        rows["MLflow"] = ", ".join(f"[{what}]({page})" for what, page in pages.items())
     if report["entropy"] is not None:
         rows["Entropy of the data"] = f"{report['entropy']:.4f} nats per token, the least possible"
     if report["mfu"] is not None:
