@@ -45,7 +45,7 @@ def write(
     loss_picture = pictures.loss_curve(
         lines,
         folder / _LOSS_CURVE,
-        title=f"{run.run_name}: {job.model.parameters / 1e6:.1f}M parameters",
+        title=f"{run.run_name}: {job.model.parameters / 1e6:,.3g}M parameters",
         entropy=shards.entropy,
     )
     spent = goodput.read(folder)
