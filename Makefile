@@ -1,13 +1,17 @@
 # make pretrain    train and check a small model on this machine
+# make ui          Prefect's and MLflow's user interfaces, and a worker, until Ctrl-C
 # make test        run the tests
 PYTHON ?= python3
 VENV := .venv
 DONE := $(VENV)/.installed
 
-.PHONY: pretrain test lint venv
+.PHONY: pretrain ui test lint venv
 
 pretrain: venv
 	$(VENV)/bin/python flows/pretrain.py --size tiny
+
+ui: venv
+	$(VENV)/bin/zeroflow ui
 
 test: venv
 	$(VENV)/bin/python -m pytest

@@ -53,6 +53,7 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
             seed=run.seed,
             run_parts=run_parts,
             at_once=run.build.data_workers,
+            show=orchestration.Progress("shards", run.run_dir.name),
         )
     page = report.write_data(built, tokens, run.run_dir)
     orchestration.publish(report.with_pictures(page), "data", run.run_dir.name)
@@ -81,7 +82,8 @@ def train_model(job: TrainingJob) -> State:
     if before := jobs.finished(job):
         return orchestration.completed(before, reused=True)
     try:
-        with TrainingProgress() as progress:
+        bar = orchestration.Progress("training", job.run_dir.name)
+        with TrainingProgress(bar) as progress:
             return orchestration.completed(recovery.train(job, progress), reused=False)
     except jobs.RunIsBusy:
         raise
@@ -129,14 +131,15 @@ def _pretrain(asked: RunConfig) -> Path:
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
     job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
-    if not run.skip_preflight:
-        check_before(job, settled.device.name)
-    trained: TrainResult = train_model(job).result()
-    try:
-        learned = check_overfit(overfit_job(job, run))
-    except OverfitFailed as failure:
-        write_report(run, job, rows, settled.device, trained, failure.result)
-        raise
+    with orchestration.gpu_slot("none" if jobs.finished(job) else run.device):
+        if not run.skip_preflight:
+            check_before(job, settled.device.name)
+        trained: TrainResult = train_model(job).result()
+        try:
+            learned = check_overfit(overfit_job(job, run))
+        except OverfitFailed as failure:
+            write_report(run, job, rows, settled.device, trained, failure.result)
+            raise
     return write_report(run, job, rows, settled.device, trained, learned)
 
 

@@ -80,6 +80,53 @@ class Flow:
         pytest.fail(f"ended before step {step}:\n{process.communicate()[0]}")
 
 
+class Ui:
+    """`zeroflow ui` on free ports, with a Prefect of its own below the cache."""
+
+    def __init__(self, cache: Path, environment: dict[str, str]) -> None:
+        self.cache = cache
+        self.ports = {"prefect": free_port(), "mlflow": free_port()}
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in self.ports.values())
+        self.environment = environment | {"PREFECT_HOME": str(cache / "prefect")}
+
+    @property
+    def command(self) -> list[str]:
+        flags = [f"--{name}-port={port}" for name, port in self.ports.items()]
+        return [sys.executable, "-m", "zeroflow.cli", "ui", f"--cache-dir={self.cache}", *flags]
+
+    def start(self) -> str:
+        """The output until everything is there."""
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env=self.environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert self.process.stdout is not None
+        said = ""
+        for line in self.process.stdout:
+            said += line
+            if "Ctrl-C stops all of it" in line:
+                return said
+        pytest.fail(f"it ended:\n{said}")
+
+    def programs(self) -> list[psutil.Process]:
+        """All that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, *, expect: int) -> str:
+        """What it said at its end, which leaves nothing behind."""
+        programs = self.programs()
+        output, _ = self.process.communicate(timeout=200)
+        assert self.process.returncode == expect, output
+        _, left = psutil.wait_procs(programs, timeout=10)
+        assert not left
+        return output
+
+
 def logged_steps(events: str) -> list[int]:
     return [int(found) for found in re.findall(r'"step": (\d+), "tokens": \d+, "loss"', events)]
 

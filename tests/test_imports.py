@@ -16,7 +16,7 @@ NEED_A_GPU = {"loss_kernel.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts"},
+    {"config", "artifacts", "programs"},
     {"model", "data"},
     {"planning", "generate", "export", "tracking"},
     {"training", "history"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"plan", "comparison"},
     {"plan_page", "pictures"},
     {"report", "results", "orchestration"},
-    {"proof", "sweep"},
+    {"proof", "sweep", "ui"},
     {"cli"},
     {"flows"},
 ]

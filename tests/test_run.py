@@ -48,9 +48,15 @@ SHAPE_NAMES = {f"model.{name}" for name in type(SHAPE).model_fields}
 def test_synthetic_run_has_nothing_left_open(ask):
     settled = settle(ask())
     run = settled.run
-    open_ones = {"build.dask_address",
-        "sweep", "data.dataset", "data.dataset_config", "training.keep_every"}
+    open_ones = {
+        "build.dask_address",
+        "sweep",
+        "data.dataset",
+        "data.dataset_config",
+        "training.keep_every",
+    }
     open_ones |= {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
+    open_ones |= {"sweep"}
     assert unset(run) == SHAPE_NAMES | open_ones
     assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
     assert run.device == settled.device.kind == "cpu"

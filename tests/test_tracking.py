@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pipeline import free_port
 
-from zeroflow import tracking
+from zeroflow import artifacts, tracking
 from zeroflow.tracking import LEDGER, Tracker, TrackingConfig
 from zeroflow.training import events
 
@@ -341,8 +341,21 @@ def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri, folder = tracking.location(tmp_path)
     assert folder == tmp_path / "mlflow" and uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
-    assert uri in tracking.ui_command(tmp_path)
+    assert tracking.links(tmp_path, tmp_path) == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking.location(tmp_path) == ("http://127.0.0.1:5000", None)
-    assert tracking.ui_command(tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    artifacts.write_json(tmp_path / "mlflow.json", {"run_id": "r", "experiment_id": "1"})
+    page = tracking.links(tmp_path, tmp_path)["this run"]
+    assert page == "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    viewer = tracking.viewer(tmp_path, 5077)
+    assert viewer.command is not None
+    links = tracking.links(tmp_path, tmp_path)
+    assert links["this run"].startswith("http://127.0.0.1:5077/")
+    assert links["loss of all runs"] == viewer.charts
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
+    assert tracking.links(tmp_path, tmp_path)["this run"].startswith("http://box:80/#/")

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -33,6 +34,7 @@ from zeroflow.progress import console
 from zeroflow.proof import ProofRun
 from zeroflow.run import DEFAULT_CACHE, RunConfig
 from zeroflow.sweep import SweepConfig
+from zeroflow.ui import UiConfig
 
 if TYPE_CHECKING:
     from zeroflow.orchestration import RunFlow
@@ -227,7 +229,14 @@ def main(
     setup = commands.add_parser(
         "prefect-setup", help="give a Prefect server its work pool, and notice of killed runs"
     )
-    for command in (generate, export, data, documents, planning, proving, setup):
+    ui = commands.add_parser(
+        "ui",
+        help="start Prefect's and MLflow's user interfaces, and a worker",
+        description="Start Prefect's server with a form for each size, a worker that runs what is "
+        "asked for there, and MLflow. Ctrl-C stops all of it.",
+    )
+    add_settings(ui, UiConfig, "ui")
+    for command in (generate, export, data, documents, planning, proving, setup, ui):
         command.add_argument("--verbose", action="store_true", help="tracebacks")
     arguments = parser.parse_args(argv)
     _log_to_console(verbose=arguments.verbose)
@@ -299,6 +308,16 @@ def _prefect_setup(arguments: argparse.Namespace) -> None:
     orchestration.set_up()
 
 
+def _ui(arguments: argparse.Namespace) -> None:
+    from zeroflow import ui
+
+    config = UiConfig.model_validate(read_settings(UiConfig, arguments))
+    _require_writable(config.cache_dir)
+    signal.signal(signal.SIGTERM, _terminate)
+    with suppress(KeyboardInterrupt, _Terminated):  # the way to stop it
+        ui.serve(config)
+
+
 def _documents(arguments: argparse.Namespace) -> None:
     from zeroflow import results
 
@@ -321,6 +340,7 @@ _COMMANDS = {
     "documents": _documents,
     "plan": _plan,
     "prefect-setup": _prefect_setup,
+    "ui": _ui,
 }
 _WIDTH = 60
 """Of a text in a table, at most."""

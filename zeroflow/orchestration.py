@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,11 +21,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
+import psutil
 from prefect import runtime
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.concurrency.sync import concurrency
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
@@ -47,6 +52,7 @@ from zeroflow import run as runs
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
 from zeroflow.data.shards import RunParts, in_threads, outcome
+from zeroflow.programs import Program
 from zeroflow.run import BuildChoice, RunConfig
 from zeroflow.training.job import TrainingFailed
 
@@ -58,10 +64,22 @@ FLOW = "pretrain"
 WORK_POOL = "zeroflow"
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
-_USUAL_PORT = 4200
+GPU_LIMIT = "zeroflow-gpu"
+"""Of jobs on GPUs that go on at once, over all runs that the server knows."""
+
+_ROOT = Path(__file__).parents[1]
+_DEPLOYMENTS = "prefect.yaml"
+_ENGINE = {"prefect.engine", "prefect.flow_engine"}
+USUAL_PORT = 4200
 _START_SECONDS = 120.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 20.0
+_SAVE_SECONDS = 150.0
+"""That a training has to write a checkpoint, and some."""
+
 _POLL_SECONDS = 3.0
+_BAR_SECONDS = 5.0
+_BAR_RETRY_SECONDS = 60.0
+_SLOT_SECONDS = 5.0
 
 _lost = threading.Event()
 """Whether the server had gone when a flow ended."""
@@ -69,10 +87,6 @@ _lost = threading.Event()
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
 # live runs crashed.
 SILENCE = timedelta(minutes=15)
-
-# The shell outlives its parent by no more than it takes to stop the server: the end of its input
-# is the end of the flow, however that came about.
-_KEEPER = '"$@" </dev/null & child=$!; read -r _; kill "$child"; wait "$child"'
 
 
 @contextmanager
@@ -96,7 +110,7 @@ def server() -> Iterator[str]:
             yield _ui(url)
         return
     port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
+    url = _local(port)
     with _started(port, url), temporary_settings({PREFECT_API_URL: url}):
         yield _ui(url)
 
@@ -104,8 +118,9 @@ def server() -> Iterator[str]:
 def set_up(silence: timedelta = SILENCE) -> None:
     """Have the server in use know what deployments and killed runs need; again changes nothing.
 
-    That is the work pool of prefect.yaml, and an automation that marks a run of the flow crashed
-    when its process is gone without a word, so that it can be retried.
+    That is the work pool of prefect.yaml, a limit of one job on a GPU at a time, and an automation
+    that marks a run of the flow crashed when its process is gone without a word, so that it can be
+    retried.
 
     Args:
         silence: time without a heartbeat after which a process counts as gone. A server that was
@@ -118,7 +133,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
 
     if (url := _in_use()) is None:
         raise RuntimeError(
-            f"no Prefect server answers on port {_USUAL_PORT}: start one with `prefect server "
+            f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
             "start`, or name one in PREFECT_API_URL"
         )
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
@@ -126,6 +141,10 @@ def set_up(silence: timedelta = SILENCE) -> None:
         pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
         with suppress(ObjectAlreadyExists):
             client.create_work_pool(pool)
+        with suppress(ObjectAlreadyExists):
+            client.create_global_concurrency_limit(
+                GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
+            )
         automation = _crash_detection(silence)
         if there := client.read_automations_by_name(AUTOMATION):
             client.update_automation(there[0].id, automation)
@@ -134,7 +153,80 @@ def set_up(silence: timedelta = SILENCE) -> None:
     minutes = silence / timedelta(minutes=1)
     log.info("Prefect at %s has", _ui(url))
     log.info("  work pool   %s", WORK_POOL)
+    log.info("  limit       %s, of jobs on GPUs at once", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+
+
+class Prefect:
+    """Prefect's server with the deployments, and a worker that runs them one at a time.
+
+    Args:
+        port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
+            started otherwise.
+        logs: folder for their output.
+
+    Raises:
+        RuntimeError: the server that PREFECT_API_URL names does not answer.
+        ValueError: there is nothing to deploy.
+    """
+
+    def __init__(self, port: int, logs: Path) -> None:
+        if not (_ROOT / _DEPLOYMENTS).exists():
+            raise ValueError(
+                f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
+            )
+        found = _in_use(port)
+        self.url, self.to_be_started = found or _local(port), found is None
+        self.programs: list[Program] = []
+        self._port, self._logs = port, logs
+
+    @property
+    def address(self) -> str:
+        """Of the user interface."""
+        return _ui(self.url)
+
+    def start_server(self) -> None:
+        if self.to_be_started:
+            self.programs.append(_start_server(self._port, self._logs / "prefect.log"))
+
+    def start_worker(self) -> None:
+        """Once the server answers: set it up, deploy, and have the deployments run.
+
+        Raises:
+            RuntimeError: one of these did not work; with its last lines.
+        """
+        for server in self.programs:
+            server.wait_until(partial(_answers, self.url), _START_SECONDS)
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            set_up()
+        self._run("deploy", "--all", wait=_START_SECONDS)
+        self._run("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+
+    def stop(self) -> None:
+        """Runs of the worker save and stop before it does; a server that was there stays."""
+        for program in reversed(self.programs):
+            runs = _flow_runs(program.pid)
+            for run in runs:
+                log.info("asking the flow run in process %d to save and stop", run.pid)
+                with suppress(psutil.NoSuchProcess):
+                    run.terminate()
+            # A worker that is stopped kills its runs
+            psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
+            if not program.stop(_STOP_SECONDS):
+                log.warning("%s did not stop in %d s: killed", program.name, _STOP_SECONDS)
+
+    def _run(self, *arguments: str, wait: float | None = None) -> None:
+        program = Program(
+            f"prefect {arguments[0]}",
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            environment=os.environ | {"PREFECT_API_URL": self.url, "DO_NOT_TRACK": "1"},
+            log=self._logs / f"{arguments[0]}.log",
+            folder=_ROOT,
+        )
+        if wait:
+            program.wait_for_end(wait)
+        else:
+            self.programs.append(program)
 
 
 def run_here(flow: RunFlow, config: RunConfig) -> Path:
@@ -182,7 +274,7 @@ def leave(code: int) -> NoReturn:
 
 
 def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
-    """Name the flow run after `run`, and have its retry, wherever, go on with that.
+    """Name and tag the flow run after `run`, and have its retry, wherever, go on with that.
 
     Args:
         asked: what the flow was given.
@@ -191,12 +283,14 @@ def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
     if not (flow_run_id := runtime.flow_run.id):
         return
     named = asked.model_copy(update={"run_name": run.run_name})
+    found = (run.model.name, run.data.data_mode, run.device)
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(
                 UUID(flow_run_id),
                 name=f"{run.model.name} · {run.data.name} · {run.run_name}",
                 parameters=_parameters(named),
+                tags=sorted({*runtime.flow_run.tags, *found}),
             )
     except Exception as error:  # the run is the same by any name
         log.warning("the flow run could not be named in Prefect: %s", error)
@@ -291,10 +385,10 @@ def completed(result: Any, *, reused: bool) -> State:
 
 def publish(markdown: str, subject: str, run_name: str) -> None:
     """Show a page on the flow run's page."""
-    key = "".join(c if c.isalnum() else "-" for c in f"{subject}-{run_name}".lower()).strip("-")
     try:
         if not _reachable():
             raise ConnectionError("its server does not answer")  # Prefect would try for a minute
+        key = _key(subject, run_name)
         create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
     except Exception as error:  # what it would show is on disk
         log.warning("the %s could not be shown in Prefect: %s", subject, error)
@@ -305,6 +399,71 @@ def publish_picture(picture: Path, subject: str, run_name: str) -> None:
     # in markdown, as Prefect prints the whole data URI of an image artifact over its page
     data = base64.b64encode(picture.read_bytes()).decode()
     publish(f"![{subject}](data:image/png;base64,{data})", subject, run_name)
+
+
+class Progress:
+    """A bar on the flow run's page, brought up to date at a pace that a person can follow."""
+
+    def __init__(self, subject: str, run_name: str) -> None:
+        self._subject, self._key = subject, _key(f"{subject}-progress", run_name)
+        self._bar: UUID | None = None
+        self._next = 0.0
+        self._failing = False
+
+    def __call__(self, share: float, text: str) -> None:
+        """Show the `share` that is done, from 0 to 1, and a line about it."""
+        if time.monotonic() < self._next and share < 1:
+            return
+        percent, text = round(100 * share, 1), f"{self._subject}: {text}"
+        wait = _BAR_SECONDS
+        try:
+            if not _reachable():
+                raise ConnectionError("its server does not answer")
+            if self._bar is None:
+                bar = create_progress_artifact(percent, self._key, text)
+                assert isinstance(bar, UUID), "no coroutine, as nothing here is async"
+                self._bar = bar
+            else:
+                update_progress_artifact(self._bar, percent, text)
+            self._failing = False
+        except Exception as error:  # it is in the log as well
+            wait = _BAR_RETRY_SECONDS
+            if not self._failing:
+                log.warning("progress of %s is not shown in Prefect: %s", self._subject, error)
+            self._failing = True
+        self._next = time.monotonic() + wait
+
+
+def _key(subject: str, run_name: str) -> str:
+    """Of an artifact: lower-case letters, digits and dashes."""
+    lower = f"{subject}-{run_name}".lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")
+
+
+@contextmanager
+def gpu_slot(device: str) -> Iterator[None]:
+    """Hold the one slot for jobs on GPUs within the block, as soon as no other run does.
+
+    A server that is away, before or meanwhile, or knows no limit, costs the slot and not the run.
+    """
+    with ExitStack() as held:
+        if device == "cuda":
+            try:
+                if not _reachable():
+                    raise ConnectionError("its server does not answer")
+                _take_slot(held)
+            except Exception as error:
+                log.warning("Prefect does not keep other runs off the GPU: %s", error)
+        yield
+
+
+def _take_slot(held: ExitStack) -> None:
+    # Not strict, as a lease that is lost with the server would end the training
+    try:
+        held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
+    except TimeoutError:
+        log.info("waiting until another run is done with the GPU (limit %s in Prefect)", GPU_LIMIT)
+        held.enter_context(concurrency(GPU_LIMIT, strict=False))
 
 
 def tags() -> dict[str, str]:
@@ -338,6 +497,32 @@ def _new_flow_run(client: SyncPrefectClient, flow: RunFlow, config: RunConfig) -
 def _parameters(config: RunConfig) -> dict[str, Any]:
     """Of a flow run, with what was given and nothing else: a default may be settled otherwise."""
     return {"run": config.anywhere.model_dump(mode="json", exclude_unset=True)}
+
+
+def _flow_runs(pid: int) -> list[psutil.Process]:
+    """Processes of flow runs below process `pid`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if _ENGINE & {*process.cmdline()}:
+                found.append(process)
+    return found
+
+
+def _start_server(port: int, log_file: Path | None = None) -> Program:
+    """Start a Prefect server on this machine's loopback."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    environment = os.environ | {
+        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    return Program(
+        "Prefect's server",
+        [*command, "--port", str(port)],
+        environment=environment,
+        log=log_file,
+    )
 
 
 class _Attempt:
@@ -432,7 +617,7 @@ def _crash_detection(silence: timedelta) -> AutomationCore:
     )
 
 
-def _in_use() -> str | None:
+def _in_use(port: int = USUAL_PORT) -> str | None:
     """API of the server at PREFECT_API_URL, else of one on this machine.
 
     Raises:
@@ -445,8 +630,12 @@ def _in_use() -> str | None:
                 "variable, and a run starts one of its own"
             )
         return url
-    url = f"http://127.0.0.1:{_USUAL_PORT}/api"
+    url = _local(port)
     return url if _answers(url) else None
+
+
+def _local(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
 
 
 def _ui(api_url: str) -> str:
@@ -462,8 +651,8 @@ def _answers(api_url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5):
             return True
-    except urllib.error.HTTPError:
-        return True  # it wants to know who asks
+    except urllib.error.HTTPError as error:
+        return error.code != HTTPStatus.NOT_FOUND  # it may want to know who asks
     except (OSError, ValueError):
         return False
 
@@ -476,42 +665,22 @@ def _free_port() -> int:
 
 @contextmanager
 def _started(port: int, url: str) -> Iterator[None]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    environment = os.environ | {
-        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
     log.info("starting a Prefect server for this run on port %d", port)
-    process = subprocess.Popen(
-        ["sh", "-c", _KEEPER, "keeper", *command, "--port", str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment,
-    )
+    server = _start_server(port)
     try:
-        _wait_for(process, url)
+        _wait_for(server, url)
         yield
     finally:
         # What is still on its way would be tried for a minute against a server that is gone
         EventsWorker.drain_all()
         APILogWorker.drain_all()
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not server.stop(_STOP_SECONDS):
             log.warning("the Prefect server did not stop in %d s", _STOP_SECONDS)
 
 
-def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while not _answers(url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(
-                "the Prefect server did not start; `prefect server start` shows why. With a server "
-                "elsewhere, set PREFECT_API_URL"
-            )
-        time.sleep(0.2)
+def _wait_for(server: Program, url: str) -> None:
+    try:
+        server.wait_until(partial(_answers, url), _START_SECONDS)
+    except RuntimeError as error:
+        error.add_note("with a server elsewhere, set PREFECT_API_URL")
+        raise

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 15.0
 
+Show = Callable[[float, str], None]
+"""Is told the share that is done, from 0 to 1, and a line about it."""
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -21,9 +25,13 @@ class TrainingProgress:
     """Follows the events of a training: one log line now and then, a bar where there is a terminal.
 
     The time left is reckoned from the speed of this process, all pauses included.
+
+    Args:
+        show: is told of every logged step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, show: Show = lambda share, text: None) -> None:
+        self._show_elsewhere = show
         self._steps, self._logged = 0, 0.0
         self._first: Line | None = None
         self._bar = Progress(
@@ -63,6 +71,7 @@ class TrainingProgress:
             f"{event['tokens_per_second']:,.0f} tokens/s{left}"
         )
         self._bar.update(self._task, completed=step, description=text)
+        self._show_elsewhere(step / self._steps, text)
         if now - self._logged > _LOG_SECONDS or step == self._steps:
             log.info("%s", text)
             self._logged = now

@@ -48,7 +48,7 @@ def write(
     loss_picture = pictures.loss_curve(
         lines,
         folder / _LOSS_CURVE,
-        title=f"{run.run_name}: {job.model.parameters / 1e6:.1f}M parameters",
+        title=f"{run.run_name}: {job.model.parameters / 1e6:,.3g}M parameters",
         entropy=shards.entropy,
     )
     spent = goodput.read(folder)
@@ -66,7 +66,9 @@ def write(
     for row in compared:
         log.info("plan of %s: %s predicted, %s measured %s", *plans.cells(row))
     markdown = folder / MARKDOWN
-    markdown.write_text(_markdown(report, run, checked, compared), encoding="utf-8")
+    pages = tracking.links(folder, run.cache_dir)
+    text = _markdown(report, run, checked, compared, pages)
+    markdown.write_text(text, encoding="utf-8")
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
@@ -211,6 +213,7 @@ def _markdown(
     run: RunConfig,
     checked: PreflightResult | None,
     compared: list[plans.Compared],
+    pages: dict[str, str],
 ) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
@@ -232,6 +235,8 @@ def _markdown(
         "Resume": report["resume"],
         "Checkpoint": f"`{report['checkpoint']}`",
     }
+    if pages:
+        rows["MLflow"] = ", ".join(f"[{what}]({page})" for what, page in pages.items())
     if report["entropy"] is not None:
         rows["Entropy of the data"] = f"{report['entropy']:.4f} nats per token, the least possible"
     if report["mfu"] is not None:

@@ -100,9 +100,7 @@ def summary(report_file: Path, cache: Path) -> str:
     floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
     mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
     overfit, time = report["overfit"], report["time"]
-    of_run = f"--run {report['run']}"
-    if cache != DEFAULT_CACHE:
-        of_run += f" --cache-dir {shlex.quote(str(cache))}"
+    of_run = f"--run {report['run']}{_flag(cache)}"
     lines = [
         "",
         f"run {report['run']} is complete",
@@ -116,14 +114,14 @@ def summary(report_file: Path, cache: Path) -> str:
         f"  checkpoint       {report['checkpoint']}",
         f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
         f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
-        f"  Prefect UI       {_program('prefect')} server start, then http://127.0.0.1:4200",
+        f"  both UIs         {_program('zeroflow')} ui{_flag(cache)}",
+        *(f"  {what:16} {page}" for what, page in tracking.links(folder, cache).items()),
     ]
-    if command := tracking.ui_command(cache, program=_program("mlflow")):
-        lines.append(f"  MLflow UI        {command}")
-    if facts := tracking.run_facts(folder):
-        page = tracking.charts_path(facts["experiment_id"])
-        lines.append(f"  loss of all runs http://127.0.0.1:5000{page}")
     return "\n".join(lines)
+
+
+def _flag(cache: Path) -> str:
+    return "" if cache == DEFAULT_CACHE else f" --cache-dir {shlex.quote(str(cache))}"
 
 
 def _program(name: str) -> str:

@@ -11,7 +11,7 @@ MLflow deletes no point: steps that a roll-back trains anew keep what was sent o
 
 import logging
 import os
-import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,8 +34,12 @@ Line = dict[str, Any]
 DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 """Tags that MLflow's pages read."""
 
+PORT = 5000
+"""Where MLflow's server listens, unless another was asked for."""
+
 _RUN_FILE = "mlflow.json"
 _GROUP_FILE = "group.json"
+_ADDRESS_FILE = "address.json"
 _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
@@ -103,24 +107,66 @@ def location(cache: Path) -> tuple[str, Path | None]:
     return f"sqlite:///{folder / 'mlflow.db'}", folder
 
 
-def ui_command(cache: Path, *, program: str = "mlflow") -> str | None:
-    """The shell command that shows the runs; None when a server does.
+def is_server(uri: str) -> bool:
+    """Whether runs are kept by an MLflow server, and not in a store that one has to show."""
+    return uri.startswith(("http://", "https://"))
 
-    Args:
-        program: how mlflow is called.
+
+class Viewer(NamedTuple):
+    """MLflow's server, which shows the runs."""
+
+    address: str
+    experiment_id: str
+    command: list[str] | None
+    """That starts it; None for one that MLFLOW_TRACKING_URI names."""
+
+    @property
+    def charts(self) -> str:
+        return _charts(self.address, self.experiment_id)
+
+
+def viewer(cache: Path, port: int) -> Viewer:
+    """How to see the runs of `cache`, whose store is made if it is not there.
+
+    Pages that runs link to are expected at `port` from then on.
     """
     uri, folder = location(cache)
-    if folder is None:
-        return None
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} server --workers 1 --port 5000 "
-        f"--backend-store-uri {shlex.quote(uri)}"
-    )
+    _, experiment_id = _open_store(uri, folder)
+    if is_server(uri):
+        return Viewer(uri, experiment_id, None)
+    if folder is not None:
+        artifacts.write_json(folder / _ADDRESS_FILE, {"address": _local(port)})
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1", "--backend-store-uri", uri]
+    return Viewer(_local(port), experiment_id, command)
 
 
-def charts_path(experiment_id: str) -> str:
-    """Path, below the server's address, of the page that draws all runs over each other."""
-    return f"/#/experiments/{experiment_id}/{_CHARTS}"
+VIEWER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
+"""A sixth of the memory that the server takes otherwise."""
+
+
+def links(run_dir: Path, cache: Path) -> dict[str, str]:
+    """Pages of MLflow's server, by what they show; none while the run is not known there."""
+    if (facts := run_facts(run_dir)) is None:
+        return {}
+    uri, folder = location(cache)
+    address = uri if is_server(uri) else _local(PORT)
+    if folder is not None and (noted := folder / _ADDRESS_FILE).exists():
+        address = artifacts.read_json(noted)["address"]
+    experiment = facts["experiment_id"]
+    return {
+        "this run": f"{address}/#/experiments/{experiment}/runs/{facts['run_id']}",
+        "loss of all runs": _charts(address, experiment),
+    }
+
+
+def _local(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def _charts(address: str, experiment_id: str) -> str:
+    """The page that draws all runs over each other."""
+    return f"{address}/#/experiments/{experiment_id}/{_CHARTS}"
 
 
 def run_facts(run_dir: Path) -> dict[str, str] | None:
@@ -329,20 +375,26 @@ class _Run:
             self._client.set_tag(self.run_id, "recoveries", str(recoveries))
 
 
-def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
-    """A client and the id of the run, which is created if there is none."""
+def _open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
+    """A client and the id of the experiment, which is created if there is none."""
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # By default a server that is gone is asked for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    from mlflow.entities import RunTag
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with _store_lock(config.folder):
-        client = MlflowClient(config.uri)
-        experiment_id = _experiment(client, config.folder)
+    with _store_lock(folder):
+        client = MlflowClient(uri)
+        return client, _experiment(client, folder)
+
+
+def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
+    """A client and the id of the run, which is created if there is none."""
+    from mlflow.entities import RunTag
+
+    client, experiment_id = _open_store(config.uri, config.folder)
     facts = run_facts(run_dir)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:

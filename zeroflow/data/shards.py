@@ -178,6 +178,7 @@ def build(
     seed: NonNegativeInt = 0,
     run_parts: RunParts = in_threads,
     at_once: int = 1,
+    show: Callable[[float, str], None] = lambda share, text: None,
 ) -> ShardSet:
     """Have the rows that `config` asks for, of the resolved corpus `text`, under `<cache>/shards/`.
 
@@ -188,6 +189,7 @@ def build(
         run_parts: builds the parts it is given, wherever and in whatever order; an exception
             stands for a part that failed.
         at_once: parts that it is given at a time, if the run is likely to need as many.
+        show: is told the share that is done, from 0 to 1, and a line about it, after each part.
 
     Raises:
         ValueError: ids do not fit the integer type, or the corpus is too small to hold out a
@@ -212,7 +214,7 @@ def build(
     plan = _Plan(path, text, tokens, config, seed, identity)
 
     facts: list[PartFacts] = []
-    built = 0
+    built, begun = 0, time.monotonic()
     while not _enough(facts, config) and (job := plan.job(len(facts))):
         if (whole := parts.existing(job.path)) is not None:
             facts.append(whole)
@@ -230,8 +232,11 @@ def build(
             facts.append(done.facts)
             _note_build(path, len(facts) - 1, done)
             _refuse_bad_lines(facts, text)
+            show(*_progress(facts, built, config, time.monotonic() - begun))
     _refuse_bad_lines(facts, text)
     shards = _describe(path, facts, built, tokens, config)
+    if built:  # a corpus may have ended before
+        show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
     _tell(shards, config, built)
     return shards
 
@@ -433,6 +438,18 @@ def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
         config.train_rows / max(train, 1), config.validation_rows / max(validation, 1), len(facts)
     )
     return max(1, math.ceil(total) - len(facts))
+
+
+def _progress(
+    facts: list[PartFacts], built: int, config: ShardConfig, seconds: float
+) -> tuple[float, str]:
+    """The share of the rows that are there, and a line with the time left at the pace so far."""
+    train = sum(part.train.rows for part in facts)
+    validation = sum(part.validation.rows for part in facts)
+    missing = _missing_parts(facts, config) if not _enough(facts, config) else 0
+    share = min(1.0, train / config.train_rows, validation / config.validation_rows)
+    left = f"  ETA {missing * seconds / built:,.0f} s" if missing else ""
+    return share, f"part {len(facts)}  {train:,} of {config.train_rows:,} rows{left}"
 
 
 def _describe(

@@ -41,7 +41,8 @@ LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the time at which the child was launched."""
 
 LOGGED = "\x1e"
-"""Begins each line that a child logs, and tells it from what else is printed there."""
+"""Begins each line that a child logs, and tells it from what else is printed there; a digit for
+its level follows, and its text."""
 
 JOB = "job.json"
 CHECKPOINTS = "checkpoints"
@@ -336,12 +337,13 @@ def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
     assert process.stdout is not None
     of_torchrun = False
     for line in map(str.rstrip, process.stdout):
-        ours = line.startswith(LOGGED)
-        of_torchrun = of_torchrun or (not ours and _TORCHRUN_COMPLAINS in line)
-        text = line.removeprefix(LOGGED)
+        level, text = logging.DEBUG, line
+        if line.startswith(LOGGED) and line[1:2].isdigit():
+            level, text = 10 * int(line[1]), line[2:]
+        of_torchrun = of_torchrun or (level == logging.DEBUG and _TORCHRUN_COMPLAINS in line)
         if not of_torchrun:
             last_output.append(text)
-        log.log(logging.INFO if ours else logging.DEBUG, "%s", text)
+        log.log(level, "%s", text)
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

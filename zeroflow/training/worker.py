@@ -53,7 +53,7 @@ def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
 
     A failure is told to the parent through events.jsonl, as no exit code could.
     """
-    logging.basicConfig(level=logging.INFO, format=f"{LOGGED}%(message)s", stream=sys.stderr)
+    _log_to_parent(rank=int(os.environ.get("RANK", "0")))
     job_file = Path(sys.argv[1])
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
     stop = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
@@ -70,6 +70,20 @@ def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
         step = error.step if isinstance(error, Diverged) else None
         events.append(run_dir / events.EVENTS, failure | {"step": step})
         raise
+
+
+def _log_to_parent(rank: int) -> None:
+    """Rank 0 says what goes on, the others what goes wrong."""
+
+    class Line(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            of = f"rank {rank}: " if rank else ""
+            return f"{LOGGED}{record.levelno // 10}{of}{super().format(record)}"
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Line())
+    level = logging.WARNING if rank else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class Diverged(FloatingPointError):

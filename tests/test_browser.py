@@ -1,0 +1,133 @@
+"""Prefect's user interface in a browser: a run from the form, watched, cancelled and retried."""
+
+import json
+import shutil
+import signal
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import Ui, api, logged_steps
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium"),
+]
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+TRAINING = {
+    "seq_len": 32,
+    "batch_size": 4,
+    "grad_accum_steps": 1,
+    "max_steps": 1500,
+    "learning_rate": 1e-2,
+    "validation_tokens": 512,
+    "validate_every": 1500,
+    "checkpoint_every": 1500,
+    "log_interval": 5,
+    "sample_tokens": 8,
+}
+
+
+@pytest.fixture
+def both(tmp_path: Path, base_environment: dict[str, str]) -> Iterator[Ui]:
+    both = Ui(tmp_path / "cache", base_environment)
+    both.start()
+    try:
+        yield both
+    finally:
+        both.process.send_signal(signal.SIGTERM)
+        both.end(expect=0)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def field(page: Any, label: str) -> Any:
+    """The part of the form that holds one setting."""
+    return page.locator(".schema-form-property", has_text=f"{label} (Optional)").last
+
+
+def flow_run(both: Ui) -> dict[str, Any]:
+    [run] = api(f"{both.prefect}/api", "/flow_runs/filter")
+    return run
+
+
+def wait_for(page: Any, both: Ui, *states: str) -> None:
+    for _ in range(240):
+        if flow_run(both)["state_type"] in states:
+            return
+        page.wait_for_timeout(500)
+    pytest.fail(f"the run is {flow_run(both)['state_type']} and not {states}")
+
+
+def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, page: Any) -> None:
+    named = {"name": {"any_": ["custom"]}}
+    [deployment] = api(f"{both.prefect}/api", "/deployments/filter", deployments=named)
+    # filled in as by "Copy to new run", but for what is typed below
+    run = {"cache_dir": str(both.cache), "model": SHAPE, "training": TRAINING}
+    run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+    filled = urllib.parse.quote(json.dumps({"run": run}))
+    page.goto(f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}")
+    name = field(page, "Run Name")
+    assert "A run of the same name goes on where it stopped" in name.inner_text()
+    name.get_by_role("button", name="str").click()
+    name.locator("textarea, input").last.fill("by-hand")
+    seed = field(page, "Seed").locator("input").last
+    seed.fill("-1")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("greater than or equal to").first.wait_for()
+    assert api(f"{both.prefect}/api", "/flow_runs/filter") == []
+    seed.fill("7")
+    page.get_by_role("button", name="Submit").click()
+
+    events = both.cache / "runs" / "by-hand" / "events.jsonl"
+    for _ in range(240):
+        if events.exists() and logged_steps(events.read_text()):
+            break
+        page.wait_for_timeout(500)
+    asked = flow_run(both)
+    assert asked["name"] == "custom · synthetic · by-hand"
+    assert {"custom", "synthetic", "cpu"} <= {*asked["tags"]}
+    page.goto(f"{both.prefect}/runs/flow-run/{asked['id']}")
+    page.get_by_text("step 1/1500").first.wait_for()
+
+    page.get_by_role("button", name="Cancel").first.click()
+    page.get_by_role("button", name="Confirm").last.click()
+    wait_for(page, both, "CANCELLED")
+    assert list((both.cache / "runs" / "by-hand" / "checkpoints").iterdir())
+
+    page.reload()
+    page.get_by_role("button", name="Retry").first.click()
+    page.get_by_role("button", name="Retry").last.click()
+    wait_for(page, both, "COMPLETED")
+    assert (flow_run(both)["id"], flow_run(both)["run_count"]) == (asked["id"], 2)
+
+    page.reload()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_text("report-by-hand").first.wait_for()
+    kept = api(f"{both.prefect}/api", "/artifacts/latest/filter")
+    pages = {page["key"]: page for page in kept}
+    assert pages["training-progress-by-hand"]["data"] == 100
+    assert "step 1500/1500" in pages["training-progress-by-hand"]["description"]
+    assert both.mlflow in pages["report-by-hand"]["data"]
