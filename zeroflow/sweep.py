@@ -88,7 +88,7 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             name.append(f"seed{seed}")
         if rate is not None:
             given["training"] = given.get("training", {}) | {"learning_rate": rate}
-            name.append(f"lr{rate:g}")
+            name.append(f"lr{rate:g}".replace("+", ""))
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))
     return found

@@ -1,0 +1,104 @@
+import math
+
+import pytest
+
+from zeroflow.comparison import Outcome, PowerLaw, compare, figures, markdown
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.pictures import losses_compared
+
+EXPONENT, FACTOR = 0.05, 20.0
+
+
+def law(flops: float) -> float:
+    return FACTOR * flops**-EXPONENT
+
+
+def outcome(size: str, *, loss: float | None = None, seed: int = 0) -> Outcome:
+    """Of a run at 20 tokens a parameter that obeys the law, unless a loss is given."""
+    model = with_vocabulary(SIZES[size], 32_000)
+    tokens = 20 * model.parameters
+    flops_per_token = model.flops_per_token(2048)
+    final = law(flops_per_token * tokens) if loss is None else loss
+    return Outcome(
+        run=f"{size}-{seed}",
+        size=size,
+        seed=seed,
+        learning_rate=1e-3,
+        parameters=model.parameters,
+        vocabulary=32_000,
+        context=2048,
+        flops_per_token=flops_per_token,
+        tokens=tokens,
+        val_loss=final,
+        val_bpb=None,
+        tokens_per_second=1e5,
+        seconds=tokens / 1e5,
+        curve=((0, 10.4), (tokens // 2, final + 0.3), (tokens, final)),
+    )
+
+
+def test_law_is_found_again_and_foretells_what_obeys_it():
+    found = compare([outcome("medium"), outcome("tiny"), outcome("small")])
+    assert [one.size for one in found.outcomes] == ["tiny", "small", "medium"]
+    assert found.law.b == pytest.approx(EXPONENT)
+    assert math.exp(found.law.log_a) == pytest.approx(FACTOR)
+    assert found.law.b_error == pytest.approx(0, abs=1e-6)
+    assert found.largest.size == "medium"
+    assert found.largest.loss == pytest.approx(found.largest.measured)
+    assert found.next_size is None, "none is larger than medium"
+
+
+def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
+    found = compare([outcome("tiny"), outcome("small")])
+    medium = outcome("medium")
+    assert found.next_size.size == "medium"
+    assert found.next_size.flops == pytest.approx(medium.flops)
+    assert found.next_size.loss == pytest.approx(medium.val_loss)
+    assert found.next_size.factor is None and found.law.b_error is None, "two points have no error"
+    assert found.largest is None
+
+
+def test_best_run_of_a_size_counts():
+    worse = outcome("tiny", loss=9.0, seed=1)
+    found = compare([worse, outcome("tiny"), outcome("small")])
+    assert found.law.b == pytest.approx(EXPONENT)
+    assert len(found.outcomes) == 3
+
+
+def test_errors_are_those_of_least_squares():
+    flops = [1e15, 1e16, 1e17, 1e18]
+    noise = [1.02, 0.97, 1.03, 0.99]
+    fitted = PowerLaw.fitted(flops, [law(x) * n for x, n in zip(flops, noise, strict=True)])
+    # by the formulas of a textbook
+    x = [math.log(one) for one in flops]
+    y = [math.log(law(one) * n) for one, n in zip(flops, noise, strict=True)]
+    mean = sum(x) / 4
+    squares = sum((one - mean) ** 2 for one in x)
+    slope = sum((one - mean) * other for one, other in zip(x, y, strict=True)) / squares
+    begin = sum(y) / 4 - slope * mean
+    residual = sum((other - begin - slope * one) ** 2 for one, other in zip(x, y, strict=True)) / 2
+    assert fitted.b == pytest.approx(-slope)
+    assert fitted.b_error == pytest.approx(math.sqrt(residual / squares))
+    expected = math.sqrt(residual * (1 / 4 + (math.log(1e20) - mean) ** 2 / squares))
+    assert math.log(fitted.factor(1e20)) == pytest.approx(expected)
+
+
+def test_one_size_has_no_law():
+    found = compare([outcome("tiny"), outcome("tiny", loss=9.0, seed=1)])
+    assert found.law is None and found.next_size is None
+    assert "Power law" not in markdown("s", found, pictures=[], failed=[])
+
+
+def test_page_and_pictures_tell_all_of_it(tmp_path):
+    found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
+    drawn = losses_compared(found, tmp_path)
+    page = markdown("s", found, pictures=[path.name for path in drawn], failed=["s-tiny-seed7"])
+    assert "| small-0 | small | " in page and "**Not finished: s-tiny-seed7**" in page
+    assert f"C^-{EXPONENT:.4f}" in page and "Looking back" in page and "+0.00%" in page
+    assert [path.name for path in drawn] == [
+        "loss-by-tokens.png",
+        "loss-by-flops.png",
+        "loss-by-hours.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert figures(found)["law"]["points"] == 3

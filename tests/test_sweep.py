@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+
+import mlflow
+import pytest
+from pipeline import ROOT, SMALL_SHAPE, Flow, api
+from pydantic import ValidationError
+
+from zeroflow import sweep as sweeps
+from zeroflow.run import RunConfig
+from zeroflow.sweep import SweepConfig
+
+
+def test_every_combination_is_a_run_with_a_name_that_tells_it():
+    sweep = SweepConfig(
+        sweep_name="s",
+        sizes=("tiny", "small"),
+        seeds=(0, 1),
+        learning_rates=(1e-3,),
+        run={"training": {"max_steps": 7}},
+    )
+    cells = sweeps.cells(sweep)
+    assert [cell.run_name for cell in cells] == [
+        "s-tiny-seed0-lr0.001",
+        "s-tiny-seed1-lr0.001",
+        "s-small-seed0-lr0.001",
+        "s-small-seed1-lr0.001",
+    ]
+    assert [(cell.model.size, cell.seed) for cell in cells] == [
+        ("tiny", 0),
+        ("tiny", 1),
+        ("small", 0),
+        ("small", 1),
+    ]
+    assert all(cell.sweep == "s" and cell.training.max_steps == 7 for cell in cells)
+    assert all(cell.training.learning_rate == 1e-3 for cell in cells)
+
+
+def test_what_is_not_varied_stays_as_the_run_has_it():
+    [cell] = sweeps.cells(SweepConfig(sweep_name="s", run={"model": {"size": "small"}}))
+    assert cell == RunConfig(model={"size": "small"}, sweep="s", run_name="s-small")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"run": {"run_name": "mine"}}, "drop it"),
+        ({"sizes": ["tiny"], "run": {"model": {"size": "small"}}}, "--size"),
+        ({"learning_rates": [1e-3], "run": {"training": {"learning_rate": 1}}}, "--learning-rate"),
+        ({"seeds": [1, 1]}, "the same twice"),
+        ({"sizes": ["huge"]}, "tiny"),
+    ],
+)
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        SweepConfig(**settings)
+
+
+def test_name_follows_from_what_is_varied():
+    one, same, other = (SweepConfig(seeds=seeds) for seeds in ((0, 1), (0, 1), (0, 2)))
+    assert one.name == same.name != other.name
+
+
+def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
+    flow: Flow, prefect_api: str
+) -> None:
+    """A file lies where one of its runs would be."""
+    blocked = flow.folder("s-custom-seed1")
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("")
+    command = [sys.executable, "flows/sweep.py", f"--cache-dir={flow.cache}", "--sweep-name=s"]
+    command += [*SMALL_SHAPE, "--data-mode=synthetic", "--skip-preflight", "--seeds", "0", "1"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=280
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "1 runs failed" in ended.stderr and "s-custom-seed1" in ended.stderr
+    page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
+    assert "| s-custom-seed0 | custom | " in page
+    assert "**Not finished: s-custom-seed1**" in page
+    kept = json.loads((flow.cache / "sweeps" / "s" / "comparison.json").read_text())
+    assert [one["run"] for one in kept["runs"]] == ["s-custom-seed0"]
+
+    client = mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("zeroflow").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    group = runs.pop("s")
+    assert group.info.status == "FAILED"
+    assert "comparison.md" in [file.path for file in client.list_artifacts(group.info.run_id)]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {group.info.run_id}
+    assert "loss/val_by_gflops" in runs["s-custom-seed0"].data.metrics
+
+    flows = api(prefect_api, "/flow_runs/filter", flows={"name": {"any_": ["sweep"]}})
+    [parent] = [one for one in flows if one["parameters"]["sweep"]["sweep_name"] == "s"]
+    children = api(
+        prefect_api,
+        "/flow_runs/filter",
+        flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}},
+    )
+    assert sorted(child["state_name"] for child in children) == ["Completed", "Failed"]
