@@ -53,7 +53,8 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     assert report["val_bpb"] > 0
     assert report["data"]["mode"] == "sample"
     assert "sample (FineWeb-Edu is out of reach" in output.split("\n")[1], "said first"
-    assert {p.name for p in flow.cache.iterdir()} == {"tokenizers", "shards", "runs", "mlflow"}
+    made = {p.name for p in flow.cache.iterdir()} - {"compile"}  # PyTorch makes an empty one
+    assert made == {"tokenizers", "shards", "runs", "mlflow"}
     assert (flow.folder("first") / "run.json").exists()
 
 
