@@ -274,6 +274,11 @@ def measure(contender: str, work: Workload) -> Iterator[Figures]:
     """Figures for every micro-batch tried, until memory is out or more rows are no faster."""
     fastest = 0.0
     for rows in work.rows:
+        if fastest:
+            gc.collect()
+            torch.compiler.reset()  # or the next shape would be compiled as a dynamic one
+            if work.compute.device == "cuda":
+                torch.cuda.empty_cache()
         try:
             figures = _measure_rows(CONTENDERS[contender].build, work, rows)
         except Exception as error:  # compilers wrap it in errors of their own
@@ -285,10 +290,6 @@ def measure(contender: str, work: Workload) -> Iterator[Figures]:
         if figures["tokens_per_second"] < _GAIN * fastest:
             return
         fastest = max(fastest, figures["tokens_per_second"])
-        gc.collect()
-        torch._dynamo.reset()  # or the next shape would be compiled as a dynamic one
-        if work.compute.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: int) -> Figures:
@@ -314,10 +315,11 @@ def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: 
     steps = math.ceil(work.seconds / seconds_a_step(steps))  # warm by now
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    busy = _busy_elsewhere()
+    busy, used = _busy_elsewhere(), time.process_time()
     started = time.perf_counter()
     windows = [seconds_a_step(steps) for _ in range(work.windows)]
     elapsed, busy = time.perf_counter() - started, _busy_elsewhere() - busy
+    used = time.process_time() - used
     loss = float(step(batches[0]))
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
@@ -327,6 +329,7 @@ def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: 
         "windows": windows,
         "steps": steps,
         "busy_elsewhere": max(0.0, busy / elapsed),
+        "cpu_seconds_a_step": used / steps / work.windows,
         "first_step_seconds": first_step,
         "peak_gb": peak_bytes(device) / 1e9,
         "losses": [first_loss, loss],
@@ -438,6 +441,8 @@ def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device
     else:
         best["windows"] = best["windows"] + done[0]["windows"]
         best["busy_elsewhere"] = max(best["busy_elsewhere"], done[0]["busy_elsewhere"])
+        used = min(best["cpu_seconds_a_step"], done[0]["cpu_seconds_a_step"])
+        best["cpu_seconds_a_step"] = used
     median = statistics.median(best["windows"])
     best["tokens_per_second"] = work.batch_rows * work.seq_len / median
     best["spread"] = (max(best["windows"]) - min(best["windows"])) / median
@@ -552,7 +557,15 @@ def report(results: Figures) -> str:
     device, settings = results["device"], results["settings"]
     machine = results["machine"]
     head = ["size", "", "version", "rows", "tokens/s", "fastest", "ours / it", "MFU %"]
-    head += ["TFLOP/s", "peak GB", "first step s", "spread %", "loss", "busy elsewhere"]
+    head += [
+        "TFLOP/s",
+        "peak GB",
+        "first step s",
+        "spread %",
+        "loss",
+        "busy elsewhere",
+        "CPU s/step",
+    ]
     rows = []
     for facts in results["runs"]:
         row = [facts["size"], facts["contender"], facts["version"]]
@@ -563,9 +576,9 @@ def report(results: Figures) -> str:
             row += [f"{100 * best['mfu']:.1f}" if "mfu" in best else "-", f"{best['tflops']:.3g}"]
             row += [f"{best['peak_gb']:.1f}", f"{best['first_step_seconds']:.1f}"]
             row += [f"{100 * best['spread']:.1f}", "{:.2f} → {:.2f}".format(*best["losses"])]
-            row += [f"{best['busy_elsewhere']:.1f}"]
+            row += [f"{best['busy_elsewhere']:.1f}", f"{best['cpu_seconds_a_step']:.3f}"]
         else:
-            row += ["-"] * 11
+            row += ["-"] * 12
         rows.append(row)
     rule = ["---", "---", "---", *["---:"] * (len(head) - 3)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])

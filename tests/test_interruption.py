@@ -1,6 +1,8 @@
 """A run that is killed, interrupted or orphaned goes on as if nothing had happened."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import mlflow
 import psutil
 import pytest
 import torch
-from pipeline import SMALL_SHAPE, Flow, processes_of, rank_of
+from pipeline import ROOT, SMALL_SHAPE, Flow, processes_of, rank_of
 
-from zeroflow import tracking
-from zeroflow.training import checkpoint, goodput, recovery
+from zeroflow import artifacts, tracking
+from zeroflow.training import checkpoint, events, goodput, recovery
+from zeroflow.training.job import CHECKPOINTS, JOB, RESULT, TrainingJob
 
 STEPS = 600
 # The last flag of a name counts
@@ -19,28 +22,40 @@ RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-int
 RUN += ["--checkpoint-every=100", "--validate-every=150", "--skip-preflight"]
 
 
-def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_one(
+def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
     flow: Flow, tmp_path: Path, base_environment: dict[str, str]
 ) -> None:
+    kill_the_training_and_then_the_flow(flow)
+    process = start_and_wait(flow, step=310)
+    refuse_a_second_run_of_the_name(flow)
+    interrupt(flow, process, signal.SIGINT, expect=130)
+    process = start_and_wait(flow, step=410)
+    interrupt(flow, process, signal.SIGTERM, expect=143)
+
     home = tmp_path / "prefect"
-    undisturbed = Flow(tmp_path / "undisturbed", base_environment | {"PREFECT_HOME": str(home)})
-    output = undisturbed.run("--run-name=run", *RUN)
+    alone = Flow(flow.cache, base_environment | {"PREFECT_HOME": str(home)})
+    output = alone.run("--run-name=run", *RUN)
     assert "starting a Prefect server for this run" in output, "as PREFECT_API_URL is not set"
     assert processes_with("PREFECT_HOME", home) == [], "and it is stopped at the end"
-
-    kill_the_training_and_then_the_flow(flow)
-    interrupt(flow, signal.SIGINT, from_step=310, expect=130)
-    interrupt(flow, signal.SIGTERM, from_step=410, expect=143)
-    output = flow.run("--run-name=run", *RUN)
     assert "resumed at step" in output
-    assert_same_end(flow, undisturbed)
+    assert_same_end(flow.folder("run"), trained_undisturbed(flow, tmp_path / "undisturbed"))
     assert_time_is_accounted_for(flow)
     assert_one_mlflow_run_has_every_line_once(flow)
 
 
+def trained_undisturbed(flow: Flow, folder: Path) -> Path:
+    """The directory of the same training, that nobody stops."""
+    job = TrainingJob.model_validate(artifacts.read_json(flow.folder("run") / JOB))
+    other = job.replace(run_dir=folder, tracking=job.tracking.replace(run_name="undisturbed"))
+    artifacts.write_json(folder / JOB, other.model_dump(mode="json"))
+    command = [sys.executable, "-m", "zeroflow.training", str(folder / JOB)]
+    ended = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
 def kill_the_training_and_then_the_flow(flow: Flow) -> None:
-    process = flow.start("--run-name=run", *RUN)
-    flow.wait_for_step("run", 130, process)
+    process = start_and_wait(flow, step=130)
     rank_of(flow.cache).kill()
     flow.wait_for_step("run", 230, process)
     [entry] = recovery.read(flow.folder("run"))
@@ -52,15 +67,33 @@ def kill_the_training_and_then_the_flow(flow: Flow) -> None:
     assert newest_step(flow) % 100, "the orphan saved and ended by itself"
 
 
-def interrupt(flow: Flow, number: signal.Signals, *, from_step: int, expect: int) -> None:
+def start_and_wait(flow: Flow, *, step: int) -> "subprocess.Popen[str]":
     process = flow.start("--run-name=run", *RUN)
-    flow.wait_for_step("run", from_step, process)
+    flow.wait_for_step("run", step, process)
+    return process
+
+
+def refuse_a_second_run_of_the_name(flow: Flow) -> None:
+    rank = rank_of(flow.cache)
+    rank.suspend()  # or it would be at its end by then
+    history = flow.folder("run") / events.EVENTS
+    before = history.read_bytes()
+    output = flow.run("--run-name=run", *RUN, expect=1)
+    assert "another process is at work on run run" in output and "step 3" not in output
+    assert history.read_bytes() == before
+    rank.resume()
+
+
+def interrupt(
+    flow: Flow, process: "subprocess.Popen[str]", number: signal.Signals, *, expect: int
+) -> None:
+    reached = max(line["step"] for line in flow.metrics("run"))
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == expect, output
     assert "the same command goes on" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []
-    assert newest_step(flow) >= from_step
+    assert newest_step(flow) >= reached
 
 
 def assert_time_is_accounted_for(flow: Flow) -> None:
@@ -78,19 +111,21 @@ def newest_step(flow: Flow) -> int:
     return checkpoint.step_of(newest)
 
 
-def assert_same_end(flow: Flow, other: Flow) -> None:
-    ours, theirs = (f.folder("run") / "checkpoints" / f"step-{STEPS:08d}" for f in (flow, other))
-    mine, undisturbed = read_tensors(ours), read_tensors(theirs)
-    assert mine.keys() == undisturbed.keys()
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, undisturbed[name]), name
+def assert_same_end(stopped: Path, undisturbed: Path) -> None:
+    folders = (stopped, undisturbed)
+    ours, theirs = (read_tensors(f / CHECKPOINTS / f"step-{STEPS:08d}") for f in folders)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "sample")
     lines, expected = (
-        [{key: line.get(key) for key in keys} for line in f.metrics("run")] for f in (flow, other)
+        [{key: line.get(key) for key in keys} for line in events.read(f / events.METRICS)]
+        for f in folders
     )
     assert lines == expected, "every logged number, each once"
-    report = ("val_loss", "overfit", "train_loss", "sample")
-    assert {k: flow.report("run")[k] for k in report} == {k: other.report("run")[k] for k in report}
+    keys = ("train_loss", "val_loss", "first_val_loss", "sample")
+    result, expected = ([artifacts.read_json(f / RESULT)[key] for key in keys] for f in folders)
+    assert result == expected
 
 
 def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
@@ -105,7 +140,8 @@ def mlflow_run(flow: Flow) -> mlflow.entities.Run:
 
 def assert_one_mlflow_run_has_every_line_once(flow: Flow) -> None:
     client, run = mlflow_client(flow), mlflow_run(flow)
-    assert len(client.search_runs([run.info.experiment_id])) == 1
+    runs = client.search_runs([run.info.experiment_id])
+    assert sorted(found.info.run_name for found in runs) == ["run", "undisturbed"]
     assert run.info.status == "FINISHED"
     curves = {"loss/train": "loss", "loss/val": "val_loss", "optim/grad_norm": "grad_norm"}
     for key, field in curves.items():

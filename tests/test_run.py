@@ -150,9 +150,11 @@ def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field)
 
 def test_run_that_never_trained_begins_anew_with_other_settings(ask):
     """So that the remedy of a failure can be tried under the same name."""
-    settle(ask(run_name="mine", training={"seq_len": 64}))
+    first = settle(ask(run_name="mine", training={"seq_len": 64}))
+    ledger = first.run.run_dir / "ledger.jsonl"
+    ledger.write_text("{}\n")
     again = settle(ask(run_name="mine", training={"seq_len": 128, "max_steps": 5}))
-    assert not again.resumes
+    assert not again.resumes and not ledger.exists()
     assert (again.run.training.seq_len, again.run.training.max_steps) == (128, 5)
     assert settle(ask(run_name="mine")).run == again.run
 

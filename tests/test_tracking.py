@@ -224,6 +224,10 @@ def test_resumed_run_is_one_run_with_every_step_once(config, run_dir, tmp_path):
 def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, server, caplog):
     """One run goes on while the server is away, another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
+
+    def logged(words: str) -> int:
+        return sum(words in message for message in caplog.messages)
+
     remote = config.replace(uri=server.uri, folder=None)
     ended = run_dir.with_name("ended")
     ended.mkdir()
@@ -234,20 +238,21 @@ def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, se
     wait_for(lambda: arrived(remote, run_dir) == 3 and arrived(remote, ended) == 2)
 
     server.kill()
-    caplog.clear()  # two runs that begin at once may disturb each other, and try again
     with no_connection_of_this_thread():
         record(run_dir, range(4, 8))
         record(ended, range(3, 6))
-    wait_for(lambda: sum("will try again" in message for message in caplog.messages) == 2)
+    # a server that is busy may have made them wait before
+    wait_for(lambda: logged("will try again") == 2 + logged("is back and has all"))
+    came_back = logged("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
         late = follow(remote, ended)
         late.close("FINISHED")
-    assert sum("did not take the last metrics" in message for message in caplog.messages) == 2
+    assert logged("did not take the last metrics") == 2
     assert finish(remote, ended, succeeded=True) is None
 
     server.start()
-    wait_for(lambda: any("is back and has all" in message for message in caplog.messages))
+    wait_for(lambda: logged("is back and has all") > came_back)
     assert history(remote, run_dir, "loss/train") == losses(*range(1, 8)), "during the run"
     record(run_dir, range(8, 10))
     going.close("FINISHED")
@@ -258,6 +263,24 @@ def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, se
     assert finish(remote, ended, succeeded=True) == the_run(remote, ended).info.run_id
     assert history(remote, ended, "loss/train") == losses(*range(1, 6)), "by the next finish"
     assert the_run(remote, ended).info.status == "FINISHED"
+
+
+def test_runs_that_begin_at_once_share_the_experiment(config, run_dir, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    first = tracking._Run(config, run_dir)
+    look, answers = MlflowClient.get_experiment_by_name, iter([None])  # the other is not there yet
+    monkeypatch.setattr(
+        MlflowClient,
+        "get_experiment_by_name",
+        lambda self, name: next(answers, look(self, name)),
+    )
+    other = run_dir.with_name("other")
+    other.mkdir()
+    second = tracking._Run(config, other)
+    runs = [the_run(config, folder).info for folder in (run_dir, other)]
+    assert [run.run_id for run in runs] == [first.run_id, second.run_id]
+    assert runs[0].experiment_id == runs[1].experiment_id
 
 
 def test_points_whose_answer_was_lost_are_there_once(config, run_dir):
@@ -286,8 +309,10 @@ def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir
 
 def test_training_that_was_killed_is_delivered_for_and_ends_as_failed(config, run_dir):
     record(run_dir, range(1, 4))
+    events.append(run_dir / LEDGER, {"reason": "killed"})
     tracking._Run(config, run_dir).begin()
-    assert the_run(config, run_dir).info.status == "RUNNING"
+    begun = the_run(config, run_dir)
+    assert begun.info.status == "RUNNING" and begun.data.tags["recoveries"] == "1"
     tracking.abandon(config, run_dir, events.read(run_dir / events.METRICS))
     assert the_run(config, run_dir).info.status == "FAILED"
     assert history(config, run_dir, "loss/train") == losses(1, 2, 3)

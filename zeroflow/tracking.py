@@ -6,6 +6,7 @@ The only importer of mlflow. By default runs are written straight to SQLite unde
 What is delivered is read from the run's metrics.jsonl, and only what lies after the last step that
 MLflow has of a curve is sent. So whatever MLflow missed, it has after the next delivery that
 succeeds: later in the training, at its end, with the report, or when the same command runs again.
+MLflow deletes no point: steps that a roll-back trains anew keep what was sent of them first.
 """
 
 import logging
@@ -255,6 +256,7 @@ class _Run:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client.update_run(self.run_id, "RUNNING")
+        self._tell_recoveries()
         self._monitor = SystemMetricsMonitor(
             self.run_id, resume_logging=True, tracking_uri=self._uri
         )
@@ -283,12 +285,15 @@ class _Run:
         self._client.log_artifact(self.run_id, str(file))
 
     def end(self, status: str) -> None:
+        self._tell_recoveries()
+        self._client.set_terminated(self.run_id, status)
+
+    def _tell_recoveries(self) -> None:
         ledger = self._run_dir / LEDGER
         if ledger.exists():
             self.attach(ledger)
             recoveries = ledger.read_bytes().count(b"\n")
             self._client.set_tag(self.run_id, "recoveries", str(recoveries))
-        self._client.set_terminated(self.run_id, status)
 
 
 def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
@@ -304,12 +309,7 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     with _store_lock(config.folder):
         client = MlflowClient(config.uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            artifact_root = (config.folder / "artifacts").as_uri() if config.folder else None
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_root)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment(client, config.folder)
     facts = run_facts(run_dir)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:
@@ -324,6 +324,22 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     if not run.data.params:
         _describe(client, run_id, config)
     return client, run_id
+
+
+def _experiment(client: Any, folder: Path | None) -> str:
+    """Id of the experiment, which is created if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    try:
+        return client.create_experiment(
+            EXPERIMENT, (folder / "artifacts").as_uri() if folder else None
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another run was faster
 
 
 @contextmanager

@@ -12,10 +12,10 @@ forgotten = random.Random(0)
 train_step = loop.train_step
 
 
-def noisy_step(state, micro_batches, config):
+def noisy_step(state, *given):
     with torch.no_grad():
         state.model.model.norm.weight.add_(forgotten.gauss(0, 1e-3))
-    return train_step(state, micro_batches, config)
+    return train_step(state, *given)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,40 @@
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import threading
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from tiny import MODEL, RandomBatches, training_config
+from tiny import CPU, MODEL, ArrayRows, RandomBatches, training_config
 
-from zeroflow import artifacts
+from zeroflow import artifacts, generate
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
-from zeroflow.training.loop import TrainState, new_state, train
+from zeroflow.training.loop import TrainingConfig, TrainState, new_state, train
+from zeroflow.training.schedule import Schedule
+from zeroflow.training.validation import validation_loss
 
 CONFIG = training_config(steps=6)
 TOKENIZER = "0123456789ab"
 BATCHES = RandomBatches(accumulate=2)
 
 
-def trained(steps: int) -> TrainState:
-    state = new_state(MODEL, CONFIG)
-    for _ in islice(train(state, BATCHES, CONFIG), steps):
+def trained(
+    steps: int, config: TrainingConfig = CONFIG, batches: RandomBatches = BATCHES
+) -> TrainState:
+    state = new_state(MODEL, config)
+    for _ in islice(train(state, batches, config), steps):
         pass
     return state
 
@@ -79,15 +88,73 @@ def test_loaded_state_is_the_saved_one_bit_for_bit(tmp_path):
     assert names and all(tensors(saved)[name].any() for name in names)
 
 
-def test_resumed_training_equals_uninterrupted_training(tmp_path):
-    straight = new_state(MODEL, CONFIG)
-    losses = [metrics.loss.item() for metrics in train(straight, BATCHES, CONFIG)]
+WARMING_UP = Schedule(name="cosine", peak=1e-2, warmup_steps=5, steps=6)
 
-    path = save(trained(3), tmp_path, keep=1)
+
+@pytest.mark.parametrize(
+    ("config", "batches"),
+    [
+        pytest.param(CONFIG, RandomBatches(), id="eager"),
+        pytest.param(CONFIG, BATCHES, id="accumulating"),
+        pytest.param(CONFIG.replace(schedule=WARMING_UP), BATCHES, id="in the warm-up"),
+        pytest.param(
+            CONFIG.replace(compute=CPU.replace(compile=True)),
+            BATCHES,
+            id="compiled",
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="compiles with g++"),
+        ),
+    ],
+)
+def test_resumed_training_equals_uninterrupted_training(tmp_path, config, batches):
+    straight = new_state(MODEL, config)
+    losses = [metrics.loss.item() for metrics in train(straight, batches, config)]
+
+    path = save(trained(3, config, batches), tmp_path, keep=1)
+    torch.compiler.reset()  # as in another process
+    resumed = new_state(MODEL, config)
+    load(resumed, path)
+    assert [metrics.loss.item() for metrics in train(resumed, batches, config)] == losses[3:]
+    assert_equal(tensors(resumed), tensors(straight))
+
+
+def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_path):
+    straight = trained(6)
+    state = trained(3)
+    rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
+    validation_loss(state.model, rows, 5, 2, CPU)
+    ids = TokenizerFiles(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
+    generate.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
+    path = save(state, tmp_path, keep=1)
     resumed = new_state(MODEL, CONFIG)
     load(resumed, path)
-    assert [metrics.loss.item() for metrics in train(resumed, BATCHES, CONFIG)] == losses[3:]
+    for _ in train(resumed, BATCHES, CONFIG):
+        pass
     assert_equal(tensors(resumed), tensors(straight))
+
+
+def save_and_be_killed(folder: Path) -> None:
+    """For a process of its own, that ends when the tensors are written, and no manifest is."""
+    artifacts.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    save(trained(3), folder, keep=2)
+
+
+def test_training_killed_while_it_saves_ends_as_an_uninterrupted_one(tmp_path):
+    before = save(trained(2), tmp_path, keep=2)
+    process = multiprocessing.get_context("spawn").Process(
+        target=save_and_be_killed, args=(tmp_path,)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(tmp_path.glob(".step-00000003.partial/*.distcp")), "half written"
+
+    checkpoint.clear_unfinished(tmp_path)
+    assert checkpoint.latest(tmp_path) == before and list(tmp_path.iterdir()) == [before]
+    resumed = new_state(MODEL, CONFIG)
+    load(resumed, before)
+    for _ in train(resumed, BATCHES, CONFIG):
+        pass
+    assert_equal(tensors(resumed), tensors(trained(6)))
 
 
 def test_saving_leaves_the_state_as_it_is(tmp_path):

@@ -1,17 +1,26 @@
+import os
+import random
 from pathlib import Path
 
+import corrupted
+import numpy as np
 import pytest
-from tiny import MODEL, training_config
+from conftest import Text
+from mlflow.tracking import MlflowClient
+from tiny import MODEL, jsonl_corpus, training_config
 
-from zeroflow.data.batches import Batches, Skip
+from zeroflow import tracking
+from zeroflow.data import lookup
+from zeroflow.data.batches import Batches, Skip, row_ids
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig, build
 from zeroflow.data.tokenizer import TokenizerConfig, fetch
 from zeroflow.generate import SamplingConfig
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import events, recovery
+from zeroflow.training import job as jobs
 from zeroflow.training.checkpoint import Retention
-from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob
+from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
 
 
 @pytest.fixture
@@ -101,3 +110,87 @@ def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
 def test_wrong_settings_and_errors_of_the_code_are_never_tried_again(job):
     assert fail(job, "error") is None
     assert recovery.read(job.run_dir) == []
+
+
+STEPS, SPIKE = 90, 73
+
+
+@pytest.fixture
+def noisy_job(job: TrainingJob, text: Text, tmp_path: Path) -> TrainingJob:
+    """Words in any order, a row of noise in the batch of step `SPIKE`, and a real MLflow store."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["the", "after", "war"], k=3000)) for _ in range(20)]
+    texts.insert(10, "".join(rng.choices("#%&*+<=>@^~|{}[]", k=31)))
+    corpus = jsonl_corpus(tmp_path / "noisy.jsonl", texts)
+    config = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=8, validation_fraction=0.05)
+    rows = build(config, corpus, text.tokens, tmp_path)
+    everything = lookup.pieces(rows, text.tokens, np.arange(rows.train.rows))
+    [noise] = [piece.row for piece in everything if piece.document == "d10"]
+    batch = np.arange(4 * (SPIKE - 1), 4 * SPIKE)
+    seed = next(s for s in range(10**4) if noise in row_ids(batch, rows.train.rows, s))
+    uri, folder = tracking.location(tmp_path)
+    return job.replace(
+        model=MODEL.replace(vocab_size=text.tokens.vocab_size),
+        training=training_config(seed=seed, steps=STEPS, peak=3e-3, micro_batch_rows=4),
+        cadence=Cadence(log=1, validate_=STEPS, checkpoint=5),
+        roll_back_spikes=True,
+        shards=rows,
+        tokenizer=text.tokens,
+        prompt="The",
+        tracking=TrackingConfig(
+            uri=uri,
+            folder=folder,
+            run_name="run",
+            tags={},
+            params={"seed": str(seed)},
+            dataset={"name": "noisy", "digest": "abc", "source": "noisy"},
+        ),
+    )
+
+
+def train_with_retries(job: TrainingJob) -> TrainResult:
+    """As the flow's task does."""
+    while True:
+        try:
+            return recovery.train(job, lambda event: None)
+        except TrainingFailed as failure:
+            if not failure.will_retry:
+                raise
+
+
+def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
+    noisy_job, monkeypatch
+):
+    """Once as noise in the data makes a spike, once as no number is finite any more."""
+    launch = jobs.launch
+    monkeypatch.setattr(jobs, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert train_with_retries(noisy_job).steps == STEPS
+
+    spike, broken = recovery.read(noisy_job.run_dir)
+    assert spike.reason == broken.reason == "diverged"
+    assert f"step {SPIKE} has " in spike.message and "usual is up to" in spike.message
+    assert spike.skip == Skip(step=70, batches=SPIKE - 70), "from the newest checkpoint on"
+    found = events.read(noisy_job.run_dir / events.EVENTS)
+    last = corrupted.AT_STEP + 5
+    skipped = [event["step"] for event in found if event["event"] == "skipped"]
+    assert skipped == [*range(corrupted.AT_STEP, last + 1)], "six in a row"
+    assert f"step {last} has loss nan" in broken.message
+    assert broken.skip == Skip(step=75, batches=last - 75)
+    assert [event["step"] for event in found if event["event"] == "started"] == [0, 70, 75]
+
+    lines = [line for line in events.read(noisy_job.run_dir / events.METRICS) if "loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
+    assert max(line["loss"] for line in lines[60:]) < 1.8, "without the spike"
+
+    # MLflow takes no point back: steps that were left keep what was seen of them first
+    run_id = (tracking.run_facts(noisy_job.run_dir) or {})["run_id"]
+    client = MlflowClient(noisy_job.tracking.uri)
+    history = {p.step: p.value for p in client.get_metric_history(run_id, "loss/train")}
+    assert len(client.get_metric_history(run_id, "loss/train")) == len(history) == STEPS
+    differ = {line["step"] for line in lines if history[line["step"]] != line["loss"]}
+    assert differ == {71, 72, 73, 76, 77}
+    assert history[SPIKE] > 2.0, "the spike"
+    assert client.get_run(run_id).data.tags["recoveries"] == "2"
+    assert recovery.LEDGER in {file.path for file in client.list_artifacts(run_id)}
