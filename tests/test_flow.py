@@ -320,8 +320,8 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
         entry = recovery.Entry(**before, action="left out", skip=Skip(step=0, batches=1))
         events.append(flow.folder("mad") / recovery.LEDGER, entry.model_dump(mode="json"))
     mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
-    synthetic = ["--run-name=mad", "--data-mode=synthetic", "--skip-preflight"]
-    output = flow.run(*synthetic, *SMALL_SHAPE, *mad, expect=1)
+    flags = ["--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE, "--skip-preflight"]
+    output = flow.run(*flags, *mad, expect=1)
     assert "has loss" in output and "lower --learning-rate" in output
     assert "Traceback" not in output and output.count("error:") == 1
     assert [entry.skip.step for entry in recovery.read(flow.folder("mad"))] == [0, 0, 0]

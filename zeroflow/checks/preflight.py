@@ -42,7 +42,7 @@ RESULT = "preflight.json"
 
 _JOB = "preflight-job.json"
 _CHECKPOINT = "preflight-checkpoint"
-_ROWS, _CONTEXT = 2, 64
+_ROWS, _CONTEXT = 1, 64
 _WINDOW = 32
 """Logits that are compared on either side of a change, as all of them may not fit in memory."""
 
