@@ -90,13 +90,14 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     filled = urllib.parse.quote(json.dumps({"run": run}))
     page.goto(f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}")
     name = field(page, "Run Name")
-    assert "A run of the same name goes on where it stopped" in name.inner_text()
+    name.get_by_text("A run of the same name goes on where it stopped").wait_for()
     name.get_by_role("button", name="str").click()
     name.locator("textarea, input").last.fill("by-hand")
     seed = field(page, "Seed").locator("input").last
     seed.fill("-1")
     page.get_by_role("button", name="Submit").click()
-    page.get_by_text("greater than or equal to").first.wait_for()
+    refused = "'run.seed'. Failure reason: -1 is less than the minimum of 0"
+    page.get_by_text(refused).first.wait_for()
     assert api(f"{both.prefect}/api", "/flow_runs/filter") == []
     seed.fill("7")
     page.get_by_role("button", name="Submit").click()

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -133,3 +135,80 @@ def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
         warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
         orchestration.publish("# page", "report", "mine")
     assert any("the report could not be shown in Prefect" in m for m in caplog.messages)
+
+
+def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    entered: list[str] = []
+    said: list[str] = []
+    # not caplog, which Prefect's own set-up of logging takes away
+    monkeypatch.setattr(orchestration.log, "info", lambda text, *values: said.append(text % values))
+
+    def second() -> None:
+        with temporary_settings({PREFECT_API_URL: prefect_api}), orchestration.gpu_slot("cuda"):
+            entered.append("second")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        orchestration.set_up()
+        thread = threading.Thread(target=second)
+        with orchestration.gpu_slot("cuda"):
+            thread.start()
+            with orchestration.gpu_slot("cpu"):
+                entered.append("a CPU")
+            for _ in range(300):
+                if any("until another run is done with the GPU" in line for line in said):
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.fail("the second one does not wait")
+            assert entered == ["a CPU"]
+        thread.join(120)
+    assert entered == ["a CPU", "second"]
+
+
+def test_gpu_is_used_although_prefect_is_away(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(ZeroDivisionError),
+        orchestration.gpu_slot("cuda"),
+    ):
+        raise ZeroDivisionError
+    assert any("does not keep other runs off the GPU" in m for m in caplog.messages)
+
+
+def test_progress_that_cannot_be_shown_is_one_warning(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        show = orchestration.Progress("training", "mine")
+        for share in (0.5, 0.6, 1.0, 1.0):
+            show(share, "step")
+    assert len(caplog.messages) == 1
+    assert "progress of training is not shown in Prefect" in caplog.text
+
+
+def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> tuple[float, str]:
+        kept = api(prefect_api, "/artifacts/latest/filter")
+        [page] = [page for page in kept if page["key"] == "shards-progress-own-name"]
+        return page["data"], page["description"]
+
+    @flow(name="shows")
+    def shows() -> None:
+        show = orchestration.Progress("shards", "Own.name")
+        show(0.123, "first")
+        show(0.5, "too soon")
+        assert shown() == (12.3, "shards: first")
+        show(1.0, "last")
+        assert shown() == (100, "shards: last")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        shows()
