@@ -84,6 +84,9 @@ _SLOT_SECONDS = 5.0
 _lost = threading.Event()
 """Whether the server had gone when a flow ended."""
 
+_to_the_end = ExitStack()
+"""Settings of Prefect for what is left of this process."""
+
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
 # live runs crashed.
 SILENCE = timedelta(minutes=15)
@@ -240,10 +243,10 @@ def run_here(flow: RunFlow, config: RunConfig) -> Path:
     """
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with get_client(sync_client=True) as client, ExitStack() as until_told:
+    with get_client(sync_client=True) as client:
         flow_run = _new_flow_run(client, flow, config)
         with _cancelled_by_button(client, flow_run.id) as cancelled:
-            attempt = _Attempt(flow, cancelled, until_told)
+            attempt = _Attempt(flow, cancelled)
             try:
                 run_flow(attempt.flow, flow_run=flow_run, parameters={"run": config})
             except Exception as error:
@@ -298,7 +301,10 @@ def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
 
 @contextmanager
 def logs_delivered() -> Iterator[None]:
-    """Send what zeroflow logs within the block to the flow run's log as well."""
+    """Send what zeroflow logs within the block, that of a flow, to the flow run's log as well.
+
+    A server that has gone by its end is told once how the flow ended, not for minutes.
+    """
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
     handler.setLevel(logging.INFO)
     if logger.level == logging.NOTSET:  # no command line has set it
@@ -308,6 +314,9 @@ def logs_delivered() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        if not _reachable():
+            _lost.set()
+            _to_the_end.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
 
 
 def silence_console() -> None:
@@ -526,16 +535,12 @@ def _start_server(port: int, log_file: Path | None = None) -> Program:
 
 
 class _Attempt:
-    """A flow that remembers how its own code ended, whatever becomes of the server.
+    """A flow that remembers how its own code ended, whatever becomes of the server."""
 
-    A server that has gone by then is told the end once, not again and again for minutes.
-    """
-
-    def __init__(self, flow: RunFlow, cancelled: threading.Event, until_told: ExitStack) -> None:
+    def __init__(self, flow: RunFlow, cancelled: threading.Event) -> None:
         self.result: Path | None = None
         self.error: Exception | None = None
-        self._cancelled, self._until_told = cancelled, until_told
-        self._function = flow.fn
+        self._cancelled, self._function = cancelled, flow.fn
         body: Any = wraps(flow.fn)(lambda run: self._run(run))  # it may return a state, as well
         self.flow = copy.copy(flow)
         self.flow.fn = body
@@ -550,11 +555,6 @@ class _Attempt:
         except Exception as error:
             self.error = error
             raise
-        finally:
-            if not _reachable():
-                _lost.set()
-                once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
-                self._until_told.enter_context(once)
         return self.result
 
 
