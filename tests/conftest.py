@@ -11,12 +11,16 @@ from typing import NamedTuple
 
 import pytest
 from hub import english
+from hypothesis import settings
 from pipeline import Flow, free_port, wait_until_healthy
 from tiny import jsonl_corpus
 
 from zeroflow.data import tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+
+settings.register_profile("any machine", deadline=None)  # timings never decide a test
+settings.load_profile("any machine")
 
 
 class Text(NamedTuple):

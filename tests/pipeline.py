@@ -128,7 +128,7 @@ class Ui:
 
 
 def logged_steps(events: str) -> list[int]:
-    return [int(found) for found in re.findall(r'"step": (\d+), "tokens": \d+, "loss"', events)]
+    return [int(found) for found in re.findall(r'"step": (\d+),[^}\n]*"loss":', events)]
 
 
 def free_port() -> int:
