@@ -89,7 +89,7 @@ TROUBLES = [
     Trouble(
         "503, Retry-After: a date in a day",
         (answers(503, Retry_After=formatdate(time.time() + 86_400, usegmt=True)),),
-        "answers 503 and asks to wait 86",
+        "answers 503 and asks to wait ",
     ),
     Trouble("503 always", (answers(503),), "answers 503"),
     Trouble("504 always", (answers(504),), "answers 504"),
@@ -175,12 +175,13 @@ def meet(trouble: Trouble, patience: Patience | None = None) -> Outcome:
         stack.enter_context(asking(trouble.endpoint or hub.url))
         file = stack.enter_context(
             hubs.open_file(
-                DATASET, HubFile(FILE, len(CONTENT)), revision=REPO.sha, patience=patience
+                DATASET, HubFile(FILE, len(CONTENT)), revision=REPO.sha, patience=hurried(10.0)
             )
         )
         if not trouble.endpoint:
             file.seek(BEFORE.start)
             assert file.read(BEFORE.stop - BEFORE.start) == CONTENT[BEFORE]
+        file._patience = patience
         if trouble.away_seconds:
             leave(hub, trouble.away_seconds, stack)
 
