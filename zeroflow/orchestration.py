@@ -420,7 +420,8 @@ class Progress:
             if not _reachable():
                 raise ConnectionError("its server does not answer")
             if self._bar is None:
-                self._bar = create_progress_artifact(percent, self._key, text)
+                created: Any = create_progress_artifact(percent, self._key, text)
+                self._bar = created
             else:
                 update_progress_artifact(self._bar, percent, text)
             self._failing = False
