@@ -429,9 +429,8 @@ class Progress:
             if not _reachable():
                 raise ConnectionError("its server does not answer")
             if self._bar is None:
-                bar = create_progress_artifact(percent, self._key, text)
-                assert isinstance(bar, UUID), "no coroutine, as nothing here is async"
-                self._bar = bar
+                created: Any = create_progress_artifact(percent, self._key, text)
+                self._bar = created
             else:
                 update_progress_artifact(self._bar, percent, text)
             self._failing = False
