@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A network of a few thousand parameters: its steps take milliseconds
-SMALL_SHAPE = [
+CHECKED_SHAPE = [
     "--hidden-size=32",
     "--num-hidden-layers=2",
     "--num-attention-heads=4",
@@ -32,6 +32,8 @@ SMALL_SHAPE = [
     "--learning-rate=1e-2",
     "--sample-tokens=8",
 ]
+SMALL_SHAPE = [*CHECKED_SHAPE, "--skip-preflight"]
+"""For tests of something else: the pre-flight takes some seconds."""
 
 
 @dataclass

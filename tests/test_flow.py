@@ -13,7 +13,7 @@ import mlflow
 import pytest
 import torch
 from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
-from pipeline import ROOT, SMALL_SHAPE, Flow, api
+from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api
 
 from zeroflow import cli
 from zeroflow.data.batches import Skip
@@ -40,7 +40,7 @@ def sample(
     """A finished run on the sample, and what it printed."""
     environment = base_environment | {"PREFECT_API_URL": prefect_api}
     flow = Flow(tmp_path_factory.mktemp("sample") / "cache", environment)
-    return flow, flow.run("--run-name=first", "--log-interval=4", *SMALL_SHAPE)
+    return flow, flow.run("--run-name=first", "--log-interval=4", *CHECKED_SHAPE)
 
 
 def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
@@ -142,7 +142,7 @@ def test_failed_check_before_training_ends_the_run_in_one_message(
     (tmp_path / "sitecustomize.py").write_text(BLIND_ATTENTION)
     before = flow.environment.get("PYTHONPATH", "")
     flow.environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{before}"}
-    output = flow.run("--run-name=blind", "--data-mode=synthetic", *SMALL_SHAPE, expect=1)
+    output = flow.run("--run-name=blind", "--data-mode=synthetic", *CHECKED_SHAPE, expect=1)
     assert "error: pre-flight: 1 of 7 checks failed, and nothing was trained" in output
     assert "causality: largest change " in output and "look at the mask of `attend`" in output
     assert "--skip-preflight" in output and "Traceback" not in output
@@ -256,7 +256,7 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     flags = ["--data-mode=files", "--text-column=body", "--tokenizer-name=train"]
     flow.run(
         "--run-name=own", *flags, "--data-path", f"{tmp_path}/*.gz", f"{tmp_path}/*.txt",
-        *SMALL_SHAPE, "--skip-preflight",
+        *SMALL_SHAPE,
     )  # fmt: skip
     assert flow.report("own")["data"]["documents"] == 61
     assert flow.report("own")["preflight"] is None
@@ -320,7 +320,7 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
         entry = recovery.Entry(**before, action="left out", skip=Skip(step=0, batches=1))
         events.append(flow.folder("mad") / recovery.LEDGER, entry.model_dump(mode="json"))
     mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
-    flags = ["--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE, "--skip-preflight"]
+    flags = ["--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE]
     output = flow.run(*flags, *mad, expect=1)
     assert "has loss" in output and "lower --learning-rate" in output
     assert "Traceback" not in output and output.count("error:") == 1

@@ -15,6 +15,7 @@ RUN = ["--run-name=mine", *SMALL_SHAPE, "--data-mode=synthetic", "--max-steps=30
 RUN += ["--kill-seed=2"]  # while it starts up and while it validates
 
 
+@pytest.mark.slow
 def test_flow_proves_resume_and_shows_it_everywhere(flow: Flow, prefect_api: str) -> None:
     command = [sys.executable, "flows/prove_resume.py", f"--cache-dir={flow.cache}", *RUN]
     ended = subprocess.run(

@@ -62,6 +62,7 @@ def test_name_follows_from_what_is_varied():
     assert one.name == same.name != other.name
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     flow: Flow, prefect_api: str
 ) -> None:
@@ -70,7 +71,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
     command = [sys.executable, "flows/sweep.py", f"--cache-dir={flow.cache}", "--sweep-name=s"]
-    command += [*SMALL_SHAPE, "--data-mode=synthetic", "--skip-preflight", "--seeds", "0", "1"]
+    command += [*SMALL_SHAPE, "--data-mode=synthetic", "--seeds", "0", "1"]
     ended = subprocess.run(
         command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=280
     )

@@ -529,6 +529,7 @@ def test_two_processes_at_once_share_the_work_and_both_succeed(text, tmp_path, m
     assert digests(built[0]) == digests(alone)
 
 
+@pytest.mark.slow
 def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_one(
     text, tmp_path, monkeypatch
 ):

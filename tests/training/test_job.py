@@ -1,7 +1,11 @@
 """Whether a training lives is told by changes, not by times: the clock may be set meanwhile."""
 
+import logging
 import os
+import subprocess
+import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -49,3 +53,33 @@ def test_compiled_code_is_kept_with_the_cache_unless_the_user_says_where(monkeyp
     assert environment["TRITON_CACHE_DIR"] == str(Path("cache/compile/triton"))
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "mine"
     assert "TRITON_CACHE_DIR" not in job._environment(None)
+
+
+SAYS = """
+import logging, sys
+from zeroflow.training import worker
+worker._log_to_parent(rank=int(sys.argv[1]))
+for level in ("info", "warning", "error"):
+    getattr(logging.getLogger("zeroflow.some"), level)(level)
+print("printed")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_what_goes_on_and_others_what_goes_wrong(rank, caplog):
+    caplog.set_level(logging.DEBUG, logger="zeroflow")
+    child = subprocess.Popen(
+        [sys.executable, "-c", SAYS, str(rank)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    job._pass_on(child, deque())
+    child.wait()
+    heard = [(record.levelname, record.getMessage()) for record in caplog.records]
+    if rank:
+        wrong = [("WARNING", "rank 1: warning"), ("ERROR", "rank 1: error")]
+    else:
+        wrong = [("INFO", "info"), ("WARNING", "warning"), ("ERROR", "error")]
+    assert [line for line in heard if line[0] != "DEBUG"] == wrong
+    assert ("DEBUG", "printed") in heard

@@ -159,6 +159,7 @@ def train_with_retries(job: TrainingJob) -> TrainResult:
                 raise
 
 
+@pytest.mark.slow
 def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     noisy_job, monkeypatch
 ):
