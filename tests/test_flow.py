@@ -186,7 +186,7 @@ def test_second_run_builds_nothing_and_trains_nothing(
 ) -> None:
     flow, _ = sample
     before = {p: p.stat().st_mtime_ns for p in built_files(flow.cache)}
-    output = flow.run("--run-name=first", *SMALL_SHAPE, "--log-interval=4")
+    output = flow.run("--run-name=first", *CHECKED_SHAPE, "--log-interval=4")
     assert "tokenizer reused" in output and "shards reused" in output
     assert "goes on where it stopped" in output
     assert {p: p.stat().st_mtime_ns for p in built_files(flow.cache)} == before

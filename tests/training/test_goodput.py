@@ -173,7 +173,7 @@ def test_compiling_is_timed_and_a_second_time_in_mid_run_is_a_warning_with_its_r
             layer(torch.randn(rows, 8)).sum().backward()
         clock.settle()
         compiled = clock.seconds["compile"]
-        assert compiled > 0.1 and clock.phase == "forward_backward"
+        assert compiled > 0 and clock.phase == "forward_backward"
         layer(torch.randn(5, 8))
         assert not warnings(), "which is a matter of course in the first steps"
         settled = True
