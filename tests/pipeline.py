@@ -36,6 +36,19 @@ SMALL_SHAPE = [*CHECKED_SHAPE, "--skip-preflight"]
 """For tests of something else: the pre-flight takes some seconds."""
 
 
+def started(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """A program at the project's root, with all that it says in its standard output."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
 @dataclass
 class Flow:
     """`python flows/pretrain.py` with a cache of its own."""
@@ -45,15 +58,7 @@ class Flow:
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "flows/pretrain.py", "--cache-dir", str(self.cache), *flags]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=self.environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        return started(command, self.environment)
 
     def run(self, *flags: str, expect: int = 0) -> str:
         """The output of the flow, which has to end with exit code `expect`."""
@@ -98,15 +103,7 @@ class Ui:
 
     def start(self) -> str:
         """The output until everything is there."""
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env=self.environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self.process = started(self.command, self.environment)
         assert self.process.stdout is not None
         said = ""
         for line in self.process.stdout:

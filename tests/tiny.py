@@ -11,7 +11,13 @@ import torch
 from zeroflow.data import corpus
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
+from zeroflow.tracking import TrackingConfig
+from zeroflow.training.checkpoint import Retention
+from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.loop import ComputeConfig, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule
@@ -51,6 +57,36 @@ def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> Tr
         "compute": CPU,
     }
     return TrainingConfig(**settings | changes)
+
+
+def training_job(
+    run_dir: Path,
+    rows: ShardSet,
+    tokens: TokenizerFiles,
+    *,
+    model: ModelConfig,
+    training: TrainingConfig,
+) -> TrainingJob:
+    """A job in `run_dir`, which is made, that nobody tracks."""
+    run_dir.mkdir(exist_ok=True)
+    return TrainingJob(
+        run_dir=run_dir,
+        model=model,
+        training=training,
+        cadence=Cadence(log=1, validate_=10, checkpoint=10),
+        retention=Retention(keep=1),
+        hang_seconds=60,
+        roll_back_spikes=False,
+        shards=rows,
+        validation_rows=2,
+        tokenizer=tokens,
+        prompt="",
+        sampling=SamplingConfig(),
+        tracking=TrackingConfig(
+            uri="", folder=None, run_name="run", tags={}, params={}, dataset={}
+        ),
+        peak_flops=None,
+    )
 
 
 def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:

@@ -152,7 +152,7 @@ def compare(outcomes: Iterable[Outcome]) -> Comparison:
     law = _law(sizes)
     before = _law(sizes[:-1]) if len(sizes) > 2 else None
     largest = _predicted(before, sizes[-1].size, sizes[-1].flops, sizes[-1].val_loss)
-    return Comparison(found, law, _next(law, sizes), largest if before else None)
+    return Comparison(found, law, _next(law, sizes), largest)
 
 
 def _law(sizes: list[Outcome]) -> PowerLaw | None:

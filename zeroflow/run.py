@@ -32,7 +32,7 @@ from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig, Recompute, Shape
-from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.model.sizes import SIZES, SizeName, with_vocabulary
 from zeroflow.planning import Device, Precision
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint
@@ -56,7 +56,7 @@ T = TypeVar("T")
 class ModelChoice(Config):
     """The network: a size by name, or a shape of your own given in full."""
 
-    size: Literal["tiny", "small", "medium"] | None = None
+    size: SizeName | None = None
     """tiny ~46M, small ~318M, medium ~1.34B parameters at Llama-3.1's vocabulary. Default: tiny."""
 
     hidden_size: PositiveInt | None = None
@@ -175,9 +175,9 @@ class TrainingChoice(Config):
     was interrupted ends with the same bits, at the price of some speed. A CPU's always are."""
 
     activation_checkpointing: Recompute | None = None
-    """Computes activations again in the backward pass to save memory: selective those within the
-    feed-forward networks, for about a sixth of the speed, full all, for about a quarter. Default:
-    the first of none, selective and full with which a row fits."""
+    """Computes activations again in the backward pass, which saves memory and takes time: selective
+    those within the feed-forward networks, full all. Default: the first of none, selective and full
+    with which a row fits."""
 
     on_spike: Literal["report", "roll-back"] = "report"
     """What to do at a loss, gradient norm or update that is far from usual: say so, or go back to

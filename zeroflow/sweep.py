@@ -3,17 +3,16 @@
 import logging
 from itertools import product
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from zeroflow import artifacts, comparison, pictures, tracking
 from zeroflow.config import Config
+from zeroflow.model.sizes import SizeName
 from zeroflow.run import RunConfig
 
 log = logging.getLogger(__name__)
-
-SizeName = Literal["tiny", "small", "medium"]
 
 COMPARISON = "comparison.md"
 _FIGURES = "comparison.json"

@@ -313,6 +313,7 @@ def close_group(
     try:
         run = _Run(config, folder)
         now = time.time()
+        # A sweep has no steps: what is sent when it was added to has to come after what was before
         run.send(Point(key, value, int(now), now) for key, value in metrics.items())
         for file in files:
             run.attach(file)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, MODEL, SHAPE, jsonl_corpus, lively_model, training_config
+from tiny import CPU, MODEL, SHAPE, jsonl_corpus, lively_model, training_config, training_job
 
 from zeroflow.checks import preflight
 from zeroflow.checks.preflight import Check, PreflightFailed, PreflightJob
@@ -10,14 +10,11 @@ from zeroflow.data import shards, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
-from zeroflow.generate import SamplingConfig
 from zeroflow.model import attention, llama
 from zeroflow.model.llama import FeedForward
 from zeroflow.model.sizes import with_vocabulary
-from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint, recovery, worker
-from zeroflow.training.checkpoint import Retention
-from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob
+from zeroflow.training.job import TrainingFailed, TrainingJob
 from zeroflow.training.loop import TrainState, new_state
 
 CONFIG = training_config(document_mask=True)
@@ -36,26 +33,13 @@ ALL_CHECKS = [
 ]
 
 
-def training_job(folder: Path, rows: shards.ShardSet, tokens: TokenizerFiles) -> TrainingJob:
-    run_dir = folder / "run"
-    run_dir.mkdir(exist_ok=True)
-    return TrainingJob(
-        run_dir=run_dir,
+def checked_job(folder: Path, rows: shards.ShardSet, tokens: TokenizerFiles) -> TrainingJob:
+    return training_job(
+        folder / "run",
+        rows,
+        tokens,
         model=with_vocabulary(SHAPE, tokens.vocab_size),
         training=training_config(document_mask=True, micro_batch_rows=4, accumulate=2),
-        cadence=Cadence(log=1, validate_=10, checkpoint=10),
-        retention=Retention(keep=1),
-        hang_seconds=60,
-        roll_back_spikes=False,
-        shards=rows,
-        validation_rows=2,
-        tokenizer=tokens,
-        prompt="",
-        sampling=SamplingConfig(),
-        tracking=TrackingConfig(
-            uri="", folder=None, run_name="run", tags={}, params={}, dataset={}
-        ),
-        peak_flops=None,
     )
 
 
@@ -71,7 +55,7 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
             raise TrainingFailed(str(error), worker._reason(error)) from error
 
     monkeypatch.setattr(preflight, "launch", launch_here)
-    return training_job(tmp_path, shards.build(SHARDS, *text[:2], tmp_path), text.tokens)
+    return checked_job(tmp_path, shards.build(SHARDS, *text[:2], tmp_path), text.tokens)
 
 
 @pytest.fixture
@@ -108,7 +92,7 @@ def test_synthetic_data_has_no_text_to_check(tmp_path):
     synthetic = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
     tokens = tokenizer.fetch(config, synthetic, tmp_path)
-    job = training_job(tmp_path, shards.build(SHARDS, synthetic, tokens, tmp_path), tokens)
+    job = checked_job(tmp_path, shards.build(SHARDS, synthetic, tokens, tmp_path), tokens)
     found = list(preflight.data_checks(of(job)))
     assert [check.name for check in found] == ["checksums", "token ids"]
     assert all(check.passed for check in found)

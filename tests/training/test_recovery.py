@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import Text
 from mlflow.tracking import MlflowClient
-from tiny import MODEL, jsonl_corpus, training_config
+from tiny import MODEL, jsonl_corpus, training_config, training_job
 
 from zeroflow import tracking
 from zeroflow.data import lookup
@@ -16,11 +16,9 @@ from zeroflow.data.batches import Batches, Skip, row_ids
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig, build
 from zeroflow.data.tokenizer import TokenizerConfig, fetch
-from zeroflow.generate import SamplingConfig
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import events, recovery
 from zeroflow.training import job as jobs
-from zeroflow.training.checkpoint import Retention
 from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
 
 
@@ -31,25 +29,8 @@ def job(tmp_path: Path) -> TrainingJob:
     rows = build(
         ShardConfig(seq_len=12, train_rows=100, validation_rows=2), synthetic, tokens, tmp_path
     )
-    (tmp_path / "run").mkdir()
-    return TrainingJob(
-        run_dir=tmp_path / "run",
-        model=MODEL,
-        training=training_config(micro_batch_rows=6, accumulate=2),
-        cadence=Cadence(log=1, validate_=10, checkpoint=10),
-        retention=Retention(keep=1),
-        hang_seconds=60,
-        roll_back_spikes=False,
-        shards=rows,
-        validation_rows=2,
-        tokenizer=tokens,
-        prompt="",
-        sampling=SamplingConfig(),
-        tracking=TrackingConfig(
-            uri="", folder=None, run_name="run", tags={}, params={}, dataset={}
-        ),
-        peak_flops=None,
-    )
+    config = training_config(micro_batch_rows=6, accumulate=2)
+    return training_job(tmp_path / "run", rows, tokens, model=MODEL, training=config)
 
 
 def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Entry | None:

@@ -107,8 +107,7 @@ def to_micro_batch(
     targets[padding] = IGNORED
     arrays = [inputs, targets]
     if document_mask:  # a document ends with its end of text, which belongs to it
-        numbers = ends[:, :-1].cumsum(axis=1, dtype=np.int32) - ends[:, :-1]
-        arrays.append(numbers.astype(np.int32))
+        arrays.append(ends[:, :-1].cumsum(axis=1, dtype=np.int32) - ends[:, :-1])
     tensors = [torch.from_numpy(array) for array in arrays]
     if pin:
         tensors = [tensor.pin_memory() for tensor in tensors]

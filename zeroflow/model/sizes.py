@@ -1,11 +1,15 @@
 """The sizes that are compared, by name."""
 
+from typing import Literal
+
 from zeroflow.model.llama import ModelConfig, Shape
 
 VOCAB_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, as matrix units like it."""
 
-SIZES = {
+SizeName = Literal["tiny", "small", "medium"]
+
+SIZES: dict[SizeName, Shape] = {
     "tiny": Shape(
         hidden_size=320,
         num_hidden_layers=4,
