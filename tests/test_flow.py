@@ -256,7 +256,7 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     flags = ["--data-mode=files", "--text-column=body", "--tokenizer-name=train"]
     flow.run(
         "--run-name=own", *flags, "--data-path", f"{tmp_path}/*.gz", f"{tmp_path}/*.txt",
-        *SMALL_SHAPE,
+        *SMALL_SHAPE, "--precision=bf16",
     )  # fmt: skip
     assert flow.report("own")["data"]["documents"] == 61
     assert flow.report("own")["preflight"] is None

@@ -8,6 +8,7 @@ from zeroflow import generate
 from zeroflow.data import tokenizer
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
+from zeroflow.model.llama import Llama
 
 GREEDY = SamplingConfig(tokens=24, temperature=0)
 MODEL_384 = MODEL.replace(vocab_size=384)
@@ -22,9 +23,11 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFiles:
     return tokenizer.fetch(config, corpus, folder / "cache")
 
 
-@pytest.fixture
-def model():
-    return lively_model(MODEL_384)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request):
+    model = Llama(MODEL_384, request.param)
+    model.load_state_dict(lively_model(MODEL_384).state_dict())
+    return model
 
 
 def likeliest(model, ids: list[int], *, count: int, context: int, stop: int) -> list[int]:

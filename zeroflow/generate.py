@@ -1,14 +1,13 @@
 """Text from a model."""
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from zeroflow.config import Config
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.model.llama import Llama
+from zeroflow.model.llama import Llama, linear
 
 
 class SamplingConfig(Config):
@@ -68,7 +67,7 @@ def _sample(
 
 
 def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden[:, -1], weight)  # (B, V)
+    return linear(hidden[:, -1], weight)  # (B, V)
 
 
 def _choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
