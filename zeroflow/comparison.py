@@ -14,7 +14,7 @@ import numpy as np
 from zeroflow import artifacts
 from zeroflow import run as runs
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import duration
+from zeroflow.planning import duration, speed
 from zeroflow.training import events
 
 REPORT = "report.json"
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     """Nats per token."""
 
     val_bpb: float | None
-    tokens_per_second: float
+    tokens_per_second: float | None
     seconds: float
     """Of training, as tokens per second are over."""
 
@@ -183,13 +183,13 @@ def _next(law: PowerLaw | None, sizes: list[Outcome]) -> Prediction | None:
 
 def markdown(name: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
     """The page of a comparison."""
-    head = "| run | size | parameters | seed | peak rate | tokens | FLOPs | hours | tokens/s "
+    head = "| run | size | parameters | seed | peak rate | tokens | FLOPs | hours | speed "
     head += "| validation loss | bits per byte |"
     rule = "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     rows = [
         f"| {one.run} | {one.size} | {one.parameters / 1e6:,.1f}M | {one.seed} "
         f"| {one.learning_rate:g} | {one.tokens:,} | {one.flops:.3g} | {one.seconds / 3600:.3g} "
-        f"| {one.tokens_per_second:,.0f} | {one.val_loss:.4f} "
+        f"| {speed(one.tokens_per_second)} | {one.val_loss:.4f} "
         f"| {'none' if one.val_bpb is None else f'{one.val_bpb:.4f}'} |"
         for one in found.outcomes
     ]

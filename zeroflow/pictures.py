@@ -35,7 +35,7 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
     for name, label, scale in (
         ("tokens", "tokens", lambda one: 1.0),
         ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
-        ("hours", "training time (hours)", lambda one: 1 / one.tokens_per_second / 3600),
+        ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
     ):
         figure, axes = _figure(f"validation loss by {name}", label, "loss (nats per token)")
         for number, one in enumerate(found.outcomes):

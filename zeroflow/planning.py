@@ -365,3 +365,7 @@ def duration(seconds: float) -> str:
         if count or (unit == "s" and not parts):
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2])
+
+
+def speed(tokens_per_second: float | None) -> str:
+    return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s"

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zeroflow.planning import duration
+from zeroflow.planning import duration, speed
 from zeroflow.training.events import Line
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,8 @@ class TrainingProgress:
         done = step - self._first["step"]
         pace = (event["time"] - self._first["time"]) / done if done else None
         left = f"  ETA {duration(pace * (self._steps - step))}" if pace else ""
-        text = (
-            f"step {step}/{self._steps}  loss {event['loss']:.4f}  "
-            f"{event['tokens_per_second']:,.0f} tokens/s{left}"
-        )
+        rate = f"  {speed(event['tokens_per_second'])}" if event["tokens_per_second"] else ""
+        text = f"step {step}/{self._steps}  loss {event['loss']:.4f}{rate}{left}"
         self._bar.update(self._task, completed=step, description=text)
         self._show_elsewhere(step / self._steps, text)
         if now - self._logged > _LOG_SECONDS or step == self._steps:

@@ -15,7 +15,7 @@ from zeroflow.comparison import REPORT
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.planning import Device, duration
+from zeroflow.planning import Device, duration, speed
 from zeroflow.run import RunConfig, leaves, resume_promise
 from zeroflow.training import events, goodput, recovery
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -202,7 +202,7 @@ def _time_section(time: dict[str, Any]) -> str:
         f"## Time\n\n{time['goodput']:.1%} of {duration(time['wall_seconds'])} went into forward, "
         f"backward and optimiser. Restarts: {time['restarts']}{again}. Tokens/s are over the "
         f"{time['training_seconds']:,.1f} s of data wait, forward/backward, optimiser, "
-        f"communication and logging.\n\n"
+        f"communication and logging, without the first step of a process.\n\n"
         f"| phase | seconds | share |\n|---|---:|---:|\n{rows}\n\n"
         f"![share of the wall time by phase]({_TIME})\n\n"
     )
@@ -227,7 +227,7 @@ def _markdown(
         "Validation loss": f"{report['first_val_loss']:.4f} → {report['val_loss']:.4f} "
         "nats per token",
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
-        "Speed": f"{report['tokens_per_second']:,.0f} tokens/s on {report['device']}, "
+        "Speed": f"{speed(report['tokens_per_second'])} on {report['device']}, "
         f"{report['precision']}",
         "Pre-flight": f"passed: {len(checked.checks)} checks" if checked else "none",
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "

@@ -13,6 +13,7 @@ from zeroflow.data.lookup import Piece
 from zeroflow.data.shards import Rows
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import Llama
+from zeroflow.planning import speed
 from zeroflow.run import DEFAULT_CACHE
 from zeroflow.training import checkpoint, events, goodput
 from zeroflow.training.job import CHECKPOINTS, JOB, TrainingJob
@@ -107,7 +108,7 @@ def summary(report_file: Path, cache: Path) -> str:
         f"  validation loss  {report['first_val_loss']:.4f} -> {report['val_loss']:.4f}"
         f"{floor}{bpb}",
         f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
-        f"{report['tokens_per_second']:,.0f} tokens/s{mfu}",
+        f"{speed(report['tokens_per_second'])}{mfu}",
         f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
         f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
         f"  report           {folder / 'report.md'}",

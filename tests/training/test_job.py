@@ -2,6 +2,7 @@
 
 import logging
 import os
+import py_compile
 import subprocess
 import sys
 import time
@@ -53,6 +54,24 @@ def test_compiled_code_is_kept_with_the_cache_unless_the_user_says_where(monkeyp
     assert environment["TRITON_CACHE_DIR"] == str(Path("cache/compile/triton"))
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "mine"
     assert "TRITON_CACHE_DIR" not in job._environment(None)
+
+
+def test_bytecode_is_kept_where_the_interpreter_keeps_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    source = tmp_path / "torch.py"
+    source.write_text("")
+    monkeypatch.setattr(job.torch, "__file__", str(source))
+    environment = job._environment(tmp_path / "compile")
+    command = [sys.executable, "-c", "import torch"]
+    environment["PYTHONPATH"] = str(tmp_path)
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    assert list((tmp_path / "compile" / "python").rglob("torch.*.pyc"))
+
+    py_compile.compile(str(source))
+    environment = job._environment(tmp_path / "compile")
+    assert "PYTHONPYCACHEPREFIX" not in environment
+    assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
 SAYS = """

@@ -17,7 +17,7 @@ from zeroflow.data.shards import Rows
 from zeroflow.tracking import Tracker
 from zeroflow.training import checkpoint, compiling, events, goodput, worker
 from zeroflow.training.checkpoint import Saver
-from zeroflow.training.goodput import Books, Clock
+from zeroflow.training.goodput import Account, Books, Clock
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import LAUNCHED, RESULT, TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, TrainState, new_state, train
@@ -45,7 +45,7 @@ class Recorder:
         self._metrics, self._events = job.run_dir / events.METRICS, job.run_dir / events.EVENTS
         # What a killed process logged after its last checkpoint comes again
         events.keep(self._metrics, lambda line: 0 < step >= line["step"])
-        self._last = (step, books.account.training)
+        self._last = (books.account.steps, books.account.training)
         earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
         self._tracker = Tracker(job.tracking, job.run_dir, events.Tail(self._metrics).new_lines)
@@ -70,7 +70,7 @@ class Recorder:
         """
         step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
         account = self._books.book(step)
-        rate = self._rate(step, account.training)
+        rate = self._rate(account)
         skipped = int(state.skipped[1])
         if not math.isfinite(loss + grad_norm):
             log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
@@ -110,9 +110,13 @@ class Recorder:
         line |= {"val_loss": loss, "val_bpb": bpb}
         self._record(line | {"sample": sample})
 
-    def mfu(self, tokens_per_second: float) -> float | None:
+    def tokens_per_second(self, steps: int, seconds: float) -> float | None:
+        """None where a process has done its first step only, which says nothing."""
+        return self.tokens(steps) / seconds if steps else None
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
         """Model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
-        if self._job.peak_flops is None:
+        if self._job.peak_flops is None or tokens_per_second is None:
             return None
         flops = self._job.model.flops_per_token(self._context)
         return tokens_per_second * flops / self._job.peak_flops
@@ -128,10 +132,11 @@ class Recorder:
         events.append(self._metrics, line)
         self.event("metrics", **line)
 
-    def _rate(self, step: int, seconds: float) -> float:
-        last_step, last_seconds = self._last
-        self._last = (step, seconds)
-        return self.tokens(step - last_step) / (seconds - last_seconds)
+    def _rate(self, account: Account) -> float | None:
+        """Since the last time."""
+        steps, seconds = self._last
+        self._last = (account.steps, account.training)
+        return self.tokens_per_second(account.steps - steps, account.training - seconds)
 
 
 def _reading(line: events.Line) -> Reading:
@@ -283,7 +288,7 @@ class Session:
         validations = [line for line in lines if "val_loss" in line]
         logged = [line for line in lines if "loss" in line]
         account = self.books.account
-        rate = self.recorder.tokens(self.state.step - account.first_step) / account.training
+        rate = self.recorder.tokens_per_second(account.steps, account.training)
         path = checkpoint.latest(self.job.checkpoints)
         assert path is not None, "the last step is always saved"
         result = TrainResult(

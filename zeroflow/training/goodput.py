@@ -22,6 +22,7 @@ _SHOWN = 5
 Phase = Literal[
     "start",
     "compile",
+    "first_step",
     "data",
     "forward_backward",
     "optimizer",
@@ -33,6 +34,7 @@ Phase = Literal[
     "other",
 ]
 """start: from the launch of a process until it is ready, its checkpoint loaded.
+first_step: of a process, in which kernels are loaded and chosen and memory is taken.
 data, checkpoint: only while training waits for them.
 communication: nothing, while there is one rank.
 restarts: from the death of a process to the launch of the next, and what it did in vain.
@@ -43,7 +45,7 @@ GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")
 """What trains. The rest is what it costs to have it run."""
 
 TRAINING: tuple[Phase, ...] = ("data", *GOOD, "communication", "logging")
-"""The seconds that tokens per second are over."""
+"""The seconds that tokens per second are over: of all steps but the first of a process."""
 
 
 class Clock:
@@ -62,6 +64,7 @@ class Clock:
         """
         self._new_mark = _DeviceMark if device == "cuda" else _HostMark
         self.phase: Phase = "start"
+        self._first_step = True
         self._marks: list[tuple[Phase, _Mark]] = [(self.phase, self._new_mark())]
         self._settled = time.perf_counter()
         self.began, self.seconds = began, dict.fromkeys(PHASES, 0.0)
@@ -69,6 +72,10 @@ class Clock:
 
     def enter(self, phase: Phase) -> None:
         """End the phase that the process is in, and begin `phase`."""
+        if phase == "logging":  # of a step that is done
+            self._first_step = False
+        if self._first_step and phase in TRAINING:
+            phase = "first_step"
         self.phase = phase
         self._marks.append((phase, self._new_mark()))
 
@@ -126,14 +133,13 @@ class Account:
         self.steps_again = 0
         """Steps trained in vain, as a later process went on from a checkpoint before them."""
 
+        self.steps = 0
+        """Steps that count, but for the first one of every process."""
+
+        self._step, self._is_first = 0, True
         self._lines: list[events.Line] = []
         for line in lines:
             self.add(line)
-
-    @property
-    def first_step(self) -> int:
-        """Steps done when the books were opened: 0, or those of a version that kept none."""
-        return self._lines[0]["step"] if self._lines else 0
 
     @property
     def wall(self) -> float:
@@ -141,7 +147,7 @@ class Account:
 
     @property
     def training(self) -> float:
-        """Seconds that the steps took which count."""
+        """Seconds that `steps` took."""
         return sum(self.seconds[phase] for phase in TRAINING)
 
     @property
@@ -173,12 +179,18 @@ class Account:
         while self._lines and self._lines[-1]["step"] > first["step"]:
             restarts += sum(self._lines.pop()["seconds"].values())
         self.seconds = dict.fromkeys(PHASES, 0.0) | {"restarts": restarts}
+        self.steps = 0
         for line in self._lines:
             self._count(line)
 
     def _count(self, line: events.Line) -> None:
         for phase, seconds in line["seconds"].items():
             self.seconds[phase] += seconds
+        if "began" in line:
+            self._step, self._is_first = line["step"], True
+        elif done := line["step"] - self._step:
+            self.steps += done - self._is_first
+            self._step, self._is_first = line["step"], False
 
 
 class Books:
@@ -229,4 +241,4 @@ def summary(shares: Mapping[Phase, float], wall_seconds: float) -> str:
 def label(phase: Phase) -> str:
     """The name of a phase for people."""
     names = {"data": "data wait", "forward_backward": "forward/backward", "optimizer": "optimiser"}
-    return names.get(phase, phase)
+    return names.get(phase, phase.replace("_", " "))

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,8 +111,9 @@ class TrainResult(Config):
     first_val_loss: float
     """Before the first step."""
 
-    tokens_per_second: float
-    """Over the seconds in which steps were trained: see `goodput.TRAINING`."""
+    tokens_per_second: float | None
+    """Over the seconds of all steps but the first of a process: see `goodput.TRAINING`. None where
+    there were no others."""
 
     mfu: float | None
     peak_memory_bytes: int
@@ -319,11 +321,16 @@ def _environment(compile_cache: Path | None) -> dict[str, str]:
         # PyTorch's is a temporary folder of the user, which may be gone after a reboot
         names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         kept |= {name: str(compile_cache / folder) for name, folder in names.items()}
+    given = dict(os.environ)
+    if compile_cache is not None and not Path(cache_from_source(torch.__file__)).exists():
+        # A container may keep no bytecode: then every process compiles PyTorch's sources first
+        given.pop("PYTHONDONTWRITEBYTECODE", None)
+        kept["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
     # torchrun allows one thread a process where nothing is set, even for a single process
     threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
     return (
         kept
-        | os.environ
+        | given
         | {
             "OMP_NUM_THREADS": threads,
             "PYTHONUNBUFFERED": "1",
