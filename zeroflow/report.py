@@ -123,7 +123,7 @@ def preflight_section(result: PreflightResult) -> str:
     """A section about the checks before training."""
     rows = "\n".join(
         f"| {check.name} | {'passed' if check.passed else '**FAILED**'} | {check.figure} | "
-        f"{check.sentence.replace('|', chr(92) + '|')} |"
+        f"{_cell(check.sentence)} |"
         for check in result.checks
     )
     return (
@@ -191,9 +191,14 @@ def _figures(
     }
 
 
+def _cell(text: str) -> str:
+    """`text` in a table, where a bar of its own would end it."""
+    return text.replace("|", "\\|")
+
+
 def _stages_section(stages: dict[str, Any]) -> str:
     rows = "\n".join(
-        f"| {name} | {'reused' if stage['reused'] else 'ran'} | {stage['why']} |"
+        f"| {name} | {'reused' if stage['reused'] else 'ran'} | {_cell(stage['why'])} |"
         for name, stage in stages.items()
     )
     return (

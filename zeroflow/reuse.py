@@ -16,6 +16,7 @@ one field, of which the entries that differ are named."""
 SAME = "it is there and whole, of the same settings and source"
 PASSED = "the same was checked before, and passed"
 NOTHING = "nothing of its kind was there"
+FIRST = "the run had none before"
 
 _NAMED = 4
 """Differences that are named; of more, their number."""
@@ -88,7 +89,7 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
 def since(wanted: Fields, before: CheckResult | None) -> str:
     """Why the check that a run had `before` does not serve."""
     if before is None:
-        return NOTHING
+        return FIRST
     if before.identity is None:
         return "what was checked before is unknown: an earlier version has no record of it"
     if not before.passed and flat(wanted) == flat(before.identity):

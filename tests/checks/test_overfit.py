@@ -132,7 +132,7 @@ def job(tmp_path, monkeypatch) -> OverfitJob:
 
 def test_check_is_repeated_only_for_a_reason_that_is_told(job):
     first, again = checks.check(job), checks.check(job)
-    assert (first.reused, first.why) == (False, reuse.NOTHING)
+    assert (first.reused, first.why) == (False, reuse.FIRST)
     assert again == first.replace(reused=True, why=reuse.PASSED)
 
     stricter = job.replace(limits=LIMITS.replace(overfit_steps=1))

@@ -90,7 +90,7 @@ def test_sound_job_passes_every_check_once(job):
         "preflight-job.json",
     }
 
-    assert result.why == "nothing of its kind was there"
+    assert result.why == "the run had none before"
     same = result.replace(reused=True, why=reuse.PASSED)
     assert preflight.known(job, "a device") == same
     longer = job.training.replace(schedule=job.training.schedule.replace(steps=99))

@@ -467,8 +467,8 @@ def _too_few(facts: list[PartFacts], config: ShardConfig) -> str:
 def _why(reused: int, built: int, reasons: dict[Path, str]) -> str:
     if not built:
         return reuse.SAME
-    counts = f"{reused} parts reused and {built} built" if reused else f"{built} parts built"
-    return f"{counts}: {'; '.join(reasons.values())}"
+    counts = f"{reused} parts reused and {built} built: " if reused else ""
+    return counts + "; ".join(reasons.values())
 
 
 def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
