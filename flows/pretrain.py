@@ -1,6 +1,8 @@
 """Raw text to a trained and checked model: `python flows/pretrain.py --size tiny`."""
 
+import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from zeroflow import cli, orchestration, pictures, plan, report, tracking
 from zeroflow import run as runs
 from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
-from zeroflow.checks.preflight import PreflightFailed
+from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.data import parts, shards, tokenizer
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -25,6 +27,10 @@ from zeroflow.run import RunConfig
 from zeroflow.training import events, recovery
 from zeroflow.training import job as jobs
 from zeroflow.training.job import TrainingJob, TrainResult
+
+log = logging.getLogger("zeroflow")
+
+TRAINED = "the run was trained to its last step before"
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
 # and would return the path of a folder that has since been deleted.
@@ -37,9 +43,14 @@ FROM_THE_HUB: dict[str, Any] = {
 }
 
 make_plan = task(name="plan", **UNCACHED)(plan.make)
-fetch_tokenizer = task(name="fetch tokenizer", **FROM_THE_HUB)(tokenizer.fetch)
 build_model = task(name="build model", **UNCACHED)(build.build)
 build_part = task(name="build part", **FROM_THE_HUB)(parts.build)
+
+
+@task(name="fetch tokenizer", **FROM_THE_HUB)
+def fetch_tokenizer(run: RunConfig) -> State:
+    tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
+    return orchestration.completed(tokens, reused=tokens.reused)
 
 
 @task(name="build shards", **UNCACHED)
@@ -62,9 +73,13 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
 
 @task(name="pre-flight", **UNCACHED)
 def check_before(job: TrainingJob, device: str) -> State:
-    before = preflight.known(job, device)
-    if before or jobs.finished(job):
+    if before := preflight.known(job, device):
         return orchestration.completed(before, reused=True)
+    if jobs.finished(job):
+        before = preflight.read(job.run_dir)
+        return orchestration.completed(
+            before and before.replace(reused=True, why=TRAINED), reused=True
+        )
     result = preflight.check(job, device)
     orchestration.publish(report.preflight_section(result), "preflight", job.run_dir.name)
     if not result.passed:
@@ -78,13 +93,16 @@ def check_before(job: TrainingJob, device: str) -> State:
     retries=recovery.MOST_RETRIES,
     retry_condition_fn=orchestration.was_helped,
 )
-def train_model(job: TrainingJob) -> State:
+def train_model(job: TrainingJob, run: RunConfig) -> State:
     if before := jobs.finished(job):
-        return orchestration.completed(before, reused=True)
+        return orchestration.completed(before.replace(reused=True, why=TRAINED), reused=True)
+    why = jobs.why_trained(job, partial(runs.unlike_others, run))
+    log.info("training has to run: %s", why)
     try:
         bar = orchestration.Progress("training", job.run_dir.name)
         with TrainingProgress(bar) as progress:
-            return orchestration.completed(recovery.train(job, progress), reused=False)
+            result = recovery.train(job, progress)
+        return orchestration.completed(result.replace(why=why), reused=False)
     except jobs.RunIsBusy:
         raise
     except jobs.TrainingFailed:
@@ -93,7 +111,7 @@ def train_model(job: TrainingJob) -> State:
 
 
 @task(name="overfit check", **UNCACHED)
-def check_overfit(job: OverfitJob) -> OverfitResult:
+def check_overfit(job: OverfitJob) -> State:
     result = overfit.check(job)
     picture = pictures.overfit_curve(
         result.curve, job.run_dir / report.OVERFIT_CURVE, limit=job.limits.overfit_loss
@@ -101,7 +119,7 @@ def check_overfit(job: OverfitJob) -> OverfitResult:
     orchestration.publish_picture(picture, "overfit", job.run_dir.name)
     if not result.passed:
         raise OverfitFailed(result)
-    return result
+    return orchestration.completed(result, reused=result.reused)
 
 
 @task(name="report", **UNCACHED)
@@ -127,20 +145,22 @@ def _pretrain(asked: RunConfig) -> Path:
     settled = make_plan(asked)
     run = settled.run
     orchestration.name_flow_run(asked, run)
-    tokens = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    tokens: TokenizerFiles = fetch_tokenizer(run).result()
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
     job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+    checked: PreflightResult | None = None
     with orchestration.gpu_slot("none" if jobs.finished(job) else run.device):
         if not run.skip_preflight:
-            check_before(job, settled.device.name)
-        trained: TrainResult = train_model(job).result()
+            checked = check_before(job, settled.device.name).result()
+        trained: TrainResult = train_model(job, run).result()
+        found = (run, job, rows, settled.device, checked, trained)
         try:
-            learned = check_overfit(overfit_job(job, run))
+            learned: OverfitResult = check_overfit(overfit_job(job, run)).result()
         except OverfitFailed as failure:
-            write_report(run, job, rows, settled.device, trained, failure.result)
+            write_report(*found, failure.result)
             raise
-    return write_report(run, job, rows, settled.device, trained, learned)
+    return write_report(*found, learned)
 
 
 def overfit_job(job: TrainingJob, run: RunConfig) -> OverfitJob:

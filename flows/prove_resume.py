@@ -11,6 +11,7 @@ from zeroflow import cli, orchestration, proof, report
 from zeroflow import run as runs
 from zeroflow.checks.resume import ProofConfig
 from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.proof import ProofRun
 from zeroflow.training.job import TrainingJob
 
@@ -34,7 +35,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
     with orchestration.logs_delivered():
         settled = make_plan(proof.settings(asked.run))
         run = settled.run
-        tokens = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+        tokens: TokenizerFiles = fetch_tokenizer(run).result()
         rows: ShardSet = build_shards(run, tokens).result()
         model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
         job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())

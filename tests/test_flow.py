@@ -137,6 +137,20 @@ def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) 
     assert "| causality | passed | largest change 0 | " in page
 
 
+def test_why_each_stage_ran_is_logged_and_reported(sample: tuple[Flow, str]) -> None:
+    flow, output = sample
+    stages = flow.report("first")["stages"]
+    assert not any(stage["reused"] for stage in stages.values())
+    nothing, first = "nothing of its kind was there", "the run had none before"
+    assert {name: stage["why"] for name, stage in stages.items()} == {
+        **dict.fromkeys(["tokenizer", "shards", "training"], nothing),
+        **dict.fromkeys(["pre-flight", "overfit check"], first),
+    }
+    assert (output.count(nothing), output.count(first)) == (3, 2)
+    page = (flow.folder("first") / "report.md").read_text()
+    assert "| training | ran | nothing of its kind was there |" in page
+
+
 def test_failed_check_before_training_ends_the_run_in_one_message(
     flow: Flow, tmp_path: Path
 ) -> None:
@@ -197,7 +211,12 @@ def test_second_run_builds_nothing_and_trains_nothing(
         prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [newest["id"]]}}
     )
     states = {run["name"].rsplit("-", 1)[0]: run["state_name"] for run in runs}
-    assert states["build shards"] == states["pre-flight"] == states["train"] == "Reused"
+    reused = {name for name, state in states.items() if state == "Reused"}
+    stages = {"fetch tokenizer", "build shards", "pre-flight", "train", "overfit check"}
+    assert reused == stages and " to run: " not in output
+    assert all(
+        stage["reused"] and stage["why"] for stage in flow.report("first")["stages"].values()
+    )
 
 
 def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
@@ -219,6 +238,8 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
         (flow.folder("longer") / made).unlink()
     output = flow.run("--run-name=longer", "--max-steps=16", "--overfit-steps=3", expect=1)
     assert "resumed at step 12" in output
+    assert "training has to run: it was trained to step 12, and more are asked for" in output
+    assert flow.report("longer")["stages"]["training"]["why"] in output
     assert "overfit check: the loss of one fixed batch went from" in output
     assert "loss by step:" in output and "Traceback" not in output
     assert flow.report("longer")["steps"] == 16

@@ -17,6 +17,7 @@ NEED_A_GPU = {"loss_kernel.py"}
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
     {"config", "artifacts", "programs"},
+    {"reuse"},
     {"model", "data"},
     {"planning", "generate", "export", "tracking"},
     {"training", "history"},

@@ -79,7 +79,7 @@ def refuse_a_second_run_of_the_name(flow: Flow) -> None:
     history = flow.folder("run") / events.EVENTS
     before = history.read_bytes()
     output = flow.run("--run-name=run", *RUN, expect=1)
-    assert "another process is at work on run run" in output and "step 3" not in output
+    assert "another process is at work on run run" in output and "  step 3" not in output
     assert history.read_bytes() == before
     rank.resume()
 

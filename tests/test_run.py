@@ -426,3 +426,19 @@ def test_record_is_readable_json(ask):
     run = settle(ask(run_name="mine")).run
     recorded = artifacts.read_json(Path(run.run_dir) / "run.json")
     assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 200
+
+
+def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
+    first = settle(ask(seed=1)).run
+    assert runs.unlike_others(first) == "nothing of its kind was there"
+    far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run
+    assert "training.max_steps 200 instead of 9" in runs.unlike_others(far)
+    assert "training.learning_rate 0.001 instead of 0.5" in runs.unlike_others(far)
+    third = settle(ask(seed=3)).run
+    told = f"the nearest of 2, {first.run_name}, has seed 1 instead of 3"
+    assert runs.unlike_others(third) == told
+    twin = settle(ask(seed=3, run_name="twin")).run
+    assert f"{third.run_name}, is the same but for its name" in runs.unlike_others(twin)
+    for run in (first, far, third):
+        (run.run_dir / "run.json").write_text("[]")
+    assert "is unknown" in runs.unlike_others(twin)

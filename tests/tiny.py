@@ -2,25 +2,28 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
-from zeroflow.data import corpus
+from zeroflow.data import corpus, shards, tokenizer
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
+from zeroflow.reuse import StageResult
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.loop import ComputeConfig, TrainingConfig
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule
+
+Result = TypeVar("Result", bound=StageResult)
 
 torch.set_num_threads(1)  # such small matrices only wait for a second thread
 
@@ -132,6 +135,20 @@ def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
 def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
     """Files as a resolved corpus."""
     return corpus.resolve(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
+
+
+def synthetic_rows(cache: Path) -> tuple[ShardSet, TokenizerFiles]:
+    """A few rows of synthetic data."""
+    text = CorpusConfig(data_mode="synthetic")
+    config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
+    tokens = tokenizer.fetch(config, text, cache)
+    few = ShardConfig(seq_len=32, train_rows=4, validation_rows=1)
+    return shards.build(few, text, tokens, cache), tokens
+
+
+def apart_from_reuse(result: Result) -> Result:
+    """The result, however a command came by it."""
+    return result.replace(reused=False, why="")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

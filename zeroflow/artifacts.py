@@ -15,6 +15,8 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged-"
+"""In the name of a directory that was set aside."""
 
 
 class DamagedArtifact(ValueError):
@@ -126,7 +128,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 def set_aside(path: Path, reason: object) -> Path:
     """Rename a damaged directory so that it is kept but never used."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
         number += 1
     log.warning("%s: kept as %s and not used", reason, aside)
     path.replace(aside)

@@ -8,7 +8,6 @@ from typing import Any
 
 from zeroflow import artifacts, pictures, plan_page, tracking
 from zeroflow import plan as plans
-from zeroflow.checks import preflight
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.comparison import REPORT
@@ -35,10 +34,14 @@ def write(
     job: TrainingJob,
     shards: ShardSet,
     device: Device,
+    checked: PreflightResult | None,
     trained: TrainResult,
     overfit: OverfitResult,
 ) -> Path:
     """Write the report of a finished run into its directory and add it to MLflow.
+
+    Args:
+        checked: what the pre-flight found, if there was one.
 
     Returns:
         the path of report.json
@@ -59,8 +62,17 @@ def write(
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
-    checked = None if run.skip_preflight else preflight.read(folder)
-    report["preflight"] = checked and checked.model_dump(mode="json")
+    report["preflight"] = checked and checked.model_dump(mode="json", exclude={"identity"})
+    stages = {
+        "tokenizer": job.tokenizer,
+        "shards": shards,
+        "pre-flight": checked,
+        "training": trained,
+        "overfit check": overfit,
+    }
+    report["stages"] = {
+        name: {"reused": stage.reused, "why": stage.why} for name, stage in stages.items() if stage
+    }
     compared = plans.hold(run, job, shards, device, trained, spent.training)
     report["plan"] = [row._asdict() | {"miss": row.miss} for row in compared]
     for row in compared:
@@ -111,7 +123,7 @@ def preflight_section(result: PreflightResult) -> str:
     """A section about the checks before training."""
     rows = "\n".join(
         f"| {check.name} | {'passed' if check.passed else '**FAILED**'} | {check.figure} | "
-        f"{check.sentence.replace('|', chr(92) + '|')} |"
+        f"{_cell(check.sentence)} |"
         for check in result.checks
     )
     return (
@@ -177,6 +189,22 @@ def _figures(
         "checkpoint": str(trained.checkpoint),
         "sample": trained.sample,
     }
+
+
+def _cell(text: str) -> str:
+    """`text` in a table, where a bar of its own would end it."""
+    return text.replace("|", "\\|")
+
+
+def _stages_section(stages: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {name} | {'reused' if stage['reused'] else 'ran'} | {_cell(stage['why'])} |"
+        for name, stage in stages.items()
+    )
+    return (
+        "## Stages\n\nWhat the last command reused and what it ran, and why.\n\n"
+        f"| stage | | why |\n|---|---|---|\n{rows}\n\n"
+    )
 
 
 def _time(spent: goodput.Account) -> dict[str, Any]:
@@ -258,6 +286,7 @@ def _markdown(
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({_LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
+        f"{_stages_section(report['stages'])}"
         f"{preflight_section(checked) if checked else ''}"
         f"{_time_section(report['time'])}{planned}{recovered}"
         f"## Sample\n\n```\n{report['sample']}\n```\n\n"

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from zeroflow import artifacts, planning, tracking
+from zeroflow import artifacts, planning, reuse, tracking
 from zeroflow.checks.overfit import OverfitConfig
 from zeroflow.config import Config
 from zeroflow.data import corpus as corpora
@@ -34,6 +34,7 @@ from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName, with_vocabulary
 from zeroflow.planning import Device, Precision
+from zeroflow.reuse import Fields
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention
@@ -473,6 +474,16 @@ def load(cache: Path, name: str) -> RunConfig:
     return RunConfig.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
 
 
+def unlike_others(run: RunConfig) -> str:
+    """Why no other run of the cache is what the settled `run` will be."""
+
+    def read(folder: Path) -> Fields:
+        return _compared(artifacts.read_json(folder / RUN_FILE))
+
+    others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
+    return reuse.nearest(_compared(run.model_dump(mode="json")), others)
+
+
 def size_of(asked: RunConfig) -> str:
     """Name of the model's size, which is that of the run of this name if there is one."""
     return (_recorded(asked) or asked).model.name
@@ -499,6 +510,12 @@ def _given(config: BaseModel) -> dict[str, Any]:
         if value not in (None, "auto", (), {}):
             given[name] = str(value) if isinstance(value, Path) else value
     return given
+
+
+def _compared(settings: Fields) -> Fields:
+    """Settings as in run.json, by which runs differ."""
+    named = {"run_name", *_FREE}
+    return {name: value for name, value in reuse.flat(settings).items() if name not in named}
 
 
 def _without(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

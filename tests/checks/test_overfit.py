@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, NO_END, ArrayRows, training_config
+from tiny import MODEL, NO_END, ArrayRows, synthetic_rows, training_config
 
+from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
-from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitResult
+from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training import loop
 from zeroflow.training.loop import TrainState, new_state
@@ -113,3 +114,33 @@ def test_failure_tells_the_reason_and_the_curve():
     message = str(checks.OverfitFailed(result))
     assert "because" in message and "5.000" in message and "3.010" in message
     assert len(message) < 300
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch) -> OverfitJob:
+    """A job for which the check runs in this process, on the one batch."""
+
+    def launch_here(module, job_file, run_dir, on_event, *, compile_cache):
+        checks.work(OverfitJob.model_validate(artifacts.read_json(job_file)), stop=False)
+
+    monkeypatch.setattr(checks, "launch", launch_here)
+    monkeypatch.setattr(checks, "Rows", lambda shards, split: None)
+    monkeypatch.setattr(checks, "fixed_batch", lambda rows, document_mask: BATCH)
+    rows, _ = synthetic_rows(tmp_path)
+    return OverfitJob(run_dir=tmp_path, model=MODEL, training=CONFIG, shards=rows, limits=LIMITS)
+
+
+def test_check_is_repeated_only_for_a_reason_that_is_told(job):
+    first, again = checks.check(job), checks.check(job)
+    assert (first.reused, first.why) == (False, reuse.FIRST)
+    assert again == first.replace(reused=True, why=reuse.PASSED)
+
+    stricter = job.replace(limits=LIMITS.replace(overfit_steps=1))
+    changed, after = checks.check(stricter), checks.check(stricter)
+    assert not changed.passed and "limits.overfit_steps 80 instead of 1" in changed.why
+    assert (after.reused, after.why) == (False, "it failed before")
+
+    record = artifacts.read_json(job.run_dir / checks.RESULT)
+    del record["identity"]
+    artifacts.write_json(job.run_dir / checks.RESULT, record)
+    assert "what was checked before is unknown" in checks.check(job).why

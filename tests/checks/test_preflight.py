@@ -2,8 +2,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, MODEL, SHAPE, jsonl_corpus, lively_model, training_config, training_job
+from tiny import (
+    CPU,
+    MODEL,
+    SHAPE,
+    apart_from_reuse,
+    jsonl_corpus,
+    lively_model,
+    training_config,
+    training_job,
+)
 
+from zeroflow import reuse
 from zeroflow.checks import preflight
 from zeroflow.checks.preflight import Check, PreflightFailed, PreflightJob
 from zeroflow.data import shards, tokenizer
@@ -73,19 +83,32 @@ def test_sound_job_passes_every_check_once(job):
     result = preflight.check(job, "a device")
     assert [check.name for check in result.checks] == ALL_CHECKS
     assert all(check.passed and check.figure and check.sentence for check in result.checks)
-    assert result.passed and result == preflight.read(job.run_dir)
+    assert result.passed and apart_from_reuse(result) == preflight.read(job.run_dir)
     assert {path.name for path in job.run_dir.iterdir() if not path.name.startswith(".")} == {
         "events.jsonl",
         "preflight.json",
         "preflight-job.json",
     }
 
-    assert preflight.known(job, "a device") == result
+    assert result.why == "the run had none before"
+    same = result.replace(reused=True, why=reuse.PASSED)
+    assert preflight.known(job, "a device") == same
     longer = job.training.replace(schedule=job.training.schedule.replace(steps=99))
-    assert preflight.known(job.replace(training=longer), "a device") == result
+    assert preflight.known(job.replace(training=longer), "a device") == same
     assert preflight.known(job, "another device") is None
     fewer = job.training.replace(micro_batch_rows=2, accumulate=4)
     assert preflight.known(job.replace(training=fewer), "a device") is None
+
+
+def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
+    before = preflight.check(job, "a device")
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    again = preflight.check(job, "a device")
+    installed = before.identity["torch"]
+    assert again.why == f"the one before has torch {installed} instead of 99.0"
+    fewer = job.training.replace(micro_batch_rows=2, accumulate=4)
+    third = preflight.check(job.replace(training=fewer), "a device")
+    assert "has training.micro_batch_rows 4 instead of 2, training.accumulate 2 inst" in third.why
 
 
 def test_synthetic_data_has_no_text_to_check(tmp_path):
@@ -100,7 +123,7 @@ def test_synthetic_data_has_no_text_to_check(tmp_path):
 
 def of(job: TrainingJob) -> PreflightJob:
     same = {name: getattr(job, name) for name in ("run_dir", "model", "training", "shards")}
-    return PreflightJob(**same, tokenizer=job.tokenizer, identity="")
+    return PreflightJob(**same, tokenizer=job.tokenizer, identity={})
 
 
 def test_checks_of_the_model_leave_it_as_it_was(state):
@@ -223,7 +246,7 @@ def test_micro_batch_that_does_not_fit_is_halved_as_in_training(job, monkeypatch
     assert entry.micro_batch_rows == 2 and "instead of 4" in entry.action
     trained = recovery.applied(job, [entry]).training
     assert (trained.micro_batch_rows, trained.accumulate) == (2, 4)
-    assert preflight.known(job, "a device") == result
+    assert preflight.known(job, "a device").checks == result.checks
 
 
 def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub import english
-from tiny import contents, jsonl_corpus
+from tiny import apart_from_reuse, contents, jsonl_corpus
 
 from zeroflow.data import corpus, parts, shards, synthetic, tokenizer
 from zeroflow.data.corpus import CorpusConfig
@@ -177,7 +178,11 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
     assert np.array_equal(rows[np.arange(50)], Rows(more, "train")[np.arange(50)])
     # the run that needs few reads few, whatever has come since
     again = shards.build(SMALL, *text[:2], tmp_path)
-    assert again == few.replace(reused=True)
+    assert again.reused and apart_from_reuse(again) == apart_from_reuse(few)
+    lacking = f"parts 1 to {few.parts} have {few.train.rows} of 400 rows to train on, "
+    assert more.why.startswith(
+        f"{few.parts} parts reused and {more.parts - few.parts} built: {lacking}"
+    )
     assert contents(few.path) == after
 
 
@@ -333,7 +338,8 @@ def test_damaged_plan_is_made_anew(small_pieces, text, tmp_path, damage):
     before = plan.read_text()
     plan.write_text(damage(before))
     assert plan.read_text() != before
-    assert shards.build(SMALL, *text[:2], tmp_path) == built.replace(reused=True)
+    again = shards.build(SMALL, *text[:2], tmp_path)
+    assert again.reused and apart_from_reuse(again) == apart_from_reuse(built)
     assert plan.read_text() == before
 
 
@@ -425,7 +431,11 @@ def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
     assert damaged != before
 
     again = shards.build(config, *text[:2], tmp_path)
-    assert not again.reused and again == built
+    assert not again.reused and apart_from_reuse(again) == apart_from_reuse(built)
+    reused = built.parts - 1
+    assert (
+        again.why == f"{reused} parts reused and 1 built: part-00001 was damaged and is set aside"
+    )
     assert contents(part) == before
     assert contents(part.with_name(part.name + ".damaged-1")) == damaged
 
@@ -446,18 +456,66 @@ def test_all_of_many_flipped_bits_are_noticed(small_pieces, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "told"),
     [
-        {"seq_len": 33},
-        {"validation_fraction": 0.5},
-        {"token_type": "uint16"},
-        {"packing": "concat"},
+        ({"seq_len": 33}, "seq_len 32 instead of 33"),
+        ({"validation_fraction": 0.5}, "validation_fraction 0.1 instead of 0.5"),
+        ({"token_type": "uint16"}, "token_type int32 instead of uint16"),
+        ({"packing": "concat"}, "packing best-fit instead of concat"),
     ],
 )
-def test_each_setting_that_changes_the_bytes_changes_the_name(text, tmp_path, change):
+def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
+    text, tmp_path, change, told, caplog
+):
+    caplog.set_level("INFO", logger="zeroflow")
     first = shards.build(SMALL, *text[:2], tmp_path)
+    assert first.why == "nothing of its kind was there"
     other = shards.build(SMALL.replace(**change), *text[:2], tmp_path)
     assert other.path != first.path and not other.reused
+    assert other.why == f"{first.path.name} has {told}"
+    assert f"shards have to be built: {first.path.name} has {told}" in caplog.messages
+
+
+def test_file_of_the_corpus_that_changed_is_named(text, tmp_path):
+    for name in ("a", "b"):
+        settled = jsonl_corpus(tmp_path / "texts" / f"{name}.jsonl", text.texts[:9])
+    settled = corpus.resolve(
+        settled.replace(data_path=(f"{tmp_path}/texts/*",), data_revision=None)
+    )
+    first = shards.build(SMALL, settled.corpus, text.tokens, tmp_path)
+    jsonl_corpus(tmp_path / "texts" / "b.jsonl", text.texts[:8])
+    changed = corpus.resolve(settled.corpus.replace(data_revision=None))
+    why = shards.build(SMALL, changed.corpus, text.tokens, tmp_path).why
+    before, now = settled.corpus.data_revision, changed.corpus.data_revision
+    assert f"{first.path.name} has revision {before} instead of {now}, file b.jsonl " in why
+    assert "a.jsonl" not in why
+
+
+def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_path):
+    far = SMALL.replace(packing="concat", token_type="uint16")
+    near = shards.build(SMALL, *text[:2], tmp_path)
+    shards.build(far, *text[:2], tmp_path)
+    why = shards.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+    assert f"the nearest of 2, {near.path.name}, has seq_len 32 instead of 16" in why
+
+
+def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):
+    first = shards.build(SMALL, *text[:2], tmp_path)
+    monkeypatch.setattr(shards, "_FORMAT", 4)
+    newer = shards.build(SMALL, *text[:2], tmp_path)
+    assert newer.why == f"{first.path.name} has format 3 instead of 4"
+    for built in (first, newer):
+        (built.path / shards.PLAN).unlink()
+    why = shards.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+    assert first.path.name in why and newer.path.name in why and "is unknown" in why
+
+
+def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
+    built = shards.build(SMALL, *text[:2], tmp_path)
+    for part in built.part_paths:
+        shutil.rmtree(part)
+    why = shards.build(SMALL, *text[:2], tmp_path).why
+    assert f"{built.path.name} was begun before, and its first part is not complete" in why
 
 
 def test_seed_counts_for_synthetic_data_only(text, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,10 @@ import pytest
 from hub import llama_tokenizer_repo
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import contents, jsonl_corpus
+from tiny import apart_from_reuse, contents, jsonl_corpus
 from tokenizers import Tokenizer
 
+from zeroflow import artifacts, reuse
 from zeroflow.data import corpus, encoding, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
@@ -118,9 +120,11 @@ def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_pa
     )
     first = tokenizer.fetch(config, text.corpus, tmp_path)
     made = first.path.stat().st_mtime_ns
-    assert tokenizer.fetch(config, text.corpus, tmp_path) == first
+    again = tokenizer.fetch(config, text.corpus, tmp_path)
+    assert apart_from_reuse(again) == apart_from_reuse(first) == tokenizer.describe(first.path)
+    assert (first.reused, first.why) == (False, "nothing of its kind was there")
+    assert (again.reused, again.why) == (True, reuse.SAME)
     assert first.path.stat().st_mtime_ns == made
-    assert tokenizer.describe(first.path) == first
 
 
 def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
@@ -128,17 +132,47 @@ def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
     files = tokenizer.fetch(config, text.corpus, tmp_path)
     before = contents(files.path)
     (files.path / "tokenizer.json").write_text("{}")
-    assert tokenizer.fetch(config, text.corpus, tmp_path) == files
+    again = tokenizer.fetch(config, text.corpus, tmp_path)
+    assert apart_from_reuse(again) == apart_from_reuse(files)
+    assert again.why == f"{files.path.name} was damaged and is set aside"
     assert contents(files.path) == before
 
 
 def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
-    def path(corpus_, vocab_size):
+    def trained(corpus_, vocab_size):
         config = TokenizerConfig(tokenizer_name="train", vocab_size=vocab_size)
-        return tokenizer.fetch(config, corpus_, tmp_path).path
+        return tokenizer.fetch(config, corpus_, tmp_path)
 
     other = jsonl_corpus(tmp_path / "other.jsonl", ["something else"])
-    assert len({path(text.corpus, 300), path(text.corpus, 301), path(other, 300)}) == 3
+    first, larger, third = trained(text.corpus, 300), trained(text.corpus, 301), trained(other, 300)
+    assert len({first.path, larger.path, third.path}) == 3
+    assert larger.why == f"{first.path.name} has vocab_size 300 instead of 301"
+    revisions = f"revision {text.corpus.data_revision} instead of {other.data_revision}"
+    assert third.why.startswith(f"the nearest of 2, {first.path.name}, has {revisions}, file ")
+
+
+def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
+    config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
+    first = tokenizer.fetch(config, text.corpus, tmp_path)
+    monkeypatch.setattr(tokenizer, "version", lambda name: "99.0")
+    again, installed = tokenizer.fetch(config, text.corpus, tmp_path), version("fastokens")
+    assert again.reused and again.why.endswith(
+        f"its encoder is chosen anew, as fastokens is 99.0 instead of {installed}"
+    )
+    monkeypatch.setattr(tokenizer, "_FORMAT", 3)
+    newer = tokenizer.fetch(config, text.corpus, tmp_path)
+    assert newer.why == f"{first.path.name} has format 2 instead of 3"
+
+
+def test_tokenizer_of_a_version_that_kept_no_record_is_unknown(text, tmp_path):
+    config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
+    path = tokenizer.fetch(config, text.corpus, tmp_path).path
+    facts = artifacts.read_signed(path / artifacts.MANIFEST)
+    del facts["identity"]
+    artifacts.write_signed(path / artifacts.MANIFEST, facts)
+    larger = tokenizer.fetch(config.replace(vocab_size=301), text.corpus, tmp_path)
+    assert larger.why == f"what {path.name} was made from is unknown: there is no readable record"
+    assert tokenizer.fetch(config, text.corpus, tmp_path).reused
 
 
 def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_folder, text, tmp_path):
@@ -146,6 +180,7 @@ def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_fold
     files = tokenizer.fetch(config, text.corpus, llama.path.parent.parent)
     assert files.end_of_text == tokenizer.load(files).token_to_id("<|begin_of_text|>")
     assert files.path != llama.path and files.fingerprint != llama.fingerprint
+    assert files.why == f"{llama.path.name} has end_of_text none instead of <|begin_of_text|>"
 
 
 def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, tmp_path):

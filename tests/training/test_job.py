@@ -10,8 +10,11 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from tiny import MODEL, synthetic_rows, training_config, training_job
 
+from zeroflow import artifacts
 from zeroflow.training import events, job
+from zeroflow.training.job import TrainResult
 
 
 @pytest.fixture
@@ -102,3 +105,41 @@ def test_rank_0_says_what_goes_on_and_others_what_goes_wrong(rank, caplog):
         wrong = [("INFO", "info"), ("WARNING", "warning"), ("ERROR", "error")]
     assert [line for line in heard if line[0] != "DEBUG"] == wrong
     assert ("DEBUG", "printed") in heard
+
+
+def test_training_that_goes_on_says_from_where_and_why(tmp_path):
+    rows, tokens = synthetic_rows(tmp_path)
+    training = training_config(steps=6)
+    planned = training_job(tmp_path / "run", rows, tokens, model=MODEL, training=training)
+
+    def why() -> str:
+        assert job.finished(planned) is None
+        return job.why_trained(planned, lambda: "no other run is like it")
+
+    assert why() == "no other run is like it"
+    artifacts.write_json(planned.run_dir / job.JOB, {})
+    assert why() == "it was started before, and ended without a checkpoint"
+    (planned.checkpoints / "step-00000004").mkdir(parents=True)
+    newest = "its newest checkpoint is of step 4 of 6"
+    assert why() == f"it was not trained to its end: {newest}"
+    artifacts.write_json(planned.run_dir / job.RESULT, result(planned.checkpoints, 4))
+    assert why() == f"it was trained to step 4, and more are asked for: {newest}"
+    artifacts.write_json(planned.run_dir / job.RESULT, result(planned.checkpoints, 6))
+    assert why() == f"step-00000006 is gone: {newest}"
+    (planned.checkpoints / "step-00000004").rename(planned.checkpoints / "step-00000006")
+    assert job.finished(planned) is not None
+
+
+def result(checkpoints: Path, steps: int) -> dict[str, object]:
+    """What a training of so many steps leaves."""
+    losses = dict.fromkeys(("train_loss", "val_loss", "first_val_loss", "tokens_per_second"), 1.0)
+    return TrainResult(
+        checkpoint=checkpoints / f"step-{steps:08d}",
+        steps=steps,
+        tokens=64 * steps,
+        **losses,
+        val_bpb=None,
+        mfu=None,
+        peak_memory_bytes=0,
+        sample="",
+    ).model_dump(mode="json")

@@ -9,18 +9,19 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from zeroflow import artifacts
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.shards import Rows, ShardSet
 from zeroflow.model.llama import ModelConfig
+from zeroflow.reuse import CheckResult
 from zeroflow.training import events, worker
 from zeroflow.training.job import launch
 from zeroflow.training.loop import BatchSource, TrainingConfig, TrainState, new_state, train
@@ -59,10 +60,9 @@ class OverfitJob(Config):
     """As of the run."""
 
 
-class OverfitResult(Config):
+class OverfitResult(CheckResult):
     """What the check leaves in overfit.json."""
 
-    passed: bool
     loss: float
     """Lowest of the curve."""
 
@@ -70,9 +70,6 @@ class OverfitResult(Config):
     reason: str
     curve: list[float]
     """Loss of every step."""
-
-    job: str = ""
-    """Fingerprint of what was checked."""
 
 
 class OverfitFailed(RuntimeError):
@@ -98,18 +95,22 @@ def check(job: OverfitJob) -> OverfitResult:
     Raises:
         TrainingFailed: the process ended by an error.
     """
-    if (result := _finished(job)) is None:
-        job_file = job.run_dir / _JOB
-        artifacts.write_json(job_file, job.model_dump(mode="json"))
-        launch(
-            "zeroflow.checks.overfit",
-            job_file,
-            job.run_dir,
-            lambda event: None,
-            compile_cache=job.compile_cache,
-        )
-        result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
-    return result
+    before = _before(job.run_dir)
+    if before and before.passed and before.job == _fingerprint(job):
+        return before.replace(reused=True, why=reuse.PASSED)
+    why = reuse.since(_identity(job), before)
+    log.info("overfit check has to run: %s", why)
+    job_file = job.run_dir / _JOB
+    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    launch(
+        "zeroflow.checks.overfit",
+        job_file,
+        job.run_dir,
+        lambda event: None,
+        compile_cache=job.compile_cache,
+    )
+    result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
+    return result.replace(why=why)
 
 
 def overfit(
@@ -187,20 +188,23 @@ def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
     return not reached or torch.equal(parameter.detach(), before)
 
 
-def _finished(job: OverfitJob) -> OverfitResult | None:
-    path = job.run_dir / RESULT
-    if not path.exists():
-        return None
-    result = OverfitResult.model_validate(artifacts.read_json(path))
-    return result if result.passed and result.job == _identity(job) else None
+def _before(run_dir: Path) -> OverfitResult | None:
+    path = run_dir / RESULT
+    return OverfitResult.model_validate(artifacts.read_json(path)) if path.exists() else None
 
 
-def _identity(job: OverfitJob) -> str:
-    """Of all that decides how the check ends; not of the length of the run's own training."""
-    checked = settings(job.model, job.training, job.limits).model_dump(mode="json")
-    return artifacts.fingerprint(
-        [job.model.model_dump(), checked, job.limits.model_dump(), str(job.shards.path.name)]
-    )
+def _fingerprint(job: OverfitJob) -> str:
+    return artifacts.fingerprint(list(_identity(job).values()))
+
+
+def _identity(job: OverfitJob) -> dict[str, Any]:
+    """All that decides how the check ends; not the length of the run's own training."""
+    return {
+        "model": job.model.model_dump(mode="json"),
+        "training": settings(job.model, job.training, job.limits).model_dump(mode="json"),
+        "limits": job.limits.model_dump(mode="json"),
+        "shards": job.shards.path.name,
+    }
 
 
 def _curve(result: OverfitResult) -> str:
@@ -220,7 +224,7 @@ def work(job: OverfitJob, stop: StopRequest) -> None:
         message = "the overfit check was stopped; the same command repeats it"
         events.append(history, {"event": "stopped", "message": message})
         return
-    result = result.replace(job=_identity(job))
+    result = result.replace(job=_fingerprint(job), identity=_identity(job))
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
     log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
     events.append(history, {"event": "done"})

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zeroflow import artifacts
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import tokenizer
 from zeroflow.data.batches import Batches, MicroBatch
@@ -30,6 +30,7 @@ from zeroflow.data.parts import Split
 from zeroflow.data.shards import Rows, ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
+from zeroflow.reuse import CheckResult
 from zeroflow.training import checkpoint, events, recovery, worker
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.job import RunIsBusy, TrainingFailed, TrainingJob, launch
@@ -72,18 +73,15 @@ class PreflightJob(Config):
 
     shards: ShardSet
     tokenizer: TokenizerFiles
-    identity: str
-    """Fingerprint of what is checked."""
+    identity: dict[str, Any]
+    """What decides how the checks end."""
 
 
-class PreflightResult(Config):
+class PreflightResult(CheckResult):
     """What the pre-flight leaves in preflight.json."""
 
-    passed: bool
     seconds: float
     checks: list[Check]
-    job: str
-    """Fingerprint of what was checked."""
 
 
 class PreflightFailed(RuntimeError):
@@ -102,8 +100,8 @@ class PreflightFailed(RuntimeError):
 def known(job: TrainingJob, device: str) -> PreflightResult | None:
     """What was found before, if the same job passed on such a device."""
     found = read(job.run_dir)
-    same = found is not None and found.passed and found.job == _identity(job, device)
-    return found if same else None
+    same = found is not None and found.passed and found.job == _fingerprint(_identity(job, device))
+    return found.replace(reused=True, why=reuse.PASSED) if found and same else None
 
 
 def read(run_dir: Path) -> PreflightResult | None:
@@ -124,11 +122,19 @@ def check(job: TrainingJob, device: str) -> PreflightResult:
     Raises:
         TrainingFailed: the process ended by an error, of which being out of memory is none.
     """
+    identity = _identity(job, device)
+    before = read(job.run_dir)
+    why = reuse.since(identity, before)
+    log.info("pre-flight has to run: %s", why)
+    return _check(job, identity).replace(why=why)
+
+
+def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
     while True:
         ledger = recovery.read(job.run_dir)
         now = recovery.applied(job, ledger)
         try:
-            return _launched(now, _identity(job, device))
+            return _launched(now, identity)
         except RunIsBusy:
             raise
         except TrainingFailed as failure:
@@ -136,11 +142,11 @@ def check(job: TrainingJob, device: str) -> PreflightResult:
                 failure.add_advice("this was in the pre-flight: nothing was trained")
                 raise
             if (entry := recovery.remedy(now, failure, ledger)) is None:
-                return _does_not_fit(now, failure, _identity(job, device))
+                return _does_not_fit(now, failure, identity)
             recovery.note(job.run_dir, entry)
 
 
-def _launched(now: TrainingJob, identity: str) -> PreflightResult:
+def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
     job = PreflightJob(
         run_dir=now.run_dir,
         model=now.model,
@@ -166,24 +172,43 @@ def _launched(now: TrainingJob, identity: str) -> PreflightResult:
     return result
 
 
-def _does_not_fit(now: TrainingJob, failure: TrainingFailed, identity: str) -> PreflightResult:
+def _does_not_fit(
+    now: TrainingJob, failure: TrainingFailed, identity: dict[str, Any]
+) -> PreflightResult:
     sentence = f"{recovery.advice(now, failure)} ({str(failure).splitlines()[0]})"
     check = Check(name="micro-batch", passed=False, figure="1 row does not fit", sentence=sentence)
-    result = PreflightResult(passed=False, seconds=0.0, checks=[check], job=identity)
+    result = _result(identity, [check], seconds=0.0)
     artifacts.write_json(now.run_dir / RESULT, result.model_dump(mode="json"))
     return result
 
 
-def _identity(job: TrainingJob, device: str) -> str:
-    """Of all that decides how the checks end; not of the length of the training."""
+def _result(identity: dict[str, Any], done: list[Check], *, seconds: float) -> PreflightResult:
+    return PreflightResult(
+        passed=all(check.passed for check in done),
+        seconds=seconds,
+        checks=done,
+        job=_fingerprint(identity),
+        identity=identity,
+    )
+
+
+def _fingerprint(identity: dict[str, Any]) -> str:
+    return artifacts.fingerprint(list(identity.values()))
+
+
+def _identity(job: TrainingJob, device: str) -> dict[str, Any]:
+    """All that decides how the checks end; not the length of the training."""
     training = job.training.model_dump(mode="json")
     schedule = training.pop("schedule")
-    return artifacts.fingerprint(
-        [
-            *(job.model.model_dump(), training, schedule["peak"], str(job.shards.path.name)),
-            *(job.tokenizer.fingerprint, device, torch.__version__),
-        ]
-    )
+    return {
+        "model": job.model.model_dump(mode="json"),
+        "training": training,
+        "learning_rate": schedule["peak"],
+        "shards": job.shards.path.name,
+        "tokenizer": job.tokenizer.fingerprint,
+        "device": device,
+        "torch": torch.__version__,
+    }
 
 
 def checks(job: PreflightJob) -> Iterator[Check]:
@@ -568,12 +593,10 @@ def work(job: PreflightJob, stop: StopRequest) -> None:
             message = "the pre-flight was stopped; the same command repeats it"
             events.append(history, {"event": "stopped", "message": message})
             return
-    passed, seconds = all(check.passed for check in done), time.monotonic() - begin
-    result = PreflightResult(passed=passed, seconds=seconds, checks=done, job=job.identity)
+    result = _result(job.identity, done, seconds=time.monotonic() - begin)
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
-    log.info(
-        "pre-flight %s: %d checks in %.1f s", "passed" if passed else "FAILED", len(done), seconds
-    )
+    verdict = "passed" if result.passed else "FAILED"
+    log.info("pre-flight %s: %d checks in %.1f s", verdict, len(done), result.seconds)
     events.append(history, {"event": "done"})
 
 

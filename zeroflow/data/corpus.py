@@ -217,6 +217,14 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     return facts
 
 
+def digests(config: CorpusConfig) -> dict[str, str]:
+    """Of each local file of a resolved text corpus, by its name, as when the revision was found."""
+    if _on_the_hub(config):
+        return {}
+    paths = _paths(config).items()
+    return {name: _pinned[path].sha256[:12] for name, path in paths if path in _pinned}
+
+
 def files(config: CorpusConfig) -> list[SourceFile]:
     """The files of a resolved text corpus, in the order in which they are read.
 
@@ -340,7 +348,7 @@ def _pin_files(config: CorpusConfig) -> CorpusConfig:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{name}\n{content}\n".encode())
-        _pinned[path] = _stamp(path)
+        _pinned[path] = _Pinned(content, _stamp(path))
     revision = digest.hexdigest()[:16]
     if config.data_revision not in (None, revision):
         raise ValueError(
@@ -350,8 +358,13 @@ def _pin_files(config: CorpusConfig) -> CorpusConfig:
     return config.replace(data_revision=revision)
 
 
-_pinned: dict[Path, tuple[int, int]] = {}
-"""Stamp of each local file when its content was made part of a revision, in this process."""
+class _Pinned(NamedTuple):
+    sha256: str
+    stamp: tuple[int, int]
+
+
+_pinned: dict[Path, _Pinned] = {}
+"""Each local file as it was when its content was made part of a revision, in this process."""
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -362,8 +375,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _unchanged(config: CorpusConfig, file: SourceFile) -> Path:
     """The path of a local file, which has to be what it was when the revision was found."""
     path = _paths(config)[file.name]
-    now = _stamp(path)
-    if now[0] != file.size or now != _pinned.get(path, now):
+    now, pinned = _stamp(path), _pinned.get(path)
+    if now[0] != file.size or (pinned and now != pinned.stamp):
         raise ValueError(f"{path} has changed since the run began: run the same command again")
     return path
 

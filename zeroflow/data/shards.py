@@ -39,13 +39,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from zeroflow import artifacts
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import corpus, parts, synthetic
 from zeroflow.data.corpus import CorpusConfig, Slice, SourceFile
 from zeroflow.data.packing import PackingName
 from zeroflow.data.parts import BuiltPart, Layout, PartFacts, PartJob, Split, SplitCounts
 from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.reuse import Fields, StageResult
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +92,12 @@ class ShardConfig(Config):
         )
 
 
-class ShardSet(Config):
+class ShardSet(StageResult):
     """The parts of a set that a run reads."""
 
     path: Path
     parts: PositiveInt
     """The first so many are read, however many there are."""
-
-    reused: bool
-    """Whether none had to be built."""
 
     row_tokens: PositiveInt
     end_of_text: NonNegativeInt
@@ -214,11 +212,17 @@ def build(
     plan = _Plan(path, text, tokens, config, seed, identity)
 
     facts: list[PartFacts] = []
+    reasons: dict[Path, str] = {}  # by the part that is damaged, or the set that lacks parts
     built, begun = 0, time.monotonic()
     while not _enough(facts, config) and (job := plan.job(len(facts))):
+        missing = job.path if job.path.exists() else path
         if (whole := parts.existing(job.path)) is not None:
             facts.append(whole)
             continue
+        if missing not in reasons:
+            damaged = missing == job.path
+            reasons[missing] = reuse.damaged(missing) if damaged else plan.lacks(facts, config)
+            log.info("shards have to be built: %s", reasons[missing])
         ahead = min(at_once, _missing_parts(facts, config)) - 1
         jobs = [job, *plan.absent_after(len(facts), ahead, alone=text.deduplicate)]
         if not built:
@@ -234,7 +238,8 @@ def build(
             _refuse_bad_lines(facts, text)
             show(*_progress(facts, built, config, time.monotonic() - begun))
     _refuse_bad_lines(facts, text)
-    shards = _describe(path, facts, built, tokens, config)
+    shards = _describe(path, facts, tokens, config)
+    shards = shards.replace(reused=not built, why=_why(len(facts) - built, built, reasons))
     if built:  # a corpus may have ended before
         show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
     _tell(shards, config, built)
@@ -302,11 +307,13 @@ class _Plan:
     ) -> None:
         self._path, self._text, self._tokens = path, text, tokens
         self._layout, self._seed = config.layout, seed
+        self._begun = (path / PLAN).exists()
         known = self._read(identity)
         if known is None:
             known = {
                 "identity": identity,
                 "tokenizer": tokens.name,
+                "digests": {} if text.data_mode == "synthetic" else corpus.digests(text),
                 "held_out_below": _held_out_below(text, tokens, config.layout),
                 "files": [file.model_dump() for file in _files(text)],
                 "next_file": 0,
@@ -344,6 +351,15 @@ class _Plan:
             earlier=tuple(part_path(self._path, i) for i in earlier),
         )
 
+    def lacks(self, facts: list[PartFacts], config: ShardConfig) -> str:
+        """Why there is no part after those with `facts`, although `config` needs one."""
+        if facts:
+            return _too_few(facts, config)
+        if self._begun:
+            return f"{self._path.name} was begun before, and its first part is not complete"
+        others = reuse.existing(self._path.parent, _recorded, but=self._path)
+        return reuse.nearest(_fields(self._known), others)
+
     def absent_after(self, number: int, most: int, *, alone: bool) -> Iterator[PartJob]:
         """Jobs of the parts that follow part `number`, up to the first that is there."""
         for following in range(number + 1, number + 1 + (0 if alone else most)):
@@ -373,6 +389,20 @@ def _identity(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> dict[str
     if text.data_mode == "synthetic":
         return {"source": "synthetic", "seed": seed, "vocab_size": tokens.vocab_size}
     return corpus.identity(text) | {"deduplicate": text.deduplicate}
+
+
+def _recorded(path: Path) -> Fields:
+    return _fields(artifacts.read_signed(path / PLAN))
+
+
+def _fields(plan: dict[str, Any]) -> Fields:
+    """What a set depends on, from its plan, by the names of settings."""
+    identity = dict(plan["identity"])
+    layout, source = dict(identity.pop("layout")), identity.pop("corpus")
+    seq_len = layout.pop("row_tokens") - 1
+    local = source["source"] in ("files", "sample")
+    files = plan.get("digests") or ("unknown" if local else {})  # of an earlier version
+    return {"seq_len": seq_len, **layout, **source, "file": files, **identity}
 
 
 def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) -> float:
@@ -425,6 +455,22 @@ def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
     return train >= config.train_rows and validation >= config.validation_rows
 
 
+def _too_few(facts: list[PartFacts], config: ShardConfig) -> str:
+    train = sum(part.train.rows for part in facts)
+    validation = sum(part.validation.rows for part in facts)
+    return (
+        f"parts 1 to {len(facts)} have {train:,} of {config.train_rows:,} rows to train on, "
+        f"{validation:,} of {config.validation_rows:,} to validate on"
+    )
+
+
+def _why(reused: int, built: int, reasons: dict[Path, str]) -> str:
+    if not built:
+        return reuse.SAME
+    counts = f"{reused} parts reused and {built} built: " if reused else ""
+    return counts + "; ".join(reasons.values())
+
+
 def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
     """How many more are likely to be needed, judged by those that are there."""
     row_bytes = config.layout.row_tokens * _CHARACTERS_PER_TOKEN
@@ -453,7 +499,7 @@ def _progress(
 
 
 def _describe(
-    path: Path, facts: list[PartFacts], built: int, tokens: TokenizerFiles, config: ShardConfig
+    path: Path, facts: list[PartFacts], tokens: TokenizerFiles, config: ShardConfig
 ) -> ShardSet:
     train = reduce(add, (part.train for part in facts), SplitCounts())
     validation = reduce(add, (part.validation for part in facts), SplitCounts())
@@ -467,7 +513,6 @@ def _describe(
     return ShardSet(
         path=path,
         parts=len(facts),
-        reused=not built,
         row_tokens=config.layout.row_tokens,
         end_of_text=tokens.end_of_text,
         train=train,

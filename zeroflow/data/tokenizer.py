@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from zeroflow import artifacts
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import corpus, encoding, hub
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.encoding import Encoder, EncoderName, sound_text
+from zeroflow.reuse import Fields, StageResult
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class TokenizerConfig(Config):
     """The token that ends every document, where the tokenizer's own end token is not wanted."""
 
 
-class TokenizerFiles(Config):
+class TokenizerFiles(StageResult):
     """A tokenizer in the cache."""
 
     name: str
@@ -137,6 +139,7 @@ def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Tokenizer
             vocab_size=config.vocab_size,
             end_of_text=config.vocab_size - 1,
             fingerprint=artifacts.fingerprint([SYNTHETIC, config.vocab_size]),
+            why="synthetic data is token ids: there is nothing to make",
         )
     if name == TRAIN:
         return _train(config, text, root)
@@ -149,20 +152,23 @@ def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Tokenizer
             hub.download(name, config.tokenizer_revision, _HUB_FILES, partial)
         except hub.HubError as error:
             raise error.with_remedies(*_remedies(name)) from error
-        _finish(partial, config, revision=config.tokenizer_revision)
 
-    _log_outcome(path, reused=artifacts.build_once(path, download), verb="fetched")
-    return describe(path)
+    revision = config.tokenizer_revision
+    identity = {"tokenizer_revision": revision, "end_of_text": config.end_of_text}
+    return _have(path, config, identity, download, verb="fetched", revision=revision)
 
 
 def describe(path: Path) -> TokenizerFiles:
     """The description of a tokenizer directory, from its manifest."""
     facts = artifacts.read_json(path / artifacts.MANIFEST)
     known = {name: facts[name] for name in ("name", "vocab_size", "end_of_text", "fingerprint")}
-    chosen = facts["encoder"]
-    if chosen["compared_with"] != version("fastokens"):  # another one may give other ids
+    chosen, why = facts["encoder"], ""
+    before, now = chosen["compared_with"], version("fastokens")
+    if before != now:  # it may give other ids
+        why = f"its encoder is chosen anew, as fastokens is {now} instead of {before}"
+        log.info("%s: %s", path.name, why)
         chosen = _choose_encoder(path)
-    return TokenizerFiles(path=path, encoder=chosen["name"], **known)
+    return TokenizerFiles(path=path, encoder=chosen["name"], why=why, **known)
 
 
 def expected_vocabulary(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
@@ -257,10 +263,10 @@ def _copy(config: TokenizerConfig, source: Path, root: Path) -> TokenizerFiles:
         for file in wanted:
             target = "tokenizer.json" if file == source else file.name
             shutil.copyfile(file, partial / target)
-        _finish(partial, config)
 
-    _log_outcome(path, reused=artifacts.build_once(path, copy), verb="copied")
-    return describe(path)
+    short = {file: digest[:12] for file, digest in contents.items()}
+    identity = {"file": short, "end_of_text": config.end_of_text}
+    return _have(path, config, identity, copy, verb="copied")
 
 
 def _tokenizer_files(folder: Path) -> set[Path]:
@@ -297,10 +303,47 @@ def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> Tokenizer
         tokenizer.save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
         artifacts.write_json(partial / "tokenizer_config.json", settings)
-        _finish(partial, config, corpus=identity["corpus"])
 
-    _log_outcome(path, reused=artifacts.build_once(path, train), verb="trained")
-    return describe(path)
+    fields: dict[str, Any] = {"vocab_size": config.vocab_size, **corpus.identity(text)}
+    fields |= {"file": corpus.digests(text), "training_bytes": _TRAINING_BYTES}
+    return _have(path, config, fields, train, verb="trained", corpus=identity["corpus"])
+
+
+def _have(
+    path: Path,
+    config: TokenizerConfig,
+    identity: dict[str, Any],
+    make: Callable[[Path], None],
+    *,
+    verb: str,
+    **facts: Any,
+) -> TokenizerFiles:
+    """The tokenizer at `path`, whose files `make` writes unless it is there and whole.
+
+    Args:
+        identity: what it depends on beside name and format, for people to read.
+        facts: for its manifest.
+    """
+    identity = {"tokenizer_name": config.tokenizer_name, "format": _FORMAT} | identity
+    others = reuse.existing(path.parent, _identity, but=path)
+    why = reuse.damaged(path) if path.exists() else reuse.nearest(identity, others)
+
+    def build(partial: Path) -> None:
+        log.info("tokenizer has to be made: %s", why)
+        make(partial)
+        _finish(partial, config, identity=identity, **facts)
+
+    reused = artifacts.build_once(path, build)
+    log.info("tokenizer %s: %s", "reused" if reused else verb, path)
+    files = describe(path)
+    if reused:
+        why = "; ".join(filter(None, (reuse.SAME, files.why)))
+    return files.replace(reused=reused, why=why)
+
+
+def _identity(path: Path) -> Fields:
+    identity: Fields = artifacts.read_signed(path / artifacts.MANIFEST)["identity"]
+    return identity
 
 
 def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
@@ -380,7 +423,3 @@ def _end_of_text(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) ->
         f"{config.tokenizer_name} has no token {' or '.join(candidates)} to end a document with: "
         "name one with --end-of-text"
     )
-
-
-def _log_outcome(path: Path, *, reused: bool, verb: str) -> None:
-    log.info("tokenizer %s: %s", "reused" if reused else verb, path)

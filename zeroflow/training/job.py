@@ -29,8 +29,9 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
+from zeroflow.reuse import StageResult
 from zeroflow.tracking import TrackingConfig
-from zeroflow.training import events
+from zeroflow.training import checkpoint, events
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.loop import TrainingConfig
 
@@ -99,7 +100,7 @@ class TrainingJob(Config):
         return self.run_dir / CHECKPOINTS
 
 
-class TrainResult(Config):
+class TrainResult(StageResult):
     """What a finished training leaves in training.json."""
 
     checkpoint: Path
@@ -150,12 +151,33 @@ class TrainingStopped(RuntimeError):
 
 def finished(job: TrainingJob) -> TrainResult | None:
     """The result of this job, if it was trained to its last step before."""
-    path = job.run_dir / RESULT
-    if not path.exists():
-        return None
-    result = TrainResult.model_validate(artifacts.read_json(path))
-    done = result.steps == job.training.steps and result.checkpoint.exists()
+    result = _result(job)
+    done = result and result.steps == job.training.steps and result.checkpoint.exists()
     return result if done else None
+
+
+def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
+    """Why a job that is not finished is not, or from where it goes on.
+
+    Args:
+        others: says why no other run serves.
+    """
+    step = checkpoint.newest_step(job.checkpoints)
+    newest = f"its newest checkpoint is of step {step:,} of {job.training.steps:,}"
+    if (result := _result(job)) and result.steps < job.training.steps and step:
+        return f"it was trained to step {result.steps:,}, and more are asked for: {newest}"
+    if result and not result.checkpoint.exists():
+        return f"{result.checkpoint.name} is gone: {newest if step else 'no checkpoint is left'}"
+    if step:
+        return f"it was not trained to its end: {newest}"
+    if (job.run_dir / JOB).exists():
+        return "it was started before, and ended without a checkpoint"
+    return others()
+
+
+def _result(job: TrainingJob) -> TrainResult | None:
+    path = job.run_dir / RESULT
+    return TrainResult.model_validate(artifacts.read_json(path)) if path.exists() else None
 
 
 def train(

@@ -1,0 +1,60 @@
+import os
+
+from zeroflow import reuse
+
+WANTED = {"seq_len": 64, "packing": "concat", "seed": None, "file": {"a.txt": "1f", "b.txt": "2e"}}
+
+
+def test_one_that_differs_in_the_fewest_fields_is_told_with_both_values():
+    there = {
+        "far": WANTED | {"seq_len": 32, "packing": "best-fit"},
+        "near": WANTED | {"seq_len": 128},
+        "as near": WANTED | {"seq_len": 256},
+        "old": None,
+    }
+    told = "the nearest of 4, near, has seq_len 128 instead of 64"
+    assert reuse.nearest(WANTED, there) == told
+
+
+def test_files_are_one_field_and_those_that_changed_are_named():
+    files = {"a.txt": "3d", "b.txt": "2e", "c.txt": "4c"}
+    there = {"files": WANTED | {"file": files}, "settings": WANTED | {"seed": 1, "packing": "x"}}
+    told = "the nearest of 2, files, has file a.txt 3d instead of 1f, file c.txt 4c instead of none"
+    assert reuse.nearest(WANTED, there) == told
+    without = {"packing": "concat", "seq_len": 64}
+    assert reuse.changes(WANTED, without) == "has file none instead of 2 of them"
+    assert reuse.changes(without, WANTED) == "has file 2 of them instead of none"
+
+
+def test_many_differences_are_counted_and_long_values_cut():
+    wanted, found = ({f"field{n}": value for n in range(9)} for value in ("a" * 99, "b"))
+    told = reuse.changes(wanted, found)
+    assert told.count("instead of") == 4 and told.endswith(", 5 more differences")
+    assert f"field0 b instead of {'a' * 47}..." in told
+
+
+def test_nothing_there_and_nothing_known_are_told_apart():
+    assert reuse.nearest(WANTED, {}) == reuse.NOTHING
+    unknown = reuse.nearest(WANTED, dict.fromkeys(["a", "b", "c", "d", "e"]))
+    assert unknown.startswith("what a, b, c and 2 more was made from is unknown")
+
+
+def test_folders_are_read_newest_first_without_what_is_damaged_or_half_made(tmp_path):
+    names = ["old", "new", "mine", ".half.partial", "old.damaged-1", "unreadable"]
+    for age, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / "file").write_text("")
+
+    def read(path):
+        if path.name == "unreadable":
+            raise KeyError(path)
+        return {"name": path.name}
+
+    found = reuse.existing(tmp_path, read, but=tmp_path / "mine")
+    assert list(found.items()) == [
+        ("unreadable", None),
+        ("new", {"name": "new"}),
+        ("old", {"name": "old"}),
+    ]
+    assert reuse.existing(tmp_path / "nowhere", read, but=tmp_path / "mine") == {}
