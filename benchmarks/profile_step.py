@@ -20,6 +20,7 @@ from train_speed import (
     Step,
     Workload,
     add_shape,
+    check,
     ours,
     parse_contender,
     peak_bytes,
@@ -131,7 +132,7 @@ def report(figures: dict[str, Any], device: Device, work: Workload) -> str:
     total = sum(figures["families"].values())
     compute = work.compute
     lines = [
-        f"{device.name}, torch {torch.__version__}, {work.size}, {compute.precision}, "
+        f"{device.name}, torch {torch.__version__}, {work.size}, {compute.arithmetic}, "
         f"{'compiled' if compute.compile else 'not compiled'}: {work.batch_rows} rows of "
         f"{work.seq_len:,} a step, {work.rows[0]} at once; vocabulary {work.vocab_size:,}",
         "",
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--ours", default="ours", help="ours:compile=false profiles with another ComputeConfig"
     )
+    parser.add_argument("--fp8", action="store_true", help="with products in fp8")
     parser.add_argument("--steps", type=int, default=3, help="steps profiled (3)")
     parser.add_argument("--top", type=int, default=20, help="kernels listed by name (20)")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -170,7 +172,13 @@ def main() -> None:
     arguments.rows, arguments.batch_rows = [rows], arguments.batch_rows or rows
     arguments.windows = arguments.seconds = 1  # of no use here
     _, settings = parse_contender(arguments.ours)
+    if arguments.fp8:
+        settings["fp8"] = "true"
     work = workload(arguments, arguments.size, settings)
+    try:
+        check(work, device)
+    except ValueError as error:
+        parser.error(str(error))
     if device.kind == "cpu":
         torch._inductor.config.cpp.enable_kernel_profile = True  # names for compiled kernels
     kernels, span = profile_steps(ours(work, rows), work, arguments.steps)

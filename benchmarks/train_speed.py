@@ -35,7 +35,7 @@ from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import NOMINAL_VOCABULARY, Device, find_device
+from zeroflow.planning import NOMINAL_VOCABULARY, Device, find_device, require_fp8
 from zeroflow.training.loop import ComputeConfig, TrainingConfig, new_state, train_step
 from zeroflow.training.optimizer import OptimizerConfig
 from zeroflow.training.schedule import Schedule
@@ -48,6 +48,7 @@ _GAIN = 1.02
 
 _LEARNING_RATE = 1e-4
 _NO_END = -1
+_OURS_IN_FP8 = "ours:fp8=true"
 _MATMUL = {"cuda": 8192, "cpu": 2048}
 _MATMUL_SECONDS = 1.5
 
@@ -479,6 +480,13 @@ def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str])
     )
 
 
+def check(work: Workload, device: Device) -> None:
+    """Raises ValueError for what the device cannot compute."""
+    if work.compute.fp8:
+        precision = work.compute.precision
+        require_fp8(device, work.model, seq_len=work.seq_len, precision=precision)
+
+
 def doublings(number: int) -> list[int]:
     """`number` and its halves, upwards: 3, 6, 12, 24, 48."""
     halves = [number]
@@ -680,6 +688,7 @@ def main() -> None:
         metavar="NAME",
         help=f"of {', '.join(CONTENDERS)}; ours:compile=false is ours with another ComputeConfig",
     )
+    parser.add_argument("--fp8", action="store_true", help=f"{_OURS_IN_FP8} as well")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="all, on a CPU tiny")
     add_shape(parser)
     parser.add_argument("--batch-rows", type=int, help="rows of a step; 48, on a CPU 4")
@@ -695,12 +704,13 @@ def main() -> None:
     device = settle_shape(arguments)
     arguments.sizes = arguments.sizes or (list(SIZES) if device.kind == "cuda" else ["tiny"])
     arguments.batch_rows = arguments.batch_rows or (48 if device.kind == "cuda" else 4)
+    arguments.contenders += [_OURS_IN_FP8] if arguments.fp8 else []
     for rows in arguments.rows or []:
         if arguments.batch_rows % rows:
             parser.error(f"--rows {rows} does not divide --batch-rows {arguments.batch_rows}")
     try:
         for asked in arguments.contenders:
-            workload(arguments, arguments.sizes[0], parse_contender(asked)[1])
+            check(workload(arguments, arguments.sizes[0], parse_contender(asked)[1]), device)
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -9,9 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import loss_curves
 import profile_step
 import train_speed
 
+from zeroflow import planning
+from zeroflow.data.corpus import CorpusConfig
 from zeroflow.planning import Device
 from zeroflow.training.loop import ComputeConfig
 
@@ -28,6 +31,7 @@ WORK = train_speed.Workload(
     seconds=0.01,
 )
 DEVICE = Device(kind="cpu", name="a CPU", memory_bytes=2**30)
+H100 = planning.known_gpu("NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize("contender", ["ours", "hf_eager"])
@@ -37,6 +41,20 @@ def test_contenders_train_the_same_shape(contender):
         assert first == pytest.approx(math.log(WORK.vocab_size), abs=0.3)
         assert last < first
         assert figures["tokens_per_second"] > 0
+
+
+def test_ours_in_fp8_is_one_more_contender_where_the_device_can():
+    name, settings = train_speed.parse_contender("ours:fp8=true")
+    compute = ComputeConfig.model_validate(WORK.compute.model_dump() | settings)
+    work = WORK.replace(compute=compute)
+    [figures] = train_speed.measure(name, work)
+    [in_fp32] = train_speed.measure("ours", WORK)
+    for mine, theirs in zip(figures["losses"], in_fp32["losses"], strict=True):
+        assert mine != theirs and mine == pytest.approx(theirs, abs=0.02)
+    train_speed.check(WORK, DEVICE)
+    with pytest.raises(ValueError, match="the device is a CPU"):
+        train_speed.check(work, DEVICE)
+    train_speed.check(work.replace(compute=compute.replace(precision="bf16")), H100)
 
 
 def test_contender_that_takes_too_long_is_ended_with_its_reason():
@@ -72,3 +90,67 @@ def test_profile_shares_out_all_of_the_time():
 )
 def test_kernels_are_told_apart_by_name(kernel, family):
     assert profile_step.family(kernel) == family
+
+
+@pytest.fixture
+def trained(tmp_path) -> loss_curves.Work:
+    """A few steps of tiny, of two micro-batches each."""
+    return loss_curves.work(
+        CorpusConfig(data_mode="synthetic"),
+        tmp_path,
+        DEVICE,
+        size="tiny",
+        vocab_size=300,
+        context=32,
+        rows=2,
+        accumulate=2,
+        steps=6,
+        learning_rate=1e-3,
+        seed=0,
+    )
+
+
+def test_ways_train_the_same_from_the_same_weights_and_rows(trained):
+    plain, fast, fp8 = (
+        loss_curves.measure(way, trained)["losses"] for way in ("plain", "fast", "fp8")
+    )
+    assert len(plain) == 6 and plain[-1] < plain[0]
+    assert plain != fast
+    # the same sums in another order in fp32, which six steps of AdamW make larger
+    assert fast == pytest.approx(plain, abs=1e-4)
+    # a mean over 128 tokens whose losses fp8 moves by some hundredths, more from step to step
+    assert fp8 != fast and fp8 == pytest.approx(plain, abs=0.05)
+
+
+def test_attention_written_out_is_that_of_training():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
+    ours = loss_curves.llama.attend(q, k, v, None)
+    # the same sums in another order, in fp32
+    torch.testing.assert_close(loss_curves.attention(q, k, v, None), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_curves_are_told_and_drawn_beside_the_first(trained, tmp_path):
+    settings = {"size": "tiny", "tokens_per_step": 128, "context": 32}
+    results = loss_curves.compare(["plain", "fast", "fp8"], trained, DEVICE, settings)
+    assert list(results["runs"]) == ["plain", "fast"]
+    table = loss_curves.report(results)
+    assert f"| plain | {results['runs']['plain']['losses'][0]:.4f} |" in table
+    assert "fp8: --fp8 needs a GPU of compute capability 8.9" in table
+    loss_curves.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="held to fp8, which cannot be: --fp8 needs a GPU"):
+        loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings)
+    assert loss_curves.obstacle("fp8", trained, H100) is None
+
+
+def test_differences_are_those_of_smoothed_curves():
+    low = [5.0 - step / 100 for step in range(100)]
+    high = [loss + (0.5 if step >= 50 else 0.0) for step, loss in enumerate(low)]
+    high[20] -= 0.1
+    apart = loss_curves.differences({"low": {"losses": low}, "high": {"losses": high}})
+    assert apart["low"] == {"mean": 0.0, "largest": 0.0, "at_step": 5}
+    # windows of 5 steps: 96 of them, 46 above in full and 4 in part, 5 below by a fifth of 0.1
+    assert apart["high"]["mean"] == pytest.approx((46 * 0.5 + 2 * 0.5 - 5 * 0.02) / 96)
+    assert apart["high"]["largest"] == pytest.approx(0.5)
+    assert apart["high"]["at_step"] >= 55

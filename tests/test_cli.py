@@ -71,6 +71,7 @@ RUNS = [
             "warmup_steps": 4,
             "schedule": "wsd",
             "precision": "bf16",
+            "fp8": True,
             "compile": True,
             "document_mask": True,
             "z_loss": 1e-5,

@@ -62,7 +62,8 @@ def test_another_model_says_how_many_flops_are_reached(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "NVIDIA L4"}, {"precision": "fp32"}, {"document_mask": True}]
+    "change",
+    [{"device": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
 )
 def test_another_device_or_other_code_says_nothing(tmp_path, change):
     history.append(tmp_path, past("a", 100.0, **change))

@@ -168,6 +168,23 @@ def test_memory_is_within_a_twentieth_of_what_runs_of_tiny_on_a_cpu_held(
     assert planned.total / 2**20 == pytest.approx(megabytes, rel=0.05)
 
 
+def test_fp8_keeps_less_for_the_backward_pass_and_nothing_else_less():
+    for kind in ("none", "selective", "full"):
+        bf16, fp8 = (
+            planning.memory(llama("medium"), 2048, 4, kind, H100, fp8=fp8) for fp8 in (False, True)
+        )
+        assert 0.7 * bf16.activations < fp8.activations < bf16.activations, kind
+        assert fp8._replace(activations=bf16.activations) == bf16
+    assert planning.micro_batch(llama("medium"), 2048, H100, fp8=True) > micro_batch("medium", 79)
+
+
+def test_rate_of_fp8_is_not_claimed_to_be_known():
+    bf16, fp8 = (
+        planning.expected_tokens_per_second(MODEL, 128, H200, fp8=fp8) for fp8 in (False, True)
+    )
+    assert fp8[0] == bf16[0] and fp8[1] == f"{bf16[1]}, without what fp8 gains"
+
+
 def test_ranks_share_out_more_from_stage_to_stage():
     memories = [
         planning.memory(llama("medium"), 2048, 4, "none", H100, stage=stage, ranks=4)

@@ -13,11 +13,10 @@ from zeroflow.data.parts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import Device
 from zeroflow.run import ModelChoice, RunConfig, TrainingChoice, settle
 
 SYNTHETIC = {"data_mode": "synthetic"}
-GPU = Device(kind="cuda", name="NVIDIA H200", memory_bytes=140 * 2**30, peak_flops=989e12)
+GPU = planning.known_gpu("H200")
 
 
 @pytest.fixture
@@ -141,6 +140,8 @@ def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change)
         ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.001, now it is 0.1"),
         ({"training": {"seq_len": 128}}, "training.seq_len 256, now it is 128"),
         ({"training": {"schedule": "wsd"}}, "training.schedule cosine, now it is wsd"),
+        ({"training": {"precision": "bf16"}}, "training.precision fp32, now it is bf16"),
+        ({"training": {"fp8": True}}, "training.fp8 False, now it is True"),
         ({"training": {"max_steps": 9}}, "training.max_steps 10, now it is 9"),
         ({"model": {"size": "small"}}, "model.size tiny, now it is small"),
         ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 32768, now it is 400"),
@@ -369,6 +370,32 @@ def test_defaults_on_a_gpu_suit_the_size(ask, gpu, size, tokens, rate):
     nominal = with_vocabulary(SIZES[size], 128_256).parameters
     assert run.train_tokens / nominal == pytest.approx(20, rel=0.02)  # whole steps
     assert run.train_tokens >= 20 * nominal
+
+
+def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, monkeypatch):
+    def fetch(config):
+        raise AssertionError("looked up")
+
+    asked = ask(device="auto", training={"fp8": True})
+    assert settle(asked).training.compute.fp8
+    assert not settle(ask(device="auto")).training.compute.fp8, "off by default"
+    monkeypatch.setattr(corpora, "resolve", fetch)
+    with pytest.raises(ValueError, match="--precision is fp32: drop one"):
+        settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))
+    with pytest.raises(ValueError, match="multiples of 16, and seq_len is 1000: change it"):
+        settle(ask(device="auto", training={"fp8": True, "seq_len": 1000}))
+    odd = SHAPE.model_dump() | {"intermediate_size": 72}
+    with pytest.raises(ValueError, match="and intermediate_size is 72: change it"):
+        settle(ask(device="auto", model=odd, training={"fp8": True}))
+    monkeypatch.setattr(planning, "find_device", lambda wanted: planning.known_gpu("RTX 3090"))
+    with pytest.raises(ValueError, match=r"8\.9 or more, as .*RTX 3090 has 8\.6: train on"):
+        settle(asked)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"the device is a CPU \(.*CPU.*drop --fp8"):
+        settle(ask(training={"fp8": True}))
+    assert not runs.sketch(ask(), planning.find_device("cpu")).training.fp8
+    with pytest.raises(ValueError, match="the device is a CPU"):
+        runs.sketch(ask(training={"fp8": True}), planning.find_device("cpu"))
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ class Workload(Config):
     micro_batch_rows: int
     accumulate: int
     precision: Precision
+    fp8: bool = False
     compile: bool
     deterministic: bool
     document_mask: bool

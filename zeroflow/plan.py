@@ -137,7 +137,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         source = known.source
     else:
         rate, source = planning.expected_tokens_per_second(
-            model, work.seq_len, device, work.activation_checkpointing
+            *(model, work.seq_len, device, work.activation_checkpointing), fp8=work.fp8
         )
     if rate is not None and gpus > 1:
         rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"
@@ -197,6 +197,7 @@ def workload(
         micro_batch_rows=training.micro_batch_rows,
         accumulate=training.accumulate,
         precision=compute.precision,
+        fp8=compute.fp8,
         compile=compute.compile,
         deterministic=compute.deterministic,
         document_mask=training.document_mask,
@@ -219,12 +220,17 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         work.activation_checkpointing,
         device,
         precision=work.precision,
+        fp8=work.fp8,
         accumulates=work.accumulate > 1,
         stage=stage,
         ranks=ranks,
     )
     most, kind = planning.micro_batch(
-        work.model, work.seq_len, device, precision=work.precision, stage=stage, ranks=ranks
+        *(work.model, work.seq_len, device),
+        precision=work.precision,
+        fp8=work.fp8,
+        stage=stage,
+        ranks=ranks,
     )
     return StagePlan(
         stage=stage,
@@ -336,7 +342,7 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
         f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
     )
     compiled = "compiled" if choice.compile else "not compiled"
-    yield f"device: {device.name}, {choice.precision}, {compiled}"
+    yield f"device: {device.name}, {settled.training.compute.arithmetic}, {compiled}"
     yield f"resume: {runs.resume_promise(run)}"
     if run.skip_preflight:
         yield "pre-flight: skipped, as asked for"

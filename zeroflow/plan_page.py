@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from zeroflow import plan as plans
 from zeroflow.plan import Compared, Plan
-from zeroflow.planning import binary
+from zeroflow.planning import arithmetic, binary
 
 _LABELS = {
     "loss": "loss, with logits",
@@ -59,7 +59,8 @@ def _lines(plan: Plan) -> Iterator[str]:
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{each}, "
             f"activations computed again: {work.activation_checkpointing}",
-            "arithmetic": f"{work.precision}, {'' if work.compile else 'not '}compiled",
+            "arithmetic": f"{arithmetic(work.precision, fp8=work.fp8)}, "
+            f"{'' if work.compile else 'not '}compiled",
             "time": plans.time_line(plan),
             "memory": plans.memory_line(plan),
             "disk": plans.disk_line(plan),

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from zeroflow.config import Config
-from zeroflow.model.llama import ModelConfig, Recompute
+from zeroflow.model.fp8 import MULTIPLE
+from zeroflow.model.llama import ModelConfig, Recompute, Shape
 
 NOMINAL_VOCABULARY = 128_256
 """Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
@@ -34,21 +35,23 @@ class _Gpu(NamedTuple):
     gigabytes: int
     """As sold; NVML has up to 5 % less where error correction takes its part."""
 
+    capability: tuple[int, int]
+
 
 # From the vendor's data sheets. The names are whole, as NVML gives them: variants of a chip differ
 _GPUS = {
-    "NVIDIA H200": _Gpu(989e12, 141),
-    "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80),
-    "NVIDIA H100 NVL": _Gpu(835e12, 94),
-    "NVIDIA H100 PCIe": _Gpu(756e12, 80),
-    "NVIDIA A100-SXM4-80GB": _Gpu(312e12, 80),
-    "NVIDIA A100-SXM4-40GB": _Gpu(312e12, 40),
-    "NVIDIA A100 80GB PCIe": _Gpu(312e12, 80),
-    "NVIDIA A100-PCIE-40GB": _Gpu(312e12, 40),
-    "NVIDIA L40S": _Gpu(362e12, 48),
-    "NVIDIA L4": _Gpu(121e12, 24),
-    "NVIDIA GeForce RTX 4090": _Gpu(165e12, 24),
-    "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24),
+    "NVIDIA H200": _Gpu(989e12, 141, (9, 0)),
+    "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80, (9, 0)),
+    "NVIDIA H100 NVL": _Gpu(835e12, 94, (9, 0)),
+    "NVIDIA H100 PCIe": _Gpu(756e12, 80, (9, 0)),
+    "NVIDIA A100-SXM4-80GB": _Gpu(312e12, 80, (8, 0)),
+    "NVIDIA A100-SXM4-40GB": _Gpu(312e12, 40, (8, 0)),
+    "NVIDIA A100 80GB PCIe": _Gpu(312e12, 80, (8, 0)),
+    "NVIDIA A100-PCIE-40GB": _Gpu(312e12, 40, (8, 0)),
+    "NVIDIA L40S": _Gpu(362e12, 48, (8, 9)),
+    "NVIDIA L4": _Gpu(121e12, 24, (8, 9)),
+    "NVIDIA GeForce RTX 4090": _Gpu(165e12, 24, (8, 9)),
+    "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24, (8, 6)),
 }
 
 Precision = Literal["bf16", "fp32"]
@@ -64,6 +67,9 @@ class Device(Config):
     memory_bytes: int
     peak_flops: float | None = None
     """Dense bf16 FLOP/s; None where it is not known for sure."""
+
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability; None for a CPU."""
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -95,7 +101,13 @@ def _first_gpu() -> Device:
     )
     name = pynvml.nvmlDeviceGetName(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-    return Device(kind="cuda", name=name, memory_bytes=memory, peak_flops=_peak_flops(name))
+    return Device(
+        kind="cuda",
+        name=name,
+        memory_bytes=memory,
+        peak_flops=_peak_flops(name),
+        capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+    )
 
 
 def _peak_flops(name: str) -> float | None:
@@ -115,8 +127,59 @@ def known_gpu(wanted: str) -> Device:
         names = ", ".join(found or _GPUS)
         raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
     [name] = found
-    memory = _GPUS[name].gigabytes * 2**30
-    return Device(kind="cuda", name=name, memory_bytes=memory, peak_flops=_peak_flops(name))
+    gpu = _GPUS[name]
+    return Device(
+        kind="cuda",
+        name=name,
+        memory_bytes=gpu.gigabytes * 2**30,
+        peak_flops=gpu.peak_flops,
+        capability=gpu.capability,
+    )
+
+
+_FP8_CAPABILITY = (8, 9)
+"""Of Ada; Hopper has (9, 0)."""
+
+
+def require_fp8(
+    device: Device, shape: Shape, *, seq_len: int | None, precision: Precision | None
+) -> None:
+    """See that products in 8 bits can be computed; None stands for a GPU's default.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    needed = ".".join(map(str, _FP8_CAPABILITY))
+    if device.capability is None:
+        raise ValueError(
+            f"--fp8 needs a GPU of compute capability {needed} or more, and the device is a CPU "
+            f"({device.name}): train on such a GPU, or drop --fp8"
+        )
+    if device.capability < _FP8_CAPABILITY:
+        raise ValueError(
+            f"--fp8 needs compute capability {needed} or more, as Ada and Hopper have it, and "
+            f"{device.name} has {'.'.join(map(str, device.capability))}: train on another GPU, or "
+            "drop --fp8"
+        )
+    if precision == "fp32":
+        raise ValueError("--fp8 goes with bf16, and --precision is fp32: drop one of them")
+    sides = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "the joined size of queries, keys and values": shape.qkv_size,
+        "seq_len": seq_len or MULTIPLE,
+    }
+    for name, side in sides.items():
+        if side % MULTIPLE:
+            raise ValueError(
+                f"--fp8 multiplies matrices whose sides are multiples of {MULTIPLE}, and {name} "
+                f"is {side}: change it, or drop --fp8"
+            )
+
+
+def arithmetic(precision: Precision, *, fp8: bool) -> str:
+    """What is computed in, for people."""
+    return f"{precision} with products in fp8" if fp8 else precision
 
 
 def assumed_mfu(model: ModelConfig) -> float:
@@ -126,7 +189,12 @@ def assumed_mfu(model: ModelConfig) -> float:
 
 
 def expected_tokens_per_second(
-    model: ModelConfig, context: int, device: Device, checkpointing: Recompute = "none"
+    model: ModelConfig,
+    context: int,
+    device: Device,
+    checkpointing: Recompute = "none",
+    *,
+    fp8: bool = False,
 ) -> tuple[float | None, str]:
     """A rate to expect and where it comes from; None for a GPU whose peak is not known."""
     flops = model.flops_per_token(context) * (1 + _computed_again(model, checkpointing))
@@ -140,6 +208,8 @@ def expected_tokens_per_second(
     source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
     if checkpointing != "none":
         source += ", less what is computed again"
+    if fp8:
+        source += ", without what fp8 gains"
     return mfu * device.peak_flops / flops, source
 
 
@@ -212,14 +282,16 @@ def memory(
     device: Device,
     *,
     precision: Precision | None = None,
+    fp8: bool = False,
     accumulates: bool = True,
     stage: Stage = 0,
     ranks: int = 1,
 ) -> Memory:
     """Memory of a step over micro-batches of `rows`: compiled on a GPU, not compiled on a CPU.
 
-    On one H100 within 2.4 % of what was measured in bf16 for tiny, small and medium; with several
-    ranks it follows from how FSDP2 shares out, and has not been measured on GPUs.
+    On one H100 within 2.4 % of what was measured in bf16 for tiny, small and medium. For fp8 it
+    follows from what is kept in one byte instead, for several ranks from how FSDP2 shares out:
+    neither has been measured on GPUs.
 
     Args:
         precision: None for that which is usual on the device.
@@ -232,7 +304,11 @@ def memory(
     cast = 0 if width == 4 or ranks > 1 else 2 * E  # gathered weights are bf16 already
     # On a CPU logsumexp copies the logits, before the gradient is written
     loss = chunk + cast + 4 * E if gpu else chunk + max(chunk, 4 * E)
-    kept = (_kept_compiled if gpu else _kept_eager)(model, tokens, checkpointing, width)
+    kept = (
+        _kept_compiled(model, tokens, checkpointing, width, fp8=fp8)
+        if gpu
+        else _kept_eager(model, tokens, checkpointing, width)
+    )
     shared = ranks if stage else 1
     gradients = 4 * P // (shared if stage >= 2 else 1)
     return Memory(
@@ -251,23 +327,27 @@ _PROGRAM_BYTES = 530 * 2**20
 """Resident in a training process besides tensors, measured with PyTorch 2.13 on Linux."""
 
 
-def _kept_compiled(model: ModelConfig, tokens: int, checkpointing: Recompute, width: int) -> int:
+def _kept_compiled(
+    model: ModelConfig, tokens: int, checkpointing: Recompute, width: int, *, fp8: bool
+) -> int:
     """Activations in bytes.
 
     A block keeps of a token its input and that of its second half, both also normed, and what
     attention gave; queries, keys and values before and after rotation; and of the feed-forward
     network both projections and their product. What is not computed again is kept of all blocks,
-    the rest of one.
+    the rest of one. In fp8 what only a product of matrices reads has one byte, and what attention
+    gave, which its own backward pass reads, is kept in both.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    qkv = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    feed_forward, others = 3 * M + D, 4 * D + 2 * qkv
+    factor = 1 if fp8 else width
+    feed_forward = factor * (M + D) + width * 2 * M
+    others = factor * D + width * (3 * D + 2 * model.qkv_size) + (D if fp8 else 0)
     kept = {
         "none": L * (others + feed_forward),
-        "selective": L * (others + D) + feed_forward,
-        "full": L * D + others + feed_forward,
+        "selective": L * (others + width * D) + feed_forward,
+        "full": L * width * D + others + feed_forward,
     }
-    return width * tokens * (kept[checkpointing] + 4 * D)
+    return tokens * (kept[checkpointing] + width * 4 * D)
 
 
 def _kept_eager(model: ModelConfig, tokens: int, checkpointing: Recompute, width: int) -> int:
@@ -309,6 +389,7 @@ def micro_batch(
     checkpointing: Recompute | None = None,
     *,
     precision: Precision | None = None,
+    fp8: bool = False,
     stage: Stage = 0,
     ranks: int = 1,
 ) -> tuple[int, Recompute]:
@@ -323,7 +404,11 @@ def micro_batch(
 
         def fits(rows: int, kind: Recompute = kind) -> bool:
             needed = memory(
-                *(model, context, rows, kind, device), precision=precision, stage=stage, ranks=ranks
+                *(model, context, rows, kind, device),
+                precision=precision,
+                fp8=fp8,
+                stage=stage,
+                ranks=ranks,
             )
             return needed.fits(device)
 

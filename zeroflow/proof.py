@@ -156,7 +156,7 @@ def markdown(job: TrainingJob, proof: Proof) -> str:
     rows = {
         "Result": f"**{'passed' if proof.passed else 'FAILED'}**: {proof.reason}",
         "Trained twice": f"{proof.steps:,} steps, {job.model.parameters:,} parameters, on "
-        f"{compute.device} in {compute.precision}"
+        f"{compute.device} in {compute.arithmetic}"
         + (", compiled" if compute.compile else "")
         + (", deterministic" if compute.deterministic else ""),
         "Killed with SIGKILL": f"{len(proof.kills)} times of {proof.kills_asked} asked for",

@@ -14,7 +14,7 @@ from zeroflow.comparison import REPORT
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.planning import Device, duration, speed
+from zeroflow.planning import Device, arithmetic, duration, speed
 from zeroflow.run import RunConfig, leaves, resume_promise
 from zeroflow.training import events, goodput, recovery
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -168,6 +168,7 @@ def _figures(
         "peak_memory_bytes": trained.peak_memory_bytes,
         "device": device.name,
         "precision": job.training.compute.precision,
+        "fp8": job.training.compute.fp8,
         "resume": resume_promise(run),
         "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.run_dir)],
         "data": {
@@ -256,7 +257,7 @@ def _markdown(
         "nats per token",
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
         "Speed": f"{speed(report['tokens_per_second'])} on {report['device']}, "
-        f"{report['precision']}",
+        f"{arithmetic(report['precision'], fp8=report['fp8'])}",
         "Pre-flight": f"passed: {len(checked.checks)} checks" if checked else "none",
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
         f"{overfit['loss']:.4f} after {overfit['steps']} steps",
@@ -268,7 +269,10 @@ def _markdown(
     if report["entropy"] is not None:
         rows["Entropy of the data"] = f"{report['entropy']:.4f} nats per token, the least possible"
     if report["mfu"] is not None:
-        rows["MFU"] = f"{report['mfu']:.1%} of the dense bf16 peak, (6N + 6·L·D·T) FLOPs a token"
+        twice = " (that of fp8 is twice as high)" if report["fp8"] else ""
+        rows["MFU"] = (
+            f"{report['mfu']:.1%} of the dense bf16 peak{twice}, (6N + 6·L·D·T) FLOPs a token"
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     recovered = "\n".join(
         f"| {entry['step']:,} | {entry['reason']} | {entry['action']} |"

@@ -136,6 +136,10 @@ class TrainingChoice(Config):
     precision: Precision | None = None
     """bf16 computes in bf16 with fp32 master weights. Default: fp32 on a CPU, bf16 on a GPU."""
 
+    fp8: bool = False
+    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. Large
+    sizes gain by it."""
+
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: on a GPU."""
 
@@ -326,6 +330,7 @@ class RunConfig(Config):
             compute=ComputeConfig(
                 device=self.device,
                 precision=_known(choice.precision),
+                fp8=choice.fp8,
                 compile=_known(choice.compile),
                 deterministic=choice.deterministic,
                 activation_checkpointing=_known(choice.activation_checkpointing),
@@ -422,6 +427,7 @@ def settle(asked: RunConfig) -> Settled:
         tracking.forget(recorded.run_dir)
         recorded, merged = None, asked.replace(model=asked.model.settled)
     device = planning.find_device(merged.device)
+    _refuse_what_the_device_cannot(merged, device)
     data, data_reason = corpora.resolve(merged.data)
     tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
     run = merged.replace(
@@ -458,6 +464,7 @@ def sketch(asked: RunConfig, device: Device) -> RunConfig:
     recorded = _recorded(asked)
     merged = _over(recorded, asked) if recorded else asked
     merged = merged.replace(device=device.kind, model=merged.model.settled)
+    _refuse_what_the_device_cannot(merged, device)
     return merged.replace(training=_fill(merged.training, merged.model, merged.data, device))
 
 
@@ -590,6 +597,14 @@ def _refuse_what_does_nothing(asked: RunConfig) -> None:
         )
 
 
+def _refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
+    choice = run.training
+    if choice.fp8:
+        planning.require_fp8(
+            device, run.model.shape, seq_len=choice.seq_len, precision=choice.precision
+        )
+
+
 def _default_name(run: RunConfig) -> str:
     named = {"run_name", *_FREE}
     identity = {name: str(value) for name, value in leaves(run) if name not in named}
@@ -612,7 +627,9 @@ def _fill(
     seq_len = choice.seq_len or (2048 if gpu else 256)
     precision: Precision = choice.precision or ("bf16" if gpu else "fp32")
     fits, checkpointing = planning.micro_batch(
-        nominal, seq_len, device, choice.activation_checkpointing, precision=precision
+        *(nominal, seq_len, device, choice.activation_checkpointing),
+        precision=precision,
+        fp8=choice.fp8,
     )
     usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)

@@ -28,6 +28,7 @@ from zeroflow.training.job import TrainingFailed, TrainingJob
 from zeroflow.training.loop import TrainState, new_state
 
 CONFIG = training_config(document_mask=True)
+FP8 = {"precision": "bf16", "fp8": True}
 BATCH = preflight.random_batch(MODEL, 2, 64, seed=0, document_mask=True)
 SHARDS = ShardConfig(seq_len=32, train_rows=40, validation_rows=2, validation_fraction=0.1)
 ALL_CHECKS = [
@@ -135,9 +136,9 @@ def test_checks_of_the_model_leave_it_as_it_was(state):
 
 
 @pytest.mark.parametrize("context", [2, 3, 33])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sound_model_passes_at_any_context_and_precision(context, precision):
-    config = training_config(document_mask=True, compute=CPU.replace(precision=precision))
+@pytest.mark.parametrize("how", [{"precision": "fp32"}, {"precision": "bf16"}, FP8])
+def test_sound_model_passes_at_any_context_and_precision(context, how):
+    config = training_config(document_mask=True, compute=CPU.replace(**how))
     found = preflight.model_checks(new_state(MODEL, config), config, context)
     assert [check for check in found if not check.passed] == []
 

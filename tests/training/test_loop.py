@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, DEVICES, MODEL, RandomBatches, training_config
+from tiny import CPU, DEVICES, MODEL, NO_END, RandomBatches, training_config
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training.loop import ComputeConfig, loss_sum, new_state, train, train_step
@@ -154,9 +154,10 @@ def test_update_that_is_no_finite_number_is_skipped_and_counted():
     assert steps == {5}, "bias correction counts the updates that were made"
 
 
-def test_activations_computed_again_give_the_same_bits():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_activations_computed_again_give_the_same_bits(fp8):
     def weights(kind: str) -> dict[str, torch.Tensor]:
-        config = training_config(compute=CPU.replace(activation_checkpointing=kind))
+        config = training_config(compute=CPU.replace(activation_checkpointing=kind, fp8=fp8))
         state = new_state(MODEL, config)
         for _ in train(state, RandomBatches(), config):
             pass
@@ -261,3 +262,60 @@ def test_step_is_that_of_plain_code_in_fp32(device):
             gradient = state.optimizer.state[mine]["exp_avg"].cpu()
             wanted = plain.optimizer.state[theirs]["exp_avg"]
             assert (gradient - wanted).norm() < 3e-2 * wanted.norm(), name
+
+
+FP8 = {"precision": "bf16", "fp8": True}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_in_fp8_gives_every_parameter_nearly_the_gradient_of_fp32(device):
+    rows = np.random.default_rng(0).integers(256, size=(4, 129))
+    batch = to_micro_batch(rows, end_of_text=NO_END)
+    config = training_config(compute=compute(device).replace(**FP8))
+    state, plain = new_state(WIDE, config), new_state(WIDE, training_config())
+    loss = train_step(state, [batch], config)
+    expected = train_step(plain, [batch], training_config())
+    # a loss of 5.5 is a mean over hundreds of tokens, whose roundings cancel out
+    assert float(loss.loss) == pytest.approx(float(expected.loss), rel=1e-3)
+    for (name, mine), theirs in zip(
+        state.model.named_parameters(), plain.model.parameters(), strict=True
+    ):
+        gradient = state.optimizer.state[mine]["exp_avg"].cpu()
+        wanted = plain.optimizer.state[theirs]["exp_avg"]
+        # four products between the loss and the first block, each off by 6 % (test_fp8.py), and
+        # their inputs by 4 %
+        assert 0 < (gradient - wanted).norm() < 0.2 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_in_fp8_learns_as_in_bf16(device):
+    def losses(**how) -> list[float]:
+        config = training_config(steps=80, peak=3e-3, compute=compute(device).replace(**how))
+        state, batches = new_state(WIDE, config), Counting()
+        return [metrics.loss.item() for metrics in train(state, batches, config)]
+
+    bf16, fp8 = losses(precision="bf16"), losses(**FP8)
+    assert fp8 != bf16
+    # both come near the least possible, ln 2, of ln 256; a product that went wrong would not
+    assert np.mean(bf16[-10:]) < 1
+    assert np.mean(fp8[-10:]) == pytest.approx(np.mean(bf16[-10:]), abs=0.02)
+
+
+class Counting(RandomBatches):
+    """Rows that count on from a random number, by one or two."""
+
+    def micro_batches(self, step):
+        random = np.random.default_rng(step)
+        begins, steps = random.integers(64, size=(8, 1)), random.integers(1, 3, size=(8, 17))
+        return [to_micro_batch((begins + steps.cumsum(axis=1)) % 64, end_of_text=NO_END)]
+
+
+def test_fp8_changes_nothing_in_a_checkpoint_and_only_products_of_blocks():
+    mine = new_state(MODEL, training_config(compute=CPU.replace(**FP8))).model
+    plain = new_state(MODEL, training_config()).model
+    assert mine.state_dict().keys() == plain.state_dict().keys()
+    bf16 = new_state(MODEL, training_config(compute=CPU.replace(precision="bf16"))).model
+    for model in (mine, bf16):
+        del model.model.layers[:]
+    tokens = EIGHT_ROWS[0].inputs
+    assert torch.equal(mine(tokens), bf16(tokens)), "without blocks it is the same"

@@ -51,8 +51,10 @@ _SAMPLED_ROWS = 256
 _TEXT_ROWS = 16
 _SAMPLED_PARTS = 3
 _LEAST_RETURNED = 0.75
-_COMPILED_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""Of the logits' norm. Fused kernels round in fewer places: fp32 keeps 24 bits, bf16 8."""
+_COMPILED_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 0.25}
+"""Of the logits' norm. Fused kernels round in fewer places: fp32 keeps 24 bits, bf16 8. One of bf16
+tips one of fp8, which keeps 4: fresh models of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13
+and 0.18 from fp32."""
 
 
 class Check(Config):
@@ -256,7 +258,8 @@ def model_checks(state: TrainState, config: TrainingConfig, context: int) -> Ite
     if config.document_mask:
         yield documents(state, batch)
     if compiled:
-        yield compiled_equals_eager(state, batch, _COMPILED_TOLERANCE[config.compute.precision])
+        arithmetic = "fp8" if config.compute.fp8 else config.compute.precision
+        yield compiled_equals_eager(state, batch, _COMPILED_TOLERANCE[arithmetic])
 
 
 def random_batch(

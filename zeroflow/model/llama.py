@@ -44,6 +44,11 @@ class Shape(Config):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def qkv_size(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
@@ -147,6 +152,8 @@ class Llama(nn.Module):
 
 
 Head = Callable[[Tensor, Tensor], Tensor]
+Linear = Callable[..., Tensor]
+"""Computes what `linear` does."""
 
 
 class Trunk(nn.Module):
@@ -206,17 +213,18 @@ class Attention(nn.Module):
         D, E = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.heads = E, (H, K, K)
+        self.linear: Linear = linear
         self.q_proj = nn.Linear(D, H * E, bias=False)
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        qkv = linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        qkv = self.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, E)
         q, k, v = heads.split(self.heads, dim=1)
         y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)  # (B, H, T, E)
-        return linear(y.transpose(1, 2).flatten(2), self.o_proj.weight)  # (B, T, D)
+        return self.linear(y.transpose(1, 2).flatten(2), self.o_proj.weight)  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -225,13 +233,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, M = config.hidden_size, config.intermediate_size
+        self.linear: Linear = linear
         self.gate_proj = nn.Linear(D, M, bias=False)
         self.up_proj = nn.Linear(D, M, bias=False)
         self.down_proj = nn.Linear(M, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.gate_proj.weight, self.up_proj.weight).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down_proj.weight)
+        gate, up = self.linear(x, self.gate_proj.weight, self.up_proj.weight).chunk(2, dim=-1)
+        return self.linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class RMSNorm(nn.Module):

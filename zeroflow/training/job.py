@@ -93,7 +93,8 @@ class TrainingJob(Config):
     """Where compiled code is kept; None where PyTorch keeps it."""
 
     peak_flops: float | None
-    """Of the device, dense, at the run's precision; None if unknown: then no MFU is given."""
+    """Of the device, dense, in bf16, also where products are in fp8; None if it is unknown, or the
+    run in fp32: then no MFU is given."""
 
     @property
     def checkpoints(self) -> Path:

@@ -10,8 +10,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from zeroflow import planning
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
+from zeroflow.model import fp8
 from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
 from zeroflow.planning import Precision
 from zeroflow.training import optimizer as optimizers
@@ -29,6 +31,10 @@ class ComputeConfig(Config):
     precision: Precision
     """bf16: matrices are multiplied and activations kept in bf16, weights and moments stay fp32."""
 
+    fp8: bool = False
+    """Multiply the matrices of the decoder blocks in 8 bits. The head, whose product is the loss's,
+    stays in `precision`."""
+
     compile: bool
     """Compile the decoder blocks and the last norm with torch.compile."""
 
@@ -43,6 +49,11 @@ class ComputeConfig(Config):
     def dtype(self) -> torch.dtype:
         """Of activations and products."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def arithmetic(self) -> str:
+        """For people."""
+        return planning.arithmetic(self.precision, fp8=self.fp8)
 
 
 class TrainingConfig(Config):
@@ -108,6 +119,8 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
     for block in network.model.layers:
         assert isinstance(block, Block)
         block.recompute = config.compute.activation_checkpointing
+        if config.compute.fp8:
+            block.self_attn.linear = block.mlp.linear = fp8.linear
         if config.compute.compile:
             block.compile(dynamic=False)
     if config.compute.compile:

@@ -1,0 +1,332 @@
+"""Loss of the same training computed in several ways, on top of each other.
+
+plain is what the formulas say: fp32, eager, attention and cross-entropy written out. fast is what a
+run does on the device by default, fp8 the same with --fp8. All begin with the same weights and read
+the same rows of the sample, the source files of Python's standard library, in the same order.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zeroflow import planning
+from zeroflow.data import corpus as corpora
+from zeroflow.data import shards
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.batches import IGNORED, Batches
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import Rows, ShardConfig, ShardSet
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.model import llama
+from zeroflow.model.llama import ModelConfig
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.planning import Device
+from zeroflow.training.loop import ComputeConfig, TrainingConfig, new_state, train
+from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
+from zeroflow.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 6
+"""Steps in the table."""
+
+_WINDOWS = 20
+"""A curve is smoothed over a window of this part of it."""
+
+Figures = dict[str, Any]
+
+
+class Work(NamedTuple):
+    """What is trained."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    """As a run has it on the device by default."""
+
+    rows: ShardSet
+
+    @property
+    def batches(self) -> Batches:
+        return Batches(
+            Rows(self.rows, "train"),
+            end_of_text=self.rows.end_of_text,
+            seed=self.training.seed,
+            micro_batch_rows=self.training.micro_batch_rows,
+            accumulate=self.training.accumulate,
+            pin=self.training.compute.device == "cuda",
+        )
+
+    def computed(self, **how: Any) -> TrainingConfig:
+        return self.training.replace(compute=self.training.compute.replace(**how))
+
+
+# The ways
+
+
+def plain(work: Work) -> Iterator[Tensor]:
+    config = work.computed(precision="fp32", compile=False)
+    state, batches = new_state(work.model, config), work.batches
+    with patch.object(llama, "attend", attention):
+        while state.step < config.steps:
+            set_learning_rate(state.optimizer, config.schedule.learning_rate(state.step))
+            micro_batches = batches.micro_batches(state.step)
+            valid = sum(batch.valid for batch in micro_batches)
+            losses = []
+            for batch in micro_batches:
+                inputs, targets = (x.to(config.compute.device) for x in batch[:2])
+                logits = state.model(inputs).flatten(0, 1)
+                total = F.cross_entropy(
+                    logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                loss = total / valid
+                loss.backward()
+                losses.append(loss.detach())
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.step += 1
+            yield torch.stack(losses).sum()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    """softmax(q kᵀ / √E) v of queries (B, H, T, E) and keys and values (B, K, T, E), causal."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, H, T, T)
+    later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
+
+
+def fast(work: Work) -> Iterator[Tensor]:
+    config = work.training
+    for metrics in train(new_state(work.model, config), work.batches, config):
+        yield metrics.loss
+
+
+def fp8(work: Work) -> Iterator[Tensor]:
+    return fast(work._replace(training=work.computed(precision="bf16", fp8=True)))
+
+
+WAYS: dict[str, Callable[[Work], Iterator[Tensor]]] = {"plain": plain, "fast": fast, "fp8": fp8}
+
+
+def measure(way: str, work: Work) -> Figures:
+    """Loss of every step, and the seconds of all, compilation included."""
+    gc.collect()
+    torch.compiler.reset()
+    started = time.perf_counter()
+    losses = torch.stack(list(WAYS[way](work))).tolist()  # the device is waited for once, here
+    return {"losses": losses, "seconds": time.perf_counter() - started}
+
+
+def obstacle(way: str, work: Work, device: Device) -> str | None:
+    """Why the device cannot compute so, if it cannot."""
+    if way == "fp8":
+        try:
+            seq_len = work.rows.row_tokens - 1
+            planning.require_fp8(device, work.model, seq_len=seq_len, precision=None)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+# What is trained
+
+
+def work(
+    text: CorpusConfig,
+    cache: Path,
+    device: Device,
+    *,
+    size: str,
+    vocab_size: int,
+    context: int,
+    rows: int,
+    accumulate: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> Work:
+    """A training on `text`, whose tokenizer and shards are kept in `cache`."""
+    text = corpora.resolve(text).corpus
+    asked = TokenizerConfig(vocab_size=vocab_size)
+    tokens = tokenizers.fetch(tokenizers.resolve(asked, text, cache).tokenizer, text, cache)
+    gpu = device.kind == "cuda"
+    training = TrainingConfig(
+        seed=seed,
+        micro_batch_rows=rows,
+        accumulate=accumulate,
+        schedule=Schedule(
+            name="cosine", peak=learning_rate, warmup_steps=min(steps // 10, 50), steps=steps
+        ),
+        optimizer=OptimizerConfig(),
+        compute=ComputeConfig(device=device.kind, precision="bf16" if gpu else "fp32", compile=gpu),
+    )
+    config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
+    built = shards.build(config, text, tokens, cache, seed=seed)
+    return Work(with_vocabulary(SIZES[size], tokens.vocab_size), training, built)
+
+
+# Comparing
+
+
+def smoothed(losses: list[float]) -> npt.NDArray[np.float64]:
+    """Mean over the steps of a window that ends at each step from the first full one on."""
+    window = max(1, len(losses) // _WINDOWS)
+    return np.convolve(losses, np.full(window, 1 / window), "valid")
+
+
+def differences(runs: dict[str, Figures]) -> dict[str, Figures]:
+    """Of every way's smoothed curve from that of the first, in nats."""
+    first = smoothed(next(iter(runs.values()))["losses"])
+    found = {}
+    for way, facts in runs.items():
+        apart = smoothed(facts["losses"]) - first
+        place = int(np.abs(apart).argmax())
+        found[way] = {
+            "mean": float(apart.mean()),
+            "largest": float(apart[place]),
+            "at_step": place + len(facts["losses"]) - len(apart) + 1,
+        }
+    return found
+
+
+def report(results: Figures) -> str:
+    """The table, in Markdown."""
+    device, runs, settings = results["device"], results["runs"], results["settings"]
+    first, *_ = runs
+    ends = len(next(iter(runs.values()))["losses"])
+    window = max(1, ends // _WINDOWS)
+    shown = sorted({round(step) for step in np.geomspace(window, ends, _SHOWN)})
+    head = ["", *(f"step {step:,}" for step in shown)]
+    head += ["mean difference", "largest difference", "at step", "s"]
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    rows = []
+    for way, facts in runs.items():
+        curve, apart = smoothed(facts["losses"]), results["differences"][way]
+        row = [way, *(f"{curve[step - window]:.4f}" for step in shown)]
+        if way == first:
+            row += ["", "", ""]
+        else:
+            row += [f"{apart['mean']:+.5f}", f"{apart['largest']:+.5f}", f"{apart['at_step']:,}"]
+        rows.append([*row, f"{facts['seconds']:.1f}"])
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
+    notes = "".join(f"{way}: {reason}\n" for way, reason in results["absent"].items())
+    return (
+        f"{device['name']}, torch {results['torch']}; {settings['size']}, "
+        f"{results['parameters']:,} parameters, {ends:,} steps of {settings['tokens_per_step']:,} "
+        f"tokens, context {settings['context']:,}; losses in nats, means over the last {window:,} "
+        f"steps; differences from {first}\n\n"
+        f"{table}\n{notes}"
+    )
+
+
+def draw(results: Figures, file: Path) -> None:
+    """The curves, and below how far each is from the first."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained", facecolor="white")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    runs = results["runs"]
+    first = smoothed(next(iter(runs.values()))["losses"])
+    for (way, facts), style in zip(runs.items(), ("-", "--", ":"), strict=False):
+        curve = smoothed(facts["losses"])
+        steps = np.arange(len(facts["losses"]) - len(curve), len(facts["losses"])) + 1
+        above.plot(steps, curve, style, label=way)
+        below.plot(steps, curve - first, style)
+    above.set(title=f"{results['settings']['size']} on {results['device']['name']}")
+    above.set(ylabel="loss (nats per token)")
+    above.legend()
+    below.set(xlabel="step", ylabel=f"less {next(iter(runs))}")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="others are held to the first"
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--steps", type=int, default=1000, help="of the optimiser (1000)")
+    parser.add_argument("--tokens-per-step", type=int, default=4096, help="(4096)")
+    parser.add_argument("--context", type=int, default=512, help="(512)")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch; by default all of a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (1e-3)")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="of the tokenizer (32768)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--cache-dir", type=Path, default=Path("data_cache"))
+    parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/loss_curves"))
+    arguments = parser.parse_args()
+    step_rows, rest = divmod(arguments.tokens_per_step, arguments.context)
+    rows = arguments.rows or step_rows
+    if rest or step_rows % rows:
+        parser.error(
+            f"--tokens-per-step {arguments.tokens_per_step} is no multiple of --context "
+            f"{arguments.context} x --rows {rows}"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = planning.find_device(arguments.device)
+    trained = work(
+        CorpusConfig(data_mode="sample"),
+        arguments.cache_dir,
+        device,
+        size=arguments.size,
+        vocab_size=arguments.vocab_size,
+        context=arguments.context,
+        rows=rows,
+        accumulate=step_rows // rows,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
+    try:
+        results = compare(arguments.ways, trained, device, vars(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, default=str) + "\n"
+    (arguments.out / "loss_curves.json").write_text(text, encoding="utf-8")
+    (arguments.out / "loss_curves.md").write_text(report(results), encoding="utf-8")
+    draw(results, arguments.out / "loss_curves.png")
+    sys.stdout.write(report(results))
+
+
+def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
+    """Train in every way that the device can; of another, why not."""
+    absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
+    if ways[0] in absent:
+        raise ValueError(f"the others are held to {ways[0]}, which cannot be: {absent[ways[0]]}")
+    runs = {}
+    for way in ways:
+        if way not in absent:
+            runs[way] = measure(way, trained)
+            log.info("%s: loss %.4f", way, runs[way]["losses"][-1])
+    return {
+        "device": device.model_dump(),
+        "torch": torch.__version__,
+        "settings": settings,
+        "parameters": trained.model.parameters,
+        "absent": absent,
+        "differences": differences(runs),
+        "runs": runs,
+    }
+
+
+if __name__ == "__main__":
+    main()
