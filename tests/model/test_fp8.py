@@ -67,6 +67,18 @@ def test_no_token_changes_the_result_of_another(device):
     assert changed.nonzero().tolist() == [[1, 7]]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_and_gradients_repeat_themselves_bit_for_bit(device):
+    x, weights, dy = factors(device)
+    inputs = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
+
+    def results() -> list[torch.Tensor]:
+        y = fp8.linear(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    assert all(torch.equal(*pair) for pair in zip(results(), results(), strict=True))
+
+
 def test_joined_weights_give_their_products_side_by_side():
     x, weights, _ = factors()
     # the largest weight, and with it the scale, is that of all: only the bits of bf16 differ
