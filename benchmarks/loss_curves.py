@@ -146,7 +146,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
 # What is trained
 
 
-def work(
+def prepare(
     text: CorpusConfig,
     cache: Path,
     device: Device,
@@ -181,6 +181,27 @@ def work(
 
 
 # Comparing
+
+
+def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
+    """Train in every way that the device can; of another, why not."""
+    absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
+    if ways[0] in absent:
+        raise ValueError(f"the others are held to {ways[0]}, which cannot be: {absent[ways[0]]}")
+    runs = {}
+    for way in ways:
+        if way not in absent:
+            runs[way] = measure(way, trained)
+            log.info("%s: loss %.4f", way, runs[way]["losses"][-1])
+    return {
+        "device": device.model_dump(),
+        "torch": torch.__version__,
+        "settings": settings,
+        "parameters": trained.model.parameters,
+        "absent": absent,
+        "differences": differences(runs),
+        "runs": runs,
+    }
 
 
 def smoothed(losses: list[float]) -> npt.NDArray[np.float64]:
@@ -282,7 +303,7 @@ def main() -> None:
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = planning.find_device(arguments.device)
-    trained = work(
+    trained = prepare(
         CorpusConfig(data_mode="sample"),
         arguments.cache_dir,
         device,
@@ -305,27 +326,6 @@ def main() -> None:
     (arguments.out / "loss_curves.md").write_text(report(results), encoding="utf-8")
     draw(results, arguments.out / "loss_curves.png")
     sys.stdout.write(report(results))
-
-
-def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
-    """Train in every way that the device can; of another, why not."""
-    absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
-    if ways[0] in absent:
-        raise ValueError(f"the others are held to {ways[0]}, which cannot be: {absent[ways[0]]}")
-    runs = {}
-    for way in ways:
-        if way not in absent:
-            runs[way] = measure(way, trained)
-            log.info("%s: loss %.4f", way, runs[way]["losses"][-1])
-    return {
-        "device": device.model_dump(),
-        "torch": torch.__version__,
-        "settings": settings,
-        "parameters": trained.model.parameters,
-        "absent": absent,
-        "differences": differences(runs),
-        "runs": runs,
-    }
 
 
 if __name__ == "__main__":

@@ -481,7 +481,11 @@ def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str])
 
 
 def check(work: Workload, device: Device) -> None:
-    """Raises ValueError for what the device cannot compute."""
+    """See that the device can compute so.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if work.compute.fp8:
         precision = work.compute.precision
         require_fp8(device, work.model, seq_len=work.seq_len, precision=precision)

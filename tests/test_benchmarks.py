@@ -95,7 +95,7 @@ def test_kernels_are_told_apart_by_name(kernel, family):
 @pytest.fixture
 def trained(tmp_path) -> loss_curves.Work:
     """A few steps of tiny, of two micro-batches each."""
-    return loss_curves.work(
+    return loss_curves.prepare(
         CorpusConfig(data_mode="synthetic"),
         tmp_path,
         DEVICE,

@@ -257,3 +257,21 @@ def test_unknown_gpu_gives_no_time(ask, monkeypatch):
     planned = plan.offline(ask(device="auto"), gpu=None, gpus=1)
     assert plan.time_line(planned) == "unknown, the peak of Some New GPU is not known"
     assert "unknown" in plan_page.text(planned)
+
+
+def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
+    asked = ask(device="auto", training={"fp8": True}, model={"size": "medium"})
+    planned = plan.offline(asked, gpu="H100 80GB", gpus=1)
+    assert "bf16 with products in fp8, compiled" in plan_page.text(planned)
+    assert planned.rate_source.endswith("without what fp8 gains")
+    work = planned.workload.replace(fp8=False)
+    measured = planned.predicted.replace(tokens_per_second=123.0)
+    past = history.Past(
+        run="bf16", steps=1, workload=work, predicted=planned.predicted, measured=measured
+    )
+    asked.cache_dir.mkdir()
+    history.append(asked.cache_dir, past)
+    assert plan.offline(asked, gpu="H100 80GB", gpus=1).predicted == planned.predicted
+    history.append(asked.cache_dir, past.replace(run="fp8", workload=planned.workload))
+    again = plan.offline(asked, gpu="H100 80GB", gpus=1)
+    assert again.predicted.tokens_per_second == 123.0

@@ -137,8 +137,8 @@ class TrainingChoice(Config):
     """bf16 computes in bf16 with fp32 master weights. Default: fp32 on a CPU, bf16 on a GPU."""
 
     fp8: bool = False
-    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. Large
-    sizes gain by it."""
+    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. What a
+    size gains by it is in benchmarks/README.md."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: on a GPU."""

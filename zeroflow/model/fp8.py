@@ -17,7 +17,8 @@ MULTIPLE = 16
 
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_SMALLEST_SCALE = 2.0**-100
+"""Of what is all zeros. Scales are divided by it, which stays a number in fp32."""
 
 # Fast sums have some 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2. Those of
 # gradients are in fp32, as in torchao's tensor-wise recipe
