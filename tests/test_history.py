@@ -61,6 +61,11 @@ def test_another_model_says_how_many_flops_are_reached(tmp_path):
     assert "1 earlier run here" in known.source
 
 
+def test_model_of_quite_another_size_says_nothing(tmp_path):
+    history.append(tmp_path, past("large", 100.0, model=MODEL.replace(num_hidden_layers=400)))
+    assert history.known(tmp_path, WORK) is None
+
+
 @pytest.mark.parametrize(
     "change",
     [{"device": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
