@@ -289,7 +289,7 @@ def memory(
 ) -> Memory:
     """Memory of a step over micro-batches of `rows`: compiled on a GPU, not compiled on a CPU.
 
-    On one H100 within 2.4 % of what was measured in bf16 for tiny, small and medium. For fp8 it
+    On one H100 within 4 % of what was measured in bf16 for tiny, small and medium. For fp8 it
     follows from what is kept in one byte instead, for several ranks from how FSDP2 shares out:
     neither has been measured on GPUs.
 

@@ -1,3 +1,4 @@
+import queue
 from itertools import pairwise
 
 import numpy as np
@@ -6,7 +7,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zeroflow.data.batches import IGNORED, Batches, Skip, permute, row_ids, to_micro_batch
+from zeroflow.data.batches import (
+    IGNORED,
+    Ahead,
+    Batches,
+    MicroBatch,
+    Skip,
+    permute,
+    row_ids,
+    to_micro_batch,
+)
 
 ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
@@ -138,3 +148,23 @@ def test_skipped_window_is_left_out_and_nothing_else_moves():
     assert order([Skip(step=2, batches=3)]) == plain[:2] + plain[5:9]
     both = [Skip(step=2, batches=3), Skip(step=4, batches=1)]
     assert order(both) == plain[:2] + plain[5:7] + plain[8:10]
+
+
+def test_next_batch_is_made_while_the_one_before_is_used():
+    made, asked = queue.SimpleQueue(), []
+
+    def make(step: int) -> list[MicroBatch]:
+        if step == 7:
+            raise OSError("a row that cannot be read")
+        made.put(step)
+        return [MicroBatch(torch.tensor([step]), torch.tensor([step]), valid=1)]
+
+    ahead = Ahead(make)
+    for step in (3, 4, 5, 0, 1, 6):
+        [batch] = ahead.micro_batches(step)
+        asked.append(int(batch.inputs))
+        while step != 6 and made.get(timeout=60) != step + 1:  # nobody has asked for that yet
+            pass
+    assert asked == [3, 4, 5, 0, 1, 6]
+    with pytest.raises(OSError, match="cannot be read"):
+        ahead.micro_batches(7)

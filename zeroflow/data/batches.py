@@ -5,7 +5,8 @@ each other without a gap, so that every row comes exactly once an epoch whatever
 Ranks and micro-batches only split the global batch of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +92,24 @@ class Batches:
             )
             for ids in mine
         ]
+
+
+class Ahead:
+    """Makes the batch of the next step while this one is trained, by `make` in a thread."""
+
+    def __init__(self, make: Callable[[int], list[MicroBatch]]) -> None:
+        self._make = make
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        made = self._next[1] if self._next and self._next[0] == step else self._begin(step)
+        batches = made.result()
+        self._next = (step + 1, self._begin(step + 1))
+        return batches
+
+    def _begin(self, step: int) -> "Future[list[MicroBatch]]":
+        return self._thread.submit(self._make, step)
 
 
 def to_micro_batch(

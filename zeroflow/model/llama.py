@@ -6,7 +6,9 @@ copies instead of converting. There are no buffers: rotary angles are computed i
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Self
 
 import torch
@@ -304,13 +306,18 @@ def initialize(model: Llama, seed: int) -> None:
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
     residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = INITIAL_STD * (residual_scale if residual else 1.0)
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
+
+    @torch.no_grad()
+    def fill(name: str, parameter: Tensor) -> None:
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            return
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = INITIAL_STD * (residual_scale if residual else 1.0)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
+
+    # A generator takes some ten seconds for medium, on one core
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda named: fill(*named), model.named_parameters()))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from zeroflow import artifacts, generate
-from zeroflow.data.batches import Batches
+from zeroflow.data.batches import Ahead, Batches
 from zeroflow.data.shards import Rows
 from zeroflow.tracking import Tracker
 from zeroflow.training import checkpoint, compiling, events, goodput, worker
@@ -197,9 +197,9 @@ class Session:
         return self.train_rows.row_tokens - 1
 
     @cached_property
-    def batches(self) -> Batches:
+    def batches(self) -> Ahead:
         config = self.job.training
-        return Batches(
+        batches = Batches(
             self.train_rows,
             end_of_text=self.train_rows.end_of_text,
             seed=config.seed,
@@ -209,6 +209,7 @@ class Session:
             skips=self.job.skips,
             pin=config.compute.device == "cuda",
         )
+        return Ahead(batches.micro_batches)
 
     def run(self, stop: StopRequest) -> bool:
         """Train; whether the last step was reached."""
