@@ -20,7 +20,7 @@ from zeroflow.data import parts, shards, tokenizer
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
-from zeroflow.progress import TrainingProgress
+from zeroflow.progress import LossWatch, TrainingProgress
 from zeroflow.run import RunConfig
 from zeroflow.training import events, recovery
 from zeroflow.training import job as jobs
@@ -83,8 +83,14 @@ def train_model(job: TrainingJob) -> State:
         return orchestration.completed(before, reused=True)
     try:
         bar = orchestration.Progress("training", job.run_dir.name)
+        watch = LossWatch(job, orchestration.LivePicture("loss", job.run_dir.name))
         with TrainingProgress(bar) as progress:
-            return orchestration.completed(recovery.train(job, progress), reused=False)
+
+            def follow(event: events.Line) -> None:
+                progress(event)
+                watch(event)
+
+            return orchestration.completed(recovery.train(job, follow), reused=False)
     except jobs.RunIsBusy:
         raise
     except jobs.TrainingFailed:
