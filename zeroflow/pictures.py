@@ -52,8 +52,8 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
             x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
         )
     axes.plot(x, mean, color=_GREY, linestyle="--", label=f"mean of {runs}")
-    share = f"{100 / len(x):g} %"
-    axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=f"training, by {share}")
+    smoothed = f"training, mean over {100 / len(x):g} % of the run"
+    axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=smoothed)
 
 
 def losses_compared(found: Comparison, folder: Path) -> list[Path]:
