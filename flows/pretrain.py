@@ -22,7 +22,7 @@ from zeroflow.data import parts, shards, tokenizer
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
-from zeroflow.progress import TrainingProgress
+from zeroflow.progress import LossWatch, TrainingProgress
 from zeroflow.run import RunConfig
 from zeroflow.training import events, recovery
 from zeroflow.training import job as jobs
@@ -100,8 +100,14 @@ def train_model(job: TrainingJob, run: RunConfig) -> State:
     log.info("training has to run: %s", why)
     try:
         bar = orchestration.Progress("training", job.run_dir.name)
+        watch = LossWatch(job, orchestration.LivePicture("loss", job.run_dir.name))
         with TrainingProgress(bar) as progress:
-            result = recovery.train(job, progress)
+
+            def follow(event: events.Line) -> None:
+                progress(event)
+                watch(event)
+
+            result = recovery.train(job, follow)
         return orchestration.completed(result.replace(why=why), reused=False)
     except jobs.RunIsBusy:
         raise

@@ -219,6 +219,27 @@ def test_second_run_builds_nothing_and_trains_nothing(
     )
 
 
+def test_run_is_compared_with_earlier_ones_of_other_seeds(sample: tuple[Flow, str]) -> None:
+    flow, output = sample
+    assert "expected loss" not in output, "the first run has nothing to be compared with"
+    page = (flow.folder("first") / "report.md").read_text()
+    assert "| Expected loss | unknown: no earlier run" in page
+    for seed, apart in ((7, 2.0), (8, -2.0)):
+        other = shutil.copytree(flow.folder("first"), flow.folder(f"seed {seed}"))
+        job = json.loads((other / "job.json").read_text())
+        job["training"]["seed"] = seed
+        (other / "job.json").write_text(json.dumps(job))
+        lines = [m | {"loss": m["loss"] + apart} for m in flow.metrics("first") if "loss" in m]
+        (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = flow.run("--run-name=another", "--seed=1", "--log-interval=4", *SMALL_SHAPE)
+    assert "loss is compared with that of first, seed 7, seed 8" in output
+    assert "expected loss    in band (3 earlier runs)" in output
+    page = (flow.folder("another") / "report.md").read_text()
+    assert "| Expected loss | in band (3 earlier runs) |" in page
+    assert flow.report("another")["expected_loss"]["runs"] == ["first", "seed 7", "seed 8"]
+    assert mlflow_run(flow, "another").data.tags["expected_loss"] == "in band (3 earlier runs)"
+
+
 def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     other = [flag for flag in SMALL_SHAPE if not flag.startswith("--learning-rate")]

@@ -1,5 +1,6 @@
 """Parts of the data built as tasks, by threads and by Dask workers, against a real server."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -212,3 +213,28 @@ def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
 
     with temporary_settings({PREFECT_API_URL: prefect_api}):
         shows()
+
+
+def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> list[str]:
+        kept = api(
+            prefect_api, "/artifacts/filter", artifacts={"key": {"any_": ["loss-live-drawn"]}}
+        )
+        return [page["data"] for page in kept]
+
+    picture = tmp_path / "loss.png"
+
+    @flow(name="draws")
+    def draws() -> None:
+        show = orchestration.LivePicture("loss", "drawn")
+        for content in (b"first", b"second"):
+            picture.write_bytes(content)
+            show(picture)
+            data = base64.b64encode(content).decode()
+            assert shown() == [f"![loss](data:image/png;base64,{data})"]
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        draws()

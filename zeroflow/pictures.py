@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from zeroflow.band import Band
 from zeroflow.comparison import Comparison
 from zeroflow.data.packing import Ids
 from zeroflow.training.events import Line
+from zeroflow.training.job import TrainingJob
+
+LOSS_CURVE = "loss.png"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
@@ -15,17 +19,41 @@ _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
 _STYLES = ("-", "--", "-.", ":")
 
 
-def loss_curve(lines: list[Line], path: Path, *, title: str, entropy: float | None) -> Path:
-    """Training and validation loss against tokens, from the lines of metrics.jsonl."""
+def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Path:
+    """Training and validation loss against tokens, over what earlier runs lead to expect.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    title = f"{job.run_dir.name}: {job.model.parameters / 1e6:,.3g}M parameters"
     figure, axes = _figure(title, "tokens", "loss (nats per token)")
     train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
-    axes.plot(*zip(*train, strict=True), color=_BLUE, label="training")
+    axes.plot(
+        *zip(*train, strict=True), color=_BLUE, label="training", alpha=0.4 if expected else 1
+    )
+    if expected is not None:
+        _draw_band(axes, lines, expected)
     axes.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", label="validation")
+    entropy = job.shards.entropy
     if entropy is not None:
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
     axes.legend()
-    return _save(figure, path)
+    return _save(figure, job.run_dir / LOSS_CURVE)
+
+
+def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
+    """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
+    x, mean, width = expected.middles, expected.mean, expected.width
+    runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
+    if not np.isnan(width).all():
+        edges = (mean - width, mean + width)
+        axes.fill_between(
+            x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
+        )
+    axes.plot(x, mean, color=_GREY, linestyle="--", label=f"mean of {runs}")
+    smoothed = f"training, mean over {100 / len(x):g} % of the run"
+    axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=smoothed)
 
 
 def losses_compared(found: Comparison, folder: Path) -> list[Path]:

@@ -1,19 +1,24 @@
-"""What a person sees while a run goes on: log lines, and a live bar in a terminal."""
+"""What a person sees while a run goes on: log lines, a live bar in a terminal, and the loss."""
 
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from zeroflow import band, pictures
 from zeroflow.planning import duration, speed
+from zeroflow.training import events
 from zeroflow.training.events import Line
+from zeroflow.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 15.0
+_PICTURE_SECONDS = 60.0
 
 Show = Callable[[float, str], None]
 """Is told the share that is done, from 0 to 1, and a line about it."""
@@ -73,3 +78,36 @@ class TrainingProgress:
         if now - self._logged > _LOG_SECONDS or step == self._steps:
             log.info("%s", text)
             self._logged = now
+
+
+class LossWatch:
+    """Follows the events of a training: draws its loss over that of earlier runs once a minute.
+
+    When the run leaves the band of the earlier ones it is said, once.
+
+    Args:
+        show: is told of every new picture.
+    """
+
+    def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:
+        self._job, self._show = job, show
+        self._expected = band.find(job)
+        if self._expected:
+            log.info("loss is compared with that of %s", ", ".join(self._expected.runs))
+        self._next = time.monotonic() + _PICTURE_SECONDS
+        self._said = False
+
+    def __call__(self, event: Line) -> None:
+        if event["event"] != "metrics" or time.monotonic() < self._next:
+            return
+        lines = events.read(self._job.run_dir / events.METRICS)
+        if self._expected and not self._said:
+            verdict = self._expected.verdict(lines)
+            if verdict.since is not None:
+                log.warning("loss is %s", verdict)
+                self._said = True
+        try:
+            self._show(pictures.loss_curve(self._job, lines, self._expected))
+        except OSError as error:  # training needs no picture
+            log.warning("the loss could not be drawn: %s", error)
+        self._next = time.monotonic() + _PICTURE_SECONDS

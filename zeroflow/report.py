@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts, pictures, plan_page, tracking
+from zeroflow import artifacts, band, pictures, plan_page, tracking
 from zeroflow import plan as plans
+from zeroflow.band import Band
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.comparison import REPORT
@@ -17,13 +18,13 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.planning import Device, arithmetic, duration, speed
 from zeroflow.run import RunConfig, leaves, resume_promise
 from zeroflow.training import events, goodput, recovery
+from zeroflow.training.events import Line
 from zeroflow.training.job import TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
 
 MARKDOWN = "report.md"
 DATA = "data.md"
-_LOSS_CURVE = "loss.png"
 _LENGTHS = "lengths.png"
 OVERFIT_CURVE = "overfit.png"
 _TIME = "time.png"
@@ -48,12 +49,8 @@ def write(
     """
     folder = run.run_dir
     lines = events.read(folder / events.METRICS)
-    loss_picture = pictures.loss_curve(
-        lines,
-        folder / _LOSS_CURVE,
-        title=f"{run.run_name}: {job.model.parameters / 1e6:,.3g}M parameters",
-        entropy=shards.entropy,
-    )
+    expected = band.find(job)
+    loss_picture = pictures.loss_curve(job, lines, expected)
     spent = goodput.read(folder)
     time_picture = pictures.time_shares(
         {goodput.label(phase): share for phase, share in spent.shares.items()},
@@ -62,6 +59,7 @@ def write(
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
     report = _figures(run, job, shards, device, trained, overfit) | {"time": _time(spent)}
+    report["expected_loss"] = _compared_with_earlier_runs(expected, lines)
     report["preflight"] = checked and checked.model_dump(mode="json", exclude={"identity"})
     stages = {
         "tokenizer": job.tokenizer,
@@ -84,8 +82,11 @@ def write(
     opened = tracking.run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
     artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
+    verdict = report["expected_loss"]["verdict"]
+    if expected:
+        log.info("expected loss: %s", verdict)
     report["mlflow_run_id"] = tracking.finish(
-        job.tracking,
+        job.tracking.replace(tags=job.tracking.tags | {"expected_loss": verdict}),
         folder,
         lines,
         files=[
@@ -208,6 +209,14 @@ def _stages_section(stages: dict[str, Any]) -> str:
     )
 
 
+def _compared_with_earlier_runs(expected: Band | None, lines: list[Line]) -> dict[str, Any]:
+    """In words and figures."""
+    if expected is None:
+        return {"verdict": "unknown: no earlier run trained in the same way", "runs": []}
+    found = expected.verdict(lines)
+    return {"verdict": str(found), "runs": list(expected.runs), **found._asdict()}
+
+
 def _time(spent: goodput.Account) -> dict[str, Any]:
     """Seconds of the wall time of training by phase, and what follows from them."""
     return {
@@ -253,6 +262,7 @@ def _markdown(
         "Tokenizer": f"{report['tokenizer']['name']}, {report['tokenizer']['vocab_size']:,} tokens",
         "Trained": f"{report['steps']:,} steps, {report['tokens']:,} tokens",
         "Training loss": f"{report['train_loss']:.4f}",
+        "Expected loss": report["expected_loss"]["verdict"],
         "Validation loss": f"{report['first_val_loss']:.4f} → {report['val_loss']:.4f} "
         "nats per token",
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
@@ -288,7 +298,7 @@ def _markdown(
     settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
-        f"![loss against tokens]({_LOSS_CURVE})\n\n"
+        f"![loss against tokens]({pictures.LOSS_CURVE})\n\n"
         f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
         f"{_stages_section(report['stages'])}"
         f"{preflight_section(checked) if checked else ''}"

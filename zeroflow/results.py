@@ -101,12 +101,15 @@ def summary(report_file: Path, cache: Path) -> str:
     floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
     mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
     overfit, time = report["overfit"], report["time"]
+    expected = report["expected_loss"]
+    band = [f"  expected loss    {expected['verdict']}"] if expected["runs"] else []
     of_run = f"--run {report['run']}{_flag(cache)}"
     lines = [
         "",
         f"run {report['run']} is complete",
         f"  validation loss  {report['first_val_loss']:.4f} -> {report['val_loss']:.4f}"
         f"{floor}{bpb}",
+        *band,
         f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
         f"{speed(report['tokens_per_second'])}{mfu}",
         f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
