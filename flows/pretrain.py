@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model import build
 from zeroflow.progress import LossWatch, TrainingProgress
 from zeroflow.run import RunConfig
-from zeroflow.training import events, recovery
+from zeroflow.training import checkpoint, events, recovery
 from zeroflow.training import job as jobs
 from zeroflow.training.job import TrainingJob, TrainResult
 
@@ -40,6 +41,11 @@ FROM_THE_HUB: dict[str, Any] = {
     "retries": 3,
     "retry_delay_seconds": [5, 30, 120],
     "retry_condition_fn": orchestration.may_succeed_later,
+}
+CHECKED_AGAIN: dict[str, Any] = {
+    **UNCACHED,
+    "retries": 2,
+    "retry_condition_fn": orchestration.was_killed,
 }
 
 make_plan = task(name="plan", **UNCACHED)(plan.make)
@@ -71,7 +77,7 @@ def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
     return orchestration.completed(built, reused=built.reused)
 
 
-@task(name="pre-flight", **UNCACHED)
+@task(name="pre-flight", **CHECKED_AGAIN)
 def check_before(job: TrainingJob, device: str) -> State:
     if before := preflight.known(job, device):
         return orchestration.completed(before, reused=True)
@@ -94,6 +100,8 @@ def check_before(job: TrainingJob, device: str) -> State:
     retry_condition_fn=orchestration.was_helped,
 )
 def train_model(job: TrainingJob, run: RunConfig) -> State:
+    if jobs.finished(job):
+        checkpoint.latest(job.checkpoints)  # sets a damaged one aside
     if before := jobs.finished(job):
         return orchestration.completed(before.replace(reused=True, why=TRAINED), reused=True)
     why = jobs.why_trained(job, partial(runs.unlike_others, run))
@@ -116,7 +124,7 @@ def train_model(job: TrainingJob, run: RunConfig) -> State:
         raise
 
 
-@task(name="overfit check", **UNCACHED)
+@task(name="overfit check", **CHECKED_AGAIN)
 def check_overfit(job: OverfitJob) -> State:
     result = overfit.check(job)
     picture = pictures.overfit_curve(
@@ -143,12 +151,12 @@ def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
     Returns:
         the path of the run's report.json
     """
-    with orchestration.logs_delivered():
-        return _pretrain(run)
+    with orchestration.logs_delivered(), jobs.ownership() as own:
+        return _pretrain(run, own)
 
 
-def _pretrain(asked: RunConfig) -> Path:
-    settled = make_plan(asked)
+def _pretrain(asked: RunConfig, own: Callable[[Path], None]) -> Path:
+    settled = make_plan(asked, own)
     run = settled.run
     orchestration.name_flow_run(asked, run)
     tokens: TokenizerFiles = fetch_tokenizer(run).result()

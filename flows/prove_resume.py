@@ -13,6 +13,7 @@ from zeroflow.checks.resume import ProofConfig
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.proof import ProofRun
+from zeroflow.training import job as jobs
 from zeroflow.training.job import TrainingJob
 
 log = logging.getLogger("zeroflow")
@@ -32,8 +33,8 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
     Returns:
         the path of proof.md
     """
-    with orchestration.logs_delivered():
-        settled = make_plan(proof.settings(asked.run))
+    with orchestration.logs_delivered(), jobs.ownership() as own:
+        settled = make_plan(proof.settings(asked.run), own)
         run = settled.run
         tokens: TokenizerFiles = fetch_tokenizer(run).result()
         rows: ShardSet = build_shards(run, tokens).result()

@@ -166,3 +166,10 @@ def test_lock_that_another_holds_is_waited_for_only_so_long(tmp_path):
         pytest.fail("two hold the lock")
     with artifacts.exclusive(path, waiting_for="nobody", timeout_seconds=0):
         assert not path.exists()
+
+
+def test_file_that_is_no_json_is_told(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"seed": 1, "na')
+    with pytest.raises(ValueError, match=r"run.json is no JSON any more \(Unterminated"):
+        artifacts.read_json(path)

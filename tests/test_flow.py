@@ -219,6 +219,7 @@ def test_second_run_builds_nothing_and_trains_nothing(
     )
 
 
+@pytest.mark.slow
 def test_run_is_compared_with_earlier_ones_of_other_seeds(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     assert "expected loss" not in output, "the first run has nothing to be compared with"

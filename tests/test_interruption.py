@@ -73,14 +73,18 @@ def start_and_wait(flow: Flow, *, step: int) -> "subprocess.Popen[str]":
     return process
 
 
+def records_of(flow: Flow) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in flow.folder("run").glob("*.json*")}
+
+
 def refuse_a_second_run_of_the_name(flow: Flow) -> None:
     rank = rank_of(flow.cache)
     rank.suspend()  # or it would be at its end by then
-    history = flow.folder("run") / events.EVENTS
-    before = history.read_bytes()
-    output = flow.run("--run-name=run", *RUN, expect=1)
-    assert "another process is at work on run run" in output and "  step 3" not in output
-    assert history.read_bytes() == before
+    before = records_of(flow)
+    for others in ([], ["--seed=9", "--learning-rate=5e-3"]):
+        output = flow.run("--run-name=run", *RUN, *others, expect=1)
+        assert "another process is at work on run run" in output and "  step 3" not in output
+        assert records_of(flow) == before
     rank.resume()
 
 

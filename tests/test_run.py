@@ -14,6 +14,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.run import ModelChoice, RunConfig, TrainingChoice, settle
+from zeroflow.training.job import RunIsBusy
 
 SYNTHETIC = {"data_mode": "synthetic"}
 GPU = planning.known_gpu("H200")
@@ -301,6 +302,31 @@ def test_batch_is_whatever_is_given_and_the_rest_follows(ask, given, batch):
     run = settle(ask(training={"seq_len": 100, **given})).run
     assert (run.training.batch_size, run.training.grad_accum_steps) == batch
     assert run.training.batch_tokens == batch[0] * batch[1] * 100 == 100 * run.batch_rows
+
+
+def test_run_that_another_process_owns_is_left_as_it_is(ask):
+    def own(run_dir: Path) -> None:
+        raise RunIsBusy(run_dir.name)
+
+    for asked in (ask(), ask(run_name="mine")):
+        with pytest.raises(RunIsBusy):
+            settle(asked, own)
+        assert not (asked.cache_dir / "runs").exists()
+    run = settle(ask(run_name="mine")).run
+    before = {file: file.read_bytes() for file in run.run_dir.iterdir()}
+    with pytest.raises(RunIsBusy, match="mine"):
+        settle(ask(run_name="mine", seed=9), own)
+    assert {file: file.read_bytes() for file in run.run_dir.iterdir()} == before
+
+
+def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
+    asked = ask(run_name="mine", seed=3)
+
+    def own(run_dir: Path) -> None:
+        if not run_dir.exists():
+            settle(asked)
+
+    assert settle(ask(run_name="mine"), own).run == settle(asked).run
 
 
 @pytest.mark.parametrize(

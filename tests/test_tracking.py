@@ -293,6 +293,23 @@ def test_points_whose_answer_was_lost_are_there_once(config, run_dir):
     assert len(history(config, run_dir, "loss/val_by_tokens")) == 1199
 
 
+def test_steps_of_less_than_a_gflop_are_one_point(config, run_dir):
+    lines = [line(step, flops=step * 4 * 10**8) for step in range(1, 9)]
+    for some in (lines[:3], lines[2:]):
+        tracking._Run(config, run_dir).send(tracking.points(some))
+    points = client(config).get_metric_history(
+        the_run(config, run_dir).info.run_id, "loss/train_by_gflops"
+    )
+    assert [point.step for point in points] == [0, 1, 2, 3]
+
+
+def test_record_of_the_run_that_was_cut_costs_nothing(config, run_dir):
+    record(run_dir, range(1, 4))
+    (run_dir / "mlflow.json").write_text('{"run_id": "')
+    assert finish(config, run_dir, succeeded=True)
+    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+
+
 def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir):
     from mlflow.exceptions import MlflowException
 

@@ -46,7 +46,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """
+    Raises:
+        ValueError: the file is not JSON; it was cut or changed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no JSON any more ({error}): restore it, or move it away"
+        ) from error
 
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
@@ -62,9 +71,9 @@ def read_signed(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = read_json(path)
-        if content.pop("sha256") != _sha256(content):
+        if content.pop("sha256", None) != _sha256(content):
             raise ValueError("it is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DamagedArtifact(f"{path.parent} has no readable {path.name}: {error}") from error
     return content
 

@@ -357,6 +357,19 @@ def was_helped(task: Any, task_run: Any, state: State) -> bool:
     return False
 
 
+def was_killed(task: Any, task_run: Any, state: State) -> bool:
+    """Whether the process of a failed check was killed, so that nothing speaks against a retry."""
+    try:
+        state.result()
+    except TrainingFailed as failure:
+        if failure.reason == "killed":
+            log.warning("%s is tried again: %s", task.name, str(failure).splitlines()[0])
+            return True
+    except BaseException:
+        return False
+    return False
+
+
 @contextmanager
 def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[RunParts]:
     """What runs `build_part` for several parts, as tasks of the flow run.

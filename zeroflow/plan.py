@@ -67,16 +67,19 @@ class Plan(Config):
     free_bytes: int
 
 
-def make(asked: RunConfig) -> Settled:
+def make(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None) -> Settled:
     """Settle `asked` and say what the run will be, before anything is built.
 
     The plan is kept in the run's directory, and stays as it was made for as long as the run is the
     same.
 
+    Args:
+        own: as for `settle`.
+
     Raises:
         ValueError, hub.HubError: as `settle` does.
     """
-    settled = runs.settle(asked)
+    settled = runs.settle(asked, own)
     run = settled.run
     plan = _of(run, settled.device)
     if (before := load(run.run_dir)) and _same(before, plan):

@@ -1,5 +1,6 @@
 """The proof that resume is exact as a person asks for it: its settings, its stages and its page."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from zeroflow import artifacts, pictures, plan, tracking
@@ -16,6 +17,7 @@ from zeroflow.planning import find_device
 from zeroflow.progress import TrainingProgress
 from zeroflow.run import ModelChoice, RunConfig
 from zeroflow.training import events
+from zeroflow.training import job as jobs
 from zeroflow.training.job import CHECKPOINTS, TrainingJob
 
 PROOF = "proof.json"
@@ -84,7 +86,12 @@ def prove(asked: ProofRun) -> Path:
     Raises:
         ResumeInexact: the proof failed; its page says how.
     """
-    settled = plan.make(settings(asked.run))
+    with jobs.ownership() as own:
+        return _prove(asked, own)
+
+
+def _prove(asked: ProofRun, own: Callable[[Path], None]) -> Path:
+    settled = plan.make(settings(asked.run), own)
     run = settled.run
     tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
     rows = shards.build(

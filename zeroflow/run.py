@@ -6,7 +6,7 @@ recorded, so that a run goes on with the same settings wherever and whenever it 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
@@ -402,16 +402,22 @@ _FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lin
 _FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 
-def settle(asked: RunConfig) -> Settled:
+def settle(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None) -> Settled:
     """Fill what `asked` leaves open, name the run, and record it in its run.json.
 
     What a run of the same name has recorded comes before any default.
+
+    Args:
+        own: called with the run's directory before anything in it is changed; raises an error
+            where another process is at work there.
 
     Raises:
         ValueError: settings contradict each other, the device, or those of the run of this name.
         hub.HubError: the hub is needed and refused or is out of reach.
     """
     _refuse_what_does_nothing(asked)
+    if before := _recorded(asked):
+        own(before.run_dir)
     recorded = _recorded(asked)
     merged = _over(recorded, asked) if recorded else asked
     merged = merged.replace(model=merged.model.settled)
@@ -422,7 +428,7 @@ def settle(asked: RunConfig) -> Settled:
                 "the former setting"
             )
         # Nothing has been trained: the run begins anew, so that a remedy can be tried
-        for of_before in (ASKED_FILE, tracking.LEDGER):
+        for of_before in (RUN_FILE, ASKED_FILE, tracking.LEDGER):
             (recorded.run_dir / of_before).unlink(missing_ok=True)
         tracking.forget(recorded.run_dir)
         recorded, merged = None, asked.replace(model=asked.model.settled)
@@ -437,12 +443,12 @@ def settle(asked: RunConfig) -> Settled:
         training=_fill(merged.training, merged.model, data, device),
     )
     if run.run_name is None:
-        name = _default_name(run)
-        named = asked.model_copy(update={"run_name": name})
-        if _recorded(named):
-            return settle(named)  # the same command again
-        run = run.replace(run_name=name)
+        run = run.replace(run_name=_default_name(run))
     training = run.training_config  # a contradiction shows here, before anything is recorded
+    own(run.run_dir)
+    named = asked.model_copy(update={"run_name": run.run_name})
+    if not recorded and _recorded(named):
+        return settle(named, own)  # the same command again, or at the same time
     if recorded:
         data_reason = tokenizer_reason = "as the run was started"
     else:

@@ -172,7 +172,11 @@ def _charts(address: str, experiment_id: str) -> str:
 def run_facts(run_dir: Path) -> dict[str, str] | None:
     """`run_id` and `experiment_id` of the MLflow run, if one was opened."""
     path = run_dir / _RUN_FILE
-    return artifacts.read_json(path) if path.exists() else None
+    try:
+        return artifacts.read_json(path) if path.exists() else None
+    except ValueError as error:
+        log.warning("the run gets another run in MLflow: %s", error)
+        return None
 
 
 def forget(run_dir: Path) -> None:
@@ -349,12 +353,16 @@ class _Run:
         """
         from mlflow.entities import Metric
 
-        new = [p for p in candidates if p.step > self._last_step.get(p.key, -1)]
+        new, last = [], dict(self._last_step)
+        for point in candidates:
+            if point.step > last.get(point.key, -1):
+                new.append(point)
+                last[point.key] = point.step
         for start in range(0, len(new), _BATCH_METRICS):
             batch = new[start : start + _BATCH_METRICS]
             metrics = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
             self._client.log_batch(self.run_id, metrics=metrics)
-        self._last_step |= {p.key: p.step for p in new}
+        self._last_step = last
 
     def measure_machine(self) -> None:
         """Send the load of this machine; its monitor's own thread would end with the server."""

@@ -333,6 +333,24 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
         checkpoint.load_model(path)
 
 
+def test_checkpoint_of_the_first_format_is_no_damage(tmp_path):
+    """Its manifest had no checksum of its own."""
+    path = save(trained(1), tmp_path, keep=1)
+    manifest = artifacts.read_json(path / artifacts.MANIFEST)
+    del manifest["sha256"]
+    artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 1})
+    with pytest.raises(CheckpointError, match="format 1, this version reads 2: go on with the"):
+        checkpoint.latest(tmp_path)
+    assert path.exists()
+
+
+def test_checkpoint_under_another_step_is_set_aside(tmp_path):
+    path = save(trained(1), tmp_path, keep=1)
+    path.rename(tmp_path / "step-00000009")
+    assert checkpoint.latest(tmp_path) is None
+    assert (tmp_path / "step-00000009.damaged-1").exists()
+
+
 def test_checkpoint_without_its_tensors_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
     [data] = path.glob("*.distcp")

@@ -1,6 +1,8 @@
+import io
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,3 +60,42 @@ def test_only_wanted_lines_are_kept_and_nothing_half_written(tmp_path):
     assert path.read_text().endswith("\n")
     events.keep(tmp_path / "none.jsonl", lambda line: True)
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_line_takes_the_place_of_a_half_written_one(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for half in (b'{"n": ', b'{"n": 1}\n{"text": "\xc3'):
+        path.write_bytes(half)
+        before = events.read(path)
+        events.append(path, {"n": 2})
+        assert events.read(path) == [*before, {"n": 2}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_is_told_with_the_file(tmp_path):
+    full = tmp_path / "events.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"events.jsonl cannot be added to: No space left"):
+        events.append(full, {"n": 1})
+
+
+def test_line_that_fits_in_part_only_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "events.jsonl"
+    events.append(path, {"n": 1})
+
+    class AlmostFull(io.FileIO):
+        def write(self, content):
+            return super().write(content[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: AlmostFull(path, "a+"))
+        with pytest.raises(OSError, match="the disk is full"):
+            events.append(path, {"n": 2})
+    assert path.read_bytes() == b'{"n": 1}\n'
+
+
+def test_line_that_was_changed_is_told_with_its_file(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"n": 1}\n{"n": {"n": 2}\n')
+    with pytest.raises(ValueError, match=r"ledger.jsonl has a line that is no JSON .*'{\"n\": {"):
+        events.read(path)

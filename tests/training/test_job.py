@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
@@ -143,3 +144,21 @@ def result(checkpoints: Path, steps: int) -> dict[str, object]:
         peak_memory_bytes=0,
         sample="",
     ).model_dump(mode="json")
+
+
+def test_process_that_ends_on_a_full_disk_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(job.TrainingFailed, match=r"the disk of .* has 0 bytes left") as failure:
+        job.launch("no_such_module", tmp_path / "job.json", tmp_path, lambda event: None)
+    assert failure.value.reason == "error"
+
+
+def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
+    with job.ownership() as own, job.ownership() as other:
+        own(tmp_path / "run")
+        own(tmp_path / "run")
+        with pytest.raises(job.RunIsBusy, match="another process is at work on run run"):
+            other(tmp_path / "run")
+        other(tmp_path / "another")
+    with job.ownership() as own:
+        own(tmp_path / "run")

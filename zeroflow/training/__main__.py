@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from functools import cached_property
@@ -98,7 +99,8 @@ class Recorder:
             log.warning("step %d: %s", step, alarm)
         if alarms:
             log.warning(
-                "its documents: zeroflow documents --run %s --step %d", self._job.run_dir.name, step
+                "its documents: zeroflow documents --run %s --step %d --cache-dir %s",
+                *(self._job.run_dir.name, step, shlex.quote(str(self._job.run_dir.parents[1]))),
             )
             self.event("spike", step=step, alarms=alarms)
         return alarms

@@ -206,10 +206,16 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are set aside."""
+    """The newest checkpoint whose files are what was written; damaged ones are set aside.
+
+    Raises:
+        CheckpointError: it was written by a version of zeroflow with another format.
+    """
     for path in reversed(_all(folder)):
         try:
-            artifacts.verify(path)
+            _require_signed_format(path)
+            if (step := artifacts.verify(path)["step"]) != step_of(path):
+                raise artifacts.DamagedArtifact(f"{path} holds step {step}")
             return path
         except artifacts.DamagedArtifact as damage:
             artifacts.set_aside(path, damage)
@@ -324,9 +330,20 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     if manifest["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {manifest['format']}, this version reads {_FORMAT}"
+            f"{path} has checkpoint format {manifest['format']}, this version reads {_FORMAT}: go "
+            "on with the version that wrote it, or begin anew under another --run-name"
         )
     return manifest
+
+
+def _require_signed_format(path: Path) -> None:
+    """Tell a manifest of format 1, which had no checksum of its own, from a damaged one."""
+    try:
+        manifest = artifacts.read_json(path / artifacts.MANIFEST)
+    except (OSError, ValueError):
+        return
+    if isinstance(manifest, dict) and manifest.get("format") == 1 and "sha256" not in manifest:
+        _manifest(path)
 
 
 def _require_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:

@@ -4,9 +4,11 @@
 the history of the processes, never shortened: started, metrics, saved, stopped, failed, done.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,34 @@ Line = dict[str, Any]
 
 
 def append(path: Path, line: Line) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """Add `line`, whole or not at all, in the place of a half-written last one.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+    with path.open("a+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        if end != file.seek(0, os.SEEK_END):
+            file.truncate(end)
+        try:
+            written = file.write(content)
+        except OSError as error:
+            raise OSError(error.errno, f"{path} cannot be added to: {error.strerror}") from error
+        if written != len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, f"{path} cannot be added to: the disk is full")
+
+
+def _end_of_lines(file: RawIOBase) -> int:
+    """Bytes of the complete lines in `file`."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            return (file.read() or b"").rfind(b"\n") + 1
+    return size
 
 
 def read(path: Path) -> list[Line]:
@@ -54,7 +82,17 @@ class Tail:
             file.seek(self._position)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._position += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+        return [self._parsed(line) for line in complete.split(b"\n") if line.strip()]
+
+    def _parsed(self, line: bytes) -> Line:
+        try:
+            found: Line = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._path} has a line that is no JSON ({error}): take it out; it begins with "
+                f"{line[:60].decode(errors='replace')!r}"
+            ) from error
+        return found
 
 
 def size(path: Path) -> int:

@@ -7,6 +7,7 @@ at their exit, and a crash or an out-of-memory kill leaves the flow alive to say
 import contextvars
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -51,6 +52,9 @@ CHECKPOINTS = "checkpoints"
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 20
+_ROOM_TO_SPEAK = 2**20
+"""Bytes that the disk should have left, or a process could not write down why it failed."""
+
 _TORCHRUN_COMPLAINS = "torch/distributed/elastic/"
 
 
@@ -250,6 +254,24 @@ def alone(lock: Path, found: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ownership() -> Iterator[Callable[[Path], None]]:
+    """What makes the directory of a run this process's own until the block ends.
+
+    It raises `RunIsBusy` where another process owns it; with that one's end it is free.
+    """
+    with ExitStack() as held:
+        owned: set[Path] = set()
+
+        def own(run_dir: Path) -> None:
+            if run_dir not in owned:
+                found = f"another process is at work on run {run_dir.name}"
+                held.enter_context(alone(run_dir / "owner", found))
+                owned.add(run_dir)
+
+        yield own
+
+
 def _launch(
     module: str,
     job_file: Path,
@@ -284,6 +306,11 @@ def _launch(
             raise TrainingFailed(outcome["message"], outcome["reason"], outcome["step"])
         case "stopped":
             raise TrainingStopped(outcome["message"])
+    if (free := shutil.disk_usage(run_dir).free) < _ROOM_TO_SPEAK:
+        raise TrainingFailed(
+            f"{module} ended, and the disk of {run_dir} has {free} bytes left: free some, or move "
+            "the cache (--cache-dir)"
+        )
     raise TrainingFailed(
         f"{module} ended with exit code {process.returncode} and said nothing of why; killed, or "
         "out of memory? Its last output:\n" + "\n".join(last_output),

@@ -113,7 +113,8 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
     goes_on = f"goes on from step {newest}"
     match failure.reason:
         case "killed" | "hang" if _in_vain(ledger, newest) + 1 < _IN_VAIN:
-            return Entry(**base, action=goes_on)
+            # What is left of a training whose parent was killed saves once more
+            return Entry(**base, action=f"{goes_on}, or a later one that is being saved")
         case "out of memory":
             training = now.training
             if training.micro_batch_rows > 1:
