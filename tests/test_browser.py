@@ -1,4 +1,4 @@
-"""Prefect's user interface in a browser: a run from the form, watched, cancelled and retried."""
+"""The user interfaces in a browser: a run from the form, watched, cancelled, retried, compared."""
 
 import json
 import shutil
@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from pipeline import Ui, api, logged_steps
+
+from zeroflow import tracking
+from zeroflow.tracking import TrackingConfig
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -100,7 +103,11 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     page.get_by_text(refused).first.wait_for()
     assert api(f"{both.prefect}/api", "/flow_runs/filter") == []
     seed.fill("7")
-    page.get_by_role("button", name="Submit").click()
+    for _ in range(10):  # on a slow machine the form may still have the number before
+        page.get_by_role("button", name="Submit").click()
+        page.wait_for_timeout(5000)
+        if api(f"{both.prefect}/api", "/flow_runs/filter"):
+            break
 
     events = both.cache / "runs" / "by-hand" / "events.jsonl"
     for _ in range(240):
@@ -132,3 +139,30 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     assert pages["training-progress-by-hand"]["data"] == 100
     assert "step 1500/1500" in pages["training-progress-by-hand"]["description"]
     assert both.mlflow in pages["report-by-hand"]["data"]
+
+    curves = tracking.links(both.cache / "runs" / "by-hand", both.cache)["loss of all runs"]
+    names = add_a_sweep(both.cache)
+    page.goto(curves)
+    for name in ("by-hand", *names):  # runs of a sweep are not hidden within it
+        page.get_by_role("link", name=name, exact=True).wait_for()
+    page.get_by_text("loss/train", exact=True).first.wait_for()
+
+
+def add_a_sweep(cache: Path) -> list[str]:
+    """Two runs that MLflow shows as those of a third; their names."""
+    uri, folder = tracking.location(cache)
+    sweep = TrackingConfig(
+        uri=uri, folder=folder, run_name="sweep", tags={}, params={}, dataset=None
+    )
+    group = cache / "sweeps" / "sweep"
+    tracking.open_group(sweep, group)
+    facts = tracking.run_facts(group)
+    assert facts is not None
+    names = ["sweep-tiny", "sweep-small"]
+    for name in names:
+        config = sweep.replace(run_name=name, tags={tracking.PARENT: facts["run_id"]})
+        run_dir = cache / "runs" / name
+        run_dir.mkdir()
+        lines = [{"step": n, "tokens": n, "loss": 9 - n, "time": n} for n in range(1, 4)]
+        tracking._Run(config, run_dir).send(tracking.points(lines))
+    return names

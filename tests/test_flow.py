@@ -99,7 +99,7 @@ def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str
     assert wanted | {"perf/tokens_per_second", "perf/peak_memory_mib", "overfit/loss"} <= set(
         run.data.metrics
     )
-    shares = [v for key, v in run.data.metrics.items() if key.startswith("goodput/")]
+    shares = [v for key, v in run.data.metrics.items() if key.startswith("time/")]
     assert len(shares) == len(goodput.PHASES) and sum(shares) == pytest.approx(1)
     assert "perf/mfu" not in run.data.metrics, "the peak of a CPU is not known"
     files = {file.path for file in client.list_artifacts(run.info.run_id)}

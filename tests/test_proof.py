@@ -6,12 +6,12 @@ import sys
 
 import mlflow
 import pytest
-from pipeline import ROOT, SMALL_SHAPE, Flow, api
+from pipeline import CHECKED_SHAPE, ROOT, Flow, api
 
 from zeroflow import artifacts, proof
 from zeroflow.run import RunConfig
 
-RUN = ["--run-name=mine", *SMALL_SHAPE, "--data-mode=synthetic", "--max-steps=30", "--kills=2"]
+RUN = ["--run-name=mine", *CHECKED_SHAPE, "--data-mode=synthetic", "--max-steps=30", "--kills=2"]
 RUN += ["--kill-seed=2"]  # while it starts up and while it validates
 
 

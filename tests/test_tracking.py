@@ -376,3 +376,13 @@ def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, tmp_path):
     assert links["loss of all runs"] == viewer.charts
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
     assert tracking.links(tmp_path, tmp_path)["this run"].startswith("http://box:80/#/")
+
+
+def test_runs_that_follow_each_other_have_colours_of_their_own(config, run_dir):
+    colours = []
+    for number in range(7):
+        other = run_dir.with_name(f"run {number}")
+        other.mkdir()
+        tracking._Run(config, other)
+        colours.append(the_run(config, other).data.tags["mlflow.runColor"])
+    assert len({*colours[:6]}) == 6 and colours[6] == colours[0]

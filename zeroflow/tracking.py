@@ -44,7 +44,14 @@ _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
 _BATCH_METRICS = 1000  # the most that MLflow takes at once
-_CHARTS = "runs?compareRunsMode=CHART&workflowType=machine_learning"
+# In any order but that of time, or the runs of a sweep are hidden within it, and out of the charts
+_CHARTS = (
+    "runs?compareRunsMode=CHART&workflowType=machine_learning"
+    "&orderByKey=metrics.%60loss%2Fval%60&orderByAsc=true"
+)
+_COLOUR = "mlflow.runColor"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
 class TrackingConfig(Config):
@@ -96,7 +103,7 @@ def points(lines: Iterable[Line]) -> Iterator[Point]:
                 if (value := line.get(field)) is not None:
                     yield Point(key, value, x, line["time"])
         for phase, share in line.get("goodput", {}).items():
-            yield Point(f"goodput/{phase}", share, line["step"], line["time"])
+            yield Point(f"time/{phase}", share, line["step"], line["time"])
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
@@ -407,7 +414,8 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     facts = run_facts(run_dir)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:
-        run = client.create_run(experiment_id, run_name=config.run_name)
+        colour = {_COLOUR: _next_colour(client, experiment_id)}
+        run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
         artifacts.write_json(
             run_dir / _RUN_FILE,
             {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": config.uri},
@@ -434,6 +442,15 @@ def _experiment(client: Any, folder: Path | None) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another run was faster
+
+
+def _next_colour(client: Any, experiment_id: str) -> str:
+    """Another one than the newest runs have; MLflow would take one from a hash of the run's id."""
+    newest = client.search_runs([experiment_id], max_results=1)
+    colour = newest[0].data.tags.get(_COLOUR) if newest else None
+    if colour not in _COLOURS:
+        return _COLOURS[0]
+    return _COLOURS[(_COLOURS.index(colour) + 1) % len(_COLOURS)]
 
 
 @contextmanager
