@@ -1,0 +1,139 @@
+"""How long training stands still while a checkpoint is saved: written aside, and waited for.
+
+The same state is saved both ways by turns, in one process. What the writing aside costs the steps
+that go on meanwhile is counted as well.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from train_speed import Figures, Workload, wait
+
+from zeroflow.model.sizes import SIZES
+from zeroflow.planning import checkpoint_bytes, find_device
+from zeroflow.training.checkpoint import Retention, Saver
+from zeroflow.training.loop import ComputeConfig, TrainingConfig, TrainState, new_state, train_step
+from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+def measure(work: Workload, folder: Path, saves: int) -> Figures:
+    """Seconds of `saves` saves of either kind into `folder`, after one that allocates the copy."""
+    [rows] = work.rows
+    config = TrainingConfig(
+        seed=0,
+        micro_batch_rows=rows,
+        accumulate=work.batch_rows // rows,
+        schedule=Schedule(name="wsd", peak=1e-4, warmup_steps=0, steps=10**9),
+        optimizer=OptimizerConfig(),
+        compute=work.compute,
+    )
+    state = new_state(work.model, config)
+    batches = work.batches(rows)
+
+    def step() -> None:
+        train_step(state, batches[state.step % len(batches)], config)
+        wait(work.compute.device)
+
+    written: list[float] = []
+    saver = Saver(
+        folder,
+        Retention(keep=1),
+        tokenizer="none",
+        on_saved=lambda path: written.append(time.perf_counter()),
+    )
+    step()
+    first = seconds(lambda: saver.save(state))
+    saver.wait()
+    stalls, waited_for, alone, beside, writing = [], [], [], [], []
+    for _ in range(saves):
+        step()
+        waited_for.append(seconds(lambda: _save_and_wait(saver, state)))
+        alone += [seconds(step) for _ in range(3)]
+        begun, count = time.perf_counter(), len(written)
+        stalls.append(seconds(lambda: saver.save(state)))
+        while len(written) == count:
+            beside.append(seconds(step))
+        writing.append(written[-1] - begun)
+        saver.wait()
+        log.info("waited for: %.2f s, aside: %.3f s", waited_for[-1], stalls[-1])
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {
+        "gb": size / 1e9,
+        "first_seconds": first,
+        "waited_for": waited_for,
+        "stalls": stalls,
+        "stall_share": statistics.median(stalls) / statistics.median(waited_for),
+        "writing": writing,
+        "step_alone": statistics.median(alone),
+        "steps_beside": len(beside),
+        "step_beside": statistics.mean(beside),
+    }
+
+
+def _save_and_wait(saver: Saver, state: TrainState) -> None:
+    saver.save(state)
+    saver.wait()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
+    parser.add_argument("--vocab-size", type=int, default=128_256)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step (2)")
+    parser.add_argument("--saves", type=int, default=3, help="saves of either kind (3)")
+    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = find_device(arguments.device or "auto")
+    compute = ComputeConfig(
+        device=device.kind, precision="bf16" if device.kind == "cuda" else "fp32", compile=False
+    )
+    work = Workload(
+        size=arguments.size,
+        vocab_size=arguments.vocab_size,
+        seq_len=arguments.seq_len,
+        batch_rows=arguments.rows,
+        rows=(arguments.rows,),
+        compute=compute,
+        windows=1,
+        seconds=1,
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="zeroflow-bench-") as folder:
+        found = measure(work, Path(folder), arguments.saves)
+    found |= {"device": device.name, "size": arguments.size, "torch": torch.__version__}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    log.info(
+        "%s on %s, %.2f GB (expected %.2f): training stands still for %.3f s (the first time "
+        "%.2f s) where a save that is waited for takes %.2f s: %.1f %%",
+        *(arguments.size, device.name, found["gb"], checkpoint_bytes(work.model) / 1e9),
+        *(statistics.median(found["stalls"]), found["first_seconds"]),
+        *(statistics.median(found["waited_for"]), 100 * found["stall_share"]),
+    )
+    log.info(
+        "a step takes %.3f s alone, %.3f s beside the writing, which takes %.1f s",
+        *(found["step_alone"], found["step_beside"], statistics.median(found["writing"])),
+    )
+
+
+if __name__ == "__main__":
+    main()
