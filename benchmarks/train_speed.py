@@ -48,6 +48,9 @@ _GAIN = 1.02
 
 _LEARNING_RATE = 1e-4
 _NO_END = -1
+_DOCUMENT_TOKENS = 1000
+"""On average; FineWeb-Edu's sample-10BT has some 10 million documents."""
+
 _OURS_IN_FP8 = "ours:fp8=true"
 _MATMUL = {"cuda": 8192, "cpu": 2048}
 _MATMUL_SECONDS = 1.5
@@ -71,6 +74,9 @@ class Workload(Config):
     """Rows of a micro-batch to try, in this order."""
 
     compute: ComputeConfig
+    document_mask: bool = False
+    """Rows hold documents of random lengths, and attention stays within them."""
+
     windows: PositiveInt
     seconds: PositiveFloat
     """Length of a window."""
@@ -84,10 +90,13 @@ class Workload(Config):
         random = np.random.default_rng(0)
         shape = (_BATCHES, self.batch_rows // rows, rows, self.seq_len + 1)
         tokens = random.integers(self.vocab_size, size=shape, dtype=np.int32)
-        pin = self.compute.device == "cuda"
+        end = _NO_END
+        if self.document_mask:
+            end = self.vocab_size - 1
+            tokens[random.random(shape) < 1 / _DOCUMENT_TOKENS] = end
+        options = {"document_mask": self.document_mask, "pin": self.compute.device == "cuda"}
         return [
-            [to_micro_batch(part, end_of_text=_NO_END, pin=pin) for part in batch]
-            for batch in tokens
+            [to_micro_batch(part, end_of_text=end, **options) for part in batch] for batch in tokens
         ]
 
 
@@ -99,6 +108,7 @@ def ours(work: Workload, rows: int) -> Step:
         seed=0,
         micro_batch_rows=rows,
         accumulate=work.batch_rows // rows,
+        document_mask=work.document_mask,
         schedule=Schedule(name="wsd", peak=_LEARNING_RATE, warmup_steps=0, steps=10**9),
         optimizer=OptimizerConfig(),
         compute=work.compute,
@@ -454,7 +464,8 @@ def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device
 
 
 def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
-    """`ours:compile=false,precision=fp32` is ours with these settings of its `ComputeConfig`."""
+    """`ours:compile=false,document_mask=true` is ours with these settings of its compute, or of
+    the workload."""
     name, _, settings = asked.partition(":")
     if name not in CONTENDERS:
         raise ValueError(f"{name} is no contender: choose from {', '.join(CONTENDERS)}")
@@ -463,6 +474,7 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
 
 
 def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Workload:
+    own = {name: value for name, value in settings.items() if name in Workload.model_fields}
     compute = {
         "device": arguments.device,
         "precision": arguments.precision,
@@ -474,9 +486,12 @@ def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str])
         seq_len=arguments.seq_len,
         batch_rows=arguments.batch_rows,
         rows=tuple(arguments.rows or doublings(arguments.batch_rows)),
-        compute=ComputeConfig.model_validate(compute | settings),
+        compute=ComputeConfig.model_validate(
+            compute | {name: value for name, value in settings.items() if name not in own}
+        ),
         windows=arguments.windows,
         seconds=arguments.seconds,
+        **own,
     )
 
 
