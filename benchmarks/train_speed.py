@@ -733,6 +733,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the contender as well
     results = compare(arguments, device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2) + "\n"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_ours_in_fp8_is_one_more_contender_where_the_device_can():
     with pytest.raises(ValueError, match="the device is a CPU"):
         train_speed.check(work, DEVICE)
     train_speed.check(work.replace(compute=compute.replace(precision="bf16")), H100)
+
+
+def test_ours_within_documents_is_one_more_contender():
+    name, settings = train_speed.parse_contender("ours:document_mask=true,precision=fp32")
+    shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 512}
+    measuring = {"batch_rows": 4, "rows": [4], "windows": 1, "seconds": 0.01}
+    work = train_speed.workload(Namespace(**shape, **measuring), "tiny", settings)
+    [[batch], *_] = work.batches(4)
+    assert batch.documents.max() > 0, "some end in the middle of a row"
+    [figures] = train_speed.measure(name, work)
+    [whole] = train_speed.measure(name, work.replace(document_mask=False))
+    assert figures["losses"] != whole["losses"]
 
 
 def test_contender_that_takes_too_long_is_ended_with_its_reason():

@@ -178,11 +178,35 @@ def test_fp8_keeps_less_for_the_backward_pass_and_nothing_else_less():
     assert planning.micro_batch(llama("medium"), 2048, H100, fp8=True) > micro_batch("medium", 79)
 
 
-def test_rate_of_fp8_is_not_claimed_to_be_known():
-    bf16, fp8 = (
-        planning.expected_tokens_per_second(MODEL, 128, H200, fp8=fp8) for fp8 in (False, True)
+def test_rate_of_fp8_is_beside_the_one_without_which_is_higher_for_small_models():
+    gains = []
+    for size in ("tiny", "small", "medium"):
+        (bf16, _), (fp8, source) = (
+            planning.expected_tokens_per_second(llama(size), 2048, H100, fp8=fp8)
+            for fp8 in (False, True)
+        )
+        gains.append(fp8 / bf16)
+        with_it, without = (planning.assumed_mfu(llama(size), fp8=on) for on in (True, False))
+        assert f"assuming {with_it:.0%} MFU" in source
+        assert source.endswith(f"with fp8 and {without:.0%} without")
+    assert gains == sorted(gains) and gains[0] < 1 < gains[-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "accumulates", "gigabytes"),
+    [
+        ("tiny", 12, True, 6.123),
+        ("tiny", 24, True, 6.924),
+        ("tiny", 48, False, 8.355),
+        ("medium", 6, True, 40.817),
+        ("medium", 12, True, 55.708),
+    ],
+)
+def test_memory_in_fp8_is_what_was_measured_on_an_h100(size, rows, accumulates, gigabytes):
+    planned = planning.memory(
+        llama(size), 2048, rows, "none", H100, fp8=True, accumulates=accumulates
     )
-    assert fp8[0] == bf16[0] and fp8[1] == f"{bf16[1]}, without what fp8 gains"
+    assert planned.total / 1e9 == pytest.approx(gigabytes, rel=0.02)
 
 
 def test_ranks_share_out_more_from_stage_to_stage():

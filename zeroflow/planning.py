@@ -23,6 +23,7 @@ TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
 _MEASURED_MFU = {46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
+_MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
 """By parameters, of tiny, small and medium on an H100: `benchmarks/README.md`."""
 
 _ASSUMED_CPU_SHARE = 0.75
@@ -182,10 +183,11 @@ def arithmetic(precision: Precision, *, fp8: bool) -> str:
     return f"{precision} with products in fp8" if fp8 else precision
 
 
-def assumed_mfu(model: ModelConfig) -> float:
-    """What a model of as many parameters has reached on an H100."""
-    sizes = [math.log(parameters) for parameters in _MEASURED_MFU]
-    return float(np.interp(math.log(model.parameters), sizes, list(_MEASURED_MFU.values())))
+def assumed_mfu(model: ModelConfig, *, fp8: bool = False) -> float:
+    """What a model of as many parameters has reached on an H100, as a share of its bf16 peak."""
+    measured = _MEASURED_MFU_FP8 if fp8 else _MEASURED_MFU
+    sizes = [math.log(parameters) for parameters in measured]
+    return float(np.interp(math.log(model.parameters), sizes, list(measured.values())))
 
 
 def expected_tokens_per_second(
@@ -204,12 +206,12 @@ def expected_tokens_per_second(
         return _ASSUMED_CPU_SHARE * measured / flops, source
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
-    mfu = assumed_mfu(model)
+    mfu = assumed_mfu(model, fp8=fp8)
     source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
+    if fp8:
+        source += f" with fp8 and {assumed_mfu(model):.0%} without"
     if checkpointing != "none":
         source += ", less what is computed again"
-    if fp8:
-        source += ", without what fp8 gains"
     return mfu * device.peak_flops / flops, source
 
 
@@ -289,9 +291,9 @@ def memory(
 ) -> Memory:
     """Memory of a step over micro-batches of `rows`: compiled on a GPU, not compiled on a CPU.
 
-    On one H100 within 4 % of what was measured in bf16 for tiny, small and medium. For fp8 it
-    follows from what is kept in one byte instead, for several ranks from how FSDP2 shares out:
-    neither has been measured on GPUs.
+    On one H100 within 4 % of what was measured for tiny, small and medium in bf16, and for tiny and
+    medium in fp8. For several ranks it follows from how FSDP2 shares out, and has not been measured
+    on GPUs.
 
     Args:
         precision: None for that which is usual on the device.
@@ -335,13 +337,16 @@ def _kept_compiled(
     A block keeps of a token its input and that of its second half, both also normed, and what
     attention gave; queries, keys and values before and after rotation; and of the feed-forward
     network both projections and their product. What is not computed again is kept of all blocks,
-    the rest of one. In fp8 what only a product of matrices reads has one byte, and what attention
-    gave, which its own backward pass reads, is kept in both.
+    the rest of one.
+
+    In fp8 what is normed has one byte, and what attention gave, which its own backward pass reads,
+    is kept in one as well. Queries, keys and values are kept after rotation only, and the product
+    in the feed-forward network is made again, both where they are scaled.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    factor = 1 if fp8 else width
-    feed_forward = factor * (M + D) + width * 2 * M
-    others = factor * D + width * (3 * D + 2 * model.qkv_size) + (D if fp8 else 0)
+    qkv = model.qkv_size
+    feed_forward = D + width * 2 * M if fp8 else width * (D + 3 * M)
+    others = 2 * D + width * (3 * D + qkv) if fp8 else width * (4 * D + 2 * qkv)
     kept = {
         "none": L * (others + feed_forward),
         "selective": L * (others + width * D) + feed_forward,

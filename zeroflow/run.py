@@ -137,8 +137,8 @@ class TrainingChoice(Config):
     """bf16 computes in bf16 with fp32 master weights. Default: fp32 on a CPU, bf16 on a GPU."""
 
     fp8: bool = False
-    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. What a
-    size gains by it is in benchmarks/README.md."""
+    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. On an
+    H100 it made medium 15 % faster, small 1 %, and tiny 5 % slower."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: on a GPU."""

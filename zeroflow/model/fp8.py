@@ -30,7 +30,11 @@ else it is one in the type of the activations."""
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """`x` (..., D) times the transposes of `weights` (N, D), side by side, in the type of `x`."""
+    """`x` (..., D) times the transposes of `weights` (N, D), side by side, in the type of `x`.
+
+    That is bf16 where it is compiled for a GPU: of fp32, compiled by PyTorch 2.11 for an H100, all
+    gradients came out as zeros.
+    """
     y: Tensor = _Linear.apply(x.flatten(0, -2), *weights)
     return y.unflatten(0, x.shape[:-1])
 
