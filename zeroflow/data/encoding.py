@@ -144,18 +144,6 @@ def load(file: Path, name: EncoderName) -> Encoder:
         return _loaded[key]
 
 
-def sound_text(text: str) -> tuple[str, int]:
-    """`text` without surrogates, and its bytes in UTF-8.
-
-    JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place.
-    """
-    try:
-        return text, len(text.encode())
-    except UnicodeEncodeError:
-        sound = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return sound, len(sound.encode())
-
-
 def hard_strings(special: list[str]) -> list[str]:
     """What has been seen to tell tokenizers apart, and random mixtures of it; always the same.
 
