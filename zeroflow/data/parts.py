@@ -7,6 +7,7 @@ order, by any number of processes at once, and a killed build loses no more than
 import errno
 import hashlib
 import logging
+import mmap
 import queue
 import threading
 import time
@@ -368,7 +369,8 @@ class _SplitWriter:
         self._layout, self._fill = job.layout, job.tokens.end_of_text
         self._pack = packing.PACKINGS[job.layout.packing]
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
-        self._rows = np.empty((0, job.layout.row_tokens), dtype=job.layout.token_type)
+        # a window of documents up to a row long leaves hardly any room in its rows
+        self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
         self._filled = self._files = 0
         self._window: list[_Batch] = []
         self._documents = self._tokens = 0
@@ -440,13 +442,23 @@ class _SplitWriter:
         """So many rows behind those that are filled, full of ends of text."""
         end = self._filled + rows
         if end > len(self._rows):
-            larger = np.empty((end, self._layout.row_tokens), dtype=self._layout.token_type)
+            larger = self._empty(end)
             larger[: self._filled] = self._rows[: self._filled]
             self._rows = larger
         room = self._rows[self._filled : end]
         room[:] = self._fill
         self._filled = end
         return room
+
+    def _empty(self, rows: int) -> packing.Rows:
+        """Memory from the system, taken page by page as it is filled, and given back at the end.
+
+        The allocator would keep such large pieces, in one arena for each thread.
+        """
+        width, kind = self._layout.row_tokens, np.dtype(self._layout.token_type)
+        size = rows * width * kind.itemsize
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, dtype=kind).reshape(rows, width)
 
     def _write(self, rows: int) -> None:
         """Write the first rows to a file; those behind them move up."""
