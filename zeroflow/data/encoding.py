@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -96,8 +97,13 @@ class _Fastokens:
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # each thread that calls it fills a cache of words of its own, and parts bring new threads
+        self._thread = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, texts: list[str]) -> Encoded:
+        return self._thread.submit(self._encode, texts).result()
+
+    def _encode(self, texts: list[str]) -> Encoded:
         ids, ends = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
         offsets = np.frombuffer(ends, np.uint64).astype(np.int64)
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
