@@ -53,6 +53,15 @@ def as_parquet(rows: list[dict[str, str]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def not_utf8(column: str) -> bytes:
+    """A file whose schema calls some bytes a string, as a careless writer may."""
+    columns = {"text": pa.array(["x"]), "id": pa.array(["a"]), "url": pa.array([""])}
+    columns[column] = pa.array([b"\xff"]).view(pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
 def read(*paths: object, **settings: str) -> list[Document]:
     return list(corpus.documents(files_corpus(*map(str, paths), **settings)))
 
@@ -135,6 +144,7 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
         ("a.parquet", b"this is no parquet", r"a\.parquet"),
         ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no one column 'text'.*'body'"),
+        *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("text", "id", "url")),
         ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet has int64 in column 'text', no text"),
     ],
 )
@@ -179,10 +189,11 @@ def test_sample_is_the_source_of_the_standard_library():
 
 
 def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
-    places = sorted(corpus.held_out(f"document {i}") for i in range(10_000))
+    ids = [f"document {i}".encode() for i in range(10_000)]
+    places = sorted(corpus.held_out(ids).tolist())
     # Kolmogorov-Smirnov: one in a million even samples deviates by more than 0.027
     assert max(abs(place - i / 10_000) for i, place in enumerate(places)) < 0.027
-    assert 0 <= corpus.held_out("lone \ud800") < 1
+    assert corpus.held_out(ids[7:8]) == corpus.held_out(ids)[7]
 
 
 def test_first_bytes_end_with_the_document_that_passes_the_limit():
@@ -226,10 +237,14 @@ def test_slices_of_any_size_hold_every_document_once_and_in_order(tmp_path, monk
         assert len(cut) == 1, "small files are taken together"
     # each alone, and in another order than they lie
     read = {i: list(corpus.read(config, cut[i], Tally())) for i in reversed(range(len(cut)))}
-    found = [document for i in range(len(cut)) for batch in read[i] for document in batch]
-    assert [document.text for document in found] == [document.text for document in whole]
-    assert len({document.id for document in found}) == len(found)
-    assert [document.id for document in found] == [document.id for document in whole]
+    batches = [batch for i in range(len(cut)) for batch in read[i]]
+    texts = [text for batch in batches for text in batch.texts]
+    ids = [name.decode() for batch in batches for name in batch.ids.to_pylist()]
+    assert texts == [document.text for document in whole]
+    assert len(set(ids)) == len(ids)
+    assert ids == [document.id for document in whole]
+    sizes = [size for batch in batches for size in batch.text_bytes.tolist()]
+    assert sizes == [len(text.encode()) for text in texts]
 
 
 def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
@@ -238,8 +253,7 @@ def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
     config = files_corpus(str(tmp_path / "a.jsonl"), bad_lines_limit=3)
     tally = Tally()
     [piece] = slices(config)
-    read = [document for batch in corpus.read(config, piece, tally) for document in batch]
-    assert [document.text for document in read] == ["one", "two"]
+    assert [batch.texts for batch in corpus.read(config, piece, tally)] == [["one", "two"]]
     assert tally.bad == 3
     for place, reason in zip(tally.places, ("2 is not JSON", "3 has no text", "6 is"), strict=True):
         assert f"a.jsonl, line {reason}" in place
@@ -281,6 +295,17 @@ def test_suffixes_are_known_in_capitals_and_names_with_brackets_are_names(tmp_pa
         files_corpus(str(tmp_path))
 
 
+def test_ids_and_urls_may_be_numbers_or_absent_here_and_there(tmp_path):
+    columns = {"text": ["a", "", "b", "c"], "id": [7, 8, None, 9], "url": ["u", "v", None, ""]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    documents = read(tmp_path / "a.parquet")
+    assert documents == [
+        Document("7", "a", "u"),
+        Document("a.parquet:3", "b", ""),
+        Document("9", "c", ""),
+    ]
+
+
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_text_may_be_stored_in_any_of_arrows_string_types(tmp_path, kind):
     texts = pa.array(["one", "two", "one"]).cast(kind)
@@ -295,5 +320,5 @@ def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(write(rows))
         config = files_corpus(str(tmp_path / name))
         [piece] = slices(config)
-        sizes = [len(batch) for batch in corpus.read(config, piece, Tally())]
+        sizes = [len(batch.texts) for batch in corpus.read(config, piece, Tally())]
         assert sizes == [3, 3, 3]

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,7 @@ def llama(tmp_path_factory) -> Path:
 @given(texts=st.lists(st.text(), max_size=4))
 def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
     fast, plain = encoding.load(llama, "fastokens"), encoding.load(llama, "tokenizers")
-    sound = [encoding.sound_text(text)[0] for text in texts]
-    mine, theirs = fast.encode(sound), plain.encode(sound)
+    mine, theirs = fast.encode(texts), plain.encode(texts)
     assert np.array_equal(mine.ids, theirs.ids) and np.array_equal(mine.lengths, theirs.lengths)
     assert mine.ids.dtype == np.int32 and mine.lengths.sum() == len(mine.ids)
 
@@ -54,8 +55,40 @@ def test_other_ids_are_noticed_and_hugging_face_is_taken(llama, monkeypatch):
         return encoded._replace(ids=ids)
 
     monkeypatch.setattr(encoding._Fastokens, "encode", one_wrong)
-    name, reason = encoding.choose(llama)
+    name, reason = encoding.compare(llama)
     assert name == "tokenizers" and "gives other ids to some of" in reason
+
+
+def test_crash_of_the_comparison_leaves_the_tokenizer_to_hugging_face(llama, tmp_path, monkeypatch):
+    """As the fast library, which is no Python, may crash without an exception."""
+    crashing = tmp_path / "fastokens"
+    crashing.mkdir()
+    (crashing / "__init__.py").write_text("import os; os.abort()")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    name, reason = encoding.choose(llama)
+    assert name == "tokenizers" and "failed: exit code -6" in reason
+
+
+def test_comparison_takes_no_memory_of_the_process_that_asks_for_it(llama):
+    code = """
+import sys
+from pathlib import Path
+from zeroflow.data import encoding
+
+def peak_mb():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
+
+file = Path(sys.argv[1])
+peaks = [peak_mb()]
+for ask in (encoding.choose, encoding.compare):
+    assert ask(file)[0] == "fastokens"
+    peaks.append(peak_mb())
+print(*peaks)
+"""
+    command = [sys.executable, "-c", code, str(llama)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    before, chosen, compared = map(float, done.stdout.split())
+    assert chosen - before < 5 < 20 < compared - chosen
 
 
 def test_tokenizer_that_the_fast_library_does_not_take_is_left_to_hugging_face(tmp_path):

@@ -180,7 +180,7 @@ for name in ("owner/rows", "owner/lines"):
     facts[name] = {
         "revision": settled.data_revision,
         "texts": [
-            [d.text for batch in corpus.read(settled, piece, corpus.Tally()) for d in batch]
+            [text for batch in corpus.read(settled, piece, corpus.Tally()) for text in batch.texts]
             for piece in slices
         ],
     }

@@ -12,13 +12,19 @@ LENGTHS = st.lists(st.integers(1, 30), max_size=40)
 ROW_TOKENS = st.integers(2, 12)
 
 
+def laid_out(stream, sizes, pieces, row_tokens, fill):
+    """The rows of documents that lie end to end in `stream`."""
+    rows = np.full((pieces.rows, row_tokens), fill, dtype=np.int32)
+    lay_out(np.split(stream, np.cumsum(sizes)[:-1]), pieces, rows)
+    return rows
+
+
 def rows_of(pack, lengths, row_tokens):
     """The rows, each as its list of tokens without the filling."""
     sizes = np.array(lengths, dtype=np.int64)
     stream = np.arange(sizes.sum(), dtype=np.int32)
     pieces = pack(sizes, row_tokens)
-    rows = lay_out(stream, sizes, pieces, row_tokens, FILL)
-    assert rows.shape == (pieces.rows, row_tokens) and rows.dtype == np.int32
+    rows = laid_out(stream, sizes, pieces, row_tokens, FILL)
     for row in rows:
         filled = row == FILL
         assert not filled[0] and (np.diff(filled.astype(int)) >= 0).all(), "filling comes last"
@@ -39,7 +45,7 @@ def test_pieces_say_where_every_token_lies(name, lengths, row_tokens):
     pieces = PACKINGS[name](sizes, row_tokens)
     assert (np.diff(pieces.document) >= 0).all()
     begins = np.cumsum(sizes) - sizes
-    rows = lay_out(np.arange(sizes.sum(), dtype=np.int32), sizes, pieces, row_tokens, FILL)
+    rows = laid_out(np.arange(sizes.sum(), dtype=np.int32), sizes, pieces, row_tokens, FILL)
     for document, start, tokens, row, offset in zip(*pieces[:5], strict=True):
         found = rows[row, offset : offset + tokens].tolist()
         first = begins[document] + start
@@ -103,6 +109,18 @@ def test_same_lengths_are_packed_the_same():
 
 
 @pytest.mark.parametrize("name", PACKINGS)
+@given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
+def test_documents_without_their_ends_are_laid_out_as_with_them(name, lengths, row_tokens):
+    sizes = np.array(lengths, dtype=np.int64)
+    stream = np.arange(1, sizes.sum() + 1, dtype=np.int32)
+    stream[np.cumsum(sizes) - 1] = 0  # the end of text
+    pieces = PACKINGS[name](sizes, row_tokens)
+    rows = np.zeros((pieces.rows, row_tokens), dtype=np.uint16)
+    lay_out([document[:-1] for document in np.split(stream, np.cumsum(sizes)[:-1])], pieces, rows)
+    assert np.array_equal(rows, laid_out(stream, sizes, pieces, row_tokens, 0))
+
+
+@pytest.mark.parametrize("name", PACKINGS)
 @given(lengths=st.lists(st.integers(2, 30), max_size=40), row_tokens=ROW_TOKENS)
 def test_padding_is_just_what_follows_two_ends_of_text(name, lengths, row_tokens):
     """So that a reader can tell it, and the beginnings of documents, from the ids alone."""
@@ -110,8 +128,8 @@ def test_padding_is_just_what_follows_two_ends_of_text(name, lengths, row_tokens
     stream = np.ones(sizes.sum(), dtype=np.int32)
     stream[np.cumsum(sizes) - 1] = 0  # the end of text
     pieces = PACKINGS[name](sizes, row_tokens)
-    rows = lay_out(stream, sizes, pieces, row_tokens, 0)
-    marked = lay_out(stream, sizes, pieces, row_tokens, FILL)
+    rows = laid_out(stream, sizes, pieces, row_tokens, 0)
+    marked = laid_out(stream, sizes, pieces, row_tokens, FILL)
     ends = rows == 0
     assert np.array_equal(marked[:, 1:] == FILL, ends[:, 1:] & ends[:, :-1])
     inner = pieces.offset > 0

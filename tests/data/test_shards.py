@@ -382,6 +382,21 @@ def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_piece
     assert set(documents_of(once)) == names, "the first of its kind is kept"
 
 
+def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_apart(
+    small_pieces, text, tmp_path
+):
+    """As different ids they are held out apart, though the table shows them alike."""
+    written = [
+        {"id": f"\\ud8{i:02x}", "url": "u\\udfff", "text": t} for i, t in enumerate(text.texts)
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, written)).replace("\\\\", "\\"))
+    settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
+    built = shards.build(ALL, settled, text.tokens, tmp_path)
+    assert {(line["id"], line["url"]) for line in lines(built)} == {("\ufffd", "u\ufffd")}
+    assert built.documents == 60 and 0 < built.validation.documents < 20
+
+
 def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):
     good = [json.dumps({"text": document}) for document in text.texts[:9]]
     file = tmp_path / "a.jsonl"

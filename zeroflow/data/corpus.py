@@ -15,14 +15,17 @@ import lzma
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self, cast
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, model_validator
 
@@ -45,6 +48,7 @@ _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
 _COMPRESSION = 3
 """Text bytes for a byte on disk, assumed where a file is compressed."""
 
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _PLACES = 10
 # What the decompressors, the Parquet reader and UTF-8 raise; none of them names the file
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
@@ -54,6 +58,20 @@ class Document(NamedTuple):
     id: str
     text: str
     url: str = ""
+
+
+class Batch(NamedTuple):
+    """Some documents, none of them empty, in columns."""
+
+    ids: pa.BinaryArray
+    """UTF-8, but for the lone surrogates that an id from JSON can hold."""
+
+    urls: pa.StringArray
+    texts: list[str]
+    """Without surrogates."""
+
+    text_bytes: npt.NDArray[np.int64]
+    """Of each text in UTF-8."""
 
 
 class CorpusConfig(Config):
@@ -266,30 +284,64 @@ def plan(config: CorpusConfig, listed: list[SourceFile], first: int) -> Planned:
     return Planned([Slice(files=tuple(together))], first + len(together))
 
 
-def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[list[Document]]:
-    """The documents of a slice, always in the same order, some at a time; empty ones left out.
+def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
+    """The documents of a slice, always in the same order and batches; empty ones left out.
 
     Raises:
         ValueError: a file does not hold what its name promises, or more than `bad_lines_limit`
             lines are bad; names file and place.
         hub.HubError: the hub failed in mid-stream.
     """
-    waiting: list[Document] = []
-    held = 0
-    for document in _documents(config, piece, tally):
-        if not document.text:
-            tally.empty += 1
-            continue
-        waiting.append(document)
-        held += len(document.text)
-        if len(waiting) >= _READ_ROWS or held >= _READ_BYTES:
-            yield waiting
-            waiting, held = [], 0
+    waiting: list[Batch] = []
+    load = _Load()
+    for chunk in _chunks(config, piece, tally):
+        begin = 0
+        for end, text in enumerate(chunk.texts, start=1):
+            if load.full_with(text):
+                yield _joined([*waiting, _cut_out(chunk, begin, end)])
+                waiting, begin = [], end
+        if begin < len(chunk.texts):
+            waiting.append(_cut_out(chunk, begin, len(chunk.texts)))
     if waiting:
-        yield waiting
+        yield _joined(waiting)
 
 
-def _documents(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Document]:
+class _Load:
+    """Of a batch that is being filled."""
+
+    def __init__(self) -> None:
+        self._documents = self._characters = 0
+
+    def full_with(self, text: str) -> bool:
+        """Whether the batch ends with this text; then the next one begins."""
+        self._documents += 1
+        self._characters += len(text)
+        full = self._documents >= _READ_ROWS or self._characters >= _READ_BYTES
+        if full:
+            self._documents = self._characters = 0
+        return full
+
+
+def _cut_out(batch: Batch, begin: int, end: int) -> Batch:
+    return Batch(
+        batch.ids[begin:end],
+        batch.urls[begin:end],
+        batch.texts[begin:end],
+        batch.text_bytes[begin:end],
+    )
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    ids, urls, texts, text_bytes = zip(*batches, strict=True)
+    return Batch(
+        pa.concat_arrays(ids),
+        pa.concat_arrays(urls),
+        list(chain.from_iterable(texts)),
+        np.concatenate(text_bytes),
+    )
+
+
+def _chunks(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
     for file in piece.files:
         try:
             yield from _READERS[_kind(file.name)](config, file, piece, tally)
@@ -306,13 +358,39 @@ def documents(config: CorpusConfig) -> Iterator[Document]:
         slices, first = plan(config, listed, first)
         for piece in slices:
             for batch in read(config, piece, Tally()):
-                yield from batch
+                ids = (i.decode("utf-8", "surrogatepass") for i in batch.ids.to_pylist())
+                yield from map(Document, ids, batch.texts, batch.urls.to_pylist())
 
 
-def held_out(document_id: str) -> float:
-    """Place of a document in [0, 1), from its id alone; validation takes the lowest."""
-    digest = hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8]) / 2**64
+def held_out(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
+    """Place of each document in [0, 1), from its id alone; validation takes the lowest."""
+    digests = b"".join(hashlib.sha256(i).digest()[:8] for i in ids)
+    return np.frombuffer(digests, ">u8") / 2.0**64
+
+
+def sound_text(text: str) -> tuple[str, int]:
+    """`text` without surrogates, and its bytes in UTF-8.
+
+    JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place.
+    """
+    try:
+        return text, len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        sound = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return sound, len(sound.encode())
+
+
+def binary(values: Sequence[bytes]) -> pa.BinaryArray:
+    """What pa.array gives too, but that imports pandas, which takes a third of a second."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
+
+
+def strings(values: Iterable[str]) -> pa.StringArray:
+    """Without surrogates."""
+    return binary([sound_text(value)[0].encode() for value in values]).view(pa.string())
 
 
 def first_bytes(stream: Iterable[Document], limit: int) -> Iterator[str]:
@@ -512,12 +590,44 @@ def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
 
 def _read_text(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Document]:
+) -> Iterator[Batch]:
     with _decompressed(config, file) as stream:
-        yield Document(file.name, stream.read().decode("utf-8-sig"))
+        document = Document(file.name, stream.read().decode("utf-8-sig"))
+    if document.text:
+        yield _columns([document])
+    else:
+        tally.empty += 1
 
 
 def _read_jsonl(
+    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
+) -> Iterator[Batch]:
+    some: list[Document] = []
+    load = _Load()
+    for document in _lines(config, file, piece, tally):
+        if not document.text:
+            tally.empty += 1
+            continue
+        some.append(document)
+        if load.full_with(document.text):
+            yield _columns(some)
+            some = []
+    if some:
+        yield _columns(some)
+
+
+def _columns(some: list[Document]) -> Batch:
+    ids = binary([document.id.encode("utf-8", "surrogatepass") for document in some])
+    sound = [sound_text(document.text) for document in some]
+    return Batch(
+        ids,
+        strings(document.url for document in some),
+        [text for text, _ in sound],
+        np.array([size for _, size in sound], dtype=np.int64),
+    )
+
+
+def _lines(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
 ) -> Iterator[Document]:
     """Lines that begin within the slice; a document without an id is named by its first byte."""
@@ -604,7 +714,7 @@ def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> 
     kind = opened.schema_arrow.field(config.text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+    if kind not in _STRINGS:
         raise ValueError(
             f"{_place(config, file)} has {kind} in column {config.text_column!r}, no text: "
             "set --text-column"
@@ -614,7 +724,7 @@ def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> 
 
 def _read_parquet(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Document]:
+) -> Iterator[Batch]:
     with _parquet(config, file) as opened:
         column = _present(config, file, opened)
         present = opened.schema_arrow.names
@@ -629,13 +739,30 @@ def _read_parquet(
         at_once = max(1, min(_READ_ROWS, _READ_BYTES * rows // max(1, size)))
         for batch in opened.iter_batches(at_once, row_groups=groups, columns=columns):
             texts, ids, urls = (
-                batch.column(name).to_pylist() if name in columns else [None] * len(batch)
+                _as_strings(batch.column(name)) if name in columns else pa.repeat("", len(batch))
                 for name in (column, "id", "url")
             )
-            for text, document_id, url in zip(texts, ids, urls, strict=True):
-                number += 1
-                name = f"{file.name}:{number}" if document_id in (None, "") else str(document_id)
-                yield Document(name, text or "", str(url or ""))
+            if pc.any(pc.equal(ids, "")).as_py():
+                named = enumerate(ids.to_pylist(), start=number + 1)
+                ids = strings(name or f"{file.name}:{place}" for place, name in named)
+            number += len(batch)
+            text_bytes = pc.binary_length(texts).to_numpy().astype(np.int64)
+            if not text_bytes.all():
+                full = pc.not_equal(texts, "")
+                texts, ids, urls = (values.filter(full) for values in (texts, ids, urls))
+                tally.empty += len(batch) - len(texts)
+                text_bytes = text_bytes[text_bytes > 0]
+            for values in (ids, urls):
+                values.validate(full=True)  # that it is UTF-8, which Parquet files only claim
+            yield Batch(ids.cast(pa.binary()), urls, texts.to_pylist(), text_bytes)
+
+
+def _as_strings(values: pa.Array) -> pa.StringArray:
+    """Null is empty; a number is as Python writes it."""
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if kind in _STRINGS:
+        return values.cast(pa.string()).fill_null("")
+    return strings("" if value is None else str(value) for value in values.to_pylist())
 
 
 _READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -4,10 +4,15 @@ Which one that is for a tokenizer is found by trying: `choose` compares a few th
 Special tokens that a document spells out are text to every encoder, never control ids.
 """
 
+import ctypes
+import json
 import logging
+import os
 import random
+import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -92,8 +97,13 @@ class _Fastokens:
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # each thread that calls it fills a cache of words of its own, and parts bring new threads
+        self._thread = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, texts: list[str]) -> Encoded:
+        return self._thread.submit(self._encode, texts).result()
+
+    def _encode(self, texts: list[str]) -> Encoded:
         ids, ends = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
         offsets = np.frombuffer(ends, np.uint64).astype(np.int64)
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
@@ -113,22 +123,44 @@ def plain(file: Path) -> Tokenizer:
 
 
 def choose(file: Path) -> tuple[EncoderName, str]:
-    """The encoder for a tokenizer.json, and why it is that one."""
+    """The encoder for a tokenizer.json, and why it is that one.
+
+    They are compared in a process of its own: what both take would stay with this one, and a
+    tokenizer that crashes the fast library ends that process alone.
+    """
+    # with our path, it imports what we did
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", __name__, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 0:
+        name, reason = json.loads(done.stdout)
+        return name, reason
+    last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+    return "tokenizers", f"the comparison with {_fast_version()} failed: {last[:200]}"
+
+
+def compare(file: Path) -> tuple[EncoderName, str]:
+    """What `choose` gives, found out here."""
     reference = _HuggingFace(file)
     texts = hard_strings(reference.added_tokens())
-    name = f"fastokens {version('fastokens')}"
+    expected = reference.encode(texts)
+    del reference
+    fast = _fast_version()
     try:
-        found = load(file, "fastokens").encode(texts)
+        found = _Fastokens(file).encode(texts)
     except BaseException as error:  # its panics are no Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return "tokenizers", f"{name} does not take this tokenizer: {str(error)[:200]}"
-    expected = reference.encode(texts)
+        return "tokenizers", f"{fast} does not take this tokenizer: {str(error)[:200]}"
     if not np.array_equal(found.lengths, expected.lengths) or not np.array_equal(
         found.ids, expected.ids
     ):
-        return "tokenizers", f"{name} gives other ids to some of {len(texts)} hard strings"
-    return "fastokens", f"{name} gives the same ids to {len(texts)} hard strings"
+        return "tokenizers", f"{fast} gives other ids to some of {len(texts)} hard strings"
+    return "fastokens", f"{fast} gives the same ids to {len(texts)} hard strings"
+
+
+def _fast_version() -> str:
+    return f"fastokens {version('fastokens')}"
 
 
 def load(file: Path, name: EncoderName) -> Encoder:
@@ -141,19 +173,15 @@ def load(file: Path, name: EncoderName) -> Encoder:
         if key not in _loaded:
             _loaded.clear()  # one is used at a time, and takes 150 MB
             _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
+            _give_back()
         return _loaded[key]
 
 
-def sound_text(text: str) -> tuple[str, int]:
-    """`text` without surrogates, and its bytes in UTF-8.
-
-    JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place.
-    """
-    try:
-        return text, len(text.encode())
-    except UnicodeEncodeError:
-        sound = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return sound, len(sound.encode())
+def _give_back() -> None:
+    """Let the system have what was freed: 70 MB after a vocabulary, which glibc would keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have no such thing
+    if trim is not None:
+        trim(0)
 
 
 def hard_strings(special: list[str]) -> list[str]:
@@ -190,3 +218,7 @@ def _scripts() -> list[str]:
     ]
     starts += range(0x10000, min(0x20000, sys.maxunicode), 0x100)
     return ["".join(map(chr, range(start, start + 64))) for start in starts]
+
+
+if __name__ == "__main__":
+    json.dump(compare(Path(sys.argv[1])), sys.stdout)

@@ -7,12 +7,14 @@ after an end of text are where documents begin: rows need no further marks.
 """
 
 from bisect import bisect_left, insort
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.integer[Any]]
 Ids = npt.NDArray[np.int64]
 
 PackingName = Literal["best-fit", "concat"]
@@ -106,13 +108,14 @@ def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
 PACKINGS = {"best-fit": best_fit, "concat": concatenate}
 
 
-def lay_out(stream: Tokens, lengths: Ids, pieces: Pieces, row_tokens: int, fill: int) -> Tokens:
-    """The rows (pieces.rows, row_tokens) of documents that lie end to end in `stream`."""
-    out = np.full((pieces.rows, row_tokens), fill, dtype=np.int32)
-    begins = np.cumsum(lengths) - lengths
-    source = (begins[pieces.document] + pieces.start).tolist()
-    target = (pieces.row * row_tokens + pieces.offset).tolist()
-    flat = out.reshape(-1)
-    for begin, place, tokens in zip(source, target, pieces.tokens.tolist(), strict=True):
-        flat[place : place + tokens] = stream[begin : begin + tokens]
-    return out
+def lay_out(documents: Sequence[Tokens], pieces: Pieces, rows: Rows) -> None:
+    """Copy the pieces of `documents` into `rows` (pieces.rows, row_tokens).
+
+    The documents come without the end of text that each has: `rows` are full of it beforehand.
+    """
+    flat = rows.reshape(-1)
+    target = (pieces.row * rows.shape[1] + pieces.offset).tolist()
+    columns = (pieces.document.tolist(), pieces.start.tolist(), target, pieces.tokens.tolist())
+    for document, start, place, tokens in zip(*columns, strict=True):
+        piece = documents[document][start : start + tokens]
+        flat[place : place + len(piece)] = piece

@@ -7,10 +7,12 @@ order, by any number of processes at once, and a killed build loses no more than
 import errno
 import hashlib
 import logging
+import mmap
 import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -23,9 +25,8 @@ from pydantic import Field, NonNegativeInt
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data import corpus, packing, synthetic, tokenizer
-from zeroflow.data.corpus import CorpusConfig, Document, Slice, Tally
-from zeroflow.data.encoding import sound_text
-from zeroflow.data.packing import Ids, PackingName, Tokens
+from zeroflow.data.corpus import CorpusConfig, Slice, Tally
+from zeroflow.data.packing import Ids, PackingName, Pieces, Tokens
 from zeroflow.data.tokenizer import TokenizerFiles
 
 log = logging.getLogger(__name__)
@@ -126,24 +127,30 @@ class BuiltPart(Config):
 
 
 class _Batch(NamedTuple):
-    """Tokenised documents, end to end in `stream`."""
+    """Tokenised documents, in columns."""
 
-    ids: list[str]
-    urls: list[str]
+    ids: pa.BinaryArray
+    urls: pa.StringArray
     text_bytes: Ids
     hashes: npt.NDArray[np.uint64]
-    stream: Tokens
+    tokens: list[Tokens]
+    """Of each document, without its end of text."""
+
     lengths: Ids
+    """Tokens of each document, with its end of text."""
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "_Batch":
-        places = np.flatnonzero(chosen).tolist()
+        if chosen.all():
+            return self
+        places = np.flatnonzero(chosen)
+        taken = _numbers(places, pa.int64())
         return _Batch(
-            [self.ids[i] for i in places],
-            [self.urls[i] for i in places],
-            self.text_bytes[chosen],
-            self.hashes[chosen],
-            self.stream[np.repeat(chosen, self.lengths)],
-            self.lengths[chosen],
+            self.ids.take(taken),
+            self.urls.take(taken),
+            self.text_bytes[places],
+            self.hashes[places],
+            [self.tokens[place] for place in places.tolist()],
+            self.lengths[places],
         )
 
 
@@ -204,10 +211,11 @@ def _write(folder: Path, job: PartJob) -> PartFacts:
                 new = known.add(batch.hashes)
                 duplicates += len(new) - int(new.sum())
                 batch = batch.only(new)
-            places = np.array([corpus.held_out(document_id) for document_id in batch.ids])
-            held_out = places < job.held_out_below
+            held_out = corpus.held_out(batch.ids.to_pylist()) < job.held_out_below
             writers["train"].add(batch.only(~held_out))
-            writers["validation"].add(batch.only(held_out))
+            few = batch.only(held_out)
+            # they wait long for a window, and would keep the tokens of all others
+            writers["validation"].add(few._replace(tokens=[ids.copy() for ids in few.tokens]))
         counts = {split: writer.finish() for split, writer in writers.items()}
     return PartFacts(
         **counts,
@@ -222,17 +230,18 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
     if job.tokens.path is None:
         yield from _synthetic(job)
         return
-    encoder, end = tokenizer.encoder(job.tokens), job.tokens.end_of_text
+    encoder = tokenizer.encoder(job.tokens)
     for read in _ahead(corpus.read(job.corpus, job.piece, tally)):
-        texts, sizes = zip(*(sound_text(document.text) for document in read), strict=True)
-        ids, lengths = encoder.encode(list(texts))
+        ids, lengths = encoder.encode(read.texts)
         _check(job, ids, lengths, read)
+        ends = np.cumsum(lengths)
+        bounds = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
         batch = _Batch(
-            [document.id for document in read],
-            [document.url for document in read],
-            np.array(sizes, dtype=np.int64),
-            _hashes(texts if job.corpus.deduplicate else (), len(texts)),
-            np.insert(ids, np.cumsum(lengths), end),
+            read.ids,
+            read.urls,
+            read.text_bytes,
+            _hashes(read.texts if job.corpus.deduplicate else (), len(lengths)),
+            [ids[begin:end] for begin, end in bounds],
             lengths + 1,
         )
         if not lengths.all():  # text that the tokenizer makes nothing of
@@ -241,21 +250,23 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
         yield batch
 
 
-def _check(job: PartJob, ids: Tokens, lengths: Ids, read: list[Document]) -> None:
-    wrong = (ids >= job.tokens.vocab_size) | (ids == job.tokens.end_of_text)
-    if wrong.any():
-        place = int(wrong.argmax())
-        document = read[int(np.searchsorted(np.cumsum(lengths), place, side="right"))]
-        if ids[place] == job.tokens.end_of_text:
-            raise ValueError(
-                f"document {document.id} spells out the token that ends documents, and this "
-                "tokenizer cannot tell the two apart: name another with --end-of-text, or use "
-                "another tokenizer"
-            )
+def _check(job: PartJob, ids: Tokens, lengths: Ids, read: corpus.Batch) -> None:
+    end_of_text, vocab_size = job.tokens.end_of_text, job.tokens.vocab_size
+    if ids.max(initial=0) < vocab_size and not (ids == end_of_text).any():
+        return
+    place = int(((ids >= vocab_size) | (ids == end_of_text)).argmax())
+    number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+    document = _sound(read.ids[number : number + 1])[0].as_py()
+    if ids[place] == end_of_text:
         raise ValueError(
-            f"{job.tokens.path} gave id {ids[place]} for document {document.id}, but its "
-            f"vocabulary has {job.tokens.vocab_size} tokens: its tokenizer.json is wrong"
+            f"document {document} spells out the token that ends documents, and this "
+            "tokenizer cannot tell the two apart: name another with --end-of-text, or use "
+            "another tokenizer"
         )
+    raise ValueError(
+        f"{job.tokens.path} gave id {ids[place]} for document {document}, but its "
+        f"vocabulary has {vocab_size} tokens: its tokenizer.json is wrong"
+    )
 
 
 def _synthetic(job: PartJob) -> Iterator[_Batch]:
@@ -265,11 +276,11 @@ def _synthetic(job: PartJob) -> Iterator[_Batch]:
         lengths = np.array([len(tokens) for tokens in made.tokens], dtype=np.int64)
         nothing = np.zeros(len(lengths), dtype=np.int64)
         yield _Batch(
-            made.ids,
-            [""] * len(lengths),
+            corpus.binary([name.encode() for name in made.ids]),
+            pa.repeat("", len(lengths)),
             nothing,
             nothing.astype(np.uint64),
-            np.concatenate(made.tokens),
+            [tokens[:-1] for tokens in made.tokens],
             lengths,
         )
 
@@ -338,20 +349,16 @@ def _ahead(source: Iterator[T]) -> Iterator[T]:
         given_up.set()
 
 
-# pa.array would import pandas, which takes a third of a second
-
-
 def _numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
     return pa.Array.from_buffers(kind, len(values), [None, buffer])
 
 
-def _strings(values: list[str]) -> pa.Array:
-    encoded = [sound_text(value)[0].encode() for value in values]
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in encoded], out=offsets[1:])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    return pa.Array.from_buffers(pa.string(), len(values), buffers)
+def _sound(ids: pa.BinaryArray) -> pa.StringArray:
+    try:
+        return ids.cast(pa.string())
+    except pa.ArrowInvalid:
+        return corpus.strings(i.decode("utf-8", "surrogatepass") for i in ids.to_pylist())
 
 
 class _SplitWriter:
@@ -361,17 +368,20 @@ class _SplitWriter:
         self._folder, self._split, self._table = folder, split, table
         self._layout, self._fill = job.layout, job.tokens.end_of_text
         self._pack = packing.PACKINGS[job.layout.packing]
-        shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
-        self._shard = np.empty((shard_rows, job.layout.row_tokens), dtype=job.layout.token_type)
+        self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
+        # a window of documents up to a row long leaves hardly any room in its rows
+        self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
         self._filled = self._files = 0
         self._window: list[_Batch] = []
         self._documents = self._tokens = 0
         self._counts = SplitCounts()
 
     def add(self, batch: _Batch) -> None:
+        if not len(batch.lengths):
+            return
         self._window.append(batch)
         self._documents += len(batch.lengths)
-        self._tokens += len(batch.stream)
+        self._tokens += int(batch.lengths.sum())
         enough, many = _WINDOW_TOKENS
         if (self._documents >= _WINDOW_DOCUMENTS and self._tokens >= enough) or (
             self._tokens >= many
@@ -379,55 +389,81 @@ class _SplitWriter:
             self._close_window()
 
     def finish(self) -> SplitCounts:
-        self._close_window()
+        if self._window:
+            self._close_window()
         if self._filled:
-            self._write()
+            self._write(self._filled)
         return self._counts
 
     def _close_window(self) -> None:
-        window, self._window = self._window, []
-        self._documents = self._tokens = 0
-        lengths = np.concatenate([b.lengths for b in window]) if window else np.empty(0, np.int64)
-        if not len(lengths):
-            return
-        stream = np.concatenate([b.stream for b in window])
-        pieces = self._pack(lengths, self._layout.row_tokens)
-        rows = packing.lay_out(stream, lengths, pieces, self._layout.row_tokens, self._fill)
-        text_bytes = np.concatenate([b.text_bytes for b in window])
-        ids = [document_id for b in window for document_id in b.ids]
-        urls = [url for b in window for url in b.urls]
-        documents = pieces.document.tolist()
+        columns = zip(*self._window, strict=True)
+        self._window, self._documents, self._tokens = [], 0, 0
+        ids, urls, text_bytes, hashes, tokens, lengths = columns
+        window = _Batch(
+            pa.concat_arrays(ids),
+            pa.concat_arrays(urls),
+            np.concatenate(text_bytes),
+            np.concatenate(hashes),
+            list(chain.from_iterable(tokens)),
+            np.concatenate(lengths),
+        )
+        pieces = self._pack(window.lengths, self._layout.row_tokens)
+        self._tabulate(window, pieces)
+        tokens_held = int(window.lengths.sum())
+        self._counts += SplitCounts(
+            rows=pieces.rows,
+            documents=len(window.lengths),
+            document_tokens=tokens_held,
+            padding_tokens=pieces.rows * self._layout.row_tokens - tokens_held,
+            cut_documents=len(np.unique(pieces.document[pieces.start > 0])),
+            text_bytes=int(window.text_bytes.sum()),
+        )
+        packing.lay_out(window.tokens, pieces, self._room(pieces.rows))
+        while self._filled >= self._shard_rows:
+            self._write(self._shard_rows)
+
+    def _tabulate(self, window: _Batch, pieces: Pieces) -> None:
+        """Write the lines of the table for a window whose rows come next."""
+        document = _numbers(pieces.document, pa.int64())
         columns = [
-            _strings([ids[i] for i in documents]),
-            _strings([urls[i] for i in documents]),
-            _strings([self._split] * len(documents)),
+            _sound(window.ids).take(document),
+            window.urls.take(document),
+            pa.repeat(self._split, len(document)),
             _numbers(pieces.row + self._counts.rows, pa.int64()),
             _numbers(pieces.offset, pa.int32()),
             _numbers(pieces.start, pa.int64()),
             _numbers(pieces.tokens, pa.int32()),
-            _numbers(text_bytes[pieces.document], pa.int64()),
-            _numbers(np.concatenate([b.hashes for b in window])[pieces.document], pa.uint64()),
+            _numbers(window.text_bytes[pieces.document], pa.int64()),
+            _numbers(window.hashes[pieces.document], pa.uint64()),
         ]
         self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-        self._counts += SplitCounts(
-            rows=pieces.rows,
-            documents=len(lengths),
-            document_tokens=len(stream),
-            padding_tokens=rows.size - len(stream),
-            cut_documents=len(np.unique(pieces.document[pieces.start > 0])),
-            text_bytes=int(text_bytes.sum()),
-        )
-        while len(rows):
-            room = len(self._shard) - self._filled
-            self._shard[self._filled : self._filled + len(rows)] = rows[:room]
-            self._filled += len(rows[:room])
-            rows = rows[room:]
-            if self._filled == len(self._shard):
-                self._write()
 
-    def _write(self) -> None:
+    def _room(self, rows: int) -> packing.Rows:
+        """So many rows behind those that are filled, full of ends of text."""
+        end = self._filled + rows
+        if end > len(self._rows):
+            larger = self._empty(end)
+            larger[: self._filled] = self._rows[: self._filled]
+            self._rows = larger
+        room = self._rows[self._filled : end]
+        room[:] = self._fill
+        self._filled = end
+        return room
+
+    def _empty(self, rows: int) -> packing.Rows:
+        """Memory from the system, taken page by page as it is filled, and given back at the end.
+
+        The allocator would keep such large pieces, in one arena for each thread.
+        """
+        width, kind = self._layout.row_tokens, np.dtype(self._layout.token_type)
+        size = rows * width * kind.itemsize
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, dtype=kind).reshape(rows, width)
+
+    def _write(self, rows: int) -> None:
+        """Write the first rows to a file; those behind them move up."""
         item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
-        flat = _numbers(self._shard[: self._filled].reshape(-1), item.type)
+        flat = _numbers(self._rows[:rows].reshape(-1), item.type)
         list_type = pa.list_(item, self._layout.row_tokens)
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
@@ -435,4 +471,5 @@ class _SplitWriter:
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch([column], schema=schema))
         self._files += 1
-        self._filled = 0
+        self._filled -= rows
+        self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()

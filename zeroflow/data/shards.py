@@ -416,7 +416,8 @@ def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) 
         return limit
     few: list[tuple[float, int]] = []  # not the texts, which may be books
     for document in corpus.documents(text):
-        few.append((corpus.held_out(document.id), len(document.text)))
+        [place] = corpus.held_out([document.id.encode("utf-8", "surrogatepass")]).tolist()
+        few.append((place, len(document.text)))
         if len(few) >= _FEW_DOCUMENTS:
             return limit
     few.sort()

@@ -20,7 +20,7 @@ from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import corpus, encoding, hub
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.encoding import Encoder, EncoderName, sound_text
+from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.reuse import Fields, StageResult
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> Tokenizer
             show_progress=False,
         )
         texts = corpus.first_bytes(corpus.documents(text), _TRAINING_BYTES)
-        tokenizer.train_from_iterator((sound_text(text)[0] for text in texts), trainer)
+        tokenizer.train_from_iterator(texts, trainer)
         tokenizer.save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
         artifacts.write_json(partial / "tokenizer_config.json", settings)
