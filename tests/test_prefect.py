@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 from pipeline import (
     ROOT,
@@ -177,7 +178,7 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def worker(server: Server) -> Iterator[None]:
+def worker(server: Server) -> Iterator[psutil.Process]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--limit=1", "--pool"]
     process = subprocess.Popen(
         [*command, orchestration.WORK_POOL],
@@ -186,7 +187,7 @@ def worker(server: Server) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield
+        yield psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -217,7 +218,7 @@ def kill_until_given_up(flow: Flow, process: "subprocess.Popen[str]") -> None:
 
 
 def test_failed_run_of_the_shell_is_retried_by_a_worker_as_the_same_run(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     process = flow.start("--run-name=run", *RUN)
     flow.wait_for_step("run", 130, process)
@@ -258,7 +259,7 @@ def swept(server: Server, name: str, state: str) -> dict[str, Any]:
 
 
 def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     flags = [f"--cache-dir={flow.cache}", "--sweep-name=alone", *RUN, "--seeds", "0", "1"]
     process = started([sys.executable, "flows/sweep.py", *flags], flow.environment)
@@ -283,6 +284,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
     assert (retried["id"], retried["run_count"]) == (failed["id"], 2)
     assert retried["parent_task_run_id"] == failed["parent_task_run_id"]
 
+    wait_until(lambda: not worker.children())
     server.press("retry", sweep)
     retried_sweep = swept(server, "alone", "COMPLETED")
     assert (retried_sweep["id"], retried_sweep["run_count"]) == (sweep["id"], 2)
@@ -295,7 +297,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
 
 
 def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_failed(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     """The worker runs one thing at a time: it would never come to what waits for it."""
     blocked = flow.folder("there-custom-seed1")
@@ -310,6 +312,8 @@ def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_fai
     assert states == {"there-custom-seed0": "COMPLETED", "there-custom-seed1": "FAILED"}
 
     blocked.unlink()
+    # a worker with a limit ends if the process before is still there: "already holding one of"
+    wait_until(lambda: not worker.children())
     server.press("retry", sweep)
     sweep = swept(server, "there", "COMPLETED")
     after = server.children_of(sweep)
@@ -337,7 +341,7 @@ def test_cancelled_run_of_a_sweep_ends_alone(flow: Flow, server: Server) -> None
 
 
 def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     process = flow.start("--run-name=here", *ENDLESS)
     flow.wait_for_step("here", 10, process)
@@ -351,7 +355,7 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
 
 
 def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     server.deploy("--run-name=there", *ENDLESS, f"--cache-dir={flow.cache}")
     events = flow.folder("there") / "events.jsonl"
