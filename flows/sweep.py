@@ -23,7 +23,7 @@ def compare(asked: SweepConfig, failed: list[str]) -> Path:
     return page
 
 
-@flow(name="sweep", persist_result=False)
+@flow(name=orchestration.SWEEP, persist_result=False)
 def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
     """Train every combination of what is varied, one after the other, and compare them.
 

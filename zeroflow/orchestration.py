@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 from uuid import UUID
 
 import psutil
+import yaml
 from prefect import runtime
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -78,7 +79,7 @@ class Asked(Protocol):
 RunFlow = Flow[[Any], Path]
 
 FLOW = "pretrain"
-SWEEP_DEPLOYMENT = "sizes"
+SWEEP, SWEEP_DEPLOYMENT = "sweep", "sizes"
 WORK_POOL = "zeroflow"
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
@@ -88,6 +89,11 @@ GPU_LIMIT = "zeroflow-gpu"
 _ROOT = Path(__file__).parents[1]
 _DEPLOYMENTS = "prefect.yaml"
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
+_WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+
+# Of Prefect 3.8.8: a worker with a limit ends with this if a run is retried while its process,
+# which has told of the run's end, is on its way out.
+_RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
 _ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 USUAL_PORT = 4200
 _START_SECONDS = 120.0
@@ -183,6 +189,7 @@ class Prefect:
     """Prefect's server with the deployments, and a worker that runs them one at a time.
 
     Args:
+        cache: folder that the deployments write to, if their form names no other.
         port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
             started otherwise.
         logs: folder for their output.
@@ -192,7 +199,7 @@ class Prefect:
         ValueError: there is nothing to deploy.
     """
 
-    def __init__(self, port: int, logs: Path) -> None:
+    def __init__(self, port: int, cache: Path, logs: Path) -> None:
         if not (_ROOT / _DEPLOYMENTS).exists():
             raise ValueError(
                 f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
@@ -200,7 +207,7 @@ class Prefect:
         found = _in_use(port)
         self.url, self.to_be_started = found or _local(port), found is None
         self.programs: list[Program] = []
-        self._port, self._logs = port, logs
+        self._port, self._cache, self._logs = port, cache.absolute(), logs
 
     @property
     def address(self) -> str:
@@ -221,8 +228,45 @@ class Prefect:
             server.wait_until(partial(_answers, self.url), _START_SECONDS)
         with temporary_settings({PREFECT_API_URL: self.url}):
             set_up()
-        self._run("deploy", "--all", wait=_START_SECONDS)
-        self._run("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+            deployments = self._write_deployments()
+        deploy = ("deploy", "--all", "--prefect-file", str(deployments))
+        self._run(*deploy, wait=_START_SECONDS)
+        self._run(*_WORKER)
+
+    def require_running(self) -> None:
+        """
+        Raises:
+            RuntimeError: a program has ended; with its last lines.
+        """
+        for program in list(self.programs):
+            try:
+                program.require_running()
+            except RuntimeError as error:
+                if _RETRIED_TOO_SOON not in str(error):
+                    raise
+                log.info("starting Prefect's worker again, as a run was retried before its end")
+                self.programs.remove(program)
+                self._run(*_WORKER)
+
+    def _write_deployments(self) -> Path:
+        """Those of prefect.yaml, for this cache, and without what would undo a person's choices."""
+        plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
+        with get_client(sync_client=True) as client:
+            for deployment in plan["deployments"]:
+                flow = deployment["entrypoint"].rsplit(":", 1)[1]
+                with suppress(ObjectNotFound):
+                    client.read_deployment_by_name(f"{flow}/{deployment['name']}")
+                    deployment.pop("schedules", None)  # it keeps those that it has
+                parameters = deployment["parameters"]
+                run = (
+                    parameters["sweep"].setdefault("run", {})
+                    if flow == SWEEP
+                    else parameters["run"]
+                )
+                run["cache_dir"] = str(self._cache)
+        path = (self._logs / _DEPLOYMENTS).absolute()
+        path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+        return path
 
     def stop(self) -> None:
         """Runs of the worker save and stop before it does; a server that was there stays."""
@@ -410,6 +454,11 @@ def silence_console() -> None:
     for name in ("prefect", "prefect._internal", "asyncio"):
         logging.getLogger(name).handlers = [logging.NullHandler()]
     logging.raiseExceptions = False
+
+
+def task_name() -> str:
+    """Of the task that goes on, for its run as well, to which Prefect would add random digits."""
+    return str(runtime.task_run.task_name)
 
 
 def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
