@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from pathlib import Path
 
 from prefect import flow, task
@@ -13,7 +14,7 @@ from zeroflow.sweep import SweepConfig
 
 log = logging.getLogger("zeroflow")
 
-PRETRAIN = ("python", "flows/pretrain.py")
+PRETRAIN = (sys.executable, "flows/pretrain.py")
 
 
 @task(name="compare", **UNCACHED)

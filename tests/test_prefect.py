@@ -310,6 +310,7 @@ def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_fai
     before = server.children_of(sweep)
     states = {name: run["state_type"] for name, run in before.items()}
     assert states == {"there-custom-seed0": "COMPLETED", "there-custom-seed1": "FAILED"}
+    assert before["there-custom-seed1"]["name"] == "there-custom-seed1"
 
     blocked.unlink()
     # a worker with a limit ends if the process before is still there: "already holding one of"

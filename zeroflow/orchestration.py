@@ -339,7 +339,8 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
             client.set_flow_run_state(flow_run.id, Pending(), force=True)
             flow_run = client.read_flow_run(flow_run.id)
         else:
-            flow_run = _new_flow_run(client, flow, run, runs.size_of(run), parent=shown.id)
+            place = {"parent_task_run_id": shown.id, "name": name}
+            flow_run = _new_flow_run(client, flow, run, runs.size_of(run), **place)
         _run_here(client, flow, run, flow_run)
 
 
@@ -669,15 +670,14 @@ def _new_flow_run(
     flow: RunFlow,
     asked: Asked,
     deployment: str,
-    *,
-    parent: UUID | None = None,
+    **shown: Any,
 ) -> FlowRun:
     """Pending, which no worker takes."""
     name = f"{flow.name}/{deployment}"
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): _given(asked)},
         "state": Pending(),
-        "parent_task_run_id": parent,
+        **shown,
     }
     try:
         known = client.read_deployment_by_name(name)

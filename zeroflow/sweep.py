@@ -144,6 +144,6 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
     law = {"sweep/exponent": found.law.b} if found.law else {}
     best = min(one.val_loss for one in outcomes)
     tracking.close_group(
-        where, [page, where / _FIGURES, *drawn], {"loss/val_best": best} | law, failed=bool(failed)
+        where, [page, where / _FIGURES, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
     )
     return page
