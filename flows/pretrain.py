@@ -35,7 +35,11 @@ TRAINED = "the run was trained to its last step before"
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
 # and would return the path of a folder that has since been deleted.
-UNCACHED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+UNCACHED: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "task_run_name": orchestration.task_name,
+}
 FROM_THE_HUB: dict[str, Any] = {
     **UNCACHED,
     "retries": 3,
@@ -50,7 +54,9 @@ CHECKED_AGAIN: dict[str, Any] = {
 
 make_plan = task(name="plan", **UNCACHED)(plan.make)
 build_model = task(name="build model", **UNCACHED)(build.build)
-build_part = task(name="build part", **FROM_THE_HUB)(parts.build)
+build_part = task(name="build part", **FROM_THE_HUB | {"task_run_name": "build {job.path.name}"})(
+    parts.build
+)
 
 
 @task(name="fetch tokenizer", **FROM_THE_HUB)

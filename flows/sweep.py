@@ -1,6 +1,8 @@
 """Sizes, seeds or learning rates beside each other: `python flows/sweep.py --sizes tiny small`."""
 
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 from prefect import flow, task
@@ -12,6 +14,8 @@ from zeroflow.sweep import SweepConfig
 
 log = logging.getLogger("zeroflow")
 
+PRETRAIN = (sys.executable, "flows/pretrain.py")
+
 
 @task(name="compare", **UNCACHED)
 def compare(asked: SweepConfig, failed: list[str]) -> Path:
@@ -20,7 +24,7 @@ def compare(asked: SweepConfig, failed: list[str]) -> Path:
     return page
 
 
-@flow(name="sweep", persist_result=False)
+@flow(name=orchestration.SWEEP, persist_result=False)
 def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
     """Train every combination of what is varied, one after the other, and compare them.
 
@@ -29,23 +33,28 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is froz
     Returns:
         the path of comparison.md
     """
-    sweeps.open_group(sweep)
-    failures = {}
-    for cell in sweeps.cells(sweep):
+    with orchestration.logs_delivered():
+        return _sweep(sweep)
+
+
+def _sweep(asked: SweepConfig) -> Path:
+    orchestration.name_sweep(asked.name)
+    sweeps.open_group(asked)
+    failed = []
+    for cell in sweeps.cells(asked):
         try:
-            pretrain(cell)
+            orchestration.run_child(pretrain, cell, finished=sweeps.finished(cell))
         except Exception as error:  # of whatever kind, the next run is another
-            log.error("run %s failed: %s", cell.run_name, error)
-            failures[str(cell.run_name)] = error
-    page = compare(sweep, list(failures))
-    if failures:
-        raise RuntimeError(f"{len(failures)} runs failed, see {page}: {', '.join(failures)}")
+            error.add_note(f"retry: {shlex.join([*PRETRAIN, *cli.flags(cell)])}")
+            log.error("run %s failed: %s", cell.run_name, cli.complaint(error))
+            for note in error.__notes__:
+                log.error("%s", note)
+            failed.append(str(cell.run_name))
+    page = compare(asked, failed)
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed, see {page}: {', '.join(failed)}")
     return page
 
 
-def _run(asked: SweepConfig) -> str:
-    return sweep(asked).read_text(encoding="utf-8")
-
-
 if __name__ == "__main__":
-    orchestration.leave(cli.run_sweep(_run))
+    orchestration.leave(cli.run_sweep(sweep))

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from tiny import MODEL, training_config, training_job
 
 from zeroflow import artifacts, band, progress
@@ -245,3 +246,4 @@ def test_picture_without_a_band_is_drawn_as_well(make):
     for expected in (None, found(mine)):
         picture = loss_curve(mine, list(losses(to=3)), expected)
         assert picture.read_bytes().startswith(b"\x89PNG")
+        assert imread(picture)[..., 3].min() == 1, "on a dark page it brings its own background"

@@ -20,24 +20,6 @@ def read(*argv: str) -> RunConfig:
     return RunConfig.model_validate(cli.read_settings(RunConfig, parser().parse_args(argv)))
 
 
-def flags(run: RunConfig) -> list[str]:
-    """The command line that asks for every setting of `run` that is not None."""
-    argv = []
-    for path, value in runs.leaves(run):
-        flag = "--" + path.rsplit(".", 1)[-1].replace("_", "-")
-        if isinstance(value, bool):
-            default = dict(runs.leaves(RunConfig()))[path]
-            if value:
-                argv.append(flag)
-            elif default is None:
-                argv.append(flag.replace("--", "--no-", 1))
-        elif isinstance(value, tuple):
-            argv += [flag, *value] if value else []
-        elif value is not None:
-            argv.append(f"{flag}={value}")
-    return argv
-
-
 RUNS = [
     RunConfig(),
     RunConfig(
@@ -113,7 +95,7 @@ RUNS = [
 
 @pytest.mark.parametrize("run", RUNS)
 def test_flags_of_a_run_give_the_run_back(run):
-    assert read(*flags(run)) == run
+    assert read(*cli.flags(run)) == run
 
 
 def test_the_runs_above_change_every_setting():

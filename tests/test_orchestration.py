@@ -118,9 +118,9 @@ def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_
             parameter_openapi_schema=schema,
             enforce_parameter_schema=True,
         )
-        known = orchestration._new_flow_run(client, pretrain, RunConfig())
+        known = orchestration._new_flow_run(client, pretrain, RunConfig(), "tiny")
         assert known.deployment_id == deployment
-        unknown = orchestration._new_flow_run(client, pretrain, RunConfig(seed=1))
+        unknown = orchestration._new_flow_run(client, pretrain, RunConfig(seed=1), "tiny")
     assert unknown.deployment_id is None
 
 

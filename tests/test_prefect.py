@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 from pipeline import (
     ROOT,
@@ -24,12 +25,15 @@ from pipeline import (
     logged_steps,
     processes_of,
     rank_of,
+    started,
     wait_until_healthy,
 )
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from zeroflow import cli, orchestration
+from zeroflow.config import Config
 from zeroflow.run import RunConfig
+from zeroflow.sweep import SweepConfig
 from zeroflow.training import checkpoint
 
 # The last flag of a name counts
@@ -80,28 +84,49 @@ class Server:
 
     def deploy(self, *flags: str) -> None:
         """Have a worker run what the command line with `flags` would."""
+        self._deploy("custom", "run", RunConfig, flags)
+
+    def deploy_sweep(self, *flags: str) -> None:
+        self._deploy("sizes", "sweep", SweepConfig, flags)
+
+    def _deploy(
+        self, deployment: str, name: str, config: type[Config], flags: tuple[str, ...]
+    ) -> None:
         parser = argparse.ArgumentParser()
-        cli.add_settings(parser, RunConfig, "run")
-        config = cli.read_settings(RunConfig, parser.parse_args(flags))
-        run = RunConfig.model_validate(config).model_dump(mode="json", exclude_unset=True)
-        named = {"name": {"any_": ["custom"]}}
-        [deployment] = api(self.url, "/deployments/filter", deployments=named)
-        path = f"/deployments/{deployment['id']}/create_flow_run"
-        api(self.url, path, parameters={"run": run})
+        cli.add_settings(parser, config, name)
+        given = cli.read_settings(config, parser.parse_args(flags))
+        asked = config.model_validate(given).model_dump(mode="json", exclude_unset=True)
+        [found] = api(self.url, "/deployments/filter", deployments={"name": {"any_": [deployment]}})
+        path = f"/deployments/{found['id']}/create_flow_run"
+        api(self.url, path, parameters={name: asked})
 
     def run_named(self, name: str) -> dict[str, Any]:
         """The one flow run of the zeroflow run `name`."""
         found = api(self.url, "/flow_runs/filter")
-        [run] = [run for run in found if run["parameters"]["run"]["run_name"] == name]
+        [run] = [run for run in found if run["parameters"].get("run", {}).get("run_name") == name]
         return run
 
-    def press(self, button: str, name: str) -> None:
+    def sweep_named(self, name: str) -> dict[str, Any]:
+        """The one flow run of the sweep `name`."""
+        found = api(self.url, "/flow_runs/filter")
+        [run] = [run for run in found if run["name"] == f"sweep · {name}"]
+        return run
+
+    def children_of(self, sweep: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The flow runs below that of a sweep, by the names of the task runs they hang on."""
+        tasks = api(self.url, "/task_runs/filter", flow_runs={"id": {"any_": [sweep["id"]]}})
+        names = {task["id"]: task["name"] for task in tasks}
+        below = {"parent_flow_run_id": {"any_": [sweep["id"]]}}
+        runs = api(self.url, "/flow_runs/filter", flow_runs=below)
+        return {names[run["parent_task_run_id"]]: run for run in runs}
+
+    def press(self, button: str, run: dict[str, Any]) -> None:
         """Set the state that the UI sets for its buttons Cancel and Retry."""
         state = {
             "cancel": {"type": "CANCELLING", "name": "Cancelling"},
             "retry": {"type": "SCHEDULED", "name": "AwaitingRetry"},
         }[button]
-        api(self.url, f"/flow_runs/{self.run_named(name)['id']}/set_state", state=state)
+        api(self.url, f"/flow_runs/{run['id']}/set_state", state=state)
 
     def wait_for(self, name: str, state: str) -> None:
         wait_until(lambda: self.run_named(name)["state_type"] == state)
@@ -153,15 +178,16 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def worker(server: Server) -> Iterator[None]:
+def worker(server: Server) -> Iterator[psutil.Process]:
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--limit=1", "--pool"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", orchestration.WORK_POOL],
+        [*command, orchestration.WORK_POOL],
         env=server.environment | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield
+        yield psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -192,7 +218,7 @@ def kill_until_given_up(flow: Flow, process: "subprocess.Popen[str]") -> None:
 
 
 def test_failed_run_of_the_shell_is_retried_by_a_worker_as_the_same_run(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     process = flow.start("--run-name=run", *RUN)
     flow.wait_for_step("run", 130, process)
@@ -204,7 +230,7 @@ def test_failed_run_of_the_shell_is_retried_by_a_worker_as_the_same_run(
     failed = server.run_named("run")
     assert failed["state_type"] == "FAILED" and failed["name"] == "custom · synthetic · run"
 
-    server.press("retry", "run")
+    server.press("retry", server.run_named("run"))
     server.wait_for("run", "COMPLETED")
     retried = server.run_named("run")
     assert (retried["id"], retried["run_count"]) == (failed["id"], 2)
@@ -221,12 +247,106 @@ def test_failed_run_of_the_shell_is_retried_by_a_worker_as_the_same_run(
     assert {*range(110, 601, 10)} <= {*steps}, "all since the checkpoint"
 
 
+def swept(server: Server, name: str, state: str) -> dict[str, Any]:
+    """The flow run of sweep `name`, once it is in `state`."""
+
+    def there() -> bool:
+        found = api(server.url, "/flow_runs/filter")
+        return any(run["name"] == f"sweep · {name}" and run["state_type"] == state for run in found)
+
+    wait_until(there)
+    return server.sweep_named(name)
+
+
+def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
+    flow: Flow, server: Server, worker: psutil.Process
+) -> None:
+    flags = [f"--cache-dir={flow.cache}", "--sweep-name=alone", *RUN, "--seeds", "0", "1"]
+    process = started([sys.executable, "flows/sweep.py", *flags], flow.environment)
+    flow.wait_for_step("alone-custom-seed0", 130, process)
+    kill_until_given_up(flow, process)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert output.count("retry: the button on the flow run's page") == 2, "the run's, the sweep's"
+    sweep = server.sweep_named("alone")
+    assert sweep["state_type"] == "FAILED" and sweep["deployment_id"]
+    children = server.children_of(sweep)
+    failed, other = children["alone-custom-seed0"], children["alone-custom-seed1"]
+    assert (failed["state_type"], other["state_type"]) == ("FAILED", "COMPLETED")
+    assert failed["deployment_id"] and failed["deployment_id"] == other["deployment_id"]
+    assert server.log_of("alone-custom-seed1").count("training has to run") == 1
+
+    server.press("retry", failed)
+    server.wait_for("alone-custom-seed0", "COMPLETED")
+    assert "resumed at step 100" in server.log_of("alone-custom-seed0")
+    children = server.children_of(sweep)
+    retried = children["alone-custom-seed0"]
+    assert (retried["id"], retried["run_count"]) == (failed["id"], 2)
+    assert retried["parent_task_run_id"] == failed["parent_task_run_id"]
+
+    wait_until(lambda: not worker.children())
+    server.press("retry", sweep)
+    retried_sweep = swept(server, "alone", "COMPLETED")
+    assert (retried_sweep["id"], retried_sweep["run_count"]) == (sweep["id"], 2)
+    assert {
+        name: (run["id"], run["run_count"]) for name, run in server.children_of(sweep).items()
+    } == {name: (run["id"], run["run_count"]) for name, run in children.items()}
+    page = (flow.cache / "sweeps" / "alone" / "comparison.md").read_text()
+    assert "Not finished" not in page
+    assert all(f"| alone-custom-seed{seed} | custom | " in page for seed in (0, 1))
+
+
+def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_failed(
+    flow: Flow, server: Server, worker: psutil.Process
+) -> None:
+    """The worker runs one thing at a time: it would never come to what waits for it."""
+    blocked = flow.folder("there-custom-seed1")
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("")
+    server.deploy_sweep(
+        f"--cache-dir={flow.cache}", "--sweep-name=there", *RUN, "--seeds", "0", "1"
+    )
+    sweep = swept(server, "there", "FAILED")
+    before = server.children_of(sweep)
+    states = {name: run["state_type"] for name, run in before.items()}
+    assert states == {"there-custom-seed0": "COMPLETED", "there-custom-seed1": "FAILED"}
+    assert before["there-custom-seed1"]["name"] == "there-custom-seed1"
+
+    blocked.unlink()
+    # a worker with a limit ends if the process before is still there: "already holding one of"
+    wait_until(lambda: not worker.children())
+    server.press("retry", sweep)
+    sweep = swept(server, "there", "COMPLETED")
+    after = server.children_of(sweep)
+    assert {name: run["id"] for name, run in after.items()} == {
+        name: run["id"] for name, run in before.items()
+    }
+    assert {name: (run["state_type"], run["run_count"]) for name, run in after.items()} == {
+        "there-custom-seed0": ("COMPLETED", 1),
+        "there-custom-seed1": ("COMPLETED", 2),
+    }
+
+
+def test_cancelled_run_of_a_sweep_ends_alone(flow: Flow, server: Server) -> None:
+    flags = [f"--cache-dir={flow.cache}", "--sweep-name=off", *ENDLESS, "--seeds", "0", "1"]
+    process = started([sys.executable, "flows/sweep.py", *flags], flow.environment)
+    for name in ("off-custom-seed0", "off-custom-seed1"):
+        flow.wait_for_step(name, 10, process)
+        server.press("cancel", server.run_named(name))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "run off-custom-seed0 failed: it was cancelled in Prefect" in output
+    for name in ("off-custom-seed0", "off-custom-seed1"):
+        assert server.states_of(name)[-2:] == ["Cancelling", "Cancelled"]
+        assert newest_step(flow, name) >= 10
+
+
 def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     process = flow.start("--run-name=here", *ENDLESS)
     flow.wait_for_step("here", 10, process)
-    server.press("cancel", "here")
+    server.press("cancel", server.run_named("here"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     assert "stopped; the same command goes on" in output and "Traceback" not in output
@@ -236,12 +356,12 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
 
 
 def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
-    flow: Flow, server: Server, worker: None
+    flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     server.deploy("--run-name=there", *ENDLESS, f"--cache-dir={flow.cache}")
     events = flow.folder("there") / "events.jsonl"
     wait_until(lambda: events.exists() and max(logged_steps(events.read_text()), default=0) >= 10)
-    server.press("cancel", "there")
+    server.press("cancel", server.run_named("there"))
     server.wait_for("there", "CANCELLED")
     wait_until(lambda: not processes_of(flow.cache))
     assert "Crashed" not in server.states_of("there")

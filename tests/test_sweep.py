@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -77,6 +79,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "1 runs failed" in ended.stderr and "s-custom-seed1" in ended.stderr
+    [alone] = re.findall(r"retry: (.* flows/pretrain.py .*)", ended.stdout)
     page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
     assert "| s-custom-seed0 | custom | " in page
     assert "**Not finished: s-custom-seed1**" in page
@@ -88,6 +91,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     group = runs.pop("s")
     assert group.info.status == "FAILED"
+    assert set(group.data.metrics) == {"sweep/val_best"}, "none among the curves of its runs"
     assert "comparison.md" in [file.path for file in client.list_artifacts(group.info.run_id)]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {group.info.run_id}
     assert "loss/val_by_gflops" in runs["s-custom-seed0"].data.metrics
@@ -100,3 +104,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
         flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}},
     )
     assert sorted(child["state_name"] for child in children) == ["Completed", "Failed"]
+
+    blocked.unlink()
+    subprocess.run(shlex.split(alone), cwd=ROOT, env=flow.environment, check=True)
+    assert flow.report("s-custom-seed1")["status"] == "completed"

@@ -4,13 +4,16 @@ import json
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from pipeline import Ui, api
+from tiny import SHAPE
 
 from zeroflow import orchestration, ui
 from zeroflow.ui import UiConfig
@@ -54,6 +57,88 @@ def test_everything_is_there_and_ends_together(both: Ui) -> None:
 
     both.process.send_signal(signal.SIGINT)
     both.end(expect=0)
+
+
+def deployments_of(both: Ui) -> dict[str, Any]:
+    found = api(f"{both.prefect}/api", "/deployments/filter")
+    return {deployment["name"]: deployment for deployment in found}
+
+
+def schedules_of(both: Ui, name: str) -> set[tuple[str, bool]]:
+    found = deployments_of(both)[name]["schedules"]
+    return {(one["schedule"]["cron"], one["active"]) for one in found}
+
+
+@pytest.mark.slow
+def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restart(both: Ui) -> None:
+    both.start()
+    there = deployments_of(both)
+    runs = [there[name]["parameters"]["run"] for name in SIZES]
+    runs += [there["sizes"]["parameters"]["sweep"]["run"]]
+    assert {run["cache_dir"] for run in runs} == {str(both.cache)}
+    assert there["small"]["parameters"]["run"]["model"] == {"size": "small"}
+    small, tiny = (
+        f"{both.prefect}/api/deployments/{there[name]['id']}" for name in ("small", "tiny")
+    )
+    [example] = there["small"]["schedules"]
+    switched = urllib.request.Request(
+        f"{small}/schedules/{example['id']}",
+        json.dumps({"active": True}).encode(),
+        {"Content-Type": "application/json"},
+        method="PATCH",
+    )
+    urllib.request.urlopen(switched).close()
+    for deployment in (small, tiny):
+        request = urllib.request.Request(
+            f"{deployment}/schedules",
+            json.dumps([{"schedule": {"cron": "0 4 * * *"}, "active": True}]).encode(),
+            {"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request).close()
+    mine = ("0 4 * * *", True)
+    for _ in range(600):
+        planned = api(f"{both.prefect}/api", "/flow_runs/filter")
+        if {run["deployment_id"] for run in planned} == {there[n]["id"] for n in ("small", "tiny")}:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("Prefect schedules nothing")
+    both.process.send_signal(signal.SIGINT)
+    both.end(expect=0)
+
+    both.start()
+    assert schedules_of(both, "small") == {("0 2 * * *", True), mine}
+    assert schedules_of(both, "tiny") == {mine}
+    both.process.send_signal(signal.SIGINT)
+    both.end(expect=0)
+
+
+@pytest.mark.slow
+def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
+    """The run is retried while its process is there for certain: it has not ended at all."""
+    both.environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+    both.start()
+    training = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 100_000}
+    run = {"run_name": "hasty", "cache_dir": str(both.cache), "skip_preflight": True}
+    run |= {"model": SHAPE.model_dump(), "training": training}
+    run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+    path = f"/deployments/{deployments_of(both)['custom']['id']}/create_flow_run"
+    flow_run = api(f"{both.prefect}/api", path, parameters={"run": run})["id"]
+
+    def state(*wanted: str) -> None:
+        for _ in range(600):
+            [found] = api(f"{both.prefect}/api", "/flow_runs/filter")
+            if found["state_name"] in wanted:
+                return
+            time.sleep(0.2)
+        pytest.fail(f"{found['state_name']} and not {wanted}")
+
+    state("Running")
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+    api(f"{both.prefect}/api", f"/flow_runs/{flow_run}/set_state", state=retry, force=True)
+    state("Retrying", "Rerunning", "Running")
+    both.process.send_signal(signal.SIGINT)
+    assert "starting Prefect's worker again" in both.end(expect=0)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from pydantic.fields import FieldInfo
 from rich.logging import RichHandler
 
 from zeroflow import proof
+from zeroflow import run as runs
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
 from zeroflow.proof import ProofRun
@@ -92,6 +93,25 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
     return values
 
 
+def flags(config: BaseModel) -> list[str]:
+    """What on the command line asks for all that `config` was given."""
+    argv = []
+    for setting in settings(type(config)):
+        given: Any = config
+        for name in setting.path:
+            given = getattr(given, name) if given and name in given.model_fields_set else None
+        if isinstance(given, bool):
+            if given:
+                argv.append(setting.flag)
+            elif setting.field.default is None:
+                argv.append(setting.flag.replace("--", "--no-", 1))
+        elif isinstance(given, tuple):
+            argv += [setting.flag, *map(str, given)] if given else []
+        elif given is not None:
+            argv.append(f"{setting.flag}={given}")
+    return argv
+
+
 def complaint(error: Exception) -> str:
     """An error as one message to a person; settings by their flags."""
     if not isinstance(error, ValidationError):
@@ -113,7 +133,8 @@ def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     def start(run: RunConfig) -> str:
         from zeroflow import orchestration
 
-        return _ending(orchestration.run_here(flow, run), run.cache_dir)
+        report = orchestration.run_here(flow, run, deployment=runs.size_of(run))
+        return _ending(report, run.cache_dir)
 
     description = (
         "Raw text to a trained and checked LLaMA-style language model.\n\n"
@@ -125,8 +146,15 @@ def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     return _with_prefect(RunConfig, "run", description, argv, lambda run: run.cache_dir, start)
 
 
-def run_sweep(start: Callable[[SweepConfig], str], argv: Sequence[str] | None = None) -> int:
-    """The command of the sweep's flow, which `start` runs."""
+def run_sweep(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
+    """The command of the sweep's flow, like `run_flow`."""
+
+    def start(sweep: SweepConfig) -> str:
+        from zeroflow import orchestration
+
+        page = orchestration.run_here(flow, sweep, deployment=orchestration.SWEEP_DEPLOYMENT)
+        return page.read_text(encoding="utf-8")
+
     description = (
         "Train several sizes, seeds or learning rates one after the other, and compare them.\n\n"
         "  python flows/sweep.py --sizes tiny small medium\n"

@@ -18,10 +18,11 @@ from datetime import timedelta
 from functools import partial, wraps
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from uuid import UUID
 
 import psutil
+import yaml
 from prefect import runtime
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -34,8 +35,11 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     WorkPoolCreate,
 )
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.worker import EventsWorker
@@ -53,6 +57,7 @@ from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
 
 from zeroflow import run as runs
+from zeroflow.config import Config
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
 from zeroflow.data.shards import RunParts, in_threads, outcome
@@ -62,9 +67,19 @@ from zeroflow.training.job import TrainingFailed
 
 log = logging.getLogger(__name__)
 
-RunFlow = Flow[[RunConfig], Path]
+
+class Asked(Protocol):
+    """The settings that a flow takes, as its only parameter."""
+
+    @property
+    def anywhere(self) -> Config:
+        """Meaning the same from every working directory, and in a retry."""
+
+
+RunFlow = Flow[[Any], Path]
 
 FLOW = "pretrain"
+SWEEP, SWEEP_DEPLOYMENT = "sweep", "sizes"
 WORK_POOL = "zeroflow"
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
@@ -74,6 +89,12 @@ GPU_LIMIT = "zeroflow-gpu"
 _ROOT = Path(__file__).parents[1]
 _DEPLOYMENTS = "prefect.yaml"
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
+_WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+
+# Of Prefect 3.8.8: a worker with a limit ends with this if a run is retried while its process,
+# which has told of the run's end, is on its way out.
+_RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
+_ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 USUAL_PORT = 4200
 _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0
@@ -168,6 +189,7 @@ class Prefect:
     """Prefect's server with the deployments, and a worker that runs them one at a time.
 
     Args:
+        cache: folder that the deployments write to, if their form names no other.
         port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
             started otherwise.
         logs: folder for their output.
@@ -177,7 +199,7 @@ class Prefect:
         ValueError: there is nothing to deploy.
     """
 
-    def __init__(self, port: int, logs: Path) -> None:
+    def __init__(self, port: int, cache: Path, logs: Path) -> None:
         if not (_ROOT / _DEPLOYMENTS).exists():
             raise ValueError(
                 f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
@@ -185,7 +207,7 @@ class Prefect:
         found = _in_use(port)
         self.url, self.to_be_started = found or _local(port), found is None
         self.programs: list[Program] = []
-        self._port, self._logs = port, logs
+        self._port, self._cache, self._logs = port, cache.absolute(), logs
 
     @property
     def address(self) -> str:
@@ -206,8 +228,45 @@ class Prefect:
             server.wait_until(partial(_answers, self.url), _START_SECONDS)
         with temporary_settings({PREFECT_API_URL: self.url}):
             set_up()
-        self._run("deploy", "--all", wait=_START_SECONDS)
-        self._run("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+            deployments = self._write_deployments()
+        deploy = ("deploy", "--all", "--prefect-file", str(deployments))
+        self._run(*deploy, wait=_START_SECONDS)
+        self._run(*_WORKER)
+
+    def require_running(self) -> None:
+        """
+        Raises:
+            RuntimeError: a program has ended; with its last lines.
+        """
+        for program in list(self.programs):
+            try:
+                program.require_running()
+            except RuntimeError as error:
+                if _RETRIED_TOO_SOON not in str(error):
+                    raise
+                log.info("starting Prefect's worker again, as a run was retried before its end")
+                self.programs.remove(program)
+                self._run(*_WORKER)
+
+    def _write_deployments(self) -> Path:
+        """Those of prefect.yaml, for this cache, and without what would undo a person's choices."""
+        plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
+        with get_client(sync_client=True) as client:
+            for deployment in plan["deployments"]:
+                flow = deployment["entrypoint"].rsplit(":", 1)[1]
+                with suppress(ObjectNotFound):
+                    client.read_deployment_by_name(f"{flow}/{deployment['name']}")
+                    deployment.pop("schedules", None)  # it keeps those that it has
+                parameters = deployment["parameters"]
+                run = (
+                    parameters["sweep"].setdefault("run", {})
+                    if flow == SWEEP
+                    else parameters["run"]
+                )
+                run["cache_dir"] = str(self._cache)
+        path = (self._logs / _DEPLOYMENTS).absolute()
+        path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+        return path
 
     def stop(self) -> None:
         """Runs of the worker save and stop before it does; a server that was there stays."""
@@ -236,33 +295,87 @@ class Prefect:
             self.programs.append(program)
 
 
-def run_here(flow: RunFlow, config: RunConfig) -> Path:
+def run_here(flow: RunFlow, asked: Asked, *, deployment: str) -> Path:
     """Run `flow` in this process, such that Prefect's buttons work as for the run of a worker.
 
-    Its run is one of the deployment of the model's size, if there is one: then it can be retried.
+    Its run is one of `deployment`, if there is one of that name: then it can be retried.
     When it is cancelled, this process gets SIGTERM, and another when the flow has ended.
 
     Returns:
         what the flow returns, even if the server has gone meanwhile; then with a warning.
     """
+    with get_client(sync_client=True) as client:
+        flow_run = _new_flow_run(client, flow, asked, deployment)
+        try:
+            return _run_here(client, flow, asked, flow_run)
+        except _CancelledHere:
+            signal.raise_signal(signal.SIGTERM)
+            raise
+
+
+def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
+    """Run `flow` as `run_here` does, within another flow and shown as a child of its run.
+
+    A retry of the other flow's run has the same children: one that has completed stays as it is,
+    if what it made is there, and others go on as the runs that they were. A child that is
+    cancelled ends alone, with an exception.
+
+    Args:
+        finished: whether what it makes is there.
+    """
+    parent = FlowRunContext.get()
+    assert parent is not None and parent.flow_run is not None, "it is called within a flow"
+    with get_client(sync_client=True) as client:
+        stand_in = Task(flow.fn, name=flow.name)
+        stand_in.task_key = flow.name  # and not a hash of its code, which may have been mended
+        name = str(run.run_name)
+        shown = client.create_task_run(stand_in, parent.flow_run.id, dynamic_key=name, name=name)
+        flow_run = _child_of(client, shown.id)
+        state = flow_run.state if flow_run else None
+        if state and state.is_completed() and finished:
+            log.info("run %s has completed before", name)
+            return
+        if flow_run and state and state.type in _ENDED_EARLY:
+            client.set_flow_run_state(flow_run.id, Pending(), force=True)
+            flow_run = client.read_flow_run(flow_run.id)
+        else:
+            place = {"parent_task_run_id": shown.id, "name": name}
+            flow_run = _new_flow_run(client, flow, run, runs.size_of(run), **place)
+        _run_here(client, flow, run, flow_run)
+
+
+def _child_of(client: SyncPrefectClient, task_run: UUID) -> FlowRun | None:
+    """The newest flow run that `task_run` stands for."""
+    of_parent = FlowRunFilter(parent_task_run_id={"any_": [task_run]})
+    newest = FlowRunSort.EXPECTED_START_TIME_DESC
+    found = client.read_flow_runs(flow_run_filter=of_parent, sort=newest, limit=1)
+    return found[0] if found else None
+
+
+class _CancelledHere(Exception):
+    """The flow run was cancelled, in Prefect, while it went on in this process."""
+
+    def __str__(self) -> str:
+        return "it was cancelled in Prefect"
+
+
+def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: FlowRun) -> Path:
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with get_client(sync_client=True) as client:
-        flow_run = _new_flow_run(client, flow, config)
-        with _cancelled_by_button(client, flow_run.id) as cancelled:
-            attempt = _Attempt(flow, cancelled)
-            try:
-                run_flow(attempt.flow, flow_run=flow_run, parameters={"run": config})
-            except Exception as error:
-                if cancelled.is_set():
-                    signal.raise_signal(signal.SIGTERM)
-                if error is not attempt.error:
-                    if attempt.result is None and attempt.error is None:
-                        raise
-                    log.warning("Prefect could not be told how the run ended: %s", error)
-            finally:
-                if cancelled.is_set():
-                    _mark_cancelled(client, flow_run.id)
+    with _cancelled_by_button(client, flow_run.id) as cancelled:
+        attempt = _Attempt(flow, cancelled)
+        try:
+            run_flow(attempt.flow, flow_run=flow_run, parameters={_parameter(flow): asked})
+        except Exception as error:
+            if cancelled.is_set():
+                raise _CancelledHere from error
+            if error is not attempt.error:
+                if attempt.result is None and attempt.error is None:
+                    raise
+                log.warning("Prefect could not be told how the run ended: %s", error)
+        finally:
+            if cancelled.is_set():
+                _mark_cancelled(client, flow_run.id)
     if attempt.error:
         if flow_run.deployment_id:
             attempt.error.add_note("retry: the button on the flow run's page in Prefect")
@@ -287,18 +400,24 @@ def name_flow_run(asked: RunConfig, run: RunConfig) -> None:
         asked: what the flow was given.
         run: what that was settled to.
     """
+    _describe_flow_run(
+        f"{run.model.name} · {run.data.name} · {run.run_name}",
+        parameters={"run": _given(asked.model_copy(update={"run_name": run.run_name}))},
+        tags=sorted({*runtime.flow_run.tags, run.model.name, run.data.data_mode, run.device}),
+    )
+
+
+def name_sweep(name: str) -> None:
+    """Name the flow run that goes on, that of a sweep."""
+    _describe_flow_run(f"sweep · {name}")
+
+
+def _describe_flow_run(name: str, **found: Any) -> None:
     if not (flow_run_id := runtime.flow_run.id):
         return
-    named = asked.model_copy(update={"run_name": run.run_name})
-    found = (run.model.name, run.data.data_mode, run.device)
     try:
         with get_client(sync_client=True) as client:
-            client.update_flow_run(
-                UUID(flow_run_id),
-                name=f"{run.model.name} · {run.data.name} · {run.run_name}",
-                parameters=_parameters(named),
-                tags=sorted({*runtime.flow_run.tags, *found}),
-            )
+            client.update_flow_run(UUID(flow_run_id), name=name, **found)
     except Exception as error:  # the run is the same by any name
         log.warning("the flow run could not be named in Prefect: %s", error)
 
@@ -310,6 +429,9 @@ def logs_delivered() -> Iterator[None]:
     A server that has gone by its end is told once how the flow ended, not for minutes.
     """
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
+    if any(isinstance(other, APILogHandler) for other in logger.handlers):
+        yield  # that of the parent sends each line to the innermost run
+        return
     handler.setLevel(logging.INFO)
     if logger.level == logging.NOTSET:  # no command line has set it
         logger.setLevel(logging.INFO)
@@ -333,6 +455,11 @@ def silence_console() -> None:
     for name in ("prefect", "prefect._internal", "asyncio"):
         logging.getLogger(name).handlers = [logging.NullHandler()]
     logging.raiseExceptions = False
+
+
+def task_name() -> str:
+    """Of the task that goes on, for its run as well, to which Prefect would add random digits."""
+    return str(runtime.task_run.task_name)
 
 
 def may_succeed_later(task: Any, task_run: Any, state: State) -> bool:
@@ -538,15 +665,23 @@ def tags() -> dict[str, str]:
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
 
 
-def _new_flow_run(client: SyncPrefectClient, flow: RunFlow, config: RunConfig) -> FlowRun:
+def _new_flow_run(
+    client: SyncPrefectClient,
+    flow: RunFlow,
+    asked: Asked,
+    deployment: str,
+    **shown: Any,
+) -> FlowRun:
     """Pending, which no worker takes."""
-    parameters = _parameters(config)
-    name = f"{flow.name}/{runs.size_of(config)}"
+    name = f"{flow.name}/{deployment}"
+    given: dict[str, Any] = {
+        "parameters": {_parameter(flow): _given(asked)},
+        "state": Pending(),
+        **shown,
+    }
     try:
-        deployment = client.read_deployment_by_name(name)
-        return client.create_flow_run_from_deployment(
-            deployment.id, parameters=parameters, state=Pending()
-        )
+        known = client.read_deployment_by_name(name)
+        return client.create_flow_run_from_deployment(known.id, **given)
     except ObjectNotFound:
         pass
     except PrefectHTTPStatusError as error:
@@ -557,12 +692,18 @@ def _new_flow_run(client: SyncPrefectClient, flow: RunFlow, config: RunConfig) -
             "run has no Retry button until `prefect deploy --all` has renewed it",
             name,
         )
-    return client.create_flow_run(flow, parameters=parameters, state=Pending())
+    return client.create_flow_run(flow, **given)
 
 
-def _parameters(config: RunConfig) -> dict[str, Any]:
-    """Of a flow run, with what was given and nothing else: a default may be settled otherwise."""
-    return {"run": config.anywhere.model_dump(mode="json", exclude_unset=True)}
+def _parameter(flow: RunFlow) -> str:
+    """Name of the one that the flow takes."""
+    [name] = flow.parameters.properties
+    return name
+
+
+def _given(asked: Asked) -> dict[str, Any]:
+    """What was given and nothing else: a default may be settled otherwise."""
+    return asked.anywhere.model_dump(mode="json", exclude_unset=True)
 
 
 def _flow_runs(pid: int) -> list[psutil.Process]:
@@ -598,13 +739,13 @@ class _Attempt:
         self.result: Path | None = None
         self.error: Exception | None = None
         self._cancelled, self._function = cancelled, flow.fn
-        body: Any = wraps(flow.fn)(lambda run: self._run(run))  # it may return a state, as well
+        body: Any = wraps(flow.fn)(lambda asked: self._run(asked))  # it may return a state, as well
         self.flow = copy.copy(flow)
         self.flow.fn = body
 
-    def _run(self, run: RunConfig) -> Path | State:
+    def _run(self, asked: Asked) -> Path | State:
         try:
-            self.result = self._function(run)
+            self.result = self._function(asked)
         except TerminationSignal:
             if not self._cancelled.is_set():
                 raise

@@ -15,6 +15,9 @@ LOSS_CURVE = "loss.png"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
+_DARK = "#444444"
+"""On grey."""
+
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
 _STYLES = ("-", "--", "-.", ":")
 
@@ -51,7 +54,7 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
         axes.fill_between(
             x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
         )
-    axes.plot(x, mean, color=_GREY, linestyle="--", label=f"mean of {runs}")
+    axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
     smoothed = f"training, mean over {100 / len(x):g} % of the run"
     axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=smoothed)
 
@@ -140,8 +143,10 @@ def document_lengths(lengths: Ids, path: Path, *, row_tokens: int) -> Path:
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     # The figure class itself: pyplot would keep state and look for a display
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # on a dark page it ends there
+    figure = Figure(figsize=(7, 4), dpi=110, layout=layout, facecolor="white")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)

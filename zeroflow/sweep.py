@@ -62,6 +62,11 @@ class SweepConfig(Config):
         return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
 
     @property
+    def anywhere(self) -> Self:
+        """With paths that mean the same from every working directory, and its name."""
+        return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
+
+    @property
     def folder(self) -> Path:
         return folder(self.run.cache_dir, self.name)
 
@@ -91,6 +96,11 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))
     return found
+
+
+def finished(cell: RunConfig) -> bool:
+    """Whether a run has completed, as its report says."""
+    return comparison.outcome(cell.cache_dir, str(cell.run_name)) is not None
 
 
 def open_group(sweep: SweepConfig) -> None:
@@ -134,6 +144,6 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
     law = {"sweep/exponent": found.law.b} if found.law else {}
     best = min(one.val_loss for one in outcomes)
     tracking.close_group(
-        where, [page, where / _FIGURES, *drawn], {"loss/val_best": best} | law, failed=bool(failed)
+        where, [page, where / _FIGURES, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
     )
     return page

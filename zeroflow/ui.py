@@ -34,8 +34,8 @@ class UiConfig(Config):
     """Of MLflow's server."""
 
     cache_dir: Path = DEFAULT_CACHE
-    """Folder whose runs MLflow shows; the servers' logs are in ui/ below it. A run that is started
-    from a form writes to the cache_dir named there."""
+    """Folder whose runs MLflow shows, and that a run writes to which is started from a form, unless
+    that names another; the servers' logs are in ui/ below it."""
 
 
 def serve(config: UiConfig) -> None:
@@ -49,7 +49,7 @@ def serve(config: UiConfig) -> None:
 
     logs = config.cache_dir / _LOGS
     logs.mkdir(parents=True, exist_ok=True)
-    prefect = orchestration.Prefect(config.prefect_port, logs)
+    prefect = orchestration.Prefect(config.prefect_port, config.cache_dir, logs)
     if prefect.to_be_started:
         _require_free(config.prefect_port, "--prefect-port")
     if not tracking.is_server(tracking.location(config.cache_dir)[0]):
@@ -67,7 +67,8 @@ def serve(config: UiConfig) -> None:
                 log.info("runs of the shell need  PREFECT_API_URL=%s", prefect.url)
             log.info("Ctrl-C stops all of it; a run that is going on saves first")
             while True:
-                for program in [*prefect.programs, *programs]:
+                prefect.require_running()
+                for program in programs:
                     program.require_running()
                 time.sleep(_POLL_SECONDS)
     finally:
