@@ -14,7 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from zeroflow import cli, orchestration, pictures, plan, report, tracking
+from zeroflow import cli, orchestration, pictures, plan, prefect_server, report, tracking
 from zeroflow import run as runs
 from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
@@ -150,7 +150,7 @@ def write_report(*parts: Any) -> Path:
     return path
 
 
-@flow(name=orchestration.FLOW, persist_result=False)
+@flow(name=prefect_server.FLOW, persist_result=False)
 def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
     """Raw text to a checked model; a run of the same name goes on where it stopped.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow, task
 from pretrain import UNCACHED, build_model, build_shards, fetch_tokenizer, make_plan
 
-from zeroflow import cli, orchestration, proof, report
+from zeroflow import cli, orchestration, prefect_server, proof, report
 from zeroflow import run as runs
 from zeroflow.checks.resume import ProofConfig
 from zeroflow.data.shards import ShardSet
@@ -44,7 +44,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
 
 
 def in_prefect(asked: ProofRun) -> Path:
-    with orchestration.server() as address:
+    with prefect_server.server() as address:
         log.info("Prefect UI: %s", address)
         return prove_resume(asked)
 

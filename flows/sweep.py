@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import flow, task
 from pretrain import UNCACHED, pretrain
 
-from zeroflow import cli, orchestration, report
+from zeroflow import cli, orchestration, prefect_server, report
 from zeroflow import sweep as sweeps
 from zeroflow.sweep import SweepConfig
 
@@ -24,7 +24,7 @@ def compare(asked: SweepConfig, failed: list[str]) -> Path:
     return page
 
 
-@flow(name=orchestration.SWEEP, persist_result=False)
+@flow(name=prefect_server.SWEEP, persist_result=False)
 def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
     """Train every combination of what is varied, one after the other, and compare them.
 

@@ -12,7 +12,7 @@ import pytest
 from pipeline import api, free_port
 from tiny import apart_from_reuse, contents
 
-from zeroflow import orchestration
+from zeroflow import orchestration, prefect_server
 from zeroflow.data import corpus, shards
 from zeroflow.run import RunConfig
 
@@ -92,7 +92,7 @@ def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
     with (
         temporary_settings({PREFECT_API_URL: url}),
         pytest.raises(RuntimeError, match=f"nothing answers at PREFECT_API_URL {url}: start"),
-        orchestration.server(),
+        prefect_server.server(),
     ):
         pytest.fail("there is no server")
 
@@ -151,7 +151,7 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
             entered.append("second")
 
     with temporary_settings({PREFECT_API_URL: prefect_api}):
-        orchestration.set_up()
+        prefect_server.set_up()
         thread = threading.Thread(target=second)
         with orchestration.gpu_slot("cuda"):
             thread.start()

@@ -30,7 +30,7 @@ from pipeline import (
 )
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from zeroflow import cli, orchestration
+from zeroflow import cli, prefect_server
 from zeroflow.config import Config
 from zeroflow.run import RunConfig
 from zeroflow.sweep import SweepConfig
@@ -181,7 +181,7 @@ def server(
 def worker(server: Server) -> Iterator[psutil.Process]:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--limit=1", "--pool"]
     process = subprocess.Popen(
-        [*command, orchestration.WORK_POOL],
+        [*command, prefect_server.WORK_POOL],
         env=server.environment | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -370,7 +370,7 @@ def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
 
 def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Server) -> None:
     with temporary_settings({PREFECT_API_URL: server.url}):
-        orchestration.set_up(silence=timedelta(seconds=10))  # the least that Prefect takes
+        prefect_server.set_up(silence=timedelta(seconds=10))  # the least that Prefect takes
     try:
         process = flow.start("--run-name=killed", *ENDLESS)
         flow.wait_for_step("killed", 10, process)
@@ -386,7 +386,7 @@ def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Ser
 def test_heartbeats_come_several_times_in_the_silence_that_means_a_crash() -> None:
     every = get_current_settings().flows.heartbeat_frequency
     assert every is not None
-    assert timedelta(seconds=every) * 5 <= orchestration.SILENCE
+    assert timedelta(seconds=every) * 5 <= prefect_server.SILENCE
 
 
 def test_server_that_is_lost_costs_the_run_nothing_and_is_told_if_it_comes_back(

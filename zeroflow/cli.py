@@ -150,9 +150,9 @@ def run_sweep(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     """The command of the sweep's flow, like `run_flow`."""
 
     def start(sweep: SweepConfig) -> str:
-        from zeroflow import orchestration
+        from zeroflow import orchestration, prefect_server
 
-        page = orchestration.run_here(flow, sweep, deployment=orchestration.SWEEP_DEPLOYMENT)
+        page = orchestration.run_here(flow, sweep, deployment=prefect_server.SWEEP_DEPLOYMENT)
         return page.read_text(encoding="utf-8")
 
     description = (
@@ -190,7 +190,8 @@ def _with_prefect(
         asked = config.model_validate(read_settings(config, arguments))
     except ValidationError as error:
         return _fail(error, verbose=arguments.verbose, code=2)
-    from zeroflow import orchestration  # takes seconds to import: after --help and wrong flags
+    # they take seconds to import: after --help and wrong flags
+    from zeroflow import orchestration, prefect_server
 
     if not arguments.verbose:
         orchestration.silence_console()
@@ -198,7 +199,7 @@ def _with_prefect(
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _require_writable(cache_of(asked))
-        with orchestration.server() as address:
+        with prefect_server.server() as address:
             log.info("Prefect UI: %s", address)
             ending = start(asked)
         console.print(ending, markup=False)
@@ -331,9 +332,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _prefect_setup(arguments: argparse.Namespace) -> None:
-    from zeroflow import orchestration
+    from zeroflow import prefect_server
 
-    orchestration.set_up()
+    prefect_server.set_up()
 
 
 def _ui(arguments: argparse.Namespace) -> None:

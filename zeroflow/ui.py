@@ -45,11 +45,11 @@ def serve(config: UiConfig) -> None:
         ValueError: a port is taken.
         RuntimeError: a program has ended, or did not start; with its last lines.
     """
-    from zeroflow import orchestration  # takes seconds to import
+    from zeroflow import prefect_server  # takes seconds to import
 
     logs = config.cache_dir / _LOGS
     logs.mkdir(parents=True, exist_ok=True)
-    prefect = orchestration.Prefect(config.prefect_port, config.cache_dir, logs)
+    prefect = prefect_server.Prefect(config.prefect_port, config.cache_dir, logs)
     if prefect.to_be_started:
         _require_free(config.prefect_port, "--prefect-port")
     if not tracking.is_server(tracking.location(config.cache_dir)[0]):
@@ -63,7 +63,7 @@ def serve(config: UiConfig) -> None:
             log.info("Prefect UI        %s/deployments", prefect.address)
             log.info("MLflow UI         %s", viewer.address)
             log.info("loss of all runs  %s", viewer.charts)
-            if prefect.to_be_started and config.prefect_port != orchestration.USUAL_PORT:
+            if prefect.to_be_started and config.prefect_port != prefect_server.USUAL_PORT:
                 log.info("runs of the shell need  PREFECT_API_URL=%s", prefect.url)
             log.info("Ctrl-C stops all of it; a run that is going on saves first")
             while True:
