@@ -89,10 +89,10 @@ def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
     assert table[1].split()[:4] == [*map(str, pieces[0][:3]), pieces[0].document]
     assert cli.main([*of_run, "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [piece._asdict() for piece in pieces]
+    assert lines == [piece._asdict() | {"left_out": False} for piece in pieces]
 
 
-def test_windows_that_a_run_left_out_are_left_out(text, tmp_path):
+def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, console):
     job = prepared(text, tmp_path, steps=6)
     unskipped = [trained_on(job, step) for step in range(1, 7)]
     job = job.replace(skips=(Skip(step=2, batches=2),))
@@ -100,6 +100,18 @@ def test_windows_that_a_run_left_out_are_left_out(text, tmp_path):
     for step, read_at in ((2, 2), (3, 5), (4, 6)):
         rows = [piece.row for piece in results.documents(tmp_path, "mine", step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step) == unskipped[read_at - 1]
+        gone = [piece.row for piece in results.left_out(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(gone)) == (unskipped[step - 1] if step in (3, 4) else [])
+    of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=3"]
+    capsys.readouterr()
+    assert cli.main(of_run) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "before a roll-back, which left them out:" and "since then:" in table
+    assert cli.main([*of_run, "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for mark, at in ((True, 3), (False, 5)):
+        rows = [item["row"] for item in objects if item["left_out"] is mark]
+        assert list(dict.fromkeys(rows)) == unskipped[at - 1]
 
 
 @pytest.mark.parametrize("step", [0, 7, -1])

@@ -38,6 +38,7 @@ from zeroflow.sweep import SweepConfig
 from zeroflow.ui import UiConfig
 
 if TYPE_CHECKING:
+    from zeroflow.data.lookup import Piece
     from zeroflow.orchestration import RunFlow
 
 log = logging.getLogger(__name__)
@@ -205,10 +206,11 @@ def _with_prefect(
         console.print(ending, markup=False)
         return 0
     except (KeyboardInterrupt, _Terminated) as stop:
-        console.print("stopped; the same command goes on from the newest checkpoint")
+        console.print("stopped; what is complete is kept, and the same command goes on from there")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
-        error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
+        if not isinstance(error, ValueError):  # of which the same command would only get another
+            error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
         return _fail(error, verbose=arguments.verbose)
 
 
@@ -350,16 +352,25 @@ def _ui(arguments: argparse.Namespace) -> None:
 def _documents(arguments: argparse.Namespace) -> None:
     from zeroflow import results
 
-    pieces = results.documents(arguments.cache_dir, arguments.run, arguments.step)
+    asked = (arguments.cache_dir, arguments.run, arguments.step)
+    pieces, gone = results.documents(*asked), results.left_out(*asked)
     if arguments.json:
-        lines = [json.dumps(piece._asdict(), ensure_ascii=False) for piece in pieces]
+        marked = [*((piece, True) for piece in gone), *((piece, False) for piece in pieces)]
+        objects = (piece._asdict() | {"left_out": mark} for piece, mark in marked)
+        lines = [json.dumps(item, ensure_ascii=False) for item in objects]
     else:
-        shown = [
-            piece._replace(url=_shortened(piece.url), words=_shortened(piece.words))
-            for piece in pieces
-        ]
-        lines = _table(type(pieces[0])._fields, shown)
+        lines = _pieces_table(pieces)
+        if gone:
+            before = ["before a roll-back, which left them out:", *_pieces_table(gone)]
+            lines = [*before, "since then:", *lines]
     console.print("\n".join(lines), markup=False)
+
+
+def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
+    shown = [
+        piece._replace(url=_shortened(piece.url), words=_shortened(piece.words)) for piece in pieces
+    ]
+    return _table(type(pieces[0])._fields, shown)
 
 
 _COMMANDS = {

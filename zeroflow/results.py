@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from zeroflow import artifacts, run, tracking
 from zeroflow.data import lookup
-from zeroflow.data.batches import Batches
+from zeroflow.data.batches import Batches, Skip
 from zeroflow.data.lookup import Piece
 from zeroflow.data.shards import Rows
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -68,9 +68,29 @@ def documents(cache: Path, name: str, step: int) -> list[Piece]:
         ValueError: there is no such run, or it has no such step.
     """
     found = job(cache, name)
+    return _pieces(found, step, found.skips)
+
+
+def left_out(cache: Path, name: str, step: int) -> list[Piece]:
+    """The documents that `step` had before a roll-back left them out; of most steps none.
+
+    Raises:
+        ValueError: as for `documents`.
+    """
+    found = job(cache, name)
+    gone = []
+    for number, skip in enumerate(found.skips):
+        if skip.step < step <= skip.step + skip.batches:
+            gone += _pieces(found, step, found.skips[:number])
+    return gone
+
+
+def _pieces(found: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piece]:
     config = found.training
     if not 1 <= step <= config.steps:
-        raise ValueError(f"run {name} has no step {step}: its steps are 1 to {config.steps}")
+        raise ValueError(
+            f"run {found.run_dir.name} has no step {step}: its steps are 1 to {config.steps}"
+        )
     shards = found.shards.replace(parts=_parts_read(found, step))
     batches = Batches(
         Rows(shards, "train"),
@@ -78,7 +98,7 @@ def documents(cache: Path, name: str, step: int) -> list[Piece]:
         seed=config.seed,
         micro_batch_rows=config.micro_batch_rows,
         accumulate=config.accumulate,
-        skips=found.skips,
+        skips=skips,
     )
     return lookup.pieces(shards, found.tokenizer, batches.row_ids(step - 1).flatten())
 

@@ -304,7 +304,8 @@ def abandon(config: TrackingConfig, run_dir: Path, lines: list[Line]) -> None:
         run.send(points(lines))
         run.end("FAILED")
     except Exception as error:  # the failure of the training is what matters
-        log.warning("MLflow at %s does not know that the training failed: %s", config.uri, error)
+        short = str(error).split("\n")[0]
+        log.warning("MLflow at %s does not know that the training failed: %s", config.uri, short)
 
 
 def open_group(config: TrackingConfig, folder: Path) -> None:

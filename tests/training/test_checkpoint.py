@@ -1,3 +1,4 @@
+import math
 import multiprocessing
 import os
 import random
@@ -5,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +15,24 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny import CPU, MODEL, ArrayRows, RandomBatches, training_config
+from tiny import (
+    CPU,
+    MODEL,
+    ArrayRows,
+    RandomBatches,
+    synthetic_rows,
+    training_config,
+    training_job,
+)
 
 from zeroflow import artifacts, generate
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint
+from zeroflow.training.__main__ import Session
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.goodput import Clock
 from zeroflow.training.loop import TrainingConfig, TrainState, new_state, train
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.validation import validation_loss
@@ -174,7 +186,7 @@ def test_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_best_and_every_nth_stay_beside_the_newest(tmp_path):
-    losses = {1: 5.0, 2: 3.0, 4: 3.5, 6: 3.2}
+    losses = {1: math.nan, 2: 3.0, 4: 3.5, 6: 3.2}
     saver = Saver(tmp_path, Retention(keep=1, keep_every=3), tokenizer=TOKENIZER)
     state = new_state(MODEL, training_config(steps=7))
     for _ in train(state, BATCHES, training_config(steps=7)):
@@ -183,6 +195,22 @@ def test_best_and_every_nth_stay_beside_the_newest(tmp_path):
     steps = [checkpoint.step_of(path) for path in sorted(tmp_path.glob("step-*"))]
     assert steps == [2, 3, 6, 7], "the best, the multiples of three, the newest"
     assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_checkpoint_that_was_moved_and_linked_is_used_and_its_link_removed(tmp_path):
+    state = trained(1)
+    elsewhere = tmp_path / "elsewhere"
+    folder = tmp_path / "checkpoints"
+    save(state, folder, keep=1)
+    (folder / "step-00000001").rename(elsewhere)
+    (folder / "step-00000001").symlink_to(elsewhere)
+    assert checkpoint.latest(folder) == folder / "step-00000001"
+    (folder / "step-00000003").write_text("no checkpoint")
+    state.step = 2
+    save(state, folder, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.newest_step(folder) == 2
+    assert artifacts.verify(elsewhere), "what a person has moved stays"
 
 
 def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp_path, monkeypatch):
@@ -220,7 +248,7 @@ def test_checkpoint_that_does_not_fit_is_refused_before_it_is_begun(tmp_path, mo
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
-    with pytest.raises(OSError, match=r"a checkpoint takes 0.00 GB and .* has room for 0.00 GB"):
+    with pytest.raises(OSError, match=r"a checkpoint takes \d.* MB and .* has room for 0.0 MB"):
         saver.save(trained(1))
     assert list(tmp_path.iterdir()) == []
 
@@ -365,3 +393,16 @@ def test_model_alone_gives_the_same_logits(tmp_path):
     tokens = BATCHES.micro_batches(7)[0].inputs
     assert torch.equal(model(tokens), state.model(tokens))
     assert not model.training and isinstance(model.config, ModelConfig)
+
+
+def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_path):
+    rows, tokens = synthetic_rows(tmp_path)
+    config = training_config(steps=2)
+    job = training_job(tmp_path / "run", rows, tokens, model=MODEL, training=config)
+    state = new_state(MODEL, training_config(steps=5))
+    state.step = 5
+    saver = Saver(job.checkpoints, Retention(keep=1), tokenizer=tokens.fingerprint)
+    saver.save(state)
+    saver.wait()
+    with pytest.raises(ValueError, match=r"step-00000005 is of a run of more steps than the 2 of"):
+        Session(job, Clock(time.time(), device="cpu"))

@@ -48,6 +48,13 @@ def test_update_that_is_too_large_is_noticed_where_the_window_is_still_blind():
     assert alarms(readings) == {12: ["an update of 40% of a matrix's norm"]}
 
 
+def test_updates_that_are_always_large_are_no_alarm():
+    small = [reading._replace(update_ratio=0.08 + 0.001 * i) for i, reading in enumerate(curve(60))]
+    assert alarms(small) == {}
+    small[50] = small[50]._replace(update_ratio=0.4)
+    assert alarms(small) == {50: ["an update of 40% of a matrix's norm"]}
+
+
 def test_loss_that_is_too_good_is_noticed_in_the_first_epoch_only():
     leak = [reading._replace(loss=0.01) for reading in curve(3)]
     assert all("too good" in words[0] for words in alarms(leak).values()) and len(alarms(leak)) == 3

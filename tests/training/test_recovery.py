@@ -78,6 +78,13 @@ def test_killed_training_goes_on_until_it_gets_nowhere(job):
     assert entry is not None and entry.step == 20, "it has got somewhere"
 
 
+def test_another_command_begins_to_count_anew(job, monkeypatch):
+    checkpoint_at(job, 10)
+    assert fail(job, "killed") and fail(job, "killed")
+    monkeypatch.setattr(recovery, "_PROCESS", recovery._PROCESS + 1)
+    assert fail(job, "killed"), "though its process may have the same id, as in a container"
+
+
 def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
     plain = rows_of(job, range(40))
     checkpoint_at(job, 10)

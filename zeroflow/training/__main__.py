@@ -171,6 +171,11 @@ class Session:
         checkpoint.clear_unfinished(job.checkpoints)
         if newest := checkpoint.latest(job.checkpoints):
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
+            if self.state.step > job.training.steps:
+                raise ValueError(
+                    f"{newest} is of a run of more steps than the {job.training.steps} of this "
+                    "one: move it away, or ask for more with --max-steps"
+                )
             log.info("resumed at step %d from %s", self.state.step, newest)
         self.books = Books(job.run_dir, clock)
         self.books.book(self.state.step, first=True)
@@ -339,7 +344,11 @@ def work(job: TrainingJob, stop: StopRequest) -> None:
     if ended:
         session.recorder.event("done", step=step)
     else:
+        newest = checkpoint.newest_step(job.checkpoints)
         message = f"stopped at step {step} with a checkpoint; the same command goes on from there"
+        if newest < step:
+            kept = f"the newest one is of step {newest}" if newest else "there is none"
+            message = f"stopped at step {step} without a checkpoint of it: {kept}"
         session.recorder.event("stopped", step=step, message=message)
 
 

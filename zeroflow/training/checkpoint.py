@@ -11,6 +11,7 @@ an error. It appears under its name when all of it is on the disk.
 import errno
 import hashlib
 import logging
+import math
 import re
 import shutil
 import threading
@@ -27,6 +28,7 @@ from torch import Tensor
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
+from zeroflow.planning import decimal
 from zeroflow.training.loop import TrainState
 
 log = logging.getLogger(__name__)
@@ -135,8 +137,8 @@ class Saver:
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"a checkpoint takes {needed / 1e9:.2f} GB and {self._folder} has room for "
-                f"{free / 1e9:.2f} GB: free some, or move the cache (--cache-dir); the checkpoints "
+                f"a checkpoint takes {decimal(needed)} and {self._folder} has room for "
+                f"{decimal(free)}: free some, or move the cache (--cache-dir); the checkpoints "
                 "that are there are kept, and the same command goes on from the newest",
             )
 
@@ -182,7 +184,17 @@ def retire(folder: Path, retention: Retention) -> None:
     if (best_one := best(folder)) is not None:
         stay.add(step_of(best_one))
     for step in steps.keys() - stay:
-        shutil.rmtree(steps[step])
+        try:
+            _remove(steps[step])
+        except OSError as error:
+            log.warning("%s need not stay and could not be removed: %s", steps[step], error)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():  # moved elsewhere, by a person
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def best(folder: Path) -> Path | None:
@@ -190,9 +202,8 @@ def best(folder: Path) -> Path | None:
     losses = {}
     for path in _all(folder):
         try:
-            if (
-                loss := artifacts.read_signed(path / artifacts.MANIFEST).get("val_loss")
-            ) is not None:
+            loss = artifacts.read_signed(path / artifacts.MANIFEST).get("val_loss")
+            if loss is not None and math.isfinite(loss):
                 losses[path] = loss
         except artifacts.DamagedArtifact:
             continue  # `latest` deals with it
@@ -354,4 +365,5 @@ def _require_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> N
 
 def _all(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(path for path in named if path.is_dir())

@@ -14,7 +14,7 @@ _NORMAL = 1.4826
 
 _LOSS_RISE = 0.3
 _NORM_FACTOR = 3.0
-_UPDATE_RATIO = 0.1
+_UPDATE_RATIO, _RATIO_FACTOR = 0.1, 3.0
 _TOO_GOOD = 0.5
 
 
@@ -35,7 +35,8 @@ class Monitor:
 
     Loss and gradient norm alarm where they lie six robust standard deviations above the median of
     a window, and clearly above it in absolute terms: a window that still holds the fast drop of the
-    beginning is blind, which is why the update ratio has a limit of its own. A loss that is too
+    beginning is blind, which is why the update ratio has a limit of its own, for what is not usual
+    in this training: small matrices at a high rate change by a tenth in health. A loss that is too
     good in the first epoch means that the targets leak into the inputs.
     """
 
@@ -60,8 +61,10 @@ class Monitor:
             limit = max(_limit(usual), _NORM_FACTOR * median(usual))
             if reading.grad_norm > limit:
                 found.append(f"gradient norm {reading.grad_norm:.3g}, usual is up to {limit:.3g}")
-        if len(self._window) >= _ENOUGH and reading.update_ratio > _UPDATE_RATIO:
-            found.append(f"an update of {reading.update_ratio:.0%} of a matrix's norm")
+            usual = [earlier.update_ratio for earlier in self._window]
+            limit = max(_UPDATE_RATIO, _RATIO_FACTOR * median(usual))
+            if reading.update_ratio > limit:
+                found.append(f"an update of {reading.update_ratio:.0%} of a matrix's norm")
         if reading.first_epoch and reading.loss < self._floor:
             found.append(f"loss {reading.loss:.4f} is too good to be true: do targets leak?")
         if math.isfinite(reading.loss):

@@ -311,9 +311,10 @@ def _launch(
             f"{module} ended, and the disk of {run_dir} has {free} bytes left: free some, or move "
             "the cache (--cache-dir)"
         )
+    said = "\n".join([" Its last output:", *last_output]) if last_output else ""
     raise TrainingFailed(
         f"{module} ended with exit code {process.returncode} and said nothing of why; killed, or "
-        "out of memory? Its last output:\n" + "\n".join(last_output),
+        f"out of memory?{said}",
         "killed",
     )
 

@@ -6,7 +6,7 @@ and a retry by Prefect all read the same ledger, so that all go on in the same w
 """
 
 import logging
-import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip, largest_divisor
+from zeroflow.planning import decimal
 from zeroflow.tracking import LEDGER
 from zeroflow.training import checkpoint, events, job
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
@@ -27,6 +28,8 @@ MOST_RETRIES = 20
 _IN_VAIN = 3
 _ROLLBACKS = 3
 _FIRST_WAIT_SECONDS = 2.0
+_PROCESS = secrets.randbits(48)
+"""Of this process. Its id would come again: in a container it is the same at every start."""
 
 
 class Entry(Config):
@@ -34,7 +37,7 @@ class Entry(Config):
 
     time: float
     process: int
-    """Of the flow that saw it."""
+    """A number of the flow process that saw it; another one has another."""
 
     reason: FailureReason
     step: NonNegativeInt
@@ -105,7 +108,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
     newest = checkpoint.newest_step(now.checkpoints)
     base = {
         "time": time.time(),
-        "process": os.getpid(),
+        "process": _PROCESS,
         "reason": failure.reason,
         "step": newest,
         "message": str(failure).split("\n")[0],
@@ -139,10 +142,10 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
     """What a person may do about `failure`, as nothing else is left; may be empty."""
     match failure.reason:
         case "out of memory":
-            state = 16 * now.model.parameters / 1e9
+            state = decimal(16 * now.model.parameters)
             return (
                 "with micro-batches of one row and activations computed again nothing is left to "
-                f"save: weights, gradients and moments alone take {state:.1f} GB. Take a smaller "
+                f"save: weights, gradients and moments alone take {state}. Take a smaller "
                 "size, a lower --seq-len or a device with more memory"
             )
         case "diverged":
@@ -159,7 +162,7 @@ def _in_vain(ledger: list[Entry], step: int) -> int:
     """Starts by this process in a row that ended without a newer checkpoint."""
     count = 0
     for entry in reversed(ledger):
-        mine = entry.process == os.getpid() and entry.reason in ("killed", "hang")
+        mine = entry.process == _PROCESS and entry.reason in ("killed", "hang")
         if not mine or entry.step != step:
             break
         count += 1

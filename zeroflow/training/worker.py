@@ -1,5 +1,6 @@
 """What every process that `job.launch` starts has in common: its job, its end and its last word."""
 
+import errno
 import logging
 import os
 import signal
@@ -18,7 +19,9 @@ from zeroflow.training import events
 from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason
 
 _SAME_REQUEST_SECONDS = 1.0
-_TAKE_OVER_SECONDS = 60.0
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of a disk, a quota or a file, or of the number of files."""
+
 
 Job = TypeVar("Job", bound=Config)
 
@@ -51,6 +54,9 @@ class StopRequest:
 def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
     """Do `work` on the job in the file that the command line names, alone in its directory.
 
+    What is left of a job whose parent was killed ends its step and saves first: it is waited for,
+    until the parent takes that for hung.
+
     A failure is told to the parent through events.jsonl, as no exit code could.
     """
     _log_to_parent(rank=int(os.environ.get("RANK", "0")))
@@ -59,14 +65,12 @@ def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
     stop = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
     run_dir = job_file.parent
     try:
-        with artifacts.exclusive(
-            run_dir / "worker",
-            waiting_for=f"another process works in {run_dir}",
-            timeout_seconds=_TAKE_OVER_SECONDS,
-        ):
+        waiting_for = f"what an earlier command left at work in {run_dir} ends its step and saves"
+        with artifacts.exclusive(run_dir / "worker", waiting_for=waiting_for):
             work(job, stop)
     except Exception as error:
-        failure = {"event": "failed", "message": _message(error), "reason": _reason(error)}
+        message = _message(error, run_dir)
+        failure = {"event": "failed", "message": message, "reason": _reason(error)}
         step = error.step if isinstance(error, Diverged) else None
         events.append(run_dir / events.EVENTS, failure | {"step": step})
         raise
@@ -102,10 +106,18 @@ def _reason(error: Exception) -> FailureReason:
     return "out of memory" if out else "error"
 
 
-def _message(error: Exception) -> str:
-    expected = isinstance(error, Diverged | ValueError | OSError)
-    text = str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)
-    return text if expected else f"{type(error).__name__}: {text}"
+def _message(error: Exception, run_dir: Path) -> str:
+    if isinstance(error, Diverged | ValueError):
+        return str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return f"{type(error).__name__}: {error}"
+    if error.errno not in _FULL or error.strerror != os.strerror(error.errno):
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (
+        f"{error.strerror}, writing to {error.filename or run_dir}: free some, raise the limit or "
+        "move the cache (--cache-dir); the checkpoints that are there are kept, and the same "
+        "command goes on from the newest"
+    )
 
 
 def make_deterministic() -> None:
