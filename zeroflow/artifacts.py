@@ -1,5 +1,6 @@
 """Directories that are complete or absent, and the fingerprints that name them."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,10 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged-"
 """In the name of a directory that was set aside."""
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""On a disk, in a quota or in a file."""
 
 
 class DamagedArtifact(ValueError):

@@ -3,6 +3,7 @@ import gzip
 import json
 import json.decoder
 import lzma
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -284,6 +285,69 @@ def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
     [piece] = corpus.plan(settled, listed, 0).slices
     with pytest.raises(ValueError, match=r"a\.jsonl has changed since the run began"):
         list(corpus.read(settled, piece, Tally()))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("change", ["longer", "cut", "other"])
+def test_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(
+    tmp_path, monkeypatch, kind, change
+):
+    monkeypatch.setattr(corpus, "_READ_BYTES", 1000)
+    file = tmp_path / f"a{kind}"
+    rows = [{"text": f"{i} " * 50, "id": str(i)} for i in range(3000)]
+    if kind == ".jsonl":
+        file.write_bytes(as_jsonl(rows) + b"\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=100)
+    settled = files_corpus(str(file))
+    [piece] = slices(settled)
+    reading = corpus.read(settled, piece, Tally())
+    next(reading)
+    content = file.read_bytes()
+    with file.open("r+b") as there:  # in place, as other programs append
+        match change:
+            case "longer":
+                there.seek(0, os.SEEK_END)
+                there.write(content[-200:])
+            case "cut":
+                there.truncate(len(content) // 2)
+            case "other":
+                there.write(content)
+    with pytest.raises(ValueError, match=f"a{kind} has changed since the run began"):
+        list(reading)
+
+
+def test_every_stream_of_an_xz_file_is_read_or_refused(tmp_path):
+    first, second = (lzma.compress(as_jsonl([row]) + b"\n") for row in ROWS)
+    file = tmp_path / "a.jsonl.xz"
+    file.write_bytes(first + b"\0" * 8 + second + b"\0" * 4)
+    assert read(file) == [Document(**row) for row in ROWS]
+    for damaged in (first + b"?" + second[1:], first + b"behind it", first + second[:-20], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.xz cannot be read"):
+            read(file)
+
+
+def test_empty_ids_are_none_in_every_kind_of_file(tmp_path):
+    rows = [{"text": "one", "id": ""}, {"text": "two", "id": ""}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
+    (tmp_path / "a.parquet").write_bytes(as_parquet(rows))
+    assert [d.id for d in read(tmp_path / "a.jsonl")] == ["a.jsonl@0", "a.jsonl@26"]
+    assert [d.id for d in read(tmp_path / "a.parquet")] == ["a.parquet:1", "a.parquet:2"]
+
+
+@pytest.mark.parametrize("name", ["id", "url"])
+def test_column_that_is_there_twice_is_refused(tmp_path, name):
+    table = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["text", name, name])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet has 2 columns '{name}': leave one"):
+        read(tmp_path / "a.parquet")
+
+
+def test_file_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"a\xff.txt")).write_text("text")
+    with pytest.raises(ValueError, match=r"a\\xff\.txt' is not UTF-8: rename it"):
+        files_corpus(str(tmp_path / "*.txt"))
 
 
 def test_suffixes_are_known_in_capitals_and_names_with_brackets_are_names(tmp_path):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from zeroflow.artifacts import DamagedArtifact
 from zeroflow.data import corpus, lookup, parts, shards, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig
@@ -44,7 +45,10 @@ def test_documents_are_read_of_the_parts_that_hold_the_rows(built, text):
         if part != expected[0].part:
             (path / parts.DOCUMENTS).unlink()
     assert lookup.pieces(built, text.tokens, last) == expected
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedArtifact, match=r"part-00000.*documents.parquet is missing: the com"):
+        lookup.pieces(built, text.tokens, np.array([0]))
+    (built.part_paths[0] / parts.DOCUMENTS).write_bytes(b"PAR1")
+    with pytest.raises(DamagedArtifact, match=r"cannot be read .*: the command of the run sets"):
         lookup.pieces(built, text.tokens, np.array([0]))
 
 

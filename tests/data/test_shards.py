@@ -382,6 +382,20 @@ def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_piece
     assert set(documents_of(once)) == names, "the first of its kind is kept"
 
 
+def test_few_documents_that_come_again_and_again_are_held_out_from_as_well(text, tmp_path):
+    texts = [text.texts[i % 3] for i in range(60)]
+    same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
+    built = shards.build(ALL.replace(validation_fraction=0.02), same, text.tokens, tmp_path)
+    assert (built.documents, built.duplicates) == (3, 57)
+    assert built.train.documents and built.validation.documents
+
+
+def test_table_is_the_same_however_many_lines_are_written_at_once(text, tmp_path, monkeypatch):
+    whole = lines(shards.build(ALL, *text[:2], tmp_path / "whole"))
+    monkeypatch.setattr(parts, "_MOST_NAME_BYTES", 100)  # as if names were 2**30 bytes long
+    assert lines(shards.build(ALL, *text[:2], tmp_path / "cut")) == whole
+
+
 def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_apart(
     small_pieces, text, tmp_path
 ):

@@ -348,7 +348,12 @@ def _chunks(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]
         except _UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
                 continue  # the library's tests hold a few files that are wrong on purpose
+            _require_unchanged(config, file)
             raise ValueError(f"{_place(config, file)} cannot be read: {error}") from error
+        except ValueError:
+            _require_unchanged(config, file)
+            raise
+        _require_unchanged(config, file)
 
 
 def documents(config: CorpusConfig) -> Iterator[Document]:
@@ -459,6 +464,12 @@ def _unchanged(config: CorpusConfig, file: SourceFile) -> Path:
     return path
 
 
+def _require_unchanged(config: CorpusConfig, file: SourceFile) -> None:
+    """Once it has been read: what was read may be of another content than the revision says."""
+    if not _on_the_hub(config):
+        _unchanged(config, file)
+
+
 @lru_cache(maxsize=4)
 def _paths(config: CorpusConfig) -> dict[str, Path]:
     """Path of every local file by its name in the corpus, in the order in which they are read."""
@@ -489,8 +500,19 @@ def _matching(patterns: tuple[str, ...]) -> dict[str, Path]:
         paths.update(matched)
     for path in paths:
         _kind(str(path))
+        if not _is_utf8(str(path)):
+            raise ValueError(
+                f"--data-path: the name of {os.fsencode(path)!r} is not UTF-8: rename it"
+            )
     common = Path(os.path.commonpath([path.parent for path in paths]))
     return dict(sorted((path.relative_to(common).as_posix(), path) for path in paths))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _kind(name: str) -> str:
@@ -580,12 +602,52 @@ def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
     stored = _open(config, file)
     suffix = Path(file.name).suffix.lower()
     if suffix == ".xz":
-        return cast(IO[bytes], lzma.open(stored))
+        return io.BufferedReader(_XzStreams(stored), _READ_BYTES)
     if suffix in _COMPRESSED:
         codec = {".gz": "gzip", ".zst": "zstd"}.get(suffix, suffix[1:])
         stream = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), codec)
         return cast(IO[bytes], io.BufferedReader(stream, _READ_BYTES))
     return stored
+
+
+class _XzStreams(io.RawIOBase):
+    """What `lzma.open` reads, which ends in silence where a stream behind the first is damaged.
+
+    Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams and zeros between them.
+    """
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        self._stored, self._decoder, self._input = stored, lzma.LZMADecompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._decoder.eof and not self._next_stream():
+                return 0
+            if self._decoder.needs_input and not self._input:
+                self._input = self._stored.read(_READ_BYTES)
+                if not self._input:
+                    raise EOFError("it ends in the middle of a compressed stream")
+            data = self._decoder.decompress(self._input, len(buffer))
+            self._input = b""
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_stream(self) -> bool:
+        self._input = self._decoder.unused_data.lstrip(b"\0")
+        while not self._input:
+            if not (stored := self._stored.read(_READ_BYTES)):
+                return False
+            self._input = stored.lstrip(b"\0")
+        self._decoder = lzma.LZMADecompressor()
+        return True
+
+    def close(self) -> None:
+        self._stored.close()
+        super().close()
 
 
 def _read_text(
@@ -662,10 +724,14 @@ def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: in
         raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
     document_id, url = fields.get("id"), fields.get("url")
     return Document(
-        str(document_id) if isinstance(document_id, str | int) else f"{file.name}@{position}",
+        str(document_id) if _names(document_id) else f"{file.name}@{position}",
         fields[column],
         url if isinstance(url, str) else "",
     )
+
+
+def _names(document_id: object) -> bool:
+    return isinstance(document_id, str | int) and document_id != ""
 
 
 def _count_bad(config: CorpusConfig, tally: Tally, place: str) -> None:
@@ -697,7 +763,7 @@ def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
     return pq.ParquetFile(
         source,
         metadata=footer,
-        memory_map=not _on_the_hub(config),
+        memory_map=False,  # a file that is cut meanwhile would end the process
         pre_buffer=_on_the_hub(config),
         page_checksum_verification=True,
     )
@@ -722,13 +788,23 @@ def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> 
     return config.text_column
 
 
+def _also_present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> list[str]:
+    """Those of the columns for ids and URLs that are there, beside the text's."""
+    present = opened.schema_arrow.names
+    for name in ("id", "url"):
+        if present.count(name) > 1:
+            raise ValueError(
+                f"{_place(config, file)} has {present.count(name)} columns {name!r}: leave one"
+            )
+    return [c for c in ("id", "url") if c in present and c != config.text_column]
+
+
 def _read_parquet(
     config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
 ) -> Iterator[Batch]:
     with _parquet(config, file) as opened:
         column = _present(config, file, opened)
-        present = opened.schema_arrow.names
-        columns = [column, *(c for c in ("id", "url") if c in present and c != column)]
+        columns = [column, *_also_present(config, file, opened)]
         footer = opened.metadata
         stop = footer.num_row_groups if piece.stop is None else piece.stop
         groups = range(piece.start, stop)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -87,7 +88,18 @@ def _facts(part: Path) -> PartFacts:
 
 
 def _lines(part: Path, rows: Ids) -> list[dict[str, Any]]:
-    """The table's lines of those training rows of a part."""
+    """The table's lines of those training rows of a part.
+
+    Raises:
+        DamagedArtifact: the table cannot be read.
+    """
     chosen = (pc.field("split") == "train") & pc.field("row").isin(rows.tolist())
     columns = ["id", "url", "row", "offset", "start", "tokens"]
-    return pq.read_table(part / parts.DOCUMENTS, columns=columns, filters=chosen).to_pylist()
+    table = part / parts.DOCUMENTS
+    try:
+        return pq.read_table(table, columns=columns, filters=chosen).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        why = f"cannot be read ({error})" if table.exists() else "is missing"
+        raise artifacts.DamagedArtifact(
+            f"{table} {why}: the command of the run sets the part aside and builds it anew"
+        ) from error

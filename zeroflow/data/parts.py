@@ -8,6 +8,7 @@ import errno
 import hashlib
 import logging
 import mmap
+import os
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt
 
@@ -40,6 +42,9 @@ _WINDOW_DOCUMENTS = 2000
 _WINDOW_TOKENS = (2**20, 2**21)
 """A window of documents is packed once it holds so many documents and the first number of tokens,
 or the second."""
+
+_MOST_NAME_BYTES = 2**30
+"""Of the ids, or the URLs, of lines that are written at once: Arrow's offsets end at 2**31."""
 
 _AHEAD = 3
 _SCHEMA = pa.schema(
@@ -180,11 +185,12 @@ def build(job: PartJob) -> BuiltPart:
     try:
         reused = artifacts.build_once(job.path, write)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in artifacts.NO_ROOM:
             raise OSError(
                 errno.ENOSPC,
-                f"no space is left in {job.path.parent} for another part: free some, or name "
-                "another --cache-dir; the parts that are complete are kept",
+                f"no space is left in {job.path.parent} for another part "
+                f"({os.strerror(error.errno)}): free some, or name another --cache-dir; the parts "
+                "that are complete are kept",
             ) from error
         raise
     facts = PartFacts.model_validate(artifacts.read_json(job.path / artifacts.MANIFEST)["facts"])
@@ -424,19 +430,25 @@ class _SplitWriter:
 
     def _tabulate(self, window: _Batch, pieces: Pieces) -> None:
         """Write the lines of the table for a window whose rows come next."""
-        document = _numbers(pieces.document, pa.int64())
-        columns = [
-            _sound(window.ids).take(document),
-            window.urls.take(document),
-            pa.repeat(self._split, len(document)),
-            _numbers(pieces.row + self._counts.rows, pa.int64()),
-            _numbers(pieces.offset, pa.int32()),
-            _numbers(pieces.start, pa.int64()),
-            _numbers(pieces.tokens, pa.int32()),
-            _numbers(window.text_bytes[pieces.document], pa.int64()),
-            _numbers(window.hashes[pieces.document], pa.uint64()),
-        ]
-        self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+        ids = _sound(window.ids)
+        longest = max(pc.max(pc.binary_length(names)).as_py() for names in (ids, window.urls))
+        at_once = max(1, _MOST_NAME_BYTES // max(1, longest))  # every piece repeats them
+        for begin in range(0, len(pieces.document), at_once):
+            some = slice(begin, begin + at_once)
+            document = pieces.document[some]
+            named = _numbers(document, pa.int64())
+            columns = [
+                ids.take(named),
+                window.urls.take(named),
+                pa.repeat(self._split, len(document)),
+                _numbers(pieces.row[some] + self._counts.rows, pa.int64()),
+                _numbers(pieces.offset[some], pa.int32()),
+                _numbers(pieces.start[some], pa.int64()),
+                _numbers(pieces.tokens[some], pa.int32()),
+                _numbers(window.text_bytes[document], pa.int64()),
+                _numbers(window.hashes[document], pa.uint64()),
+            ]
+            self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
     def _room(self, rows: int) -> packing.Rows:
         """So many rows behind those that are filled, full of ends of text."""

@@ -20,6 +20,7 @@ A run reads the first parts that hold as many rows as it needs. The fingerprint 
 depend on, of which the length of a run is none: a longer run adds parts.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -415,7 +416,13 @@ def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) 
     if tokens.path is None:
         return limit
     few: list[tuple[float, int]] = []  # not the texts, which may be books
+    seen: set[bytes] = set()
     for document in corpus.documents(text):
+        if text.deduplicate:
+            digest = hashlib.sha256(document.text.encode()).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
         [place] = corpus.held_out([document.id.encode("utf-8", "surrogatepass")]).tolist()
         few.append((place, len(document.text)))
         if len(few) >= _FEW_DOCUMENTS:

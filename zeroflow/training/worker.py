@@ -1,6 +1,5 @@
 """What every process that `job.launch` starts has in common: its job, its end and its last word."""
 
-import errno
 import logging
 import os
 import signal
@@ -19,9 +18,6 @@ from zeroflow.training import events
 from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason
 
 _SAME_REQUEST_SECONDS = 1.0
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Of a disk, a quota or a file, or of the number of files."""
-
 
 Job = TypeVar("Job", bound=Config)
 
@@ -111,7 +107,7 @@ def _message(error: Exception, run_dir: Path) -> str:
         return str(error)
     if not isinstance(error, OSError) or not error.strerror:
         return f"{type(error).__name__}: {error}"
-    if error.errno not in _FULL or error.strerror != os.strerror(error.errno):
+    if error.errno not in artifacts.NO_ROOM or error.strerror != os.strerror(error.errno):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (
         f"{error.strerror}, writing to {error.filename or run_dir}: free some, raise the limit or "
