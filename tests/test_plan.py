@@ -263,7 +263,7 @@ def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     asked = ask(device="auto", training={"fp8": True}, model={"size": "medium"})
     planned = plan.offline(asked, gpu="H100 80GB", gpus=1)
     assert "bf16 with products in fp8, compiled" in plan_page.text(planned)
-    assert planned.rate_source.endswith("without what fp8 gains")
+    assert planned.rate_source.endswith("with fp8 and 51% without")
     work = planned.workload.replace(fp8=False)
     measured = planned.predicted.replace(tokens_per_second=123.0)
     past = history.Past(
