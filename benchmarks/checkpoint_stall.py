@@ -14,14 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from train_speed import Figures, Workload, wait
+from train_speed import Figures, Workload, training_config, wait
 
 from zeroflow.model.sizes import SIZES
 from zeroflow.planning import checkpoint_bytes, find_device
 from zeroflow.training.checkpoint import Retention, Saver
-from zeroflow.training.loop import ComputeConfig, TrainingConfig, TrainState, new_state, train_step
-from zeroflow.training.optimizer import OptimizerConfig
-from zeroflow.training.schedule import Schedule
+from zeroflow.training.loop import ComputeConfig, TrainState, new_state, train_step
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +27,7 @@ log = logging.getLogger(__name__)
 def measure(work: Workload, folder: Path, saves: int) -> Figures:
     """Seconds of `saves` saves of either kind into `folder`, after one that allocates the copy."""
     [rows] = work.rows
-    config = TrainingConfig(
-        seed=0,
-        micro_batch_rows=rows,
-        accumulate=work.batch_rows // rows,
-        schedule=Schedule(name="wsd", peak=1e-4, warmup_steps=0, steps=10**9),
-        optimizer=OptimizerConfig(),
-        compute=work.compute,
-    )
+    config = training_config(work, rows)
     state = new_state(work.model, config)
     batches = work.batches(rows)
 

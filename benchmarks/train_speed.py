@@ -103,8 +103,9 @@ class Workload(Config):
 # Contenders
 
 
-def ours(work: Workload, rows: int) -> Step:
-    config = TrainingConfig(
+def training_config(work: Workload, rows: int) -> TrainingConfig:
+    """That of ours, for micro-batches of `rows`."""
+    return TrainingConfig(
         seed=0,
         micro_batch_rows=rows,
         accumulate=work.batch_rows // rows,
@@ -113,6 +114,10 @@ def ours(work: Workload, rows: int) -> Step:
         optimizer=OptimizerConfig(),
         compute=work.compute,
     )
+
+
+def ours(work: Workload, rows: int) -> Step:
+    config = training_config(work, rows)
     state = new_state(work.model, config)
     return lambda micro_batches: train_step(state, micro_batches, config).loss
 

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import checkpoint_stall
 import loss_curves
 import profile_step
 import train_speed
@@ -68,6 +69,15 @@ def test_ours_within_documents_is_one_more_contender():
     [figures] = train_speed.measure(name, work)
     [whole] = train_speed.measure(name, work.replace(document_mask=False))
     assert figures["losses"] != whole["losses"]
+
+
+def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
+    found = checkpoint_stall.measure(WORK, tmp_path, saves=2)
+    for name in ("stalls", "waited_for", "writing"):
+        assert len(found[name]) == 2 and min(found[name]) > 0
+    expected = planning.checkpoint_bytes(WORK.model)
+    assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
+    assert found["steps_beside"] > 0
 
 
 def test_contender_that_takes_too_long_is_ended_with_its_reason():
