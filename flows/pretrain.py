@@ -14,7 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from zeroflow import cli, orchestration, pictures, plan, prefect_server, report, tracking
+from zeroflow import cli, orchestration, pictures, plan, prefect_server, report
 from zeroflow import run as runs
 from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
@@ -112,22 +112,16 @@ def train_model(job: TrainingJob, run: RunConfig) -> State:
         return orchestration.completed(before.replace(reused=True, why=TRAINED), reused=True)
     why = jobs.why_trained(job, partial(runs.unlike_others, run))
     log.info("training has to run: %s", why)
-    try:
-        bar = orchestration.Progress("training", job.run_dir.name)
-        watch = LossWatch(job, orchestration.LivePicture("loss", job.run_dir.name))
-        with TrainingProgress(bar) as progress:
+    bar = orchestration.Progress("training", job.run_dir.name)
+    watch = LossWatch(job, orchestration.LivePicture("loss", job.run_dir.name))
+    with TrainingProgress(bar) as progress:
 
-            def follow(event: events.Line) -> None:
-                progress(event)
-                watch(event)
+        def follow(event: events.Line) -> None:
+            progress(event)
+            watch(event)
 
-            result = recovery.train(job, follow)
-        return orchestration.completed(result.replace(why=why), reused=False)
-    except jobs.RunIsBusy:
-        raise
-    except jobs.TrainingFailed:
-        tracking.abandon(job.tracking, job.run_dir, events.read(job.run_dir / events.METRICS))
-        raise
+        result = recovery.train(job, follow)
+    return orchestration.completed(result.replace(why=why), reused=False)
 
 
 @task(name="overfit check", **CHECKED_AGAIN)

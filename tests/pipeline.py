@@ -169,7 +169,6 @@ def processes_of(cache: Path) -> list[psutil.Process]:
 
 
 def rank_of(cache: Path) -> psutil.Process:
-    """The rank that trains, not torchrun above it."""
+    """The process that trains."""
     ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
-    ranks = [p for p in ranks if not any("torch.distributed.run" in a for a in p.cmdline())]
     return max(ranks, key=lambda process: process.create_time())

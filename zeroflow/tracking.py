@@ -9,6 +9,7 @@ succeeds: later in the training, at its end, with the report, or when the same c
 MLflow deletes no point: steps that a roll-back trains anew keep what was sent of them first.
 """
 
+import contextvars
 import logging
 import os
 import sys
@@ -207,7 +208,11 @@ class Tracker:
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = False
-        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        # in this context, as Prefect finds the flow run that a log line belongs to there
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._deliver,), name="mlflow", daemon=True
+        )
         self._thread.start()
 
     def close(self, status: str) -> None:
@@ -291,21 +296,6 @@ def finish(
             error,
         )
         return None
-
-
-def abandon(config: TrackingConfig, run_dir: Path, lines: list[Line]) -> None:
-    """Deliver for a training process that could not, as it was killed, and end its run as FAILED.
-
-    Args:
-        lines: of metrics.jsonl, of which those are sent that MLflow has not.
-    """
-    try:
-        run = _Run(config, run_dir)
-        run.send(points(lines))
-        run.end("FAILED")
-    except Exception as error:  # the failure of the training is what matters
-        short = str(error).split("\n")[0]
-        log.warning("MLflow at %s does not know that the training failed: %s", config.uri, short)
 
 
 def open_group(config: TrackingConfig, folder: Path) -> None:

@@ -244,14 +244,14 @@ def _tail(job: TrainingJob) -> events.Tail:
 
 
 def _rank(job: TrainingJob) -> psutil.Process | None:
-    """The process that trains `job`, not torchrun above it."""
+    """The process that trains `job`."""
     file = str(job.run_dir / JOB)
     for process in psutil.Process().children(recursive=True):
         try:
             command = process.cmdline()
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if file in command and "torch.distributed.run" not in command:
+        if file in command:
             return process
     return None
 

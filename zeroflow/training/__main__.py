@@ -1,4 +1,4 @@
-"""The program that every rank runs under torchrun: `-m zeroflow.training JOB.json`."""
+"""The program that trains: `-m zeroflow.training JOB.json`."""
 
 import gc
 import logging
@@ -15,7 +15,6 @@ import torch
 from zeroflow import artifacts, generate
 from zeroflow.data.batches import Ahead, Batches
 from zeroflow.data.shards import Rows
-from zeroflow.tracking import Tracker
 from zeroflow.training import checkpoint, compiling, events, goodput, worker
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.goodput import Account, Books, Clock
@@ -37,7 +36,7 @@ _STEPS_TO_SETTLE = 3
 
 
 class Recorder:
-    """Writes what happens to metrics.jsonl, which MLflow gets it from, and to events.jsonl."""
+    """Writes what happens to metrics.jsonl and events.jsonl, which the parent follows."""
 
     def __init__(self, job: TrainingJob, books: Books, *, step: int, context: int) -> None:
         self._job, self._books, self._context = job, books, context
@@ -49,7 +48,6 @@ class Recorder:
         self._last = (books.account.steps, books.account.training)
         earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
-        self._tracker = Tracker(job.tracking, job.run_dir, events.Tail(self._metrics).new_lines)
 
     def tokens(self, step: int) -> int:
         return step * self._tokens_per_step
@@ -125,9 +123,6 @@ class Recorder:
 
     def lines(self) -> list[events.Line]:
         return events.read(self._metrics)
-
-    def close(self, status: str) -> None:
-        self._tracker.close(status)
 
     def _record(self, line: events.Line) -> None:
         line["time"] = time.time()
@@ -331,13 +326,7 @@ def work(job: TrainingJob, stop: StopRequest) -> None:
         worker.make_deterministic()
     clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=job.training.compute.device)
     session = Session(job, clock)
-    status = "FAILED"
-    try:
-        ended = session.run(stop)
-        status = "FINISHED" if ended else "KILLED"
-    finally:
-        clock.enter("other")
-        session.recorder.close(status)
+    ended = session.run(stop)
     account = session.books.book(session.state.step, ended=True)
     log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step

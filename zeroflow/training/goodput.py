@@ -31,14 +31,12 @@ Phase = Literal[
     "checkpoint",
     "logging",
     "restarts",
-    "other",
 ]
 """start: from the launch of a process until it is ready, its checkpoint loaded.
 first_step: of a process, in which kernels are loaded and chosen and memory is taken.
 data, checkpoint: only while training waits for them.
 communication: nothing, while there is one rank.
-restarts: from the death of a process to the launch of the next, and what it did in vain.
-other: waiting for MLflow at the end."""
+restarts: from the death of a process to the launch of the next, and what it did in vain."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")

@@ -1,7 +1,8 @@
 """What a training process is given, and how it is started, watched and stopped.
 
-Training always runs in processes of its own under torchrun, one or many: GPU memory is returned
-at their exit, and a crash or an out-of-memory kill leaves the flow alive to say so.
+Training always runs in a process of its own: GPU memory is returned at its exit, and a crash or an
+out-of-memory kill leaves the flow alive to say so. torchrun is not between them: one process has
+nobody to meet, and torchrun takes seconds to start and is one more that can be killed.
 """
 
 import contextvars
@@ -31,7 +32,7 @@ from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import StageResult
-from zeroflow.tracking import TrackingConfig
+from zeroflow.tracking import Tracker, TrackingConfig
 from zeroflow.training import checkpoint, events
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.loop import TrainingConfig
@@ -54,9 +55,6 @@ _POLL_SECONDS = 0.2
 _LAST_LINES = 20
 _ROOM_TO_SPEAK = 2**20
 """Bytes that the disk should have left, or a process could not write down why it failed."""
-
-_TORCHRUN_COMPLAINS = "torch/distributed/elastic/"
-
 
 FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
 """killed: it ended without a word. diverged: its numbers went wrong."""
@@ -188,7 +186,7 @@ def _result(job: TrainingJob) -> TrainResult | None:
 def train(
     job: TrainingJob, on_event: Callable[[events.Line], None] = lambda event: None
 ) -> TrainResult:
-    """Train in processes of their own, going on from the newest checkpoint.
+    """Train in a process of its own, going on from the newest checkpoint, and tell MLflow of it.
 
     Args:
         on_event: called here with every new line of events.jsonl.
@@ -199,17 +197,49 @@ def train(
     """
     job_file = job.run_dir / JOB
     artifacts.write_json(job_file, job.model_dump(mode="json"))
-    launch(
-        "zeroflow.training",
-        job_file,
-        job.run_dir,
-        on_event,
-        hang_seconds=job.hang_seconds,
-        compile_cache=job.compile_cache,
-    )
+    with _tracked(job) as begin:
+
+        def follow(line: events.Line) -> None:
+            if line["event"] == "started":
+                begin()
+            on_event(line)
+
+        launch(
+            "zeroflow.training",
+            job_file,
+            job.run_dir,
+            follow,
+            hang_seconds=job.hang_seconds,
+            compile_cache=job.compile_cache,
+        )
     if (result := finished(job)) is None:
         raise TrainingFailed(f"training ended without a result in {job.run_dir / RESULT}")
     return result
+
+
+@contextmanager
+def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
+    """What has MLflow follow the training from now on, until the block ends.
+
+    It is called once the process has started, as that drops lines of metrics.jsonl that come again.
+    """
+    tracker: Tracker | None = None
+    status = "KILLED"
+
+    def begin() -> None:
+        nonlocal tracker
+        metrics = events.Tail(job.run_dir / events.METRICS)
+        tracker = Tracker(job.tracking, job.run_dir, metrics.new_lines)
+
+    try:
+        yield begin
+        status = "FINISHED"
+    except TrainingFailed:
+        status = "FAILED"
+        raise
+    finally:
+        if tracker:
+            tracker.close(status)
 
 
 def launch(
@@ -221,7 +251,7 @@ def launch(
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
-    """Run `python -m module job_file` under torchrun until it ends well.
+    """Run `python -m module job_file` until it ends well.
 
     Its output goes to this module's logger. If this process is interrupted, the child is asked to
     stop and waited for; if this process dies, the child notices and stops by itself.
@@ -289,7 +319,7 @@ def _launch(
             on_event(outcome)
 
     signs = _SignsOfLife(run_dir)
-    with _torchrun(module, job_file, environment) as (process, last_output):
+    with _child(module, job_file, environment) as (process, last_output):
         while process.poll() is None:
             follow()
             if hang_seconds and signs.seconds_since_last() > hang_seconds:
@@ -336,13 +366,11 @@ class _SignsOfLife:
 
 
 @contextmanager
-def _torchrun(
+def _child(
     module: str, job_file: Path, environment: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command += ["-m", module, str(job_file), WATCH_PARENT]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", module, str(job_file), WATCH_PARENT],
         stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -377,30 +405,17 @@ def _environment(compile_cache: Path | None) -> dict[str, str]:
         # A container may keep no bytecode: then every process compiles PyTorch's sources first
         given.pop("PYTHONDONTWRITEBYTECODE", None)
         kept["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
-    # torchrun allows one thread a process where nothing is set, even for a single process
-    threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
-    return (
-        kept
-        | given
-        | {
-            "OMP_NUM_THREADS": threads,
-            "PYTHONUNBUFFERED": "1",
-            LAUNCHED: str(time.time()),
-        }
-    )
+    return kept | given | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
     """Log what the child logs. All else, warnings of libraries and tracebacks, is for --verbose."""
     assert process.stdout is not None
-    of_torchrun = False
     for line in map(str.rstrip, process.stdout):
         level, text = logging.DEBUG, line
         if line.startswith(LOGGED) and line[1:2].isdigit():
             level, text = 10 * int(line[1]), line[2:]
-        of_torchrun = of_torchrun or (level == logging.DEBUG and _TORCHRUN_COMPLAINS in line)
-        if not of_torchrun:
-            last_output.append(text)
+        last_output.append(text)
         log.log(level, "%s", text)
 
 

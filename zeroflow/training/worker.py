@@ -36,7 +36,7 @@ class StopRequest:
         return self._since is not None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        # torchrun passes on a signal that a scheduler has sent to all processes: one request
+        # A scheduler's signal to all processes comes as its parent's end as well: one request
         if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
         self._since = self._since or time.monotonic()
