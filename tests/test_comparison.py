@@ -83,6 +83,13 @@ def test_errors_are_those_of_least_squares():
     assert math.log(fitted.factor(1e20)) == pytest.approx(expected)
 
 
+def test_law_of_losses_that_rise_says_so():
+    rising = [outcome("tiny", loss=2.0), outcome("small", loss=3.0)]
+    found = compare(rising)
+    assert found.law.b < 0
+    assert f"C^{-found.law.b:.4f}" in markdown("s", found, pictures=[], failed=[])
+
+
 def test_one_size_has_no_law():
     found = compare([outcome("tiny"), outcome("tiny", loss=9.0, seed=1)])
     assert found.law is None and found.next_size is None

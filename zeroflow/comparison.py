@@ -210,7 +210,7 @@ def _sentences(found: Comparison) -> Iterable[str]:
         return
     error = "" if law.b_error is None else f" ± {law.b_error:.2g}"
     yield (
-        f"L = {math.exp(law.log_a):.4g} · C^-{law.b:.4f}{error}, C the FLOPs of a training, "
+        f"L = {math.exp(law.log_a):.4g} · C^{-law.b:.4f}{error}, C the FLOPs of a training, "
         f"through the best run of each of {law.points} sizes"
         + (
             "; ± is one standard error."

@@ -68,20 +68,24 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
         ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
         ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
     ):
-        figure, axes = _figure(f"validation loss by {name}", label, "loss (nats per token)")
+        title = f"validation loss by {label.partition(' (')[0]}"
+        figure, axes = _figure(title, label, "loss (nats per token)")
+        by_flops = name == "flops"
         for number, one in enumerate(found.outcomes):
-            x = [tokens * scale(one) for tokens, _ in one.curve]
-            y = [loss for _, loss in one.curve]
+            # a logarithm has no place for the loss before the first step
+            curve = [(tokens * scale(one), y) for tokens, y in one.curve if tokens or not by_flops]
+            x, y = zip(*curve, strict=True)
             colour = _COLOURS[sizes.index(one.size) % len(_COLOURS)]
             style = _STYLES[number % len(_STYLES)]
             axes.plot(x, y, color=colour, linestyle=style, marker=".", label=one.run)
-        if name == "flops" and found.law is not None:
+        if by_flops:
+            axes.set_xscale("log")
+        if by_flops and found.law is not None:
             ends = [one.flops for one in found.outcomes]
             ends += [found.next_size.flops] if found.next_size else []
             span = np.geomspace(min(ends), max(ends), 50)
             law = [found.law.loss(flops) for flops in span]
-            axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^-{found.law.b:.3f}")
-            axes.set_xscale("log")
+            axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^{-found.law.b:.3f}")
         axes.legend(fontsize="small")
         drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
     return drawn
