@@ -275,3 +275,12 @@ def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     history.append(asked.cache_dir, past.replace(run="fp8", workload=planned.workload))
     again = plan.offline(asked, gpu="H100 80GB", gpus=1)
     assert again.predicted.tokens_per_second == 123.0
+
+
+def test_shards_hold_no_more_than_the_files_do(ask, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Not much of it. " * 1000)
+    data = {"data_mode": "files", "data_path": [str(text)]}
+    tokens = text.stat().st_size / 4  # characters a token
+    small = plan.offline(ask(data=data), gpu=None, gpus=1)
+    assert small.predicted.shard_bytes == pytest.approx(4 * tokens), "of int32"

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import lzma
+import math
 import os
 import re
 import sysconfig
@@ -536,6 +537,13 @@ def _text_bytes(file: SourceFile) -> int:
     """What it holds, about."""
     dense = _is_compressed(file) or _kind(file.name) == ".parquet"
     return file.size * (_COMPRESSION if dense else 1)
+
+
+def local_text_bytes(config: CorpusConfig) -> float:
+    """All the text there is, about; infinite where the files are not here to be looked at."""
+    if config.data_mode not in ("files", "sample"):
+        return math.inf
+    return sum(map(_text_bytes, files(config)))
 
 
 def _divisible(file: SourceFile) -> bool:

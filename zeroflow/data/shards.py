@@ -438,18 +438,16 @@ def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) 
 
 
 def expected_bytes(config: ShardConfig, text: CorpusConfig) -> int:
-    """What the rows that `config` asks for are likely to take, in whole parts.
-
-    A corpus that ends earlier takes less.
-    """
+    """What the rows that `config` asks for are likely to take: whole parts, or all there is."""
     part = corpus.SLICE_BYTES / _CHARACTERS_PER_TOKEN
     if text.data_mode == "synthetic":
         part = _SYNTHETIC_BLOCKS * synthetic.BLOCK / synthetic.END_PROBABILITY
     held_out, row = config.validation_fraction, config.layout.row_tokens
     train = config.train_rows * row / (part * (1 - held_out))
     validation = config.validation_rows * row / (part * held_out)
-    parts_read = math.ceil(max(train, validation))
-    return int(parts_read * part * np.dtype(config.token_type).itemsize)
+    asked_for = math.ceil(max(train, validation)) * part
+    there = corpus.local_text_bytes(text) / _CHARACTERS_PER_TOKEN
+    return int(min(asked_for, there) * np.dtype(config.token_type).itemsize)
 
 
 def row_bytes(rows: ShardSet) -> int:
