@@ -171,11 +171,15 @@ def main() -> None:
     rows = arguments.rows or (12 if device.kind == "cuda" else 4)
     arguments.rows, arguments.batch_rows = [rows], arguments.batch_rows or rows
     arguments.windows = arguments.seconds = 1  # of no use here
-    _, settings = parse_contender(arguments.ours)
-    if arguments.fp8:
-        settings["fp8"] = "true"
-    work = workload(arguments, arguments.size, settings)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} are none")
     try:
+        name, settings = parse_contender(arguments.ours)
+        if name != "ours":
+            parser.error(f"--ours {name}: only ours is profiled")
+        if arguments.fp8:
+            settings["fp8"] = "true"
+        work = workload(arguments, arguments.size, settings)
         check(work, device)
     except ValueError as error:
         parser.error(str(error))

@@ -474,12 +474,14 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
     name, _, settings = asked.partition(":")
     if name not in CONTENDERS:
         raise ValueError(f"{name} is no contender: choose from {', '.join(CONTENDERS)}")
+    if settings and name != "ours":
+        raise ValueError(f"{asked}: only ours takes settings")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
     return name, {key: value for key, _, value in pairs}
 
 
 def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Workload:
-    own = {name: value for name, value in settings.items() if name in Workload.model_fields}
+    own = {name: value for name, value in settings.items() if name == "document_mask"}
     compute = {
         "device": arguments.device,
         "precision": arguments.precision,
@@ -501,11 +503,14 @@ def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str])
 
 
 def check(work: Workload, device: Device) -> None:
-    """See that the device can compute so.
+    """See that it can be computed, and by the device.
 
     Raises:
         ValueError: it cannot.
     """
+    for rows in work.rows:
+        if work.batch_rows % rows:
+            raise ValueError(f"--rows {rows} does not divide --batch-rows {work.batch_rows}")
     if work.compute.fp8:
         precision = work.compute.precision
         require_fp8(device, work.model, seq_len=work.seq_len, precision=precision)
@@ -729,9 +734,6 @@ def main() -> None:
     arguments.sizes = arguments.sizes or (list(SIZES) if device.kind == "cuda" else ["tiny"])
     arguments.batch_rows = arguments.batch_rows or (48 if device.kind == "cuda" else 4)
     arguments.contenders += [_OURS_IN_FP8] if arguments.fp8 else []
-    for rows in arguments.rows or []:
-        if arguments.batch_rows % rows:
-            parser.error(f"--rows {rows} does not divide --batch-rows {arguments.batch_rows}")
     try:
         for asked in arguments.contenders:
             check(workload(arguments, arguments.sizes[0], parse_contender(asked)[1]), device)

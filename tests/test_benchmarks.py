@@ -85,6 +85,27 @@ def test_contender_that_takes_too_long_is_ended_with_its_reason():
     assert outcome == {"trials": [], "failed": "stopped after 0 s (--limit)"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rows", "3", "--batch-rows", "4"], "--rows 3 does not divide --batch-rows 4"),
+        (["--rows", "8", "--batch-rows", "4"], "--rows 8 does not divide --batch-rows 4"),
+        (["--rows", "-1"], "greater than 0"),
+        (["--ours", "hf_eager"], "only ours is profiled"),
+        (["--ours", "hf_eager:compile=true"], "only ours takes settings"),
+        (["--ours", "theirs"], "theirs is no contender"),
+        (["--ours", "ours:seq_len=8"], "seq_len"),
+        (["--steps", "0"], "--steps 0"),
+    ],
+)
+def test_profile_of_what_cannot_be_is_refused_with_its_reason(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--device", "cpu", *flags])
+    with pytest.raises(SystemExit) as ended:
+        profile_step.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_rows_are_doubled_up_to_the_batch():
     assert train_speed.doublings(48) == [3, 6, 12, 24, 48]
 

@@ -383,6 +383,17 @@ def gpu(monkeypatch):
     monkeypatch.setattr(planning, "find_device", lambda wanted: GPU)
 
 
+@pytest.mark.parametrize("seq_len", [1000, 1450, 1536, 2000, 2048, 3000, 6000])
+@pytest.mark.parametrize("size", SIZES)
+def test_context_that_leaves_few_divisors_still_fills_the_gpu(ask, gpu, size, seq_len):
+    run = settle(ask(device="auto", model={"size": size}, training={"seq_len": seq_len})).run
+    choice, nominal = run.training, with_vocabulary(SIZES[size], 128_256)
+    fits, _ = planning.micro_batch(nominal, seq_len, GPU)
+    assert min(run.batch_rows, fits / 4) <= choice.batch_size <= fits
+    usual = {"tiny": 2**18, "small": 2**19, "medium": 2**20}[size]
+    assert choice.batch_tokens == pytest.approx(usual, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("size", "tokens", "rate"),
     [("tiny", 2**18, 3e-3), ("small", 2**19, 2e-3), ("medium", 2**20, 1e-3)],

@@ -678,7 +678,10 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
         if accumulate:
             return max(1, min(fits, round(wanted / accumulate))), accumulate
         rows = largest_divisor(wanted, fits)
-        return rows, wanted // rows
+        if 4 * rows >= fits:
+            return rows, wanted // rows
+        accumulate = -(-wanted // fits)  # 683 rows have no divisor: 38 x 18 keep the GPU busy
+        return round(wanted / accumulate), accumulate
     wanted, rest = divmod(choice.batch_tokens, seq_len)
     if rest:
         raise ValueError(
