@@ -1,8 +1,6 @@
 import json
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,41 +28,6 @@ def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
     mine, theirs = fast.encode(texts), plain.encode(texts)
     assert np.array_equal(mine.ids, theirs.ids) and np.array_equal(mine.lengths, theirs.lengths)
     assert mine.ids.dtype == np.int32 and mine.lengths.sum() == len(mine.ids)
-
-
-@pytest.mark.parametrize("name", ["fastokens", "tokenizers"])
-def test_what_waits_is_encoded_in_one_call_and_told_apart(llama, name, monkeypatch):
-    encoder = encoding.load(llama, name)
-    requests = [["the first"], [], ["a river", ""], ["", "", "of text"], ["the last"]]
-    alone = [encoder.encode(texts) for texts in requests]
-    calls, free, encode = [], threading.Event(), encoder._encode
-
-    def counted(texts):
-        calls.append(len(texts))
-        free.wait()
-        return encode(texts)
-
-    monkeypatch.setattr(encoder, "_encode", counted)
-    begun = [encoder.begin(texts) for texts in requests[:1]]
-    while not calls:
-        time.sleep(0.01)
-    begun += [encoder.begin(texts) for texts in requests[1:]]
-    free.set()
-    for one, encoded in zip(alone, begun, strict=True):
-        mine = encoded.result(timeout=60)
-        assert np.array_equal(mine.ids, one.ids) and np.array_equal(mine.lengths, one.lengths)
-    assert calls == [1, 6]
-
-
-def test_failure_is_told_to_all_who_wait_and_to_nobody_later(llama, monkeypatch):
-    encoder = encoding.load(llama, "fastokens")
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder, "_encode", lambda texts: 1 / 0)
-        begun = [encoder.begin(["one"]), encoder.begin(["two"])]
-        for encoded in begun:
-            with pytest.raises(ZeroDivisionError):
-                encoded.result(timeout=60)
-    assert encoder.encode(["three"]).lengths[0] > 0
 
 
 def test_fast_encoder_is_chosen_where_it_agrees_on_every_hard_string(llama):

@@ -12,12 +12,10 @@ import random
 import subprocess
 import sys
 import threading
-from abc import ABC, abstractmethod
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import fastokens
 import numpy as np
@@ -74,70 +72,36 @@ class Encoded(NamedTuple):
     lengths: npt.NDArray[np.int64]
 
 
-class Encoder(ABC):
-    """Encodes in one thread, whoever asks, with all cores.
-
-    Each thread that calls fastokens fills a cache of words of its own, and parts bring new threads.
-    What has come in meanwhile is encoded in one call: at its end cores wait for each other.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
-        self._waiting: deque[tuple[list[str], Future[Encoded]]] = deque()
-
-    def begin(self, texts: list[str]) -> Future[Encoded]:
-        """Ids of all `texts`, which hold no surrogates, without special tokens."""
-        encoded: Future[Encoded] = Future()
-        self._waiting.append((texts, encoded))
-        self._thread.submit(self._encode_waiting)
-        return encoded
-
+class Encoder(Protocol):
     def encode(self, texts: list[str]) -> Encoded:
-        return self.begin(texts).result()
-
-    def _encode_waiting(self) -> None:
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if not waiting:  # it went with what came before
-            return
-        try:
-            ids, lengths = self._encode([text for texts, _ in waiting for text in texts])
-        except BaseException as error:  # fastokens' panics are no Exceptions
-            for _, encoded in waiting:
-                encoded.set_exception(error)
-            return
-        begins = np.concatenate([[0], np.cumsum(lengths)])
-        first = 0
-        for texts, encoded in waiting:
-            behind = first + len(texts)
-            mine = ids[begins[first] : begins[behind]]
-            encoded.set_result(Encoded(mine, lengths[first:behind]))
-            first = behind
-
-    @abstractmethod
-    def _encode(self, texts: list[str]) -> Encoded: ...
+        """Ids of all `texts`, which hold no surrogates, without special tokens."""
+        ...
 
 
-class _HuggingFace(Encoder):
+class _HuggingFace:
     def __init__(self, file: Path) -> None:
-        super().__init__()
         self._tokenizer = plain(file)
 
     def added_tokens(self) -> list[str]:
         return [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def encode(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         lengths = np.array([len(part) for part in ids], dtype=np.int64)
         return Encoded(np.concatenate([*ids, np.empty(0, np.int32)]), lengths)
 
 
-class _Fastokens(Encoder):
+class _Fastokens:
     def __init__(self, file: Path) -> None:
-        super().__init__()
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # each thread that calls it fills a cache of words of its own, and parts bring new threads
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        return self._thread.submit(self._encode, texts).result()
 
     def _encode(self, texts: list[str]) -> Encoded:
         ids, ends = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)

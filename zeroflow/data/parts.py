@@ -237,9 +237,8 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
         yield from _synthetic(job)
         return
     encoder = tokenizer.encoder(job.tokens)
-    reads = _ahead(corpus.read(job.corpus, job.piece, tally))
-    for read, encoded in _begun((read, encoder.begin(read.texts)) for read in reads):
-        ids, lengths = encoded.result()
+    for read in _ahead(corpus.read(job.corpus, job.piece, tally)):
+        ids, lengths = encoder.encode(read.texts)
         _check(job, ids, lengths, read)
         ends = np.cumsum(lengths)
         bounds = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
@@ -255,15 +254,6 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
             tally.empty += int((lengths == 0).sum())
             batch = batch.only(lengths > 0)
         yield batch
-
-
-def _begun(items: Iterator[T]) -> Iterator[T]:
-    """`items`, each given once the next one has been asked for: the encoder always has work."""
-    before: list[T] = []
-    for item in items:
-        yield from before
-        before = [item]
-    yield from before
 
 
 def _check(job: PartJob, ids: Tokens, lengths: Ids, read: corpus.Batch) -> None:
