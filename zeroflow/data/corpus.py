@@ -845,7 +845,8 @@ def _as_strings(values: pa.Array) -> pa.StringArray:
     """Null is empty; a number is as Python writes it."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if kind in _STRINGS:
-        return values.cast(pa.string()).fill_null("")
+        texts = values.cast(pa.string())
+        return texts.fill_null("") if texts.null_count else texts
     return strings("" if value is None else str(value) for value in values.to_pylist())
 
 
