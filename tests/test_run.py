@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from tiny import SHAPE, jsonl_corpus
 
-from zeroflow import artifacts, planning
+from zeroflow import artifacts, plan, planning
 from zeroflow import run as runs
 from zeroflow.data import corpus as corpora
 from zeroflow.data.hub import HubError
@@ -13,6 +13,7 @@ from zeroflow.data.parts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.planning import Device
 from zeroflow.run import ModelChoice, RunConfig, TrainingChoice, settle
 from zeroflow.training.job import RunIsBusy
 
@@ -381,6 +382,25 @@ def test_gpu_that_is_not_there_is_refused(ask):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(planning, "find_device", lambda wanted: GPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "compiled"),
+    [("Tesla T4", (7, 5), True), ("Tesla P100", (6, 0), False)],
+)
+def test_older_gpu_trains_in_what_it_has_and_says_so(
+    ask, monkeypatch, caplog, name, capability, compiled
+):
+    old = Device(kind="cuda", name=name, memory_bytes=15 * 2**30, capability=capability)
+    monkeypatch.setattr(planning, "find_device", lambda wanted: old)
+    with caplog.at_level("INFO", logger="zeroflow"):
+        settled = plan.make(ask(device="auto"))
+    assert settled.run.training.precision == "fp32"
+    assert settled.run.training.compile is compiled
+    asked_for = ask(device="auto", run_name="other", training={"precision": "bf16"})
+    assert settle(asked_for).run.training.precision == "bf16"
+    [line] = [line for line in caplog.messages if line.startswith("device")]
+    assert "an older GPU" in line and ("not compiled" in line) is not compiled
 
 
 @pytest.mark.parametrize("seq_len", [1000, 1450, 1536, 2000, 2048, 3000, 6000])

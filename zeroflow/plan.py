@@ -345,7 +345,12 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
         f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
     )
     compiled = "compiled" if choice.compile else "not compiled"
-    yield f"device: {device.name}, {settled.training.compute.arithmetic}, {compiled}"
+    older = ""
+    if device.kind == "cuda" and not device.has_bf16:
+        capability = ".".join(map(str, device.capability or ()))
+        older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
+        older += "torch.compile for 7.0)"
+    yield f"device: {device.name}, {settled.training.compute.arithmetic}, {compiled}{older}"
     yield f"resume: {runs.resume_promise(run)}"
     if run.skip_preflight:
         yield "pre-flight: skipped, as asked for"

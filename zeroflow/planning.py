@@ -60,6 +60,16 @@ Stage = Literal[0, 1, 2, 3]
 """Of ZeRO: what ranks share out. 0 nothing, 1 moments, 2 and gradients, 3 and weights."""
 
 
+BF16_CAPABILITY = (8, 0)
+"""Of Ampere."""
+
+_TRITON_CAPABILITY = (7, 0)
+"""Of Volta."""
+
+_FP8_CAPABILITY = (8, 9)
+"""Of Ada; Hopper has (9, 0)."""
+
+
 class Device(Config):
     """What the run computes on."""
 
@@ -71,6 +81,16 @@ class Device(Config):
 
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; None for a CPU."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Products in bf16 that are faster than those in fp32."""
+        return self.capability is not None and self.capability >= BF16_CAPABILITY
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile, with Triton below it, can make kernels that pay here."""
+        return self.capability is not None and self.capability >= _TRITON_CAPABILITY
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -136,10 +156,6 @@ def known_gpu(wanted: str) -> Device:
         peak_flops=gpu.peak_flops,
         capability=gpu.capability,
     )
-
-
-_FP8_CAPABILITY = (8, 9)
-"""Of Ada; Hopper has (9, 0)."""
 
 
 def require_fp8(

@@ -631,7 +631,7 @@ def _fill(
     nominal = with_vocabulary(shape, planning.NOMINAL_VOCABULARY)
     size = _nearest_size(nominal.parameters)
     seq_len = choice.seq_len or (2048 if gpu else 256)
-    precision: Precision = choice.precision or ("bf16" if gpu else "fp32")
+    precision: Precision = choice.precision or ("bf16" if device.has_bf16 else "fp32")
     fits, checkpointing = planning.micro_batch(
         *(nominal, seq_len, device, choice.activation_checkpointing),
         precision=precision,
@@ -655,7 +655,7 @@ def _fill(
         "learning_rate": choice.learning_rate or peak,
         "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
         "precision": precision,
-        "compile": gpu if choice.compile is None else choice.compile,
+        "compile": device.compiles if choice.compile is None else choice.compile,
         "activation_checkpointing": checkpointing,
         "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
         "validate_every": choice.validate_every or (250 if gpu else max(1, steps // 2)),

@@ -26,3 +26,8 @@ def test_other_failures_of_the_system_name_their_file_and_ours_are_told_as_they_
     assert worker._message(known_before, RUN) == known_before.strerror
     assert worker._message(ValueError("wrong"), RUN) == "wrong"
     assert worker._message(KeyError("name"), RUN) == "KeyError: 'name'"
+
+
+@pytest.mark.parametrize("error", ["No working C++ compiler found in", "Failed to find C compiler"])
+def test_lack_of_a_compiler_says_what_to_install(error):
+    assert "install gcc and g++" in worker._message(RuntimeError(error), RUN)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zeroflow.data.batches import IGNORED
-from zeroflow.planning import logits_bytes
+from zeroflow.planning import BF16_CAPABILITY, logits_bytes
 
 
 def cross_entropy_sum(
@@ -63,7 +63,7 @@ def _to_losses_and_gradients(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float
 ) -> None:
     """Fill `losses` (n,), and put the gradients of their sum in the place of `logits` (n, V)."""
-    if logits.is_cuda and has_triton():
+    if logits.is_cuda and has_kernel(logits.device):
         from zeroflow.training import loss_kernel
 
         loss_kernel.to_losses_and_gradients(logits, targets, losses, z_loss)
@@ -107,6 +107,8 @@ def _held_at_once(hidden: Tensor) -> int:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether kernels can be compiled; Triton comes with PyTorch's builds for GPUs."""
-    return importlib.util.find_spec("triton") is not None
+def has_kernel(device: torch.device) -> bool:
+    """Whether ours can be compiled; Triton comes with PyTorch's builds for GPUs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY

@@ -18,6 +18,8 @@ from zeroflow.training import events
 from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason
 
 _SAME_REQUEST_SECONDS = 1.0
+_NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
+"""What PyTorch's and Triton's errors say."""
 
 Job = TypeVar("Job", bound=Config)
 
@@ -105,6 +107,11 @@ def _reason(error: Exception) -> FailureReason:
 def _message(error: Exception, run_dir: Path) -> str:
     if isinstance(error, Diverged | ValueError):
         return str(error)
+    if any(lack in str(error) for lack in _NO_COMPILER):
+        return (
+            "torch.compile and Triton need a C and a C++ compiler, and found none: install gcc and "
+            "g++, or name others in CC and CXX; on a CPU, --no-compile does without"
+        )
     if not isinstance(error, OSError) or not error.strerror:
         return f"{type(error).__name__}: {error}"
     if error.errno not in artifacts.NO_ROOM or error.strerror != os.strerror(error.errno):
