@@ -1,5 +1,6 @@
 """Curves of a run as PNG files, readable on light and dark pages."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ _DARK = "#444444"
 
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = (".", "s", "^", "x")
+_MANY = 6
+"""Lines of a legend, beyond which it would cover the curves that it tells apart."""
 
 
 def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Path:
@@ -69,12 +73,20 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
         ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
     ):
         figure, axes = _figure(f"validation loss by {name}", label, "loss (nats per token)")
-        for number, one in enumerate(found.outcomes):
-            x = [tokens * scale(one) for tokens, _ in one.curve]
-            y = [loss for _, loss in one.curve]
-            colour = _COLOURS[sizes.index(one.size) % len(_COLOURS)]
-            style = _STYLES[number % len(_STYLES)]
-            axes.plot(x, y, color=colour, linestyle=style, marker=".", label=one.run)
+        drawn_of = Counter[str]()
+        for one in found.outcomes:
+            # No compute at all has no place on a logarithmic axis
+            points = [(t * scale(one), loss) for t, loss in one.curve if t or name != "flops"]
+            marker, style = divmod(drawn_of[one.size], len(_STYLES))
+            axes.plot(
+                [x for x, _ in points],
+                [loss for _, loss in points],
+                color=_COLOURS[sizes.index(one.size) % len(_COLOURS)],
+                linestyle=_STYLES[style],
+                marker=_MARKERS[marker % len(_MARKERS)],
+                label=one.run,
+            )
+            drawn_of[one.size] += 1
         if name == "flops" and found.law is not None:
             ends = [one.flops for one in found.outcomes]
             ends += [found.next_size.flops] if found.next_size else []
@@ -82,7 +94,12 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
             law = [found.law.loss(flops) for flops in span]
             axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^-{found.law.b:.3f}")
             axes.set_xscale("log")
-        axes.legend(fontsize="small")
+        if len(found.outcomes) <= _MANY:
+            axes.legend(fontsize="small")
+        else:
+            height = max(4, 0.2 * len(found.outcomes))
+            figure.set_size_inches(10, height)
+            figure.legend(loc="outside right upper", fontsize="small")
         drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
     return drawn
 
