@@ -51,7 +51,9 @@ def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Pa
 
 def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
     """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
-    x, mean, width = expected.middles, expected.mean, expected.width
+    # A window without a logged loss, of a short run, would tear it all to pieces
+    there = ~np.isnan(expected.mean)
+    x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
     runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
     if not np.isnan(width).all():
         edges = (mean - width, mean + width)
@@ -59,8 +61,10 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
             x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
         )
     axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
-    smoothed = f"training, mean over {100 / len(x):g} % of the run"
-    axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=smoothed)
+    own = expected.smoothed(lines)
+    so_far = ~np.isnan(own)
+    label = f"training, mean over {100 / len(own):g} % of the run"
+    axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
 def losses_compared(found: Comparison, folder: Path) -> list[Path]:
