@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 from tiny import MODEL, training_config, training_job
 
-from zeroflow import artifacts, band, progress
+from zeroflow import artifacts, band, pictures, progress
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.pictures import loss_curve
@@ -247,3 +247,15 @@ def test_picture_without_a_band_is_drawn_as_well(make):
         picture = loss_curve(mine, list(losses(to=3)), expected)
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert imread(picture)[..., 3].min() == 1, "on a dark page it brings its own background"
+
+
+def test_band_of_runs_too_short_for_each_window_is_drawn_in_one_piece(job, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
+    expected = found(job)
+    expected.mean[2::3] = expected.width[2::3] = math.nan
+    loss_curve(job, list(losses()), expected)
+    [axes] = figures[0].axes
+    assert not any(math.isnan(y) for line in axes.lines for y in line.get_ydata())
+    [filled] = axes.collections
+    assert len(filled.get_paths()) == 1

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from zeroflow import pictures
 from zeroflow.comparison import Outcome, PowerLaw, compare, figures, markdown
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.pictures import losses_compared
@@ -109,3 +110,19 @@ def test_page_and_pictures_tell_all_of_it(tmp_path):
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert figures(found)["law"]["points"] == 3
+
+
+def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
+    sizes = ("tiny", "small", "medium")
+    losses_compared(compare([outcome(size, seed=n) for size in sizes for n in range(6)]), tmp_path)
+    for figure in figures:
+        figure.draw_without_rendering()
+        [axes], [legend] = figure.axes, figure.legends
+        lines = [line for line in axes.lines if line.get_label()[0] != "C"]
+        looks = {(x.get_color(), x.get_linestyle(), x.get_marker()) for x in lines}
+        assert len(looks) == len(lines) == 18
+        assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+        if axes.get_xscale() == "log":
+            assert all(x > 0 for line in lines for x in line.get_xdata())

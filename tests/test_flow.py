@@ -40,7 +40,8 @@ def sample(
     """A finished run on the sample, and what it printed."""
     environment = base_environment | {"PREFECT_API_URL": prefect_api}
     flow = Flow(tmp_path_factory.mktemp("sample") / "cache", environment)
-    return flow, flow.run("--run-name=first", "--log-interval=4", *CHECKED_SHAPE)
+    prompt = "--sample-prompt=def a\n```\n| b"
+    return flow, flow.run("--run-name=first", "--log-interval=4", prompt, *CHECKED_SHAPE)
 
 
 def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
@@ -57,6 +58,13 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     made.discard("compile")  # PyTorch makes it, compiled or not
     assert made == {"tokenizers", "shards", "runs", "mlflow", "plans.jsonl"}
     assert (flow.folder("first") / "run.json").exists()
+
+
+def test_no_text_of_a_run_breaks_its_report(sample: tuple[Flow, str]) -> None:
+    flow, _ = sample
+    page = (flow.folder("first") / "report.md").read_text()
+    assert page.count("\n```") == 2, "the sample's block"
+    assert "| training.sample_prompt | def a ``` \\| b |" in page
 
 
 def test_metrics_have_the_promised_fields_at_the_promised_steps(sample: tuple[Flow, str]) -> None:

@@ -72,6 +72,19 @@ def test_too_little_room_is_said(ask, monkeypatch):
     assert "NOT ENOUGH" in plan.disk_line(plan.offline(ask(), gpu=None, gpus=1))
 
 
+def test_checkpoints_that_are_kept_for_good_need_room(ask):
+    few, many = (
+        plan.offline(ask(training=training), gpu=None, gpus=1).disk_bytes
+        for training in ({"max_steps": 100}, {"max_steps": 100, "keep_every": 30})
+    )
+    size = plan.offline(ask(), gpu=None, gpus=1).predicted.checkpoint_bytes
+    assert many - few == size, "that of step 60: a run of 100 steps saves every 20"
+
+
+def test_plan_in_fp32_on_a_gpu_tells_no_speed_of_bf16(tmp_path):
+    assert on_gpus(1, "small", tmp_path, precision="fp32").predicted.tokens_per_second is None
+
+
 def test_parts_add_up_to_the_model_and_to_the_memory(tmp_path):
     planned = on_gpus(4, "medium", tmp_path)
     assert sum(planned.parameters.values()) == 1_344_899_072

@@ -70,6 +70,11 @@ def test_unknown_peak_gives_no_rate_and_no_guess():
     assert rate is None and "peak of Some New GPU is not known" in source
 
 
+def test_peak_in_bf16_gives_no_rate_in_fp32():
+    rate, source = planning.expected_tokens_per_second(MODEL, 128, H100, precision="fp32")
+    assert rate is None and "in bf16 only" in source
+
+
 def test_rate_on_a_cpu_is_measured():
     rate, source = planning.expected_tokens_per_second(MODEL, 128, CPU)
     assert rate is not None and rate > 0 and "measured" in source

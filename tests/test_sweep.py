@@ -9,7 +9,9 @@ import pytest
 from pipeline import ROOT, SMALL_SHAPE, Flow, api
 from pydantic import ValidationError
 
+from zeroflow import artifacts, comparison, tracking
 from zeroflow import sweep as sweeps
+from zeroflow.comparison import Outcome
 from zeroflow.run import RunConfig
 from zeroflow.sweep import SweepConfig
 
@@ -62,6 +64,37 @@ def test_contradictions_are_refused(settings, message):
 def test_name_follows_from_what_is_varied():
     one, same, other = (SweepConfig(seeds=seeds) for seeds in ((0, 1), (0, 1), (0, 2)))
     assert one.name == same.name != other.name
+
+
+def test_runs_of_an_earlier_command_stay_in_the_comparison(tmp_path, monkeypatch):
+    for name, sweep in (("s-tiny-seed0", "s"), ("t-tiny-seed0", "t"), ("alone", None)):
+        artifacts.write_json(tmp_path / "runs" / name / "run.json", {"sweep": sweep})
+    (tmp_path / "runs" / "alone" / "run.json").write_text("{")
+    monkeypatch.setattr(comparison, "outcome", lambda cache, name: ended(name))
+    monkeypatch.setattr(tracking, "close_group", lambda *told, **more: None)
+    added = SweepConfig(sweep_name="s", sizes=("tiny",), seeds=(1,), run={"cache_dir": tmp_path})
+    added.folder.mkdir(parents=True)
+    page = sweeps.compare(added, failed=[]).read_text()
+    assert "2 runs," in page and "| s-tiny-seed0 |" in page and "| s-tiny-seed1 |" in page
+
+
+def ended(name: str) -> Outcome:
+    return Outcome(
+        run=name,
+        size="tiny",
+        seed=0,
+        learning_rate=1e-3,
+        parameters=1000,
+        vocabulary=512,
+        context=32,
+        flops_per_token=6000,
+        tokens=100,
+        val_loss=5.0,
+        val_bpb=None,
+        tokens_per_second=None,
+        seconds=1.0,
+        curve=((0, 6.0), (100, 5.0)),
+    )
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Curves of a run as PNG files, readable on light and dark pages."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ _DARK = "#444444"
 
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = (".", "s", "^", "x")
+_MANY = 6
+"""Lines of a legend, beyond which it would cover the curves that it tells apart."""
 
 
 def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Path:
@@ -47,7 +51,9 @@ def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Pa
 
 def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
     """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
-    x, mean, width = expected.middles, expected.mean, expected.width
+    # A window without a logged loss, of a short run, would tear it all to pieces
+    there = ~np.isnan(expected.mean)
+    x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
     runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
     if not np.isnan(width).all():
         edges = (mean - width, mean + width)
@@ -55,8 +61,10 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
             x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
         )
     axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
-    smoothed = f"training, mean over {100 / len(x):g} % of the run"
-    axes.plot(x, expected.smoothed(lines), color=_BLUE, marker=".", label=smoothed)
+    own = expected.smoothed(lines)
+    so_far = ~np.isnan(own)
+    label = f"training, mean over {100 / len(own):g} % of the run"
+    axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
 def losses_compared(found: Comparison, folder: Path) -> list[Path]:
@@ -71,13 +79,20 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
         title = f"validation loss by {label.partition(' (')[0]}"
         figure, axes = _figure(title, label, "loss (nats per token)")
         by_flops = name == "flops"
-        for number, one in enumerate(found.outcomes):
-            # a logarithm has no place for the loss before the first step
-            curve = [(tokens * scale(one), y) for tokens, y in one.curve if tokens or not by_flops]
-            x, y = zip(*curve, strict=True)
-            colour = _COLOURS[sizes.index(one.size) % len(_COLOURS)]
-            style = _STYLES[number % len(_STYLES)]
-            axes.plot(x, y, color=colour, linestyle=style, marker=".", label=one.run)
+        drawn_of = Counter[str]()
+        for one in found.outcomes:
+            # No compute at all has no place on a logarithmic axis
+            points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
+            marker, style = divmod(drawn_of[one.size], len(_STYLES))
+            axes.plot(
+                [x for x, _ in points],
+                [loss for _, loss in points],
+                color=_COLOURS[sizes.index(one.size) % len(_COLOURS)],
+                linestyle=_STYLES[style],
+                marker=_MARKERS[marker % len(_MARKERS)],
+                label=one.run,
+            )
+            drawn_of[one.size] += 1
         if by_flops:
             axes.set_xscale("log")
         if by_flops and found.law is not None:
@@ -86,7 +101,12 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
             span = np.geomspace(min(ends), max(ends), 50)
             law = [found.law.loss(flops) for flops in span]
             axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^{-found.law.b:.3f}")
-        axes.legend(fontsize="small")
+        if len(found.outcomes) <= _MANY:
+            axes.legend(fontsize="small")
+        else:
+            height = max(4, 0.2 * len(found.outcomes))
+            figure.set_size_inches(10, height)
+            figure.legend(loc="outside right upper", fontsize="small")
         drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
     return drawn
 

@@ -1,6 +1,7 @@
 """What a run will be and need, before anything is built; and at its end, whether that was so."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -140,7 +141,9 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         source = known.source
     else:
         rate, source = planning.expected_tokens_per_second(
-            *(model, work.seq_len, device, work.activation_checkpointing), fp8=work.fp8
+            *(model, work.seq_len, device, work.activation_checkpointing),
+            precision=work.precision,
+            fp8=work.fp8,
         )
     if rate is not None and gpus > 1:
         rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"
@@ -157,7 +160,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         checkpoint_bytes=planning.checkpoint_bytes(model),
     )
     # the best one, and the one being written
-    checkpoints = (run.training.keep_checkpoints + 2) * planning.checkpoint_bytes(model)
+    checkpoints = (_kept(run) + 2) * planning.checkpoint_bytes(model)
     return Plan(
         run=run.run_name,
         size=run.model.name,
@@ -177,6 +180,14 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         disk_bytes=(predicted.shard_bytes or 0) + checkpoints,
         free_bytes=planning.free_bytes(run.cache_dir),
     )
+
+
+def _kept(run: RunConfig) -> int:
+    """Checkpoints that stay, but for the best one."""
+    retention, saves = run.retention, run.cadence.checkpoint
+    if not retention.keep_every:
+        return retention.keep
+    return retention.keep + run.training_config.steps // math.lcm(saves, retention.keep_every)
 
 
 def _vocabulary(run: RunConfig) -> tuple[int, bool]:

@@ -212,9 +212,14 @@ def expected_tokens_per_second(
     device: Device,
     checkpointing: Recompute = "none",
     *,
+    precision: Precision | None = None,
     fp8: bool = False,
 ) -> tuple[float | None, str]:
-    """A rate to expect and where it comes from; None for a GPU whose peak is not known."""
+    """A rate to expect and where it comes from; None for a GPU whose peak is not known.
+
+    Args:
+        precision: None for that which is usual on the device.
+    """
     flops = model.flops_per_token(context) * (1 + _computed_again(model, checkpointing))
     if device.kind == "cpu":
         measured = _measure_cpu_flops()
@@ -222,6 +227,8 @@ def expected_tokens_per_second(
         return _ASSUMED_CPU_SHARE * measured / flops, source
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
+    if precision == "fp32":
+        return None, f"the peak of {device.name} is known in bf16 only"
     mfu = assumed_mfu(model, fp8=fp8)
     source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
     if fp8:

@@ -194,8 +194,8 @@ def _figures(
 
 
 def _cell(text: str) -> str:
-    """`text` in a table, where a bar of its own would end it."""
-    return text.replace("|", "\\|")
+    """`text` in a table, where a bar or a line break of its own would end it."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _stages_section(stages: dict[str, Any]) -> str:
@@ -295,7 +295,7 @@ def _markdown(
     warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
     plan = plans.load(run.run_dir)
     planned = plan_page.section(plan, compared) if plan else ""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in leaves(run))
+    settings = "\n".join(f"| {name} | {_cell(str(value))} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
         f"![loss against tokens]({pictures.LOSS_CURVE})\n\n"
@@ -303,6 +303,6 @@ def _markdown(
         f"{_stages_section(report['stages'])}"
         f"{preflight_section(checked) if checked else ''}"
         f"{_time_section(report['time'])}{planned}{recovered}"
-        f"## Sample\n\n```\n{report['sample']}\n```\n\n"
+        f"## Sample\n\n{look.quoted(report['sample'])}\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

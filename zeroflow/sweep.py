@@ -3,14 +3,14 @@
 import logging
 from itertools import product
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from zeroflow import artifacts, comparison, pictures, tracking
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
-from zeroflow.run import RunConfig
+from zeroflow.run import RUN_FILE, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ def open_group(sweep: SweepConfig) -> None:
 def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
     """Write the comparison of the sweep's finished runs, also to MLflow.
 
+    Those that an earlier command has trained are among them.
+
     Returns:
         the path of comparison.md
 
@@ -129,8 +131,7 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
         ValueError: no run has finished.
     """
     cache, where = sweep.run.cache_dir, sweep.folder
-    names = [str(cell.run_name) for cell in cells(sweep)]
-    outcomes = [one for name in names if (one := comparison.outcome(cache, name))]
+    outcomes = [one for name in _members(sweep) if (one := comparison.outcome(cache, name))]
     if not outcomes:
         raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
     found = comparison.compare(outcomes)
@@ -147,3 +148,18 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
         where, [page, where / _FIGURES, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
     )
     return page
+
+
+def _members(sweep: SweepConfig) -> list[str]:
+    """Names of all runs that were ever asked for as ones of the sweep."""
+    asked = [str(cell.run_name) for cell in cells(sweep)]
+    there = sorted((sweep.run.cache_dir / "runs").glob(f"*/{RUN_FILE}"))
+    earlier = [file.parent.name for file in there if _sweep_of(file) == sweep.name]
+    return list(dict.fromkeys(asked + earlier))
+
+
+def _sweep_of(run_file: Path) -> Any:
+    try:
+        return artifacts.read_json(run_file)["sweep"]
+    except (OSError, ValueError, LookupError):  # of another version, or damaged
+        return None

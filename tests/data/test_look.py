@@ -60,3 +60,7 @@ def test_synthetic_data_is_shown_as_ids(tmp_path):
     assert "| bytes per token | none | none |" in look.markdown(
         built, seen, tokens, picture="lengths.png"
     )
+
+
+def test_quoted_text_cannot_end_its_block():
+    assert look.quoted("a\n```\n# b").count("```") == 2

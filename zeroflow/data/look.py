@@ -50,6 +50,11 @@ def look(built: ShardSet, tokens: TokenizerFiles) -> Look:
     )
 
 
+def quoted(text: str) -> str:
+    """A block of Markdown, which no text ends."""
+    return f"```text\n{text.replace('```', '` ` `')}\n```"
+
+
 def markdown(built: ShardSet, seen: Look, tokens: TokenizerFiles, *, picture: str) -> str:
     """A page about the data; `picture` is the address of the picture of lengths."""
     source = ", ".join(f"{name} {value}" for name, value in seen.source.items() if value)
@@ -73,9 +78,7 @@ def markdown(built: ShardSet, seen: Look, tokens: TokenizerFiles, *, picture: st
             _COUNTS, _counts(built.train), _counts(built.validation), strict=True
         )
     )
-    samples = "\n\n".join(
-        f"```text\n{sample.replace('```', '` ` `')}\n```" for sample in seen.samples
-    )
+    samples = "\n\n".join(map(quoted, seen.samples))
     return (
         f"# Data: {built.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"| | training | validation |\n|---|---|---|\n{counts}\n\n"
