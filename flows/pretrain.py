@@ -163,9 +163,11 @@ def _pretrain(asked: RunConfig, own: Callable[[Path], None]) -> Path:
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
     job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
-    checked: PreflightResult | None = None
+    checked: PreflightResult | None
     with orchestration.gpu_slot("none" if jobs.finished(job) else run.device):
-        if not run.skip_preflight:
+        if run.skip_preflight:
+            checked = preflight.read(job.run_dir)  # of an earlier command
+        else:
             checked = check_before(job, settled.device.name).result()
         trained: TrainResult = train_model(job, run).result()
         found = (run, job, rows, settled.device, checked, trained)

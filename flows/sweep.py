@@ -38,6 +38,7 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is froz
 
 
 def _sweep(asked: SweepConfig) -> Path:
+    sweeps.require_as_started(asked)
     orchestration.name_sweep(asked.name)
     sweeps.open_group(asked)
     failed = []

@@ -266,13 +266,16 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     (flow.folder("longer") / "run.json").write_text(json.dumps(settings | {"run_name": "longer"}))
     for made in ("mlflow.json", "overfit.json"):
         (flow.folder("longer") / made).unlink()
-    output = flow.run("--run-name=longer", "--max-steps=16", "--overfit-steps=3", expect=1)
+    more = ["--max-steps=16", "--overfit-steps=3", "--skip-preflight"]
+    output = flow.run("--run-name=longer", *more, expect=1)
     assert "resumed at step 12" in output
     assert "training has to run: it was trained to step 12, and more are asked for" in output
     assert flow.report("longer")["stages"]["training"]["why"] in output
     assert "overfit check: the loss of one fixed batch went from" in output
     assert "loss by step:" in output and "Traceback" not in output
     assert flow.report("longer")["steps"] == 16
+    page = (flow.folder("longer") / "report.md").read_text()
+    assert "| Pre-flight | passed: 8 checks |" in page, "by the command before"
     assert flow.report("longer")["status"] == "failed"
     assert mlflow_run(flow, "longer").info.status == "FAILED"
 
@@ -313,7 +316,8 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     )  # fmt: skip
     assert flow.report("own")["data"]["documents"] == 61
     assert flow.report("own")["preflight"] is None
-    assert "| skip_preflight | True |" in (flow.folder("own") / "report.md").read_text()
+    page = (flow.folder("own") / "report.md").read_text()
+    assert "| skip_preflight | True |" in page and "| Pre-flight | skipped |" in page
     assert mlflow_run(flow, "own").data.params["skip_preflight"] == "True"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from tiny import SHAPE
 
-from zeroflow import cli, history, plan, plan_page, planning
+from zeroflow import artifacts, cli, history, plan, plan_page, planning
 from zeroflow.data import shards, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig, ShardSet
@@ -121,7 +121,7 @@ def test_what_does_not_fit_on_one_gpu_fits_on_eight(tmp_path):
     )
     planned = plan.offline(asked, gpu=H100, gpus=8)
     fits = [stage.fits for stage in planned.stages]
-    assert fits[0] is False and fits[3] is True, "Llama-3.1's 8B"
+    assert fits[0] == "no" and fits[3] == "yes", "Llama-3.1's 8B"
 
 
 def test_rows_that_gpus_cannot_share_are_refused(tmp_path):
@@ -179,6 +179,7 @@ def finish(ask, rows):
         tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
         model = with_vocabulary(run.model.shape, tokens.vocab_size)
         job = training_job(settled, model, rows, tokens, tags={})
+        artifacts.write_json(run.run_dir / "job.json", job.model_dump(mode="json"))
         saved = job.checkpoints / "step-00000010"
         saved.mkdir(parents=True, exist_ok=True)
         (saved / "tensors").write_bytes(bytes(12 * model.parameters))
@@ -297,3 +298,16 @@ def test_shards_hold_no_more_than_the_files_do(ask, tmp_path):
     tokens = text.stat().st_size / 4  # characters a token
     small = plan.offline(ask(data=data), gpu=None, gpus=1)
     assert small.predicted.shard_bytes == pytest.approx(4 * tokens), "of int32"
+
+
+def test_what_a_run_has_already_needs_no_room(ask, finish, monkeypatch):
+    finish("one", rate=1000.0)
+    planned = plan.offline(ask(run_name="one"), gpu=None, gpus=1)
+    rows, checkpoint = (planned.predicted.shard_bytes, planned.predicted.checkpoint_bytes)
+    assert planned.there_bytes == pytest.approx(rows + checkpoint, rel=0.1)
+    lacking = planned.disk_bytes - planned.there_bytes
+    for free, enough in ((lacking, True), (lacking - 1, False)):
+        monkeypatch.setattr(planning, "free_bytes", lambda folder, free=free: free)
+        line = plan.disk_line(plan.offline(ask(run_name="one"), gpu=None, gpus=1))
+        assert ("NOT ENOUGH" not in line) is enough and "of it there" in line
+    assert plan.offline(ask(run_name="two"), gpu=None, gpus=1).there_bytes == 0

@@ -105,7 +105,10 @@ def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
 
 def test_activations_are_computed_again_where_they_would_not_fit():
     assert micro_batch("medium", 80)[1] == "none"
-    assert micro_batch("medium", 24) == (1, "full"), "medium trains on a card of 24 GB"
+    assert micro_batch("medium", 24) == (1, "full")
+    full = planning.memory(llama("medium"), 2048, 1, "full", H200)
+    rooms = [full.room(H200.replace(memory_bytes=size * 2**30)) for size in (28, 24, 22)]
+    assert rooms == ["yes", "tight", "no"], "an H100 held 22.3 GiB"
     assert micro_batch("medium", 8) == (1, "full"), "a step of one row is always tried"
     rows = [micro_batch("small", 24, kind)[0] for kind in ("none", "selective", "full")]
     assert rows == sorted(rows) and rows[0] < rows[-1], "more fits if asked for"
@@ -231,7 +234,8 @@ def test_ranks_share_out_more_from_stage_to_stage():
 
 def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
     assert planning.known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
-    assert planning.known_gpu("NVIDIA L4").memory_bytes == 24 * 2**30, "not the L40S"
+    for name in ("NVIDIA L4", "L4", "l4"):
+        assert planning.known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
     with pytest.raises(ValueError, match="any of: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
         planning.known_gpu("H100")
     with pytest.raises(ValueError, match="not one of: NVIDIA H200, "):

@@ -379,6 +379,11 @@ def test_gpu_that_is_not_there_is_refused(ask):
         settle(ask(device="cuda"))
 
 
+def test_preflight_is_skipped_by_a_command_and_not_by_a_run(ask):
+    assert settle(ask(run_name="r", skip_preflight=True)).run.skip_preflight
+    assert not settle(ask(run_name="r")).run.skip_preflight
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(planning, "find_device", lambda wanted: GPU)

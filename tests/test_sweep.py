@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from zeroflow import artifacts, comparison, tracking
 from zeroflow import sweep as sweeps
 from zeroflow.comparison import Outcome
-from zeroflow.run import RunConfig
+from zeroflow.run import RunConfig, settle
 from zeroflow.sweep import SweepConfig
 
 
@@ -44,6 +44,20 @@ def test_every_combination_is_a_run_with_a_name_that_tells_it():
 def test_what_is_not_varied_stays_as_the_run_has_it():
     [cell] = sweeps.cells(SweepConfig(sweep_name="s", run={"model": {"size": "small"}}))
     assert cell == RunConfig(model={"size": "small"}, sweep="s", run_name="s-small")
+
+
+def test_sweep_of_the_name_with_other_settings_is_refused_before_anything_is_changed(tmp_path):
+    given = {"device": "cpu", "data": {"data_mode": "synthetic"}, "cache_dir": tmp_path}
+    first = SweepConfig(sweep_name="s", sizes=("tiny",), run=given)
+    [cell] = sweeps.cells(first)
+    run = settle(cell).run
+    (run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    sweeps.require_as_started(first)
+    more = first.model_copy(update={"sizes": ("tiny", "small")})
+    sweeps.require_as_started(more)
+    other = {**given, "training": {"learning_rate": 0.5}}
+    with pytest.raises(ValueError, match="s-tiny of sweep s was started with"):
+        sweeps.require_as_started(SweepConfig(sweep_name="s", sizes=("small", "tiny"), run=other))
 
 
 @pytest.mark.parametrize(

@@ -373,4 +373,8 @@ def test_runs_that_follow_each_other_have_colours_of_their_own(config, run_dir):
         other.mkdir()
         tracking._Run(config, other)
         colours.append(the_run(config, other).data.tags["mlflow.runColor"])
+        group = run_dir.with_name(f"group {number}")  # has no curve that would need one
+        group.mkdir()
+        tracking._Run(config.replace(dataset=None), group)
+        assert "mlflow.runColor" not in the_run(config, group).data.tags
     assert len({*colours[:6]}) == 6 and colours[6] == colours[0]

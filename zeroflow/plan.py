@@ -16,10 +16,10 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.history import Figures, Past, Workload
 from zeroflow.model.llama import ModelConfig, Recompute
 from zeroflow.model.sizes import with_vocabulary
-from zeroflow.planning import Device, Stage, binary, decimal, duration
+from zeroflow.planning import Device, Room, Stage, binary, decimal, duration
 from zeroflow.run import RunConfig, Settled
 from zeroflow.training import recovery
-from zeroflow.training.job import TrainingJob, TrainResult
+from zeroflow.training.job import JOB, TrainingJob, TrainResult
 from zeroflow.training.loop import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class StagePlan(Config):
     """Bytes by part, at the micro-batch of the plan."""
 
     total: int
-    fits: bool
+    fits: Room
     micro_batch_rows: int
     """That would be chosen at this stage, where the batch is not given otherwise."""
 
@@ -64,6 +64,9 @@ class Plan(Config):
     memory_source: str
     disk_bytes: int
     """Shards, and as many checkpoints as there are at a time."""
+
+    there_bytes: int
+    """Of these, what a run that goes on has already."""
 
     free_bytes: int
 
@@ -178,6 +181,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         rate_source=source,
         memory_source=memory_source,
         disk_bytes=(predicted.shard_bytes or 0) + checkpoints,
+        there_bytes=_there(run),
         free_bytes=planning.free_bytes(run.cache_dir),
     )
 
@@ -188,6 +192,18 @@ def _kept(run: RunConfig) -> int:
     if not retention.keep_every:
         return retention.keep
     return retention.keep + run.training_config.steps // math.lcm(saves, retention.keep_every)
+
+
+def _there(run: RunConfig) -> int:
+    """Bytes of the shards and checkpoints that a run of this name has."""
+    if run.run_name is None or not (run.run_dir / JOB).exists():
+        return 0
+    try:
+        job = TrainingJob.model_validate(artifacts.read_json(run.run_dir / JOB))
+    except ValueError:  # of another version
+        return 0
+    saved = sum(file.stat().st_size for file in job.checkpoints.rglob("*") if file.is_file())
+    return saved + shards.row_bytes(job.shards)
 
 
 def _vocabulary(run: RunConfig) -> tuple[int, bool]:
@@ -250,7 +266,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         stage=stage,
         memory={name: size for name, size in memory._asdict().items() if size},
         total=memory.total,
-        fits=memory.fits(device),
+        fits=memory.room(device),
         micro_batch_rows=largest_divisor(work.micro_batch_rows * work.accumulate, most),
         activation_checkpointing=kind,
     )
@@ -386,8 +402,9 @@ def memory_line(plan: Plan) -> str:
 
 def disk_line(plan: Plan) -> str:
     shard_bytes = plan.predicted.shard_bytes or 0
-    room = "" if plan.disk_bytes <= plan.free_bytes else ": NOT ENOUGH"
+    room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
+    there = f", {decimal(plan.there_bytes)} of it there" if plan.there_bytes else ""
     return (
         f"up to {decimal(shard_bytes)} of shards and {decimal(plan.disk_bytes - shard_bytes)} of "
-        f"checkpoints; {decimal(plan.free_bytes)} are free{room}"
+        f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
     )

@@ -77,7 +77,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     heads = [f"stage {s.stage}" for s in stages] if plan.gpus > 1 else [""]
     rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
     rows.append(("total", *(binary(s.total) for s in stages)))
-    rows.append(("fits", *("yes" if s.fits else "NO" for s in stages)))
+    rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))

@@ -56,6 +56,9 @@ _GPUS = {
 }
 
 Precision = Literal["bf16", "fp32"]
+Room = Literal["yes", "tight", "no"]
+"""Whether it fits."""
+
 Stage = Literal[0, 1, 2, 3]
 """Of ZeRO: what ranks share out. 0 nothing, 1 moments, 2 and gradients, 3 and weights."""
 
@@ -142,8 +145,8 @@ def known_gpu(wanted: str) -> Device:
         ValueError: there is none, or there are several; the message lists those there are.
     """
     found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
-    if wanted in _GPUS:
-        found = [wanted]
+    if whole := [name for name in found if f" {name}".casefold().endswith(f" {wanted.casefold()}")]:
+        found = whole  # L4 is no part of L40S
     if len(found) != 1:
         names = ", ".join(found or _GPUS)
         raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
@@ -297,6 +300,12 @@ class Memory(NamedTuple):
     def fits(self, device: Device) -> bool:
         """A seventh is left to a GPU's context and to what the allocator cannot use."""
         return self.total <= 0.85 * device.memory_bytes
+
+    def room(self, device: Device) -> Room:
+        """tight: a GiB is left, which those may just do with."""
+        if self.fits(device):
+            return "yes"
+        return "tight" if self.total + 2**30 <= device.memory_bytes else "no"
 
 
 def memory(

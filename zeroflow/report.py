@@ -198,6 +198,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def _told(checked: PreflightResult | None) -> str:
+    if checked is None:
+        return "skipped"
+    if checked.passed:
+        return f"passed: {len(checked.checks)} checks"
+    return "**FAILED**, and was skipped then"
+
+
 def _stages_section(stages: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {'reused' if stage['reused'] else 'ran'} | {_cell(stage['why'])} |"
@@ -268,7 +276,7 @@ def _markdown(
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
         "Speed": f"{speed(report['tokens_per_second'])} on {report['device']}, "
         f"{arithmetic(report['precision'], fp8=report['fp8'])}",
-        "Pre-flight": f"passed: {len(checked.checks)} checks" if checked else "none",
+        "Pre-flight": _told(checked),
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
         f"{overfit['loss']:.4f} after {overfit['steps']} steps",
         "Resume": report["resume"],

@@ -421,12 +421,12 @@ def settle(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None)
     recorded = _recorded(asked)
     merged = _over(recorded, asked) if recorded else asked
     merged = merged.replace(model=merged.model.settled)
-    if recorded and (different := _difference(recorded, merged)):
-        if checkpoint.newest_step(recorded.run_dir / CHECKPOINTS):
-            raise ValueError(
-                f"run {merged.run_name} was started with {different}: use another --run-name, or "
-                "the former setting"
-            )
+    if different := started_otherwise(asked):
+        raise ValueError(
+            f"run {merged.run_name} was started with {different}: use another --run-name, or the "
+            "former setting"
+        )
+    if recorded and _difference(recorded, merged):
         # Nothing has been trained: the run begins anew, so that a remedy can be tried
         for of_before in (RUN_FILE, ASKED_FILE, tracking.LEDGER):
             (recorded.run_dir / of_before).unlink(missing_ok=True)
@@ -456,6 +456,15 @@ def settle(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None)
         artifacts.write_json(run.run_dir / ASKED_FILE, otherwise)
     artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
     return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
+
+
+def started_otherwise(asked: RunConfig) -> str | None:
+    """What is asked of a run and cannot be changed any more, as it has been trained; else None."""
+    recorded = _recorded(asked)
+    if recorded is None or not checkpoint.newest_step(recorded.run_dir / CHECKPOINTS):
+        return None
+    merged = _over(recorded, asked)
+    return _difference(recorded, merged.replace(model=merged.model.settled)) or None
 
 
 def sketch(asked: RunConfig, device: Device) -> RunConfig:
@@ -557,6 +566,7 @@ def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
         base["model"] = {}
     for name, value in given.items():
         base[name] = base[name] | value if isinstance(value, dict) else value
+    base["skip_preflight"] = asked.skip_preflight  # of a command, not of a run
     return RunConfig.model_validate(base)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from zeroflow import artifacts, comparison, pictures, tracking
+from zeroflow import run as runs
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
 from zeroflow.run import RUN_FILE, RunConfig
@@ -77,7 +78,7 @@ def folder(cache: Path, name: str) -> Path:
 
 
 def cells(sweep: SweepConfig) -> list[RunConfig]:
-    """The runs of a sweep, smallest first, named after what they are."""
+    """The runs of a sweep, in the order of its sizes, named after what they are."""
     found = []
     for size, seed, rate in product(
         sweep.sizes or (None,), sweep.seeds or (None,), sweep.learning_rates or (None,)
@@ -101,6 +102,19 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
 def finished(cell: RunConfig) -> bool:
     """Whether a run has completed, as its report says."""
     return comparison.outcome(cell.cache_dir, str(cell.run_name)) is not None
+
+
+def require_as_started(sweep: SweepConfig) -> None:
+    """
+    Raises:
+        ValueError: a run of the sweep was trained with other settings before.
+    """
+    for cell in cells(sweep):
+        if different := runs.started_otherwise(cell):
+            raise ValueError(
+                f"run {cell.run_name} of sweep {sweep.name} was started with {different}: use "
+                "another --sweep-name, or the former setting"
+            )
 
 
 def open_group(sweep: SweepConfig) -> None:

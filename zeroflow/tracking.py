@@ -405,7 +405,7 @@ def _open(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
     facts = run_facts(run_dir)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:
-        colour = {_COLOUR: _next_colour(client, experiment_id)}
+        colour = {_COLOUR: _next_colour(client, experiment_id)} if config.dataset else {}
         run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
         artifacts.write_json(
             run_dir / _RUN_FILE,
@@ -437,7 +437,7 @@ def _experiment(client: Any, folder: Path | None) -> str:
 
 def _next_colour(client: Any, experiment_id: str) -> str:
     """Another one than the newest runs have; MLflow would take one from a hash of the run's id."""
-    newest = client.search_runs([experiment_id], max_results=1)
+    newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
     colour = newest[0].data.tags.get(_COLOUR) if newest else None
     if colour not in _COLOURS:
         return _COLOURS[0]
