@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import psutil
 import pytest
 
@@ -172,3 +173,12 @@ def rank_of(cache: Path) -> psutil.Process:
     """The process that trains."""
     ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
     return max(ranks, key=lambda process: process.create_time())
+
+
+def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
+
+
+def mlflow_run(flow: Flow, name: str) -> mlflow.entities.Run:
+    facts = json.loads((flow.folder(name) / "mlflow.json").read_text())
+    return mlflow_client(flow).get_run(facts["run_id"])

@@ -61,10 +61,10 @@ def test_ours_in_fp8_is_one_more_contender_where_the_device_can():
 
 def test_ours_within_documents_is_one_more_contender():
     name, settings = train_speed.parse_contender("ours:document_mask=true,precision=fp32")
-    shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 512}
-    measuring = {"batch_rows": 4, "rows": [4], "windows": 1, "seconds": 0.01}
+    shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 256}
+    measuring = {"batch_rows": 2, "rows": [2], "windows": 1, "seconds": 0.01}
     work = train_speed.workload(Namespace(**shape, **measuring), "tiny", settings)
-    [[batch], *_] = work.batches(4)
+    [[batch], *_] = work.batches(2)
     assert batch.documents.max() > 0, "some end in the middle of a row"
     [figures] = train_speed.measure(name, work)
     [whole] = train_speed.measure(name, work.replace(document_mask=False))

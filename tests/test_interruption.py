@@ -6,13 +6,20 @@ import sys
 import time
 from pathlib import Path
 
-import mlflow
 import psutil
 import pytest
 import torch
-from pipeline import ROOT, SMALL_SHAPE, Flow, processes_of, rank_of
+from pipeline import (
+    ROOT,
+    SMALL_SHAPE,
+    Flow,
+    mlflow_client,
+    mlflow_run,
+    processes_of,
+    rank_of,
+)
 
-from zeroflow import artifacts, tracking
+from zeroflow import artifacts
 from zeroflow.training import checkpoint, events, goodput, recovery
 from zeroflow.training.job import CHECKPOINTS, JOB, RESULT, TrainingJob
 
@@ -132,18 +139,8 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
     assert result == expected
 
 
-def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
-
-
-def mlflow_run(flow: Flow) -> mlflow.entities.Run:
-    facts = tracking.run_facts(flow.folder("run"))
-    assert facts is not None
-    return mlflow_client(flow).get_run(facts["run_id"])
-
-
 def assert_one_mlflow_run_has_every_line_once(flow: Flow) -> None:
-    client, run = mlflow_client(flow), mlflow_run(flow)
+    client, run = mlflow_client(flow), mlflow_run(flow, "run")
     runs = client.search_runs([run.info.experiment_id])
     assert [found.info.run_name for found in runs] == ["run"]
     assert run.info.status == "FINISHED"
