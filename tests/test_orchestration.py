@@ -53,7 +53,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("runner", ["threads", "dask"])
+@pytest.mark.parametrize("runner", ["threads", pytest.param("dask", marks=pytest.mark.slow)])
 def test_parts_built_by_several_workers_are_those_of_one(
     runner, text, prefect_api, base_environment, tmp_path, monkeypatch
 ):
