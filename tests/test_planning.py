@@ -244,3 +244,10 @@ def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
 
 def test_checkpoint_holds_weights_and_two_moments_in_four_bytes_each():
     assert planning.checkpoint_bytes(MODEL) == 3 * 4 * MODEL.parameters
+
+
+def test_parameters_of_any_model_are_told():
+    assert (
+        planning.parameter_count(317_649_024) == "317.6M"
+        and planning.parameter_count(34_976) == "34,976"
+    )

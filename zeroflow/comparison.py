@@ -14,7 +14,7 @@ import numpy as np
 from zeroflow import artifacts
 from zeroflow import run as runs
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import duration, speed
+from zeroflow.planning import duration, parameter_count, speed
 from zeroflow.training import events
 
 REPORT = "report.json"
@@ -187,7 +187,7 @@ def markdown(name: str, found: Comparison, *, pictures: Sequence[str], failed: l
     head += "| validation loss | bits per byte |"
     rule = "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     rows = [
-        f"| {one.run} | {one.size} | {one.parameters / 1e6:,.1f}M | {one.seed} "
+        f"| {one.run} | {one.size} | {parameter_count(one.parameters)} | {one.seed} "
         f"| {one.learning_rate:g} | {one.tokens:,} | {one.flops:.3g} | {one.seconds / 3600:.3g} "
         f"| {speed(one.tokens_per_second)} | {one.val_loss:.4f} "
         f"| {'none' if one.val_bpb is None else f'{one.val_bpb:.4f}'} |"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig, Recompute
-from zeroflow.planning import Precision
+from zeroflow.planning import Precision, parameter_count
 
 PLANS = "plans.jsonl"
 _NEWEST = 5
@@ -145,7 +145,7 @@ def known(cache: Path, workload: Workload, *, but: str | None = None) -> Known |
         past for past in alike if (past.workload.model, past.workload.seq_len) == _shape(nearest)
     ][-_NEWEST:]
     flops = fmean(_rate(past) * past.workload.flops_per_token for past in near)
-    size = f"{nearest.model.parameters / 1e6:.1f}M parameters"
+    size = f"{parameter_count(nearest.model.parameters)} parameters"
     return Known(
         flops / workload.flops_per_token,
         None,

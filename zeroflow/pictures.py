@@ -9,6 +9,7 @@ import numpy as np
 from zeroflow.band import Band
 from zeroflow.comparison import Comparison
 from zeroflow.data.packing import Ids
+from zeroflow.planning import parameter_count
 from zeroflow.training.events import Line
 from zeroflow.training.job import TrainingJob
 
@@ -32,7 +33,7 @@ def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Pa
     Args:
         lines: of metrics.jsonl.
     """
-    title = f"{job.run_dir.name}: {job.model.parameters / 1e6:,.3g}M parameters"
+    title = f"{job.run_dir.name}: {parameter_count(job.model.parameters)} parameters"
     figure, axes = _figure(title, "tokens", "loss (nats per token)")
     train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]

@@ -362,7 +362,7 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
     yield (
-        f"model: {run.model.name}, {work.model.parameters / 1e6:.1f}M parameters "
+        f"model: {run.model.name}, {planning.parameter_count(work.model.parameters)} parameters "
         f"(vocabulary {work.model.vocab_size:,}{assumed})"
     )
     yield (

@@ -459,6 +459,11 @@ def checkpoint_bytes(model: ModelConfig) -> int:
     return 12 * model.parameters
 
 
+def parameter_count(parameters: int) -> str:
+    """Such as 317.6M, 34,976."""
+    return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+
+
 def binary(size: int) -> str:
     """Such as 37.44 GiB, 512 MiB: memory."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

@@ -719,9 +719,9 @@ def _description(run: RunConfig, model: ModelConfig) -> str:
     """Of the run, on its page in MLflow."""
     choice = run.training
     return (
-        f"{run.model.name}, {model.parameters / 1e6:.1f}M parameters, on {run.data.name}: "
-        f"{choice.max_steps:,} steps of {choice.batch_tokens:,} tokens at a peak learning rate of "
-        f"{choice.learning_rate:g}, seed {run.seed}"
+        f"{run.model.name}, {planning.parameter_count(model.parameters)} parameters, "
+        f"on {run.data.name}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
+        f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
     )
 
 
