@@ -742,6 +742,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the contender as well
     results = compare(arguments, device)
+    if not any("best" in facts for facts in results["runs"]):
+        sys.exit("nothing was measured, and what is there is kept")
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2) + "\n"
     (arguments.out / "train_speed.json").write_text(text, encoding="utf-8")

@@ -106,6 +106,15 @@ def test_profile_of_what_cannot_be_is_refused_with_its_reason(monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
+def test_where_nothing_was_measured_nothing_is_overwritten(monkeypatch, tmp_path):
+    (tmp_path / "train_speed.json").write_text("of before")
+    asked = ["--device", "cpu", "--contenders", "ours", "--limit", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_speed.py", *asked])
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        train_speed.main()
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["of before"]
+
+
 def test_rows_are_doubled_up_to_the_batch():
     assert train_speed.doublings(48) == [3, 6, 12, 24, 48]
 
