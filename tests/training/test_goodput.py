@@ -105,6 +105,11 @@ def test_process_that_never_got_ready_is_lost_as_time_between_two():
     assert account.seconds["restarts"] == 40 and account.wall == 60
 
 
+def test_phase_of_an_older_version_is_left_out():
+    books = Account([line(0, 10, began=0, start=10), line(5, 30, ended=True, data=12, other=8)])
+    assert books.wall == 22 and sum(books.shares.values()) == 1
+
+
 def test_half_a_line_of_a_killed_process_is_no_line(tmp_path):
     Books(tmp_path, begun()).book(3, first=True)
     with (tmp_path / goodput.GOODPUT).open("a") as file:

@@ -182,8 +182,8 @@ class Account:
             self._count(line)
 
     def _count(self, line: events.Line) -> None:
-        for phase, seconds in line["seconds"].items():
-            self.seconds[phase] += seconds
+        for phase in PHASES:  # older versions had one more: waiting for MLflow at the end
+            self.seconds[phase] += line["seconds"].get(phase, 0.0)
         if "began" in line:
             self._step, self._is_first = line["step"], True
         elif done := line["step"] - self._step:
