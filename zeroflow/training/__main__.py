@@ -326,7 +326,10 @@ def work(job: TrainingJob, stop: StopRequest) -> None:
         worker.make_deterministic()
     clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=job.training.compute.device)
     session = Session(job, clock)
-    ended = session.run(stop)
+    try:
+        ended = session.run(stop)
+    finally:
+        session.saver.wait()  # what is being written is what the next process goes on from
     account = session.books.book(session.state.step, ended=True)
     log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
