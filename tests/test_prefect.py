@@ -371,7 +371,7 @@ def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
 
 def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Server) -> None:
     with temporary_settings({PREFECT_API_URL: server.url}):
-        prefect_server.set_up(silence=timedelta(seconds=10))  # the least that Prefect takes
+        prefect_server.set_up(silence=timedelta(seconds=60))  # on a slow machine, to step 10
     try:
         process = flow.start("--run-name=killed", *ENDLESS)
         flow.wait_for_step("killed", 10, process)
