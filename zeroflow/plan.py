@@ -200,10 +200,10 @@ def _there(run: RunConfig) -> int:
         return 0
     try:
         job = TrainingJob.model_validate(artifacts.read_json(run.run_dir / JOB))
-    except ValueError:  # of another version
+        saved = sum(file.stat().st_size for file in job.checkpoints.rglob("*") if file.is_file())
+        return saved + shards.row_bytes(job.shards)
+    except (OSError, ValueError):  # at work and retiring one just now; of another version
         return 0
-    saved = sum(file.stat().st_size for file in job.checkpoints.rglob("*") if file.is_file())
-    return saved + shards.row_bytes(job.shards)
 
 
 def _vocabulary(run: RunConfig) -> tuple[int, bool]:
