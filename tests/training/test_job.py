@@ -108,6 +108,11 @@ def test_rank_0_says_what_goes_on_and_others_what_goes_wrong(rank, caplog):
     assert ("DEBUG", "printed") in heard
 
 
+def test_child_is_rank_0_whatever_number_a_launcher_gave_the_flow(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert job._environment(None)["RANK"] == "0", "or it would say nothing of what goes on"
+
+
 def test_training_that_goes_on_says_from_where_and_why(tmp_path):
     rows, tokens = synthetic_rows(tmp_path)
     training = training_config(steps=6)

@@ -405,7 +405,9 @@ def _environment(compile_cache: Path | None) -> dict[str, str]:
         # A container may keep no bytecode: then every process compiles PyTorch's sources first
         given.pop("PYTHONDONTWRITEBYTECODE", None)
         kept["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
-    return kept | given | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}
+    # A launcher above the flow may have numbered it: the child is the only rank of its training
+    own = {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time()), "RANK": "0"}
+    return kept | given | own
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
