@@ -167,3 +167,15 @@ def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
         other(tmp_path / "another")
     with job.ownership() as own:
         own(tmp_path / "run")
+
+
+def test_peak_memory_is_of_the_process_itself_not_of_the_one_that_started_it():
+    held = b"x" * 2**30  # getrusage of a child begins with what its parent holds
+    code = (
+        "from types import SimpleNamespace as N; from zeroflow.training import __main__ as program;"
+        "job = N(training=N(compute=N(device='cpu'))); print(program.peak_memory_bytes(job))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert 2**27 < int(printed) < len(held), "PyTorch alone takes 200 MiB"

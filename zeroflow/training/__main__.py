@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shlex
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -314,10 +313,14 @@ def peak_memory_bytes(job: TrainingJob) -> int:
     """Most memory held so far: of the GPU by tensors, of a CPU process as resident set."""
     if job.training.compute.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where a GPU would be
+    try:
+        # Not getrusage, whose figure Linux starts at the memory of the process that started this
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except FileNotFoundError:  # not Linux
+        import resource  # not on Windows, where a GPU would be
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def work(job: TrainingJob, stop: StopRequest) -> None:
