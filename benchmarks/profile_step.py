@@ -35,7 +35,7 @@ from zeroflow.planning import Device
 # The first that matches a name counts. Inductor names a fused kernel by all that is in it, also by
 # the cast to fp8 or the attention that it only prepares: its kernels come before those.
 FAMILIES = (
-    ("cross-entropy", r"cross_entropy|log_?softmax|nll_?loss|logsumexp"),
+    ("cross-entropy", r"cross_entropy|log_?softmax|nll_?loss|logsumexp|aten::(amax|exp_|log)$"),
     ("optimiser", r"adam|multi_tensor|lpnorm|foreach|optimizer"),
     ("embedding", r"embedding|index_put|indexing_backward|index_?select|compute_grad_weight"),
     ("norms, pointwise", r"(triton|cpp)_(poi|per|red|for|fused)"),

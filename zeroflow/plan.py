@@ -251,6 +251,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         device,
         precision=work.precision,
         fp8=work.fp8,
+        compiled=work.compile,
         accumulates=work.accumulate > 1,
         stage=stage,
         ranks=ranks,
@@ -259,6 +260,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         *(work.model, work.seq_len, device),
         precision=work.precision,
         fp8=work.fp8,
+        compiled=work.compile,
         stage=stage,
         ranks=ranks,
     )

@@ -646,6 +646,7 @@ def _fill(
         *(nominal, seq_len, device, choice.activation_checkpointing),
         precision=precision,
         fp8=choice.fp8,
+        compiled=choice.compile,
     )
     usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)

@@ -71,11 +71,12 @@ def _to_losses_and_gradients(
     exact = logits.float()  # the same tensor if it is fp32
     valid = targets != IGNORED
     rows, columns = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
-    log_z = exact.logsumexp(dim=1)
-    losses.copy_((log_z - exact[rows, columns] + z_loss * log_z**2) * valid)
-    exact.sub_(log_z[:, None]).exp_()
-    if z_loss:
-        exact.mul_(1 + 2 * z_loss * log_z[:, None])
+    of_targets, largest = exact[rows, columns], exact.amax(dim=1)
+    # In place, where logsumexp would make a copy, and with one exponential of each
+    sums = exact.sub_(largest[:, None]).exp_().sum(dim=1)
+    log_z = largest + sums.log()
+    losses.copy_((log_z - of_targets + z_loss * log_z**2) * valid)
+    exact.mul_(((1 + 2 * z_loss * log_z) / sums)[:, None])
     exact[rows, columns] -= 1
     exact[~valid] = 0
     if exact is not logits:
