@@ -147,6 +147,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
             *(model, work.seq_len, device, work.activation_checkpointing),
             precision=work.precision,
             fp8=work.fp8,
+            compiled=work.compile,
         )
     if rate is not None and gpus > 1:
         rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"

@@ -24,6 +24,7 @@ TOKENS_PER_PARAMETER = 20
 
 _MEASURED_MFU = {46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
 _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
+_MEASURED_MFU_EAGER = {46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 """By parameters, of tiny, small and medium on an H100: `benchmarks/README.md`."""
 
 _ASSUMED_CPU_SHARE = 0.75
@@ -202,9 +203,11 @@ def arithmetic(precision: Precision, *, fp8: bool) -> str:
     return f"{precision} with products in fp8" if fp8 else precision
 
 
-def assumed_mfu(model: ModelConfig, *, fp8: bool = False) -> float:
+def assumed_mfu(model: ModelConfig, *, fp8: bool = False, compiled: bool = True) -> float:
     """What a model of as many parameters has reached on an H100, as a share of its bf16 peak."""
     measured = _MEASURED_MFU_FP8 if fp8 else _MEASURED_MFU
+    if not compiled:
+        measured = _MEASURED_MFU_EAGER
     sizes = [math.log(parameters) for parameters in measured]
     return float(np.interp(math.log(model.parameters), sizes, list(measured.values())))
 
@@ -217,11 +220,13 @@ def expected_tokens_per_second(
     *,
     precision: Precision | None = None,
     fp8: bool = False,
+    compiled: bool = True,
 ) -> tuple[float | None, str]:
-    """A rate to expect and where it comes from; None for a GPU whose peak is not known.
+    """A rate to expect and where it comes from; None where nothing near it has been measured.
 
     Args:
         precision: None for that which is usual on the device.
+        compiled: of a GPU; on a CPU it is not looked at.
     """
     flops = model.flops_per_token(context) * (1 + _computed_again(model, checkpointing))
     if device.kind == "cpu":
@@ -232,8 +237,12 @@ def expected_tokens_per_second(
         return None, f"the peak of {device.name} is not known"
     if precision == "fp32":
         return None, f"the peak of {device.name} is known in bf16 only"
-    mfu = assumed_mfu(model, fp8=fp8)
+    if fp8 and not compiled:
+        return None, "fp8 was measured with compiled code only"
+    mfu = assumed_mfu(model, fp8=fp8, compiled=compiled)
     source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
+    if not compiled:
+        source += f" without torch.compile, and {assumed_mfu(model):.0%} with it"
     if fp8:
         source += f" with fp8 and {assumed_mfu(model):.0%} without"
     if checkpointing != "none":
@@ -325,8 +334,8 @@ def memory(
     """Memory of a step over micro-batches of `rows`.
 
     On one H100 within 4 % of what was measured for tiny, small and medium in bf16, and for tiny and
-    medium in fp8. For several ranks it follows from how FSDP2 shares out, and has not been measured
-    on GPUs.
+    medium in fp8; within 5 % in fp32, and where nothing is compiled. For several ranks it follows
+    from how FSDP2 shares out, and has not been measured on GPUs.
 
     Args:
         precision: None for that which is usual on the device.
@@ -343,7 +352,7 @@ def memory(
     kept = (
         _kept_compiled(model, tokens, checkpointing, width, fp8=fp8)
         if compiled
-        else _kept_eager(model, tokens, checkpointing, width)
+        else _kept_eager(model, tokens, checkpointing, width, gpu=gpu)
     )
     if not gpu:
         kept = int(heap(accumulates=accumulates) * kept)
@@ -391,23 +400,33 @@ def _kept_compiled(
     return tokens * (kept[checkpointing] + width * 4 * D)
 
 
-def _kept_eager(model: ModelConfig, tokens: int, checkpointing: Recompute, width: int) -> int:
+def _kept_eager(
+    model: ModelConfig, tokens: int, checkpointing: Recompute, width: int, *, gpu: bool
+) -> int:
     """Activations in bytes, where no kernels are joined.
 
-    Norms keep what they have normed before it is scaled as well, the feed-forward network what
-    silu gave, and matrices that are multiplied side by side are copied. With what is computed
-    again it is more than is needed, as that comes after the loss.
+    A block keeps what `_kept_compiled` has of it, and more: norms what they were given and what
+    they have normed before it is scaled, in fp32; the feed-forward network what silu gave; a
+    product the matrices that were copied for it, to cast them or to join them. Attention keeps
+    queries and keys after rotation, and all that were projected for the sake of the values; in fp32
+    on a GPU a key and a value for every query head instead. At the loss there is its gradient.
+
+    With what is computed again it is up to 5 % more than is needed, as that comes after the loss.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-    others = tokens * (6 * D + (2 * H + 3 * K) * E + H + 2) + D * (H + 2 * K) * E
-    feed_forward = tokens * 4 * M + D * 2 * M
+    cast = width == 2
+    norm = (4 + 4 + width) * D
+    heads = 3 * H if gpu and not cast else 2 * H + 3 * K
+    others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
+    others += width * D * (model.qkv_size + (D if cast else 0))
+    feed_forward = width * (tokens * 4 * M + D * (3 if cast else 2) * M)
     kept = {
-        "none": L * (others + tokens * D + feed_forward),
-        "selective": L * (others + tokens * D) + feed_forward,
-        "full": L * tokens * D + others + feed_forward,
+        "none": L * (others + feed_forward),
+        "selective": L * others + feed_forward,
+        "full": L * tokens * width * D + others + feed_forward,
     }
-    return int(width * (kept[checkpointing] + 3 * tokens * D))
+    return kept[checkpointing] + tokens * (norm + width * D)
 
 
 def heap(*, accumulates: bool) -> float:

@@ -20,7 +20,7 @@ from zeroflow.data import shards, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
-from zeroflow.model import attention, llama
+from zeroflow.model import attention
 from zeroflow.model.llama import FeedForward
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.training import checkpoint, recovery, worker
@@ -189,11 +189,11 @@ def test_attention_to_later_tokens_is_caught(state, monkeypatch):
 
 
 def test_attention_to_the_next_token_alone_is_caught(state, monkeypatch):
-    def lenient(documents):
+    def lenient(documents, dtype):
         T = documents.shape[1]
         return torch.ones(T, T, dtype=torch.bool).tril(diagonal=1)
 
-    monkeypatch.setattr(llama, "document_mask", lenient)
+    monkeypatch.setattr(state.model.model, "document_mask", lenient)
     failed(preflight.causality(state, BATCH), "tokens that come later")
 
 
@@ -203,9 +203,10 @@ def test_model_that_sees_no_token_is_caught(state):
 
 
 def test_attention_to_other_documents_is_caught(state, monkeypatch):
-    monkeypatch.setattr(
-        llama, "document_mask", lambda documents: attention.document_mask(documents * 0)
-    )
+    def blind(documents, dtype):
+        return attention.dense_mask(documents * 0, dtype)
+
+    monkeypatch.setattr(state.model.model, "document_mask", blind)
     assert preflight.causality(state, BATCH).passed
     failed(preflight.documents(state, BATCH), "other documents", "drop --document-mask")
 

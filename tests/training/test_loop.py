@@ -202,12 +202,26 @@ def compute(device: str) -> ComputeConfig:
     return ComputeConfig(device=device, precision="bf16" if gpu else "fp32", compile=gpu)
 
 
+WAYS = [
+    CPU,
+    *(
+        pytest.param(
+            ComputeConfig(device="cuda", precision=precision, compile=compiled),
+            id=f"cuda-{precision}-{'compiled' if compiled else 'eager'}",
+            marks=DEVICES[1].marks,
+        )
+        for precision in ("bf16", "fp32")
+        for compiled in (True, False)
+    ),
+]
+"""By default on a CPU and a GPU, and as older GPUs have to."""
+
 WIDE = MODEL.replace(hidden_size=128, intermediate_size=256)  # heads as wide as a GPU's kernels ask
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_nothing_leaks_from_one_document_into_another(device):
-    config = training_config(compute=compute(device), document_mask=True)
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_leaks_from_one_document_into_another(way):
+    config, device = training_config(compute=way, document_mask=True), way.device
     model = new_state(WIDE, config).model
     with torch.no_grad():
         for parameter in model.parameters():
@@ -242,14 +256,14 @@ def test_document_in_a_row_is_computed_as_if_it_were_alone():
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_step_is_that_of_plain_code_in_fp32(device):
-    """The default path of a device beside eager fp32 on the CPU, masked and not."""
+@pytest.mark.parametrize("way", WAYS)
+def test_step_is_that_of_plain_code_in_fp32(way):
+    """Beside eager fp32 on the CPU, masked and not."""
     for masked in (False, True):
         rows = np.random.default_rng(0).integers(256, size=(4, 129))
         rows[:, ::40] = 0
         batch = to_micro_batch(rows, end_of_text=0, document_mask=masked)
-        config = training_config(compute=compute(device), document_mask=masked)
+        config = training_config(compute=way, document_mask=masked)
         state, plain = new_state(WIDE, config), new_state(WIDE, training_config())
         loss = train_step(state, [batch], config)
         expected = train_step(plain, [batch], training_config())
@@ -262,6 +276,21 @@ def test_step_is_that_of_plain_code_in_fp32(device):
             gradient = state.optimizer.state[mine]["exp_avg"].cpu()
             wanted = plain.optimizer.state[theirs]["exp_avg"]
             assert (gradient - wanted).norm() < 3e-2 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_gpu_never_writes_all_scores_to_memory(way, masked):
+    model = MODEL.replace(hidden_size=256, num_attention_heads=8, num_hidden_layers=1)
+    config = training_config(compute=way, document_mask=masked)
+    rows = np.random.default_rng(0).integers(256, size=(4, 4097))
+    batch = to_micro_batch(rows, end_of_text=0, document_mask=masked)
+    state = new_state(model, config)
+    train_step(state, [batch], config)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    train_step(state, [batch], config)
+    scores = 4 * 8 * 4096**2 * way.dtype.itemsize
+    assert torch.cuda.max_memory_allocated() < scores / 2
 
 
 FP8 = {"precision": "bf16", "fp8": True}

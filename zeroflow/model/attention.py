@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +30,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         assert isinstance(y, Tensor)
         return y
-    if not q.is_cuda or mask is not None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+    how: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    if mask is not None or q.dtype == torch.float32:
+        # The only kernel for these that does not write all scores to memory needs a key and a value
+        # for every query head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # cuDNN plans anew for every length, of which a text that is generated has many
     fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
-    kernels = _FASTEST if fastest else _REPEATABLE
-    with sdpa_kernel(kernels, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with sdpa_kernel(_FASTEST if fastest else _REPEATABLE, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **how)
 
 
-def document_mask(documents: Tensor) -> Mask:
+def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """Lets every token see those before it with its own number in `documents` (B, T).
 
-    On a GPU for flex attention, which skips the blocks where nothing is seen
-    (https://arxiv.org/abs/2412.05496); elsewhere a bool (B, 1, T, T).
+    0 where it sees and minus infinity where not, (B, 1, T, T), to be added to scores of `dtype`. A
+    bool mask would become that in every block, and be kept in each.
+    """
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    nowhere = torch.zeros_like(same, dtype=dtype)
+    return nowhere.masked_fill_(~same.tril(), -torch.inf)
+
+
+def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
+    """What `dense_mask` lets see, for flex attention, which skips the blocks where nothing is seen.
+
+    That has to be compiled for a GPU, as eager it holds all scores:
+    https://arxiv.org/abs/2412.05496
     """
     rows, tokens = documents.shape
-    if not documents.is_cuda:
-        same = documents[:, None, :, None] == documents[:, None, None, :]
-        return same.tril()
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[b, query] == documents[b, key])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
-from zeroflow.model.attention import Mask, attend, document_mask, positions_within
+from zeroflow.model.attention import Mask, attend, dense_mask, positions_within
 
 # B batch  T tokens  D hidden size  H query heads  K key/value heads  E features per head
 # M intermediate size of the feed-forward network  V vocabulary
@@ -165,6 +165,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.document_mask: Callable[[Tensor, torch.dtype], Mask] = dense_mask
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -174,7 +175,8 @@ class Trunk(nn.Module):
         if documents is None:
             mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            mask, positions = document_mask(documents), positions_within(documents)[:, None]
+            mask = self.document_mask(documents, x.dtype)
+            positions = positions_within(documents)[:, None]
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.layers:
             x = block(x, cos, sin, mask)

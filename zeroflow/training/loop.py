@@ -14,6 +14,7 @@ from zeroflow import planning
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
 from zeroflow.model import fp8
+from zeroflow.model.attention import block_mask
 from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
 from zeroflow.planning import Precision
 from zeroflow.training import optimizer as optimizers
@@ -125,6 +126,8 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
             block.compile(dynamic=False)
     if config.compute.compile:
         network.model.norm.compile(dynamic=False)
+        if device == "cuda":
+            network.model.document_mask = block_mask
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
