@@ -253,6 +253,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         precision=work.precision,
         fp8=work.fp8,
         compiled=work.compile,
+        document_mask=work.document_mask,
         accumulates=work.accumulate > 1,
         stage=stage,
         ranks=ranks,
@@ -262,6 +263,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         precision=work.precision,
         fp8=work.fp8,
         compiled=work.compile,
+        document_mask=work.document_mask,
         stage=stage,
         ranks=ranks,
     )

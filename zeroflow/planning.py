@@ -22,10 +22,11 @@ NOMINAL_VOCABULARY = 128_256
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
-_MEASURED_MFU = {46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
+_MEASURED_MFU = {15e6: 0.28, 46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
 _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
-_MEASURED_MFU_EAGER = {46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
-"""By parameters, of tiny, small and medium on an H100: `benchmarks/README.md`."""
+_MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
+"""By parameters on an H100: of tiny with a vocabulary of 32,768, and of tiny, small and medium with
+Llama-3.1's: `benchmarks/README.md`. Eager is without torch.compile."""
 
 _ASSUMED_CPU_SHARE = 0.75
 
@@ -327,6 +328,7 @@ def memory(
     precision: Precision | None = None,
     fp8: bool = False,
     compiled: bool | None = None,
+    document_mask: bool = False,
     accumulates: bool = True,
     stage: Stage = 0,
     ranks: int = 1,
@@ -340,6 +342,7 @@ def memory(
     Args:
         precision: None for that which is usual on the device.
         compiled: None for what is usual there.
+        document_mask: costs something where it is not compiled only.
         accumulates: whether a step has several micro-batches.
     """
     P, E, V = model.parameters, model.embedding_parameters, model.vocab_size
@@ -354,6 +357,8 @@ def memory(
         if compiled
         else _kept_eager(model, tokens, checkpointing, width, gpu=gpu)
     )
+    if document_mask and not compiled:
+        kept += width * tokens * context
     if not gpu:
         kept = int(heap(accumulates=accumulates) * kept)
     shared = ranks if stage else 1
@@ -456,6 +461,7 @@ def micro_batch(
     precision: Precision | None = None,
     fp8: bool = False,
     compiled: bool | None = None,
+    document_mask: bool = False,
     stage: Stage = 0,
     ranks: int = 1,
 ) -> tuple[int, Recompute]:
@@ -474,6 +480,7 @@ def micro_batch(
                 precision=precision,
                 fp8=fp8,
                 compiled=compiled,
+                document_mask=document_mask,
                 stage=stage,
                 ranks=ranks,
             )

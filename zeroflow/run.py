@@ -647,6 +647,7 @@ def _fill(
         precision=precision,
         fp8=choice.fp8,
         compiled=choice.compile,
+        document_mask=choice.document_mask,
     )
     usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)
