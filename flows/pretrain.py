@@ -67,14 +67,14 @@ def fetch_tokenizer(run: RunConfig) -> State:
 
 @task(name="build shards", **UNCACHED)
 def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
-    with orchestration.part_runner(build_part, run.build) as run_parts:
+    with orchestration.part_runner(build_part, run.build) as start_part:
         built = shards.build(
             run.shard_config,
             run.data,
             tokens,
             run.cache_dir,
             seed=run.seed,
-            run_parts=run_parts,
+            start_part=start_part,
             at_once=run.build.data_workers,
             show=orchestration.Progress("shards", run.run_dir.name),
         )

@@ -34,9 +34,9 @@ build_part = task(name="build part")(parts.build)
 
 @flow(name="parts")
 def build(config, text, tokens, cache, choice):
-    with orchestration.part_runner(build_part, choice) as run_parts:
+    with orchestration.part_runner(build_part, choice) as start_part:
         return shards.build(
-            config, text, tokens, cache, run_parts=run_parts, at_once=choice.data_workers
+            config, text, tokens, cache, start_part=start_part, at_once=choice.data_workers
         )
 
 

@@ -49,7 +49,7 @@ from zeroflow import run as runs
 from zeroflow.config import Config
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
-from zeroflow.data.shards import RunParts, in_threads, outcome
+from zeroflow.data.shards import Ending, StartPart, in_thread, outcome
 from zeroflow.run import BuildChoice, RunConfig
 from zeroflow.training.job import TrainingFailed
 
@@ -282,23 +282,23 @@ def was_killed(task: Any, task_run: Any, state: State) -> bool:
 
 
 @contextmanager
-def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[RunParts]:
-    """What runs `build_part` for several parts, as tasks of the flow run.
+def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[StartPart]:
+    """What starts `build_part` for a part, as a task of the flow run.
 
     Raises:
         ValueError: Dask is asked for and not installed.
     """
     if build.data_runner == "threads":
         # Not Prefect's own threads: Ctrl-C would wait for them
-        yield partial(in_threads, build_part=build_part)
+        yield partial(in_thread, build_part=build_part)
         return
     with _dask(build) as runner:
 
-        def run_parts(jobs: list[PartJob]) -> list[BuiltPart | Exception]:
-            futures = [runner.submit(build_part, parameters={"job": job}) for job in jobs]
-            return [outcome(future.result) for future in futures]
+        def start_part(job: PartJob) -> Ending:
+            future = runner.submit(build_part, parameters={"job": job})
+            return lambda: outcome(future.result)
 
-        yield run_parts
+        yield start_part
 
 
 def _dask(build: BuildChoice) -> TaskRunner[Any]:

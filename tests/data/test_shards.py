@@ -202,10 +202,20 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
 ):
     alone = shards.build(ALL, *text[:2], tmp_path / "alone")
 
-    def backwards(jobs):
-        return [parts.build(job) for job in reversed(jobs)][::-1]
+    def backwards(job):
+        """Nothing is done before it is waited for, and then all that was started, last first."""
+        started.append(job)
 
-    together = shards.build(ALL, *text[:2], tmp_path / "together", run_parts=backwards, at_once=3)
+        def ending():
+            while started:
+                later = started.pop()
+                ended[later.path] = parts.build(later)
+            return ended[job.path]
+
+        return ending
+
+    started, ended = [], {}
+    together = shards.build(ALL, *text[:2], tmp_path / "together", start_part=backwards, at_once=3)
     assert together == alone.replace(path=together.path)
     for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
@@ -273,17 +283,25 @@ def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_pat
 
 
 def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, text, tmp_path):
-    asked = []
+    started, at_once = [], []
 
-    def noting(jobs):
-        asked.append(len(jobs))
-        return shards.in_threads(jobs)
+    def noting(job):
+        started.append(job.path)
+        ending = shards.in_thread(job)
+
+        def waited_for():
+            at_once.append(len(started) - len(at_once))
+            return ending()
+
+        return waited_for
 
     one_part = ShardConfig(seq_len=32, train_rows=8, validation_rows=1, validation_fraction=0.1)
-    shards.build(one_part, *text[:2], tmp_path / "one", run_parts=noting, at_once=99)
-    assert asked == [1]
-    built = shards.build(ALL, *text[:2], tmp_path / "all", run_parts=noting, at_once=3)
-    assert max(asked) == 3 and sum(asked) == 1 + built.parts
+    shards.build(one_part, *text[:2], tmp_path / "one", start_part=noting, at_once=99)
+    assert len(started) == 1
+    started.clear()
+    at_once.clear()
+    built = shards.build(ALL, *text[:2], tmp_path / "all", start_part=noting, at_once=3)
+    assert max(at_once) == 3 and len(started) == built.parts
 
 
 def test_interrupt_does_not_wait_for_parts_that_are_being_built(text, tmp_path):
@@ -299,7 +317,9 @@ def stuck(job):
         os.kill(os.getpid(), signal.SIGINT)  # to the process, as Ctrl-C is
     threading.Event().wait()
 
-shards.in_threads([SimpleNamespace(path=Path(name)) for name in ("other", "first")], stuck)
+for name in ("other", "first"):
+    ending = shards.in_thread(SimpleNamespace(path=Path(name)), stuck)
+ending()
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path

@@ -12,7 +12,6 @@ import random
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -74,7 +73,10 @@ class Encoded(NamedTuple):
 
 class Encoder(Protocol):
     def encode(self, texts: list[str]) -> Encoded:
-        """Ids of all `texts`, which hold no surrogates, without special tokens."""
+        """Ids of all `texts`, which hold no surrogates, without special tokens.
+
+        Several threads may call it. The fast library remembers words for each that does.
+        """
         ...
 
 
@@ -94,16 +96,13 @@ class _HuggingFace:
 
 class _Fastokens:
     def __init__(self, file: Path) -> None:
+        # Threads of its own wait for each other and for work, and several parts are built at once
+        os.environ["FASTOKENS_BPE_THREADS"] = "1"
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # each thread that calls it fills a cache of words of its own, and parts bring new threads
-        self._thread = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, texts: list[str]) -> Encoded:
-        return self._thread.submit(self._encode, texts).result()
-
-    def _encode(self, texts: list[str]) -> Encoded:
         ids, ends = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
         offsets = np.frombuffer(ends, np.uint64).astype(np.int64)
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])

@@ -212,7 +212,7 @@ def _write(folder: Path, job: PartJob) -> PartFacts:
     known = _Known(job.earlier) if with_hashes else None
     with pq.ParquetWriter(folder / DOCUMENTS, _SCHEMA, compression="zstd") as table:
         writers = {split: _SplitWriter(folder, split, job, table) for split in SPLITS}
-        for batch in _ahead(_tokenized(job, tally)):
+        for batch in _tokenized(job, tally):
             if known:
                 new = known.add(batch.hashes)
                 duplicates += len(new) - int(new.sum())
@@ -322,7 +322,7 @@ class _Known:
 def _ahead(source: Iterator[T]) -> Iterator[T]:
     """The items of `source`, made by a thread that runs a little ahead.
 
-    So reading waits for disk or network, tokens are made and rows are packed all at once.
+    So reading waits for disk or network while tokens are made and rows are packed.
     """
     ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=_AHEAD)
     given_up = threading.Event()

@@ -26,10 +26,11 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from queue import SimpleQueue
@@ -126,19 +127,42 @@ class ShardSet(StageResult):
         return [part_path(self.path, number) for number in range(self.parts)]
 
 
-RunParts = Callable[[list[PartJob]], list[BuiltPart | Exception]]
+Ending = Callable[[], BuiltPart | Exception]
+"""Waits for a part that is being built, and gives it or why there is none."""
+
+StartPart = Callable[[PartJob], Ending]
 
 
-def in_threads(
-    jobs: list[PartJob], build_part: Callable[[PartJob], BuiltPart] = parts.build
-) -> list[BuiltPart | Exception]:
-    """Build the parts at the same time, here.
+def in_thread(job: PartJob, build_part: Callable[[PartJob], BuiltPart] = parts.build) -> Ending:
+    """Start to build a part in a thread, which is kept for the parts to come.
 
-    One is read or sealed while another is tokenised. The threads end with the program: Ctrl-C does
+    The tokenizer's library remembers words for each thread. All end with the program: Ctrl-C does
     not wait for a part, or for a hub that does not answer.
     """
-    ends = [_started(build_part, job) for job in jobs]
-    return [outcome(end.get) for end in ends]
+    end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
+    context = copy_context()  # by which a task knows its flow run
+
+    def run() -> None:
+        try:
+            end.put(context.run(build_part, job))
+        except BaseException as error:
+            end.put(error)
+
+    _work.put(run)
+    if not _idle.acquire(blocking=False):
+        threading.Thread(target=_keep_working, name="parts", daemon=True).start()
+    return partial(outcome, end.get)
+
+
+_work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_idle = threading.Semaphore(0)
+"""Counts threads that nobody has put work for."""
+
+
+def _keep_working() -> None:
+    while True:
+        _work.get()()
+        _idle.release()
 
 
 def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
@@ -152,22 +176,6 @@ def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | 
     raise end
 
 
-def _started(
-    build_part: Callable[[PartJob], BuiltPart], job: PartJob
-) -> SimpleQueue[BuiltPart | BaseException]:
-    end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
-    context = copy_context()  # by which a task knows its flow run
-
-    def run() -> None:
-        try:
-            end.put(context.run(build_part, job))
-        except BaseException as error:
-            end.put(error)
-
-    threading.Thread(target=run, name=job.path.name, daemon=True).start()
-    return end
-
-
 def build(
     config: ShardConfig,
     text: CorpusConfig,
@@ -175,7 +183,7 @@ def build(
     cache: Path,
     *,
     seed: NonNegativeInt = 0,
-    run_parts: RunParts = in_threads,
+    start_part: StartPart = in_thread,
     at_once: int = 1,
     show: Callable[[float, str], None] = lambda share, text: None,
 ) -> ShardSet:
@@ -185,9 +193,8 @@ def build(
 
     Args:
         seed: of synthetic data.
-        run_parts: builds the parts it is given, wherever and in whatever order; an exception
-            stands for a part that failed.
-        at_once: parts that it is given at a time, if the run is likely to need as many.
+        start_part: has a part built, wherever that is.
+        at_once: parts that are built at a time, if the run is likely to need as many.
         show: is told the share that is done, from 0 to 1, and a line about it, after each part.
 
     Raises:
@@ -212,32 +219,7 @@ def build(
     path = cache / "shards" / name
     plan = _Plan(path, text, tokens, config, seed, identity)
 
-    facts: list[PartFacts] = []
-    reasons: dict[Path, str] = {}  # by the part that is damaged, or the set that lacks parts
-    built, begun = 0, time.monotonic()
-    while not _enough(facts, config) and (job := plan.job(len(facts))):
-        missing = job.path if job.path.exists() else path
-        if (whole := parts.existing(job.path)) is not None:
-            facts.append(whole)
-            continue
-        if missing not in reasons:
-            damaged = missing == job.path
-            reasons[missing] = reuse.damaged(missing) if damaged else plan.lacks(facts, config)
-            log.info("shards have to be built: %s", reasons[missing])
-        ahead = min(at_once, _missing_parts(facts, config)) - 1
-        jobs = [job, *plan.absent_after(len(facts), ahead, alone=text.deduplicate)]
-        if not built:
-            log.info("building shards of %s in %s", text.name, path)
-        for done in run_parts(jobs):
-            if _enough(facts, config):
-                break  # what was built ahead and is not needed may well have failed
-            if isinstance(done, Exception):
-                raise done
-            built += 1
-            facts.append(done.facts)
-            _note_build(path, len(facts) - 1, done)
-            _refuse_bad_lines(facts, text)
-            show(*_progress(facts, built, config, time.monotonic() - begun))
+    facts, reasons, built = _build_parts(plan, config, start_part, at_once, show)
     _refuse_bad_lines(facts, text)
     shards = _describe(path, facts, tokens, config)
     shards = shards.replace(reused=not built, why=_why(len(facts) - built, built, reasons))
@@ -245,6 +227,72 @@ def build(
         show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
     _tell(shards, config, built)
     return shards
+
+
+def _build_parts(
+    plan: "_Plan",
+    config: ShardConfig,
+    start_part: StartPart,
+    at_once: int,
+    show: Callable[[float, str], None],
+) -> tuple[list[PartFacts], dict[Path, str], int]:
+    """The parts that are needed, why some were built, by what was missing, and how many."""
+    facts: list[PartFacts] = []
+    reasons: dict[Path, str] = {}
+    built, begun = 0, time.monotonic()
+
+    def note(missing: Path) -> None:
+        if missing not in reasons:
+            damaged = missing != plan.path
+            reasons[missing] = reuse.damaged(missing) if damaged else plan.lacks(facts, config)
+            log.info("shards have to be built: %s", reasons[missing])
+
+    with _waited_for() as under_way:
+        while not _enough(facts, config) and (job := plan.job(len(facts))):
+            if not under_way:
+                missing = job.path if job.path.exists() else plan.path
+                if (whole := parts.existing(job.path)) is not None:
+                    facts.append(whole)
+                    continue
+                note(missing)
+                if not built:
+                    log.info("building shards of %s in %s", plan.text.name, plan.path)
+                under_way.append((missing, start_part(job)))
+            more = min(at_once, _missing_parts(facts, config)) - len(under_way)
+            for following in plan.absent_after(len(facts) + len(under_way) - 1, more):
+                under_way.append((plan.path, start_part(following)))
+            missing, ending = under_way.popleft()
+            done = ending()
+            if isinstance(done, Exception):
+                raise done
+            note(missing)
+            built += 1
+            facts.append(done.facts)
+            _note_build(plan.path, len(facts) - 1, done)
+            _refuse_bad_lines(facts, plan.text)
+            show(*_progress(facts, built, config, time.monotonic() - begun))
+    return facts, reasons, built
+
+
+@contextmanager
+def _waited_for() -> Iterator[deque[tuple[Path, Ending]]]:
+    """Parts that are being built, and what was missing before.
+
+    Those that are not needed in the end are waited for, and may well have failed; an interrupt
+    waits for none.
+    """
+    under_way: deque[tuple[Path, Ending]] = deque()
+    try:
+        yield under_way
+    except Exception:
+        _wait(under_way)
+        raise
+    _wait(under_way)
+
+
+def _wait(under_way: deque[tuple[Path, Ending]]) -> None:
+    for _, ending in under_way:
+        ending()
 
 
 class Rows:
@@ -306,7 +354,7 @@ class _Plan:
         seed: int,
         identity: dict[str, Any],
     ) -> None:
-        self._path, self._text, self._tokens = path, text, tokens
+        self.path, self.text, self._tokens = path, text, tokens
         self._layout, self._seed = config.layout, seed
         self._begun = (path / PLAN).exists()
         known = self._read(identity)
@@ -327,10 +375,10 @@ class _Plan:
 
     def _read(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """What is known already; None if that is nothing, or not to be trusted."""
-        if not (self._path / PLAN).exists():
+        if not (self.path / PLAN).exists():
             return None
         try:
-            known = artifacts.read_signed(self._path / PLAN)
+            known = artifacts.read_signed(self.path / PLAN)
         except artifacts.DamagedArtifact as damage:
             log.warning("%s: made anew", damage)
             return None
@@ -340,16 +388,16 @@ class _Plan:
         """What part `number` is made of; None if the corpus ends before."""
         if (piece := self._slice(number)) is None:
             return None
-        earlier = range(number) if self._text.deduplicate else ()
+        earlier = range(number) if self.text.deduplicate else ()
         return PartJob(
-            path=part_path(self._path, number),
+            path=part_path(self.path, number),
             piece=piece,
-            corpus=self._text,
+            corpus=self.text,
             tokens=self._tokens,
             layout=self._layout,
             held_out_below=self._known["held_out_below"],
             seed=self._seed,
-            earlier=tuple(part_path(self._path, i) for i in earlier),
+            earlier=tuple(part_path(self.path, i) for i in earlier),
         )
 
     def lacks(self, facts: list[PartFacts], config: ShardConfig) -> str:
@@ -357,13 +405,17 @@ class _Plan:
         if facts:
             return _too_few(facts, config)
         if self._begun:
-            return f"{self._path.name} was begun before, and its first part is not complete"
-        others = reuse.existing(self._path.parent, _recorded, but=self._path)
+            return f"{self.path.name} was begun before, and its first part is not complete"
+        others = reuse.existing(self.path.parent, _recorded, but=self.path)
         return reuse.nearest(_fields(self._known), others)
 
-    def absent_after(self, number: int, most: int, *, alone: bool) -> Iterator[PartJob]:
-        """Jobs of the parts that follow part `number`, up to the first that is there."""
-        for following in range(number + 1, number + 1 + (0 if alone else most)):
+    def absent_after(self, number: int, most: int) -> Iterator[PartJob]:
+        """Jobs of the parts that follow part `number`, up to the first that is there.
+
+        None where duplicates are left out: each part has to know those before it.
+        """
+        most = 0 if self.text.deduplicate else most
+        for following in range(number + 1, number + 1 + most):
             job = self.job(following)
             if job is None or job.path.exists():
                 return
@@ -374,11 +426,11 @@ class _Plan:
             start = number * _SYNTHETIC_BLOCKS
             return Slice(start=start, stop=start + _SYNTHETIC_BLOCKS)
         while number >= len(self._slices) and self._known["next_file"] < len(self._files):
-            planned = corpus.plan(self._text, self._files, self._known["next_file"])
+            planned = corpus.plan(self.text, self._files, self._known["next_file"])
             self._slices += planned.slices
             self._known["next_file"] = planned.next_file
             self._known["slices"] = [piece.model_dump() for piece in self._slices]
-            artifacts.write_signed(self._path / PLAN, self._known)
+            artifacts.write_signed(self.path / PLAN, self._known)
         return self._slices[number] if number < len(self._slices) else None
 
 
