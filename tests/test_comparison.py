@@ -46,7 +46,10 @@ def test_law_is_found_again_and_foretells_what_obeys_it():
     assert found.law.b_error == pytest.approx(0, abs=1e-6)
     assert found.largest.size == "medium"
     assert found.largest.loss == pytest.approx(found.largest.measured)
-    assert found.next_size is None, "none is larger than medium"
+    medium = outcome("medium")
+    assert found.next_size.size == "4 times medium's parameters", "no size is larger"
+    assert found.next_size.flops == 16 * medium.flops
+    assert found.next_size.loss == pytest.approx(law(16 * medium.flops))
 
 
 def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
@@ -64,6 +67,24 @@ def test_best_run_of_a_size_counts():
     found = compare([worse, outcome("tiny"), outcome("small")])
     assert found.law.b == pytest.approx(EXPONENT)
     assert len(found.outcomes) == 3
+
+
+def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
+    broken = [outcome("tiny", loss=math.nan, seed=1), outcome("medium", loss=math.inf)]
+    found = compare([*broken, outcome("tiny"), outcome("small")])
+    assert found.law.b == pytest.approx(EXPONENT) and found.law.points == 2
+    assert [one.run for one in found.outcomes] == ["tiny-0", "tiny-1", "small-0", "medium-0"]
+    assert "| nan |" in markdown("s", found, pictures=[], failed=[])
+    assert compare(broken).law is None
+
+
+def test_seeds_and_rates_are_columns_where_they_differ():
+    one_seed = markdown("s", compare([outcome("tiny"), outcome("small")]), pictures=[], failed=[])
+    two = compare([outcome("tiny"), outcome("tiny", seed=1)])
+    assert "| seed |" not in one_seed and "| peak rate |" not in one_seed
+    assert "| seed |" in markdown("s", two, pictures=[], failed=[])
+    rows = [line for line in one_seed.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1 and len(rows) == 4
 
 
 def test_errors_are_those_of_least_squares():

@@ -25,6 +25,10 @@ NOTHING = Figures(
 )
 
 
+ONE = (100.0, 1000, "from 1 earlier run here")
+BOTH = (150.0, 1200, "from 2 earlier runs here")
+
+
 def past(run: str, rate: float, *, memory: int = 1000, **changes) -> Past:
     measured = NOTHING.replace(tokens_per_second=rate, memory_bytes=memory)
     work = WORK.replace(**changes)
@@ -39,8 +43,9 @@ def test_runs_of_the_same_workload_say_rate_and_memory(tmp_path):
     history.append(tmp_path, past("a", 100.0, memory=1000))
     history.append(tmp_path, past("b", 200.0, memory=1200))
     history.append(tmp_path, past("other batch", 1.0, micro_batch_rows=4))
-    assert history.known(tmp_path, WORK) == (150.0, 1200, "from 2 earlier runs here")
-    assert history.known(tmp_path, WORK, but="b") == (100.0, 1000, "from 1 earlier run here")
+    assert history.known(tmp_path, WORK) == BOTH
+    assert history.known(tmp_path, WORK, planned=("b", 10)) == ONE
+    assert history.known(tmp_path, WORK, planned=("b", 11)) == BOTH, "it is being extended"
 
 
 def test_old_runs_are_forgotten(tmp_path):

@@ -161,3 +161,8 @@ def test_port_that_something_else_holds_is_refused(tmp_path, monkeypatch):
         config = UiConfig(prefect_port=port, cache_dir=tmp_path)
         with pytest.raises(ValueError, match=f"port {port} is taken .* another --prefect-port"):
             ui.serve(config)
+
+
+def test_both_servers_need_ports_of_their_own():
+    with pytest.raises(ValueError, match="port 4200 cannot be both servers'"):
+        UiConfig(prefect_port=4200, mlflow_port=4200)

@@ -143,58 +143,71 @@ class Comparison(NamedTuple):
 
 def compare(outcomes: Iterable[Outcome]) -> Comparison:
     """The law of the best run of every size, and its predictions."""
-    found = sorted(outcomes, key=lambda one: (one.parameters, one.val_loss))
+
+    def order(one: Outcome) -> tuple[int, float]:
+        return one.parameters, math.inf if math.isnan(one.val_loss) else one.val_loss
+
+    found = sorted(outcomes, key=order)
     best: dict[str, Outcome] = {}
     for one in found:
-        if one.size not in best or one.val_loss < best[one.size].val_loss:
-            best[one.size] = one
+        if math.isfinite(one.val_loss):
+            best.setdefault(one.size, one)
     sizes = sorted(best.values(), key=lambda one: one.flops)
     law = _law(sizes)
     before = _law(sizes[:-1]) if len(sizes) > 2 else None
-    largest = _predicted(before, sizes[-1].size, sizes[-1].flops, sizes[-1].val_loss)
-    return Comparison(found, law, _next(law, sizes), largest)
+    largest = before and _predicted(before, sizes[-1].size, sizes[-1].flops, sizes[-1].val_loss)
+    return Comparison(found, law, law and _next(law, sizes), largest)
 
 
 def _law(sizes: list[Outcome]) -> PowerLaw | None:
     return PowerLaw.fitted([one.flops for one in sizes], [one.val_loss for one in sizes])
 
 
-def _predicted(
-    law: PowerLaw | None, size: str, flops: float, measured: float | None
-) -> Prediction | None:
-    if law is None:
-        return None
+def _predicted(law: PowerLaw, size: str, flops: float, measured: float | None) -> Prediction:
     return Prediction(size, flops, law.loss(flops), law.factor(flops), measured)
 
 
-def _next(law: PowerLaw | None, sizes: list[Outcome]) -> Prediction | None:
+_STEP = 4
+"""From medium on, the next size has so many times the parameters, as it has of small."""
+
+
+def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
     """Of the smallest size above all that were trained, at as many tokens a parameter."""
-    if law is None:
-        return None
     last = max(sizes, key=lambda one: one.parameters)
     for name, shape in SIZES.items():
         model = with_vocabulary(shape, last.vocabulary)
         if model.parameters > last.parameters:
             tokens = last.tokens * model.parameters / last.parameters
-            flops = tokens * model.flops_per_token(last.context)
-            return _predicted(law, name, flops, None)
-    return None
+            return _predicted(law, name, tokens * model.flops_per_token(last.context), None)
+    larger = f"{_STEP} times {last.size}'s parameters"
+    return _predicted(law, larger, _STEP**2 * last.flops, None)
 
 
 def markdown(name: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
     """The page of a comparison."""
-    head = "| run | size | parameters | seed | peak rate | tokens | FLOPs | hours | speed "
-    head += "| validation loss | bits per byte |"
-    rule = "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    rows = [
-        f"| {one.run} | {one.size} | {parameter_count(one.parameters)} | {one.seed} "
-        f"| {one.learning_rate:g} | {one.tokens:,} | {one.flops:.3g} | {one.seconds / 3600:.3g} "
-        f"| {speed(one.tokens_per_second)} | {one.val_loss:.4f} "
-        f"| {'none' if one.val_bpb is None else f'{one.val_bpb:.4f}'} |"
-        for one in found.outcomes
-    ]
+    columns = {
+        "run": [one.run for one in found.outcomes],
+        "size": [one.size for one in found.outcomes],
+        "parameters": [parameter_count(one.parameters) for one in found.outcomes],
+        "seed": [str(one.seed) for one in found.outcomes],
+        "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
+        "tokens": [parameter_count(one.tokens) for one in found.outcomes],
+        "FLOPs": [f"{one.flops:.3g}" for one in found.outcomes],
+        "hours": [f"{one.seconds / 3600:.3g}" for one in found.outcomes],
+        "speed": [speed(one.tokens_per_second) for one in found.outcomes],
+        "validation loss": [f"{one.val_loss:.4f}" for one in found.outcomes],
+        "bits per byte": [
+            "none" if one.val_bpb is None else f"{one.val_bpb:.4f}" for one in found.outcomes
+        ],
+    }
+    # Prefect's page is too narrow for all of them
+    alike = {name for name in ("seed", "peak rate") if len(set(columns[name])) == 1}
+    shown = {name: cells for name, cells in columns.items() if name not in alike}
+    rule = ["---" if name in ("run", "size") else "---:" for name in shown]
+    table = [list(shown), rule, *zip(*shown.values(), strict=True)]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     spent = duration(sum(one.seconds for one in found.outcomes))
-    parts = [f"# {name}", f"{len(rows)} runs, {spent} of training.", "\n".join([head, rule, *rows])]
+    parts = [f"# {name}", f"{len(found.outcomes)} runs, {spent} of training.", lines]
     if failed:
         again = "the same command, or a retry, goes on with them"
         parts.append(f"**Not finished: {', '.join(failed)}**; {again}.")

@@ -117,13 +117,21 @@ def _parsed(content: bytes) -> Iterator[Past]:
             continue
 
 
-def known(cache: Path, workload: Workload, *, but: str | None = None) -> Known | None:
+def known(
+    cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
+) -> Known | None:
     """What runs of the same workload took here; else the FLOP/s of the nearest other model.
 
     Args:
-        but: a run that is not asked, as it is the one that is planned.
+        planned: name and steps of the run that is planned. It is not its own prediction, but what
+            it took before it was extended is.
     """
-    runs = [past for past in read(cache) if past.run != but and past.measured.tokens_per_second]
+    name, steps = planned
+    runs = [
+        past
+        for past in read(cache)
+        if (past.run != name or past.steps < steps) and past.measured.tokens_per_second
+    ]
     if same := [past for past in runs if past.workload == workload][-_NEWEST:]:
         memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
         return Known(

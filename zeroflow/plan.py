@@ -138,7 +138,7 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
     training = training.replace(micro_batch_rows=rows, accumulate=share // rows)
     work = workload(model, run.shard_config.seq_len, training, device)
     stages = tuple(_stage(work, device, stage, gpus) for stage in get_args(Stage))
-    known = history.known(run.cache_dir, work, but=run.run_name)
+    known = history.known(run.cache_dir, work, planned=(run.run_name, training.steps))
     if known:
         rate: float | None = known.tokens_per_second
         source = known.source

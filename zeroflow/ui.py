@@ -8,8 +8,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from zeroflow import tracking
 from zeroflow.config import Config
@@ -36,6 +37,15 @@ class UiConfig(Config):
     cache_dir: Path = DEFAULT_CACHE
     """Folder whose runs MLflow shows, and that a run writes to which is started from a form, unless
     that names another; the servers' logs are in ui/ below it."""
+
+    @model_validator(mode="after")
+    def _has_two_ports(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(
+                f"port {self.mlflow_port} cannot be both servers': give --prefect-port and "
+                "--mlflow-port different ones"
+            )
+        return self
 
 
 def serve(config: UiConfig) -> None:
