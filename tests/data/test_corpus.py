@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import files_corpus
 
-from zeroflow.data import corpus
-from zeroflow.data.corpus import CorpusConfig, Document, Slice, Tally
+from zeroflow.data import corpus, readers
+from zeroflow.data.corpus import CorpusConfig, Slice
+from zeroflow.data.readers import Document, Tally
 
 
 def with_pyarrow(codec):
@@ -292,7 +293,7 @@ def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
 def test_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(
     tmp_path, monkeypatch, kind, change
 ):
-    monkeypatch.setattr(corpus, "_READ_BYTES", 1000)
+    monkeypatch.setattr(readers, "_READ_BYTES", 1000)
     file = tmp_path / f"a{kind}"
     rows = [{"text": f"{i} " * 50, "id": str(i)} for i in range(3000)]
     if kind == ".jsonl":
@@ -378,7 +379,7 @@ def test_text_may_be_stored_in_any_of_arrows_string_types(tmp_path, kind):
 
 
 def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_READ_BYTES", 10_000)
+    monkeypatch.setattr(readers, "_READ_BYTES", 10_000)
     rows = [{"text": f"{i}" * 4000} for i in range(9)]
     for name, write in (("a.jsonl", as_jsonl), ("b.parquet", as_parquet)):
         (tmp_path / name).write_bytes(write(rows))

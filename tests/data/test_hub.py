@@ -19,7 +19,7 @@ from zeroflow.data import hub as hubs
 PRELUDE = """
 import json, sys
 from pathlib import Path
-from zeroflow.data import corpus, hub, tokenizer
+from zeroflow.data import corpus, hub, readers, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import LLAMA, TokenizerConfig
 
@@ -180,7 +180,7 @@ for name in ("owner/rows", "owner/lines"):
     facts[name] = {
         "revision": settled.data_revision,
         "texts": [
-            [text for batch in corpus.read(settled, piece, corpus.Tally()) for text in batch.texts]
+            [text for batch in corpus.read(settled, piece, readers.Tally()) for text in batch.texts]
             for piece in slices
         ],
     }

@@ -17,7 +17,7 @@ import pytest
 from hub import english
 from tiny import apart_from_reuse, contents, jsonl_corpus
 
-from zeroflow.data import corpus, parts, shards, synthetic, tokenizer
+from zeroflow.data import corpus, parts, readers, shards, synthetic, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import Rows, ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
@@ -37,7 +37,7 @@ def synthetic_tokens(vocab_size: int) -> TokenizerFiles:
 def small_pieces(monkeypatch):
     """A part for every few documents, a file for every 20 rows, a window for every batch."""
     monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
-    monkeypatch.setattr(corpus, "_READ_ROWS", 5)
+    monkeypatch.setattr(readers, "_READ_ROWS", 5)
     monkeypatch.setattr(parts, "_SHARD_TOKENS", 20 * 33)
     monkeypatch.setattr(parts, "_WINDOW_DOCUMENTS", 4)
     monkeypatch.setattr(parts, "_WINDOW_TOKENS", (100, 5000))

@@ -5,34 +5,26 @@ list of files; `plan` cuts it into slices of about equal size, each of which `re
 whatever came before it.
 """
 
-import codecs
 import glob
 import hashlib
-import io
-import json
 import logging
-import lzma
 import math
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, model_validator
 
 from zeroflow.config import Config
-from zeroflow.data import hub
-from zeroflow.data.hub import HubFile
+from zeroflow.data import hub, readers
+from zeroflow.data.readers import Batch, Document, Source, Tally, is_compressed, kind
 
 log = logging.getLogger(__name__)
 
@@ -41,38 +33,8 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SLICE_BYTES = 2**25
 """Text in a slice, about: what a killed build loses at most."""
 
-_READ_ROWS = 1000
-_READ_BYTES = 2**20
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_ALSO = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py of the sample
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
 _COMPRESSION = 3
 """Text bytes for a byte on disk, assumed where a file is compressed."""
-
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
-_PLACES = 10
-# What the decompressors, the Parquet reader and UTF-8 raise; none of them names the file
-_UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
-
-
-class Document(NamedTuple):
-    id: str
-    text: str
-    url: str = ""
-
-
-class Batch(NamedTuple):
-    """Some documents, none of them empty, in columns."""
-
-    ids: pa.BinaryArray
-    """UTF-8, but for the lone surrogates that an id from JSON can hold."""
-
-    urls: pa.StringArray
-    texts: list[str]
-    """Without surrogates."""
-
-    text_bytes: npt.NDArray[np.int64]
-    """Of each text in UTF-8."""
 
 
 class CorpusConfig(Config):
@@ -181,16 +143,6 @@ class Planned(NamedTuple):
     """Number of the first file that comes after them."""
 
 
-@dataclass
-class Tally:
-    """What was left out in reading."""
-
-    empty: int = 0
-    bad: int = 0
-    places: list[str] = field(default_factory=list)
-    """Where the first bad lines are, and why they are bad."""
-
-
 class Resolved(NamedTuple):
     corpus: CorpusConfig
     reason: str
@@ -259,7 +211,7 @@ def files(config: CorpusConfig) -> list[SourceFile]:
         paths = _paths(config)
         listed = [SourceFile(name=n, size=path.stat().st_size) for n, path in paths.items()]
     for file in listed:
-        _kind(file.name)
+        kind(file.name)
     return listed
 
 
@@ -293,64 +245,19 @@ def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
             lines are bad; names file and place.
         hub.HubError: the hub failed in mid-stream.
     """
-    waiting: list[Batch] = []
-    load = _Load()
-    for chunk in _chunks(config, piece, tally):
-        begin = 0
-        for end, text in enumerate(chunk.texts, start=1):
-            if load.full_with(text):
-                yield _joined([*waiting, _cut_out(chunk, begin, end)])
-                waiting, begin = [], end
-        if begin < len(chunk.texts):
-            waiting.append(_cut_out(chunk, begin, len(chunk.texts)))
-    if waiting:
-        yield _joined(waiting)
+    return readers.regrouped(_batches(config, piece, tally))
 
 
-class _Load:
-    """Of a batch that is being filled."""
-
-    def __init__(self) -> None:
-        self._documents = self._characters = 0
-
-    def full_with(self, text: str) -> bool:
-        """Whether the batch ends with this text; then the next one begins."""
-        self._documents += 1
-        self._characters += len(text)
-        full = self._documents >= _READ_ROWS or self._characters >= _READ_BYTES
-        if full:
-            self._documents = self._characters = 0
-        return full
-
-
-def _cut_out(batch: Batch, begin: int, end: int) -> Batch:
-    return Batch(
-        batch.ids[begin:end],
-        batch.urls[begin:end],
-        batch.texts[begin:end],
-        batch.text_bytes[begin:end],
-    )
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    ids, urls, texts, text_bytes = zip(*batches, strict=True)
-    return Batch(
-        pa.concat_arrays(ids),
-        pa.concat_arrays(urls),
-        list(chain.from_iterable(texts)),
-        np.concatenate(text_bytes),
-    )
-
-
-def _chunks(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
+def _batches(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
     for file in piece.files:
+        source = _source(config, file)
         try:
-            yield from _READERS[_kind(file.name)](config, file, piece, tally)
-        except _UNREADABLE as error:
+            yield from readers.read(source, piece.start, piece.stop, tally)
+        except readers.UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
                 continue  # the library's tests hold a few files that are wrong on purpose
             _require_unchanged(config, file)
-            raise ValueError(f"{_place(config, file)} cannot be read: {error}") from error
+            raise ValueError(f"{source.place} cannot be read: {error}") from error
         except ValueError:
             _require_unchanged(config, file)
             raise
@@ -372,31 +279,6 @@ def held_out(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
     """Place of each document in [0, 1), from its id alone; validation takes the lowest."""
     digests = b"".join(hashlib.sha256(i).digest()[:8] for i in ids)
     return np.frombuffer(digests, ">u8") / 2.0**64
-
-
-def sound_text(text: str) -> tuple[str, int]:
-    """`text` without surrogates, and its bytes in UTF-8.
-
-    JSON can hold half of a UTF-16 pair, which is no character: U+FFFD takes its place.
-    """
-    try:
-        return text, len(text) if text.isascii() else len(text.encode())
-    except UnicodeEncodeError:
-        sound = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return sound, len(sound.encode())
-
-
-def binary(values: Sequence[bytes]) -> pa.BinaryArray:
-    """What pa.array gives too, but that imports pandas, which takes a third of a second."""
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
-    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
-
-
-def strings(values: Iterable[str]) -> pa.StringArray:
-    """Without surrogates."""
-    return binary([sound_text(value)[0].encode() for value in values]).view(pa.string())
 
 
 def first_bytes(stream: Iterable[Document], limit: int) -> Iterator[str]:
@@ -500,7 +382,7 @@ def _matching(patterns: tuple[str, ...]) -> dict[str, Path]:
             raise ValueError(f"--data-path {pattern} {why} {where}")
         paths.update(matched)
     for path in paths:
-        _kind(str(path))
+        kind(str(path))
         if not _is_utf8(str(path)):
             raise ValueError(
                 f"--data-path: the name of {os.fsencode(path)!r} is not UTF-8: rename it"
@@ -516,26 +398,9 @@ def _is_utf8(text: str) -> bool:
         return False
 
 
-def _kind(name: str) -> str:
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes = suffixes[:-1]
-    kind = _ALSO.get(suffixes[-1], suffixes[-1]) if suffixes else ""
-    if kind not in _SUFFIXES:
-        raise ValueError(
-            f"{name}: cannot tell what it holds; known are {', '.join(_SUFFIXES)}, "
-            f"each also with {', '.join(_COMPRESSED)}"
-        )
-    return kind
-
-
-def _is_compressed(file: SourceFile) -> bool:
-    return Path(file.name).suffix.lower() in _COMPRESSED
-
-
 def _text_bytes(file: SourceFile) -> int:
     """What it holds, about."""
-    dense = _is_compressed(file) or _kind(file.name) == ".parquet"
+    dense = is_compressed(file.name) or kind(file.name) == ".parquet"
     return file.size * (_COMPRESSION if dense else 1)
 
 
@@ -548,14 +413,14 @@ def local_text_bytes(config: CorpusConfig) -> float:
 
 def _divisible(file: SourceFile) -> bool:
     large = _text_bytes(file) > SLICE_BYTES
-    return large and not _is_compressed(file) and _kind(file.name) != ".txt"
+    return large and not is_compressed(file.name) and kind(file.name) != ".txt"
 
 
 def _cut(config: CorpusConfig, file: SourceFile) -> list[Slice] | None:
     """The slices of a large file; None for one that is not cut."""
     if not _divisible(file):
         return None
-    if _kind(file.name) == ".parquet":
+    if kind(file.name) == ".parquet":
         cuts = _row_group_cuts(config, file)
     else:
         cuts = [*range(0, file.size, SLICE_BYTES), file.size]
@@ -563,14 +428,11 @@ def _cut(config: CorpusConfig, file: SourceFile) -> list[Slice] | None:
 
 
 def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
+    source = _source(config, file)
     try:
-        with _parquet(config, file) as opened:
-            footer = opened.metadata
-            groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-            column = _present(config, file, opened)
-            sizes = [_column_bytes(group, column) for group in groups]
-    except _UNREADABLE as error:
-        raise ValueError(f"{_place(config, file)} cannot be read: {error}") from error
+        sizes = readers.row_group_bytes(source)
+    except readers.UNREADABLE as error:
+        raise ValueError(f"{source.place} cannot be read: {error}") from error
     cuts, taken = [0], 0
     for number, size in enumerate(sizes, start=1):
         taken += size
@@ -580,274 +442,15 @@ def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
     return cuts
 
 
-def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
-    columns = (group.column(number) for number in range(group.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
-
-
-# Reading
-
-
-def _place(config: CorpusConfig, file: SourceFile) -> str:
-    """The file as a person finds it."""
-    if _on_the_hub(config):
-        return f"{config.dataset_name}, {file.name}"
-    return str(_paths(config)[file.name])
-
-
-def _open(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
-    """The file's stored bytes."""
-    if _on_the_hub(config):
-        assert config.data_revision, "resolve() pins the revision"
-        remote = HubFile(name=file.name, size=file.size)
-        return cast(
-            IO[bytes], hub.open_file(config.dataset_name, remote, revision=config.data_revision)
-        )
-    return _unchanged(config, file).open("rb")
-
-
-def _decompressed(config: CorpusConfig, file: SourceFile) -> IO[bytes]:
-    stored = _open(config, file)
-    suffix = Path(file.name).suffix.lower()
-    if suffix == ".xz":
-        return io.BufferedReader(_XzStreams(stored), _READ_BYTES)
-    if suffix in _COMPRESSED:
-        codec = {".gz": "gzip", ".zst": "zstd"}.get(suffix, suffix[1:])
-        stream = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), codec)
-        return cast(IO[bytes], io.BufferedReader(stream, _READ_BYTES))
-    return stored
-
-
-class _XzStreams(io.RawIOBase):
-    """What `lzma.open` reads, which ends in silence where a stream behind the first is damaged.
-
-    Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams and zeros between them.
-    """
-
-    def __init__(self, stored: IO[bytes]) -> None:
-        self._stored, self._decoder, self._input = stored, lzma.LZMADecompressor(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = b""
-        while not data:
-            if self._decoder.eof and not self._next_stream():
-                return 0
-            if self._decoder.needs_input and not self._input:
-                self._input = self._stored.read(_READ_BYTES)
-                if not self._input:
-                    raise EOFError("it ends in the middle of a compressed stream")
-            data = self._decoder.decompress(self._input, len(buffer))
-            self._input = b""
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _next_stream(self) -> bool:
-        self._input = self._decoder.unused_data.lstrip(b"\0")
-        while not self._input:
-            if not (stored := self._stored.read(_READ_BYTES)):
-                return False
-            self._input = stored.lstrip(b"\0")
-        self._decoder = lzma.LZMADecompressor()
-        return True
-
-    def close(self) -> None:
-        self._stored.close()
-        super().close()
-
-
-def _read_text(
-    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Batch]:
-    with _decompressed(config, file) as stream:
-        document = Document(file.name, stream.read().decode("utf-8-sig"))
-    if document.text:
-        yield _columns([document])
-    else:
-        tally.empty += 1
-
-
-def _read_jsonl(
-    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Batch]:
-    some: list[Document] = []
-    load = _Load()
-    for document in _lines(config, file, piece, tally):
-        if not document.text:
-            tally.empty += 1
-            continue
-        some.append(document)
-        if load.full_with(document.text):
-            yield _columns(some)
-            some = []
-    if some:
-        yield _columns(some)
-
-
-def _columns(some: list[Document]) -> Batch:
-    ids = binary([document.id.encode("utf-8", "surrogatepass") for document in some])
-    sound = [sound_text(document.text) for document in some]
-    return Batch(
-        ids,
-        strings(document.url for document in some),
-        [text for text, _ in sound],
-        np.array([size for _, size in sound], dtype=np.int64),
+def _source(config: CorpusConfig, file: SourceFile) -> Source:
+    """The file as it is read; a local one has to be what it was."""
+    remote = _on_the_hub(config)
+    return Source(
+        name=file.name,
+        size=file.size,
+        path=None if remote else _unchanged(config, file),
+        dataset=config.dataset_name if remote else "",
+        revision=config.data_revision or "",
+        text_column=config.text_column,
+        bad_lines_limit=config.bad_lines_limit,
     )
-
-
-def _lines(
-    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Document]:
-    """Lines that begin within the slice; a document without an id is named by its first byte."""
-    with _decompressed(config, file) as stream:
-        position, number = piece.start, 0
-        if position:
-            stream.seek(position - 1)
-            position += len(stream.readline()) - 1  # the rest of a line that the slice before owns
-        while piece.stop is None or position < piece.stop:
-            if not (line := stream.readline()):
-                return
-            begin, number, position = position, number + 1, position + len(line)
-            if not (content := line.removeprefix(codecs.BOM_UTF8).strip()):
-                continue
-            try:
-                yield _from_line(config, file, content, begin)
-            except (ValueError, RecursionError) as error:
-                where = f"line {number}" if not piece.start else f"the line at byte {begin}"
-                _count_bad(config, tally, f"{_place(config, file)}, {where} {error}")
-
-
-def _from_line(config: CorpusConfig, file: SourceFile, line: bytes, position: int) -> Document:
-    column = config.text_column
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if isinstance(fields, dict) and fields.get(column, "") is None:
-        return Document(file.name, "")  # as in Parquet files, null is an empty document
-    if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
-    document_id, url = fields.get("id"), fields.get("url")
-    return Document(
-        str(document_id) if _names(document_id) else f"{file.name}@{position}",
-        fields[column],
-        url if isinstance(url, str) else "",
-    )
-
-
-def _names(document_id: object) -> bool:
-    return isinstance(document_id, str | int) and document_id != ""
-
-
-def _count_bad(config: CorpusConfig, tally: Tally, place: str) -> None:
-    tally.bad += 1
-    if len(tally.places) < _PLACES:
-        tally.places.append(place)
-    if tally.bad > config.bad_lines_limit:
-        allowed = f" ({tally.bad} bad lines, --bad-lines-limit {config.bad_lines_limit})"
-        raise ValueError(place + (allowed if config.bad_lines_limit else ""))
-
-
-@lru_cache(maxsize=4)
-def _footer(config: CorpusConfig, file: SourceFile) -> pq.FileMetaData:
-    """Of a file on the hub, which has about a megabyte of it and is opened for every slice."""
-    return pq.read_metadata(pa.PythonFile(_open(config, file), mode="r"))
-
-
-def _parquet(config: CorpusConfig, file: SourceFile) -> pq.ParquetFile:
-    source: Any
-    footer = None
-    if _is_compressed(file):
-        # Parquet is read from its end, which a compressed stream cannot reach
-        with _decompressed(config, file) as stream:
-            source = pa.BufferReader(stream.read())
-    elif _on_the_hub(config):
-        source, footer = pa.PythonFile(_open(config, file), mode="r"), _footer(config, file)
-    else:
-        source = str(_unchanged(config, file))
-    return pq.ParquetFile(
-        source,
-        metadata=footer,
-        memory_map=False,  # a file that is cut meanwhile would end the process
-        pre_buffer=_on_the_hub(config),
-        page_checksum_verification=True,
-    )
-
-
-def _present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> str:
-    """The text column, which has to be there."""
-    present = opened.schema_arrow.names
-    if present.count(config.text_column) != 1:
-        raise ValueError(
-            f"{_place(config, file)} has no one column {config.text_column!r}, but {present}: "
-            "set --text-column"
-        )
-    kind = opened.schema_arrow.field(config.text_column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind not in _STRINGS:
-        raise ValueError(
-            f"{_place(config, file)} has {kind} in column {config.text_column!r}, no text: "
-            "set --text-column"
-        )
-    return config.text_column
-
-
-def _also_present(config: CorpusConfig, file: SourceFile, opened: pq.ParquetFile) -> list[str]:
-    """Those of the columns for ids and URLs that are there, beside the text's."""
-    present = opened.schema_arrow.names
-    for name in ("id", "url"):
-        if present.count(name) > 1:
-            raise ValueError(
-                f"{_place(config, file)} has {present.count(name)} columns {name!r}: leave one"
-            )
-    return [c for c in ("id", "url") if c in present and c != config.text_column]
-
-
-def _read_parquet(
-    config: CorpusConfig, file: SourceFile, piece: Slice, tally: Tally
-) -> Iterator[Batch]:
-    with _parquet(config, file) as opened:
-        column = _present(config, file, opened)
-        columns = [column, *_also_present(config, file, opened)]
-        footer = opened.metadata
-        stop = footer.num_row_groups if piece.stop is None else piece.stop
-        groups = range(piece.start, stop)
-        number = sum(footer.row_group(group).num_rows for group in range(piece.start))
-        rows = sum(footer.row_group(group).num_rows for group in groups)
-        size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
-        # long documents are read a few at a time: eight batches are on their way at once
-        at_once = max(1, min(_READ_ROWS, _READ_BYTES * rows // max(1, size)))
-        for batch in opened.iter_batches(at_once, row_groups=groups, columns=columns):
-            texts, ids, urls = (
-                _as_strings(batch.column(name)) if name in columns else pa.repeat("", len(batch))
-                for name in (column, "id", "url")
-            )
-            if pc.any(pc.equal(ids, "")).as_py():
-                named = enumerate(ids.to_pylist(), start=number + 1)
-                ids = strings(name or f"{file.name}:{place}" for place, name in named)
-            number += len(batch)
-            text_bytes = pc.binary_length(texts).to_numpy().astype(np.int64)
-            if not text_bytes.all():
-                full = pc.not_equal(texts, "")
-                texts, ids, urls = (values.filter(full) for values in (texts, ids, urls))
-                tally.empty += len(batch) - len(texts)
-                text_bytes = text_bytes[text_bytes > 0]
-            for values in (ids, urls):
-                values.validate(full=True)  # that it is UTF-8, which Parquet files only claim
-            yield Batch(ids.cast(pa.binary()), urls, texts.to_pylist(), text_bytes)
-
-
-def _as_strings(values: pa.Array) -> pa.StringArray:
-    """Null is empty; a number is as Python writes it."""
-    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    if kind in _STRINGS:
-        texts = values.cast(pa.string())
-        return texts.fill_null("") if texts.null_count else texts
-    return strings("" if value is None else str(value) for value in values.to_pylist())
-
-
-_READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -26,9 +26,10 @@ from pydantic import Field, NonNegativeInt
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data import corpus, packing, synthetic, tokenizer
-from zeroflow.data.corpus import CorpusConfig, Slice, Tally
+from zeroflow.data import corpus, packing, readers, synthetic, tokenizer
+from zeroflow.data.corpus import CorpusConfig, Slice
 from zeroflow.data.packing import Ids, PackingName, Pieces, Tokens
+from zeroflow.data.readers import Tally
 from zeroflow.data.tokenizer import TokenizerFiles
 
 log = logging.getLogger(__name__)
@@ -256,7 +257,7 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
         yield batch
 
 
-def _check(job: PartJob, ids: Tokens, lengths: Ids, read: corpus.Batch) -> None:
+def _check(job: PartJob, ids: Tokens, lengths: Ids, read: readers.Batch) -> None:
     end_of_text, vocab_size = job.tokens.end_of_text, job.tokens.vocab_size
     if ids.max(initial=0) < vocab_size and not (ids == end_of_text).any():
         return
@@ -282,7 +283,7 @@ def _synthetic(job: PartJob) -> Iterator[_Batch]:
         lengths = np.array([len(tokens) for tokens in made.tokens], dtype=np.int64)
         nothing = np.zeros(len(lengths), dtype=np.int64)
         yield _Batch(
-            corpus.binary([name.encode() for name in made.ids]),
+            readers.binary([name.encode() for name in made.ids]),
             pa.repeat("", len(lengths)),
             nothing,
             nothing.astype(np.uint64),
@@ -364,7 +365,7 @@ def _sound(ids: pa.BinaryArray) -> pa.StringArray:
     try:
         return ids.cast(pa.string())
     except pa.ArrowInvalid:
-        return corpus.strings(i.decode("utf-8", "surrogatepass") for i in ids.to_pylist())
+        return readers.strings(i.decode("utf-8", "surrogatepass") for i in ids.to_pylist())
 
 
 class _SplitWriter:
