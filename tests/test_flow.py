@@ -300,6 +300,7 @@ def test_generate_prints_text_and_export_opens_in_transformers(
         torch.testing.assert_close(theirs(ids).logits, ours.model(ids), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow) -> None:
     """After two windows of data that were left out in vain, as its ledger says, and a third."""
     before = {"time": 0, "process": 1, "reason": "diverged", "step": 0, "message": "it diverged"}
@@ -316,6 +317,7 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
     assert "3 windows of data have been left out in vain" in output
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     process = flow.start("--run-name=first")
