@@ -8,6 +8,7 @@ from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.pictures import losses_compared
 
 EXPONENT, FACTOR = 0.05, 20.0
+NOTHING_ELSE = {"pictures": [], "failed": []}
 
 
 def law(flops: float) -> float:
@@ -78,13 +79,14 @@ def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
     assert compare(broken).law is None
 
 
-def test_seeds_and_rates_are_columns_where_they_differ():
-    one_seed = markdown("s", compare([outcome("tiny"), outcome("small")]), pictures=[], failed=[])
-    two = compare([outcome("tiny"), outcome("tiny", seed=1)])
-    assert "| seed |" not in one_seed and "| peak rate |" not in one_seed
-    assert "| seed |" in markdown("s", two, pictures=[], failed=[])
-    rows = [line for line in one_seed.splitlines() if line.startswith("|")]
+def test_what_all_runs_share_is_told_once():
+    page = markdown("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
+    assert "| seed |" in page and "| size |" not in page and "| peak rate |" not in page
+    assert "The same for all: size tiny, bits per byte none, peak rate 0.001, " in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and len(rows) == 4
+    alone = markdown("s", compare([outcome("tiny")]), **NOTHING_ELSE)
+    assert "| size |" in alone and "The same for all" not in alone
 
 
 def test_errors_are_those_of_least_squares():

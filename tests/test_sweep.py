@@ -89,7 +89,7 @@ def test_runs_of_an_earlier_command_stay_in_the_comparison(tmp_path, monkeypatch
     added = SweepConfig(sweep_name="s", sizes=("tiny",), seeds=(1,), run={"cache_dir": tmp_path})
     added.folder.mkdir(parents=True)
     page = sweeps.compare(added, failed=[]).read_text()
-    assert "2 runs," in page and "| s-tiny-seed0 |" in page and "| s-tiny-seed1 |" in page
+    assert "2 runs," in page and "| tiny-seed0 |" in page and "| tiny-seed1 |" in page
 
 
 def ended(name: str) -> Outcome:

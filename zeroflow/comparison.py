@@ -183,31 +183,40 @@ def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
     return _predicted(law, larger, _STEP**2 * last.flops, None)
 
 
-def markdown(name: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
-    """The page of a comparison."""
+def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
+    """The page of a sweep, by its name; those of its runs begin with it."""
     columns = {
-        "run": [one.run for one in found.outcomes],
+        "run": [one.run.removeprefix(f"{sweep}-") for one in found.outcomes],
         "size": [one.size for one in found.outcomes],
-        "parameters": [parameter_count(one.parameters) for one in found.outcomes],
-        "seed": [str(one.seed) for one in found.outcomes],
-        "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
-        "tokens": [parameter_count(one.tokens) for one in found.outcomes],
-        "FLOPs": [f"{one.flops:.3g}" for one in found.outcomes],
-        "hours": [f"{one.seconds / 3600:.3g}" for one in found.outcomes],
-        "speed": [speed(one.tokens_per_second) for one in found.outcomes],
         "validation loss": [f"{one.val_loss:.4f}" for one in found.outcomes],
         "bits per byte": [
             "none" if one.val_bpb is None else f"{one.val_bpb:.4f}" for one in found.outcomes
         ],
+        "seed": [str(one.seed) for one in found.outcomes],
+        "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
+        "parameters": [parameter_count(one.parameters) for one in found.outcomes],
+        "tokens": [parameter_count(one.tokens) for one in found.outcomes],
+        "FLOPs": [f"{one.flops:.3g}" for one in found.outcomes],
+        "hours": [f"{one.seconds / 3600:.3g}" for one in found.outcomes],
+        "tokens/s": [
+            speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.outcomes
+        ],
     }
     # Prefect's page is too narrow for all of them
-    alike = {name for name in ("seed", "peak rate") if len(set(columns[name])) == 1}
-    shown = {name: cells for name, cells in columns.items() if name not in alike}
-    rule = ["---" if name in ("run", "size") else "---:" for name in shown]
+    alike = {
+        column: cells[0]
+        for column, cells in columns.items()
+        if len(cells) > 1 and len(set(cells)) == 1 and column != "validation loss"
+    }
+    shown = {column: cells for column, cells in columns.items() if column not in alike}
+    rule = ["---" if column in ("run", "size") else "---:" for column in shown]
     table = [list(shown), rule, *zip(*shown.values(), strict=True)]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     spent = duration(sum(one.seconds for one in found.outcomes))
-    parts = [f"# {name}", f"{len(found.outcomes)} runs, {spent} of training.", lines]
+    said = f"{len(found.outcomes)} runs, {spent} of training; their names begin with `{sweep}-`."
+    parts = [f"# Sweep {sweep}", said, lines]
+    if alike:
+        parts.append(f"The same for all: {', '.join(map(' '.join, alike.items()))}.")
     if failed:
         again = "the same command, or a retry, goes on with them"
         parts.append(f"**Not finished: {', '.join(failed)}**; {again}.")

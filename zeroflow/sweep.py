@@ -152,7 +152,7 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
     drawn = pictures.losses_compared(found, where)
     page = where / COMPARISON
     text = comparison.markdown(
-        f"Sweep {sweep.name}", found, pictures=[path.name for path in drawn], failed=failed
+        sweep.name, found, pictures=[path.name for path in drawn], failed=failed
     )
     page.write_text(text, encoding="utf-8")
     artifacts.write_json(where / _FIGURES, comparison.figures(found))
