@@ -288,6 +288,17 @@ def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
         list(corpus.read(settled, piece, Tally()))
 
 
+def test_file_that_is_gone_before_it_is_cut_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 1)
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), file)
+    settled = files_corpus(str(file))
+    listed = corpus.files(settled)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read: .*No such file"):
+        corpus.plan(settled, listed, 0)
+
+
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("change", ["longer", "cut", "other"])
 def test_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(

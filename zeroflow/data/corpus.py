@@ -252,6 +252,7 @@ def _batches(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch
     for file in piece.files:
         source = _source(config, file)
         try:
+            _require_unchanged(config, file)
             yield from readers.read(source, piece.start, piece.stop, tally)
         except readers.UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
@@ -338,19 +339,17 @@ def _stamp(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def _unchanged(config: CorpusConfig, file: SourceFile) -> Path:
-    """The path of a local file, which has to be what it was when the revision was found."""
+def _require_unchanged(config: CorpusConfig, file: SourceFile) -> None:
+    """A local file has to be what it was when the revision was found.
+
+    Also once it has been read: what was read may be of another content than the revision says.
+    """
+    if _on_the_hub(config):
+        return
     path = _paths(config)[file.name]
     now, pinned = _stamp(path), _pinned.get(path)
     if now[0] != file.size or (pinned and now != pinned.stamp):
         raise ValueError(f"{path} has changed since the run began: run the same command again")
-    return path
-
-
-def _require_unchanged(config: CorpusConfig, file: SourceFile) -> None:
-    """Once it has been read: what was read may be of another content than the revision says."""
-    if not _on_the_hub(config):
-        _unchanged(config, file)
 
 
 @lru_cache(maxsize=4)
@@ -430,6 +429,7 @@ def _cut(config: CorpusConfig, file: SourceFile) -> list[Slice] | None:
 def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
     source = _source(config, file)
     try:
+        _require_unchanged(config, file)
         sizes = readers.row_group_bytes(source)
     except readers.UNREADABLE as error:
         raise ValueError(f"{source.place} cannot be read: {error}") from error
@@ -443,12 +443,11 @@ def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
 
 
 def _source(config: CorpusConfig, file: SourceFile) -> Source:
-    """The file as it is read; a local one has to be what it was."""
     remote = _on_the_hub(config)
     return Source(
         name=file.name,
         size=file.size,
-        path=None if remote else _unchanged(config, file),
+        path=None if remote else _paths(config)[file.name],
         dataset=config.dataset_name if remote else "",
         revision=config.data_revision or "",
         text_column=config.text_column,
