@@ -11,6 +11,7 @@ import torch
 from zeroflow.data import corpus, shards, tokenizer
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.readers import Document
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
@@ -135,6 +136,16 @@ def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
 def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
     """Files as a resolved corpus."""
     return corpus.resolve(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
+
+
+def read_files(*paths: Path, **settings: Any) -> list[Document]:
+    """The documents of files."""
+    return list(corpus.documents(files_corpus(*map(str, paths), **settings)))
+
+
+def as_jsonl(rows: list[dict[str, str]]) -> bytes:
+    """What a .jsonl file of these rows holds."""
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
 
 
 def synthetic_rows(cache: Path) -> tuple[ShardSet, TokenizerFiles]:
