@@ -143,10 +143,13 @@ def in_thread(job: PartJob, build_part: Callable[[PartJob], BuiltPart] = parts.b
     context = copy_context()  # by which a task knows its flow run
 
     def run() -> None:
+        found: BuiltPart | BaseException
         try:
-            end.put(context.run(build_part, job))
+            found = context.run(build_part, job)
         except BaseException as error:
-            end.put(error)
+            found = error
+        _idle.release()  # before anyone hears of the end, and starts the next part
+        end.put(found)
 
     _work.put(run)
     if not _idle.acquire(blocking=False):
@@ -162,7 +165,6 @@ _idle = threading.Semaphore(0)
 def _keep_working() -> None:
     while True:
         _work.get()()
-        _idle.release()
 
 
 def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
