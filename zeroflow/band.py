@@ -192,9 +192,9 @@ def _earlier(file: Path, job: TrainingJob, before: float) -> _Earlier | None:
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
     """What decides the curve of the loss, up to the seed and what devices and precisions change."""
     training = job.training
-    split = {"seed", "micro_batch_rows", "accumulate", "compute"}
+    split = {"seed", "micro_batch_rows", "accumulate", "ranks", "zero_stage", "compute"}
     # the folder's name has a fingerprint of corpus, tokenizer and layout of the rows
-    data = (job.shards.path.name, job.shards.parts, training.micro_batch_rows * training.accumulate)
+    data = (job.shards.path.name, job.shards.parts, training.batch_rows)
     return (job.model, training.model_dump(exclude=split), *data)
 
 
@@ -208,8 +208,7 @@ def _began(job: TrainingJob) -> float | None:
 
 
 def _planned_tokens(job: TrainingJob) -> int:
-    rows = job.training.micro_batch_rows * job.training.accumulate
-    return job.training.steps * rows * (job.shards.row_tokens - 1)
+    return job.training.steps * job.training.batch_rows * (job.shards.row_tokens - 1)
 
 
 def _smoothed(job: TrainingJob, lines: Iterable[Line]) -> Losses:

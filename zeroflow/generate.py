@@ -1,5 +1,7 @@
 """Text from a model."""
 
+from collections.abc import Callable
+
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -25,31 +27,52 @@ class SamplingConfig(Config):
     seed: NonNegativeInt = 0
 
 
-@torch.inference_mode()
+def _own(token: int) -> int:
+    return token
+
+
+@torch.no_grad()  # in inference_mode, weights that ranks gather could not be trained on after it
 def complete(
-    model: Llama, files: TokenizerFiles, prompt: str, config: SamplingConfig, *, context: int
+    model: Llama,
+    files: TokenizerFiles,
+    prompt: str,
+    config: SamplingConfig,
+    *,
+    context: int,
+    agree: Callable[[int], int] = _own,
 ) -> str:
     """`prompt` and what the model adds to it.
 
     Args:
         context: tokens the model was trained on at once; older ones are forgotten.
+        agree: what ranks that compute the same model take for the one that each has chosen.
     """
     text = tokenizers.load(files)
     ids = [files.end_of_text, *text.encode(prompt, add_special_tokens=False).ids]
-    added = _sample(model, ids, files, config, context)
+    added = _sample(model, ids, files, config, context, agree)
     return text.decode(ids[1:] + added, skip_special_tokens=False)
 
 
 def complete_ids(
-    model: Llama, files: TokenizerFiles, config: SamplingConfig, *, context: int
+    model: Llama,
+    files: TokenizerFiles,
+    config: SamplingConfig,
+    *,
+    context: int,
+    agree: Callable[[int], int] = _own,
 ) -> list[int]:
     """Token ids of a new document, for data that is no text."""
-    with torch.inference_mode():
-        return _sample(model, [files.end_of_text], files, config, context)
+    with torch.no_grad():
+        return _sample(model, [files.end_of_text], files, config, context, agree)
 
 
 def _sample(
-    model: Llama, ids: list[int], files: TokenizerFiles, config: SamplingConfig, context: int
+    model: Llama,
+    ids: list[int],
+    files: TokenizerFiles,
+    config: SamplingConfig,
+    context: int,
+    agree: Callable[[int], int],
 ) -> list[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
@@ -59,7 +82,7 @@ def _sample(
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
             logits = model(window, _last_logits)[0, : files.vocab_size].float().cpu()
-            token = _choose(logits, config, generator)
+            token = agree(_choose(logits, config, generator))
             if token == files.end_of_text:
                 break
             added.append(token)

@@ -98,6 +98,7 @@ def _pieces(found: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piec
         seed=config.seed,
         micro_batch_rows=config.micro_batch_rows,
         accumulate=config.accumulate,
+        ranks=config.ranks,
         skips=skips,
     )
     return lookup.pieces(shards, found.tokenizer, batches.row_ids(step - 1).flatten())

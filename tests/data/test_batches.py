@@ -22,7 +22,7 @@ ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
 
 
-def batches(*, accumulate: int, world: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
+def batches(*, accumulate: int, ranks: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
     return Batches(
         ROWS,
         end_of_text=-1,
@@ -30,7 +30,7 @@ def batches(*, accumulate: int, world: int, micro: int, rank: int = 0, seed: int
         micro_batch_rows=micro,
         accumulate=accumulate,
         rank=rank,
-        world=world,
+        ranks=ranks,
     )
 
 
@@ -73,9 +73,9 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(size):
 # global batches of 1, 6, 12, 23, 30 rows out of 23: also larger than an epoch
 @pytest.mark.parametrize("split", [(1, 1, 1), (2, 3, 1), (3, 2, 2), (1, 1, 23), (5, 2, 3)])
 def test_steps_of_any_size_visit_every_row_once_an_epoch(split):
-    accumulate, world, micro = split
-    size = accumulate * world * micro
-    source = batches(accumulate=accumulate, world=world, micro=micro)
+    accumulate, ranks, micro = split
+    size = accumulate * ranks * micro
+    source = batches(accumulate=accumulate, ranks=ranks, micro=micro)
     visited = np.concatenate([source.row_ids(step).ravel() for step in range(23)])
     assert len(visited) == 23 * size
     for epoch in visited.reshape(size, 23):
@@ -85,11 +85,11 @@ def test_steps_of_any_size_visit_every_row_once_an_epoch(split):
 @pytest.mark.parametrize("split", [(12, 1, 1), (1, 12, 1), (2, 3, 2), (3, 2, 2), (1, 4, 3)])
 @pytest.mark.parametrize("step", [0, 1, 40])
 def test_ranks_and_micro_batches_only_split_the_global_batch(split, step):
-    whole = batches(accumulate=1, world=1, micro=12).micro_batches(step)[0].inputs
-    accumulate, world, micro = split
+    whole = batches(accumulate=1, ranks=1, micro=12).micro_batches(step)[0].inputs
+    accumulate, ranks, micro = split
     parts = []
-    for rank in range(world):
-        mine = batches(accumulate=accumulate, world=world, micro=micro, rank=rank)
+    for rank in range(ranks):
+        mine = batches(accumulate=accumulate, ranks=ranks, micro=micro, rank=rank)
         shares = mine.micro_batches(step)
         assert [share.inputs.shape for share in shares] == [(micro, 4)] * accumulate
         parts += [share.inputs for share in shares]
@@ -98,12 +98,12 @@ def test_ranks_and_micro_batches_only_split_the_global_batch(split, step):
 
 
 def test_batch_needs_no_history():
-    walked = batches(accumulate=2, world=1, micro=3)
+    walked = batches(accumulate=2, ranks=1, micro=3)
     for step in range(9):
         before = walked.micro_batches(step)
-    fresh = batches(accumulate=2, world=1, micro=3).micro_batches(8)
+    fresh = batches(accumulate=2, ranks=1, micro=3).micro_batches(8)
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(before, fresh, strict=True))
-    other = batches(accumulate=2, world=1, micro=3, seed=8).micro_batches(8)
+    other = batches(accumulate=2, ranks=1, micro=3, seed=8).micro_batches(8)
     assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(before, other, strict=True))
 
 

@@ -22,11 +22,11 @@ from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.shards import Rows, ShardSet
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import CheckResult
-from zeroflow.training import events, worker
-from zeroflow.training.job import launch
+from zeroflow.training import events, worker, zero
+from zeroflow.training.job import RankJob, launch
 from zeroflow.training.loop import BatchSource, TrainingConfig, TrainState, new_state, train
 from zeroflow.training.schedule import Schedule
-from zeroflow.training.worker import StopRequest
+from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.overfit")
 
@@ -48,11 +48,8 @@ class OverfitConfig(Config):
     """Loss it has to reach, in nats per token."""
 
 
-class OverfitJob(Config):
-    run_dir: Path
-    model: ModelConfig
-    training: TrainingConfig
-    """The run's own; the check changes its batch and schedule."""
+class OverfitJob(RankJob):
+    """Its training is the run's own; the check changes its batch and schedule."""
 
     shards: ShardSet
     limits: OverfitConfig
@@ -107,6 +104,7 @@ def check(job: OverfitJob) -> OverfitResult:
         job_file,
         job.run_dir,
         lambda event: None,
+        ranks=job.training.ranks,
         compile_cache=job.compile_cache,
     )
     result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
@@ -184,8 +182,8 @@ def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
     """Whether no gradient has moved `parameter`; weight decay alone moves it as well."""
-    reached = state.optimizer.state[parameter]["exp_avg_sq"].any()
-    return not reached or torch.equal(parameter.detach(), before)
+    reached = zero.whole(state.optimizer.state[parameter]["exp_avg_sq"]).any()
+    return not reached or torch.equal(zero.whole(parameter.detach()), zero.whole(before))
 
 
 def _before(run_dir: Path) -> OverfitResult | None:
@@ -213,13 +211,15 @@ def _curve(result: OverfitResult) -> str:
     return " ".join(f"{loss:.3f}" for loss in shown)
 
 
-def work(job: OverfitJob, stop: StopRequest) -> None:
+def work(job: OverfitJob, stop: Stop) -> None:
     config = settings(job.model, job.training, job.limits)
     worker.make_deterministic()
     state = new_state(job.model, config)
     batch = fixed_batch(Rows(job.shards, "train"), document_mask=config.document_mask)
     history = job.run_dir / events.EVENTS
-    result = overfit(state, batch, config, job.limits, stop=lambda: bool(stop))
+    result = overfit(state, batch, config, job.limits, stop)
+    if zero.rank() > 0:
+        return
     if result is None:
         message = "the overfit check was stopped; the same command repeats it"
         events.append(history, {"event": "stopped", "message": message})

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,11 @@ from zeroflow.data.shards import Rows, ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult
-from zeroflow.training import checkpoint, events, recovery, worker
+from zeroflow.training import checkpoint, events, recovery, worker, zero
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
-from zeroflow.training.job import RunIsBusy, TrainingFailed, TrainingJob, launch
+from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob, launch
 from zeroflow.training.loop import TrainingConfig, TrainState, loss_sum, new_state, train_step
-from zeroflow.training.worker import StopRequest
+from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
@@ -67,11 +68,8 @@ class Check(Config):
     """What that means; where it failed, also what to change."""
 
 
-class PreflightJob(Config):
-    run_dir: Path
-    model: ModelConfig
-    training: TrainingConfig
-    """With micro-batches as they are trained with, after what did not fit."""
+class PreflightJob(RankJob):
+    """Its training has micro-batches as they are trained with, after what did not fit."""
 
     shards: ShardSet
     tokenizer: TokenizerFiles
@@ -165,6 +163,7 @@ def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
             job_file,
             job.run_dir,
             lambda event: None,
+            ranks=now.training.ranks,
             compile_cache=now.compile_cache,
         )
     finally:
@@ -220,21 +219,31 @@ def checks(job: PreflightJob) -> Iterator[Check]:
         sound = sound and of_data.passed
         yield of_data
     state = new_state(job.model, job.training)
-    yield from model_checks(state, job.training, job.shards.row_tokens - 1)
+    yield from map(_of_all, model_checks(state, job.training, job.shards.row_tokens - 1))
     if sound:
-        yield micro_batch(state, job.training, Rows(job.shards, "train"))
+        yield _of_all(micro_batch(state, job.training, Rows(job.shards, "train")))
     yield round_trip(state, job.run_dir / _CHECKPOINT, job.tokenizer.fingerprint)
 
 
 def data_checks(job: PreflightJob) -> Iterator[Check]:
-    whole = checksums(job.shards)
+    whole = _of_all(checksums(job.shards))
     yield whole
     if not whole.passed:
         return
-    of_model = token_ids(job.shards, job.tokenizer, job.model)
+    of_model = _of_all(token_ids(job.shards, job.tokenizer, job.model))
     yield of_model
     if of_model.passed and job.tokenizer.path is not None:
-        yield text(Rows(job.shards, "train"), job.tokenizer)
+        yield _of_all(text(Rows(job.shards, "train"), job.tokenizer))
+
+
+def _of_all(check: Check) -> Check:
+    """`check` as rank 0 made it, but passed only if it did on every rank."""
+    if not check.passed:
+        log.warning("pre-flight: %s: FAILED, %s; %s", check.name, check.figure, check.sentence)
+    if zero.is_any(not check.passed) and check.passed:
+        sentence = "failed on another rank, whose log says why"
+        return check.replace(passed=False, sentence=sentence)
+    return check
 
 
 def model_checks(state: TrainState, config: TrainingConfig, context: int) -> Iterator[Check]:
@@ -313,8 +322,10 @@ def gradients(state: TrainState, batch: MicroBatch) -> Check:
 
 
 def _reached(parameter: Tensor) -> bool:
-    gradient = parameter.grad
-    return gradient is not None and bool(gradient.any() and gradient.isfinite().all())
+    if parameter.grad is None:
+        return False
+    gradient = zero.whole(parameter.grad)
+    return bool(gradient.any() and gradient.isfinite().all())
 
 
 def causality(state: TrainState, batch: MicroBatch) -> Check:
@@ -391,6 +402,8 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
         micro_batch_rows=config.micro_batch_rows,
         accumulate=min(2, config.accumulate),
         document_mask=config.document_mask,
+        rank=zero.rank(),
+        ranks=config.ranks,
     )
     on_gpu = config.compute.device == "cuda"
     if on_gpu:  # else what the checks before have left would be counted, in pieces
@@ -481,33 +494,38 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
 
     If they are the same, the state is left as it was. `folder` is removed.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    zero.on_first(remove)
     begin = time.monotonic()
     tensors = _tensors(state)
     size = f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.0f} MB"
+    if zero.ranks() > 1:
+        size += " on a rank"
     before, step = _digests(tensors), state.step
     try:
         saver = Saver(folder, Retention(keep=1), tokenizer=fingerprint)
         saver.save(state)
-        saver.wait()
+        zero.on_first(saver.wait)
         for tensor in tensors.values():
             tensor.zero_()
-        saved = checkpoint.latest(folder)
+        saved = zero.on_first(partial(checkpoint.latest, folder))
         if saved is None:
             raise CheckpointError("what was written is damaged: look at the disk")
         checkpoint.load(state, saved, tokenizer=fingerprint)
     except (OSError, CheckpointError) as error:
-        return Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    after = _digests(tensors)
-    lost = [name for name in before if after[name] != before[name]]
-    passed = not lost and state.step == step
-    sentence = f"written and read back with the same bits in {time.monotonic() - begin:.1f} s"
-    if not passed:
-        what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
-        sentence = f"{what} came back otherwise: look at `checkpoint`, and at the disk"
-    return Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
+        found = Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
+    else:
+        after = _digests(tensors)
+        lost = [name for name in before if after[name] != before[name]]
+        passed = not lost and state.step == step
+        sentence = f"written and read back with the same bits in {time.monotonic() - begin:.1f} s"
+        if not passed:
+            what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
+            sentence = f"{what} came back otherwise: look at `checkpoint`, and at the disk"
+        found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
+    found = _of_all(found)  # by which all have read it
+    zero.on_first(remove)
+    return found
 
 
 def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:
@@ -566,9 +584,9 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     """All that training changes; listed here, so that a checkpoint that forgets some is noticed."""
     tensors = {"skipped": state.skipped}
     for name, parameter in state.model.named_parameters():
-        tensors[name] = parameter.detach()
+        tensors[name] = zero.part(parameter.detach())
         for key, value in state.optimizer.state[parameter].items():
-            tensors[f"{key} of {name}"] = value
+            tensors[f"{key} of {name}"] = zero.part(value)
     return tensors
 
 
@@ -582,20 +600,25 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def work(job: PreflightJob, stop: StopRequest) -> None:
+def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.compute.deterministic:
         worker.make_deterministic()
     history = job.run_dir / events.EVENTS
     done: list[Check] = []
+    stopped = False
     for check in checks(job):
-        verdict = "" if check.passed else "FAILED, "
-        log.info("pre-flight: %s: %s%s; %s", check.name, verdict, check.figure, check.sentence)
+        if check.passed:
+            log.info("pre-flight: %s: %s; %s", check.name, check.figure, check.sentence)
         done.append(check)
-        if stop:
-            message = "the pre-flight was stopped; the same command repeats it"
-            events.append(history, {"event": "stopped", "message": message})
-            return
+        if stopped := stop():
+            break
+    if zero.rank() > 0:
+        return
+    if stopped:
+        message = "the pre-flight was stopped; the same command repeats it"
+        events.append(history, {"event": "stopped", "message": message})
+        return
     result = _result(job.identity, done, seconds=time.monotonic() - begin)
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
     verdict = "passed" if result.passed else "FAILED"

@@ -66,15 +66,15 @@ class Batches:
         document_mask: bool = False,
         skips: Sequence[Skip] = (),
         rank: int = 0,
-        world: int = 1,
+        ranks: int = 1,
         pin: bool = False,
     ) -> None:
         self._rows, self._end_of_text, self._seed, self._pin = rows, end_of_text, seed, pin
-        self._split = (accumulate, world, micro_batch_rows)
+        self._split = (accumulate, ranks, micro_batch_rows)
         self._document_mask, self._skips, self._rank = document_mask, skips, rank
 
     def row_ids(self, step: int) -> Ids:
-        """Rows of the global batch of `step`, shape (accumulate, world, micro_batch_rows)."""
+        """Rows of the global batch of `step`, shape (accumulate, ranks, micro_batch_rows)."""
         size = int(np.prod(self._split))
         batch = step + sum(skip.batches for skip in self._skips if skip.step <= step)
         ids = row_ids(np.arange(batch * size, (batch + 1) * size), len(self._rows), self._seed)

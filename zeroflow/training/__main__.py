@@ -6,15 +6,16 @@ import math
 import os
 import shlex
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zeroflow import artifacts, generate
 from zeroflow.data.batches import Ahead, Batches
 from zeroflow.data.shards import Rows
-from zeroflow.training import checkpoint, compiling, events, goodput, worker
+from zeroflow.training import checkpoint, compiling, events, goodput, worker, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.goodput import Account, Books, Clock
 from zeroflow.training.health import Monitor, Reading
@@ -22,7 +23,7 @@ from zeroflow.training.job import LAUNCHED, RESULT, TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, TrainState, new_state, train
 from zeroflow.training.optimizer import update_ratio
 from zeroflow.training.validation import bits_per_byte, validation_loss
-from zeroflow.training.worker import Diverged, StopRequest
+from zeroflow.training.worker import Diverged, Stop
 
 log = logging.getLogger("zeroflow.training")
 
@@ -35,15 +36,18 @@ _STEPS_TO_SETTLE = 3
 
 
 class Recorder:
-    """Writes what happens to metrics.jsonl and events.jsonl, which the parent follows."""
+    """Writes what happens to metrics.jsonl and events.jsonl, which the parent follows.
+
+    Rank 0 does. The others take part where figures are of all ranks, and write nothing.
+    """
 
     def __init__(self, job: TrainingJob, books: Books, *, step: int, context: int) -> None:
         self._job, self._books, self._context = job, books, context
-        self._rows_per_step = job.training.micro_batch_rows * job.training.accumulate
+        self._rows_per_step = job.training.batch_rows
         self._tokens_per_step = self._rows_per_step * context
         self._metrics, self._events = job.run_dir / events.METRICS, job.run_dir / events.EVENTS
         # What a killed process logged after its last checkpoint comes again
-        events.keep(self._metrics, lambda line: 0 < step >= line["step"])
+        zero.on_first(lambda: events.keep(self._metrics, lambda line: 0 < step >= line["step"]))
         self._last = (books.account.steps, books.account.training)
         earlier = [_reading(line) for line in self.lines() if "update_ratio" in line]
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=earlier)
@@ -55,10 +59,12 @@ class Recorder:
         return self.tokens(step) * self._job.model.flops_per_token(self._context)
 
     def event(self, name: str, **facts: object) -> None:
-        events.append(self._events, {"event": name, "time": time.time(), **facts})
+        if zero.rank() == 0:
+            events.append(self._events, {"event": name, "time": time.time(), **facts})
 
     def alive(self) -> None:
-        (self._job.run_dir / events.ALIVE).touch()
+        if zero.rank() == 0:
+            (self._job.run_dir / events.ALIVE).touch()
 
     def step(self, state: TrainState, metrics: StepMetrics) -> list[str]:
         """Log the step just done; reading its loss waits for the device.
@@ -91,7 +97,9 @@ class Recorder:
         if (mfu := self.mfu(rate)) is not None:
             line["mfu"] = mfu
         self._record(line)
-        alarms = self._monitor.alarms(_reading(line))
+        alarms = zero.on_first(lambda: self._monitor.alarms(_reading(line)))
+        if zero.rank() > 0:
+            return alarms
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
         if alarms:
@@ -124,9 +132,10 @@ class Recorder:
         return events.read(self._metrics)
 
     def _record(self, line: events.Line) -> None:
-        line["time"] = time.time()
-        events.append(self._metrics, line)
-        self.event("metrics", **line)
+        if zero.rank() == 0:
+            line["time"] = time.time()
+            events.append(self._metrics, line)
+            self.event("metrics", **line)
 
     def _rate(self, account: Account) -> float | None:
         """Since the last time."""
@@ -162,8 +171,8 @@ class Session:
         self.train_rows = Rows(job.shards, "train")
         self.validation_rows = Rows(job.shards, "validation")
         self.state = new_state(job.model, job.training)
-        checkpoint.clear_unfinished(job.checkpoints)
-        if newest := checkpoint.latest(job.checkpoints):
+        zero.on_first(partial(checkpoint.clear_unfinished, job.checkpoints))
+        if newest := zero.on_first(partial(checkpoint.latest, job.checkpoints)):
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             if self.state.step > job.training.steps:
                 raise ValueError(
@@ -171,7 +180,7 @@ class Session:
                     "one: move it away, or ask for more with --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
-        self.books = Books(job.run_dir, clock)
+        self.books = Books(job.run_dir, clock, kept=zero.rank() == 0)
         self.books.book(self.state.step, first=True)
         self.recorder = Recorder(job, self.books, step=self.state.step, context=self.context)
         self.saver = Saver(
@@ -208,11 +217,13 @@ class Session:
             accumulate=config.accumulate,
             document_mask=config.document_mask,
             skips=self.job.skips,
+            rank=zero.rank(),
+            ranks=config.ranks,
             pin=config.compute.device == "cuda",
         )
         return Ahead(batches.micro_batches)
 
-    def run(self, stop: StopRequest) -> bool:
+    def run(self, stop: Stop) -> bool:
         """Train; whether the last step was reached."""
         cadence, steps = self.job.cadence, self.job.training.steps
         gc.disable()  # it would halt the host in some step; `validate` collects
@@ -221,7 +232,7 @@ class Session:
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
             self.clock.enter("logging")
             self.recorder.alive()
-            step = self.state.step
+            step, stopping = self.state.step, stop()
             last = step == steps
             if step % cadence.log == 0 or step == 1 or last:
                 alarms = self.recorder.step(self.state, metrics)
@@ -232,9 +243,9 @@ class Session:
                 self.validate()
             if last:
                 require_healthy(self.state, metrics, most_skipped=0)
-            if step % cadence.checkpoint == 0 or last or stop:
+            if step % cadence.checkpoint == 0 or last or stopping:
                 self.save()
-            if stop and not last:
+            if stopping and not last:
                 self.saver.wait()
                 return False
         self.saver.wait()
@@ -262,12 +273,15 @@ class Session:
 
     def sample(self) -> str:
         job, model = self.job, self.state.model
+        choice: dict[str, Any] = {
+            "context": self.context,
+            # who took another token might end before the others, who would wait for it
+            "agree": lambda token: zero.on_first(lambda: token),
+        }
         if job.tokenizer.path is None:
-            ids = generate.complete_ids(model, job.tokenizer, job.sampling, context=self.context)
+            ids = generate.complete_ids(model, job.tokenizer, job.sampling, **choice)
             return " ".join(map(str, ids))
-        return generate.complete(
-            model, job.tokenizer, job.prompt, job.sampling, context=self.context
-        )
+        return generate.complete(model, job.tokenizer, job.prompt, job.sampling, **choice)
 
     def save(self) -> None:
         self.clock.enter("checkpoint")
@@ -286,6 +300,9 @@ class Session:
         log.info("step %d: saved %s", step, path)
 
     def write_result(self) -> None:
+        peak = peak_memory_bytes(self.job)
+        if zero.rank() > 0:
+            return
         lines = self.recorder.lines()
         validations = [line for line in lines if "val_loss" in line]
         logged = [line for line in lines if "loss" in line]
@@ -303,14 +320,18 @@ class Session:
             first_val_loss=validations[0]["val_loss"],
             tokens_per_second=rate,
             mfu=self.recorder.mfu(rate),
-            peak_memory_bytes=peak_memory_bytes(self.job),
+            peak_memory_bytes=peak,
             sample=validations[-1]["sample"],
         )
         artifacts.write_json(self.job.run_dir / RESULT, result.model_dump(mode="json"))
 
 
 def peak_memory_bytes(job: TrainingJob) -> int:
-    """Most memory held so far: of the GPU by tensors, of a CPU process as resident set."""
+    """Most that a rank has held so far: of the GPU by tensors, of a CPU process as resident set."""
+    return zero.most(_peak_memory_bytes(job))
+
+
+def _peak_memory_bytes(job: TrainingJob) -> int:
     if job.training.compute.device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -323,7 +344,7 @@ def peak_memory_bytes(job: TrainingJob) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def work(job: TrainingJob, stop: StopRequest) -> None:
+def work(job: TrainingJob, stop: Stop) -> None:
     """Train the job from its newest checkpoint to its end, or until asked to stop."""
     if job.training.compute.deterministic:
         worker.make_deterministic()

@@ -29,6 +29,7 @@ from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.planning import decimal
+from zeroflow.training import zero
 from zeroflow.training.loop import TrainState
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class Saver:
     Training waits for a copy of the state, made into memory that is kept for the next one (pinned,
     of a GPU's state), and for the write before if that has not ended. Where such a copy would take
     more than half of what memory is left, it waits for the write instead.
+
+    A state that ranks share out is gathered tensor by tensor, and written by rank 0: all of them
+    call `save`, and what is written does not depend on how many they are.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Saver:
         """
         self.wait()
         path = self._folder / f"step-{state.step:08d}"
-        if path.exists():
+        if zero.on_first(path.exists):
             return
         self.require_room(state)
         tensors = _tensors(state)
@@ -104,10 +108,12 @@ class Saver:
             "tokenizer": self._tokenizer,
             "val_loss": val_loss,
         }
-        if not self._may_copy(tensors):
+        if zero.ranks() == 1 and not self._may_copy(tensors):
             self._write(path, tensors, facts)
             return
         copies = self._copy(tensors)
+        if zero.rank() > 0:
+            return
         self._thread = threading.Thread(
             target=self._write_aside, args=(path, copies, facts), name="checkpoint", daemon=True
         )
@@ -149,11 +155,12 @@ class Saver:
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         for name, tensor in tensors.items():
+            whole = zero.whole(tensor)
+            if zero.rank() > 0:
+                continue
             if name not in self._copies:
-                self._copies[name] = torch.empty_like(
-                    tensor, device="cpu", pin_memory=tensor.is_cuda
-                )
-            self._copies[name].copy_(tensor, non_blocking=True)
+                self._copies[name] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda)
+            self._copies[name].copy_(whole, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
         return self._copies

@@ -35,7 +35,8 @@ Phase = Literal[
 """start: from the launch of a process until it is ready, its checkpoint loaded.
 first_step: of a process, in which kernels are loaded and chosen and memory is taken.
 data, checkpoint: only while training waits for them.
-communication: nothing, while there is one rank.
+communication: between the ends of the backward passes of all ranks; what they pass on within them
+is a part of it.
 restarts: from the death of a process to the launch of the next, and what it did in vain."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -194,10 +195,15 @@ class Account:
 class Books:
     """The account of a run, and what a process of it adds."""
 
-    def __init__(self, run_dir: Path, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, run_dir: Path, clock: Clock, *, kept: bool = True) -> None:
+        """
+        Args:
+            kept: whether they are written down, as one rank of several does.
+        """
+        self.clock, self._kept = clock, kept
         self._path, self._booked = run_dir / GOODPUT, dict.fromkeys(PHASES, 0.0)
-        events.keep(self._path, lambda line: True)  # a killed process may have left half a line
+        if kept:  # a killed process may have left half a line
+            events.keep(self._path, lambda line: True)
         self.account = Account(events.read(self._path))
 
     def book(self, step: int, *, first: bool = False, ended: bool = False) -> Account:
@@ -218,7 +224,8 @@ class Books:
         }
         if first:
             line["began"] = self.clock.began
-        events.append(self._path, line)
+        if self._kept:
+            events.append(self._path, line)
         self.account.add(line)
         self._booked = seconds
         return self.account

@@ -8,7 +8,9 @@ nobody to meet, and torchrun takes seconds to start and is one more that can be 
 import contextvars
 import logging
 import os
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +35,7 @@ from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import StageResult
 from zeroflow.tracking import Tracker, TrackingConfig
-from zeroflow.training import checkpoint, events
+from zeroflow.training import checkpoint, events, zero
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.loop import TrainingConfig
 
@@ -53,6 +55,9 @@ CHECKPOINTS = "checkpoints"
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 20
+_KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
+"""Exit codes of what did not end by itself. A rank that finds another gone aborts, otherwise."""
+
 _ROOM_TO_SPEAK = 2**20
 """Bytes that the disk should have left, or a process could not write down why it failed."""
 
@@ -68,12 +73,17 @@ class Cadence(Config):
     checkpoint: PositiveInt
 
 
-class TrainingJob(Config):
-    """Everything the training processes of a run need."""
+class RankJob(Config):
+    """What ranks have to know of any job to do it together."""
 
     run_dir: Path
     model: ModelConfig
     training: TrainingConfig
+
+
+class TrainingJob(RankJob):
+    """Everything the training processes of a run need."""
+
     cadence: Cadence
     retention: Retention
     hang_seconds: PositiveInt
@@ -209,6 +219,7 @@ def train(
             job_file,
             job.run_dir,
             follow,
+            ranks=job.training.ranks,
             hang_seconds=job.hang_seconds,
             compile_cache=job.compile_cache,
         )
@@ -248,13 +259,15 @@ def launch(
     run_dir: Path,
     on_event: Callable[[events.Line], None],
     *,
+    ranks: int = 1,
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
-    """Run `python -m module job_file` until it ends well.
+    """Run `python -m module job_file`, once for every rank, until all end well.
 
-    Its output goes to this module's logger. If this process is interrupted, the child is asked to
-    stop and waited for; if this process dies, the child notices and stops by itself.
+    Their output goes to this module's logger. If this process is interrupted, they are asked to
+    stop and waited for; if this process dies, they notice and stop by themselves. If one fails, the
+    others, which would wait for it, are ended.
 
     Args:
         hang_seconds: without a sign of life, after which it is killed; None waits for ever.
@@ -265,8 +278,15 @@ def launch(
         TrainingFailed: with the process's own reason, or its last output.
     """
     with alone(run_dir / "launch", f"another process is at work on run {run_dir.name}"):
-        environment = _environment(compile_cache)
-        _launch(module, job_file, run_dir, on_event, hang_seconds, environment)
+        meeting = run_dir / f".meeting-{secrets.token_hex(8)}"
+        environments = [
+            _environment(compile_cache) | zero.environment(rank, ranks, meeting)
+            for rank in range(ranks)
+        ]
+        try:
+            _launch(module, job_file, run_dir, on_event, hang_seconds, environments)
+        finally:
+            meeting.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -308,27 +328,41 @@ def _launch(
     run_dir: Path,
     on_event: Callable[[events.Line], None],
     hang_seconds: int | None,
-    environment: dict[str, str],
+    environments: Sequence[dict[str, str]],
 ) -> None:
     tail = events.Tail(run_dir / events.EVENTS, events.size(run_dir / events.EVENTS))
     outcome: events.Line = {"event": "nothing"}
 
     def follow() -> None:
         nonlocal outcome
-        for outcome in tail.new_lines():
-            on_event(outcome)
+        for line in tail.new_lines():
+            if outcome["event"] != "failed":  # what comes after the first failure follows from it
+                outcome = line
+            on_event(line)
 
     signs = _SignsOfLife(run_dir)
-    with _child(module, job_file, environment) as (process, last_output):
-        while process.poll() is None:
+    with _children(module, job_file, environments) as (processes, last_output):
+        while any(process.poll() is None for process in processes):
             follow()
             if hang_seconds and signs.seconds_since_last() > hang_seconds:
-                _kill(process)
+                _kill(processes)
                 raise TrainingFailed(
                     f"{module} has shown no sign of life for {hang_seconds} s: killed", "hang"
                 )
+            if any(process.returncode for process in processes):
+                break  # the others wait for it
             time.sleep(_POLL_SECONDS)
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            _kill(processes)
     follow()
+    ended = f"{module} ended with exit code {next(filter(None, codes), 0)}"
+    if len(codes) > 1:
+        told = (f"{rank}: {'none' if c is None else c}" for rank, c in enumerate(codes))
+        ended = f"{module} ended on some rank (exit codes by rank: {', '.join(told)})"
+        killed = [rank for rank, code in enumerate(codes) if code in _KILLED]
+        if killed and outcome.get("rank") not in killed:
+            outcome = {"event": "nothing"}  # what others say is that it is gone
     match outcome["event"]:
         case "done":
             return
@@ -343,8 +377,7 @@ def _launch(
         )
     said = "\n".join([" Its last output:", *last_output]) if last_output else ""
     raise TrainingFailed(
-        f"{module} ended with exit code {process.returncode} and said nothing of why; killed, or "
-        f"out of memory?{said}",
+        f"{ended} and said nothing of why; killed, or out of memory?{said}",
         "killed",
     )
 
@@ -366,31 +399,37 @@ class _SignsOfLife:
 
 
 @contextmanager
-def _child(
-    module: str, job_file: Path, environment: dict[str, str]
-) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, str(job_file), WATCH_PARENT],
-        stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C is for this process, which then stops the child in order
-        env=environment,
-    )
+def _children(
+    module: str, job_file: Path, environments: Sequence[dict[str, str]]
+) -> Iterator[tuple[list[subprocess.Popen[str]], deque[str]]]:
+    processes: list[subprocess.Popen[str]] = []
     last_output: deque[str] = deque(maxlen=_LAST_LINES)
-    # in this context, as Prefect finds the flow run that a log line belongs to there
-    context = contextvars.copy_context()
-    reader = threading.Thread(
-        target=context.run, args=(_pass_on, process, last_output), daemon=True
-    )
-    reader.start()
+    readers = []
     try:
-        yield process, last_output
-        reader.join(timeout=5)
+        for environment in environments:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(job_file), WATCH_PARENT],
+                stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is for this process, which then stops it in order
+                env=environment,
+            )
+            processes.append(process)
+            # in this context, as Prefect finds the flow run that a log line belongs to there
+            context = contextvars.copy_context()
+            reader = threading.Thread(
+                target=context.run, args=(_pass_on, process, last_output), daemon=True
+            )
+            reader.start()
+            readers.append(reader)
+        yield processes, last_output
+        for reader in readers:
+            reader.join(timeout=5)
     finally:
-        _stop(process)
+        _stop(processes)
 
 
 def _environment(compile_cache: Path | None) -> dict[str, str]:
@@ -405,9 +444,7 @@ def _environment(compile_cache: Path | None) -> dict[str, str]:
         # A container may keep no bytecode: then every process compiles PyTorch's sources first
         given.pop("PYTHONDONTWRITEBYTECODE", None)
         kept["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
-    # A launcher above the flow may have numbered it: the child is the only rank of its training
-    own = {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time()), "RANK": "0"}
-    return kept | given | own
+    return kept | given | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
@@ -421,29 +458,34 @@ def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
         log.log(level, "%s", text)
 
 
-def _stop(process: subprocess.Popen[Any]) -> None:
-    """Ask the child to save and end, wait for it, and leave nothing behind."""
-    if process.poll() is None:
+def _stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
+    """Ask them to save and end, wait for it, and leave nothing behind."""
+    if any(process.poll() is None for process in processes):
         log.info("asking the training process to save and stop")
-    family = _family(process.pid)
+    families = [member for process in processes for member in _family(process.pid)]
+    until = time.monotonic() + _STOP_SECONDS
     try:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(_STOP_SECONDS)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         log.error("the training process did not stop within %d s: killed", _STOP_SECONDS)
     finally:
-        _kill(process, family)
+        _kill(processes, families)
 
 
-def _kill(process: subprocess.Popen[Any], known: Sequence[psutil.Process] = ()) -> None:
-    """End it and all its children, those that were `known` before included."""
-    for member in [*known, *_family(process.pid)]:
+def _kill(processes: Sequence[subprocess.Popen[Any]], known: Sequence[psutil.Process] = ()) -> None:
+    """End them and all their children, those that were `known` before included."""
+    families = [member for process in processes for member in _family(process.pid)]
+    for member in [*known, *families]:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    process.wait()
+    for process in processes:
+        process.wait()
 
 
 def _family(pid: int) -> list[psutil.Process]:

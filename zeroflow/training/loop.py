@@ -16,8 +16,9 @@ from zeroflow.data.batches import MicroBatch
 from zeroflow.model import fp8
 from zeroflow.model.attention import block_mask
 from zeroflow.model.llama import Block, Llama, ModelConfig, Recompute, initialize
-from zeroflow.planning import Precision
+from zeroflow.planning import Precision, Stage
 from zeroflow.training import optimizer as optimizers
+from zeroflow.training import zero
 from zeroflow.training.goodput import Phase
 from zeroflow.training.loss import cross_entropy_sum
 from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
@@ -65,6 +66,12 @@ class TrainingConfig(Config):
     accumulate: PositiveInt
     """Micro-batches in a step, on every rank."""
 
+    ranks: PositiveInt = 1
+    """Processes that train together, each on a device of its own."""
+
+    zero_stage: Stage = 0
+    """What they share out."""
+
     document_mask: bool = False
     """Tokens see those of their own document only, and positions begin anew with it."""
 
@@ -78,6 +85,11 @@ class TrainingConfig(Config):
     @property
     def steps(self) -> int:
         return self.schedule.steps
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows in a step, of all ranks."""
+        return self.micro_batch_rows * self.accumulate * self.ranks
 
 
 @dataclass
@@ -114,7 +126,8 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
     PyTorch's random numbers, which a checkpoint holds as well, begin anew from the seed.
     """
     device = config.compute.device
-    with torch.device(device):
+    # What is shared out goes to the device part by part: as a whole it may not fit
+    with torch.device(device if config.ranks == 1 else "cpu"):
         network = Llama(model, config.compute.dtype)
     initialize(network, config.seed)
     for block in network.model.layers:
@@ -128,6 +141,8 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
         network.model.norm.compile(dynamic=False)
         if device == "cuda":
             network.model.document_mask = block_mask
+    if config.ranks > 1:
+        zero.shard(network, config.zero_stage)
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
@@ -164,16 +179,21 @@ def train_step(
     enter("forward_backward")
     learning_rate = config.schedule.learning_rate(state.step)
     set_learning_rate(state.optimizer, learning_rate)
-    valid = sum(batch.valid for batch in micro_batches)
+    # Ranks have more or fewer valid targets. Losses and gradients are means over ranks
+    share = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
-    for batch in micro_batches:
-        loss = loss_sum(state.model, batch, config.z_loss) / valid
+    for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+        loss = loss_sum(state.model, batch, config.z_loss) / share
+        zero.before_backward(state.model, config.zero_stage, last=left == 0)
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 
+    if config.ranks > 1:
+        enter("communication")
+    loss = zero.mean(torch.stack(losses).sum())
     enter("optimizer")
-    loss = torch.stack(losses).sum()
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+    grad_norm = zero.whole(norm)
     broken = ~torch.isfinite(loss + grad_norm)
     optimizers.step_unless(state.optimizer, broken)
     state.optimizer.zero_grad()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from zeroflow.config import Config
+from zeroflow.training import zero
 
 
 class OptimizerConfig(Config):
@@ -81,13 +82,16 @@ def update_ratio(optimizer: AdamW) -> Tensor:
     """
     group = optimizer.param_groups[0]
     (beta1, beta2), epsilon = group["betas"], group["eps"]
-    ratios = []
+    updates, weights = [], []
     for parameter in group["params"]:
         state = optimizer.state[parameter]
         # Bias corrections are scalars beside the matrices, for fewer passes over memory
         root = (1 - beta2 ** state["step"]).sqrt()
-        update = state["exp_avg_sq"].sqrt().add_(epsilon * root)
-        torch.div(state["exp_avg"], update, out=update)
+        update = zero.part(state["exp_avg_sq"]).sqrt().add_(epsilon * root)
+        torch.div(zero.part(state["exp_avg"]), update, out=update)
         scale = group["lr"] * root / (1 - beta1 ** state["step"])
-        ratios.append(scale * update.norm() / parameter.detach().norm())
-    return torch.stack(ratios).max()
+        updates.append(scale * update.norm())
+        weights.append(zero.part(parameter.detach()).norm())
+    norms = zero.norms_of_whole(torch.stack((*updates, *weights)), of=parameter)
+    update_norms, weight_norms = norms.chunk(2)
+    return (update_norms / weight_norms).max()

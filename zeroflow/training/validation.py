@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from zeroflow.data.batches import IGNORED, MicroBatch, to_micro_batch
 from zeroflow.data.shards import Rows
 from zeroflow.model.llama import Llama
+from zeroflow.training import zero
 from zeroflow.training.loop import loss_sum
 
 
@@ -23,13 +24,15 @@ def validation_loss(
     chosen = np.arange(min(count, len(rows)))
     device = model.model.embed_tokens.weight.device
     total, valid = torch.zeros((), dtype=torch.float64, device=device), 0
-    for start in range(0, len(chosen), micro_batch_rows):
-        ids = chosen[start : start + micro_batch_rows]
+    # Ranks take turns, and as many each: a model that is shared out is computed by all or by none
+    for start in range(0, len(chosen), micro_batch_rows * zero.ranks()):
+        mine = start + micro_batch_rows * zero.rank()
+        ids = chosen[mine : mine + micro_batch_rows]
         batch = to_micro_batch(rows[ids], end_of_text=rows.end_of_text, document_mask=document_mask)
         valid += batch.valid
         # One shape for all, as a compiled model would be compiled again for the last rows
         total += loss_sum(model, _with_rows(batch, micro_batch_rows))
-    return float(total) / valid
+    return float(zero.mean(total)) * zero.ranks() / zero.total(valid)
 
 
 def _with_rows(batch: MicroBatch, rows: int) -> MicroBatch:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,15 +14,18 @@ from typing import TypeVar
 import torch
 
 from zeroflow import artifacts
-from zeroflow.config import Config
-from zeroflow.training import events
-from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason
+from zeroflow.training import events, zero
+from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason, RankJob
 
 _SAME_REQUEST_SECONDS = 1.0
 _NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
 """What PyTorch's and Triton's errors say."""
 
-Job = TypeVar("Job", bound=Config)
+Stop = Callable[[], bool]
+"""Whether any rank was asked to stop; all of them have to ask at the same place."""
+
+
+Job = TypeVar("Job", bound=RankJob)
 
 
 class StopRequest:
@@ -49,29 +53,40 @@ class StopRequest:
         self._since = self._since or time.monotonic()
 
 
-def main(job_type: type[Job], work: Callable[[Job, StopRequest], None]) -> None:
-    """Do `work` on the job in the file that the command line names, alone in its directory.
+def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
+    """Do `work` on the job in the file that the command line names, as one of its ranks, of which
+    there is one each in its directory.
 
     What is left of a job whose parent was killed ends its step and saves first: it is waited for,
     until the parent takes that for hung.
 
     A failure is told to the parent through events.jsonl, as no exit code could.
     """
-    _log_to_parent(rank=int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    _log_to_parent(rank)
     job_file = Path(sys.argv[1])
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
-    stop = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
+    request = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
     run_dir = job_file.parent
     try:
         waiting_for = f"what an earlier command left at work in {run_dir} ends its step and saves"
-        with artifacts.exclusive(run_dir / "worker", waiting_for=waiting_for):
-            work(job, stop)
+        lock = run_dir / (f"worker-{rank}" if rank else "worker")
+        with (
+            artifacts.exclusive(lock, waiting_for=waiting_for),
+            zero.joined(job.training.compute.device),
+        ):
+            work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
         message = _message(error, run_dir)
-        failure = {"event": "failed", "message": message, "reason": _reason(error)}
+        failure = {"event": "failed", "message": message, "reason": _reason(error), "rank": rank}
         step = error.step if isinstance(error, Diverged) else None
         events.append(run_dir / events.EVENTS, failure | {"step": step})
-        raise
+        if zero.ranks() == 1:
+            raise
+        # On the usual way out it would wait for those that wait for it
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def _log_to_parent(rank: int) -> None:
