@@ -1,4 +1,4 @@
-"""Sizes, seeds or learning rates beside each other: `python flows/sweep.py --sizes tiny small`."""
+"""Sizes, seeds, rates or stages of ZeRO compared: `python flows/sweep.py --sizes tiny small`."""
 
 import logging
 import shlex

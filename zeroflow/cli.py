@@ -243,7 +243,6 @@ def main(
         description="Parameters, FLOPs, memory, time and disk of a run, before it is one. Nothing "
         "is looked up, built or recorded.",
     )
-    planning.add_argument("--gpus", type=int, default=1, help="so many of them", metavar="N")
     planning.add_argument(
         "--gpu", help="for this one, instead of this machine's device", metavar="NAME"
     )
@@ -325,10 +324,8 @@ def _data(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from zeroflow import plan, plan_page
 
-    if arguments.gpus < 1:
-        raise ValueError(f"--gpus {arguments.gpus}: at least one")
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
-    planned = plan.offline(asked, gpu=arguments.gpu, gpus=arguments.gpus)
+    planned = plan.offline(asked, gpu=arguments.gpu)
     shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
     console.print(shown, markup=False)
 
@@ -492,10 +489,10 @@ def _add_flag(group: Any, setting: Setting) -> None:
         item = _kinds(get_args(field.annotation)[0])[0]
         options |= {"nargs": "+", "metavar": _METAVARS.get(setting.path[-1], _metavar(item))}
         if isinstance(item, list):
-            options["choices"] = item
+            options |= {"choices": item, "type": type(item[0])}
             del options["metavar"]
     elif choices := [value for kind in kinds if isinstance(kind, list) for value in kind]:
-        options["choices"] = choices
+        options |= {"choices": choices, "type": type(choices[0])}
     else:
         options["metavar"] = _metavar(kinds[0])
     group.add_argument(*flags, **options)

@@ -14,7 +14,7 @@ import numpy as np
 from zeroflow import artifacts
 from zeroflow import run as runs
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import duration, parameter_count, speed
+from zeroflow.planning import binary, duration, parameter_count, speed
 from zeroflow.training import events
 
 REPORT = "report.json"
@@ -39,6 +39,11 @@ class Outcome(NamedTuple):
     tokens_per_second: float | None
     seconds: float
     """Of training, as tokens per second are over."""
+
+    gpus: int
+    zero_stage: int
+    peak_memory_bytes: int
+    """Of each GPU."""
 
     curve: tuple[tuple[int, float], ...]
     """Tokens and validation loss at every validation."""
@@ -76,6 +81,9 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         val_bpb=found["val_bpb"],
         tokens_per_second=found["tokens_per_second"],
         seconds=found["time"]["training_seconds"],
+        gpus=settings.training_config.ranks,
+        zero_stage=settings.training_config.zero_stage,
+        peak_memory_bytes=found["peak_memory_bytes"],
         curve=tuple((line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line),
     )
 
@@ -193,6 +201,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
             "none" if one.val_bpb is None else f"{one.val_bpb:.4f}" for one in found.outcomes
         ],
         "seed": [str(one.seed) for one in found.outcomes],
+        "GPUs": [str(one.gpus) for one in found.outcomes],
+        "ZeRO": ["none" if one.gpus == 1 else str(one.zero_stage) for one in found.outcomes],
         "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
         "parameters": [parameter_count(one.parameters) for one in found.outcomes],
         "tokens": [parameter_count(one.tokens) for one in found.outcomes],
@@ -201,6 +211,7 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         "tokens/s": [
             speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.outcomes
         ],
+        "memory": [binary(one.peak_memory_bytes) for one in found.outcomes],
     }
     # Prefect's page is too narrow for all of them
     alike = {

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig, Recompute
-from zeroflow.planning import Precision, parameter_count
+from zeroflow.planning import Precision, Stage, parameter_count
 
 PLANS = "plans.jsonl"
 _NEWEST = 5
@@ -27,9 +27,13 @@ class Workload(Config):
     """What speed and memory depend on."""
 
     device: str
+    gpus: int = 1
+    zero_stage: Stage = 0
     model: ModelConfig
     seq_len: int
     micro_batch_rows: int
+    """As accumulate, of each GPU."""
+
     accumulate: int
     precision: Precision
     fp8: bool = False

@@ -48,9 +48,7 @@ class Plan(Config):
     run: str | None
     size: str
     device: Device
-    gpus: int
     workload: Workload
-    """Of each rank."""
 
     vocabulary_is_certain: bool
     parameters: dict[str, int]
@@ -60,6 +58,8 @@ class Plan(Config):
     batch_tokens: int
     stages: tuple[StagePlan, ...]
     predicted: Figures
+    """Its memory is that of each GPU."""
+
     rate_source: str
     memory_source: str
     disk_bytes: int
@@ -69,6 +69,11 @@ class Plan(Config):
     """Of these, what a run that goes on has already."""
 
     free_bytes: int
+
+    @property
+    def stage(self) -> StagePlan:
+        """The one that the run has."""
+        return self.stages[self.workload.zero_stage]
 
 
 def make(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None) -> Settled:
@@ -94,8 +99,10 @@ def make(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None) -
     return settled
 
 
-def offline(asked: RunConfig, *, gpu: str | None, gpus: int) -> Plan:
+def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
     """The plan of `asked`, for which nothing is looked up, built or recorded.
+
+    It may be for more GPUs than there are.
 
     Args:
         gpu: name of a GPU; None for the device of this machine.
@@ -106,9 +113,10 @@ def offline(asked: RunConfig, *, gpu: str | None, gpus: int) -> Plan:
     if gpu and asked.device == "cpu":
         raise ValueError("--gpu and --device cpu: drop one of them")
     device = planning.known_gpu(gpu) if gpu else planning.find_device(asked.device)
-    if gpus > 1 and device.kind == "cpu":
+    gpus = asked.training.gpus or 1
+    if gpus > 1 and device.kind == "cpu" and asked.device != "cpu":
         raise ValueError(f"--gpus {gpus}, but this machine has none: name one with --gpu")
-    return _of(runs.sketch(asked, device), device, gpus)
+    return _of(runs.sketch(asked, device), device)
 
 
 def load(run_dir: Path) -> Plan | None:
@@ -120,41 +128,23 @@ def load(run_dir: Path) -> Plan | None:
 
 
 def _same(one: Plan, other: Plan) -> bool:
-    names = ("workload", "tokens", "gpus")
+    names = ("workload", "tokens")
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
+def _of(run: RunConfig, device: Device) -> Plan:
     vocabulary, certain = _vocabulary(run)
     model = with_vocabulary(run.model.shape, vocabulary)
     training = run.training_config
-    share, rest = divmod(run.batch_rows, gpus)
-    if rest:
-        raise ValueError(
-            f"{gpus} GPUs cannot share the {run.batch_rows} rows of a step evenly: take another "
-            "--batch-tokens"
-        )
-    rows = largest_divisor(share, training.micro_batch_rows)
-    training = training.replace(micro_batch_rows=rows, accumulate=share // rows)
     work = workload(model, run.shard_config.seq_len, training, device)
-    stages = tuple(_stage(work, device, stage, gpus) for stage in get_args(Stage))
+    stages = tuple(_stage(work, device, stage) for stage in get_args(Stage))
     known = history.known(run.cache_dir, work, planned=(run.run_name, training.steps))
-    if known:
-        rate: float | None = known.tokens_per_second
-        source = known.source
-    else:
-        rate, source = planning.expected_tokens_per_second(
-            *(model, work.seq_len, device, work.activation_checkpointing),
-            precision=work.precision,
-            fp8=work.fp8,
-            compiled=work.compile,
-        )
-    if rate is not None and gpus > 1:
-        rate, source = rate * gpus, f"{source}, times {gpus} without what communication takes"
-    held, memory_source = stages[0].total if _is_reckoned(work, device) else None, "by its parts"
+    rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
+    held = stages[work.zero_stage].total if _is_reckoned(work, device) else None
+    memory_source = "by its parts"
     if held is None:
         memory_source = "unknown for such code on a CPU until one has run here"
-    if known and known.memory_bytes and gpus == 1:
+    if known and known.memory_bytes:
         held, memory_source = known.memory_bytes, known.source
     predicted = Figures(
         tokens_per_second=rate,
@@ -169,7 +159,6 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         run=run.run_name,
         size=run.model.name,
         device=device,
-        gpus=gpus,
         workload=work,
         vocabulary_is_certain=certain,
         parameters=model.parameters_by_part,
@@ -185,6 +174,24 @@ def _of(run: RunConfig, device: Device, gpus: int = 1) -> Plan:
         there_bytes=_there(run),
         free_bytes=planning.free_bytes(run.cache_dir),
     )
+
+
+def _rate(run: RunConfig, work: Workload, device: Device) -> tuple[float | None, str]:
+    """Tokens per second where no such run is known, and where they come from."""
+    alone = work.replace(gpus=1, zero_stage=0)
+    rate: float | None
+    if work.gpus > 1 and (known := history.known(run.cache_dir, alone)):
+        rate, source = known.tokens_per_second, known.source
+    else:
+        rate, source = planning.expected_tokens_per_second(
+            *(work.model, work.seq_len, device, work.activation_checkpointing),
+            precision=work.precision,
+            fp8=work.fp8,
+            compiled=work.compile,
+        )
+    if rate is None or work.gpus == 1 or device.kind == "cpu":  # whose processes share the cores
+        return rate, source
+    return rate * work.gpus, f"{source}, times {work.gpus} without what communication takes"
 
 
 def _kept(run: RunConfig) -> int:
@@ -223,6 +230,8 @@ def workload(
     compute = training.compute
     return Workload(
         device=device.name,
+        gpus=training.ranks,
+        zero_stage=training.zero_stage,
         model=model,
         seq_len=seq_len,
         micro_batch_rows=training.micro_batch_rows,
@@ -243,7 +252,7 @@ def _is_reckoned(work: Workload, device: Device) -> bool:
     )
 
 
-def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePlan:
+def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
     memory = planning.memory(
         work.model,
         work.seq_len,
@@ -256,7 +265,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         document_mask=work.document_mask,
         accumulates=work.accumulate > 1,
         stage=stage,
-        ranks=ranks,
+        ranks=work.gpus,
     )
     most, kind = planning.micro_batch(
         *(work.model, work.seq_len, device),
@@ -265,7 +274,7 @@ def _stage(work: Workload, device: Device, stage: Stage, ranks: int) -> StagePla
         compiled=work.compile,
         document_mask=work.document_mask,
         stage=stage,
-        ranks=ranks,
+        ranks=work.gpus,
     )
     return StagePlan(
         stage=stage,
@@ -366,6 +375,7 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
     going_on = "goes on where it stopped" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    each = f" on each of {work.gpus}" if work.gpus > 1 else ""
     yield (
         f"model: {run.model.name}, {planning.parameter_count(work.model.parameters)} parameters "
         f"(vocabulary {work.model.vocab_size:,}{assumed})"
@@ -373,7 +383,7 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
     yield (
         f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
         f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
-        f"{choice.batch_size} rows of {work.seq_len}; peak learning rate "
+        f"{choice.batch_size} rows of {work.seq_len}{each}; peak learning rate "
         f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
     )
     compiled = "compiled" if choice.compile else "not compiled"
@@ -382,7 +392,9 @@ def _log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
         capability = ".".join(map(str, device.capability or ()))
         older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
         older += "torch.compile for 7.0)"
-    yield f"device: {device.name}, {settled.training.compute.arithmetic}, {compiled}{older}"
+    arithmetic = settled.training.compute.arithmetic
+    where = planning.devices(device.name, work.gpus, work.zero_stage)
+    yield f"device: {where}, {arithmetic}, {compiled}{older}"
     yield f"resume: {runs.resume_promise(run)}"
     if run.skip_preflight:
         yield "pre-flight: skipped, as asked for"
@@ -402,7 +414,8 @@ def memory_line(plan: Plan) -> str:
     if plan.predicted.memory_bytes is None:
         return plan.memory_source
     held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
-    return f"{held} of {all_of_it} ({plan.memory_source})"
+    each = f" on each of {plan.workload.gpus}" if plan.workload.gpus > 1 else ""
+    return f"{held} of {all_of_it}{each} ({plan.memory_source})"
 
 
 def disk_line(plan: Plan) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from zeroflow import plan as plans
 from zeroflow.plan import Compared, Plan
-from zeroflow.planning import arithmetic, binary
+from zeroflow.planning import arithmetic, binary, devices
 
 _LABELS = {
     "loss": "loss, with logits",
@@ -25,9 +25,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
         for name, predicted, measured, miss in map(plans.cells, compared)
     )
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
-    memory = ", ".join(
-        f"{_label(name)} {binary(size)}" for name, size in plan.stages[0].memory.items()
-    )
+    memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
     return (
         "## Predicted and measured\n\n"
         "| | predicted | measured | miss |\n|---|---:|---:|---:|\n"
@@ -41,23 +39,22 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
 
 def _lines(plan: Plan) -> Iterator[str]:
     work, device = plan.workload, plan.device
-    gpus = f"{plan.gpus} x " if plan.gpus > 1 else ""
-    yield f"plan of {plan.size} on {gpus}{device.name} with {binary(device.memory_bytes)}"
-    if plan.gpus > 1:
-        yield "training on several GPUs is not built yet: figures for them are the plan only"
+    each = " each" if work.gpus > 1 else ""
+    where = devices(device.name, work.gpus, work.zero_stage)
+    yield f"plan of {plan.size} on {where}, with {binary(device.memory_bytes)}{each}"
     yield ""
     total = sum(plan.parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
     yield from _table(("parameters", f"{total:,}", ""), rows)
     yield ""
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
-    each = " on each" if plan.gpus > 1 else ""
+    on_each = " on each" if work.gpus > 1 else ""
     yield from _facts(
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
             "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
-            "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{each}, "
+            "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
             f"activations computed again: {work.activation_checkpointing}",
             "arithmetic": f"{arithmetic(work.precision, fp8=work.fp8)}, "
             f"{'' if work.compile else 'not '}compiled",
@@ -72,20 +69,20 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     """By part, for every stage of ZeRO; they are one and the same on one device."""
-    stages = plan.stages if plan.gpus > 1 else plan.stages[:1]
+    stages = plan.stages if plan.workload.gpus > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
-    heads = [f"stage {s.stage}" for s in stages] if plan.gpus > 1 else [""]
+    heads = [f"stage {s.stage}" for s in stages] if plan.workload.gpus > 1 else [""]
     rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
     rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
-    title = "on each GPU, by ZeRO" if plan.gpus > 1 else "memory by part"
+    title = "on each GPU, by ZeRO" if plan.workload.gpus > 1 else "memory by part"
     yield from _table((title, *heads), rows)
-    if plan.gpus > 1:
+    if plan.workload.gpus > 1:
         yield "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers of them"
-        yield "in bf16, all or, at stage 3, those of two blocks, is communication"
+        yield "to compute with, all or, at stage 3, those of two blocks, is communication"
 
 
 def _label(name: str) -> str:

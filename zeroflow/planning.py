@@ -115,6 +115,20 @@ def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
     return _first_gpu()
 
 
+def require_gpus(count: int, device: Device, *, wanted: Literal["auto", "cpu", "cuda"]) -> None:
+    """See that `count` processes have what to train on.
+
+    Raises:
+        ValueError: there are fewer GPUs.
+    """
+    if count == 1 or wanted == "cpu":
+        return
+    there = torch.cuda.device_count() if device.kind == "cuda" else 0
+    if there < count:
+        remedy = "take fewer" if there else f"--device cpu tries it with {count} processes on a CPU"
+        raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
+
+
 def _first_gpu() -> Device:
     import pynvml  # present only where a GPU is
 
@@ -197,6 +211,14 @@ def require_fp8(
                 f"--fp8 multiplies matrices whose sides are multiples of {MULTIPLE}, and {name} "
                 f"is {side}: change it, or drop --fp8"
             )
+
+
+def devices(name: str, gpus: int, stage: Stage) -> str:
+    """What a run is on, such as 2 x NVIDIA H200, ZeRO stage 3."""
+    if gpus == 1:
+        return name
+    of = "processes on one" if "CPU" in name else "x"
+    return f"{gpus} {of} {name}, ZeRO stage {stage}"
 
 
 def arithmetic(precision: Precision, *, fp8: bool) -> str:
@@ -295,7 +317,7 @@ class Memory(NamedTuple):
     """A chunk of logits, the output matrix in the type of products and its gradient in fp32."""
 
     communication: int = 0
-    """Weights gathered from all ranks in bf16, and gradients of a block on their way in fp32."""
+    """Weights gathered from all ranks to compute with, and gradients of a block on their way."""
 
     checkpoint: int = 0
     """The copy that is being written, on a CPU."""
@@ -369,7 +391,7 @@ def memory(
         moments=8 * P // shared,
         activations=kept,
         loss=loss,
-        communication=_communication(model, stage) if ranks > 1 else 0,
+        communication=_communication(model, stage, width) if ranks > 1 else 0,
         checkpoint=0 if gpu else checkpoint_bytes(model),
         program=0 if gpu else _PROGRAM_BYTES,
     )
@@ -444,12 +466,12 @@ def heap(*, accumulates: bool) -> float:
     return 1.7 if accumulates else 1.2
 
 
-def _communication(model: ModelConfig, stage: Stage) -> int:
+def _communication(model: ModelConfig, stage: Stage, width: int) -> int:
     """Of stages 0 to 2 a rank gathers all weights, of 3 those of two blocks, and the embedding."""
     E = model.embedding_parameters
     block = (model.parameters - E) // model.num_hidden_layers
     gathered = E + 2 * block if stage == 3 else model.parameters
-    return 2 * gathered + 4 * block
+    return width * gathered + 4 * block
 
 
 def micro_batch(

@@ -15,7 +15,7 @@ from zeroflow.comparison import REPORT
 from zeroflow.data import look
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.planning import Device, arithmetic, duration, speed
+from zeroflow.planning import Device, arithmetic, devices, duration, speed
 from zeroflow.run import RunConfig, leaves, resume_promise
 from zeroflow.training import events, goodput, recovery
 from zeroflow.training.events import Line
@@ -168,6 +168,8 @@ def _figures(
         "mfu": trained.mfu,
         "peak_memory_bytes": trained.peak_memory_bytes,
         "device": device.name,
+        "gpus": job.training.ranks,
+        "zero_stage": job.training.zero_stage,
         "precision": job.training.compute.precision,
         "fp8": job.training.compute.fp8,
         "resume": resume_promise(run),
@@ -263,6 +265,7 @@ def _markdown(
 ) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
+    where = devices(report["device"], report["gpus"], report["zero_stage"])
     rows = {
         "Model": f"{report['size']}, {report['parameters']:,} parameters",
         "Data": f"{data['name']}, revision {data['revision'] or 'none'}, "
@@ -274,7 +277,7 @@ def _markdown(
         "Validation loss": f"{report['first_val_loss']:.4f} → {report['val_loss']:.4f} "
         "nats per token",
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
-        "Speed": f"{speed(report['tokens_per_second'])} on {report['device']}, "
+        "Speed": f"{speed(report['tokens_per_second'])} on {where}, "
         f"{arithmetic(report['precision'], fp8=report['fp8'])}",
         "Pre-flight": _told(checked),
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "

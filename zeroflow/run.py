@@ -33,7 +33,7 @@ from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName, with_vocabulary
-from zeroflow.planning import Device, Precision
+from zeroflow.planning import Device, Precision, Stage
 from zeroflow.reuse import Fields
 from zeroflow.tracking import TrackingConfig
 from zeroflow.training import checkpoint
@@ -106,14 +106,23 @@ class ModelChoice(Config):
 class TrainingChoice(Config):
     """The training. What is not given depends on the device and the size, and is printed."""
 
+    gpus: PositiveInt | None = None
+    """GPUs of this machine that train together; with device cpu, processes that share the cores.
+    Default: 1."""
+
+    zero_stage: Stage | None = None
+    """What several GPUs share out: 0 nothing but the rows, 1 moments and weights, 2 gradients too,
+    3 weights also while they are used. Default: 0."""
+
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
 
     batch_size: PositiveInt | None = None
-    """Rows in a micro-batch. Default: what the device's memory holds."""
+    """Rows in a micro-batch, of each GPU. Default: what its memory holds."""
 
     grad_accum_steps: PositiveInt | None = None
-    """Micro-batches in a step. Default: batch_tokens / (batch_size x seq_len)."""
+    """Micro-batches in a step, of each GPU. Default: batch_tokens / (batch_size x seq_len x
+    gpus)."""
 
     batch_tokens: PositiveInt | None = None
     """Tokens in a step. Default: 512 on a CPU; 0.25M / 0.5M / 1M on a GPU for tiny / small /
@@ -286,7 +295,9 @@ class RunConfig(Config):
     @property
     def batch_rows(self) -> int:
         """Rows in a step."""
-        return _known(self.training.batch_size) * _known(self.training.grad_accum_steps)
+        choice = self.training
+        of_each = _known(choice.batch_size) * _known(choice.grad_accum_steps)
+        return of_each * (choice.gpus or 1)  # of versions that knew one only, None
 
     @property
     def validation_rows(self) -> int:
@@ -318,6 +329,8 @@ class RunConfig(Config):
             seed=self.seed,
             micro_batch_rows=_known(choice.batch_size),
             accumulate=_known(choice.grad_accum_steps),
+            ranks=choice.gpus or 1,
+            zero_stage=choice.zero_stage or 0,
             schedule=Schedule(
                 name=choice.schedule,
                 peak=_known(choice.learning_rate),
@@ -384,8 +397,10 @@ class Settled(NamedTuple):
 _FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
     f"training.{name}"
     for name in (
-        "batch_size",  # with grad_accum_steps: only their product is mathematics
+        "batch_size",  # with grad_accum_steps and gpus: only their product is mathematics
         "grad_accum_steps",
+        "gpus",
+        "zero_stage",
         "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -433,6 +448,7 @@ def settle(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None)
         tracking.forget(recorded.run_dir)
         recorded, merged = None, asked.replace(model=asked.model.settled)
     device = planning.find_device(merged.device)
+    planning.require_gpus(merged.training.gpus or 1, device, wanted=merged.device)
     _refuse_what_the_device_cannot(merged, device)
     data, data_reason = corpora.resolve(merged.data)
     tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
@@ -560,8 +576,13 @@ def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
     path = recorded.run_dir / ASKED_FILE
     before = artifacts.read_json(path) if path.exists() else {}
     base, given = recorded.model_dump(), _without(_given(asked), before)
-    if {"batch_size", "grad_accum_steps"} & set(given.get("training", {})):
+    training = given.get("training", {})
+    gpus = recorded.training.gpus or 1
+    split = {"batch_size", "grad_accum_steps"} & set(training)
+    if split or training.get("gpus", gpus) != gpus:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
+    if training.get("gpus") == 1:
+        base["training"]["zero_stage"] = None
     if "size" in given.get("model", {}) or "hidden_size" in given.get("model", {}):
         base["model"] = {}
     for name, value in given.items():
@@ -619,12 +640,19 @@ def _refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
         planning.require_fp8(
             device, run.model.shape, seq_len=choice.seq_len, precision=choice.precision
         )
+    if choice.zero_stage and (choice.gpus or 1) == 1:
+        raise ValueError(
+            f"--zero-stage {choice.zero_stage} shares out among several GPUs, and there is one: "
+            "add --gpus, or drop it"
+        )
 
 
 def _default_name(run: RunConfig) -> str:
     named = {"run_name", *_FREE}
     identity = {name: str(value) for name, value in leaves(run) if name not in named}
-    return f"{run.model.name}-{run.data.name}-{artifacts.fingerprint(identity)[:6]}"
+    gpus, stage = run.training.gpus, run.training.zero_stage
+    shared = f"-{gpus}gpus-zero{stage}" if gpus and gpus > 1 else ""
+    return f"{run.model.name}-{run.data.name}-{artifacts.fingerprint(identity)[:6]}{shared}"
 
 
 _PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
@@ -642,16 +670,19 @@ def _fill(
     size = _nearest_size(nominal.parameters)
     seq_len = choice.seq_len or (2048 if gpu else 256)
     precision: Precision = choice.precision or ("bf16" if device.has_bf16 else "fp32")
+    gpus, stage = choice.gpus or 1, choice.zero_stage or 0
     fits, checkpointing = planning.micro_batch(
         *(nominal, seq_len, device, choice.activation_checkpointing),
         precision=precision,
         fp8=choice.fp8,
         compiled=choice.compile,
         document_mask=choice.document_mask,
+        stage=stage,
+        ranks=gpus,
     )
     usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
-    batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens)
-    batch_tokens = batch_size * accumulate * seq_len
+    batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens, gpus)
+    batch_tokens = batch_size * accumulate * gpus * seq_len
     budget = planning.TOKENS_PER_PARAMETER * nominal.parameters
     steps = choice.max_steps or (-(-budget // batch_tokens) if gpu else _CPU_STEPS)
     # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
@@ -659,6 +690,8 @@ def _fill(
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if data.data_mode == "sample" else "The "
     filled = {
+        "gpus": gpus,
+        "zero_stage": stage,
         "seq_len": seq_len,
         "batch_size": batch_size,
         "grad_accum_steps": accumulate,
@@ -678,11 +711,13 @@ def _fill(
     return choice.replace(**filled)
 
 
-def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -> tuple[int, int]:
-    """Rows in a micro-batch and micro-batches in a step."""
+def _batch(
+    choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int, gpus: int
+) -> tuple[int, int]:
+    """Rows in a micro-batch and micro-batches in a step, of each GPU."""
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is None:
-        wanted = max(1, round(usual_tokens / seq_len))
+        wanted = max(1, round(usual_tokens / seq_len / gpus))
         if rows and accumulate:
             return rows, accumulate
         if rows:
@@ -700,13 +735,20 @@ def _batch(choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int) -
             f"batch_tokens {choice.batch_tokens} is no multiple of seq_len {seq_len}: "
             f"take {max(1, wanted) * seq_len}"
         )
+    wanted, rest = divmod(wanted, gpus)
+    if rest:
+        raise ValueError(
+            f"{gpus} GPUs cannot share the {wanted * gpus + rest} rows of a step evenly: take "
+            f"batch_tokens {max(1, wanted) * gpus * seq_len}, or another number of GPUs"
+        )
     if rows is None:
         share, rest = divmod(wanted, accumulate or 1)
         rows = share if accumulate else largest_divisor(wanted, fits)
     accumulate = accumulate or wanted // rows
     if rest or rows * accumulate != wanted:
         raise ValueError(
-            f"batch_tokens {choice.batch_tokens} are {wanted} rows of {seq_len}, which is not "
+            f"batch_tokens {choice.batch_tokens} are {wanted} rows of {seq_len}"
+            f"{f' for each of {gpus} GPUs' if gpus > 1 else ''}, which is not "
             f"batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of the three"
         )
     return rows, accumulate
@@ -759,6 +801,8 @@ def training_job(
             "source": run.data.name,
             "tokenizer": tokens.name,
             "device": settled.device.name,
+            "gpus": str(run.training.gpus),
+            "zero_stage": str(run.training.zero_stage),
             "parameters": str(model.parameters),
             "max_steps": str(run.training.max_steps),
             "synthetic_fallback": str(run.fell_back).lower(),
@@ -773,7 +817,7 @@ def training_job(
             "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
         },
     )
-    bf16 = run.training.precision == "bf16"
+    bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
     return TrainingJob(
         run_dir=run.run_dir,
         model=model,
@@ -789,12 +833,18 @@ def training_job(
         sampling=run.sampling,
         tracking=tracked,
         compile_cache=run.cache_dir.resolve() / "compile",
-        peak_flops=settled.device.peak_flops if bf16 else None,
+        peak_flops=settled.training.ranks * peak if bf16 and peak else None,
     )
 
 
 def resume_promise(run: RunConfig) -> str:
     """How exact this run is when it goes on."""
+    if run.training.gpus and run.training.gpus > 1:
+        return _promise_of_one(run) + "; on another number of GPUs sums are of another order"
+    return _promise_of_one(run)
+
+
+def _promise_of_one(run: RunConfig) -> str:
     if run.device == "cpu":
         return "bit for bit"
     if run.training.deterministic:

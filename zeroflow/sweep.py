@@ -1,4 +1,4 @@
-"""Several runs that differ in size, seed or learning rate, and their comparison."""
+"""Several runs that differ in size, seed, learning rate or stage of ZeRO, and their comparison."""
 
 import logging
 from itertools import product
@@ -11,6 +11,7 @@ from zeroflow import artifacts, comparison, pictures, tracking
 from zeroflow import run as runs
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
+from zeroflow.planning import Stage
 from zeroflow.run import RUN_FILE, RunConfig
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class SweepConfig(Config):
     learning_rates: tuple[PositiveFloat, ...] = ()
     """Peak learning rates to train each at. Default: the one of the run, or of the size."""
 
+    zero_stages: tuple[Stage, ...] = ()
+    """Stages of ZeRO to train each at, on several GPUs. Default: the one of the run."""
+
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -46,12 +50,18 @@ class SweepConfig(Config):
             "sweep": run.sweep is not None,
             "size": bool(self.sizes) and (run.model.size or run.model.hidden_size) is not None,
             "learning_rate": bool(self.learning_rates) and run.training.learning_rate is not None,
+            "zero_stage": bool(self.zero_stages) and run.training.zero_stage is not None,
         }
         for name, given in fixed.items():
             if given:
                 flag = name.replace("_", "-")
                 raise ValueError(f"a sweep sets --{flag} of its runs itself: drop it")
-        for name in ("sizes", "seeds", "learning_rates"):
+        if self.zero_stages and (run.training.gpus or 1) == 1:
+            raise ValueError(
+                "--zero-stages are of several GPUs: add --gpus, such as --gpus 2; with --device "
+                "cpu, processes stand for them"
+            )
+        for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names the same twice: {', '.join(map(str, values))}")
@@ -59,7 +69,10 @@ class SweepConfig(Config):
 
     @property
     def name(self) -> str:
-        given = self.model_dump(mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}})
+        # without defaults, or a new setting would give every sweep a new name
+        given = self.model_dump(
+            mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
+        )
         return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
 
     @property
@@ -80,12 +93,12 @@ def folder(cache: Path, name: str) -> Path:
 def cells(sweep: SweepConfig) -> list[RunConfig]:
     """The runs of a sweep, in the order of its sizes, named after what they are."""
     found = []
-    for size, seed, rate in product(
-        sweep.sizes or (None,), sweep.seeds or (None,), sweep.learning_rates or (None,)
-    ):
+    axes: tuple[tuple[Any, ...], ...]
+    axes = (sweep.sizes, sweep.seeds, sweep.learning_rates, sweep.zero_stages)
+    for size, seed, rate, stage in product(*(axis or (None,) for axis in axes)):
         # What was given and nothing else: a default is settled for each run
         given = sweep.run.model_dump(exclude_unset=True)
-        name = [sweep.name, size or sweep.run.model.name]
+        name: list[str] = [sweep.name, size or sweep.run.model.name]
         if size is not None:
             given["model"] = {"size": size}
         if seed is not None:
@@ -94,6 +107,9 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
         if rate is not None:
             given["training"] = given.get("training", {}) | {"learning_rate": rate}
             name.append(f"lr{rate:g}".replace("+", ""))
+        if stage is not None:
+            given["training"] = given.get("training", {}) | {"zero_stage": stage}
+            name.append(f"zero{stage}")
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))
     return found
@@ -121,7 +137,8 @@ def open_group(sweep: SweepConfig) -> None:
     """Record the sweep, and open the MLflow run that holds its runs together."""
     uri, local = tracking.location(sweep.run.cache_dir)
     artifacts.write_json(sweep.folder / _SWEEP_FILE, sweep.model_dump(mode="json"))
-    varied = {"sizes": sweep.sizes, "seeds": sweep.seeds, "learning_rates": sweep.learning_rates}
+    axes = ("sizes", "seeds", "learning_rates", "zero_stages")
+    varied = {name: getattr(sweep, name) for name in axes}
     config = tracking.TrackingConfig(
         uri=uri,
         folder=local,

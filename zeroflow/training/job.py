@@ -105,7 +105,7 @@ class TrainingJob(RankJob):
     """Where compiled code is kept; None where PyTorch keeps it."""
 
     peak_flops: float | None
-    """Of the device, dense, in bf16, also where products are in fp8; None if it is unknown, or the
+    """Of all devices, dense, in bf16, also where products are in fp8; None if it is unknown, or the
     run in fp32: then no MFU is given."""
 
     @property

@@ -102,7 +102,7 @@ def _reduced(number: int, operation: Any) -> int:
 
 
 def on_first(make: Callable[[], T]) -> T:
-    """What `make` gives or raises on rank 0, given to all or raised on all; nobody else calls it."""
+    """What `make` gives or raises on rank 0, which alone calls it, given or raised on all."""
     if ranks() == 1:
         return make()
     outcome: list[Any] = [None, None]
