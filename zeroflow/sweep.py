@@ -98,7 +98,7 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
     for size, seed, rate, stage in product(*(axis or (None,) for axis in axes)):
         # What was given and nothing else: a default is settled for each run
         given = sweep.run.model_dump(exclude_unset=True)
-        name: list[str] = [sweep.name, size or sweep.run.model.name]
+        name = [sweep.name, str(size or sweep.run.model.name)]
         if size is not None:
             given["model"] = {"size": size}
         if seed is not None:

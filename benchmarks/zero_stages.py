@@ -1,0 +1,187 @@
+"""What each stage of ZeRO costs and saves: tokens per second and memory, beside one GPU's.
+
+Every rank trains as many rows a step as the one GPU, so that twice the GPUs make twice the tokens
+where passing on costs nothing. All stages follow each other in the same processes.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import get_args
+
+import torch
+from train_speed import Figures, Workload, peak_bytes, training_config, wait
+
+from zeroflow import artifacts, planning
+from zeroflow.model.llama import Recompute
+from zeroflow.model.sizes import SIZES
+from zeroflow.planning import NOMINAL_VOCABULARY, Stage, binary, find_device
+from zeroflow.training import events, worker, zero
+from zeroflow.training.job import RankJob, launch
+from zeroflow.training.loop import ComputeConfig, new_state, train_step
+from zeroflow.training.worker import Stop
+
+log = logging.getLogger("zeroflow.benchmarks")
+
+_FOUND = "found.json"
+_JOB = "job.json"
+
+
+class StagesJob(RankJob):
+    work: Workload
+    """Of each rank."""
+
+    stages: tuple[Stage, ...]
+
+
+def measure(job: StagesJob, stage: Stage) -> Figures:
+    """Speed and memory of a stage; a window is as many steps as take `seconds`."""
+    compute, [rows] = job.training.compute, job.work.rows
+    config = job.training.replace(zero_stage=stage)
+    batches = job.work.batches(rows)
+    gc.collect()
+    torch.compiler.reset()  # blocks that are shared out otherwise would be compiled anew
+    state = new_state(job.model, config)
+    if compute.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def seconds_of(steps: int) -> float:
+        wait(compute.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            train_step(state, batches[state.step % len(batches)], config)
+        wait(compute.device)
+        return time.perf_counter() - began
+
+    seconds_of(3)
+    steps = zero.most(max(1, round(job.work.seconds / seconds_of(1))))
+    windows = [seconds_of(steps) / steps for _ in range(job.work.windows)]
+    seconds = statistics.median(windows)
+    loss = train_step(state, batches[0], config).loss.item()
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
+    return {
+        "ranks": config.ranks,
+        "stage": stage,
+        "seconds_per_step": seconds,
+        "spread": (max(windows) - min(windows)) / seconds,
+        "tokens_per_second": config.batch_rows * job.work.seq_len / seconds,
+        "memory": zero.most(peak_bytes(compute.device)),
+        "loss": loss,
+    }
+
+
+def work(job: StagesJob, stop: Stop) -> None:
+    found = []
+    for stage in job.stages:
+        found.append(measure(job, stage))
+        log.info("%s", found[-1])
+        if stop():
+            break
+    if zero.rank() == 0:
+        artifacts.write_json(job.run_dir / _FOUND, {"found": found})
+        events.append(job.run_dir / events.EVENTS, {"event": "done"})
+
+
+def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
+    [rows] = workload.rows
+    training = training_config(workload, rows).replace(ranks=ranks)
+    job = StagesJob(
+        run_dir=folder, model=workload.model, training=training, work=workload, stages=stages
+    )
+    file = folder / _JOB
+    artifacts.write_json(file, job.model_dump(mode="json"))
+    launch("zero_stages", file, folder, lambda event: None, ranks=ranks)
+    found: Figures = artifacts.read_json(folder / _FOUND)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--stages", nargs="+", type=int, choices=get_args(Stage), default=[])
+    parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rows", nargs="+", type=int, default=[], help="of a micro-batch, by size")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    parser.add_argument("--precision", choices=("bf16", "fp32"))
+    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    device = find_device(arguments.device or "auto")
+    compute = ComputeConfig(
+        device=device.kind,
+        precision=arguments.precision or ("bf16" if device.has_bf16 else "fp32"),
+        fp8=arguments.fp8,
+        compile=device.compiles and not arguments.no_compile,
+        activation_checkpointing=arguments.recompute,
+    )
+    stages = tuple(arguments.stages or get_args(Stage))
+    results = []
+    for number, size in enumerate(arguments.sizes):
+        rows = arguments.rows[number] if arguments.rows else 1
+        workload = Workload(
+            size=size,
+            vocab_size=arguments.vocab_size,
+            seq_len=arguments.seq_len,
+            batch_rows=rows * arguments.accumulate,
+            rows=(rows,),
+            compute=compute,
+            windows=arguments.windows,
+            seconds=arguments.seconds,
+        )
+        with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+            [alone] = of_ranks(workload, 1, (0,), Path(folder))["found"]
+        with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+            shared = of_ranks(workload, arguments.gpus, stages, Path(folder))["found"]
+        for figures in (alone, *shared):
+            planned = planning.memory(
+                *(workload.model, workload.seq_len, rows, compute.activation_checkpointing, device),
+                precision=compute.precision,
+                fp8=compute.fp8,
+                compiled=compute.compile,
+                accumulates=arguments.accumulate > 1,
+                stage=figures["stage"],
+                ranks=figures["ranks"],
+            )
+            figures |= {"size": size, "rows": rows, "planned": planned._asdict()}
+            figures["scaling"] = figures["tokens_per_second"] / (
+                figures["ranks"] * alone["tokens_per_second"]
+            )
+            results.append(figures)
+            what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "alone"
+            log.info(
+                "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, planned %s",
+                *(size, figures["ranks"], device.name, what),
+                f"{figures['tokens_per_second']:,.0f}",
+                100 * figures["scaling"],
+                binary(figures["memory"]),
+                binary(planned.total),
+            )
+    if arguments.json:
+        facts = {"device": device.name, "torch": torch.__version__, "results": results}
+        arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if os.environ.get("WORLD_SIZE"):
+        worker.main(StagesJob, work)
+    else:
+        main()
