@@ -177,7 +177,7 @@ def fixed_batch(rows: Rows, *, document_mask: bool = False) -> FixedBatch:
 
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
-    return state.model.named_parameters()
+    return zero.named_parameters(state.model)
 
 
 def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:

@@ -304,7 +304,7 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
 
 def gradients(state: TrainState, batch: MicroBatch) -> Check:
     (loss_sum(state.model, batch) / batch.valid).backward()
-    parameters = dict(state.model.named_parameters())
+    parameters = dict(zero.named_parameters(state.model))
     idle = [name for name, p in parameters.items() if not _reached(p)]
     state.optimizer.zero_grad()
     sentence = "one backward pass gives each a gradient of finite numbers"
@@ -583,7 +583,7 @@ def _logits(state: TrainState, inputs: Tensor, numbers: Tensor | None, places: s
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """All that training changes; listed here, so that a checkpoint that forgets some is noticed."""
     tensors = {"skipped": state.skipped}
-    for name, parameter in state.model.named_parameters():
+    for name, parameter in zero.named_parameters(state.model):
         tensors[name] = zero.part(parameter.detach())
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"{key} of {name}"] = zero.part(value)

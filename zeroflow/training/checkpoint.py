@@ -303,7 +303,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {_RANDOM_CPU: torch.get_rng_state(), "skipped": state.skipped}
     if state.skipped.is_cuda:
         tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state()
-    for name, parameter in state.model.named_parameters():
+    for name, parameter in zero.named_parameters(state.model):
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroflow.model.llama import Llama
 from zeroflow.planning import Stage
@@ -166,6 +166,17 @@ def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
         sharded.set_requires_gradient_sync(last)
     if stage in (1, 2):
         sharded.set_reshard_after_backward(last)
+
+
+def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, which those gathered for a forward pass stand in for."""
+    if ranks() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return model.named_parameters()
 
 
 def part(tensor: Tensor) -> Tensor:

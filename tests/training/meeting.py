@@ -1,0 +1,47 @@
+"""Ranks that meet again and again, until what `fate` says happens to the last of them."""
+
+import os
+import signal
+import time
+from itertools import count
+
+import torch
+
+from zeroflow.training import events, worker, zero
+from zeroflow.training.job import RankJob
+
+_MEETINGS = 3
+
+
+def work(job: RankJob, stop: worker.Stop) -> None:
+    fate = (job.run_dir / "fate").read_text()
+    history = job.run_dir / events.EVENTS
+    for number in count():
+        if number == _MEETINGS and zero.rank() == zero.ranks() - 1:
+            meet(fate)
+        if zero.rank() == 0:
+            (job.run_dir / events.ALIVE).touch()
+        if number == 0:
+            pids = zero.total(os.getpid() << 32 * zero.rank())
+            if zero.rank() == 0:
+                by_rank = [pids % 2**32, pids >> 32]
+                events.append(history, {"event": "started", "pids": by_rank})
+        if stop():
+            if zero.rank() == 0:
+                events.append(history, {"event": "stopped", "message": "as asked for"})
+            return
+        time.sleep(0.05)
+
+
+def meet(fate: str) -> None:
+    match fate:
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        case "hang":
+            time.sleep(1000)
+
+
+if __name__ == "__main__":
+    worker.main(RankJob, work)

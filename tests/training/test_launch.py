@@ -1,0 +1,93 @@
+"""What becomes of several ranks when one of them ends, or all are to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import MODEL, training_config
+
+from zeroflow import artifacts
+from zeroflow.training import events
+from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped, launch
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    paths = (Path(__file__).parent, Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = RankJob(run_dir=tmp_path, model=MODEL, training=training_config(ranks=2))
+    artifacts.write_json(tmp_path / "job.json", job.model_dump(mode="json"))
+    (tmp_path / "fate").write_text("none")
+    return tmp_path / "job.json"
+
+
+def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more) -> list[int]:
+    """Launch two ranks, and see that none of them is left; their process ids."""
+    folder = job_file.parent
+    (folder / "fate").write_text(fate)
+    try:
+        launch("meeting", job_file, folder, on_event, ranks=2, **more)
+    finally:
+        pids = started(folder)["pids"]
+        assert not any(map(psutil.pid_exists, pids))
+        assert not list(folder.glob(".meeting-*"))
+    return pids
+
+
+def started(folder: Path) -> events.Line:
+    [line] = [e for e in events.read(folder / events.EVENTS) if e["event"] == "started"]
+    return line
+
+
+def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
+    with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: .*, 1: -9") as failure:
+        meet(job_file, "killed")
+    assert failure.value.reason == "killed"
+
+
+def test_rank_that_fails_ends_the_others_and_says_why(job_file):
+    with pytest.raises(TrainingFailed, match="CUDA out of memory") as failure:
+        meet(job_file, "out of memory")
+    assert failure.value.reason == "out of memory"
+
+
+def test_rank_that_hangs_is_noticed(job_file):
+    with pytest.raises(TrainingFailed, match="no sign of life for 3 s") as failure:
+        meet(job_file, "hang", hang_seconds=3)
+    assert failure.value.reason == "hang"
+
+
+def test_signal_to_one_rank_stops_all(job_file):
+    def terminate(event: events.Line) -> None:
+        if event["event"] == "started":
+            os.kill(event["pids"][1], signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped, match="as asked for"):
+        meet(job_file, on_event=terminate)
+
+
+def test_ranks_whose_parent_is_killed_stop_together(job_file):
+    folder = job_file.parent
+    command = "import sys; from pathlib import Path; from zeroflow.training.job import launch; "
+    command += "f = Path(sys.argv[1]); launch('meeting', f, f.parent, lambda event: None, ranks=2)"
+    parent = subprocess.Popen([sys.executable, "-c", command, str(job_file)])
+    wait_for(lambda: (folder / events.EVENTS).exists())
+    parent.kill()
+    parent.wait()
+    pids = started(folder)["pids"]
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+    assert [e["event"] for e in events.read(folder / events.EVENTS)] == ["started", "stopped"]
+
+
+def wait_for(there) -> None:
+    for _ in range(1200):
+        if there():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come within a minute")

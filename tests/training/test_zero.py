@@ -1,0 +1,103 @@
+"""Ranks train what one process trains, at every stage of ZeRO.
+
+Sums over ranks have another order than those of one process, and AdamW divides by roots of small
+numbers: after a few steps fp32 differs by some 1e-6, which 1e-4 allows for. What is forgotten or
+counted twice changes losses by more than 1e-2.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from ranks import SAVED, STAGES, STEPS
+from tiny import MODEL, training_config
+
+from zeroflow import artifacts
+from zeroflow.training import checkpoint
+from zeroflow.training.job import RankJob, launch
+from zeroflow.training.loop import new_state
+
+ALONE = training_config(steps=STEPS + 1, micro_batch_rows=1, accumulate=4)
+TOGETHER = ALONE.replace(accumulate=2, ranks=2)
+
+
+def close(figures: Any) -> Any:
+    if isinstance(figures, list):
+        return [close(part) for part in figures]
+    return pytest.approx(figures, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """What one process says."""
+    state = new_state(MODEL, ALONE)
+    found: dict[str, Any] = {"begun": ranks.trained(state, ALONE, SAVED)}
+    found |= ranks.looked_at(state)
+    ranks.saved(state, folder / "one")
+    return found | {"went on": ranks.trained(state, ALONE, STEPS - SAVED)}
+
+
+@pytest.fixture(scope="module")
+def together(alone: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What each of two ranks says, by stage."""
+    job = RankJob(run_dir=folder, model=MODEL, training=TOGETHER)
+    artifacts.write_json(folder / "job.json", job.model_dump(mode="json"))
+    with pytest.MonkeyPatch.context() as patch:
+        paths = (Path(__file__).parent, Path(__file__).parents[1])
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        launch("ranks", folder / "job.json", folder, lambda event: None, ranks=2)
+    return [artifacts.read_json(folder / f"rank{rank}.json") for rank in range(2)]
+
+
+@pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
+class TestStage:
+    def test_losses_norms_and_updates_are_those_of_one_process(self, alone, together, stage):
+        for name in ("begun", "went on"):
+            assert together[0][stage][name] == close(alone[name]), name
+
+    def test_validation_and_samples_are_those_of_one_process(self, alone, together, stage):
+        assert together[0][stage]["validation"] == close(alone["validation"])
+        assert together[0][stage]["sample"] == alone["sample"]
+
+    def test_ranks_say_the_same(self, together, stage):
+        assert together[0][stage] == together[1][stage]
+
+    def test_checkpoint_goes_on_bit_for_bit(self, together, stage):
+        assert together[0][stage]["resumed"] == together[0][stage]["went on"]
+
+    def test_ranks_go_on_from_one_process_and_one_process_from_ranks(
+        self, alone, together, folder, stage
+    ):
+        assert together[0][stage]["from one"] == close(alone["went on"])
+        state = ranks.loaded(ALONE, folder / f"stage{stage}")
+        assert ranks.trained(state, ALONE, STEPS - SAVED) == close(alone["went on"])
+
+    def test_ranks_keep_their_share_and_the_tied_embedding_once(self, together, stage):
+        for found in (rank[stage] for rank in together):
+            assert found["parameters"] == MODEL.parameters
+            assert found["kept"] == MODEL.parameters // (1 if stage == "0" else 2)
+            assert found["moments kept"] == found["kept"]
+
+    def test_loss_of_one_rank_that_is_no_number_changes_no_weight_of_any(self, together, stage):
+        for rank in together:
+            assert rank[stage]["skipped"] == [True, [1, 1], False]
+
+
+def test_checkpoints_hold_the_same_tensors_however_many_wrote_them(together, folder):
+    of_one, *of_ranks = (
+        checkpoint.load_model(folder / name / f"step-{SAVED:08d}").state_dict()
+        for name in ("one", *(f"stage{stage}" for stage in STAGES))
+    )
+    for of_stage in of_ranks:
+        assert of_stage.keys() == of_one.keys()
+        for name, weight in of_one.items():
+            assert of_stage[name].shape == weight.shape
+            assert (of_stage[name] - weight).abs().max() < 1e-4, name
