@@ -44,6 +44,8 @@ RUNS = [
             "end_of_text": "<end>",
         },
         training={
+            "gpus": 2,
+            "zero_stage": 3,
             "seq_len": 64,
             "batch_size": 2,
             "grad_accum_steps": 3,

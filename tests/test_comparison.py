@@ -15,7 +15,9 @@ def law(flops: float) -> float:
     return FACTOR * flops**-EXPONENT
 
 
-def outcome(size: str, *, loss: float | None = None, seed: int = 0) -> Outcome:
+def outcome(
+    size: str, *, loss: float | None = None, seed: int = 0, gpus: int = 1, stage: int = 0
+) -> Outcome:
     """Of a run at 20 tokens a parameter that obeys the law, unless a loss is given."""
     model = with_vocabulary(SIZES[size], 32_000)
     tokens = 20 * model.parameters
@@ -35,6 +37,9 @@ def outcome(size: str, *, loss: float | None = None, seed: int = 0) -> Outcome:
         val_bpb=None,
         tokens_per_second=1e5,
         seconds=tokens / 1e5,
+        gpus=gpus,
+        zero_stage=stage,
+        peak_memory_bytes=2**30,
         curve=((0, 10.4), (tokens // 2, final + 0.3), (tokens, final)),
     )
 
@@ -149,3 +154,15 @@ def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, monkeypatch):
         assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
         if axes.get_xscale() == "log":
             assert all(x > 0 for line in lines for x in line.get_xdata())
+
+
+def test_stages_of_zero_are_told_where_there_are_several_gpus():
+    alone = markdown("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
+    assert "ZeRO" not in alone and "GPUs" not in alone
+    runs = [outcome("tiny"), *(outcome("tiny", gpus=2, stage=stage) for stage in (0, 3))]
+    page = markdown("s", compare(runs), **NOTHING_ELSE)
+    head, _, *rows = [line for line in page.splitlines() if line.startswith("|")]
+    names = [cell.strip() for cell in head.split("|")]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    found = [(row[names.index("GPUs")], row[names.index("ZeRO")]) for row in cells]
+    assert found == [("1", "none"), ("2", "0"), ("2", "3")]

@@ -38,9 +38,13 @@ def ask(tmp_path):
 
 def on_gpus(count: int, size: str, tmp_path: Path, **training) -> Plan:
     asked = RunConfig.model_validate(
-        {"model": {"size": size}, "training": training, "cache_dir": tmp_path / "cache"}
+        {
+            "model": {"size": size},
+            "training": {"gpus": count, **training},
+            "cache_dir": tmp_path / "cache",
+        }
     )
-    return plan.offline(asked, gpu=H100, gpus=count)
+    return plan.offline(asked, gpu=H100)
 
 
 def test_plan_tells_data_run_model_time_memory_and_disk(ask, caplog):
@@ -69,15 +73,15 @@ def test_plan_tells_data_run_model_time_memory_and_disk(ask, caplog):
 
 def test_too_little_room_is_said(ask, monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda folder: 10**6)
-    assert "NOT ENOUGH" in plan.disk_line(plan.offline(ask(), gpu=None, gpus=1))
+    assert "NOT ENOUGH" in plan.disk_line(plan.offline(ask(), gpu=None))
 
 
 def test_checkpoints_that_are_kept_for_good_need_room(ask):
     few, many = (
-        plan.offline(ask(training=training), gpu=None, gpus=1).disk_bytes
+        plan.offline(ask(training=training), gpu=None).disk_bytes
         for training in ({"max_steps": 100}, {"max_steps": 100, "keep_every": 30})
     )
-    size = plan.offline(ask(), gpu=None, gpus=1).predicted.checkpoint_bytes
+    size = plan.offline(ask(), gpu=None).predicted.checkpoint_bytes
     assert many - few == size, "that of step 60: a run of 100 steps saves every 20"
 
 
@@ -116,17 +120,18 @@ def test_what_does_not_fit_on_one_gpu_fits_on_eight(tmp_path):
                 "num_key_value_heads": 8,
                 "intermediate_size": 14336,
             },
+            "training": {"gpus": 8},
             "cache_dir": tmp_path,
         }
     )
-    planned = plan.offline(asked, gpu=H100, gpus=8)
+    planned = plan.offline(asked, gpu=H100)
     fits = [stage.fits for stage in planned.stages]
     assert fits[0] == "no" and fits[3] == "yes", "Llama-3.1's 8B"
 
 
 def test_rows_that_gpus_cannot_share_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 GPUs cannot share the 128 rows of a step evenly"):
-        on_gpus(3, "tiny", tmp_path)
+        on_gpus(3, "tiny", tmp_path, batch_tokens=2**18)
 
 
 def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
@@ -135,15 +140,15 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     assert cli.main(flags) == 0
     page = capsys.readouterr().out
     for expected in (
-        "plan of medium on 4 x NVIDIA H100 80GB HBM3",
-        "not built yet",
+        "plan of medium on 4 x NVIDIA H100 80GB HBM3, ZeRO stage 0, with 80.00 GiB each",
+        " on each of 4 (by its parts)",
         "feed-forward    830,472,192  61.7%",
         "assuming 52% MFU",
         "stage 3",
     ):
         assert expected in page
     assert cli.main([*flags, "--json"]) == 0
-    assert Plan.model_validate(json.loads(capsys.readouterr().out)).gpus == 4
+    assert Plan.model_validate(json.loads(capsys.readouterr().out)).workload.gpus == 4
     assert not cache.exists()
 
 
@@ -151,8 +156,9 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     ("flags", "message"),
     [
         (["--gpu=H100"], "--gpu H100 is any of: "),
-        (["--gpus=0"], "--gpus 0: at least one"),
-        (["--gpus=2", "--device=cpu"], "this machine has none: name one with --gpu"),
+        (["--gpus=0"], "--gpus: Input should be greater than 0"),
+        (["--gpus=2"], "this machine has none: name one with --gpu"),
+        (["--zero-stage=2"], "--zero-stage 2 shares out among several GPUs, and there is one"),
         (["--gpu=NVIDIA L4", "--device=cpu"], "--gpu and --device cpu: drop one of them"),
     ],
 )
@@ -207,7 +213,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert first["shard_bytes"].miss == pytest.approx(0, abs=0.1)
     assert first["seconds"].measured == pytest.approx(5.12)
 
-    planned = plan.offline(ask(run_name="two", seed=1), gpu=None, gpus=1)
+    planned = plan.offline(ask(run_name="two", seed=1), gpu=None)
     assert planned.rate_source == planned.memory_source == "from 1 earlier run here"
     second = {row.name: row for row in finish("two", rate=1000.0)}
     for name in ("tokens_per_second", "seconds", "memory_bytes"):
@@ -215,7 +221,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert "(from 1 earlier run here)" in plan.time_line(planned)
 
     larger = ask(run_name="three", model=SHAPE.replace(num_hidden_layers=4).model_dump())
-    planned = plan.offline(larger, gpu=None, gpus=1)
+    planned = plan.offline(larger, gpu=None)
     assert "TFLOP/s as in 2 earlier runs here" in planned.rate_source
     assert planned.memory_source == "by its parts"
 
@@ -260,7 +266,7 @@ def test_miss_is_known_only_where_both_are():
 
 
 def test_memory_of_code_that_the_formula_is_not_for_is_left_open(ask):
-    planned = plan.offline(ask(training={"max_steps": 10, "document_mask": True}), gpu=None, gpus=1)
+    planned = plan.offline(ask(training={"max_steps": 10, "document_mask": True}), gpu=None)
     assert planned.predicted.memory_bytes is None
     assert plan.memory_line(planned).startswith("unknown for such code on a CPU")
 
@@ -268,14 +274,14 @@ def test_memory_of_code_that_the_formula_is_not_for_is_left_open(ask):
 def test_unknown_gpu_gives_no_time(ask, monkeypatch):
     unknown = Device(kind="cuda", name="Some New GPU", memory_bytes=2**36)
     monkeypatch.setattr(planning, "find_device", lambda wanted: unknown)
-    planned = plan.offline(ask(device="auto"), gpu=None, gpus=1)
+    planned = plan.offline(ask(device="auto"), gpu=None)
     assert plan.time_line(planned) == "unknown, the peak of Some New GPU is not known"
     assert "unknown" in plan_page.text(planned)
 
 
 def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     asked = ask(device="auto", training={"fp8": True}, model={"size": "medium"})
-    planned = plan.offline(asked, gpu="H100 80GB", gpus=1)
+    planned = plan.offline(asked, gpu="H100 80GB")
     assert "bf16 with products in fp8, compiled" in plan_page.text(planned)
     assert planned.rate_source.endswith("with fp8 and 51% without")
     work = planned.workload.replace(fp8=False)
@@ -285,9 +291,9 @@ def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     )
     asked.cache_dir.mkdir()
     history.append(asked.cache_dir, past)
-    assert plan.offline(asked, gpu="H100 80GB", gpus=1).predicted == planned.predicted
+    assert plan.offline(asked, gpu="H100 80GB").predicted == planned.predicted
     history.append(asked.cache_dir, past.replace(run="fp8", workload=planned.workload))
-    again = plan.offline(asked, gpu="H100 80GB", gpus=1)
+    again = plan.offline(asked, gpu="H100 80GB")
     assert again.predicted.tokens_per_second == 123.0
 
 
@@ -296,18 +302,18 @@ def test_shards_hold_no_more_than_the_files_do(ask, tmp_path):
     text.write_text("Not much of it. " * 1000)
     data = {"data_mode": "files", "data_path": [str(text)]}
     tokens = text.stat().st_size / 4  # characters a token
-    small = plan.offline(ask(data=data), gpu=None, gpus=1)
+    small = plan.offline(ask(data=data), gpu=None)
     assert small.predicted.shard_bytes == pytest.approx(4 * tokens), "of int32"
 
 
 def test_what_a_run_has_already_needs_no_room(ask, finish, monkeypatch):
     finish("one", rate=1000.0)
-    planned = plan.offline(ask(run_name="one"), gpu=None, gpus=1)
+    planned = plan.offline(ask(run_name="one"), gpu=None)
     rows, checkpoint = (planned.predicted.shard_bytes, planned.predicted.checkpoint_bytes)
     assert planned.there_bytes == pytest.approx(rows + checkpoint, rel=0.1)
     lacking = planned.disk_bytes - planned.there_bytes
     for free, enough in ((lacking, True), (lacking - 1, False)):
         monkeypatch.setattr(planning, "free_bytes", lambda folder, free=free: free)
-        line = plan.disk_line(plan.offline(ask(run_name="one"), gpu=None, gpus=1))
+        line = plan.disk_line(plan.offline(ask(run_name="one"), gpu=None))
         assert ("NOT ENOUGH" not in line) is enough and "of it there" in line
-    assert plan.offline(ask(run_name="two"), gpu=None, gpus=1).there_bytes == 0
+    assert plan.offline(ask(run_name="two"), gpu=None).there_bytes == 0

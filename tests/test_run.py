@@ -305,6 +305,53 @@ def test_batch_is_whatever_is_given_and_the_rest_follows(ask, given, batch):
     assert run.training.batch_tokens == batch[0] * batch[1] * 100 == 100 * run.batch_rows
 
 
+# The synthetic run of a CPU has steps of two rows
+def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_rows(ask):
+    two = settle(ask(run_name="mine", training={"gpus": 2, "zero_stage": 3})).run
+    assert (two.training.batch_size, two.training.grad_accum_steps) == (1, 1)
+    assert two.training.batch_tokens == 512 and two.batch_rows == 2
+    assert (two.training_config.ranks, two.training_config.zero_stage) == (2, 3)
+    trained(ask(run_name="mine"))
+    assert settle(ask(run_name="mine")).run == two, "what is not given is as it was"
+    one = settle(ask(run_name="mine", training={"gpus": 1})).run
+    assert (one.training.gpus, one.training.zero_stage) == (1, 0)
+    assert one.batch_rows == 2 and one.training.batch_size == 2
+    assert one.shard_config == two.shard_config
+    with pytest.raises(ValueError, match="3 GPUs cannot share the 2 rows of a step evenly"):
+        settle(ask(run_name="mine", training={"gpus": 3}))
+
+
+def test_runs_of_several_gpus_are_runs_of_their_own_and_one_gpu_needs_no_word(ask):
+    alone, two, sharded = (
+        settle(ask(training={"batch_tokens": 512, **given})).run.run_name
+        for given in ({}, {"gpus": 2}, {"gpus": 2, "zero_stage": 3})
+    )
+    assert two == f"{alone}-2gpus-zero0" and sharded == f"{alone}-2gpus-zero3"
+    explicit = ask(training={"batch_tokens": 512, "gpus": 1, "zero_stage": 0})
+    assert settle(explicit).run.run_name == alone
+
+
+def test_run_of_a_version_that_knew_one_gpu_only_goes_on(ask):
+    run = trained(ask(run_name="mine"))
+    recorded = artifacts.read_json(run.run_dir / "run.json")
+    for name in ("gpus", "zero_stage"):
+        del recorded["training"][name]
+    artifacts.write_json(run.run_dir / "run.json", recorded)
+    assert settle(ask(run_name="mine")).run == run
+
+
+def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
+    with pytest.raises(ValueError, match="sees none: --device cpu tries it with 2 processes"):
+        settle(ask(device="auto", training={"gpus": 2}))
+    monkeypatch.setattr(planning, "find_device", lambda wanted: GPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert settle(ask(device="auto", training={"gpus": 2})).run.training.gpus == 2
+    with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: take fewer"):
+        settle(ask(device="auto", training={"gpus": 3}))
+    with pytest.raises(ValueError, match="--zero-stage 1 shares out among several GPUs"):
+        settle(ask(training={"zero_stage": 1}))
+
+
 def test_run_that_another_process_owns_is_left_as_it_is(ask):
     def own(run_dir: Path) -> None:
         raise RunIsBusy(run_dir.name)

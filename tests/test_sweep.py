@@ -41,6 +41,14 @@ def test_every_combination_is_a_run_with_a_name_that_tells_it():
     assert all(cell.training.learning_rate == 1e-3 for cell in cells)
 
 
+def test_stages_of_zero_are_varied_like_all_else():
+    sweep = SweepConfig(sweep_name="s", zero_stages=(0, 3), run={"training": {"gpus": 2}})
+    cells = sweeps.cells(sweep)
+    assert [cell.run_name for cell in cells] == ["s-tiny-zero0", "s-tiny-zero3"]
+    assert [cell.training.zero_stage for cell in cells] == [0, 3]
+    assert all(cell.training.gpus == 2 for cell in cells)
+
+
 def test_what_is_not_varied_stays_as_the_run_has_it():
     [cell] = sweeps.cells(SweepConfig(sweep_name="s", run={"model": {"size": "small"}}))
     assert cell == RunConfig(model={"size": "small"}, sweep="s", run_name="s-small")
@@ -67,6 +75,11 @@ def test_sweep_of_the_name_with_other_settings_is_refused_before_anything_is_cha
         ({"sizes": ["tiny"], "run": {"model": {"size": "small"}}}, "--size"),
         ({"learning_rates": [1e-3], "run": {"training": {"learning_rate": 1}}}, "--learning-rate"),
         ({"seeds": [1, 1]}, "the same twice"),
+        ({"zero_stages": [0, 1]}, "--zero-stages are of several GPUs: add --gpus"),
+        (
+            {"zero_stages": [1], "run": {"training": {"gpus": 2, "zero_stage": 3}}},
+            "sets --zero-stage of its runs itself",
+        ),
         ({"sizes": ["huge"]}, "tiny"),
     ],
 )
@@ -107,6 +120,9 @@ def ended(name: str) -> Outcome:
         val_bpb=None,
         tokens_per_second=None,
         seconds=1.0,
+        gpus=1,
+        zero_stage=0,
+        peak_memory_bytes=2**30,
         curve=((0, 6.0), (100, 5.0)),
     )
 

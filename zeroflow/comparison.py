@@ -191,6 +191,9 @@ def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
     return _predicted(law, larger, _STEP**2 * last.flops, None)
 
 
+_OF_GPUS = ("GPUs", "ZeRO")
+
+
 def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
     """The page of a sweep, by its name; those of its runs begin with it."""
     columns = {
@@ -213,6 +216,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         ],
         "memory": [binary(one.peak_memory_bytes) for one in found.outcomes],
     }
+    if all(one.gpus == 1 for one in found.outcomes):
+        columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     # Prefect's page is too narrow for all of them
     alike = {
         column: cells[0]

@@ -14,7 +14,7 @@ import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
 
 from zeroflow import artifacts
-from zeroflow.training import events, job
+from zeroflow.training import events, job, zero
 from zeroflow.training.job import TrainResult
 
 
@@ -108,9 +108,26 @@ def test_rank_0_says_what_goes_on_and_others_what_goes_wrong(rank, caplog):
     assert ("DEBUG", "printed") in heard
 
 
-def test_child_is_rank_0_whatever_number_a_launcher_gave_the_flow(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    assert job._environment(None)["RANK"] == "0", "or it would say nothing of what goes on"
+def test_child_is_alone_whatever_a_launcher_has_told_the_flow(monkeypatch):
+    told = {"RANK": "3", "WORLD_SIZE": "4"}
+    for name, number in told.items():
+        monkeypatch.setenv(name, number)
+    environment = job._environment(None) | zero.environment(0, 1, Path("meeting"))
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [(None, ["0", "1"]), ("5,3", ["5", "3"]), ("GPU-a, GPU-b,GPU-c", ["GPU-a", "GPU-b"])],
+)
+def test_each_rank_sees_a_gpu_of_its_own_among_those_that_the_user_lets_be_seen(
+    visible, seen, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    told = [zero.environment(rank, 2, Path("meeting")) for rank in range(2)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in told] == seen
 
 
 def test_training_that_goes_on_says_from_where_and_why(tmp_path):
