@@ -120,6 +120,7 @@ def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
 
 
 def work(job: RankJob, stop: worker.Stop) -> None:
+    worker.make_deterministic()
     found = {
         stage: at_stage(
             job.training.replace(zero_stage=stage),

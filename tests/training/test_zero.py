@@ -1,8 +1,8 @@
-"""Ranks train what one process trains, at every stage of ZeRO.
+"""Ranks train what one process trains, at every stage of ZeRO, on a CPU and on two GPUs.
 
-Sums over ranks have another order than those of one process, and AdamW divides by roots of small
-numbers: after a few steps fp32 differs by some 1e-6, which 1e-4 allows for. What is forgotten or
-counted twice changes losses by more than 1e-2.
+In fp32. Sums over ranks have another order than those of one process, and AdamW divides by roots of
+small numbers: after a few steps figures differ by some 1e-6, which 1e-4 allows for. What is
+forgotten or counted twice changes losses by more than 1e-2.
 """
 
 import os
@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 import ranks
+import torch
 from ranks import SAVED, STAGES, STEPS
-from tiny import MODEL, training_config
+from tiny import CPU, MODEL, training_config
 
 from zeroflow import artifacts
 from zeroflow.training import checkpoint
 from zeroflow.training.job import RankJob, launch
-from zeroflow.training.loop import new_state
+from zeroflow.training.loop import TrainingConfig, new_state
 
-ALONE = training_config(steps=STEPS + 1, micro_batch_rows=1, accumulate=4)
-TOGETHER = ALONE.replace(accumulate=2, ranks=2)
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+def settings(device: str) -> TrainingConfig:
+    """Of one process."""
+    compute = CPU.replace(device=device, deterministic=True)
+    return training_config(steps=STEPS + 1, micro_batch_rows=1, accumulate=4, compute=compute)
 
 
 def close(figures: Any) -> Any:
@@ -29,25 +35,32 @@ def close(figures: Any) -> Any:
     return pytest.approx(figures, rel=1e-4)
 
 
+@pytest.fixture(
+    scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
+)
+def config(request: pytest.FixtureRequest) -> TrainingConfig:
+    return settings(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
+def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
     """What one process says."""
-    state = new_state(MODEL, ALONE)
-    found: dict[str, Any] = {"begun": ranks.trained(state, ALONE, SAVED)}
+    state = new_state(MODEL, config)
+    found: dict[str, Any] = {"begun": ranks.trained(state, config, SAVED)}
     found |= ranks.looked_at(state)
     ranks.saved(state, folder / "one")
-    return found | {"went on": ranks.trained(state, ALONE, STEPS - SAVED)}
+    return found | {"went on": ranks.trained(state, config, STEPS - SAVED)}
 
 
 @pytest.fixture(scope="module")
-def together(alone: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks says, by stage."""
-    job = RankJob(run_dir=folder, model=MODEL, training=TOGETHER)
+    job = RankJob(run_dir=folder, model=MODEL, training=config.replace(accumulate=2, ranks=2))
     artifacts.write_json(folder / "job.json", job.model_dump(mode="json"))
     with pytest.MonkeyPatch.context() as patch:
         paths = (Path(__file__).parent, Path(__file__).parents[1])
@@ -74,11 +87,11 @@ class TestStage:
         assert together[0][stage]["resumed"] == together[0][stage]["went on"]
 
     def test_ranks_go_on_from_one_process_and_one_process_from_ranks(
-        self, alone, together, folder, stage
+        self, alone, together, config, folder, stage
     ):
         assert together[0][stage]["from one"] == close(alone["went on"])
-        state = ranks.loaded(ALONE, folder / f"stage{stage}")
-        assert ranks.trained(state, ALONE, STEPS - SAVED) == close(alone["went on"])
+        state = ranks.loaded(config, folder / f"stage{stage}")
+        assert ranks.trained(state, config, STEPS - SAVED) == close(alone["went on"])
 
     def test_ranks_keep_their_share_and_the_tied_embedding_once(self, together, stage):
         for found in (rank[stage] for rank in together):

@@ -1,7 +1,7 @@
 """Proof that a training which is killed again and again ends with the bits of an undisturbed one.
 
 The same job is trained twice, each time in a directory of its own: once in peace, and once while
-its rank is killed with SIGKILL at random moments, going on from the newest checkpoint each time.
+a rank is killed with SIGKILL at random moments, going on from the newest checkpoint each time.
 Every logged number and every tensor of the last checkpoint has to be the same.
 """
 
@@ -150,13 +150,13 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
 
 
 def _train_undisturbed(job: TrainingJob, on_event: Callable[[events.Line], None]) -> float:
-    """Seconds that the rank took to start."""
+    """Seconds that it took to start."""
     start_up = 0.0
 
     def follow(line: events.Line) -> None:
         nonlocal start_up
-        if line["event"] == "started" and (rank := _rank(job)):
-            start_up = line["time"] - rank.create_time()
+        if line["event"] == "started" and (ranks := _ranks(job)):
+            start_up = line["time"] - ranks[0].create_time()
         on_event(line)
 
     train(job, follow)
@@ -171,13 +171,15 @@ def _train_killed(
 ) -> list[Kill]:
     """Train to the end, killed at a random point of each of `moments`; the kills that came in time.
 
+    Ranks are killed by turns, one of them each time.
+
     Raises:
         TrainingFailed: before it was killed.
     """
     kills: list[Kill] = []
     for moment in moments:
         tail, seconds = _tail(job), random.uniform(0, moment.seconds)
-        with _killer(job, moment, seconds) as struck:
+        with _killer(job, moment, seconds, turn=len(kills)) as struck:
             try:
                 train(job, on_event)
                 break  # it ended before the moment came
@@ -199,8 +201,10 @@ def _train_killed(
 
 
 @contextmanager
-def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[threading.Event]:
-    """Kills the rank of `job` so many seconds after `moment` has begun; set once that is done.
+def _killer(
+    job: TrainingJob, moment: _Interval, seconds: float, *, turn: int
+) -> Iterator[threading.Event]:
+    """Kills a rank of `job` so many seconds after `moment` has begun; set once that is done.
 
     A start-up that is over sooner than the undisturbed one is cut off at its end.
     """
@@ -209,7 +213,7 @@ def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[thr
 
     def begun() -> bool:
         if moment.phase == "start-up":
-            return _rank(job) is not None
+            return len(_ranks(job)) == job.training.ranks
         return any(_reaches(line, moment) for line in tail.new_lines())
 
     def outrun() -> bool:
@@ -224,8 +228,8 @@ def _killer(job: TrainingJob, moment: _Interval, seconds: float) -> Iterator[thr
         while time.monotonic() < due and not outrun():
             if over.wait(_POLL_SECONDS):
                 return
-        if rank := _rank(job):
-            rank.kill()
+        if ranks := _ranks(job):
+            ranks[turn % len(ranks)].kill()
             struck.set()
 
     thread = threading.Thread(target=kill, name="killer", daemon=True)
@@ -243,17 +247,17 @@ def _tail(job: TrainingJob) -> events.Tail:
     return events.Tail(history, events.size(history))
 
 
-def _rank(job: TrainingJob) -> psutil.Process | None:
-    """The process that trains `job`."""
+def _ranks(job: TrainingJob) -> list[psutil.Process]:
+    """The processes that train `job`."""
     file = str(job.run_dir / JOB)
+    found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            command = process.cmdline()
+            if file in process.cmdline():
+                found.append((process.create_time(), process))
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if file in command:
-            return process
-    return None
+    return [process for _, process in sorted(found, key=lambda one: one[0])]
 
 
 def _kind(line: events.Line) -> str | None:
