@@ -4,10 +4,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
 from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
 from pipeline import SMALL_SHAPE, Flow, mlflow_run
 
 
+@pytest.mark.slow  # the readers have tests of their own
 def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     prose = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
     lines = [json.dumps({"body": f"{i}. {prose}"}) for i in range(60)]

@@ -120,8 +120,8 @@ def test_failure_tells_the_reason_and_the_curve():
 def job(tmp_path, monkeypatch) -> OverfitJob:
     """A job for which the check runs in this process, on the one batch."""
 
-    def launch_here(module, job_file, run_dir, on_event, *, compile_cache):
-        checks.work(OverfitJob.model_validate(artifacts.read_json(job_file)), stop=False)
+    def launch_here(module, job_file, run_dir, on_event, *, ranks, compile_cache):
+        checks.work(OverfitJob.model_validate(artifacts.read_json(job_file)), stop=lambda: False)
 
     monkeypatch.setattr(checks, "launch", launch_here)
     monkeypatch.setattr(checks, "Rows", lambda shards, split: None)

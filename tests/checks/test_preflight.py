@@ -58,10 +58,10 @@ def checked_job(folder: Path, rows: shards.ShardSet, tokens: TokenizerFiles) -> 
 def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
     """A job on text; its processes are this one."""
 
-    def launch_here(module, job_file, run_dir, on_event, *, compile_cache):
+    def launch_here(module, job_file, run_dir, on_event, *, ranks, compile_cache):
         try:
             given = PreflightJob.model_validate_json(job_file.read_text(encoding="utf-8"))
-            preflight.work(given, stop=False)
+            preflight.work(given, stop=lambda: False)
         except Exception as error:
             raise TrainingFailed(str(error), worker._reason(error)) from error
 

@@ -24,6 +24,7 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     job = RankJob(run_dir=tmp_path, model=MODEL, training=training_config(ranks=2))
     artifacts.write_json(tmp_path / "job.json", job.model_dump(mode="json"))
     (tmp_path / "fate").write_text("none")
+    (tmp_path / ".meeting-before").touch()  # as of ranks that were killed with their parent
     return tmp_path / "job.json"
 
 

@@ -28,8 +28,9 @@ def append(path: Path, line: Line) -> None:
     """
     content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
-        end = _end_of_lines(file)
-        if end != file.seek(0, os.SEEK_END):
+        size = file.seek(0, os.SEEK_END)
+        end = _end_of_lines(file, size)
+        if end != size:
             file.truncate(end)
         try:
             written = file.write(content)
@@ -40,14 +41,13 @@ def append(path: Path, line: Line) -> None:
             raise OSError(errno.ENOSPC, f"{path} cannot be added to: the disk is full")
 
 
-def _end_of_lines(file: RawIOBase) -> int:
-    """Bytes of the complete lines in `file`."""
-    size = file.seek(0, os.SEEK_END)
+def _end_of_lines(file: RawIOBase, size: int) -> int:
+    """Bytes of the complete lines in the first `size` of `file`, which others may add to now."""
     if size:
         file.seek(size - 1)
         if file.read(1) != b"\n":
             file.seek(0)
-            return (file.read() or b"").rfind(b"\n") + 1
+            return (file.read(size) or b"").rfind(b"\n") + 1
     return size
 
 

@@ -8,7 +8,6 @@ nobody to meet, and torchrun takes seconds to start and is one more that can be 
 import contextvars
 import logging
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -278,7 +277,7 @@ def launch(
         TrainingFailed: with the process's own reason, or its last output.
     """
     with alone(run_dir / "launch", f"another process is at work on run {run_dir.name}"):
-        meeting = run_dir / f".meeting-{secrets.token_hex(8)}"
+        meeting = zero.meeting_place(run_dir)
         environments = [
             _environment(compile_cache) | zero.environment(rank, ranks, meeting)
             for rank in range(ranks)

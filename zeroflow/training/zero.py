@@ -6,6 +6,7 @@ of it. A process that is alone gets from everything here what it gave.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,14 +28,20 @@ _MEETING = "ZEROFLOW_MEETING"
 _PATIENCE = timedelta(minutes=30)
 """Of ranks with each other: one may compile, or write a checkpoint, for minutes."""
 
+_MEETING_FILE = ".meeting-"
 _SHARDS = "shards"
+
+
+def meeting_place(folder: Path) -> Path:
+    """A file in `folder` that ranks which are yet to be started can find each other through."""
+    return folder / f"{_MEETING_FILE}{secrets.token_hex(8)}"
 
 
 def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
     """What a process has to find in its environment to become `rank` of `ranks`.
 
     Args:
-        meeting: a file that is not there yet, on a disk that all of them see.
+        meeting: where all of them meet.
     """
     if ranks == 1:  # a launcher above the flow may have numbered it
         return {"RANK": "0", "WORLD_SIZE": "1"}
@@ -53,15 +60,22 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
 
 @contextmanager
 def joined(device: Literal["cpu", "cuda"]) -> Iterator[None]:
-    """Be one of the ranks that the environment speaks of, until all of them end the block."""
+    """Be one of the ranks that the environment speaks of, until all of them end the block.
+
+    Those that met in the folder before are gone.
+    """
     ranks_told = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks_told == 1:
         yield
         return
+    number, meeting = int(os.environ["RANK"]), Path(os.environ[_MEETING])
+    if number == 0:
+        for left in set(meeting.parent.glob(f"{_MEETING_FILE}*")) - {meeting}:
+            left.unlink(missing_ok=True)  # by ranks whose parent was killed
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=Path(os.environ[_MEETING]).absolute().as_uri(),
-        rank=int(os.environ["RANK"]),
+        init_method=meeting.absolute().as_uri(),
+        rank=number,
         world_size=ranks_told,
         timeout=_PATIENCE,
     )
