@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--stages", nargs="+", type=int, choices=get_args(Stage), default=[])
+    parser.add_argument("--stages", nargs="+", type=int, choices=planning.STAGES, default=[])
     parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", nargs="+", type=int, default=[], help="of a micro-batch, by size")
@@ -133,7 +133,7 @@ def main() -> None:
         compile=device.compiles and not arguments.no_compile,
         activation_checkpointing=arguments.recompute,
     )
-    stages = tuple(arguments.stages or get_args(Stage))
+    stages = tuple(arguments.stages or planning.STAGES)
     results = []
     for number, size in enumerate(arguments.sizes):
         rows = arguments.rows[number] if arguments.rows else 1

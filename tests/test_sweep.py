@@ -6,7 +6,7 @@ import sys
 
 import mlflow
 import pytest
-from pipeline import ROOT, SMALL_SHAPE, Flow, api
+from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api
 from pydantic import ValidationError
 
 from zeroflow import artifacts, comparison, tracking
@@ -144,7 +144,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     assert "1 runs failed" in ended.stderr and "s-custom-seed1" in ended.stderr
     [alone] = re.findall(r"retry: (.* flows/pretrain.py .*)", ended.stdout)
     page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
-    assert "| s-custom-seed0 | custom | " in page
+    assert "| custom-seed0 | custom | " in page
     assert "**Not finished: s-custom-seed1**" in page
     kept = json.loads((flow.cache / "sweeps" / "s" / "comparison.json").read_text())
     assert [one["run"] for one in kept["runs"]] == ["s-custom-seed0"]
@@ -171,3 +171,28 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     blocked.unlink()
     subprocess.run(shlex.split(alone), cwd=ROOT, env=flow.environment, check=True)
     assert flow.report("s-custom-seed1")["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_stages_of_zero_are_trained_checked_and_compared(flow: Flow) -> None:
+    """On two processes that share the CPU, with the pre-flight and the overfit check."""
+    command = [sys.executable, "flows/sweep.py", f"--cache-dir={flow.cache}", "--sweep-name=lab"]
+    command += [*CHECKED_SHAPE, "--data-mode=synthetic", "--device=cpu", "--gpus=2"]
+    command += ["--batch-size=1", "--zero-stages", "0", "3"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=400
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 processes on one x86_64 CPU" in ended.stdout or "aarch64" in ended.stdout
+    assert ", ZeRO stage 3, fp32" in ended.stdout
+    names = ("lab-custom-zero0", "lab-custom-zero3")
+    reports = [flow.report(name) for name in names]
+    assert [report["gpus"] for report in reports] == [2, 2]
+    assert [report["zero_stage"] for report in reports] == [0, 3]
+    assert all(report["preflight"]["passed"] for report in reports)
+    # the same sums but for the order of two ranks' gradients: test_zero has the tolerance
+    losses = [report["val_loss"] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    page = (flow.cache / "sweeps" / "lab" / "comparison.md").read_text()
+    assert "| custom-zero0 |" in page and "GPUs 2" in page
+    assert "ZeRO" in next(line for line in page.splitlines() if line.startswith("| run |"))

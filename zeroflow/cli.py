@@ -489,18 +489,13 @@ def _add_flag(group: Any, setting: Setting) -> None:
         item = _kinds(get_args(field.annotation)[0])[0]
         options |= {"nargs": "+", "metavar": _METAVARS.get(setting.path[-1], _metavar(item))}
         if isinstance(item, list):
-            options |= {"choices": item, "type": _one_of(item)}
+            options["choices"] = item
             del options["metavar"]
     elif choices := [value for kind in kinds if isinstance(kind, list) for value in kind]:
-        options |= {"choices": choices, "type": _one_of(choices)}
+        options["choices"] = choices
     else:
         options["metavar"] = _metavar(kinds[0])
     group.add_argument(*flags, **options)
-
-
-def _one_of(choices: list[Any]) -> Callable[[str], Any]:
-    """What finds a choice, which may be a number; what is none of them stays as it is."""
-    return lambda given: next((choice for choice in choices if str(choice) == given), given)
 
 
 _METAVARS = {"data_path": "GLOB"}

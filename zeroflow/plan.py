@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from zeroflow import artifacts, history, planning
 from zeroflow import run as runs
@@ -137,7 +137,7 @@ def _of(run: RunConfig, device: Device) -> Plan:
     model = with_vocabulary(run.model.shape, vocabulary)
     training = run.training_config
     work = workload(model, run.shard_config.seq_len, training, device)
-    stages = tuple(_stage(work, device, stage) for stage in get_args(Stage))
+    stages = tuple(_stage(work, device, stage) for stage in planning.STAGES)
     known = history.known(run.cache_dir, work, planned=(run.run_name, training.steps))
     rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
     held = stages[work.zero_stage].total if _is_reckoned(work, device) else None

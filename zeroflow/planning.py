@@ -7,10 +7,11 @@ import shutil
 import time
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from zeroflow.config import Config
 from zeroflow.model.fp8 import MULTIPLE
@@ -61,8 +62,12 @@ Precision = Literal["bf16", "fp32"]
 Room = Literal["yes", "tight", "no"]
 """Whether it fits."""
 
-Stage = Literal[0, 1, 2, 3]
-"""Of ZeRO: what ranks share out. 0 nothing, 1 moments, 2 and gradients, 3 and weights."""
+STAGES = (0, 1, 2, 3)
+"""Of ZeRO: what ranks share out. 0 nothing, 1 moments and weights, 2 gradients too, 3 weights also
+while they are used."""
+
+Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
+"""One of `STAGES`. No Literal: of a choice that is 0, Prefect's form shows an empty one."""
 
 
 BF16_CAPABILITY = (8, 0)
