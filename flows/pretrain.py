@@ -14,8 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from zeroflow import cli, orchestration, pictures, plan, prefect_server, report
-from zeroflow import run as runs
+from zeroflow import cli, orchestration, pictures, plan, prefect_server, report, settling
 from zeroflow.checks import overfit, preflight
 from zeroflow.checks.overfit import OverfitFailed, OverfitJob, OverfitResult
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
@@ -110,7 +109,7 @@ def train_model(job: TrainingJob, run: RunConfig) -> State:
         checkpoint.latest(job.checkpoints)  # sets a damaged one aside
     if before := jobs.finished(job):
         return orchestration.completed(before.replace(reused=True, why=TRAINED), reused=True)
-    why = jobs.why_trained(job, partial(runs.unlike_others, run))
+    why = jobs.why_trained(job, partial(settling.unlike_others, run))
     log.info("training has to run: %s", why)
     bar = orchestration.Progress("training", job.run_dir.name)
     watch = LossWatch(job, orchestration.LivePicture("loss", job.run_dir.name))
@@ -162,7 +161,7 @@ def _pretrain(asked: RunConfig, own: Callable[[Path], None]) -> Path:
     tokens: TokenizerFiles = fetch_tokenizer(run).result()
     rows: ShardSet = build_shards(run, tokens).result()
     model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+    job = settling.training_job(settled, model, rows, tokens, tags=orchestration.tags())
     checked: PreflightResult | None
     with orchestration.gpu_slot("none" if jobs.finished(job) else run.device):
         if run.skip_preflight:

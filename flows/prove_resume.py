@@ -7,8 +7,7 @@ from pathlib import Path
 from prefect import flow, task
 from pretrain import UNCACHED, build_model, build_shards, fetch_tokenizer, make_plan
 
-from zeroflow import cli, orchestration, prefect_server, proof, report
-from zeroflow import run as runs
+from zeroflow import cli, orchestration, prefect_server, proof, report, settling
 from zeroflow.checks.resume import ProofConfig
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
@@ -39,7 +38,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
         tokens: TokenizerFiles = fetch_tokenizer(run).result()
         rows: ShardSet = build_shards(run, tokens).result()
         model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
-        job = runs.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+        job = settling.training_job(settled, model, rows, tokens, tags=orchestration.tags())
         return prove(job, asked.proof)
 
 

@@ -23,6 +23,8 @@ LAYERS = [
     {"training", "history"},
     {"checks", "band"},
     {"run"},
+    {"defaults"},
+    {"settling"},
     {"plan", "comparison"},
     {"plan_page", "pictures", "prefect_server"},
     {"report", "results", "orchestration", "progress"},

@@ -12,7 +12,8 @@ from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.plan import Compared, Plan
 from zeroflow.planning import Device
-from zeroflow.run import RunConfig, training_job
+from zeroflow.run import RunConfig
+from zeroflow.settling import training_job
 from zeroflow.training.job import TrainResult
 
 H100 = "NVIDIA H100 80GB HBM3"

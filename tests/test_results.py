@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import contents
 
-from zeroflow import artifacts, cli, results
-from zeroflow import run as runs
+from zeroflow import artifacts, cli, results, settling
 from zeroflow.data import corpus, shards, tokenizer
 from zeroflow.data.batches import Batches, Skip
 from zeroflow.data.shards import Rows
@@ -33,12 +32,12 @@ def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
         tokenizer={"tokenizer_name": "train", "vocab_size": 400},
         training=TRAINING | {"max_steps": steps},
     )
-    settled = runs.settle(asked)
+    settled = settling.settle(asked)
     run = settled.run
     tokens = tokenizer.fetch(run.tokenizer, run.data, cache)
     rows = shards.build(run.shard_config, run.data, tokens, cache)
     model = build.build(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = runs.training_job(settled, model, rows, tokens, tags={})
+    job = settling.training_job(settled, model, rows, tokens, tags={})
     artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
     return job
 

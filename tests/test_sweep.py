@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from zeroflow import artifacts, comparison, tracking
 from zeroflow import sweep as sweeps
 from zeroflow.comparison import Outcome
-from zeroflow.run import RunConfig, settle
+from zeroflow.run import RunConfig
+from zeroflow.settling import settle
 from zeroflow.sweep import SweepConfig
 
 

@@ -28,8 +28,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.logging import RichHandler
 
-from zeroflow import proof
-from zeroflow import run as runs
+from zeroflow import proof, settling
 from zeroflow.generate import SamplingConfig
 from zeroflow.progress import console
 from zeroflow.proof import ProofRun
@@ -134,7 +133,7 @@ def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     def start(run: RunConfig) -> str:
         from zeroflow import orchestration
 
-        report = orchestration.run_here(flow, run, deployment=runs.size_of(run))
+        report = orchestration.run_here(flow, run, deployment=settling.size_of(run))
         return _ending(report, run.cache_dir)
 
     description = (

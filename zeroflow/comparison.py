@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from zeroflow import artifacts
-from zeroflow import run as runs
+from zeroflow import artifacts, settling
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.planning import binary, duration, parameter_count, speed
 from zeroflow.training import events
@@ -62,7 +61,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
     found = artifacts.read_json(folder / REPORT)
     if found["status"] != "completed":
         return None
-    settings = runs.load(cache, name)
+    settings = settling.load(cache, name)
     vocabulary = found["tokenizer"]["vocab_size"]
     model = with_vocabulary(settings.model.shape, vocabulary)
     context = settings.shard_config.seq_len

@@ -44,8 +44,7 @@ from prefect.states import Cancelled, Completed, Pending, State
 from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
 
-from zeroflow import prefect_server
-from zeroflow import run as runs
+from zeroflow import prefect_server, settling
 from zeroflow.config import Config
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
@@ -124,7 +123,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
             flow_run = client.read_flow_run(flow_run.id)
         else:
             place = {"parent_task_run_id": shown.id, "name": name}
-            flow_run = _new_flow_run(client, flow, run, runs.size_of(run), **place)
+            flow_run = _new_flow_run(client, flow, run, settling.size_of(run), **place)
         _run_here(client, flow, run, flow_run)
 
 

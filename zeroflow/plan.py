@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zeroflow import artifacts, history, planning
+from zeroflow import artifacts, history, planning, settling
 from zeroflow import run as runs
 from zeroflow.config import Config
 from zeroflow.data import shards
@@ -17,7 +17,8 @@ from zeroflow.history import Figures, Past, Workload
 from zeroflow.model.llama import ModelConfig, Recompute
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.planning import Device, Room, Stage, binary, decimal, duration
-from zeroflow.run import RunConfig, Settled
+from zeroflow.run import RunConfig
+from zeroflow.settling import Settled
 from zeroflow.training import recovery
 from zeroflow.training.job import JOB, TrainingJob, TrainResult
 from zeroflow.training.loop import TrainingConfig
@@ -88,7 +89,7 @@ def make(asked: RunConfig, own: Callable[[Path], None] = lambda run_dir: None) -
     Raises:
         ValueError, hub.HubError: as `settle` does.
     """
-    settled = runs.settle(asked, own)
+    settled = settling.settle(asked, own)
     run = settled.run
     plan = _of(run, settled.device)
     if (before := load(run.run_dir)) and _same(before, plan):
@@ -116,7 +117,7 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
     gpus = asked.training.gpus or 1
     if gpus > 1 and device.kind == "cpu" and asked.device != "cpu":
         raise ValueError(f"--gpus {gpus}, but this machine has none: name one with --gpu")
-    return _of(runs.sketch(asked, device), device)
+    return _of(settling.sketch(asked, device), device)
 
 
 def load(run_dir: Path) -> Plan | None:

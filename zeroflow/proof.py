@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from zeroflow import artifacts, pictures, plan, tracking
+from zeroflow import artifacts, pictures, plan, settling, tracking
 from zeroflow import run as runs
 from zeroflow.checks import resume
 from zeroflow.checks.overfit import OverfitConfig
@@ -103,7 +103,7 @@ def _prove(asked: ProofRun, own: Callable[[Path], None]) -> Path:
         at_once=run.build.data_workers,
     )
     model = build.build(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = runs.training_job(settled, model, rows, tokens, tags={})
+    job = settling.training_job(settled, model, rows, tokens, tags={})
     return passed(*demonstrate(job, asked.proof))
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow import artifacts, run, tracking
+from zeroflow import artifacts, settling, tracking
 from zeroflow.data import lookup
 from zeroflow.data.batches import Batches, Skip
 from zeroflow.data.lookup import Piece
@@ -34,7 +34,7 @@ def load(cache: Path, name: str) -> Trained:
     Raises:
         ValueError: there is no such run, or it has no checkpoint yet.
     """
-    settings = run.load(cache, name)
+    settings = settling.load(cache, name)
     newest = checkpoint.latest(settings.run_dir / CHECKPOINTS)
     if newest is None:
         raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
@@ -48,7 +48,7 @@ def job(cache: Path, name: str) -> TrainingJob:
     Raises:
         ValueError: there is no such run, or it has not come as far as that.
     """
-    settings = run.load(cache, name)
+    settings = settling.load(cache, name)
     file = settings.run_dir / JOB
     if not file.exists():
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")

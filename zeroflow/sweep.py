@@ -7,12 +7,12 @@ from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from zeroflow import artifacts, comparison, pictures, tracking
-from zeroflow import run as runs
+from zeroflow import artifacts, comparison, pictures, settling, tracking
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
 from zeroflow.planning import Stage
-from zeroflow.run import RUN_FILE, RunConfig
+from zeroflow.run import RunConfig
+from zeroflow.settling import RUN_FILE
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def require_as_started(sweep: SweepConfig) -> None:
         ValueError: a run of the sweep was trained with other settings before.
     """
     for cell in cells(sweep):
-        if different := runs.started_otherwise(cell):
+        if different := settling.started_otherwise(cell):
             raise ValueError(
                 f"run {cell.run_name} of sweep {sweep.name} was started with {different}: use "
                 "another --sweep-name, or the former setting"
