@@ -143,11 +143,13 @@ def test_activations_are_computed_again_where_they_would_not_fit():
         ("medium", 12, "none", 63.91),
         ("medium", 4, "full", 24.37),
         ("medium", 8, "selective", 37.82),
+        ("medium", 4, "none", 37.66),
+        ("medium", 16, "full", 28.91),
     ],
 )
-def test_memory_is_within_a_twentieth_of_what_an_h100_held(size, rows, kind, gigabytes):
+def test_memory_is_what_an_h100_held(size, rows, kind, gigabytes):
     planned = planning.memory(llama(size), 2048, rows, kind, H100).total
-    assert planned / 2**30 == pytest.approx(gigabytes, rel=0.05)
+    assert planned / 2**30 == pytest.approx(gigabytes, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +203,11 @@ def test_memory_is_within_a_twentieth_of_what_runs_of_tiny_on_a_cpu_held(
 
 
 def test_fp8_keeps_less_for_the_backward_pass_and_nothing_else_less():
-    for kind in ("none", "selective", "full"):
+    for kind in ("none", "selective"):
         bf16, fp8 = (
             planning.memory(llama("medium"), 2048, 4, kind, H100, fp8=fp8) for fp8 in (False, True)
         )
-        assert 0.7 * bf16.activations < fp8.activations < bf16.activations, kind
+        assert 0.5 * bf16.activations < fp8.activations < bf16.activations, kind
         assert fp8._replace(activations=bf16.activations) == bf16
     assert planning.micro_batch(llama("medium"), 2048, H100, fp8=True) > micro_batch("medium", 79)
 
@@ -266,9 +268,25 @@ def test_memory_of_other_code_is_what_was_measured_on_an_h100(
         compiled=compiled,
         accumulates=accumulates,
     )
-    # what is computed again is counted beside the loss, after which it comes
-    tolerance = 0.015 if kind == "none" else 0.052
-    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=tolerance)
+    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "accumulates", "kind", "gibibytes"),
+    [
+        ("tiny", 32, False, "none", {0: 7.60, 1: 7.35, 2: 7.34, 3: 7.34}),
+        ("small", 16, False, "none", {0: 22.70, 1: 20.94, 2: 20.94, 3: 20.62}),
+        ("medium", 4, False, "none", {0: 33.97, 1: 26.54, 2: 26.54, 3: 24.52}),
+        ("medium", 4, True, "none", {0: 38.98, 1: 31.46, 2: 29.94, 3: 28.01}),
+        ("medium", 16, True, "full", {0: 30.93, 1: 23.41, 3: 19.95}),
+    ],
+)
+def test_memory_of_two_ranks_is_what_two_h100s_held(size, rows, accumulates, kind, gibibytes):
+    for stage, held in gibibytes.items():
+        planned = planning.memory(
+            *(llama(size), 2048, rows, kind, H100), accumulates=accumulates, stage=stage, ranks=2
+        )
+        assert planned.total / 2**30 == pytest.approx(held, rel=0.02), stage
 
 
 @pytest.mark.parametrize(

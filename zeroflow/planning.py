@@ -362,10 +362,8 @@ def memory(
 ) -> Memory:
     """Memory of a step over micro-batches of `rows`.
 
-    On one H100 within 4 % of what was measured for tiny, small and medium in bf16, and for tiny and
-    medium in fp8; within 5 % in fp32, and where nothing is compiled. For several ranks it follows
-    from how FSDP2 shares out: on two H100s within 1 % for tiny and small, and within 10 % for
-    medium.
+    Within 2 % of all that was measured: on an H100 tiny, small and medium in bf16, fp32 and fp8,
+    compiled and not, with and without what is computed again; on two of them at every stage.
 
     Args:
         precision: None for that which is usual on the device.
@@ -380,11 +378,12 @@ def memory(
     chunk = min(width * tokens * V, logits_bytes(device.memory_bytes if gpu else None))
     cast = 0 if width == 4 or ranks > 1 else 2 * E  # gathered weights are bf16 already
     loss = chunk + cast + 4 * E
-    kept = (
-        _kept_compiled(model, tokens, checkpointing, width, fp8=fp8)
+    kept, again = (
+        _kept_compiled(model, tokens, checkpointing, width, fp8=fp8, gathers=ranks > 1)
         if compiled
         else _kept_eager(model, tokens, checkpointing, width, gpu=gpu)
     )
+    kept += max(0, again - chunk - cast)  # in whose place it comes
     if document_mask and not compiled:
         kept += width * tokens * context
     if not gpu:
@@ -397,7 +396,7 @@ def memory(
         moments=8 * P // shared,
         activations=kept,
         loss=loss,
-        communication=_communication(model, stage, width) if ranks > 1 else 0,
+        communication=_communication(model, stage, width, accumulates) if ranks > 1 else 0,
         checkpoint=0 if gpu else checkpoint_bytes(model),
         program=0 if gpu else _PROGRAM_BYTES,
     )
@@ -408,43 +407,65 @@ _PROGRAM_BYTES = 460 * 2**20
 
 
 def _kept_compiled(
-    model: ModelConfig, tokens: int, checkpointing: Recompute, width: int, *, fp8: bool
-) -> int:
-    """Activations in bytes.
+    model: ModelConfig,
+    tokens: int,
+    checkpointing: Recompute,
+    width: int,
+    *,
+    fp8: bool,
+    gathers: bool,
+) -> tuple[int, int]:
+    """Bytes of activations that are kept until the loss, and of what a block computes again.
 
     A block keeps of a token its input and that of its second half, both also normed, and what
-    attention gave; queries, keys and values before and after rotation; and of the feed-forward
-    network both projections and their product. What is not computed again is kept of all blocks,
-    the rest of one.
+    attention gave; queries, keys and values, the former two also after rotation; and of the
+    feed-forward network both projections and their product. Beside them it keeps the copies of
+    matrices that were made for a product, to cast them to bf16 or to join them.
 
     In fp8 what is normed has one byte, and what attention gave, which its own backward pass reads,
     is kept in one as well. Queries, keys and values are kept after rotation only, and the product
     in the feed-forward network is made again, both where they are scaled.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    qkv = model.qkv_size
-    feed_forward = D + width * 2 * M if fp8 else width * (D + 3 * M)
-    others = 2 * D + width * (3 * D + qkv) if fp8 else width * (4 * D + 2 * qkv)
-    kept = {
-        "none": L * (others + feed_forward),
-        "selective": L * (others + width * D) + feed_forward,
-        "full": L * width * D + others + feed_forward,
-    }
-    return tokens * (kept[checkpointing] + width * 4 * D)
+    qkv, rotated = model.qkv_size, D + model.num_key_value_heads * model.head_dim
+    if fp8:
+        feed_forward = tokens * (D + width * 2 * M)
+        others = tokens * (2 * D + width * (3 * D + qkv))
+    else:
+        cast = width == 2 and not gathers
+        feed_forward = tokens * width * (D + 3 * M) + width * D * (3 if cast else 2) * M
+        others = tokens * width * (4 * D + qkv + rotated)
+        others += width * D * (qkv + (D if cast else 0))
+    return _recomputed(L, others, feed_forward, tokens * width * D, checkpointing, tail=4)
+
+
+def _recomputed(
+    blocks: int, others: int, feed_forward: int, stream: int, kind: Recompute, *, tail: float
+) -> tuple[int, int]:
+    """Bytes kept of all blocks, and those that one computes again, of what each could keep.
+
+    Args:
+        stream: of the residual stream, which is kept where what comes of it is not.
+        tail: streams behind the last block.
+    """
+    kept, again = {
+        "none": (blocks * (others + feed_forward), 0),
+        "selective": (blocks * (others + stream), feed_forward),
+        "full": (blocks * stream, others + feed_forward),
+    }[kind]
+    return kept + int(tail * stream), again
 
 
 def _kept_eager(
     model: ModelConfig, tokens: int, checkpointing: Recompute, width: int, *, gpu: bool
-) -> int:
-    """Activations in bytes, where no kernels are joined.
+) -> tuple[int, int]:
+    """The same where no kernels are joined.
 
     A block keeps what `_kept_compiled` has of it, and more: norms what they were given and what
     they have normed before it is scaled, in fp32; the feed-forward network what silu gave; a
     product the matrices that were copied for it, to cast them or to join them. Attention keeps
     queries and keys after rotation, and all that were projected for the sake of the values; in fp32
     on a GPU a key and a value for every query head instead. At the loss there is its gradient.
-
-    With what is computed again it is up to 5 % more than is needed, as that comes after the loss.
     """
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
@@ -454,12 +475,12 @@ def _kept_eager(
     others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
     others += width * D * (model.qkv_size + (D if cast else 0))
     feed_forward = width * (tokens * 4 * M + D * (3 if cast else 2) * M)
-    kept = {
-        "none": L * (others + feed_forward),
-        "selective": L * others + feed_forward,
-        "full": L * tokens * width * D + others + feed_forward,
-    }
-    return kept[checkpointing] + tokens * (norm + width * D)
+    kept, again = {
+        "none": (L * (others + feed_forward), 0),
+        "selective": (L * others, feed_forward),
+        "full": (L * tokens * width * D, others + feed_forward),
+    }[checkpointing]
+    return kept + tokens * (norm + width * D), again
 
 
 def heap(*, accumulates: bool) -> float:
@@ -472,12 +493,17 @@ def heap(*, accumulates: bool) -> float:
     return 1.7 if accumulates else 1.2
 
 
-def _communication(model: ModelConfig, stage: Stage, width: int) -> int:
-    """Of stages 0 to 2 a rank gathers all weights, of 3 those of two blocks, and the embedding."""
+def _communication(model: ModelConfig, stage: Stage, width: int, accumulates: bool) -> int:
+    """Of stages 0 to 2 a rank gathers all weights, of 3 those of two blocks, and the embedding.
+
+    Gradients of what was passed on last stay until something else is: of a micro-batch that is not
+    the last, those of the embedding.
+    """
     E = model.embedding_parameters
     block = (model.parameters - E) // model.num_hidden_layers
     gathered = E + 2 * block if stage == 3 else model.parameters
-    return width * gathered + 4 * block
+    passed_on = E if stage >= 2 and accumulates else block
+    return width * gathered + 4 * passed_on
 
 
 def micro_batch(
