@@ -94,8 +94,9 @@ def _batch(
     wanted, rest = divmod(wanted, gpus)
     if rest:
         raise ValueError(
-            f"{gpus} GPUs cannot share the {wanted * gpus + rest} rows of a step evenly: take "
-            f"batch_tokens {max(1, wanted) * gpus * seq_len}, or another number of GPUs"
+            f"{gpus} GPUs cannot share the {wanted * gpus + rest} rows of a step evenly: take a "
+            f"number of GPUs that divides them, or, for a new run, batch_tokens "
+            f"{max(1, wanted) * gpus * seq_len}"
         )
     if rows is None:
         share, rest = divmod(wanted, accumulate or 1)

@@ -281,7 +281,7 @@ def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
         stage=stage,
         memory={name: size for name, size in memory._asdict().items() if size},
         total=memory.total,
-        fits=memory.room(device),
+        fits=memory.room(device, work.gpus),
         micro_batch_rows=largest_divisor(work.micro_batch_rows * work.accumulate, most),
         activation_checkpointing=kind,
     )
@@ -415,7 +415,10 @@ def memory_line(plan: Plan) -> str:
     if plan.predicted.memory_bytes is None:
         return plan.memory_source
     held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
-    each = f" on each of {plan.workload.gpus}" if plan.workload.gpus > 1 else ""
+    gpus = plan.workload.gpus
+    if gpus > 1 and plan.device.kind == "cpu":
+        return f"{held} for each of {gpus}, of {all_of_it} in all ({plan.memory_source})"
+    each = f" on each of {gpus}" if gpus > 1 else ""
     return f"{held} of {all_of_it}{each} ({plan.memory_source})"
 
 

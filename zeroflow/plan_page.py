@@ -39,7 +39,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
 
 def _lines(plan: Plan) -> Iterator[str]:
     work, device = plan.workload, plan.device
-    each = " each" if work.gpus > 1 else ""
+    each = " each" if work.gpus > 1 and device.kind == "cuda" else ""
     where = devices(device.name, work.gpus, work.zero_stage)
     yield f"plan of {plan.size} on {where}, with {binary(device.memory_bytes)}{each}"
     yield ""
@@ -78,10 +78,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
-    title = "on each GPU, by ZeRO" if plan.workload.gpus > 1 else "memory by part"
+    title = "memory of each, by ZeRO" if plan.workload.gpus > 1 else "memory by part"
     yield from _table((title, *heads), rows)
     if plan.workload.gpus > 1:
-        yield "from stage 1 on a GPU keeps its share of the fp32 weights; what it gathers of them"
+        yield "from stage 1 on each keeps its share of the fp32 weights; what it gathers of them"
         yield "to compute with, all or, at stage 3, those of two blocks, is communication"
 
 

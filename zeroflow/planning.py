@@ -309,6 +309,9 @@ def logits_bytes(gpu_memory: int | None) -> int:
     return 2**30 if gpu_memory is None else gpu_memory // 20
 
 
+_USABLE = 0.85
+
+
 class Memory(NamedTuple):
     """What a rank holds when a step is at its fullest, in bytes."""
 
@@ -336,13 +339,18 @@ class Memory(NamedTuple):
 
     def fits(self, device: Device) -> bool:
         """A seventh is left to a GPU's context and to what the allocator cannot use."""
-        return self.total <= 0.85 * device.memory_bytes
+        return self.total <= _USABLE * device.memory_bytes
 
-    def room(self, device: Device) -> Room:
-        """tight: a GiB is left, which those may just do with."""
-        if self.fits(device):
+    def room(self, device: Device, ranks: int = 1) -> Room:
+        """tight: a GiB is left, which those may just do with.
+
+        Ranks have a GPU each, and share a CPU's memory; one of them holds a checkpoint's copy.
+        """
+        others = 0 if device.kind == "cuda" else (ranks - 1) * (self.total - self.checkpoint)
+        needed = self.total + others
+        if needed <= _USABLE * device.memory_bytes:
             return "yes"
-        return "tight" if self.total + 2**30 <= device.memory_bytes else "no"
+        return "tight" if needed + 2**30 <= device.memory_bytes else "no"
 
 
 def memory(

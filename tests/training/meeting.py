@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,7 @@ def work(job: RankJob, stop: worker.Stop) -> None:
     history = job.run_dir / events.EVENTS
     for number in count():
         if number == _MEETINGS and zero.rank() == zero.ranks() - 1:
-            meet(fate)
+            meet(fate, history)
         if zero.rank() == 0:
             (job.run_dir / events.ALIVE).touch()
         if number == 0:
@@ -33,8 +34,12 @@ def work(job: RankJob, stop: worker.Stop) -> None:
         time.sleep(0.05)
 
 
-def meet(fate: str) -> None:
+def meet(fate: str, history: Path) -> None:
     match fate:
+        case "killed while others are frozen":
+            [line] = events.read(history)
+            os.kill(line["pids"][0], signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "out of memory":

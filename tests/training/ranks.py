@@ -1,6 +1,7 @@
 """What ranks do at every stage of ZeRO, in one start of them; `test_zero` reads what they say."""
 
 import math
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiny import MODEL, ArrayRows, RandomBatches
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroflow import artifacts, generate
 from zeroflow.data.batches import MicroBatch, to_micro_batch
@@ -68,7 +70,8 @@ def looked_at(state: TrainState) -> dict[str, Any]:
     return {
         "validation": validation_loss(state.model, ROWS, len(ROWS), 2),
         "sample": generate.complete_ids(
-            *(state.model, tokens, SamplingConfig(tokens=6)),
+            # ranks that would each choose for itself take the choice of the first
+            *(state.model, tokens, SamplingConfig(tokens=6, seed=zero.rank())),
             context=12,
             agree=lambda token: zero.on_first(lambda: token),
         ),
@@ -103,8 +106,26 @@ def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, An
     found["kept"] = sum(zero.part(p).numel() for p in parameters)
     moments = (state.optimizer.state[p]["exp_avg"] for p in parameters)
     found["moments kept"] = sum(zero.part(moment).numel() for moment in moments)
+    found["passed on"] = passed_on(state, config)
     found["skipped"] = skipping(state, config)
     return found
+
+
+def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
+    """How often weights are gathered and gradients scattered in a step."""
+    calls: Counter[str] = Counter()
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), more=None):  # type: ignore[no-untyped-def]
+            calls[function.name()] += 1
+            return function(*given, **more or {})
+
+    with Counted():
+        train_step(state, Shares().micro_batches(0), config)
+    return {
+        "gathered": calls["c10d::_allgather_base_"],
+        "scattered": calls["c10d::_reduce_scatter_base_"],
+    }
 
 
 def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:

@@ -12,20 +12,22 @@ import pytest
 from tiny import MODEL, training_config
 
 from zeroflow import artifacts
-from zeroflow.training import events
+from zeroflow.training import events, job, zero
 from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped, launch
 
 
 @pytest.fixture
 def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "ä folder"
+    folder.mkdir()
     paths = (Path(__file__).parent, Path(__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    job = RankJob(run_dir=tmp_path, model=MODEL, training=training_config(ranks=2))
-    artifacts.write_json(tmp_path / "job.json", job.model_dump(mode="json"))
-    (tmp_path / "fate").write_text("none")
-    (tmp_path / ".meeting-before").touch()  # as of ranks that were killed with their parent
-    return tmp_path / "job.json"
+    given = RankJob(run_dir=folder, model=MODEL, training=training_config(ranks=2))
+    artifacts.write_json(folder / "job.json", given.model_dump(mode="json"))
+    (folder / "fate").write_text("none")
+    (folder / ".meeting-before").touch()  # as of ranks that were killed with their parent
+    return folder / "job.json"
 
 
 def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more) -> list[int]:
@@ -50,6 +52,39 @@ def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: .*, 1: -9") as failure:
         meet(job_file, "killed")
     assert failure.value.reason == "killed"
+
+
+def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, monkeypatch):
+    monkeypatch.setattr(job, "_GRACE_SECONDS", 1.0)
+    with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: none, 1: -9") as failure:
+        meet(job_file, "killed while others are frozen")
+    assert failure.value.reason == "killed"
+
+
+@pytest.mark.parametrize(("writing", "code"), [(True, 0), (False, None)])
+def test_rank_that_writes_a_checkpoint_is_waited_for(writing, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "_GRACE_SECONDS", 0.2)
+    if writing:
+        (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
+    script = "import sys, time; rank = int(sys.argv[1]); time.sleep(1.5 - 1.5 * rank); exit(rank)"
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
+    ranks[1].wait()
+    assert job._end(ranks, tmp_path) == [code, 1]
+    assert all(rank.poll() is not None for rank in ranks)
+
+
+def test_rank_whose_parent_is_gone_before_it_has_met_the_others_does_not_wait(job_file):
+    """They may be gone as well."""
+    told = zero.environment(1, 2, zero.meeting_place(job_file.parent))
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "meeting", str(job_file), job.WATCH_PARENT],
+        env=os.environ | told,
+        stdin=subprocess.PIPE,
+    )
+    wait_for(lambda: list(job_file.parent.glob(".worker-1.lock")))
+    assert rank.stdin is not None
+    rank.stdin.close()
+    assert rank.wait(60) == 1
 
 
 def test_rank_that_fails_ends_the_others_and_says_why(job_file):

@@ -99,6 +99,17 @@ class TestStage:
             assert found["kept"] == MODEL.parameters // (1 if stage == "0" else 2)
             assert found["moments kept"] == found["kept"]
 
+    def test_each_stage_passes_on_what_is_its_own(self, together, stage):
+        """Two blocks and the rest make three parts; a step has two micro-batches."""
+        gathered, scattered = {
+            "0": (0, 0),  # gradients are summed instead
+            "1": (3, 3),
+            "2": (3, 6),
+            "3": (10, 6),  # blocks for the forward and the backward pass, the rest for both
+        }[stage]
+        for rank in together:
+            assert rank[stage]["passed on"] == {"gathered": gathered, "scattered": scattered}
+
     def test_loss_of_one_rank_that_is_no_number_changes_no_weight_of_any(self, together, stage):
         for rank in together:
             assert rank[stage]["skipped"] == [True, [1, 1], False]

@@ -238,7 +238,8 @@ def data_checks(job: PreflightJob) -> Iterator[Check]:
 
 def _of_all(check: Check) -> Check:
     """`check` as rank 0 made it, but passed only if it did on every rank."""
-    if not check.passed:
+    of_first = zero.on_first(lambda: check.passed)
+    if not check.passed and (zero.rank() == 0 or of_first):
         log.warning("pre-flight: %s: FAILED, %s; %s", check.name, check.figure, check.sentence)
     if zero.is_any(not check.passed) and check.passed:
         sentence = "failed on another rank, whose log says why"

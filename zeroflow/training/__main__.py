@@ -77,7 +77,8 @@ class Recorder:
         rate = self._rate(account)
         skipped = int(state.skipped[1])
         if not math.isfinite(loss + grad_norm):
-            log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
+            if zero.rank() == 0:
+                log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
             self.event("skipped", step=step, skipped=skipped)
             return []
         line = {
@@ -189,7 +190,7 @@ class Session:
             tokenizer=job.tokenizer.fingerprint,
             on_saved=self.saved,
         )
-        self.saver.require_room(self.state)
+        zero.on_first(partial(self.saver.require_room, self.state))
         self.val_loss: tuple[int, float] | None = None
         """Step and loss of the last validation."""
 
@@ -286,7 +287,8 @@ class Session:
     def save(self) -> None:
         self.clock.enter("checkpoint")
         if self.state.skipped[0]:
-            log.warning("step %d: not saved, as its update was skipped", self.state.step)
+            if zero.rank() == 0:
+                log.warning("step %d: not saved, as its update was skipped", self.state.step)
             return
         step, loss = self.val_loss or (0, None)
         self.saver.save(self.state, val_loss=loss if step == self.state.step else None)

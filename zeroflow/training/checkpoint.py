@@ -99,7 +99,7 @@ class Saver:
         path = self._folder / f"step-{state.step:08d}"
         if zero.on_first(path.exists):
             return
-        self.require_room(state)
+        zero.on_first(lambda: self.require_room(state))
         tensors = _tensors(state)
         facts = {
             "format": _FORMAT,

@@ -52,6 +52,7 @@ its level follows, and its text."""
 JOB = "job.json"
 CHECKPOINTS = "checkpoints"
 _STOP_SECONDS = 120.0
+_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 _LAST_LINES = 20
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
@@ -341,19 +342,17 @@ def _launch(
 
     signs = _SignsOfLife(run_dir)
     with _children(module, job_file, environments) as (processes, last_output):
-        while any(process.poll() is None for process in processes):
+        while None in (codes := [process.poll() for process in processes]):
             follow()
             if hang_seconds and signs.seconds_since_last() > hang_seconds:
                 _kill(processes)
                 raise TrainingFailed(
                     f"{module} has shown no sign of life for {hang_seconds} s: killed", "hang"
                 )
-            if any(process.returncode for process in processes):
-                break  # the others wait for it
+            if any(codes):  # the others wait for it
+                codes = _end(processes, run_dir)
+                break
             time.sleep(_POLL_SECONDS)
-        codes = [process.poll() for process in processes]
-        if any(codes):
-            _kill(processes)
     follow()
     ended = f"{module} ended with exit code {next(filter(None, codes), 0)}"
     if len(codes) > 1:
@@ -379,6 +378,22 @@ def _launch(
         f"{ended} and said nothing of why; killed, or out of memory?{said}",
         "killed",
     )
+
+
+def _end(processes: Sequence[subprocess.Popen[Any]], run_dir: Path) -> list[int | None]:
+    """Kill what does not end by itself now that a rank has failed; exit codes from before that.
+
+    A failure of all is told by one after the other, and a checkpoint that is being written is what
+    the next start goes on from.
+    """
+    began = time.monotonic()
+    while None in (codes := [process.poll() for process in processes]):
+        writing = any((run_dir / CHECKPOINTS).glob(".step-*.partial"))
+        if time.monotonic() - began > (_STOP_SECONDS if writing else _GRACE_SECONDS):
+            break
+        time.sleep(_POLL_SECONDS)
+    _kill(processes)
+    return codes
 
 
 class _SignsOfLife:

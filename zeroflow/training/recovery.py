@@ -145,8 +145,9 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             state = decimal(16 * now.model.parameters)
             return (
                 "with micro-batches of one row and activations computed again nothing is left to "
-                f"save: weights, gradients and moments alone take {state}. Take a smaller "
-                "size, a lower --seq-len or a device with more memory"
+                f"save: weights, gradients and moments alone take {state}. Share them out among "
+                "more GPUs (--gpus, --zero-stage 3), or take a smaller size, a lower --seq-len or "
+                "a device with more memory"
             )
         case "diverged":
             return (

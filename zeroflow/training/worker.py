@@ -18,6 +18,9 @@ from zeroflow.training import events, zero
 from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason, RankJob
 
 _SAME_REQUEST_SECONDS = 1.0
+_ORPHAN_SECONDS = 600.0
+"""In which ranks whose parent is gone end their step and save."""
+
 _NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
 """What PyTorch's and Triton's errors say."""
 
@@ -31,8 +34,9 @@ Job = TypeVar("Job", bound=RankJob)
 class StopRequest:
     """Set by SIGTERM, SIGINT or the end of the parent; a later second signal ends at once."""
 
-    def __init__(self, *, watch_parent: bool) -> None:
+    def __init__(self, *, watch_parent: bool, ranks: int = 1) -> None:
         self._since: float | None = None
+        self._ranks = ranks
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         if watch_parent:
@@ -51,6 +55,11 @@ class StopRequest:
         while os.read(0, 4096):  # not sys.stdin, whose lock would be held at exit
             pass
         self._since = self._since or time.monotonic()
+        if self._ranks > 1:
+            # It may wait for one that is gone as well, and nobody is there to see it
+            if zero.ranks() == self._ranks:
+                time.sleep(_ORPHAN_SECONDS)
+            os._exit(1)
 
 
 def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
@@ -66,16 +75,17 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     _log_to_parent(rank)
     job_file = Path(sys.argv[1])
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
-    request = StopRequest(watch_parent=WATCH_PARENT in sys.argv[2:])
+    watch = WATCH_PARENT in sys.argv[2:]
+    request = StopRequest(watch_parent=watch, ranks=job.training.ranks)
     run_dir = job_file.parent
     try:
         waiting_for = f"what an earlier command left at work in {run_dir} ends its step and saves"
         lock = run_dir / (f"worker-{rank}" if rank else "worker")
-        with (
-            artifacts.exclusive(lock, waiting_for=waiting_for),
-            zero.joined(job.training.compute.device),
-        ):
-            work(job, lambda: zero.is_any(bool(request)))
+        with artifacts.exclusive(lock, waiting_for=waiting_for):
+            if rank == 0:
+                zero.forget_meetings(run_dir)
+            with zero.joined(job.training.compute.device):
+                work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
         message = _message(error, run_dir)
         failure = {"event": "failed", "message": message, "reason": _reason(error), "rank": rank}

@@ -25,8 +25,9 @@ T = TypeVar("T")
 _MEETING = "ZEROFLOW_MEETING"
 """Environment variable with the file through which ranks find each other."""
 
-_PATIENCE = timedelta(minutes=30)
-"""Of ranks with each other: one may compile, or write a checkpoint, for minutes."""
+_PATIENCE = timedelta(hours=2)
+"""Of ranks with each other. One may compile, or write a checkpoint, for minutes; and in a training
+whoever started them loses patience first, by `hang_seconds`."""
 
 _MEETING_FILE = ".meeting-"
 _SHARDS = "shards"
@@ -35,6 +36,13 @@ _SHARDS = "shards"
 def meeting_place(folder: Path) -> Path:
     """A file in `folder` that ranks which are yet to be started can find each other through."""
     return folder / f"{_MEETING_FILE}{secrets.token_hex(8)}"
+
+
+def forget_meetings(folder: Path) -> None:
+    """Remove what ranks that were killed with their parent have left; only those to come stay."""
+    for left in folder.glob(f"{_MEETING_FILE}*"):
+        if str(left) != os.environ.get(_MEETING):
+            left.unlink(missing_ok=True)
 
 
 def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
@@ -46,7 +54,7 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
     if ranks == 1:  # a launcher above the flow may have numbered it
         return {"RANK": "0", "WORLD_SIZE": "1"}
     # It sees one GPU, so that all code may speak of the one that there is
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ranks)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
     gpus = [number.strip() for number in visible.split(",")]
     cores = max(1, (os.cpu_count() or 1) // ranks)
     return {
@@ -60,22 +68,15 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
 
 @contextmanager
 def joined(device: Literal["cpu", "cuda"]) -> Iterator[None]:
-    """Be one of the ranks that the environment speaks of, until all of them end the block.
-
-    Those that met in the folder before are gone.
-    """
+    """Be one of the ranks that the environment speaks of, until all of them end the block."""
     ranks_told = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks_told == 1:
         yield
         return
-    number, meeting = int(os.environ["RANK"]), Path(os.environ[_MEETING])
-    if number == 0:
-        for left in set(meeting.parent.glob(f"{_MEETING_FILE}*")) - {meeting}:
-            left.unlink(missing_ok=True)  # by ranks whose parent was killed
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=meeting.absolute().as_uri(),
-        rank=number,
+        store=dist.FileStore(os.environ[_MEETING], ranks_told),
+        rank=int(os.environ["RANK"]),
         world_size=ranks_told,
         timeout=_PATIENCE,
     )
