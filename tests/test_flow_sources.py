@@ -60,6 +60,7 @@ def test_fineweb_without_a_hub_fails_with_remedies(flow: Flow) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow  # its parts have tests of their own
 def test_synthetic_fallback_is_loud_and_its_loss_falls_towards_its_entropy(flow: Flow) -> None:
     shape = [flag for flag in SMALL_SHAPE if not flag.startswith(("--max", "--batch-s"))]
     output = flow.run(

@@ -48,6 +48,7 @@ def started(folder: Path) -> events.Line:
     return line
 
 
+@pytest.mark.slow  # the next one is harder
 def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: .*, 1: -9") as failure:
         meet(job_file, "killed")
