@@ -166,3 +166,9 @@ def test_stages_of_zero_are_told_where_there_are_several_gpus():
     cells = [[cell.strip() for cell in row.split("|")] for row in rows]
     found = [(row[names.index("GPUs")], row[names.index("ZeRO")]) for row in cells]
     assert found == [("1", "none"), ("2", "0"), ("2", "3")]
+
+
+def test_runs_that_are_named_after_their_sizes_need_no_column_of_those():
+    runs = [outcome(size)._replace(run=f"s-{size}") for size in ("tiny", "small")]
+    page = markdown("s", compare(runs), **NOTHING_ELSE)
+    assert "| run | validation loss |" in page and "| small | " in page

@@ -217,6 +217,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
     }
     if all(one.gpus == 1 for one in found.outcomes):
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
+    if columns["run"] == columns["size"]:
+        del columns["size"]
     # Prefect's page is too narrow for all of them
     alike = {
         column: cells[0]
