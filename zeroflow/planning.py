@@ -444,24 +444,13 @@ def _kept_compiled(
         feed_forward = tokens * width * (D + 3 * M) + width * D * (3 if cast else 2) * M
         others = tokens * width * (4 * D + qkv + rotated)
         others += width * D * (qkv + (D if cast else 0))
-    return _recomputed(L, others, feed_forward, tokens * width * D, checkpointing, tail=4)
-
-
-def _recomputed(
-    blocks: int, others: int, feed_forward: int, stream: int, kind: Recompute, *, tail: float
-) -> tuple[int, int]:
-    """Bytes kept of all blocks, and those that one computes again, of what each could keep.
-
-    Args:
-        stream: of the residual stream, which is kept where what comes of it is not.
-        tail: streams behind the last block.
-    """
+    stream = tokens * width * D
     kept, again = {
-        "none": (blocks * (others + feed_forward), 0),
-        "selective": (blocks * (others + stream), feed_forward),
-        "full": (blocks * stream, others + feed_forward),
-    }[kind]
-    return kept + int(tail * stream), again
+        "none": (L * (others + feed_forward), 0),
+        "selective": (L * (others + stream), feed_forward),
+        "full": (L * stream, others + feed_forward),
+    }[checkpointing]
+    return kept + 4 * stream, again
 
 
 def _kept_eager(

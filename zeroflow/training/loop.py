@@ -142,7 +142,7 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
         if device == "cuda":
             network.model.document_mask = block_mask
     if config.ranks > 1:
-        zero.shard(network, config.zero_stage)
+        zero.shard(network, config.zero_stage, device)
     optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))

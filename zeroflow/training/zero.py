@@ -142,8 +142,8 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(model: Llama, stage: Stage) -> None:
-    """Share `model` out among the ranks, and have its gradients averaged over them.
+def shard(model: Llama, stage: Stage, device: Literal["cpu", "cuda"]) -> None:
+    """Share `model` out among the ranks' devices, and have its gradients averaged over them.
 
     What a rank computes with is gathered, a block at a time, in the type of its products; gradients
     are added up in fp32. From stage 1 on it keeps its share of weights, and so of moments. Stage 1
@@ -155,12 +155,10 @@ def shard(model: Llama, stage: Stage) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    sizes, names = (ranks(),), (_SHARDS,)
-    mesh = init_device_mesh(
-        "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu",
-        (ranks(), 1) if stage == 0 else sizes,
-        mesh_dim_names=("copies", _SHARDS) if stage == 0 else names,
-    )
+    if stage == 0:
+        mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("copies", _SHARDS))
+    else:
+        mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
     # Angles and masks are in fp32 on purpose: inputs stay as they are
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
