@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SEQ_LEN = 2048
 ROW_TOKENS = SEQ_LEN + 1
-_PARTS_AT_ONCE = 2  # data_workers of a run; to import it is to import torch
+_BUILDERS = 2  # data_workers of a run; to import it is to import torch
 _BATCH_DOCUMENTS = 1000
 _MEMMAP_PIECES = 1024
 _READ_ROWS = 8
@@ -86,7 +86,8 @@ def build_ours(job: Job) -> Any:
     text, tokens = _fetched(job)
     everything = 2**40 // ROW_TOKENS
     config = shards.ShardConfig(seq_len=SEQ_LEN, train_rows=everything, validation_rows=everything)
-    return shards.build(config, text, tokens, job.out, at_once=_PARTS_AT_ONCE)
+    with shards.in_threads(_BUILDERS) as builders:
+        return shards.build(config, text, tokens, job.out, builders=builders)
 
 
 def ours(job: Job) -> Figures:

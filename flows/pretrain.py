@@ -66,15 +66,14 @@ def fetch_tokenizer(run: RunConfig) -> State:
 
 @task(name="build shards", **UNCACHED)
 def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
-    with orchestration.part_runner(build_part, run.build) as start_part:
+    with orchestration.part_builders(build_part, run.build) as builders:
         built = shards.build(
             run.shard_config,
             run.data,
             tokens,
             run.cache_dir,
             seed=run.seed,
-            start_part=start_part,
-            at_once=run.build.data_workers,
+            builders=builders,
             show=orchestration.Progress("shards", run.run_dir.name),
         )
     page = report.write_data(built, tokens, run.run_dir)

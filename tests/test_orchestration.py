@@ -34,10 +34,8 @@ build_part = task(name="build part")(parts.build)
 
 @flow(name="parts")
 def build(config, text, tokens, cache, choice):
-    with orchestration.part_runner(build_part, choice) as start_part:
-        return shards.build(
-            config, text, tokens, cache, start_part=start_part, at_once=choice.data_workers
-        )
+    with orchestration.part_builders(build_part, choice) as builders:
+        return shards.build(config, text, tokens, cache, builders=builders)
 
 
 if __name__ == "__main__":

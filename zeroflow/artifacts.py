@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
@@ -83,16 +84,28 @@ def read_signed(path: Path) -> dict[str, Any]:
     return content
 
 
-def seal(directory: Path, facts: dict[str, Any]) -> None:
+def record(path: Path) -> dict[str, Any]:
+    """What a manifest says of a finished file: size and sha256, once the disk has it."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def seal(
+    directory: Path,
+    facts: dict[str, Any],
+    recorded: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> None:
     """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
 
     The manifest's last entry is a sha256 of the others.
+
+    Args:
+        recorded: what `record` gave for files before, by their names in the directory.
     """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _fsync(path)
         name = path.relative_to(directory).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files[name] = recorded.get(name) or record(path)
     write_signed(directory / MANIFEST, facts | {"files": files})
     _fsync(directory)
 

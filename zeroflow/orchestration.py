@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial, wraps
+from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -48,7 +48,7 @@ from zeroflow import prefect_server, settling
 from zeroflow.config import Config
 from zeroflow.data.hub import HubError
 from zeroflow.data.parts import BuiltPart, PartJob
-from zeroflow.data.shards import Ending, StartPart, in_thread, outcome
+from zeroflow.data.shards import Builders, Ending, in_threads, outcome
 from zeroflow.run import BuildChoice, RunConfig
 from zeroflow.training.job import TrainingFailed
 
@@ -281,23 +281,24 @@ def was_killed(task: Any, task_run: Any, state: State) -> bool:
 
 
 @contextmanager
-def part_runner(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[StartPart]:
-    """What starts `build_part` for a part, as a task of the flow run.
+def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[Builders]:
+    """Who builds parts, each as a task of the flow run.
 
     Raises:
         ValueError: Dask is asked for and not installed.
     """
     if build.data_runner == "threads":
         # Not Prefect's own threads: Ctrl-C would wait for them
-        yield partial(in_thread, build_part=build_part)
+        with in_threads(build.data_workers, build_part) as builders:
+            yield builders
         return
     with _dask(build) as runner:
 
-        def start_part(job: PartJob) -> Ending:
+        def start(job: PartJob) -> Ending:
             future = runner.submit(build_part, parameters={"job": job})
             return lambda: outcome(future.result)
 
-        yield start_part
+        yield Builders(start, build.data_workers)
 
 
 def _dask(build: BuildChoice) -> TaskRunner[Any]:

@@ -94,14 +94,10 @@ def _prove(asked: ProofRun, own: Callable[[Path], None]) -> Path:
     settled = plan.make(settings(asked.run), own)
     run = settled.run
     tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
-    rows = shards.build(
-        run.shard_config,
-        run.data,
-        tokens,
-        run.cache_dir,
-        seed=run.seed,
-        at_once=run.build.data_workers,
-    )
+    with shards.in_threads(run.build.data_workers) as builders:
+        rows = shards.build(
+            run.shard_config, run.data, tokens, run.cache_dir, seed=run.seed, builders=builders
+        )
     model = build.build(run.model.shape, tokens.vocab_size, run.run_dir)
     job = settling.training_job(settled, model, rows, tokens, tags={})
     return passed(*demonstrate(job, asked.proof))

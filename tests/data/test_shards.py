@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,8 @@ from tiny import apart_from_reuse, contents, jsonl_corpus
 
 from zeroflow.data import corpus, parts, readers, shards, synthetic, tokenizer
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import Rows, ShardConfig, ShardSet
+from zeroflow.data.parts import BuiltPart, PartFacts
+from zeroflow.data.shards import Builders, Rows, ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
@@ -215,7 +217,8 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
         return ending
 
     started, ended = [], {}
-    together = shards.build(ALL, *text[:2], tmp_path / "together", start_part=backwards, at_once=3)
+    three = Builders(backwards, 3)
+    together = shards.build(ALL, *text[:2], tmp_path / "together", builders=three)
     assert together == alone.replace(path=together.path)
     for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
@@ -287,7 +290,7 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
 
     def noting(job):
         started.append(job.path)
-        ending = shards.in_thread(job)
+        ending = threads.start(job)
 
         def waited_for():
             at_once.append(len(started) - len(at_once))
@@ -296,12 +299,58 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
         return waited_for
 
     one_part = ShardConfig(seq_len=32, train_rows=8, validation_rows=1, validation_fraction=0.1)
-    shards.build(one_part, *text[:2], tmp_path / "one", start_part=noting, at_once=99)
-    assert len(started) == 1
-    started.clear()
-    at_once.clear()
-    built = shards.build(ALL, *text[:2], tmp_path / "all", start_part=noting, at_once=3)
-    assert max(at_once) == 3 and len(started) == built.parts
+    with shards.in_threads(3) as threads:
+        many, few = Builders(noting, 99), Builders(noting, threads.at_once)
+        shards.build(one_part, *text[:2], tmp_path / "one", builders=many)
+        assert len(started) == 1
+        started.clear()
+        at_once.clear()
+        built = shards.build(ALL, *text[:2], tmp_path / "all", builders=few)
+    assert max(at_once) == 3 + 1 and len(started) == built.parts
+
+
+def part_of_nothing(seconds: float) -> BuiltPart:
+    """Told from others by its seconds."""
+    facts = PartFacts(
+        train={}, validation={}, empty_documents=0, duplicates=0, bad_lines=0, bad_places=()
+    )
+    return BuiltPart(facts=facts, seconds=seconds)
+
+
+def test_so_many_threads_build_parts_and_end_with_the_work():
+    together, threads = threading.Barrier(3), set()
+
+    def build_part(job):
+        threads.add(threading.current_thread())
+        together.wait(timeout=60)
+        return job
+
+    jobs = list(map(part_of_nothing, range(9)))
+    with shards.in_threads(3, build_part) as builders:
+        endings = [builders.start(job) for job in jobs]
+        assert [ending() for ending in endings] == jobs
+    assert len(threads) == 3
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+def test_parts_that_wait_are_not_begun_once_one_has_failed():
+    """A hub that does not answer holds up each for minutes."""
+    begun = []
+
+    def build_part(job):
+        begun.append(job)
+        if job.seconds == 1:
+            raise OSError("the hub is gone")
+        return job
+
+    jobs = list(map(part_of_nothing, range(4)))
+    with shards.in_threads(1, build_part) as builders:
+        first, *others = [builders.start(job) for job in jobs]
+        assert first() == jobs[0]
+        failures = {ending() for ending in others}
+    assert begun == jobs[:2] and str(*failures) == "the hub is gone"
 
 
 def test_interrupt_does_not_wait_for_parts_that_are_being_built(text, tmp_path):
@@ -317,9 +366,10 @@ def stuck(job):
         os.kill(os.getpid(), signal.SIGINT)  # to the process, as Ctrl-C is
     threading.Event().wait()
 
-for name in ("other", "first"):
-    ending = shards.in_thread(SimpleNamespace(path=Path(name)), stuck)
-ending()
+with shards.in_threads(2, stuck) as builders:
+    for name in ("other", "first"):
+        ending = builders.start(SimpleNamespace(path=Path(name)))
+    ending()
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
@@ -336,10 +386,11 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     file.write_text(file.read_text() + "\nno json")
     settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
     one = shards.build(SMALL, settled, text.tokens, tmp_path / "one")
-    many = shards.build(SMALL, settled, text.tokens, tmp_path / "many", at_once=99)
+    with shards.in_threads(99) as builders:
+        many = shards.build(SMALL, settled, text.tokens, tmp_path / "many", builders=builders)
     assert many == one.replace(path=many.path)
-    with pytest.raises(ValueError, match="is not JSON"):
-        shards.build(ALL, settled, text.tokens, tmp_path / "many", at_once=99)
+    with shards.in_threads(99) as builders, pytest.raises(ValueError, match="is not JSON"):
+        shards.build(ALL, settled, text.tokens, tmp_path / "many", builders=builders)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +446,9 @@ def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_piece
     twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)
     plain = shards.build(ALL, twice, text.tokens, tmp_path)
     assert (plain.documents, plain.duplicates) == (61, 0)
-    once = shards.build(ALL, twice.replace(deduplicate=True), text.tokens, tmp_path, at_once=3)
+    alone = twice.replace(deduplicate=True)
+    with shards.in_threads(3) as builders:
+        once = shards.build(ALL, alone, text.tokens, tmp_path, builders=builders)
     assert once.path != plain.path and once.parts > 3
     assert (once.documents, once.duplicates) == (40, 21)
     names = {f"d{i}" for i in (*range(20), *range(40, 60))}

@@ -7,7 +7,6 @@ after an end of text are where documents begin: rows need no further marks.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,6 +35,17 @@ class Pieces(NamedTuple):
 
     rows: int
     """Rows of the whole window."""
+
+    def of(self, first: int, end: int) -> "Pieces":
+        """Those of some documents, which are counted from the first of them on."""
+        some = slice(*np.searchsorted(self.document, (first, end)))
+        return self._replace(
+            document=self.document[some] - first,
+            start=self.start[some],
+            tokens=self.tokens[some],
+            row=self.row[some],
+            offset=self.offset[some],
+        )
 
 
 def concatenate(lengths: Ids, row_tokens: int) -> Pieces:
@@ -108,14 +118,16 @@ def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
 PACKINGS = {"best-fit": best_fit, "concat": concatenate}
 
 
-def lay_out(documents: Sequence[Tokens], pieces: Pieces, rows: Rows) -> None:
-    """Copy the pieces of `documents` into `rows` (pieces.rows, row_tokens).
+def lay_out(stream: Tokens, begins: Ids, ends: Ids, pieces: Pieces, rows: Rows) -> None:
+    """Copy the pieces of documents into `rows` (pieces.rows, row_tokens).
 
-    The documents come without the end of text that each has: `rows` are full of it beforehand.
+    Document i is `stream[begins[i] : ends[i]]`, without the end of text that belongs to it: `rows`
+    are full of it beforehand.
     """
     flat = rows.reshape(-1)
-    target = (pieces.row * rows.shape[1] + pieces.offset).tolist()
-    columns = (pieces.document.tolist(), pieces.start.tolist(), target, pieces.tokens.tolist())
-    for document, start, place, tokens in zip(*columns, strict=True):
-        piece = documents[document][start : start + tokens]
-        flat[place : place + len(piece)] = piece
+    first = begins[pieces.document] + pieces.start
+    last = np.minimum(first + pieces.tokens, ends[pieces.document])
+    target = pieces.row * rows.shape[1] + pieces.offset
+    columns = (first.tolist(), last.tolist(), target.tolist(), (target + last - first).tolist())
+    for begin, end, to_begin, to_end in zip(*columns, strict=True):
+        flat[to_begin:to_end] = stream[begin:end]

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -132,32 +132,73 @@ class BuiltPart(Config):
     """0 for a part that was there."""
 
 
-class _Batch(NamedTuple):
-    """Tokenised documents, in columns."""
+class _Documents(NamedTuple):
+    """What is known of documents, in columns; the first two may be of others as well."""
 
     ids: pa.BinaryArray
     urls: pa.StringArray
+    named: Ids
+    """Place of each document in those two."""
+
     text_bytes: Ids
     hashes: npt.NDArray[np.uint64]
-    tokens: list[Tokens]
-    """Of each document, without its end of text."""
-
     lengths: Ids
-    """Tokens of each document, with its end of text."""
+    """Tokens of each, with its end of text."""
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> "_Documents":
+        return self._replace(
+            named=self.named[chosen],
+            text_bytes=self.text_bytes[chosen],
+            hashes=self.hashes[chosen],
+            lengths=self.lengths[chosen],
+        )
+
+
+def _joined(several: Sequence[_Documents]) -> _Documents:
+    ids, urls, named, *columns = zip(*several, strict=True)
+    sizes = [len(column) for column in ids]
+    moves = np.cumsum(sizes) - sizes
+    moved = [places + move for places, move in zip(named, moves, strict=True)]
+    return _Documents(
+        pa.concat_arrays(ids), pa.concat_arrays(urls), *map(np.concatenate, [moved, *columns])
+    )
+
+
+class _Batch(NamedTuple):
+    """Tokenised documents."""
+
+    documents: _Documents
+    tokens: Tokens
+    """Documents end to end, without their ends of text; some may be of others."""
+
+    begins: Ids
+    """Place of the first token of each document."""
+
+    @property
+    def ends(self) -> Ids:
+        return self.begins + self.documents.lengths - 1
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "_Batch":
         if chosen.all():
             return self
-        places = np.flatnonzero(chosen)
-        taken = _numbers(places, pa.int64())
-        return _Batch(
-            self.ids.take(taken),
-            self.urls.take(taken),
-            self.text_bytes[places],
-            self.hashes[places],
-            [self.tokens[place] for place in places.tolist()],
-            self.lengths[places],
+        return _Batch(self.documents.only(chosen), self.tokens, self.begins[chosen])
+
+    def alone(self) -> "_Batch":
+        """The same documents, in columns that hold no others."""
+        named = readers.numbers(self.documents.named, pa.int64())
+        documents = self.documents._replace(
+            ids=self.documents.ids.take(named),
+            urls=self.documents.urls.take(named),
+            named=np.arange(len(named)),
         )
+        bounds = zip(self.begins.tolist(), self.ends.tolist(), strict=True)
+        return _end_to_end(documents, [self.tokens[begin:end] for begin, end in bounds])
+
+
+def _end_to_end(documents: _Documents, tokens: Sequence[Tokens]) -> _Batch:
+    lengths = documents.lengths - 1
+    stream = np.concatenate([*tokens, np.empty(0, np.int32)])
+    return _Batch(documents, stream, np.cumsum(lengths) - lengths)
 
 
 def existing(path: Path) -> PartFacts | None:
@@ -179,9 +220,12 @@ def build(job: PartJob) -> BuiltPart:
         OSError: the disk is full, among others.
     """
     start = time.perf_counter()
+    # Arrow's own memory goes back to the system and is taken again, page by page
+    pa.set_memory_pool(pa.system_memory_pool())
 
     def write(partial: Path) -> None:
-        artifacts.seal(partial, {"facts": _write(partial, job).model_dump(mode="json")})
+        facts, recorded = _write(partial, job)
+        artifacts.seal(partial, {"facts": facts.model_dump(mode="json")}, recorded)
 
     try:
         reused = artifacts.build_once(job.path, write)
@@ -207,30 +251,38 @@ def documents(path: Path) -> pa.Table:
     return pq.read_table(path / DOCUMENTS)
 
 
-def _write(folder: Path, job: PartJob) -> PartFacts:
+def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, Any]]]:
+    """The facts of a part, and what its manifest says of the files of rows."""
     tally, duplicates = Tally(), 0
     with_hashes = job.corpus.deduplicate and job.tokens.path is not None
     known = _Known(job.earlier) if with_hashes else None
-    with pq.ParquetWriter(folder / DOCUMENTS, _SCHEMA, compression="zstd") as table:
-        writers = {split: _SplitWriter(folder, split, job, table) for split in SPLITS}
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="behind") as behind,
+        pa.OSFile(str(folder / DOCUMENTS), "wb") as sink,  # which is closed even on a full disk
+        pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as table,
+    ):
+        writers = {split: _SplitWriter(folder, split, job, table, behind) for split in SPLITS}
         for batch in _tokenized(job, tally):
             if known:
-                new = known.add(batch.hashes)
+                new = known.add(batch.documents.hashes)
                 duplicates += len(new) - int(new.sum())
                 batch = batch.only(new)
-            held_out = corpus.held_out(batch.ids.to_pylist()) < job.held_out_below
+            documents = batch.documents
+            places = corpus.held_out(documents.ids.to_pylist())[documents.named]
+            held_out = places < job.held_out_below
             writers["train"].add(batch.only(~held_out))
-            few = batch.only(held_out)
-            # they wait long for a window, and would keep the tokens of all others
-            writers["validation"].add(few._replace(tokens=[ids.copy() for ids in few.tokens]))
+            # the few wait long for a window, and would keep all others
+            writers["validation"].add(batch.only(held_out).alone())
         counts = {split: writer.finish() for split, writer in writers.items()}
-    return PartFacts(
+    facts = PartFacts(
         **counts,
         empty_documents=tally.empty,
         duplicates=duplicates,
         bad_lines=tally.bad,
         bad_places=tuple(tally.places),
     )
+    files = [item for writer in writers.values() for item in writer.files.items()]
+    return facts, {name: recorded.result() for name, recorded in files}
 
 
 def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
@@ -241,16 +293,15 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
     for read in _ahead(corpus.read(job.corpus, job.piece, tally)):
         ids, lengths = encoder.encode(read.texts)
         _check(job, ids, lengths, read)
-        ends = np.cumsum(lengths)
-        bounds = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
-        batch = _Batch(
+        documents = _Documents(
             read.ids,
             read.urls,
+            np.arange(len(lengths)),
             read.text_bytes,
             _hashes(read.texts if job.corpus.deduplicate else (), len(lengths)),
-            [ids[begin:end] for begin, end in bounds],
             lengths + 1,
         )
+        batch = _Batch(documents, ids, np.cumsum(lengths) - lengths)
         if not lengths.all():  # text that the tokenizer makes nothing of
             tally.empty += int((lengths == 0).sum())
             batch = batch.only(lengths > 0)
@@ -282,14 +333,15 @@ def _synthetic(job: PartJob) -> Iterator[_Batch]:
         made = synthetic.documents(job.tokens.vocab_size, job.seed, block)
         lengths = np.array([len(tokens) for tokens in made.tokens], dtype=np.int64)
         nothing = np.zeros(len(lengths), dtype=np.int64)
-        yield _Batch(
+        documents = _Documents(
             readers.binary([name.encode() for name in made.ids]),
-            pa.repeat("", len(lengths)),
+            readers.strings([""] * len(lengths)),
+            np.arange(len(lengths)),
             nothing,
             nothing.astype(np.uint64),
-            [tokens[:-1] for tokens in made.tokens],
             lengths,
         )
+        yield _end_to_end(documents, [tokens[:-1] for tokens in made.tokens])
 
 
 def _hashes(texts: Sequence[str], count: int) -> npt.NDArray[np.uint64]:
@@ -356,11 +408,6 @@ def _ahead(source: Iterator[T]) -> Iterator[T]:
         given_up.set()
 
 
-def _numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
-    return pa.Array.from_buffers(kind, len(values), [None, buffer])
-
-
 def _sound(ids: pa.BinaryArray) -> pa.StringArray:
     try:
         return ids.cast(pa.string())
@@ -371,27 +418,39 @@ def _sound(ids: pa.BinaryArray) -> pa.StringArray:
 class _SplitWriter:
     """Packs the documents of one split, window by window, and writes its rows and its table."""
 
-    def __init__(self, folder: Path, split: Split, job: PartJob, table: pq.ParquetWriter) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: Split,
+        job: PartJob,
+        table: pq.ParquetWriter,
+        behind: ThreadPoolExecutor,
+    ) -> None:
+        self.files: dict[str, Future[dict[str, Any]]] = {}
+        """What the manifest says of each; the disk has it while the next is filled."""
+
+        self._behind = behind
         self._folder, self._split, self._table = folder, split, table
         self._layout, self._fill = job.layout, job.tokens.end_of_text
         self._pack = packing.PACKINGS[job.layout.packing]
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
         # a window of documents up to a row long leaves hardly any room in its rows
         self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
-        self._filled = self._files = 0
+        self._filled = 0
         self._window: list[_Batch] = []
-        self._documents = self._tokens = 0
+        self._documents_held = self._tokens_held = 0
         self._counts = SplitCounts()
 
     def add(self, batch: _Batch) -> None:
-        if not len(batch.lengths):
+        lengths = batch.documents.lengths
+        if not len(lengths):
             return
         self._window.append(batch)
-        self._documents += len(batch.lengths)
-        self._tokens += int(batch.lengths.sum())
+        self._documents_held += len(lengths)
+        self._tokens_held += int(lengths.sum())
         enough, many = _WINDOW_TOKENS
-        if (self._documents >= _WINDOW_DOCUMENTS and self._tokens >= enough) or (
-            self._tokens >= many
+        if (self._documents_held >= _WINDOW_DOCUMENTS and self._tokens_held >= enough) or (
+            self._tokens_held >= many
         ):
             self._close_window()
 
@@ -403,51 +462,45 @@ class _SplitWriter:
         return self._counts
 
     def _close_window(self) -> None:
-        columns = zip(*self._window, strict=True)
-        self._window, self._documents, self._tokens = [], 0, 0
-        ids, urls, text_bytes, hashes, tokens, lengths = columns
-        window = _Batch(
-            pa.concat_arrays(ids),
-            pa.concat_arrays(urls),
-            np.concatenate(text_bytes),
-            np.concatenate(hashes),
-            list(chain.from_iterable(tokens)),
-            np.concatenate(lengths),
-        )
-        pieces = self._pack(window.lengths, self._layout.row_tokens)
-        self._tabulate(window, pieces)
-        tokens_held = int(window.lengths.sum())
+        documents = _joined([batch.documents for batch in self._window])
+        pieces = self._pack(documents.lengths, self._layout.row_tokens)
+        self._tabulate(documents, pieces)
         self._counts += SplitCounts(
             rows=pieces.rows,
-            documents=len(window.lengths),
-            document_tokens=tokens_held,
-            padding_tokens=pieces.rows * self._layout.row_tokens - tokens_held,
+            documents=self._documents_held,
+            document_tokens=self._tokens_held,
+            padding_tokens=pieces.rows * self._layout.row_tokens - self._tokens_held,
             cut_documents=len(np.unique(pieces.document[pieces.start > 0])),
-            text_bytes=int(window.text_bytes.sum()),
+            text_bytes=int(documents.text_bytes.sum()),
         )
-        packing.lay_out(window.tokens, pieces, self._room(pieces.rows))
+        rows, before = self._room(pieces.rows), 0
+        for batch in self._window:
+            some = pieces.of(before, before + len(batch.begins))
+            packing.lay_out(batch.tokens, batch.begins, batch.ends, some, rows)
+            before += len(batch.begins)
+        self._window, self._documents_held, self._tokens_held = [], 0, 0
         while self._filled >= self._shard_rows:
             self._write(self._shard_rows)
 
-    def _tabulate(self, window: _Batch, pieces: Pieces) -> None:
+    def _tabulate(self, documents: _Documents, pieces: Pieces) -> None:
         """Write the lines of the table for a window whose rows come next."""
-        ids = _sound(window.ids)
-        longest = max(pc.max(pc.binary_length(names)).as_py() for names in (ids, window.urls))
+        ids, urls = _sound(documents.ids), documents.urls
+        longest = max(pc.max(pc.binary_length(names)).as_py() for names in (ids, urls))
         at_once = max(1, _MOST_NAME_BYTES // max(1, longest))  # every piece repeats them
         for begin in range(0, len(pieces.document), at_once):
             some = slice(begin, begin + at_once)
             document = pieces.document[some]
-            named = _numbers(document, pa.int64())
+            named = readers.numbers(documents.named[document], pa.int64())
             columns = [
                 ids.take(named),
-                window.urls.take(named),
-                pa.repeat(self._split, len(document)),
-                _numbers(pieces.row[some] + self._counts.rows, pa.int64()),
-                _numbers(pieces.offset[some], pa.int32()),
-                _numbers(pieces.start[some], pa.int64()),
-                _numbers(pieces.tokens[some], pa.int32()),
-                _numbers(window.text_bytes[document], pa.int64()),
-                _numbers(window.hashes[document], pa.uint64()),
+                urls.take(named),
+                readers.strings([self._split] * len(document)),
+                readers.numbers(pieces.row[some] + self._counts.rows, pa.int64()),
+                readers.numbers(pieces.offset[some], pa.int32()),
+                readers.numbers(pieces.start[some], pa.int64()),
+                readers.numbers(pieces.tokens[some], pa.int32()),
+                readers.numbers(documents.text_bytes[document], pa.int64()),
+                readers.numbers(documents.hashes[document], pa.uint64()),
             ]
             self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
@@ -478,13 +531,13 @@ class _SplitWriter:
     def _write(self, rows: int) -> None:
         """Write the first rows to a file; those behind them move up."""
         item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
-        flat = _numbers(self._rows[:rows].reshape(-1), item.type)
+        flat = readers.numbers(self._rows[:rows].reshape(-1), item.type)
         list_type = pa.list_(item, self._layout.row_tokens)
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
-        file = self._folder / f"{self._split}-{self._files:05d}.arrow"
+        file = self._folder / f"{self._split}-{len(self.files):05d}.arrow"
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch([column], schema=schema))
-        self._files += 1
+        self.files[file.name] = self._behind.submit(artifacts.record, file)
         self._filled -= rows
         self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()

@@ -130,8 +130,15 @@ def sound_text(text: str) -> tuple[str, int]:
         return sound, len(sound.encode())
 
 
+# What pa.array gives too, but that imports pandas, which takes a third of a second
+
+
+def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
+    return pa.Array.from_buffers(kind, len(values), [None, buffer])
+
+
 def binary(values: Sequence[bytes]) -> pa.BinaryArray:
-    """What pa.array gives too, but that imports pandas, which takes a third of a second."""
     offsets = np.zeros(len(values) + 1, dtype=np.int32)
     np.cumsum([len(value) for value in values], out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
@@ -432,24 +439,34 @@ def _read_parquet(source: Source, start: int, stop: int | None, tally: Tally) ->
         size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
         # long documents are read a few at a time: eight batches are on their way at once
         at_once = max(1, min(_READ_ROWS, _READ_BYTES * rows // max(1, size)))
-        for batch in opened.iter_batches(at_once, row_groups=groups, columns=columns):
+        some = opened.iter_batches(
+            at_once,
+            row_groups=groups,
+            columns=columns,
+            use_threads=False,  # parts have their own
+        )
+        for batch in some:
             texts, ids, urls = (
-                _as_strings(batch.column(name)) if name in columns else pa.repeat("", len(batch))
+                _as_strings(batch.column(name)) if name in columns else strings([""] * len(batch))
                 for name in (column, "id", "url")
             )
-            if pc.any(pc.equal(ids, "")).as_py():
+            if not _byte_lengths(ids).all():
                 named = enumerate(ids.to_pylist(), start=number + 1)
                 ids = strings(name or f"{source.name}:{place}" for place, name in named)
             number += len(batch)
-            text_bytes = pc.binary_length(texts).to_numpy().astype(np.int64)
+            text_bytes = _byte_lengths(texts)
             if not text_bytes.all():
-                full = pc.not_equal(texts, "")
-                texts, ids, urls = (values.filter(full) for values in (texts, ids, urls))
+                full = numbers(np.flatnonzero(text_bytes), pa.int64())
+                texts, ids, urls = (values.take(full) for values in (texts, ids, urls))
                 tally.empty += len(batch) - len(texts)
                 text_bytes = text_bytes[text_bytes > 0]
             for values in (ids, urls):
                 values.validate(full=True)  # that it is UTF-8, which Parquet files only claim
             yield Batch(ids.cast(pa.binary()), urls, texts.to_pylist(), text_bytes)
+
+
+def _byte_lengths(values: pa.StringArray) -> npt.NDArray[np.int64]:
+    return np.from_dlpack(pc.binary_length(values)).astype(np.int64)  # to_numpy imports pandas
 
 
 def _as_strings(values: pa.Array) -> pa.StringArray:

@@ -28,13 +28,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -130,41 +130,53 @@ class ShardSet(StageResult):
 Ending = Callable[[], BuiltPart | Exception]
 """Waits for a part that is being built, and gives it or why there is none."""
 
-StartPart = Callable[[PartJob], Ending]
+
+class Builders(NamedTuple):
+    """Who builds parts, and how many of them it is worth to start before the first has ended."""
+
+    start: Callable[[PartJob], Ending]
+    at_once: int
 
 
-def in_thread(job: PartJob, build_part: Callable[[PartJob], BuiltPart] = parts.build) -> Ending:
-    """Start to build a part in a thread, which is kept for the parts to come.
+@contextmanager
+def in_threads(
+    count: int, build_part: Callable[[PartJob], BuiltPart] = parts.build
+) -> Iterator[Builders]:
+    """So many threads, and a part that waits, so that none of them does.
 
-    The tokenizer's library remembers words for each thread. All end with the program: Ctrl-C does
-    not wait for a part, or for a hub that does not answer.
+    The tokenizer's library remembers words for each thread, so that they stay until the end. They
+    end with the program: Ctrl-C does not wait for a part, or for a hub that does not answer. When
+    a part has failed, those that wait fail with it.
     """
-    end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
-    context = copy_context()  # by which a task knows its flow run
+    work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+    failures: list[BaseException] = []
 
-    def run() -> None:
-        found: BuiltPart | BaseException
-        try:
-            found = context.run(build_part, job)
-        except BaseException as error:
-            found = error
-        _idle.release()  # before anyone hears of the end, and starts the next part
-        end.put(found)
+    def start(job: PartJob) -> Ending:
+        end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
+        context = copy_context()  # by which a task knows its flow run
 
-    _work.put(run)
-    if not _idle.acquire(blocking=False):
-        threading.Thread(target=_keep_working, name="parts", daemon=True).start()
-    return partial(outcome, end.get)
+        def run() -> None:
+            try:
+                end.put(failures[0] if failures else context.run(build_part, job))
+            except BaseException as error:
+                failures.append(error)
+                end.put(error)
+
+        work.put(run)
+        return partial(outcome, end.get)
+
+    for _ in range(count):
+        threading.Thread(target=_work_off, args=(work,), name="parts", daemon=True).start()
+    try:
+        yield Builders(start, count + 1)
+    finally:
+        for _ in range(count):
+            work.put(None)
 
 
-_work: SimpleQueue[Callable[[], None]] = SimpleQueue()
-_idle = threading.Semaphore(0)
-"""Counts threads that nobody has put work for."""
-
-
-def _keep_working() -> None:
-    while True:
-        _work.get()()
+def _work_off(work: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (run := work.get()) is not None:
+        run()
 
 
 def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
@@ -185,8 +197,7 @@ def build(
     cache: Path,
     *,
     seed: NonNegativeInt = 0,
-    start_part: StartPart = in_thread,
-    at_once: int = 1,
+    builders: Builders | None = None,
     show: Callable[[float, str], None] = lambda share, text: None,
 ) -> ShardSet:
     """Have the rows that `config` asks for, of the resolved corpus `text`, under `<cache>/shards/`.
@@ -195,8 +206,8 @@ def build(
 
     Args:
         seed: of synthetic data.
-        start_part: has a part built, wherever that is.
-        at_once: parts that are built at a time, if the run is likely to need as many.
+        builders: of parts, wherever they are; None is a thread of this process. No more parts are
+            built at once than the run is likely to need.
         show: is told the share that is done, from 0 to 1, and a line about it, after each part.
 
     Raises:
@@ -221,7 +232,8 @@ def build(
     path = cache / "shards" / name
     plan = _Plan(path, text, tokens, config, seed, identity)
 
-    facts, reasons, built = _build_parts(plan, config, start_part, at_once, show)
+    with nullcontext(builders) if builders else in_threads(1) as who:
+        facts, reasons, built = _build_parts(plan, config, who, show)
     _refuse_bad_lines(facts, text)
     shards = _describe(path, facts, tokens, config)
     shards = shards.replace(reused=not built, why=_why(len(facts) - built, built, reasons))
@@ -234,8 +246,7 @@ def build(
 def _build_parts(
     plan: "_Plan",
     config: ShardConfig,
-    start_part: StartPart,
-    at_once: int,
+    builders: Builders,
     show: Callable[[float, str], None],
 ) -> tuple[list[PartFacts], dict[Path, str], int]:
     """The parts that are needed, why some were built, by what was missing, and how many."""
@@ -259,10 +270,10 @@ def _build_parts(
                 note(missing)
                 if not built:
                     log.info("building shards of %s in %s", plan.text.name, plan.path)
-                under_way.append((missing, start_part(job)))
-            more = min(at_once, _missing_parts(facts, config)) - len(under_way)
+                under_way.append((missing, builders.start(job)))
+            more = min(builders.at_once, _missing_parts(facts, config)) - len(under_way)
             for following in plan.absent_after(len(facts) + len(under_way) - 1, more):
-                under_way.append((plan.path, start_part(following)))
+                under_way.append((plan.path, builders.start(following)))
             missing, ending = under_way.popleft()
             done = ending()
             if isinstance(done, Exception):
