@@ -730,6 +730,14 @@ def digests(built: ShardSet) -> list[dict[str, str]]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")
+def test_file_that_is_written_in_pieces_holds_every_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_WRITE_BYTES", 7)
+    content = bytes(range(256)) * 4
+    with parts._InPieces(tmp_path / "a", "wb") as file:
+        assert file.write(memoryview(content)) == len(content) and file.write(b"") == 0
+    assert (tmp_path / "a").read_bytes() == content
+
+
 def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
     small_pieces, text, tmp_path
 ):
