@@ -16,7 +16,10 @@ def laid_out(stream, sizes, pieces, row_tokens, fill):
     """The rows of documents that lie end to end in `stream`."""
     rows = np.full((pieces.rows, row_tokens), fill, dtype=np.int32)
     ends = np.cumsum(sizes)
-    lay_out(stream, ends - sizes, ends, pieces, rows)
+    half = len(sizes) // 2
+    for some in (slice(half), slice(half, len(sizes))):  # as they come in several batches
+        of_them = pieces.of(some.start or 0, some.stop)
+        lay_out(stream, (ends - sizes)[some], ends[some], of_them, rows)
     return rows
 
 

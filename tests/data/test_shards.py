@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
 
@@ -377,6 +378,86 @@ with shards.in_threads(2, stuck) as builders:
     assert done.returncode == -signal.SIGINT, done.stderr
 
 
+def test_interrupt_does_not_wait_for_a_disk_that_takes_nothing(text, tmp_path):
+    code = """
+import os, signal, sys, threading
+from pathlib import Path
+from zeroflow import artifacts
+from zeroflow.data import corpus, shards, tokenizer
+
+def stuck(file):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+artifacts.record = stuck
+config, text, tokens = sys.argv[1:]
+shards.build(
+    shards.ShardConfig.model_validate_json(config),
+    corpus.CorpusConfig.model_validate_json(text),
+    tokenizer.TokenizerFiles.model_validate_json(tokens),
+    Path(),
+)
+"""
+    settings = [each.model_dump_json() for each in (SMALL, text.corpus, text.tokens)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *settings],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode == -signal.SIGINT, done.stderr
+
+
+def test_parts_that_wait_are_not_begun_once_they_are_given_up():
+    begun, going_on, given_up = [], threading.Event(), threading.Event()
+
+    def build_part(job):
+        begun.append(job)
+        going_on.set()
+        given_up.wait(timeout=60)
+        return job
+
+    jobs = list(map(part_of_nothing, range(3)))
+    with shards.in_threads(1, build_part) as builders:
+        first, *others = [builders.start(job) for job in jobs]
+        going_on.wait(timeout=60)
+        builders.give_up()
+        given_up.set()
+        assert first() == jobs[0] and begun == jobs[:1]
+        assert all(isinstance(ending(), CancelledError) for ending in others)
+
+
+def test_what_waits_is_given_up_at_the_end_and_at_an_error(small_pieces, text, tmp_path):
+    told = []
+
+    def show(share, line):
+        raise RuntimeError("nobody looks")
+
+    with shards.in_threads(1) as threads:
+        builders = Builders(threads.start, 2, lambda: told.append("given up"))
+        shards.build(SMALL, *text[:2], tmp_path / "a", builders=builders)
+        assert told == ["given up"]
+        with pytest.raises(RuntimeError, match="nobody looks"):
+            shards.build(SMALL, *text[:2], tmp_path / "b", builders=builders, show=show)
+    assert told == ["given up"] * 2
+
+
+def test_documents_that_are_left_out_leave_no_trace_in_the_table(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_MOST_NAME_BYTES", 500)
+    lines = [{"id": f"d{i}", "url": "u", "text": text} for i, text in enumerate(text.texts)]
+    tables = []
+    for left_out in ([], [lines[3] | {"url": "u" * 400}]):
+        file = tmp_path / str(len(left_out)) / "a.jsonl"
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *left_out]))
+        config = CorpusConfig(data_mode="files", data_path=(str(file),), deduplicate=True)
+        built = shards.build(ALL, corpus.resolve(config).corpus, text.tokens, file.parent)
+        assert built.duplicates == len(left_out)
+        tables.append((built.part_paths[0] / parts.DOCUMENTS).read_bytes())
+    assert tables[0] == tables[1]
+
+
 def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     small_pieces, text, tmp_path, monkeypatch
 ):
@@ -729,7 +810,6 @@ def digests(built: ShardSet) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")
 def test_file_that_is_written_in_pieces_holds_every_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_WRITE_BYTES", 7)
     content = bytes(range(256)) * 4
@@ -738,6 +818,7 @@ def test_file_that_is_written_in_pieces_holds_every_byte(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == content
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")
 def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
     small_pieces, text, tmp_path
 ):

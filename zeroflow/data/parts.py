@@ -14,14 +14,12 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt
 
@@ -222,10 +220,10 @@ def build(job: PartJob) -> BuiltPart:
         OSError: the disk is full, among others.
     """
     start = time.perf_counter()
-    # Arrow's own memory goes back to the system and is taken again, page by page
-    pa.set_memory_pool(pa.system_memory_pool())
 
     def write(partial: Path) -> None:
+        # In all of this process: Arrow's own gives pages back to the system and takes them again
+        pa.set_memory_pool(pa.system_memory_pool())
         facts, recorded = _write(partial, job)
         artifacts.seal(partial, {"facts": facts.model_dump(mode="json")}, recorded)
 
@@ -259,11 +257,11 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, A
     with_hashes = job.corpus.deduplicate and job.tokens.path is not None
     known = _Known(job.earlier) if with_hashes else None
     with (
-        ThreadPoolExecutor(1, thread_name_prefix="behind") as behind,
+        _Recorder() as files,
         pa.OSFile(str(folder / DOCUMENTS), "wb") as sink,  # which is closed even on a full disk
         pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as table,
     ):
-        writers = {split: _SplitWriter(folder, split, job, table, behind) for split in SPLITS}
+        writers = {split: _SplitWriter(folder, split, job, table, files) for split in SPLITS}
         for batch in _tokenized(job, tally):
             if known:
                 new = known.add(batch.documents.hashes)
@@ -283,8 +281,7 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, A
         bad_lines=tally.bad,
         bad_places=tuple(tally.places),
     )
-    files = [item for writer in writers.values() for item in writer.files.items()]
-    return facts, {name: recorded.result() for name, recorded in files}
+    return facts, files.recorded
 
 
 def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
@@ -417,6 +414,47 @@ def _sound(ids: pa.BinaryArray) -> pa.StringArray:
         return readers.strings(i.decode("utf-8", "surrogatepass") for i in ids.to_pylist())
 
 
+class _Recorder:
+    """Finds what a manifest says of finished files, and has the disk take them, beside other work.
+
+    Its thread ends with the program: Ctrl-C does not wait for a disk.
+    """
+
+    def __init__(self) -> None:
+        self.recorded: dict[str, dict[str, Any]] = {}
+        """By name, once the block has ended."""
+
+        self._failure: BaseException | None = None
+        self._files: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def add(self, file: Path) -> None:
+        """
+        Raises:
+            OSError: the disk did not take one that was added before.
+        """
+        if self._failure:
+            raise self._failure
+        self._files.put(file)
+
+    def _run(self) -> None:
+        try:
+            while (file := self._files.get()) is not None:
+                self.recorded[file.name] = artifacts.record(file)
+        except BaseException as error:
+            self._failure = error
+
+    def __enter__(self) -> "_Recorder":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._files.put(None)
+        self._thread.join()
+        if self._failure and kind is None:
+            raise self._failure
+
+
 class _InPieces(io.FileIO):
     """A file that is written a megabyte at a time.
 
@@ -441,19 +479,16 @@ class _SplitWriter:
         split: Split,
         job: PartJob,
         table: pq.ParquetWriter,
-        behind: ThreadPoolExecutor,
+        files: "_Recorder",
     ) -> None:
-        self.files: dict[str, Future[dict[str, Any]]] = {}
-        """What the manifest says of each; the disk has it while the next is filled."""
-
-        self._behind = behind
+        self._recorder = files
         self._folder, self._split, self._table = folder, split, table
         self._layout, self._fill = job.layout, job.tokens.end_of_text
         self._pack = packing.PACKINGS[job.layout.packing]
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
         # a window of documents up to a row long leaves hardly any room in its rows
         self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
-        self._filled = 0
+        self._filled = self._files = 0
         self._window: list[_Batch] = []
         self._documents_held = self._tokens_held = 0
         self._counts = SplitCounts()
@@ -502,7 +537,8 @@ class _SplitWriter:
     def _tabulate(self, documents: _Documents, pieces: Pieces) -> None:
         """Write the lines of the table for a window whose rows come next."""
         ids, urls = _sound(documents.ids), documents.urls
-        longest = max(pc.max(pc.binary_length(names)).as_py() for names in (ids, urls))
+        sizes = [readers.byte_lengths(names)[documents.named] for names in (ids, urls)]
+        longest = int(np.max(sizes))
         at_once = max(1, _MOST_NAME_BYTES // max(1, longest))  # every piece repeats them
         for begin in range(0, len(pieces.document), at_once):
             some = slice(begin, begin + at_once)
@@ -550,9 +586,10 @@ class _SplitWriter:
         list_type = pa.list_(item, self._layout.row_tokens)
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
-        file = self._folder / f"{self._split}-{len(self.files):05d}.arrow"
+        file = self._folder / f"{self._split}-{self._files:05d}.arrow"
         with _InPieces(file, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch([column], schema=schema))
-        self.files[file.name] = self._behind.submit(artifacts.record, file)
+        self._recorder.add(file)
+        self._files += 1
         self._filled -= rows
         self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()

@@ -450,11 +450,11 @@ def _read_parquet(source: Source, start: int, stop: int | None, tally: Tally) ->
                 _as_strings(batch.column(name)) if name in columns else strings([""] * len(batch))
                 for name in (column, "id", "url")
             )
-            if not _byte_lengths(ids).all():
+            if not byte_lengths(ids).all():
                 named = enumerate(ids.to_pylist(), start=number + 1)
                 ids = strings(name or f"{source.name}:{place}" for place, name in named)
             number += len(batch)
-            text_bytes = _byte_lengths(texts)
+            text_bytes = byte_lengths(texts)
             if not text_bytes.all():
                 full = numbers(np.flatnonzero(text_bytes), pa.int64())
                 texts, ids, urls = (values.take(full) for values in (texts, ids, urls))
@@ -465,7 +465,7 @@ def _read_parquet(source: Source, start: int, stop: int | None, tally: Tally) ->
             yield Batch(ids.cast(pa.binary()), urls, texts.to_pylist(), text_bytes)
 
 
-def _byte_lengths(values: pa.StringArray) -> npt.NDArray[np.int64]:
+def byte_lengths(values: pa.StringArray) -> npt.NDArray[np.int64]:
     return np.from_dlpack(pc.binary_length(values)).astype(np.int64)  # to_numpy imports pandas
 
 

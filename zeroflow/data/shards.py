@@ -28,6 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from functools import partial, reduce
@@ -132,10 +133,14 @@ Ending = Callable[[], BuiltPart | Exception]
 
 
 class Builders(NamedTuple):
-    """Who builds parts, and how many of them it is worth to start before the first has ended."""
+    """Who builds the parts of a set."""
 
     start: Callable[[PartJob], Ending]
     at_once: int
+    """Parts that are worth to be started before the first of them has ended."""
+
+    give_up: Callable[[], None] = lambda: None
+    """Parts that have been started and not begun are not needed."""
 
 
 @contextmanager
@@ -146,10 +151,10 @@ def in_threads(
 
     The tokenizer's library remembers words for each thread, so that they stay until the end. They
     end with the program: Ctrl-C does not wait for a part, or for a hub that does not answer. When
-    a part has failed, those that wait fail with it.
+    a part has failed, those that wait are given up.
     """
     work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-    failures: list[BaseException] = []
+    reasons: list[BaseException] = []  # not to begin another part
 
     def start(job: PartJob) -> Ending:
         end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
@@ -157,18 +162,18 @@ def in_threads(
 
         def run() -> None:
             try:
-                end.put(failures[0] if failures else context.run(build_part, job))
+                end.put(reasons[0] if reasons else context.run(build_part, job))
             except BaseException as error:
-                failures.append(error)
+                reasons.append(error)
                 end.put(error)
 
         work.put(run)
         return partial(outcome, end.get)
 
-    for _ in range(count):
-        threading.Thread(target=_work_off, args=(work,), name="parts", daemon=True).start()
     try:
-        yield Builders(start, count + 1)
+        for _ in range(count):
+            threading.Thread(target=_work_off, args=(work,), name="parts", daemon=True).start()
+        yield Builders(start, count + 1, lambda: reasons.append(CancelledError()))
     finally:
         for _ in range(count):
             work.put(None)
@@ -260,7 +265,7 @@ def _build_parts(
             reasons[missing] = reuse.damaged(missing) if damaged else plan.lacks(facts, config)
             log.info("shards have to be built: %s", reasons[missing])
 
-    with _waited_for() as under_way:
+    with _waited_for(builders) as under_way:
         while not _enough(facts, config) and (job := plan.job(len(facts))):
             if not under_way:
                 missing = job.path if job.path.exists() else plan.path
@@ -288,7 +293,7 @@ def _build_parts(
 
 
 @contextmanager
-def _waited_for() -> Iterator[deque[tuple[Path, Ending]]]:
+def _waited_for(builders: Builders) -> Iterator[deque[tuple[Path, Ending]]]:
     """Parts that are being built, and what was missing before.
 
     Those that are not needed in the end are waited for, and may well have failed; an interrupt
@@ -298,12 +303,13 @@ def _waited_for() -> Iterator[deque[tuple[Path, Ending]]]:
     try:
         yield under_way
     except Exception:
-        _wait(under_way)
+        _wait(builders, under_way)
         raise
-    _wait(under_way)
+    _wait(builders, under_way)
 
 
-def _wait(under_way: deque[tuple[Path, Ending]]) -> None:
+def _wait(builders: Builders, under_way: deque[tuple[Path, Ending]]) -> None:
+    builders.give_up()
     for _, ending in under_way:
         ending()
 
