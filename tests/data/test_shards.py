@@ -810,12 +810,14 @@ def digests(built: ShardSet) -> list[dict[str, str]]:
     ]
 
 
-def test_file_that_is_written_in_pieces_holds_every_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_WRITE_BYTES", 7)
-    content = bytes(range(256)) * 4
-    with parts._InPieces(tmp_path / "a", "wb") as file:
-        assert file.write(memoryview(content)) == len(content) and file.write(b"") == 0
-    assert (tmp_path / "a").read_bytes() == content
+def test_files_are_the_same_in_however_small_pieces_they_are_written(
+    small_pieces, text, tmp_path, monkeypatch
+):
+    whole = shards.build(ALL, *text[:2], tmp_path / "whole")
+    monkeypatch.setattr(parts, "_WRITE_BYTES", 1000)
+    pieces = shards.build(ALL, *text[:2], tmp_path / "pieces")
+    for mine, theirs in zip(pieces.part_paths, whole.part_paths, strict=True):
+        assert contents(mine) == contents(theirs)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")

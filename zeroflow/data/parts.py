@@ -6,7 +6,6 @@ order, by any number of processes at once, and a killed build loses no more than
 
 import errno
 import hashlib
-import io
 import logging
 import mmap
 import os
@@ -47,6 +46,12 @@ _MOST_NAME_BYTES = 2**30
 """Of the ids, or the URLs, of lines that are written at once: Arrow's offsets end at 2**31."""
 
 _WRITE_BYTES = 2**20
+"""For more at once Linux takes pages of two megabytes, and where those are given back to a virtual
+machine's host while they are free, a shard took ten times as long."""
+
+_IPC_FRAME_BYTES = 2**12
+"""More than an Arrow file has beside its batch: schema and footer."""
+
 _AHEAD = 3
 _SCHEMA = pa.schema(
     [
@@ -455,21 +460,6 @@ class _Recorder:
             raise self._failure
 
 
-class _InPieces(io.FileIO):
-    """A file that is written a megabyte at a time.
-
-    For more at once Linux takes pages of two megabytes, and where those are given back to a
-    virtual machine's host while they are free, a shard took ten times as long.
-    """
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data)
-        size = len(left)
-        while left:
-            left = left[super().write(left[:_WRITE_BYTES]) :]
-        return size
-
-
 class _SplitWriter:
     """Packs the documents of one split, window by window, and writes its rows and its table."""
 
@@ -488,6 +478,7 @@ class _SplitWriter:
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
         # a window of documents up to a row long leaves hardly any room in its rows
         self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
+        self._image: mmap.mmap | None = None
         self._filled = self._files = 0
         self._window: list[_Batch] = []
         self._documents_held = self._tokens_held = 0
@@ -579,6 +570,16 @@ class _SplitWriter:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return np.frombuffer(memory, dtype=kind).reshape(rows, width)
 
+    def _in_memory(self, batch: pa.RecordBatch) -> memoryview:
+        """A file with that batch; the memory is that of the next one too."""
+        size = pa.ipc.get_record_batch_size(batch) + _IPC_FRAME_BYTES
+        if self._image is None or len(self._image) < size:
+            self._image = mmap.mmap(-1, size)
+        with pa.FixedSizeBufferWriter(pa.py_buffer(self._image)) as sink:
+            with pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            return memoryview(self._image)[: sink.tell()]
+
     def _write(self, rows: int) -> None:
         """Write the first rows to a file; those behind them move up."""
         item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
@@ -587,8 +588,10 @@ class _SplitWriter:
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
         file = self._folder / f"{self._split}-{self._files:05d}.arrow"
-        with _InPieces(file, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.record_batch([column], schema=schema))
+        content = self._in_memory(pa.record_batch([column], schema=schema))
+        with file.open("wb", buffering=0) as sink:
+            while content:
+                content = content[sink.write(content[:_WRITE_BYTES]) :]
         self._recorder.add(file)
         self._files += 1
         self._filled -= rows
