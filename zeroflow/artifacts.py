@@ -17,6 +17,10 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_WRITE_BYTES = 2**17
+"""At once. For more, Linux takes larger pages, of memory that a virtual machine may have given back
+to its host while it was free, and which then takes ten times as long."""
+
 DAMAGED = ".damaged-"
 """In the name of a directory that was set aside."""
 
@@ -90,6 +94,16 @@ def record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+def write_recorded(path: Path, content: memoryview) -> dict[str, Any]:
+    """Write a file of bytes; gives what `record` would."""
+    with path.open("wb", buffering=0) as file:
+        rest = content
+        while rest:
+            rest = rest[file.write(rest[:_WRITE_BYTES]) :]
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def seal(
     directory: Path,
     facts: dict[str, Any],
@@ -100,7 +114,7 @@ def seal(
     The manifest's last entry is a sha256 of the others.
 
     Args:
-        recorded: what `record` gave for files before, by their names in the directory.
+        recorded: what is known of files already, by their names in the directory.
     """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):

@@ -19,6 +19,7 @@ import pytest
 from hub import english
 from tiny import apart_from_reuse, contents, jsonl_corpus
 
+from zeroflow import artifacts
 from zeroflow.data import corpus, parts, readers, shards, synthetic, tokenizer
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.parts import BuiltPart, PartFacts
@@ -385,11 +386,11 @@ from pathlib import Path
 from zeroflow import artifacts
 from zeroflow.data import corpus, shards, tokenizer
 
-def stuck(file):
+def stuck(file, content):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 
-artifacts.record = stuck
+artifacts.write_recorded = stuck
 config, text, tokens = sys.argv[1:]
 shards.build(
     shards.ShardConfig.model_validate_json(config),
@@ -814,10 +815,20 @@ def test_files_are_the_same_in_however_small_pieces_they_are_written(
     small_pieces, text, tmp_path, monkeypatch
 ):
     whole = shards.build(ALL, *text[:2], tmp_path / "whole")
-    monkeypatch.setattr(parts, "_WRITE_BYTES", 1000)
+    monkeypatch.setattr(artifacts, "_WRITE_BYTES", 1000)
     pieces = shards.build(ALL, *text[:2], tmp_path / "pieces")
     for mine, theirs in zip(pieces.part_paths, whole.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
+
+
+def test_arrow_takes_the_systems_memory_whatever_is_imported_first():
+    code = "import sys; sys.path.insert(0, 'flows'); import pretrain, pyarrow as pa; "
+    code += "sys.exit(pa.default_memory_pool().backend_name)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60
+    )
+    assert done.stderr.splitlines()[-1] == "system"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a file system of a given size is made as root")

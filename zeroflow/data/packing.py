@@ -124,10 +124,11 @@ def lay_out(stream: Tokens, begins: Ids, ends: Ids, pieces: Pieces, rows: Rows) 
     Document i is `stream[begins[i] : ends[i]]`, without the end of text that belongs to it: `rows`
     are full of it beforehand.
     """
-    flat = rows.reshape(-1)
+    # numpy would let other threads have Python's lock at every copy, and then wait for it
+    target, source = rows.reshape(-1).data, stream.astype(rows.dtype, copy=False).data
     first = begins[pieces.document] + pieces.start
     last = np.minimum(first + pieces.tokens, ends[pieces.document])
-    target = pieces.row * rows.shape[1] + pieces.offset
-    columns = (first.tolist(), last.tolist(), target.tolist(), (target + last - first).tolist())
+    place = pieces.row * rows.shape[1] + pieces.offset
+    columns = (first.tolist(), last.tolist(), place.tolist(), (place + last - first).tolist())
     for begin, end, to_begin, to_end in zip(*columns, strict=True):
-        flat[to_begin:to_end] = stream[begin:end]
+        target[to_begin:to_end] = source[begin:end]

@@ -12,7 +12,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -44,10 +45,6 @@ or the second."""
 
 _MOST_NAME_BYTES = 2**30
 """Of the ids, or the URLs, of lines that are written at once: Arrow's offsets end at 2**31."""
-
-_WRITE_BYTES = 2**20
-"""For more at once Linux takes pages of two megabytes, and where those are given back to a virtual
-machine's host while they are free, a shard took ten times as long."""
 
 _IPC_FRAME_BYTES = 2**12
 """More than an Arrow file has beside its batch: schema and footer."""
@@ -227,8 +224,6 @@ def build(job: PartJob) -> BuiltPart:
     start = time.perf_counter()
 
     def write(partial: Path) -> None:
-        # In all of this process: Arrow's own gives pages back to the system and takes them again
-        pa.set_memory_pool(pa.system_memory_pool())
         facts, recorded = _write(partial, job)
         artifacts.seal(partial, {"facts": facts.model_dump(mode="json")}, recorded)
 
@@ -286,7 +281,7 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, A
         bad_lines=tally.bad,
         bad_places=tuple(tally.places),
     )
-    return facts, files.recorded
+    return facts, files.recorded()
 
 
 def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
@@ -314,7 +309,8 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[_Batch]:
 
 def _check(job: PartJob, ids: Tokens, lengths: Ids, read: readers.Batch) -> None:
     end_of_text, vocab_size = job.tokens.end_of_text, job.tokens.vocab_size
-    if ids.max(initial=0) < vocab_size and not (ids == end_of_text).any():
+    highest = ids.max(initial=0)
+    if highest < vocab_size and (highest < end_of_text or not (ids == end_of_text).any()):
         return
     place = int(((ids >= vocab_size) | (ids == end_of_text)).argmax())
     number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
@@ -420,44 +416,70 @@ def _sound(ids: pa.BinaryArray) -> pa.StringArray:
 
 
 class _Recorder:
-    """Finds what a manifest says of finished files, and has the disk take them, beside other work.
+    """Writes files, and finds what a manifest says of them, beside other work.
 
     Its thread ends with the program: Ctrl-C does not wait for a disk.
     """
 
     def __init__(self) -> None:
-        self.recorded: dict[str, dict[str, Any]] = {}
-        """By name, once the block has ended."""
-
-        self._failure: BaseException | None = None
-        self._files: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._written: dict[str, Future[dict[str, Any]]] = {}
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
-    def add(self, file: Path) -> None:
-        """
+    def add(self, file: Path, content: memoryview) -> Future[dict[str, Any]]:
+        """The future ends when the content is needed no more; its error is an OSError."""
+        future = self._written[file.name] = Future()
+
+        def write() -> None:
+            try:
+                future.set_result(artifacts.write_recorded(file, content))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(write)
+        return future
+
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the files, by name.
+
         Raises:
-            OSError: the disk did not take one that was added before.
+            OSError: the disk did not take one.
         """
-        if self._failure:
-            raise self._failure
-        self._files.put(file)
+        return {name: future.result() for name, future in self._written.items()}
 
     def _run(self) -> None:
-        try:
-            while (file := self._files.get()) is not None:
-                self.recorded[file.name] = artifacts.record(file)
-        except BaseException as error:
-            self._failure = error
+        while (write := self._work.get()) is not None:
+            write()
 
     def __enter__(self) -> "_Recorder":
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._files.put(None)
+    def __exit__(self, *_: object) -> None:
+        self._work.put(None)
         self._thread.join()
-        if self._failure and kind is None:
-            raise self._failure
+
+
+class _Memory(threading.local):
+    """What a thread lays rows out in, part after part.
+
+    It is the system's, which hands it out page by page as it is filled, and has it back when the
+    thread ends: the allocator would keep such large pieces.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, mmap.mmap] = {}
+
+    def take(self, purpose: str, size: int) -> mmap.mmap:
+        """At least so many bytes, with whatever is in them; the same ones for the same purpose."""
+        kept = self._kept.get(purpose)
+        if kept is None or len(kept) < size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            kept = self._kept[purpose] = mmap.mmap(-1, size, flags=flags)
+        return kept
+
+
+_memory = _Memory()
 
 
 class _SplitWriter:
@@ -478,7 +500,7 @@ class _SplitWriter:
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
         # a window of documents up to a row long leaves hardly any room in its rows
         self._rows = self._empty(self._shard_rows + 2 * _WINDOW_TOKENS[1] // job.layout.row_tokens)
-        self._image: mmap.mmap | None = None
+        self._written: Future[dict[str, Any]] | None = None
         self._filled = self._files = 0
         self._window: list[_Batch] = []
         self._documents_held = self._tokens_held = 0
@@ -513,7 +535,7 @@ class _SplitWriter:
             documents=self._documents_held,
             document_tokens=self._tokens_held,
             padding_tokens=pieces.rows * self._layout.row_tokens - self._tokens_held,
-            cut_documents=len(np.unique(pieces.document[pieces.start > 0])),
+            cut_documents=np.count_nonzero(np.bincount(pieces.document[pieces.start > 0])),
             text_bytes=int(documents.text_bytes.sum()),
         )
         rows, before = self._room(pieces.rows), 0
@@ -561,24 +583,18 @@ class _SplitWriter:
         return room
 
     def _empty(self, rows: int) -> packing.Rows:
-        """Memory from the system, taken page by page as it is filled, and given back at the end.
-
-        The allocator would keep such large pieces, in one arena for each thread.
-        """
         width, kind = self._layout.row_tokens, np.dtype(self._layout.token_type)
-        size = rows * width * kind.itemsize
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(memory, dtype=kind).reshape(rows, width)
+        memory = _memory.take(f"{self._split} rows", rows * width * kind.itemsize)
+        return np.frombuffer(memory, kind, rows * width).reshape(rows, width)
 
     def _in_memory(self, batch: pa.RecordBatch) -> memoryview:
-        """A file with that batch; the memory is that of the next one too."""
+        """A file with that batch, until the next one."""
         size = pa.ipc.get_record_batch_size(batch) + _IPC_FRAME_BYTES
-        if self._image is None or len(self._image) < size:
-            self._image = mmap.mmap(-1, size)
-        with pa.FixedSizeBufferWriter(pa.py_buffer(self._image)) as sink:
+        memory = _memory.take(f"{self._split} file", size)
+        with pa.FixedSizeBufferWriter(pa.py_buffer(memory)) as sink:
             with pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
-            return memoryview(self._image)[: sink.tell()]
+            return memoryview(memory)[: sink.tell()]
 
     def _write(self, rows: int) -> None:
         """Write the first rows to a file; those behind them move up."""
@@ -588,11 +604,10 @@ class _SplitWriter:
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
         file = self._folder / f"{self._split}-{self._files:05d}.arrow"
+        if self._written:
+            self._written.result()  # the memory of its content is taken next
         content = self._in_memory(pa.record_batch([column], schema=schema))
-        with file.open("wb", buffering=0) as sink:
-            while content:
-                content = content[sink.write(content[:_WRITE_BYTES]) :]
-        self._recorder.add(file)
+        self._written = self._recorder.add(file, content)
         self._files += 1
         self._filled -= rows
         self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()

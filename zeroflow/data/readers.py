@@ -7,17 +7,17 @@ import codecs
 import io
 import json
 import lzma
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt
 
@@ -70,33 +70,23 @@ class Tally:
 def regrouped(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same documents in batches of about equal size, whatever files they are of."""
     waiting: list[Batch] = []
-    load = _Load()
+    documents = characters = 0  # that wait
     for batch in batches:
+        passed = list(accumulate(map(len, batch.texts), initial=0))
         begin = 0
-        for end, text in enumerate(batch.texts, start=1):
-            if load.full_with(text):
-                yield _joined([*waiting, _cut_out(batch, begin, end)])
-                waiting, begin = [], end
-        if begin < len(batch.texts):
-            waiting.append(_cut_out(batch, begin, len(batch.texts)))
+        while begin < len(batch.texts):
+            # a batch ends with the text that fills it
+            filled = bisect_left(passed, passed[begin] + _READ_BYTES - characters, begin + 1)
+            end = min(filled, begin + _READ_ROWS - documents, len(batch.texts))
+            waiting.append(_cut_out(batch, begin, end))
+            documents += end - begin
+            characters += passed[end] - passed[begin]
+            if documents >= _READ_ROWS or characters >= _READ_BYTES:
+                yield _joined(waiting)
+                waiting, documents, characters = [], 0, 0
+            begin = end
     if waiting:
         yield _joined(waiting)
-
-
-class _Load:
-    """Of a batch that is being filled."""
-
-    def __init__(self) -> None:
-        self._documents = self._characters = 0
-
-    def full_with(self, text: str) -> bool:
-        """Whether the batch ends with this text; then the next one begins."""
-        self._documents += 1
-        self._characters += len(text)
-        full = self._documents >= _READ_ROWS or self._characters >= _READ_BYTES
-        if full:
-            self._documents = self._characters = 0
-        return full
 
 
 def _cut_out(batch: Batch, begin: int, end: int) -> Batch:
@@ -109,6 +99,8 @@ def _cut_out(batch: Batch, begin: int, end: int) -> Batch:
 
 
 def _joined(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
     ids, urls, texts, text_bytes = zip(*batches, strict=True)
     return Batch(
         pa.concat_arrays(ids),
@@ -288,15 +280,16 @@ def _read_text(source: Source, tally: Tally) -> Iterator[Batch]:
 
 def _read_jsonl(source: Source, start: int, stop: int | None, tally: Tally) -> Iterator[Batch]:
     some: list[Document] = []
-    load = _Load()
+    characters = 0
     for document in _lines(source, start, stop, tally):
         if not document.text:
             tally.empty += 1
             continue
         some.append(document)
-        if load.full_with(document.text):
+        characters += len(document.text)
+        if len(some) >= _READ_ROWS or characters >= _READ_BYTES:
             yield _columns(some)
-            some = []
+            some, characters = [], 0
     if some:
         yield _columns(some)
 
@@ -462,17 +455,21 @@ def _read_parquet(source: Source, start: int, stop: int | None, tally: Tally) ->
                 text_bytes = text_bytes[text_bytes > 0]
             for values in (ids, urls):
                 values.validate(full=True)  # that it is UTF-8, which Parquet files only claim
-            yield Batch(ids.cast(pa.binary()), urls, texts.to_pylist(), text_bytes)
+            yield Batch(ids.view(pa.binary()), urls, texts.to_pylist(), text_bytes)
 
 
 def byte_lengths(values: pa.StringArray) -> npt.NDArray[np.int64]:
-    return np.from_dlpack(pc.binary_length(values)).astype(np.int64)  # to_numpy imports pandas
+    """Of strings none of which is null."""
+    if not len(values):
+        return np.empty(0, dtype=np.int64)
+    offsets = np.frombuffer(values.buffers()[1], np.int32, len(values) + 1, 4 * values.offset)
+    return np.diff(offsets).astype(np.int64)
 
 
 def _as_strings(values: pa.Array) -> pa.StringArray:
     """Null is empty; a number is as Python writes it."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if kind in _STRINGS:
-        texts = values.cast(pa.string())
+        texts = values if values.type == pa.string() else values.cast(pa.string())
         return texts.fill_null("") if texts.null_count else texts
     return strings("" if value is None else str(value) for value in values.to_pylist())
