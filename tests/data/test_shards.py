@@ -337,6 +337,28 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
         assert not thread.is_alive()
 
 
+def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
+    """What the tokenizer's library remembers for a thread would grow with the corpus."""
+    monkeypatch.setattr(shards, "_THREAD_PARTS", 2)
+    threads, alone = [], threading.Semaphore(1)
+
+    def build_part(job):
+        assert alone.acquire(blocking=False), "one at a time"
+        threads.append(threading.current_thread())
+        alone.release()
+        return job
+
+    jobs = list(map(part_of_nothing, range(5)))
+    with shards.in_threads(1, build_part) as builders:
+        endings = [builders.start(job) for job in jobs]
+        assert [ending() for ending in endings] == jobs
+    assert [thread is threads[0] for thread in threads] == [True, True, False, False, False]
+    assert threads[3] is threads[2] is not threads[4]
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
 def test_parts_that_wait_are_not_begun_once_one_has_failed():
     """A hub that does not answer holds up each for minutes."""
     begun = []

@@ -4,7 +4,6 @@ Which one that is for a tokenizer is found by trying: `choose` compares a few th
 Special tokens that a document spells out are text to every encoder, never control ids.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from zeroflow import artifacts
+from zeroflow import allocator, artifacts
 
 log = logging.getLogger(__name__)
 
@@ -172,15 +171,8 @@ def load(file: Path, name: EncoderName) -> Encoder:
         if key not in _loaded:
             _loaded.clear()  # one is used at a time, and takes 150 MB
             _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
-            _give_back()
+            allocator.give_back()
         return _loaded[key]
-
-
-def _give_back() -> None:
-    """Let the system have what was freed: 70 MB after a vocabulary, which glibc would keep."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have no such thing
-    if trim is not None:
-        trim(0)
 
 
 def hard_strings(special: list[str]) -> list[str]:

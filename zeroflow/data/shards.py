@@ -42,7 +42,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from zeroflow import artifacts, reuse
+from zeroflow import allocator, artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import corpus, parts, synthetic
 from zeroflow.data.corpus import CorpusConfig, Slice, SourceFile
@@ -60,6 +60,10 @@ BUILDS = "builds.jsonl"
 _FORMAT = 3
 _SYNTHETIC_BLOCKS = 8
 _CHARACTERS_PER_TOKEN = 4
+_THREAD_PARTS = 8
+"""A thread ends after so many. The tokenizer's library remembers words for each: enough of them
+to be fast, and not the 150 MB that it takes in the end."""
+
 _FEW_DOCUMENTS = 1000
 """From so many on, the fraction that is held out is left to chance."""
 
@@ -149,9 +153,8 @@ def in_threads(
 ) -> Iterator[Builders]:
     """So many threads, and a part that waits, so that none of them does.
 
-    The tokenizer's library remembers words for each thread, so that they stay until the end. They
-    end with the program: Ctrl-C does not wait for a part, or for a hub that does not answer. When
-    a part has failed, those that wait are given up.
+    They end with the program: Ctrl-C does not wait for a part, or for a hub that does not answer.
+    When a part has failed, those that wait are given up.
     """
     work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
     reasons: list[BaseException] = []  # not to begin another part
@@ -170,18 +173,26 @@ def in_threads(
         work.put(run)
         return partial(outcome, end.get)
 
+    allocator.share_arenas(max(2, count))
     try:
         for _ in range(count):
-            threading.Thread(target=_work_off, args=(work,), name="parts", daemon=True).start()
+            _start_thread(work)
         yield Builders(start, count + 1, lambda: reasons.append(CancelledError()))
     finally:
         for _ in range(count):
             work.put(None)
 
 
+def _start_thread(work: SimpleQueue[Callable[[], None] | None]) -> None:
+    threading.Thread(target=_work_off, args=(work,), name="parts", daemon=True).start()
+
+
 def _work_off(work: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (run := work.get()) is not None:
+    for _ in range(_THREAD_PARTS):
+        if (run := work.get()) is None:
+            return
         run()
+    _start_thread(work)
 
 
 def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
