@@ -16,7 +16,7 @@ NEED_A_GPU = {"loss_kernel.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts", "programs"},
+    {"config", "artifacts", "programs", "allocator"},
     {"reuse"},
     {"model", "data"},
     {"planning", "generate", "export", "tracking"},
@@ -96,7 +96,7 @@ def test_data_is_made_without_torch():
 def test_imports_point_one_way(file):
     module = name(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     if module == "zeroflow":
-        assert not list(imported(file)), "zeroflow/__init__.py holds a docstring"
+        assert list(imported(file)) == ["os"], "it sets what others read as they are imported"
         return
     assert unit(module) in HEIGHT, f"say in LAYERS where {unit(module)} belongs"
     for found in imported(file):
@@ -106,7 +106,7 @@ def test_imports_point_one_way(file):
             assert HEIGHT[unit(found)] < HEIGHT[unit(module)], f"{module} imports {found}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=name)
+@pytest.mark.parametrize("file", sorted((ROOT / "zeroflow").glob("*/__init__.py")), ids=name)
 def test_packages_hold_a_docstring_only(file):
     [docstring] = ast.parse(file.read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr)
