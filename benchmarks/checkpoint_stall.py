@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 from train_speed import Figures, Workload, training_config, wait
 
+from zeroflow.device import find_device
+from zeroflow.estimate.memory import checkpoint_bytes
 from zeroflow.model.sizes import SIZES
-from zeroflow.planning import checkpoint_bytes, find_device
 from zeroflow.training.checkpoint import Retention, Saver
-from zeroflow.training.loop import ComputeConfig, TrainState, new_state, train_step
+from zeroflow.training.config import ComputeConfig
+from zeroflow.training.loop import train_step
+from zeroflow.training.state import TrainState, new_state
 
 log = logging.getLogger(__name__)
 

@@ -81,13 +81,15 @@ def _fetched(job: Job) -> tuple[Any, Any]:
 
 def build_ours(job: Job) -> Any:
     """The shard set that the public settings give, nothing left out."""
-    from zeroflow.data import shards
+    from zeroflow.data import build
+    from zeroflow.data.builders import in_threads
+    from zeroflow.data.shards import ShardConfig
 
     text, tokens = _fetched(job)
     everything = 2**40 // ROW_TOKENS
-    config = shards.ShardConfig(seq_len=SEQ_LEN, train_rows=everything, validation_rows=everything)
-    with shards.in_threads(_BUILDERS) as builders:
-        return shards.build(config, text, tokens, job.out, builders=builders)
+    config = ShardConfig(seq_len=SEQ_LEN, train_rows=everything, validation_rows=everything)
+    with in_threads(_BUILDERS) as builders:
+        return build.build(config, text, tokens, job.out, builders=builders)
 
 
 def ours(job: Job) -> Figures:
@@ -230,7 +232,7 @@ def reads(job: Job) -> Figures:
     import numpy as np
 
     from zeroflow.data.batches import Batches
-    from zeroflow.data.shards import Rows
+    from zeroflow.data.rows import Rows
 
     rows = Rows(build_ours(job), "train")
     random = np.random.default_rng(0)

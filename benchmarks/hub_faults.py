@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tests/helpers")]
 
 from faults import CONTENT, READ, TROUBLES, longest, meet  # noqa: E402
 

@@ -23,21 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zeroflow import planning
+from zeroflow.data import build
 from zeroflow.data import corpus as corpora
-from zeroflow.data import shards
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.batches import IGNORED, Batches
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import Rows, ShardConfig, ShardSet
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.device import Device, find_device
 from zeroflow.model import llama
 from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import Device
-from zeroflow.training.loop import ComputeConfig, TrainingConfig, new_state, train
-from zeroflow.training.optimizer import OptimizerConfig, set_learning_rate
+from zeroflow.settings.refusals import require_fp8
+from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.loop import train
+from zeroflow.training.optimizers.adamw import OptimizerConfig, set_learning_rate
 from zeroflow.training.schedule import Schedule
+from zeroflow.training.state import new_state
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +140,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     if way == "fp8":
         try:
             seq_len = work.rows.row_tokens - 1
-            planning.require_fp8(device, work.model, seq_len=seq_len, precision=None)
+            require_fp8(device, work.model, seq_len=seq_len, precision=None)
         except ValueError as error:
             return str(error)
     return None
@@ -176,7 +179,7 @@ def prepare(
         compute=ComputeConfig(device=device.kind, precision="bf16" if gpu else "fp32", compile=gpu),
     )
     config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
-    built = shards.build(config, text, tokens, cache, seed=seed)
+    built = build.build(config, text, tokens, cache, seed=seed)
     return Work(with_vocabulary(SIZES[size], tokens.vocab_size), training, built)
 
 
@@ -302,7 +305,7 @@ def main() -> None:
             f"{arguments.context} x --rows {rows}"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = planning.find_device(arguments.device)
+    device = find_device(arguments.device)
     trained = prepare(
         CorpusConfig(data_mode="sample"),
         arguments.cache_dir,

@@ -29,8 +29,8 @@ from train_speed import (
     workload,
 )
 
+from zeroflow.device import Device
 from zeroflow.model.sizes import SIZES
-from zeroflow.planning import Device
 
 # The first that matches a name counts. Inductor names a fused kernel by all that is in it, also by
 # the cast to fp8 or the attention that it only prepares: its kernels come before those.

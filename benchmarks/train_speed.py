@@ -33,12 +33,16 @@ from torch import Tensor, nn
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.device import Device, find_device
 from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.planning import NOMINAL_VOCABULARY, Device, find_device, require_fp8
-from zeroflow.training.loop import ComputeConfig, TrainingConfig, new_state, train_step
-from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.settings.defaults import NOMINAL_VOCABULARY
+from zeroflow.settings.refusals import require_fp8
+from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.loop import train_step
+from zeroflow.training.optimizers.adamw import OptimizerConfig
 from zeroflow.training.schedule import Schedule
+from zeroflow.training.state import new_state
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,20 @@ from typing import get_args
 import torch
 from train_speed import Figures, Workload, peak_bytes, training_config, wait
 
-from zeroflow import artifacts, planning
+from zeroflow import artifacts, records
+from zeroflow.device import find_device
+from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import Recompute
 from zeroflow.model.sizes import SIZES
-from zeroflow.planning import NOMINAL_VOCABULARY, Stage, binary, find_device
-from zeroflow.training import events, worker, zero
-from zeroflow.training.job import RankJob, launch
-from zeroflow.training.loop import ComputeConfig, new_state, train_step
+from zeroflow.settings.defaults import NOMINAL_VOCABULARY
+from zeroflow.training import worker, zero
+from zeroflow.training.config import STAGES, ComputeConfig, Stage
+from zeroflow.training.job import RankJob
+from zeroflow.training.launch import launch
+from zeroflow.training.loop import train_step
+from zeroflow.training.state import new_state
 from zeroflow.training.worker import Stop
+from zeroflow.units import binary
 
 log = logging.getLogger("zeroflow.benchmarks")
 
@@ -62,7 +68,7 @@ def measure(job: StagesJob, stage: Stage) -> Figures:
         return time.perf_counter() - began
 
     seconds_of(3)
-    steps = zero.most(max(1, round(job.work.seconds / seconds_of(1))))
+    steps = zero.max_over_ranks(max(1, round(job.work.seconds / seconds_of(1))))
     windows = [seconds_of(steps) / steps for _ in range(job.work.windows)]
     seconds = statistics.median(windows)
     loss = train_step(state, batches[0], config).loss.item()
@@ -74,7 +80,7 @@ def measure(job: StagesJob, stage: Stage) -> Figures:
         "seconds_per_step": seconds,
         "spread": (max(windows) - min(windows)) / seconds,
         "tokens_per_second": config.batch_rows * job.work.seq_len / seconds,
-        "memory": zero.most(peak_bytes(compute.device)),
+        "memory": zero.max_over_ranks(peak_bytes(compute.device)),
         "loss": loss,
     }
 
@@ -88,7 +94,7 @@ def work(job: StagesJob, stop: Stop) -> None:
             break
     if zero.rank() == 0:
         artifacts.write_json(job.run_dir / _FOUND, {"found": found})
-        events.append(job.run_dir / events.EVENTS, {"event": "done"})
+        records.append(job.run_dir / records.EVENTS, {"event": "done"})
 
 
 def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
@@ -109,7 +115,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--stages", nargs="+", type=int, choices=planning.STAGES, default=[])
+    parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=[])
     parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", nargs="+", type=int, default=[], help="of a micro-batch, by size")
@@ -133,7 +139,7 @@ def main() -> None:
         compile=device.compiles and not arguments.no_compile,
         activation_checkpointing=arguments.recompute,
     )
-    stages = tuple(arguments.stages or planning.STAGES)
+    stages = tuple(arguments.stages or STAGES)
     results = []
     for number, size in enumerate(arguments.sizes):
         rows = arguments.rows[number] if arguments.rows else 1
@@ -152,7 +158,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
             shared = of_ranks(workload, arguments.gpus, stages, Path(folder))["found"]
         for figures in (alone, *shared):
-            planned = planning.memory(
+            planned = memory(
                 *(workload.model, workload.seq_len, rows, compute.activation_checkpointing, device),
                 precision=compute.precision,
                 fp8=compute.fp8,

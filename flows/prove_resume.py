@@ -7,22 +7,27 @@ from pathlib import Path
 from prefect import flow, task
 from pretrain import UNCACHED, build_model, build_shards, fetch_tokenizer, make_plan
 
-from zeroflow import cli, orchestration, prefect_server, proof, report, settling
+from zeroflow import pipeline
 from zeroflow.checks.resume import ProofConfig
+from zeroflow.cli import commands
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.proof import ProofRun
-from zeroflow.training import job as jobs
+from zeroflow.orchestration import pages, server
+from zeroflow.orchestration.flow_runs import logs_delivered, silence_console, tags
+from zeroflow.report.pages import with_pictures
+from zeroflow.settings.job import training_job
+from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.launch import ownership
 
 log = logging.getLogger("zeroflow")
 
 
 @task(name="prove resume", **UNCACHED)
 def prove(job: TrainingJob, config: ProofConfig) -> Path:
-    found, page = proof.demonstrate(job, config)
-    orchestration.publish(report.with_pictures(page), "proof", job.run_dir.name)
-    return proof.passed(found, page)
+    found, page = pipeline.demonstrate(job, config)
+    pages.publish(with_pictures(page), "proof", job.run_dir.name)
+    return pipeline.passed(found, page)
 
 
 @flow(name="prove-resume", persist_result=False)
@@ -32,22 +37,22 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
     Returns:
         the path of proof.md
     """
-    with orchestration.logs_delivered(), jobs.ownership() as own:
-        settled = make_plan(proof.settings(asked.run), own)
+    with logs_delivered(), ownership() as acquire:
+        settled = make_plan(settings(asked.run), acquire)
         run = settled.run
         tokens: TokenizerFiles = fetch_tokenizer(run).result()
         rows: ShardSet = build_shards(run, tokens).result()
         model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
-        job = settling.training_job(settled, model, rows, tokens, tags=orchestration.tags())
+        job = training_job(settled, model, rows, tokens, tags=tags())
         return prove(job, asked.proof)
 
 
 def in_prefect(asked: ProofRun) -> Path:
-    with prefect_server.server() as address:
+    with server.server() as address:
         log.info("Prefect UI: %s", address)
         return prove_resume(asked)
 
 
 if __name__ == "__main__":
-    orchestration.silence_console()
-    raise SystemExit(cli.main(["prove-resume", *sys.argv[1:]], prove=in_prefect))
+    silence_console()
+    raise SystemExit(commands.main(["prove-resume", *sys.argv[1:]], prove=in_prefect))

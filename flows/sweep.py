@@ -8,9 +8,14 @@ from pathlib import Path
 from prefect import flow, task
 from pretrain import UNCACHED, pretrain
 
-from zeroflow import cli, orchestration, prefect_server, report
-from zeroflow import sweep as sweeps
-from zeroflow.sweep import SweepConfig
+from zeroflow.cli import flags
+from zeroflow.cli.console import complaint
+from zeroflow.cli.flow import run_sweep
+from zeroflow.orchestration import pages, server
+from zeroflow.orchestration.flow_runs import leave, logs_delivered, name_sweep, run_child
+from zeroflow.report import sweep as sweeps
+from zeroflow.report.pages import with_pictures
+from zeroflow.settings.sweep import SweepConfig, cells
 
 log = logging.getLogger("zeroflow")
 
@@ -20,11 +25,11 @@ PRETRAIN = (sys.executable, "flows/pretrain.py")
 @task(name="compare", **UNCACHED)
 def compare(asked: SweepConfig, failed: list[str]) -> Path:
     page = sweeps.compare(asked, failed=failed)
-    orchestration.publish(report.with_pictures(page), "comparison", asked.name)
+    pages.publish(with_pictures(page), "comparison", asked.name)
     return page
 
 
-@flow(name=prefect_server.SWEEP, persist_result=False)
+@flow(name=server.SWEEP, persist_result=False)
 def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
     """Train every combination of what is varied, one after the other, and compare them.
 
@@ -33,21 +38,21 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is froz
     Returns:
         the path of comparison.md
     """
-    with orchestration.logs_delivered():
+    with logs_delivered():
         return _sweep(sweep)
 
 
 def _sweep(asked: SweepConfig) -> Path:
-    sweeps.require_as_started(asked)
-    orchestration.name_sweep(asked.name)
-    sweeps.open_group(asked)
+    sweep.require_as_started(asked)
+    name_sweep(asked.name)
+    sweep.open_group(asked)
     failed = []
-    for cell in sweeps.cells(asked):
+    for cell in cells(asked):
         try:
-            orchestration.run_child(pretrain, cell, finished=sweeps.finished(cell))
+            run_child(pretrain, cell, finished=sweep.finished(cell))
         except Exception as error:  # of whatever kind, the next run is another
-            error.add_note(f"retry: {shlex.join([*PRETRAIN, *cli.flags(cell)])}")
-            log.error("run %s failed: %s", cell.run_name, cli.complaint(error))
+            error.add_note(f"retry: {shlex.join([*PRETRAIN, *flags.flags(cell)])}")
+            log.error("run %s failed: %s", cell.run_name, complaint(error))
             for note in error.__notes__:
                 log.error("%s", note)
             failed.append(str(cell.run_name))
@@ -58,4 +63,4 @@ def _sweep(asked: SweepConfig) -> Path:
 
 
 if __name__ == "__main__":
-    orchestration.leave(cli.run_sweep(sweep))
+    leave(run_sweep(sweep))

@@ -7,27 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hub import english
 from hypothesis import settings
 from pipeline import Flow, free_port, wait_until_healthy
-from tiny import jsonl_corpus
+from tiny import Text, jsonl_corpus
 
 from zeroflow.data import tokenizer
-from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.data.tokenizer import TokenizerConfig
 
 settings.register_profile("any machine", deadline=None)  # timings never decide a test
 settings.load_profile("any machine")
-
-
-class Text(NamedTuple):
-    corpus: CorpusConfig
-    tokens: TokenizerFiles
-    texts: list[str]
-    """By number: document d7 is texts[7]."""
 
 
 @pytest.fixture(scope="session")

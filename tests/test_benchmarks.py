@@ -16,11 +16,11 @@ import loss_curves
 import profile_step
 import train_speed
 
-from zeroflow import planning
 from zeroflow.data.corpus import CorpusConfig
+from zeroflow.device import Device, known_gpu
+from zeroflow.estimate.memory import checkpoint_bytes
 from zeroflow.model import fp8
-from zeroflow.planning import Device
-from zeroflow.training.loop import ComputeConfig
+from zeroflow.training.config import ComputeConfig
 
 torch.set_num_threads(1)  # such small matrices only wait for a second thread
 
@@ -35,7 +35,7 @@ WORK = train_speed.Workload(
     seconds=0.01,
 )
 DEVICE = Device(kind="cpu", name="a CPU", memory_bytes=2**30)
-H100 = planning.known_gpu("NVIDIA H100 80GB HBM3")
+H100 = known_gpu("NVIDIA H100 80GB HBM3")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
     found = checkpoint_stall.measure(WORK, tmp_path, saves=2)
     for name in ("stalls", "waited_for", "writing"):
         assert len(found[name]) == 2 and min(found[name]) > 0
-    expected = planning.checkpoint_bytes(WORK.model)
+    expected = checkpoint_bytes(WORK.model)
     assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
     assert found["steps_beside"] > 0
 

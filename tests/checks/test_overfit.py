@@ -8,8 +8,9 @@ from zeroflow.checks import overfit as checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training import loop
-from zeroflow.training.loop import TrainState, new_state
-from zeroflow.training.optimizer import OptimizerConfig
+from zeroflow.training.optimizers import adamw
+from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.state import TrainState, new_state
 
 LIMITS = OverfitConfig(overfit_steps=80, overfit_loss=0.1)
 CONFIG = training_config(steps=200, peak=1e-2, optimizer=OptimizerConfig(beta2=0.95))
@@ -59,7 +60,7 @@ def test_matrix_that_only_decays_is_caught():
 
 
 def test_learning_rate_of_zero_is_caught(monkeypatch):
-    set_learning_rate = loop.set_learning_rate
+    set_learning_rate = adamw.set_learning_rate
     monkeypatch.setattr(loop, "set_learning_rate", lambda opt, rate: set_learning_rate(opt, 0.0))
     result = run()
     assert not result.passed and result.steps == LIMITS.overfit_steps

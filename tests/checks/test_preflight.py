@@ -16,16 +16,17 @@ from tiny import (
 from zeroflow import reuse
 from zeroflow.checks import preflight
 from zeroflow.checks.preflight import Check, PreflightFailed, PreflightJob
-from zeroflow.data import shards, tokenizer
+from zeroflow.data import build, tokenizer
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import Rows, ShardConfig
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 from zeroflow.model import attention
 from zeroflow.model.llama import FeedForward
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.training import checkpoint, recovery, worker
 from zeroflow.training.job import TrainingFailed, TrainingJob
-from zeroflow.training.loop import TrainState, new_state
+from zeroflow.training.state import TrainState, new_state
 
 CONFIG = training_config(document_mask=True)
 FP8 = {"precision": "bf16", "fp8": True}
@@ -44,7 +45,7 @@ ALL_CHECKS = [
 ]
 
 
-def checked_job(folder: Path, rows: shards.ShardSet, tokens: TokenizerFiles) -> TrainingJob:
+def checked_job(folder: Path, rows: ShardSet, tokens: TokenizerFiles) -> TrainingJob:
     return training_job(
         folder / "run",
         rows,
@@ -66,7 +67,7 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
             raise TrainingFailed(str(error), worker._reason(error)) from error
 
     monkeypatch.setattr(preflight, "launch", launch_here)
-    return checked_job(tmp_path, shards.build(SHARDS, *text[:2], tmp_path), text.tokens)
+    return checked_job(tmp_path, build.build(SHARDS, *text[:2], tmp_path), text.tokens)
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_synthetic_data_has_no_text_to_check(tmp_path):
     synthetic = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
     tokens = tokenizer.fetch(config, synthetic, tmp_path)
-    job = checked_job(tmp_path, shards.build(SHARDS, synthetic, tokens, tmp_path), tokens)
+    job = checked_job(tmp_path, build.build(SHARDS, synthetic, tokens, tmp_path), tokens)
     found = list(preflight.data_checks(of(job)))
     assert [check.name for check in found] == ["checksums", "token ids"]
     assert all(check.passed for check in found)

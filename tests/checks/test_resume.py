@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroflow import artifacts, cli
+from zeroflow import artifacts, records
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Kill, Proof, ProofConfig
-from zeroflow.training import checkpoint, events
+from zeroflow.cli import commands
+from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention, Saver
-from zeroflow.training.job import JOB, RESULT, TrainingJob, TrainResult, launch
-from zeroflow.training.loop import new_state
+from zeroflow.training.job import JOB, RESULT, TrainingJob, TrainResult
+from zeroflow.training.launch import launch
+from zeroflow.training.state import new_state
 
 STEPS = 24
 FLAGS = ["--run-name=proof", "--device=cpu", f"--max-steps={STEPS}", "--checkpoint-every=4"]
@@ -34,9 +36,9 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "train", train)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=":")
         patch.setenv("OMP_NUM_THREADS", "1")
-        code = cli.main(["prove-resume", f"--cache-dir={cache}", *FLAGS])
+        code = commands.main(["prove-resume", f"--cache-dir={cache}", *FLAGS])
     return code, cache / "runs" / "proof"
 
 
@@ -69,7 +71,7 @@ def test_kills_are_told_as_they_were(forgetful):
 
 def test_moments_are_of_all_phases_and_spread_over_the_steps(forgetful):
     _, folder = forgetful
-    lines = events.read(folder / "undisturbed" / events.EVENTS)
+    lines = records.read(folder / "undisturbed" / records.EVENTS)
     intervals = resume._intervals(lines, 3.0)
     assert {interval.phase for interval in intervals} == set(resume.PHASES)
     assert sum(interval.phase == "training" for interval in intervals) >= STEPS - 6
@@ -112,7 +114,7 @@ def test_equal_trainings_pass_unless_none_was_killed(twins):
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm", "val_loss"])
 @pytest.mark.parametrize("step", [5, 20])
 def test_last_bit_of_one_number_is_caught(twins, quantity, step):
-    lines = events.read(twins[1].run_dir / events.METRICS)
+    lines = records.read(twins[1].run_dir / records.METRICS)
     [line] = [m for m in lines if m["step"] == step and quantity in m]
     line[quantity] = math.nextafter(line[quantity], math.inf)
     rewrite(twins[1], lines)
@@ -123,7 +125,7 @@ def test_last_bit_of_one_number_is_caught(twins, quantity, step):
 
 
 def test_line_that_is_missing_or_comes_twice_is_caught(twins):
-    lines = events.read(twins[1].run_dir / events.METRICS)
+    lines = records.read(twins[1].run_dir / records.METRICS)
     place = next(i for i, line in enumerate(lines) if line["step"] == 9)
     rewrite(twins[1], lines[:place] + lines[place + 1 :])
     assert "step 9 is the first that differs: loss" in judged(twins).reason
@@ -133,7 +135,7 @@ def test_line_that_is_missing_or_comes_twice_is_caught(twins):
 
 
 def test_difference_before_any_resume_is_blamed_on_the_device(twins):
-    lines = events.read(twins[1].run_dir / events.METRICS)
+    lines = records.read(twins[1].run_dir / records.METRICS)
     for line in lines:
         if "loss" in line and line["step"] >= 4:
             line["loss"] += 1e-6
@@ -158,18 +160,20 @@ def test_last_bit_of_one_moment_is_caught_by_name(twins):
     assert proof.difference.quantity == "optimizer.model.norm.weight.exp_avg"
 
 
-def history(folder: Path) -> list[events.Line]:
-    return events.read(folder / "killed" / events.EVENTS)
+def history(folder: Path) -> list[records.Line]:
+    return records.read(folder / "killed" / records.EVENTS)
 
 
 def page(folder: Path) -> str:
     return (folder / "proof.md").read_text(encoding="utf-8")
 
 
-def logged(run_dir: Path) -> dict[int, events.Line]:
-    return {line["step"]: line for line in events.read(run_dir / events.METRICS) if "loss" in line}
+def logged(run_dir: Path) -> dict[int, records.Line]:
+    return {
+        line["step"]: line for line in records.read(run_dir / records.METRICS) if "loss" in line
+    }
 
 
-def rewrite(job: TrainingJob, lines: list[events.Line]) -> None:
+def rewrite(job: TrainingJob, lines: list[records.Line]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (job.run_dir / events.METRICS).write_text(text, encoding="utf-8")
+    (job.run_dir / records.METRICS).write_text(text, encoding="utf-8")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from zeroflow.data.batches import (
     IGNORED,
-    Ahead,
     Batches,
     MicroBatch,
+    Prefetcher,
     Skip,
     permute,
     row_ids,
@@ -159,7 +159,7 @@ def test_next_batch_is_made_while_the_one_before_is_used():
         made.put(step)
         return [MicroBatch(torch.tensor([step]), torch.tensor([step]), valid=1)]
 
-    ahead = Ahead(make)
+    ahead = Prefetcher(make)
     for step in (3, 4, 5, 0, 1, 6):
         [batch] = ahead.micro_batches(step)
         asked.append(int(batch.inputs))

@@ -20,10 +20,21 @@ from hub import english
 from tiny import apart_from_reuse, contents, jsonl_corpus
 
 from zeroflow import artifacts
-from zeroflow.data import corpus, parts, readers, shards, synthetic, tokenizer
+from zeroflow.data import (
+    build,
+    corpus,
+    parts,
+    readers,
+    split_writer,
+    synthetic,
+    tokenizer,
+)
+from zeroflow.data import builders as builders_module
+from zeroflow.data.builders import Builders, in_threads
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.parts import BuiltPart, PartFacts
-from zeroflow.data.shards import Builders, Rows, ShardConfig, ShardSet
+from zeroflow.data.part_facts import DOCUMENTS, SPLITS, BuiltPart, PartFacts
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import PLAN, ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
@@ -42,15 +53,15 @@ def small_pieces(monkeypatch):
     """A part for every few documents, a file for every 20 rows, a window for every batch."""
     monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
     monkeypatch.setattr(readers, "_READ_ROWS", 5)
-    monkeypatch.setattr(parts, "_SHARD_TOKENS", 20 * 33)
-    monkeypatch.setattr(parts, "_WINDOW_DOCUMENTS", 4)
-    monkeypatch.setattr(parts, "_WINDOW_TOKENS", (100, 5000))
+    monkeypatch.setattr(split_writer, "_SHARD_TOKENS", 20 * 33)
+    monkeypatch.setattr(split_writer, "_WINDOW_DOCUMENTS", 4)
+    monkeypatch.setattr(split_writer, "_WINDOW_TOKENS", (100, 5000))
 
 
 @pytest.fixture(params=["best-fit", "concat"])
 def built(request, small_pieces, text, tmp_path) -> ShardSet:
     """All of the sixty documents: more rows are asked for than there are."""
-    return shards.build(ALL.replace(packing=request.param), *text[:2], tmp_path)
+    return build.build(ALL.replace(packing=request.param), *text[:2], tmp_path)
 
 
 def lines(built: ShardSet) -> list[dict]:
@@ -72,7 +83,7 @@ def documents_of(built: ShardSet) -> dict[str, list[int]]:
     rows = {
         (part, split): rows_of(path, split)
         for part, path in enumerate(built.part_paths)
-        for split in parts.SPLITS
+        for split in SPLITS
     }
     for line in lines(built):
         ids = found.setdefault(line["id"], [])
@@ -95,7 +106,7 @@ def test_every_document_is_found_whole_through_the_table(built, text):
 
 
 def test_what_no_document_lies_in_is_padding_and_is_counted(built):
-    for split in parts.SPLITS:
+    for split in SPLITS:
         padding = 0
         for part, path in enumerate(built.part_paths):
             rows = rows_of(path, split)
@@ -142,7 +153,7 @@ def test_files_have_the_documented_schema_and_one_batch_each(built):
 
 
 def test_reader_finds_rows_in_any_file_and_order(built):
-    for split in parts.SPLITS:
+    for split in SPLITS:
         found = [rows_of(path, split) for path in built.part_paths]
         expected = np.concatenate([rows for rows in found if len(rows)])
         rows = Rows(built, split)
@@ -157,7 +168,7 @@ def test_best_fit_cuts_fewer_documents_than_concatenation(small_pieces, text, tm
     texts = [text[:90] for text in text.texts]
     short = jsonl_corpus(tmp_path / "short.jsonl", texts)
     cut = {
-        name: shards.build(ALL.replace(packing=name), short, text.tokens, tmp_path).train
+        name: build.build(ALL.replace(packing=name), short, text.tokens, tmp_path).train
         for name in ("best-fit", "concat")
     }
     longer = sum(len(tokens) > 33 for tokens in _tokens(texts, text.tokens))
@@ -170,10 +181,10 @@ def _tokens(texts, files):
 
 
 def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tmp_path):
-    few = shards.build(SMALL, *text[:2], tmp_path)
+    few = build.build(SMALL, *text[:2], tmp_path)
     before = contents(few.path)
     assert few.train.rows >= 50 and few.parts < 5
-    more = shards.build(SMALL.replace(train_rows=400), *text[:2], tmp_path)
+    more = build.build(SMALL.replace(train_rows=400), *text[:2], tmp_path)
     assert more.path == few.path and more.parts > few.parts and not more.reused
     kept = {name: data for name, data in before.items() if name.startswith("part-")}
     after = contents(few.path)
@@ -181,7 +192,7 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
     rows = Rows(few, "train")
     assert np.array_equal(rows[np.arange(50)], Rows(more, "train")[np.arange(50)])
     # the run that needs few reads few, whatever has come since
-    again = shards.build(SMALL, *text[:2], tmp_path)
+    again = build.build(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(few)
     lacking = f"parts 1 to {few.parts} have {few.train.rows} of 400 rows to train on, "
     assert more.why.startswith(
@@ -193,7 +204,7 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
 def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, tmp_path):
     first = np.arange(4)
     for rows in (1, 100, 400):
-        built = shards.build(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
+        built = build.build(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
         held_out = Rows(built, "validation")[first]
         assert np.array_equal(held_out, Rows(built, "validation")[first])
         if rows == 1:
@@ -204,7 +215,7 @@ def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, t
 def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
     small_pieces, text, tmp_path
 ):
-    alone = shards.build(ALL, *text[:2], tmp_path / "alone")
+    alone = build.build(ALL, *text[:2], tmp_path / "alone")
 
     def backwards(job):
         """Nothing is done before it is waited for, and then all that was started, last first."""
@@ -220,7 +231,7 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
 
     started, ended = [], {}
     three = Builders(backwards, 3)
-    together = shards.build(ALL, *text[:2], tmp_path / "together", builders=three)
+    together = build.build(ALL, *text[:2], tmp_path / "together", builders=three)
     assert together == alone.replace(path=together.path)
     for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
@@ -231,7 +242,7 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
 )
 def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, tmp_path):
     config = SMALL.replace(token_type=token_type, packing="concat")
-    built = shards.build(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
+    built = build.build(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
     rows = Rows(built, "train")[np.arange(50)]
     assert rows.dtype == np.dtype(token_type)
     assert rows.max() == vocab_size - 1
@@ -251,14 +262,14 @@ def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, t
 def test_vocabulary_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     config = SMALL.replace(token_type="uint16")
     with pytest.raises(ValueError, match=r"65537 tokens, more than uint16.*--token-type int32"):
-        shards.build(config, SYNTHETIC, synthetic_tokens(65_537), tmp_path / "cache")
+        build.build(config, SYNTHETIC, synthetic_tokens(65_537), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
     wrong = text.tokens.replace(vocab_size=300)
     with pytest.raises(ValueError, match=r"gave id \d+ for document d0.*its tokenizer\.json is"):
-        shards.build(SMALL, text.corpus, wrong, tmp_path)
+        build.build(SMALL, text.corpus, wrong, tmp_path)
     assert not list((tmp_path / "shards").glob("*/part-*"))
 
 
@@ -267,7 +278,7 @@ def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
 def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, count, fraction):
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
-    built = shards.build(config, few, text.tokens, tmp_path / "cache")
+    built = build.build(config, few, text.tokens, tmp_path / "cache")
     assert built.documents == count
     assert built.train.rows and built.validation.rows
 
@@ -276,13 +287,13 @@ def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, coun
 def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
     few = jsonl_corpus(tmp_path / "few.jsonl", texts)
     with pytest.raises(ValueError, match="the corpus is too small"):
-        shards.build(SMALL, few, text.tokens, tmp_path / "cache")
+        build.build(SMALL, few, text.tokens, tmp_path / "cache")
 
 
 def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_path):
     short = jsonl_corpus(tmp_path / "short.jsonl", [f"hi {i}" for i in range(3000)])
     config = ALL.replace(seq_len=2048, validation_fraction=0.02)
-    built = shards.build(config, short, text.tokens, tmp_path)
+    built = build.build(config, short, text.tokens, tmp_path)
     # binomial: 60 of 3,000, with a deviation of 7.7
     assert 20 < built.validation.documents < 100
 
@@ -301,13 +312,13 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
         return waited_for
 
     one_part = ShardConfig(seq_len=32, train_rows=8, validation_rows=1, validation_fraction=0.1)
-    with shards.in_threads(3) as threads:
+    with in_threads(3) as threads:
         many, few = Builders(noting, 99), Builders(noting, threads.at_once)
-        shards.build(one_part, *text[:2], tmp_path / "one", builders=many)
+        build.build(one_part, *text[:2], tmp_path / "one", builders=many)
         assert len(started) == 1
         started.clear()
         at_once.clear()
-        built = shards.build(ALL, *text[:2], tmp_path / "all", builders=few)
+        built = build.build(ALL, *text[:2], tmp_path / "all", builders=few)
     assert max(at_once) == 3 + 1 and len(started) == built.parts
 
 
@@ -328,7 +339,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
         return job
 
     jobs = list(map(part_of_nothing, range(9)))
-    with shards.in_threads(3, build_part) as builders:
+    with in_threads(3, build_part) as builders:
         endings = [builders.start(job) for job in jobs]
         assert [ending() for ending in endings] == jobs
     assert len(threads) == 3
@@ -339,7 +350,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
 
 def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
     """What the tokenizer's library remembers for a thread would grow with the corpus."""
-    monkeypatch.setattr(shards, "_THREAD_PARTS", 2)
+    monkeypatch.setattr(builders_module, "_THREAD_PARTS", 2)
     threads, alone = [], threading.Semaphore(1)
 
     def build_part(job):
@@ -349,7 +360,7 @@ def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
         return job
 
     jobs = list(map(part_of_nothing, range(5)))
-    with shards.in_threads(1, build_part) as builders:
+    with in_threads(1, build_part) as builders:
         endings = [builders.start(job) for job in jobs]
         assert [ending() for ending in endings] == jobs
     assert [thread is threads[0] for thread in threads] == [True, True, False, False, False]
@@ -370,7 +381,7 @@ def test_parts_that_wait_are_not_begun_once_one_has_failed():
         return job
 
     jobs = list(map(part_of_nothing, range(4)))
-    with shards.in_threads(1, build_part) as builders:
+    with in_threads(1, build_part) as builders:
         first, *others = [builders.start(job) for job in jobs]
         assert first() == jobs[0]
         failures = {ending() for ending in others}
@@ -383,16 +394,16 @@ def test_interrupt_does_not_wait_for_parts_that_are_being_built(text, tmp_path):
 import os, signal, threading
 from types import SimpleNamespace
 from pathlib import Path
-from zeroflow.data import shards
+from zeroflow.data import builders
 
 def stuck(job):
     if job.path == Path("first"):
         os.kill(os.getpid(), signal.SIGINT)  # to the process, as Ctrl-C is
     threading.Event().wait()
 
-with shards.in_threads(2, stuck) as builders:
+with builders.in_threads(2, stuck) as who:
     for name in ("other", "first"):
-        ending = builders.start(SimpleNamespace(path=Path(name)))
+        ending = who.start(SimpleNamespace(path=Path(name)))
     ending()
 """
     done = subprocess.run(
@@ -406,7 +417,7 @@ def test_interrupt_does_not_wait_for_a_disk_that_takes_nothing(text, tmp_path):
 import os, signal, sys, threading
 from pathlib import Path
 from zeroflow import artifacts
-from zeroflow.data import corpus, shards, tokenizer
+from zeroflow.data import build, corpus, shards, tokenizer
 
 def stuck(file, content):
     os.kill(os.getpid(), signal.SIGINT)
@@ -414,7 +425,7 @@ def stuck(file, content):
 
 artifacts.write_recorded = stuck
 config, text, tokens = sys.argv[1:]
-shards.build(
+build.build(
     shards.ShardConfig.model_validate_json(config),
     corpus.CorpusConfig.model_validate_json(text),
     tokenizer.TokenizerFiles.model_validate_json(tokens),
@@ -442,7 +453,7 @@ def test_parts_that_wait_are_not_begun_once_they_are_given_up():
         return job
 
     jobs = list(map(part_of_nothing, range(3)))
-    with shards.in_threads(1, build_part) as builders:
+    with in_threads(1, build_part) as builders:
         first, *others = [builders.start(job) for job in jobs]
         going_on.wait(timeout=60)
         builders.give_up()
@@ -457,17 +468,17 @@ def test_what_waits_is_given_up_at_the_end_and_at_an_error(small_pieces, text, t
     def show(share, line):
         raise RuntimeError("nobody looks")
 
-    with shards.in_threads(1) as threads:
+    with in_threads(1) as threads:
         builders = Builders(threads.start, 2, lambda: told.append("given up"))
-        shards.build(SMALL, *text[:2], tmp_path / "a", builders=builders)
+        build.build(SMALL, *text[:2], tmp_path / "a", builders=builders)
         assert told == ["given up"]
         with pytest.raises(RuntimeError, match="nobody looks"):
-            shards.build(SMALL, *text[:2], tmp_path / "b", builders=builders, show=show)
+            build.build(SMALL, *text[:2], tmp_path / "b", builders=builders, show=show)
     assert told == ["given up"] * 2
 
 
 def test_documents_that_are_left_out_leave_no_trace_in_the_table(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_MOST_NAME_BYTES", 500)
+    monkeypatch.setattr(split_writer, "_MOST_NAME_BYTES", 500)
     lines = [{"id": f"d{i}", "url": "u", "text": text} for i, text in enumerate(text.texts)]
     tables = []
     for left_out in ([], [lines[3] | {"url": "u" * 400}]):
@@ -475,26 +486,26 @@ def test_documents_that_are_left_out_leave_no_trace_in_the_table(text, tmp_path,
         file.parent.mkdir()
         file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *left_out]))
         config = CorpusConfig(data_mode="files", data_path=(str(file),), deduplicate=True)
-        built = shards.build(ALL, corpus.resolve(config).corpus, text.tokens, file.parent)
+        built = build.build(ALL, corpus.resolve(config).corpus, text.tokens, file.parent)
         assert built.duplicates == len(left_out)
-        tables.append((built.part_paths[0] / parts.DOCUMENTS).read_bytes())
+        tables.append((built.part_paths[0] / DOCUMENTS).read_bytes())
     assert tables[0] == tables[1]
 
 
 def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     small_pieces, text, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(shards, "_FEW_DOCUMENTS", 20)  # else all are looked at before
+    monkeypatch.setattr(build, "_FEW_DOCUMENTS", 20)  # else all are looked at before
     file = tmp_path / "a.jsonl"
     jsonl_corpus(file, text.texts)
     file.write_text(file.read_text() + "\nno json")
     settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
-    one = shards.build(SMALL, settled, text.tokens, tmp_path / "one")
-    with shards.in_threads(99) as builders:
-        many = shards.build(SMALL, settled, text.tokens, tmp_path / "many", builders=builders)
+    one = build.build(SMALL, settled, text.tokens, tmp_path / "one")
+    with in_threads(99) as builders:
+        many = build.build(SMALL, settled, text.tokens, tmp_path / "many", builders=builders)
     assert many == one.replace(path=many.path)
-    with shards.in_threads(99) as builders, pytest.raises(ValueError, match="is not JSON"):
-        shards.build(ALL, settled, text.tokens, tmp_path / "many", builders=builders)
+    with in_threads(99) as builders, pytest.raises(ValueError, match="is not JSON"):
+        build.build(ALL, settled, text.tokens, tmp_path / "many", builders=builders)
 
 
 @pytest.mark.parametrize(
@@ -508,19 +519,19 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     ],
 )
 def test_damaged_plan_is_made_anew(small_pieces, text, tmp_path, damage):
-    built = shards.build(SMALL, *text[:2], tmp_path)
-    plan = built.path / shards.PLAN
+    built = build.build(SMALL, *text[:2], tmp_path)
+    plan = built.path / PLAN
     before = plan.read_text()
     plan.write_text(damage(before))
     assert plan.read_text() != before
-    again = shards.build(SMALL, *text[:2], tmp_path)
+    again = build.build(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(built)
     assert plan.read_text() == before
 
 
 def test_synthetic_data_has_no_duplicates_to_leave_out(tmp_path):
     settled = SYNTHETIC.replace(deduplicate=True)
-    built = shards.build(SMALL, settled, synthetic_tokens(300), tmp_path)
+    built = build.build(SMALL, settled, synthetic_tokens(300), tmp_path)
     assert built.documents > 1000 and built.duplicates == 0
 
 
@@ -538,21 +549,21 @@ def test_document_that_spells_out_the_end_of_text_is_refused_where_it_cannot_be_
     tokens.save(str(tmp_path / "unigram" / "tokenizer.json"))
     config = TokenizerConfig(tokenizer_name=str(tmp_path / "unigram"))
     files = tokenizer.fetch(config, text.corpus, tmp_path)
-    good = shards.build(SMALL, text.corpus, files, tmp_path)
+    good = build.build(SMALL, text.corpus, files, tmp_path)
     assert good.train.rows
     bad = jsonl_corpus(tmp_path / "bad.jsonl", [*text.texts[:3], "a </s> b"])
     with pytest.raises(ValueError, match="document d3 spells out the token that ends documents"):
-        shards.build(SMALL, bad, files, tmp_path)
+        build.build(SMALL, bad, files, tmp_path)
 
 
 def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_pieces, text, tmp_path):
     texts = [*text.texts[:20], *text.texts[:20], *text.texts[20:40], text.texts[25]]
     twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)
-    plain = shards.build(ALL, twice, text.tokens, tmp_path)
+    plain = build.build(ALL, twice, text.tokens, tmp_path)
     assert (plain.documents, plain.duplicates) == (61, 0)
     alone = twice.replace(deduplicate=True)
-    with shards.in_threads(3) as builders:
-        once = shards.build(ALL, alone, text.tokens, tmp_path, builders=builders)
+    with in_threads(3) as builders:
+        once = build.build(ALL, alone, text.tokens, tmp_path, builders=builders)
     assert once.path != plain.path and once.parts > 3
     assert (once.documents, once.duplicates) == (40, 21)
     names = {f"d{i}" for i in (*range(20), *range(40, 60))}
@@ -562,15 +573,15 @@ def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_piece
 def test_few_documents_that_come_again_and_again_are_held_out_from_as_well(text, tmp_path):
     texts = [text.texts[i % 3] for i in range(60)]
     same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
-    built = shards.build(ALL.replace(validation_fraction=0.02), same, text.tokens, tmp_path)
+    built = build.build(ALL.replace(validation_fraction=0.02), same, text.tokens, tmp_path)
     assert (built.documents, built.duplicates) == (3, 57)
     assert built.train.documents and built.validation.documents
 
 
 def test_table_is_the_same_however_many_lines_are_written_at_once(text, tmp_path, monkeypatch):
-    whole = lines(shards.build(ALL, *text[:2], tmp_path / "whole"))
-    monkeypatch.setattr(parts, "_MOST_NAME_BYTES", 100)  # as if names were 2**30 bytes long
-    assert lines(shards.build(ALL, *text[:2], tmp_path / "cut")) == whole
+    whole = lines(build.build(ALL, *text[:2], tmp_path / "whole"))
+    monkeypatch.setattr(split_writer, "_MOST_NAME_BYTES", 100)  # as if names were 2**30 bytes long
+    assert lines(build.build(ALL, *text[:2], tmp_path / "cut")) == whole
 
 
 def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_apart(
@@ -583,7 +594,7 @@ def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_a
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, written)).replace("\\\\", "\\"))
     settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
-    built = shards.build(ALL, settled, text.tokens, tmp_path)
+    built = build.build(ALL, settled, text.tokens, tmp_path)
     assert {(line["id"], line["url"]) for line in lines(built)} == {("\ufffd", "u\ufffd")}
     assert built.documents == 60 and 0 < built.validation.documents < 20
 
@@ -595,10 +606,10 @@ def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):
     settled = corpus.resolve(
         CorpusConfig(data_mode="files", data_path=(str(file),), bad_lines_limit=1)
     ).corpus
-    built = shards.build(ALL, settled, text.tokens, tmp_path)
+    built = build.build(ALL, settled, text.tokens, tmp_path)
     assert (built.documents, built.empty_documents, built.bad_lines) == (9, 2, 1)
     with pytest.raises(ValueError, match=r"1 bad lines, --bad-lines-limit 0:\n  .*line 11 is not"):
-        shards.build(ALL, settled.replace(bad_lines_limit=0), text.tokens, tmp_path)
+        build.build(ALL, settled.replace(bad_lines_limit=0), text.tokens, tmp_path)
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -629,14 +640,14 @@ def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
     small_pieces, text, tmp_path, damage
 ):
     config = SMALL.replace(train_rows=400)
-    built = shards.build(config, *text[:2], tmp_path)
+    built = build.build(config, *text[:2], tmp_path)
     part = built.part_paths[1]
     before = contents(part)
     DAMAGES[damage](part)
     damaged = contents(part)
     assert damaged != before
 
-    again = shards.build(config, *text[:2], tmp_path)
+    again = build.build(config, *text[:2], tmp_path)
     assert not again.reused and apart_from_reuse(again) == apart_from_reuse(built)
     reused = built.parts - 1
     assert (
@@ -647,7 +658,7 @@ def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
 
 
 def test_all_of_many_flipped_bits_are_noticed(small_pieces, text, tmp_path):
-    part = shards.build(SMALL, *text[:2], tmp_path).part_paths[0]
+    part = build.build(SMALL, *text[:2], tmp_path).part_paths[0]
     rng = random.Random(0)
     files = sorted(path for path in part.iterdir())
     for _ in range(100):
@@ -674,9 +685,9 @@ def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
     text, tmp_path, change, told, caplog
 ):
     caplog.set_level("INFO", logger="zeroflow")
-    first = shards.build(SMALL, *text[:2], tmp_path)
+    first = build.build(SMALL, *text[:2], tmp_path)
     assert first.why == "nothing of its kind was there"
-    other = shards.build(SMALL.replace(**change), *text[:2], tmp_path)
+    other = build.build(SMALL.replace(**change), *text[:2], tmp_path)
     assert other.path != first.path and not other.reused
     assert other.why == f"{first.path.name} has {told}"
     assert f"shards have to be built: {first.path.name} has {told}" in caplog.messages
@@ -688,10 +699,10 @@ def test_file_of_the_corpus_that_changed_is_named(text, tmp_path):
     settled = corpus.resolve(
         settled.replace(data_path=(f"{tmp_path}/texts/*",), data_revision=None)
     )
-    first = shards.build(SMALL, settled.corpus, text.tokens, tmp_path)
+    first = build.build(SMALL, settled.corpus, text.tokens, tmp_path)
     jsonl_corpus(tmp_path / "texts" / "b.jsonl", text.texts[:8])
     changed = corpus.resolve(settled.corpus.replace(data_revision=None))
-    why = shards.build(SMALL, changed.corpus, text.tokens, tmp_path).why
+    why = build.build(SMALL, changed.corpus, text.tokens, tmp_path).why
     before, now = settled.corpus.data_revision, changed.corpus.data_revision
     assert f"{first.path.name} has revision {before} instead of {now}, file b.jsonl " in why
     assert "a.jsonl" not in why
@@ -699,34 +710,34 @@ def test_file_of_the_corpus_that_changed_is_named(text, tmp_path):
 
 def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_path):
     far = SMALL.replace(packing="concat", token_type="uint16")
-    near = shards.build(SMALL, *text[:2], tmp_path)
-    shards.build(far, *text[:2], tmp_path)
-    why = shards.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+    near = build.build(SMALL, *text[:2], tmp_path)
+    build.build(far, *text[:2], tmp_path)
+    why = build.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
     assert f"the nearest of 2, {near.path.name}, has seq_len 32 instead of 16" in why
 
 
 def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):
-    first = shards.build(SMALL, *text[:2], tmp_path)
-    monkeypatch.setattr(shards, "_FORMAT", 4)
-    newer = shards.build(SMALL, *text[:2], tmp_path)
+    first = build.build(SMALL, *text[:2], tmp_path)
+    monkeypatch.setattr(build, "_FORMAT", 4)
+    newer = build.build(SMALL, *text[:2], tmp_path)
     assert newer.why == f"{first.path.name} has format 3 instead of 4"
     for built in (first, newer):
-        (built.path / shards.PLAN).unlink()
-    why = shards.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+        (built.path / PLAN).unlink()
+    why = build.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
     assert first.path.name in why and newer.path.name in why and "is unknown" in why
 
 
 def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
-    built = shards.build(SMALL, *text[:2], tmp_path)
+    built = build.build(SMALL, *text[:2], tmp_path)
     for part in built.part_paths:
         shutil.rmtree(part)
-    why = shards.build(SMALL, *text[:2], tmp_path).why
+    why = build.build(SMALL, *text[:2], tmp_path).why
     assert f"{built.path.name} was begun before, and its first part is not complete" in why
 
 
 def test_seed_counts_for_synthetic_data_only(text, tmp_path):
     def path(settled, tokens, seed):
-        return shards.build(SMALL, settled, tokens, tmp_path, seed=seed).path
+        return build.build(SMALL, settled, tokens, tmp_path, seed=seed).path
 
     assert path(*text[:2], 0) == path(*text[:2], 1)
     tokens = synthetic_tokens(300)
@@ -751,7 +762,7 @@ def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
 BUILD = """
 import sys
 from pathlib import Path
-from zeroflow.data import corpus, parts, shards
+from zeroflow.data import build, corpus, parts, shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerFiles
 
@@ -759,7 +770,7 @@ config, text, tokens, cache, slice_bytes = sys.argv[1:]
 corpus.SLICE_BYTES = int(slice_bytes)
 print("ready", flush=True)
 sys.stdin.readline()
-built = shards.build(
+built = build.build(
     shards.ShardConfig.model_validate_json(config),
     CorpusConfig.model_validate_json(text),
     TokenizerFiles.model_validate_json(tokens),
@@ -789,7 +800,7 @@ def test_two_processes_at_once_share_the_work_and_both_succeed(text, tmp_path, m
     assert built[0].replace(reused=False) == built[1].replace(reused=False)
 
     monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
-    alone = shards.build(ALL, *text[:2], tmp_path / "alone")
+    alone = build.build(ALL, *text[:2], tmp_path / "alone")
     assert digests(built[0]) == digests(alone)
 
 
@@ -800,7 +811,7 @@ def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_on
     monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
     rng = random.Random(0)
     many = jsonl_corpus(tmp_path / "a.jsonl", [english(rng) for _ in range(1000)])
-    undisturbed = shards.build(ALL, many, text.tokens, tmp_path / "undisturbed")
+    undisturbed = build.build(ALL, many, text.tokens, tmp_path / "undisturbed")
     assert undisturbed.parts > 60
 
     settings = [part.model_dump_json() for part in (ALL, many, text.tokens)]
@@ -822,7 +833,7 @@ def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_on
         process.kill()
         process.communicate()
         assert complete() >= before, "no finished part is ever lost"
-    built = shards.build(ALL, many, text.tokens, cache)
+    built = build.build(ALL, many, text.tokens, cache)
     assert digests(built) == digests(undisturbed)
 
 
@@ -836,9 +847,9 @@ def digests(built: ShardSet) -> list[dict[str, str]]:
 def test_files_are_the_same_in_however_small_pieces_they_are_written(
     small_pieces, text, tmp_path, monkeypatch
 ):
-    whole = shards.build(ALL, *text[:2], tmp_path / "whole")
+    whole = build.build(ALL, *text[:2], tmp_path / "whole")
     monkeypatch.setattr(artifacts, "_WRITE_BYTES", 1000)
-    pieces = shards.build(ALL, *text[:2], tmp_path / "pieces")
+    pieces = build.build(ALL, *text[:2], tmp_path / "pieces")
     for mine, theirs in zip(pieces.part_paths, whole.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
 
@@ -866,12 +877,12 @@ def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
     try:
         many = jsonl_corpus(tmp_path / "a.jsonl", text.texts * 10)
         with pytest.raises(OSError, match=r"no space is left in .* the parts that are complete"):
-            shards.build(ALL, many, text.tokens, disk)
+            build.build(ALL, many, text.tokens, disk)
         complete = list(disk.glob("shards/*/part-*"))
         assert complete and all(parts.existing(part) for part in complete)
         assert not list(disk.glob("shards/*/.*.partial"))
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        built = shards.build(ALL, many, text.tokens, disk)
+        built = build.build(ALL, many, text.tokens, disk)
     finally:
         subprocess.run(["umount", disk], check=True)
     assert built.documents == 600

@@ -25,16 +25,18 @@ from tiny import (
     training_job,
 )
 
-from zeroflow import artifacts, generate
+from zeroflow import artifacts
 from zeroflow.data.tokenizer import TokenizerFiles
-from zeroflow.generate import SamplingConfig
 from zeroflow.model.llama import ModelConfig
-from zeroflow.training import checkpoint
-from zeroflow.training.__main__ import Session
+from zeroflow.training import checkpoint, sampling
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Clock
-from zeroflow.training.loop import TrainingConfig, TrainState, new_state, train
+from zeroflow.training.loop import train
+from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
+from zeroflow.training.session import Session
+from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.validation import validation_loss
 
 CONFIG = training_config(steps=6)
@@ -135,7 +137,7 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
     validation_loss(state.model, rows, 5, 2)
     ids = TokenizerFiles(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
-    generate.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
+    sampling.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
     path = save(state, tmp_path, keep=1)
     resumed = new_state(MODEL, CONFIG)
     load(resumed, path)

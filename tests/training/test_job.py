@@ -13,9 +13,19 @@ from types import SimpleNamespace
 import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
 
-from zeroflow import artifacts
-from zeroflow.training import events, job, zero
-from zeroflow.training.job import TrainResult
+from zeroflow import artifacts, records
+from zeroflow.training import launch as launch_module
+from zeroflow.training import zero
+from zeroflow.training.job import (
+    JOB,
+    RESULT,
+    RunIsBusy,
+    TrainingFailed,
+    TrainResult,
+    finished,
+    why_trained,
+)
+from zeroflow.training.launch import _environment, _pass_on, _SignsOfLife, launch, ownership
 
 
 @pytest.fixture
@@ -28,8 +38,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
 def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path, passed, days):
-    alive = tmp_path / events.ALIVE
-    signs = job._SignsOfLife(tmp_path)
+    alive = tmp_path / records.ALIVE
+    signs = _SignsOfLife(tmp_path)
     for number in range(3):
         passed[0] += 50
         assert signs.seconds_since_last() == 50
@@ -39,8 +49,8 @@ def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
 def test_file_that_is_not_touched_is_none(tmp_path, passed, days):
-    touch(tmp_path / events.ALIVE, time.time() + 86_400 * days)
-    signs = job._SignsOfLife(tmp_path)
+    touch(tmp_path / records.ALIVE, time.time() + 86_400 * days)
+    signs = _SignsOfLife(tmp_path)
     assert signs.seconds_since_last() == 0
     passed[0] += 500
     assert signs.seconds_since_last() == 500
@@ -54,10 +64,10 @@ def touch(file: Path, when: float) -> None:
 def test_compiled_code_is_kept_with_the_cache_unless_the_user_says_where(monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
-    environment = job._environment(Path("cache/compile"))
+    environment = _environment(Path("cache/compile"))
     assert environment["TRITON_CACHE_DIR"] == str(Path("cache/compile/triton"))
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "mine"
-    assert "TRITON_CACHE_DIR" not in job._environment(None)
+    assert "TRITON_CACHE_DIR" not in _environment(None)
 
 
 def test_bytecode_is_kept_where_the_interpreter_keeps_none(tmp_path, monkeypatch):
@@ -65,15 +75,15 @@ def test_bytecode_is_kept_where_the_interpreter_keeps_none(tmp_path, monkeypatch
     monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
     source = tmp_path / "torch.py"
     source.write_text("")
-    monkeypatch.setattr(job.torch, "__file__", str(source))
-    environment = job._environment(tmp_path / "compile")
+    monkeypatch.setattr(launch_module.torch, "__file__", str(source))
+    environment = _environment(tmp_path / "compile")
     command = [sys.executable, "-c", "import torch"]
     environment["PYTHONPATH"] = str(tmp_path)
     subprocess.run(command, env=environment, cwd=tmp_path, check=True)
     assert list((tmp_path / "compile" / "python").rglob("torch.*.pyc"))
 
     py_compile.compile(str(source))
-    environment = job._environment(tmp_path / "compile")
+    environment = _environment(tmp_path / "compile")
     assert "PYTHONPYCACHEPREFIX" not in environment
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
 
@@ -97,7 +107,7 @@ def test_rank_0_says_what_goes_on_and_others_what_goes_wrong(rank, caplog):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    job._pass_on(child, deque())
+    _pass_on(child, deque())
     child.wait()
     heard = [(record.levelname, record.getMessage()) for record in caplog.records]
     if rank:
@@ -112,7 +122,7 @@ def test_child_is_alone_whatever_a_launcher_has_told_the_flow(monkeypatch):
     told = {"RANK": "3", "WORLD_SIZE": "4"}
     for name, number in told.items():
         monkeypatch.setenv(name, number)
-    environment = job._environment(None) | zero.environment(0, 1, Path("meeting"))
+    environment = _environment(None) | zero.environment(0, 1, Path("meeting"))
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
 
 
@@ -136,21 +146,21 @@ def test_training_that_goes_on_says_from_where_and_why(tmp_path):
     planned = training_job(tmp_path / "run", rows, tokens, model=MODEL, training=training)
 
     def why() -> str:
-        assert job.finished(planned) is None
-        return job.why_trained(planned, lambda: "no other run is like it")
+        assert finished(planned) is None
+        return why_trained(planned, lambda: "no other run is like it")
 
     assert why() == "no other run is like it"
-    artifacts.write_json(planned.run_dir / job.JOB, {})
+    artifacts.write_json(planned.run_dir / JOB, {})
     assert why() == "it was started before, and ended without a checkpoint"
     (planned.checkpoints / "step-00000004").mkdir(parents=True)
     newest = "its newest checkpoint is of step 4 of 6"
     assert why() == f"it was not trained to its end: {newest}"
-    artifacts.write_json(planned.run_dir / job.RESULT, result(planned.checkpoints, 4))
+    artifacts.write_json(planned.run_dir / RESULT, result(planned.checkpoints, 4))
     assert why() == f"it was trained to step 4, and more are asked for: {newest}"
-    artifacts.write_json(planned.run_dir / job.RESULT, result(planned.checkpoints, 6))
+    artifacts.write_json(planned.run_dir / RESULT, result(planned.checkpoints, 6))
     assert why() == f"step-00000006 is gone: {newest}"
     (planned.checkpoints / "step-00000004").rename(planned.checkpoints / "step-00000006")
-    assert job.finished(planned) is not None
+    assert finished(planned) is not None
 
 
 def result(checkpoints: Path, steps: int) -> dict[str, object]:
@@ -169,28 +179,28 @@ def result(checkpoints: Path, steps: int) -> dict[str, object]:
 
 
 def test_process_that_ends_on_a_full_disk_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
-    with pytest.raises(job.TrainingFailed, match=r"the disk of .* has 0 bytes left") as failure:
-        job.launch("no_such_module", tmp_path / "job.json", tmp_path, lambda event: None)
+    monkeypatch.setattr(launch_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(TrainingFailed, match=r"the disk of .* has 0 bytes left") as failure:
+        launch("no_such_module", tmp_path / "job.json", tmp_path, lambda event: None)
     assert failure.value.reason == "error"
 
 
 def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
-    with job.ownership() as own, job.ownership() as other:
-        own(tmp_path / "run")
-        own(tmp_path / "run")
-        with pytest.raises(job.RunIsBusy, match="another process is at work on run run"):
+    with ownership() as acquire, ownership() as other:
+        acquire(tmp_path / "run")
+        acquire(tmp_path / "run")
+        with pytest.raises(RunIsBusy, match="another process is at work on run run"):
             other(tmp_path / "run")
         other(tmp_path / "another")
-    with job.ownership() as own:
-        own(tmp_path / "run")
+    with ownership() as acquire:
+        acquire(tmp_path / "run")
 
 
 def test_peak_memory_is_of_the_process_itself_not_of_the_one_that_started_it():
     held = b"x" * 2**30  # getrusage of a child begins with what its parent holds
     code = (
-        "from types import SimpleNamespace as N; from zeroflow.training import __main__ as program;"
-        "job = N(training=N(compute=N(device='cpu'))); print(program.peak_memory_bytes(job))"
+        "from types import SimpleNamespace as N; from zeroflow.training import recorder;"
+        "job = N(training=N(compute=N(device='cpu'))); print(recorder.peak_memory_bytes(job))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

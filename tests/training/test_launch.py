@@ -11,22 +11,24 @@ import psutil
 import pytest
 from tiny import MODEL, training_config
 
-from zeroflow import artifacts
-from zeroflow.training import events, job, zero
-from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped, launch
+from zeroflow import artifacts, records
+from zeroflow.training import launch as launch_module
+from zeroflow.training import zero
+from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped
+from zeroflow.training.launch import WATCH_PARENT, _end, launch
 
 
 @pytest.fixture
 def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "ä folder"
     folder.mkdir()
-    paths = (Path(__file__).parent, Path(__file__).parents[1])
+    paths = (Path(__file__).parents[1] / "helpers",)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given = RankJob(run_dir=folder, model=MODEL, training=training_config(ranks=2))
     artifacts.write_json(folder / "job.json", given.model_dump(mode="json"))
     (folder / "fate").write_text("none")
-    (folder / ".meeting-before").touch()  # as of ranks that were killed with their parent
+    (folder / ".rendezvous-before").touch()  # as of ranks that were killed with their parent
     return folder / "job.json"
 
 
@@ -39,12 +41,12 @@ def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more
     finally:
         pids = started(folder)["pids"]
         assert not any(map(psutil.pid_exists, pids))
-        assert not list(folder.glob(".meeting-*"))
+        assert not list(folder.glob(".rendezvous-*"))
     return pids
 
 
-def started(folder: Path) -> events.Line:
-    [line] = [e for e in events.read(folder / events.EVENTS) if e["event"] == "started"]
+def started(folder: Path) -> records.Line:
+    [line] = [e for e in records.read(folder / records.EVENTS) if e["event"] == "started"]
     return line
 
 
@@ -56,7 +58,7 @@ def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
 
 
 def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, monkeypatch):
-    monkeypatch.setattr(job, "_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(launch_module, "_GRACE_SECONDS", 1.0)
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: none, 1: -9") as failure:
         meet(job_file, "killed while others are frozen")
     assert failure.value.reason == "killed"
@@ -64,21 +66,21 @@ def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, 
 
 @pytest.mark.parametrize(("writing", "code"), [(True, 0), (False, None)])
 def test_rank_that_writes_a_checkpoint_is_waited_for(writing, code, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(launch_module, "_GRACE_SECONDS", 0.2)
     if writing:
         (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
     script = "import sys, time; rank = int(sys.argv[1]); time.sleep(1.5 - 1.5 * rank); exit(rank)"
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
     ranks[1].wait()
-    assert job._end(ranks, tmp_path) == [code, 1]
+    assert _end(ranks, tmp_path) == [code, 1]
     assert all(rank.poll() is not None for rank in ranks)
 
 
 def test_rank_whose_parent_is_gone_before_it_has_met_the_others_does_not_wait(job_file):
     """They may be gone as well."""
-    told = zero.environment(1, 2, zero.meeting_place(job_file.parent))
+    told = zero.environment(1, 2, zero.rendezvous_file(job_file.parent))
     rank = subprocess.Popen(
-        [sys.executable, "-m", "meeting", str(job_file), job.WATCH_PARENT],
+        [sys.executable, "-m", "meeting", str(job_file), WATCH_PARENT],
         env=os.environ | told,
         stdin=subprocess.PIPE,
     )
@@ -102,7 +104,7 @@ def test_rank_that_hangs_is_noticed(job_file):
 
 
 def test_signal_to_one_rank_stops_all(job_file):
-    def terminate(event: events.Line) -> None:
+    def terminate(event: records.Line) -> None:
         if event["event"] == "started":
             os.kill(event["pids"][1], signal.SIGTERM)
 
@@ -112,15 +114,15 @@ def test_signal_to_one_rank_stops_all(job_file):
 
 def test_ranks_whose_parent_is_killed_stop_together(job_file):
     folder = job_file.parent
-    command = "import sys; from pathlib import Path; from zeroflow.training.job import launch; "
+    command = "import sys; from pathlib import Path; from zeroflow.training.launch import launch; "
     command += "f = Path(sys.argv[1]); launch('meeting', f, f.parent, lambda event: None, ranks=2)"
     parent = subprocess.Popen([sys.executable, "-c", command, str(job_file)])
-    wait_for(lambda: (folder / events.EVENTS).exists())
+    wait_for(lambda: (folder / records.EVENTS).exists())
     parent.kill()
     parent.wait()
     pids = started(folder)["pids"]
     wait_for(lambda: not any(map(psutil.pid_exists, pids)))
-    assert [e["event"] for e in events.read(folder / events.EVENTS)] == ["started", "stopped"]
+    assert [e["event"] for e in records.read(folder / records.EVENTS)] == ["started", "stopped"]
 
 
 def wait_for(there) -> None:

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from tiny import CPU, DEVICES, MODEL, NO_END, RandomBatches, training_config
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.training.loop import ComputeConfig, loss_sum, new_state, train, train_step
+from zeroflow.training.config import ComputeConfig
+from zeroflow.training.loop import loss_sum, train, train_step
+from zeroflow.training.state import new_state
 
 EIGHT_ROWS = RandomBatches(rows=8).micro_batches(0)
 

@@ -6,19 +6,21 @@ from pathlib import Path
 import corrupted
 import numpy as np
 import pytest
-from conftest import Text
 from mlflow.tracking import MlflowClient
-from tiny import MODEL, jsonl_corpus, training_config, training_job
+from tiny import MODEL, Text, jsonl_corpus, training_config, training_job
 
-from zeroflow import tracking
-from zeroflow.data import lookup
+from zeroflow import records
+from zeroflow.data import provenance
 from zeroflow.data.batches import Batches, Skip, row_ids
+from zeroflow.data.build import build
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import Rows, ShardConfig, build
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch
-from zeroflow.tracking import TrackingConfig
-from zeroflow.training import events, recovery
-from zeroflow.training import job as jobs
+from zeroflow.tracking.config import TrackingConfig, location
+from zeroflow.tracking.store import run_facts
+from zeroflow.training import launch as launch_module
+from zeroflow.training import recovery
 from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
 
 
@@ -39,7 +41,7 @@ def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Ent
     now = recovery.applied(job, ledger)
     entry = recovery.remedy(now, TrainingFailed("it failed", reason, step), ledger)
     if entry:
-        events.append(job.run_dir / recovery.LEDGER, entry.model_dump(mode="json"))
+        records.append(job.run_dir / recovery.LEDGER, entry.model_dump(mode="json"))
     return entry
 
 
@@ -113,11 +115,11 @@ def noisy_job(job: TrainingJob, text: Text, tmp_path: Path) -> TrainingJob:
     corpus = jsonl_corpus(tmp_path / "noisy.jsonl", texts)
     config = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=8, validation_fraction=0.05)
     rows = build(config, corpus, text.tokens, tmp_path)
-    everything = lookup.pieces(rows, text.tokens, np.arange(rows.train.rows))
+    everything = provenance.pieces(rows, text.tokens, np.arange(rows.train.rows))
     [noise] = [piece.row for piece in everything if piece.document == "d10"]
     batch = np.arange(4 * (SPIKE - 1), 4 * SPIKE)
     seed = next(s for s in range(10**4) if noise in row_ids(batch, rows.train.rows, s))
-    uri, folder = tracking.location(tmp_path)
+    uri, folder = location(tmp_path)
     return job.replace(
         model=MODEL.replace(vocab_size=text.tokens.vocab_size),
         training=training_config(seed=seed, steps=STEPS, peak=3e-3, micro_batch_rows=4),
@@ -155,9 +157,11 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
 
     Meanwhile the clock is set to and fro by days.
     """
-    launch = jobs.launch
-    monkeypatch.setattr(jobs, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    launch = launch_module.launch
+    monkeypatch.setattr(
+        launch_module, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more)
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", corrupted.jumping_time)
@@ -167,7 +171,7 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert spike.reason == broken.reason == "diverged"
     assert f"step {SPIKE} has " in spike.message and "usual is up to" in spike.message
     assert spike.skip == Skip(step=70, batches=SPIKE - 70), "from the newest checkpoint on"
-    found = events.read(noisy_job.run_dir / events.EVENTS)
+    found = records.read(noisy_job.run_dir / records.EVENTS)
     last = corrupted.AT_STEP + 5
     skipped = [event["step"] for event in found if event["event"] == "skipped"]
     assert skipped == [*range(corrupted.AT_STEP, last + 1)], "six in a row"
@@ -175,14 +179,14 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert broken.skip == Skip(step=75, batches=last - 75)
     assert [event["step"] for event in found if event["event"] == "started"] == [0, 70, 75]
 
-    lines = [line for line in events.read(noisy_job.run_dir / events.METRICS) if "loss" in line]
+    lines = [line for line in records.read(noisy_job.run_dir / records.METRICS) if "loss" in line]
     times = [line["time"] for line in lines]
     assert max(times) - min(times) > 6 * 86_400 and times != sorted(times)
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     assert max(line["loss"] for line in lines[60:]) < 1.8, "without the spike"
 
     # MLflow takes no point back: steps that were left keep what was seen of them first
-    run_id = (tracking.run_facts(noisy_job.run_dir) or {})["run_id"]
+    run_id = (run_facts(noisy_job.run_dir) or {})["run_id"]
     client = MlflowClient(noisy_job.tracking.uri)
     history = {p.step: p.value for p in client.get_metric_history(run_id, "loss/train")}
     assert len(client.get_metric_history(run_id, "loss/train")) == len(history) == STEPS

@@ -17,8 +17,10 @@ from tiny import CPU, MODEL, training_config
 
 from zeroflow import artifacts
 from zeroflow.training import checkpoint
-from zeroflow.training.job import RankJob, launch
-from zeroflow.training.loop import TrainingConfig, new_state
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.job import RankJob
+from zeroflow.training.launch import launch
+from zeroflow.training.state import new_state
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
@@ -63,7 +65,7 @@ def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> lis
     job = RankJob(run_dir=folder, model=MODEL, training=config.replace(accumulate=2, ranks=2))
     artifacts.write_json(folder / "job.json", job.model_dump(mode="json"))
     with pytest.MonkeyPatch.context() as patch:
-        paths = (Path(__file__).parent, Path(__file__).parents[1])
+        paths = (Path(__file__).parents[1] / "helpers",)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         launch("ranks", folder / "job.json", folder, lambda event: None, ranks=2)

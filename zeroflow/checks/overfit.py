@@ -16,16 +16,20 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from zeroflow import artifacts, reuse
+from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.data.shards import Rows, ShardSet
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardSet
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import CheckResult
-from zeroflow.training import events, worker, zero
-from zeroflow.training.job import RankJob, launch
-from zeroflow.training.loop import BatchSource, TrainingConfig, TrainState, new_state, train
+from zeroflow.training import worker, zero
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.job import RankJob
+from zeroflow.training.launch import launch
+from zeroflow.training.loop import BatchSource, train
 from zeroflow.training.schedule import Schedule
+from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.overfit")
@@ -182,8 +186,10 @@ def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
     """Whether no gradient has moved `parameter`; weight decay alone moves it as well."""
-    reached = zero.whole(state.optimizer.state[parameter]["exp_avg_sq"]).any()
-    return not reached or torch.equal(zero.whole(parameter.detach()), zero.whole(before))
+    reached = zero.full_tensor(state.optimizer.state[parameter]["exp_avg_sq"]).any()
+    return not reached or torch.equal(
+        zero.full_tensor(parameter.detach()), zero.full_tensor(before)
+    )
 
 
 def _before(run_dir: Path) -> OverfitResult | None:
@@ -216,18 +222,18 @@ def work(job: OverfitJob, stop: Stop) -> None:
     worker.make_deterministic()
     state = new_state(job.model, config)
     batch = fixed_batch(Rows(job.shards, "train"), document_mask=config.document_mask)
-    history = job.run_dir / events.EVENTS
+    history = job.run_dir / records.EVENTS
     result = overfit(state, batch, config, job.limits, stop)
     if zero.rank() > 0:
         return
     if result is None:
         message = "the overfit check was stopped; the same command repeats it"
-        events.append(history, {"event": "stopped", "message": message})
+        records.append(history, {"event": "stopped", "message": message})
         return
     result = result.replace(job=_fingerprint(job), identity=_identity(job))
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
     log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
-    events.append(history, {"event": "done"})
+    records.append(history, {"event": "done"})
 
 
 if __name__ == "__main__":

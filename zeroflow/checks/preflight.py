@@ -23,19 +23,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zeroflow import artifacts, reuse
+from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
 from zeroflow.data import tokenizer
 from zeroflow.data.batches import Batches, MicroBatch
-from zeroflow.data.parts import Split
-from zeroflow.data.shards import Rows, ShardSet
+from zeroflow.data.part_facts import Split
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import TokenizerFiles
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult
-from zeroflow.training import checkpoint, events, recovery, worker, zero
+from zeroflow.training import checkpoint, recovery, worker, zero
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
-from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob, launch
-from zeroflow.training.loop import TrainingConfig, TrainState, loss_sum, new_state, train_step
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob
+from zeroflow.training.launch import launch
+from zeroflow.training.loop import loss_sum, train_step
+from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.preflight")
@@ -238,7 +242,7 @@ def data_checks(job: PreflightJob) -> Iterator[Check]:
 
 def _of_all(check: Check) -> Check:
     """`check` as rank 0 made it, but passed only if it did on every rank."""
-    of_first = zero.on_first(lambda: check.passed)
+    of_first = zero.on_rank0(lambda: check.passed)
     if not check.passed and (zero.rank() == 0 or of_first):
         log.warning("pre-flight: %s: FAILED, %s; %s", check.name, check.figure, check.sentence)
     if zero.is_any(not check.passed) and check.passed:
@@ -325,7 +329,7 @@ def gradients(state: TrainState, batch: MicroBatch) -> Check:
 def _reached(parameter: Tensor) -> bool:
     if parameter.grad is None:
         return False
-    gradient = zero.whole(parameter.grad)
+    gradient = zero.full_tensor(parameter.grad)
     return bool(gradient.any() and gradient.isfinite().all())
 
 
@@ -496,7 +500,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
     If they are the same, the state is left as it was. `folder` is removed.
     """
     remove = partial(shutil.rmtree, folder, ignore_errors=True)
-    zero.on_first(remove)
+    zero.on_rank0(remove)
     begin = time.monotonic()
     tensors = _tensors(state)
     size = f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.0f} MB"
@@ -506,10 +510,10 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
     try:
         saver = Saver(folder, Retention(keep=1), tokenizer=fingerprint)
         saver.save(state)
-        zero.on_first(saver.wait)
+        zero.on_rank0(saver.wait)
         for tensor in tensors.values():
             tensor.zero_()
-        saved = zero.on_first(partial(checkpoint.latest, folder))
+        saved = zero.on_rank0(partial(checkpoint.latest, folder))
         if saved is None:
             raise CheckpointError("what was written is damaged: look at the disk")
         checkpoint.load(state, saved, tokenizer=fingerprint)
@@ -525,7 +529,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
             sentence = f"{what} came back otherwise: look at `checkpoint`, and at the disk"
         found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
     found = _of_all(found)  # by which all have read it
-    zero.on_first(remove)
+    zero.on_rank0(remove)
     return found
 
 
@@ -585,9 +589,9 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     """All that training changes; listed here, so that a checkpoint that forgets some is noticed."""
     tensors = {"skipped": state.skipped}
     for name, parameter in zero.named_parameters(state.model):
-        tensors[name] = zero.part(parameter.detach())
+        tensors[name] = zero.local_shard(parameter.detach())
         for key, value in state.optimizer.state[parameter].items():
-            tensors[f"{key} of {name}"] = zero.part(value)
+            tensors[f"{key} of {name}"] = zero.local_shard(value)
     return tensors
 
 
@@ -605,7 +609,7 @@ def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.compute.deterministic:
         worker.make_deterministic()
-    history = job.run_dir / events.EVENTS
+    history = job.run_dir / records.EVENTS
     done: list[Check] = []
     stopped = False
     for check in checks(job):
@@ -618,13 +622,13 @@ def work(job: PreflightJob, stop: Stop) -> None:
         return
     if stopped:
         message = "the pre-flight was stopped; the same command repeats it"
-        events.append(history, {"event": "stopped", "message": message})
+        records.append(history, {"event": "stopped", "message": message})
         return
     result = _result(job.identity, done, seconds=time.monotonic() - begin)
     artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
     verdict = "passed" if result.passed else "FAILED"
     log.info("pre-flight %s: %d checks in %.1f s", verdict, len(done), result.seconds)
-    events.append(history, {"event": "done"})
+    records.append(history, {"event": "done"})
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from typing import Literal, NamedTuple, get_args
 import psutil
 from pydantic import NonNegativeInt, PositiveInt
 
+from zeroflow import records
 from zeroflow.config import Config
-from zeroflow.training import checkpoint, events
-from zeroflow.training.job import JOB, TrainingFailed, TrainingJob, alone, train
+from zeroflow.training import checkpoint
+from zeroflow.training.job import JOB, TrainingFailed, TrainingJob
+from zeroflow.training.launch import alone, train
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class _Interval(NamedTuple):
 def prove(
     job: TrainingJob,
     config: ProofConfig,
-    on_event: Callable[[events.Line], None] = lambda event: None,
+    on_event: Callable[[records.Line], None] = lambda event: None,
 ) -> Proof:
     """Train `job` undisturbed and killed, in directories below its own, and compare.
 
@@ -138,7 +140,7 @@ def prove(
             side.run_dir.mkdir(parents=True)
         log.info("training undisturbed: %s", undisturbed.run_dir)
         start_up = _train_undisturbed(undisturbed, on_event)
-        lines = events.read(undisturbed.run_dir / events.EVENTS)
+        lines = records.read(undisturbed.run_dir / records.EVENTS)
         moments = _moments(_intervals(lines, start_up), config, last=job.training.steps)
         kills = _train_killed(killed, moments, Random(config.kill_seed), on_event)
         return compare(undisturbed, killed, kills, config.kills)
@@ -149,11 +151,11 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
     return job.replace(run_dir=job.run_dir / name, tracking=tracking)
 
 
-def _train_undisturbed(job: TrainingJob, on_event: Callable[[events.Line], None]) -> float:
+def _train_undisturbed(job: TrainingJob, on_event: Callable[[records.Line], None]) -> float:
     """Seconds that it took to start."""
     start_up = 0.0
 
-    def follow(line: events.Line) -> None:
+    def follow(line: records.Line) -> None:
         nonlocal start_up
         if line["event"] == "started" and (ranks := _ranks(job)):
             start_up = line["time"] - ranks[0].create_time()
@@ -167,7 +169,7 @@ def _train_killed(
     job: TrainingJob,
     moments: list[_Interval],
     random: Random,
-    on_event: Callable[[events.Line], None],
+    on_event: Callable[[records.Line], None],
 ) -> list[Kill]:
     """Train to the end, killed at a random point of each of `moments`; the kills that came in time.
 
@@ -241,10 +243,10 @@ def _killer(
         thread.join()
 
 
-def _tail(job: TrainingJob) -> events.Tail:
+def _tail(job: TrainingJob) -> records.Tail:
     """The history of what comes from now on."""
-    history = job.run_dir / events.EVENTS
-    return events.Tail(history, events.size(history))
+    history = job.run_dir / records.EVENTS
+    return records.Tail(history, records.size(history))
 
 
 def _ranks(job: TrainingJob) -> list[psutil.Process]:
@@ -260,14 +262,14 @@ def _ranks(job: TrainingJob) -> list[psutil.Process]:
     return [process for _, process in sorted(found, key=lambda one: one[0])]
 
 
-def _kind(line: events.Line) -> str | None:
+def _kind(line: records.Line) -> str | None:
     """Which of the lines it is that mark a moment of a training."""
     if line["event"] == "metrics":
         return "val_loss" if "val_loss" in line else "loss"
     return line["event"] if line["event"] in ("started", "saved") else None
 
 
-def _reaches(line: events.Line, moment: _Interval) -> bool:
+def _reaches(line: records.Line, moment: _Interval) -> bool:
     """Whether the moment begins with `line`, or began in what a checkpoint made unnecessary."""
     kind = _kind(line)
     if kind is None or line["step"] < moment.step:
@@ -275,7 +277,7 @@ def _reaches(line: events.Line, moment: _Interval) -> bool:
     return line["step"] > moment.step or kind in (moment.after, "started")
 
 
-def _intervals(lines: list[events.Line], start_up_seconds: float) -> list[_Interval]:
+def _intervals(lines: list[records.Line], start_up_seconds: float) -> list[_Interval]:
     """What an undisturbed training did, and for how long."""
     intervals = [_Interval("start-up", 0, "", start_up_seconds)]
     marked = [line for line in lines if _kind(line)]
@@ -318,7 +320,7 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
     return chosen
 
 
-def _seen(job: TrainingJob, lines: list[events.Line]) -> str:
+def _seen(job: TrainingJob, lines: list[records.Line]) -> str:
     """What was going on when a process was killed, by the lines and files that it left."""
     marked = [line for line in lines if _kind(line)]
     if not marked:
@@ -368,7 +370,7 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], as
 def _numbers(job: TrainingJob) -> _Found:
     """Every number that was logged, to the bit."""
     found: _Found = {}
-    for line in events.read(job.run_dir / events.METRICS):
+    for line in records.read(job.run_dir / records.METRICS):
         for quantity in _QUANTITIES:
             if quantity in line:
                 key, value = (line["step"], quantity), float(line[quantity]).hex()

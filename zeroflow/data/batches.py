@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from zeroflow.config import Config
-from zeroflow.data.shards import Rows
+from zeroflow.data.rows import Rows
 
 Ids = npt.NDArray[np.int64]
 
@@ -94,7 +94,7 @@ class Batches:
         ]
 
 
-class Ahead:
+class Prefetcher:
     """Makes the batch of the next step while this one is trained, by `make` in a thread."""
 
     def __init__(self, make: Callable[[int], list[MicroBatch]]) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from zeroflow import allocator, artifacts
+from zeroflow import artifacts
+from zeroflow.data import allocator
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
-from zeroflow.planning import decimal
 from zeroflow.training import zero
-from zeroflow.training.loop import TrainState
+from zeroflow.training.state import TrainState
+from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,9 @@ class Saver:
         """
         self.wait()
         path = self._folder / f"step-{state.step:08d}"
-        if zero.on_first(path.exists):
+        if zero.on_rank0(path.exists):
             return
-        zero.on_first(lambda: self.require_room(state))
+        zero.on_rank0(lambda: self.require_room(state))
         tensors = _tensors(state)
         facts = {
             "format": _FORMAT,
@@ -155,7 +155,7 @@ class Saver:
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         for name, tensor in tensors.items():
-            whole = zero.whole(tensor)
+            whole = zero.full_tensor(tensor)
             if zero.rank() > 0:
                 continue
             if name not in self._copies:

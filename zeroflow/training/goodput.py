@@ -13,8 +13,8 @@ from typing import Literal, Protocol, Self, get_args
 
 import torch
 
-from zeroflow.planning import duration
-from zeroflow.training import events
+from zeroflow import records
+from zeroflow.units import duration
 
 GOODPUT = "goodput.jsonl"
 _SHOWN = 5
@@ -124,7 +124,7 @@ class _DeviceMark:
 class Account:
     """The books of a run, added up."""
 
-    def __init__(self, lines: Iterable[events.Line] = ()) -> None:
+    def __init__(self, lines: Iterable[records.Line] = ()) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.restarts = 0
         """Processes that went on after one which had not ended in order."""
@@ -136,7 +136,7 @@ class Account:
         """Steps that count, but for the first one of every process."""
 
         self._step, self._is_first = 0, True
-        self._lines: list[events.Line] = []
+        self._lines: list[records.Line] = []
         for line in lines:
             self.add(line)
 
@@ -160,14 +160,14 @@ class Account:
         """Share of the wall time that trained the model as it is now."""
         return sum(self.shares[phase] for phase in GOOD)
 
-    def add(self, line: events.Line) -> None:
+    def add(self, line: records.Line) -> None:
         """Add a line of goodput.jsonl."""
         if "began" in line and self._lines:
             self._go_on(self._lines[-1], line)
         self._count(line)
         self._lines.append(line)
 
-    def _go_on(self, last: events.Line, first: events.Line) -> None:
+    def _go_on(self, last: records.Line, first: records.Line) -> None:
         """A process has gone on: with its `first` line, after the `last` of the one before."""
         self.steps_again += max(0, last["step"] - first["step"])
         restarts = self.seconds["restarts"]
@@ -182,7 +182,7 @@ class Account:
         for line in self._lines:
             self._count(line)
 
-    def _count(self, line: events.Line) -> None:
+    def _count(self, line: records.Line) -> None:
         for phase in PHASES:  # older versions had one more: waiting for MLflow at the end
             self.seconds[phase] += line["seconds"].get(phase, 0.0)
         if "began" in line:
@@ -192,7 +192,7 @@ class Account:
             self._step, self._is_first = line["step"], False
 
 
-class Books:
+class PhaseLedger:
     """The account of a run, and what a process of it adds."""
 
     def __init__(self, run_dir: Path, clock: Clock, *, kept: bool = True) -> None:
@@ -203,8 +203,8 @@ class Books:
         self.clock, self._kept = clock, kept
         self._path, self._booked = run_dir / GOODPUT, dict.fromkeys(PHASES, 0.0)
         if kept:  # a killed process may have left half a line
-            events.keep(self._path, lambda line: True)
-        self.account = Account(events.read(self._path))
+            records.keep(self._path, lambda line: True)
+        self.account = Account(records.read(self._path))
 
     def book(self, step: int, *, first: bool = False, ended: bool = False) -> Account:
         """Write what the phases have taken since the last time; waits for the device.
@@ -216,7 +216,7 @@ class Books:
         """
         self.clock.settle()
         seconds, before = dict(self.clock.seconds), self._booked
-        line: events.Line = {
+        line: records.Line = {
             "step": step,
             "time": self.clock.began + sum(seconds.values()),
             "ended": ended,
@@ -225,7 +225,7 @@ class Books:
         if first:
             line["began"] = self.clock.began
         if self._kept:
-            events.append(self._path, line)
+            records.append(self._path, line)
         self.account.add(line)
         self._booked = seconds
         return self.account
@@ -233,7 +233,7 @@ class Books:
 
 def read(run_dir: Path) -> Account:
     """What a run's processes have booked until now."""
-    return Account(events.read(run_dir / GOODPUT))
+    return Account(records.read(run_dir / GOODPUT))
 
 
 def summary(shares: Mapping[Phase, float], wall_seconds: float) -> str:

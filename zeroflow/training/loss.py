@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zeroflow.data.batches import IGNORED
-from zeroflow.planning import BF16_CAPABILITY, logits_bytes
+from zeroflow.device import BF16_CAPABILITY
 
 
 def cross_entropy_sum(
@@ -19,7 +19,7 @@ def cross_entropy_sum(
 
     The logits of hidden states (B, T, D) times the output matrix (V, D) are made a chunk of tokens
     at a time, in the type of the hidden states, and turned into their gradient where they lie:
-    `planning.logits_bytes` instead of three times B·T·V·4. So the gradients are there when the loss
+    `logits_bytes` instead of three times B·T·V·4. So the gradients are there when the loss
     is, and nothing is computed again in the backward pass: https://arxiv.org/abs/2410.10989,
     section 3.2. Those of the matrix are summed over the chunks in fp32.
 
@@ -96,6 +96,14 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
+
+
+def logits_bytes(gpu_memory: int | None) -> int:
+    """Size of the logits that the loss holds at once; `gpu_memory` is None on a CPU.
+
+    Large chunks are faster on a GPU, as the matrix's gradient is read and written for each.
+    """
+    return 2**30 if gpu_memory is None else gpu_memory // 20
 
 
 def _held_at_once(hidden: Tensor) -> int:

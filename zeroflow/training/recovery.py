@@ -13,12 +13,13 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from zeroflow import records
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip, largest_divisor
-from zeroflow.planning import decimal
-from zeroflow.tracking import LEDGER
-from zeroflow.training import checkpoint, events, job
+from zeroflow.tracking.tracker import LEDGER
+from zeroflow.training import checkpoint, launch
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
+from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Entry(Config):
 
 def read(run_dir: Path) -> list[Entry]:
     """The ledger of a run, oldest first."""
-    return [Entry.model_validate(line) for line in events.read(run_dir / LEDGER)]
+    return [Entry.model_validate(line) for line in records.read(run_dir / LEDGER)]
 
 
 def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
@@ -74,7 +75,7 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     return planned.replace(training=training, skips=skips)
 
 
-def train(planned: TrainingJob, on_event: Callable[[events.Line], None]) -> TrainResult:
+def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> TrainResult:
     """Train as the ledger says; a failure that can be helped is noted there, for another call.
 
     Raises:
@@ -85,7 +86,7 @@ def train(planned: TrainingJob, on_event: Callable[[events.Line], None]) -> Trai
     now = applied(planned, ledger)
     _back_off(ledger)
     try:
-        return job.train(now, on_event)
+        return launch.train(now, on_event)
     except TrainingFailed as failure:
         entry = remedy(now, failure, ledger)
         if entry is None:
@@ -99,7 +100,7 @@ def train(planned: TrainingJob, on_event: Callable[[events.Line], None]) -> Trai
 
 def note(run_dir: Path, entry: Entry) -> None:
     """Add `entry` to a run's ledger, aloud; from then on it is applied."""
-    events.append(run_dir / LEDGER, entry.model_dump(mode="json"))
+    records.append(run_dir / LEDGER, entry.model_dump(mode="json"))
     log.warning("%s", entry.action)
 
 

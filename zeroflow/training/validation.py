@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from zeroflow.data.batches import IGNORED, MicroBatch, to_micro_batch
-from zeroflow.data.shards import Rows
+from zeroflow.data.rows import Rows
 from zeroflow.model.llama import Llama
 from zeroflow.training import zero
 from zeroflow.training.loop import loss_sum

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import torch
 
-from zeroflow import artifacts
-from zeroflow.training import events, zero
-from zeroflow.training.job import LOGGED, WATCH_PARENT, FailureReason, RankJob
+from zeroflow import artifacts, records
+from zeroflow.training import zero
+from zeroflow.training.job import FailureReason, RankJob
+from zeroflow.training.launch import LOGGED, WATCH_PARENT
 
 _SAME_REQUEST_SECONDS = 1.0
 _ORPHAN_SECONDS = 600.0
@@ -83,14 +84,14 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         lock = run_dir / (f"worker-{rank}" if rank else "worker")
         with artifacts.exclusive(lock, waiting_for=waiting_for):
             if rank == 0:
-                zero.forget_meetings(run_dir)
-            with zero.joined(job.training.compute.device):
+                zero.remove_stale_rendezvous(run_dir)
+            with zero.process_group(job.training.compute.device):
                 work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
         message = _message(error, run_dir)
         failure = {"event": "failed", "message": message, "reason": _reason(error), "rank": rank}
         step = error.step if isinstance(error, Diverged) else None
-        events.append(run_dir / events.EVENTS, failure | {"step": step})
+        records.append(run_dir / records.EVENTS, failure | {"step": step})
         if zero.ranks() == 1:
             raise
         # On the usual way out it would wait for those that wait for it

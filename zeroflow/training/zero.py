@@ -18,30 +18,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zeroflow.model.llama import Llama
-from zeroflow.planning import Stage
+from zeroflow.training.workload import Stage
 
 T = TypeVar("T")
 
-_MEETING = "ZEROFLOW_MEETING"
+_RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
 """Environment variable with the file through which ranks find each other."""
 
 _PATIENCE = timedelta(hours=2)
 """Of ranks with each other. One may compile, or write a checkpoint, for minutes; and in a training
 whoever started them loses patience first, by `hang_seconds`."""
 
-_MEETING_FILE = ".meeting-"
+_RENDEZVOUS_PREFIX = ".rendezvous-"
 _SHARDS = "shards"
 
 
-def meeting_place(folder: Path) -> Path:
+def rendezvous_file(folder: Path) -> Path:
     """A file in `folder` that ranks which are yet to be started can find each other through."""
-    return folder / f"{_MEETING_FILE}{secrets.token_hex(8)}"
+    return folder / f"{_RENDEZVOUS_PREFIX}{secrets.token_hex(8)}"
 
 
-def forget_meetings(folder: Path) -> None:
+def remove_stale_rendezvous(folder: Path) -> None:
     """Remove what ranks that were killed with their parent have left; only those to come stay."""
-    for left in folder.glob(f"{_MEETING_FILE}*"):
-        if str(left) != os.environ.get(_MEETING):
+    for left in folder.glob(f"{_RENDEZVOUS_PREFIX}*"):
+        if str(left) != os.environ.get(_RENDEZVOUS):
             left.unlink(missing_ok=True)
 
 
@@ -60,14 +60,14 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        _MEETING: str(meeting),
+        _RENDEZVOUS: str(meeting),
         "CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else "",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
     }
 
 
 @contextmanager
-def joined(device: Literal["cpu", "cuda"]) -> Iterator[None]:
+def process_group(device: Literal["cpu", "cuda"]) -> Iterator[None]:
     """Be one of the ranks that the environment speaks of, until all of them end the block."""
     ranks_told = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks_told == 1:
@@ -75,7 +75,7 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[None]:
         return
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.FileStore(os.environ[_MEETING], ranks_told),
+        store=dist.FileStore(os.environ[_RENDEZVOUS], ranks_told),
         rank=int(os.environ["RANK"]),
         world_size=ranks_told,
         timeout=_PATIENCE,
@@ -103,7 +103,7 @@ def total(number: int) -> int:
     return _reduced(number, dist.ReduceOp.SUM)
 
 
-def most(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of the ranks."""
     return _reduced(number, dist.ReduceOp.MAX)
 
@@ -116,7 +116,7 @@ def _reduced(number: int, operation: Any) -> int:
     return int(tensor)
 
 
-def on_first(make: Callable[[], T]) -> T:
+def on_rank0(make: Callable[[], T]) -> T:
     """What `make` gives or raises on rank 0, which alone calls it, given or raised on all."""
     if ranks() == 1:
         return make()
@@ -192,19 +192,19 @@ def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters()
 
 
-def part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this rank keeps of `tensor`."""
     shared: Any = tensor
     return shared.to_local() if _is_shared(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """`tensor` gathered from all ranks, on each."""
     shared: Any = tensor
     return shared.full_tensor() if _is_shared(tensor) else tensor
 
 
-def norms_of_whole(norms: Tensor, of: Tensor) -> Tensor:
+def norms_of_full(norms: Tensor, of: Tensor) -> Tensor:
     """Norms of tensors that are shared out as `of` is, from the `norms` of this rank's parts."""
     shared: Any = of
     if not _is_shared(of):

@@ -1,0 +1,184 @@
+import argparse
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tiny import SHAPE
+
+from zeroflow.cli import commands, flags
+from zeroflow.cli.console import complaint
+from zeroflow.settings.run_config import RunConfig, leaves
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="program")
+    flags.add_settings(made, RunConfig, "run")
+    return made
+
+
+def read(*argv: str) -> RunConfig:
+    return RunConfig.model_validate(flags.read_settings(RunConfig, parser().parse_args(argv)))
+
+
+RUNS = [
+    RunConfig(),
+    RunConfig(
+        sweep="ours",
+        run_name="mine.1",
+        cache_dir="/some/where",
+        device="cpu",
+        seed=7,
+        model=SHAPE.model_dump(),
+        data={
+            "data_mode": "files",
+            "data_path": ("a/*.txt", "b.jsonl"),
+            "text_column": "body",
+            "bad_lines_limit": 3,
+            "deduplicate": True,
+            "data_revision": "abc",
+        },
+        tokenizer={
+            "tokenizer_name": "train",
+            "vocab_size": 1234,
+            "tokenizer_revision": "def",
+            "end_of_text": "<end>",
+        },
+        training={
+            "gpus": 2,
+            "zero_stage": 3,
+            "seq_len": 64,
+            "batch_size": 2,
+            "grad_accum_steps": 3,
+            "batch_tokens": 384,
+            "max_steps": 50,
+            "learning_rate": 1.5e-4,
+            "warmup_steps": 4,
+            "schedule": "wsd",
+            "precision": "bf16",
+            "fp8": True,
+            "compile": True,
+            "document_mask": True,
+            "z_loss": 1e-5,
+            "validation_tokens": 640,
+            "validation_fraction": 0.25,
+            "token_type": "uint16",
+            "packing": "concat",
+            "validate_every": 11,
+            "checkpoint_every": 12,
+            "keep_checkpoints": 3,
+            "keep_every": 24,
+            "deterministic": True,
+            "activation_checkpointing": "full",
+            "on_spike": "roll-back",
+            "hang_seconds": 600,
+            "log_interval": 13,
+            "sample_prompt": "Once upon - a time",
+            "sample_tokens": 5,
+        },
+        optimizer={
+            "beta1": 0.85,
+            "beta2": 0.99,
+            "epsilon": 1e-7,
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.5,
+        },
+        build={"data_workers": 3, "data_runner": "dask", "dask_address": "tcp://a:1"},
+        overfit={"overfit_steps": 33, "overfit_loss": 0.2},
+        skip_preflight=True,
+    ),
+    RunConfig(data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"}),
+    RunConfig(
+        model={"size": "small"},
+        data={"fineweb_subset": "sample-100BT", "allow_synthetic_fallback": True},
+        training={"compile": False},
+    ),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_flags_of_a_run_give_the_run_back(run):
+    assert read(*flags.flags(run)) == run
+
+
+def test_the_runs_above_change_every_setting():
+    defaults = dict(leaves(RunConfig()))
+    changed = {name for run in RUNS for name, value in leaves(run) if value != defaults[name]}
+    assert changed == set(defaults)
+
+
+def test_every_setting_has_a_flag_of_its_own():
+    found = [setting.flag for setting in flags.settings(RunConfig)]
+    assert len(found) == len(dict(leaves(RunConfig())))
+    assert len(set(found)) == len(found)
+    for setting in flags.settings(RunConfig):
+        assert setting.field.description, setting.flag
+
+
+def test_only_what_is_given_is_set():
+    run = read("--max-steps", "9", "--model-size", "small")
+    assert run.model_fields_set == {"training", "model"}
+    assert run.training.model_fields_set == {"max_steps"}
+    assert run.model.size == "small"
+    assert read() == RunConfig() and not read().model_fields_set
+
+
+def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
+    for setting in flags.settings(RunConfig):
+        kind = setting.field.annotation
+        if kind in (str, str | None, Path) or kind == tuple[str, ...] or "bool" in str(kind):
+            continue
+        try:
+            read(setting.flag, "banana")
+        except ValidationError as error:
+            message = complaint(error)
+            assert f"{setting.flag}: " in message and "'banana'" in message
+        except SystemExit:
+            assert f"{setting.flag}: invalid choice: 'banana'" in capsys.readouterr().err.replace(
+                "--size/--model-size", "--size"
+            )
+        else:
+            pytest.fail(f"{setting.flag} banana was taken")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-size=0"], "--batch-size: .* greater than 0 .found '0'"),
+        (["--seq-len=1"], "--seq-len: .* greater than or equal to 2"),
+        (["--run-name=a/b"], "--run-name: .*'a/b'"),
+        (["--hidden-size=32"], "a shape of your own needs num_hidden_layers"),
+        (["--data-mode=files"], "data_mode files needs data_path"),
+    ],
+)
+def test_complaint_is_in_the_words_of_the_command_line(argv, message):
+    with pytest.raises(ValidationError) as refused:
+        read(*argv)
+    said = complaint(refused.value)
+    assert said.count("\n") == 0
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(said)
+
+
+def test_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        read("--max-stepps", "9")
+    assert "--max-stepps" in capsys.readouterr().err
+
+
+def test_help_tells_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for setting in flags.settings(RunConfig):
+        assert setting.flag in text
+    assert "Default: 0.95." in text
+
+
+@pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])
+def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, command):
+    argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
+    assert commands.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no run mine in ") and "there are: none" in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from zeroflow.data import build, parts, statistics, tokenizer
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import BUILDS, ShardConfig, build_times
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.report import data_page
+from zeroflow.report.pages import quoted
+
+CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, validation_fraction=0.1)
+
+
+@pytest.fixture
+def built(text, tmp_path):
+    return build.build(CONFIG, *text[:2], tmp_path)
+
+
+def test_lengths_are_those_of_whole_documents(built, text):
+    seen = statistics.look(built, text.tokens)
+    table = [line for path in built.part_paths for line in parts.documents(path).to_pylist()]
+    trained = dict.fromkeys(line["id"] for line in table if line["split"] == "train")
+    texts = [text.texts[int(name[1:])] for name in trained]
+    expected = tokenizer.encoder(text.tokens).encode(texts).lengths + 1
+    assert seen.lengths.tolist() == expected.tolist()
+    assert seen.lengths.sum() == built.train.document_tokens
+
+
+def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
+    seen = statistics.look(built, text.tokens)
+    page = data_page.markdown(built, seen, text.tokens, picture="lengths.png")
+    assert f"revision {text.corpus.data_revision}" in page
+    assert "train, 400 tokens, encoded by fastokens" in page
+    padding = built.train.padding_tokens
+    share = padding / (built.train.rows * 33)
+    assert f"| padding | {padding:,} ({share:.2%})" in page
+    assert f"| documents | {built.train.documents} | {built.validation.documents} |" in page
+    assert "![tokens of the documents](lengths.png)" in page
+    assert "MB of text/s" in page
+    assert any(sample[:20] in document for sample in seen.samples for document in text.texts)
+
+
+def test_rate_is_of_parts_that_were_built_here_only(built, text):
+    again = build.build(CONFIG, *text[:2], built.path.parents[1])
+    assert again.reused
+    assert len(build_times(built.path)) == built.parts, "reading is no building"
+    (built.path / BUILDS).unlink()
+    seen = statistics.look(built, text.tokens)
+    assert seen.tokens_per_second is None
+    assert "Built here" not in data_page.markdown(built, seen, text.tokens, picture="x")
+
+
+def test_synthetic_data_is_shown_as_ids(tmp_path):
+    corpus = CorpusConfig(data_mode="synthetic")
+    tokens = tokenizer.fetch(
+        TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), corpus, tmp_path
+    )
+    built = build.build(CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokens, tmp_path)
+    seen = statistics.look(built, tokens)
+    ids = np.array([int(i) for i in seen.samples[0].split()])
+    assert ids.min() >= 0 and ids.max() < 300
+    assert "| bytes per token | none | none |" in data_page.markdown(
+        built, seen, tokens, picture="lengths.png"
+    )
+
+
+def test_quoted_text_cannot_end_its_block():
+    assert quoted("a\n```\n# b").count("```") == 2

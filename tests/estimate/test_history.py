@@ -1,0 +1,100 @@
+import pytest
+from tiny import MODEL
+
+from zeroflow.estimate import history
+from zeroflow.estimate.history import Figures, Past
+from zeroflow.training.workload import Workload
+
+WORK = Workload(
+    device="NVIDIA H100 80GB HBM3",
+    model=MODEL,
+    seq_len=128,
+    micro_batch_rows=8,
+    accumulate=2,
+    precision="bf16",
+    compile=True,
+    deterministic=False,
+    document_mask=False,
+    activation_checkpointing="none",
+)
+NOTHING = Figures(
+    tokens_per_second=None,
+    seconds=None,
+    memory_bytes=None,
+    shard_bytes=None,
+    checkpoint_bytes=None,
+)
+
+
+ONE = (100.0, 1000, "from 1 earlier run here")
+BOTH = (150.0, 1200, "from 2 earlier runs here")
+
+
+def past(run: str, rate: float, *, memory: int = 1000, **changes) -> Past:
+    measured = NOTHING.replace(tokens_per_second=rate, memory_bytes=memory)
+    work = WORK.replace(**changes)
+    return Past(run=run, steps=10, workload=work, predicted=NOTHING, measured=measured)
+
+
+def test_first_run_on_a_machine_knows_nothing(tmp_path):
+    assert history.known(tmp_path, WORK) is None
+
+
+def test_runs_of_the_same_workload_say_rate_and_memory(tmp_path):
+    history.append(tmp_path, past("a", 100.0, memory=1000))
+    history.append(tmp_path, past("b", 200.0, memory=1200))
+    history.append(tmp_path, past("other batch", 1.0, micro_batch_rows=4))
+    assert history.known(tmp_path, WORK) == BOTH
+    assert history.known(tmp_path, WORK, planned=("b", 10)) == ONE
+    assert history.known(tmp_path, WORK, planned=("b", 11)) == BOTH, "it is being extended"
+
+
+def test_old_runs_are_forgotten(tmp_path):
+    for number in range(8):
+        history.append(tmp_path, past(f"run {number}", float(number)))
+    known = history.known(tmp_path, WORK)
+    assert known is not None and known.tokens_per_second == 5.0, "of runs 3 to 7"
+
+
+def test_another_model_says_how_many_flops_are_reached(tmp_path):
+    wide, deep = MODEL.replace(hidden_size=64), MODEL.replace(num_hidden_layers=40)
+    history.append(tmp_path, past("wide", 100.0, model=wide))
+    history.append(tmp_path, past("deep", 900.0, model=deep))
+    known = history.known(tmp_path, WORK)
+    assert known is not None and known.memory_bytes is None
+    expected = 100 * wide.flops_per_token(128) / MODEL.flops_per_token(128)
+    assert known.tokens_per_second == pytest.approx(expected), "the nearest in size"
+    assert "1 earlier run here" in known.source
+
+
+def test_model_of_quite_another_size_says_nothing(tmp_path):
+    history.append(tmp_path, past("large", 100.0, model=MODEL.replace(num_hidden_layers=400)))
+    assert history.known(tmp_path, WORK) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"device": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
+)
+def test_another_device_or_other_code_says_nothing(tmp_path, change):
+    history.append(tmp_path, past("a", 100.0, **change))
+    assert history.known(tmp_path, WORK) is None
+
+
+def test_half_a_line_of_a_killed_process_is_passed_over_and_ended(tmp_path):
+    history.append(tmp_path, past("a", 100.0))
+    file = tmp_path / history.PLANS
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:40])
+    history.append(tmp_path, past("b", 300.0))
+    assert [entry.run for entry in history.read(tmp_path)] == ["a", "b"]
+    file.write_bytes(file.read_bytes() + b'{"of": "another version"}\n[]\n\xff\n')
+    assert [entry.run for entry in history.read(tmp_path)] == ["a", "b"]
+
+
+def test_run_is_remembered_once_and_again_when_it_was_extended(tmp_path):
+    history.append(tmp_path, past("a", 100.0))
+    history.append(tmp_path, past("a", 500.0))
+    history.append(tmp_path, past("a", 200.0).replace(steps=20))
+    rates = [entry.measured.tokens_per_second for entry in history.read(tmp_path)]
+    assert rates == [100.0, 200.0]

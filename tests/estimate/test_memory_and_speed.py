@@ -1,0 +1,325 @@
+from functools import partial
+
+import pytest
+import torch
+from tiny import MODEL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from zeroflow.device import Device, find_device, known_gpu
+from zeroflow.estimate.memory import checkpoint_bytes, heap, memory, micro_batch
+from zeroflow.estimate.speed import assumed_mfu, expected_tokens_per_second
+from zeroflow.model.llama import Llama, ModelConfig
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.training.loss import cross_entropy_sum
+from zeroflow.units import duration, parameter_count
+
+H200 = known_gpu("NVIDIA H200")
+H100 = H200.replace(name="NVIDIA H100 80GB HBM3", memory_bytes=int(79.65 * 2**30))
+CPU = Device(kind="cpu", name="some CPU", memory_bytes=2**33)
+
+
+def llama(size: str, vocabulary: int = 128_256) -> ModelConfig:
+    return with_vocabulary(SIZES[size], vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (42, "42 s"),
+        (59.6, "1 min"),
+        (60, "1 min"),
+        (185, "3 min 5 s"),
+        (3600, "1 h"),
+        (3601, "1 h 1 s"),
+        (2 * 3600 + 10 * 60 + 59, "2 h 10 min"),
+        (4 * 86400 + 3 * 3600 + 59 * 60, "4 d 3 h"),
+        (100 * 86400, "100 d"),
+    ],
+)
+def test_duration_has_its_two_largest_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_rate_on_a_known_gpu_is_a_share_of_its_peak():
+    rate, source = expected_tokens_per_second(MODEL, 128, H200)
+    assert rate == pytest.approx(0.28 * 989e12 / MODEL.flops_per_token(128))
+    assert "28%" in source
+
+
+@pytest.mark.parametrize(
+    ("size", "vocabulary", "compiled", "tokens_per_second"),
+    [
+        ("tiny", 32_768, True, 2_623_363),
+        ("tiny", 128_256, True, 1_184_000),
+        ("small", 128_256, True, 229_200),
+        ("medium", 128_256, True, 59_000),
+        ("tiny", 32_768, False, 1_554_310),
+        ("tiny", 128_256, False, 873_555),
+        ("small", 128_256, False, 140_275),
+        ("medium", 128_256, False, 37_154),
+    ],
+)
+def test_assumed_rate_is_within_a_tenth_of_what_an_h100_did(
+    size, vocabulary, compiled, tokens_per_second
+):
+    model = llama(size, vocabulary)
+    rate, source = expected_tokens_per_second(model, 2048, H100, compiled=compiled)
+    assert rate == pytest.approx(tokens_per_second, rel=0.1)
+    assert ("without torch.compile" in source) != compiled
+
+
+def test_what_is_computed_again_takes_its_time():
+    rates = [
+        expected_tokens_per_second(llama("medium"), 2048, H100, kind)[0]
+        for kind in ("none", "selective", "full")
+    ]
+    assert rates == sorted(rates, reverse=True)
+    assert 0.75 < rates[-1] / rates[0] < 0.8, "but for the head, a forward pass more"
+
+
+def test_unknown_peak_gives_no_rate_and_no_guess():
+    unknown = Device(kind="cuda", name="Some New GPU", memory_bytes=2**40)
+    rate, source = expected_tokens_per_second(MODEL, 128, unknown)
+    assert rate is None and "peak of Some New GPU is not known" in source
+
+
+def test_peak_in_bf16_gives_no_rate_in_fp32():
+    rate, source = expected_tokens_per_second(MODEL, 128, H100, precision="fp32")
+    assert rate is None and "in bf16 only" in source
+
+
+def test_rate_in_fp8_is_not_foretold_for_code_that_is_not_compiled():
+    rate, source = expected_tokens_per_second(llama("tiny"), 2048, H100, fp8=True, compiled=False)
+    assert rate is None and "compiled code only" in source
+
+
+def test_rate_on_a_cpu_is_measured():
+    rate, source = expected_tokens_per_second(MODEL, 128, CPU)
+    assert rate is not None and rate > 0 and "measured" in source
+
+
+def test_cpu_is_found_without_a_peak():
+    device = find_device("cpu")
+    assert device.kind == "cpu" and device.peak_flops is None and device.memory_bytes > 2**28
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_is_refused_where_there_is_none_and_not_asked_for_by_auto():
+    assert find_device("auto").kind == "cpu"
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        find_device("cuda")
+
+
+def fitting(size: str, gigabytes: int, *kind: str) -> tuple[int, str]:
+    device = H200.replace(memory_bytes=gigabytes * 2**30)
+    return micro_batch(llama(size), 2048, device, *kind)
+
+
+def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
+    rows = [fitting(size, 80)[0] for size in ("tiny", "small", "medium")]
+    assert rows == sorted(rows, reverse=True) and rows[-1] > 1
+    assert fitting("medium", 140)[0] > fitting("medium", 80)[0]
+
+
+def test_activations_are_computed_again_where_they_would_not_fit():
+    assert fitting("medium", 80)[1] == "none"
+    assert fitting("medium", 24) == (1, "full")
+    full = memory(llama("medium"), 2048, 1, "full", H200)
+    rooms = [full.room(H200.replace(memory_bytes=size * 2**30)) for size in (28, 24, 22)]
+    assert rooms == ["yes", "tight", "no"], "an H100 held 22.3 GiB"
+    assert fitting("medium", 8) == (1, "full"), "a step of one row is always tried"
+    rows = [fitting("small", 24, kind)[0] for kind in ("none", "selective", "full")]
+    assert rows == sorted(rows) and rows[0] < rows[-1], "more fits if asked for"
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "kind", "gigabytes"),
+    [
+        ("tiny", 64, "none", 10.58),
+        ("small", 32, "none", 37.44),
+        ("medium", 12, "none", 63.91),
+        ("medium", 4, "full", 24.37),
+        ("medium", 8, "selective", 37.82),
+        ("medium", 4, "none", 37.66),
+        ("medium", 16, "full", 28.91),
+    ],
+)
+def test_memory_is_what_an_h100_held(size, rows, kind, gigabytes):
+    planned = memory(llama(size), 2048, rows, kind, H100).total
+    assert planned / 2**30 == pytest.approx(gigabytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "context", "vocabulary"),
+    [("tiny", 4, 1024, 32_768), ("tiny", 4, 512, 128_256), ("small", 2, 1024, 32_768)],
+)
+def test_memory_on_a_cpu_is_what_pytorch_counts_in_a_fake_step(size, rows, context, vocabulary):
+    model = llama(size, vocabulary).replace(num_hidden_layers=4)  # a fake step takes seconds too
+    planned = memory(model, context, rows, "none", CPU, accumulates=False)
+    # What the tracker does not see: the allocator's share
+    seen = planned.weights + planned.activations / heap(accumulates=False)
+    seen += planned.loss
+    assert seen == pytest.approx(fake_step(model, rows, context), rel=0.05)
+
+
+def fake_step(model: ModelConfig, rows: int, context: int) -> int:
+    """Most bytes of tensors in forward and backward, which allocate and compute nothing."""
+    with FakeTensorMode():
+        network = Llama(model)
+        tokens = torch.zeros(rows, context, dtype=torch.int64)
+        tracker = MemTracker()
+        tracker.track_external(network)
+        with tracker:
+            network(tokens, partial(cross_entropy_sum, targets=tokens)).backward()
+        [held] = tracker.get_tracker_snapshot("peak").values()
+    return held["Total"]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "context", "rows", "accumulates", "megabytes"),
+    [
+        (32_768, 256, 2, False, 1002),
+        (32_768, 256, 8, False, 1397),
+        (128_256, 256, 2, False, 1998),
+        (8192, 1024, 4, False, 1339),
+        (2048, 256, 16, False, 1211),
+        (32_768, 512, 1, True, 1086),
+        (32_768, 512, 4, True, 1614),
+        (32_768, 1024, 2, True, 1598),
+        (32_768, 2048, 1, True, 1651),
+        (32_768, 2048, 2, True, 2172),
+    ],
+)
+def test_memory_is_within_a_twentieth_of_what_runs_of_tiny_on_a_cpu_held(
+    vocabulary, context, rows, accumulates, megabytes
+):
+    planned = memory(llama("tiny", vocabulary), context, rows, "none", CPU, accumulates=accumulates)
+    assert planned.total / 2**20 == pytest.approx(megabytes, rel=0.05)
+
+
+def test_fp8_keeps_less_for_the_backward_pass_and_nothing_else_less():
+    for kind in ("none", "selective"):
+        bf16, fp8 = (memory(llama("medium"), 2048, 4, kind, H100, fp8=fp8) for fp8 in (False, True))
+        assert 0.5 * bf16.activations < fp8.activations < bf16.activations, kind
+        assert fp8._replace(activations=bf16.activations) == bf16
+    assert micro_batch(llama("medium"), 2048, H100, fp8=True) > fitting("medium", 79)
+
+
+def test_rate_of_fp8_is_beside_the_one_without_which_is_higher_for_small_models():
+    gains = []
+    for size in ("tiny", "small", "medium"):
+        (bf16, _), (fp8, source) = (
+            expected_tokens_per_second(llama(size), 2048, H100, fp8=fp8) for fp8 in (False, True)
+        )
+        gains.append(fp8 / bf16)
+        with_it, without = (assumed_mfu(llama(size), fp8=on) for on in (True, False))
+        assert f"assuming {with_it:.0%} MFU" in source
+        assert source.endswith(f"with fp8 and {without:.0%} without")
+    assert gains == sorted(gains) and gains[0] < 1 < gains[-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "accumulates", "gigabytes"),
+    [
+        ("tiny", 12, True, 6.123),
+        ("tiny", 24, True, 6.924),
+        ("tiny", 48, False, 8.355),
+        ("medium", 6, True, 40.817),
+        ("medium", 12, True, 55.708),
+    ],
+)
+def test_memory_in_fp8_is_what_was_measured_on_an_h100(size, rows, accumulates, gigabytes):
+    planned = memory(llama(size), 2048, rows, "none", H100, fp8=True, accumulates=accumulates)
+    assert planned.total / 1e9 == pytest.approx(gigabytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "accumulates", "kind", "precision", "compiled", "gibibytes"),
+    [
+        ("tiny", 8, True, "none", "fp32", True, 6.310),
+        ("small", 8, True, "selective", "fp32", True, 16.436),
+        ("medium", 4, True, "full", "fp32", True, 26.684),
+        ("tiny", 8, True, "none", "fp32", False, 6.736),
+        ("small", 8, True, "selective", "fp32", False, 18.193),
+        ("medium", 4, True, "full", "fp32", False, 26.747),
+        ("tiny", 32, True, "none", "bf16", False, 9.320),
+        ("small", 16, False, "none", "bf16", False, 30.032),
+        ("small", 16, True, "selective", "bf16", False, 21.988),
+        ("medium", 6, True, "none", "bf16", False, 54.698),
+        ("medium", 6, True, "full", "bf16", False, 25.914),
+    ],
+)
+def test_memory_of_other_code_is_what_was_measured_on_an_h100(
+    size, rows, accumulates, kind, precision, compiled, gibibytes
+):
+    planned = memory(
+        *(llama(size), 2048, rows, kind, H100),
+        precision=precision,
+        compiled=compiled,
+        accumulates=accumulates,
+    )
+    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "accumulates", "kind", "gibibytes"),
+    [
+        ("tiny", 32, False, "none", {0: 7.60, 1: 7.35, 2: 7.34, 3: 7.34}),
+        ("small", 16, False, "none", {0: 22.70, 1: 20.94, 2: 20.94, 3: 20.62}),
+        ("medium", 4, False, "none", {0: 33.97, 1: 26.54, 2: 26.54, 3: 24.52}),
+        ("medium", 4, True, "none", {0: 38.98, 1: 31.46, 2: 29.94, 3: 28.01}),
+        ("medium", 16, True, "full", {0: 30.93, 1: 23.41, 3: 19.95}),
+    ],
+)
+def test_memory_of_two_ranks_is_what_two_h100s_held(size, rows, accumulates, kind, gibibytes):
+    for stage, held in gibibytes.items():
+        planned = memory(
+            *(llama(size), 2048, rows, kind, H100), accumulates=accumulates, stage=stage, ranks=2
+        )
+        assert planned.total / 2**30 == pytest.approx(held, rel=0.02), stage
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows", "gibibytes"), [("fp32", 16, 8.858), ("bf16", 16, 7.298)]
+)
+def test_mask_of_documents_is_planned_where_it_is_written_out(precision, rows, gibibytes):
+    plan = partial(memory, llama("tiny"), 2048, rows, "none", H100, precision=precision)
+    planned = plan(compiled=False, document_mask=True)
+    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=0.02)
+    assert plan(compiled=True, document_mask=True) == plan(compiled=True)
+
+
+def test_ranks_share_out_more_from_stage_to_stage():
+    memories = [
+        memory(llama("medium"), 2048, 4, "none", H100, stage=stage, ranks=4)
+        for stage in (0, 1, 2, 3)
+    ]
+    totals = [memory.total for memory in memories]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
+    state = [memory.weights + memory.gradients + memory.moments for memory in memories]
+    parameters = llama("medium").parameters
+    assert state == [16 * parameters, 7 * parameters, 4 * parameters, 4 * parameters]
+    assert memories[3].communication < memories[2].communication, "weights are not held whole"
+    alone = memory(llama("medium"), 2048, 4, "none", H100, stage=3)
+    assert alone == memory(llama("medium"), 2048, 4, "none", H100)
+
+
+def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
+    assert known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
+    for name in ("NVIDIA L4", "L4", "l4"):
+        assert known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
+    with pytest.raises(ValueError, match="any of: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
+        known_gpu("H100")
+    with pytest.raises(ValueError, match="not one of: NVIDIA H200, "):
+        known_gpu("Abacus")
+
+
+def test_checkpoint_holds_weights_and_two_moments_in_four_bytes_each():
+    assert checkpoint_bytes(MODEL) == 3 * 4 * MODEL.parameters
+
+
+def test_parameters_of_any_model_are_told():
+    assert parameter_count(317_649_024) == "317.6M" and parameter_count(34_976) == "34,976"

@@ -1,0 +1,145 @@
+"""A run that is killed, interrupted or orphaned goes on as if nothing had happened."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from endings import assert_same_end, wait_until_gone
+from pipeline import (
+    ROOT,
+    SMALL_SHAPE,
+    Flow,
+    mlflow_client,
+    mlflow_run,
+    processes_of,
+    rank_of,
+)
+
+from zeroflow import artifacts
+from zeroflow.training import checkpoint, goodput, recovery
+from zeroflow.training.job import JOB, TrainingJob
+
+STEPS = 600
+# The last flag of a name counts
+RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-interval=10"]
+RUN += ["--checkpoint-every=100", "--validate-every=150", "--skip-preflight"]
+
+
+def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
+    flow: Flow, tmp_path: Path, base_environment: dict[str, str]
+) -> None:
+    kill_the_training_and_then_the_flow(flow)
+    process = start_and_wait(flow, step=310)
+    refuse_a_second_run_of_the_name(flow)
+    interrupt(flow, process, signal.SIGINT, expect=130)
+    process = start_and_wait(flow, step=410)
+    interrupt(flow, process, signal.SIGTERM, expect=143)
+
+    home = tmp_path / "prefect"
+    alone = Flow(flow.cache, base_environment | {"PREFECT_HOME": str(home)})
+    output = alone.run("--run-name=run", *RUN)
+    assert "starting a Prefect server for this run" in output, "as PREFECT_API_URL is not set"
+    assert processes_with("PREFECT_HOME", home) == [], "and it is stopped at the end"
+    assert "resumed at step" in output
+    assert_same_end(flow.folder("run"), trained_undisturbed(flow, tmp_path / "undisturbed"))
+    assert_time_is_accounted_for(flow)
+    assert_one_mlflow_run_has_every_line_once(flow)
+
+
+def trained_undisturbed(flow: Flow, folder: Path) -> Path:
+    """The directory of the same training, that nobody stops."""
+    job = TrainingJob.model_validate(artifacts.read_json(flow.folder("run") / JOB))
+    other = job.replace(run_dir=folder, tracking=job.tracking.replace(run_name="undisturbed"))
+    artifacts.write_json(folder / JOB, other.model_dump(mode="json"))
+    command = [sys.executable, "-m", "zeroflow.training", str(folder / JOB)]
+    ended = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def kill_the_training_and_then_the_flow(flow: Flow) -> None:
+    process = start_and_wait(flow, step=130)
+    rank_of(flow.cache).kill()
+    flow.wait_for_step("run", 230, process)
+    [entry] = recovery.read(flow.folder("run"))
+    assert (entry.reason, entry.step) == ("killed", 100), "the last regular checkpoint"
+    process.kill()
+    output, _ = process.communicate()
+    assert "training failed (killed)" in output and "goes on from step 100" in output
+    wait_until_gone(flow.cache)
+    assert newest_step(flow) % 100, "the orphan saved and ended by itself"
+
+
+def start_and_wait(flow: Flow, *, step: int) -> "subprocess.Popen[str]":
+    process = flow.start("--run-name=run", *RUN)
+    flow.wait_for_step("run", step, process)
+    return process
+
+
+def records_of(flow: Flow) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in flow.folder("run").glob("*.json*")}
+
+
+def refuse_a_second_run_of_the_name(flow: Flow) -> None:
+    rank = rank_of(flow.cache)
+    rank.suspend()  # or it would be at its end by then
+    before = records_of(flow)
+    output = flow.run("--run-name=run", *RUN, "--seed=9", "--learning-rate=5e-3", expect=1)
+    assert "another process is at work on run run" in output and "  step 3" not in output
+    assert records_of(flow) == before
+    rank.resume()
+
+
+def interrupt(
+    flow: Flow, process: "subprocess.Popen[str]", number: signal.Signals, *, expect: int
+) -> None:
+    reached = max(line["step"] for line in flow.metrics("run"))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == expect, output
+    assert "the same command goes on" in output and "Traceback" not in output
+    assert processes_of(flow.cache) == []
+    assert newest_step(flow) >= reached
+
+
+def assert_time_is_accounted_for(flow: Flow) -> None:
+    account = goodput.read(flow.folder("run"))
+    assert account.restarts == 1, "of five processes one was killed; the orphan ended in order"
+    assert account.steps_again >= 30, "from step 130, or later, back to 100"
+    report = flow.report("run")
+    rate = report["tokens"] / report["steps"] * account.steps / account.training
+    assert report["tokens_per_second"] == pytest.approx(rate)
+    assert report["steps"] - 5 <= account.steps < report["steps"], "a first step a process"
+
+
+def newest_step(flow: Flow) -> int:
+    newest = checkpoint.latest(flow.folder("run") / "checkpoints")
+    assert newest is not None
+    return checkpoint.step_of(newest)
+
+
+def assert_one_mlflow_run_has_every_line_once(flow: Flow) -> None:
+    client, run = mlflow_client(flow), mlflow_run(flow, "run")
+    runs = client.search_runs([run.info.experiment_id])
+    assert [found.info.run_name for found in runs] == ["run"]
+    assert run.info.status == "FINISHED"
+    curves = {"loss/train": "loss", "loss/val": "val_loss", "optim/grad_norm": "grad_norm"}
+    for key, field in curves.items():
+        lines = [(line["step"], line[field]) for line in flow.metrics("run") if field in line]
+        points = client.get_metric_history(run.info.run_id, key)
+        assert sorted((point.step, point.value) for point in points) == lines, key
+
+
+def processes_with(variable: str, value: Path) -> list[psutil.Process]:
+    """Processes in whose environment `variable` is `value`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == str(value):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found

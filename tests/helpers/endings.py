@@ -1,0 +1,50 @@
+"""How a run ended: with the same bits as another, and with no process left."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import processes_of
+
+from zeroflow import artifacts, records
+from zeroflow.training import checkpoint
+from zeroflow.training.job import CHECKPOINTS, RESULT
+
+
+def assert_same_end(stopped: Path, undisturbed: Path) -> None:
+    folders = (stopped, undisturbed)
+    newest = [checkpoint.latest(folder / CHECKPOINTS) for folder in folders]
+    assert newest[0].name == newest[1].name
+    ours, theirs = map(read_tensors, newest)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "sample")
+    lines, expected = (
+        [{key: line.get(key) for key in keys} for line in records.read(f / records.METRICS)]
+        for f in folders
+    )
+    assert lines == expected, "every logged number, each once"
+    keys = ("train_loss", "val_loss", "first_val_loss", "sample")
+    result, expected = ([artifacts.read_json(f / RESULT)[key] for key in keys] for f in folders)
+    assert result == expected
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by PyTorch's own converter."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = path.parent / "all.pt"
+    dcp_to_torch_save(path, target)
+    tensors = torch.load(target, weights_only=True)
+    target.unlink()
+    return tensors
+
+
+def wait_until_gone(cache: Path) -> None:
+    for _ in range(600):
+        if not processes_of(cache):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still running: {processes_of(cache)}")

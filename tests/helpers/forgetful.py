@@ -1,0 +1,22 @@
+"""The training program with a planted fault: random numbers that no checkpoint holds."""
+
+import random
+
+import torch
+
+from zeroflow.training import __main__, loop, worker
+from zeroflow.training.job import TrainingJob
+
+forgotten = random.Random(0)
+train_step = loop.train_step
+
+
+def noisy_step(state, *given):
+    with torch.no_grad():
+        state.model.model.norm.weight.add_(forgotten.gauss(0, 1e-3))
+    return train_step(state, *given)
+
+
+if __name__ == "__main__":
+    loop.train_step = noisy_step
+    worker.main(TrainingJob, __main__.work)

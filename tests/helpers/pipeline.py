@@ -1,0 +1,184 @@
+"""The flow as a user starts it, and what to ask of it and of Prefect's server."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A network of a few thousand parameters: its steps take milliseconds
+CHECKED_SHAPE = [
+    "--hidden-size=32",
+    "--num-hidden-layers=2",
+    "--num-attention-heads=4",
+    "--num-key-value-heads=2",
+    "--intermediate-size=64",
+    "--vocab-size=512",
+    "--seq-len=32",
+    "--batch-size=4",
+    "--grad-accum-steps=1",
+    "--max-steps=12",
+    "--validation-tokens=512",
+    "--learning-rate=1e-2",
+    "--sample-tokens=8",
+]
+SMALL_SHAPE = [*CHECKED_SHAPE, "--skip-preflight"]
+"""For tests of something else: the pre-flight takes some seconds."""
+
+
+def started(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """A program at the project's root, with all that it says in its standard output."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@dataclass
+class Flow:
+    """`python flows/pretrain.py` with a cache of its own."""
+
+    cache: Path
+    environment: dict[str, str]
+
+    def start(self, *flags: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "flows/pretrain.py", "--cache-dir", str(self.cache), *flags]
+        return started(command, self.environment)
+
+    def run(self, *flags: str, expect: int = 0) -> str:
+        """The output of the flow, which has to end with exit code `expect`."""
+        process = self.start(*flags)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == expect, output
+        return output
+
+    def folder(self, name: str) -> Path:
+        return self.cache / "runs" / name
+
+    def report(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder(name) / "report.json").read_text())
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder(name) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def wait_for_step(self, name: str, step: int, process: "subprocess.Popen[str]") -> None:
+        """Return once the training of run `name` has logged `step`."""
+        path = self.folder(name) / "events.jsonl"
+        while process.poll() is None:
+            if path.exists() and any(s >= step for s in logged_steps(path.read_text())):
+                return
+            time.sleep(0.02)
+        pytest.fail(f"ended before step {step}:\n{process.communicate()[0]}")
+
+
+class Ui:
+    """`zeroflow ui` on free ports, with a Prefect of its own below the cache."""
+
+    def __init__(self, cache: Path, environment: dict[str, str]) -> None:
+        self.cache = cache
+        self.ports = {"prefect": free_port(), "mlflow": free_port()}
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in self.ports.values())
+        self.environment = environment | {"PREFECT_HOME": str(cache / "prefect")}
+
+    @property
+    def command(self) -> list[str]:
+        flags = [f"--{name}-port={port}" for name, port in self.ports.items()]
+        return [sys.executable, "-m", "zeroflow.cli", "ui", f"--cache-dir={self.cache}", *flags]
+
+    def start(self) -> str:
+        """The output until everything is there."""
+        self.process = started(self.command, self.environment)
+        assert self.process.stdout is not None
+        said = ""
+        for line in self.process.stdout:
+            said += line
+            if "Ctrl-C stops all of it" in line:
+                return said
+        pytest.fail(f"it ended:\n{said}")
+
+    def programs(self) -> list[psutil.Process]:
+        """All that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, *, expect: int) -> str:
+        """What it said at its end, which leaves nothing behind."""
+        programs = self.programs()
+        output, _ = self.process.communicate(timeout=200)
+        assert self.process.returncode == expect, output
+        _, left = psutil.wait_procs(programs, timeout=10)
+        assert not left
+        return output
+
+
+def logged_steps(events: str) -> list[int]:
+    return [int(found) for found in re.findall(r'"step": (\d+),[^}\n]*"loss":', events)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the Prefect server ended"
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail("the Prefect server does not answer")
+
+
+def api(url: str, path: str, **body: Any) -> Any:
+    """What Prefect's server answers to a POST."""
+    request = urllib.request.Request(
+        f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def processes_of(cache: Path) -> list[psutil.Process]:
+    """Training processes that were started for runs in `cache`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(cache) in argument for argument in process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def rank_of(cache: Path) -> psutil.Process:
+    """The process that trains."""
+    ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
+    return max(ranks, key=lambda process: process.create_time())
+
+
+def mlflow_client(flow: Flow) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{flow.cache / 'mlflow' / 'mlflow.db'}")
+
+
+def mlflow_run(flow: Flow, name: str) -> mlflow.entities.Run:
+    facts = json.loads((flow.folder(name) / "mlflow.json").read_text())
+    return mlflow_client(flow).get_run(facts["run_id"])

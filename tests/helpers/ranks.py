@@ -1,0 +1,161 @@
+"""What ranks do at every stage of ZeRO, in one start of them; `test_zero` reads what they say."""
+
+import math
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import MODEL, ArrayRows, RandomBatches
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zeroflow import artifacts, records
+from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.training import checkpoint, sampling, worker, zero
+from zeroflow.training.checkpoint import Retention, Saver
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.job import RankJob
+from zeroflow.training.loop import train, train_step
+from zeroflow.training.optimizers.adamw import update_ratio
+from zeroflow.training.sampling import SamplingConfig
+from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.validation import validation_loss
+
+STAGES = (0, 1, 2, 3)
+STEPS, SAVED = 5, 3
+TOKENIZER = "0123456789ab"
+END = 0
+
+
+class Validation(ArrayRows):
+    end_of_text = END
+
+
+ROWS = np.random.default_rng(0).integers(1, MODEL.vocab_size, (5, 13)).view(Validation)
+"""With micro-batches of two rows, one of two ranks has three rows and the other two."""
+
+
+class Shares:
+    """Four rows a step, each a micro-batch, of which every rank has its share.
+
+    In the last two most is padding: ranks have more or fewer targets.
+    """
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        [whole] = RandomBatches(rows=4).micro_batches(step)
+        rows = torch.cat((whole.inputs, whole.targets[:, -1:]), dim=1).clamp(min=1).numpy()
+        rows[2:, 4:] = END
+        mine = np.split(rows, zero.ranks())[zero.rank()]
+        return [to_micro_batch(row[None], end_of_text=END) for row in mine]
+
+
+def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[str, float]]:
+    """What is said of the next `steps` steps."""
+    return [
+        {
+            "loss": metrics.loss.item(),
+            "grad_norm": metrics.grad_norm.item(),
+            "update_ratio": update_ratio(state.optimizer).item(),
+        }
+        for metrics in islice(train(state, Shares(), config), steps)
+    ]
+
+
+def looked_at(state: TrainState) -> dict[str, Any]:
+    """What does not train, and comes in between."""
+    tokens = TokenizerFiles(
+        path=None, name="ids", vocab_size=MODEL.vocab_size, end_of_text=END, fingerprint=TOKENIZER
+    )
+    return {
+        "validation": validation_loss(state.model, ROWS, len(ROWS), 2),
+        "sample": sampling.complete_ids(
+            # ranks that would each choose for itself take the choice of the first
+            *(state.model, tokens, SamplingConfig(tokens=6, seed=zero.rank())),
+            context=12,
+            agree=lambda token: zero.on_rank0(lambda: token),
+        ),
+    }
+
+
+def saved(state: TrainState, folder: Path) -> None:
+    saver = Saver(folder, Retention(keep=1), tokenizer=TOKENIZER)
+    saver.save(state)
+    zero.on_rank0(saver.wait)
+
+
+def loaded(config: TrainingConfig, folder: Path) -> TrainState:
+    state = new_state(MODEL, config.replace(seed=9))
+    newest = zero.on_rank0(lambda: checkpoint.latest(folder))
+    assert newest
+    checkpoint.load(state, newest, tokenizer=TOKENIZER)
+    return state
+
+
+def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, Any]:
+    """A training with a checkpoint in it, and what goes on from it and from that of one rank."""
+    state = new_state(MODEL, config)
+    found: dict[str, Any] = {"begun": trained(state, config, SAVED)}
+    found |= looked_at(state)
+    saved(state, folder)
+    found["went on"] = trained(state, config, STEPS - SAVED)
+    found["resumed"] = trained(loaded(config, folder), config, STEPS - SAVED)
+    found["from one"] = trained(loaded(config, of_one), config, STEPS - SAVED)
+    parameters = [p for _, p in zero.named_parameters(state.model)]
+    found["parameters"] = sum(p.numel() for p in parameters)
+    found["kept"] = sum(zero.local_shard(p).numel() for p in parameters)
+    moments = (state.optimizer.state[p]["exp_avg"] for p in parameters)
+    found["moments kept"] = sum(zero.local_shard(moment).numel() for moment in moments)
+    found["passed on"] = passed_on(state, config)
+    found["skipped"] = skipping(state, config)
+    return found
+
+
+def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
+    """How often weights are gathered and gradients scattered in a step."""
+    calls: Counter[str] = Counter()
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), more=None):  # type: ignore[no-untyped-def]
+            calls[function.name()] += 1
+            return function(*given, **more or {})
+
+    with Counted():
+        train_step(state, Shares().micro_batches(0), config)
+    return {
+        "gathered": calls["c10d::_allgather_base_"],
+        "scattered": calls["c10d::_reduce_scatter_base_"],
+    }
+
+
+def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
+    """A step in which the last rank's loss is no number; whether any weight has changed."""
+    parameters = [p for _, p in zero.named_parameters(state.model)]
+    before = [zero.local_shard(p).clone() for p in parameters]
+    if zero.rank() == zero.ranks() - 1:
+        config = config.model_copy(update={"z_loss": math.nan})
+    loss = train_step(state, Shares().micro_batches(0), config).loss.item()
+    after = [zero.local_shard(p) for p in parameters]
+    changed = not all(map(torch.equal, before, after))
+    return [math.isnan(loss), state.skipped.tolist(), changed]
+
+
+def work(job: RankJob, stop: worker.Stop) -> None:
+    worker.make_deterministic()
+    found = {
+        stage: at_stage(
+            job.training.replace(zero_stage=stage),
+            job.run_dir / f"stage{stage}",
+            job.run_dir / "one",
+        )
+        for stage in STAGES
+    }
+    artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
+    if zero.rank() == 0:
+        records.append(job.run_dir / records.EVENTS, {"event": "done"})
+
+
+if __name__ == "__main__":
+    worker.main(RankJob, work)

@@ -1,0 +1,175 @@
+"""The smallest of everything that still is the real thing, for tests all over."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from zeroflow.data import build, corpus, tokenizer
+from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.readers import Document
+from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
+from zeroflow.reuse import StageResult
+from zeroflow.tracking.config import TrackingConfig
+from zeroflow.training.checkpoint import Retention
+from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.job import Cadence, TrainingJob
+from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.sampling import SamplingConfig
+from zeroflow.training.schedule import Schedule
+
+Result = TypeVar("Result", bound=StageResult)
+
+torch.set_num_threads(1)  # such small matrices only wait for a second thread
+
+SHAPE = Shape(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+)
+MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
+NO_END = -1
+"""An end-of-text id that no row of random ids holds."""
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+
+CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
+
+
+class Text(NamedTuple):
+    corpus: CorpusConfig
+    tokens: TokenizerFiles
+    texts: list[str]
+    """By number: document d7 is texts[7]."""
+
+
+def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> TrainingConfig:
+    """Settings of a short training; `changes` replace any of them."""
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "micro_batch_rows": 2,
+        "accumulate": 1,
+        "schedule": Schedule(name="cosine", peak=peak, warmup_steps=1, steps=steps),
+        "optimizer": OptimizerConfig(),
+        "compute": CPU,
+    }
+    return TrainingConfig(**settings | changes)
+
+
+def training_job(
+    run_dir: Path,
+    rows: ShardSet,
+    tokens: TokenizerFiles,
+    *,
+    model: ModelConfig,
+    training: TrainingConfig,
+) -> TrainingJob:
+    """A job in `run_dir`, which is made, that nobody tracks."""
+    run_dir.mkdir(exist_ok=True)
+    return TrainingJob(
+        run_dir=run_dir,
+        model=model,
+        training=training,
+        cadence=Cadence(log=1, validate_=10, checkpoint=10),
+        retention=Retention(keep=1),
+        hang_seconds=60,
+        roll_back_spikes=False,
+        shards=rows,
+        validation_rows=2,
+        tokenizer=tokens,
+        prompt="",
+        sampling=SamplingConfig(),
+        tracking=TrackingConfig(
+            uri="", folder=None, run_name="run", tags={}, params={}, dataset={}
+        ),
+        peak_flops=None,
+    )
+
+
+def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
+    """A model whose weights are ten times larger than fresh ones, so that its logits spread."""
+    model = Llama(config)
+    initialize(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return model.eval()
+
+
+class ArrayRows(np.ndarray):
+    """An array in place of `Rows`: `array.view(ArrayRows)`."""
+
+    end_of_text = NO_END
+
+
+class RandomBatches:
+    """Micro-batches of random ids that are a function of the step, like the real ones."""
+
+    def __init__(self, *, rows: int = 2, tokens: int = 12, accumulate: int = 1) -> None:
+        self._shape, self._accumulate = (rows, tokens + 1), accumulate
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        generator = torch.Generator().manual_seed(step)
+        rows = [
+            torch.randint(MODEL.vocab_size, self._shape, generator=generator)
+            for _ in range(self._accumulate)
+        ]
+        return [to_micro_batch(row.numpy(), end_of_text=NO_END) for row in rows]
+
+
+def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
+    """`texts` as documents d0, d1, ... of one .jsonl file, as a resolved corpus."""
+    lines = (json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return files_corpus(str(file))
+
+
+def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
+    """Files as a resolved corpus."""
+    return corpus.resolve(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
+
+
+def read_files(*paths: Path, **settings: Any) -> list[Document]:
+    """The documents of files."""
+    return list(corpus.documents(files_corpus(*map(str, paths), **settings)))
+
+
+def as_jsonl(rows: list[dict[str, str]]) -> bytes:
+    """What a .jsonl file of these rows holds."""
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def synthetic_rows(cache: Path) -> tuple[ShardSet, TokenizerFiles]:
+    """A few rows of synthetic data."""
+    text = CorpusConfig(data_mode="synthetic")
+    config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
+    tokens = tokenizer.fetch(config, text, cache)
+    few = ShardConfig(seq_len=32, train_rows=4, validation_rows=1)
+    return build.build(few, text, tokens, cache), tokens
+
+
+def apart_from_reuse(result: Result) -> Result:
+    """The result, however a command came by it."""
+    return result.replace(reused=False, why="")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by its relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -1,0 +1,171 @@
+"""The user interfaces in a browser: a run from the form, watched, cancelled, retried, compared."""
+
+import json
+import shutil
+import signal
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import Ui, api, logged_steps
+
+from zeroflow.tracking import tracker
+from zeroflow.tracking.config import PARENT, TrackingConfig, location
+from zeroflow.tracking.metrics import points
+from zeroflow.tracking.store import run_facts
+from zeroflow.tracking.viewer import links
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium"),
+]
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+TRAINING = {
+    "seq_len": 32,
+    "batch_size": 4,
+    "grad_accum_steps": 1,
+    "max_steps": 1500,
+    "learning_rate": 1e-2,
+    "validation_tokens": 512,
+    "validate_every": 1500,
+    "checkpoint_every": 1500,
+    "log_interval": 5,
+    "sample_tokens": 8,
+}
+
+
+@pytest.fixture
+def both(tmp_path: Path, base_environment: dict[str, str]) -> Iterator[Ui]:
+    both = Ui(tmp_path / "cache", base_environment)
+    both.start()
+    try:
+        yield both
+    finally:
+        both.process.send_signal(signal.SIGTERM)
+        both.end(expect=0)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def field(page: Any, label: str) -> Any:
+    """The part of the form that holds one setting."""
+    return page.locator(".schema-form-property", has_text=f"{label} (Optional)").last
+
+
+def flow_run(both: Ui) -> dict[str, Any]:
+    [run] = api(f"{both.prefect}/api", "/flow_runs/filter")
+    return run
+
+
+def wait_for(page: Any, both: Ui, *states: str) -> None:
+    for _ in range(240):
+        if flow_run(both)["state_type"] in states:
+            return
+        page.wait_for_timeout(500)
+    pytest.fail(f"the run is {flow_run(both)['state_type']} and not {states}")
+
+
+def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, page: Any) -> None:
+    named = {"name": {"any_": ["custom"]}}
+    [deployment] = api(f"{both.prefect}/api", "/deployments/filter", deployments=named)
+    # filled in as by "Copy to new run", but for what is typed below
+    run = {"cache_dir": str(both.cache), "model": SHAPE, "training": TRAINING}
+    run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+    filled = urllib.parse.quote(json.dumps({"run": run}))
+    page.goto(f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}")
+    name = field(page, "Run Name")
+    name.get_by_text("A run of the same name goes on where it stopped").wait_for()
+    name.get_by_role("button", name="str").click()
+    name.locator("textarea, input").last.fill("by-hand")
+    seed = field(page, "Seed").locator("input").last
+    seed.fill("-1")
+    page.get_by_role("button", name="Submit").click()
+    refused = "'run.seed'. Failure reason: -1 is less than the minimum of 0"
+    page.get_by_text(refused).first.wait_for()
+    assert api(f"{both.prefect}/api", "/flow_runs/filter") == []
+    seed.fill("7")
+    for _ in range(10):  # on a slow machine the form may still have the number before
+        page.get_by_role("button", name="Submit").click()
+        page.wait_for_timeout(5000)
+        if api(f"{both.prefect}/api", "/flow_runs/filter"):
+            break
+
+    events = both.cache / "runs" / "by-hand" / "events.jsonl"
+    for _ in range(240):
+        if events.exists() and logged_steps(events.read_text()):
+            break
+        page.wait_for_timeout(500)
+    asked = flow_run(both)
+    assert asked["name"] == "custom · synthetic · by-hand"
+    assert {"custom", "synthetic", "cpu"} <= {*asked["tags"]}
+    page.goto(f"{both.prefect}/runs/flow-run/{asked['id']}")
+    page.get_by_text("step 1/1500").first.wait_for()
+
+    page.get_by_role("button", name="Cancel").first.click()
+    page.get_by_role("button", name="Confirm").last.click()
+    wait_for(page, both, "CANCELLED")
+    assert list((both.cache / "runs" / "by-hand" / "checkpoints").iterdir())
+
+    page.reload()
+    page.get_by_role("button", name="Retry").first.click()
+    page.get_by_role("button", name="Retry").last.click()
+    wait_for(page, both, "COMPLETED")
+    assert (flow_run(both)["id"], flow_run(both)["run_count"]) == (asked["id"], 2)
+
+    page.reload()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_text("report-by-hand").first.wait_for()
+    kept = api(f"{both.prefect}/api", "/artifacts/latest/filter")
+    pages = {page["key"]: page for page in kept}
+    assert pages["training-progress-by-hand"]["data"] == 100
+    assert "step 1500/1500" in pages["training-progress-by-hand"]["description"]
+    assert both.mlflow in pages["report-by-hand"]["data"]
+
+    curves = links(both.cache / "runs" / "by-hand", both.cache)["loss of all runs"]
+    names = add_a_sweep(both.cache)
+    page.goto(curves)
+    for name in ("by-hand", *names):  # runs of a sweep are not hidden within it
+        page.get_by_role("link", name=name, exact=True).wait_for()
+    page.get_by_text("loss/train", exact=True).first.wait_for()
+
+
+def add_a_sweep(cache: Path) -> list[str]:
+    """Two runs that MLflow shows as those of a third; their names."""
+    uri, folder = location(cache)
+    sweep = TrackingConfig(
+        uri=uri, folder=folder, run_name="sweep", tags={}, params={}, dataset=None
+    )
+    group = cache / "sweeps" / "sweep"
+    tracker.open_group(sweep, group)
+    facts = run_facts(group)
+    assert facts is not None
+    names = ["sweep-tiny", "sweep-small"]
+    for name in names:
+        config = sweep.replace(run_name=name, tags={PARENT: facts["run_id"]})
+        run_dir = cache / "runs" / name
+        run_dir.mkdir()
+        lines = [{"step": n, "tokens": n, "loss": 9 - n, "time": n} for n in range(1, 4)]
+        tracker._MlflowRun(config, run_dir).send(points(lines))
+    return names

@@ -1,0 +1,246 @@
+"""Parts of the data built as tasks, by threads and by Dask workers, against a real server."""
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+from pipeline import api, free_port
+from tiny import apart_from_reuse, contents
+
+from zeroflow.data import build, corpus
+from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.orchestration import gpu_slot as gpu_slot_module
+from zeroflow.orchestration import pages, server
+from zeroflow.orchestration.deployments import set_up
+from zeroflow.orchestration.flow_runs import _new_flow_run
+from zeroflow.orchestration.gpu_slot import gpu_slot
+from zeroflow.settings.run_config import RunConfig
+
+BUILD = """
+import sys
+from pathlib import Path
+
+from prefect import flow, task
+
+from zeroflow.data import build as builds
+from zeroflow.data import corpus, parts, shards
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.orchestration.parts import part_builders
+from zeroflow.settings.run_config import BuildChoice
+
+corpus.SLICE_BYTES = 15_000
+build_part = task(name="build part")(parts.build)
+
+
+@flow(name="parts")
+def build(config, text, tokens, cache, choice):
+    with part_builders(build_part, choice) as builders:
+        return builds.build(config, text, tokens, cache, builders=builders)
+
+
+if __name__ == "__main__":
+    config, text, tokens, cache, runner = sys.argv[1:]
+    built = build(
+        shards.ShardConfig.model_validate_json(config),
+        CorpusConfig.model_validate_json(text),
+        TokenizerFiles.model_validate_json(tokens),
+        Path(cache),
+        BuildChoice(data_workers=2, data_runner=runner),
+    )
+    Path(cache, "built.json").write_text(built.model_dump_json())
+"""
+
+
+@pytest.mark.parametrize("runner", ["threads", pytest.param("dask", marks=pytest.mark.slow)])
+def test_parts_built_by_several_workers_are_those_of_one(
+    runner, text, prefect_api, base_environment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    config = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6)
+    alone = build.build(config, *text[:2], tmp_path / "alone")
+    assert alone.parts > 4
+
+    (tmp_path / "build.py").write_text(BUILD)
+    cache = tmp_path / runner
+    cache.mkdir()
+    settings = [part.model_dump_json() for part in (config, *text[:2])]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "build.py"), *settings, str(cache), runner],
+        env=base_environment | {"PREFECT_API_URL": prefect_api, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    together = ShardSet.model_validate_json((cache / "built.json").read_text())
+    assert together == apart_from_reuse(alone).replace(path=together.path)
+    for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
+        assert contents(mine) == contents(theirs)
+    [run] = api(prefect_api, "/flow_runs/filter", sort="START_TIME_DESC", limit=1)
+    tasks = api(prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run["id"]]}})
+    states = [task["state_name"] for task in tasks if task["name"].startswith("build part")]
+    assert states == ["Completed"] * alone.parts, json.dumps(states)
+
+
+def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(RuntimeError, match=f"nothing answers at PREFECT_API_URL {url}: start"),
+        server.server(),
+    ):
+        pytest.fail("there is no server")
+
+
+def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_api):
+    """Its schema knows nothing of a setting that is new."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    @flow(name="outdated")
+    def pretrain(run: RunConfig) -> None: ...
+
+    settings = {"type": "object", "properties": {"cache_dir": {}}, "additionalProperties": False}
+    schema = {"type": "object", "properties": {"run": settings}}
+    with (
+        temporary_settings({PREFECT_API_URL: prefect_api}),
+        get_client(sync_client=True) as client,
+    ):
+        deployment = client.create_deployment(
+            flow_id=client.create_flow(pretrain),
+            name="tiny",
+            parameter_openapi_schema=schema,
+            enforce_parameter_schema=True,
+        )
+        known = _new_flow_run(client, pretrain, RunConfig(), "tiny")
+        assert known.deployment_id == deployment
+        unknown = _new_flow_run(client, pretrain, RunConfig(seed=1), "tiny")
+    assert unknown.deployment_id is None
+
+
+def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        caplog.at_level("WARNING"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
+        pages.publish("# page", "report", "mine")
+    assert any("the report could not be shown in Prefect" in m for m in caplog.messages)
+
+
+def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    entered: list[str] = []
+    said: list[str] = []
+    # not caplog, which Prefect's own set-up of logging takes away
+    monkeypatch.setattr(
+        gpu_slot_module.log, "info", lambda text, *values: said.append(text % values)
+    )
+
+    def second() -> None:
+        with temporary_settings({PREFECT_API_URL: prefect_api}), gpu_slot("cuda"):
+            entered.append("second")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        set_up()
+        thread = threading.Thread(target=second)
+        with gpu_slot("cuda"):
+            thread.start()
+            with gpu_slot("cpu"):
+                entered.append("a CPU")
+            for _ in range(300):
+                if any("until another run is done with the GPU" in line for line in said):
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.fail("the second one does not wait")
+            assert entered == ["a CPU"]
+        thread.join(120)
+    assert entered == ["a CPU", "second"]
+
+
+def test_gpu_is_used_although_prefect_is_away(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(ZeroDivisionError),
+        gpu_slot("cuda"),
+    ):
+        raise ZeroDivisionError
+    assert any("does not keep other runs off the GPU" in m for m in caplog.messages)
+
+
+def test_progress_that_cannot_be_shown_is_one_warning(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        show = pages.ProgressBar("training", "mine")
+        for share in (0.5, 0.6, 1.0, 1.0):
+            show(share, "step")
+    assert len(caplog.messages) == 1
+    assert "progress of training is not shown in Prefect" in caplog.text
+
+
+def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> tuple[float, str]:
+        kept = api(prefect_api, "/artifacts/latest/filter")
+        [page] = [page for page in kept if page["key"] == "shards-progress-own-name"]
+        return page["data"], page["description"]
+
+    @flow(name="shows")
+    def shows() -> None:
+        show = pages.ProgressBar("shards", "Own.name")
+        show(0.123, "first")
+        show(0.5, "too soon")
+        assert shown() == (12.3, "shards: first")
+        show(1.0, "last")
+        assert shown() == (100, "shards: last")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        shows()
+
+
+def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> list[str]:
+        kept = api(
+            prefect_api, "/artifacts/filter", artifacts={"key": {"any_": ["loss-live-drawn"]}}
+        )
+        return [page["data"] for page in kept]
+
+    picture = tmp_path / "loss.png"
+
+    @flow(name="draws")
+    def draws() -> None:
+        show = pages.LivePicture("loss", "drawn")
+        for content in (b"first", b"second"):
+            picture.write_bytes(content)
+            show(picture)
+            data = base64.b64encode(content).decode()
+            assert shown() == [f"![loss](data:image/png;base64,{data})"]
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        draws()

@@ -1,0 +1,168 @@
+"""`zeroflow ui` with real servers and a real worker."""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pipeline import Ui, api
+from tiny import SHAPE
+
+from zeroflow.orchestration import server, ui
+from zeroflow.orchestration.ui import UiConfig
+
+SIZES = {"tiny", "small", "medium", "custom"}
+
+
+@pytest.fixture
+def both(tmp_path: Path, base_environment: dict[str, str]) -> Iterator[Ui]:
+    both = Ui(tmp_path / "cache", base_environment)
+    yield both
+    if both.process.poll() is None:
+        both.process.kill()
+        both.process.communicate()
+
+
+@pytest.mark.slow
+def test_everything_is_there_and_ends_together(both: Ui) -> None:
+    said = both.start()
+    assert f"Prefect UI        {both.prefect}" in said
+    charts = f"{both.mlflow}/#/experiments/1/runs?compareRunsMode=CHART"
+    assert f"loss of all runs  {charts}" in said
+    deployments = api(f"{both.prefect}/api", "/deployments/filter")
+    assert {deployment["name"] for deployment in deployments} >= SIZES
+    [schedule] = [schedule for deployment in deployments for schedule in deployment["schedules"]]
+    assert not schedule["active"]
+    assert all(deployment["concurrency_limit"] is None for deployment in deployments)
+    [limit] = api(f"{both.prefect}/api", "/v2/concurrency_limits/filter")
+    assert (limit["name"], limit["limit"]) == (server.GPU_LIMIT, 1)
+    experiment = f"{both.mlflow}/ajax-api/2.0/mlflow/experiments/get?experiment_id=1"
+    with urllib.request.urlopen(experiment) as answer:
+        assert json.load(answer)["experiment"]["name"] == "zeroflow"
+
+    # a second one uses Prefect's server, and finds MLflow's port taken
+    second = subprocess.run(
+        both.command, env=both.environment, text=True, capture_output=True, timeout=120
+    )
+    assert second.returncode == 1
+    assert f"port {both.ports['mlflow']} is taken" in second.stderr
+    assert "--mlflow-port" in second.stderr and "--prefect-port" not in second.stderr
+
+    both.process.send_signal(signal.SIGINT)
+    both.end(expect=0)
+
+
+def deployments_of(both: Ui) -> dict[str, Any]:
+    found = api(f"{both.prefect}/api", "/deployments/filter")
+    return {deployment["name"]: deployment for deployment in found}
+
+
+def schedules_of(both: Ui, name: str) -> set[tuple[str, bool]]:
+    found = deployments_of(both)[name]["schedules"]
+    return {(one["schedule"]["cron"], one["active"]) for one in found}
+
+
+@pytest.mark.slow
+def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restart(both: Ui) -> None:
+    both.start()
+    there = deployments_of(both)
+    runs = [there[name]["parameters"]["run"] for name in SIZES]
+    runs += [there["sizes"]["parameters"]["sweep"]["run"]]
+    assert {run["cache_dir"] for run in runs} == {str(both.cache)}
+    assert there["small"]["parameters"]["run"]["model"] == {"size": "small"}
+    small, tiny = (
+        f"{both.prefect}/api/deployments/{there[name]['id']}" for name in ("small", "tiny")
+    )
+    [example] = there["small"]["schedules"]
+    switched = urllib.request.Request(
+        f"{small}/schedules/{example['id']}",
+        json.dumps({"active": True}).encode(),
+        {"Content-Type": "application/json"},
+        method="PATCH",
+    )
+    urllib.request.urlopen(switched).close()
+    for deployment in (small, tiny):
+        request = urllib.request.Request(
+            f"{deployment}/schedules",
+            json.dumps([{"schedule": {"cron": "0 4 * * *"}, "active": True}]).encode(),
+            {"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request).close()
+    mine = ("0 4 * * *", True)
+    for _ in range(600):
+        planned = api(f"{both.prefect}/api", "/flow_runs/filter")
+        if {run["deployment_id"] for run in planned} == {there[n]["id"] for n in ("small", "tiny")}:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("Prefect schedules nothing")
+    both.process.send_signal(signal.SIGINT)
+    both.end(expect=0)
+
+    both.start()
+    assert schedules_of(both, "small") == {("0 2 * * *", True), mine}
+    assert schedules_of(both, "tiny") == {mine}
+    both.process.send_signal(signal.SIGINT)
+    both.end(expect=0)
+
+
+@pytest.mark.slow
+def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
+    """The run is retried while its process is there for certain: it has not ended at all."""
+    both.environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+    both.start()
+    training = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 100_000}
+    run = {"run_name": "hasty", "cache_dir": str(both.cache), "skip_preflight": True}
+    run |= {"model": SHAPE.model_dump(), "training": training}
+    run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+    path = f"/deployments/{deployments_of(both)['custom']['id']}/create_flow_run"
+    flow_run = api(f"{both.prefect}/api", path, parameters={"run": run})["id"]
+
+    def state(*wanted: str) -> None:
+        for _ in range(600):
+            [found] = api(f"{both.prefect}/api", "/flow_runs/filter")
+            if found["state_name"] in wanted:
+                return
+            time.sleep(0.2)
+        pytest.fail(f"{found['state_name']} and not {wanted}")
+
+    state("Running")
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+    api(f"{both.prefect}/api", f"/flow_runs/{flow_run}/set_state", state=retry, force=True)
+    state("Retrying", "Rerunning", "Running")
+    both.process.send_signal(signal.SIGINT)
+    assert "starting Prefect's worker again" in both.end(expect=0)
+
+
+@pytest.mark.slow
+def test_end_of_one_ends_the_others_and_is_told(both: Ui) -> None:
+    both.start()
+    [mlflow] = [
+        child
+        for child in psutil.Process(both.process.pid).children()
+        if "mlflow" in child.cmdline()
+    ]
+    mlflow.kill()
+    said = both.end(expect=1)
+    assert "error: MLflow's server has ended with exit code -9; the end of " in said
+
+
+def test_port_that_something_else_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = UiConfig(prefect_port=port, cache_dir=tmp_path)
+        with pytest.raises(ValueError, match=f"port {port} is taken .* another --prefect-port"):
+            ui.serve(config)
+
+
+def test_both_servers_need_ports_of_their_own():
+    with pytest.raises(ValueError, match="port 4200 cannot be both servers'"):
+        UiConfig(prefect_port=4200, mlflow_port=4200)

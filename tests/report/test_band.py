@@ -1,0 +1,261 @@
+"""What earlier runs lead to expect of a loss, and what is said of one that is elsewhere."""
+
+import math
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from tiny import MODEL, training_config, training_job
+
+from zeroflow import artifacts, records
+from zeroflow.data.shards import ShardSet, SplitCounts
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.report import band, pictures, progress
+from zeroflow.report.pictures import loss_curve
+from zeroflow.report.progress import LossWatch
+from zeroflow.training.job import JOB, TrainingJob
+
+STEPS, STEP_TOKENS = 200, 64
+WINDOW = 10 * STEP_TOKENS
+"""Tokens in a twentieth of a run."""
+
+COUNTS = SplitCounts(rows=1000, documents=10, document_tokens=32_000, text_bytes=90_000)
+TOKENS = TokenizerFiles(name="t", path=None, vocab_size=256, end_of_text=0, fingerprint="t")
+
+
+@pytest.fixture
+def shards(tmp_path) -> ShardSet:
+    return ShardSet(
+        path=tmp_path / "shards" / "sample-32-0123456789ab",
+        parts=1,
+        reused=True,
+        row_tokens=33,
+        end_of_text=0,
+        train=COUNTS,
+        validation=COUNTS,
+        empty_documents=0,
+        duplicates=0,
+        bad_lines=0,
+        entropy=None,
+    )
+
+
+@pytest.fixture
+def make(tmp_path, shards):
+    """A function that makes the folder of a run of 200 steps that is about to be trained."""
+
+    def made(name: str, *, seed: int = 0, steps: int = STEPS, **changes) -> TrainingJob:
+        training = training_config(steps=steps, seed=seed, **changes)
+        folder = tmp_path / "runs" / name
+        folder.parent.mkdir(exist_ok=True)
+        job = training_job(folder, shards, TOKENS, model=MODEL, training=training)
+        artifacts.write_json(folder / JOB, job.model_dump(mode="json"))
+        return job
+
+    return made
+
+
+def usual(step: int) -> float:
+    return 2 + 4 * math.exp(-step / 40)
+
+
+def train(job: TrainingJob, time: float, above: float = 0.0, *, to: int = STEPS, of: int = STEPS):
+    """Leave what a training leaves whose loss is `above` the usual one, as far as it came."""
+    started = {"event": "started", "time": time, "step": 0, "steps": of, "parts": 1}
+    records.append(job.run_dir / records.EVENTS, started)
+    for line in losses(above, to=to):
+        records.append(job.run_dir / records.METRICS, line)
+
+
+def losses(above: float = 0.0, *, since: int = 0, until: int = STEPS, to: int = STEPS):
+    """Lines of metrics.jsonl: the usual loss, but `above` it in steps `since` + 1 to `until`."""
+    yield {"step": 0, "tokens": 0, "val_loss": 6.0}
+    for step in range(1, to + 1):
+        apart = above if since < step <= until else 0.0
+        yield {"step": step, "tokens": step * STEP_TOKENS, "loss": usual(step) + apart}
+
+
+def found(job: TrainingJob) -> band.Band:
+    expected = band.find(job)
+    assert expected is not None
+    return expected
+
+
+@pytest.fixture
+def job(make) -> TrainingJob:
+    """A run after two others whose losses are 0.1 above and below the usual ones."""
+    train(make("high", seed=1), 1.0, 0.1)
+    train(make("low", seed=2), 2.0, -0.1)
+    return make("mine")
+
+
+WIDTH = 2.571 * math.sqrt(2 * 0.1**2 * (1 + 1 / 2))
+"""By the t of a textbook at five degrees of freedom: two runs in five windows."""
+
+
+def test_band_is_the_interval_of_one_more_run(job):
+    expected = found(job)
+    assert expected.runs == ("high", "low")
+    assert expected.width == pytest.approx([WIDTH] * 20, rel=1e-3)
+    first = sum(map(usual, range(1, 11))) / 10
+    assert expected.mean[0] == pytest.approx(first)
+    assert list(expected.ends) == [WINDOW * n for n in range(1, 21)]
+
+
+@pytest.mark.parametrize(("windows", "t"), [(2, 4.303), (3, 3.182), (4, 2.776)])
+def test_spread_of_few_windows_is_wider_by_the_t_of_a_textbook(make, windows, t):
+    for seed, above in ((1, 0.1), (2, -0.1)):
+        train(make(f"run {seed}", seed=seed), seed, above, to=10 * windows)
+    width = found(make("mine")).width
+    assert width[0] == pytest.approx(t * math.sqrt(2 * 0.1**2 * 1.5), rel=0.01)
+    assert all(math.isnan(one) for one in width[windows:])
+
+
+def test_run_within_the_band_is_in_band(job):
+    for above in (0.0, 0.9 * WIDTH, -0.9 * WIDTH):
+        assert str(found(job).verdict(losses(above))) == "in band (2 earlier runs)"
+
+
+def test_run_that_leaves_the_band_is_told_from_where_and_by_how_much(job):
+    verdict = found(job).verdict(losses(WIDTH + 0.31, since=60))
+    assert (verdict.since, verdict.until) == (6 * WINDOW, None)
+    assert verdict.miss == pytest.approx(0.31, abs=1e-3)
+    miss = f"{verdict.miss:.4f}"
+    assert str(verdict) == f"out of band from 3,840 tokens: up to {miss} above it (2 earlier runs)"
+    verdict = found(job).verdict(losses(-WIDTH - 0.05, since=60, until=100))
+    assert (verdict.since, verdict.until) == (6 * WINDOW, 10 * WINDOW)
+    assert verdict.miss == pytest.approx(-0.05, abs=1e-3)
+    assert "from 3,840 to 6,400 tokens: up to 0.0" in str(verdict) and "below it" in str(verdict)
+
+
+def test_two_windows_beyond_the_edge_are_chance_and_three_are_not(job):
+    expected = found(job)
+    assert expected.verdict(losses(1.0, since=60, until=80)).since is None
+    assert expected.verdict(losses(1.0, since=60, until=90)).since == 6 * WINDOW
+    assert expected.verdict(losses(1.0, since=60, to=89)).since is None, "the third is not complete"
+    assert expected.verdict(losses(1.0, since=60, to=90)).since == 6 * WINDOW
+
+
+def test_first_run_has_nothing_to_be_compared_with(make):
+    assert band.find(make("mine")) is None
+
+
+def test_one_earlier_run_has_no_spread(make):
+    train(make("other", seed=1), 1.0)
+    verdict = found(make("mine")).verdict(losses(0.2, to=104))
+    assert str(verdict) == "no band yet from 1 earlier run: 0.2000 above at 6,400 tokens"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulate": 2},
+        {"peak": 2e-2},
+        {"steps": 400},
+        {"z_loss": 1e-5},
+        {"document_mask": True},
+    ],
+)
+def test_run_with_another_mathematics_is_not_used(make, change):
+    other = make("other", seed=1, **change)
+    train(other, 1.0, of=other.training.steps)
+    assert band.find(make("mine")) is None
+
+
+def test_run_of_another_model_or_other_data_is_not_used(make, shards):
+    mine = make("mine")
+    for name, change in {
+        "model": {"model": MODEL.replace(hidden_size=64)},
+        "data": {"shards": shards.replace(path=shards.path.with_name("sample-32-another"))},
+        "parts": {"shards": shards.replace(parts=2)},
+    }.items():
+        other = make(name, seed=1).replace(**change)
+        artifacts.write_json(other.run_dir / JOB, other.model_dump(mode="json"))
+        train(other, 1.0)
+    assert band.find(mine) is None
+
+
+def test_how_a_step_is_computed_does_not_matter(make):
+    gpu = training_config().compute.replace(device="cuda", precision="bf16", compile=True)
+    train(make("other", seed=1, micro_batch_rows=1, accumulate=2, compute=gpu), 1.0)
+    assert found(make("mine")).runs == ("other",)
+
+
+def test_a_seed_counts_once_as_far_as_it_came(make):
+    train(make("whole", seed=1), 1.0)
+    train(make("stopped", seed=1), 2.0, to=50)
+    train(make("other", seed=2), 3.0)
+    train(make("newer", seed=2), 4.0)
+    assert found(make("mine")).runs == ("whole", "newer")
+
+
+def test_run_that_stopped_early_counts_as_far_as_it_came(job, make):
+    train(make("stopped", seed=3), 3.0, 0.4, to=104)
+    expected = found(job)
+    apart = expected.mean - expected.smoothed(losses())
+    assert apart == pytest.approx([0.4 / 3] * 10 + [0.0] * 10)
+
+
+def test_runs_that_came_later_and_the_run_itself_are_left_out(job, make):
+    train(job, 3.0)
+    train(make("later", seed=3), 4.0, 5.0)
+    assert found(job).runs == ("high", "low")
+
+
+def test_run_that_was_extended_has_another_schedule(job, make):
+    extended = make("extended", seed=3)
+    train(extended, 3.0, to=100, of=100)
+    train(extended, 4.0)
+    assert found(job).runs == ("high", "low")
+    assert band.find(extended) is None
+
+
+def test_damaged_run_is_harmless(job, make):
+    for name, file, content in (
+        ("cut", JOB, '{"run_dir":'),
+        ("old", JOB, '{"of": "another version"}'),
+        ("bytes", records.METRICS, "\xff\n"),
+        ("list", records.METRICS, "[]\n"),
+        ("nameless", records.METRICS, '{"loss": 3.0}\n'),
+    ):
+        folder = make(name, seed=9).run_dir
+        train(TrainingJob.model_validate(artifacts.read_json(folder / JOB)), 1.0)
+        (folder / file).write_bytes(content.encode("latin-1"))
+    make("never begun", seed=10)
+    assert found(job).runs == ("high", "low")
+
+
+def test_watch_says_once_that_the_loss_left_the_band(job, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_PICTURE_SECONDS", 0)
+    shown: list[Path] = []
+    watch = LossWatch(job, shown.append)
+    for line in losses(1.0, since=60):
+        records.append(job.run_dir / records.METRICS, line)
+        if line["step"] % 30 == 0:
+            watch({"event": "metrics"} | line)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert said[0].startswith("loss is out of band from 3,840 tokens: up to 0.55")
+    assert shown == [job.run_dir / "loss.png"] * 7
+    assert shown[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_without_a_band_is_drawn_as_well(make):
+    train(make("other", seed=1), 1.0)
+    mine = make("mine")
+    for expected in (None, found(mine)):
+        picture = loss_curve(mine, list(losses(to=3)), expected)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert imread(picture)[..., 3].min() == 1, "on a dark page it brings its own background"
+
+
+def test_band_of_runs_too_short_for_each_window_is_drawn_in_one_piece(job, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
+    expected = found(job)
+    expected.mean[2::3] = expected.width[2::3] = math.nan
+    loss_curve(job, list(losses()), expected)
+    [axes] = figures[0].axes
+    assert not any(math.isnan(y) for line in axes.lines for y in line.get_ydata())
+    [filled] = axes.collections
+    assert len(filled.get_paths()) == 1

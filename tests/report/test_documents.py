@@ -1,0 +1,162 @@
+"""What is found out about a run from its directory."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import contents
+
+from zeroflow import artifacts, records
+from zeroflow.cli import commands
+from zeroflow.data import build, corpus, tokenizer
+from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.rows import Rows
+from zeroflow.model import build as models
+from zeroflow.report.documents import documents, left_out
+from zeroflow.settings.job import training_job
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import settle
+from zeroflow.training.job import JOB, TrainingJob
+
+TRAINING = {"seq_len": 32, "batch_size": 2, "grad_accum_steps": 2, "validation_tokens": 32}
+
+
+def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
+    """A run that is about to be trained."""
+    asked = RunConfig(
+        run_name="mine",
+        cache_dir=cache,
+        device="cpu",
+        data=text.corpus.model_dump(),
+        tokenizer={"tokenizer_name": "train", "vocab_size": 400},
+        training=TRAINING | {"max_steps": steps},
+    )
+    settled = settle(asked)
+    run = settled.run
+    tokens = tokenizer.fetch(run.tokenizer, run.data, cache)
+    rows = build.build(run.shard_config, run.data, tokens, cache)
+    model = models.build(run.model.shape, tokens.vocab_size, run.run_dir)
+    job = training_job(settled, model, rows, tokens, tags={})
+    artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
+    return job
+
+
+def begin(job: TrainingJob, step: int) -> None:
+    """Note that a process began to train at `step`."""
+    started = {"event": "started", "step": step, "parts": job.shards.parts}
+    records.append(job.run_dir / records.EVENTS, started)
+
+
+def trained_on(job: TrainingJob, step: int) -> list[int]:
+    """Rows whose tokens training reads for `step`, from 1."""
+    batches = Batches(
+        Rows(job.shards, "train"),
+        end_of_text=job.shards.end_of_text,
+        seed=0,
+        micro_batch_rows=2,
+        accumulate=2,
+        skips=job.skips,
+    )
+    ids = batches.row_ids(step - 1).flatten()
+    inputs = [row for batch in batches.micro_batches(step - 1) for row in batch.inputs.tolist()]
+    assert inputs == Rows(job.shards, "train")[ids][:, :-1].tolist()
+    return ids.tolist()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+
+
+def test_documents_of_a_step_are_those_of_its_batch(text, tmp_path, small_parts):
+    job = prepared(text, tmp_path, steps=6)
+    begin(job, 0)
+    for step in (1, 2, 6):
+        pieces = documents(tmp_path, "mine", step)
+        assert list(dict.fromkeys(piece.row for piece in pieces)) == trained_on(job, step)
+
+
+def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
+    prepared(text, tmp_path, steps=6)
+    of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=2"]
+    capsys.readouterr()
+    assert commands.main(of_run) == 0
+    pieces, table = documents(tmp_path, "mine", 2), capsys.readouterr().out.splitlines()
+    assert table[0].split() == list(pieces[0]._fields)
+    assert len(table) == 1 + len(pieces)
+    assert table[1].split()[:4] == [*map(str, pieces[0][:3]), pieces[0].document]
+    assert commands.main([*of_run, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [piece._asdict() | {"left_out": False} for piece in pieces]
+
+
+def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, console):
+    job = prepared(text, tmp_path, steps=6)
+    unskipped = [trained_on(job, step) for step in range(1, 7)]
+    job = job.replace(skips=(Skip(step=2, batches=2),))
+    artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
+    for step, read_at in ((2, 2), (3, 5), (4, 6)):
+        rows = [piece.row for piece in documents(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(rows)) == trained_on(job, step) == unskipped[read_at - 1]
+        gone = [piece.row for piece in left_out(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(gone)) == (unskipped[step - 1] if step in (3, 4) else [])
+    of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=3"]
+    capsys.readouterr()
+    assert commands.main(of_run) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "before a roll-back, which left them out:" and "since then:" in table
+    assert commands.main([*of_run, "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for mark, at in ((True, 3), (False, 5)):
+        rows = [item["row"] for item in objects if item["left_out"] is mark]
+        assert list(dict.fromkeys(rows)) == unskipped[at - 1]
+
+
+@pytest.mark.parametrize("step", [0, 7, -1])
+def test_step_that_a_run_does_not_have_is_refused(text, tmp_path, step):
+    prepared(text, tmp_path, steps=6)
+    with pytest.raises(ValueError, match=f"no step {step}: its steps are 1 to 6"):
+        documents(tmp_path, "mine", step)
+
+
+def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path, small_parts):
+    short = prepared(text, tmp_path, steps=6)
+    begin(short, 0)
+    longer = prepared(text, tmp_path, steps=100)
+    begin(longer, 4)
+    assert longer.shards.parts > short.shards.parts
+    for step, job in ((4, short), (5, longer), (100, longer)):
+        rows = [piece.row for piece in documents(tmp_path, "mine", step)]
+        assert list(dict.fromkeys(rows)) == trained_on(job, step)
+    assert trained_on(short, 4) != trained_on(longer, 4), "so it matters"
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    if subprocess.run(["mount", "--bind", folder, folder], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a file system is made read-only as root")
+def test_read_only_cache_is_read_from_and_refused_for_a_run(console, text, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    begin(prepared(text, cache, steps=4), 0)
+
+    before = contents(cache)
+    with read_only(cache):
+        assert commands.main(["documents", "--run=mine", "--step=1", f"--cache-dir={cache}"]) == 0
+        assert "Marker" in capsys.readouterr().out
+        assert commands.main(["prove-resume", f"--cache-dir={cache}"]) == 1
+        error = capsys.readouterr().err
+    assert f"error: nothing can be written to {cache} (Read-only file system)" in error
+    assert "name another --cache-dir" in error
+    assert contents(cache) == before

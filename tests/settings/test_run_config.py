@@ -1,0 +1,40 @@
+"""The settings themselves, before anything is settled."""
+
+import pytest
+from pydantic import ValidationError
+from tiny import SHAPE
+
+from zeroflow.model.sizes import SIZES
+from zeroflow.settings.run_config import ModelChoice, RunConfig, TrainingChoice, leaves
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "x" * 101, "a b"])
+def test_name_that_is_no_plain_folder_is_refused(name):
+    with pytest.raises(ValidationError, match="run_name"):
+        RunConfig(run_name=name)
+
+
+def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
+    choice = ModelChoice(**SHAPE.model_dump())
+    assert choice.shape == SHAPE and choice.name == "custom"
+    assert ModelChoice().shape == SIZES["tiny"] and ModelChoice().name == "tiny"
+    assert ModelChoice(size="medium").shape == SIZES["medium"]
+    with pytest.raises(ValidationError, match="needs num_key_value_heads, intermediate_size as"):
+        ModelChoice(**SHAPE.model_dump(exclude={"num_key_value_heads", "intermediate_size"}))
+    with pytest.raises(ValidationError, match="size tiny and a shape of your own"):
+        ModelChoice(size="tiny", hidden_size=32)
+    with pytest.raises(ValidationError, match="cannot be divided among 5 query heads"):
+        ModelChoice(**SHAPE.model_dump() | {"num_attention_heads": 5})
+
+
+def test_synthetic_data_with_a_tokenizer_is_refused():
+    with pytest.raises(ValidationError, match="takes no tokenizer: drop --tokenizer-name"):
+        RunConfig(data={"data_mode": "synthetic"}, tokenizer={"tokenizer_name": "train"})
+
+
+def test_every_setting_has_a_name_and_a_description_of_its_own():
+    names = [name.rsplit(".", 1)[-1] for name, _ in leaves(RunConfig())]
+    assert len(set(names)) == len(names)
+    for group in (TrainingChoice, ModelChoice):
+        for name, field in group.model_fields.items():
+            assert field.description, name

@@ -1,0 +1,550 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SHAPE, jsonl_corpus
+
+from zeroflow import artifacts, pipeline
+from zeroflow.data import corpus as corpora
+from zeroflow.data.hub import HubError
+from zeroflow.data.part_facts import SplitCounts
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.device import Device, find_device, known_gpu
+from zeroflow.estimate.memory import micro_batch
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.settings import settle as settle_module
+from zeroflow.settings.job import training_job
+from zeroflow.settings.run_config import RunConfig, leaves
+from zeroflow.settings.settle import load, settle, size_of, sketch, unlike_others
+from zeroflow.training.job import RunIsBusy
+
+SYNTHETIC = {"data_mode": "synthetic"}
+GPU = known_gpu("H200")
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Settings of a run on a CPU; groups as dictionaries."""
+
+    def make(**settings) -> RunConfig:
+        defaults = {"device": "cpu", "data": SYNTHETIC, "cache_dir": tmp_path / "cache"}
+        return RunConfig.model_validate(defaults | settings)
+
+    return make
+
+
+def trained(asked: RunConfig) -> RunConfig:
+    """A settled run that has a checkpoint, or seems to."""
+    run = settle(asked).run
+    (run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    return run
+
+
+def unset(run: RunConfig) -> set[str]:
+    return {name for name, value in leaves(run) if value is None}
+
+
+SHAPE_NAMES = {f"model.{name}" for name in type(SHAPE).model_fields}
+
+
+def test_synthetic_run_has_nothing_left_open(ask):
+    settled = settle(ask())
+    run = settled.run
+    open_ones = {
+        "build.dask_address",
+        "sweep",
+        "data.dataset",
+        "data.dataset_config",
+        "training.keep_every",
+    }
+    open_ones |= {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
+    open_ones |= {"sweep"}
+    assert unset(run) == SHAPE_NAMES | open_ones
+    assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
+    assert run.device == settled.device.kind == "cpu"
+    assert not settled.resumes
+    assert load(run.cache_dir, run.run_name) == run
+    # all that follows from the settings can be made
+    assert run.training_config.steps == run.training.max_steps
+    assert run.shard_config.train_rows == run.training.max_steps * run.batch_rows
+    assert run.train_tokens == run.training.max_steps * run.training.batch_tokens
+    assert run.cadence.log and run.sampling.tokens
+
+
+def test_sample_run_trains_its_tokenizer_and_is_pinned(ask):
+    settled = settle(ask(data={"data_mode": "sample"}))
+    assert settled.run.data.data_revision is not None
+    assert settled.run.tokenizer.tokenizer_name == "train"
+    assert "sample" in settled.tokenizer_reason
+    assert settled.run.run_name.startswith("tiny-sample-")
+
+
+def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path):
+    file = tmp_path / "a.jsonl"
+    jsonl_corpus(file, ["one"])
+    asked = ask(
+        run_name="mine",
+        data={"data_mode": "files", "data_path": (str(file),)},
+        tokenizer={"tokenizer_name": "train"},
+    )
+    first = settle(asked)
+    assert settle(asked).run == first.run and settle(asked).resumes
+    jsonl_corpus(file, ["two"])
+    with pytest.raises(ValueError, match="files of files have changed"):
+        settle(asked)
+
+
+@pytest.mark.parametrize("written_out", [{}, {"model": {"size": "tiny"}}])
+def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
+    first, again = settle(ask()), settle(ask(**written_out))
+    assert again.run == first.run and again.resumes and not first.resumes
+    assert again.data_reason == "as the run was started"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"training": {"max_steps": 7}},
+        {"training": {"learning_rate": 0.1}},
+        {"model": {"size": "small"}},
+        {"model": SHAPE.model_dump()},
+        {"optimizer": {"beta1": 0.8}},
+        {"tokenizer": {"vocab_size": 999}},
+    ],
+)
+def test_each_setting_that_touches_a_weight_makes_another_name(ask, change):
+    assert settle(ask(**change)).run.run_name != settle(ask()).run.run_name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"validate_every": 3, "sample_tokens": 5, "keep_checkpoints": 1}},
+        {"training": {"batch_size": 1, "grad_accum_steps": 2}},  # still 512 tokens a step
+        {"overfit": {"overfit_steps": 3}},
+    ],
+)
+def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change):
+    first = settle(ask()).run
+    assert first.training.batch_tokens == 512
+    again = settle(ask(run_name=first.run_name, **change)).run
+    assert again.run_name == first.run_name
+    [(group, values)] = change.items()
+    for name, value in values.items():
+        assert getattr(getattr(again, group), name) == value
+    assert settle(ask(**change)).run.run_name == first.run_name
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.001, now it is 0.1"),
+        ({"training": {"seq_len": 128}}, "training.seq_len 256, now it is 128"),
+        ({"training": {"schedule": "wsd"}}, "training.schedule cosine, now it is wsd"),
+        ({"training": {"precision": "bf16"}}, "training.precision fp32, now it is bf16"),
+        ({"training": {"fp8": True}}, "training.fp8 False, now it is True"),
+        ({"training": {"max_steps": 9}}, "training.max_steps 10, now it is 9"),
+        ({"model": {"size": "small"}}, "model.size tiny, now it is small"),
+        ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 32768, now it is 400"),
+        ({"optimizer": {"weight_decay": 0.0}}, "optimizer.weight_decay 0.1, now it is 0.0"),
+    ],
+)
+def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field):
+    start = ask(run_name="mine", training={"max_steps": 10})
+    before = trained(start)
+    with pytest.raises(ValueError, match=f"run mine was started with {field}"):
+        settle(ask(run_name="mine", **change))
+    assert load(before.cache_dir, "mine") == before
+
+
+def test_run_that_never_trained_begins_anew_with_other_settings(ask):
+    """So that the remedy of a failure can be tried under the same name."""
+    first = settle(ask(run_name="mine", training={"seq_len": 64}))
+    ledger = first.run.run_dir / "ledger.jsonl"
+    ledger.write_text("{}\n")
+    again = settle(ask(run_name="mine", training={"seq_len": 128, "max_steps": 5}))
+    assert not again.resumes and not ledger.exists()
+    assert (again.run.training.seq_len, again.run.training.max_steps) == (128, 5)
+    assert settle(ask(run_name="mine")).run == again.run
+
+
+def test_setting_that_is_changed_and_changed_back_is_what_was_given_last(ask):
+    def logged(interval: int) -> int | None:
+        run = settle(ask(run_name="mine", training={"log_interval": interval})).run
+        return run.training.log_interval
+
+    assert [logged(interval) for interval in (10, 5, 10)] == [10, 5, 10]
+
+
+def test_settings_sent_elsewhere_are_the_same_run_and_only_what_was_given(
+    ask, tmp_path, monkeypatch
+):
+    jsonl_corpus(tmp_path / "mine" / "text.jsonl", ["Some words of my own."])
+    monkeypatch.chdir(tmp_path / "mine")
+    files = {"data_mode": "files", "data_path": ("*.jsonl",)}
+    asked = ask(data=files, cache_dir="cache", tokenizer={"tokenizer_name": "train"})
+    run = settle(asked).run
+    sent = asked.model_copy(update={"run_name": run.run_name}).anywhere
+    values = sent.model_dump(mode="json", exclude_unset=True)
+    assert values.keys() == {"device", "data", "cache_dir", "tokenizer", "run_name"}
+
+    monkeypatch.chdir(tmp_path)
+    again = settle(RunConfig.model_validate(values))
+    assert again.resumes and again.run.run_dir == tmp_path / "mine" / run.run_dir
+    assert [file.size for file in corpora.files(again.run.data)]
+
+
+def test_size_of_a_run_is_what_it_was_started_with(ask):
+    run = settle(ask(run_name="mine", model={"size": "small"})).run
+    assert size_of(RunConfig(run_name="mine", cache_dir=run.cache_dir)) == "small"
+    assert size_of(RunConfig(run_name="other", cache_dir=run.cache_dir)) == "tiny"
+
+
+def test_run_that_was_extended_refuses_the_steps_it_was_started_with(ask):
+    trained(ask(run_name="mine", training={"max_steps": 10}))
+    settle(ask(run_name="mine", training={"max_steps": 20}))
+    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 10"):
+        settle(ask(run_name="mine", training={"max_steps": 10}))
+
+
+def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeypatch):
+    def unreachable(name, revision):
+        raise HubError(name, "the hub cannot be reached", transient=True)
+
+    monkeypatch.setattr(corpora.hub, "dataset_revision", unreachable)
+    fallback = {"data_mode": "fineweb", "allow_synthetic_fallback": True}
+    asked = ask(data=fallback, training={"max_steps": 7})
+    first = settle(asked)
+    assert first.run.fell_back and first.run.data.data_mode == "synthetic"
+    (first.run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    named = asked.replace(run_name=first.run.run_name)
+    assert settle(named).run == first.run == settle(asked).run
+    with pytest.raises(ValueError, match="data_mode synthetic, now it is sample"):
+        settle(named.replace(data={"data_mode": "sample"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"data_mode": "sample", "fineweb_subset": "x"}}, "--fineweb-subset does nothing"),
+        ({"data": {"data_mode": "sample", "text_column": "x"}}, "--text-column does nothing"),
+        (
+            {"data": SYNTHETIC | {"allow_synthetic_fallback": True}},
+            "--allow-synthetic-fallback does",
+        ),
+        ({"data": SYNTHETIC | {"deduplicate": True}}, "--deduplicate does nothing"),
+        (
+            {"data": {}, "tokenizer": {"tokenizer_name": "gpt2", "vocab_size": 9000}},
+            "--vocab-size does nothing with --tokenizer-name gpt2",
+        ),
+        (
+            {"data": {}, "tokenizer": {"tokenizer_name": "train", "end_of_text": "x"}},
+            "--end-of-text does nothing",
+        ),
+    ],
+)
+def test_setting_that_would_do_nothing_is_refused(ask, settings, message):
+    with pytest.raises(ValueError, match=message):
+        settle(ask(**settings))
+
+
+def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
+    settle(ask(run_name="mine"))
+    with pytest.raises(ValueError, match=r"batch_tokens 512 are 2 rows .* not batch_size 3 x"):
+        settle(ask(run_name="mine", training={"batch_size": 3, "grad_accum_steps": 1}))
+
+
+def test_run_goes_on_with_more_steps_and_remembers_them(ask):
+    first = trained(ask(run_name="mine", training={"max_steps": 10}))
+    more = settle(ask(run_name="mine", training={"max_steps": 20})).run
+    assert more.training.max_steps == 20
+    changed = {name for name, value in leaves(more) if dict(leaves(first))[name] != value}
+    assert changed == {"training.max_steps"}
+    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 15"):
+        settle(ask(run_name="mine", training={"max_steps": 15}))
+
+
+def test_setting_that_is_not_given_again_is_taken_from_the_run(ask):
+    settle(ask(run_name="mine", seed=5, training={"learning_rate": 0.5, "max_steps": 9}))
+    again = settle(ask(run_name="mine")).run
+    assert (again.seed, again.training.learning_rate, again.training.max_steps) == (5, 0.5, 9)
+
+
+def test_unknown_run_is_refused_with_those_there_are(ask):
+    cache = settle(ask(run_name="mine")).run.cache_dir
+    with pytest.raises(ValueError, match=r"no run yours in .* there are: mine"):
+        load(cache, "yours")
+    with pytest.raises(ValueError, match="there are: none"):
+        load(cache / "elsewhere", "yours")
+
+
+# seq_len is 100 throughout
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ({"batch_size": 3, "grad_accum_steps": 5}, (3, 5)),
+        ({"batch_tokens": 800, "batch_size": 2}, (2, 4)),
+        ({"batch_tokens": 800, "grad_accum_steps": 2}, (4, 2)),
+        ({"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 2}, (4, 2)),
+        ({"batch_tokens": 1400}, (2, 7)),  # the largest divisor of 14 rows up to the 4 that fit
+        ({}, (1, 5)),  # about 512 tokens: 5 rows, and 4 do not divide them
+        ({"batch_size": 2}, (2, 2)),
+        ({"grad_accum_steps": 5}, (1, 5)),
+    ],
+)
+def test_batch_is_whatever_is_given_and_the_rest_follows(ask, given, batch):
+    run = settle(ask(training={"seq_len": 100, **given})).run
+    assert (run.training.batch_size, run.training.grad_accum_steps) == batch
+    assert run.training.batch_tokens == batch[0] * batch[1] * 100 == 100 * run.batch_rows
+
+
+# The synthetic run of a CPU has steps of two rows
+def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_rows(ask):
+    two = settle(ask(run_name="mine", training={"gpus": 2, "zero_stage": 3})).run
+    assert (two.training.batch_size, two.training.grad_accum_steps) == (1, 1)
+    assert two.training.batch_tokens == 512 and two.batch_rows == 2
+    assert (two.training_config.ranks, two.training_config.zero_stage) == (2, 3)
+    trained(ask(run_name="mine"))
+    assert settle(ask(run_name="mine")).run == two, "what is not given is as it was"
+    one = settle(ask(run_name="mine", training={"gpus": 1})).run
+    assert (one.training.gpus, one.training.zero_stage) == (1, 0)
+    assert one.batch_rows == 2 and one.training.batch_size == 2
+    assert one.shard_config == two.shard_config
+    with pytest.raises(ValueError, match="3 GPUs cannot share the 2 rows of a step evenly"):
+        settle(ask(run_name="mine", training={"gpus": 3}))
+
+
+def test_runs_of_several_gpus_are_runs_of_their_own_and_one_gpu_needs_no_word(ask):
+    alone, two, sharded = (
+        settle(ask(training={"batch_tokens": 512, **given})).run.run_name
+        for given in ({}, {"gpus": 2}, {"gpus": 2, "zero_stage": 3})
+    )
+    assert two == f"{alone}-2gpus-zero0" and sharded == f"{alone}-2gpus-zero3"
+    explicit = ask(training={"batch_tokens": 512, "gpus": 1, "zero_stage": 0})
+    assert settle(explicit).run.run_name == alone
+
+
+def test_run_of_a_version_that_knew_one_gpu_only_goes_on(ask):
+    run = trained(ask(run_name="mine"))
+    recorded = artifacts.read_json(run.run_dir / "run.json")
+    for name in ("gpus", "zero_stage"):
+        del recorded["training"][name]
+    artifacts.write_json(run.run_dir / "run.json", recorded)
+    assert settle(ask(run_name="mine")).run == run
+
+
+def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
+    with pytest.raises(ValueError, match="sees none: --device cpu tries it with 2 processes"):
+        settle(ask(device="auto", training={"gpus": 2}))
+    monkeypatch.setattr(settle_module, "find_device", lambda wanted: GPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert settle(ask(device="auto", training={"gpus": 2})).run.training.gpus == 2
+    with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: take fewer"):
+        settle(ask(device="auto", training={"gpus": 3}))
+    with pytest.raises(ValueError, match="--zero-stage 1 shares out among several GPUs"):
+        settle(ask(training={"zero_stage": 1}))
+
+
+def test_run_that_another_process_owns_is_left_as_it_is(ask):
+    def acquire(run_dir: Path) -> None:
+        raise RunIsBusy(run_dir.name)
+
+    for asked in (ask(), ask(run_name="mine")):
+        with pytest.raises(RunIsBusy):
+            settle(asked, acquire)
+        assert not (asked.cache_dir / "runs").exists()
+    run = settle(ask(run_name="mine")).run
+    before = {file: file.read_bytes() for file in run.run_dir.iterdir()}
+    with pytest.raises(RunIsBusy, match="mine"):
+        settle(ask(run_name="mine", seed=9), acquire)
+    assert {file: file.read_bytes() for file in run.run_dir.iterdir()} == before
+
+
+def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
+    asked = ask(run_name="mine", seed=3)
+
+    def acquire(run_dir: Path) -> None:
+        if not run_dir.exists():
+            settle(asked)
+
+    assert settle(ask(run_name="mine"), acquire).run == settle(asked).run
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_tokens": 850}, "850 is no multiple of seq_len 100: take 800"),
+        ({"batch_tokens": 50}, "50 is no multiple of seq_len 100: take 100"),
+        ({"batch_tokens": 800, "batch_size": 3}, "8 rows of 100, which is not batch_size 3 x"),
+        ({"batch_tokens": 800, "batch_size": 16}, "8 rows of 100, which is not batch_size 16 x"),
+        ({"batch_tokens": 800, "grad_accum_steps": 3}, "8 rows of 100, which is not batch_size"),
+        ({"batch_tokens": 800, "grad_accum_steps": 16}, "8 rows of 100, which is not batch_size"),
+        (
+            {"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 4},
+            "not batch_size 4 x grad_accum_steps 4: drop one of the three",
+        ),
+        ({"warmup_steps": 10, "max_steps": 10}, "10 warm-up steps leave nothing of 10 steps"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_recorded(
+    ask, given, message
+):
+    asked = ask(run_name="mine", training={"seq_len": 100, **given})
+    with pytest.raises(ValueError, match=message):
+        settle(asked)
+    assert not asked.run_dir.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there_is_refused(ask):
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        settle(ask(device="cuda"))
+
+
+def test_preflight_is_skipped_by_a_command_and_not_by_a_run(ask):
+    assert settle(ask(run_name="r", skip_preflight=True)).run.skip_preflight
+    assert not settle(ask(run_name="r")).run.skip_preflight
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(settle_module, "find_device", lambda wanted: GPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "compiled"),
+    [("Tesla T4", (7, 5), True), ("Tesla P100", (6, 0), False)],
+)
+def test_older_gpu_trains_in_what_it_has_and_says_so(
+    ask, monkeypatch, caplog, name, capability, compiled
+):
+    old = Device(kind="cuda", name=name, memory_bytes=15 * 2**30, capability=capability)
+    monkeypatch.setattr(settle_module, "find_device", lambda wanted: old)
+    with caplog.at_level("INFO", logger="zeroflow"):
+        settled = pipeline.make(ask(device="auto"))
+    assert settled.run.training.precision == "fp32"
+    assert settled.run.training.compile is compiled
+    asked_for = ask(device="auto", run_name="other", training={"precision": "bf16"})
+    assert settle(asked_for).run.training.precision == "bf16"
+    [line] = [line for line in caplog.messages if line.startswith("device")]
+    assert "an older GPU" in line and ("not compiled" in line) is not compiled
+
+
+@pytest.mark.parametrize("seq_len", [1000, 1450, 1536, 2000, 2048, 3000, 6000])
+@pytest.mark.parametrize("size", SIZES)
+def test_context_that_leaves_few_divisors_still_fills_the_gpu(ask, gpu, size, seq_len):
+    run = settle(ask(device="auto", model={"size": size}, training={"seq_len": seq_len})).run
+    choice, nominal = run.training, with_vocabulary(SIZES[size], 128_256)
+    fits, _ = micro_batch(nominal, seq_len, GPU)
+    assert min(run.batch_rows, fits / 4) <= choice.batch_size <= fits
+    usual = {"tiny": 2**18, "small": 2**19, "medium": 2**20}[size]
+    assert choice.batch_tokens == pytest.approx(usual, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "rate"),
+    [("tiny", 2**18, 3e-3), ("small", 2**19, 2e-3), ("medium", 2**20, 1e-3)],
+)
+def test_defaults_on_a_gpu_suit_the_size(ask, gpu, size, tokens, rate):
+    run = settle(ask(device="auto", model={"size": size})).run
+    choice = run.training
+    assert run.device == "cuda"
+    assert (choice.seq_len, choice.precision, choice.compile) == (2048, "bf16", True)
+    assert (choice.batch_tokens, choice.learning_rate) == (tokens, rate)
+    nominal = with_vocabulary(SIZES[size], 128_256).parameters
+    assert run.train_tokens / nominal == pytest.approx(20, rel=0.02)  # whole steps
+    assert run.train_tokens >= 20 * nominal
+
+
+def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, monkeypatch):
+    def fetch(config):
+        raise AssertionError("looked up")
+
+    asked = ask(device="auto", training={"fp8": True})
+    assert settle(asked).training.compute.fp8
+    assert not settle(ask(device="auto")).training.compute.fp8, "off by default"
+    monkeypatch.setattr(corpora, "resolve", fetch)
+    with pytest.raises(ValueError, match="--precision is fp32: drop one"):
+        settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))
+    with pytest.raises(ValueError, match="multiples of 16, and seq_len is 1000: change it"):
+        settle(ask(device="auto", training={"fp8": True, "seq_len": 1000}))
+    odd = SHAPE.model_dump() | {"intermediate_size": 72}
+    with pytest.raises(ValueError, match="and intermediate_size is 72: change it"):
+        settle(ask(device="auto", model=odd, training={"fp8": True}))
+    monkeypatch.setattr(settle_module, "find_device", lambda wanted: known_gpu("RTX 3090"))
+    with pytest.raises(ValueError, match=r"8\.9 or more, as .*RTX 3090 has 8\.6: train on"):
+        settle(asked)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"the device is a CPU \(.*CPU.*drop --fp8"):
+        settle(ask(training={"fp8": True}))
+    assert not sketch(ask(), find_device("cpu")).training.fp8
+    with pytest.raises(ValueError, match="the device is a CPU"):
+        sketch(ask(training={"fp8": True}), find_device("cpu"))
+
+
+@pytest.fixture
+def rows(tmp_path) -> ShardSet:
+    return ShardSet(
+        path=tmp_path / "shards" / "synthetic-256-abcdef",
+        parts=2,
+        reused=False,
+        row_tokens=257,
+        end_of_text=499,
+        train=SplitCounts(rows=100, documents=8, document_tokens=25_000),
+        validation=SplitCounts(rows=10, documents=1, document_tokens=2000, text_bytes=9000),
+        empty_documents=0,
+        duplicates=0,
+        bad_lines=0,
+        entropy=None,
+    )
+
+
+TOKENS = TokenizerFiles(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="f")
+
+
+def test_training_job_is_what_the_settings_say(ask, rows):
+    settled = settle(ask(seed=4, training={"max_steps": 12}))
+    model = with_vocabulary(settled.run.model.shape, 500)
+    job = training_job(settled, model, rows, TOKENS, tags={"mine": "yes"})
+    assert job.model == model and job.shards == rows
+    assert (job.training.seed, job.training.steps) == (4, 12)
+    assert job.shards.validation_bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
+    assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset["digest"] == "abcdef"
+    assert set(job.tracking.params) == {name for name, _ in leaves(settled.run)}
+    again = type(job).model_validate_json(job.model_dump_json())
+    assert again == job
+
+
+def test_utilisation_is_told_only_where_the_peak_is_known(ask, rows, gpu):
+    def peak(precision: str) -> float | None:
+        settled = settle(ask(device="auto", training={"precision": precision}))
+        model = with_vocabulary(settled.run.model.shape, 500)
+        return training_job(settled, model, rows, TOKENS, tags={}).peak_flops
+
+    assert peak("bf16") == 989e12
+    assert peak("fp32") is None, "the table has bf16 peaks"
+
+
+def test_record_is_readable_json(ask):
+    run = settle(ask(run_name="mine")).run
+    recorded = artifacts.read_json(Path(run.run_dir) / "run.json")
+    assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 200
+
+
+def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
+    first = settle(ask(seed=1)).run
+    assert unlike_others(first) == "nothing of its kind was there"
+    far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run
+    assert "training.max_steps 200 instead of 9" in unlike_others(far)
+    assert "training.learning_rate 0.001 instead of 0.5" in unlike_others(far)
+    third = settle(ask(seed=3)).run
+    told = f"the nearest of 2, {first.run_name}, has seed 1 instead of 3"
+    assert unlike_others(third) == told
+    twin = settle(ask(seed=3, run_name="twin")).run
+    assert f"{third.run_name}, is the same but for its name" in unlike_others(twin)
+    for run in (first, far, third):
+        (run.run_dir / "run.json").write_text("[]")
+    assert "is unknown" in unlike_others(twin)

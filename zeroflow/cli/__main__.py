@@ -1,0 +1,6 @@
+"""The `zeroflow` command: `python -m zeroflow.cli`."""
+
+from zeroflow.cli.commands import entry
+
+if __name__ == "__main__":
+    entry()

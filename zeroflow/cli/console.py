@@ -1,0 +1,88 @@
+"""TODO docstring."""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    TextIO,
+)
+
+from pydantic import ValidationError
+from rich.logging import RichHandler
+
+from zeroflow.report.progress import console
+
+if TYPE_CHECKING:
+    pass
+
+
+def complaint(error: Exception) -> str:
+    """An error as one message to a person; settings by their flags."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    lines = []
+    for problem in error.errors():
+        names = [str(part) for part in problem["loc"]]
+        message = problem["msg"].removeprefix("Value error, ")
+        if names and problem["type"] != "value_error":
+            flag = "--" + names[-1].replace("_", "-")
+            message = f"{flag}: {message} (found {problem['input']!r})"
+        lines.append(message)
+    return "\n".join(lines)
+
+
+class Terminated(SystemExit):
+    """SIGTERM has come."""
+
+
+def terminate(number: int, frame: object) -> None:
+    """End as after Ctrl-C; Prefect sends itself the signal again once the flow run has ended."""
+    raise Terminated(128 + number)
+
+
+def require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to {folder.absolute()} ({error.strerror}): name another "
+            "--cache-dir"
+        ) from error
+
+
+class _LineHandler(logging.StreamHandler[TextIO]):
+    """Lines on standard output, for as long as somebody reads them: a run outlives `| head`."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if isinstance(sys.exception(), BrokenPipeError):
+            sys.stdout = self.stream = open(os.devnull, "w")  # noqa: SIM115, PTH123, to the end
+        else:
+            super().handleError(record)
+
+
+def log_to_console(*, verbose: bool) -> None:
+    """Plain lines on standard output; around the live bar where there is a terminal."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = _LineHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("zeroflow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+def fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
+    if verbose:
+        logging.getLogger("zeroflow").error("failed", exc_info=error)
+    notes = getattr(error, "__notes__", [])
+    sys.stderr.write("\n".join([f"error: {complaint(error)}", *notes, ""]))
+    return code

@@ -1,0 +1,47 @@
+"""TODO docstring."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from zeroflow.data.part_facts import Split
+from zeroflow.data.shards import ShardSet
+
+
+class Rows:
+    """The rows of one split, memory-mapped: `rows[ids]` gives (len(ids), row_tokens) integers."""
+
+    def __init__(self, shards: ShardSet, split: Split) -> None:
+        files = [file for path in shards.part_paths for file in sorted(path.glob(f"{split}-*"))]
+        if not files:
+            raise FileNotFoundError(f"{shards.path} holds no shard of split {split}")
+        self._shards = [_map(file) for file in files]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self._starts = self._ends - [len(shard) for shard in self._shards]
+        self.end_of_text = shards.end_of_text
+
+    @property
+    def row_tokens(self) -> int:
+        return self._shards[0].shape[1]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
+        shard_ids = np.searchsorted(self._ends, ids, side="right")
+        places = (ids - self._starts[shard_ids]).tolist()
+        first = self._shards[0]
+        out = np.empty((len(places), first.shape[1]), dtype=first.dtype)
+        for i, (shard, place) in enumerate(zip(shard_ids.tolist(), places, strict=True)):
+            out[i] = self._shards[shard][place]
+        return out
+
+
+def _map(file: Path) -> npt.NDArray[np.integer[Any]]:
+    """The (rows, row_tokens) array of one Arrow file, without a copy."""
+    column = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
+    flat = column.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(-1, column.type.list_size)

@@ -1,0 +1,161 @@
+"""The device that a run computes on, found without opening a CUDA context."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from zeroflow.config import Config
+
+
+class _Gpu(NamedTuple):
+    peak_flops: float
+    """Dense bf16 matrix products, without sparsity."""
+
+    gigabytes: int
+    """As sold; NVML has up to 5 % less where error correction takes its part."""
+
+    capability: tuple[int, int]
+
+
+# From the vendor's data sheets. The names are whole, as NVML gives them: variants of a chip differ
+_GPUS = {
+    "NVIDIA H200": _Gpu(989e12, 141, (9, 0)),
+    "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80, (9, 0)),
+    "NVIDIA H100 NVL": _Gpu(835e12, 94, (9, 0)),
+    "NVIDIA H100 PCIe": _Gpu(756e12, 80, (9, 0)),
+    "NVIDIA A100-SXM4-80GB": _Gpu(312e12, 80, (8, 0)),
+    "NVIDIA A100-SXM4-40GB": _Gpu(312e12, 40, (8, 0)),
+    "NVIDIA A100 80GB PCIe": _Gpu(312e12, 80, (8, 0)),
+    "NVIDIA A100-PCIE-40GB": _Gpu(312e12, 40, (8, 0)),
+    "NVIDIA L40S": _Gpu(362e12, 48, (8, 9)),
+    "NVIDIA L4": _Gpu(121e12, 24, (8, 9)),
+    "NVIDIA GeForce RTX 4090": _Gpu(165e12, 24, (8, 9)),
+    "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24, (8, 6)),
+}
+
+
+Precision = Literal["bf16", "fp32"]
+
+
+BF16_CAPABILITY = (8, 0)
+"""Of Ampere."""
+
+
+_TRITON_CAPABILITY = (7, 0)
+"""Of Volta."""
+
+
+FP8_CAPABILITY = (8, 9)
+"""Of Ada; Hopper has (9, 0)."""
+
+
+class Device(Config):
+    """What the run computes on."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+    peak_flops: float | None = None
+    """Dense bf16 FLOP/s; None where it is not known for sure."""
+
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability; None for a CPU."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Products in bf16 that are faster than those in fp32."""
+        return self.capability is not None and self.capability >= BF16_CAPABILITY
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile, with Triton below it, can make kernels that pay here."""
+        return self.capability is not None and self.capability >= _TRITON_CAPABILITY
+
+
+def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device to train on, found without opening a CUDA context in this process.
+
+    Raises:
+        ValueError: a GPU was asked for and PyTorch sees none.
+    """
+    gpus = torch.cuda.device_count()  # reads NVML and CUDA_VISIBLE_DEVICES only
+    if wanted == "cuda" and not gpus:
+        build = torch.version.cuda or "none: this PyTorch is built for CPUs"
+        raise ValueError(f"--device cuda, but PyTorch sees no GPU (CUDA of PyTorch: {build})")
+    if wanted == "cpu" or not gpus:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device(kind="cpu", name=name, memory_bytes=memory)
+    return _first_gpu()
+
+
+def require_gpus(count: int, device: Device, *, wanted: Literal["auto", "cpu", "cuda"]) -> None:
+    """See that `count` processes have what to train on.
+
+    Raises:
+        ValueError: there are fewer GPUs.
+    """
+    if count == 1 or wanted == "cpu":
+        return
+    there = torch.cuda.device_count() if device.kind == "cuda" else 0
+    if there < count:
+        remedy = "take fewer" if there else f"--device cpu tries it with {count} processes on a CPU"
+        raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
+
+
+def _first_gpu() -> Device:
+    import pynvml  # present only where a GPU is
+
+    pynvml.nvmlInit()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    handle = (
+        pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        if first.isdigit()
+        else pynvml.nvmlDeviceGetHandleByUUID(first)
+    )
+    name = pynvml.nvmlDeviceGetName(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    return Device(
+        kind="cuda",
+        name=name,
+        memory_bytes=memory,
+        peak_flops=_peak_flops(name),
+        capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+    )
+
+
+def _peak_flops(name: str) -> float | None:
+    return _GPUS[name].peak_flops if name in _GPUS else None
+
+
+def known_gpu(wanted: str) -> Device:
+    """A GPU by its name, or by a part of it that no other has.
+
+    Raises:
+        ValueError: there is none, or there are several; the message lists those there are.
+    """
+    found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
+    if whole := [name for name in found if f" {name}".casefold().endswith(f" {wanted.casefold()}")]:
+        found = whole  # L4 is no part of L40S
+    if len(found) != 1:
+        names = ", ".join(found or _GPUS)
+        raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
+    [name] = found
+    gpu = _GPUS[name]
+    return Device(
+        kind="cuda",
+        name=name,
+        memory_bytes=gpu.gigabytes * 2**30,
+        peak_flops=gpu.peak_flops,
+        capability=gpu.capability,
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that `folder` is on, or will be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

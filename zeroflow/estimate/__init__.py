@@ -1,0 +1,1 @@
+"""Memory, speed and disk before a run, and what earlier runs took."""

@@ -1,0 +1,151 @@
+"""What earlier runs on this machine were planned to take, and took: `<cache>/plans.jsonl`."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import BinaryIO, NamedTuple
+
+from pydantic import ValidationError
+
+from zeroflow.config import Config
+from zeroflow.model.llama import ModelConfig
+from zeroflow.training.workload import Workload
+from zeroflow.units import parameter_count
+
+PLANS = "plans.jsonl"
+
+
+_NEWEST = 5
+"""So many earlier runs count: code and drivers change."""
+
+
+_NEAR = 3.0
+"""Models whose tokens take so many times the FLOPs, or fewer, reach about the same FLOP/s. On one
+H100 tiny reached 18 % of the peak where small, with 13 times the FLOPs, reached 42 %."""
+
+
+class Figures(Config):
+    """Predicted or measured; None where there is no telling."""
+
+    tokens_per_second: float | None
+    seconds: float | None
+    """Of training steps: data wait, forward/backward, optimiser, communication, logging."""
+
+    memory_bytes: int | None
+    """Peak of tensors on a GPU; resident set of the process on a CPU."""
+
+    shard_bytes: int | None
+    checkpoint_bytes: int | None
+
+
+class Past(Config):
+    """A run that was trained to its end."""
+
+    run: str
+    steps: int
+    workload: Workload
+    predicted: Figures
+    measured: Figures
+
+
+class Experience(NamedTuple):
+    """What earlier runs say of a workload."""
+
+    tokens_per_second: float
+    memory_bytes: int | None
+    """None where only other models or batches were run."""
+
+    source: str
+
+
+def append(cache: Path, past: Past) -> None:
+    """Add a run to the history, unless it is there with as many steps."""
+    if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
+        return
+    path = cache / PLANS
+    with path.open("a+b") as file:
+        # one write, which other processes cannot come between
+        file.write(_begin_line(file) + past.model_dump_json().encode() + b"\n")
+
+
+def _begin_line(file: BinaryIO) -> bytes:
+    """A line break if a process was killed in the middle of a line."""
+    if not file.seek(0, os.SEEK_END):
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
+
+
+def read(cache: Path) -> list[Past]:
+    """Oldest first. What is no whole line, or of another version, is passed over."""
+    path = cache / PLANS
+    return list(_parsed(path.read_bytes())) if path.exists() else []
+
+
+def _parsed(content: bytes) -> Iterator[Past]:
+    for line in content.splitlines():
+        try:
+            yield Past.model_validate(json.loads(line))
+        except (ValueError, ValidationError):
+            continue
+
+
+def known(
+    cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
+) -> Experience | None:
+    """What runs of the same workload took here; else the FLOP/s of the nearest other model.
+
+    Args:
+        planned: name and steps of the run that is planned. It is not its own prediction, but what
+            it took before it was extended is.
+    """
+    name, steps = planned
+    runs = [
+        past
+        for past in read(cache)
+        if (past.run != name or past.steps < steps) and past.measured.tokens_per_second
+    ]
+    if same := [past for past in runs if past.workload == workload][-_NEWEST:]:
+        memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
+        return Experience(
+            fmean(_rate(past) for past in same),
+            max(memory, default=None),
+            f"from {_count(same)} here",
+        )
+
+    def distance(past: Past) -> float:
+        """In size; models are told apart by the FLOPs of a token."""
+        return abs(math.log(past.workload.flops_per_token / workload.flops_per_token))
+
+    alike = [past for past in runs if past.workload.is_computed_like(workload)]
+    alike = [past for past in alike if distance(past) <= math.log(_NEAR)]
+    if not alike:
+        return None
+    nearest = min(alike, key=distance).workload
+    near = [
+        past for past in alike if (past.workload.model, past.workload.seq_len) == _shape(nearest)
+    ][-_NEWEST:]
+    flops = fmean(_rate(past) * past.workload.flops_per_token for past in near)
+    size = f"{parameter_count(nearest.model.parameters)} parameters"
+    return Experience(
+        flops / workload.flops_per_token,
+        None,
+        f"{flops / 1e12:.3g} TFLOP/s as in {_count(near)} here of a model of {size}",
+    )
+
+
+def _shape(workload: Workload) -> tuple[ModelConfig, int]:
+    return workload.model, workload.seq_len
+
+
+def _rate(past: Past) -> float:
+    rate = past.measured.tokens_per_second
+    assert rate is not None, "others are left out"
+    return rate
+
+
+def _count(runs: list[Past]) -> str:
+    return f"{len(runs)} earlier run{'s' if len(runs) > 1 else ''}"

@@ -1,0 +1,1 @@
+"""Models of finished runs: load, generate, export."""

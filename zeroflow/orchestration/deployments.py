@@ -1,0 +1,94 @@
+"""TODO docstring."""
+
+import logging
+from contextlib import suppress
+from datetime import timedelta
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from zeroflow.orchestration.server import FLOW, GPU_LIMIT, USUAL_PORT, api_in_use, ui_address
+
+log = logging.getLogger(__name__)
+
+
+WORK_POOL = "zeroflow"
+
+
+AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
+
+
+# Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
+# live runs crashed.
+SILENCE = timedelta(minutes=15)
+
+
+def set_up(silence: timedelta = SILENCE) -> None:
+    """Have the server in use know what deployments and killed runs need; again changes nothing.
+
+    That is the work pool of prefect.yaml, a limit of one job on a GPU at a time, and an automation
+    that marks a run of the flow crashed when its process is gone without a word, so that it can be
+    retried.
+
+    Args:
+        silence: time without a heartbeat after which a process counts as gone. A server that was
+            away for as long takes live runs for crashed, until they end.
+
+    Raises:
+        RuntimeError: no server answers.
+    """
+    from prefect.workers.process import ProcessWorker  # its import sets up logging
+
+    if (url := api_in_use()) is None:
+        raise RuntimeError(
+            f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
+            "start`, or name one in PREFECT_API_URL"
+        )
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        template = ProcessWorker.get_default_base_job_template()
+        pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(pool)
+        with suppress(ObjectAlreadyExists):
+            client.create_global_concurrency_limit(
+                GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
+            )
+        automation = _crash_detection(silence)
+        if there := client.read_automations_by_name(AUTOMATION):
+            client.update_automation(there[0].id, automation)
+        else:
+            client.create_automation(automation)
+    minutes = silence / timedelta(minutes=1)
+    log.info("Prefect at %s has", ui_address(url))
+    log.info("  work pool   %s", WORK_POOL)
+    log.info("  limit       %s, of jobs on GPUs at once", GPU_LIMIT)
+    log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+
+
+def _crash_detection(silence: timedelta) -> AutomationCore:
+    heartbeat = "prefect.flow-run.heartbeat"
+    ends = ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut")
+    return AutomationCore(
+        name=AUTOMATION,
+        description="Made by `zeroflow prefect-setup`.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": FLOW},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            after={heartbeat},
+            expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ends)},
+            within=silence,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message="Its process sent no heartbeat any more: killed, or its machine stopped.",
+            )
+        ],
+    )

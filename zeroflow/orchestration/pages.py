@@ -1,0 +1,126 @@
+"""TODO docstring."""
+
+import base64
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import (
+    ArtifactUpdate,
+)
+
+from zeroflow.orchestration.flow_runs import reachable
+
+log = logging.getLogger(__name__)
+
+
+_BAR_SECONDS = 5.0
+
+
+_BAR_RETRY_SECONDS = 60.0
+
+
+def publish(markdown: str, subject: str, run_name: str) -> None:
+    """Show a page on the flow run's page."""
+    try:
+        if not reachable():
+            raise ConnectionError("its server does not answer")  # Prefect would try for a minute
+        key = _key(subject, run_name)
+        create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+    except Exception as error:  # what it would show is on disk
+        log.warning("the %s could not be shown in Prefect: %s", subject, error)
+
+
+def publish_picture(picture: Path, subject: str, run_name: str) -> None:
+    """Show a PNG file on the flow run's page."""
+    publish(_page_of(picture, subject), subject, run_name)
+
+
+def _page_of(picture: Path, subject: str) -> str:
+    # in markdown, as Prefect prints the whole data URI of an image artifact over its page
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return f"![{subject}](data:image/png;base64,{data})"
+
+
+class _Live:
+    """Something on the flow run's page that is brought up to date; a failure is told once."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._id: UUID | None = None
+        self._failing = False
+
+    def put(self, create: Callable[[], Any], update: Callable[[UUID], Any]) -> bool:
+        """Have it created, or updated if it is there; whether that worked."""
+        try:
+            if not reachable():
+                raise ConnectionError("its server does not answer")
+            if self._id is None:
+                self._id = create()
+            else:
+                update(self._id)
+            self._failing = False
+        except Exception as error:  # it is in the log or on disk as well
+            if not self._failing:
+                log.warning("%s is not shown in Prefect: %s", self._what, error)
+            self._failing = True
+        return not self._failing
+
+
+class LivePicture:
+    """A picture on the flow run's page, in place of the one before it."""
+
+    def __init__(self, subject: str, run_name: str) -> None:
+        self._subject, self._run_name = subject, run_name
+        self._live = _Live(f"the picture of {subject}")
+
+    def __call__(self, picture: Path) -> None:
+        page = _page_of(picture, self._subject)
+        self._live.put(
+            lambda: create_markdown_artifact(
+                page,
+                key=_key(f"{self._subject}-live", self._run_name),
+                description=f"{self._subject} of {self._run_name} while it is trained",
+            ),
+            lambda shown: _update_artifact(shown, page),
+        )
+
+
+def _update_artifact(artifact: UUID, data: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_artifact(artifact, ArtifactUpdate(data=data))
+
+
+class ProgressBar:
+    """A bar on the flow run's page, brought up to date at a pace that a person can follow."""
+
+    def __init__(self, subject: str, run_name: str) -> None:
+        self._subject, self._key = subject, _key(f"{subject}-progress", run_name)
+        self._live = _Live(f"progress of {subject}")
+        self._next = 0.0
+
+    def __call__(self, share: float, text: str) -> None:
+        """Show the `share` that is done, from 0 to 1, and a line about it."""
+        if time.monotonic() < self._next and share < 1:
+            return
+        percent, text = round(100 * share, 1), f"{self._subject}: {text}"
+        shown = self._live.put(
+            lambda: create_progress_artifact(percent, self._key, text),
+            lambda bar: update_progress_artifact(bar, percent, text),
+        )
+        self._next = time.monotonic() + (_BAR_SECONDS if shown else _BAR_RETRY_SECONDS)
+
+
+def _key(subject: str, run_name: str) -> str:
+    """Of an artifact: lower-case letters, digits and dashes."""
+    lower = f"{subject}-{run_name}".lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")

@@ -1,0 +1,105 @@
+"""Programs that another one needs, which end when it does, however that comes about."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_LAST_LINES = 15
+
+
+# Before the shell becomes the program, it leaves a child that ends it once its input ends, as it
+# does when we do. Not the other way round: what a shell starts with & never hears of SIGINT, by
+# which Prefect's worker stops.
+_KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
+
+
+class Program:
+    """A program that is running, out of reach of Ctrl-C.
+
+    Args:
+        name: of the program, to a person.
+        log: file for its output, which is emptied; None for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.name, self._log = name, log
+        with (log or Path(os.devnull)).open("wb") as output:
+            self._process = subprocess.Popen(
+                ["sh", "-c", _KEPT, "kept", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd=folder,
+                env=environment,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def require_running(self) -> None:
+        """
+        Raises:
+            RuntimeError: it has ended; with its last lines.
+        """
+        if (code := self._process.poll()) is not None:
+            raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
+        """
+        Raises:
+            RuntimeError: it has ended before, or the time has; with its last lines.
+        """
+        deadline = time.monotonic() + seconds
+        while not ready():
+            self.require_running()
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.name} was not ready within {seconds:g} s{self._last_lines()}"
+                )
+            time.sleep(0.2)
+
+    def wait_for_end(self, seconds: float) -> None:
+        """
+        Raises:
+            RuntimeError: it has not ended well within the time; with its last lines.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            if self._process.wait(seconds) == 0:
+                return
+        self.require_running()
+        self.stop(0)
+        raise RuntimeError(f"{self.name} took more than {seconds:g} s{self._last_lines()}")
+
+    def stop(self, seconds: float) -> bool:
+        """Have it end, and all its children that are left then; whether it did so in time."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _last_lines(self) -> str:
+        if self._log is None:
+            return ""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join([f"; the end of {self._log}:", *lines[-_LAST_LINES:]])

@@ -1,0 +1,132 @@
+"""Both user interfaces and what they need, started and stopped together."""
+
+import logging
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from zeroflow.config import Config
+from zeroflow.orchestration.programs import Program
+from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.tracking.config import PORT, is_server, location
+from zeroflow.tracking.viewer import VIEWER_ENVIRONMENT, Viewer, viewer
+
+log = logging.getLogger(__name__)
+
+
+_LOGS = "ui"
+
+
+_START_SECONDS = 120.0
+
+
+_STOP_SECONDS = 10.0
+
+
+_POLL_SECONDS = 0.5
+
+
+class UiConfig(Config):
+    """Both listen on this machine's loopback only."""
+
+    prefect_port: int = Field(4200, ge=1, le=65535)
+    """Of Prefect's server. One that is there, or at PREFECT_API_URL, is used and left running."""
+
+    mlflow_port: int = Field(PORT, ge=1, le=65535)
+    """Of MLflow's server."""
+
+    cache_dir: Path = DEFAULT_CACHE
+    """Folder whose runs MLflow shows, and that a run writes to which is started from a form, unless
+    that names another; the servers' logs are in ui/ below it."""
+
+    @model_validator(mode="after")
+    def _has_two_ports(self) -> Self:
+        if self.prefect_port == self.mlflow_port:
+            raise ValueError(
+                f"port {self.mlflow_port} cannot be both servers': give --prefect-port and "
+                "--mlflow-port different ones"
+            )
+        return self
+
+
+def serve(config: UiConfig) -> None:
+    """Run both until one of the programs ends, or this is interrupted.
+
+    Raises:
+        ValueError: a port is taken.
+        RuntimeError: a program has ended, or did not start; with its last lines.
+    """
+    from zeroflow.orchestration import server
+    from zeroflow.orchestration.worker import Prefect  # takes seconds to import
+
+    logs = config.cache_dir / _LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    prefect = Prefect(config.prefect_port, config.cache_dir, logs)
+    if prefect.to_be_started:
+        _require_free(config.prefect_port, "--prefect-port")
+    if not is_server(location(config.cache_dir)[0]):
+        _require_free(config.mlflow_port, "--mlflow-port")
+    log.info("starting; logs are in %s", logs)
+    try:
+        prefect.start_server()
+        mlflow = viewer(config.cache_dir, config.mlflow_port)
+        with _shown(mlflow, logs) as programs:
+            prefect.start_worker()
+            log.info("Prefect UI        %s/deployments", prefect.address)
+            log.info("MLflow UI         %s", mlflow.address)
+            log.info("loss of all runs  %s", mlflow.charts)
+            if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
+                log.info("runs of the shell need  PREFECT_API_URL=%s", prefect.url)
+            log.info("Ctrl-C stops all of it; a run that is going on saves first")
+            while True:
+                prefect.require_running()
+                for program in programs:
+                    program.require_running()
+                time.sleep(_POLL_SECONDS)
+    finally:
+        prefect.stop()
+
+
+@contextmanager
+def _shown(viewer: Viewer, logs: Path) -> Iterator[list[Program]]:
+    """MLflow's server as long as the block goes on, if it is for us to start."""
+    if viewer.command is None:
+        yield []
+        return
+    program = Program(
+        "MLflow's server",
+        viewer.command,
+        environment=os.environ | VIEWER_ENVIRONMENT,
+        log=logs / "mlflow.log",
+    )
+    try:
+        program.wait_until(lambda: _answers(viewer.address), _START_SECONDS)
+        yield [program]
+    finally:
+        program.stop(_STOP_SECONDS)
+
+
+def _require_free(port: int, flag: str) -> None:
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"port {port} is taken ({error.strerror}): stop what listens there, or name another "
+            f"{flag}"
+        ) from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,170 @@
+"""TODO docstring."""
+
+import logging
+import os
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from zeroflow.orchestration.deployments import WORK_POOL, set_up
+from zeroflow.orchestration.programs import Program
+from zeroflow.orchestration.server import (
+    START_SECONDS,
+    STOP_SECONDS,
+    SWEEP,
+    answers,
+    api_in_use,
+    local_api,
+    start_server,
+    ui_address,
+)
+
+log = logging.getLogger(__name__)
+
+
+_ROOT = Path(__file__).parents[2]
+
+
+_DEPLOYMENTS = "prefect.yaml"
+
+
+_ENGINE = {"prefect.engine", "prefect.flow_engine"}
+
+
+_WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
+
+
+# Of Prefect 3.8.8: a worker with a limit ends with this if a run is retried while its process,
+# which has told of the run's end, is on its way out.
+_RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
+
+
+_SAVE_SECONDS = 150.0
+"""That a training has to write a checkpoint, and some."""
+
+
+class Prefect:
+    """Prefect's server with the deployments, and a worker that runs them one at a time.
+
+    Args:
+        cache: folder that the deployments write to, if their form names no other.
+        port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
+            started otherwise.
+        logs: folder for their output.
+
+    Raises:
+        RuntimeError: the server that PREFECT_API_URL names does not answer.
+        ValueError: there is nothing to deploy.
+    """
+
+    def __init__(self, port: int, cache: Path, logs: Path) -> None:
+        if not (_ROOT / _DEPLOYMENTS).exists():
+            raise ValueError(
+                f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
+            )
+        found = api_in_use(port)
+        self.url, self.to_be_started = found or local_api(port), found is None
+        self.programs: list[Program] = []
+        self._port, self._cache, self._logs = port, cache.absolute(), logs
+
+    @property
+    def address(self) -> str:
+        """Of the user interface."""
+        return ui_address(self.url)
+
+    def start_server(self) -> None:
+        if self.to_be_started:
+            self.programs.append(start_server(self._port, self._logs / "prefect.log"))
+
+    def start_worker(self) -> None:
+        """Once the server answers: set it up, deploy, and have the deployments run.
+
+        Raises:
+            RuntimeError: one of these did not work; with its last lines.
+        """
+        for server in self.programs:
+            server.wait_until(partial(answers, self.url), START_SECONDS)
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            set_up()
+            deployments = self._write_deployments()
+        deploy = ("deploy", "--all", "--prefect-file", str(deployments))
+        self._run(*deploy, wait=START_SECONDS)
+        self._run(*_WORKER)
+
+    def require_running(self) -> None:
+        """
+        Raises:
+            RuntimeError: a program has ended; with its last lines.
+        """
+        for program in list(self.programs):
+            try:
+                program.require_running()
+            except RuntimeError as error:
+                if _RETRIED_TOO_SOON not in str(error):
+                    raise
+                log.info("starting Prefect's worker again, as a run was retried before its end")
+                self.programs.remove(program)
+                self._run(*_WORKER)
+
+    def _write_deployments(self) -> Path:
+        """Those of prefect.yaml, for this cache, and without what would undo a person's choices."""
+        plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
+        with get_client(sync_client=True) as client:
+            for deployment in plan["deployments"]:
+                flow = deployment["entrypoint"].rsplit(":", 1)[1]
+                with suppress(ObjectNotFound):
+                    client.read_deployment_by_name(f"{flow}/{deployment['name']}")
+                    deployment.pop("schedules", None)  # it keeps those that it has
+                parameters = deployment["parameters"]
+                run = (
+                    parameters["sweep"].setdefault("run", {})
+                    if flow == SWEEP
+                    else parameters["run"]
+                )
+                run["cache_dir"] = str(self._cache)
+        path = (self._logs / _DEPLOYMENTS).absolute()
+        path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+        return path
+
+    def stop(self) -> None:
+        """Runs of the worker save and stop before it does; a server that was there stays."""
+        for program in reversed(self.programs):
+            runs = _flow_runs(program.pid)
+            for run in runs:
+                log.info("asking the flow run in process %d to save and stop", run.pid)
+                with suppress(psutil.NoSuchProcess):
+                    run.terminate()
+            # A worker that is stopped kills its runs
+            psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
+            if not program.stop(STOP_SECONDS):
+                log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
+
+    def _run(self, *arguments: str, wait: float | None = None) -> None:
+        program = Program(
+            f"prefect {arguments[0]}",
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            environment=os.environ | {"PREFECT_API_URL": self.url, "DO_NOT_TRACK": "1"},
+            log=self._logs / f"{arguments[0]}.log",
+            folder=_ROOT,
+        )
+        if wait:
+            program.wait_for_end(wait)
+        else:
+            self.programs.append(program)
+
+
+def _flow_runs(pid: int) -> list[psutil.Process]:
+    """Processes of flow runs below process `pid`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if _ENGINE & {*process.cmdline()}:
+                found.append(process)
+    return found

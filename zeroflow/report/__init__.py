@@ -1,0 +1,1 @@
+"""What a run shows: records, pages, pictures and comparisons."""

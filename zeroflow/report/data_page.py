@@ -1,0 +1,96 @@
+"""TODO docstring."""
+
+from pathlib import Path
+
+import numpy as np
+
+from zeroflow.data import statistics
+from zeroflow.data.packing import Ids
+from zeroflow.data.part_facts import SplitCounts
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.statistics import Look
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.report import data_page, pictures
+from zeroflow.report.pages import quoted
+
+DATA = "data.md"
+
+
+LENGTHS = "lengths.png"
+
+
+def write_data(shards: ShardSet, tokens: TokenizerFiles, folder: Path) -> Path:
+    """Write a page about a run's data, with a picture, into the run's `folder`.
+
+    Returns:
+        the path of data.md
+    """
+    seen = statistics.look(shards, tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.document_lengths(seen.lengths, folder / LENGTHS, row_tokens=shards.row_tokens)
+    page = folder / DATA
+    page.write_text(data_page.markdown(shards, seen, tokens, picture=LENGTHS), encoding="utf-8")
+    return page
+
+
+def markdown(built: ShardSet, seen: Look, tokens: TokenizerFiles, *, picture: str) -> str:
+    """A page about the data; `picture` is the address of the picture of lengths."""
+    source = ", ".join(f"{name} {value}" for name, value in seen.source.items() if value)
+    rows = {
+        "Source": source,
+        "Tokenizer": f"{seen.tokenizer}, {tokens.vocab_size:,} tokens, encoded by {tokens.encoder}",
+        "Parts": f"{built.parts}, rows of {built.row_tokens:,} tokens, in `{built.path}`",
+        "Left out": f"{built.empty_documents:,} empty, {built.duplicates:,} duplicates, "
+        f"{built.bad_lines:,} bad lines",
+        "Document length": _quantiles(seen.lengths),
+    }
+    if seen.tokens_per_second and seen.text_bytes_per_second:
+        rows["Built here at"] = (
+            f"{seen.tokens_per_second / 1e6:,.2f}M tokens/s, "
+            f"{seen.text_bytes_per_second / 1e6:,.1f} MB of text/s"
+        )
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    counts = "\n".join(
+        f"| {name} | {of_train} | {of_validation} |"
+        for name, of_train, of_validation in zip(
+            _COUNTS, _counts(built.train), _counts(built.validation), strict=True
+        )
+    )
+    samples = "\n\n".join(map(quoted, seen.samples))
+    return (
+        f"# Data: {built.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
+        f"| | training | validation |\n|---|---|---|\n{counts}\n\n"
+        f"![tokens of the documents]({picture})\n\n## Beginnings of rows\n\n{samples}\n"
+    )
+
+
+_COUNTS = (
+    "rows",
+    "documents",
+    "tokens",
+    "UTF-8 bytes",
+    "bytes per token",
+    "padding",
+    "documents in more than one row",
+)
+
+
+def _counts(split: SplitCounts) -> list[str]:
+    stored = split.document_tokens + split.padding_tokens
+    return [
+        f"{split.rows:,}",
+        f"{split.documents:,}",
+        f"{split.document_tokens:,}",
+        f"{split.text_bytes:,}",
+        f"{split.text_bytes / split.document_tokens:.3f}" if split.text_bytes else "none",
+        f"{split.padding_tokens:,} ({split.padding_tokens / stored:.2%})",
+        f"{split.cut_documents:,} ({split.cut_documents / split.documents:.1%})",
+    ]
+
+
+def _quantiles(lengths: Ids) -> str:
+    shares = (0.0, 0.1, 0.5, 0.9, 1.0)
+    names = ("least", "10 %", "median", "90 %", "most")
+    values = np.quantile(lengths, shares, method="nearest")
+    found = ", ".join(f"{n} {int(v):,}" for n, v in zip(names, values, strict=True))
+    return f"{found}; mean {lengths.mean():,.0f} tokens"

@@ -1,0 +1,64 @@
+"""TODO docstring."""
+
+from pathlib import Path
+
+from zeroflow import records
+from zeroflow.data import provenance
+from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.provenance import Piece
+from zeroflow.data.rows import Rows
+from zeroflow.inference.trained import job
+from zeroflow.training.job import TrainingJob
+
+
+def documents(cache: Path, name: str, step: int) -> list[Piece]:
+    """The documents that optimiser step `step` (from 1, as logged) of run `name` trains on.
+
+    Raises:
+        ValueError: there is no such run, or it has no such step.
+    """
+    found = job(cache, name)
+    return _pieces(found, step, found.skips)
+
+
+def left_out(cache: Path, name: str, step: int) -> list[Piece]:
+    """The documents that `step` had before a roll-back left them out; of most steps none.
+
+    Raises:
+        ValueError: as for `documents`.
+    """
+    found = job(cache, name)
+    gone = []
+    for number, skip in enumerate(found.skips):
+        if skip.step < step <= skip.step + skip.batches:
+            gone += _pieces(found, step, found.skips[:number])
+    return gone
+
+
+def _pieces(found: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piece]:
+    config = found.training
+    if not 1 <= step <= config.steps:
+        raise ValueError(
+            f"run {found.run_dir.name} has no step {step}: its steps are 1 to {config.steps}"
+        )
+    shards = found.shards.replace(parts=_parts_read(found, step))
+    batches = Batches(
+        Rows(shards, "train"),
+        end_of_text=shards.end_of_text,
+        seed=config.seed,
+        micro_batch_rows=config.micro_batch_rows,
+        accumulate=config.accumulate,
+        ranks=config.ranks,
+        skips=skips,
+    )
+    return provenance.pieces(shards, found.tokenizer, batches.row_ids(step - 1).flatten())
+
+
+def _parts_read(job: TrainingJob, step: int) -> int:
+    """Parts of the shards that the process read which did `step`: a run that is extended has more.
+
+    The last one to begin before the step, as what others did of it was not kept.
+    """
+    history = records.read(job.run_dir / records.EVENTS)
+    read = [e["parts"] for e in history if e["event"] == "started" and e["step"] < step]
+    return read[-1] if read else job.shards.parts

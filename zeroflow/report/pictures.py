@@ -1,0 +1,193 @@
+"""Curves of a run as PNG files, readable on light and dark pages."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zeroflow.data.packing import Ids
+from zeroflow.records import Line
+from zeroflow.report.band import Band
+from zeroflow.report.comparison import Comparison
+from zeroflow.training.job import TrainingJob
+from zeroflow.units import parameter_count
+
+LOSS_CURVE = "loss.png"
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
+
+
+_DARK = "#444444"
+"""On grey."""
+
+
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
+
+
+_STYLES = ("-", "--", "-.", ":")
+
+
+_MARKERS = (".", "s", "^", "x")
+
+
+_MANY = 6
+"""Lines of a legend, beyond which it would cover the curves that it tells apart."""
+
+
+def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Path:
+    """Training and validation loss against tokens, over what earlier runs lead to expect.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    title = f"{job.run_dir.name}: {parameter_count(job.model.parameters)} parameters"
+    figure, axes = _figure(title, "tokens", "loss (nats per token)")
+    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    axes.plot(
+        *zip(*train, strict=True), color=_BLUE, label="training", alpha=0.4 if expected else 1
+    )
+    if expected is not None:
+        _draw_band(axes, lines, expected)
+    axes.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", label="validation")
+    entropy = job.shards.entropy
+    if entropy is not None:
+        axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
+    axes.legend()
+    return _save(figure, job.run_dir / LOSS_CURVE)
+
+
+def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
+    """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
+    # A window without a logged loss, of a short run, would tear it all to pieces
+    there = ~np.isnan(expected.mean)
+    x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
+    runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
+    if not np.isnan(width).all():
+        edges = (mean - width, mean + width)
+        axes.fill_between(
+            x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
+        )
+    axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
+    own = expected.smoothed(lines)
+    so_far = ~np.isnan(own)
+    label = f"training, mean over {100 / len(own):g} % of the run"
+    axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
+
+
+def losses_compared(found: Comparison, folder: Path) -> list[Path]:
+    """Validation loss of every run against tokens, FLOPs and hours, and the power law."""
+    drawn = []
+    sizes = list(dict.fromkeys(one.size for one in found.outcomes))
+    for name, label, scale in (
+        ("tokens", "tokens", lambda one: 1.0),
+        ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
+        ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
+    ):
+        title = f"validation loss by {label.partition(' (')[0]}"
+        figure, axes = _figure(title, label, "loss (nats per token)")
+        by_flops = name == "flops"
+        drawn_of = Counter[str]()
+        for one in found.outcomes:
+            # No compute at all has no place on a logarithmic axis
+            points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
+            marker, style = divmod(drawn_of[one.size], len(_STYLES))
+            axes.plot(
+                [x for x, _ in points],
+                [loss for _, loss in points],
+                color=_COLOURS[sizes.index(one.size) % len(_COLOURS)],
+                linestyle=_STYLES[style],
+                marker=_MARKERS[marker % len(_MARKERS)],
+                label=one.run,
+            )
+            drawn_of[one.size] += 1
+        if by_flops:
+            axes.set_xscale("log")
+        if by_flops and found.law is not None:
+            ends = [one.flops for one in found.outcomes]
+            ends += [found.next_size.flops] if found.next_size else []
+            span = np.geomspace(min(ends), max(ends), 50)
+            law = [found.law.loss(flops) for flops in span]
+            axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^{-found.law.b:.3f}")
+        if len(found.outcomes) <= _MANY:
+            axes.legend(fontsize="small")
+        else:
+            height = max(4, 0.2 * len(found.outcomes))
+            figure.set_size_inches(10, height)
+            figure.legend(loc="outside right upper", fontsize="small")
+        drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
+    return drawn
+
+
+def resume_curves(
+    undisturbed: list[Line], killed: list[Line], path: Path, *, kills: list[int]
+) -> Path:
+    """Training and validation loss of two trainings; `kills` are the steps that one was killed at.
+
+    The one that was killed is dashed over the other, which shows where they part.
+    """
+    figure, axes = _figure("a training that was killed over one that was not", "step", "loss")
+    for lines, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
+        for quantity, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
+            points = [(line["step"], line[quantity]) for line in lines if quantity in line]
+            dark = "black" if style == "--" else colour
+            axes.plot(
+                *zip(*points, strict=True), color=dark, linestyle=style, label=f"{quantity} {name}"
+            )
+    for number, step in enumerate(kills):
+        axes.axvline(step, color=_GREY, linestyle=":", label=None if number else "kill")
+    axes.legend()
+    return _save(figure, path)
+
+
+def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
+    """Loss of the overfit check against its steps."""
+    figure, axes = _figure("overfit check: one batch by heart", "step", "loss (nats per token)")
+    axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
+    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"has to reach {limit:g}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
+    """A bar for each part of the wall time; what is `good` in another colour."""
+    figure, axes = _figure(title, "share of the wall time (%)", "")
+    names, percent = list(shares), [100 * share for share in shares.values()]
+    bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    return _save(figure, path)
+
+
+def document_lengths(lengths: Ids, path: Path, *, row_tokens: int) -> Path:
+    """How many documents have how many tokens, and the length of a row beside it."""
+    figure, axes = _figure("documents by length", "tokens", "documents")
+    edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)
+    axes.hist(lengths, bins=edges, color=_BLUE)
+    axes.axvline(row_tokens, color=_ORANGE, linestyle="--", label=f"a row, {row_tokens:,} tokens")
+    axes.set_xscale("log")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    # The figure class itself: pyplot would keep state and look for a display
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # on a dark page it ends there
+    figure = Figure(figsize=(7, 4), dpi=110, layout=layout, facecolor="white")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, format="png")
+    return path

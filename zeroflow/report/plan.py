@@ -1,0 +1,305 @@
+"""What a run will be and need, before anything is built; and at its end, whether that was so."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.batches import largest_divisor
+from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
+from zeroflow.device import Device, find_device, free_bytes, known_gpu
+from zeroflow.estimate import history
+from zeroflow.estimate.history import Figures, Past
+from zeroflow.estimate.memory import Room, checkpoint_bytes, memory, micro_batch
+from zeroflow.estimate.speed import expected_tokens_per_second
+from zeroflow.model.llama import Recompute
+from zeroflow.model.sizes import with_vocabulary
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import sketch
+from zeroflow.training import recovery
+from zeroflow.training.config import workload
+from zeroflow.training.job import JOB, TrainingJob, TrainResult
+from zeroflow.training.workload import STAGES, Stage, Workload
+
+PLAN = "plan.json"
+
+
+class StagePlan(Config):
+    """What a rank holds at a stage of ZeRO."""
+
+    stage: Stage
+    memory: dict[str, int]
+    """Bytes by part, at the micro-batch of the plan."""
+
+    total: int
+    fits: Room
+    micro_batch_rows: int
+    """That would be chosen at this stage, where the batch is not given otherwise."""
+
+    activation_checkpointing: Recompute
+
+
+class Plan(Config):
+    """All figures of a run that is yet to be."""
+
+    run: str | None
+    size: str
+    device: Device
+    workload: Workload
+
+    vocabulary_is_certain: bool
+    parameters: dict[str, int]
+    flops_per_token: int
+    tokens: int
+    steps: int
+    batch_tokens: int
+    stages: tuple[StagePlan, ...]
+    predicted: Figures
+    """Its memory is that of each GPU."""
+
+    rate_source: str
+    memory_source: str
+    disk_bytes: int
+    """Shards, and as many checkpoints as there are at a time."""
+
+    there_bytes: int
+    """Of these, what a run that goes on has already."""
+
+    free_bytes: int
+
+    @property
+    def stage(self) -> StagePlan:
+        """The one that the run has."""
+        return self.stages[self.workload.zero_stage]
+
+
+def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
+    """The plan of `asked`, for which nothing is looked up, built or recorded.
+
+    It may be for more GPUs than there are.
+
+    Args:
+        gpu: name of a GPU; None for the device of this machine.
+
+    Raises:
+        ValueError: settings contradict each other, the device or the number of GPUs.
+    """
+    if gpu and asked.device == "cpu":
+        raise ValueError("--gpu and --device cpu: drop one of them")
+    device = known_gpu(gpu) if gpu else find_device(asked.device)
+    gpus = asked.training.gpus or 1
+    if gpus > 1 and device.kind == "cpu" and asked.device != "cpu":
+        raise ValueError(f"--gpus {gpus}, but this machine has none: name one with --gpu")
+    return predict(sketch(asked, device), device)
+
+
+def load(run_dir: Path) -> Plan | None:
+    """The plan of a run, if this version made one."""
+    try:
+        return Plan.model_validate(artifacts.read_json(run_dir / PLAN))
+    except (OSError, ValueError):
+        return None
+
+
+def is_same(one: Plan, other: Plan) -> bool:
+    names = ("workload", "tokens")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def predict(run: RunConfig, device: Device) -> Plan:
+    vocabulary, certain = _vocabulary(run)
+    model = with_vocabulary(run.model.shape, vocabulary)
+    training = run.training_config
+    work = workload(model, run.shard_config.seq_len, training, device)
+    stages = tuple(_stage(work, device, stage) for stage in STAGES)
+    known = history.known(run.cache_dir, work, planned=(run.run_name, training.steps))
+    rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
+    held = stages[work.zero_stage].total if _is_reckoned(work, device) else None
+    memory_source = "by its parts"
+    if held is None:
+        memory_source = "unknown for such code on a CPU until one has run here"
+    if known and known.memory_bytes:
+        held, memory_source = known.memory_bytes, known.source
+    predicted = Figures(
+        tokens_per_second=rate,
+        seconds=run.train_tokens / rate if rate else None,
+        memory_bytes=held,
+        shard_bytes=expected_bytes(run.shard_config, run.data),
+        checkpoint_bytes=checkpoint_bytes(model),
+    )
+    # the best one, and the one being written
+    checkpoints = (_kept(run) + 2) * checkpoint_bytes(model)
+    return Plan(
+        run=run.run_name,
+        size=run.model.name,
+        device=device,
+        workload=work,
+        vocabulary_is_certain=certain,
+        parameters=model.parameters_by_part,
+        flops_per_token=work.flops_per_token,
+        tokens=run.train_tokens,
+        steps=training.steps,
+        batch_tokens=run.batch_rows * work.seq_len,
+        stages=stages,
+        predicted=predicted,
+        rate_source=source,
+        memory_source=memory_source,
+        disk_bytes=(predicted.shard_bytes or 0) + checkpoints,
+        there_bytes=_there(run),
+        free_bytes=free_bytes(run.cache_dir),
+    )
+
+
+def _rate(run: RunConfig, work: Workload, device: Device) -> tuple[float | None, str]:
+    """Tokens per second where no such run is known, and where they come from."""
+    alone = work.replace(gpus=1, zero_stage=0)
+    rate: float | None
+    if work.gpus > 1 and (known := history.known(run.cache_dir, alone)):
+        rate, source = known.tokens_per_second, known.source
+    else:
+        rate, source = expected_tokens_per_second(
+            *(work.model, work.seq_len, device, work.activation_checkpointing),
+            precision=work.precision,
+            fp8=work.fp8,
+            compiled=work.compile,
+        )
+    if rate is None or work.gpus == 1 or device.kind == "cpu":  # whose processes share the cores
+        return rate, source
+    return rate * work.gpus, f"{source}, times {work.gpus} without what communication takes"
+
+
+def _kept(run: RunConfig) -> int:
+    """Checkpoints that stay, but for the best one."""
+    retention, saves = run.retention, run.cadence.checkpoint
+    if not retention.keep_every:
+        return retention.keep
+    return retention.keep + run.training_config.steps // math.lcm(saves, retention.keep_every)
+
+
+def _there(run: RunConfig) -> int:
+    """Bytes of the shards and checkpoints that a run of this name has."""
+    if run.run_name is None or not (run.run_dir / JOB).exists():
+        return 0
+    try:
+        job = TrainingJob.model_validate(artifacts.read_json(run.run_dir / JOB))
+        saved = sum(file.stat().st_size for file in job.checkpoints.rglob("*") if file.is_file())
+        return saved + row_bytes(job.shards)
+    except (OSError, ValueError):  # at work and retiring one just now; of another version
+        return 0
+
+
+def _vocabulary(run: RunConfig) -> tuple[int, bool]:
+    """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
+    config = run.tokenizer
+    if config.tokenizer_name == "auto":
+        offline = {"synthetic": tokenizers.SYNTHETIC, "sample": tokenizers.TRAIN}
+        name = offline.get(run.data.data_mode, tokenizers.LLAMA)
+        config = config.replace(tokenizer_name=name)
+    return tokenizers.expected_vocabulary(config, run.cache_dir)
+
+
+def _is_reckoned(work: Workload, device: Device) -> bool:
+    """Whether the formula of memory is for this code."""
+    return device.kind == "cuda" or not (
+        work.compile or work.document_mask or work.precision == "bf16"
+    )
+
+
+def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
+    held = memory(
+        work.model,
+        work.seq_len,
+        work.micro_batch_rows,
+        work.activation_checkpointing,
+        device,
+        precision=work.precision,
+        fp8=work.fp8,
+        compiled=work.compile,
+        document_mask=work.document_mask,
+        accumulates=work.accumulate > 1,
+        stage=stage,
+        ranks=work.gpus,
+    )
+    most, kind = micro_batch(
+        *(work.model, work.seq_len, device),
+        precision=work.precision,
+        fp8=work.fp8,
+        compiled=work.compile,
+        document_mask=work.document_mask,
+        stage=stage,
+        ranks=work.gpus,
+    )
+    return StagePlan(
+        stage=stage,
+        memory={name: size for name, size in held._asdict().items() if size},
+        total=held.total,
+        fits=held.room(device, work.gpus),
+        micro_batch_rows=largest_divisor(work.micro_batch_rows * work.accumulate, most),
+        activation_checkpointing=kind,
+    )
+
+
+class Compared(NamedTuple):
+    """A figure of the plan and what became of it."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def miss(self) -> float | None:
+        """How much more was measured than predicted, as a share; None where one is missing."""
+        if not self.predicted or self.measured is None:
+            return None
+        return self.measured / self.predicted - 1
+
+
+def hold(
+    run: RunConfig,
+    job: TrainingJob,
+    rows: ShardSet,
+    device: Device,
+    trained: TrainResult,
+    training_seconds: float,
+) -> list[Compared]:
+    """Hold a finished run to its plan, and remember both for the plans to come.
+
+    Args:
+        training_seconds: that tokens per second are over.
+    """
+    plan = load(run.run_dir)
+    if plan is None:
+        return []  # started by a version that made none
+    measured = Figures(
+        tokens_per_second=trained.tokens_per_second,
+        seconds=training_seconds,
+        memory_bytes=trained.peak_memory_bytes,
+        shard_bytes=row_bytes(rows),
+        checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
+    )
+    now = recovery.applied(job, recovery.read(run.run_dir)).training
+    past = Past(
+        run=run.run_dir.name,
+        steps=trained.steps,
+        workload=workload(job.model, rows.row_tokens - 1, now, device),
+        predicted=plan.predicted,
+        measured=measured,
+    )
+    history.append(run.cache_dir, past)
+    return [
+        Compared(name, getattr(plan.predicted, name), getattr(measured, name))
+        for name in Figures.model_fields
+    ]
+
+
+def metrics(compared: Sequence[Compared]) -> dict[str, float]:
+    """For MLflow, a miss in percent."""
+    found: dict[str, float | None] = {}
+    for row in compared:
+        miss = None if row.miss is None else 100 * row.miss
+        of_row = {"predicted": row.predicted, "measured": row.measured, "miss_percent": miss}
+        found |= {f"plan/{row.name}_{kind}": value for kind, value in of_row.items()}
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,190 @@
+"""TODO docstring."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from zeroflow.report import plan_page
+from zeroflow.report.plan import Compared, Plan
+from zeroflow.settings.run_config import resume_promise
+from zeroflow.settings.settle import Settled
+from zeroflow.training.workload import arithmetic, devices
+from zeroflow.units import binary, decimal, duration, parameter_count
+
+
+def cells(row: Compared) -> tuple[str, str, str, str]:
+    """Name, predicted, measured and miss, for people."""
+    name, told = _TOLD[row.name]
+    predicted, measured = (
+        "unknown" if value is None else told(value) for value in (row.predicted, row.measured)
+    )
+    return name, predicted, measured, "" if row.miss is None else f"{row.miss:+.1%}"
+
+
+_TOLD: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "tokens_per_second": ("speed", "{:,.0f} tokens/s".format),
+    "seconds": ("training", "{:,.1f} s".format),
+    "memory_bytes": ("peak memory", binary),
+    "shard_bytes": ("shards", decimal),
+    "checkpoint_bytes": ("a checkpoint", decimal),
+}
+
+
+def log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
+    run, device, work = settled.run, settled.device, plan.workload
+    choice = run.training
+    yield f"data: {run.data.name} ({settled.data_reason})"
+    yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
+    going_on = "goes on where it stopped" if settled.resumes else "new"
+    yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
+    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    each = f" on each of {work.gpus}" if work.gpus > 1 else ""
+    yield (
+        f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
+        f"(vocabulary {work.model.vocab_size:,}{assumed})"
+    )
+    yield (
+        f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
+        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
+        f"{choice.batch_size} rows of {work.seq_len}{each}; peak learning rate "
+        f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
+    )
+    compiled = "compiled" if choice.compile else "not compiled"
+    older = ""
+    if device.kind == "cuda" and not device.has_bf16:
+        capability = ".".join(map(str, device.capability or ()))
+        older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
+        older += "torch.compile for 7.0)"
+    arithmetic = settled.training.compute.arithmetic
+    where = devices(device.name, work.gpus, work.zero_stage)
+    yield f"device: {where}, {arithmetic}, {compiled}{older}"
+    yield f"resume: {resume_promise(run)}"
+    if run.skip_preflight:
+        yield "pre-flight: skipped, as asked for"
+    yield f"time: {time_line(plan)}"
+    yield f"memory: {memory_line(plan)}"
+    yield f"disk: {disk_line(plan)}"
+
+
+def time_line(plan: Plan) -> str:
+    rate, seconds = plan.predicted.tokens_per_second, plan.predicted.seconds
+    if rate is None or seconds is None:
+        return f"unknown, {plan.rate_source}"
+    return f"about {duration(seconds)} of training at {rate:,.0f} tokens/s ({plan.rate_source})"
+
+
+def memory_line(plan: Plan) -> str:
+    if plan.predicted.memory_bytes is None:
+        return plan.memory_source
+    held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
+    gpus = plan.workload.gpus
+    if gpus > 1 and plan.device.kind == "cpu":
+        return f"{held} for each of {gpus}, of {all_of_it} in all ({plan.memory_source})"
+    each = f" on each of {gpus}" if gpus > 1 else ""
+    return f"{held} of {all_of_it}{each} ({plan.memory_source})"
+
+
+def disk_line(plan: Plan) -> str:
+    shard_bytes = plan.predicted.shard_bytes or 0
+    room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
+    there = f", {decimal(plan.there_bytes)} of it there" if plan.there_bytes else ""
+    return (
+        f"up to {decimal(shard_bytes)} of shards and {decimal(plan.disk_bytes - shard_bytes)} of "
+        f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
+    )
+
+
+_LABELS = {
+    "loss": "loss, with logits",
+    "checkpoint": "copy for a checkpoint",
+    "program": "Python and libraries",
+}
+
+
+def text(plan: Plan) -> str:
+    """All figures, aligned."""
+    return "\n".join(_lines(plan))
+
+
+def section(plan: Plan, compared: Sequence[Compared]) -> str:
+    """What was planned and what came of it, as Markdown."""
+    held = "\n".join(
+        f"| {name} | {predicted} | {measured} | {miss} |"
+        for name, predicted, measured, miss in map(plan_page.cells, compared)
+    )
+    parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
+    memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
+    return (
+        "## Predicted and measured\n\n"
+        "| | predicted | measured | miss |\n|---|---:|---:|---:|\n"
+        f"{held}\n\n"
+        f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}.\n\n"
+        f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
+        f"- Memory by part: {memory}\n"
+        f"- Disk: {plan_page.disk_line(plan)}\n\n"
+    )
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    work, device = plan.workload, plan.device
+    each = " each" if work.gpus > 1 and device.kind == "cuda" else ""
+    where = devices(device.name, work.gpus, work.zero_stage)
+    yield f"plan of {plan.size} on {where}, with {binary(device.memory_bytes)}{each}"
+    yield ""
+    total = sum(plan.parameters.values())
+    rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
+    yield from _table(("parameters", f"{total:,}", ""), rows)
+    yield ""
+    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    on_each = " on each" if work.gpus > 1 else ""
+    yield from _facts(
+        {
+            "vocabulary": f"{work.model.vocab_size:,}{assumed}",
+            "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
+            "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
+            "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
+            f"activations computed again: {work.activation_checkpointing}",
+            "arithmetic": f"{arithmetic(work.precision, fp8=work.fp8)}, "
+            f"{'' if work.compile else 'not '}compiled",
+            "time": plan_page.time_line(plan),
+            "memory": plan_page.memory_line(plan),
+            "disk": plan_page.disk_line(plan),
+        }
+    )
+    yield ""
+    yield from _memory(plan)
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """By part, for every stage of ZeRO; they are one and the same on one device."""
+    stages = plan.stages if plan.workload.gpus > 1 else plan.stages[:1]
+    names = list(plan.stages[0].memory)
+    heads = [f"stage {s.stage}" for s in stages] if plan.workload.gpus > 1 else [""]
+    rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
+    rows.append(("total", *(binary(s.total) for s in stages)))
+    rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
+    if plan.device.kind == "cuda":
+        rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
+        rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
+    title = "memory of each, by ZeRO" if plan.workload.gpus > 1 else "memory by part"
+    yield from _table((title, *heads), rows)
+    if plan.workload.gpus > 1:
+        yield "from stage 1 on each keeps its share of the fp32 weights; what it gathers of them"
+        yield "to compute with, all or, at stage 3, those of two blocks, is communication"
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name)
+
+
+def _facts(facts: dict[str, str]) -> Iterator[str]:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        yield f"{name:{width}}  {value}"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Names to the left, all else to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for name, *cells in (head, *rows):
+        right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([f"{name:<{widths[0]}}", *right]).rstrip()

@@ -1,0 +1,76 @@
+"""TODO docstring."""
+
+from pathlib import Path
+
+from zeroflow import artifacts, records
+from zeroflow.checks import resume
+from zeroflow.checks.resume import Proof
+from zeroflow.report import pictures
+from zeroflow.tracking import tracker
+from zeroflow.training.job import TrainingJob
+
+PROOF = "proof.json"
+
+
+MARKDOWN = "proof.md"
+
+
+_CURVES = "proof.png"
+
+
+def write(job: TrainingJob, proof: Proof) -> Path:
+    """Write proof.json and proof.md with a picture, and add them to MLflow.
+
+    Returns:
+        the path of proof.md
+    """
+    folder = job.run_dir
+    undisturbed, killed = (
+        records.read(folder / name / records.METRICS)
+        for name in (resume.UNDISTURBED, resume.KILLED)
+    )
+    kills = [kill.step for kill in proof.kills]
+    picture = pictures.resume_curves(undisturbed, killed, folder / _CURVES, kills=kills)
+    artifacts.write_json(folder / PROOF, proof.model_dump(mode="json"))
+    page = folder / MARKDOWN
+    page.write_text(markdown(job, proof), encoding="utf-8")
+    tracker.finish(
+        job.tracking,
+        folder,
+        [],  # what was trained is in runs of its own
+        files=[page, picture, folder / PROOF],
+        step=proof.steps,
+        metrics={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
+        series={},
+        succeeded=proof.passed,
+    )
+    return page
+
+
+def markdown(job: TrainingJob, proof: Proof) -> str:
+    """The page of a proof."""
+    compute = job.training.compute
+    rows = {
+        "Result": f"**{'passed' if proof.passed else 'FAILED'}**: {proof.reason}",
+        "Trained twice": f"{proof.steps:,} steps, {job.model.parameters:,} parameters, on "
+        f"{compute.device} in {compute.arithmetic}"
+        + (", compiled" if compute.compile else "")
+        + (", deterministic" if compute.deterministic else ""),
+        "Killed with SIGKILL": f"{len(proof.kills)} times of {proof.kills_asked} asked for",
+        "Numbers compared": f"{proof.numbers:,}: every loss, gradient norm and validation loss, to "
+        "the bit",
+        "Tensors compared": f"{proof.tensors:,}: weights, optimiser and random state of the last "
+        "checkpoint",
+        **{f"sha256, {name}": f"`{digest}`" for name, digest in proof.sha256.items()},
+    }
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    kills = "\n".join(
+        f"| {number} | {kill.aimed_at} | {kill.moment} | {kill.step} | {kill.resumed_at} |"
+        for number, kill in enumerate(proof.kills, 1)
+    )
+    return (
+        f"# Proof of resume: {job.run_dir.name}\n\n| | |\n|---|---|\n{facts}\n\n"
+        f"![losses of both trainings]({_CURVES})\n\n## Kills\n\n"
+        "| | aimed at | came | last step logged | went on from step |\n|---|---|---|---|---|\n"
+        f"{kills}\n"
+    )

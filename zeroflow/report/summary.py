@@ -1,0 +1,55 @@
+"""What a run has left, for those who use it: its model, its figures, and where all of it lies."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from zeroflow import artifacts
+from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.tracking.viewer import links
+from zeroflow.training import goodput
+from zeroflow.units import speed
+
+
+def summary(report_file: Path, cache: Path) -> str:
+    """The end of a run in a few lines: figures, and where everything is."""
+    report = artifacts.read_json(report_file)
+    folder = report_file.parent
+    bpb = f", {report['val_bpb']:.3f} bits per byte" if report["val_bpb"] else ""
+    floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
+    mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
+    overfit, time = report["overfit"], report["time"]
+    expected = report["expected_loss"]
+    band = [f"  expected loss    {expected['verdict']}"] if expected["runs"] else []
+    of_run = f"--run {report['run']}{_flag(cache)}"
+    lines = [
+        "",
+        f"run {report['run']} is complete",
+        f"  validation loss  {report['first_val_loss']:.4f} -> {report['val_loss']:.4f}"
+        f"{floor}{bpb}",
+        *band,
+        f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
+        f"{speed(report['tokens_per_second'])}{mfu}",
+        f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
+        f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
+        f"  report           {folder / 'report.md'}",
+        f"  checkpoint       {report['checkpoint']}",
+        f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
+        f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
+        f"  both UIs         {_program('zeroflow')} ui{_flag(cache)}",
+        *(f"  {what:16} {page}" for what, page in links(folder, cache).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _flag(cache: Path) -> str:
+    return "" if cache == DEFAULT_CACHE else f" --cache-dir {shlex.quote(str(cache))}"
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment in a shell."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) or not path.exists():
+        return name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path))

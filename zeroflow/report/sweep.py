@@ -1,0 +1,101 @@
+"""TODO docstring."""
+
+from pathlib import Path
+from typing import Any
+
+from zeroflow import artifacts
+from zeroflow.report import comparison, pictures
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import RUN_FILE, started_otherwise
+from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.tracking import tracker
+from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location
+
+COMPARISON = "comparison.md"
+
+
+_FIGURES = "comparison.json"
+
+
+_SWEEP_FILE = "sweep.json"
+
+
+def finished(cell: RunConfig) -> bool:
+    """Whether a run has completed, as its report says."""
+    return comparison.outcome(cell.cache_dir, str(cell.run_name)) is not None
+
+
+def require_as_started(sweep: SweepConfig) -> None:
+    """
+    Raises:
+        ValueError: a run of the sweep was trained with other settings before.
+    """
+    for cell in cells(sweep):
+        if different := started_otherwise(cell):
+            raise ValueError(
+                f"run {cell.run_name} of sweep {sweep.name} was started with {different}: use "
+                "another --sweep-name, or the former setting"
+            )
+
+
+def open_group(sweep: SweepConfig) -> None:
+    """Record the sweep, and open the MLflow run that holds its runs together."""
+    uri, local = location(sweep.run.cache_dir)
+    artifacts.write_json(sweep.folder / _SWEEP_FILE, sweep.model_dump(mode="json"))
+    axes = ("sizes", "seeds", "learning_rates", "zero_stages")
+    varied = {name: getattr(sweep, name) for name in axes}
+    config = TrackingConfig(
+        uri=uri,
+        folder=local,
+        run_name=sweep.name,
+        tags={"sweep": sweep.name, DESCRIPTION: f"Sweep of {len(cells(sweep))} runs"},
+        params={name: " ".join(map(str, values)) for name, values in varied.items()},
+        dataset=None,
+    )
+    tracker.open_group(config, sweep.folder)
+
+
+def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
+    """Write the comparison of the sweep's finished runs, also to MLflow.
+
+    Those that an earlier command has trained are among them.
+
+    Returns:
+        the path of comparison.md
+
+    Raises:
+        ValueError: no run has finished.
+    """
+    cache, where = sweep.run.cache_dir, sweep.folder
+    outcomes = [one for name in _members(sweep) if (one := comparison.outcome(cache, name))]
+    if not outcomes:
+        raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
+    found = comparison.compare(outcomes)
+    drawn = pictures.losses_compared(found, where)
+    page = where / COMPARISON
+    text = comparison.markdown(
+        sweep.name, found, pictures=[path.name for path in drawn], failed=failed
+    )
+    page.write_text(text, encoding="utf-8")
+    artifacts.write_json(where / _FIGURES, comparison.figures(found))
+    law = {"sweep/exponent": found.law.b} if found.law else {}
+    best = min(one.val_loss for one in outcomes)
+    tracker.close_group(
+        where, [page, where / _FIGURES, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
+    )
+    return page
+
+
+def _members(sweep: SweepConfig) -> list[str]:
+    """Names of all runs that were ever asked for as ones of the sweep."""
+    asked = [str(cell.run_name) for cell in cells(sweep)]
+    there = sorted((sweep.run.cache_dir / "runs").glob(f"*/{RUN_FILE}"))
+    earlier = [file.parent.name for file in there if _sweep_of(file) == sweep.name]
+    return list(dict.fromkeys(asked + earlier))
+
+
+def _sweep_of(run_file: Path) -> Any:
+    try:
+        return artifacts.read_json(run_file)["sweep"]
+    except (OSError, ValueError, LookupError):  # of another version, or damaged
+        return None

@@ -1,0 +1,131 @@
+"""TODO docstring."""
+
+from zeroflow.data.batches import largest_divisor
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.device import Device, Precision
+from zeroflow.estimate.memory import micro_batch
+from zeroflow.model.sizes import with_vocabulary
+from zeroflow.settings import defaults
+from zeroflow.settings.run_config import ModelChoice, TrainingChoice
+
+NOMINAL_VOCABULARY = 128_256
+"""Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
+
+
+TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
+
+
+_PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
+
+
+_GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
+
+
+_CPU_BATCH_TOKENS = 512
+
+
+_CPU_STEPS = 200
+
+
+def fill(
+    choice: TrainingChoice, model: ModelChoice, data: CorpusConfig, device: Device
+) -> TrainingChoice:
+    """`choice` with a default for all that is None.
+
+    Raises:
+        ValueError: the numbers of rows and tokens in a step contradict each other.
+    """
+    gpu, shape = device.kind == "cuda", model.shape
+    nominal = with_vocabulary(shape, defaults.NOMINAL_VOCABULARY)
+    size = _nearest_size(nominal.parameters)
+    seq_len = choice.seq_len or (2048 if gpu else 256)
+    precision: Precision = choice.precision or ("bf16" if device.has_bf16 else "fp32")
+    gpus, stage = choice.gpus or 1, choice.zero_stage or 0
+    fits, checkpointing = micro_batch(
+        *(nominal, seq_len, device, choice.activation_checkpointing),
+        precision=precision,
+        fp8=choice.fp8,
+        compiled=choice.compile,
+        document_mask=choice.document_mask,
+        stage=stage,
+        ranks=gpus,
+    )
+    usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
+    batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens, gpus)
+    batch_tokens = batch_size * accumulate * gpus * seq_len
+    budget = defaults.TOKENS_PER_PARAMETER * nominal.parameters
+    steps = choice.max_steps or (-(-budget // batch_tokens) if gpu else _CPU_STEPS)
+    # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
+    peak = _PEAK_LEARNING_RATES[size] / (1 if gpu else 3)
+    warmup = max(round(0.02 * steps), min(10, steps // 10))
+    prompt = "def " if data.data_mode == "sample" else "The "
+    filled = {
+        "gpus": gpus,
+        "zero_stage": stage,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "grad_accum_steps": accumulate,
+        "batch_tokens": batch_tokens,
+        "max_steps": steps,
+        "learning_rate": choice.learning_rate or peak,
+        "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
+        "precision": precision,
+        "compile": device.compiles if choice.compile is None else choice.compile,
+        "activation_checkpointing": checkpointing,
+        "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
+        "validate_every": choice.validate_every or (250 if gpu else max(1, steps // 2)),
+        "checkpoint_every": choice.checkpoint_every or max(1, min(250, steps // 5)),
+        "log_interval": choice.log_interval or (10 if gpu else 5),
+        "sample_prompt": prompt if choice.sample_prompt is None else choice.sample_prompt,
+    }
+    return choice.replace(**filled)
+
+
+def _batch(
+    choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int, gpus: int
+) -> tuple[int, int]:
+    """Rows in a micro-batch and micro-batches in a step, of each GPU."""
+    rows, accumulate = choice.batch_size, choice.grad_accum_steps
+    if choice.batch_tokens is None:
+        wanted = max(1, round(usual_tokens / seq_len / gpus))
+        if rows and accumulate:
+            return rows, accumulate
+        if rows:
+            return rows, max(1, round(wanted / rows))
+        if accumulate:
+            return max(1, min(fits, round(wanted / accumulate))), accumulate
+        rows = largest_divisor(wanted, fits)
+        if 4 * rows >= fits:
+            return rows, wanted // rows
+        accumulate = -(-wanted // fits)  # 683 rows have no divisor: 38 x 18 keep the GPU busy
+        return round(wanted / accumulate), accumulate
+    wanted, rest = divmod(choice.batch_tokens, seq_len)
+    if rest:
+        raise ValueError(
+            f"batch_tokens {choice.batch_tokens} is no multiple of seq_len {seq_len}: "
+            f"take {max(1, wanted) * seq_len}"
+        )
+    wanted, rest = divmod(wanted, gpus)
+    if rest:
+        raise ValueError(
+            f"{gpus} GPUs cannot share the {wanted * gpus + rest} rows of a step evenly: take a "
+            f"number of GPUs that divides them, or, for a new run, batch_tokens "
+            f"{max(1, wanted) * gpus * seq_len}"
+        )
+    if rows is None:
+        share, rest = divmod(wanted, accumulate or 1)
+        rows = share if accumulate else largest_divisor(wanted, fits)
+    accumulate = accumulate or wanted // rows
+    if rest or rows * accumulate != wanted:
+        raise ValueError(
+            f"batch_tokens {choice.batch_tokens} are {wanted} rows of {seq_len}"
+            f"{f' for each of {gpus} GPUs' if gpus > 1 else ''}, which is not "
+            f"batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of the three"
+        )
+    return rows, accumulate
+
+
+def _nearest_size(parameters: int) -> str:
+    """The named size whose habits suit a model of this many parameters."""
+    return "tiny" if parameters < 120e6 else "small" if parameters < 650e6 else "medium"

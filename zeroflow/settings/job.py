@@ -1,0 +1,89 @@
+"""The training job of a settled run."""
+
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.model.llama import ModelConfig
+from zeroflow.settings.run_config import RunConfig, leaves
+from zeroflow.settings.settle import Settled
+from zeroflow.tracking.config import DESCRIPTION, PARENT, TrackingConfig, location
+from zeroflow.tracking.store import run_facts
+from zeroflow.training.job import TrainingJob
+from zeroflow.units import parameter_count
+
+
+def _description(run: RunConfig, model: ModelConfig) -> str:
+    """Of the run, on its page in MLflow."""
+    choice = run.training
+    return (
+        f"{run.model.name}, {parameter_count(model.parameters)} parameters, "
+        f"on {run.data.name}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
+        f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
+    )
+
+
+def _group_tags(run: RunConfig) -> dict[str, str]:
+    """That put the run into its sweep."""
+    if run.sweep is None:
+        return {}
+    group = run_facts(run.cache_dir / "sweeps" / run.sweep)
+    return {"sweep": run.sweep} | ({PARENT: group["run_id"]} if group else {})
+
+
+def training_job(
+    settled: Settled,
+    model: ModelConfig,
+    rows: ShardSet,
+    tokens: TokenizerFiles,
+    *,
+    tags: dict[str, str],
+) -> TrainingJob:
+    """What the training processes of a settled run are given.
+
+    Args:
+        tags: of the MLflow run, beside those that follow from the settings.
+    """
+    run = settled.run
+    uri, folder = location(run.cache_dir)
+    tracked = TrackingConfig(
+        uri=uri,
+        folder=folder,
+        run_name=str(run.run_name),
+        tags={
+            "size": run.model.name,
+            "source": run.data.name,
+            "tokenizer": tokens.name,
+            "device": settled.device.name,
+            "gpus": str(run.training.gpus),
+            "zero_stage": str(run.training.zero_stage),
+            "parameters": str(model.parameters),
+            "max_steps": str(run.training.max_steps),
+            "synthetic_fallback": str(run.fell_back).lower(),
+            DESCRIPTION: _description(run, model),
+            **_group_tags(run),
+            **tags,
+        },
+        params={name: str(value) for name, value in leaves(run)},
+        dataset={
+            "name": run.data.name,
+            "digest": rows.path.name.rsplit("-", 1)[-1],
+            "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
+        },
+    )
+    bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
+    return TrainingJob(
+        run_dir=run.run_dir,
+        model=model,
+        training=settled.training,
+        cadence=run.cadence,
+        retention=run.retention,
+        hang_seconds=run.training.hang_seconds,
+        roll_back_spikes=run.training.on_spike == "roll-back",
+        shards=rows,
+        validation_rows=run.validation_rows,
+        tokenizer=tokens,
+        prompt=run.training.sample_prompt or "",
+        sampling=run.sampling,
+        tracking=tracked,
+        compile_cache=run.cache_dir.resolve() / "compile",
+        peak_flops=settled.training.ranks * peak if bf16 and peak else None,
+    )

@@ -1,0 +1,69 @@
+"""The proof that resume is exact as a person asks for it: its settings, its stages and its page."""
+
+from zeroflow import artifacts
+from zeroflow.checks.overfit import OverfitConfig
+from zeroflow.checks.resume import ProofConfig
+from zeroflow.config import Config
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.device import find_device
+from zeroflow.settings.run_config import ModelChoice, RunConfig, leaves
+from zeroflow.training.job import CHECKPOINTS
+
+_STEPS = 60
+
+
+_SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+}
+
+
+_SMALL = {"seq_len": 64, "validation_tokens": 4096}
+
+
+_BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
+
+
+class ProofRun(Config):
+    """A run to prove the resume of, and how."""
+
+    proof: ProofConfig = ProofConfig()
+    run: RunConfig = RunConfig()
+
+
+def settings(asked: RunConfig) -> RunConfig:
+    """The run that a proof trains: what `asked` leaves open is small and quick.
+
+    Raises:
+        ValueError: a setting is one that a proof does not have, or the name is that of a real run.
+    """
+    if asked.overfit != OverfitConfig():
+        raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
+    if asked.skip_preflight:
+        raise ValueError("a proof has no pre-flight: drop --skip-preflight")
+    if asked.run_name and (asked.run_dir / CHECKPOINTS).exists():
+        raise ValueError(f"{asked.run_name} is a training run: give the proof another --run-name")
+    chosen = {name: getattr(asked.training, name) for name in asked.training.model_fields_set}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    steps = given.get("max_steps") or _STEPS
+    training = {"max_steps": steps, "log_interval": 1, "validate_every": max(1, steps // 6)}
+    if asked.model == ModelChoice():
+        training |= _SMALL
+        if not any(given.get(name) for name in _BATCH):
+            training["batch_tokens"] = 8 * (given.get("seq_len") or _SMALL["seq_len"])
+        asked = asked.replace(model=ModelChoice(**_SHAPE))
+    if find_device(asked.device).kind == "cuda":
+        training["deterministic"] = True  # other kernels are not even the same undisturbed
+    if asked.data == CorpusConfig():
+        asked = asked.replace(data=CorpusConfig(data_mode="synthetic"))
+        if asked.tokenizer == TokenizerConfig():
+            asked = asked.replace(tokenizer=TokenizerConfig(vocab_size=512))
+    run = asked.replace(training=type(asked.training)(**training | given))
+    if run.run_name is None:
+        identity = {name: str(value) for name, value in leaves(run) if name != "cache_dir"}
+        run = run.replace(run_name=f"proof-{artifacts.fingerprint(identity)[:6]}")
+    return run

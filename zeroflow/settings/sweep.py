@@ -1,0 +1,107 @@
+"""Several runs that differ in size, seed, learning rate or stage of ZeRO, and their comparison."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.model.sizes import SizeName
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.training.workload import Stage
+
+
+class SweepConfig(Config):
+    """What a sweep varies; every combination is a run."""
+
+    sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    """A sweep of the same name goes on where it stopped, and can be added to. Default: made from
+    the settings."""
+
+    sizes: tuple[SizeName, ...] = ()
+    """Sizes to train. Default: the one of the run."""
+
+    seeds: tuple[NonNegativeInt, ...] = ()
+    """Seeds to train each with. Default: the one of the run."""
+
+    learning_rates: tuple[PositiveFloat, ...] = ()
+    """Peak learning rates to train each at. Default: the one of the run, or of the size."""
+
+    zero_stages: tuple[Stage, ...] = ()
+    """Stages of ZeRO to train each at, on several GPUs. Default: the one of the run."""
+
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _varies_what_the_run_leaves_open(self) -> Self:
+        run = self.run
+        fixed = {
+            "run_name": run.run_name is not None,
+            "sweep": run.sweep is not None,
+            "size": bool(self.sizes) and (run.model.size or run.model.hidden_size) is not None,
+            "learning_rate": bool(self.learning_rates) and run.training.learning_rate is not None,
+            "zero_stage": bool(self.zero_stages) and run.training.zero_stage is not None,
+        }
+        for name, given in fixed.items():
+            if given:
+                flag = name.replace("_", "-")
+                raise ValueError(f"a sweep sets --{flag} of its runs itself: drop it")
+        if self.zero_stages and (run.training.gpus or 1) == 1:
+            raise ValueError(
+                "--zero-stages are of several GPUs: add --gpus, such as --gpus 2; with --device "
+                "cpu, processes stand for them"
+            )
+        for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names the same twice: {', '.join(map(str, values))}")
+        return self
+
+    @property
+    def name(self) -> str:
+        # without defaults, or a new setting would give every sweep a new name
+        given = self.model_dump(
+            mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
+        )
+        return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
+
+    @property
+    def anywhere(self) -> Self:
+        """With paths that mean the same from every working directory, and its name."""
+        return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
+
+    @property
+    def folder(self) -> Path:
+        return sweep_folder(self.run.cache_dir, self.name)
+
+
+def sweep_folder(cache: Path, name: str) -> Path:
+    """Of sweep `name`."""
+    return cache / "sweeps" / name
+
+
+def cells(sweep: SweepConfig) -> list[RunConfig]:
+    """The runs of a sweep, in the order of its sizes, named after what they are."""
+    found = []
+    axes: tuple[tuple[Any, ...], ...]
+    axes = (sweep.sizes, sweep.seeds, sweep.learning_rates, sweep.zero_stages)
+    for size, seed, rate, stage in product(*(axis or (None,) for axis in axes)):
+        # What was given and nothing else: a default is settled for each run
+        given = sweep.run.model_dump(exclude_unset=True)
+        name = [sweep.name, str(size or sweep.run.model.name)]
+        if size is not None:
+            given["model"] = {"size": size}
+        if seed is not None:
+            given["seed"] = seed
+            name.append(f"seed{seed}")
+        if rate is not None:
+            given["training"] = given.get("training", {}) | {"learning_rate": rate}
+            name.append(f"lr{rate:g}".replace("+", ""))
+        if stage is not None:
+            given["training"] = given.get("training", {}) | {"zero_stage": stage}
+            name.append(f"zero{stage}")
+        given |= {"sweep": sweep.name, "run_name": "-".join(name)}
+        found.append(RunConfig.model_validate(given))
+    return found

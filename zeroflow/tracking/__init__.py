@@ -1,0 +1,1 @@
+"""MLflow, written without training waiting for it."""

@@ -1,0 +1,141 @@
+"""TODO docstring."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zeroflow import artifacts
+from zeroflow.tracking.config import EXPERIMENT, TrackingConfig
+
+log = logging.getLogger(__name__)
+
+
+_RUN_FILE = "mlflow.json"
+
+
+_COLOUR = "mlflow.runColor"
+
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
+
+
+def run_facts(run_dir: Path) -> dict[str, str] | None:
+    """`run_id` and `experiment_id` of the MLflow run, if one was opened."""
+    path = run_dir / _RUN_FILE
+    try:
+        return artifacts.read_json(path) if path.exists() else None
+    except ValueError as error:
+        log.warning("the run gets another run in MLflow: %s", error)
+        return None
+
+
+def forget(run_dir: Path) -> None:
+    """Have the next tracker begin another MLflow run."""
+    (run_dir / _RUN_FILE).unlink(missing_ok=True)
+
+
+def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
+    """A client and the id of the experiment, which is created if there is none."""
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    # By default a server that is gone is asked for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    with _store_lock(folder):
+        client = MlflowClient(uri)
+        return client, _experiment(client, folder)
+
+
+def open_run(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
+    """A client and the id of the run, which is created if there is none."""
+    from mlflow.entities import RunTag
+
+    client, experiment_id = open_store(config.uri, config.folder)
+    facts = run_facts(run_dir)
+    run = _existing(client, facts["run_id"]) if facts else None
+    if run is None:
+        colour = {_COLOUR: _next_colour(client, experiment_id)} if config.dataset else {}
+        run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
+        artifacts.write_json(
+            run_dir / _RUN_FILE,
+            {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": config.uri},
+        )
+    run_id = run.info.run_id
+    # A run that was extended has other tags
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in config.tags.items()])
+    if not run.data.params:
+        _describe(client, run_id, config)
+    return client, run_id
+
+
+def _experiment(client: Any, folder: Path | None) -> str:
+    """Id of the experiment, which is created if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found.experiment_id
+    try:
+        return client.create_experiment(
+            EXPERIMENT, (folder / "artifacts").as_uri() if folder else None
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another run was faster
+
+
+def _next_colour(client: Any, experiment_id: str) -> str:
+    """Another one than the newest runs have; MLflow would take one from a hash of the run's id."""
+    newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
+    colour = newest[0].data.tags.get(_COLOUR) if newest else None
+    if colour not in _COLOURS:
+        return _COLOURS[0]
+    return _COLOURS[(_COLOURS.index(colour) + 1) % len(_COLOURS)]
+
+
+@contextmanager
+def _store_lock(folder: Path | None) -> Iterator[None]:
+    """Processes that create MLflow's SQLite tables at once leave it broken for good."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with artifacts.exclusive(folder / "store", waiting_for="another process opens MLflow's store"):
+        yield
+
+
+def _existing(client: Any, run_id: str) -> Any | None:
+    """The run; None where the store has none of this id, or one that was deleted there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise  # a server that is away has not lost the run
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
+    """Add dataset and params, the params last: a run that has them has both."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    if config.dataset is not None:
+        dataset = Dataset(
+            name=config.dataset["name"],
+            digest=config.dataset["digest"],
+            source_type="local",
+            source=config.dataset["source"],
+        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+    params = [Param(key, value[:6000]) for key, value in config.params.items()]
+    client.log_batch(run_id, params=params)

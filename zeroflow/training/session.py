@@ -1,0 +1,209 @@
+"""The program that trains: `-m zeroflow.training JOB.json`."""
+
+import gc
+import logging
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from zeroflow import artifacts
+from zeroflow.data.batches import Batches, Prefetcher
+from zeroflow.data.rows import Rows
+from zeroflow.training import checkpoint, compiling, sampling, zero
+from zeroflow.training.checkpoint import Saver
+from zeroflow.training.goodput import Clock, PhaseLedger
+from zeroflow.training.job import RESULT, TrainingJob, TrainResult
+from zeroflow.training.loop import StepMetrics, train
+from zeroflow.training.recorder import Recorder, peak_memory_bytes
+from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.validation import validation_loss
+from zeroflow.training.worker import Diverged, Stop
+
+log = logging.getLogger("zeroflow.training")
+
+
+_MOST_SKIPPED = 5
+"""Updates in a row that may be skipped before the run goes back to its newest checkpoint."""
+
+
+_STEPS_TO_SETTLE = 3
+"""Steps of a process in which things are compiled as a matter of course."""
+
+
+def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
+    """
+    Raises:
+        Diverged: more than `most_skipped` updates in a row have been skipped until now.
+    """
+    in_a_row = int(state.skipped[0])
+    if in_a_row > most_skipped:
+        raise Diverged(
+            f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
+            f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row that are no finite "
+            "numbers: lower --learning-rate or lengthen --warmup-steps",
+            state.step,
+        )
+
+
+class Session:
+    """One process's part of a run: from the newest checkpoint to the end, or until stopped."""
+
+    def __init__(self, job: TrainingJob, clock: Clock) -> None:
+        self.job, self.clock = job, clock
+        self.train_rows = Rows(job.shards, "train")
+        self.validation_rows = Rows(job.shards, "validation")
+        self.state = new_state(job.model, job.training)
+        zero.on_rank0(partial(checkpoint.clear_unfinished, job.checkpoints))
+        if newest := zero.on_rank0(partial(checkpoint.latest, job.checkpoints)):
+            checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
+            if self.state.step > job.training.steps:
+                raise ValueError(
+                    f"{newest} is of a run of more steps than the {job.training.steps} of this "
+                    "one: move it away, or ask for more with --max-steps"
+                )
+            log.info("resumed at step %d from %s", self.state.step, newest)
+        self.books = PhaseLedger(job.run_dir, clock, kept=zero.rank() == 0)
+        self.books.book(self.state.step, first=True)
+        self.recorder = Recorder(job, self.books, step=self.state.step, context=self.context)
+        self.saver = Saver(
+            job.checkpoints,
+            job.retention,
+            tokenizer=job.tokenizer.fingerprint,
+            on_saved=self.saved,
+        )
+        zero.on_rank0(partial(self.saver.require_room, self.state))
+        self.val_loss: tuple[int, float] | None = None
+        """Step and loss of the last validation."""
+
+        self.recorder.event(
+            "started", step=self.state.step, steps=job.training.steps, parts=job.shards.parts
+        )
+        self.settled_from = self.state.step + _STEPS_TO_SETTLE
+        """Step from which nothing should be compiled any more."""
+
+        if job.training.compute.compile:
+            compiling.watch(clock, is_settled=lambda: self.state.step >= self.settled_from)
+
+    @property
+    def context(self) -> int:
+        return self.train_rows.row_tokens - 1
+
+    @cached_property
+    def batches(self) -> Prefetcher:
+        config = self.job.training
+        batches = Batches(
+            self.train_rows,
+            end_of_text=self.train_rows.end_of_text,
+            seed=config.seed,
+            micro_batch_rows=config.micro_batch_rows,
+            accumulate=config.accumulate,
+            document_mask=config.document_mask,
+            skips=self.job.skips,
+            rank=zero.rank(),
+            ranks=config.ranks,
+            pin=config.compute.device == "cuda",
+        )
+        return Prefetcher(batches.micro_batches)
+
+    def run(self, stop: Stop) -> bool:
+        """Train; whether the last step was reached."""
+        cadence, steps = self.job.cadence, self.job.training.steps
+        gc.disable()  # it would halt the host in some step; `validate` collects
+        if self.state.step == 0:
+            self.validate()
+        for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
+            self.clock.enter("logging")
+            self.recorder.alive()
+            step, stopping = self.state.step, stop()
+            last = step == steps
+            if step % cadence.log == 0 or step == 1 or last:
+                alarms = self.recorder.step(self.state, metrics)
+                require_healthy(self.state, metrics, most_skipped=_MOST_SKIPPED)
+                if alarms and self.job.roll_back_spikes:
+                    raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
+            if step % cadence.validate_ == 0 or last:
+                self.validate()
+            if last:
+                require_healthy(self.state, metrics, most_skipped=0)
+            if step % cadence.checkpoint == 0 or last or stopping:
+                self.save()
+            if stopping and not last:
+                self.saver.wait()
+                return False
+        self.saver.wait()
+        self.write_result()
+        return True
+
+    def validate(self) -> None:
+        self.clock.enter("validation")
+        if self.val_loss is None:  # compiled in this process for the first time
+            self.settled_from = max(self.settled_from, self.state.step + 1)
+        config = self.job.training
+        loss = validation_loss(
+            self.state.model,
+            self.validation_rows,
+            self.job.validation_rows,
+            config.micro_batch_rows,
+            document_mask=config.document_mask,
+        )
+        gc.collect()
+        self.val_loss = (self.state.step, loss)
+        self.recorder.alive()
+        sample = self.sample()
+        self.recorder.validation(self.state.step, loss, sample)
+        log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss, sample)
+
+    def sample(self) -> str:
+        job, model = self.job, self.state.model
+        choice: dict[str, Any] = {
+            "context": self.context,
+            # who took another token might end before the others, who would wait for it
+            "agree": lambda token: zero.on_rank0(lambda: token),
+        }
+        if job.tokenizer.path is None:
+            ids = sampling.complete_ids(model, job.tokenizer, job.sampling, **choice)
+            return " ".join(map(str, ids))
+        return sampling.complete(model, job.tokenizer, job.prompt, job.sampling, **choice)
+
+    def save(self) -> None:
+        self.clock.enter("checkpoint")
+        if self.state.skipped[0]:
+            if zero.rank() == 0:
+                log.warning("step %d: not saved, as its update was skipped", self.state.step)
+            return
+        step, loss = self.val_loss or (0, None)
+        self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
+        self.books.book(self.state.step)
+
+    def saved(self, path: Path) -> None:
+        """Called by the thread that writes."""
+        step = checkpoint.step_of(path)
+        self.recorder.event("saved", step=step, path=str(path))
+        self.recorder.alive()
+        log.info("step %d: saved %s", step, path)
+
+    def write_result(self) -> None:
+        peak = peak_memory_bytes(self.job)
+        if zero.rank() > 0:
+            return
+        lines = self.recorder.lines()
+        validations = [line for line in lines if "val_loss" in line]
+        logged = [line for line in lines if "loss" in line]
+        account = self.books.account
+        rate = self.recorder.tokens_per_second(account.steps, account.training)
+        path = checkpoint.latest(self.job.checkpoints)
+        assert path is not None, "the last step is always saved"
+        result = TrainResult(
+            checkpoint=path,
+            steps=self.state.step,
+            tokens=self.recorder.tokens(self.state.step),
+            train_loss=logged[-1]["loss"],
+            val_loss=validations[-1]["val_loss"],
+            val_bpb=validations[-1]["val_bpb"],
+            first_val_loss=validations[0]["val_loss"],
+            tokens_per_second=rate,
+            mfu=self.recorder.mfu(rate),
+            peak_memory_bytes=peak,
+            sample=validations[-1]["sample"],
+        )
+        artifacts.write_json(self.job.run_dir / RESULT, result.model_dump(mode="json"))
