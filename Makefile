@@ -1,11 +1,12 @@
 # make pretrain    train and check a small model on this machine
 # make ui          Prefect's and MLflow's user interfaces, and a worker, until Ctrl-C
 # make test        run the tests
+# make reference   update the tables of docs/reference/ from the code
 PYTHON ?= python3
 VENV := .venv
 DONE := $(VENV)/.installed
 
-.PHONY: pretrain ui test lint venv
+.PHONY: pretrain ui test lint reference venv
 
 pretrain: venv
 	$(VENV)/bin/python flows/pretrain.py --size tiny
@@ -20,6 +21,9 @@ lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+reference: venv
+	$(VENV)/bin/python docs/reference_tables.py
 
 venv: $(DONE)
 

@@ -3,18 +3,14 @@
 import math
 import sys
 from argparse import Namespace
-from pathlib import Path
-
-import pytest
-import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import checkpoint_stall
 import loss_curves
 import profile_step
+import pytest
+import torch
 import train_speed
+from torch import Tensor
 
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.device import Device, known_gpu

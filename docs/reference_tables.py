@@ -1,0 +1,148 @@
+"""Write the generated tables of docs/reference/: `make reference`.
+
+A page holds its prose and, between two comments, tables that are made from the code:
+
+    <!-- table: run -->
+    ...
+    <!-- end -->
+
+`tests/test_reference.py` fails when a table is not what the code says.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from zeroflow.orchestration.ui import UiConfig
+from zeroflow.report.pages import table_cell
+from zeroflow.settings.proof import ProofRun
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.sweep import SweepConfig
+from zeroflow.tracking import metrics
+from zeroflow.training.sampling import SamplingConfig
+
+PAGES = Path(__file__).parent / "reference"
+
+_TABLE = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+_SETTINGS = ("flag", "type", "default", "meaning")
+
+
+def main() -> None:
+    """Bring every page up to date."""
+    for page in sorted(PAGES.glob("*.md")):
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def updated(page: str) -> str:
+    """`page` with its tables as they are now.
+
+    Raises:
+        KeyError: it names a table that does not exist.
+    """
+    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
+
+
+def names(page: str) -> list[str]:
+    """The tables that `page` holds."""
+    return [found[2] for found in _TABLE.finditer(page)]
+
+
+def _settings(config: type[BaseModel], title: str, *, but: str = "") -> str:
+    """A section for `config` and for each group in it, except for the group `but`."""
+    schema = config.model_json_schema()
+    sections = []
+    for path, group in _groups(schema, schema, ()):
+        if but not in path:
+            rows = [
+                (f"`--{name.replace('_', '-')}`", *_cells(field))
+                for name, field in group["properties"].items()
+                if "$ref" not in field
+            ]
+            if rows:
+                heading = f"### {f'`{path[-1]}`' if path else title}"
+                sections.append(f"{heading}\n\n{_line(group)}\n\n{_table(_SETTINGS, rows)}")
+    return "\n\n".join(sections)
+
+
+def _groups(
+    schema: dict[str, Any], group: dict[str, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    yield path, group
+    for name, field in group["properties"].items():
+        if "$ref" in field:
+            inner = schema["$defs"][field["$ref"].rsplit("/", 1)[-1]]
+            yield from _groups(schema, inner, (*path, name))
+
+
+def _cells(field: dict[str, Any]) -> tuple[str, str, str]:
+    """Type, default and meaning of a setting, by its JSON schema."""
+    meaning, _, otherwise = _line(field).partition("Default: ")
+    default = field["default"]
+    if default in (None, [], ""):
+        shown = otherwise.removesuffix(".") or "not set"
+    elif isinstance(default, bool):
+        shown = "on" if default else "off"
+    else:
+        shown = f"`{default if isinstance(default, str) else json.dumps(default)}`"
+    return _type(field), shown, meaning.strip()
+
+
+def _type(field: dict[str, Any]) -> str:
+    """Such as "integer > 0", "`auto`, `cpu` or `cuda`", "one or more names"."""
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+    [kind] = kinds
+    if kind["type"] == "array":
+        return f"one or more: {_type(kind['items'])}"
+    if choices := kind.get("enum"):
+        *others, last = [f"`{choice}`" for choice in choices]
+        return f"{', '.join(others)} or {last}"
+    if kind.get("format") == "path":
+        return "folder"
+    if "pattern" in kind:
+        return f"name of up to {kind['maxLength']} characters: letters, digits, `.`, `_`, `-`"
+    limits = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    bounds = [f"{sign} {kind[limit]:,}" for limit, sign in limits.items() if limit in kind]
+    name = {"string": "text", "boolean": "switch"}.get(kind["type"], kind["type"])
+    return f"{name} {' and '.join(bounds)}".strip()
+
+
+def _metrics() -> str:
+    curves = {
+        "step": metrics._BY_STEP,
+        "tokens": metrics._BY_TOKENS,
+        "10⁹ FLOPs": metrics._BY_GFLOPS,
+    }
+    rows = [
+        (f"`{key}`", f"`{field}`", axis)
+        for axis, keys in curves.items()
+        for key, field in keys.items()
+    ]
+    return _table(("MLflow", "metrics.jsonl", "x axis"), rows)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *(map(table_cell, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _line(described: dict[str, Any]) -> str:
+    return " ".join(described.get("description", "").split())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "run": lambda: _settings(RunConfig, "The run"),
+    "sweep": lambda: _settings(SweepConfig, "The sweep", but="run"),
+    "proof": lambda: _settings(ProofRun, "The proof", but="run"),
+    "ui": lambda: _settings(UiConfig, "The user interfaces"),
+    "sampling": lambda: _settings(SamplingConfig, "Sampling"),
+    "metrics": _metrics,
+}
+
+
+if __name__ == "__main__":
+    main()

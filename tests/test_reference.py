@@ -1,0 +1,54 @@
+"""The tables of docs/reference/ say what the code says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import reference_tables
+
+from zeroflow.cli import flags
+from zeroflow.settings.sweep import SweepConfig
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted((DOCS / "reference").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_is_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    assert reference_tables.updated(text) == text, "run `make reference`"
+
+
+def test_every_table_is_on_a_page():
+    shown = [name for page in PAGES for name in reference_tables.names(page.read_text("utf-8"))]
+    assert sorted(shown) == sorted(reference_tables.TABLES)
+
+
+def test_old_table_is_replaced_and_the_text_around_it_kept():
+    page = "before\n<!-- table: ui -->\nof before\n<!-- end -->\nafter\n"
+    updated = reference_tables.updated(page)
+    assert updated.startswith("before\n") and updated.endswith("after\n")
+    assert "| `--mlflow-port` | integer ≥ 1 and ≤ 65,535 | `5000` |" in updated
+    assert "of before" not in updated and reference_tables.updated(updated) == updated
+    with pytest.raises(KeyError, match="nothing"):
+        reference_tables.updated(page.replace("ui", "nothing"))
+
+
+def test_every_setting_of_a_run_and_a_sweep_has_its_row():
+    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--[\w-]+)` \|", page, re.MULTILINE)
+    for setting in flags.settings(SweepConfig):  # which holds those of a run
+        assert setting.flag in rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_pages_and_sections_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#?([\w-]*)\)", text):
+        linked = (page.parent / target if target else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", linked, re.MULTILINE)
+        assert not anchor or anchor in {_anchor(heading) for heading in headings}, anchor
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
