@@ -71,25 +71,26 @@ def fetch(job: Job) -> Figures:
 
 
 def _fetched(job: Job) -> tuple[Any, Any]:
-    from zeroflow.data import corpus, tokenizer
+    from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+    from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 
-    files = corpus.CorpusConfig(data_mode="files", data_path=(str(job.text / "*.parquet"),))
-    text = corpus.resolve(files).corpus
-    names = tokenizer.TokenizerConfig(tokenizer_name=str(job.tokenizer))
-    return text, tokenizer.fetch(names, text, job.out)
+    files = CorpusConfig(data_mode="files", data_path=(str(job.text / "*.parquet"),))
+    corpus = resolve_corpus(files).corpus
+    config = TokenizerConfig(tokenizer_name=str(job.tokenizer))
+    return corpus, fetch_tokenizer(config, corpus, job.out)
 
 
 def build_ours(job: Job) -> Any:
     """The shard set that the public settings give, nothing left out."""
-    from zeroflow.data import build
+    from zeroflow.data.build import build_shards
     from zeroflow.data.builders import in_threads
     from zeroflow.data.shards import ShardConfig
 
-    text, tokens = _fetched(job)
+    corpus, tokenizer = _fetched(job)
     everything = 2**40 // ROW_TOKENS
     config = ShardConfig(seq_len=SEQ_LEN, train_rows=everything, validation_rows=everything)
     with in_threads(_BUILDERS) as builders:
-        return build.build(config, text, tokens, job.out, builders=builders)
+        return build_shards(config, corpus, tokenizer, job.out, builders=builders)
 
 
 def ours(job: Job) -> Figures:
@@ -521,7 +522,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             continue
         out = Path(tempfile.mkdtemp(dir=folder))
         try:
-            job = Job(texts[part], arguments.tokenizer.resolve(), out, arguments.threads)
+            job = Job(texts[part], arguments.resolve_tokenizer(), out, arguments.threads)
             if name in PREPARED:
                 measure(PREPARED[name], job)
             figures = measure(name, job)

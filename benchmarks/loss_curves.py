@@ -23,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zeroflow.data import build
-from zeroflow.data import corpus as corpora
-from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.batches import IGNORED, Batches
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.build import build_shards
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer, resolve_tokenizer
 from zeroflow.device import Device, find_device
 from zeroflow.model import llama
 from zeroflow.model.llama import ModelConfig
@@ -60,13 +58,13 @@ class Work(NamedTuple):
     training: TrainingConfig
     """As a run has it on the device by default."""
 
-    rows: ShardSet
+    shards: ShardSet
 
     @property
     def batches(self) -> Batches:
         return Batches(
-            Rows(self.rows, "train"),
-            end_of_text=self.rows.end_of_text,
+            Rows(self.shards, "train"),
+            end_of_text=self.shards.end_of_text,
             seed=self.training.seed,
             micro_batch_rows=self.training.micro_batch_rows,
             accumulate=self.training.accumulate,
@@ -150,7 +148,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
 
 
 def prepare(
-    text: CorpusConfig,
+    corpus: CorpusConfig,
     cache: Path,
     device: Device,
     *,
@@ -164,9 +162,9 @@ def prepare(
     seed: int,
 ) -> Work:
     """A training on `text`, whose tokenizer and shards are kept in `cache`."""
-    text = corpora.resolve(text).corpus
+    corpus = resolve_corpus(corpus).corpus
     asked = TokenizerConfig(vocab_size=vocab_size)
-    tokens = tokenizers.fetch(tokenizers.resolve(asked, text, cache).tokenizer, text, cache)
+    tokenizer = fetch_tokenizer(resolve_tokenizer(asked, corpus, cache).tokenizer, corpus, cache)
     gpu = device.kind == "cuda"
     training = TrainingConfig(
         seed=seed,
@@ -179,8 +177,8 @@ def prepare(
         compute=ComputeConfig(device=device.kind, precision="bf16" if gpu else "fp32", compile=gpu),
     )
     config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
-    built = build.build(config, text, tokens, cache, seed=seed)
-    return Work(with_vocabulary(SIZES[size], tokens.vocab_size), training, built)
+    shards = build_shards(config, corpus, tokenizer, cache, seed=seed)
+    return Work(with_vocabulary(SIZES[size], tokenizer.vocab_size), training, shards)
 
 
 # Comparing

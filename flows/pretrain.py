@@ -22,7 +22,7 @@ from zeroflow.cli.flow import run_flow
 from zeroflow.data import build, tokenizer
 from zeroflow.data import parts as data_parts
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model import build as models
 from zeroflow.orchestration import pages, parts, server
 from zeroflow.orchestration.flow_runs import leave, logs_delivered, name_flow_run, tags
@@ -62,33 +62,33 @@ CHECKED_AGAIN: dict[str, Any] = {
 }
 
 make_plan = task(name="plan", **UNCACHED)(pipeline.make)
-build_model = task(name="build model", **UNCACHED)(models.build)
+build_model = task(name="build model", **UNCACHED)(models.build_model)
 build_part = task(name="build part", **FROM_THE_HUB | {"task_run_name": "build {job.path.name}"})(
-    data_parts.build
+    data_parts.build_part
 )
 
 
 @task(name="fetch tokenizer", **FROM_THE_HUB)
 def fetch_tokenizer(run: RunConfig) -> State:
-    tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
-    return completed(tokens, reused=tokens.reused)
+    fetched = tokenizer.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    return completed(fetched, reused=fetched.reused)
 
 
 @task(name="build shards", **UNCACHED)
-def build_shards(run: RunConfig, tokens: TokenizerFiles) -> State:
+def build_shards(run: RunConfig, tokenizer: Tokenizer) -> State:
     with parts.part_builders(build_part, run.build) as builders:
-        built = build.build(
+        shards = build.build_shards(
             run.shard_config,
             run.data,
-            tokens,
+            tokenizer,
             run.cache_dir,
             seed=run.seed,
             builders=builders,
             show=pages.ProgressBar("shards", run.run_dir.name),
         )
-    page = data_page.write_data(built, tokens, run.run_dir)
+    page = data_page.write_data(shards, tokenizer, run.run_dir)
     pages.publish(with_pictures(page), "data", run.run_dir.name)
-    return completed(built, reused=built.reused)
+    return completed(shards, reused=shards.reused)
 
 
 @task(name="pre-flight", **CHECKED_AGAIN)
@@ -165,10 +165,10 @@ def _pretrain(asked: RunConfig, acquire: Callable[[Path], None]) -> Path:
     settled = make_plan(asked, acquire)
     run = settled.run
     name_flow_run(asked, run)
-    tokens: TokenizerFiles = fetch_tokenizer(run).result()
-    rows: ShardSet = build_shards(run, tokens).result()
-    model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = training_job(settled, model, rows, tokens, tags=tags())
+    tokenizer: Tokenizer = fetch_tokenizer(run).result()
+    shards: ShardSet = build_shards(run, tokenizer).result()
+    model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+    job = training_job(settled, model, shards, tokenizer, tags=tags())
     checked: PreflightResult | None
     with gpu_slot("none" if finished(job) else run.device):
         if run.skip_preflight:
@@ -176,7 +176,7 @@ def _pretrain(asked: RunConfig, acquire: Callable[[Path], None]) -> Path:
         else:
             checked = check_before(job, settled.device.name).result()
         trained: TrainResult = train_model(job, run).result()
-        found = (run, job, rows, settled.device, checked, trained)
+        found = (run, job, shards, settled.device, checked, trained)
         try:
             learned: OverfitResult = check_overfit(overfit_job(job, run)).result()
         except OverfitFailed as failure:

@@ -11,7 +11,7 @@ from zeroflow import pipeline
 from zeroflow.checks.resume import ProofConfig
 from zeroflow.cli import commands
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.orchestration import pages, server
 from zeroflow.orchestration.flow_runs import logs_delivered, silence_console, tags
 from zeroflow.report.pages import with_pictures
@@ -40,10 +40,10 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
     with logs_delivered(), ownership() as acquire:
         settled = make_plan(settings(asked.run), acquire)
         run = settled.run
-        tokens: TokenizerFiles = fetch_tokenizer(run).result()
-        rows: ShardSet = build_shards(run, tokens).result()
-        model = build_model(run.model.shape, tokens.vocab_size, run.run_dir)
-        job = training_job(settled, model, rows, tokens, tags=tags())
+        tokenizer: Tokenizer = fetch_tokenizer(run).result()
+        shards: ShardSet = build_shards(run, tokenizer).result()
+        model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+        job = training_job(settled, model, shards, tokenizer, tags=tags())
         return prove(job, asked.proof)
 
 

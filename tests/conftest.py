@@ -14,8 +14,7 @@ from hypothesis import settings
 from pipeline import Flow, free_port, wait_until_healthy
 from tiny import Text, jsonl_corpus
 
-from zeroflow.data import tokenizer
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 
 settings.register_profile("any machine", deadline=None)  # timings never decide a test
 settings.load_profile("any machine")
@@ -29,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     texts = [f"Marker{number:03}. {english(rng)}" for number in range(60)]
     corpus = jsonl_corpus(folder / "documents.jsonl", texts)
     config = TokenizerConfig(tokenizer_name="train", vocab_size=400)
-    return Text(corpus, tokenizer.fetch(config, corpus, folder / "cache"), texts)
+    return Text(corpus, fetch_tokenizer(config, corpus, folder / "cache"), texts)
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ from pathlib import Path
 from zeroflow import artifacts
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof, ProofConfig, ResumeInexact
-from zeroflow.data import build, tokenizer
+from zeroflow.data.build import build_shards
 from zeroflow.data.builders import in_threads
-from zeroflow.model import build as models
+from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.model.build import build_model
 from zeroflow.report.plan import PLAN, is_same, load, predict
 from zeroflow.report.plan_page import log_lines
 from zeroflow.report.progress import TrainingProgress
@@ -63,13 +64,13 @@ def prove(asked: ProofRun) -> Path:
 def _prove(asked: ProofRun, acquire: Callable[[Path], None]) -> Path:
     settled = make(settings(asked.run), acquire)
     run = settled.run
-    tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
+    tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
     with in_threads(run.build.data_workers) as builders:
-        rows = build.build(
-            run.shard_config, run.data, tokens, run.cache_dir, seed=run.seed, builders=builders
+        shards = build_shards(
+            run.shard_config, run.data, tokenizer, run.cache_dir, seed=run.seed, builders=builders
         )
-    model = models.build(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = training_job(settled, model, rows, tokens, tags={})
+    model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+    job = training_job(settled, model, shards, tokenizer, tags={})
     return passed(*demonstrate(job, asked.proof))
 
 

@@ -16,11 +16,11 @@ from tiny import (
 from zeroflow import reuse
 from zeroflow.checks import preflight
 from zeroflow.checks.preflight import Check, PreflightFailed, PreflightJob
-from zeroflow.data import build, tokenizer
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.model import attention
 from zeroflow.model.llama import FeedForward
 from zeroflow.model.sizes import with_vocabulary
@@ -45,12 +45,12 @@ ALL_CHECKS = [
 ]
 
 
-def checked_job(folder: Path, rows: ShardSet, tokens: TokenizerFiles) -> TrainingJob:
+def checked_job(folder: Path, shards: ShardSet, tokenizer: Tokenizer) -> TrainingJob:
     return training_job(
         folder / "run",
-        rows,
-        tokens,
-        model=with_vocabulary(SHAPE, tokens.vocab_size),
+        shards,
+        tokenizer,
+        model=with_vocabulary(SHAPE, tokenizer.vocab_size),
         training=training_config(document_mask=True, micro_batch_rows=4, accumulate=2),
     )
 
@@ -67,7 +67,7 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
             raise TrainingFailed(str(error), worker._reason(error)) from error
 
     monkeypatch.setattr(preflight, "launch", launch_here)
-    return checked_job(tmp_path, build.build(SHARDS, *text[:2], tmp_path), text.tokens)
+    return checked_job(tmp_path, build_shards(SHARDS, *text[:2], tmp_path), text.tokenizer)
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
 def test_synthetic_data_has_no_text_to_check(tmp_path):
     synthetic = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
-    tokens = tokenizer.fetch(config, synthetic, tmp_path)
-    job = checked_job(tmp_path, build.build(SHARDS, synthetic, tokens, tmp_path), tokens)
+    tokenizer = fetch_tokenizer(config, synthetic, tmp_path)
+    job = checked_job(tmp_path, build_shards(SHARDS, synthetic, tokenizer, tmp_path), tokenizer)
     found = list(preflight.data_checks(of(job)))
     assert [check.name for check in found] == ["checksums", "token ids"]
     assert all(check.passed for check in found)
@@ -294,9 +294,9 @@ def test_ids_outside_the_vocabulary_are_caught_and_not_trained_on(job):
 def test_ids_of_another_tokenizer_are_caught_by_their_text(job, text, tmp_path):
     numbers = [f"{n * n} {n**3} fünf" for n in range(999)]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=400)
-    other = tokenizer.fetch(config, jsonl_corpus(tmp_path / "numbers.jsonl", numbers), tmp_path)
+    other = fetch_tokenizer(config, jsonl_corpus(tmp_path / "numbers.jsonl", numbers), tmp_path)
     rows = Rows(job.shards, "train")
-    sound = preflight.text(rows, text.tokens)
+    sound = preflight.text(rows, text.tokenizer)
     assert sound.passed and float(sound.figure.removesuffix("%")) > 95
     failed(preflight.text(rows, other), "come back", "zeroflow data")
 

@@ -9,8 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import as_jsonl, files_corpus, read_files
 
-from zeroflow.data import corpus, readers
-from zeroflow.data.corpus import CorpusConfig, Slice
+from zeroflow.data import readers, slices
+from zeroflow.data.corpus import (
+    CorpusConfig,
+    Slice,
+    first_bytes,
+    list_files,
+    plan_slices,
+    read_documents,
+    read_slice,
+    resolve_corpus,
+    split_positions,
+)
 from zeroflow.data.readers import Document, Tally
 
 
@@ -38,10 +48,10 @@ def test_revision_is_of_names_and_contents_not_of_the_place(tmp_path):
 def test_files_that_have_changed_since_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     pinned = files_corpus(str(tmp_path / "a.txt"))
-    assert corpus.resolve(pinned).corpus == pinned
+    assert resolve_corpus(pinned).corpus == pinned
     (tmp_path / "a.txt").write_text("two")
     with pytest.raises(ValueError, match="the files of files have changed"):
-        corpus.resolve(pinned)
+        resolve_corpus(pinned)
 
 
 def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):
@@ -67,30 +77,30 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 
 
 def test_sample_is_the_source_of_the_standard_library():
-    settled = corpus.resolve(CorpusConfig(data_mode="sample")).corpus
-    documents = {document.id: document.text for document in corpus.documents(settled)}
+    settled = resolve_corpus(CorpusConfig(data_mode="sample")).corpus
+    documents = {document.id: document.text for document in read_documents(settled)}
     source = Path(json.decoder.__file__)
     assert documents["json/decoder.py"] == source.read_text(encoding="utf-8")
     assert len(documents) > 100
     assert not any("site-packages" in name for name in documents)
-    first = [document.id for document in islice(corpus.documents(settled), 100)]
+    first = [document.id for document in islice(read_documents(settled), 100)]
     assert first == list(documents)[:100]
     assert len({name.split("/")[0] for name in first}) > 10, "the order mixes the subjects"
 
 
 def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
     ids = [f"document {i}".encode() for i in range(10_000)]
-    places = sorted(corpus.held_out(ids).tolist())
+    places = sorted(split_positions(ids).tolist())
     # Kolmogorov-Smirnov: one in a million even samples deviates by more than 0.027
     assert max(abs(place - i / 10_000) for i, place in enumerate(places)) < 0.027
-    assert corpus.held_out(ids[7:8]) == corpus.held_out(ids)[7]
+    assert split_positions(ids[7:8]) == split_positions(ids)[7]
 
 
 def test_first_bytes_end_with_the_document_that_passes_the_limit():
     stream = [Document(str(i), "é" * 5) for i in range(10)]
-    assert len(list(corpus.first_bytes(stream, 10))) == 1
-    assert len(list(corpus.first_bytes(stream, 11))) == 2
-    assert len(list(corpus.first_bytes(stream, 10**6))) == 10
+    assert len(list(first_bytes(stream, 10))) == 1
+    assert len(list(first_bytes(stream, 11))) == 2
+    assert len(list(first_bytes(stream, 10**6))) == 10
 
 
 def write_large(folder: Path) -> Path:
@@ -105,10 +115,10 @@ def write_large(folder: Path) -> Path:
     return folder
 
 
-def slices(config: CorpusConfig) -> list[Slice]:
-    listed, first, found = corpus.files(config), 0, []
+def slices_of(corpus: CorpusConfig) -> list[Slice]:
+    listed, first, found = list_files(corpus), 0, []
     while first < len(listed):
-        planned, first = corpus.plan(config, listed, first)
+        planned, first = plan_slices(corpus, listed, first)
         found += planned
     return found
 
@@ -116,17 +126,17 @@ def slices(config: CorpusConfig) -> list[Slice]:
 @pytest.mark.parametrize("size", [1, 10, 999, 1000, 5000, 10**6])
 def test_slices_of_any_size_hold_every_document_once_and_in_order(tmp_path, monkeypatch, size):
     config = files_corpus(str(write_large(tmp_path / "text") / "*"))
-    whole = list(corpus.documents(config))
+    whole = list(read_documents(config))
     assert len(whole) == 3 * 90 + 3
-    monkeypatch.setattr(corpus, "SLICE_BYTES", size)
-    cut = slices(config)
+    monkeypatch.setattr(slices, "SLICE_BYTES", size)
+    cut = slices_of(config)
     if size == 999:
         assert len(cut) > 10, "large files are cut"
         assert [file.name for piece in cut for file in piece.files].count("f.jsonl.gz") == 1
     if size == 10**6:
         assert len(cut) == 1, "small files are taken together"
     # each alone, and in another order than they lie
-    read = {i: list(corpus.read(config, cut[i], Tally())) for i in reversed(range(len(cut)))}
+    read = {i: list(read_slice(config, cut[i], Tally())) for i in reversed(range(len(cut)))}
     batches = [batch for i in range(len(cut)) for batch in read[i]]
     texts = [text for batch in batches for text in batch.texts]
     ids = [name.decode() for batch in batches for name in batch.ids.to_pylist()]
@@ -141,23 +151,23 @@ def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(as_jsonl([{"text": "one"}]))
     settled = files_corpus(str(file))
-    assert len(list(corpus.documents(settled))) == 1
-    listed = corpus.files(settled)
+    assert len(list(read_documents(settled))) == 1
+    listed = list_files(settled)
     file.write_bytes(as_jsonl([{"text": "two"}]))  # of the same size
-    [piece] = corpus.plan(settled, listed, 0).slices
+    [piece] = plan_slices(settled, listed, 0).slices
     with pytest.raises(ValueError, match=r"a\.jsonl has changed since the run began"):
-        list(corpus.read(settled, piece, Tally()))
+        list(read_slice(settled, piece, Tally()))
 
 
 def test_file_that_is_gone_before_it_is_cut_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 1)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 1)
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one"]}), file)
     settled = files_corpus(str(file))
-    listed = corpus.files(settled)
+    listed = list_files(settled)
     file.unlink()
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read: .*No such file"):
-        corpus.plan(settled, listed, 0)
+        plan_slices(settled, listed, 0)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
@@ -173,8 +183,8 @@ def test_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(
     else:
         pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=100)
     settled = files_corpus(str(file))
-    [piece] = slices(settled)
-    reading = corpus.read(settled, piece, Tally())
+    [piece] = slices_of(settled)
+    reading = read_slice(settled, piece, Tally())
     next(reading)
     content = file.read_bytes()
     with file.open("r+b") as there:  # in place, as other programs append

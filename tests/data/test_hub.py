@@ -19,9 +19,21 @@ from zeroflow.data import hub as hubs
 PRELUDE = """
 import json, sys
 from pathlib import Path
-from zeroflow.data import corpus, hub, readers, tokenizer
-from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import LLAMA, TokenizerConfig
+from zeroflow.data import hub, readers, slices
+from zeroflow.data.corpus import (
+    CorpusConfig,
+    list_files,
+    plan_slices,
+    read_documents,
+    read_slice,
+    resolve_corpus,
+)
+from zeroflow.data.tokenizer import (
+    LLAMA_TOKENIZER,
+    TokenizerConfig,
+    fetch_tokenizer,
+    resolve_tokenizer,
+)
 
 cache = Path(sys.argv[1])
 text = CorpusConfig(data_mode="fineweb", data_revision="any")
@@ -34,7 +46,7 @@ def failure(name, call):
         facts[name] = {"message": str(error), "transient": error.transient}
 
 def resolve(name):
-    return tokenizer.resolve(TokenizerConfig(tokenizer_name=name), text, cache)
+    return resolve_tokenizer(TokenizerConfig(tokenizer_name=name), text, cache)
 """
 
 
@@ -57,7 +69,7 @@ def test_refusals_say_what_can_be_done_and_whether_to_try_again(tmp_path):
         return Fault(status=503) if "busy" in path else None
 
     script = """
-failure("gated", lambda: resolve(LLAMA))
+failure("gated", lambda: resolve(LLAMA_TOKENIZER))
 failure("unknown", lambda: resolve("nobody/nothing"))
 failure("busy", lambda: resolve("owner/busy"))
 resolved = resolve("auto")
@@ -84,7 +96,7 @@ def test_gated_tokenizer_is_fetched_once_with_a_token_and_then_needs_no_hub(tmp_
     script = """
 resolved = resolve("auto")
 facts["reason"] = resolved.reason
-facts["files"] = tokenizer.fetch(resolved.tokenizer, text, cache).model_dump(mode="json")
+facts["tokenizer"] = fetch_tokenizer(resolved.tokenizer, text, cache).model_dump(mode="json")
 facts["revision"] = resolved.tokenizer.tokenizer_revision
 """
     repo = llama_tokenizer_repo(gated=True)
@@ -95,14 +107,14 @@ facts["revision"] = resolved.tokenizer.tokenizer_revision
         again = ask(script, hub.url, tmp_path)
         assert len(hub.requests) == before
         # a damaged one is no reason to do without the hub
-        manifest = Path(first["files"]["path"]) / "manifest.json"
+        manifest = Path(first["tokenizer"]["path"]) / "manifest.json"
         manifest.write_text(manifest.read_text()[:-9])
         repaired = ask(script, hub.url, tmp_path, HF_TOKEN=TOKEN)
     assert first["revision"] == again["revision"] == repo.sha
-    assert first["files"] == again["files"] == repaired["files"]
+    assert first["tokenizer"] == again["tokenizer"] == repaired["tokenizer"]
     assert "from the Hugging Face Hub" in repaired["reason"]
     assert "from the Hugging Face Hub" in first["reason"] and "cached" in again["reason"]
-    folder = Path(first["files"]["path"])
+    folder = Path(first["tokenizer"]["path"])
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (folder / name).read_bytes() == repo.contents[name]
     assert not (folder / ".cache").exists()
@@ -111,9 +123,9 @@ facts["revision"] = resolved.tokenizer.tokenizer_revision
 def test_hub_that_nobody_answers_for_is_a_transient_failure_or_a_fallback(tmp_path):
     script = """
 failure("tokenizer", lambda: resolve("owner/name"))
-failure("fineweb", lambda: corpus.resolve(CorpusConfig(data_mode="fineweb")))
+failure("fineweb", lambda: resolve_corpus(CorpusConfig(data_mode="fineweb")))
 for name, mode in {"auto": "auto", "synthetic": "fineweb"}.items():
-    resolved = corpus.resolve(CorpusConfig(data_mode=mode, allow_synthetic_fallback=True))
+    resolved = resolve_corpus(CorpusConfig(data_mode=mode, allow_synthetic_fallback=True))
     facts[name] = [resolved.corpus.data_mode, resolved.reason]
 """
     facts = ask(script, "http://127.0.0.1:9", tmp_path)  # discard: nobody listens there
@@ -127,11 +139,11 @@ for name, mode in {"auto": "auto", "synthetic": "fineweb"}.items():
 
 def test_fineweb_is_streamed_in_order_at_the_pinned_revision(tmp_path):
     script = """
-settled, reason = corpus.resolve(CorpusConfig())
+settled, reason = resolve_corpus(CorpusConfig())
 facts |= {"mode": settled.data_mode, "reason": reason, "revision": settled.data_revision}
-facts["documents"] = list(corpus.documents(settled))
+facts["documents"] = list(read_documents(settled))
 try:
-    list(corpus.documents(settled.replace(fineweb_subset="sample-1T")))
+    list(read_documents(settled.replace(fineweb_subset="sample-1T")))
 except ValueError as error:
     facts["subset"] = str(error)
 """
@@ -169,19 +181,19 @@ for name, subset in {"HuggingFaceFW/fineweb-edu": "sample-10BT", "owner/plain": 
 
 def test_other_datasets_are_read_in_slices_that_ask_for_no_more_than_they_hold(tmp_path):
     script = """
-corpus.SLICE_BYTES = 20_000
+slices.SLICE_BYTES = 20_000
 for name in ("owner/rows", "owner/lines"):
-    settled = corpus.resolve(CorpusConfig(data_mode="hub", dataset=name)).corpus
-    files = corpus.files(settled)
-    slices, first = [], 0
+    settled = resolve_corpus(CorpusConfig(data_mode="hub", dataset=name)).corpus
+    files = list_files(settled)
+    pieces, first = [], 0
     while first < len(files):
-        planned, first = corpus.plan(settled, files, first)
-        slices += planned
+        planned, first = plan_slices(settled, files, first)
+        pieces += planned
     facts[name] = {
         "revision": settled.data_revision,
         "texts": [
-            [text for batch in corpus.read(settled, piece, readers.Tally()) for text in batch.texts]
-            for piece in slices
+            [text for batch in read_slice(settled, piece, readers.Tally()) for text in batch.texts]
+            for piece in pieces
         ],
     }
 """

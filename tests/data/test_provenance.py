@@ -2,29 +2,30 @@ import numpy as np
 import pytest
 
 from zeroflow.artifacts import DamagedArtifact
-from zeroflow.data import build, corpus, provenance, split_writer, tokenizer
+from zeroflow.data import provenance, slices, split_writer
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.part_facts import DOCUMENTS
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 
 CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, validation_fraction=0.1)
 
 
 @pytest.fixture
 def built(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
     monkeypatch.setattr(split_writer, "_SHARD_TOKENS", 20 * 33)
-    return build.build(CONFIG, *text[:2], tmp_path)
+    return build_shards(CONFIG, *text[:2], tmp_path)
 
 
 def test_pieces_are_the_documents_of_the_rows_token_by_token(built, text):
     rows = np.random.default_rng(0).permutation(built.train.rows)[:50]
-    pieces = provenance.pieces(built, text.tokens, rows)
+    pieces = provenance.pieces(built, text.tokenizer, rows)
     assert list(dict.fromkeys(piece.row for piece in pieces)) == rows.tolist(), "in their order"
     assert len({piece.part for piece in pieces}) > 2
-    encoder, contents = tokenizer.encoder(text.tokens), Rows(built, "train")
+    encoder, contents = text.tokenizer.load_encoder(), Rows(built, "train")
     padding = {row: set(range(built.row_tokens)) for row in rows.tolist()}
     for piece in pieces:
         whole = text.texts[int(piece.document[1:])]
@@ -41,30 +42,30 @@ def test_pieces_are_the_documents_of_the_rows_token_by_token(built, text):
 
 def test_documents_are_read_of_the_parts_that_hold_the_rows(built, text):
     last = np.array([built.train.rows - 1])
-    expected = provenance.pieces(built, text.tokens, last)
+    expected = provenance.pieces(built, text.tokenizer, last)
     assert expected[0].part > 0
     for part, path in enumerate(built.part_paths):
         if part != expected[0].part:
             (path / DOCUMENTS).unlink()
-    assert provenance.pieces(built, text.tokens, last) == expected
+    assert provenance.pieces(built, text.tokenizer, last) == expected
     with pytest.raises(DamagedArtifact, match=r"part-00000.*documents.parquet is missing: the com"):
-        provenance.pieces(built, text.tokens, np.array([0]))
+        provenance.pieces(built, text.tokenizer, np.array([0]))
     (built.part_paths[0] / DOCUMENTS).write_bytes(b"PAR1")
     with pytest.raises(DamagedArtifact, match=r"cannot be read .*: the command of the run sets"):
-        provenance.pieces(built, text.tokens, np.array([0]))
+        provenance.pieces(built, text.tokenizer, np.array([0]))
 
 
 def test_row_that_comes_twice_is_told_twice(built, text):
-    once = provenance.pieces(built, text.tokens, np.array([3]))
-    assert provenance.pieces(built, text.tokens, np.array([3, 3])) == once * 2
+    once = provenance.pieces(built, text.tokenizer, np.array([3]))
+    assert provenance.pieces(built, text.tokenizer, np.array([3, 3])) == once * 2
 
 
 def test_synthetic_documents_have_ids_and_token_ids_for_words(tmp_path):
     source = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
-    tokens = tokenizer.fetch(config, source, tmp_path)
+    tokens = fetch_tokenizer(config, source, tmp_path)
     few = CONFIG.replace(train_rows=8, validation_rows=1)
-    built = build.build(few, source, tokens, tmp_path)
+    built = build_shards(few, source, tokens, tmp_path)
     rows = np.array([5])
     row = Rows(built, "train")[rows][0].tolist()
     for piece in provenance.pieces(built, tokens, rows):

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import as_jsonl, files_corpus, read_files
 
-from zeroflow.data import corpus, readers
+from zeroflow.data import readers
+from zeroflow.data.corpus import list_files, plan_slices, read_slice
 from zeroflow.data.readers import Document, Tally
 
 
@@ -121,14 +122,14 @@ def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     config = files_corpus(str(tmp_path / "a.jsonl"), bad_lines_limit=3)
     tally = Tally()
-    [piece] = corpus.plan(config, corpus.files(config), 0).slices
-    assert [batch.texts for batch in corpus.read(config, piece, tally)] == [["one", "two"]]
+    [piece] = plan_slices(config, list_files(config), 0).slices
+    assert [batch.texts for batch in read_slice(config, piece, tally)] == [["one", "two"]]
     assert tally.bad == 3
     for place, reason in zip(tally.places, ("2 is not JSON", "3 has no text", "6 is"), strict=True):
         assert f"a.jsonl, line {reason}" in place
     strict = config.replace(bad_lines_limit=2)
     with pytest.raises(ValueError, match=r"line 6 is not JSON.*3 bad lines, --bad-lines-limit 2"):
-        list(corpus.read(strict, piece, Tally()))
+        list(read_slice(strict, piece, Tally()))
 
 
 def test_damaged_page_of_a_parquet_file_is_noticed_where_the_file_has_checksums(tmp_path):
@@ -195,6 +196,6 @@ def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     for name, write in (("a.jsonl", as_jsonl), ("b.parquet", as_parquet)):
         (tmp_path / name).write_bytes(write(rows))
         config = files_corpus(str(tmp_path / name))
-        [piece] = corpus.plan(config, corpus.files(config), 0).slices
-        sizes = [len(batch.texts) for batch in corpus.read(config, piece, Tally())]
+        [piece] = plan_slices(config, list_files(config), 0).slices
+        sizes = [len(batch.texts) for batch in read_slice(config, piece, Tally())]
         assert sizes == [3, 3, 3]

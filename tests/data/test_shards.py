@@ -22,28 +22,28 @@ from tiny import apart_from_reuse, contents, jsonl_corpus
 from zeroflow import artifacts
 from zeroflow.data import (
     build,
-    corpus,
     parts,
     readers,
+    slices,
     split_writer,
     synthetic,
-    tokenizer,
 )
 from zeroflow.data import builders as builders_module
+from zeroflow.data.build import build_shards
 from zeroflow.data.builders import Builders, in_threads
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.part_facts import DOCUMENTS, SPLITS, BuiltPart, PartFacts
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PLAN, ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
 SMALL = ShardConfig(seq_len=32, train_rows=50, validation_rows=4, validation_fraction=0.1)
 ALL = SMALL.replace(train_rows=10**6, validation_rows=10**6)
 
 
-def synthetic_tokens(vocab_size: int) -> TokenizerFiles:
-    return tokenizer.fetch(
+def synthetic_tokens(vocab_size: int) -> Tokenizer:
+    return fetch_tokenizer(
         TokenizerConfig(tokenizer_name="synthetic", vocab_size=vocab_size), SYNTHETIC, Path()
     )
 
@@ -51,7 +51,7 @@ def synthetic_tokens(vocab_size: int) -> TokenizerFiles:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """A part for every few documents, a file for every 20 rows, a window for every batch."""
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
     monkeypatch.setattr(readers, "_READ_ROWS", 5)
     monkeypatch.setattr(split_writer, "_SHARD_TOKENS", 20 * 33)
     monkeypatch.setattr(split_writer, "_WINDOW_DOCUMENTS", 4)
@@ -61,7 +61,7 @@ def small_pieces(monkeypatch):
 @pytest.fixture(params=["best-fit", "concat"])
 def built(request, small_pieces, text, tmp_path) -> ShardSet:
     """All of the sixty documents: more rows are asked for than there are."""
-    return build.build(ALL.replace(packing=request.param), *text[:2], tmp_path)
+    return build_shards(ALL.replace(packing=request.param), *text[:2], tmp_path)
 
 
 def lines(built: ShardSet) -> list[dict]:
@@ -94,12 +94,12 @@ def documents_of(built: ShardSet) -> dict[str, list[int]]:
 
 
 def test_every_document_is_found_whole_through_the_table(built, text):
-    loaded = tokenizer.load(text.tokens)
+    loaded = text.tokenizer.load()
     found = documents_of(built)
     assert list(found) != [] and set(found) == {f"d{number}" for number in range(60)}
     for name, ids in found.items():
         document = text.texts[int(name[1:])]
-        assert ids[-1] == text.tokens.end_of_text
+        assert ids[-1] == text.tokenizer.end_of_text
         assert loaded.decode(ids[:-1], skip_special_tokens=False) == document
     for line in lines(built):
         assert line["bytes"] == len(text.texts[int(line["id"][1:])].encode())
@@ -168,23 +168,23 @@ def test_best_fit_cuts_fewer_documents_than_concatenation(small_pieces, text, tm
     texts = [text[:90] for text in text.texts]
     short = jsonl_corpus(tmp_path / "short.jsonl", texts)
     cut = {
-        name: build.build(ALL.replace(packing=name), short, text.tokens, tmp_path).train
+        name: build_shards(ALL.replace(packing=name), short, text.tokenizer, tmp_path).train
         for name in ("best-fit", "concat")
     }
-    longer = sum(len(tokens) > 33 for tokens in _tokens(texts, text.tokens))
+    longer = sum(len(tokens) > 33 for tokens in _tokens(texts, text.tokenizer))
     assert cut["best-fit"].cut_documents <= longer < cut["concat"].cut_documents
 
 
 def _tokens(texts, files):
-    encoded = tokenizer.encoder(files).encode(texts)
+    encoded = files.load_encoder().encode(texts)
     return np.split(np.arange(len(encoded.ids) + len(texts)), np.cumsum(encoded.lengths + 1)[:-1])
 
 
 def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tmp_path):
-    few = build.build(SMALL, *text[:2], tmp_path)
+    few = build_shards(SMALL, *text[:2], tmp_path)
     before = contents(few.path)
     assert few.train.rows >= 50 and few.parts < 5
-    more = build.build(SMALL.replace(train_rows=400), *text[:2], tmp_path)
+    more = build_shards(SMALL.replace(train_rows=400), *text[:2], tmp_path)
     assert more.path == few.path and more.parts > few.parts and not more.reused
     kept = {name: data for name, data in before.items() if name.startswith("part-")}
     after = contents(few.path)
@@ -192,7 +192,7 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
     rows = Rows(few, "train")
     assert np.array_equal(rows[np.arange(50)], Rows(more, "train")[np.arange(50)])
     # the run that needs few reads few, whatever has come since
-    again = build.build(SMALL, *text[:2], tmp_path)
+    again = build_shards(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(few)
     lacking = f"parts 1 to {few.parts} have {few.train.rows} of 400 rows to train on, "
     assert more.why.startswith(
@@ -204,7 +204,7 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
 def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, tmp_path):
     first = np.arange(4)
     for rows in (1, 100, 400):
-        built = build.build(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
+        built = build_shards(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
         held_out = Rows(built, "validation")[first]
         assert np.array_equal(held_out, Rows(built, "validation")[first])
         if rows == 1:
@@ -215,7 +215,7 @@ def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, t
 def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
     small_pieces, text, tmp_path
 ):
-    alone = build.build(ALL, *text[:2], tmp_path / "alone")
+    alone = build_shards(ALL, *text[:2], tmp_path / "alone")
 
     def backwards(job):
         """Nothing is done before it is waited for, and then all that was started, last first."""
@@ -224,14 +224,14 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
         def ending():
             while started:
                 later = started.pop()
-                ended[later.path] = parts.build(later)
+                ended[later.path] = parts.build_part(later)
             return ended[job.path]
 
         return ending
 
     started, ended = [], {}
     three = Builders(backwards, 3)
-    together = build.build(ALL, *text[:2], tmp_path / "together", builders=three)
+    together = build_shards(ALL, *text[:2], tmp_path / "together", builders=three)
     assert together == alone.replace(path=together.path)
     for mine, theirs in zip(together.part_paths, alone.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
@@ -242,7 +242,7 @@ def test_result_does_not_depend_on_who_builds_the_parts_or_how_many_at_once(
 )
 def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, tmp_path):
     config = SMALL.replace(token_type=token_type, packing="concat")
-    built = build.build(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
+    built = build_shards(config, SYNTHETIC, synthetic_tokens(vocab_size), tmp_path, seed=3)
     rows = Rows(built, "train")[np.arange(50)]
     assert rows.dtype == np.dtype(token_type)
     assert rows.max() == vocab_size - 1
@@ -262,14 +262,14 @@ def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, t
 def test_vocabulary_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     config = SMALL.replace(token_type="uint16")
     with pytest.raises(ValueError, match=r"65537 tokens, more than uint16.*--token-type int32"):
-        build.build(config, SYNTHETIC, synthetic_tokens(65_537), tmp_path / "cache")
+        build_shards(config, SYNTHETIC, synthetic_tokens(65_537), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
-    wrong = text.tokens.replace(vocab_size=300)
+    wrong = text.tokenizer.replace(vocab_size=300)
     with pytest.raises(ValueError, match=r"gave id \d+ for document d0.*its tokenizer\.json is"):
-        build.build(SMALL, text.corpus, wrong, tmp_path)
+        build_shards(SMALL, text.corpus, wrong, tmp_path)
     assert not list((tmp_path / "shards").glob("*/part-*"))
 
 
@@ -278,7 +278,7 @@ def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
 def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, count, fraction):
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
-    built = build.build(config, few, text.tokens, tmp_path / "cache")
+    built = build_shards(config, few, text.tokenizer, tmp_path / "cache")
     assert built.documents == count
     assert built.train.rows and built.validation.rows
 
@@ -287,13 +287,13 @@ def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, coun
 def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
     few = jsonl_corpus(tmp_path / "few.jsonl", texts)
     with pytest.raises(ValueError, match="the corpus is too small"):
-        build.build(SMALL, few, text.tokens, tmp_path / "cache")
+        build_shards(SMALL, few, text.tokenizer, tmp_path / "cache")
 
 
 def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_path):
     short = jsonl_corpus(tmp_path / "short.jsonl", [f"hi {i}" for i in range(3000)])
     config = ALL.replace(seq_len=2048, validation_fraction=0.02)
-    built = build.build(config, short, text.tokens, tmp_path)
+    built = build_shards(config, short, text.tokenizer, tmp_path)
     # binomial: 60 of 3,000, with a deviation of 7.7
     assert 20 < built.validation.documents < 100
 
@@ -314,11 +314,11 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
     one_part = ShardConfig(seq_len=32, train_rows=8, validation_rows=1, validation_fraction=0.1)
     with in_threads(3) as threads:
         many, few = Builders(noting, 99), Builders(noting, threads.at_once)
-        build.build(one_part, *text[:2], tmp_path / "one", builders=many)
+        build_shards(one_part, *text[:2], tmp_path / "one", builders=many)
         assert len(started) == 1
         started.clear()
         at_once.clear()
-        built = build.build(ALL, *text[:2], tmp_path / "all", builders=few)
+        built = build_shards(ALL, *text[:2], tmp_path / "all", builders=few)
     assert max(at_once) == 3 + 1 and len(started) == built.parts
 
 
@@ -417,22 +417,25 @@ def test_interrupt_does_not_wait_for_a_disk_that_takes_nothing(text, tmp_path):
 import os, signal, sys, threading
 from pathlib import Path
 from zeroflow import artifacts
-from zeroflow.data import build, corpus, shards, tokenizer
+from zeroflow.data.build import build_shards
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import ShardConfig
+from zeroflow.data.tokenizer import Tokenizer
 
 def stuck(file, content):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 
 artifacts.write_recorded = stuck
-config, text, tokens = sys.argv[1:]
-build.build(
-    shards.ShardConfig.model_validate_json(config),
-    corpus.CorpusConfig.model_validate_json(text),
-    tokenizer.TokenizerFiles.model_validate_json(tokens),
+config, text, tokenizer = sys.argv[1:]
+build_shards(
+    ShardConfig.model_validate_json(config),
+    CorpusConfig.model_validate_json(text),
+    Tokenizer.model_validate_json(tokenizer),
     Path(),
 )
 """
-    settings = [each.model_dump_json() for each in (SMALL, text.corpus, text.tokens)]
+    settings = [each.model_dump_json() for each in (SMALL, text.corpus, text.tokenizer)]
     done = subprocess.run(
         [sys.executable, "-c", code, *settings],
         capture_output=True,
@@ -470,10 +473,10 @@ def test_what_waits_is_given_up_at_the_end_and_at_an_error(small_pieces, text, t
 
     with in_threads(1) as threads:
         builders = Builders(threads.start, 2, lambda: told.append("given up"))
-        build.build(SMALL, *text[:2], tmp_path / "a", builders=builders)
+        build_shards(SMALL, *text[:2], tmp_path / "a", builders=builders)
         assert told == ["given up"]
         with pytest.raises(RuntimeError, match="nobody looks"):
-            build.build(SMALL, *text[:2], tmp_path / "b", builders=builders, show=show)
+            build_shards(SMALL, *text[:2], tmp_path / "b", builders=builders, show=show)
     assert told == ["given up"] * 2
 
 
@@ -486,7 +489,7 @@ def test_documents_that_are_left_out_leave_no_trace_in_the_table(text, tmp_path,
         file.parent.mkdir()
         file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *left_out]))
         config = CorpusConfig(data_mode="files", data_path=(str(file),), deduplicate=True)
-        built = build.build(ALL, corpus.resolve(config).corpus, text.tokens, file.parent)
+        built = build_shards(ALL, resolve_corpus(config).corpus, text.tokenizer, file.parent)
         assert built.duplicates == len(left_out)
         tables.append((built.part_paths[0] / DOCUMENTS).read_bytes())
     assert tables[0] == tables[1]
@@ -499,13 +502,13 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     file = tmp_path / "a.jsonl"
     jsonl_corpus(file, text.texts)
     file.write_text(file.read_text() + "\nno json")
-    settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
-    one = build.build(SMALL, settled, text.tokens, tmp_path / "one")
+    settled = resolve_corpus(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
+    one = build_shards(SMALL, settled, text.tokenizer, tmp_path / "one")
     with in_threads(99) as builders:
-        many = build.build(SMALL, settled, text.tokens, tmp_path / "many", builders=builders)
+        many = build_shards(SMALL, settled, text.tokenizer, tmp_path / "many", builders=builders)
     assert many == one.replace(path=many.path)
     with in_threads(99) as builders, pytest.raises(ValueError, match="is not JSON"):
-        build.build(ALL, settled, text.tokens, tmp_path / "many", builders=builders)
+        build_shards(ALL, settled, text.tokenizer, tmp_path / "many", builders=builders)
 
 
 @pytest.mark.parametrize(
@@ -519,19 +522,19 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     ],
 )
 def test_damaged_plan_is_made_anew(small_pieces, text, tmp_path, damage):
-    built = build.build(SMALL, *text[:2], tmp_path)
+    built = build_shards(SMALL, *text[:2], tmp_path)
     plan = built.path / PLAN
     before = plan.read_text()
     plan.write_text(damage(before))
     assert plan.read_text() != before
-    again = build.build(SMALL, *text[:2], tmp_path)
+    again = build_shards(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(built)
     assert plan.read_text() == before
 
 
 def test_synthetic_data_has_no_duplicates_to_leave_out(tmp_path):
     settled = SYNTHETIC.replace(deduplicate=True)
-    built = build.build(SMALL, settled, synthetic_tokens(300), tmp_path)
+    built = build_shards(SMALL, settled, synthetic_tokens(300), tmp_path)
     assert built.documents > 1000 and built.duplicates == 0
 
 
@@ -548,22 +551,22 @@ def test_document_that_spells_out_the_end_of_text_is_refused_where_it_cannot_be_
     (tmp_path / "unigram").mkdir()
     tokens.save(str(tmp_path / "unigram" / "tokenizer.json"))
     config = TokenizerConfig(tokenizer_name=str(tmp_path / "unigram"))
-    files = tokenizer.fetch(config, text.corpus, tmp_path)
-    good = build.build(SMALL, text.corpus, files, tmp_path)
+    files = fetch_tokenizer(config, text.corpus, tmp_path)
+    good = build_shards(SMALL, text.corpus, files, tmp_path)
     assert good.train.rows
     bad = jsonl_corpus(tmp_path / "bad.jsonl", [*text.texts[:3], "a </s> b"])
     with pytest.raises(ValueError, match="document d3 spells out the token that ends documents"):
-        build.build(SMALL, bad, files, tmp_path)
+        build_shards(SMALL, bad, files, tmp_path)
 
 
 def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_pieces, text, tmp_path):
     texts = [*text.texts[:20], *text.texts[:20], *text.texts[20:40], text.texts[25]]
     twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)
-    plain = build.build(ALL, twice, text.tokens, tmp_path)
+    plain = build_shards(ALL, twice, text.tokenizer, tmp_path)
     assert (plain.documents, plain.duplicates) == (61, 0)
     alone = twice.replace(deduplicate=True)
     with in_threads(3) as builders:
-        once = build.build(ALL, alone, text.tokens, tmp_path, builders=builders)
+        once = build_shards(ALL, alone, text.tokenizer, tmp_path, builders=builders)
     assert once.path != plain.path and once.parts > 3
     assert (once.documents, once.duplicates) == (40, 21)
     names = {f"d{i}" for i in (*range(20), *range(40, 60))}
@@ -573,15 +576,15 @@ def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_piece
 def test_few_documents_that_come_again_and_again_are_held_out_from_as_well(text, tmp_path):
     texts = [text.texts[i % 3] for i in range(60)]
     same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
-    built = build.build(ALL.replace(validation_fraction=0.02), same, text.tokens, tmp_path)
+    built = build_shards(ALL.replace(validation_fraction=0.02), same, text.tokenizer, tmp_path)
     assert (built.documents, built.duplicates) == (3, 57)
     assert built.train.documents and built.validation.documents
 
 
 def test_table_is_the_same_however_many_lines_are_written_at_once(text, tmp_path, monkeypatch):
-    whole = lines(build.build(ALL, *text[:2], tmp_path / "whole"))
+    whole = lines(build_shards(ALL, *text[:2], tmp_path / "whole"))
     monkeypatch.setattr(split_writer, "_MOST_NAME_BYTES", 100)  # as if names were 2**30 bytes long
-    assert lines(build.build(ALL, *text[:2], tmp_path / "cut")) == whole
+    assert lines(build_shards(ALL, *text[:2], tmp_path / "cut")) == whole
 
 
 def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_apart(
@@ -593,8 +596,8 @@ def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_a
     ]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, written)).replace("\\\\", "\\"))
-    settled = corpus.resolve(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
-    built = build.build(ALL, settled, text.tokens, tmp_path)
+    settled = resolve_corpus(CorpusConfig(data_mode="files", data_path=(str(file),))).corpus
+    built = build_shards(ALL, settled, text.tokenizer, tmp_path)
     assert {(line["id"], line["url"]) for line in lines(built)} == {("\ufffd", "u\ufffd")}
     assert built.documents == 60 and 0 < built.validation.documents < 20
 
@@ -603,13 +606,13 @@ def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):
     good = [json.dumps({"text": document}) for document in text.texts[:9]]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join([*good, '{"text": ""}', "no json", '{"text": ""}']))
-    settled = corpus.resolve(
+    settled = resolve_corpus(
         CorpusConfig(data_mode="files", data_path=(str(file),), bad_lines_limit=1)
     ).corpus
-    built = build.build(ALL, settled, text.tokens, tmp_path)
+    built = build_shards(ALL, settled, text.tokenizer, tmp_path)
     assert (built.documents, built.empty_documents, built.bad_lines) == (9, 2, 1)
     with pytest.raises(ValueError, match=r"1 bad lines, --bad-lines-limit 0:\n  .*line 11 is not"):
-        build.build(ALL, settled.replace(bad_lines_limit=0), text.tokens, tmp_path)
+        build_shards(ALL, settled.replace(bad_lines_limit=0), text.tokenizer, tmp_path)
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -640,14 +643,14 @@ def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
     small_pieces, text, tmp_path, damage
 ):
     config = SMALL.replace(train_rows=400)
-    built = build.build(config, *text[:2], tmp_path)
+    built = build_shards(config, *text[:2], tmp_path)
     part = built.part_paths[1]
     before = contents(part)
     DAMAGES[damage](part)
     damaged = contents(part)
     assert damaged != before
 
-    again = build.build(config, *text[:2], tmp_path)
+    again = build_shards(config, *text[:2], tmp_path)
     assert not again.reused and apart_from_reuse(again) == apart_from_reuse(built)
     reused = built.parts - 1
     assert (
@@ -658,7 +661,7 @@ def test_damaged_part_is_set_aside_and_rebuilt_to_the_same_bytes(
 
 
 def test_all_of_many_flipped_bits_are_noticed(small_pieces, text, tmp_path):
-    part = build.build(SMALL, *text[:2], tmp_path).part_paths[0]
+    part = build_shards(SMALL, *text[:2], tmp_path).part_paths[0]
     rng = random.Random(0)
     files = sorted(path for path in part.iterdir())
     for _ in range(100):
@@ -685,9 +688,9 @@ def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
     text, tmp_path, change, told, caplog
 ):
     caplog.set_level("INFO", logger="zeroflow")
-    first = build.build(SMALL, *text[:2], tmp_path)
+    first = build_shards(SMALL, *text[:2], tmp_path)
     assert first.why == "nothing of its kind was there"
-    other = build.build(SMALL.replace(**change), *text[:2], tmp_path)
+    other = build_shards(SMALL.replace(**change), *text[:2], tmp_path)
     assert other.path != first.path and not other.reused
     assert other.why == f"{first.path.name} has {told}"
     assert f"shards have to be built: {first.path.name} has {told}" in caplog.messages
@@ -696,13 +699,13 @@ def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
 def test_file_of_the_corpus_that_changed_is_named(text, tmp_path):
     for name in ("a", "b"):
         settled = jsonl_corpus(tmp_path / "texts" / f"{name}.jsonl", text.texts[:9])
-    settled = corpus.resolve(
+    settled = resolve_corpus(
         settled.replace(data_path=(f"{tmp_path}/texts/*",), data_revision=None)
     )
-    first = build.build(SMALL, settled.corpus, text.tokens, tmp_path)
+    first = build_shards(SMALL, settled.corpus, text.tokenizer, tmp_path)
     jsonl_corpus(tmp_path / "texts" / "b.jsonl", text.texts[:8])
-    changed = corpus.resolve(settled.corpus.replace(data_revision=None))
-    why = build.build(SMALL, changed.corpus, text.tokens, tmp_path).why
+    changed = resolve_corpus(settled.corpus.replace(data_revision=None))
+    why = build_shards(SMALL, changed.corpus, text.tokenizer, tmp_path).why
     before, now = settled.corpus.data_revision, changed.corpus.data_revision
     assert f"{first.path.name} has revision {before} instead of {now}, file b.jsonl " in why
     assert "a.jsonl" not in why
@@ -710,34 +713,34 @@ def test_file_of_the_corpus_that_changed_is_named(text, tmp_path):
 
 def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_path):
     far = SMALL.replace(packing="concat", token_type="uint16")
-    near = build.build(SMALL, *text[:2], tmp_path)
-    build.build(far, *text[:2], tmp_path)
-    why = build.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+    near = build_shards(SMALL, *text[:2], tmp_path)
+    build_shards(far, *text[:2], tmp_path)
+    why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
     assert f"the nearest of 2, {near.path.name}, has seq_len 32 instead of 16" in why
 
 
 def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):
-    first = build.build(SMALL, *text[:2], tmp_path)
+    first = build_shards(SMALL, *text[:2], tmp_path)
     monkeypatch.setattr(build, "_FORMAT", 4)
-    newer = build.build(SMALL, *text[:2], tmp_path)
+    newer = build_shards(SMALL, *text[:2], tmp_path)
     assert newer.why == f"{first.path.name} has format 3 instead of 4"
     for built in (first, newer):
         (built.path / PLAN).unlink()
-    why = build.build(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
+    why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
     assert first.path.name in why and newer.path.name in why and "is unknown" in why
 
 
 def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
-    built = build.build(SMALL, *text[:2], tmp_path)
+    built = build_shards(SMALL, *text[:2], tmp_path)
     for part in built.part_paths:
         shutil.rmtree(part)
-    why = build.build(SMALL, *text[:2], tmp_path).why
+    why = build_shards(SMALL, *text[:2], tmp_path).why
     assert f"{built.path.name} was begun before, and its first part is not complete" in why
 
 
 def test_seed_counts_for_synthetic_data_only(text, tmp_path):
     def path(settled, tokens, seed):
-        return build.build(SMALL, settled, tokens, tmp_path, seed=seed).path
+        return build_shards(SMALL, settled, tokens, tmp_path, seed=seed).path
 
     assert path(*text[:2], 0) == path(*text[:2], 1)
     tokens = synthetic_tokens(300)
@@ -762,18 +765,20 @@ def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
 BUILD = """
 import sys
 from pathlib import Path
-from zeroflow.data import build, corpus, parts, shards
+from zeroflow.data import slices
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.shards import ShardConfig
+from zeroflow.data.tokenizer import Tokenizer
 
-config, text, tokens, cache, slice_bytes = sys.argv[1:]
-corpus.SLICE_BYTES = int(slice_bytes)
+config, text, tokenizer, cache, slice_bytes = sys.argv[1:]
+slices.SLICE_BYTES = int(slice_bytes)
 print("ready", flush=True)
 sys.stdin.readline()
-built = build.build(
-    shards.ShardConfig.model_validate_json(config),
+built = build_shards(
+    ShardConfig.model_validate_json(config),
     CorpusConfig.model_validate_json(text),
-    TokenizerFiles.model_validate_json(tokens),
+    Tokenizer.model_validate_json(tokenizer),
     Path(cache),
 )
 print(built.model_dump_json())
@@ -799,8 +804,8 @@ def test_two_processes_at_once_share_the_work_and_both_succeed(text, tmp_path, m
     built = [ShardSet.model_validate_json(answer) for answer in answers]
     assert built[0].replace(reused=False) == built[1].replace(reused=False)
 
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
-    alone = build.build(ALL, *text[:2], tmp_path / "alone")
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
+    alone = build_shards(ALL, *text[:2], tmp_path / "alone")
     assert digests(built[0]) == digests(alone)
 
 
@@ -808,13 +813,13 @@ def test_two_processes_at_once_share_the_work_and_both_succeed(text, tmp_path, m
 def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_one(
     text, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
     rng = random.Random(0)
     many = jsonl_corpus(tmp_path / "a.jsonl", [english(rng) for _ in range(1000)])
-    undisturbed = build.build(ALL, many, text.tokens, tmp_path / "undisturbed")
+    undisturbed = build_shards(ALL, many, text.tokenizer, tmp_path / "undisturbed")
     assert undisturbed.parts > 60
 
-    settings = [part.model_dump_json() for part in (ALL, many, text.tokens)]
+    settings = [part.model_dump_json() for part in (ALL, many, text.tokenizer)]
     cache = tmp_path / "killed"
 
     def complete() -> int:
@@ -833,7 +838,7 @@ def test_build_killed_at_thirty_moments_ends_with_the_bytes_of_an_undisturbed_on
         process.kill()
         process.communicate()
         assert complete() >= before, "no finished part is ever lost"
-    built = build.build(ALL, many, text.tokens, cache)
+    built = build_shards(ALL, many, text.tokenizer, cache)
     assert digests(built) == digests(undisturbed)
 
 
@@ -847,9 +852,9 @@ def digests(built: ShardSet) -> list[dict[str, str]]:
 def test_files_are_the_same_in_however_small_pieces_they_are_written(
     small_pieces, text, tmp_path, monkeypatch
 ):
-    whole = build.build(ALL, *text[:2], tmp_path / "whole")
+    whole = build_shards(ALL, *text[:2], tmp_path / "whole")
     monkeypatch.setattr(artifacts, "_WRITE_BYTES", 1000)
-    pieces = build.build(ALL, *text[:2], tmp_path / "pieces")
+    pieces = build_shards(ALL, *text[:2], tmp_path / "pieces")
     for mine, theirs in zip(pieces.part_paths, whole.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
 
@@ -877,12 +882,12 @@ def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
     try:
         many = jsonl_corpus(tmp_path / "a.jsonl", text.texts * 10)
         with pytest.raises(OSError, match=r"no space is left in .* the parts that are complete"):
-            build.build(ALL, many, text.tokens, disk)
+            build_shards(ALL, many, text.tokenizer, disk)
         complete = list(disk.glob("shards/*/part-*"))
         assert complete and all(parts.existing(part) for part in complete)
         assert not list(disk.glob("shards/*/.*.partial"))
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        built = build.build(ALL, many, text.tokens, disk)
+        built = build_shards(ALL, many, text.tokenizer, disk)
     finally:
         subprocess.run(["umount", disk], check=True)
     assert built.documents == 600

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from zeroflow.data import build, parts, statistics, tokenizer
+from zeroflow.data import parts, statistics
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import BUILDS, ShardConfig, build_times
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.report import data_page
 from zeroflow.report.pages import quoted
 
@@ -13,22 +14,22 @@ CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, valida
 
 @pytest.fixture
 def built(text, tmp_path):
-    return build.build(CONFIG, *text[:2], tmp_path)
+    return build_shards(CONFIG, *text[:2], tmp_path)
 
 
 def test_lengths_are_those_of_whole_documents(built, text):
-    seen = statistics.look(built, text.tokens)
+    seen = statistics.look(built, text.tokenizer)
     table = [line for path in built.part_paths for line in parts.documents(path).to_pylist()]
     trained = dict.fromkeys(line["id"] for line in table if line["split"] == "train")
     texts = [text.texts[int(name[1:])] for name in trained]
-    expected = tokenizer.encoder(text.tokens).encode(texts).lengths + 1
+    expected = text.tokenizer.load_encoder().encode(texts).lengths + 1
     assert seen.lengths.tolist() == expected.tolist()
     assert seen.lengths.sum() == built.train.document_tokens
 
 
 def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
-    seen = statistics.look(built, text.tokens)
-    page = data_page.markdown(built, seen, text.tokens, picture="lengths.png")
+    seen = statistics.look(built, text.tokenizer)
+    page = data_page.markdown(built, seen, text.tokenizer, picture="lengths.png")
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
     padding = built.train.padding_tokens
@@ -41,21 +42,21 @@ def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
 
 
 def test_rate_is_of_parts_that_were_built_here_only(built, text):
-    again = build.build(CONFIG, *text[:2], built.path.parents[1])
+    again = build_shards(CONFIG, *text[:2], built.path.parents[1])
     assert again.reused
     assert len(build_times(built.path)) == built.parts, "reading is no building"
     (built.path / BUILDS).unlink()
-    seen = statistics.look(built, text.tokens)
+    seen = statistics.look(built, text.tokenizer)
     assert seen.tokens_per_second is None
-    assert "Built here" not in data_page.markdown(built, seen, text.tokens, picture="x")
+    assert "Built here" not in data_page.markdown(built, seen, text.tokenizer, picture="x")
 
 
 def test_synthetic_data_is_shown_as_ids(tmp_path):
     corpus = CorpusConfig(data_mode="synthetic")
-    tokens = tokenizer.fetch(
+    tokens = fetch_tokenizer(
         TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), corpus, tmp_path
     )
-    built = build.build(CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokens, tmp_path)
+    built = build_shards(CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokens, tmp_path)
     seen = statistics.look(built, tokens)
     ids = np.array([int(i) for i in seen.samples[0].split()])
     assert ids.min() >= 0 and ids.max() < 300

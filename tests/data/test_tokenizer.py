@@ -11,9 +11,14 @@ from tiny import apart_from_reuse, contents, jsonl_corpus
 from tokenizers import Tokenizer
 
 from zeroflow import artifacts, reuse
-from zeroflow.data import corpus, tokenizer
-from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data import tokenizer
+from zeroflow.data.corpus import CorpusConfig, read_documents, resolve_corpus
+from zeroflow.data.tokenizer import (
+    TokenizerConfig,
+    describe_tokenizer,
+    fetch_tokenizer,
+    resolve_tokenizer,
+)
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
 
@@ -31,43 +36,43 @@ def llama_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llama(llama_folder, text, tmp_path_factory):
     config = TokenizerConfig(tokenizer_name=str(llama_folder))
-    return tokenizer.fetch(config, text.corpus, tmp_path_factory.mktemp("cache"))
+    return fetch_tokenizer(config, text.corpus, tmp_path_factory.mktemp("cache"))
 
 
 def encode(files, *texts: str) -> list[list[int]]:
-    encoded = tokenizer.encoder(files).encode(list(texts))
+    encoded = files.load_encoder().encode(list(texts))
     return [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
 
 
 def decode(files, ids: list[int]) -> str:
-    return tokenizer.load(files).decode(ids, skip_special_tokens=False)
+    return files.load().decode(ids, skip_special_tokens=False)
 
 
 @given(document=st.text())
 def test_trained_tokenizer_gives_any_text_back(text, document):
-    loaded = tokenizer.load(text.tokens)
+    loaded = text.tokenizer.load()
     ids = loaded.encode(document, add_special_tokens=False).ids
     assert loaded.decode(ids, skip_special_tokens=False) == document
-    assert all(id_ < text.tokens.vocab_size for id_ in ids)
+    assert all(id_ < text.tokenizer.vocab_size for id_ in ids)
 
 
 def test_training_merges_what_is_frequent_in_the_text(text):
     document = text.texts[0]
-    [ids] = encode(text.tokens, document)
+    [ids] = encode(text.tokenizer, document)
     assert len(ids) < 0.7 * len(document.encode())
-    assert text.tokens.vocab_size == 400
+    assert text.tokenizer.vocab_size == 400
 
 
 def test_text_of_few_kinds_of_word_trains_a_smaller_vocabulary(tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=1000)
-    files = tokenizer.fetch(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
+    files = fetch_tokenizer(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
     loaded = Tokenizer.from_file(str(files.path / "tokenizer.json"))
     assert files.vocab_size == loaded.get_vocab_size() < 300
 
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
 def test_special_tokens_that_a_document_spells_out_are_text(text, llama, which):
-    files = text.tokens if which == "trained" else llama
+    files = text.tokenizer if which == "trained" else llama
     documents = ["<|end_of_text|>", "<|begin_of_text|>a<|end_of_text|> b", "plain", " "]
     for document, ids in zip(documents, encode(files, *documents), strict=True):
         assert files.end_of_text not in ids
@@ -80,15 +85,15 @@ def test_special_tokens_that_a_document_spells_out_are_text(text, llama, which):
 def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_path):
     lines = ['{"text": "a \\ud800 b"}', '{"text": "\\ud83d\\ude00 \\ude00"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    settled = corpus.resolve(
+    settled = resolve_corpus(
         CorpusConfig(data_mode="files", data_path=(str(tmp_path / "a.jsonl"),))
     ).corpus
-    sound = [document.text for document in corpus.documents(settled)]
-    encoded = encode(text.tokens, *sound)
-    texts = [decode(text.tokens, ids) for ids in encoded]
+    sound = [document.text for document in read_documents(settled)]
+    encoded = encode(text.tokenizer, *sound)
+    texts = [decode(text.tokenizer, ids) for ids in encoded]
     assert texts == ["a \ufffd b", "\U0001f600 \ufffd"]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    assert tokenizer.fetch(config, settled, tmp_path).path.exists()
+    assert fetch_tokenizer(config, settled, tmp_path).path.exists()
 
 
 def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder):
@@ -98,7 +103,7 @@ def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder
         assert copied[name] == (llama_folder / name).read_bytes()
     assert llama.path.name.startswith("my-llama-")
     assert llama.vocab_size == 400
-    assert llama.end_of_text == tokenizer.load(llama).token_to_id("<|end_of_text|>")
+    assert llama.end_of_text == llama.load().token_to_id("<|end_of_text|>")
 
 
 def test_tokenizer_file_alone_is_taken_by_any_name(llama, llama_folder, text, tmp_path):
@@ -106,7 +111,7 @@ def test_tokenizer_file_alone_is_taken_by_any_name(llama, llama_folder, text, tm
     file = tmp_path / "mine" / "other.json"
     file.write_bytes((llama_folder / "tokenizer.json").read_bytes())
     config = TokenizerConfig(tokenizer_name=str(file))
-    files = tokenizer.fetch(config, text.corpus, tmp_path / "cache")
+    files = fetch_tokenizer(config, text.corpus, tmp_path / "cache")
     assert sorted(contents(files.path)) == ["manifest.json", "tokenizer.json"]
     assert files.fingerprint == llama.fingerprint
     assert encode(files, "some text") == encode(llama, "some text")
@@ -117,10 +122,10 @@ def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_pa
     config = TokenizerConfig(
         tokenizer_name=str(llama_folder) if name == "folder" else name, vocab_size=300
     )
-    first = tokenizer.fetch(config, text.corpus, tmp_path)
+    first = fetch_tokenizer(config, text.corpus, tmp_path)
     made = first.path.stat().st_mtime_ns
-    again = tokenizer.fetch(config, text.corpus, tmp_path)
-    assert apart_from_reuse(again) == apart_from_reuse(first) == tokenizer.describe(first.path)
+    again = fetch_tokenizer(config, text.corpus, tmp_path)
+    assert apart_from_reuse(again) == apart_from_reuse(first) == describe_tokenizer(first.path)
     assert (first.reused, first.why) == (False, "nothing of its kind was there")
     assert (again.reused, again.why) == (True, reuse.SAME)
     assert first.path.stat().st_mtime_ns == made
@@ -128,10 +133,10 @@ def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_pa
 
 def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    files = tokenizer.fetch(config, text.corpus, tmp_path)
+    files = fetch_tokenizer(config, text.corpus, tmp_path)
     before = contents(files.path)
     (files.path / "tokenizer.json").write_text("{}")
-    again = tokenizer.fetch(config, text.corpus, tmp_path)
+    again = fetch_tokenizer(config, text.corpus, tmp_path)
     assert apart_from_reuse(again) == apart_from_reuse(files)
     assert again.why == f"{files.path.name} was damaged and is set aside"
     assert contents(files.path) == before
@@ -140,7 +145,7 @@ def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
 def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
     def trained(corpus_, vocab_size):
         config = TokenizerConfig(tokenizer_name="train", vocab_size=vocab_size)
-        return tokenizer.fetch(config, corpus_, tmp_path)
+        return fetch_tokenizer(config, corpus_, tmp_path)
 
     other = jsonl_corpus(tmp_path / "other.jsonl", ["something else"])
     first, larger, third = trained(text.corpus, 300), trained(text.corpus, 301), trained(other, 300)
@@ -152,32 +157,32 @@ def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
 
 def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    first = tokenizer.fetch(config, text.corpus, tmp_path)
+    first = fetch_tokenizer(config, text.corpus, tmp_path)
     monkeypatch.setattr(tokenizer, "version", lambda name: "99.0")
-    again, installed = tokenizer.fetch(config, text.corpus, tmp_path), version("fastokens")
+    again, installed = fetch_tokenizer(config, text.corpus, tmp_path), version("fastokens")
     assert again.reused and again.why.endswith(
         f"its encoder is chosen anew, as fastokens is 99.0 instead of {installed}"
     )
     monkeypatch.setattr(tokenizer, "_FORMAT", 3)
-    newer = tokenizer.fetch(config, text.corpus, tmp_path)
+    newer = fetch_tokenizer(config, text.corpus, tmp_path)
     assert newer.why == f"{first.path.name} has format 2 instead of 3"
 
 
 def test_tokenizer_of_a_version_that_kept_no_record_is_unknown(text, tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    path = tokenizer.fetch(config, text.corpus, tmp_path).path
+    path = fetch_tokenizer(config, text.corpus, tmp_path).path
     facts = artifacts.read_signed(path / artifacts.MANIFEST)
     del facts["identity"]
     artifacts.write_signed(path / artifacts.MANIFEST, facts)
-    larger = tokenizer.fetch(config.replace(vocab_size=301), text.corpus, tmp_path)
+    larger = fetch_tokenizer(config.replace(vocab_size=301), text.corpus, tmp_path)
     assert larger.why == f"what {path.name} was made from is unknown: there is no readable record"
-    assert tokenizer.fetch(config, text.corpus, tmp_path).reused
+    assert fetch_tokenizer(config, text.corpus, tmp_path).reused
 
 
 def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_folder, text, tmp_path):
     config = TokenizerConfig(tokenizer_name=str(llama_folder), end_of_text="<|begin_of_text|>")
-    files = tokenizer.fetch(config, text.corpus, llama.path.parent.parent)
-    assert files.end_of_text == tokenizer.load(files).token_to_id("<|begin_of_text|>")
+    files = fetch_tokenizer(config, text.corpus, llama.path.parent.parent)
+    assert files.end_of_text == files.load().token_to_id("<|begin_of_text|>")
     assert files.path != llama.path and files.fingerprint != llama.fingerprint
     assert files.why == f"{llama.path.name} has end_of_text none instead of <|begin_of_text|>"
 
@@ -189,15 +194,15 @@ def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, 
     (tmp_path / "mute" / "tokenizer.json").write_text(json.dumps(tokens))
     config = TokenizerConfig(tokenizer_name=str(tmp_path / "mute"))
     with pytest.raises(ValueError, match=r"has no token .*--end-of-text"):
-        tokenizer.fetch(config, text.corpus, tmp_path / "cache")
+        fetch_tokenizer(config, text.corpus, tmp_path / "cache")
     folders = [path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir()]
     assert not folders
 
 
 def test_synthetic_data_takes_no_tokenizer(tmp_path):
     config = TokenizerConfig(vocab_size=500)
-    settled = tokenizer.resolve(config, SYNTHETIC, tmp_path).tokenizer
-    files = tokenizer.fetch(settled, SYNTHETIC, tmp_path)
+    settled = resolve_tokenizer(config, SYNTHETIC, tmp_path).tokenizer
+    files = fetch_tokenizer(settled, SYNTHETIC, tmp_path)
     assert files.path is None and (files.vocab_size, files.end_of_text) == (500, 499)
     assert not list(tmp_path.iterdir())
 
@@ -205,11 +210,11 @@ def test_synthetic_data_takes_no_tokenizer(tmp_path):
 def test_sample_trains_its_tokenizer_by_default(tmp_path):
     sample = CorpusConfig(data_mode="sample")
     assert (
-        tokenizer.resolve(TokenizerConfig(), sample, tmp_path).tokenizer.tokenizer_name == "train"
+        resolve_tokenizer(TokenizerConfig(), sample, tmp_path).tokenizer.tokenizer_name == "train"
     )
 
 
 @pytest.mark.parametrize("name", ["/nowhere/tokenizer", "./nowhere", "nowhere.json"])
 def test_local_name_that_does_not_exist_is_not_looked_for_on_the_hub(name, text, tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
-        tokenizer.resolve(TokenizerConfig(tokenizer_name=name), text.corpus, tmp_path)
+        resolve_tokenizer(TokenizerConfig(tokenizer_name=name), text.corpus, tmp_path)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroflow import artifacts, records
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.training import checkpoint, sampling, worker, zero
 from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
@@ -66,14 +66,14 @@ def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[
 
 def looked_at(state: TrainState) -> dict[str, Any]:
     """What does not train, and comes in between."""
-    tokens = TokenizerFiles(
+    tokenizer = Tokenizer(
         path=None, name="ids", vocab_size=MODEL.vocab_size, end_of_text=END, fingerprint=TOKENIZER
     )
     return {
         "validation": validation_loss(state.model, ROWS, len(ROWS), 2),
         "sample": sampling.complete_ids(
             # ranks that would each choose for itself take the choice of the first
-            *(state.model, tokens, SamplingConfig(tokens=6, seed=zero.rank())),
+            *(state.model, tokenizer, SamplingConfig(tokenizer=6, seed=zero.rank())),
             context=12,
             agree=lambda token: zero.on_rank0(lambda: token),
         ),

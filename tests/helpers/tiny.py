@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from zeroflow.data import build, corpus, tokenizer
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.build import build_shards
+from zeroflow.data.corpus import CorpusConfig, read_documents, resolve_corpus
 from zeroflow.data.readers import Document
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.reuse import StageResult
 from zeroflow.tracking.config import TrackingConfig
@@ -52,7 +52,7 @@ CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
 
 class Text(NamedTuple):
     corpus: CorpusConfig
-    tokens: TokenizerFiles
+    tokenizer: Tokenizer
     texts: list[str]
     """By number: document d7 is texts[7]."""
 
@@ -72,8 +72,8 @@ def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> Tr
 
 def training_job(
     run_dir: Path,
-    rows: ShardSet,
-    tokens: TokenizerFiles,
+    shards: ShardSet,
+    tokenizer: Tokenizer,
     *,
     model: ModelConfig,
     training: TrainingConfig,
@@ -88,9 +88,9 @@ def training_job(
         retention=Retention(keep=1),
         hang_seconds=60,
         roll_back_spikes=False,
-        shards=rows,
+        shards=shards,
         validation_rows=2,
-        tokenizer=tokens,
+        tokenizer=tokenizer,
         prompt="",
         sampling=SamplingConfig(),
         tracking=TrackingConfig(
@@ -142,12 +142,12 @@ def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
 
 def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
     """Files as a resolved corpus."""
-    return corpus.resolve(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
+    return resolve_corpus(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
 
 
 def read_files(*paths: Path, **settings: Any) -> list[Document]:
     """The documents of files."""
-    return list(corpus.documents(files_corpus(*map(str, paths), **settings)))
+    return list(read_documents(files_corpus(*map(str, paths), **settings)))
 
 
 def as_jsonl(rows: list[dict[str, str]]) -> bytes:
@@ -155,13 +155,13 @@ def as_jsonl(rows: list[dict[str, str]]) -> bytes:
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
 
 
-def synthetic_rows(cache: Path) -> tuple[ShardSet, TokenizerFiles]:
+def synthetic_rows(cache: Path) -> tuple[ShardSet, Tokenizer]:
     """A few rows of synthetic data."""
-    text = CorpusConfig(data_mode="synthetic")
+    corpus = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
-    tokens = tokenizer.fetch(config, text, cache)
+    tokenizer = fetch_tokenizer(config, corpus, cache)
     few = ShardConfig(seq_len=32, train_rows=4, validation_rows=1)
-    return build.build(few, text, tokens, cache), tokens
+    return build_shards(few, corpus, tokenizer, cache), tokenizer
 
 
 def apart_from_reuse(result: Result) -> Result:

@@ -1,12 +1,12 @@
 from tiny import SHAPE
 
 from zeroflow import artifacts
-from zeroflow.model import build
+from zeroflow.model.build import build_model
 from zeroflow.model.llama import Llama, ModelConfig
 
 
 def test_description_on_disk_makes_the_network_that_was_built(tmp_path):
-    config = build.build(SHAPE, 300, tmp_path)
+    config = build_model(SHAPE, 300, tmp_path)
     facts = artifacts.read_json(tmp_path / "model.json")
     network = Llama(ModelConfig(**{name: facts[name] for name in ModelConfig.model_fields}))
     assert network.config == config

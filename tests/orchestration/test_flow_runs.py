@@ -12,7 +12,8 @@ import pytest
 from pipeline import api, free_port
 from tiny import apart_from_reuse, contents
 
-from zeroflow.data import build, corpus
+from zeroflow.data import slices
+from zeroflow.data.build import build_shards
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
 from zeroflow.orchestration import pages, server
@@ -27,29 +28,31 @@ from pathlib import Path
 
 from prefect import flow, task
 
-from zeroflow.data import build as builds
-from zeroflow.data import corpus, parts, shards
+from zeroflow.data import slices
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.parts import build_part
+from zeroflow.data.shards import ShardConfig
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.orchestration.parts import part_builders
 from zeroflow.settings.run_config import BuildChoice
 
-corpus.SLICE_BYTES = 15_000
-build_part = task(name="build part")(parts.build)
+slices.SLICE_BYTES = 15_000
+build_one = task(name="build part")(build_part)
 
 
 @flow(name="parts")
-def build(config, text, tokens, cache, choice):
-    with part_builders(build_part, choice) as builders:
-        return builds.build(config, text, tokens, cache, builders=builders)
+def build(config, text, tokenizer, cache, choice):
+    with part_builders(build_one, choice) as builders:
+        return build_shards(config, text, tokenizer, cache, builders=builders)
 
 
 if __name__ == "__main__":
-    config, text, tokens, cache, runner = sys.argv[1:]
+    config, text, tokenizer, cache, runner = sys.argv[1:]
     built = build(
-        shards.ShardConfig.model_validate_json(config),
+        ShardConfig.model_validate_json(config),
         CorpusConfig.model_validate_json(text),
-        TokenizerFiles.model_validate_json(tokens),
+        Tokenizer.model_validate_json(tokenizer),
         Path(cache),
         BuildChoice(data_workers=2, data_runner=runner),
     )
@@ -61,9 +64,9 @@ if __name__ == "__main__":
 def test_parts_built_by_several_workers_are_those_of_one(
     runner, text, prefect_api, base_environment, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
     config = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6)
-    alone = build.build(config, *text[:2], tmp_path / "alone")
+    alone = build_shards(config, *text[:2], tmp_path / "alone")
     assert alone.parts > 4
 
     (tmp_path / "build.py").write_text(BUILD)

@@ -9,7 +9,7 @@ from tiny import MODEL, training_config, training_job
 
 from zeroflow import artifacts, records
 from zeroflow.data.shards import ShardSet, SplitCounts
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import band, pictures, progress
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
@@ -20,7 +20,7 @@ WINDOW = 10 * STEP_TOKENS
 """Tokens in a twentieth of a run."""
 
 COUNTS = SplitCounts(rows=1000, documents=10, document_tokens=32_000, text_bytes=90_000)
-TOKENS = TokenizerFiles(name="t", path=None, vocab_size=256, end_of_text=0, fingerprint="t")
+TOKENS = Tokenizer(name="t", path=None, vocab_size=256, end_of_text=0, fingerprint="t")
 
 
 @pytest.fixture

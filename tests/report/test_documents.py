@@ -12,10 +12,12 @@ from tiny import contents
 
 from zeroflow import artifacts, records
 from zeroflow.cli import commands
-from zeroflow.data import build, corpus, tokenizer
+from zeroflow.data import slices
 from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
-from zeroflow.model import build as models
+from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.model.build import build_model
 from zeroflow.report.documents import documents, left_out
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
@@ -37,10 +39,10 @@ def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
     )
     settled = settle(asked)
     run = settled.run
-    tokens = tokenizer.fetch(run.tokenizer, run.data, cache)
-    rows = build.build(run.shard_config, run.data, tokens, cache)
-    model = models.build(run.model.shape, tokens.vocab_size, run.run_dir)
-    job = training_job(settled, model, rows, tokens, tags={})
+    tokenizer = fetch_tokenizer(run.tokenizer, run.data, cache)
+    shards = build_shards(run.shard_config, run.data, tokenizer, cache)
+    model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+    job = training_job(settled, model, shards, tokenizer, tags={})
     artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
     return job
 
@@ -69,7 +71,7 @@ def trained_on(job: TrainingJob, step: int) -> list[int]:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(corpus, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
 
 
 def test_documents_of_a_step_are_those_of_its_batch(text, tmp_path, small_parts):

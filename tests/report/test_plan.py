@@ -6,10 +6,10 @@ from tiny import SHAPE
 
 from zeroflow import artifacts, pipeline
 from zeroflow.cli import commands
-from zeroflow.data import build, tokenizer
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.device import Device
 from zeroflow.estimate import history
 from zeroflow.model.sizes import with_vocabulary
@@ -173,23 +173,23 @@ def test_command_refuses_what_cannot_be(flags, message, tmp_path, capsys, consol
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> ShardSet:
+def shards(tmp_path_factory) -> ShardSet:
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=512)
-    text, cache = CorpusConfig(data_mode="synthetic"), tmp_path_factory.mktemp("rows")
+    corpus, cache = CorpusConfig(data_mode="synthetic"), tmp_path_factory.mktemp("rows")
     wanted = ShardConfig(seq_len=256, train_rows=20, validation_rows=32)
-    return build.build(wanted, text, tokenizer.fetch(config, text, cache), cache)
+    return build_shards(wanted, corpus, fetch_tokenizer(config, corpus, cache), cache)
 
 
 @pytest.fixture
-def finish(ask, rows):
+def finish(ask, shards):
     """Plan a run, and hold it to its plan as if it had trained."""
 
     def make(name: str, *, rate: float) -> list[Compared]:
         settled = pipeline.make(ask(run_name=name))
         run = settled.run
-        tokens = tokenizer.fetch(run.tokenizer, run.data, run.cache_dir)
-        model = with_vocabulary(run.model.shape, tokens.vocab_size)
-        job = training_job(settled, model, rows, tokens, tags={})
+        tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+        model = with_vocabulary(run.model.shape, tokenizer.vocab_size)
+        job = training_job(settled, model, shards, tokenizer, tags={})
         artifacts.write_json(run.run_dir / "job.json", job.model_dump(mode="json"))
         saved = job.checkpoints / "step-00000010"
         saved.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def finish(ask, rows):
             peak_memory_bytes=600 * 2**20,
             sample="",
         )
-        return plans.hold(run, job, rows, settled.device, result, run.train_tokens / rate)
+        return plans.hold(run, job, shards, settled.device, result, run.train_tokens / rate)
 
     return make
 

@@ -5,11 +5,12 @@ import torch
 from tiny import SHAPE, jsonl_corpus
 
 from zeroflow import artifacts, pipeline
-from zeroflow.data import corpus as corpora
+from zeroflow.data import hub
+from zeroflow.data.corpus import list_files
 from zeroflow.data.hub import HubError
 from zeroflow.data.part_facts import SplitCounts
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import Device, find_device, known_gpu
 from zeroflow.estimate.memory import micro_batch
 from zeroflow.model.sizes import SIZES, with_vocabulary
@@ -194,7 +195,7 @@ def test_settings_sent_elsewhere_are_the_same_run_and_only_what_was_given(
     monkeypatch.chdir(tmp_path)
     again = settle(RunConfig.model_validate(values))
     assert again.resumes and again.run.run_dir == tmp_path / "mine" / run.run_dir
-    assert [file.size for file in corpora.files(again.run.data)]
+    assert [file.size for file in list_files(again.run.data)]
 
 
 def test_size_of_a_run_is_what_it_was_started_with(ask):
@@ -214,7 +215,7 @@ def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeyp
     def unreachable(name, revision):
         raise HubError(name, "the hub cannot be reached", transient=True)
 
-    monkeypatch.setattr(corpora.hub, "dataset_revision", unreachable)
+    monkeypatch.setattr(hub, "dataset_revision", unreachable)
     fallback = {"data_mode": "fineweb", "allow_synthetic_fallback": True}
     asked = ask(data=fallback, training={"max_steps": 7})
     first = settle(asked)
@@ -466,7 +467,7 @@ def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, 
     asked = ask(device="auto", training={"fp8": True})
     assert settle(asked).training.compute.fp8
     assert not settle(ask(device="auto")).training.compute.fp8, "off by default"
-    monkeypatch.setattr(corpora, "resolve", fetch)
+    monkeypatch.setattr(settle_module, "resolve_corpus", fetch)
     with pytest.raises(ValueError, match="--precision is fp32: drop one"):
         settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))
     with pytest.raises(ValueError, match="multiples of 16, and seq_len is 1000: change it"):
@@ -502,7 +503,7 @@ def rows(tmp_path) -> ShardSet:
     )
 
 
-TOKENS = TokenizerFiles(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="f")
+TOKENS = Tokenizer(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="f")
 
 
 def test_training_job_is_what_the_settings_say(ask, rows):

@@ -26,7 +26,7 @@ from tiny import (
 )
 
 from zeroflow import artifacts
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint, sampling
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
@@ -136,7 +136,7 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     state = trained(3)
     rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
     validation_loss(state.model, rows, 5, 2)
-    ids = TokenizerFiles(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
+    ids = Tokenizer(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
     sampling.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
     path = save(state, tmp_path, keep=1)
     resumed = new_state(MODEL, CONFIG)
@@ -398,12 +398,12 @@ def test_model_alone_gives_the_same_logits(tmp_path):
 
 
 def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_path):
-    rows, tokens = synthetic_rows(tmp_path)
+    shards, tokenizer = synthetic_rows(tmp_path)
     config = training_config(steps=2)
-    job = training_job(tmp_path / "run", rows, tokens, model=MODEL, training=config)
+    job = training_job(tmp_path / "run", shards, tokenizer, model=MODEL, training=config)
     state = new_state(MODEL, training_config(steps=5))
     state.step = 5
-    saver = Saver(job.checkpoints, Retention(keep=1), tokenizer=tokens.fingerprint)
+    saver = Saver(job.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
     saver.save(state)
     saver.wait()
     with pytest.raises(ValueError, match=r"step-00000005 is of a run of more steps than the 2 of"):

@@ -12,11 +12,11 @@ from tiny import MODEL, Text, jsonl_corpus, training_config, training_job
 from zeroflow import records
 from zeroflow.data import provenance
 from zeroflow.data.batches import Batches, Skip, row_ids
-from zeroflow.data.build import build
+from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import TokenizerConfig, fetch
+from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.tracking.config import TrackingConfig, location
 from zeroflow.tracking.store import run_facts
 from zeroflow.training import launch as launch_module
@@ -27,12 +27,14 @@ from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainRes
 @pytest.fixture
 def job(tmp_path: Path) -> TrainingJob:
     synthetic = CorpusConfig(data_mode="synthetic")
-    tokens = fetch(TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), synthetic, tmp_path)
-    rows = build(
-        ShardConfig(seq_len=12, train_rows=100, validation_rows=2), synthetic, tokens, tmp_path
+    tokenizer = fetch_tokenizer(
+        TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), synthetic, tmp_path
+    )
+    shards = build_shards(
+        ShardConfig(seq_len=12, train_rows=100, validation_rows=2), synthetic, tokenizer, tmp_path
     )
     config = training_config(micro_batch_rows=6, accumulate=2)
-    return training_job(tmp_path / "run", rows, tokens, model=MODEL, training=config)
+    return training_job(tmp_path / "run", shards, tokenizer, model=MODEL, training=config)
 
 
 def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Entry | None:
@@ -114,19 +116,19 @@ def noisy_job(job: TrainingJob, text: Text, tmp_path: Path) -> TrainingJob:
     texts.insert(10, "".join(rng.choices("#%&*+<=>@^~|{}[]", k=31)))
     corpus = jsonl_corpus(tmp_path / "noisy.jsonl", texts)
     config = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=8, validation_fraction=0.05)
-    rows = build(config, corpus, text.tokens, tmp_path)
-    everything = provenance.pieces(rows, text.tokens, np.arange(rows.train.rows))
+    shards = build_shards(config, corpus, text.tokenizer, tmp_path)
+    everything = provenance.pieces(shards, text.tokenizer, np.arange(shards.train.rows))
     [noise] = [piece.row for piece in everything if piece.document == "d10"]
     batch = np.arange(4 * (SPIKE - 1), 4 * SPIKE)
-    seed = next(s for s in range(10**4) if noise in row_ids(batch, rows.train.rows, s))
+    seed = next(s for s in range(10**4) if noise in row_ids(batch, shards.train.rows, s))
     uri, folder = location(tmp_path)
     return job.replace(
-        model=MODEL.replace(vocab_size=text.tokens.vocab_size),
+        model=MODEL.replace(vocab_size=text.tokenizer.vocab_size),
         training=training_config(seed=seed, steps=STEPS, peak=3e-3, micro_batch_rows=4),
         cadence=Cadence(log=1, validate_=STEPS, checkpoint=5),
         roll_back_spikes=True,
-        shards=rows,
-        tokenizer=text.tokens,
+        shards=shards,
+        tokenizer=text.tokenizer,
         prompt="The",
         tracking=TrackingConfig(
             uri=uri,

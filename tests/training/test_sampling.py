@@ -4,23 +4,22 @@ import pytest
 import torch
 from tiny import MODEL, jsonl_corpus, lively_model
 
-from zeroflow.data import tokenizer
-from zeroflow.data.tokenizer import TokenizerConfig, TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.model.llama import Llama
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
 
 GREEDY = SamplingConfig(tokens=24, temperature=0)
 MODEL_384 = MODEL.replace(vocab_size=384)
-IDS = TokenizerFiles(name="ids", path=None, vocab_size=300, end_of_text=299, fingerprint="")
+IDS = Tokenizer(name="ids", path=None, vocab_size=300, end_of_text=299, fingerprint="")
 
 
 @pytest.fixture(scope="module")
-def text_files(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFiles:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = tmp_path_factory.mktemp("text")
     corpus = jsonl_corpus(folder / "a.jsonl", ["the river moves the old water near the sea"] * 9)
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    return tokenizer.fetch(config, corpus, folder / "cache")
+    return fetch_tokenizer(config, corpus, folder / "cache")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -73,9 +72,9 @@ def test_padding_of_the_vocabulary_is_never_chosen(model, temperature):
 def test_end_of_text_ends_the_text(model):
     free = sampling.complete_ids(model, IDS, GREEDY, context=99)
     stop = free[10]
-    files = IDS.replace(end_of_text=stop)
+    tokenizer = IDS.replace(end_of_text=stop)
     expected = likeliest(model, [stop], count=24, context=99, stop=stop)
-    assert sampling.complete_ids(model, files, GREEDY, context=99) == expected
+    assert sampling.complete_ids(model, tokenizer, GREEDY, context=99) == expected
     assert stop not in expected
 
 
@@ -111,15 +110,15 @@ def test_top_k_allows_the_k_likeliest_only(model):
     assert chosen == allowed - {299}
 
 
-def test_text_begins_with_the_prompt_and_follows_from_it(model, text_files):
-    ids = tokenizer.load(text_files).encode("the river", add_special_tokens=False).ids
-    start = [text_files.end_of_text, *ids]
-    added = likeliest(model, start, count=24, context=99, stop=text_files.end_of_text)
-    text = sampling.complete(model, text_files, "the river", GREEDY, context=99)
+def test_text_begins_with_the_prompt_and_follows_from_it(model, tokenizer):
+    ids = tokenizer.load().encode("the river", add_special_tokens=False).ids
+    start = [tokenizer.end_of_text, *ids]
+    added = likeliest(model, start, count=24, context=99, stop=tokenizer.end_of_text)
+    text = sampling.complete(model, tokenizer, "the river", GREEDY, context=99)
     assert text.startswith("the river")
-    assert text == tokenizer.load(text_files).decode(added, skip_special_tokens=False)
+    assert text == tokenizer.load().decode(added, skip_special_tokens=False)
 
 
-def test_special_token_in_a_prompt_is_text(model, text_files):
-    text = sampling.complete(model, text_files, "<|end_of_text|>", GREEDY, context=99)
+def test_special_token_in_a_prompt_is_text(model, tokenizer):
+    text = sampling.complete(model, tokenizer, "<|end_of_text|>", GREEDY, context=99)
     assert text.startswith("<|end_of_text|>")

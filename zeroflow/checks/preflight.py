@@ -25,12 +25,11 @@ from torch import Tensor
 
 from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
-from zeroflow.data import tokenizer
 from zeroflow.data.batches import Batches, MicroBatch
 from zeroflow.data.part_facts import Split
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult
 from zeroflow.training import checkpoint, recovery, worker, zero
@@ -76,7 +75,7 @@ class PreflightJob(RankJob):
     """Its training has micro-batches as they are trained with, after what did not fit."""
 
     shards: ShardSet
-    tokenizer: TokenizerFiles
+    tokenizer: Tokenizer
     identity: dict[str, Any]
     """What decides how the checks end."""
 
@@ -431,8 +430,8 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
     return Check(name="micro-batch", passed=passed, figure=figure, sentence=sentence)
 
 
-def token_ids(shards: ShardSet, tokens: TokenizerFiles, model: ModelConfig) -> Check:
-    limit = min(tokens.vocab_size, model.vocab_size)
+def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Check:
+    limit = min(tokenizer.vocab_size, model.vocab_size)
     splits: tuple[Split, ...] = ("train", "validation")
     ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
     lowest, highest = int(ids.min()), int(ids.max())
@@ -440,7 +439,7 @@ def token_ids(shards: ShardSet, tokens: TokenizerFiles, model: ModelConfig) -> C
     sentence = f"found in {len(ids)} rows, of a vocabulary of {limit:,}"
     if not passed:
         sentence += (
-            f": the rows are of another tokenizer than {tokens.name}, or damaged; remove "
+            f": the rows are of another tokenizer than {tokenizer.name}, or damaged; remove "
             f"{shards.path}, and the same command builds them anew"
         )
     return Check(
@@ -448,19 +447,19 @@ def token_ids(shards: ShardSet, tokens: TokenizerFiles, model: ModelConfig) -> C
     )
 
 
-def text(rows: Rows, tokens: TokenizerFiles) -> Check:
+def text(rows: Rows, tokenizer: Tokenizer) -> Check:
     """Ids of the tokenizer's own text come back when that is tokenised again.
 
     All but those at the cut ends of rows; of another tokenizer's ids fewer do.
     """
-    loaded = tokenizer.load(tokens)
+    backend = tokenizer.load()
     returned = total = 0
     beginning = ""
     for row in _spread(rows, _TEXT_ROWS):
         for document in np.split(row, np.flatnonzero(row == rows.end_of_text) + 1):
             ids = document[document != rows.end_of_text].tolist()
-            words = loaded.decode(ids, skip_special_tokens=False)
-            again = loaded.encode(words, add_special_tokens=False).ids
+            words = backend.decode(ids, skip_special_tokens=False)
+            again = backend.encode(words, add_special_tokens=False).ids
             returned += (Counter(ids) & Counter(again)).total()
             total += len(ids)
             beginning = beginning or " ".join(words.split())[:40]
@@ -471,7 +470,7 @@ def text(rows: Rows, tokens: TokenizerFiles) -> Check:
     )
     if not passed:
         sentence += (
-            f": these are no ids of {tokens.name}, or it cannot spell them; look at `zeroflow "
+            f": these are no ids of {tokenizer.name}, or it cannot spell them; look at `zeroflow "
             "data`, and remove the shards if they are another tokenizer's"
         )
     return Check(name="text", passed=passed, figure=f"{share:.1%}", sentence=sentence)

@@ -37,9 +37,17 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from zeroflow import artifacts, reuse
-from zeroflow.data import corpus, parts, synthetic
+from zeroflow.data import parts, slices, synthetic
 from zeroflow.data.builders import Builders, Ending, in_threads
-from zeroflow.data.corpus import CorpusConfig, Slice, SourceFile
+from zeroflow.data.corpus import (
+    CorpusConfig,
+    corpus_identity,
+    file_digests,
+    list_files,
+    plan_slices,
+    read_documents,
+    split_positions,
+)
 from zeroflow.data.part_facts import BuiltPart, Layout, PartFacts, PartJob, SplitCounts
 from zeroflow.data.shards import (
     BUILDS,
@@ -50,7 +58,8 @@ from zeroflow.data.shards import (
     ShardSet,
     part_path,
 )
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.slices import Slice, SourceFile
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 
 log = logging.getLogger(__name__)
@@ -63,17 +72,17 @@ _FEW_DOCUMENTS = 1000
 """From so many on, the fraction that is held out is left to chance."""
 
 
-def build(
+def build_shards(
     config: ShardConfig,
-    text: CorpusConfig,
-    tokens: TokenizerFiles,
+    corpus: CorpusConfig,
+    tokenizer: Tokenizer,
     cache: Path,
     *,
     seed: NonNegativeInt = 0,
     builders: Builders | None = None,
     show: Callable[[float, str], None] = lambda share, text: None,
 ) -> ShardSet:
-    """Have the rows that `config` asks for, of the resolved corpus `text`, under `<cache>/shards/`.
+    """Have the rows that `config` asks for, of the resolved `corpus`, under `<cache>/shards/`.
 
     Parts that are there are verified and used. A corpus that ends earlier gives the rows it has.
 
@@ -89,26 +98,26 @@ def build(
         hub.HubError: the hub failed.
     """
     highest = np.iinfo(config.token_type).max
-    if tokens.vocab_size - 1 > highest:
+    if tokenizer.vocab_size - 1 > highest:
         raise ValueError(
-            f"{tokens.name} has {tokens.vocab_size} tokens, more than {config.token_type} holds "
-            f"(ids up to {highest}): use --token-type int32"
+            f"{tokenizer.name} has {tokenizer.vocab_size} tokens, more than {config.token_type} "
+            f"holds (ids up to {highest}): use --token-type int32"
         )
     identity = {
         "format": _FORMAT,
-        "corpus": _identity(text, tokens, seed),
-        "tokenizer": tokens.fingerprint,
+        "corpus": _identity(corpus, tokenizer, seed),
+        "tokenizer": tokenizer.fingerprint,
         "layout": config.layout.model_dump(),
-        "slice_bytes": corpus.SLICE_BYTES,
+        "slice_bytes": slices.SLICE_BYTES,
     }
-    name = f"{text.name}-{config.seq_len}-{artifacts.fingerprint(identity)}"
+    name = f"{corpus.name}-{config.seq_len}-{artifacts.fingerprint(identity)}"
     path = cache / "shards" / name
-    plan = _SlicePlan(path, text, tokens, config, seed, identity)
+    plan = _SlicePlan(path, corpus, tokenizer, config, seed, identity)
 
     with nullcontext(builders) if builders else in_threads(1) as who:
         facts, reasons, built = _build_parts(plan, config, who, show)
-    _refuse_bad_lines(facts, text)
-    shards = _describe(path, facts, tokens, config)
+    _refuse_bad_lines(facts, corpus)
+    shards = _describe(path, facts, tokenizer, config)
     shards = shards.replace(reused=not built, why=_why(len(facts) - built, built, reasons))
     if built:  # a corpus may have ended before
         show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
@@ -142,7 +151,7 @@ def _build_parts(
                     continue
                 note(missing)
                 if not built:
-                    log.info("building shards of %s in %s", plan.text.name, plan.path)
+                    log.info("building shards of %s in %s", plan.corpus.name, plan.path)
                 under_way.append((missing, builders.start(job)))
             more = min(builders.at_once, _missing_parts(facts, config)) - len(under_way)
             for following in plan.absent_after(len(facts) + len(under_way) - 1, more):
@@ -155,7 +164,7 @@ def _build_parts(
             built += 1
             facts.append(done.facts)
             _note_build(plan.path, len(facts) - 1, done)
-            _refuse_bad_lines(facts, plan.text)
+            _refuse_bad_lines(facts, plan.corpus)
             show(*_progress(facts, built, config, time.monotonic() - begun))
     return facts, reasons, built
 
@@ -191,23 +200,23 @@ class _SlicePlan:
     def __init__(
         self,
         path: Path,
-        text: CorpusConfig,
-        tokens: TokenizerFiles,
+        corpus: CorpusConfig,
+        tokenizer: Tokenizer,
         config: ShardConfig,
         seed: int,
         identity: dict[str, Any],
     ) -> None:
-        self.path, self.text, self._tokens = path, text, tokens
+        self.path, self.corpus, self._tokenizer = path, corpus, tokenizer
         self._layout, self._seed = config.layout, seed
         self._begun = (path / PLAN).exists()
         known = self._read(identity)
         if known is None:
             known = {
                 "identity": identity,
-                "tokenizer": tokens.name,
-                "digests": {} if text.data_mode == "synthetic" else corpus.digests(text),
-                "held_out_below": _held_out_below(text, tokens, config.layout),
-                "files": [file.model_dump() for file in _files(text)],
+                "tokenizer": tokenizer.name,
+                "digests": {} if corpus.data_mode == "synthetic" else file_digests(corpus),
+                "held_out_below": _held_out_below(corpus, tokenizer, config.layout),
+                "files": [file.model_dump() for file in _files(corpus)],
                 "next_file": 0,
                 "slices": [],
             }
@@ -231,12 +240,12 @@ class _SlicePlan:
         """What part `number` is made of; None if the corpus ends before."""
         if (piece := self._slice(number)) is None:
             return None
-        earlier = range(number) if self.text.deduplicate else ()
+        earlier = range(number) if self.corpus.deduplicate else ()
         return PartJob(
             path=part_path(self.path, number),
             piece=piece,
-            corpus=self.text,
-            tokens=self._tokens,
+            corpus=self.corpus,
+            tokenizer=self._tokenizer,
             layout=self._layout,
             held_out_below=self._known["held_out_below"],
             seed=self._seed,
@@ -257,7 +266,7 @@ class _SlicePlan:
 
         None where duplicates are left out: each part has to know those before it.
         """
-        most = 0 if self.text.deduplicate else most
+        most = 0 if self.corpus.deduplicate else most
         for following in range(number + 1, number + 1 + most):
             job = self.job(following)
             if job is None or job.path.exists():
@@ -265,11 +274,11 @@ class _SlicePlan:
             yield job
 
     def _slice(self, number: int) -> Slice | None:
-        if self._tokens.path is None:
+        if self._tokenizer.path is None:
             start = number * SYNTHETIC_BLOCKS
             return Slice(start=start, stop=start + SYNTHETIC_BLOCKS)
         while number >= len(self._slices) and self._known["next_file"] < len(self._files):
-            planned = corpus.plan(self.text, self._files, self._known["next_file"])
+            planned = plan_slices(self.corpus, self._files, self._known["next_file"])
             self._slices += planned.slices
             self._known["next_file"] = planned.next_file
             self._known["slices"] = [piece.model_dump() for piece in self._slices]
@@ -277,14 +286,14 @@ class _SlicePlan:
         return self._slices[number] if number < len(self._slices) else None
 
 
-def _files(text: CorpusConfig) -> list[SourceFile]:
-    return [] if text.data_mode == "synthetic" else corpus.files(text)
+def _files(corpus: CorpusConfig) -> list[SourceFile]:
+    return [] if corpus.data_mode == "synthetic" else list_files(corpus)
 
 
-def _identity(text: CorpusConfig, tokens: TokenizerFiles, seed: int) -> dict[str, Any]:
-    if text.data_mode == "synthetic":
-        return {"source": "synthetic", "seed": seed, "vocab_size": tokens.vocab_size}
-    return corpus.identity(text) | {"deduplicate": text.deduplicate}
+def _identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    if corpus.data_mode == "synthetic":
+        return {"source": "synthetic", "seed": seed, "vocab_size": tokenizer.vocab_size}
+    return corpus_identity(corpus) | {"deduplicate": corpus.deduplicate}
 
 
 def _recorded(path: Path) -> Fields:
@@ -301,24 +310,24 @@ def _fields(plan: dict[str, Any]) -> Fields:
     return {"seq_len": seq_len, **layout, **source, "file": files, **identity}
 
 
-def _held_out_below(text: CorpusConfig, tokens: TokenizerFiles, layout: Layout) -> float:
+def _held_out_below(corpus: CorpusConfig, tokenizer: Tokenizer, layout: Layout) -> float:
     """Documents whose place in [0, 1) is lower are held out.
 
     Of a corpus of a few documents, those with the lowest places are held out even above the
     fraction, until they fill a row or are half of all, and the highest never is.
     """
     limit = layout.validation_fraction
-    if tokens.path is None:
+    if tokenizer.path is None:
         return limit
     few: list[tuple[float, int]] = []  # not the texts, which may be books
     seen: set[bytes] = set()
-    for document in corpus.documents(text):
-        if text.deduplicate:
+    for document in read_documents(corpus):
+        if corpus.deduplicate:
             digest = hashlib.sha256(document.text.encode()).digest()
             if digest in seen:
                 continue
             seen.add(digest)
-        [place] = corpus.held_out([document.id.encode("utf-8", "surrogatepass")]).tolist()
+        [place] = split_positions([document.id.encode("utf-8", "surrogatepass")]).tolist()
         few.append((place, len(document.text)))
         if len(few) >= _FEW_DOCUMENTS:
             return limit
@@ -357,7 +366,7 @@ def _why(reused: int, built: int, reasons: dict[Path, str]) -> str:
 def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
     """How many more are likely to be needed, judged by those that are there."""
     row_bytes = config.layout.row_tokens * CHARACTERS_PER_TOKEN
-    rows = corpus.SLICE_BYTES / row_bytes  # in a part, as long as there is none
+    rows = slices.SLICE_BYTES / row_bytes  # in a part, as long as there is none
     share = config.validation_fraction
     train, validation = rows * (1 - share), rows * share
     if facts:
@@ -382,7 +391,7 @@ def _progress(
 
 
 def _describe(
-    path: Path, facts: list[PartFacts], tokens: TokenizerFiles, config: ShardConfig
+    path: Path, facts: list[PartFacts], tokenizer: Tokenizer, config: ShardConfig
 ) -> ShardSet:
     train = reduce(add, (part.train for part in facts), SplitCounts())
     validation = reduce(add, (part.validation for part in facts), SplitCounts())
@@ -397,13 +406,13 @@ def _describe(
         path=path,
         parts=len(facts),
         row_tokens=config.layout.row_tokens,
-        end_of_text=tokens.end_of_text,
+        end_of_text=tokenizer.end_of_text,
         train=train,
         validation=validation,
         empty_documents=sum(part.empty_documents for part in facts),
         duplicates=sum(part.duplicates for part in facts),
         bad_lines=sum(part.bad_lines for part in facts),
-        entropy=synthetic.entropy_rate(tokens.vocab_size) if tokens.path is None else None,
+        entropy=synthetic.entropy_rate(tokenizer.vocab_size) if tokenizer.path is None else None,
     )
 
 
@@ -434,11 +443,13 @@ def _tell(shards: ShardSet, config: ShardConfig, built: int) -> None:
         )
 
 
-def _refuse_bad_lines(facts: list[PartFacts], text: CorpusConfig) -> None:
+def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
     bad = sum(part.bad_lines for part in facts)
-    if bad > text.bad_lines_limit:
+    if bad > corpus.bad_lines_limit:
         places = "\n  ".join(place for part in facts for place in part.bad_places)
-        raise ValueError(f"{bad} bad lines, --bad-lines-limit {text.bad_lines_limit}:\n  {places}")
+        raise ValueError(
+            f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
+        )
 
 
 def _note_build(path: Path, number: int, done: BuiltPart) -> None:

@@ -34,7 +34,7 @@ class Builders(NamedTuple):
 
 @contextmanager
 def in_threads(
-    count: int, build_part: Callable[[PartJob], BuiltPart] = parts.build
+    count: int, build_part: Callable[[PartJob], BuiltPart] = parts.build_part
 ) -> Iterator[Builders]:
     """So many threads, and a part that waits, so that none of them does.
 

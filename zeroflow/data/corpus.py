@@ -23,15 +23,13 @@ import numpy.typing as npt
 from pydantic import NonNegativeInt, model_validator
 
 from zeroflow.config import Config
-from zeroflow.data import hub, readers
+from zeroflow.data import hub, readers, slices
 from zeroflow.data.readers import Batch, Document, Source, Tally, is_compressed, kind
+from zeroflow.data.slices import Planned, Slice, SourceFile
 
 log = logging.getLogger(__name__)
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-
-SLICE_BYTES = 2**25
-"""Text in a slice, about: what a killed build loses at most."""
 
 _COMPRESSION = 3
 """Text bytes for a byte on disk, assumed where a file is compressed."""
@@ -114,41 +112,12 @@ class CorpusConfig(Config):
         return self.fineweb_subset if self.data_mode == "fineweb" else self.dataset_config
 
 
-class SourceFile(Config):
-    """A file of a corpus."""
-
-    name: str
-    """Within the corpus, the same on every machine."""
-
-    size: NonNegativeInt
-    """Bytes, as they are stored."""
-
-
-class Slice(Config):
-    """A piece of a corpus that is read alone."""
-
-    files: tuple[SourceFile, ...] = ()
-    """Whole files; a part of the only one where `stop` is set. None for synthetic data."""
-
-    start: NonNegativeInt = 0
-    """First row group of a .parquet file, first byte of a .jsonl file, first synthetic block."""
-
-    stop: NonNegativeInt | None = None
-    """One after the last."""
-
-
-class Planned(NamedTuple):
-    slices: list[Slice]
-    next_file: int
-    """Number of the first file that comes after them."""
-
-
-class Resolved(NamedTuple):
+class ResolvedCorpus(NamedTuple):
     corpus: CorpusConfig
     reason: str
 
 
-def resolve(config: CorpusConfig) -> Resolved:
+def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
     """Settle `auto` and the revision.
 
     Raises:
@@ -156,66 +125,66 @@ def resolve(config: CorpusConfig) -> Resolved:
         ValueError: files were asked for and none matches, or they are not those of
             `data_revision`.
     """
-    if config.data_mode in ("files", "sample"):
-        return Resolved(_pin_files(config), "asked for")
-    if config.data_mode == "synthetic":
-        return Resolved(config, "asked for")
-    auto = config.data_mode == "auto"
+    if corpus.data_mode in ("files", "sample"):
+        return ResolvedCorpus(_pin_files(corpus), "asked for")
+    if corpus.data_mode == "synthetic":
+        return ResolvedCorpus(corpus, "asked for")
+    auto = corpus.data_mode == "auto"
     try:
-        return Resolved(_pin_dataset(config), "the hub answers" if auto else "asked for")
+        return ResolvedCorpus(_pin_dataset(corpus), "the hub answers" if auto else "asked for")
     except hub.HubError as error:
-        if config.allow_synthetic_fallback and not auto:
+        if corpus.allow_synthetic_fallback and not auto:
             fallback = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
-            return Resolved(fallback, f"SYNTHETIC FALLBACK, no real text: {error}")
+            return ResolvedCorpus(fallback, f"SYNTHETIC FALLBACK, no real text: {error}")
         if auto:
-            sample = CorpusConfig(data_mode="sample", deduplicate=config.deduplicate)
+            sample = CorpusConfig(data_mode="sample", deduplicate=corpus.deduplicate)
             sample = _pin_files(sample)
-            return Resolved(sample, f"FineWeb-Edu is out of reach: {error.cause}")
+            return ResolvedCorpus(sample, f"FineWeb-Edu is out of reach: {error.cause}")
         remedies = ["`hf auth login` if it asks for an account"]
         remedies += ["`--data-mode sample` to work without the hub"]
-        if config.data_mode == "fineweb":
+        if corpus.data_mode == "fineweb":
             remedies += ["`--allow-synthetic-fallback` to train on synthetic data instead"]
         raise error.with_remedies(*remedies) from error
 
 
-def identity(config: CorpusConfig) -> dict[str, Any]:
+def corpus_identity(corpus: CorpusConfig) -> dict[str, Any]:
     """What the documents of a resolved text corpus depend on."""
-    facts: dict[str, Any] = {"source": config.data_mode, "revision": config.data_revision}
-    if _on_the_hub(config):
-        facts |= {"dataset": config.dataset_name, "subset": config.subset}
-    if config.data_mode != "sample":
-        facts |= {"text_column": config.text_column}
+    facts: dict[str, Any] = {"source": corpus.data_mode, "revision": corpus.data_revision}
+    if _on_the_hub(corpus):
+        facts |= {"dataset": corpus.dataset_name, "subset": corpus.subset}
+    if corpus.data_mode != "sample":
+        facts |= {"text_column": corpus.text_column}
     return facts
 
 
-def digests(config: CorpusConfig) -> dict[str, str]:
+def file_digests(corpus: CorpusConfig) -> dict[str, str]:
     """Of each local file of a resolved text corpus, by its name, as when the revision was found."""
-    if _on_the_hub(config):
+    if _on_the_hub(corpus):
         return {}
-    paths = _paths(config).items()
+    paths = _paths(corpus).items()
     return {name: _pinned[path].sha256[:12] for name, path in paths if path in _pinned}
 
 
-def files(config: CorpusConfig) -> list[SourceFile]:
+def list_files(corpus: CorpusConfig) -> list[SourceFile]:
     """The files of a resolved text corpus, in the order in which they are read.
 
     Raises:
         hub.HubError: the hub refused or failed.
         ValueError: the dataset has no such configuration, or files of an unknown kind.
     """
-    if _on_the_hub(config):
-        assert config.data_revision, "resolve() pins the revision"
-        found = hub.dataset_files(config.dataset_name, config.subset, revision=config.data_revision)
+    if _on_the_hub(corpus):
+        assert corpus.data_revision, "resolve() pins the revision"
+        found = hub.dataset_files(corpus.dataset_name, corpus.subset, revision=corpus.data_revision)
         listed = [SourceFile(name=file.name, size=file.size) for file in found]
     else:
-        paths = _paths(config)
+        paths = _paths(corpus)
         listed = [SourceFile(name=n, size=path.stat().st_size) for n, path in paths.items()]
     for file in listed:
         kind(file.name)
     return listed
 
 
-def plan(config: CorpusConfig, listed: list[SourceFile], first: int) -> Planned:
+def plan_slices(corpus: CorpusConfig, listed: list[SourceFile], first: int) -> Planned:
     """The slices that begin with file number `first` of those `listed`.
 
     Large files are cut, at row groups or lines; what cannot be cut, a compressed file, is a slice
@@ -225,19 +194,19 @@ def plan(config: CorpusConfig, listed: list[SourceFile], first: int) -> Planned:
         hub.HubError: the hub refused or failed.
         ValueError: a Parquet file is damaged.
     """
-    if (cut := _cut(config, listed[first])) is not None:
+    if (cut := _cut(corpus, listed[first])) is not None:
         return Planned(cut, first + 1)
     together: list[SourceFile] = []
     held = 0
     for file in listed[first:]:
-        if together and (held >= SLICE_BYTES or _divisible(file)):
+        if together and (held >= slices.SLICE_BYTES or _divisible(file)):
             break
         together.append(file)
         held += _text_bytes(file)
     return Planned([Slice(files=tuple(together))], first + len(together))
 
 
-def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
+def read_slice(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
     """The documents of a slice, always in the same order and batches; empty ones left out.
 
     Raises:
@@ -245,38 +214,38 @@ def read(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
             lines are bad; names file and place.
         hub.HubError: the hub failed in mid-stream.
     """
-    return readers.regrouped(_batches(config, piece, tally))
+    return readers.regrouped(_batches(corpus, piece, tally))
 
 
-def _batches(config: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
+def _batches(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Batch]:
     for file in piece.files:
-        source = _source(config, file)
+        source = _source(corpus, file)
         try:
-            _require_unchanged(config, file)
+            _require_unchanged(corpus, file)
             yield from readers.read(source, piece.start, piece.stop, tally)
         except readers.UNREADABLE as error:
-            if isinstance(error, UnicodeDecodeError) and config.data_mode == "sample":
+            if isinstance(error, UnicodeDecodeError) and corpus.data_mode == "sample":
                 continue  # the library's tests hold a few files that are wrong on purpose
-            _require_unchanged(config, file)
+            _require_unchanged(corpus, file)
             raise ValueError(f"{source.place} cannot be read: {error}") from error
         except ValueError:
-            _require_unchanged(config, file)
+            _require_unchanged(corpus, file)
             raise
-        _require_unchanged(config, file)
+        _require_unchanged(corpus, file)
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
+def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
     """All documents of a resolved text corpus, one after another."""
-    listed, first = files(config), 0
+    listed, first = list_files(corpus), 0
     while first < len(listed):
-        slices, first = plan(config, listed, first)
-        for piece in slices:
-            for batch in read(config, piece, Tally()):
+        planned, first = plan_slices(corpus, listed, first)
+        for piece in planned:
+            for batch in read_slice(corpus, piece, Tally()):
                 ids = (i.decode("utf-8", "surrogatepass") for i in batch.ids.to_pylist())
                 yield from map(Document, ids, batch.texts, batch.urls.to_pylist())
 
 
-def held_out(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
+def split_positions(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
     """Place of each document in [0, 1), from its id alone; validation takes the lowest."""
     digests = b"".join(hashlib.sha256(i).digest()[:8] for i in ids)
     return np.frombuffer(digests, ">u8") / 2.0**64
@@ -295,34 +264,34 @@ def first_bytes(stream: Iterable[Document], limit: int) -> Iterator[str]:
 # Files and their slices
 
 
-def _on_the_hub(config: CorpusConfig) -> bool:
-    return config.data_mode in ("fineweb", "hub")
+def _on_the_hub(corpus: CorpusConfig) -> bool:
+    return corpus.data_mode in ("fineweb", "hub")
 
 
-def _pin_dataset(config: CorpusConfig) -> CorpusConfig:
-    revision = config.data_revision or "main"
+def _pin_dataset(corpus: CorpusConfig) -> CorpusConfig:
+    revision = corpus.data_revision or "main"
     if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch goes on, a commit stays
-        revision = hub.dataset_revision(config.dataset_name, revision)
-    mode = "fineweb" if config.data_mode == "auto" else config.data_mode
-    return config.replace(data_mode=mode, data_revision=revision)
+        revision = hub.dataset_revision(corpus.dataset_name, revision)
+    mode = "fineweb" if corpus.data_mode == "auto" else corpus.data_mode
+    return corpus.replace(data_mode=mode, data_revision=revision)
 
 
-def _pin_files(config: CorpusConfig) -> CorpusConfig:
+def _pin_files(corpus: CorpusConfig) -> CorpusConfig:
     """Set the revision to a digest of names and contents."""
     _paths.cache_clear()  # files may have come since
     digest = hashlib.sha256()
-    for name, path in _paths(config).items():
+    for name, path in _paths(corpus).items():
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{name}\n{content}\n".encode())
         _pinned[path] = _Pinned(content, _stamp(path))
     revision = digest.hexdigest()[:16]
-    if config.data_revision not in (None, revision):
+    if corpus.data_revision not in (None, revision):
         raise ValueError(
-            f"the files of {config.name} have changed: their digest is {revision}, the run was "
-            f"started with {config.data_revision}. Restore them, or use another --run-name"
+            f"the files of {corpus.name} have changed: their digest is {revision}, the run was "
+            f"started with {corpus.data_revision}. Restore them, or use another --run-name"
         )
-    return config.replace(data_revision=revision)
+    return corpus.replace(data_revision=revision)
 
 
 class _Pinned(NamedTuple):
@@ -339,23 +308,23 @@ def _stamp(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def _require_unchanged(config: CorpusConfig, file: SourceFile) -> None:
+def _require_unchanged(corpus: CorpusConfig, file: SourceFile) -> None:
     """A local file has to be what it was when the revision was found.
 
     Also once it has been read: what was read may be of another content than the revision says.
     """
-    if _on_the_hub(config):
+    if _on_the_hub(corpus):
         return
-    path = _paths(config)[file.name]
+    path = _paths(corpus)[file.name]
     now, pinned = _stamp(path), _pinned.get(path)
     if now[0] != file.size or (pinned and now != pinned.stamp):
         raise ValueError(f"{path} has changed since the run began: run the same command again")
 
 
 @lru_cache(maxsize=4)
-def _paths(config: CorpusConfig) -> dict[str, Path]:
+def _paths(corpus: CorpusConfig) -> dict[str, Path]:
     """Path of every local file by its name in the corpus, in the order in which they are read."""
-    return _sample_paths() if config.data_mode == "sample" else _matching(config.data_path)
+    return _sample_paths() if corpus.data_mode == "sample" else _matching(corpus.data_path)
 
 
 def _sample_paths() -> dict[str, Path]:
@@ -403,53 +372,53 @@ def _text_bytes(file: SourceFile) -> int:
     return file.size * (_COMPRESSION if dense else 1)
 
 
-def local_text_bytes(config: CorpusConfig) -> float:
+def local_text_bytes(corpus: CorpusConfig) -> float:
     """All the text there is, about; infinite where the files are not here to be looked at."""
-    if config.data_mode not in ("files", "sample"):
+    if corpus.data_mode not in ("files", "sample"):
         return math.inf
-    return sum(map(_text_bytes, files(config)))
+    return sum(map(_text_bytes, list_files(corpus)))
 
 
 def _divisible(file: SourceFile) -> bool:
-    large = _text_bytes(file) > SLICE_BYTES
+    large = _text_bytes(file) > slices.SLICE_BYTES
     return large and not is_compressed(file.name) and kind(file.name) != ".txt"
 
 
-def _cut(config: CorpusConfig, file: SourceFile) -> list[Slice] | None:
+def _cut(corpus: CorpusConfig, file: SourceFile) -> list[Slice] | None:
     """The slices of a large file; None for one that is not cut."""
     if not _divisible(file):
         return None
     if kind(file.name) == ".parquet":
-        cuts = _row_group_cuts(config, file)
+        cuts = _row_group_cuts(corpus, file)
     else:
-        cuts = [*range(0, file.size, SLICE_BYTES), file.size]
+        cuts = [*range(0, file.size, slices.SLICE_BYTES), file.size]
     return [Slice(files=(file,), start=start, stop=stop) for start, stop in pairwise(cuts)]
 
 
-def _row_group_cuts(config: CorpusConfig, file: SourceFile) -> list[int]:
-    source = _source(config, file)
+def _row_group_cuts(corpus: CorpusConfig, file: SourceFile) -> list[int]:
+    source = _source(corpus, file)
     try:
-        _require_unchanged(config, file)
+        _require_unchanged(corpus, file)
         sizes = readers.row_group_bytes(source)
     except readers.UNREADABLE as error:
         raise ValueError(f"{source.place} cannot be read: {error}") from error
     cuts, taken = [0], 0
     for number, size in enumerate(sizes, start=1):
         taken += size
-        if taken >= SLICE_BYTES or number == len(sizes):
+        if taken >= slices.SLICE_BYTES or number == len(sizes):
             cuts.append(number)
             taken = 0
     return cuts
 
 
-def _source(config: CorpusConfig, file: SourceFile) -> Source:
-    remote = _on_the_hub(config)
+def _source(corpus: CorpusConfig, file: SourceFile) -> Source:
+    remote = _on_the_hub(corpus)
     return Source(
         name=file.name,
         size=file.size,
-        path=None if remote else _paths(config)[file.name],
-        dataset=config.dataset_name if remote else "",
-        revision=config.data_revision or "",
-        text_column=config.text_column,
-        bad_lines_limit=config.bad_lines_limit,
+        path=None if remote else _paths(corpus)[file.name],
+        dataset=corpus.dataset_name if remote else "",
+        revision=corpus.data_revision or "",
+        text_column=corpus.text_column,
+        bad_lines_limit=corpus.bad_lines_limit,
     )

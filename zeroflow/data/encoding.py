@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import fastokens
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+import tokenizers
 
 from zeroflow import artifacts
 from zeroflow.data import allocator
@@ -112,9 +112,9 @@ _loaded: dict[tuple[str, EncoderName], Encoder] = {}
 _loading = threading.Lock()
 
 
-def plain(file: Path) -> Tokenizer:
+def plain(file: Path) -> tokenizers.Tokenizer:
     """Hugging Face's own tokenizer, set so that special tokens written in a text are text."""
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig, Slice
 from zeroflow.data.packing import PackingName
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 
@@ -34,7 +34,7 @@ class PartJob(Config):
     path: Path
     piece: Slice
     corpus: CorpusConfig
-    tokens: TokenizerFiles
+    tokenizer: Tokenizer
     layout: Layout
     held_out_below: float
     """Documents whose `corpus.held_out` is lower go to validation."""

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zeroflow import artifacts
-from zeroflow.data import corpus, readers, synthetic, tokenizer
+from zeroflow.data import readers, synthetic
 from zeroflow.data.columns import DocumentBatch, DocumentColumns, end_to_end, sound_ids
+from zeroflow.data.corpus import read_slice, split_positions
 from zeroflow.data.packing import Ids, Tokens
 from zeroflow.data.part_facts import DOCUMENTS, SPLITS, BuiltPart, PartFacts, PartJob
 from zeroflow.data.readers import Tally
@@ -47,7 +48,7 @@ def existing(path: Path) -> PartFacts | None:
         return None  # `build` sets it aside under the lock
 
 
-def build(job: PartJob) -> BuiltPart:
+def build_part(job: PartJob) -> BuiltPart:
     """Have the part, writing it unless it is there and whole.
 
     Raises:
@@ -88,7 +89,7 @@ def documents(path: Path) -> pa.Table:
 def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, Any]]]:
     """The facts of a part, and what its manifest says of the files of rows."""
     tally, duplicates = Tally(), 0
-    with_hashes = job.corpus.deduplicate and job.tokens.path is not None
+    with_hashes = job.corpus.deduplicate and job.tokenizer.path is not None
     known = _SeenTexts(job.earlier) if with_hashes else None
     with (
         FileWriter() as files,
@@ -102,7 +103,7 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, A
                 duplicates += len(new) - int(new.sum())
                 batch = batch.only(new)
             documents = batch.documents
-            places = corpus.held_out(documents.ids.to_pylist())[documents.named]
+            places = split_positions(documents.ids.to_pylist())[documents.named]
             held_out = places < job.held_out_below
             writers["train"].add(batch.only(~held_out))
             # the few wait long for a window, and would keep all others
@@ -119,11 +120,11 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, dict[str, A
 
 
 def _tokenized(job: PartJob, tally: Tally) -> Iterator[DocumentBatch]:
-    if job.tokens.path is None:
+    if job.tokenizer.path is None:
         yield from _synthetic(job)
         return
-    encoder = tokenizer.encoder(job.tokens)
-    for read in _ahead(corpus.read(job.corpus, job.piece, tally)):
+    encoder = job.tokenizer.load_encoder()
+    for read in _ahead(read_slice(job.corpus, job.piece, tally)):
         ids, lengths = encoder.encode(read.texts)
         _check(job, ids, lengths, read)
         documents = DocumentColumns(
@@ -142,7 +143,7 @@ def _tokenized(job: PartJob, tally: Tally) -> Iterator[DocumentBatch]:
 
 
 def _check(job: PartJob, ids: Tokens, lengths: Ids, read: readers.Batch) -> None:
-    end_of_text, vocab_size = job.tokens.end_of_text, job.tokens.vocab_size
+    end_of_text, vocab_size = job.tokenizer.end_of_text, job.tokenizer.vocab_size
     highest = ids.max(initial=0)
     if highest < vocab_size and (highest < end_of_text or not (ids == end_of_text).any()):
         return
@@ -156,7 +157,7 @@ def _check(job: PartJob, ids: Tokens, lengths: Ids, read: readers.Batch) -> None
             "another tokenizer"
         )
     raise ValueError(
-        f"{job.tokens.path} gave id {ids[place]} for document {document}, but its "
+        f"{job.tokenizer.path} gave id {ids[place]} for document {document}, but its "
         f"vocabulary has {vocab_size} tokens: its tokenizer.json is wrong"
     )
 
@@ -164,7 +165,7 @@ def _check(job: PartJob, ids: Tokens, lengths: Ids, read: readers.Batch) -> None
 def _synthetic(job: PartJob) -> Iterator[DocumentBatch]:
     assert job.piece.stop is not None
     for block in range(job.piece.start, job.piece.stop):
-        made = synthetic.documents(job.tokens.vocab_size, job.seed, block)
+        made = synthetic.documents(job.tokenizer.vocab_size, job.seed, block)
         lengths = np.array([len(tokens) for tokens in made.tokens], dtype=np.int64)
         nothing = np.zeros(len(lengths), dtype=np.int64)
         documents = DocumentColumns(

@@ -10,12 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from zeroflow import artifacts
-from zeroflow.data import tokenizer
 from zeroflow.data.packing import Ids
 from zeroflow.data.part_facts import DOCUMENTS, PartFacts
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 
 _FIRST_TOKENS = 24
 
@@ -44,7 +43,7 @@ class Piece(NamedTuple):
     """Its beginning as text; token ids where there is no text."""
 
 
-def pieces(shards: ShardSet, tokens: TokenizerFiles, rows: Ids) -> list[Piece]:
+def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Ids) -> list[Piece]:
     """The pieces of documents in each of the training `rows`, in the order given.
 
     Documents are read of those parts only that hold one of the rows.
@@ -54,7 +53,7 @@ def pieces(shards: ShardSet, tokens: TokenizerFiles, rows: Ids) -> list[Piece]:
     of_part = np.searchsorted(ends, rows, side="right")
     found: dict[int, list[Piece]] = {row: [] for row in rows.tolist()}
     contents = Rows(shards, "train")
-    decode = _decoder(tokens)
+    decode = _decoder(tokenizer)
     for part in np.unique(of_part).tolist():
         first = int(ends[part]) - counts[part]
         here = rows[of_part == part]
@@ -76,12 +75,12 @@ def pieces(shards: ShardSet, tokens: TokenizerFiles, rows: Ids) -> list[Piece]:
     return [piece for row in rows.tolist() for piece in sorted(found[row])]
 
 
-def _decoder(tokens: TokenizerFiles) -> Callable[[list[int]], str]:
+def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     """What makes one line of text of token ids."""
-    if tokens.path is None:
+    if tokenizer.path is None:
         return lambda ids: " ".join(map(str, ids))
-    loaded = tokenizer.load(tokens)
-    return lambda ids: " ".join(loaded.decode(ids, skip_special_tokens=False).split())
+    backend = tokenizer.load()
+    return lambda ids: " ".join(backend.decode(ids, skip_special_tokens=False).split())
 
 
 def _facts(part: Path) -> PartFacts:

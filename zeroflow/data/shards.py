@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
-from zeroflow.data import corpus, synthetic
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data import slices, synthetic
+from zeroflow.data.corpus import CorpusConfig, local_text_bytes
 from zeroflow.data.packing import PackingName
 from zeroflow.data.part_facts import Layout, SplitCounts
 from zeroflow.reuse import StageResult
@@ -108,19 +108,19 @@ def build_times(path: Path) -> list[dict[str, Any]]:
     return times
 
 
-def expected_bytes(config: ShardConfig, text: CorpusConfig) -> int:
+def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
     """What the rows that `config` asks for are likely to take: whole parts, or all there is."""
-    part = corpus.SLICE_BYTES / CHARACTERS_PER_TOKEN
-    if text.data_mode == "synthetic":
+    part = slices.SLICE_BYTES / CHARACTERS_PER_TOKEN
+    if corpus.data_mode == "synthetic":
         part = SYNTHETIC_BLOCKS * synthetic.BLOCK / synthetic.END_PROBABILITY
     held_out, row = config.validation_fraction, config.layout.row_tokens
     train = config.train_rows * row / (part * (1 - held_out))
     validation = config.validation_rows * row / (part * held_out)
     asked_for = math.ceil(max(train, validation)) * part
-    there = corpus.local_text_bytes(text) / CHARACTERS_PER_TOKEN
+    there = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
     return int(min(asked_for, there) * np.dtype(config.token_type).itemsize)
 
 
-def row_bytes(rows: ShardSet) -> int:
+def row_bytes(shards: ShardSet) -> int:
     """Size on disk of the rows of all parts that are read."""
-    return sum(file.stat().st_size for part in rows.part_paths for file in part.glob("*.arrow"))
+    return sum(file.stat().st_size for part in shards.part_paths for file in part.glob("*.arrow"))

@@ -132,7 +132,7 @@ class SplitWriter:
     ) -> None:
         self._recorder = files
         self._folder, self._split, self._table = folder, split, table
-        self._layout, self._fill = job.layout, job.tokens.end_of_text
+        self._layout, self._fill = job.layout, job.tokenizer.end_of_text
         self._pack = packing.PACKINGS[job.layout.packing]
         self._shard_rows = max(1, _SHARD_TOKENS // job.layout.row_tokens)
         # a window of documents up to a row long leaves hardly any room in its rows

@@ -8,12 +8,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from zeroflow import artifacts
-from zeroflow.data import tokenizer
 from zeroflow.data.packing import Ids
 from zeroflow.data.part_facts import DOCUMENTS
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PLAN, ShardSet, build_times
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 
 _SAMPLES = 3
 
@@ -38,16 +37,16 @@ class Look(NamedTuple):
     text_bytes_per_second: float | None
 
 
-def look(built: ShardSet, tokens: TokenizerFiles) -> Look:
+def look(shards: ShardSet, tokenizer: Tokenizer) -> Look:
     """Gather what is known of a shard set, from its manifests, tables and rows."""
-    plan = artifacts.read_signed(built.path / PLAN)
-    times = [line for line in build_times(built.path) if line["part"] < built.parts]
+    plan = artifacts.read_signed(shards.path / PLAN)
+    times = [line for line in build_times(shards.path) if line["part"] < shards.parts]
     seconds = sum(line["seconds"] for line in times)
     return Look(
         source=plan["identity"]["corpus"],
         tokenizer=plan["tokenizer"],
-        lengths=np.concatenate([_document_lengths(path) for path in built.part_paths]),
-        samples=_samples(Rows(built, "train"), tokens),
+        lengths=np.concatenate([_document_lengths(path) for path in shards.part_paths]),
+        samples=_samples(Rows(shards, "train"), tokenizer),
         tokens_per_second=sum(t["tokens"] for t in times) / seconds if times else None,
         text_bytes_per_second=sum(t["text_bytes"] for t in times) / seconds if times else None,
     )
@@ -62,10 +61,10 @@ def _document_lengths(part: Path) -> Ids:
     return np.add.reduceat(tokens, np.flatnonzero(starts == 0)) if len(tokens) else tokens
 
 
-def _samples(rows: Rows, tokens: TokenizerFiles) -> list[str]:
+def _samples(rows: Rows, tokenizer: Tokenizer) -> list[str]:
     places = np.linspace(0, len(rows), min(_SAMPLES, len(rows)), endpoint=False, dtype=np.int64)
     beginnings = [row[:_SAMPLE_TOKENS].tolist() for row in rows[places]]
-    if tokens.path is None:
+    if tokenizer.path is None:
         return [" ".join(map(str, ids)) for ids in beginnings]
-    loaded = tokenizer.load(tokens)
-    return [loaded.decode(ids, skip_special_tokens=False) for ids in beginnings]
+    backend = tokenizer.load()
+    return [backend.decode(ids, skip_special_tokens=False) for ids in beginnings]

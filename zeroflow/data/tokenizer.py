@@ -1,7 +1,7 @@
 """Tokenizers: fetched at a pinned revision, taken from a folder, or trained; then loaded.
 
 Whatever its origin, a tokenizer becomes a directory under `<cache>/tokenizers/` that holds a
-`tokenizer.json`, is complete or absent, and is described by `TokenizerFiles`.
+`tokenizer.json`, is complete or absent, and is described by `Tokenizer`.
 """
 
 import json
@@ -13,21 +13,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 from pydantic import Field
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from zeroflow import artifacts, reuse
 from zeroflow.config import Config
-from zeroflow.data import corpus, encoding, hub
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data import encoding, hub
+from zeroflow.data.corpus import (
+    CorpusConfig,
+    corpus_identity,
+    file_digests,
+    first_bytes,
+    read_documents,
+)
 from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.reuse import Fields, StageResult
 
 log = logging.getLogger(__name__)
 
-LLAMA = "meta-llama/Llama-3.1-8B"
-TRAIN = "train"
-SYNTHETIC = "synthetic"
+LLAMA_TOKENIZER = "meta-llama/Llama-3.1-8B"
+TRAINED_TOKENIZER = "train"
+SYNTHETIC_TOKENIZER = "synthetic"
 """Name of the tokenizer that synthetic data does without."""
 
 _FORMAT = 2
@@ -63,7 +70,7 @@ class TokenizerConfig(Config):
     """The token that ends every document, where the tokenizer's own end token is not wanted."""
 
 
-class TokenizerFiles(StageResult):
+class Tokenizer(StageResult):
     """A tokenizer in the cache."""
 
     name: str
@@ -83,13 +90,29 @@ class TokenizerFiles(StageResult):
     encoder: EncoderName = "tokenizers"
     """The library that encodes documents; its ids are Hugging Face's, whichever it is."""
 
+    @property
+    def file(self) -> Path:
+        """Its `tokenizer.json`."""
+        assert self.path is not None, "synthetic data has no tokenizer"
+        return self.path / "tokenizer.json"
 
-class Resolved(NamedTuple):
+    def load(self) -> tokenizers.Tokenizer:
+        """Hugging Face's tokenizer, set so that special tokens spelled out in a text are text."""
+        return encoding.plain(self.file)
+
+    def load_encoder(self) -> Encoder:
+        """The encoder for much text. It is kept in memory and shared by all threads."""
+        return encoding.load(self.file, self.encoder)
+
+
+class ResolvedTokenizer(NamedTuple):
     tokenizer: TokenizerConfig
     reason: str
 
 
-def resolve(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Resolved:
+def resolve_tokenizer(
+    config: TokenizerConfig, corpus: CorpusConfig, cache: Path
+) -> ResolvedTokenizer:
     """Settle `auto` and the revision, for a resolved corpus.
 
     Raises:
@@ -97,34 +120,42 @@ def resolve(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Resolve
         ValueError: a folder or file was asked for that does not exist.
     """
     name = config.tokenizer_name
-    if text.data_mode == "synthetic":
-        return Resolved(config.replace(tokenizer_name=SYNTHETIC), "synthetic data is token ids")
+    if corpus.data_mode == "synthetic":
+        return ResolvedTokenizer(
+            config.replace(tokenizer_name=SYNTHETIC_TOKENIZER), "synthetic data is token ids"
+        )
     if name == "auto":
-        if text.data_mode == "sample":
-            return Resolved(config.replace(tokenizer_name=TRAIN), "the default for the sample")
-        try:
-            resolved = resolve(config.replace(tokenizer_name=LLAMA), text, cache)
-        except hub.HubError as error:
-            return Resolved(
-                config.replace(tokenizer_name=TRAIN),
-                f"{LLAMA} is not cached and the hub does not give it ({error.cause})",
+        if corpus.data_mode == "sample":
+            return ResolvedTokenizer(
+                config.replace(tokenizer_name=TRAINED_TOKENIZER), "the default for the sample"
             )
-        return Resolved(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
-    if name == TRAIN:
-        return Resolved(config, "asked for")
+        try:
+            resolved = resolve_tokenizer(
+                config.replace(tokenizer_name=LLAMA_TOKENIZER), corpus, cache
+            )
+        except hub.HubError as error:
+            return ResolvedTokenizer(
+                config.replace(tokenizer_name=TRAINED_TOKENIZER),
+                f"{LLAMA_TOKENIZER} is not cached and the hub does not give it ({error.cause})",
+            )
+        return ResolvedTokenizer(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
+    if name == TRAINED_TOKENIZER:
+        return ResolvedTokenizer(config, "asked for")
     if _local(name):
-        return Resolved(config, "asked for")
+        return ResolvedTokenizer(config, "asked for")
     if cached := _cached(config, cache):
         revision = artifacts.read_json(cached / artifacts.MANIFEST)["revision"]
-        return Resolved(config.replace(tokenizer_revision=revision), "cached")
+        return ResolvedTokenizer(config.replace(tokenizer_revision=revision), "cached")
     try:
         revision = hub.model_revision(name, config.tokenizer_revision, probe="tokenizer.json")
     except hub.HubError as error:
         raise error.with_remedies(*_remedies(name)) from error
-    return Resolved(config.replace(tokenizer_revision=revision), "from the Hugging Face Hub")
+    return ResolvedTokenizer(
+        config.replace(tokenizer_revision=revision), "from the Hugging Face Hub"
+    )
 
 
-def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> TokenizerFiles:
+def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Tokenizer:
     """Have the resolved tokenizer under `<cache>/tokenizers/`; nothing is fetched or trained twice.
 
     Raises:
@@ -132,17 +163,17 @@ def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Tokenizer
         ValueError: the files hold no tokenizer, or none that says how a text ends.
     """
     name, root = config.tokenizer_name, cache / "tokenizers"
-    if name == SYNTHETIC:
-        return TokenizerFiles(
+    if name == SYNTHETIC_TOKENIZER:
+        return Tokenizer(
             name=name,
             path=None,
             vocab_size=config.vocab_size,
             end_of_text=config.vocab_size - 1,
-            fingerprint=artifacts.fingerprint([SYNTHETIC, config.vocab_size]),
+            fingerprint=artifacts.fingerprint([SYNTHETIC_TOKENIZER, config.vocab_size]),
             why="synthetic data is token ids: there is nothing to make",
         )
-    if name == TRAIN:
-        return _train(config, text, root)
+    if name == TRAINED_TOKENIZER:
+        return _train(config, corpus, root)
     if source := _local(name):
         return _copy(config, source, root)
     path = _cached(config, cache) or _hub_path(config, root)
@@ -158,7 +189,7 @@ def fetch(config: TokenizerConfig, text: CorpusConfig, cache: Path) -> Tokenizer
     return _have(path, config, identity, download, verb="fetched", revision=revision)
 
 
-def describe(path: Path) -> TokenizerFiles:
+def describe_tokenizer(path: Path) -> Tokenizer:
     """The description of a tokenizer directory, from its manifest."""
     facts = artifacts.read_json(path / artifacts.MANIFEST)
     known = {name: facts[name] for name in ("name", "vocab_size", "end_of_text", "fingerprint")}
@@ -168,33 +199,18 @@ def describe(path: Path) -> TokenizerFiles:
         why = f"its encoder is chosen anew, as fastokens is {now} instead of {before}"
         log.info("%s: %s", path.name, why)
         chosen = _choose_encoder(path)
-    return TokenizerFiles(path=path, encoder=chosen["name"], why=why, **known)
+    return Tokenizer(path=path, encoder=chosen["name"], why=why, **known)
 
 
-def expected_vocabulary(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
+def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
     """Vocabulary of a resolved tokenizer before it is fetched, and whether that is certain."""
-    if config.tokenizer_name == SYNTHETIC:
+    if config.tokenizer_name == SYNTHETIC_TOKENIZER:
         return config.vocab_size, True
-    if config.tokenizer_name == TRAIN:
+    if config.tokenizer_name == TRAINED_TOKENIZER:
         return config.vocab_size, False  # a small text gives fewer tokens
     if not _local(config.tokenizer_name) and (path := _cached(config, cache)):
-        return describe(path).vocab_size, True
+        return describe_tokenizer(path).vocab_size, True
     return _LLAMA_VOCABULARY, False
-
-
-def load(files: TokenizerFiles) -> Tokenizer:
-    """Hugging Face's tokenizer, set so that special tokens written in a text are text."""
-    return encoding.plain(tokenizer_file(files))
-
-
-def encoder(files: TokenizerFiles) -> Encoder:
-    """What turns much text into ids."""
-    return encoding.load(tokenizer_file(files), files.encoder)
-
-
-def tokenizer_file(files: TokenizerFiles) -> Path:
-    assert files.path is not None, "synthetic data has no tokenizer"
-    return files.path / "tokenizer.json"
 
 
 def _remedies(name: str) -> tuple[str, ...]:
@@ -252,7 +268,7 @@ def _intact(path: Path) -> dict[str, Any] | None:
         return None  # absent, set aside before, or to be set aside by `fetch`
 
 
-def _copy(config: TokenizerConfig, source: Path, root: Path) -> TokenizerFiles:
+def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
     folder = source if source.is_dir() else source.parent
     wanted = [source] if source.is_file() else sorted(_tokenizer_files(folder))
     contents = {p.name: artifacts.file_sha256(p) for p in wanted}
@@ -273,18 +289,18 @@ def _tokenizer_files(folder: Path) -> set[Path]:
     return {path for pattern in _HUB_FILES for path in folder.glob(pattern) if path.is_file()}
 
 
-def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> TokenizerFiles:
+def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:
     identity = {
         "format": _FORMAT,
-        "corpus": corpus.identity(text),
+        "corpus": corpus_identity(corpus),
         "vocab_size": config.vocab_size,
         "bytes": _TRAINING_BYTES,
     }
-    path = root / f"bpe-{config.vocab_size}-{text.name}-{artifacts.fingerprint(identity)}"
+    path = root / f"bpe-{config.vocab_size}-{corpus.name}-{artifacts.fingerprint(identity)}"
 
     def train(partial: Path) -> None:
-        log.info("training a BPE of %d tokens on %s", config.vocab_size, text.name)
-        tokenizer = Tokenizer(models.BPE())
+        log.info("training a BPE of %d tokens on %s", config.vocab_size, corpus.name)
+        tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
@@ -298,14 +314,14 @@ def _train(config: TokenizerConfig, text: CorpusConfig, root: Path) -> Tokenizer
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        texts = corpus.first_bytes(corpus.documents(text), _TRAINING_BYTES)
+        texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
         tokenizer.train_from_iterator(texts, trainer)
         tokenizer.save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
         artifacts.write_json(partial / "tokenizer_config.json", settings)
 
-    fields: dict[str, Any] = {"vocab_size": config.vocab_size, **corpus.identity(text)}
-    fields |= {"file": corpus.digests(text), "training_bytes": _TRAINING_BYTES}
+    fields: dict[str, Any] = {"vocab_size": config.vocab_size, **corpus_identity(corpus)}
+    fields |= {"file": file_digests(corpus), "training_bytes": _TRAINING_BYTES}
     return _have(path, config, fields, train, verb="trained", corpus=identity["corpus"])
 
 
@@ -317,7 +333,7 @@ def _have(
     *,
     verb: str,
     **facts: Any,
-) -> TokenizerFiles:
+) -> Tokenizer:
     """The tokenizer at `path`, whose files `make` writes unless it is there and whole.
 
     Args:
@@ -335,10 +351,10 @@ def _have(
 
     reused = artifacts.build_once(path, build)
     log.info("tokenizer %s: %s", "reused" if reused else verb, path)
-    files = describe(path)
+    tokenizer = describe_tokenizer(path)
     if reused:
-        why = "; ".join(filter(None, (reuse.SAME, files.why)))
-    return files.replace(reused=reused, why=why)
+        why = "; ".join(filter(None, (reuse.SAME, tokenizer.why)))
+    return tokenizer.replace(reused=reused, why=why)
 
 
 def _identity(path: Path) -> Fields:
@@ -352,7 +368,7 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
     if not file.exists():
         _convert(partial, config.tokenizer_name)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library knows no narrower class
         raise ValueError(
             f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
@@ -371,7 +387,7 @@ def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
     artifacts.seal(partial, facts)
 
 
-def _tell_of_confusion(tokenizer: Tokenizer) -> None:
+def _tell_of_confusion(tokenizer: tokenizers.Tokenizer) -> None:
     """Warn of special tokens that a text which spells them out would become.
 
     Unigram models hold them as pieces like any other.
@@ -409,7 +425,7 @@ def _convert(folder: Path, name: str) -> None:
         raise ValueError(f"{name} has no tokenizer.json and none can be made: {error}") from error
 
 
-def _end_of_text(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) -> int:
+def _end_of_text(folder: Path, tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> int:
     token = config.end_of_text
     settings = folder / "tokenizer_config.json"
     if token is None and settings.exists():

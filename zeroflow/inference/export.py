@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 from zeroflow import artifacts
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama
 
 log = logging.getLogger(__name__)
 
 
-def export(model: Llama, tokenizer: TokenizerFiles, folder: Path, *, context: int) -> None:
+def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
     """Write `model` as LlamaForCausalLM with its tokenizer into a new `folder`.
 
     Args:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow import artifacts
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama
 from zeroflow.settings import settle
 from zeroflow.training import checkpoint
@@ -15,7 +15,7 @@ class Trained(NamedTuple):
     model: Llama
     """On the CPU, of the newest checkpoint."""
 
-    tokenizer: TokenizerFiles
+    tokenizer: Tokenizer
     context: int
     """Tokens it was trained on at once."""
 
@@ -46,8 +46,8 @@ def job(cache: Path, name: str) -> TrainingJob:
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
     found = TrainingJob.model_validate(artifacts.read_json(file))
     # The cache may have been moved since
-    tokens = found.tokenizer
-    if tokens.path is not None:
-        tokens = tokens.replace(path=cache / "tokenizers" / tokens.path.name)
-    rows = found.shards.replace(path=cache / "shards" / found.shards.path.name)
-    return found.replace(run_dir=settings.run_dir, tokenizer=tokens, shards=rows)
+    tokenizer = found.tokenizer
+    if tokenizer.path is not None:
+        tokenizer = tokenizer.replace(path=cache / "tokenizers" / tokenizer.path.name)
+    shards = found.shards.replace(path=cache / "shards" / found.shards.path.name)
+    return found.replace(run_dir=settings.run_dir, tokenizer=tokenizer, shards=shards)

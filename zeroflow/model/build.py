@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 MODEL_FILE = "model.json"
 
 
-def build(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
+def build_model(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
     """The network for a tokenizer of `vocab_size` tokens, recorded in `folder/model.json`.
 
     The training process makes the weights, from the seed.

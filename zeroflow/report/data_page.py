@@ -9,7 +9,7 @@ from zeroflow.data.packing import Ids
 from zeroflow.data.part_facts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.statistics import Look
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import data_page, pictures
 from zeroflow.report.pages import quoted
 
@@ -19,29 +19,30 @@ DATA = "data.md"
 LENGTHS = "lengths.png"
 
 
-def write_data(shards: ShardSet, tokens: TokenizerFiles, folder: Path) -> Path:
+def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: Path) -> Path:
     """Write a page about a run's data, with a picture, into the run's `folder`.
 
     Returns:
         the path of data.md
     """
-    seen = statistics.look(shards, tokens)
+    seen = statistics.look(shards, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     pictures.document_lengths(seen.lengths, folder / LENGTHS, row_tokens=shards.row_tokens)
     page = folder / DATA
-    page.write_text(data_page.markdown(shards, seen, tokens, picture=LENGTHS), encoding="utf-8")
+    page.write_text(data_page.markdown(shards, seen, tokenizer, picture=LENGTHS), encoding="utf-8")
     return page
 
 
-def markdown(built: ShardSet, seen: Look, tokens: TokenizerFiles, *, picture: str) -> str:
+def markdown(shards: ShardSet, seen: Look, tokenizer: Tokenizer, *, picture: str) -> str:
     """A page about the data; `picture` is the address of the picture of lengths."""
     source = ", ".join(f"{name} {value}" for name, value in seen.source.items() if value)
     rows = {
         "Source": source,
-        "Tokenizer": f"{seen.tokenizer}, {tokens.vocab_size:,} tokens, encoded by {tokens.encoder}",
-        "Parts": f"{built.parts}, rows of {built.row_tokens:,} tokens, in `{built.path}`",
-        "Left out": f"{built.empty_documents:,} empty, {built.duplicates:,} duplicates, "
-        f"{built.bad_lines:,} bad lines",
+        "Tokenizer": f"{seen.tokenizer}, {tokenizer.vocab_size:,} tokens, "
+        f"encoded by {tokenizer.encoder}",
+        "Parts": f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in `{shards.path}`",
+        "Left out": f"{shards.empty_documents:,} empty, {shards.duplicates:,} duplicates, "
+        f"{shards.bad_lines:,} bad lines",
         "Document length": _quantiles(seen.lengths),
     }
     if seen.tokens_per_second and seen.text_bytes_per_second:
@@ -53,12 +54,12 @@ def markdown(built: ShardSet, seen: Look, tokens: TokenizerFiles, *, picture: st
     counts = "\n".join(
         f"| {name} | {of_train} | {of_validation} |"
         for name, of_train, of_validation in zip(
-            _COUNTS, _counts(built.train), _counts(built.validation), strict=True
+            _COUNTS, _counts(shards.train), _counts(shards.validation), strict=True
         )
     )
     samples = "\n\n".join(map(quoted, seen.samples))
     return (
-        f"# Data: {built.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
+        f"# Data: {shards.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"| | training | validation |\n|---|---|---|\n{counts}\n\n"
         f"![tokens of the documents]({picture})\n\n## Beginnings of rows\n\n{samples}\n"
     )

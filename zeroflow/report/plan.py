@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.batches import largest_divisor
 from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
+from zeroflow.data.tokenizer import (
+    LLAMA_TOKENIZER,
+    SYNTHETIC_TOKENIZER,
+    TRAINED_TOKENIZER,
+    expected_vocab_size,
+)
 from zeroflow.device import Device, find_device, free_bytes, known_gpu
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
@@ -195,10 +200,10 @@ def _vocabulary(run: RunConfig) -> tuple[int, bool]:
     """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
     config = run.tokenizer
     if config.tokenizer_name == "auto":
-        offline = {"synthetic": tokenizers.SYNTHETIC, "sample": tokenizers.TRAIN}
-        name = offline.get(run.data.data_mode, tokenizers.LLAMA)
+        offline = {"synthetic": SYNTHETIC_TOKENIZER, "sample": TRAINED_TOKENIZER}
+        name = offline.get(run.data.data_mode, LLAMA_TOKENIZER)
         config = config.replace(tokenizer_name=name)
-    return tokenizers.expected_vocabulary(config, run.cache_dir)
+    return expected_vocab_size(config, run.cache_dir)
 
 
 def _is_reckoned(work: Workload, device: Device) -> bool:
@@ -260,7 +265,7 @@ class Compared(NamedTuple):
 def hold(
     run: RunConfig,
     job: TrainingJob,
-    rows: ShardSet,
+    shards: ShardSet,
     device: Device,
     trained: TrainResult,
     training_seconds: float,
@@ -277,14 +282,14 @@ def hold(
         tokens_per_second=trained.tokens_per_second,
         seconds=training_seconds,
         memory_bytes=trained.peak_memory_bytes,
-        shard_bytes=row_bytes(rows),
+        shard_bytes=row_bytes(shards),
         checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
     )
     now = recovery.applied(job, recovery.read(run.run_dir)).training
     past = Past(
         run=run.run_dir.name,
         steps=trained.steps,
-        workload=workload(job.model, rows.row_tokens - 1, now, device),
+        workload=workload(job.model, shards.row_tokens - 1, now, device),
         predicted=plan.predicted,
         measured=measured,
     )

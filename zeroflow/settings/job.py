@@ -1,7 +1,7 @@
 """The training job of a settled run."""
 
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.settings.run_config import RunConfig, leaves
 from zeroflow.settings.settle import Settled
@@ -32,8 +32,8 @@ def _group_tags(run: RunConfig) -> dict[str, str]:
 def training_job(
     settled: Settled,
     model: ModelConfig,
-    rows: ShardSet,
-    tokens: TokenizerFiles,
+    shards: ShardSet,
+    tokenizer: Tokenizer,
     *,
     tags: dict[str, str],
 ) -> TrainingJob:
@@ -51,7 +51,7 @@ def training_job(
         tags={
             "size": run.model.name,
             "source": run.data.name,
-            "tokenizer": tokens.name,
+            "tokenizer": tokenizer.name,
             "device": settled.device.name,
             "gpus": str(run.training.gpus),
             "zero_stage": str(run.training.zero_stage),
@@ -65,7 +65,7 @@ def training_job(
         params={name: str(value) for name, value in leaves(run)},
         dataset={
             "name": run.data.name,
-            "digest": rows.path.name.rsplit("-", 1)[-1],
+            "digest": shards.path.name.rsplit("-", 1)[-1],
             "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
         },
     )
@@ -78,9 +78,9 @@ def training_job(
         retention=run.retention,
         hang_seconds=run.training.hang_seconds,
         roll_back_spikes=run.training.on_spike == "roll-back",
-        shards=rows,
+        shards=shards,
         validation_rows=run.validation_rows,
-        tokenizer=tokens,
+        tokenizer=tokenizer,
         prompt=run.training.sample_prompt or "",
         sampling=run.sampling,
         tracking=tracked,

@@ -1,8 +1,7 @@
 """Settings that contradict each other or the device, refused before anything is done."""
 
-from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.device import FP8_CAPABILITY, Device, Precision
 from zeroflow.model.fp8 import MULTIPLE
 from zeroflow.model.llama import Shape
@@ -64,13 +63,13 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
                 f"--{name.replace('_', '-')} does nothing with --data-mode {data.data_mode}, only "
                 f"with {', '.join(modes)}: drop one of them"
             )
-    trained = tokenizer.tokenizer_name in ("auto", tokenizers.TRAIN, tokenizers.SYNTHETIC)
+    trained = tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER)
     if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:
         raise ValueError(
             f"--vocab-size does nothing with --tokenizer-name {tokenizer.tokenizer_name}, which "
             "has its own: drop it, or use --tokenizer-name train"
         )
-    if tokenizer.end_of_text and tokenizer.tokenizer_name == tokenizers.TRAIN:
+    if tokenizer.end_of_text and tokenizer.tokenizer_name == TRAINED_TOKENIZER:
         raise ValueError(
             "--end-of-text does nothing with --tokenizer-name train, which has its own: drop it"
         )

@@ -20,11 +20,10 @@ from pydantic import (
 
 from zeroflow.checks.overfit import OverfitConfig
 from zeroflow.config import Config
-from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Precision
 from zeroflow.model.llama import Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName
@@ -252,7 +251,7 @@ class RunConfig(Config):
     def _no_contradiction(self) -> Self:
         if self.data.data_mode == "synthetic" and self.tokenizer.tokenizer_name not in (
             "auto",
-            tokenizers.SYNTHETIC,
+            SYNTHETIC_TOKENIZER,
         ):
             raise ValueError(
                 "synthetic data is token ids and takes no tokenizer: drop --tokenizer-name, and "

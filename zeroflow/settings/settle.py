@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from zeroflow import artifacts, reuse
-from zeroflow.data import corpus as corpora
-from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.corpus import resolve_corpus
+from zeroflow.data.tokenizer import resolve_tokenizer
 from zeroflow.device import Device, find_device, require_gpus
 from zeroflow.reuse import Fields
 from zeroflow.settings import defaults
@@ -104,8 +104,8 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     device = find_device(merged.device)
     require_gpus(merged.training.gpus or 1, device, wanted=merged.device)
     refuse_what_the_device_cannot(merged, device)
-    data, data_reason = corpora.resolve(merged.data)
-    tokenizer, tokenizer_reason = tokenizers.resolve(merged.tokenizer, data, merged.cache_dir)
+    data, data_reason = resolve_corpus(merged.data)
+    tokenizer, tokenizer_reason = resolve_tokenizer(merged.tokenizer, data, merged.cache_dir)
     run = merged.replace(
         device=device.kind,
         data=data,

@@ -15,7 +15,7 @@ from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip
 from zeroflow.data.shards import ShardSet
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import StageResult
 from zeroflow.tracking.config import TrackingConfig
@@ -69,7 +69,7 @@ class TrainingJob(RankJob):
     validation_rows: PositiveInt
     """Rows in a validation, the first of those that are held out."""
 
-    tokenizer: TokenizerFiles
+    tokenizer: Tokenizer
     prompt: str
     sampling: SamplingConfig
     tracking: TrackingConfig

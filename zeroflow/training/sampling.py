@@ -7,8 +7,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from zeroflow.config import Config
-from zeroflow.data import tokenizer as tokenizers
-from zeroflow.data.tokenizer import TokenizerFiles
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama, linear
 
 
@@ -34,7 +33,7 @@ def _own(token: int) -> int:
 @torch.no_grad()  # in inference_mode, weights that ranks gather could not be trained on after it
 def complete(
     model: Llama,
-    files: TokenizerFiles,
+    tokenizer: Tokenizer,
     prompt: str,
     config: SamplingConfig,
     *,
@@ -47,15 +46,15 @@ def complete(
         context: tokens the model was trained on at once; older ones are forgotten.
         agree: what ranks that compute the same model take for the one that each has chosen.
     """
-    text = tokenizers.load(files)
-    ids = [files.end_of_text, *text.encode(prompt, add_special_tokens=False).ids]
-    added = _sample(model, ids, files, config, context, agree)
-    return text.decode(ids[1:] + added, skip_special_tokens=False)
+    backend = tokenizer.load()
+    ids = [tokenizer.end_of_text, *backend.encode(prompt, add_special_tokens=False).ids]
+    added = _sample(model, ids, tokenizer, config, context, agree)
+    return backend.decode(ids[1:] + added, skip_special_tokens=False)
 
 
 def complete_ids(
     model: Llama,
-    files: TokenizerFiles,
+    tokenizer: Tokenizer,
     config: SamplingConfig,
     *,
     context: int,
@@ -63,13 +62,13 @@ def complete_ids(
 ) -> list[int]:
     """Token ids of a new document, for data that is no text."""
     with torch.no_grad():
-        return _sample(model, [files.end_of_text], files, config, context, agree)
+        return _sample(model, [tokenizer.end_of_text], tokenizer, config, context, agree)
 
 
 def _sample(
     model: Llama,
     ids: list[int],
-    files: TokenizerFiles,
+    tokenizer: Tokenizer,
     config: SamplingConfig,
     context: int,
     agree: Callable[[int], int],
@@ -81,9 +80,9 @@ def _sample(
     with torch.compiler.set_stance("force_eager"):
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
-            logits = model(window, _last_logits)[0, : files.vocab_size].float().cpu()
+            logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
             token = agree(_choose(logits, config, generator))
-            if token == files.end_of_text:
+            if token == tokenizer.end_of_text:
                 break
             added.append(token)
     return added
