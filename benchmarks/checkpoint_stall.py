@@ -1,7 +1,7 @@
-"""How long training stands still while a checkpoint is saved: written aside, and waited for.
+"""Measure for how long a checkpoint halts training: written in the background, or waited for.
 
-The same state is saved both ways by turns, in one process. What the writing aside costs the steps
-that go on meanwhile is counted as well.
+One process saves the same state in turn in both ways. The steps that run beside the writing are
+timed as well.
 """
 
 import argparse
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def measure(work: Workload, folder: Path, saves: int) -> Figures:
-    """Seconds of `saves` saves of either kind into `folder`, after one that allocates the copy."""
+    """Time `saves` saves of either kind into `folder`, after one that allocates the copy."""
     [rows] = work.rows
     config = training_config(work, rows)
     state = new_state(work.model, config)
@@ -59,7 +59,7 @@ def measure(work: Workload, folder: Path, saves: int) -> Figures:
             beside.append(seconds(step))
         writing.append(written[-1] - begun)
         saver.wait()
-        log.info("waited for: %.2f s, aside: %.3f s", waited_for[-1], stalls[-1])
+        log.info("waited for: %.2f s, in the background: %.3f s", waited_for[-1], stalls[-1])
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {
         "gb": size / 1e9,
@@ -88,13 +88,15 @@ def seconds(action: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: a GPU if there is one"
+    )
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rows", type=int, default=2, help="rows of a step (2)")
     parser.add_argument("--saves", type=int, default=3, help="saves of either kind (3)")
-    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--folder", type=Path, help="folder to write to (a temporary one)")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = find_device(arguments.device or "auto")
@@ -117,14 +119,14 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     log.info(
-        "%s on %s, %.2f GB (expected %.2f): training stands still for %.3f s (the first time "
-        "%.2f s) where a save that is waited for takes %.2f s: %.1f %%",
+        "%s on %s, %.2f GB (predicted %.2f): training halts for %.3f s (the first time %.2f s), "
+        "and for %.2f s where the save is waited for: %.1f %%",
         *(arguments.size, device.name, found["gb"], checkpoint_bytes(work.model) / 1e9),
         *(statistics.median(found["stalls"]), found["first_seconds"]),
         *(statistics.median(found["waited_for"]), 100 * found["stall_share"]),
     )
     log.info(
-        "a step takes %.3f s alone, %.3f s beside the writing, which takes %.1f s",
+        "a step takes %.3f s alone and %.3f s beside the writing, which takes %.1f s",
         *(found["step_alone"], found["step_beside"], statistics.median(found["writing"])),
     )
 

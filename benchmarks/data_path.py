@@ -1,8 +1,8 @@
-"""Parquet text to packed rows of tokens on disk: zeroflow and others, side by side.
+"""Compare pipelines from Parquet text to packed rows of tokens on disk.
 
 Every contender gets the same files, tokenizer and cores, and runs in a process of its own, once on
-the text and once on the text repeated. The second less the first is its steady state; what the
-first takes beyond that is start-up. benchmarks/README.md says how each is set up.
+the text and once on the text repeated. The difference is its steady state; what the first run takes
+beyond that is start-up. See benchmarks/README.md for the method.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Only the standard library up here: each process imports what its contender needs, and pays for it
+# Only the standard library is imported here: the time of a contender includes its own imports
 
 log = logging.getLogger(__name__)
 
 SEQ_LEN = 2048
 ROW_TOKENS = SEQ_LEN + 1
-_BUILDERS = 2  # data_workers of a run; to import it is to import torch
+_BUILDERS = 2  # data_workers of a run, not imported from there: that would import torch
 _BATCH_DOCUMENTS = 1000
 _MEMMAP_PIECES = 1024
 _READ_ROWS = 8
@@ -41,10 +41,10 @@ Figures = dict[str, float]
 
 
 class Job(NamedTuple):
-    """What a contender is given."""
+    """Input of a contender."""
 
     text: Path
-    """Folder of Parquet files and nothing else."""
+    """Folder that holds Parquet files only."""
 
     tokenizer: Path
     """Folder with tokenizer.json and tokenizer_config.json."""
@@ -58,14 +58,14 @@ class Job(NamedTuple):
 class Contender(NamedTuple):
     run: Callable[[Job], Figures]
     packages: tuple[str, ...]
-    """The first gives the version that is shown."""
+    """Packages it needs; the version of the first one is shown."""
 
 
 # Text to rows on disk
 
 
 def fetch(job: Job) -> Figures:
-    """What a run does once for each tokenizer: copy it, and compare fast and reference ids."""
+    """Copy the tokenizer and compare its fast ids with Hugging Face's: once for each tokenizer."""
     _fetched(job)
     return {}
 
@@ -81,7 +81,7 @@ def _fetched(job: Job) -> tuple[Any, Any]:
 
 
 def build_ours(job: Job) -> Any:
-    """The shard set that the public settings give, nothing left out."""
+    """Build all of the text: limits are set so high that nothing is left out."""
     from zeroflow.data.build import build_shards
     from zeroflow.data.builders import in_threads
     from zeroflow.data.shards import ShardConfig
@@ -94,12 +94,20 @@ def build_ours(job: Job) -> Any:
 
 
 def ours(job: Job) -> Figures:
+    """Resolve, fetch and build as a run does: fingerprints, validation, checksums, syncs.
+
+    `ours` finds the tokenizer in the cache, as every run but the first does; `ours_first` does not.
+    """
     shards = build_ours(job)
     return {"tokens": shards.train.document_tokens + shards.validation.document_tokens}
 
 
 def datatrove(job: Job) -> Figures:
-    """One task per core; the .ds files are read in windows, so that rows need no second pass."""
+    """`ParquetReader` to `DocumentTokenizer`, with one task per core, as its example says.
+
+    Metadata columns are not read and documents are not shuffled, both in its favour. Its readers
+    cut the .ds files into windows, so rows need no second pass.
+    """
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -123,7 +131,11 @@ def datatrove(job: Job) -> Figures:
 
 
 def datasets_map(job: Job) -> Figures:
-    """The recipe of run_clm: tokenize, then group_texts, both with `map`."""
+    """The recipe of transformers' run_clm.py: `tokenize`, then `group_texts`, both with `map`.
+
+    As there, it stores attention_mask and labels too, drops the rest of every 1,000 documents, and
+    leaves special tokens to the tokenizer.
+    """
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
@@ -147,7 +159,11 @@ def datasets_map(job: Job) -> Figures:
 
 
 def nanogpt(job: Job) -> Figures:
-    """prepare.py of nanoGPT: `map` to ids, then all of them into one memory-mapped file."""
+    """prepare.py of nanoGPT: `map` to ids, then 1,024 pieces into one memory-mapped file.
+
+    Changed: batches of 1,000 through `tokenizers`, where it has tiktoken's GPT-2 document by
+    document, and uint32, as the vocabulary needs.
+    """
     import numpy as np
     from datasets import load_dataset
 
@@ -175,7 +191,7 @@ def nanogpt(job: Job) -> Figures:
 
 
 def script(job: Job) -> Figures:
-    """The shortest script: ids of every document in memory, then into a memory-mapped file."""
+    """The shortest script: all ids in memory, then one memory-mapped file. No checks, no index."""
     import numpy as np
 
     tokenizer, end = _hugging_face(job.tokenizer)
@@ -215,7 +231,7 @@ def fastokens(job: Job) -> Figures:
 
 
 def _encode_twice(job: Job, encode: Callable[[list[str]], int]) -> Figures:
-    """Again, because libraries remember words they have met."""
+    """Encode twice, as libraries remember words that they have met."""
     batches = list(_texts(job.text))
     started = time.perf_counter()
     tokens = sum(map(encode, batches))
@@ -229,7 +245,7 @@ def _encode_twice(job: Job, encode: Callable[[list[str]], int]) -> Figures:
 
 
 def reads(job: Job) -> Figures:
-    """Random rows of our shards, and the batches that training gets."""
+    """Read random rows of our shards, and the batches of a training, from the page cache."""
     import numpy as np
 
     from zeroflow.data.batches import Batches
@@ -274,7 +290,7 @@ LIBRARIES = {
 READS = {"reads": Contender(reads, ("zeroflow", "torch"))}
 CONTENDERS = PATHS | LIBRARIES | READS
 PREPARED = {"ours": "fetch", "reads": "fetch"}
-"""What is done before the clock starts: a tokenizer is fetched once, not with every build."""
+"""Steps before the clock starts: a tokenizer is fetched once, not with every build."""
 
 STEPS = {"fetch": Contender(fetch, ("zeroflow",))}
 
@@ -296,7 +312,7 @@ def _end_of_text(folder: Path) -> str:
 
 
 def _hugging_face(folder: Path) -> tuple[Any, int]:
-    """The tokenizer, reading special tokens in a document as text, and the id of end-of-text."""
+    """The tokenizer, with special tokens in a document read as text, and the end-of-text id."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -312,10 +328,10 @@ class ContenderFailed(Exception):
 
 
 def measure(name: str, job: Job) -> Figures:
-    """Figures of one run in a process of its own, beside those that the contender gives.
+    """Run a contender in a process of its own, and add what it took to its own figures.
 
-    Peak memory and CPU time are of the process and its children together; memory they share is
-    counted once. `busy_elsewhere` is the cores that other programs kept busy meanwhile.
+    Peak memory and CPU time are of the process and its children together; memory that they share is
+    counted once. `busy_elsewhere` is the number of cores that other programs kept busy meanwhile.
     """
     environment = os.environ | {
         "HF_HOME": str(job.out / "hub"),  # nothing cached by an earlier run
@@ -346,7 +362,7 @@ def measure(name: str, job: Job) -> Figures:
 
 
 def _busy_seconds() -> float:
-    """CPU time of every program on the machine, and what the hypervisor kept."""
+    """CPU time of all programs on the machine, and what the hypervisor kept."""
     import psutil
 
     times = psutil.cpu_times()
@@ -354,7 +370,7 @@ def _busy_seconds() -> float:
 
 
 def _waited_seconds() -> float:
-    """CPU time of children, and of theirs if they waited for them."""
+    """CPU time of ended children, and of theirs if they waited for them."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -394,7 +410,7 @@ class _Sampler:
                 try:
                     times = member.cpu_times()
                     self._cpu[member.pid] = times.user + times.system
-                    # what a lone process holds it reports itself, exactly
+                    # a process without children reports its own high-water mark, which is exact
                     used += member.memory_full_info().pss if len(family) > 1 else 0
                 except psutil.Error:
                     continue  # it has just ended
@@ -402,7 +418,7 @@ class _Sampler:
 
 
 def run(name: str, text: str, tokenizer: str, out: str, threads: str) -> None:
-    """In the contender's process."""
+    """Entry point of the contender's process."""
     job = Job(Path(text), Path(tokenizer), Path(out), int(threads))
     figures = (CONTENDERS | STEPS)[name].run(job)
     status = Path("/proc/self/status").read_text()
@@ -415,7 +431,7 @@ def text_bytes(folder: Path) -> int:
 
 
 def lay_out(files: list[Path], folder: Path, repeat: int) -> Path:
-    """Copies under other names: links to one file would be one file to some contenders."""
+    """Copy the files `repeat` times: some contenders would take links to one file for one file."""
     folder.mkdir()
     for number in range(repeat):
         for index, file in enumerate(files):
@@ -427,7 +443,7 @@ def lay_out(files: list[Path], folder: Path, repeat: int) -> Path:
 
 
 def steady_state(once: Figures, more: Figures, text_mb: float, repeat: int) -> Figures:
-    """What one more text takes."""
+    """Time of one more repetition of the text."""
     one = {key: (more[key] - once[key]) / (repeat - 1) for key in ("seconds", "cpu_seconds")}
     tokens = (more["tokens"] - once["tokens"]) / (repeat - 1)
     return one | {
@@ -507,7 +523,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Figures of every contender asked for; of one that cannot run, why not."""
+    """Measure every contender asked for; one that cannot run has its reason under `absent`."""
     pattern = Path(arguments.text)
     pattern = pattern / "**" / "*.parquet" if pattern.is_dir() else pattern
     files = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
@@ -535,7 +551,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, facts in found.items():
         for part in texts:
             if runs := facts.get(f"{part}_rounds"):
-                # not the fastest: what one lucky run saves would be missing from a difference
+                # The median, as the steady state is a difference: one lucky run would distort it
                 in_order = sorted(runs, key=lambda figures: figures["seconds"])
                 facts[part] = in_order[(len(runs) - 1) // 2]
         if name in PATHS and "absent" not in facts:
@@ -558,7 +574,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _presence(contender: Contender) -> dict[str, Any]:
-    """Its version, and under `absent` what it lacks, if so."""
+    """The contender's version, and under `absent` what it lacks."""
     package = contender.packages[0]
     if lacking := [name for name in contender.packages if find_spec(name) is None]:
         return {"version": package, "absent": f"not installed: {', '.join(lacking)}"}
@@ -579,14 +595,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="folder or glob of Parquet files")
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder of a tokenizer")
-    parser.add_argument("--repeat", type=int, default=4, help="size of the larger text (4)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs, of which the median counts")
-    parser.add_argument("--threads", type=int, default=2, help="cores that all may use (2)")
+    parser.add_argument("--repeat", type=int, default=4, help="repetitions of the text (4)")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each; the median counts (1)")
+    parser.add_argument("--threads", type=int, default=2, help="cores for each contender (2)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     if arguments.repeat < 2:
-        parser.error("--repeat below 2 leaves no difference to take")
+        parser.error("--repeat has to be 2 or more: the steady state is a difference")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:

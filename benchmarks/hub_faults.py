@@ -1,9 +1,9 @@
-"""What reading from the hub does when something goes wrong: a table of fault, outcome, seconds.
+"""Show how a read from the Hugging Face Hub ends when something fails: fault, outcome, seconds.
 
     python benchmarks/hub_faults.py [--patience reading]
 
-Against a hub on loopback, with the faults of `tests/faults.py`. `reading` is the patience that runs
-have, with which the table takes more than twenty minutes.
+The hub is a stand-in on loopback with the faults of `tests/helpers/faults.py`. `reading` is the
+patience of a run, with which the table takes more than twenty minutes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     for trouble in TROUBLES:
         patience = trouble.patience if hurried else READING
         data, error, seconds, requests = meet(trouble, patience)
-        again = "passing" if error and error.transient else "final"
+        again = "transient" if error and error.transient else "final"
         outcome = f"{again}: {error.cause}" if error else "read"
         assert error or data == CONTENT[READ], trouble
         most = longest(patience, READ.stop - READ.start)

@@ -1,8 +1,8 @@
-"""Loss of the same training computed in several ways, on top of each other.
+"""Compare the loss curves of one training that is computed in several ways.
 
 plain is what the formulas say: fp32, eager, attention and cross-entropy written out. fast is what a
-run does on the device by default, fp8 the same with --fp8. All begin with the same weights and read
-the same rows of the sample, the source files of Python's standard library, in the same order.
+run does on the device by default, and fp8 the same with --fp8. All start from the same weights and
+read the same rows of the sample, the source files of Python's standard library, in the same order.
 """
 
 import argparse
@@ -43,20 +43,20 @@ from zeroflow.training.state import new_state
 log = logging.getLogger(__name__)
 
 _SHOWN = 6
-"""Steps in the table."""
+"""Steps shown in the table."""
 
 _WINDOWS = 20
-"""A curve is smoothed over a window of this part of it."""
+"""A curve is smoothed over its length divided by this."""
 
 Figures = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """What is trained."""
+    """Model, settings and rows of a training."""
 
     model: ModelConfig
     training: TrainingConfig
-    """As a run has it on the device by default."""
+    """A run's default settings on the device."""
 
     shards: ShardSet
 
@@ -125,16 +125,16 @@ WAYS: dict[str, Callable[[Work], Iterator[Tensor]]] = {"plain": plain, "fast": f
 
 
 def measure(way: str, work: Work) -> Figures:
-    """Loss of every step, and the seconds of all, compilation included."""
+    """Loss of every step, and the seconds of all steps, compilation included."""
     gc.collect()
     torch.compiler.reset()
     started = time.perf_counter()
-    losses = torch.stack(list(WAYS[way](work))).tolist()  # the device is waited for once, here
+    losses = torch.stack(list(WAYS[way](work))).tolist()  # the only wait for the device
     return {"losses": losses, "seconds": time.perf_counter() - started}
 
 
 def obstacle(way: str, work: Work, device: Device) -> str | None:
-    """Why the device cannot compute so, if it cannot."""
+    """Reason why the device cannot compute this way; None if it can."""
     if way == "fp8":
         try:
             seq_len = work.rows.row_tokens - 1
@@ -161,7 +161,7 @@ def prepare(
     learning_rate: float,
     seed: int,
 ) -> Work:
-    """A training on `text`, whose tokenizer and shards are kept in `cache`."""
+    """Prepare a training on `corpus`; tokenizer and shards are kept in `cache`."""
     corpus = resolve_corpus(corpus).corpus
     asked = TokenizerConfig(vocab_size=vocab_size)
     tokenizer = fetch_tokenizer(resolve_tokenizer(asked, corpus, cache).tokenizer, corpus, cache)
@@ -185,10 +185,12 @@ def prepare(
 
 
 def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
-    """Train in every way that the device can; of another, why not."""
+    """Train in every way that the device can; the others have their reason under `absent`."""
     absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
     if ways[0] in absent:
-        raise ValueError(f"the others are held to {ways[0]}, which cannot be: {absent[ways[0]]}")
+        raise ValueError(
+            f"{ways[0]}, which the others are compared with, cannot run: {absent[ways[0]]}"
+        )
     runs = {}
     for way in ways:
         if way not in absent:
@@ -206,13 +208,13 @@ def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -
 
 
 def smoothed(losses: list[float]) -> npt.NDArray[np.float64]:
-    """Mean over the steps of a window that ends at each step from the first full one on."""
+    """Mean over the window that ends at each step, from the first full window on."""
     window = max(1, len(losses) // _WINDOWS)
     return np.convolve(losses, np.full(window, 1 / window), "valid")
 
 
 def differences(runs: dict[str, Figures]) -> dict[str, Figures]:
-    """Of every way's smoothed curve from that of the first, in nats."""
+    """Differences of every way's smoothed curve from that of the first, in nats."""
     first = smoothed(next(iter(runs.values()))["losses"])
     found = {}
     for way, facts in runs.items():
@@ -227,7 +229,7 @@ def differences(runs: dict[str, Figures]) -> dict[str, Figures]:
 
 
 def report(results: Figures) -> str:
-    """The table, in Markdown."""
+    """The table in Markdown."""
     device, runs, settings = results["device"], results["runs"], results["settings"]
     first, *_ = runs
     ends = len(next(iter(runs.values()))["losses"])
@@ -257,7 +259,7 @@ def report(results: Figures) -> str:
 
 
 def draw(results: Figures, file: Path) -> None:
-    """The curves, and below how far each is from the first."""
+    """Draw the curves, and below them their differences from the first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained", facecolor="white")
@@ -272,7 +274,7 @@ def draw(results: Figures, file: Path) -> None:
     above.set(title=f"{results['settings']['size']} on {results['device']['name']}")
     above.set(ylabel="loss (nats per token)")
     above.legend()
-    below.set(xlabel="step", ylabel=f"less {next(iter(runs))}")
+    below.set(xlabel="step", ylabel=f"difference from {next(iter(runs))}")
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.savefig(file)
@@ -281,16 +283,20 @@ def draw(results: Figures, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="others are held to the first"
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="compared with the first"
     )
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--steps", type=int, default=1000, help="of the optimiser (1000)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the optimiser (1000)")
     parser.add_argument("--tokens-per-step", type=int, default=4096, help="(4096)")
     parser.add_argument("--context", type=int, default=512, help="(512)")
-    parser.add_argument("--rows", type=int, help="rows of a micro-batch; by default all of a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (1e-3)")
-    parser.add_argument("--vocab-size", type=int, default=32_768, help="of the tokenizer (32768)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch (all of a step)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="peak learning rate (1e-3)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_768, help="vocabulary of the tokenizer (32768)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cache-dir", type=Path, default=Path("data_cache"))
     parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/loss_curves"))
@@ -299,7 +305,7 @@ def main() -> None:
     rows = arguments.rows or step_rows
     if rest or step_rows % rows:
         parser.error(
-            f"--tokens-per-step {arguments.tokens_per_step} is no multiple of --context "
+            f"--tokens-per-step {arguments.tokens_per_step} is not a multiple of --context "
             f"{arguments.context} x --rows {rows}"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,6 +1,6 @@
-"""Where the time of one of our training steps goes: by family of kernels, and the longest ones.
+"""Show where the time of a training step goes: by family of kernels, and the longest kernels.
 
-On a GPU the times are of its kernels; on a CPU of PyTorch's operations, less what they call.
+On a GPU, times are of its kernels; on a CPU, of PyTorch's operations less those that they call.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from train_speed import (
 from zeroflow.device import Device
 from zeroflow.model.sizes import SIZES
 
-# The first that matches a name counts. Inductor names a fused kernel by all that is in it, also by
-# the cast to fp8 or the attention that it only prepares: its kernels come before those.
+# The first match counts. Inductor names a fused kernel after everything in it, even the cast to fp8
+# or the attention that it only prepares, so its kernels are matched before those.
 FAMILIES = (
     ("cross-entropy", r"cross_entropy|log_?softmax|nll_?loss|logsumexp|aten::(amax|exp_|log)$"),
     ("optimiser", r"adam|multi_tensor|lpnorm|foreach|optimizer"),
@@ -50,7 +50,7 @@ FAMILIES = (
 class Kernel(NamedTuple):
     name: str
     start: float
-    """Microseconds; of an operation on a CPU, which has none of its own here, 0."""
+    """Microseconds; 0 for an operation on a CPU, whose start is not recorded."""
 
     duration: float
     count: int = 1
@@ -62,7 +62,7 @@ def family(name: str) -> str:
 
 
 def profile_steps(step: Step, work: Workload, steps: int) -> tuple[list[Kernel], float]:
-    """What ran in `steps` steps, and the microseconds they took from first to last."""
+    """Profile `steps` steps: what ran, and the microseconds from first to last."""
     device, batches = work.compute.device, work.batches(work.rows[0])
     for number in range(3):
         step(batches[number])
@@ -88,7 +88,7 @@ def profile_steps(step: Step, work: Workload, steps: int) -> tuple[list[Kernel],
 
 
 def _gpu_kernels(trace: profile) -> Iterator[Kernel]:
-    """From the exported trace, which tells kernels from annotations on the GPU's time line."""
+    """Kernels of the exported trace, which tells them from annotations on the GPU's time line."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file = Path(folder, "trace.json")
         trace.export_chrome_trace(str(file))
@@ -108,7 +108,7 @@ def busy(kernels: list[Kernel]) -> float:
 
 
 def summarise(kernels: list[Kernel], span: float, steps: int, top: int) -> Figures:
-    """Milliseconds a step, longest first."""
+    """Milliseconds per step by family and by kernel, longest first."""
     families: dict[str, float] = {}
     names: dict[str, list[float]] = {}
     for kernel in kernels:
@@ -128,13 +128,14 @@ def summarise(kernels: list[Kernel], span: float, steps: int, top: int) -> Figur
 
 
 def report(figures: dict[str, Any], device: Device, work: Workload) -> str:
-    """The tables, in Markdown."""
+    """The tables in Markdown."""
     total = sum(figures["families"].values())
     compute = work.compute
     lines = [
         f"{device.name}, torch {torch.__version__}, {work.size}, {compute.arithmetic}, "
         f"{'compiled' if compute.compile else 'not compiled'}: {work.batch_rows} rows of "
-        f"{work.seq_len:,} a step, {work.rows[0]} at once; vocabulary {work.vocab_size:,}",
+        f"{work.seq_len:,} per step in micro-batches of {work.rows[0]}; "
+        f"vocabulary {work.vocab_size:,}",
         "",
         f"a step: busy {figures['busy_ms']:.2f} ms of {figures['span_ms']:.2f} ms; "
         f"peak {figures['peak_gb']:.1f} GB",
@@ -157,22 +158,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     add_shape(parser)
-    parser.add_argument("--batch-rows", type=int, help="rows of a step; those of a micro-batch")
-    parser.add_argument("--rows", type=int, help="rows of a micro-batch; 12, on a CPU 4")
-    parser.add_argument(
-        "--ours", default="ours", help="ours:compile=false profiles with another ComputeConfig"
-    )
-    parser.add_argument("--fp8", action="store_true", help="with products in fp8")
-    parser.add_argument("--steps", type=int, default=3, help="steps profiled (3)")
-    parser.add_argument("--top", type=int, default=20, help="kernels listed by name (20)")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--batch-rows", type=int, help="rows of a step (one micro-batch)")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch (12; 4 on a CPU)")
+    parser.add_argument("--ours", default="ours", help="settings, such as ours:compile=false")
+    parser.add_argument("--fp8", action="store_true", help="multiply in fp8")
+    parser.add_argument("--steps", type=int, default=3, help="steps to profile (3)")
+    parser.add_argument("--top", type=int, default=20, help="kernels to list by name (20)")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     device = settle_shape(arguments)
     rows = arguments.rows or (12 if device.kind == "cuda" else 4)
     arguments.rows, arguments.batch_rows = [rows], arguments.batch_rows or rows
-    arguments.windows = arguments.seconds = 1  # of no use here
+    arguments.windows = arguments.seconds = 1  # not used here
     if arguments.steps < 1:
-        parser.error(f"--steps {arguments.steps} are none")
+        parser.error(f"--steps {arguments.steps}: at least 1 is needed")
     try:
         name, settings = parse_contender(arguments.ours)
         if name != "ours":

@@ -1,7 +1,7 @@
-"""Tokens per second of a training step: zeroflow and others, side by side on one device.
+"""Compare trainers by the tokens per second of a training step on one device.
 
 Every contender trains the same shape on the same random tokens, with the same rows in a step of the
-optimiser, in a process of its own. benchmarks/README.md says how each is set up.
+optimiser, in a process of its own. See benchmarks/README.md for the method.
 """
 
 import argparse
@@ -48,25 +48,25 @@ log = logging.getLogger(__name__)
 
 _BATCHES = 4
 _GAIN = 1.02
-"""Speed-up for which the search goes on to twice the rows: below is noise."""
+"""Least speed-up with which the search doubles the rows once more; less is noise."""
 
 _LEARNING_RATE = 1e-4
 _NO_END = -1
 _DOCUMENT_TOKENS = 1000
-"""On average; FineWeb-Edu's sample-10BT has some 10 million documents."""
+"""Mean length of a document; FineWeb-Edu's sample-10BT has some 10 million documents."""
 
 _OURS_IN_FP8 = "ours:fp8=true"
 _MATMUL = {"cuda": 8192, "cpu": 2048}
 _MATMUL_SECONDS = 1.5
 
 Step = Callable[[list[MicroBatch]], Tensor]
-"""One step of the optimiser over micro-batches; gives the mean loss, on the device."""
+"""One step of the optimiser over micro-batches; returns the mean loss, on the device."""
 
 Figures = dict[str, Any]
 
 
 class Workload(Config):
-    """What a contender is given."""
+    """Input of a contender."""
 
     size: str
     vocab_size: PositiveInt
@@ -108,7 +108,7 @@ class Workload(Config):
 
 
 def training_config(work: Workload, rows: int) -> TrainingConfig:
-    """That of ours, for micro-batches of `rows`."""
+    """Our training settings for micro-batches of `rows`."""
     return TrainingConfig(
         seed=0,
         micro_batch_rows=rows,
@@ -121,23 +121,27 @@ def training_config(work: Workload, rows: int) -> TrainingConfig:
 
 
 def ours(work: Workload, rows: int) -> Step:
+    """`new_state` and `train_step`, as a run calls them."""
     config = training_config(work, rows)
     state = new_state(work.model, config)
     return lambda micro_batches: train_step(state, micro_batches, config).loss
 
 
 def hf_eager(work: Workload, rows: int) -> Step:
+    """`LlamaForCausalLM` with `sdpa` and its own loss."""
     model = _hugging_face(work)
     return _common_step(work, model, lambda x, y: model(x, labels=y, shift_labels=y).loss)
 
 
 def hf_compiled(work: Workload, rows: int) -> Step:
+    """`hf_eager`, compiled as a whole."""
     model = _hugging_face(work)
-    compiled = torch.compile(model)  # its loss is inside
+    compiled = torch.compile(model)  # the loss is inside
     return _common_step(work, model, lambda x, y: compiled(x, labels=y, shift_labels=y).loss)
 
 
 def liger(work: Workload, rows: int) -> Step:
+    """`hf_eager` with Liger's defaults: fused head and loss, RMSNorm, rotation, SwiGLU."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama()
@@ -145,6 +149,7 @@ def liger(work: Workload, rows: int) -> Step:
 
 
 def liger_compiled(work: Workload, rows: int) -> Step:
+    """`liger`, compiled as a whole."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama()
@@ -168,7 +173,11 @@ def _hugging_face(work: Workload) -> nn.Module:
 
 
 def torchtitan(work: Workload, rows: int) -> Step:
-    """As its trainer runs one GPU: autocast, blocks and loss compiled apart, the rest eager."""
+    """0.2's Llama 3 as its trainer runs one GPU: blocks and loss compiled apart, the rest eager.
+
+    Its head is tied here. From 0.3 on it only has attention masked by document, which is other
+    work.
+    """
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.llama3.model.args import TransformerModelArgs
     from torchtitan.models.llama3.model.model import Transformer
@@ -196,7 +205,7 @@ def torchtitan(work: Workload, rows: int) -> Step:
 
 
 def litgpt(work: Workload, rows: int) -> Step:
-    """As its pretrain.py: bf16-mixed, compiled whole, cross-entropy in chunks of 128 outside."""
+    """As in its pretrain.py: compiled as a whole, cross-entropy in chunks of 128 outside."""
     from litgpt.config import Config as GptConfig
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
@@ -229,7 +238,7 @@ def litgpt(work: Workload, rows: int) -> Step:
 def _common_step(
     work: Workload, model: nn.Module, mean_loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
-    """What everybody writes around a model: autocast, clipping, fused AdamW."""
+    """The step of all peers: autocast, clipping, fused AdamW that decays all parameters."""
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     if count != work.model.parameters:
@@ -266,10 +275,10 @@ def _common_step(
 class Contender(NamedTuple):
     build: Callable[[Workload, int], Step]
     packages: tuple[str, ...]
-    """To be importable; the first gives the version."""
+    """Packages it needs; the version of the first one is shown."""
 
     install: str = ""
-    """What to give to pip."""
+    """pip requirement."""
 
     needs_gpu: bool = False
 
@@ -291,12 +300,12 @@ CONTENDERS = {
 
 
 def measure(contender: str, work: Workload) -> Iterator[Figures]:
-    """Figures for every micro-batch tried, until memory is out or more rows are no faster."""
+    """Yield figures for every micro-batch tried, until memory is out or the gain is noise."""
     fastest = 0.0
     for rows in work.rows:
         if fastest:
             gc.collect()
-            torch.compiler.reset()  # or the next shape would be compiled as a dynamic one
+            torch.compiler.reset()  # else the next shape is compiled as a dynamic one
             if work.compute.device == "cuda":
                 torch.cuda.empty_cache()
         try:
@@ -320,7 +329,7 @@ def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: 
     started = time.perf_counter()
     first_loss = float(step(batches[0]))
     first_step = time.perf_counter() - started
-    step(batches[1])  # what is allocated or recorded in the second step only
+    step(batches[1])  # some things are allocated or recorded in the second step only
     wait(device)
 
     def seconds_a_step(steps: int) -> float:
@@ -371,7 +380,7 @@ def wait(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory held: by tensors on a GPU, by the process on a CPU."""
+    """Peak memory: of tensors on a GPU, of the process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -379,7 +388,7 @@ def peak_bytes(device: str) -> int:
 
 
 def matmul(work: Workload) -> Figures:
-    """TFLOP/s of one large matrix product: ten at once, and on and on until the chip is hot."""
+    """TFLOP/s of one large matrix product: of ten, and sustained, when the chip is hot."""
     device, n = work.compute.device, _MATMUL[work.compute.device]
     dtype = torch.bfloat16 if work.compute.precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -399,7 +408,10 @@ def matmul(work: Workload) -> Figures:
 
 
 def run(contender: str, workload: str, file: str) -> None:
-    """Write the figures to `file` after every trial, so that those before a failure remain."""
+    """Entry point of the contender's process; `file` is written after every trial.
+
+    So the trials before a failure remain.
+    """
     work = Workload.model_validate_json(workload)
     torch.manual_seed(0)
     trials = []
@@ -412,7 +424,7 @@ def run(contender: str, workload: str, file: str) -> None:
 
 
 def compare(arguments: argparse.Namespace, device: Device) -> Figures:
-    """Figures of every contender asked for; of one that cannot run, why not."""
+    """Measure every contender asked for; one that cannot run has its reason under `absent`."""
     anchor = workload(arguments, arguments.sizes[0], {})
     anchors = [try_in_process("matmul", anchor, arguments.limit)]
     runs: list[Figures] = [
@@ -440,7 +452,7 @@ def compare(arguments: argparse.Namespace, device: Device) -> Figures:
 
 
 def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device) -> None:
-    """A round of a contender: first the search, then more windows at the best rows."""
+    """Measure a contender once more: first the search, then more windows at the best rows."""
     name, settings = parse_contender(facts["contender"])
     work = workload(arguments, facts["size"], settings)
     best = facts.get("best")
@@ -473,11 +485,14 @@ def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device
 
 
 def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
-    """`ours:compile=false,document_mask=true` is ours with these settings of its compute, or of
-    the workload."""
+    """Name and settings: `ours:compile=false,document_mask=true`.
+
+    Raises:
+        ValueError: there is no such contender, or it takes no settings.
+    """
     name, _, settings = asked.partition(":")
     if name not in CONTENDERS:
-        raise ValueError(f"{name} is no contender: choose from {', '.join(CONTENDERS)}")
+        raise ValueError(f"{name} is not a contender: choose from {', '.join(CONTENDERS)}")
     if settings and name != "ours":
         raise ValueError(f"{asked}: only ours takes settings")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
@@ -507,7 +522,7 @@ def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str])
 
 
 def check(work: Workload, device: Device) -> None:
-    """See that it can be computed, and by the device.
+    """Require a workload that the device can compute.
 
     Raises:
         ValueError: it cannot.
@@ -521,7 +536,7 @@ def check(work: Workload, device: Device) -> None:
 
 
 def doublings(number: int) -> list[int]:
-    """`number` and its halves, upwards: 3, 6, 12, 24, 48."""
+    """`number` and its halves in ascending order: 3, 6, 12, 24, 48."""
     halves = [number]
     while halves[0] % 2 == 0:
         halves.insert(0, halves[0] // 2)
@@ -529,7 +544,7 @@ def doublings(number: int) -> list[int]:
 
 
 def _presence(name: str, device: Device) -> Figures:
-    """Its version, and under `absent` why it cannot run, if so."""
+    """The contender's version, and under `absent` the reason why it cannot run."""
     contender = CONTENDERS[name]
     if contender.needs_gpu and device.kind != "cuda":
         return {"version": "", "absent": "needs a GPU"}
@@ -545,12 +560,12 @@ def _presence(name: str, device: Device) -> Figures:
 
 
 def try_in_process(name: str, work: Workload, limit: float) -> Figures:
-    """Trials of one contender in a process of its own, and under `failed` why it ended, if so."""
+    """Run a contender in a process of its own: its trials, and under `failed` why it ended."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file, output = Path(folder, "trials.json"), Path(folder, "output.txt")
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # nobody finds its graphs compiled
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # an empty compile cache for each
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }
         command = [sys.executable, __file__, "--run", name, work.model_dump_json(), str(file)]
@@ -571,7 +586,7 @@ def try_in_process(name: str, work: Workload, limit: float) -> Figures:
 
 
 def _end_family(process: subprocess.Popen[bytes]) -> None:
-    """Compile workers go with their parent."""
+    """End the process and its compile workers."""
     with suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -594,7 +609,7 @@ def _outcome(facts: Figures) -> str:
 
 
 def report(results: Figures) -> str:
-    """The table, in Markdown."""
+    """The table in Markdown."""
     device, settings = results["device"], results["settings"]
     machine = results["machine"]
     head = ["size", "", "version", "rows", "tokens/s", "fastest", "ours / it", "MFU %"]
@@ -636,7 +651,7 @@ def report(results: Figures) -> str:
     return (
         f"{device['name']}, torch {machine['torch']}, {settings['precision']}; context "
         f"{settings['seq_len']:,}, vocabulary {settings['vocab_size']:,}, "
-        f"{settings['batch_rows']} rows a step; median of "
+        f"{settings['batch_rows']} rows per step; median of "
         f"{settings['rounds'] * settings['windows']} windows\n\n"
         f"{table}\n"
         f"Matrix product of {anchor_n}, TFLOP/s in a burst / sustained, before and after all: "
@@ -660,7 +675,7 @@ def _ratio(results: Figures, facts: Figures) -> str:
 
 
 def draw(results: Figures, file: Path) -> None:
-    """Bars of tokens per second, one panel a size."""
+    """Draw bars of tokens per second, with one panel for each size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -691,15 +706,19 @@ def draw(results: Figures, file: Path) -> None:
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Flags for what is trained; those left out depend on the device."""
+    """Add the flags of the shape; the defaults depend on the device."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seq-len", type=int, help="context; 2048, on a CPU 256")
-    parser.add_argument("--vocab-size", type=int, help="Llama-3.1's, on a CPU the sample's")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="bf16, on a CPU fp32")
+    parser.add_argument("--seq-len", type=int, help="context (2048; 256 on a CPU)")
+    parser.add_argument(
+        "--vocab-size", type=int, help="default: Llama-3.1's; on a CPU the sample's"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="default: bf16; fp32 on a CPU"
+    )
 
 
 def settle_shape(arguments: argparse.Namespace) -> Device:
-    """Fill in what was left out, as a run would; gives the device."""
+    """Fill in the defaults of a run, and return the device."""
     device = find_device(arguments.device)
     gpu = device.kind == "cuda"
     sample = cast(int, TokenizerConfig.model_fields["vocab_size"].default)
@@ -719,19 +738,21 @@ def main() -> None:
         nargs="+",
         default=list(CONTENDERS),
         metavar="NAME",
-        help=f"of {', '.join(CONTENDERS)}; ours:compile=false is ours with another ComputeConfig",
+        help=f"from {', '.join(CONTENDERS)}; ours:compile=false changes a setting of ours",
     )
-    parser.add_argument("--fp8", action="store_true", help=f"{_OURS_IN_FP8} as well")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="all, on a CPU tiny")
+    parser.add_argument("--fp8", action="store_true", help=f"add {_OURS_IN_FP8}")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all; tiny on a CPU")
     add_shape(parser)
-    parser.add_argument("--batch-rows", type=int, help="rows of a step; 48, on a CPU 4")
+    parser.add_argument("--batch-rows", type=int, help="rows of a step (48; 4 on a CPU)")
     parser.add_argument(
-        "--rows", type=int, nargs="+", help="rows of a micro-batch to try; doubled by default"
+        "--rows", type=int, nargs="+", help="rows of a micro-batch to try (doublings)"
     )
-    parser.add_argument("--windows", type=int, default=3, help="of which the median counts (3)")
-    parser.add_argument("--rounds", type=int, default=1, help="all again for more windows (1)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a window (3)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a contender (600)")
+    parser.add_argument("--windows", type=int, default=3, help="windows; the median counts (3)")
+    parser.add_argument("--rounds", type=int, default=1, help="repetitions of all contenders (1)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of a window (3)")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="most seconds for a contender (600)"
+    )
     parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/train_speed"))
     arguments = parser.parse_args()
     device = settle_shape(arguments)
@@ -747,7 +768,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the contender as well
     results = compare(arguments, device)
     if not any("best" in facts for facts in results["runs"]):
-        sys.exit("nothing was measured, and what is there is kept")
+        sys.exit("nothing was measured: earlier figures are kept")
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2) + "\n"
     (arguments.out / "train_speed.json").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What each stage of ZeRO costs and saves: tokens per second and memory, beside one GPU's.
+"""Measure what each ZeRO stage costs and saves: tokens per second and memory, beside one GPU.
 
-Every rank trains as many rows a step as the one GPU, so that twice the GPUs make twice the tokens
-where passing on costs nothing. All stages follow each other in the same processes.
+Every rank trains as many rows per step as the one GPU, so that two GPUs make twice the tokens per
+second if communication costs nothing. The stages run one after another in the same processes.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from zeroflow.model.llama import Recompute
 from zeroflow.model.sizes import SIZES
 from zeroflow.settings.defaults import NOMINAL_VOCABULARY
 from zeroflow.training import worker, zero
-from zeroflow.training.config import STAGES, ComputeConfig, Stage
+from zeroflow.training.config import ComputeConfig
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import new_state
 from zeroflow.training.worker import Stop
+from zeroflow.training.workload import STAGES, Stage
 from zeroflow.units import binary
 
 log = logging.getLogger("zeroflow.benchmarks")
@@ -42,18 +43,18 @@ _JOB = "job.json"
 
 class StagesJob(RankJob):
     work: Workload
-    """Of each rank."""
+    """Workload of each rank."""
 
     stages: tuple[Stage, ...]
 
 
 def measure(job: StagesJob, stage: Stage) -> Figures:
-    """Speed and memory of a stage; a window is as many steps as take `seconds`."""
+    """Speed and memory of a stage, over windows of as many steps as take `seconds`."""
     compute, [rows] = job.training.compute, job.work.rows
     config = job.training.replace(zero_stage=stage)
     batches = job.work.batches(rows)
     gc.collect()
-    torch.compiler.reset()  # blocks that are shared out otherwise would be compiled anew
+    torch.compiler.reset()  # else blocks that are sharded differently are compiled as dynamic ones
     state = new_state(job.model, config)
     if compute.device == "cuda":
         torch.cuda.empty_cache()
@@ -113,12 +114,20 @@ def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="GPU if there is")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: a GPU if there is one"
+    )
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=[])
     parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--rows", nargs="+", type=int, default=[], help="of a micro-batch, by size")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=[],
+        help="rows of a micro-batch, one for each size (1)",
+    )
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
     parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
     parser.add_argument("--precision", choices=("bf16", "fp32"))
@@ -126,7 +135,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     here = str(Path(__file__).parent)
@@ -172,9 +181,9 @@ def main() -> None:
                 figures["ranks"] * alone["tokens_per_second"]
             )
             results.append(figures)
-            what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "alone"
+            what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "one GPU"
             log.info(
-                "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, planned %s",
+                "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, predicted %s",
                 *(size, figures["ranks"], device.name, what),
                 f"{figures['tokens_per_second']:,.0f}",
                 100 * figures["scaling"],

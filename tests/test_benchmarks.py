@@ -1,15 +1,20 @@
-"""The benchmarks of the training step, at a shape that takes no time."""
+"""The benchmarks, at shapes that take no time."""
 
 import math
 import sys
 from argparse import Namespace
 
 import checkpoint_stall
+import data_path
+import hub_faults
 import loss_curves
 import profile_step
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import train_speed
+import zero_stages
 from torch import Tensor
 
 from zeroflow.data.corpus import CorpusConfig
@@ -90,6 +95,42 @@ def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
     assert found["steps_beside"] > 0
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        *(checkpoint_stall, data_path, hub_faults, loss_curves),
+        *(profile_step, train_speed, zero_stages),
+    ],
+    ids=lambda program: program.__name__,
+)
+def test_every_program_explains_its_flags(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 0
+    assert program.__doc__.split(".")[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_paths_to_rows_make_the_same_tokens(text, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    pq.write_table(pa.table({"id": text.texts, "text": text.texts}), folder / "0.parquet")
+    job = data_path.Job(folder, text.tokens.path, tmp_path, threads=1)
+    [all_tokens], [full_rows] = (path(job).values() for path in (data_path.ours, data_path.script))
+    assert full_rows == all_tokens // data_path.ROW_TOKENS * data_path.ROW_TOKENS > 0
+
+
+def test_stage_of_one_rank_is_a_plain_training(tmp_path):
+    training = train_speed.training_config(WORK, 2)
+    job = zero_stages.StagesJob(
+        run_dir=tmp_path, model=WORK.model, training=training, work=WORK, stages=(0,)
+    )
+    found = zero_stages.measure(job, 0)
+    assert (found["ranks"], found["stage"]) == (1, 0)
+    assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds_per_step"])
+    assert found["loss"] < math.log(WORK.vocab_size) < found["memory"]
+
+
 def test_contender_that_takes_too_long_is_ended_with_its_reason():
     outcome = train_speed.try_in_process("ours", WORK, limit=0.1)
     assert outcome == {"trials": [], "failed": "stopped after 0 s (--limit)"}
@@ -103,7 +144,7 @@ def test_contender_that_takes_too_long_is_ended_with_its_reason():
         (["--rows", "-1"], "greater than 0"),
         (["--ours", "hf_eager"], "only ours is profiled"),
         (["--ours", "hf_eager:compile=true"], "only ours takes settings"),
-        (["--ours", "theirs"], "theirs is no contender"),
+        (["--ours", "theirs"], "theirs is not a contender"),
         (["--ours", "ours:seq_len=8"], "seq_len"),
         (["--steps", "0"], "--steps 0"),
     ],
@@ -202,7 +243,9 @@ def test_curves_are_told_and_drawn_beside_the_first(trained, tmp_path):
     assert "fp8: --fp8 needs a GPU of compute capability 8.9" in table
     loss_curves.draw(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="held to fp8, which cannot be: --fp8 needs a GPU"):
+    with pytest.raises(
+        ValueError, match="fp8, which the others are compared with, cannot run: --fp8 needs"
+    ):
         loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings)
     assert loss_curves.obstacle("fp8", trained, H100) is None
 
