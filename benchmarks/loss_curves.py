@@ -137,7 +137,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     """Reason why the device cannot compute this way; None if it can."""
     if way == "fp8":
         try:
-            seq_len = work.rows.row_tokens - 1
+            seq_len = work.shards.row_tokens - 1
             require_fp8(device, work.model, seq_len=seq_len, precision=None)
         except ValueError as error:
             return str(error)

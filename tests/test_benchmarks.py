@@ -115,7 +115,7 @@ def test_paths_to_rows_make_the_same_tokens(text, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     pq.write_table(pa.table({"id": text.texts, "text": text.texts}), folder / "0.parquet")
-    job = data_path.Job(folder, text.tokens.path, tmp_path, threads=1)
+    job = data_path.Job(folder, text.tokenizer.path, tmp_path, threads=1)
     [all_tokens], [full_rows] = (path(job).values() for path in (data_path.ours, data_path.script))
     assert full_rows == all_tokens // data_path.ROW_TOKENS * data_path.ROW_TOKENS > 0
 
