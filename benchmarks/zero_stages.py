@@ -38,7 +38,6 @@ from zeroflow.units import binary
 log = logging.getLogger("zeroflow.benchmarks")
 
 _FOUND = "found.json"
-_JOB = "job.json"
 
 
 class StagesJob(RankJob):
@@ -95,7 +94,7 @@ def work(job: StagesJob, stop: Stop) -> None:
             break
     if zero.rank() == 0:
         artifacts.write_json(job.run_dir / _FOUND, {"found": found})
-        records.append(job.run_dir / records.EVENTS, {"event": "done"})
+        records.append(job.folder.events, {"event": "done"})
 
 
 def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
@@ -104,9 +103,8 @@ def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: 
     job = StagesJob(
         run_dir=folder, model=workload.model, training=training, work=workload, stages=stages
     )
-    file = folder / _JOB
-    artifacts.write_json(file, job.model_dump(mode="json"))
-    launch("zero_stages", file, folder, lambda event: None, ranks=ranks)
+    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    launch("zero_stages", job.folder.job, lambda event: None, ranks=ranks)
     found: Figures = artifacts.read_json(folder / _FOUND)
     return found
 

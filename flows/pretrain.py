@@ -31,6 +31,7 @@ from zeroflow.orchestration.states import completed, is_transient, task_name, wa
 from zeroflow.report import data_page, pictures, run_report
 from zeroflow.report.pages import with_pictures
 from zeroflow.report.progress import LossWatch, TrainingProgress
+from zeroflow.run_folder import RunFolder
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import unlike_others
@@ -84,10 +85,10 @@ def build_shards(run: RunConfig, tokenizer: Tokenizer) -> State:
             run.cache_dir,
             seed=run.seed,
             builders=builders,
-            show=pages.ProgressBar("shards", run.run_dir.name),
+            show=pages.ProgressBar("shards", run.folder.name),
         )
-    page = data_page.write_data(shards, tokenizer, run.run_dir)
-    pages.publish(with_pictures(page), "data", run.run_dir.name)
+    page = data_page.write_data(shards, tokenizer, run.folder)
+    pages.publish(with_pictures(page), "data", run.folder.name)
     return completed(shards, reused=shards.reused)
 
 
@@ -96,10 +97,10 @@ def check_before(job: TrainingJob, device: str) -> State:
     if before := preflight.known(job, device):
         return completed(before, reused=True)
     if finished(job):
-        before = preflight.read(job.run_dir)
+        before = preflight.read(job.folder)
         return completed(before and before.replace(reused=True, why=TRAINED), reused=True)
     result = preflight.check(job, device)
-    pages.publish(run_report.preflight_section(result), "preflight", job.run_dir.name)
+    pages.publish(run_report.preflight_section(result), "preflight", job.folder.name)
     if not result.passed:
         raise PreflightFailed(result)
     return completed(result, reused=False)
@@ -113,13 +114,13 @@ def check_before(job: TrainingJob, device: str) -> State:
 )
 def train_model(job: TrainingJob, run: RunConfig) -> State:
     if finished(job):
-        checkpoint.latest(job.checkpoints)  # sets a damaged one aside
+        checkpoint.latest(job.folder.checkpoints)  # sets a damaged one aside
     if before := finished(job):
         return completed(before.replace(reused=True, why=TRAINED), reused=True)
     why = why_trained(job, partial(unlike_others, run))
     log.info("training has to run: %s", why)
-    bar = pages.ProgressBar("training", job.run_dir.name)
-    watch = LossWatch(job, pages.LivePicture("loss", job.run_dir.name))
+    bar = pages.ProgressBar("training", job.folder.name)
+    watch = LossWatch(job, pages.LivePicture("loss", job.folder.name))
     with TrainingProgress(bar) as progress:
 
         def follow(event: records.Line) -> None:
@@ -134,9 +135,9 @@ def train_model(job: TrainingJob, run: RunConfig) -> State:
 def check_overfit(job: OverfitJob) -> State:
     result = overfit.check(job)
     picture = pictures.overfit_curve(
-        result.curve, job.run_dir / run_report.OVERFIT_CURVE, limit=job.limits.overfit_loss
+        result.curve, job.folder.overfit_picture, limit=job.limits.overfit_loss
     )
-    pages.publish_picture(picture, "overfit", job.run_dir.name)
+    pages.publish_picture(picture, "overfit", job.folder.name)
     if not result.passed:
         raise OverfitFailed(result)
     return completed(result, reused=result.reused)
@@ -145,8 +146,8 @@ def check_overfit(job: OverfitJob) -> State:
 @task(name="report", **UNCACHED)
 def write_report(*parts: Any) -> Path:
     path = run_report.write(*parts)
-    page = path.with_name(run_report.MARKDOWN)
-    pages.publish(with_pictures(page), "report", path.parent.name)
+    folder = RunFolder(path.parent)
+    pages.publish(with_pictures(folder.report_page), "report", folder.name)
     return path
 
 
@@ -167,12 +168,12 @@ def _pretrain(asked: RunConfig, acquire: Callable[[Path], None]) -> Path:
     name_flow_run(asked, run)
     tokenizer: Tokenizer = fetch_tokenizer(run).result()
     shards: ShardSet = build_shards(run, tokenizer).result()
-    model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+    model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
     job = training_job(settled, model, shards, tokenizer, tags=tags())
     checked: PreflightResult | None
     with gpu_slot("none" if finished(job) else run.device):
         if run.skip_preflight:
-            checked = preflight.read(job.run_dir)  # of an earlier command
+            checked = preflight.read(job.folder)  # of an earlier command
         else:
             checked = check_before(job, settled.device.name).result()
         trained: TrainResult = train_model(job, run).result()

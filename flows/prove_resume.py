@@ -26,7 +26,7 @@ log = logging.getLogger("zeroflow")
 @task(name="prove resume", **UNCACHED)
 def prove(job: TrainingJob, config: ProofConfig) -> Path:
     found, page = pipeline.demonstrate(job, config)
-    pages.publish(with_pictures(page), "proof", job.run_dir.name)
+    pages.publish(with_pictures(page), "proof", job.folder.name)
     return pipeline.passed(found, page)
 
 
@@ -42,7 +42,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is fro
         run = settled.run
         tokenizer: Tokenizer = fetch_tokenizer(run).result()
         shards: ShardSet = build_shards(run, tokenizer).result()
-        model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+        model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
         job = training_job(settled, model, shards, tokenizer, tags=tags())
         return prove(job, asked.proof)
 

@@ -17,7 +17,7 @@ NEED_A_GPU = {"loss_kernel.py"}
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
     {"config", "artifacts", "units"},
-    {"device", "records", "reuse"},
+    {"device", "records", "reuse", "run_folder"},
     {"model", "data"},
     {"tracking"},
     {"training"},

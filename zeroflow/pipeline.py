@@ -11,7 +11,7 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.builders import in_threads
 from zeroflow.data.tokenizer import fetch_tokenizer
 from zeroflow.model.build import build_model
-from zeroflow.report.plan import PLAN, is_same, load, predict
+from zeroflow.report.plan import is_same, load, predict
 from zeroflow.report.plan_page import log_lines
 from zeroflow.report.progress import TrainingProgress
 from zeroflow.report.proof import write
@@ -40,9 +40,9 @@ def make(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: Non
     settled = settle(asked, acquire)
     run = settled.run
     plan = predict(run, settled.device)
-    if (before := load(run.run_dir)) and is_same(before, plan):
+    if (before := load(run.folder)) and is_same(before, plan):
         plan = before.replace(free_bytes=plan.free_bytes)
-    artifacts.write_json(run.run_dir / PLAN, plan.model_dump(mode="json"))
+    artifacts.write_json(run.folder.plan, plan.model_dump(mode="json"))
     for line in log_lines(settled, plan):
         log.info("%s", line)
     return settled
@@ -69,7 +69,7 @@ def _prove(asked: ProofRun, acquire: Callable[[Path], None]) -> Path:
         shards = build_shards(
             run.shard_config, run.data, tokenizer, run.cache_dir, seed=run.seed, builders=builders
         )
-    model = build_model(run.model.shape, tokenizer.vocab_size, run.run_dir)
+    model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
     job = training_job(settled, model, shards, tokenizer, tags={})
     return passed(*demonstrate(job, asked.proof))
 

@@ -12,16 +12,6 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
-
-
-EVENTS = "events.jsonl"
-
-
-ALIVE = "alive"
-"""An empty file, touched whenever something was finished."""
-
-
 Line = dict[str, Any]
 
 

@@ -121,7 +121,7 @@ def test_failure_tells_the_reason_and_the_curve():
 def job(tmp_path, monkeypatch) -> OverfitJob:
     """A job for which the check runs in this process, on the one batch."""
 
-    def launch_here(module, job_file, run_dir, on_event, *, ranks, compile_cache):
+    def launch_here(module, job_file, on_event, *, ranks, compile_cache):
         checks.work(OverfitJob.model_validate(artifacts.read_json(job_file)), stop=lambda: False)
 
     monkeypatch.setattr(checks, "launch", launch_here)
@@ -141,7 +141,7 @@ def test_check_is_repeated_only_for_a_reason_that_is_told(job):
     assert not changed.passed and "limits.overfit_steps 80 instead of 1" in changed.why
     assert (after.reused, after.why) == (False, "it failed before")
 
-    record = artifacts.read_json(job.run_dir / checks.RESULT)
+    record = artifacts.read_json(job.folder.overfit)
     del record["identity"]
-    artifacts.write_json(job.run_dir / checks.RESULT, record)
+    artifacts.write_json(job.folder.overfit, record)
     assert "what was checked before is unknown" in checks.check(job).why

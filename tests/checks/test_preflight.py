@@ -59,7 +59,7 @@ def checked_job(folder: Path, shards: ShardSet, tokenizer: Tokenizer) -> Trainin
 def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
     """A job on text; its processes are this one."""
 
-    def launch_here(module, job_file, run_dir, on_event, *, ranks, compile_cache):
+    def launch_here(module, job_file, on_event, *, ranks, compile_cache):
         try:
             given = PreflightJob.model_validate_json(job_file.read_text(encoding="utf-8"))
             preflight.work(given, stop=lambda: False)
@@ -85,7 +85,7 @@ def test_sound_job_passes_every_check_once(job):
     result = preflight.check(job, "a device")
     assert [check.name for check in result.checks] == ALL_CHECKS
     assert all(check.passed and check.figure and check.sentence for check in result.checks)
-    assert result.passed and apart_from_reuse(result) == preflight.read(job.run_dir)
+    assert result.passed and apart_from_reuse(result) == preflight.read(job.folder)
     assert {path.name for path in job.run_dir.iterdir() if not path.name.startswith(".")} == {
         "events.jsonl",
         "preflight.json",
@@ -245,7 +245,7 @@ def test_micro_batch_that_does_not_fit_is_halved_as_in_training(job, monkeypatch
     monkeypatch.setattr(preflight, "train_step", with_room_for_two_rows)
     result = preflight.check(job, "a device")
     assert result.passed and "2 rows x 32 tokens fit" in result.checks[-2].figure
-    [entry] = recovery.read(job.run_dir)
+    [entry] = recovery.read(job.folder)
     assert entry.micro_batch_rows == 2 and "instead of 4" in entry.action
     trained = recovery.applied(job, [entry]).training
     assert (trained.micro_batch_rows, trained.accumulate) == (2, 4)
@@ -259,7 +259,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
     monkeypatch.setattr(preflight, "train_step", without_room)
     result = preflight.check(job, "a device")
     assert not result.passed and preflight.known(job, "a device") is None
-    actions = [entry.action for entry in recovery.read(job.run_dir)]
+    actions = [entry.action for entry in recovery.read(job.folder)]
     assert len(actions) == 3 and "computed again" in actions[-1]
     message = str(PreflightFailed(result))
     assert "micro-batch: 1 row does not fit" in message and "lower --seq-len" in message
@@ -279,7 +279,7 @@ def test_other_errors_are_told_as_they_are(job, monkeypatch):
     monkeypatch.setattr(preflight, "train_step", broken)
     with pytest.raises(TrainingFailed, match="a bug\nthis was in the pre-flight"):
         preflight.check(job, "a device")
-    assert recovery.read(job.run_dir) == []
+    assert recovery.read(job.folder) == []
 
 
 def test_ids_outside_the_vocabulary_are_caught_and_not_trained_on(job):

@@ -12,9 +12,10 @@ from zeroflow import artifacts, records
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Kill, Proof, ProofConfig
 from zeroflow.cli import commands
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention, Saver
-from zeroflow.training.job import JOB, RESULT, TrainingJob, TrainResult
+from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.launch import launch
 from zeroflow.training.state import new_state
 
@@ -30,9 +31,9 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     cache = tmp_path_factory.mktemp("forgetful")
 
     def train(job: TrainingJob, on_event) -> TrainResult:
-        artifacts.write_json(job.run_dir / JOB, job.model_dump(mode="json"))
-        launch("forgetful", job.run_dir / JOB, job.run_dir, on_event)
-        return TrainResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
+        artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+        launch("forgetful", job.folder.job, on_event)
+        return TrainResult.model_validate(artifacts.read_json(job.folder.training))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "train", train)
@@ -50,7 +51,7 @@ def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forge
     resumed = [step for step in started if step]
     assert resumed, "a training that begins anew forgets nothing"
     assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
-    undisturbed, killed = (logged(folder / name) for name in ("undisturbed", "killed"))
+    undisturbed, killed = (logged(RunFolder(folder / name)) for name in ("undisturbed", "killed"))
     first = next(s for s in range(1, STEPS + 1) if undisturbed[s]["loss"] != killed[s]["loss"])
     assert first == proof.difference.step
     assert proof.difference.killed == float(killed[first]["loss"]).hex()
@@ -71,7 +72,7 @@ def test_kills_are_told_as_they_were(forgetful):
 
 def test_moments_are_of_all_phases_and_spread_over_the_steps(forgetful):
     _, folder = forgetful
-    lines = records.read(folder / "undisturbed" / records.EVENTS)
+    lines = records.read(folder / "undisturbed" / "events.jsonl")
     intervals = resume._intervals(lines, 3.0)
     assert {interval.phase for interval in intervals} == set(resume.PHASES)
     assert sum(interval.phase == "training" for interval in intervals) >= STEPS - 6
@@ -91,7 +92,7 @@ def twins(forgetful, tmp_path) -> tuple[TrainingJob, TrainingJob]:
     source = forgetful[1] / "undisturbed"
     for name in ("undisturbed", "killed"):
         shutil.copytree(source, tmp_path / name)
-    job = TrainingJob.model_validate(artifacts.read_json(source / JOB))
+    job = TrainingJob.model_validate(artifacts.read_json(source / "job.json"))
     return tuple(job.replace(run_dir=tmp_path / name) for name in ("undisturbed", "killed"))
 
 
@@ -114,7 +115,7 @@ def test_equal_trainings_pass_unless_none_was_killed(twins):
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm", "val_loss"])
 @pytest.mark.parametrize("step", [5, 20])
 def test_last_bit_of_one_number_is_caught(twins, quantity, step):
-    lines = records.read(twins[1].run_dir / records.METRICS)
+    lines = records.read(twins[1].folder.metrics)
     [line] = [m for m in lines if m["step"] == step and quantity in m]
     line[quantity] = math.nextafter(line[quantity], math.inf)
     rewrite(twins[1], lines)
@@ -125,7 +126,7 @@ def test_last_bit_of_one_number_is_caught(twins, quantity, step):
 
 
 def test_line_that_is_missing_or_comes_twice_is_caught(twins):
-    lines = records.read(twins[1].run_dir / records.METRICS)
+    lines = records.read(twins[1].folder.metrics)
     place = next(i for i, line in enumerate(lines) if line["step"] == 9)
     rewrite(twins[1], lines[:place] + lines[place + 1 :])
     assert "step 9 is the first that differs: loss" in judged(twins).reason
@@ -135,7 +136,7 @@ def test_line_that_is_missing_or_comes_twice_is_caught(twins):
 
 
 def test_difference_before_any_resume_is_blamed_on_the_device(twins):
-    lines = records.read(twins[1].run_dir / records.METRICS)
+    lines = records.read(twins[1].folder.metrics)
     for line in lines:
         if "loss" in line and line["step"] >= 4:
             line["loss"] += 1e-6
@@ -146,12 +147,12 @@ def test_difference_before_any_resume_is_blamed_on_the_device(twins):
 def test_last_bit_of_one_moment_is_caught_by_name(twins):
     job = twins[1]
     state = new_state(job.model, job.training)
-    saved = checkpoint.latest(job.checkpoints)
+    saved = checkpoint.latest(job.folder.checkpoints)
     checkpoint.load(state, saved, tokenizer=job.tokenizer.fingerprint)
     moment = state.optimizer.state[state.model.model.norm.weight]["exp_avg"]
     moment.view(torch.int32)[3] ^= 1
     shutil.rmtree(saved)
-    saver = Saver(job.checkpoints, Retention(keep=2), tokenizer=job.tokenizer.fingerprint)
+    saver = Saver(job.folder.checkpoints, Retention(keep=2), tokenizer=job.tokenizer.fingerprint)
     saver.save(state)
     saver.wait()
     proof = judged(twins)
@@ -161,19 +162,17 @@ def test_last_bit_of_one_moment_is_caught_by_name(twins):
 
 
 def history(folder: Path) -> list[records.Line]:
-    return records.read(folder / "killed" / records.EVENTS)
+    return records.read(folder / "killed" / "events.jsonl")
 
 
 def page(folder: Path) -> str:
     return (folder / "proof.md").read_text(encoding="utf-8")
 
 
-def logged(run_dir: Path) -> dict[int, records.Line]:
-    return {
-        line["step"]: line for line in records.read(run_dir / records.METRICS) if "loss" in line
-    }
+def logged(folder: RunFolder) -> dict[int, records.Line]:
+    return {line["step"]: line for line in records.read(folder.metrics) if "loss" in line}
 
 
 def rewrite(job: TrainingJob, lines: list[records.Line]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (job.run_dir / records.METRICS).write_text(text, encoding="utf-8")
+    job.folder.metrics.write_text(text, encoding="utf-8")

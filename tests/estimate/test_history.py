@@ -83,7 +83,7 @@ def test_another_device_or_other_code_says_nothing(tmp_path, change):
 
 def test_half_a_line_of_a_killed_process_is_passed_over_and_ended(tmp_path):
     history.append(tmp_path, past("a", 100.0))
-    file = tmp_path / history.PLANS
+    file = tmp_path / "plans.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:40])
     history.append(tmp_path, past("b", 300.0))

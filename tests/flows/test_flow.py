@@ -309,7 +309,7 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
     flow.folder("mad").mkdir(parents=True)
     for _ in range(2):
         entry = recovery.Entry(**before, action="left out", skip=Skip(step=0, batches=1))
-        records.append(flow.folder("mad") / recovery.LEDGER, entry.model_dump(mode="json"))
+        records.append(flow.folder("mad") / "ledger.jsonl", entry.model_dump(mode="json"))
     mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
     flags = ["--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE]
     output = flow.run(*flags, *mad, expect=1)

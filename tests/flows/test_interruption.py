@@ -20,7 +20,7 @@ from pipeline import (
 
 from zeroflow import artifacts
 from zeroflow.training import checkpoint, goodput, recovery
-from zeroflow.training.job import JOB, TrainingJob
+from zeroflow.training.job import TrainingJob
 
 STEPS = 600
 # The last flag of a name counts
@@ -51,10 +51,10 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
 
 def trained_undisturbed(flow: Flow, folder: Path) -> Path:
     """The directory of the same training, that nobody stops."""
-    job = TrainingJob.model_validate(artifacts.read_json(flow.folder("run") / JOB))
+    job = TrainingJob.model_validate(artifacts.read_json(flow.folder("run") / "job.json"))
     other = job.replace(run_dir=folder, tracking=job.tracking.replace(run_name="undisturbed"))
-    artifacts.write_json(folder / JOB, other.model_dump(mode="json"))
-    command = [sys.executable, "-m", "zeroflow.training", str(folder / JOB)]
+    artifacts.write_json(other.folder.job, other.model_dump(mode="json"))
+    command = [sys.executable, "-m", "zeroflow.training", str(other.folder.job)]
     ended = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return folder

@@ -8,13 +8,13 @@ import torch
 from pipeline import processes_of
 
 from zeroflow import artifacts, records
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
-from zeroflow.training.job import CHECKPOINTS, RESULT
 
 
 def assert_same_end(stopped: Path, undisturbed: Path) -> None:
-    folders = (stopped, undisturbed)
-    newest = [checkpoint.latest(folder / CHECKPOINTS) for folder in folders]
+    folders = (RunFolder(stopped), RunFolder(undisturbed))
+    newest = [checkpoint.latest(folder.checkpoints) for folder in folders]
     assert newest[0].name == newest[1].name
     ours, theirs = map(read_tensors, newest)
     assert ours.keys() == theirs.keys()
@@ -22,12 +22,11 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "sample")
     lines, expected = (
-        [{key: line.get(key) for key in keys} for line in records.read(f / records.METRICS)]
-        for f in folders
+        [{key: line.get(key) for key in keys} for line in records.read(f.metrics)] for f in folders
     )
     assert lines == expected, "every logged number, each once"
     keys = ("train_loss", "val_loss", "first_val_loss", "sample")
-    result, expected = ([artifacts.read_json(f / RESULT)[key] for key in keys] for f in folders)
+    result, expected = ([artifacts.read_json(f.training)[key] for key in keys] for f in folders)
     assert result == expected
 
 

@@ -17,12 +17,12 @@ _MEETINGS = 3
 
 def work(job: RankJob, stop: worker.Stop) -> None:
     fate = (job.run_dir / "fate").read_text()
-    history = job.run_dir / records.EVENTS
+    history = job.folder.events
     for number in count():
         if number == _MEETINGS and zero.rank() == zero.ranks() - 1:
             meet(fate, history)
         if zero.rank() == 0:
-            (job.run_dir / records.ALIVE).touch()
+            job.folder.alive.touch()
         if number == 0:
             pids = zero.total(os.getpid() << 32 * zero.rank())
             if zero.rank() == 0:

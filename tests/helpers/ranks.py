@@ -154,7 +154,7 @@ def work(job: RankJob, stop: worker.Stop) -> None:
     }
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
     if zero.rank() == 0:
-        records.append(job.run_dir / records.EVENTS, {"event": "done"})
+        records.append(job.folder.events, {"event": "done"})
 
 
 if __name__ == "__main__":

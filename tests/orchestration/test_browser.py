@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pipeline import Ui, api, logged_steps
 
+from zeroflow.run_folder import Cache
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import PARENT, TrackingConfig, location
 from zeroflow.tracking.metrics import points
@@ -143,7 +144,7 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     assert "step 1500/1500" in pages["training-progress-by-hand"]["description"]
     assert both.mlflow in pages["report-by-hand"]["data"]
 
-    curves = links(both.cache / "runs" / "by-hand", both.cache)["loss of all runs"]
+    curves = links(Cache(both.cache).run("by-hand"))["loss of all runs"]
     names = add_a_sweep(both.cache)
     page.goto(curves)
     for name in ("by-hand", *names):  # runs of a sweep are not hidden within it
@@ -153,19 +154,19 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
 
 def add_a_sweep(cache: Path) -> list[str]:
     """Two runs that MLflow shows as those of a third; their names."""
-    uri, folder = location(cache)
+    uri, store = location(cache)
     sweep = TrackingConfig(
-        uri=uri, folder=folder, run_name="sweep", tags={}, params={}, dataset=None
+        uri=uri, folder=store, run_name="sweep", tags={}, params={}, dataset=None
     )
-    group = cache / "sweeps" / "sweep"
+    group = Cache(cache).sweep("sweep")
     tracker.open_group(sweep, group)
     facts = run_facts(group)
     assert facts is not None
     names = ["sweep-tiny", "sweep-small"]
     for name in names:
         config = sweep.replace(run_name=name, tags={PARENT: facts["run_id"]})
-        run_dir = cache / "runs" / name
-        run_dir.mkdir()
+        folder = Cache(cache).run(name)
+        folder.path.mkdir()
         lines = [{"step": n, "tokens": n, "loss": 9 - n, "time": n} for n in range(1, 4)]
-        tracker._MlflowRun(config, run_dir).send(points(lines))
+        tracker._MlflowRun(config, folder).send(points(lines))
     return names

@@ -13,7 +13,7 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import band, pictures, progress
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
-from zeroflow.training.job import JOB, TrainingJob
+from zeroflow.training.job import TrainingJob
 
 STEPS, STEP_TOKENS = 200, 64
 WINDOW = 10 * STEP_TOKENS
@@ -49,7 +49,7 @@ def make(tmp_path, shards):
         folder = tmp_path / "runs" / name
         folder.parent.mkdir(exist_ok=True)
         job = training_job(folder, shards, TOKENS, model=MODEL, training=training)
-        artifacts.write_json(folder / JOB, job.model_dump(mode="json"))
+        artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
         return job
 
     return made
@@ -62,9 +62,9 @@ def usual(step: int) -> float:
 def train(job: TrainingJob, time: float, above: float = 0.0, *, to: int = STEPS, of: int = STEPS):
     """Leave what a training leaves whose loss is `above` the usual one, as far as it came."""
     started = {"event": "started", "time": time, "step": 0, "steps": of, "parts": 1}
-    records.append(job.run_dir / records.EVENTS, started)
+    records.append(job.folder.events, started)
     for line in losses(above, to=to):
-        records.append(job.run_dir / records.METRICS, line)
+        records.append(job.folder.metrics, line)
 
 
 def losses(above: float = 0.0, *, since: int = 0, until: int = STEPS, to: int = STEPS):
@@ -170,7 +170,7 @@ def test_run_of_another_model_or_other_data_is_not_used(make, shards):
         "parts": {"shards": shards.replace(parts=2)},
     }.items():
         other = make(name, seed=1).replace(**change)
-        artifacts.write_json(other.run_dir / JOB, other.model_dump(mode="json"))
+        artifacts.write_json(other.folder.job, other.model_dump(mode="json"))
         train(other, 1.0)
     assert band.find(mine) is None
 
@@ -212,14 +212,14 @@ def test_run_that_was_extended_has_another_schedule(job, make):
 
 def test_damaged_run_is_harmless(job, make):
     for name, file, content in (
-        ("cut", JOB, '{"run_dir":'),
-        ("old", JOB, '{"of": "another version"}'),
-        ("bytes", records.METRICS, "\xff\n"),
-        ("list", records.METRICS, "[]\n"),
-        ("nameless", records.METRICS, '{"loss": 3.0}\n'),
+        ("cut", "job.json", '{"run_dir":'),
+        ("old", "job.json", '{"of": "another version"}'),
+        ("bytes", "metrics.jsonl", "\xff\n"),
+        ("list", "metrics.jsonl", "[]\n"),
+        ("nameless", "metrics.jsonl", '{"loss": 3.0}\n'),
     ):
         folder = make(name, seed=9).run_dir
-        train(TrainingJob.model_validate(artifacts.read_json(folder / JOB)), 1.0)
+        train(TrainingJob.model_validate(artifacts.read_json(folder / "job.json")), 1.0)
         (folder / file).write_bytes(content.encode("latin-1"))
     make("never begun", seed=10)
     assert found(job).runs == ("high", "low")
@@ -230,7 +230,7 @@ def test_watch_says_once_that_the_loss_left_the_band(job, monkeypatch, caplog):
     shown: list[Path] = []
     watch = LossWatch(job, shown.append)
     for line in losses(1.0, since=60):
-        records.append(job.run_dir / records.METRICS, line)
+        records.append(job.folder.metrics, line)
         if line["step"] % 30 == 0:
             watch({"event": "metrics"} | line)
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -6,6 +6,7 @@ from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.report import pictures
 from zeroflow.report.comparison import Outcome, PowerLaw, compare, figures, markdown
 from zeroflow.report.pictures import losses_compared
+from zeroflow.run_folder import SweepFolder
 
 EXPONENT, FACTOR = 0.05, 20.0
 NOTHING_ELSE = {"pictures": [], "failed": []}
@@ -127,7 +128,7 @@ def test_one_size_has_no_law():
 
 def test_page_and_pictures_tell_all_of_it(tmp_path):
     found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
-    drawn = losses_compared(found, tmp_path)
+    drawn = losses_compared(found, SweepFolder(tmp_path))
     page = markdown("s", found, pictures=[path.name for path in drawn], failed=["s-tiny-seed7"])
     assert "| small-0 | small | " in page and "**Not finished: s-tiny-seed7**" in page
     assert f"C^-{EXPONENT:.4f}" in page and "Looking back" in page and "+0.00%" in page
@@ -144,7 +145,9 @@ def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
     sizes = ("tiny", "small", "medium")
-    losses_compared(compare([outcome(size, seed=n) for size in sizes for n in range(6)]), tmp_path)
+    losses_compared(
+        compare([outcome(size, seed=n) for size in sizes for n in range(6)]), SweepFolder(tmp_path)
+    )
     for figure in figures:
         figure.draw_without_rendering()
         [axes], [legend] = figure.axes, figure.legends

@@ -190,8 +190,8 @@ def finish(ask, shards):
         tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
         model = with_vocabulary(run.model.shape, tokenizer.vocab_size)
         job = training_job(settled, model, shards, tokenizer, tags={})
-        artifacts.write_json(run.run_dir / "job.json", job.model_dump(mode="json"))
-        saved = job.checkpoints / "step-00000010"
+        artifacts.write_json(run.folder.job, job.model_dump(mode="json"))
+        saved = job.folder.checkpoints / "step-00000010"
         saved.mkdir(parents=True, exist_ok=True)
         (saved / "tensors").write_bytes(bytes(12 * model.parameters))
         result = TrainResult(
@@ -235,14 +235,14 @@ def test_plan_stays_as_it_was_made_when_a_run_goes_on(ask, finish):
     asked = ask(run_name="one")
     finish("before", rate=1000.0)
     pipeline.make(asked)
-    before = plans.load(asked.run_dir)
+    before = plans.load(asked.folder)
     finish("between", rate=4000.0)
     pipeline.make(asked)
-    now = plans.load(asked.run_dir)
+    now = plans.load(asked.folder)
     assert before is not None and now is not None
     assert now.predicted == before.predicted, "a run is held to the plan that it began with"
     pipeline.make(ask(run_name="one", training={"max_steps": 20}))
-    longer = plans.load(asked.run_dir)
+    longer = plans.load(asked.folder)
     assert longer is not None and longer.rate_source == "from 2 earlier runs here"
 
 
@@ -255,7 +255,7 @@ def test_run_again_is_not_its_own_prediction(ask, finish):
 
 def test_report_has_what_was_predicted_and_measured(ask, finish):
     held = finish("one", rate=1000.0)
-    planned = plans.load(ask(run_name="one").run_dir)
+    planned = plans.load(ask(run_name="one").folder)
     assert planned is not None
     page = plan_page.section(planned, held)
     assert "| speed |" in page and "| 1,000 tokens/s |" in page and "| training |" in page

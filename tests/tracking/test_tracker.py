@@ -15,11 +15,12 @@ import pytest
 from pipeline import free_port
 
 from zeroflow import artifacts, records
+from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import TrackingConfig, location
 from zeroflow.tracking.metrics import points
 from zeroflow.tracking.store import _existing, run_facts
-from zeroflow.tracking.tracker import LEDGER, Tracker
+from zeroflow.tracking.tracker import Tracker
 from zeroflow.tracking.viewer import links, viewer
 
 BEGAN = 1_700_000_000.0
@@ -49,9 +50,13 @@ def config(tmp_path, monkeypatch) -> TrackingConfig:
 
 
 @pytest.fixture
-def run_dir(tmp_path):
-    folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
+def mine(tmp_path):
+    return begun(tmp_path, "mine")
+
+
+def begun(cache: Path, name: str) -> RunFolder:
+    folder = Cache(cache).run(name)
+    folder.path.mkdir(parents=True)
     return folder
 
 
@@ -117,20 +122,20 @@ def line(step: int, **figures: float | None) -> dict[str, Any]:
     return again | figures
 
 
-def record(run_dir: Path, steps: range, **figures: float | None) -> None:
+def record(folder: RunFolder, steps: range, **figures: float | None) -> None:
     for step in steps:
-        records.append(run_dir / records.METRICS, line(step, **figures))
+        records.append(folder.metrics, line(step, **figures))
 
 
-def follow(config: TrackingConfig, run_dir: Path) -> Tracker:
-    return Tracker(config, run_dir, records.Tail(run_dir / records.METRICS).new_lines)
+def follow(config: TrackingConfig, folder: RunFolder) -> Tracker:
+    return Tracker(config, folder, records.Tail(folder.metrics).new_lines)
 
 
-def finish(config: TrackingConfig, run_dir: Path, *, succeeded: bool, files=()) -> str | None:
+def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=()) -> str | None:
     return tracker.finish(
         config,
-        run_dir,
-        records.read(run_dir / records.METRICS),
+        folder,
+        records.read(folder.metrics),
         files=list(files),
         step=5,
         metrics={"overfit/steps": 9},
@@ -145,21 +150,21 @@ def client(config: TrackingConfig):
     return MlflowClient(config.uri)
 
 
-def the_run(config: TrackingConfig, run_dir: Path):
-    facts = run_facts(run_dir)
+def the_run(config: TrackingConfig, folder: RunFolder):
+    facts = run_facts(folder)
     assert facts is not None
     return client(config).get_run(facts["run_id"])
 
 
-def history(config: TrackingConfig, run_dir: Path, key: str) -> list[tuple[int, float]]:
+def history(config: TrackingConfig, folder: RunFolder, key: str) -> list[tuple[int, float]]:
     """Step and value of every point, in the order of their times."""
-    run = the_run(config, run_dir)
+    run = the_run(config, folder)
     found = client(config).get_metric_history(run.info.run_id, key)
     return [(point.step, point.value) for point in found]
 
 
-def arrived(config: TrackingConfig, run_dir: Path) -> int:
-    return len(history(config, run_dir, "loss/train")) if run_facts(run_dir) else 0
+def arrived(config: TrackingConfig, folder: RunFolder) -> int:
+    return len(history(config, folder, "loss/train")) if run_facts(folder) else 0
 
 
 def losses(*steps: int) -> list[tuple[int, float]]:
@@ -179,26 +184,26 @@ def no_connection_of_this_thread() -> Iterator[None]:
         yield
 
 
-def test_resumed_run_is_one_run_with_every_step_once(config, run_dir, tmp_path):
-    metrics = run_dir / records.METRICS
-    record(run_dir, range(1, 4), mfu=None)
-    follow(config, run_dir).close("KILLED")
-    first = run_facts(run_dir)
-    assert the_run(config, run_dir).info.status == "KILLED"
+def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
+    metrics = mine.metrics
+    record(mine, range(1, 4), mfu=None)
+    follow(config, mine).close("KILLED")
+    first = run_facts(mine)
+    assert the_run(config, mine).info.status == "KILLED"
 
     # the killed process was ahead of its checkpoint, and its steps come again later
     records.keep(metrics, lambda line: line["step"] <= 1)
-    tracker = follow(config, run_dir)
-    wait_for(lambda: the_run(config, run_dir).info.status == "RUNNING")
-    record(run_dir, range(2, 6), time=BEGAN + 100, val_loss=2.0)
+    tracker = follow(config, mine)
+    wait_for(lambda: the_run(config, mine).info.status == "RUNNING")
+    record(mine, range(2, 6), time=BEGAN + 100, val_loss=2.0)
     tracker.close("FINISHED")
 
-    assert run_facts(run_dir) == first
-    run = the_run(config, run_dir)
-    assert history(config, run_dir, "loss/train") == losses(1, 2, 3, 4, 5)
+    assert run_facts(mine) == first
+    run = the_run(config, mine)
+    assert history(config, mine, "loss/train") == losses(1, 2, 3, 4, 5)
     by_tokens = [(128 * step, loss) for step, loss in losses(1, 2, 3, 4, 5)]
-    assert history(config, run_dir, "loss/train_by_tokens") == by_tokens
-    assert history(config, run_dir, "loss/val") == [(step, 2.0) for step in (2, 3, 4, 5)]
+    assert history(config, mine, "loss/train_by_tokens") == by_tokens
+    assert history(config, mine, "loss/val") == [(step, 2.0) for step in (2, 3, 4, 5)]
     assert "perf/mfu" not in run.data.metrics
     assert run.info.status == "FINISHED" and run.info.run_name == "mine"
     assert run.data.params["seed"] == "7" and run.data.tags["size"] == "tiny"
@@ -212,20 +217,22 @@ def test_resumed_run_is_one_run_with_every_step_once(config, run_dir, tmp_path):
     attached.write_text("# report")
     recovery = {"time": BEGAN, "reason": "out of memory", "step": 3, "action": "halved"}
     for _ in range(2):
-        records.append(run_dir / LEDGER, recovery)
-        done = finish(config, run_dir, succeeded=False, files=[attached])
+        records.append(mine.ledger, recovery)
+        done = finish(config, mine, succeeded=False, files=[attached])
         assert done == run.info.run_id
-    assert sorted(history(config, run_dir, "overfit/loss")) == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert history(config, run_dir, "overfit/steps") == [(5, 9.0)]
-    assert history(config, run_dir, "loss/train") == losses(1, 2, 3, 4, 5)
-    assert the_run(config, run_dir).info.status == "FAILED"
-    assert the_run(config, run_dir).data.tags["recoveries"] == "2"
+    assert sorted(history(config, mine, "overfit/loss")) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert history(config, mine, "overfit/steps") == [(5, 9.0)]
+    assert history(config, mine, "loss/train") == losses(1, 2, 3, 4, 5)
+    assert the_run(config, mine).info.status == "FAILED"
+    assert the_run(config, mine).data.tags["recoveries"] == "2"
     files = [file.path for file in client(config).list_artifacts(done)]
-    assert sorted(files) == [LEDGER, "report.md"]
+    assert sorted(files) == ["ledger.jsonl", "report.md"]
     assert (config.folder / "artifacts").exists()
 
 
-def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, server, caplog):
+def test_server_that_dies_is_told_everything_once_it_is_back(
+    config, mine, server, caplog, tmp_path
+):
     """One run goes on while the server is away, another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
 
@@ -233,17 +240,16 @@ def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, se
         return sum(words in message for message in caplog.messages)
 
     remote = config.replace(uri=server.uri, folder=None)
-    ended = run_dir.with_name("ended")
-    ended.mkdir()
+    ended = begun(tmp_path, "ended")
     server.start()
-    going, ending = follow(remote, run_dir), follow(remote, ended)
-    record(run_dir, range(1, 4))
+    going, ending = follow(remote, mine), follow(remote, ended)
+    record(mine, range(1, 4))
     record(ended, range(1, 3))
-    wait_for(lambda: arrived(remote, run_dir) == 3 and arrived(remote, ended) == 2)
+    wait_for(lambda: arrived(remote, mine) == 3 and arrived(remote, ended) == 2)
 
     server.kill()
     with no_connection_of_this_thread():
-        record(run_dir, range(4, 8))
+        record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
     wait_for(lambda: logged("will try again") == 2 + logged("is back and has all"))
@@ -257,11 +263,11 @@ def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, se
 
     server.start()
     wait_for(lambda: logged("is back and has all") > came_back)
-    assert history(remote, run_dir, "loss/train") == losses(*range(1, 8)), "during the run"
-    record(run_dir, range(8, 10))
+    assert history(remote, mine, "loss/train") == losses(*range(1, 8)), "during the run"
+    record(mine, range(8, 10))
     going.close("FINISHED")
-    assert history(remote, run_dir, "loss/train") == losses(*range(1, 10))
-    assert the_run(remote, run_dir).info.status == "FINISHED"
+    assert history(remote, mine, "loss/train") == losses(*range(1, 10))
+    assert the_run(remote, mine).info.status == "FINISHED"
 
     assert the_run(remote, ended).info.status == "RUNNING", "as nobody could tell it"
     assert finish(remote, ended, succeeded=True) == the_run(remote, ended).info.run_id
@@ -269,116 +275,113 @@ def test_server_that_dies_is_told_everything_once_it_is_back(config, run_dir, se
     assert the_run(remote, ended).info.status == "FINISHED"
 
 
-def test_runs_that_begin_at_once_share_the_experiment(config, run_dir, monkeypatch):
+def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch, tmp_path):
     from mlflow.tracking import MlflowClient
 
-    first = tracker._MlflowRun(config, run_dir)
+    first = tracker._MlflowRun(config, mine)
     look, answers = MlflowClient.get_experiment_by_name, iter([None])  # the other is not there yet
     monkeypatch.setattr(
         MlflowClient,
         "get_experiment_by_name",
         lambda self, name: next(answers, look(self, name)),
     )
-    other = run_dir.with_name("other")
-    other.mkdir()
+    other = begun(tmp_path, "other")
     second = tracker._MlflowRun(config, other)
-    runs = [the_run(config, folder).info for folder in (run_dir, other)]
+    runs = [the_run(config, folder).info for folder in (mine, other)]
     assert [run.run_id for run in runs] == [first.run_id, second.run_id]
     assert runs[0].experiment_id == runs[1].experiment_id
 
 
-def test_points_whose_answer_was_lost_are_there_once(config, run_dir):
+def test_points_whose_answer_was_lost_are_there_once(config, mine):
     """Two writers that both believe nothing has arrived."""
-    first, second = (tracker._MlflowRun(config, run_dir) for _ in range(2))
+    first, second = (tracker._MlflowRun(config, mine) for _ in range(2))
     lines = [line(step, val_loss=1.0) for step in range(1, 1200)]  # several batches
     first.send(points(lines[:700]))
     second.send(points(lines))
-    assert history(config, run_dir, "loss/train") == losses(*range(1, 1200))
-    assert len(history(config, run_dir, "loss/val_by_tokens")) == 1199
+    assert history(config, mine, "loss/train") == losses(*range(1, 1200))
+    assert len(history(config, mine, "loss/val_by_tokens")) == 1199
 
 
-def test_steps_of_less_than_a_gflop_are_one_point(config, run_dir):
+def test_steps_of_less_than_a_gflop_are_one_point(config, mine):
     lines = [line(step, flops=step * 4 * 10**8) for step in range(1, 9)]
     for some in (lines[:3], lines[2:]):
-        tracker._MlflowRun(config, run_dir).send(points(some))
+        tracker._MlflowRun(config, mine).send(points(some))
     found = client(config).get_metric_history(
-        the_run(config, run_dir).info.run_id, "loss/train_by_gflops"
+        the_run(config, mine).info.run_id, "loss/train_by_gflops"
     )
     assert [point.step for point in found] == [0, 1, 2, 3]
 
 
-def test_record_of_the_run_that_was_cut_costs_nothing(config, run_dir):
-    record(run_dir, range(1, 4))
-    (run_dir / "mlflow.json").write_text('{"run_id": "')
-    assert finish(config, run_dir, succeeded=True)
-    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+def test_record_of_the_run_that_was_cut_costs_nothing(config, mine):
+    record(mine, range(1, 4))
+    mine.mlflow.write_text('{"run_id": "')
+    assert finish(config, mine, succeeded=True)
+    assert history(config, mine, "loss/train") == losses(1, 2, 3)
 
 
-def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, run_dir):
+def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, mine):
     from mlflow.exceptions import MlflowException
 
-    run = tracker._MlflowRun(config, run_dir)
+    run = tracker._MlflowRun(config, mine)
     away = config.replace(uri=f"http://127.0.0.1:{free_port()}", folder=None)
     with pytest.raises(MlflowException, match="refused"):
         _existing(client(away), run.run_id)
-    assert tracker._MlflowRun(config, run_dir).run_id == run.run_id
+    assert tracker._MlflowRun(config, mine).run_id == run.run_id
     client(config).delete_run(run.run_id)
-    record(run_dir, range(1, 4))
-    assert finish(config, run_dir, succeeded=True) != run.run_id
-    assert history(config, run_dir, "loss/train") == losses(1, 2, 3)
+    record(mine, range(1, 4))
+    assert finish(config, mine, succeeded=True) != run.run_id
+    assert history(config, mine, "loss/train") == losses(1, 2, 3)
 
 
-def test_store_that_cannot_be_written_is_a_warning_only(config, run_dir, caplog):
-    blocked = run_dir / "a file"
+def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
+    blocked = mine.path / "a file"
     blocked.write_text("where a folder should be")
     dead = config.replace(uri=f"sqlite:///{blocked}/mlflow.db", folder=blocked / "mlflow")
-    record(run_dir, range(1, 2))
+    record(mine, range(1, 2))
     with caplog.at_level("WARNING", logger="zeroflow.tracking"):
-        follow(dead, run_dir).close("FINISHED")
-        finished = finish(dead, run_dir, succeeded=True)
+        follow(dead, mine).close("FINISHED")
+        finished = finish(dead, mine, succeeded=True)
     assert finished is None
     for words in ("failed, will try again", "did not take the last", "could not be added"):
         assert any(words in message for message in caplog.messages), words
-    assert run_facts(run_dir) is None
+    assert run_facts(mine) is None
 
     # and the same command, once it can be written
-    assert finish(config, run_dir, succeeded=True) is not None
-    assert history(config, run_dir, "loss/train") == losses(1)
+    assert finish(config, mine, succeeded=True) is not None
+    assert history(config, mine, "loss/train") == losses(1)
 
 
 def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri, folder = location(tmp_path)
     assert folder == tmp_path / "mlflow" and uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
-    assert links(tmp_path, tmp_path) == {}
+    assert links(Cache(tmp_path).run("mine")) == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert location(tmp_path) == ("http://127.0.0.1:5000", None)
     assert not list(tmp_path.iterdir())
 
 
-def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, tmp_path):
+def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, mine, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    artifacts.write_json(tmp_path / "mlflow.json", {"run_id": "r", "experiment_id": "1"})
-    page = links(tmp_path, tmp_path)["this run"]
+    artifacts.write_json(mine.mlflow, {"run_id": "r", "experiment_id": "1"})
+    page = links(mine)["this run"]
     assert page == "http://127.0.0.1:5000/#/experiments/1/runs/r"
     shown = viewer(tmp_path, 5077)
     assert shown.command is not None
-    pages = links(tmp_path, tmp_path)
+    pages = links(mine)
     assert pages["this run"].startswith("http://127.0.0.1:5077/")
     assert pages["loss of all runs"] == shown.charts
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
-    assert links(tmp_path, tmp_path)["this run"].startswith("http://box:80/#/")
+    assert links(mine)["this run"].startswith("http://box:80/#/")
 
 
-def test_runs_that_follow_each_other_have_colours_of_their_own(config, run_dir):
+def test_runs_that_follow_each_other_have_colours_of_their_own(config, tmp_path):
     colours = []
     for number in range(7):
-        other = run_dir.with_name(f"run {number}")
-        other.mkdir()
+        other = begun(tmp_path, f"run-{number}")
         tracker._MlflowRun(config, other)
         colours.append(the_run(config, other).data.tags["mlflow.runColor"])
-        group = run_dir.with_name(f"group {number}")  # has no curve that would need one
-        group.mkdir()
+        group = begun(tmp_path, f"group-{number}")  # has no curve that would need one
         tracker._MlflowRun(config.replace(dataset=None), group)
         assert "mlflow.runColor" not in the_run(config, group).data.tags
     assert len({*colours[:6]}) == 6 and colours[6] == colours[0]

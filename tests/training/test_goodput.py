@@ -11,6 +11,7 @@ import torch
 from tiny import MODEL, RandomBatches, training_config
 from torch import nn
 
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import compiling, goodput
 from zeroflow.training.goodput import PHASES, Account, Clock, PhaseLedger
 from zeroflow.training.loop import train
@@ -32,7 +33,7 @@ def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
     for phase in (*step, *step):
         clock.enter(phase)
         time.sleep(0.01)
-    account = PhaseLedger(tmp_path, clock).book(2, first=True)
+    account = PhaseLedger(RunFolder(tmp_path), clock).book(2, first=True)
     # one sleeps no shorter than asked for; the two clocks differ by less than a second
     assert account.seconds["start"] == pytest.approx(5, abs=1)
     assert account.seconds["data"] >= 0.02 and account.seconds["optimizer"] >= 0.01
@@ -44,7 +45,7 @@ def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
 
 
 def lines(folder) -> list[str]:
-    return (folder / goodput.GOODPUT).read_text().splitlines()
+    return RunFolder(folder).goodput.read_text().splitlines()
 
 
 class SlowBatches(RandomBatches):
@@ -112,13 +113,13 @@ def test_phase_of_an_older_version_is_left_out():
 
 
 def test_half_a_line_of_a_killed_process_is_no_line(tmp_path):
-    PhaseLedger(tmp_path, begun()).book(3, first=True)
-    with (tmp_path / goodput.GOODPUT).open("a") as file:
+    PhaseLedger(RunFolder(tmp_path), begun()).book(3, first=True)
+    with RunFolder(tmp_path).goodput.open("a") as file:
         file.write('{"step": 4, "ti')
-    books = PhaseLedger(tmp_path, begun())
+    books = PhaseLedger(RunFolder(tmp_path), begun())
     books.book(3, first=True)
     assert [json.loads(text)["step"] for text in lines(tmp_path)] == [3, 3]
-    assert goodput.read(tmp_path).restarts == 1
+    assert goodput.read(RunFolder(tmp_path)).restarts == 1
 
 
 TRAIN = """
@@ -126,12 +127,13 @@ import sys, time
 from itertools import islice
 from pathlib import Path
 from tiny import MODEL, RandomBatches, training_config
+from zeroflow.run_folder import RunFolder
 from zeroflow.training.goodput import PhaseLedger, Clock
 from zeroflow.training.loop import train
 from zeroflow.training.state import new_state
 
 config, clock = training_config(steps=10**6), Clock(time.time(), device="cpu")
-state, books = new_state(MODEL, config), PhaseLedger(Path(sys.argv[1]), clock)
+state, books = new_state(MODEL, config), PhaseLedger(RunFolder(Path(sys.argv[1])), clock)
 books.book(0, first=True)
 for _ in train(state, RandomBatches(), config, clock.enter):
     clock.enter("logging")
@@ -155,7 +157,7 @@ def test_books_survive_sigkill(tmp_path):
     process.wait()
     died = time.time()
     time.sleep(0.3)
-    account = PhaseLedger(tmp_path, begun(resumed := time.time())).book(5, first=True)
+    account = PhaseLedger(RunFolder(tmp_path), begun(resumed := time.time())).book(5, first=True)
     assert account.steps_again >= int(said[-1]) - 5 and account.restarts == 1
     assert account.seconds["restarts"] >= resumed - died
     assert account.wall <= time.time() - began

@@ -13,12 +13,10 @@ from types import SimpleNamespace
 import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.training import launch as launch_module
 from zeroflow.training import zero
 from zeroflow.training.job import (
-    JOB,
-    RESULT,
     RunIsBusy,
     TrainingFailed,
     TrainResult,
@@ -38,8 +36,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
 def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path, passed, days):
-    alive = tmp_path / records.ALIVE
-    signs = _SignsOfLife(tmp_path)
+    alive = tmp_path / "alive"
+    signs = _SignsOfLife(alive)
     for number in range(3):
         passed[0] += 50
         assert signs.seconds_since_last() == 50
@@ -49,8 +47,9 @@ def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
 def test_file_that_is_not_touched_is_none(tmp_path, passed, days):
-    touch(tmp_path / records.ALIVE, time.time() + 86_400 * days)
-    signs = _SignsOfLife(tmp_path)
+    alive = tmp_path / "alive"
+    touch(alive, time.time() + 86_400 * days)
+    signs = _SignsOfLife(alive)
     assert signs.seconds_since_last() == 0
     passed[0] += 500
     assert signs.seconds_since_last() == 500
@@ -150,16 +149,17 @@ def test_training_that_goes_on_says_from_where_and_why(tmp_path):
         return why_trained(planned, lambda: "no other run is like it")
 
     assert why() == "no other run is like it"
-    artifacts.write_json(planned.run_dir / JOB, {})
+    artifacts.write_json(planned.folder.job, {})
     assert why() == "it was started before, and ended without a checkpoint"
-    (planned.checkpoints / "step-00000004").mkdir(parents=True)
+    checkpoints = planned.folder.checkpoints
+    (checkpoints / "step-00000004").mkdir(parents=True)
     newest = "its newest checkpoint is of step 4 of 6"
     assert why() == f"it was not trained to its end: {newest}"
-    artifacts.write_json(planned.run_dir / RESULT, result(planned.checkpoints, 4))
+    artifacts.write_json(planned.folder.training, result(checkpoints, 4))
     assert why() == f"it was trained to step 4, and more are asked for: {newest}"
-    artifacts.write_json(planned.run_dir / RESULT, result(planned.checkpoints, 6))
+    artifacts.write_json(planned.folder.training, result(checkpoints, 6))
     assert why() == f"step-00000006 is gone: {newest}"
-    (planned.checkpoints / "step-00000004").rename(planned.checkpoints / "step-00000006")
+    (checkpoints / "step-00000004").rename(checkpoints / "step-00000006")
     assert finished(planned) is not None
 
 
@@ -181,7 +181,7 @@ def result(checkpoints: Path, steps: int) -> dict[str, object]:
 def test_process_that_ends_on_a_full_disk_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(launch_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(TrainingFailed, match=r"the disk of .* has 0 bytes left") as failure:
-        launch("no_such_module", tmp_path / "job.json", tmp_path, lambda event: None)
+        launch("no_such_module", tmp_path / "job.json", lambda event: None)
     assert failure.value.reason == "error"
 
 

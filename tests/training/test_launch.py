@@ -12,6 +12,7 @@ import pytest
 from tiny import MODEL, training_config
 
 from zeroflow import artifacts, records
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import launch as launch_module
 from zeroflow.training import zero
 from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped
@@ -37,7 +38,7 @@ def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more
     folder = job_file.parent
     (folder / "fate").write_text(fate)
     try:
-        launch("meeting", job_file, folder, on_event, ranks=2, **more)
+        launch("meeting", job_file, on_event, ranks=2, **more)
     finally:
         pids = started(folder)["pids"]
         assert not any(map(psutil.pid_exists, pids))
@@ -46,7 +47,7 @@ def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more
 
 
 def started(folder: Path) -> records.Line:
-    [line] = [e for e in records.read(folder / records.EVENTS) if e["event"] == "started"]
+    [line] = [e for e in records.read(RunFolder(folder).events) if e["event"] == "started"]
     return line
 
 
@@ -115,14 +116,14 @@ def test_signal_to_one_rank_stops_all(job_file):
 def test_ranks_whose_parent_is_killed_stop_together(job_file):
     folder = job_file.parent
     command = "import sys; from pathlib import Path; from zeroflow.training.launch import launch; "
-    command += "f = Path(sys.argv[1]); launch('meeting', f, f.parent, lambda event: None, ranks=2)"
+    command += "f = Path(sys.argv[1]); launch('meeting', f, lambda event: None, ranks=2)"
     parent = subprocess.Popen([sys.executable, "-c", command, str(job_file)])
-    wait_for(lambda: (folder / records.EVENTS).exists())
+    wait_for(lambda: RunFolder(folder).events.exists())
     parent.kill()
     parent.wait()
     pids = started(folder)["pids"]
     wait_for(lambda: not any(map(psutil.pid_exists, pids)))
-    assert [e["event"] for e in records.read(folder / records.EVENTS)] == ["started", "stopped"]
+    assert [e["event"] for e in records.read(RunFolder(folder).events)] == ["started", "stopped"]
 
 
 def wait_for(there) -> None:

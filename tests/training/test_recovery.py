@@ -39,16 +39,16 @@ def job(tmp_path: Path) -> TrainingJob:
 
 def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Entry | None:
     """What is done about a failure, noted in the ledger."""
-    ledger = recovery.read(job.run_dir)
+    ledger = recovery.read(job.folder)
     now = recovery.applied(job, ledger)
     entry = recovery.remedy(now, TrainingFailed("it failed", reason, step), ledger)
     if entry:
-        records.append(job.run_dir / recovery.LEDGER, entry.model_dump(mode="json"))
+        records.append(job.folder.ledger, entry.model_dump(mode="json"))
     return entry
 
 
 def rows_of(job: TrainingJob, steps: range) -> list[list[int]]:
-    now = recovery.applied(job, recovery.read(job.run_dir))
+    now = recovery.applied(job, recovery.read(job.folder))
     batches = Batches(
         Rows(job.shards, "train"),
         end_of_text=0,
@@ -61,14 +61,14 @@ def rows_of(job: TrainingJob, steps: range) -> list[list[int]]:
 
 
 def checkpoint_at(job: TrainingJob, step: int) -> None:
-    (job.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    (job.folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
 
 
 def test_out_of_memory_halves_micro_batches_then_computes_again_then_gives_up(job):
     before = rows_of(job, range(3))
     seen = []
     while fail(job, "out of memory"):
-        now = recovery.applied(job, recovery.read(job.run_dir)).training
+        now = recovery.applied(job, recovery.read(job.folder)).training
         seen.append((now.micro_batch_rows, now.accumulate, now.compute.activation_checkpointing))
         assert rows_of(job, range(3)) == before, "the same rows in the same order"
     assert seen == [(3, 4, "none"), (1, 12, "none"), (1, 12, "full")]
@@ -102,7 +102,7 @@ def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
 
 def test_wrong_settings_and_errors_of_the_code_are_never_tried_again(job):
     assert fail(job, "error") is None
-    assert recovery.read(job.run_dir) == []
+    assert recovery.read(job.folder) == []
 
 
 STEPS, SPIKE = 90, 73
@@ -169,11 +169,11 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
         patch.setattr(time, "time", corrupted.jumping_time)
         assert train_with_retries(noisy_job).steps == STEPS
 
-    spike, broken = recovery.read(noisy_job.run_dir)
+    spike, broken = recovery.read(noisy_job.folder)
     assert spike.reason == broken.reason == "diverged"
     assert f"step {SPIKE} has " in spike.message and "usual is up to" in spike.message
     assert spike.skip == Skip(step=70, batches=SPIKE - 70), "from the newest checkpoint on"
-    found = records.read(noisy_job.run_dir / records.EVENTS)
+    found = records.read(noisy_job.folder.events)
     last = corrupted.AT_STEP + 5
     skipped = [event["step"] for event in found if event["event"] == "skipped"]
     assert skipped == [*range(corrupted.AT_STEP, last + 1)], "six in a row"
@@ -181,14 +181,14 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert broken.skip == Skip(step=75, batches=last - 75)
     assert [event["step"] for event in found if event["event"] == "started"] == [0, 70, 75]
 
-    lines = [line for line in records.read(noisy_job.run_dir / records.METRICS) if "loss" in line]
+    lines = [line for line in records.read(noisy_job.folder.metrics) if "loss" in line]
     times = [line["time"] for line in lines]
     assert max(times) - min(times) > 6 * 86_400 and times != sorted(times)
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     assert max(line["loss"] for line in lines[60:]) < 1.8, "without the spike"
 
     # MLflow takes no point back: steps that were left keep what was seen of them first
-    run_id = (run_facts(noisy_job.run_dir) or {})["run_id"]
+    run_id = (run_facts(noisy_job.folder) or {})["run_id"]
     client = MlflowClient(noisy_job.tracking.uri)
     history = {p.step: p.value for p in client.get_metric_history(run_id, "loss/train")}
     assert len(client.get_metric_history(run_id, "loss/train")) == len(history) == STEPS
@@ -196,4 +196,4 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert differ == {71, 72, 73, 76, 77}
     assert history[SPIKE] > 2.0, "the spike"
     assert client.get_run(run_id).data.tags["recoveries"] == "2"
-    assert recovery.LEDGER in {file.path for file in client.list_artifacts(run_id)}
+    assert "ledger.jsonl" in {file.path for file in client.list_artifacts(run_id)}

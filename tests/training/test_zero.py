@@ -68,7 +68,7 @@ def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> lis
         paths = (Path(__file__).parents[1] / "helpers",)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
-        launch("ranks", folder / "job.json", folder, lambda event: None, ranks=2)
+        launch("ranks", folder / "job.json", lambda event: None, ranks=2)
     return [artifacts.read_json(folder / f"rank{rank}.json") for rank in range(2)]
 
 

@@ -23,6 +23,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import CheckResult
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import worker, zero
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob
@@ -34,9 +35,6 @@ from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.overfit")
 
-RESULT = "overfit.json"
-
-_JOB = "overfit-job.json"
 _ROWS = 4
 _CONTEXT = 64
 _WARMUP_STEPS = 5
@@ -96,22 +94,20 @@ def check(job: OverfitJob) -> OverfitResult:
     Raises:
         TrainingFailed: the process ended by an error.
     """
-    before = _before(job.run_dir)
+    before = _before(job.folder)
     if before and before.passed and before.job == _fingerprint(job):
         return before.replace(reused=True, why=reuse.PASSED)
     why = reuse.since(_identity(job), before)
     log.info("overfit check has to run: %s", why)
-    job_file = job.run_dir / _JOB
-    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    artifacts.write_json(job.folder.overfit_job, job.model_dump(mode="json"))
     launch(
         "zeroflow.checks.overfit",
-        job_file,
-        job.run_dir,
+        job.folder.overfit_job,
         lambda event: None,
         ranks=job.training.ranks,
         compile_cache=job.compile_cache,
     )
-    result = OverfitResult.model_validate(artifacts.read_json(job.run_dir / RESULT))
+    result = OverfitResult.model_validate(artifacts.read_json(job.folder.overfit))
     return result.replace(why=why)
 
 
@@ -192,8 +188,8 @@ def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
     )
 
 
-def _before(run_dir: Path) -> OverfitResult | None:
-    path = run_dir / RESULT
+def _before(folder: RunFolder) -> OverfitResult | None:
+    path = folder.overfit
     return OverfitResult.model_validate(artifacts.read_json(path)) if path.exists() else None
 
 
@@ -222,7 +218,7 @@ def work(job: OverfitJob, stop: Stop) -> None:
     worker.make_deterministic()
     state = new_state(job.model, config)
     batch = fixed_batch(Rows(job.shards, "train"), document_mask=config.document_mask)
-    history = job.run_dir / records.EVENTS
+    history = job.folder.events
     result = overfit(state, batch, config, job.limits, stop)
     if zero.rank() > 0:
         return
@@ -231,7 +227,7 @@ def work(job: OverfitJob, stop: Stop) -> None:
         records.append(history, {"event": "stopped", "message": message})
         return
     result = result.replace(job=_fingerprint(job), identity=_identity(job))
-    artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
+    artifacts.write_json(job.folder.overfit, result.model_dump(mode="json"))
     log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
     records.append(history, {"event": "done"})
 

@@ -32,6 +32,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, recovery, worker, zero
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.config import TrainingConfig
@@ -43,10 +44,6 @@ from zeroflow.training.worker import Stop
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
-RESULT = "preflight.json"
-
-_JOB = "preflight-job.json"
-_CHECKPOINT = "preflight-checkpoint"
 _ROWS, _CONTEXT = 1, 64
 _WINDOW = 32
 """Logits that are compared on either side of a change, as all of them may not fit in memory."""
@@ -102,14 +99,14 @@ class PreflightFailed(RuntimeError):
 
 def known(job: TrainingJob, device: str) -> PreflightResult | None:
     """What was found before, if the same job passed on such a device."""
-    found = read(job.run_dir)
+    found = read(job.folder)
     same = found is not None and found.passed and found.job == _fingerprint(_identity(job, device))
     return found.replace(reused=True, why=reuse.PASSED) if found and same else None
 
 
-def read(run_dir: Path) -> PreflightResult | None:
+def read(folder: RunFolder) -> PreflightResult | None:
     """What the pre-flight of a run has found, if it had one."""
-    path = run_dir / RESULT
+    path = folder.preflight
     return PreflightResult.model_validate(artifacts.read_json(path)) if path.exists() else None
 
 
@@ -126,7 +123,7 @@ def check(job: TrainingJob, device: str) -> PreflightResult:
         TrainingFailed: the process ended by an error, of which being out of memory is none.
     """
     identity = _identity(job, device)
-    before = read(job.run_dir)
+    before = read(job.folder)
     why = reuse.since(identity, before)
     log.info("pre-flight has to run: %s", why)
     return _check(job, identity).replace(why=why)
@@ -134,7 +131,7 @@ def check(job: TrainingJob, device: str) -> PreflightResult:
 
 def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
     while True:
-        ledger = recovery.read(job.run_dir)
+        ledger = recovery.read(job.folder)
         now = recovery.applied(job, ledger)
         try:
             return _launched(now, identity)
@@ -146,7 +143,7 @@ def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
                 raise
             if (entry := recovery.remedy(now, failure, ledger)) is None:
                 return _does_not_fit(now, failure, identity)
-            recovery.note(job.run_dir, entry)
+            recovery.note(job.folder, entry)
 
 
 def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
@@ -158,20 +155,19 @@ def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
         tokenizer=now.tokenizer,
         identity=identity,
     )
-    job_file = job.run_dir / _JOB
-    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    artifacts.write_json(job.folder.preflight_job, job.model_dump(mode="json"))
     try:
         launch(
             "zeroflow.checks.preflight",
-            job_file,
-            job.run_dir,
+            job.folder.preflight_job,
             lambda event: None,
             ranks=now.training.ranks,
             compile_cache=now.compile_cache,
         )
     finally:
-        shutil.rmtree(job.run_dir / _CHECKPOINT, ignore_errors=True)  # of a process that was killed
-    result = read(job.run_dir)
+        # of a process that was killed
+        shutil.rmtree(job.folder.preflight_checkpoint, ignore_errors=True)
+    result = read(job.folder)
     assert result is not None, "written by a process that ended well"
     return result
 
@@ -182,7 +178,7 @@ def _does_not_fit(
     sentence = f"{recovery.advice(now, failure)} ({str(failure).splitlines()[0]})"
     check = Check(name="micro-batch", passed=False, figure="1 row does not fit", sentence=sentence)
     result = _result(identity, [check], seconds=0.0)
-    artifacts.write_json(now.run_dir / RESULT, result.model_dump(mode="json"))
+    artifacts.write_json(now.folder.preflight, result.model_dump(mode="json"))
     return result
 
 
@@ -225,7 +221,7 @@ def checks(job: PreflightJob) -> Iterator[Check]:
     yield from map(_of_all, model_checks(state, job.training, job.shards.row_tokens - 1))
     if sound:
         yield _of_all(micro_batch(state, job.training, Rows(job.shards, "train")))
-    yield round_trip(state, job.run_dir / _CHECKPOINT, job.tokenizer.fingerprint)
+    yield round_trip(state, job.folder.preflight_checkpoint, job.tokenizer.fingerprint)
 
 
 def data_checks(job: PreflightJob) -> Iterator[Check]:
@@ -608,7 +604,7 @@ def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.compute.deterministic:
         worker.make_deterministic()
-    history = job.run_dir / records.EVENTS
+    history = job.folder.events
     done: list[Check] = []
     stopped = False
     for check in checks(job):
@@ -624,7 +620,7 @@ def work(job: PreflightJob, stop: Stop) -> None:
         records.append(history, {"event": "stopped", "message": message})
         return
     result = _result(job.identity, done, seconds=time.monotonic() - begin)
-    artifacts.write_json(job.run_dir / RESULT, result.model_dump(mode="json"))
+    artifacts.write_json(job.folder.preflight, result.model_dump(mode="json"))
     verdict = "passed" if result.passed else "FAILED"
     log.info("pre-flight %s: %d checks in %.1f s", verdict, len(done), result.seconds)
     records.append(history, {"event": "done"})

@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from zeroflow import records
 from zeroflow.config import Config
 from zeroflow.training import checkpoint
-from zeroflow.training.job import JOB, TrainingFailed, TrainingJob
+from zeroflow.training.job import TrainingFailed, TrainingJob
 from zeroflow.training.launch import alone, train
 
 log = logging.getLogger(__name__)
@@ -134,13 +134,13 @@ def prove(
             "or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
-    with alone(job.run_dir / "proof", f"another proof is at work on {job.run_dir.name}"):
+    with alone(job.folder.proof_lock, f"another proof is at work on {job.folder.name}"):
         for side in (undisturbed, killed):
             shutil.rmtree(side.run_dir, ignore_errors=True)
             side.run_dir.mkdir(parents=True)
         log.info("training undisturbed: %s", undisturbed.run_dir)
         start_up = _train_undisturbed(undisturbed, on_event)
-        lines = records.read(undisturbed.run_dir / records.EVENTS)
+        lines = records.read(undisturbed.folder.events)
         moments = _moments(_intervals(lines, start_up), config, last=job.training.steps)
         kills = _train_killed(killed, moments, Random(config.kill_seed), on_event)
         return compare(undisturbed, killed, kills, config.kills)
@@ -148,7 +148,7 @@ def prove(
 
 def _side(job: TrainingJob, name: str) -> TrainingJob:
     tracking = job.tracking.replace(run_name=f"{job.tracking.run_name}-{name}")
-    return job.replace(run_dir=job.run_dir / name, tracking=tracking)
+    return job.replace(run_dir=job.folder.inner(name).path, tracking=tracking)
 
 
 def _train_undisturbed(job: TrainingJob, on_event: Callable[[records.Line], None]) -> float:
@@ -188,7 +188,7 @@ def _train_killed(
             except TrainingFailed:
                 if not struck.is_set():
                     raise
-        newest = checkpoint.latest(job.checkpoints)
+        newest = checkpoint.latest(job.folder.checkpoints)
         kill = Kill(
             aimed_at=moment.phase,
             moment=_seen(job, tail.new_lines()),
@@ -245,13 +245,12 @@ def _killer(
 
 def _tail(job: TrainingJob) -> records.Tail:
     """The history of what comes from now on."""
-    history = job.run_dir / records.EVENTS
-    return records.Tail(history, records.size(history))
+    return records.Tail(job.folder.events, records.size(job.folder.events))
 
 
 def _ranks(job: TrainingJob) -> list[psutil.Process]:
     """The processes that train `job`."""
-    file = str(job.run_dir / JOB)
+    file = str(job.folder.job)
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -325,9 +324,8 @@ def _seen(job: TrainingJob, lines: list[records.Line]) -> str:
     marked = [line for line in lines if _kind(line)]
     if not marked:
         return "while starting up"
-    if partial := next(job.checkpoints.glob(".step-*.partial"), None):
-        step = int("".join(filter(str.isdigit, partial.name)))
-        return f"with the checkpoint of step {step} half written"
+    if steps := checkpoint.unfinished(job.folder.checkpoints):
+        return f"with the checkpoint of step {steps[0]} half written"
     done = {
         "started": "having started at step {}",
         "loss": "after step {}",
@@ -370,7 +368,7 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], as
 def _numbers(job: TrainingJob) -> _Found:
     """Every number that was logged, to the bit."""
     found: _Found = {}
-    for line in records.read(job.run_dir / records.METRICS):
+    for line in records.read(job.folder.metrics):
         for quantity in _QUANTITIES:
             if quantity in line:
                 key, value = (line["step"], quantity), float(line[quantity]).hex()
@@ -381,7 +379,7 @@ def _numbers(job: TrainingJob) -> _Found:
 
 def _tensors(job: TrainingJob) -> _Found:
     """The sha256 of every tensor of the last checkpoint."""
-    newest = checkpoint.latest(job.checkpoints)
+    newest = checkpoint.latest(job.folder.checkpoints)
     assert newest is not None, "the last step is always saved"
     step = checkpoint.step_of(newest)
     return {(step, name): digest for name, digest in checkpoint.digests(newest).items()}

@@ -127,7 +127,7 @@ def _data(arguments: argparse.Namespace) -> None:
     from zeroflow.report import data_page
 
     job = trained.job(arguments.cache_dir, arguments.run)
-    page = data_page.write_data(job.shards, job.tokenizer, job.run_dir)
+    page = data_page.write_data(job.shards, job.tokenizer, job.folder)
     console.print(page.read_text(encoding="utf-8"), markup=False)
     console.print(f"{page}", markup=False)
 

@@ -61,6 +61,7 @@ from zeroflow.data.shards import (
 from zeroflow.data.slices import Slice, SourceFile
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
+from zeroflow.run_folder import Cache
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def build_shards(
         "slice_bytes": slices.SLICE_BYTES,
     }
     name = f"{corpus.name}-{config.seq_len}-{artifacts.fingerprint(identity)}"
-    path = cache / "shards" / name
+    path = Cache(cache).shards / name
     plan = _SlicePlan(path, corpus, tokenizer, config, seed, identity)
 
     with nullcontext(builders) if builders else in_threads(1) as who:

@@ -29,6 +29,7 @@ from zeroflow.data.corpus import (
 )
 from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.reuse import Fields, StageResult
+from zeroflow.run_folder import Cache
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
         hub.HubError: the hub refused or failed.
         ValueError: the files hold no tokenizer, or none that says how a text ends.
     """
-    name, root = config.tokenizer_name, cache / "tokenizers"
+    name, root = config.tokenizer_name, Cache(cache).tokenizers
     if name == SYNTHETIC_TOKENIZER:
         return Tokenizer(
             name=name,
@@ -248,10 +249,10 @@ def _variant(config: TokenizerConfig) -> str:
 def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
     """An intact directory of this hub name: of the revision, or the newest if none is set."""
     if config.tokenizer_revision:
-        path = _hub_path(config, cache / "tokenizers")
+        path = _hub_path(config, Cache(cache).tokenizers)
         return path if _intact(path) else None
     found = []
-    for manifest in (cache / "tokenizers").glob(f"*/{artifacts.MANIFEST}"):
+    for manifest in Cache(cache).tokenizers.glob(f"*/{artifacts.MANIFEST}"):
         facts = _intact(manifest.parent)
         if not facts or facts["name"] != config.tokenizer_name:
             continue

@@ -1,4 +1,4 @@
-"""What earlier runs on this machine were planned to take, and took: `<cache>/plans.jsonl`."""
+"""What earlier runs on this machine were planned to take, and took: the cache's `plans.jsonl`."""
 
 import json
 import math
@@ -12,11 +12,9 @@ from pydantic import ValidationError
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig
+from zeroflow.run_folder import Cache
 from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
-
-PLANS = "plans.jsonl"
-
 
 _NEWEST = 5
 """So many earlier runs count: code and drivers change."""
@@ -65,7 +63,7 @@ def append(cache: Path, past: Past) -> None:
     """Add a run to the history, unless it is there with as many steps."""
     if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
         return
-    path = cache / PLANS
+    path = Cache(cache).plans
     with path.open("a+b") as file:
         # one write, which other processes cannot come between
         file.write(_begin_line(file) + past.model_dump_json().encode() + b"\n")
@@ -81,7 +79,7 @@ def _begin_line(file: BinaryIO) -> bytes:
 
 def read(cache: Path) -> list[Past]:
     """Oldest first. What is no whole line, or of another version, is passed over."""
-    path = cache / PLANS
+    path = Cache(cache).plans
     return list(_parsed(path.read_bytes())) if path.exists() else []
 
 

@@ -1,19 +1,17 @@
 """From a shape and a vocabulary to the network's full description."""
 
 import logging
-from pathlib import Path
 
 from zeroflow import artifacts
 from zeroflow.model.llama import ModelConfig, Shape
 from zeroflow.model.sizes import with_vocabulary
+from zeroflow.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE = "model.json"
 
-
-def build_model(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
-    """The network for a tokenizer of `vocab_size` tokens, recorded in `folder/model.json`.
+def build_model(shape: Shape, vocab_size: int, folder: RunFolder) -> ModelConfig:
+    """The network for a tokenizer of `vocab_size` tokens, recorded in model.json.
 
     The training process makes the weights, from the seed.
     """
@@ -23,7 +21,7 @@ def build_model(shape: Shape, vocab_size: int, folder: Path) -> ModelConfig:
         "parameters": config.parameters,
         "embedding_parameters": config.embedding_parameters,
     }
-    artifacts.write_json(folder / MODEL_FILE, facts)
+    artifacts.write_json(folder.model, facts)
     log.info(
         "model: %s parameters, %s of them in the embedding of %s tokens",
         f"{config.parameters:,}",

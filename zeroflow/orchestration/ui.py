@@ -14,14 +14,12 @@ from pydantic import Field, model_validator
 
 from zeroflow.config import Config
 from zeroflow.orchestration.programs import Program
+from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import DEFAULT_CACHE
 from zeroflow.tracking.config import PORT, is_server, location
 from zeroflow.tracking.viewer import VIEWER_ENVIRONMENT, Viewer, viewer
 
 log = logging.getLogger(__name__)
-
-
-_LOGS = "ui"
 
 
 _START_SECONDS = 120.0
@@ -66,7 +64,7 @@ def serve(config: UiConfig) -> None:
     from zeroflow.orchestration import server
     from zeroflow.orchestration.worker import Prefect  # takes seconds to import
 
-    logs = config.cache_dir / _LOGS
+    logs = Cache(config.cache_dir).logs
     logs.mkdir(parents=True, exist_ok=True)
     prefect = Prefect(config.prefect_port, config.cache_dir, logs)
     if prefect.to_be_started:

@@ -20,7 +20,6 @@ import logging
 import math
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,8 @@ import numpy.typing as npt
 
 from zeroflow import artifacts, records
 from zeroflow.records import Line
-from zeroflow.training.job import JOB, TrainingJob
+from zeroflow.run_folder import RunFolder
+from zeroflow.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -152,14 +152,14 @@ def find(job: TrainingJob) -> Band | None:
     if before is None:
         return None
     by_seed: dict[int, _Earlier] = {}
-    for file in sorted(job.run_dir.parent.glob(f"*/{JOB}")):
-        if file.parent.name == job.run_dir.name:
+    for folder in job.folder.cache.existing_runs():
+        if folder.name == job.folder.name or not folder.job.exists():
             continue
         try:
-            run = _earlier(file, job, before)
+            run = _earlier(folder, job, before)
         except (OSError, ValueError, LookupError, TypeError) as error:
             # Of another version, or damaged: such a run is no reason to end this one
-            log.debug("run %s says nothing of the loss to expect: %s", file.parent.name, error)
+            log.debug("run %s says nothing of the loss to expect: %s", folder.name, error)
             continue
         if run is not None:
             by_seed[run.seed] = max(run, by_seed.get(run.seed, run), key=_Earlier.weight)
@@ -181,18 +181,18 @@ class _Earlier(NamedTuple):
         return int(np.count_nonzero(~np.isnan(self.losses))), self.began
 
 
-def _earlier(file: Path, job: TrainingJob, before: float) -> _Earlier | None:
+def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> _Earlier | None:
     """The run with this job.json; None if it has nothing to say of `job`."""
-    past = TrainingJob.model_validate(artifacts.read_json(file)).replace(run_dir=file.parent)
+    past = TrainingJob.model_validate(artifacts.read_json(folder.job)).replace(run_dir=folder.path)
     if _decisive(past) != _decisive(job):
         return None
     began = _began(past)
     if began is None or began >= before:
         return None
-    losses = _smoothed(past, records.read(file.parent / records.METRICS))
+    losses = _smoothed(past, records.read(folder.metrics))
     if np.isnan(losses).all():
         return None
-    return _Earlier(file.parent.name, past.training.seed, began, losses)
+    return _Earlier(folder.name, past.training.seed, began, losses)
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def _decisive(job: TrainingJob) -> tuple[Any, ...]:
 
 def _began(job: TrainingJob) -> float | None:
     """When training began, infinite if it has not; None if it was planned with other steps once."""
-    history = records.read(job.run_dir / records.EVENTS)
+    history = records.read(job.folder.events)
     starts = [line for line in history if line["event"] == "started"]
     if any(line["steps"] != job.training.steps for line in starts):
         return None

@@ -13,10 +13,9 @@ import numpy as np
 
 from zeroflow import artifacts, records
 from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.run_folder import Cache
 from zeroflow.settings.settle import load
 from zeroflow.units import binary, duration, parameter_count, speed
-
-REPORT = "report.json"
 
 
 class Outcome(NamedTuple):
@@ -55,17 +54,17 @@ class Outcome(NamedTuple):
 
 def outcome(cache: Path, name: str) -> Outcome | None:
     """How run `name` ended; None if it has not, or failed."""
-    folder = cache / "runs" / name
-    if not (folder / REPORT).exists():
+    folder = Cache(cache).run(name)
+    if not folder.report.exists():
         return None
-    found = artifacts.read_json(folder / REPORT)
+    found = artifacts.read_json(folder.report)
     if found["status"] != "completed":
         return None
     settings = load(cache, name)
     vocabulary = found["tokenizer"]["vocab_size"]
     model = with_vocabulary(settings.model.shape, vocabulary)
     context = settings.shard_config.seq_len
-    lines = records.read(folder / records.METRICS)
+    lines = records.read(folder.metrics)
     return Outcome(
         run=name,
         size=found["size"],

@@ -12,25 +12,21 @@ from zeroflow.data.statistics import Look
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import data_page, pictures
 from zeroflow.report.pages import quoted
-
-DATA = "data.md"
-
-
-LENGTHS = "lengths.png"
+from zeroflow.run_folder import RunFolder
 
 
-def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write a page about a run's data, with a picture, into the run's `folder`.
+def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Path:
+    """Write a page about a run's data, with a picture, into its folder.
 
     Returns:
         the path of data.md
     """
     seen = statistics.look(shards, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures.document_lengths(seen.lengths, folder / LENGTHS, row_tokens=shards.row_tokens)
-    page = folder / DATA
-    page.write_text(data_page.markdown(shards, seen, tokenizer, picture=LENGTHS), encoding="utf-8")
-    return page
+    folder.path.mkdir(parents=True, exist_ok=True)
+    pictures.document_lengths(seen.lengths, folder.lengths_picture, row_tokens=shards.row_tokens)
+    text = data_page.markdown(shards, seen, tokenizer, picture=folder.lengths_picture.name)
+    folder.data_page.write_text(text, encoding="utf-8")
+    return folder.data_page
 
 
 def markdown(shards: ShardSet, seen: Look, tokenizer: Tokenizer, *, picture: str) -> str:

@@ -59,6 +59,6 @@ def _parts_read(job: TrainingJob, step: int) -> int:
 
     The last one to begin before the step, as what others did of it was not kept.
     """
-    history = records.read(job.run_dir / records.EVENTS)
+    history = records.read(job.folder.events)
     read = [e["parts"] for e in history if e["event"] == "started" and e["step"] < step]
     return read[-1] if read else job.shards.parts

@@ -10,11 +10,9 @@ from zeroflow.data.packing import Ids
 from zeroflow.records import Line
 from zeroflow.report.band import Band
 from zeroflow.report.comparison import Comparison
+from zeroflow.run_folder import SweepFolder
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import parameter_count
-
-LOSS_CURVE = "loss.png"
-
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
@@ -57,7 +55,7 @@ def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Pa
     if entropy is not None:
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
     axes.legend()
-    return _save(figure, job.run_dir / LOSS_CURVE)
+    return _save(figure, job.folder.loss_picture)
 
 
 def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
@@ -78,7 +76,7 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
     axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
-def losses_compared(found: Comparison, folder: Path) -> list[Path]:
+def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
     """Validation loss of every run against tokens, FLOPs and hours, and the power law."""
     drawn = []
     sizes = list(dict.fromkeys(one.size for one in found.outcomes))
@@ -118,7 +116,7 @@ def losses_compared(found: Comparison, folder: Path) -> list[Path]:
             height = max(4, 0.2 * len(found.outcomes))
             figure.set_size_inches(10, height)
             figure.legend(loc="outside right upper", fontsize="small")
-        drawn.append(_save(figure, folder / f"loss-by-{name}.png"))
+        drawn.append(_save(figure, folder.loss_picture(name)))
     return drawn
 
 

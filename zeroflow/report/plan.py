@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow import artifacts
@@ -22,14 +21,13 @@ from zeroflow.estimate.memory import Room, checkpoint_bytes, memory, micro_batch
 from zeroflow.estimate.speed import expected_tokens_per_second
 from zeroflow.model.llama import Recompute
 from zeroflow.model.sizes import with_vocabulary
+from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
 from zeroflow.training import recovery
 from zeroflow.training.config import workload
-from zeroflow.training.job import JOB, TrainingJob, TrainResult
+from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.workload import STAGES, Stage, Workload
-
-PLAN = "plan.json"
 
 
 class StagePlan(Config):
@@ -101,10 +99,10 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
     return predict(sketch(asked, device), device)
 
 
-def load(run_dir: Path) -> Plan | None:
+def load(folder: RunFolder) -> Plan | None:
     """The plan of a run, if this version made one."""
     try:
-        return Plan.model_validate(artifacts.read_json(run_dir / PLAN))
+        return Plan.model_validate(artifacts.read_json(folder.plan))
     except (OSError, ValueError):
         return None
 
@@ -186,11 +184,13 @@ def _kept(run: RunConfig) -> int:
 
 def _there(run: RunConfig) -> int:
     """Bytes of the shards and checkpoints that a run of this name has."""
-    if run.run_name is None or not (run.run_dir / JOB).exists():
+    if run.run_name is None or not run.folder.job.exists():
         return 0
     try:
-        job = TrainingJob.model_validate(artifacts.read_json(run.run_dir / JOB))
-        saved = sum(file.stat().st_size for file in job.checkpoints.rglob("*") if file.is_file())
+        job = TrainingJob.model_validate(artifacts.read_json(run.folder.job))
+        saved = sum(
+            file.stat().st_size for file in job.folder.checkpoints.rglob("*") if file.is_file()
+        )
         return saved + row_bytes(job.shards)
     except (OSError, ValueError):  # at work and retiring one just now; of another version
         return 0
@@ -275,7 +275,7 @@ def hold(
     Args:
         training_seconds: that tokens per second are over.
     """
-    plan = load(run.run_dir)
+    plan = load(run.folder)
     if plan is None:
         return []  # started by a version that made none
     measured = Figures(
@@ -285,9 +285,9 @@ def hold(
         shard_bytes=row_bytes(shards),
         checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
     )
-    now = recovery.applied(job, recovery.read(run.run_dir)).training
+    now = recovery.applied(job, recovery.read(run.folder)).training
     past = Past(
-        run=run.run_dir.name,
+        run=run.folder.name,
         steps=trained.steps,
         workload=workload(job.model, shards.row_tokens - 1, now, device),
         predicted=plan.predicted,

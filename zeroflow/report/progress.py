@@ -105,7 +105,7 @@ class LossWatch:
     def __call__(self, event: Line) -> None:
         if event["event"] != "metrics" or time.monotonic() < self._next:
             return
-        lines = records.read(self._job.run_dir / records.METRICS)
+        lines = records.read(self._job.folder.metrics)
         if self._expected and not self._said:
             verdict = self._expected.verdict(lines)
             if verdict.since is not None:

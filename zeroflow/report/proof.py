@@ -9,14 +9,6 @@ from zeroflow.report import pictures
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
 
-PROOF = "proof.json"
-
-
-MARKDOWN = "proof.md"
-
-
-_CURVES = "proof.png"
-
 
 def write(job: TrainingJob, proof: Proof) -> Path:
     """Write proof.json and proof.md with a picture, and add them to MLflow.
@@ -24,21 +16,20 @@ def write(job: TrainingJob, proof: Proof) -> Path:
     Returns:
         the path of proof.md
     """
-    folder = job.run_dir
+    folder = job.folder
     undisturbed, killed = (
-        records.read(folder / name / records.METRICS)
-        for name in (resume.UNDISTURBED, resume.KILLED)
+        records.read(folder.inner(name).metrics) for name in (resume.UNDISTURBED, resume.KILLED)
     )
     kills = [kill.step for kill in proof.kills]
-    picture = pictures.resume_curves(undisturbed, killed, folder / _CURVES, kills=kills)
-    artifacts.write_json(folder / PROOF, proof.model_dump(mode="json"))
-    page = folder / MARKDOWN
+    picture = pictures.resume_curves(undisturbed, killed, folder.proof_picture, kills=kills)
+    artifacts.write_json(folder.proof, proof.model_dump(mode="json"))
+    page = folder.proof_page
     page.write_text(markdown(job, proof), encoding="utf-8")
     tracker.finish(
         job.tracking,
         folder,
         [],  # what was trained is in runs of its own
-        files=[page, picture, folder / PROOF],
+        files=[page, picture, folder.proof],
         step=proof.steps,
         metrics={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
         series={},
@@ -70,7 +61,7 @@ def markdown(job: TrainingJob, proof: Proof) -> str:
     )
     return (
         f"# Proof of resume: {job.run_dir.name}\n\n| | |\n|---|---|\n{facts}\n\n"
-        f"![losses of both trainings]({_CURVES})\n\n## Kills\n\n"
+        f"![losses of both trainings]({job.folder.proof_picture.name})\n\n## Kills\n\n"
         "| | aimed at | came | last step logged | went on from step |\n|---|---|---|---|---|\n"
         f"{kills}\n"
     )

@@ -13,8 +13,6 @@ from zeroflow.records import Line
 from zeroflow.report import band, pictures, plan_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
-from zeroflow.report.comparison import REPORT
-from zeroflow.report.data_page import DATA, LENGTHS
 from zeroflow.report.pages import quoted, table_cell
 from zeroflow.settings.run_config import RunConfig, leaves, resume_promise
 from zeroflow.tracking import tracker
@@ -26,15 +24,6 @@ from zeroflow.training.workload import arithmetic, devices
 from zeroflow.units import duration, speed
 
 log = logging.getLogger(__name__)
-
-
-MARKDOWN = "report.md"
-
-
-OVERFIT_CURVE = "overfit.png"
-
-
-_TIME = "time.png"
 
 
 def write(
@@ -54,14 +43,14 @@ def write(
     Returns:
         the path of report.json
     """
-    folder = run.run_dir
-    lines = records.read(folder / records.METRICS)
+    folder = run.folder
+    lines = records.read(folder.metrics)
     expected = band.find(job)
     loss_picture = pictures.loss_curve(job, lines, expected)
     spent = goodput.read(folder)
     time_picture = pictures.time_shares(
         {goodput.label(phase): share for phase, share in spent.shares.items()},
-        folder / _TIME,
+        folder.time_picture,
         title=f"where {duration(spent.wall)} of training went",
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
@@ -82,13 +71,13 @@ def write(
     report["plan"] = [row._asdict() | {"miss": row.miss} for row in compared]
     for row in compared:
         log.info("plan of %s: %s predicted, %s measured %s", *plan_page.cells(row))
-    markdown = folder / MARKDOWN
-    pages = links(folder, run.cache_dir)
+    markdown = folder.report_page
+    pages = links(folder)
     text = _markdown(report, run, checked, compared, pages)
     markdown.write_text(text, encoding="utf-8")
     opened = run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
-    artifacts.write_json(folder / REPORT, report)  # before MLflow, which may be slow or away
+    artifacts.write_json(folder.report, report)  # before MLflow, which may be slow or away
     verdict = report["expected_loss"]["verdict"]
     if expected:
         log.info("expected loss: %s", verdict)
@@ -97,8 +86,8 @@ def write(
         folder,
         lines,
         files=[
-            *(markdown, loss_picture, time_picture, folder / OVERFIT_CURVE, folder / "run.json"),
-            *(folder / DATA, folder / LENGTHS),
+            *(markdown, loss_picture, time_picture, folder.overfit_picture, folder.settings),
+            *(folder.data_page, folder.lengths_picture),
         ],
         step=trained.steps,
         metrics={
@@ -109,8 +98,8 @@ def write(
         series={"overfit/loss": overfit.curve},
         succeeded=overfit.passed,
     )
-    artifacts.write_json(folder / REPORT, report)
-    return folder / REPORT
+    artifacts.write_json(folder.report, report)
+    return folder.report
 
 
 def preflight_section(result: PreflightResult) -> str:
@@ -157,7 +146,7 @@ def _figures(
         "precision": job.training.compute.precision,
         "fp8": job.training.compute.fp8,
         "resume": resume_promise(run),
-        "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.run_dir)],
+        "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.folder)],
         "data": {
             "mode": run.data.data_mode,
             "name": run.data.name,
@@ -219,7 +208,7 @@ def _time(spent: goodput.Account) -> dict[str, Any]:
     }
 
 
-def _time_section(time: dict[str, Any]) -> str:
+def _time_section(time: dict[str, Any], picture: Path) -> str:
     rows = "\n".join(
         f"| {goodput.label(phase)} | {time['seconds'][phase]:,.1f} | {share:.1%} |"
         for phase, share in time["shares"].items()
@@ -231,7 +220,7 @@ def _time_section(time: dict[str, Any]) -> str:
         f"{time['training_seconds']:,.1f} s of data wait, forward/backward, optimiser, "
         f"communication and logging, without the first step of a process.\n\n"
         f"| phase | seconds | share |\n|---|---:|---:|\n{rows}\n\n"
-        f"![share of the wall time by phase]({_TIME})\n\n"
+        f"![share of the wall time by phase]({picture.name})\n\n"
     )
 
 
@@ -283,16 +272,16 @@ def _markdown(
             f"## Recoveries\n\n| from step | failure | action |\n|---|---|---|\n{recovered}\n\n"
         )
     warning = "> **Synthetic data stood in for FineWeb-Edu.**\n\n" if run.fell_back else ""
-    plan = plans.load(run.run_dir)
+    plan = plans.load(run.folder)
     planned = plan_page.section(plan, compared) if plan else ""
     settings = "\n".join(f"| {name} | {table_cell(str(value))} |" for name, value in leaves(run))
     return (
         f"# {report['run']}\n\n{warning}| | |\n|---|---|\n{table}\n\n"
-        f"![loss against tokens]({pictures.LOSS_CURVE})\n\n"
-        f"![loss of the overfit check]({OVERFIT_CURVE})\n\n"
+        f"![loss against tokens]({run.folder.loss_picture.name})\n\n"
+        f"![loss of the overfit check]({run.folder.overfit_picture.name})\n\n"
         f"{_stages_section(report['stages'])}"
         f"{preflight_section(checked) if checked else ''}"
-        f"{_time_section(report['time'])}{planned}{recovered}"
+        f"{_time_section(report['time'], run.folder.time_picture)}{planned}{recovered}"
         f"## Sample\n\n{quoted(report['sample'])}\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n"
     )

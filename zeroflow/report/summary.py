@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from zeroflow import artifacts
+from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import DEFAULT_CACHE
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput
@@ -15,7 +16,7 @@ from zeroflow.units import speed
 def summary(report_file: Path, cache: Path) -> str:
     """The end of a run in a few lines: figures, and where everything is."""
     report = artifacts.read_json(report_file)
-    folder = report_file.parent
+    folder = RunFolder(report_file.parent)
     bpb = f", {report['val_bpb']:.3f} bits per byte" if report["val_bpb"] else ""
     floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
     mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
@@ -33,12 +34,12 @@ def summary(report_file: Path, cache: Path) -> str:
         f"{speed(report['tokens_per_second'])}{mfu}",
         f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
         f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
-        f"  report           {folder / 'report.md'}",
+        f"  report           {folder.report_page}",
         f"  checkpoint       {report['checkpoint']}",
         f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
         f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
         f"  both UIs         {_program('zeroflow')} ui{_flag(cache)}",
-        *(f"  {what:16} {page}" for what, page in links(folder, cache).items()),
+        *(f"  {what:16} {page}" for what, page in links(folder).items()),
     ]
     return "\n".join(lines)
 

@@ -5,19 +5,12 @@ from typing import Any
 
 from zeroflow import artifacts
 from zeroflow.report import comparison, pictures
+from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import RUN_FILE, started_otherwise
+from zeroflow.settings.settle import started_otherwise
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location
-
-COMPARISON = "comparison.md"
-
-
-_FIGURES = "comparison.json"
-
-
-_SWEEP_FILE = "sweep.json"
 
 
 def finished(cell: RunConfig) -> bool:
@@ -41,7 +34,7 @@ def require_as_started(sweep: SweepConfig) -> None:
 def open_group(sweep: SweepConfig) -> None:
     """Record the sweep, and open the MLflow run that holds its runs together."""
     uri, local = location(sweep.run.cache_dir)
-    artifacts.write_json(sweep.folder / _SWEEP_FILE, sweep.model_dump(mode="json"))
+    artifacts.write_json(sweep.folder.settings, sweep.model_dump(mode="json"))
     axes = ("sizes", "seeds", "learning_rates", "zero_stages")
     varied = {name: getattr(sweep, name) for name in axes}
     config = TrackingConfig(
@@ -72,16 +65,16 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
         raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
     found = comparison.compare(outcomes)
     drawn = pictures.losses_compared(found, where)
-    page = where / COMPARISON
+    page = where.comparison_page
     text = comparison.markdown(
         sweep.name, found, pictures=[path.name for path in drawn], failed=failed
     )
     page.write_text(text, encoding="utf-8")
-    artifacts.write_json(where / _FIGURES, comparison.figures(found))
+    artifacts.write_json(where.comparison, comparison.figures(found))
     law = {"sweep/exponent": found.law.b} if found.law else {}
     best = min(one.val_loss for one in outcomes)
     tracker.close_group(
-        where, [page, where / _FIGURES, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
+        where, [page, where.comparison, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
     )
     return page
 
@@ -89,13 +82,13 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
 def _members(sweep: SweepConfig) -> list[str]:
     """Names of all runs that were ever asked for as ones of the sweep."""
     asked = [str(cell.run_name) for cell in cells(sweep)]
-    there = sorted((sweep.run.cache_dir / "runs").glob(f"*/{RUN_FILE}"))
-    earlier = [file.parent.name for file in there if _sweep_of(file) == sweep.name]
+    there = Cache(sweep.run.cache_dir).existing_runs()
+    earlier = [folder.name for folder in there if _sweep_of(folder) == sweep.name]
     return list(dict.fromkeys(asked + earlier))
 
 
-def _sweep_of(run_file: Path) -> Any:
+def _sweep_of(folder: RunFolder) -> Any:
     try:
-        return artifacts.read_json(run_file)["sweep"]
+        return artifacts.read_json(folder.settings)["sweep"]
     except (OSError, ValueError, LookupError):  # of another version, or damaged
         return None

@@ -3,6 +3,7 @@
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
+from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import RunConfig, leaves
 from zeroflow.settings.settle import Settled
 from zeroflow.tracking.config import DESCRIPTION, PARENT, TrackingConfig, location
@@ -25,7 +26,7 @@ def _group_tags(run: RunConfig) -> dict[str, str]:
     """That put the run into its sweep."""
     if run.sweep is None:
         return {}
-    group = run_facts(run.cache_dir / "sweeps" / run.sweep)
+    group = run_facts(Cache(run.cache_dir).sweep(run.sweep))
     return {"sweep": run.sweep} | ({PARENT: group["run_id"]} if group else {})
 
 
@@ -84,6 +85,6 @@ def training_job(
         prompt=run.training.sample_prompt or "",
         sampling=run.sampling,
         tracking=tracked,
-        compile_cache=run.cache_dir.resolve() / "compile",
+        compile_cache=Cache(run.cache_dir.resolve()).compiled,
         peak_flops=settled.training.ranks * peak if bf16 and peak else None,
     )

@@ -8,7 +8,6 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import find_device
 from zeroflow.settings.run_config import ModelChoice, RunConfig, leaves
-from zeroflow.training.job import CHECKPOINTS
 
 _STEPS = 60
 
@@ -45,7 +44,7 @@ def settings(asked: RunConfig) -> RunConfig:
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
     if asked.skip_preflight:
         raise ValueError("a proof has no pre-flight: drop --skip-preflight")
-    if asked.run_name and (asked.run_dir / CHECKPOINTS).exists():
+    if asked.run_name and asked.folder.checkpoints.exists():
         raise ValueError(f"{asked.run_name} is a training run: give the proof another --run-name")
     chosen = {name: getattr(asked.training, name) for name in asked.training.model_fields_set}
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -27,6 +27,7 @@ from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Precision
 from zeroflow.model.llama import Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName
+from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import ComputeConfig, Stage, TrainingConfig
 from zeroflow.training.job import Cadence
@@ -260,9 +261,13 @@ class RunConfig(Config):
         return self
 
     @property
-    def run_dir(self) -> Path:
+    def folder(self) -> RunFolder:
         assert self.run_name is not None, "settle() names the run"
-        return self.cache_dir / "runs" / self.run_name
+        return Cache(self.cache_dir).run(self.run_name)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.path
 
     @property
     def anywhere(self) -> Self:

@@ -15,20 +15,13 @@ from zeroflow.data.corpus import resolve_corpus
 from zeroflow.data.tokenizer import resolve_tokenizer
 from zeroflow.device import Device, find_device, require_gpus
 from zeroflow.reuse import Fields
+from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults
 from zeroflow.settings.refusals import refuse_what_does_nothing, refuse_what_the_device_cannot
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
-from zeroflow.tracking import tracker
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
 from zeroflow.training.config import TrainingConfig
-from zeroflow.training.job import CHECKPOINTS
-
-RUN_FILE = "run.json"
-
-
-ASKED_FILE = "asked.json"
-"""What was asked for when the run was started and settled otherwise: branches, fallbacks."""
 
 
 class Settled(NamedTuple):
@@ -97,9 +90,10 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         )
     if recorded and _difference(recorded, merged):
         # Nothing has been trained: the run begins anew, so that a remedy can be tried
-        for of_before in (RUN_FILE, ASKED_FILE, tracker.LEDGER):
-            (recorded.run_dir / of_before).unlink(missing_ok=True)
-        forget(recorded.run_dir)
+        folder = recorded.folder
+        for of_before in (folder.settings, folder.asked, folder.ledger):
+            of_before.unlink(missing_ok=True)
+        forget(folder)
         recorded, merged = None, asked.replace(model=asked.model.settled)
     device = find_device(merged.device)
     require_gpus(merged.training.gpus or 1, device, wanted=merged.device)
@@ -123,15 +117,15 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         data_reason = tokenizer_reason = "as the run was started"
     else:
         otherwise = _without(_given(asked), run.model_dump(mode="json"))
-        artifacts.write_json(run.run_dir / ASKED_FILE, otherwise)
-    artifacts.write_json(run.run_dir / RUN_FILE, run.model_dump(mode="json"))
+        artifacts.write_json(run.folder.asked, otherwise)
+    artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
     return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
 
 
 def started_otherwise(asked: RunConfig) -> str | None:
     """What is asked of a run and cannot be changed any more, as it has been trained; else None."""
     recorded = find_recorded(asked)
-    if recorded is None or not checkpoint.newest_step(recorded.run_dir / CHECKPOINTS):
+    if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
     merged = _over(recorded, asked)
     return _difference(recorded, merged.replace(model=merged.model.settled)) or None
@@ -161,10 +155,11 @@ def load(cache: Path, name: str) -> RunConfig:
     Raises:
         ValueError: there is no run of this name; the message lists those there are.
     """
-    path = cache / "runs" / name / RUN_FILE
+    path = Cache(cache).run(name).settings
     if not path.exists():
-        there = sorted(p.parent.name for p in (cache / "runs").glob(f"*/{RUN_FILE}"))
-        raise ValueError(f"no run {name} in {cache}/runs; there are: {', '.join(there) or 'none'}")
+        runs = Cache(cache).existing_runs()
+        there = ", ".join(run.name for run in runs if run.settings.exists())
+        raise ValueError(f"no run {name} in {cache}/runs; there are: {there or 'none'}")
     return RunConfig.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
 
 
@@ -172,7 +167,7 @@ def unlike_others(run: RunConfig) -> str:
     """Why no other run of the cache is what the settled `run` will be."""
 
     def read(folder: Path) -> Fields:
-        return _compared(artifacts.read_json(folder / RUN_FILE))
+        return _compared(artifacts.read_json(RunFolder(folder).settings))
 
     others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
     return reuse.nearest(_compared(run.model_dump(mode="json")), others)
@@ -184,7 +179,7 @@ def size_of(asked: RunConfig) -> str:
 
 
 def find_recorded(asked: RunConfig) -> RunConfig | None:
-    if asked.run_name is None or not (asked.run_dir / RUN_FILE).exists():
+    if asked.run_name is None or not asked.folder.settings.exists():
         return None
     return load(asked.cache_dir, asked.run_name)
 
@@ -224,7 +219,7 @@ def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
 
     What was settled otherwise at the start, and is asked for again, stays as it was settled.
     """
-    path = recorded.run_dir / ASKED_FILE
+    path = recorded.folder.asked
     before = artifacts.read_json(path) if path.exists() else {}
     base, given = recorded.model_dump(), _without(_given(asked), before)
     training = given.get("training", {})

@@ -1,7 +1,6 @@
 """Several runs that differ in size, seed, learning rate or stage of ZeRO, and their comparison."""
 
 from itertools import product
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
@@ -9,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
+from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.workload import Stage
 
@@ -73,13 +73,8 @@ class SweepConfig(Config):
         return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
 
     @property
-    def folder(self) -> Path:
-        return sweep_folder(self.run.cache_dir, self.name)
-
-
-def sweep_folder(cache: Path, name: str) -> Path:
-    """Of sweep `name`."""
-    return cache / "sweeps" / name
+    def folder(self) -> SweepFolder:
+        return Cache(self.run.cache_dir).sweep(self.name)
 
 
 def cells(sweep: SweepConfig) -> list[RunConfig]:

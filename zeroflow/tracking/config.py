@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from zeroflow.config import Config
+from zeroflow.run_folder import Cache
 
 EXPERIMENT = "zeroflow"
 
@@ -34,7 +35,7 @@ def location(cache: Path) -> tuple[str, Path | None]:
     """Tracking URI and its local folder: MLFLOW_TRACKING_URI, or SQLite in the cache."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri, None
-    folder = cache.resolve() / "mlflow"
+    folder = Cache(cache.resolve()).mlflow
     return f"sqlite:///{folder / 'mlflow.db'}", folder
 
 

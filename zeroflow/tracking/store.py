@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
+from zeroflow.run_folder import TrackedFolder
 from zeroflow.tracking.config import EXPERIMENT, TrackingConfig
 
 log = logging.getLogger(__name__)
-
-
-_RUN_FILE = "mlflow.json"
 
 
 _COLOUR = "mlflow.runColor"
@@ -23,9 +21,9 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
-def run_facts(run_dir: Path) -> dict[str, str] | None:
+def run_facts(folder: TrackedFolder) -> dict[str, str] | None:
     """`run_id` and `experiment_id` of the MLflow run, if one was opened."""
-    path = run_dir / _RUN_FILE
+    path = folder.mlflow
     try:
         return artifacts.read_json(path) if path.exists() else None
     except ValueError as error:
@@ -33,9 +31,9 @@ def run_facts(run_dir: Path) -> dict[str, str] | None:
         return None
 
 
-def forget(run_dir: Path) -> None:
+def forget(folder: TrackedFolder) -> None:
     """Have the next tracker begin another MLflow run."""
-    (run_dir / _RUN_FILE).unlink(missing_ok=True)
+    folder.mlflow.unlink(missing_ok=True)
 
 
 def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
@@ -53,18 +51,18 @@ def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
         return client, _experiment(client, folder)
 
 
-def open_run(config: TrackingConfig, run_dir: Path) -> tuple[Any, str]:
+def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
     """A client and the id of the run, which is created if there is none."""
     from mlflow.entities import RunTag
 
     client, experiment_id = open_store(config.uri, config.folder)
-    facts = run_facts(run_dir)
+    facts = run_facts(folder)
     run = _existing(client, facts["run_id"]) if facts else None
     if run is None:
         colour = {_COLOUR: _next_colour(client, experiment_id)} if config.dataset else {}
         run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
         artifacts.write_json(
-            run_dir / _RUN_FILE,
+            folder.mlflow,
             {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": config.uri},
         )
     run_id = run.info.run_id

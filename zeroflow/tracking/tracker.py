@@ -17,18 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from zeroflow import artifacts
+from zeroflow.run_folder import RunFolder, SweepFolder, TrackedFolder
 from zeroflow.tracking.config import TrackingConfig
 from zeroflow.tracking.metrics import Line, Point, points
 from zeroflow.tracking.store import open_run
 
 log = logging.getLogger(__name__)
-
-
-LEDGER = "ledger.jsonl"
-"""In the run directory: a line for each recovery from a failure, where there was one."""
-
-
-_GROUP_FILE = "group.json"
 
 
 _FLUSH_SECONDS = 5.0
@@ -53,9 +47,9 @@ class Tracker:
     """
 
     def __init__(
-        self, config: TrackingConfig, run_dir: Path, new_lines: Callable[[], list[Line]]
+        self, config: TrackingConfig, folder: RunFolder, new_lines: Callable[[], list[Line]]
     ) -> None:
-        self._config, self._run_dir, self._new_lines = config, run_dir, new_lines
+        self._config, self._folder, self._new_lines = config, folder, new_lines
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = False
@@ -76,7 +70,7 @@ class Tracker:
                 "MLflow at %s did not take the last metrics; they are kept in %s, and delivered "
                 "with the report or when the same command runs again",
                 self._config.uri,
-                self._run_dir,
+                self._folder.path,
             )
 
     def _deliver(self) -> None:
@@ -88,7 +82,7 @@ class Tracker:
             try:
                 waiting += self._new_lines()
                 if run is None:
-                    run = _MlflowRun(self._config, self._run_dir)
+                    run = _MlflowRun(self._config, self._folder)
                     run.begin()
                 run.send(points(waiting))
                 waiting.clear()
@@ -111,7 +105,7 @@ class Tracker:
 
 def finish(
     config: TrackingConfig,
-    run_dir: Path,
+    folder: RunFolder,
     lines: list[Line],
     *,
     files: list[Path],
@@ -133,7 +127,7 @@ def finish(
     for key, values in series.items():
         figures += [Point(key, value, number, now) for number, value in enumerate(values, 1)]
     try:
-        run = _MlflowRun(config, run_dir)
+        run = _MlflowRun(config, folder)
         run.send(points(lines))
         run.send(figures)
         for file in files:
@@ -149,20 +143,20 @@ def finish(
         return None
 
 
-def open_group(config: TrackingConfig, folder: Path) -> None:
+def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
     """Open the MLflow run that others name as their `PARENT`; its ids are in `folder`."""
     try:
-        artifacts.write_json(folder / _GROUP_FILE, config.model_dump(mode="json"))
+        artifacts.write_json(folder.tracking, config.model_dump(mode="json"))
         open_run(config, folder)
     except Exception as error:  # its runs are compared without it as well
         log.warning("MLflow at %s does not show the runs as one sweep: %s", config.uri, error)
 
 
 def close_group(
-    folder: Path, files: list[Path], metrics: dict[str, float], *, failed: bool
+    folder: SweepFolder, files: list[Path], metrics: dict[str, float], *, failed: bool
 ) -> None:
     """Attach `files` and figures to the run that `open_group` opened, and end it."""
-    config = TrackingConfig.model_validate(artifacts.read_json(folder / _GROUP_FILE))
+    config = TrackingConfig.model_validate(artifacts.read_json(folder.tracking))
     try:
         run = _MlflowRun(config, folder)
         now = time.time()
@@ -178,9 +172,9 @@ def close_group(
 class _MlflowRun:
     """The MLflow run of a zeroflow run, open for one thread; of no use after its first error."""
 
-    def __init__(self, config: TrackingConfig, run_dir: Path) -> None:
-        self._uri, self._run_dir = config.uri, run_dir
-        self._client, self.run_id = open_run(config, run_dir)
+    def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:
+        self._uri, self._folder = config.uri, folder
+        self._client, self.run_id = open_run(config, folder)
         latest = self._client.get_run(self.run_id).data.to_proto().metrics
         self._last_step = {metric.key: metric.step for metric in latest}
 
@@ -226,8 +220,7 @@ class _MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
     def _tell_recoveries(self) -> None:
-        ledger = self._run_dir / LEDGER
-        if ledger.exists():
-            self.attach(ledger)
-            recoveries = ledger.read_bytes().count(b"\n")
+        if isinstance(self._folder, RunFolder) and self._folder.ledger.exists():
+            self.attach(self._folder.ledger)
+            recoveries = self._folder.ledger.read_bytes().count(b"\n")
             self._client.set_tag(self.run_id, "recoveries", str(recoveries))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow import artifacts
+from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import PORT, is_server, location
 from zeroflow.tracking.store import open_store, run_facts
 
@@ -51,13 +52,13 @@ VIEWER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRA
 """A sixth of the memory that the server takes otherwise."""
 
 
-def links(run_dir: Path, cache: Path) -> dict[str, str]:
+def links(folder: RunFolder) -> dict[str, str]:
     """Pages of MLflow's server, by what they show; none while the run is not known there."""
-    if (facts := run_facts(run_dir)) is None:
+    if (facts := run_facts(folder)) is None:
         return {}
-    uri, folder = location(cache)
+    uri, store = location(folder.cache.path)
     address = uri if is_server(uri) else local_address(PORT)
-    if folder is not None and (noted := folder / _ADDRESS_FILE).exists():
+    if store is not None and (noted := store / _ADDRESS_FILE).exists():
         address = artifacts.read_json(noted)["address"]
     experiment = facts["experiment_id"]
     return {

@@ -30,7 +30,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
     if ended:
         session.recorder.event("done", step=step)
     else:
-        newest = checkpoint.newest_step(job.checkpoints)
+        newest = checkpoint.newest_step(job.folder.checkpoints)
         message = f"stopped at step {step} with a checkpoint; the same command goes on from there"
         if newest < step:
             kept = f"the newest one is of step {newest}" if newest else "there is none"

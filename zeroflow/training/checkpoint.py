@@ -217,10 +217,19 @@ def best(folder: Path) -> Path | None:
     return min(losses, key=lambda path: losses[path], default=None)
 
 
+def unfinished(folder: Path) -> list[int]:
+    """Steps of checkpoints that are being written, or that killed processes left half written."""
+    return sorted(map(step_of, _partial(folder)))
+
+
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes have half written."""
-    for partial in folder.glob(".step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    """Remove what killed processes left half written."""
+    for path in _partial(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _partial(folder: Path) -> list[Path]:
+    return list(folder.glob(".step-*.partial"))
 
 
 def latest(folder: Path) -> Path | None:
@@ -246,7 +255,7 @@ def newest_step(folder: Path) -> int:
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return int("".join(filter(str.isdigit, path.name)))
 
 
 def load(state: TrainState, path: Path, *, tokenizer: str) -> None:

@@ -8,15 +8,14 @@ the processes of a run, with the time between them, to the wall time of its trai
 import time
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, Protocol, Self, get_args
 
 import torch
 
 from zeroflow import records
+from zeroflow.run_folder import RunFolder
 from zeroflow.units import duration
 
-GOODPUT = "goodput.jsonl"
 _SHOWN = 5
 
 Phase = Literal[
@@ -195,13 +194,13 @@ class Account:
 class PhaseLedger:
     """The account of a run, and what a process of it adds."""
 
-    def __init__(self, run_dir: Path, clock: Clock, *, kept: bool = True) -> None:
+    def __init__(self, folder: RunFolder, clock: Clock, *, kept: bool = True) -> None:
         """
         Args:
             kept: whether they are written down, as one rank of several does.
         """
         self.clock, self._kept = clock, kept
-        self._path, self._booked = run_dir / GOODPUT, dict.fromkeys(PHASES, 0.0)
+        self._path, self._booked = folder.goodput, dict.fromkeys(PHASES, 0.0)
         if kept:  # a killed process may have left half a line
             records.keep(self._path, lambda line: True)
         self.account = Account(records.read(self._path))
@@ -231,9 +230,9 @@ class PhaseLedger:
         return self.account
 
 
-def read(run_dir: Path) -> Account:
+def read(folder: RunFolder) -> Account:
     """What a run's processes have booked until now."""
-    return Account(records.read(run_dir / GOODPUT))
+    return Account(records.read(folder.goodput))
 
 
 def summary(shares: Mapping[Phase, float], wall_seconds: float) -> str:

@@ -18,20 +18,12 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import StageResult
+from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import TrackingConfig
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.sampling import SamplingConfig
-
-RESULT = "training.json"
-
-
-JOB = "job.json"
-
-
-CHECKPOINTS = "checkpoints"
-
 
 FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
 """killed: it ended without a word. diverged: its numbers went wrong."""
@@ -51,6 +43,10 @@ class RankJob(Config):
     run_dir: Path
     model: ModelConfig
     training: TrainingConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run_dir)
 
 
 class TrainingJob(RankJob):
@@ -79,10 +75,6 @@ class TrainingJob(RankJob):
     peak_flops: float | None
     """Of all devices, dense, in bf16, also where products are in fp8; None if it is unknown, or the
     run in fp32: then no MFU is given."""
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / CHECKPOINTS
 
 
 class TrainResult(StageResult):
@@ -147,7 +139,7 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
     Args:
         others: says why no other run serves.
     """
-    step = checkpoint.newest_step(job.checkpoints)
+    step = checkpoint.newest_step(job.folder.checkpoints)
     newest = f"its newest checkpoint is of step {step:,} of {job.training.steps:,}"
     if (result := read_result(job)) and result.steps < job.training.steps and step:
         return f"it was trained to step {result.steps:,}, and more are asked for: {newest}"
@@ -155,11 +147,11 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
         return f"{result.checkpoint.name} is gone: {newest if step else 'no checkpoint is left'}"
     if step:
         return f"it was not trained to its end: {newest}"
-    if (job.run_dir / JOB).exists():
+    if job.folder.job.exists():
         return "it was started before, and ended without a checkpoint"
     return others()
 
 
 def read_result(job: TrainingJob) -> TrainResult | None:
-    path = job.run_dir / RESULT
+    path = job.folder.training
     return TrainResult.model_validate(artifacts.read_json(path)) if path.exists() else None

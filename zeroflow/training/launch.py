@@ -20,12 +20,10 @@ import psutil
 import torch
 
 from zeroflow import artifacts, records
+from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.tracker import Tracker
-from zeroflow.training import zero
+from zeroflow.training import checkpoint, zero
 from zeroflow.training.job import (
-    CHECKPOINTS,
-    JOB,
-    RESULT,
     RunIsBusy,
     TrainingFailed,
     TrainingJob,
@@ -81,8 +79,7 @@ def train(
         TrainingFailed: with the process's own reason, or its last output.
         TrainingStopped: it was stopped from outside after writing a checkpoint.
     """
-    job_file = job.run_dir / JOB
-    artifacts.write_json(job_file, job.model_dump(mode="json"))
+    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
     with _tracked(job) as begin:
 
         def follow(line: records.Line) -> None:
@@ -92,15 +89,14 @@ def train(
 
         launch(
             "zeroflow.training",
-            job_file,
-            job.run_dir,
+            job.folder.job,
             follow,
             ranks=job.training.ranks,
             hang_seconds=job.hang_seconds,
             compile_cache=job.compile_cache,
         )
     if (result := finished(job)) is None:
-        raise TrainingFailed(f"training ended without a result in {job.run_dir / RESULT}")
+        raise TrainingFailed(f"training ended without a result in {job.folder.training}")
     return result
 
 
@@ -115,8 +111,8 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
 
     def begin() -> None:
         nonlocal tracker
-        metrics = records.Tail(job.run_dir / records.METRICS)
-        tracker = Tracker(job.tracking, job.run_dir, metrics.new_lines)
+        metrics = records.Tail(job.folder.metrics)
+        tracker = Tracker(job.tracking, job.folder, metrics.new_lines)
 
     try:
         yield begin
@@ -132,7 +128,6 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
 def launch(
     module: str,
     job_file: Path,
-    run_dir: Path,
     on_event: Callable[[records.Line], None],
     *,
     ranks: int = 1,
@@ -146,6 +141,7 @@ def launch(
     others, which would wait for it, are ended.
 
     Args:
+        job_file: in the folder of the run.
         hang_seconds: without a sign of life, after which it is killed; None waits for ever.
         compile_cache: where compiled code is kept; None, or the user's environment, for elsewhere.
 
@@ -153,14 +149,15 @@ def launch(
         RunIsBusy: another process has launched one for this run and is there still.
         TrainingFailed: with the process's own reason, or its last output.
     """
-    with alone(run_dir / "launch", f"another process is at work on run {run_dir.name}"):
-        meeting = zero.rendezvous_file(run_dir)
+    folder = RunFolder(job_file.parent)
+    with alone(folder.launch_lock, f"another process is at work on run {folder.name}"):
+        meeting = zero.rendezvous_file(folder.path)
         environments = [
             _environment(compile_cache) | zero.environment(rank, ranks, meeting)
             for rank in range(ranks)
         ]
         try:
-            _launch(module, job_file, run_dir, on_event, hang_seconds, environments)
+            _launch(module, job_file, on_event, hang_seconds, environments)
         finally:
             meeting.unlink(missing_ok=True)
 
@@ -192,7 +189,7 @@ def ownership() -> Iterator[Callable[[Path], None]]:
         def acquire(run_dir: Path) -> None:
             if run_dir not in owned:
                 found = f"another process is at work on run {run_dir.name}"
-                held.enter_context(alone(run_dir / "owner", found))
+                held.enter_context(alone(RunFolder(run_dir).owner_lock, found))
                 owned.add(run_dir)
 
         yield acquire
@@ -201,12 +198,12 @@ def ownership() -> Iterator[Callable[[Path], None]]:
 def _launch(
     module: str,
     job_file: Path,
-    run_dir: Path,
     on_event: Callable[[records.Line], None],
     hang_seconds: int | None,
     environments: Sequence[dict[str, str]],
 ) -> None:
-    tail = records.Tail(run_dir / records.EVENTS, records.size(run_dir / records.EVENTS))
+    folder = RunFolder(job_file.parent)
+    tail = records.Tail(folder.events, records.size(folder.events))
     outcome: records.Line = {"event": "nothing"}
 
     def follow() -> None:
@@ -216,7 +213,7 @@ def _launch(
                 outcome = line
             on_event(line)
 
-    signs = _SignsOfLife(run_dir)
+    signs = _SignsOfLife(folder.alive)
     with _children(module, job_file, environments) as (processes, last_output):
         while None in (codes := [process.poll() for process in processes]):
             follow()
@@ -226,7 +223,7 @@ def _launch(
                     f"{module} has shown no sign of life for {hang_seconds} s: killed", "hang"
                 )
             if any(codes):  # the others wait for it
-                codes = _end(processes, run_dir)
+                codes = _end(processes, folder.checkpoints)
                 break
             time.sleep(_POLL_SECONDS)
     follow()
@@ -244,10 +241,10 @@ def _launch(
             raise TrainingFailed(outcome["message"], outcome["reason"], outcome["step"])
         case "stopped":
             raise TrainingStopped(outcome["message"])
-    if (free := shutil.disk_usage(run_dir).free) < _ROOM_TO_SPEAK:
+    if (free := shutil.disk_usage(folder.path).free) < _ROOM_TO_SPEAK:
         raise TrainingFailed(
-            f"{module} ended, and the disk of {run_dir} has {free} bytes left: free some, or move "
-            "the cache (--cache-dir)"
+            f"{module} ended, and the disk of {folder.path} has {free} bytes left: free some, or "
+            "move the cache (--cache-dir)"
         )
     said = "\n".join([" Its last output:", *last_output]) if last_output else ""
     raise TrainingFailed(
@@ -256,7 +253,7 @@ def _launch(
     )
 
 
-def _end(processes: Sequence[subprocess.Popen[Any]], run_dir: Path) -> list[int | None]:
+def _end(processes: Sequence[subprocess.Popen[Any]], checkpoints: Path) -> list[int | None]:
     """Kill what does not end by itself now that a rank has failed; exit codes from before that.
 
     A failure of all is told by one after the other, and a checkpoint that is being written is what
@@ -264,7 +261,7 @@ def _end(processes: Sequence[subprocess.Popen[Any]], run_dir: Path) -> list[int 
     """
     began = time.monotonic()
     while None in (codes := [process.poll() for process in processes]):
-        writing = any((run_dir / CHECKPOINTS).glob(".step-*.partial"))
+        writing = checkpoint.unfinished(checkpoints)
         if time.monotonic() - began > (_STOP_SECONDS if writing else _GRACE_SECONDS):
             break
         time.sleep(_POLL_SECONDS)
@@ -278,8 +275,8 @@ class _SignsOfLife:
     Times of files are compared with each other only: a clock that is set changes nothing.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file, self._seen, self._since = run_dir / records.ALIVE, 0, time.monotonic()
+    def __init__(self, alive: Path) -> None:
+        self._file, self._seen, self._since = alive, 0, time.monotonic()
 
     def seconds_since_last(self) -> float:
         touched = self._file.stat().st_mtime_ns if self._file.exists() else 0

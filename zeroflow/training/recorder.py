@@ -31,7 +31,7 @@ class Recorder:
         self._job, self._books, self._context = job, books, context
         self._rows_per_step = job.training.batch_rows
         self._tokens_per_step = self._rows_per_step * context
-        self._metrics, self._events = job.run_dir / records.METRICS, job.run_dir / records.EVENTS
+        self._metrics, self._events = job.folder.metrics, job.folder.events
         # What a killed process logged after its last checkpoint comes again
         zero.on_rank0(lambda: records.keep(self._metrics, lambda line: 0 < step >= line["step"]))
         self._last = (books.account.steps, books.account.training)
@@ -50,7 +50,7 @@ class Recorder:
 
     def alive(self) -> None:
         if zero.rank() == 0:
-            (self._job.run_dir / records.ALIVE).touch()
+            self._job.folder.alive.touch()
 
     def step(self, state: TrainState, metrics: StepMetrics) -> list[str]:
         """Log the step just done; reading its loss waits for the device.
@@ -92,7 +92,7 @@ class Recorder:
         if alarms:
             log.warning(
                 "its documents: zeroflow documents --run %s --step %d --cache-dir %s",
-                *(self._job.run_dir.name, step, shlex.quote(str(self._job.run_dir.parents[1]))),
+                *(self._job.folder.name, step, shlex.quote(str(self._job.folder.cache.path))),
             )
             self.event("spike", step=step, alarms=alarms)
         return alarms

@@ -9,14 +9,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow import records
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip, largest_divisor
-from zeroflow.tracking.tracker import LEDGER
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, launch
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
 from zeroflow.units import decimal
@@ -51,9 +50,9 @@ class Entry(Config):
     skip: Skip | None = None
 
 
-def read(run_dir: Path) -> list[Entry]:
+def read(folder: RunFolder) -> list[Entry]:
     """The ledger of a run, oldest first."""
-    return [Entry.model_validate(line) for line in records.read(run_dir / LEDGER)]
+    return [Entry.model_validate(line) for line in records.read(folder.ledger)]
 
 
 def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
@@ -82,7 +81,7 @@ def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> Tra
         TrainingFailed: `will_retry` says whether another call has a chance.
         TrainingStopped: it was stopped from outside after writing a checkpoint.
     """
-    ledger = read(planned.run_dir)
+    ledger = read(planned.folder)
     now = applied(planned, ledger)
     _back_off(ledger)
     try:
@@ -93,20 +92,20 @@ def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> Tra
             failure.add_advice(advice(now, failure))
             raise
         log.warning("training failed (%s): %s", entry.reason, entry.message)
-        note(planned.run_dir, entry)
+        note(planned.folder, entry)
         failure.will_retry = True
         raise
 
 
-def note(run_dir: Path, entry: Entry) -> None:
+def note(folder: RunFolder, entry: Entry) -> None:
     """Add `entry` to a run's ledger, aloud; from then on it is applied."""
-    records.append(run_dir / LEDGER, entry.model_dump(mode="json"))
+    records.append(folder.ledger, entry.model_dump(mode="json"))
     log.warning("%s", entry.action)
 
 
 def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
     """What to do about `failure` of the job `now`; None if nothing would help."""
-    newest = checkpoint.newest_step(now.checkpoints)
+    newest = checkpoint.newest_step(now.folder.checkpoints)
     base = {
         "time": time.time(),
         "process": _PROCESS,

@@ -12,7 +12,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.training import checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.goodput import Clock, PhaseLedger
-from zeroflow.training.job import RESULT, TrainingJob, TrainResult
+from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, train
 from zeroflow.training.recorder import Recorder, peak_memory_bytes
 from zeroflow.training.state import TrainState, new_state
@@ -53,8 +53,8 @@ class Session:
         self.train_rows = Rows(job.shards, "train")
         self.validation_rows = Rows(job.shards, "validation")
         self.state = new_state(job.model, job.training)
-        zero.on_rank0(partial(checkpoint.clear_unfinished, job.checkpoints))
-        if newest := zero.on_rank0(partial(checkpoint.latest, job.checkpoints)):
+        zero.on_rank0(partial(checkpoint.clear_unfinished, job.folder.checkpoints))
+        if newest := zero.on_rank0(partial(checkpoint.latest, job.folder.checkpoints)):
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             if self.state.step > job.training.steps:
                 raise ValueError(
@@ -62,11 +62,11 @@ class Session:
                     "one: move it away, or ask for more with --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
-        self.books = PhaseLedger(job.run_dir, clock, kept=zero.rank() == 0)
+        self.books = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
         self.books.book(self.state.step, first=True)
         self.recorder = Recorder(job, self.books, step=self.state.step, context=self.context)
         self.saver = Saver(
-            job.checkpoints,
+            job.folder.checkpoints,
             job.retention,
             tokenizer=job.tokenizer.fingerprint,
             on_saved=self.saved,
@@ -191,7 +191,7 @@ class Session:
         logged = [line for line in lines if "loss" in line]
         account = self.books.account
         rate = self.recorder.tokens_per_second(account.steps, account.training)
-        path = checkpoint.latest(self.job.checkpoints)
+        path = checkpoint.latest(self.job.folder.checkpoints)
         assert path is not None, "the last step is always saved"
         result = TrainResult(
             checkpoint=path,
@@ -206,4 +206,4 @@ class Session:
             peak_memory_bytes=peak,
             sample=validations[-1]["sample"],
         )
-        artifacts.write_json(self.job.run_dir / RESULT, result.model_dump(mode="json"))
+        artifacts.write_json(self.job.folder.training, result.model_dump(mode="json"))

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from zeroflow import artifacts, records
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import zero
 from zeroflow.training.job import FailureReason, RankJob
 from zeroflow.training.launch import LOGGED, WATCH_PARENT
@@ -78,20 +79,21 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
     watch = WATCH_PARENT in sys.argv[2:]
     request = StopRequest(watch_parent=watch, ranks=job.training.ranks)
-    run_dir = job_file.parent
+    folder = RunFolder(job_file.parent)
     try:
-        waiting_for = f"what an earlier command left at work in {run_dir} ends its step and saves"
-        lock = run_dir / (f"worker-{rank}" if rank else "worker")
-        with artifacts.exclusive(lock, waiting_for=waiting_for):
+        waiting_for = (
+            f"what an earlier command left at work in {folder.path} ends its step and saves"
+        )
+        with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
             if rank == 0:
-                zero.remove_stale_rendezvous(run_dir)
+                zero.remove_stale_rendezvous(folder.path)
             with zero.process_group(job.training.compute.device):
                 work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
-        message = _message(error, run_dir)
+        message = _message(error, folder.path)
         failure = {"event": "failed", "message": message, "reason": _reason(error), "rank": rank}
         step = error.step if isinstance(error, Diverged) else None
-        records.append(run_dir / records.EVENTS, failure | {"step": step})
+        records.append(folder.events, failure | {"step": step})
         if zero.ranks() == 1:
             raise
         # On the usual way out it would wait for those that wait for it

@@ -1,0 +1,155 @@
+"""The names of everything in the cache; no other module spells one.
+
+A layout: `<cache>/runs/<name>/` holds the files of a run, `<cache>/sweeps/<name>/` those of a
+sweep. Who writes a file, and its type, is said beside the code that writes it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+class _Named:
+    """A path in a folder, by the name that it has there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "_Folder", owner: type) -> Path:
+        return folder.path / self._name
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+class TrackedFolder(_Folder):
+    """The folder of something that is a run in MLflow."""
+
+    mlflow = _Named("mlflow.json")
+    """Ids of the run in MLflow."""
+
+
+class RunFolder(TrackedFolder):
+    """The folder of a run."""
+
+    # Decided before anything is built
+    settings = _Named("run.json")
+    asked = _Named("asked.json")
+    """What was asked for when the run was started and settled otherwise: branches, fallbacks."""
+
+    plan = _Named("plan.json")
+
+    # Written by the stages
+    data_page = _Named("data.md")
+    lengths_picture = _Named("lengths.png")
+    model = _Named("model.json")
+    job = _Named("job.json")
+    preflight = _Named("preflight.json")
+    preflight_job = _Named("preflight-job.json")
+    preflight_checkpoint = _Named("preflight-checkpoint")
+    training = _Named("training.json")
+    """The result of a training that reached its last step."""
+
+    overfit = _Named("overfit.json")
+    overfit_job = _Named("overfit-job.json")
+    overfit_picture = _Named("overfit.png")
+
+    # Written while ranks are at work
+    metrics = _Named("metrics.jsonl")
+    """A line for each logged step and each validation, each once."""
+
+    events = _Named("events.jsonl")
+    """The history of the run's processes, which is never shortened."""
+
+    ledger = _Named("ledger.jsonl")
+    """A line for each recovery from a failure."""
+
+    goodput = _Named("goodput.jsonl")
+    alive = _Named("alive")
+    """An empty file, touched whenever a step, a validation or a checkpoint is done."""
+
+    checkpoints = _Named("checkpoints")
+
+    # The report
+    report = _Named("report.json")
+    report_page = _Named("report.md")
+    loss_picture = _Named("loss.png")
+    time_picture = _Named("time.png")
+
+    # The proof that resume is exact
+    proof = _Named("proof.json")
+    proof_page = _Named("proof.md")
+    proof_picture = _Named("proof.png")
+
+    # Locks, for `artifacts.exclusive`
+    owner_lock = _Named("owner")
+    """Held by the command that works on the run, from its first file to its last."""
+
+    launch_lock = _Named("launch")
+    """Held while ranks are launched and watched."""
+
+    proof_lock = _Named("proof")
+
+    def worker_lock(self, rank: int) -> Path:
+        """Held by a rank, which may outlive the command that launched it."""
+        return self.path / (f"worker-{rank}" if rank else "worker")
+
+    def inner(self, name: str) -> Self:
+        """The folder of a run within this one, such as each of the two trainings of a proof."""
+        return type(self)(self.path / name)
+
+    @property
+    def cache(self) -> "Cache":
+        return Cache(self.path.parents[1])
+
+
+class SweepFolder(TrackedFolder):
+    """The folder of a sweep."""
+
+    settings = _Named("sweep.json")
+    tracking = _Named("group.json")
+    """Settings of the sweep's own run in MLflow."""
+
+    comparison = _Named("comparison.json")
+    comparison_page = _Named("comparison.md")
+
+    def loss_picture(self, axis: str) -> Path:
+        """Loss of all runs against `axis`."""
+        return self.path / f"loss-by-{axis}.png"
+
+
+class Cache(_Folder):
+    """The folder that everything is written to."""
+
+    tokenizers = _Named("tokenizers")
+    shards = _Named("shards")
+    runs = _Named("runs")
+    sweeps = _Named("sweeps")
+    plans = _Named("plans.jsonl")
+    """What earlier runs were predicted to take, and took."""
+
+    compiled = _Named("compile")
+    """Compiled code."""
+
+    mlflow = _Named("mlflow")
+    """MLflow's store, where no server keeps the runs."""
+
+    logs = _Named("ui")
+    """Output of the servers and the worker that `zeroflow ui` starts."""
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.runs / name)
+
+    def sweep(self, name: str) -> SweepFolder:
+        return SweepFolder(self.sweeps / name)
+
+    def existing_runs(self) -> Iterator[RunFolder]:
+        """All runs, by name; one that is just begun may have no file yet."""
+        return (RunFolder(path) for path in sorted(self.runs.glob("*")) if path.is_dir())
