@@ -73,7 +73,7 @@ def test_rank_that_writes_a_checkpoint_is_waited_for(writing, code, tmp_path, mo
     script = "import sys, time; rank = int(sys.argv[1]); time.sleep(1.5 - 1.5 * rank); exit(rank)"
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
     ranks[1].wait()
-    assert _end(ranks, tmp_path) == [code, 1]
+    assert _end(ranks, tmp_path / "checkpoints") == [code, 1]
     assert all(rank.poll() is not None for rank in ranks)
 
 
