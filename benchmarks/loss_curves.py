@@ -36,7 +36,7 @@ from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.settings.refusals import require_fp8
 from zeroflow.training.config import ComputeConfig, TrainingConfig
 from zeroflow.training.loop import train
-from zeroflow.training.optimizers.adamw import OptimizerConfig, set_learning_rate
+from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
 
@@ -83,7 +83,8 @@ def plain(work: Work) -> Iterator[Tensor]:
     state, batches = new_state(work.model, config), work.batches
     with patch.object(llama, "attend", attention):
         while state.step < config.steps:
-            set_learning_rate(state.optimizer, config.schedule.learning_rate(state.step))
+            learning_rate = config.schedule.learning_rate(state.step)
+            config.optimizer.set_learning_rate(state.optimizer, learning_rate)
             micro_batches = batches.micro_batches(state.step)
             valid = sum(batch.valid for batch in micro_batches)
             losses = []
@@ -173,7 +174,7 @@ def prepare(
         schedule=Schedule(
             name="cosine", peak=learning_rate, warmup_steps=min(steps // 10, 50), steps=steps
         ),
-        optimizer=OptimizerConfig(),
+        optimizer=AdamW(),
         compute=ComputeConfig(device=device.kind, precision="bf16" if gpu else "fp32", compile=gpu),
     )
     config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)

@@ -40,7 +40,7 @@ from zeroflow.settings.defaults import NOMINAL_VOCABULARY
 from zeroflow.settings.refusals import require_fp8
 from zeroflow.training.config import ComputeConfig, TrainingConfig
 from zeroflow.training.loop import train_step
-from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
 
@@ -115,7 +115,7 @@ def training_config(work: Workload, rows: int) -> TrainingConfig:
         accumulate=work.batch_rows // rows,
         document_mask=work.document_mask,
         schedule=Schedule(name="wsd", peak=_LEARNING_RATE, warmup_steps=0, steps=10**9),
-        optimizer=OptimizerConfig(),
+        optimizer=AdamW(),
         compute=work.compute,
     )
 

@@ -7,13 +7,11 @@ from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.training import loop
-from zeroflow.training.optimizers import adamw
-from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.state import TrainState, new_state
 
 LIMITS = OverfitConfig(overfit_steps=80, overfit_loss=0.1)
-CONFIG = training_config(steps=200, peak=1e-2, optimizer=OptimizerConfig(beta2=0.95))
+CONFIG = training_config(steps=200, peak=1e-2, optimizer=AdamW(beta2=0.95))
 ROWS = np.random.default_rng(0).integers(MODEL.vocab_size, size=(2, 17), dtype=np.int32)
 BATCH = FixedBatch(to_micro_batch(ROWS, end_of_text=NO_END))
 
@@ -60,8 +58,9 @@ def test_matrix_that_only_decays_is_caught():
 
 
 def test_learning_rate_of_zero_is_caught(monkeypatch):
-    set_learning_rate = adamw.set_learning_rate
-    monkeypatch.setattr(loop, "set_learning_rate", lambda opt, rate: set_learning_rate(opt, 0.0))
+    set_learning_rate = AdamW.set_learning_rate
+    still = lambda self, optimizer, rate: set_learning_rate(self, optimizer, 0.0)  # noqa: E731
+    monkeypatch.setattr(AdamW, "set_learning_rate", still)
     result = run()
     assert not result.passed and result.steps == LIMITS.overfit_steps
     assert "in 80 steps, not below 0.1: gradients, optimiser or labels" in result.reason

@@ -19,7 +19,6 @@ from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train, train_step
-from zeroflow.training.optimizers.adamw import update_ratio
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.validation import validation_loss
@@ -58,7 +57,7 @@ def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[
         {
             "loss": metrics.loss.item(),
             "grad_norm": metrics.grad_norm.item(),
-            "update_ratio": update_ratio(state.optimizer).item(),
+            "update_ratio": config.optimizer.update_ratio(state.optimizer).item(),
         }
         for metrics in islice(train(state, Shares(), config), steps)
     ]

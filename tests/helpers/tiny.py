@@ -20,7 +20,7 @@ from zeroflow.tracking.config import TrackingConfig
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import ComputeConfig, TrainingConfig
 from zeroflow.training.job import Cadence, TrainingJob
-from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 
@@ -64,7 +64,7 @@ def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> Tr
         "micro_batch_rows": 2,
         "accumulate": 1,
         "schedule": Schedule(name="cosine", peak=peak, warmup_steps=1, steps=steps),
-        "optimizer": OptimizerConfig(),
+        "optimizer": AdamW(),
         "compute": CPU,
     }
     return TrainingConfig(**settings | changes)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
 from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
@@ -131,7 +130,12 @@ def overfit(
         curve.append(metrics.loss.item())
         if curve[-1] < limits.overfit_loss:
             break
-    idle = [name for name, p in _parameters(state) if _idle(state, p, before[name])]
+    optimizer = config.optimizer
+    idle = [
+        name
+        for name, parameter in _parameters(state)
+        if not optimizer.has_moved(state.optimizer, parameter, before[name])
+    ]
     reached = min(curve) < limits.overfit_loss
     if not reached:
         reason = (
@@ -178,14 +182,6 @@ def fixed_batch(rows: Rows, *, document_mask: bool = False) -> FixedBatch:
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
     return zero.named_parameters(state.model)
-
-
-def _idle(state: TrainState, parameter: nn.Parameter, before: Tensor) -> bool:
-    """Whether no gradient has moved `parameter`; weight decay alone moves it as well."""
-    reached = zero.full_tensor(state.optimizer.state[parameter]["exp_avg_sq"]).any()
-    return not reached or torch.equal(
-        zero.full_tensor(parameter.detach()), zero.full_tensor(before)
-    )
 
 
 def _before(folder: RunFolder) -> OverfitResult | None:

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Iterator
+from inspect import isabstract
 from pathlib import Path
 from types import UnionType
 from typing import (
-    TYPE_CHECKING,
     Any,
     Literal,
     NamedTuple,
@@ -17,10 +17,7 @@ from typing import (
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-
-if TYPE_CHECKING:
-    pass
-
+from pydantic_core import PydanticUndefined
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -36,16 +33,50 @@ class Setting(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return "--" + self.path[-1].replace("_", "-")
+        # the name of an optimiser is chosen by --optimizer
+        name = self.path[-2] if self.path[-1] == "name" else self.path[-1]
+        return "--" + name.replace("_", "-")
 
 
 def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
-    """Every single setting of `config`, groups unfolded."""
-    for name, field in config.model_fields.items():
+    """Every single setting of `config`, groups unfolded, but for those without a choice."""
+    for name, field in _fields(config).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, (*path, name))
-        else:
+        elif get_origin(field.annotation) is not Literal or len(get_args(field.annotation)) > 1:
             yield Setting((*path, name), field)
+
+
+def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of `config`; if it is abstract, those of all its subclasses."""
+    if not isabstract(config):
+        return config.model_fields
+    kinds = config.__subclasses__()
+    names = dict.fromkeys(name for kind in kinds for name in kind.model_fields)
+    return {name: _merged(name, config, kinds) for name in names}
+
+
+def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
+    """The field `name` of those `kinds` of `config` that have it, with the help text of each."""
+    fields = {
+        kind.model_fields["name"].default: kind.model_fields[name]
+        for kind in kinds
+        if name in kind.model_fields
+    }
+    annotation: Any = Union[tuple(field.annotation for field in fields.values())]  # noqa: UP007
+    if (common := config.model_fields.get(name)) is not None:
+        return FieldInfo(
+            annotation=annotation, default=common.default, description=common.description
+        )
+    text = " ".join(f"{kind}: {_help(field)}" for kind, field in fields.items())
+    return FieldInfo(annotation=annotation, default=None, description=text)
+
+
+def _help(field: FieldInfo) -> str:
+    text = " ".join((field.description or "").split())
+    if field.default in (None, "", (), False, PydanticUndefined):
+        return text
+    return f"{text} Default: {field.default}.".strip()
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
@@ -106,16 +137,15 @@ def _destination(setting: Setting) -> str:
 
 
 def _add_flag(group: Any, setting: Setting) -> None:
-    field, default = setting.field, setting.field.default
-    text = " ".join((field.description or "").split()).replace("%", "%%")
-    if default not in (None, "", (), False):
-        text = f"{text} Default: {default}.".strip()
+    field = setting.field
+    text = _help(field).replace("%", "%%")
     flags = [setting.flag, *_ALIASES.get(setting.path[-1], [])]
     options: dict[str, Any] = {"dest": _destination(setting), "default": None, "help": text}
     kinds = _kinds(field.annotation)
     if bool in kinds:
         # Only a setting that is not simply off needs a way to say no
-        options["action"] = argparse.BooleanOptionalAction if default is None else "store_true"
+        with_no = field.default is None
+        options["action"] = argparse.BooleanOptionalAction if with_no else "store_true"
     elif tuple in kinds:
         item = _kinds(get_args(field.annotation)[0])[0]
         options |= {"nargs": "+", "metavar": _METAVARS.get(setting.path[-1], _metavar(item))}

@@ -7,7 +7,8 @@ from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import find_device
-from zeroflow.settings.run_config import ModelChoice, RunConfig, leaves
+from zeroflow.reuse import flat
+from zeroflow.settings.run_config import ModelChoice, RunConfig
 
 _STEPS = 60
 
@@ -63,6 +64,7 @@ def settings(asked: RunConfig) -> RunConfig:
             asked = asked.replace(tokenizer=TokenizerConfig(vocab_size=512))
     run = asked.replace(training=type(asked.training)(**training | given))
     if run.run_name is None:
-        identity = {name: str(value) for name, value in leaves(run) if name != "cache_dir"}
+        identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
+        del identity["cache_dir"]
         run = run.replace(run_name=f"proof-{artifacts.fingerprint(identity)[:6]}")
     return run

@@ -31,7 +31,7 @@ from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import ComputeConfig, Stage, TrainingConfig
 from zeroflow.training.job import Cadence
-from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule, ScheduleName
 
@@ -245,7 +245,7 @@ class RunConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     build: BuildChoice = BuildChoice()
     training: TrainingChoice = TrainingChoice()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = DEFAULT
     overfit: OverfitConfig = OverfitConfig()
 
     @model_validator(mode="after")

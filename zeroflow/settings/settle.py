@@ -250,8 +250,7 @@ def _difference(recorded: RunConfig, run: RunConfig) -> str:
 
 
 def _default_name(run: RunConfig) -> str:
-    named = {"run_name", *_FREE}
-    identity = {name: str(value) for name, value in leaves(run) if name not in named}
+    identity = {name: str(value) for name, value in _compared(run.model_dump()).items()}
     gpus, stage = run.training.gpus, run.training.zero_stage
     shared = f"-{gpus}gpus-zero{stage}" if gpus and gpus > 1 else ""
     return f"{run.model.name}-{run.data.name}-{artifacts.fingerprint(identity)[:6]}{shared}"

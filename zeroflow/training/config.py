@@ -8,7 +8,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from zeroflow.config import Config
 from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ModelConfig, Recompute
-from zeroflow.training.optimizers.adamw import OptimizerConfig
+from zeroflow.training.optimizers.choice import AnyOptimizer
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Stage, Workload, arithmetic
 
@@ -67,7 +67,7 @@ class TrainingConfig(Config):
     """Weight of (log Z)² in the loss."""
 
     schedule: Schedule
-    optimizer: OptimizerConfig
+    optimizer: AnyOptimizer
     compute: ComputeConfig
 
     @property

@@ -13,8 +13,6 @@ from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Phase
 from zeroflow.training.loss import cross_entropy_sum
-from zeroflow.training.optimizers import adamw as optimizers
-from zeroflow.training.optimizers.adamw import set_learning_rate
 from zeroflow.training.state import TrainState
 
 
@@ -62,7 +60,7 @@ def train_step(
     """
     enter("forward_backward")
     learning_rate = config.schedule.learning_rate(state.step)
-    set_learning_rate(state.optimizer, learning_rate)
+    config.optimizer.set_learning_rate(state.optimizer, learning_rate)
     # Ranks have more or fewer valid targets. Losses and gradients are means over ranks
     share = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
@@ -79,7 +77,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
     grad_norm = zero.full_tensor(norm)
     broken = ~torch.isfinite(loss + grad_norm)
-    optimizers.step_unless(state.optimizer, broken)
+    config.optimizer.step(state.optimizer, skip=broken)
     state.optimizer.zero_grad()
     state.skipped += broken
     state.skipped[0] *= broken

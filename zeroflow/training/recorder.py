@@ -14,7 +14,6 @@ from zeroflow.training.goodput import Account, PhaseLedger
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.loop import StepMetrics
-from zeroflow.training.optimizers.adamw import update_ratio
 from zeroflow.training.state import TrainState
 from zeroflow.training.validation import bits_per_byte
 
@@ -67,6 +66,7 @@ class Recorder:
                 log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
             self.event("skipped", step=step, skipped=skipped)
             return []
+        optimizer = self._job.training.optimizer
         line = {
             "step": step,
             "tokens": self.tokens(step),
@@ -74,7 +74,7 @@ class Recorder:
             "loss": loss,
             "lr": metrics.learning_rate,
             "grad_norm": grad_norm,
-            "update_ratio": update_ratio(state.optimizer).item(),
+            "update_ratio": optimizer.update_ratio(state.optimizer).item(),
             "skipped_updates": skipped,
             "first_epoch": step * self._rows_per_step <= self._job.shards.train.rows,
             "tokens_per_second": rate,

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from zeroflow.model import fp8
 from zeroflow.model.attention import block_mask
 from zeroflow.model.llama import Block, Llama, ModelConfig, initialize
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
-from zeroflow.training.optimizers import adamw as optimizers
 
 
 @dataclass
@@ -19,7 +18,7 @@ class TrainState:
     """All that training changes; a checkpoint is this and nothing else."""
 
     model: Llama
-    optimizer: AdamW
+    optimizer: Optimizer
     skipped: Tensor
     """(2,) int64 on the device: updates skipped in a row until now, and in all, as their loss or
     gradient was no finite number."""
@@ -51,6 +50,6 @@ def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
             network.model.document_mask = block_mask
     if config.ranks > 1:
         zero.shard(network, config.zero_stage, device)
-    optimizer = optimizers.build(network, config.optimizer, config.schedule.peak)
+    optimizer = config.optimizer.build(network, config.schedule.peak)
     torch.manual_seed(config.seed)
     return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))

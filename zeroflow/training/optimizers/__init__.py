@@ -1,1 +1,1 @@
-"""Optimisers, one file each."""
+"""Optimisers, one module each: a subclass of `OptimizerConfig` in a module here is a choice."""

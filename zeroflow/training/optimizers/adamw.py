@@ -1,18 +1,23 @@
-"""AdamW with decoupled weight decay where it belongs, and its state from the start."""
+"""AdamW, the default."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
-from zeroflow.config import Config
+from zeroflow.model.llama import ModelConfig
 from zeroflow.training import zero
+from zeroflow.training.optimizers.base import OptimizerConfig, by_decay
 
 
-class OptimizerConfig(Config):
-    """AdamW: https://arxiv.org/abs/1711.05101"""
+class AdamW(OptimizerConfig):
+    """AdamW with fp32 moments, fused: https://arxiv.org/abs/1711.05101"""
+
+    # Not written to files: AdamW was the only optimiser once, and files without a name mean it
+    name: Literal["adamw"] = Field("adamw", exclude_if=lambda name: True)
 
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
@@ -26,72 +31,42 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.1, ge=0)
     """Not applied to norms and embeddings."""
 
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
+    def state_bytes(self, model: ModelConfig) -> int:
+        return 2 * 4 * model.parameters
 
+    def build(self, model: nn.Module, learning_rate: float) -> Optimizer:
+        decayed, plain = by_decay(model)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.epsilon,
+            fused=True,  # on a CPU too: one pass over memory
+        )
+        for parameter in (*decayed, *plain):
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return optimizer
 
-def build(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> AdamW:
-    """AdamW over all parameters, its moments allocated now rather than in the first step.
+    def step(self, optimizer: Optimizer, *, skip: Tensor) -> None:
+        # The fused kernels read these attributes: PyTorch's GradScaler skips a step with them
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, skip.float()
+        optimizer.step()
 
-    A model that does not fit fails here, before any data is read, and a checkpoint can be loaded
-    into the state right away.
-    """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
-        (decayed if matrix else plain).append(parameter)
-    optimizer = AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,  # on the CPU as well: one pass over memory
-    )
-    for parameter in (*decayed, *plain):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def step_unless(optimizer: AdamW, broken: Tensor) -> None:
-    """Update the weights unless `broken` (a bool on the device), without waiting to know.
-
-    PyTorch's fused kernels read both attributes: its GradScaler sets them to skip a step.
-    """
-    fused: Any = optimizer
-    fused.grad_scale, fused.found_inf = None, broken.float()
-    optimizer.step()
-
-
-def update_ratio(optimizer: AdamW) -> Tensor:
-    """Largest norm of a matrix's last update over its weights' norm, a scalar on the device.
-
-    About 1e-3 in a healthy training; 0.1 overwrites in a few steps what was learned.
-    """
-    group = optimizer.param_groups[0]
-    (beta1, beta2), epsilon = group["betas"], group["eps"]
-    updates, weights = [], []
-    for parameter in group["params"]:
-        state = optimizer.state[parameter]
-        # Bias corrections are scalars beside the matrices, for fewer passes over memory
-        root = (1 - beta2 ** state["step"]).sqrt()
-        update = zero.local_shard(state["exp_avg_sq"]).sqrt().add_(epsilon * root)
-        torch.div(zero.local_shard(state["exp_avg"]), update, out=update)
-        scale = group["lr"] * root / (1 - beta1 ** state["step"])
-        updates.append(scale * update.norm())
-        weights.append(zero.local_shard(parameter.detach()).norm())
-    norms = zero.norms_of_full(torch.stack((*updates, *weights)), of=parameter)
-    update_norms, weight_norms = norms.chunk(2)
-    return (update_norms / weight_norms).max()
+    def last_updates(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        group = optimizer.param_groups[0]
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            # Bias corrections scale the result, not the matrices: fewer passes over memory
+            root = (1 - self.beta2 ** state["step"]).sqrt()
+            update = zero.local_shard(state["exp_avg_sq"]).sqrt().add_(self.epsilon * root)
+            torch.div(zero.local_shard(state["exp_avg"]), update, out=update)
+            scale = group["lr"] * root / (1 - self.beta1 ** state["step"])
+            yield parameter, scale * update.norm()

@@ -1,0 +1,110 @@
+"""What an optimiser is to the rest of the program.
+
+To add one, add a module to this package with a subclass of `OptimizerConfig`. Its settings become
+flags, its state is planned for, saved and resumed, and `tests/training/test_optimizers.py` tests
+it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat, model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zeroflow.config import Config
+from zeroflow.model.llama import ModelConfig
+from zeroflow.training import zero
+
+
+class OptimizerConfig(Config, ABC):
+    """The optimiser."""
+
+    # Settings and behaviour are one class. State is in the PyTorch optimiser that `build` returns,
+    # in `state[parameter]`: tensors by name, which a checkpoint holds as they are.
+
+    name: str
+    """Optimiser that updates the weights. Default: adamw."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_setting_of_another(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (foreign := given.keys() - cls.model_fields):
+            flag = f"--{min(foreign)}".replace("_", "-")
+            name = cls.model_fields["name"].default
+            raise ValueError(f"{flag} does nothing with --optimizer {name}: drop one of them")
+        return given
+
+    @abstractmethod
+    def state_bytes(self, model: ModelConfig) -> int:
+        """Bytes that the optimiser keeps from step to step for all parameters of `model`.
+
+        Tensors of one number, such as a count of steps, are left out.
+        """
+
+    @abstractmethod
+    def build(self, model: nn.Module, learning_rate: float) -> Optimizer:
+        """Return the optimiser of all parameters of `model`, with its state allocated.
+
+        PyTorch's optimisers allocate in the first step. Allocated here, a model that does not fit
+        fails before any data is read, and a checkpoint can be loaded into the state right away.
+        """
+
+    @abstractmethod
+    def step(self, optimizer: Optimizer, *, skip: Tensor) -> None:
+        """Update weights and state from the gradients, unless `skip` is true.
+
+        Args:
+            skip: a bool on the device. Reading it would stall the device, so the decision is made
+                there too. If true, gradients may be non-finite, and no bit may change.
+        """
+
+    @abstractmethod
+    def last_updates(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each decayed matrix and the norm of its last update, a scalar on the device.
+
+        The norm is of this rank's shard, and without weight decay.
+        """
+
+    def set_learning_rate(self, optimizer: Optimizer, learning_rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def update_ratio(self, optimizer: Optimizer) -> Tensor:
+        """Largest norm of a matrix's last update over the norm of its weights, on the device.
+
+        About 1e-3 in a healthy training; 0.1 overwrites within a few steps what was learned.
+        """
+        updates, weights = [], []
+        for parameter, update in self.last_updates(optimizer):
+            updates.append(update)
+            weights.append(zero.local_shard(parameter.detach()).norm())
+        norms = zero.norms_of_full(torch.stack((*updates, *weights)), of=parameter)
+        update_norms, weight_norms = norms.chunk(2)
+        return (update_norms / weight_norms).max()
+
+    def has_moved(self, optimizer: Optimizer, parameter: nn.Parameter, before: Tensor) -> bool:
+        """Return True if gradients have changed `parameter` since it was `before`.
+
+        Weight decay alone changes it too, but leaves the state at zero. For an optimiser whose
+        state does not begin at zero, override this.
+        """
+        kept = (value for value in optimizer.state[parameter].values() if value.dim())
+        reached = any(zero.full_tensor(value).any() for value in kept)
+        now, then = zero.full_tensor(parameter.detach()), zero.full_tensor(before)
+        return reached and not torch.equal(now, then)
+
+
+def by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters that weight decay applies to, and the others: norms and embeddings."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
+        (decayed if matrix else plain).append(parameter)
+    return decayed, plain

@@ -1,0 +1,45 @@
+"""The optimisers to choose from, found among the modules of this package."""
+
+import pkgutil
+from importlib import import_module
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from zeroflow.training import optimizers
+from zeroflow.training.optimizers.adamw import AdamW
+from zeroflow.training.optimizers.base import OptimizerConfig
+
+for _module in pkgutil.iter_modules(optimizers.__path__):
+    import_module(f"{optimizers.__name__}.{_module.name}")
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    kind.model_fields["name"].default: kind for kind in OptimizerConfig.__subclasses__()
+}
+
+
+def _name(given: Any) -> Any:
+    if isinstance(given, OptimizerConfig):
+        return given.name
+    return given.get("name", DEFAULT.name) if isinstance(given, dict) else None
+
+
+class _ByName:
+    """Tells pydantic to choose the class by the setting `name`; without one, it is the default."""
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        kinds = {name: handler.generate_schema(kind) for name, kind in OPTIMIZERS.items()}
+        return core_schema.tagged_union_schema(kinds, discriminator=_name)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"anyOf": handler(schema)["oneOf"]}  # Prefect's form does not know oneOf
+
+
+DEFAULT = AdamW()
+
+AnyOptimizer = Annotated[OptimizerConfig, _ByName()]
+"""Type of a setting that is one of `OPTIMIZERS`."""
