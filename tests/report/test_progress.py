@@ -1,0 +1,69 @@
+"""What a person is told while a training goes on."""
+
+import logging
+import time
+
+import pytest
+
+from zeroflow.report.progress import TrainingProgress
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds by the clock of the process."""
+    seconds = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def started(step: int = 0, steps: int = 100) -> dict[str, object]:
+    return {"event": "started", "time": 0.0, "step": step, "steps": steps}
+
+
+def logged(step: int, at: float, rate: float | None = 640.0) -> dict[str, object]:
+    return {
+        "event": "metrics",
+        "step": step,
+        "time": at,
+        "loss": 5.0 - step / 100,
+        "tokens_per_second": rate,
+    }
+
+
+def test_every_logged_step_is_shown_with_its_share_and_the_time_left(passed):
+    shown = []
+    with TrainingProgress(lambda share, text: shown.append((share, text))) as progress:
+        progress(started())
+        progress(logged(1, at=60.0, rate=None))
+        progress({"event": "metrics", "step": 1, "time": 61.0, "val_loss": 5.0})
+        progress(logged(11, at=80.0))
+        progress({"event": "saved", "time": 81.0, "step": 11, "path": "step-00000011"})
+        progress(logged(51, at=160.0))
+        progress(logged(100, at=258.0))
+    assert [share for share, _ in shown] == [0.01, 0.11, 0.51, 1.0]
+    first, second, third, last = (text for _, text in shown)
+    assert first == "step 1/100  loss 4.9900", "the first step says nothing of the speed"
+    # 2 s a step since the first one, which took a minute
+    assert second == "step 11/100  loss 4.8900  640 tokens/s  ETA 2 min 58 s"
+    assert "ETA 1 min 38 s" in third
+    assert last == "step 100/100  loss 4.0000  640 tokens/s  ETA 0 s"
+
+
+def test_speed_of_a_resumed_training_is_that_of_its_own_process(passed):
+    shown = []
+    with TrainingProgress(lambda share, text: shown.append(text)) as progress:
+        progress(started(step=60))
+        progress(logged(61, at=1000.0))
+        progress(logged(71, at=1010.0))
+    assert "ETA 29 s" in shown[-1], "1 s a step, whatever came before"
+
+
+def test_log_has_a_line_now_and_then_and_the_last_step_always(passed, caplog):
+    caplog.set_level(logging.INFO, logger="zeroflow")
+    with TrainingProgress() as progress:
+        progress(started())
+        for step in range(1, 101):
+            passed[0] += 1
+            progress(logged(step, at=float(step)))
+    steps = [int(r.getMessage().split()[1].split("/")[0]) for r in caplog.records]
+    assert steps == [1, 17, 33, 49, 65, 81, 97, 100], "not within 15 s of the one before"
