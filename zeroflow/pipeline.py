@@ -1,55 +1,338 @@
-"""The stages of a run, chained: plain functions that know no Prefect."""
+"""The stages of a run, chained: plain functions that know no Prefect.
+
+A stage finds its own finished work on disk, so calling the pipeline again with the same settings
+resumes where it stopped. Who runs it decides how each stage is called (`Stages`) and where its
+progress and pages are shown (`View`): in the package's flows, stages are Prefect tasks.
+"""
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from zeroflow import artifacts
-from zeroflow.checks import resume
+from zeroflow import artifacts, records
+from zeroflow.checks import overfit, preflight, resume
+from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, OverfitResult
+from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.checks.resume import Proof, ProofConfig, ResumeInexact
-from zeroflow.data.build import build_shards
-from zeroflow.data.builders import in_threads
-from zeroflow.data.tokenizer import fetch_tokenizer
-from zeroflow.model.build import build_model
-from zeroflow.report.plan import is_same, load, predict
-from zeroflow.report.plan_page import log_lines
-from zeroflow.report.progress import TrainingProgress
-from zeroflow.report.proof import write
+from zeroflow.data import build as builds
+from zeroflow.data import tokenizer as tokenizers
+from zeroflow.data.builders import Builders, in_threads
+from zeroflow.data.shards import ShardSet
+from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.model import build as models
+from zeroflow.model.llama import ModelConfig
+from zeroflow.report import data_page, pictures, plan_page, proof, run_report
+from zeroflow.report import plan as plans
+from zeroflow.report import sweep as sweeps
+from zeroflow.report.pages import with_pictures
+from zeroflow.report.progress import LossWatch, Show, TrainingProgress
+from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
-from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import Settled, settle
-from zeroflow.training.job import TrainingJob
+from zeroflow.settings.run_config import BuildChoice, RunConfig
+from zeroflow.settings.settle import settle, unlike_others
+from zeroflow.settings.settled import Settled, Settlement
+from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.training import checkpoint, recovery
+from zeroflow.training.job import TrainingJob, TrainResult, finished, why_trained
 from zeroflow.training.launch import ownership
 
 log = logging.getLogger(__name__)
 
+TRAINED = "the run was trained to its last step before"
 
-def make(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settled:
-    """Settle `asked` and say what the run will be, before anything is built.
+Acquire = Callable[[Path], None]
+"""Makes the directory of a run this process's own, or raises `RunIsBusy`."""
+
+
+class View:
+    """Where progress and pages are shown. This one: pages are files of the run, progress is logged.
+
+    A subclass shows them elsewhere as well; see `orchestration.view`.
+    """
+
+    def name_run(self, asked: RunConfig, run: Settled) -> None:
+        """Called once it is known what `asked` was settled to."""
+
+    def name_sweep(self, name: str) -> None:
+        """Called as a sweep begins."""
+
+    def tags(self) -> dict[str, str]:
+        """MLflow tags that lead to this view."""
+        return {}
+
+    def progress(self, subject: str, run_name: str) -> Show:
+        """Returns a function that is told the share done, from 0 to 1, and a line about it."""
+        return lambda share, text: None
+
+    def page(self, markdown: str, subject: str, run_name: str) -> None:
+        """Show a page that was written."""
+
+    def picture(self, picture: Path, subject: str, run_name: str) -> None:
+        """Show a PNG file that was drawn."""
+
+    def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
+        """Returns a function that is given each new version of a PNG file."""
+        return lambda picture: None
+
+    def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
+        """Who builds the parts of shards.
+
+        Raises:
+            ValueError: they are to be built on Dask, which needs a Prefect flow.
+        """
+        if build.data_runner != "threads":
+            raise ValueError(
+                f"--data-runner {build.data_runner} needs a flow (python flows/pretrain.py): run "
+                "one, or use --data-runner threads"
+            )
+        return in_threads(build.data_workers)
+
+    def gpu_slot(self) -> AbstractContextManager[None]:
+        """Held while the run computes on GPUs."""
+        return nullcontext()
+
+
+LOG_ONLY = View()
+
+
+def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
+    """Settle `asked` and log what the run will be, before anything is built.
 
     The plan is kept in the run's directory, and stays as it was made for as long as the run is the
     same.
 
-    Args:
-        acquire: as for `settle`.
-
     Raises:
         ValueError, hub.HubError: as `settle` does.
     """
-    settled = settle(asked, acquire)
-    run = settled.run
-    plan = predict(run, settled.device)
-    if (before := load(run.folder)) and is_same(before, plan):
-        plan = before.replace(free_bytes=plan.free_bytes)
-    artifacts.write_json(run.folder.plan, plan.model_dump(mode="json"))
-    for line in log_lines(settled, plan):
+    settlement = settle(asked, acquire)
+    run = settlement.run
+    predicted = plans.predict(run, settlement.device)
+    if (before := plans.load(run.folder)) and plans.is_same(before, predicted):
+        predicted = before.replace(free_bytes=predicted.free_bytes)
+    artifacts.write_json(run.folder.plan, predicted.model_dump(mode="json"))
+    for line in plan_page.log_lines(settlement, predicted):
         log.info("%s", line)
-    return settled
+    return settlement
 
 
-def prove(asked: ProofRun) -> Path:
-    """From settings to a proof.
+def fetch_tokenizer(run: Settled) -> Tokenizer:
+    return tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+
+
+def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
+    """Build the rows that the run needs, and write and show the page about them."""
+    with view.builders(run.build) as builders:
+        shards = builds.build_shards(
+            run.shard_config,
+            run.data,
+            tokenizer,
+            run.cache_dir,
+            seed=run.seed,
+            builders=builders,
+            show=view.progress("shards", run.run_name),
+        )
+    page = data_page.write_data(shards, tokenizer, run.folder)
+    view.page(with_pictures(page), "data", run.run_name)
+    return shards
+
+
+def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:
+    return models.build_model(run.model.shape, tokenizer.vocab_size, run.folder)
+
+
+def check_before(
+    job: TrainingJob, device: str, trained: TrainResult | None, view: View = LOG_ONLY
+) -> PreflightResult | None:
+    """The pre-flight of `job`, unless the same one was passed before.
+
+    Args:
+        device: name of the device.
+        trained: result of the job if it is finished; then there is nothing left to check.
+
+    Returns:
+        None if the job is finished and was never checked
+
+    Raises:
+        PreflightFailed: a check failed.
+    """
+    if before := preflight.known(job, device):
+        return before
+    if trained:
+        result = preflight.read(job.folder)
+        return result and result.replace(reused=True, why=TRAINED)
+    result = preflight.check(job, device)
+    view.page(run_report.preflight_section(result), "preflight", job.run_dir.name)
+    if not result.passed:
+        raise PreflightFailed(result)
+    return result
+
+
+def train(
+    job: TrainingJob, run: Settled, trained: TrainResult | None, view: View = LOG_ONLY
+) -> TrainResult:
+    """Train `job` to its last step from its newest checkpoint, following it in log and view.
+
+    Args:
+        trained: result of the job if it is finished.
+
+    Raises:
+        TrainingFailed: `will_retry` says if another call has a chance.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
+    """
+    if trained:
+        return trained
+    why = why_trained(job, partial(unlike_others, run))
+    log.info("training the model: %s", why)
+    watch = LossWatch(job, view.live_picture("loss", job.run_dir.name))
+    with TrainingProgress(view.progress("training", job.run_dir.name)) as progress:
+
+        def follow(event: records.Line) -> None:
+            progress(event)
+            watch(event)
+
+        return recovery.train(job, follow).replace(why=why)
+
+
+def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY) -> OverfitResult:
+    """The overfit check with the settings of `job`, unless the same one was passed before.
+
+    Raises:
+        OverfitFailed: the model could not memorise one batch.
+    """
+    result = overfit.check(
+        OverfitJob(
+            run_dir=job.run_dir,
+            model=job.model,
+            training=job.training,
+            shards=job.shards,
+            limits=limits,
+            compile_cache=job.compile_cache,
+        )
+    )
+    drawn = job.folder.overfit_picture
+    picture = pictures.overfit_curve(result.curve, drawn, limit=limits.overfit_loss)
+    view.picture(picture, "overfit", job.run_dir.name)
+    if not result.passed:
+        raise OverfitFailed(result)
+    return result
+
+
+class Prepared(NamedTuple):
+    """A run that is ready to be trained."""
+
+    settlement: Settlement
+    shards: ShardSet
+    job: TrainingJob
+
+
+def write_report(
+    prepared: Prepared,
+    checked: PreflightResult | None,
+    trained: TrainResult,
+    learned: OverfitResult,
+    view: View = LOG_ONLY,
+) -> Path:
+    """Write the report of a run, and show it.
+
+    Returns:
+        the path of report.json
+    """
+    settlement, shards, job = prepared
+    path = run_report.write(
+        settlement.run, job, shards, settlement.device, checked, trained, learned
+    )
+    view.page(with_pictures(settlement.run.folder.report_page), "report", settlement.run.run_name)
+    return path
+
+
+def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
+    """Train `job` undisturbed and killed, compare every bit, and write and show a page about it.
+
+    Returns:
+        the path of proof.md
+
+    Raises:
+        ResumeInexact: the proof failed; its page says how.
+    """
+    with TrainingProgress() as progress:
+        found: Proof = resume.prove(job, config, progress)
+    page = proof.write(job, found)
+    view.page(with_pictures(page), "proof", job.run_dir.name)
+    if not found.passed:
+        raise ResumeInexact(f"resume is not exact here: {found.reason}\nreport: {page}")
+    return page
+
+
+def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Path:
+    """Write and show the comparison of a sweep's runs.
+
+    Returns:
+        the path of comparison.md
+    """
+    page = sweeps.compare(sweep, failed=failed)
+    view.page(with_pictures(page), "comparison", sweep.name)
+    return page
+
+
+class Stages(NamedTuple):
+    """How each stage is called: as the plain function, or through a decorator."""
+
+    plan: Callable[[RunConfig, Acquire], Settlement] = plan
+    fetch_tokenizer: Callable[[Settled], Tokenizer] = fetch_tokenizer
+    build_shards: Callable[[Settled, Tokenizer, View], ShardSet] = build_shards
+    build_model: Callable[[Settled, Tokenizer], ModelConfig] = build_model
+    check_before: Callable[[TrainingJob, str, TrainResult | None, View], PreflightResult | None] = (
+        check_before
+    )
+    train: Callable[[TrainingJob, Settled, TrainResult | None, View], TrainResult] = train
+    check_overfit: Callable[[TrainingJob, OverfitConfig, View], OverfitResult] = check_overfit
+    write_report: Callable[
+        [Prepared, PreflightResult | None, TrainResult, OverfitResult, View], Path
+    ] = write_report
+    prove: Callable[[TrainingJob, ProofConfig, View], Path] = prove
+    compare: Callable[[SweepConfig, list[str], View], Path] = compare
+
+
+PLAIN = Stages()
+
+
+def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:
+    """Raw text to a checked model; a run of the same name is resumed.
+
+    Returns:
+        the path of the run's report.json
+
+    Raises:
+        ValueError, hub.HubError: settings or input do not work.
+        RunIsBusy: another process is at work on the run.
+        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; what is complete is kept.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
+    """
+    with ownership() as acquire:
+        prepared = prepare(asked, acquire, stages, view)
+        run, job = prepared.settlement.run, prepared.job
+        before = _trained_before(job)
+        busy = run.device == "cuda" and before is None
+        with view.gpu_slot() if busy else nullcontext():
+            if run.skip_preflight:
+                checked = preflight.read(job.folder)  # of an earlier command
+            else:
+                checked = stages.check_before(job, prepared.settlement.device.name, before, view)
+            trained = stages.train(job, run, before, view)
+            try:
+                learned = stages.check_overfit(job, run.overfit, view)
+            except OverfitFailed as failure:
+                stages.write_report(prepared, checked, trained, failure.result, view)
+                raise
+        return stages.write_report(prepared, checked, trained, learned, view)
+
+
+def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:
+    """Prove that resume is exact: train undisturbed and killed, and compare every bit.
 
     Returns:
         the path of proof.md
@@ -58,39 +341,60 @@ def prove(asked: ProofRun) -> Path:
         ResumeInexact: the proof failed; its page says how.
     """
     with ownership() as acquire:
-        return _prove(asked, acquire)
+        prepared = prepare(settings(asked.run), acquire, stages, view)
+        return stages.prove(prepared.job, asked.proof, view)
 
 
-def _prove(asked: ProofRun, acquire: Callable[[Path], None]) -> Path:
-    settled = make(settings(asked.run), acquire)
-    run = settled.run
-    tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
-    with in_threads(run.build.data_workers) as builders:
-        shards = build_shards(
-            run.shard_config, run.data, tokenizer, run.cache_dir, seed=run.seed, builders=builders
-        )
-    model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
-    job = training_job(settled, model, shards, tokenizer, tags={})
-    return passed(*demonstrate(job, asked.proof))
+def sweep(
+    asked: SweepConfig,
+    run_one: Callable[[RunConfig], object] = pretrain,
+    stages: Stages = PLAIN,
+    view: View = LOG_ONLY,
+) -> Path:
+    """Train every combination of what is varied, one after the other, and compare them.
 
-
-def demonstrate(job: TrainingJob, config: ProofConfig) -> tuple[Proof, Path]:
-    """Do the proof, and write its page into the job's directory.
+    A run that fails does not stop the others; the same call again resumes it.
 
     Returns:
-        what came out, and the path of proof.md
-    """
-    with TrainingProgress() as progress:
-        proof = resume.prove(job, config, progress)
-    return proof, write(job, proof)
-
-
-def passed(proof: Proof, page: Path) -> Path:
-    """`page`, if the proof has passed.
+        the path of comparison.md
 
     Raises:
-        ResumeInexact: it has not.
+        ValueError: a run of the sweep was trained with other settings before.
+        RuntimeError: some runs failed; the others are compared.
     """
-    if not proof.passed:
-        raise ResumeInexact(f"resume is not exact here: {proof.reason}\nreport: {page}")
+    sweeps.require_as_started(asked)
+    view.name_sweep(asked.name)
+    sweeps.open_group(asked)
+    failed = []
+    for cell in cells(asked):
+        try:
+            run_one(cell)
+        except Exception as error:  # whatever it is, the next run is another one
+            log.error("run %s failed: %s", cell.run_name, error_message(error))
+            for note in getattr(error, "__notes__", ()):
+                log.error("%s", note)
+            failed.append(str(cell.run_name))
+    page = stages.compare(asked, failed, view)
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed, see {page}: {', '.join(failed)}")
     return page
+
+
+def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> Prepared:
+    """The stages before training: plan, tokenizer, shards and model."""
+    settlement = stages.plan(asked, acquire)
+    run = settlement.run
+    view.name_run(asked, run)
+    tokenizer = stages.fetch_tokenizer(run)
+    shards = stages.build_shards(run, tokenizer, view)
+    model = stages.build_model(run, tokenizer)
+    job = training_job(settlement, model, shards, tokenizer, tags=view.tags())
+    return Prepared(settlement, shards, job)
+
+
+def _trained_before(job: TrainingJob) -> TrainResult | None:
+    """The result of a job that is finished, if its last checkpoint is whole."""
+    if finished(job):
+        checkpoint.latest(job.folder.checkpoints)  # sets a damaged one aside
+    result = finished(job)
+    return result and result.replace(reused=True, why=TRAINED)

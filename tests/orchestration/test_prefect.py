@@ -30,6 +30,7 @@ from pipeline import (
 )
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+from zeroflow.cli import arguments
 from zeroflow.config import Config
 from zeroflow.orchestration.deployments import SILENCE, WORK_POOL, set_up
 from zeroflow.settings.run_config import RunConfig
@@ -93,8 +94,8 @@ class Server:
         self, deployment: str, name: str, config: type[Config], flags: tuple[str, ...]
     ) -> None:
         parser = argparse.ArgumentParser()
-        flags.add_settings(parser, config, name)
-        given = flags.read_settings(config, parser.parse_args(flags))
+        arguments.add_settings(parser, config, name)
+        given = arguments.read_settings(config, parser.parse_args(flags))
         asked = config.model_validate(given).model_dump(mode="json", exclude_unset=True)
         [found] = api(self.url, "/deployments/filter", deployments={"name": {"any_": [deployment]}})
         path = f"/deployments/{found['id']}/create_flow_run"
@@ -274,7 +275,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
     failed, other = children["alone-custom-seed0"], children["alone-custom-seed1"]
     assert (failed["state_type"], other["state_type"]) == ("FAILED", "COMPLETED")
     assert failed["deployment_id"] and failed["deployment_id"] == other["deployment_id"]
-    assert server.log_of("alone-custom-seed1").count("training has to run") == 1
+    assert server.log_of("alone-custom-seed1").count("training the model: ") == 1
 
     server.press("retry", failed)
     server.wait_for("alone-custom-seed0", "COMPLETED")

@@ -15,7 +15,8 @@ import pytest
 from pipeline import Ui, api
 from tiny import SHAPE
 
-from zeroflow.orchestration import server, ui
+from zeroflow.orchestration import ui
+from zeroflow.orchestration.names import GPU_LIMIT
 from zeroflow.orchestration.ui import UiConfig
 
 SIZES = {"tiny", "small", "medium", "custom"}
@@ -42,7 +43,7 @@ def test_everything_is_there_and_ends_together(both: Ui) -> None:
     assert not schedule["active"]
     assert all(deployment["concurrency_limit"] is None for deployment in deployments)
     [limit] = api(f"{both.prefect}/api", "/v2/concurrency_limits/filter")
-    assert (limit["name"], limit["limit"]) == (server.GPU_LIMIT, 1)
+    assert (limit["name"], limit["limit"]) == (GPU_LIMIT, 1)
     experiment = f"{both.mlflow}/ajax-api/2.0/mlflow/experiments/get?experiment_id=1"
     with urllib.request.urlopen(experiment) as answer:
         assert json.load(answer)["experiment"]["name"] == "zeroflow"

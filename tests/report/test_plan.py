@@ -55,7 +55,7 @@ def on_gpus(count: int, size: str, tmp_path: Path, **training) -> Plan:
 def test_plan_tells_data_run_model_time_memory_and_disk(ask, caplog):
     asked = ask(tokenizer={"vocab_size": 32_768})
     with caplog.at_level("INFO", logger="zeroflow.pipeline"):
-        run = pipeline.make(asked).run
+        run = pipeline.plan(asked).run
     lines = {line.split(":")[0]: line for line in caplog.messages}
     assert list(lines) == [
         "data",
@@ -185,7 +185,7 @@ def finish(ask, shards):
     """Plan a run, and hold it to its plan as if it had trained."""
 
     def make(name: str, *, rate: float) -> list[Compared]:
-        settled = pipeline.make(ask(run_name=name))
+        settled = pipeline.plan(ask(run_name=name))
         run = settled.run
         tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
         model = with_vocabulary(run.model.shape, tokenizer.vocab_size)
@@ -234,14 +234,14 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
 def test_plan_stays_as_it_was_made_when_a_run_goes_on(ask, finish):
     asked = ask(run_name="one")
     finish("before", rate=1000.0)
-    pipeline.make(asked)
+    pipeline.plan(asked)
     before = plans.load(asked.folder)
     finish("between", rate=4000.0)
-    pipeline.make(asked)
+    pipeline.plan(asked)
     now = plans.load(asked.folder)
     assert before is not None and now is not None
     assert now.predicted == before.predicted, "a run is held to the plan that it began with"
-    pipeline.make(ask(run_name="one", training={"max_steps": 20}))
+    pipeline.plan(ask(run_name="one", training={"max_steps": 20}))
     longer = plans.load(asked.folder)
     assert longer is not None and longer.rate_source == "from 2 earlier runs here"
 

@@ -100,7 +100,7 @@ def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path
 def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
     first, again = settle(ask()), settle(ask(**written_out))
     assert again.run == first.run and again.resumes and not first.resumes
-    assert again.data_reason == "as the run was started"
+    assert again.corpus_reason == "as the run was started"
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_older_gpu_trains_in_what_it_has_and_says_so(
     old = Device(kind="cuda", name=name, memory_bytes=15 * 2**30, capability=capability)
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: old)
     with caplog.at_level("INFO", logger="zeroflow"):
-        settled = pipeline.make(ask(device="auto"))
+        settled = pipeline.plan(ask(device="auto"))
     assert settled.run.training.precision == "fp32"
     assert settled.run.training.compile is compiled
     asked_for = ask(device="auto", run_name="other", training={"precision": "bf16"})
@@ -465,8 +465,8 @@ def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, 
         raise AssertionError("looked up")
 
     asked = ask(device="auto", training={"fp8": True})
-    assert settle(asked).training.compute.fp8
-    assert not settle(ask(device="auto")).training.compute.fp8, "off by default"
+    assert settle(asked).run.training_config.compute.fp8
+    assert not settle(ask(device="auto")).run.training_config.compute.fp8, "off by default"
     monkeypatch.setattr(settle_module, "resolve_corpus", fetch)
     with pytest.raises(ValueError, match="--precision is fp32: drop one"):
         settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))

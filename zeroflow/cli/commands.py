@@ -1,4 +1,4 @@
-"""The command line, made from the settings classes, and the `zeroflow` command."""
+"""The `zeroflow` command: use what a run has made, plan one, start the user interfaces."""
 
 import argparse
 import json
@@ -6,12 +6,10 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zeroflow import pipeline
+from zeroflow.cli.arguments import add_settings, read_settings
+from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.progress import console
 from zeroflow.settings.proof import ProofRun
@@ -20,74 +18,44 @@ from zeroflow.training.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from zeroflow.data.provenance import Piece
-from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
-from zeroflow.cli.flags import add_settings, read_settings
+
+Parser = argparse.ArgumentParser
+Arguments = argparse.Namespace
+
+_WIDTH = 60
+"""Characters of a text in a table, at most."""
 
 
-def main(
-    argv: Sequence[str] | None = None, *, prove: Callable[[ProofRun], Path] = pipeline.prove
-) -> int:
-    """The `zeroflow` command.
+class _Command(NamedTuple):
+    name: str
+    help: str
+    add_arguments: Callable[[Parser], None]
+    run: Callable[[Arguments], None]
+    description: str | None = None
 
-    Args:
-        prove: what `prove-resume` calls.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `zeroflow` command.
+
+    Returns:
+        exit code: 0, 1 for a failure, 130 after Ctrl-C
     """
-    parser = argparse.ArgumentParser(prog="zeroflow", description="Use what a run has made.")
+    parser = Parser(prog="zeroflow", description="Use what a run has made.")
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="print text that a run's model makes")
-    generate.add_argument("--prompt", default="", help="text to go on from")
-    add_settings(generate, SamplingConfig, "sampling")
-    export = commands.add_parser("export", help="write a folder that plain transformers opens")
-    export.add_argument("--out", type=Path, required=True, help="new folder")
-    data = commands.add_parser("data", help="show what a run's rows are made of")
-    documents = commands.add_parser("documents", help="list the documents that a step trains on")
-    documents.add_argument("--step", type=int, required=True, help="as logged, from 1", metavar="N")
-    documents.add_argument("--json", action="store_true", help="an object a line, for programs")
-    for command in (generate, export, data, documents):
-        command.add_argument("--run", required=True, help="name of the run")
-        command.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
-    planning = commands.add_parser(
-        "plan",
-        allow_abbrev=False,  # a misspelt flag is an error
-        help="say what a run will be and need, and start nothing",
-        description="Parameters, FLOPs, memory, time and disk of a run, before it is one. Nothing "
-        "is looked up, built or recorded.",
-    )
-    planning.add_argument(
-        "--gpu", help="for this one, instead of this machine's device", metavar="NAME"
-    )
-    planning.add_argument("--json", action="store_true", help="an object, for programs")
-    add_settings(planning, RunConfig, "run")
-    proving = commands.add_parser(
-        "prove-resume",
-        allow_abbrev=False,  # a misspelt flag is an error
-        help="train undisturbed and killed, and compare every bit",
-        description="Train twice, once killed again and again, and compare every bit. What is not "
-        "given is small: a minute or two on a CPU.",
-    )
-    add_settings(proving, ProofRun, "proof")
-    setup = commands.add_parser(
-        "prefect-setup", help="give a Prefect server its work pool, and notice of killed runs"
-    )
-    ui = commands.add_parser(
-        "ui",
-        help="start Prefect's and MLflow's user interfaces, and a worker",
-        description="Start Prefect's server with a form for each size, a worker that runs what is "
-        "asked for there, and MLflow. Ctrl-C stops all of it.",
-    )
-    add_settings(ui, UiConfig, "ui")
-    for command in (generate, export, data, documents, planning, proving, setup, ui):
-        command.add_argument("--verbose", action="store_true", help="tracebacks")
+    for command in _COMMANDS:
+        added = commands.add_parser(
+            command.name,
+            allow_abbrev=False,  # a misspelt flag is an error
+            help=command.help,
+            description=command.description,
+        )
+        command.add_arguments(added)
+        added.add_argument("--verbose", action="store_true", help="show tracebacks")
+        added.set_defaults(run_command=command.run)
     arguments = parser.parse_args(argv)
     log_to_console(verbose=arguments.verbose)
     try:
-        if arguments.command == "prove-resume":
-            asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
-            require_writable(asked.run.cache_dir)
-            page = prove(asked)
-            console.print(page.read_text(encoding="utf-8"), f"{page}", sep="\n", markup=False)
-        else:
-            _COMMANDS[arguments.command](arguments)
+        arguments.run_command(arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -95,11 +63,27 @@ def main(
         return fail(error, verbose=arguments.verbose)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def entry() -> None:
+    raise SystemExit(main())
+
+
+def _of_a_run(parser: Parser) -> None:
+    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+
+
+def _generate_arguments(parser: Parser) -> None:
+    parser.add_argument("--prompt", default="", help="beginning of the text")
+    add_settings(parser, SamplingConfig, "sampling")
+    _of_a_run(parser)
+
+
+def _generate(arguments: Arguments) -> None:
+    from zeroflow.inference import trained as models
     from zeroflow.training import sampling
 
     config = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
-    trained = _load(arguments)
+    trained = models.load(arguments.cache_dir, arguments.run)
     if trained.tokenizer.path is None:
         if arguments.prompt:
             raise ValueError(f"run {arguments.run} was trained on token ids: it takes no --prompt")
@@ -114,15 +98,21 @@ def _generate(arguments: argparse.Namespace) -> None:
     console.print(text, markup=False)
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    _of_a_run(parser)
+
+
+def _export(arguments: Arguments) -> None:
+    from zeroflow.inference import trained as models
     from zeroflow.inference.export import export
 
-    trained = _load(arguments)
+    trained = models.load(arguments.cache_dir, arguments.run)
     export(trained.model, trained.tokenizer, arguments.out, context=trained.context)
     console.print(f"{arguments.out}", markup=False)
 
 
-def _data(arguments: argparse.Namespace) -> None:
+def _data(arguments: Arguments) -> None:
     from zeroflow.inference import trained
     from zeroflow.report import data_page
 
@@ -132,33 +122,13 @@ def _data(arguments: argparse.Namespace) -> None:
     console.print(f"{page}", markup=False)
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    from zeroflow.report import plan as plans
-    from zeroflow.report import plan_page
-
-    asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
-    planned = plans.offline(asked, gpu=arguments.gpu)
-    shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
-    console.print(shown, markup=False)
+def _documents_arguments(parser: Parser) -> None:
+    parser.add_argument("--step", type=int, required=True, help="as logged, from 1", metavar="N")
+    parser.add_argument("--json", action="store_true", help="one object a line, for programs")
+    _of_a_run(parser)
 
 
-def _prefect_setup(arguments: argparse.Namespace) -> None:
-    from zeroflow.orchestration.deployments import set_up
-
-    set_up()
-
-
-def _ui(arguments: argparse.Namespace) -> None:
-    from zeroflow.orchestration import ui
-
-    config = UiConfig.model_validate(read_settings(UiConfig, arguments))
-    require_writable(config.cache_dir)
-    signal.signal(signal.SIGTERM, terminate)
-    with suppress(KeyboardInterrupt, Terminated):  # the way to stop it
-        ui.serve(config)
-
-
-def _documents(arguments: argparse.Namespace) -> None:
+def _documents(arguments: Arguments) -> None:
     from zeroflow.report.documents import documents, left_out
 
     asked = (arguments.cache_dir, arguments.run, arguments.step)
@@ -182,21 +152,6 @@ def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
     return _table(type(pieces[0])._fields, shown)
 
 
-_COMMANDS = {
-    "generate": _generate,
-    "export": _export,
-    "data": _data,
-    "documents": _documents,
-    "plan": _plan,
-    "prefect-setup": _prefect_setup,
-    "ui": _ui,
-}
-
-
-_WIDTH = 60
-"""Of a text in a table, at most."""
-
-
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Lines of a table as wide as its contents; numbers to the right."""
     cells = [list(names), *([str(value) for value in row] for row in rows)]
@@ -210,15 +165,91 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
-def _load(arguments: argparse.Namespace) -> Any:
-    from zeroflow.inference import trained
-
-    return trained.load(arguments.cache_dir, arguments.run)
-
-
-def entry() -> None:
-    raise SystemExit(main())
+def _plan_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--gpu", help="plan for this GPU instead of this machine's device", metavar="NAME"
+    )
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    add_settings(parser, RunConfig, "run")
 
 
-if __name__ == "__main__":
-    entry()
+def _plan(arguments: Arguments) -> None:
+    from zeroflow.report import plan, plan_page
+
+    asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
+    planned = plan.offline(asked, gpu=arguments.gpu)
+    shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
+    console.print(shown, markup=False)
+
+
+def _prove_arguments(parser: Parser) -> None:
+    add_settings(parser, ProofRun, "proof")
+
+
+def _prove(arguments: Arguments) -> None:
+    from zeroflow import pipeline
+
+    asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
+    require_writable(asked.run.cache_dir)
+    page = pipeline.prove_resume(asked)
+    console.print(page.read_text(encoding="utf-8"), f"{page}", sep="\n", markup=False)
+
+
+def _prefect_setup(arguments: Arguments) -> None:
+    from zeroflow.orchestration import deployments
+
+    deployments.set_up()
+
+
+def _ui_arguments(parser: Parser) -> None:
+    add_settings(parser, UiConfig, "ui")
+
+
+def _ui(arguments: Arguments) -> None:
+    from zeroflow.orchestration import ui
+
+    config = UiConfig.model_validate(read_settings(UiConfig, arguments))
+    require_writable(config.cache_dir)
+    signal.signal(signal.SIGTERM, terminate)
+    with suppress(KeyboardInterrupt, Terminated):  # the way to stop it
+        ui.serve(config)
+
+
+_COMMANDS = (
+    _Command("generate", "print text that a run's model makes", _generate_arguments, _generate),
+    _Command("export", "write a folder that transformers opens", _export_arguments, _export),
+    _Command("data", "show what a run's rows are made of", _of_a_run, _data),
+    _Command(
+        "documents", "list the documents that a step trains on", _documents_arguments, _documents
+    ),
+    _Command(
+        "plan",
+        "predict what a run needs, and start nothing",
+        _plan_arguments,
+        _plan,
+        "Parameters, FLOPs, memory, time and disk of a run before it starts. Nothing is looked "
+        "up, built or recorded.",
+    ),
+    _Command(
+        "prove-resume",
+        "train undisturbed and killed, and compare every bit",
+        _prove_arguments,
+        _prove,
+        "Train twice, once killed again and again, and compare every bit. Defaults are small: a "
+        "minute or two on a CPU.",
+    ),
+    _Command(
+        "prefect-setup",
+        "give a Prefect server its work pool, and crash detection",
+        lambda parser: None,
+        _prefect_setup,
+    ),
+    _Command(
+        "ui",
+        "start Prefect's and MLflow's user interfaces, and a worker",
+        _ui_arguments,
+        _ui,
+        "Start Prefect's server with a form for each size, a worker that runs what is asked for "
+        "there, and MLflow. Ctrl-C stops all of it.",
+    ),
+)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What a command prints: log lines, errors, and how it ends on a signal."""
 
 import logging
 import os
@@ -6,32 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     TextIO,
 )
 
-from pydantic import ValidationError
 from rich.logging import RichHandler
 
 from zeroflow.report.progress import console
-
-if TYPE_CHECKING:
-    pass
-
-
-def complaint(error: Exception) -> str:
-    """An error as one message to a person; settings by their flags."""
-    if not isinstance(error, ValidationError):
-        return str(error) or type(error).__name__
-    lines = []
-    for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
-        message = problem["msg"].removeprefix("Value error, ")
-        if names and problem["type"] != "value_error":
-            flag = "--" + names[-1].replace("_", "-")
-            message = f"{flag}: {message} (found {problem['input']!r})"
-        lines.append(message)
-    return "\n".join(lines)
+from zeroflow.settings.flags import error_message
 
 
 class Terminated(SystemExit):
@@ -84,5 +65,5 @@ def fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
     if verbose:
         logging.getLogger("zeroflow").error("failed", exc_info=error)
     notes = getattr(error, "__notes__", [])
-    sys.stderr.write("\n".join([f"error: {complaint(error)}", *notes, ""]))
+    sys.stderr.write("\n".join([f"error: {error_message(error)}", *notes, ""]))
     return code

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The command of a flow: read settings, find or start a Prefect server, run, say how it ended."""
 
 import argparse
 import logging
@@ -7,114 +7,142 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
+from zeroflow.cli.arguments import add_settings, read_settings
+from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
+from zeroflow.config import Config
+from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
 from zeroflow.report.progress import console
+from zeroflow.report.summary import summary
+from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
 from zeroflow.settings.sweep import SweepConfig
 
 if TYPE_CHECKING:
     from zeroflow.orchestration.flow_runs import RunFlow
-from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
-from zeroflow.cli.flags import Settings, add_settings, read_settings
 
 log = logging.getLogger(__name__)
 
 
-def run_flow(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
-    """The command of a flow: parse, have a Prefect server, run, and say how it ended."""
+class _Command(NamedTuple):
+    """What differs between the commands of the flows."""
 
-    def start(run: RunConfig) -> str:
-        from zeroflow.orchestration.flow_runs import run_here
+    config: type[Config]
+    group: str
+    """Heading of the settings that belong to no group, in --help."""
 
-        report = run_here(flow, run, deployment=size_of(run))
-        return _ending(report, run.cache_dir)
+    description: str
+    run_of: Callable[[Any], RunConfig]
+    """The settings of the run, or of each run, in those that were asked for."""
 
-    description = (
+    deployment_of: Callable[[Any], str | None]
+    """Deployment that the flow run belongs to, so that it can be retried in Prefect."""
+
+    ending: Callable[[Path, RunConfig], str]
+    """The last lines, from what the flow returned."""
+
+
+def _text_of(page: Path, run: RunConfig) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+_COMMANDS = {
+    PRETRAIN: _Command(
+        RunConfig,
+        "run",
         "Raw text to a trained and checked LLaMA-style language model.\n\n"
         "  python flows/pretrain.py                    a few minutes on any machine\n"
         "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
         "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
-        "The same command again goes on where it stopped, or shows what it made."
-    )
-    return _with_prefect(RunConfig, "run", description, argv, lambda run: run.cache_dir, start)
-
-
-def run_sweep(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
-    """The command of the sweep's flow, like `run_flow`."""
-
-    def start(sweep: SweepConfig) -> str:
-        from zeroflow.orchestration import server
-        from zeroflow.orchestration.flow_runs import run_here
-
-        page = run_here(flow, sweep, deployment=server.SWEEP_DEPLOYMENT)
-        return page.read_text(encoding="utf-8")
-
-    description = (
-        "Train several sizes, seeds or learning rates one after the other, and compare them.\n\n"
+        "The same command again resumes the run, or shows what it made.",
+        run_of=lambda run: run,
+        deployment_of=size_of,
+        ending=lambda report, run: summary(report, run.cache_dir),
+    ),
+    SWEEP: _Command(
+        SweepConfig,
+        "sweep",
+        "Train several sizes, seeds, learning rates or ZeRO stages one after the other, and\n"
+        "compare them.\n\n"
         "  python flows/sweep.py --sizes tiny small medium\n"
         "  python flows/sweep.py --size tiny --seeds 0 1 2 --max-steps 100\n\n"
-        "All other settings are those of a run, and the same for all. The same command again goes\n"
-        "on where it stopped, or shows what it made."
-    )
-    return _with_prefect(
-        SweepConfig, "sweep", description, argv, lambda sweep: sweep.run.cache_dir, start
-    )
+        "All other settings are those of a run, and the same for all. The same command again\n"
+        "resumes the sweep, or shows what it made.",
+        run_of=lambda sweep: sweep.run,
+        deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
+        ending=_text_of,
+    ),
+    PROVE_RESUME: _Command(
+        ProofRun,
+        "proof",
+        "Train twice, once killed again and again, and compare every bit. Defaults are small: a\n"
+        "minute or two on a CPU.",
+        run_of=lambda proof: proof.run,
+        deployment_of=lambda proof: None,
+        ending=_text_of,
+    ),
+}
 
 
-def _with_prefect(
-    config: type[Settings],
-    title: str,
-    description: str,
-    argv: Sequence[str] | None,
-    cache_of: Callable[[Settings], Path],
-    start: Callable[[Settings], str],
-) -> int:
-    """Read settings from the command line and `start` with a Prefect server; an exit code."""
+def main(flow: "RunFlow", argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command of `flow` and end this process."""
+    from zeroflow.orchestration.flow_runs import leave
+
+    leave(run(flow, argv))
+
+
+def run(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
+    """Run the command of `flow`.
+
+    Args:
+        argv: arguments of the command; None for those of this process.
+
+    Returns:
+        exit code: 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM
+    """
+    command = _COMMANDS[flow.name]
     parser = argparse.ArgumentParser(
         allow_abbrev=False,  # a misspelt flag is an error
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=description,
+        description=command.description,
     )
-    add_settings(parser, config, title)
+    add_settings(parser, command.config, command.group)
     parser.add_argument(
-        "--verbose", action="store_true", help="tracebacks, and Prefect's own lines"
+        "--verbose", action="store_true", help="show tracebacks, and Prefect's own lines"
     )
     arguments = parser.parse_args(argv)
     try:
-        asked = config.model_validate(read_settings(config, arguments))
+        asked = command.config.model_validate(read_settings(command.config, arguments))
     except ValidationError as error:
         return fail(error, verbose=arguments.verbose, code=2)
-    # they take seconds to import: after --help and wrong flags
-    from zeroflow.orchestration import server
-    from zeroflow.orchestration.flow_runs import silence_console
+    return _run(flow, command, asked, verbose=arguments.verbose)
 
-    if not arguments.verbose:
+
+def _run(flow: "RunFlow", command: _Command, asked: Any, *, verbose: bool) -> int:
+    # these take seconds to import: after --help and wrong flags
+    from zeroflow.orchestration import server
+    from zeroflow.orchestration.flow_runs import run_here, silence_console
+
+    if not verbose:
         silence_console()
-    log_to_console(verbose=arguments.verbose)
+    log_to_console(verbose=verbose)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        require_writable(cache_of(asked))
+        require_writable(command.run_of(asked).cache_dir)
         with server.server() as address:
             log.info("Prefect UI: %s", address)
-            ending = start(asked)
+            made = run_here(flow, asked, deployment=command.deployment_of(asked))
+            ending = command.ending(made, command.run_of(asked))
         console.print(ending, markup=False)
         return 0
     except (KeyboardInterrupt, Terminated) as stop:
-        console.print("stopped; what is complete is kept, and the same command goes on from there")
+        console.print("stopped; what is complete is kept, and the same command resumes from there")
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
-        if not isinstance(error, ValueError):  # of which the same command would only get another
+        if not isinstance(error, ValueError):  # the same command would only get it again
             error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
-        return fail(error, verbose=arguments.verbose)
-
-
-def _ending(report: Path, cache: Path) -> str:
-    from zeroflow.report.summary import summary
-
-    return summary(report, cache)
+        return fail(error, verbose=verbose)

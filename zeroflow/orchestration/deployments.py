@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What a Prefect server needs for our deployments: work pool, limit, crash detection."""
 
 import logging
 from contextlib import suppress
@@ -12,15 +12,10 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from zeroflow.orchestration.server import FLOW, GPU_LIMIT, USUAL_PORT, api_in_use, ui_address
+from zeroflow.orchestration.names import AUTOMATION, GPU_LIMIT, PRETRAIN, WORK_POOL
+from zeroflow.orchestration.server import USUAL_PORT, api_in_use, ui_address
 
 log = logging.getLogger(__name__)
-
-
-WORK_POOL = "zeroflow"
-
-
-AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
 
 # Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
@@ -29,15 +24,14 @@ SILENCE = timedelta(minutes=15)
 
 
 def set_up(silence: timedelta = SILENCE) -> None:
-    """Have the server in use know what deployments and killed runs need; again changes nothing.
+    """Make the work pool, the limit of one job on a GPU at a time, and an automation.
 
-    That is the work pool of prefect.yaml, a limit of one job on a GPU at a time, and an automation
-    that marks a run of the flow crashed when its process is gone without a word, so that it can be
-    retried.
+    The automation marks a flow run as crashed when its process is gone without a final state, so
+    that it can be retried. What exists stays as it is.
 
     Args:
-        silence: time without a heartbeat after which a process counts as gone. A server that was
-            away for as long takes live runs for crashed, until they end.
+        silence: time without a heartbeat after which a process counts as gone. After an outage of
+            the server of that length, live runs are shown as crashed until they end.
 
     Raises:
         RuntimeError: no server answers.
@@ -78,7 +72,7 @@ def _crash_detection(silence: timedelta) -> AutomationCore:
         description="Made by `zeroflow prefect-setup`.",
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related={"prefect.resource.role": "flow", "prefect.resource.name": FLOW},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": PRETRAIN},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             after={heartbeat},
@@ -88,7 +82,7 @@ def _crash_detection(silence: timedelta) -> AutomationCore:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message="Its process sent no heartbeat any more: killed, or its machine stopped.",
+                message="No heartbeat: its process was killed, or its machine stopped.",
             )
         ],
     )

@@ -65,7 +65,7 @@ _to_the_end = ExitStack()
 """Settings of Prefect for what is left of this process."""
 
 
-def run_here(flow: RunFlow, asked: Asked, *, deployment: str) -> Path:
+def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
     """Run `flow` in this process, such that Prefect's buttons work as for the run of a worker.
 
     Its run is one of `deployment`, if there is one of that name: then it can be retried.
@@ -237,16 +237,18 @@ def _new_flow_run(
     client: SyncPrefectClient,
     flow: RunFlow,
     asked: Asked,
-    deployment: str,
+    deployment: str | None,
     **shown: Any,
 ) -> FlowRun:
-    """Pending, which no worker takes."""
+    """A flow run in state Pending, which no worker takes; of `deployment` if that exists."""
     name = f"{flow.name}/{deployment}"
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): _given(asked)},
         "state": Pending(),
         **shown,
     }
+    if deployment is None:
+        return client.create_flow_run(flow, **given)
     try:
         known = client.read_deployment_by_name(name)
         return client.create_flow_run_from_deployment(known.id, **given)

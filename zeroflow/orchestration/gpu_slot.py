@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The slot that keeps two runs off the same GPUs: a concurrency limit of Prefect."""
 
 import logging
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 
 from prefect.concurrency.sync import concurrency
 
-from zeroflow.orchestration import server
 from zeroflow.orchestration.flow_runs import reachable
+from zeroflow.orchestration.names import GPU_LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -16,31 +16,28 @@ _SLOT_SECONDS = 5.0
 
 
 @contextmanager
-def gpu_slot(device: str) -> Iterator[None]:
-    """Hold the one slot for jobs on GPUs within the block, as soon as no other run does.
+def gpu_slot() -> Iterator[None]:
+    """Hold the one slot for jobs on GPUs, waiting until no other run does.
 
-    A server that is away, before or meanwhile, or knows no limit, costs the slot and not the run.
+    If the server is away, or knows no such limit, the run proceeds without the slot.
     """
     with ExitStack() as held:
-        if device == "cuda":
-            try:
-                if not reachable():
-                    raise ConnectionError("its server does not answer")
-                _take_slot(held)
-            except Exception as error:
-                log.warning("Prefect does not keep other runs off the GPU: %s", error)
+        try:
+            if not reachable():
+                raise ConnectionError("its server does not answer")
+            _take_slot(held)
+        except Exception as error:
+            log.warning("Prefect does not keep other runs off the GPU: %s", error)
         yield
 
 
 def _take_slot(held: ExitStack) -> None:
-    # Not strict, as a lease that is lost with the server would end the training
+    # Not strict: a lease that is lost with the server would end the training
     try:
-        held.enter_context(
-            concurrency(server.GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False)
-        )
+        held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
     except TimeoutError:
         log.info(
-            "waiting until another run is done with the GPU (limit %s in Prefect)",
-            server.GPU_LIMIT,
+            "waiting: another run uses the GPU (limit %s in Prefect)",
+            GPU_LIMIT,
         )
-        held.enter_context(concurrency(server.GPU_LIMIT, strict=False))
+        held.enter_context(concurrency(GPU_LIMIT, strict=False))

@@ -21,16 +21,6 @@ from zeroflow.orchestration.programs import Program
 log = logging.getLogger(__name__)
 
 
-FLOW = "pretrain"
-
-
-SWEEP, SWEEP_DEPLOYMENT = "sweep", "sizes"
-
-
-GPU_LIMIT = "zeroflow-gpu"
-"""Of jobs on GPUs that go on at once, over all runs that the server knows."""
-
-
 USUAL_PORT = 4200
 
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Prefect's server with our deployments, and a worker that runs them."""
 
 import logging
 import os
@@ -13,12 +13,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from zeroflow.orchestration.deployments import WORK_POOL, set_up
+from zeroflow.orchestration.deployments import set_up
+from zeroflow.orchestration.names import SWEEP, WORK_POOL
 from zeroflow.orchestration.programs import Program
 from zeroflow.orchestration.server import (
     START_SECONDS,
     STOP_SECONDS,
-    SWEEP,
     answers,
     api_in_use,
     local_api,

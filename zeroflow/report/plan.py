@@ -24,6 +24,7 @@ from zeroflow.model.sizes import with_vocabulary
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
+from zeroflow.settings.settled import Settled
 from zeroflow.training import recovery
 from zeroflow.training.config import workload
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -112,7 +113,7 @@ def is_same(one: Plan, other: Plan) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-def predict(run: RunConfig, device: Device) -> Plan:
+def predict(run: Settled, device: Device) -> Plan:
     vocabulary, certain = _vocabulary(run)
     model = with_vocabulary(run.model.shape, vocabulary)
     training = run.training_config
@@ -136,7 +137,7 @@ def predict(run: RunConfig, device: Device) -> Plan:
     # the best one, and the one being written
     checkpoints = (_kept(run) + 2) * checkpoint_bytes(model)
     return Plan(
-        run=run.run_name,
+        run=run.run_name or None,
         size=run.model.name,
         device=device,
         workload=work,
@@ -156,7 +157,7 @@ def predict(run: RunConfig, device: Device) -> Plan:
     )
 
 
-def _rate(run: RunConfig, work: Workload, device: Device) -> tuple[float | None, str]:
+def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, str]:
     """Tokens per second where no such run is known, and where they come from."""
     alone = work.replace(gpus=1, zero_stage=0)
     rate: float | None
@@ -174,7 +175,7 @@ def _rate(run: RunConfig, work: Workload, device: Device) -> tuple[float | None,
     return rate * work.gpus, f"{source}, times {work.gpus} without what communication takes"
 
 
-def _kept(run: RunConfig) -> int:
+def _kept(run: Settled) -> int:
     """Checkpoints that stay, but for the best one."""
     retention, saves = run.retention, run.cadence.checkpoint
     if not retention.keep_every:
@@ -196,7 +197,7 @@ def _there(run: RunConfig) -> int:
         return 0
 
 
-def _vocabulary(run: RunConfig) -> tuple[int, bool]:
+def _vocabulary(run: Settled) -> tuple[int, bool]:
     """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
     config = run.tokenizer
     if config.tokenizer_name == "auto":

@@ -5,8 +5,7 @@ from typing import Any
 
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Compared, Plan
-from zeroflow.settings.run_config import resume_promise
-from zeroflow.settings.settle import Settled
+from zeroflow.settings.settled import Settlement
 from zeroflow.training.workload import arithmetic, devices
 from zeroflow.units import binary, decimal, duration, parameter_count
 
@@ -29,10 +28,10 @@ _TOLD: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
+def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     run, device, work = settled.run, settled.device, plan.workload
     choice = run.training
-    yield f"data: {run.data.name} ({settled.data_reason})"
+    yield f"data: {run.data.name} ({settled.corpus_reason})"
     yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
     going_on = "goes on where it stopped" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
@@ -54,10 +53,10 @@ def log_lines(settled: Settled, plan: Plan) -> Iterator[str]:
         capability = ".".join(map(str, device.capability or ()))
         older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
         older += "torch.compile for 7.0)"
-    arithmetic = settled.training.compute.arithmetic
+    arithmetic = run.training_config.compute.arithmetic
     where = devices(device.name, work.gpus, work.zero_stage)
     yield f"device: {where}, {arithmetic}, {compiled}{older}"
-    yield f"resume: {resume_promise(run)}"
+    yield f"resume: {run.resume_promise}"
     if run.skip_preflight:
         yield "pre-flight: skipped, as asked for"
     yield f"time: {time_line(plan)}"

@@ -14,7 +14,8 @@ from zeroflow.report import band, pictures, plan_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
 from zeroflow.report.pages import quoted, table_cell
-from zeroflow.settings.run_config import RunConfig, leaves, resume_promise
+from zeroflow.settings.run_config import leaves
+from zeroflow.settings.settled import Settled
 from zeroflow.tracking import tracker
 from zeroflow.tracking.store import run_facts
 from zeroflow.tracking.viewer import links
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def write(
-    run: RunConfig,
+    run: Settled,
     job: TrainingJob,
     shards: ShardSet,
     device: Device,
@@ -116,7 +117,7 @@ def preflight_section(result: PreflightResult) -> str:
 
 
 def _figures(
-    run: RunConfig,
+    run: Settled,
     job: TrainingJob,
     shards: ShardSet,
     device: Device,
@@ -145,7 +146,7 @@ def _figures(
         "zero_stage": job.training.zero_stage,
         "precision": job.training.compute.precision,
         "fp8": job.training.compute.fp8,
-        "resume": resume_promise(run),
+        "resume": run.resume_promise,
         "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.folder)],
         "data": {
             "mode": run.data.data_mode,
@@ -226,7 +227,7 @@ def _time_section(time: dict[str, Any], picture: Path) -> str:
 
 def _markdown(
     report: dict[str, Any],
-    run: RunConfig,
+    run: Settled,
     checked: PreflightResult | None,
     compared: list[plans.Compared],
     pages: dict[str, str],

@@ -7,6 +7,7 @@ from zeroflow.estimate.memory import micro_batch
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.settings import defaults
 from zeroflow.settings.run_config import ModelChoice, TrainingChoice
+from zeroflow.settings.settled import SettledTraining
 
 NOMINAL_VOCABULARY = 128_256
 """Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
@@ -30,8 +31,8 @@ _CPU_STEPS = 200
 
 def fill(
     choice: TrainingChoice, model: ModelChoice, data: CorpusConfig, device: Device
-) -> TrainingChoice:
-    """`choice` with a default for all that is None.
+) -> SettledTraining:
+    """`choice` with a default for every value that is None.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
@@ -79,7 +80,8 @@ def fill(
         "log_interval": choice.log_interval or (10 if gpu else 5),
         "sample_prompt": prompt if choice.sample_prompt is None else choice.sample_prompt,
     }
-    return choice.replace(**filled)
+    given = {name: getattr(choice, name) for name in TrainingChoice.model_fields}
+    return SettledTraining.model_validate(given | filled)
 
 
 def _batch(

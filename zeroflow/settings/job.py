@@ -4,16 +4,16 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.run_folder import Cache
-from zeroflow.settings.run_config import RunConfig, leaves
-from zeroflow.settings.settle import Settled
+from zeroflow.settings.run_config import leaves
+from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.config import DESCRIPTION, PARENT, TrackingConfig, location
 from zeroflow.tracking.store import run_facts
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import parameter_count
 
 
-def _description(run: RunConfig, model: ModelConfig) -> str:
-    """Of the run, on its page in MLflow."""
+def _description(run: Settled, model: ModelConfig) -> str:
+    """Run description shown in MLflow."""
     choice = run.training
     return (
         f"{run.model.name}, {parameter_count(model.parameters)} parameters, "
@@ -22,8 +22,8 @@ def _description(run: RunConfig, model: ModelConfig) -> str:
     )
 
 
-def _group_tags(run: RunConfig) -> dict[str, str]:
-    """That put the run into its sweep."""
+def _group_tags(run: Settled) -> dict[str, str]:
+    """MLflow tags that make the run a child of its sweep."""
     if run.sweep is None:
         return {}
     group = run_facts(Cache(run.cache_dir).sweep(run.sweep))
@@ -31,7 +31,7 @@ def _group_tags(run: RunConfig) -> dict[str, str]:
 
 
 def training_job(
-    settled: Settled,
+    settled: Settlement,
     model: ModelConfig,
     shards: ShardSet,
     tokenizer: Tokenizer,
@@ -43,12 +43,12 @@ def training_job(
     Args:
         tags: of the MLflow run, beside those that follow from the settings.
     """
-    run = settled.run
+    run, training = settled.run, settled.run.training_config
     uri, folder = location(run.cache_dir)
     tracked = TrackingConfig(
         uri=uri,
         folder=folder,
-        run_name=str(run.run_name),
+        run_name=run.run_name,
         tags={
             "size": run.model.name,
             "source": run.data.name,
@@ -74,7 +74,7 @@ def training_job(
     return TrainingJob(
         run_dir=run.run_dir,
         model=model,
-        training=settled.training,
+        training=training,
         cadence=run.cadence,
         retention=run.retention,
         hang_seconds=run.training.hang_seconds,
@@ -82,9 +82,9 @@ def training_job(
         shards=shards,
         validation_rows=run.validation_rows,
         tokenizer=tokenizer,
-        prompt=run.training.sample_prompt or "",
+        prompt=run.training.sample_prompt,
         sampling=run.sampling,
         tracking=tracked,
-        compile_cache=Cache(run.cache_dir.resolve()).compiled,
-        peak_flops=settled.training.ranks * peak if bf16 and peak else None,
+        compile_cache=run.cache_dir.resolve() / "compile",
+        peak_flops=training.ranks * peak if bf16 and peak else None,
     )

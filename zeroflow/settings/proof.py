@@ -1,4 +1,6 @@
-"""The proof that resume is exact as a person asks for it: its settings, its stages and its page."""
+"""The settings of a proof that resume is exact."""
+
+from typing import Self
 
 from zeroflow import artifacts
 from zeroflow.checks.overfit import OverfitConfig
@@ -33,6 +35,11 @@ class ProofRun(Config):
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def anywhere(self) -> Self:
+        """The same with paths that mean the same from every working directory."""
+        return self.model_copy(update={"run": self.run.anywhere})
 
 
 def settings(asked: RunConfig) -> RunConfig:

@@ -1,7 +1,8 @@
-"""The settings of a run.
+"""The settings of a run as they are asked for.
 
 `RunConfig` makes the command line, the Prefect form, MLflow's params and `run.json`. A setting
-that is None depends on the device or on the outside world: `settling` fills it.
+that is None depends on the device or on the outside world; `settle` decides it, and the result is
+another type, `settled.Settled`, in which it has a value.
 """
 
 from collections.abc import Iterator
@@ -22,18 +23,14 @@ from zeroflow.checks.overfit import OverfitConfig
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
-from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Precision
 from zeroflow.model.llama import Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName
 from zeroflow.run_folder import Cache, RunFolder
-from zeroflow.training.checkpoint import Retention
-from zeroflow.training.config import ComputeConfig, Stage, TrainingConfig
-from zeroflow.training.job import Cadence
+from zeroflow.training.config import Stage
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
-from zeroflow.training.sampling import SamplingConfig
-from zeroflow.training.schedule import Schedule, ScheduleName
+from zeroflow.training.schedule import ScheduleName
 
 DEFAULT_CACHE = Path("data_cache")
 
@@ -278,85 +275,6 @@ class RunConfig(Config):
             changes["data"] = self.data.model_copy(update={"data_path": paths})
         return self.model_copy(update=changes)
 
-    @property
-    def fell_back(self) -> bool:
-        """Whether synthetic data stands in for FineWeb-Edu."""
-        return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows in a step."""
-        choice = self.training
-        of_each = _known(choice.batch_size) * _known(choice.grad_accum_steps)
-        return of_each * (choice.gpus or 1)  # of versions that knew one only, None
-
-    @property
-    def validation_rows(self) -> int:
-        """Rows in a validation."""
-        return max(1, _known(self.training.validation_tokens) // _known(self.training.seq_len))
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens trained on."""
-        steps = _known(self.training.max_steps)
-        return steps * self.batch_rows * _known(self.training.seq_len)
-
-    @property
-    def shard_config(self) -> ShardConfig:
-        return ShardConfig(
-            seq_len=_known(self.training.seq_len),
-            train_rows=_known(self.training.max_steps) * self.batch_rows,
-            validation_rows=self.validation_rows,
-            validation_fraction=self.training.validation_fraction,
-            token_type=self.training.token_type,
-            packing=self.training.packing,
-        )
-
-    @property
-    def training_config(self) -> TrainingConfig:
-        choice = self.training
-        assert self.device != "auto"
-        return TrainingConfig(
-            seed=self.seed,
-            micro_batch_rows=_known(choice.batch_size),
-            accumulate=_known(choice.grad_accum_steps),
-            ranks=choice.gpus or 1,
-            zero_stage=choice.zero_stage or 0,
-            schedule=Schedule(
-                name=choice.schedule,
-                peak=_known(choice.learning_rate),
-                warmup_steps=_known(choice.warmup_steps),
-                steps=_known(choice.max_steps),
-            ),
-            document_mask=choice.document_mask,
-            z_loss=choice.z_loss,
-            optimizer=self.optimizer,
-            compute=ComputeConfig(
-                device=self.device,
-                precision=_known(choice.precision),
-                fp8=choice.fp8,
-                compile=_known(choice.compile),
-                deterministic=choice.deterministic,
-                activation_checkpointing=_known(choice.activation_checkpointing),
-            ),
-        )
-
-    @property
-    def cadence(self) -> Cadence:
-        return Cadence(
-            log=_known(self.training.log_interval),
-            validate_=_known(self.training.validate_every),
-            checkpoint=_known(self.training.checkpoint_every),
-        )
-
-    @property
-    def retention(self) -> Retention:
-        return Retention(keep=self.training.keep_checkpoints, keep_every=self.training.keep_every)
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(tokens=self.training.sample_tokens)
-
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every single setting as ("group.name", value)."""
@@ -366,26 +284,3 @@ def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _known(value: T | None) -> T:
-    assert value is not None, "settle() fills this"
-    return value
-
-
-def resume_promise(run: RunConfig) -> str:
-    """How exact this run is when it goes on."""
-    if run.training.gpus and run.training.gpus > 1:
-        return _promise_of_one(run) + "; on another number of GPUs sums are of another order"
-    return _promise_of_one(run)
-
-
-def _promise_of_one(run: RunConfig) -> str:
-    if run.device == "cpu":
-        return "bit for bit"
-    if run.training.deterministic:
-        return "bit for bit, with deterministic kernels only"
-    return (
-        "the same data, random numbers and weights; kernels differ in the last bits between runs "
-        "(--deterministic: they do not, for 3-10 % of the speed)"
-    )

@@ -1,14 +1,12 @@
-"""How what a run leaves open is settled, once, and recorded.
+"""Decide what a run's settings leave open, once, and record it.
 
-What was chosen is in the run's `run.json`, so that a run goes on with the same settings wherever
-and whenever it is resumed.
+The decisions are in the run's `run.json`, so that the run is resumed with the same settings
+wherever and whenever that happens.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from pydantic import BaseModel
+from typing import Any
 
 from zeroflow import artifacts, reuse
 from zeroflow.data.corpus import resolve_corpus
@@ -16,241 +14,153 @@ from zeroflow.data.tokenizer import resolve_tokenizer
 from zeroflow.device import Device, find_device, require_gpus
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
-from zeroflow.settings import defaults
+from zeroflow.settings import defaults, resuming
 from zeroflow.settings.refusals import refuse_what_does_nothing, refuse_what_the_device_cannot
-from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
-from zeroflow.training.config import TrainingConfig
 
 
-class Settled(NamedTuple):
-    run: RunConfig
-    """Nothing in it is None that training reads."""
+def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
+    """Decide what `asked` leaves open, name the run, and record the result in its run.json.
 
-    training: TrainingConfig
-    device: Device
-    resumes: bool
-    """Whether a run of this name was started before."""
-
-    data_reason: str
-    """Why this data."""
-
-    tokenizer_reason: str
-    """Why this tokenizer."""
-
-
-# Settings that may change when a run goes on: they touch no weight
-_FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
-    f"training.{name}"
-    for name in (
-        "batch_size",  # with grad_accum_steps and gpus: only their product is mathematics
-        "grad_accum_steps",
-        "gpus",
-        "zero_stage",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "activation_checkpointing",
-        "on_spike",
-        "hang_seconds",
-        "log_interval",
-        "sample_prompt",
-        "sample_tokens",
-    )
-}
-_FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lines_limit"}
-_FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
-
-
-def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settled:
-    """Fill what `asked` leaves open, name the run, and record it in its run.json.
-
-    What a run of the same name has recorded comes before any default.
+    Recorded settings of a run of the same name come before any default.
 
     Args:
         acquire: called with the run's directory before anything in it is changed; raises an error
-            where another process is at work there.
+            if another process is at work there.
 
     Raises:
         ValueError: settings contradict each other, the device, or those of the run of this name.
         hub.HubError: the hub is needed and refused or is out of reach.
     """
     refuse_what_does_nothing(asked)
-    if before := find_recorded(asked):
+    if before := _recorded(asked):
         acquire(before.run_dir)
-    recorded = find_recorded(asked)
-    merged = _over(recorded, asked) if recorded else asked
-    merged = merged.replace(model=merged.model.settled)
+    recorded = _recorded(asked)
+    wanted = _wanted(recorded, asked)
     if different := started_otherwise(asked):
         raise ValueError(
-            f"run {merged.run_name} was started with {different}: use another --run-name, or the "
+            f"run {wanted.run_name} was started with {different}: use another --run-name, or the "
             "former setting"
         )
-    if recorded and _difference(recorded, merged):
-        # Nothing has been trained: the run begins anew, so that a remedy can be tried
-        folder = recorded.folder
-        for of_before in (folder.settings, folder.asked, folder.ledger):
-            of_before.unlink(missing_ok=True)
-        forget(folder)
-        recorded, merged = None, asked.replace(model=asked.model.settled)
-    device = find_device(merged.device)
-    require_gpus(merged.training.gpus or 1, device, wanted=merged.device)
-    refuse_what_the_device_cannot(merged, device)
-    data, data_reason = resolve_corpus(merged.data)
-    tokenizer, tokenizer_reason = resolve_tokenizer(merged.tokenizer, data, merged.cache_dir)
-    run = merged.replace(
-        device=device.kind,
-        data=data,
-        tokenizer=tokenizer,
-        training=defaults.fill(merged.training, merged.model, data, device),
-    )
-    if run.run_name is None:
+    if recorded and resuming.difference(recorded, wanted):
+        # Nothing has been trained: the run starts over, so that a remedy can be tried
+        _discard_settings(recorded.folder)
+        recorded, wanted = None, _wanted(None, asked)
+    device = find_device(wanted.device)
+    require_gpus(wanted.training.gpus or 1, device, wanted=wanted.device)
+    refuse_what_the_device_cannot(wanted, device)  # before anything is looked up
+    corpus, corpus_reason = resolve_corpus(wanted.data)
+    tokenizer, tokenizer_reason = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
+    run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
+    if not run.run_name:
         run = run.replace(run_name=_default_name(run))
-    training = run.training_config  # a contradiction shows here, before anything is recorded
+    _ = run.training_config  # a contradiction is refused here, before anything is recorded
     acquire(run.run_dir)
-    named = asked.model_copy(update={"run_name": run.run_name})
-    if not recorded and find_recorded(named):
-        return settle(named, acquire)  # the same command again, or at the same time
     if recorded:
-        data_reason = tokenizer_reason = "as the run was started"
+        corpus_reason = tokenizer_reason = "as the run was started"
     else:
-        otherwise = _without(_given(asked), run.model_dump(mode="json"))
+        named = asked.model_copy(update={"run_name": run.run_name})
+        if _recorded(named):
+            return settle(named, acquire)  # the same command again, or at the same time
+        otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
-    return Settled(run, training, device, recorded is not None, data_reason, tokenizer_reason)
+    return Settlement(run, device, recorded is not None, corpus_reason, tokenizer_reason)
 
 
-def started_otherwise(asked: RunConfig) -> str | None:
-    """What is asked of a run and cannot be changed any more, as it has been trained; else None."""
-    recorded = find_recorded(asked)
-    if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
-        return None
-    merged = _over(recorded, asked)
-    return _difference(recorded, merged.replace(model=merged.model.settled)) or None
+def sketch(asked: RunConfig, device: Device) -> Settled:
+    """`asked` with what follows from the device decided; looks nothing up and records nothing.
 
-
-def sketch(asked: RunConfig, device: Device) -> RunConfig:
-    """`asked` with what follows from the device filled in; looks nothing up, records nothing.
-
-    What a run of the same name has recorded comes before any default.
+    Recorded settings of a run of the same name come before any default.
 
     Raises:
         ValueError: settings contradict each other.
     """
     refuse_what_does_nothing(asked)
-    recorded = find_recorded(asked)
-    merged = _over(recorded, asked) if recorded else asked
-    merged = merged.replace(device=device.kind, model=merged.model.settled)
-    refuse_what_the_device_cannot(merged, device)
-    return merged.replace(
-        training=defaults.fill(merged.training, merged.model, merged.data, device)
-    )
+    wanted = _wanted(_recorded(asked), asked)
+    refuse_what_the_device_cannot(wanted, device)
+    return _filled(wanted, device)
 
 
-def load(cache: Path, name: str) -> RunConfig:
-    """The settled settings of an existing run.
+def started_otherwise(asked: RunConfig) -> str | None:
+    """A setting that is asked for and cannot change any more, as the run was trained; else None."""
+    recorded = _recorded(asked)
+    if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
+        return None
+    return resuming.difference(recorded, _wanted(recorded, asked)) or None
+
+
+def load(cache: Path, name: str) -> Settled:
+    """The settings of an existing run.
 
     Raises:
-        ValueError: there is no run of this name; the message lists those there are.
+        ValueError: there is no run of this name; the message lists the existing ones.
     """
     path = Cache(cache).run(name).settings
     if not path.exists():
         runs = Cache(cache).existing_runs()
         there = ", ".join(run.name for run in runs if run.settings.exists())
         raise ValueError(f"no run {name} in {cache}/runs; there are: {there or 'none'}")
-    return RunConfig.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
+    return Settled.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
 
 
-def unlike_others(run: RunConfig) -> str:
-    """Why no other run of the cache is what the settled `run` will be."""
+def unlike_others(run: Settled) -> str:
+    """Why no other run of the cache serves in place of `run`: the setting that differs."""
 
     def read(folder: Path) -> Fields:
-        return _compared(artifacts.read_json(RunFolder(folder).settings))
+        return resuming.compared(artifacts.read_json(RunFolder(folder).settings))
 
     others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
-    return reuse.nearest(_compared(run.model_dump(mode="json")), others)
+    return reuse.nearest(resuming.compared(run.model_dump(mode="json")), others)
 
 
 def size_of(asked: RunConfig) -> str:
-    """Name of the model's size, which is that of the run of this name if there is one."""
-    return (find_recorded(asked) or asked).model.name
+    """Name of the model's size; of the run of this name, if there is one."""
+    return (_recorded(asked) or asked).model.name
 
 
-def find_recorded(asked: RunConfig) -> RunConfig | None:
+def _recorded(asked: RunConfig) -> Settled | None:
     if asked.run_name is None or not asked.folder.settings.exists():
         return None
     return load(asked.cache_dir, asked.run_name)
 
 
-def _given(config: BaseModel) -> dict[str, Any]:
-    """Settings that were set by hand and to something definite, nested."""
-    given: dict[str, Any] = {}
-    for name in config.model_fields_set:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            value = _given(value)
-        if value not in (None, "auto", (), {}):
-            given[name] = str(value) if isinstance(value, Path) else value
-    return given
+def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
+    """`asked`, over what is recorded of the run."""
+    wanted = resuming.merged(recorded, asked, _asked_at_start(recorded)) if recorded else asked
+    return wanted.replace(model=wanted.model.settled)
 
 
-def _compared(settings: Fields) -> Fields:
-    """Settings as in run.json, by which runs differ."""
-    named = {"run_name", *_FREE}
-    return {name: value for name, value in reuse.flat(settings).items() if name not in named}
+def _asked_at_start(recorded: Settled) -> dict[str, Any]:
+    file = recorded.folder.asked
+    return artifacts.read_json(file) if file.exists() else {}
 
 
-def _without(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """What is `given` and was not, with that value, before."""
-    new = {}
-    for name, value in given.items():
-        known = before.get(name)
-        if isinstance(value, dict) and isinstance(known, dict):
-            value = _without(value, known)
-        if value != {} and value != (tuple(known) if isinstance(known, list) else known):
-            new[name] = value
-    return new
+def _filled(wanted: RunConfig, device: Device) -> Settled:
+    """`wanted` with every default that depends on device and size.
 
-
-def _over(recorded: RunConfig, asked: RunConfig) -> RunConfig:
-    """The recorded settings with those on top that are given now.
-
-    What was settled otherwise at the start, and is asked for again, stays as it was settled.
+    Raises:
+        ValueError: the numbers of rows and tokens in a step contradict each other.
     """
-    path = recorded.folder.asked
-    before = artifacts.read_json(path) if path.exists() else {}
-    base, given = recorded.model_dump(), _without(_given(asked), before)
-    training = given.get("training", {})
-    gpus = recorded.training.gpus or 1
-    split = {"batch_size", "grad_accum_steps"} & set(training)
-    if split or training.get("gpus", gpus) != gpus:
-        base["training"] |= {"batch_size": None, "grad_accum_steps": None}
-    if training.get("gpus") == 1:
-        base["training"]["zero_stage"] = None
-    if "size" in given.get("model", {}) or "hidden_size" in given.get("model", {}):
-        base["model"] = {}
-    for name, value in given.items():
-        base[name] = base[name] | value if isinstance(value, dict) else value
-    base["skip_preflight"] = asked.skip_preflight  # of a command, not of a run
-    return RunConfig.model_validate(base)
+    training = defaults.fill(wanted.training, wanted.model, wanted.data, device)
+    groups = {name: getattr(wanted, name) for name in RunConfig.model_fields}
+    return Settled.model_validate(
+        groups | {"run_name": wanted.run_name or "", "device": device.kind, "training": training}
+    )
 
 
-def _difference(recorded: RunConfig, run: RunConfig) -> str:
-    """The first setting in which a run may not change, and how it would; else nothing."""
-    before, now = dict(leaves(recorded)), dict(leaves(run))
-    for name in before:
-        if name in _FREE or before[name] == now[name]:
-            continue
-        if name == "training.max_steps" and now[name] > before[name]:
-            continue  # more steps extend a run
-        return f"{name} {before[name]}, now it is {now[name]}"
-    return ""
+def _discard_settings(folder: RunFolder) -> None:
+    """Forget how a run was started of which nothing was trained."""
+    for file in (folder.settings, folder.asked, folder.ledger):
+        file.unlink(missing_ok=True)
+    forget(folder)
 
 
-def _default_name(run: RunConfig) -> str:
-    identity = {name: str(value) for name, value in _compared(run.model_dump()).items()}
+def _default_name(run: Settled) -> str:
     gpus, stage = run.training.gpus, run.training.zero_stage
-    shared = f"-{gpus}gpus-zero{stage}" if gpus and gpus > 1 else ""
-    return f"{run.model.name}-{run.data.name}-{artifacts.fingerprint(identity)[:6]}{shared}"
+    sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
+    digest = artifacts.fingerprint(resuming.identity(run))[:6]
+    return f"{run.model.name}-{run.data.name}-{digest}{sharded}"

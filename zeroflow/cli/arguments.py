@@ -1,14 +1,12 @@
-"""TODO docstring."""
+"""Command-line arguments made from the settings classes."""
 
 import argparse
-from collections.abc import Iterator
-from inspect import isabstract
 from pathlib import Path
 from types import UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
-    NamedTuple,
     TypeVar,
     Union,
     get_args,
@@ -16,67 +14,17 @@ from typing import (
 )
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+
+from zeroflow.settings.flags import Setting, help_text, settings
+
+if TYPE_CHECKING:
+    pass
+
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 _ALIASES = {"size": ["--model-size"]}
-
-
-class Setting(NamedTuple):
-    """A leaf of a settings class and where it lies."""
-
-    path: tuple[str, ...]
-    field: FieldInfo
-
-    @property
-    def flag(self) -> str:
-        # the name of an optimiser is chosen by --optimizer
-        name = self.path[-2] if self.path[-1] == "name" else self.path[-1]
-        return "--" + name.replace("_", "-")
-
-
-def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
-    """Every single setting of `config`, groups unfolded, but for those without a choice."""
-    for name, field in _fields(config).items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, (*path, name))
-        elif get_origin(field.annotation) is not Literal or len(get_args(field.annotation)) > 1:
-            yield Setting((*path, name), field)
-
-
-def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of `config`; if it is abstract, those of all its subclasses."""
-    if not isabstract(config):
-        return config.model_fields
-    kinds = config.__subclasses__()
-    names = dict.fromkeys(name for kind in kinds for name in kind.model_fields)
-    return {name: _merged(name, config, kinds) for name in names}
-
-
-def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
-    """The field `name` of those `kinds` of `config` that have it, with the help text of each."""
-    fields = {
-        kind.model_fields["name"].default: kind.model_fields[name]
-        for kind in kinds
-        if name in kind.model_fields
-    }
-    annotation: Any = Union[tuple(field.annotation for field in fields.values())]  # noqa: UP007
-    if (common := config.model_fields.get(name)) is not None:
-        return FieldInfo(
-            annotation=annotation, default=common.default, description=common.description
-        )
-    text = " ".join(f"{kind}: {_help(field)}" for kind, field in fields.items())
-    return FieldInfo(annotation=annotation, default=None, description=text)
-
-
-def _help(field: FieldInfo) -> str:
-    text = " ".join((field.description or "").split())
-    if field.default in (None, "", (), False, PydanticUndefined):
-        return text
-    return f"{text} Default: {field.default}.".strip()
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
@@ -105,25 +53,6 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
     return values
 
 
-def flags(config: BaseModel) -> list[str]:
-    """What on the command line asks for all that `config` was given."""
-    argv = []
-    for setting in settings(type(config)):
-        given: Any = config
-        for name in setting.path:
-            given = getattr(given, name) if given and name in given.model_fields_set else None
-        if isinstance(given, bool):
-            if given:
-                argv.append(setting.flag)
-            elif setting.field.default is None:
-                argv.append(setting.flag.replace("--", "--no-", 1))
-        elif isinstance(given, tuple):
-            argv += [setting.flag, *map(str, given)] if given else []
-        elif given is not None:
-            argv.append(f"{setting.flag}={given}")
-    return argv
-
-
 def _owner(config: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel]:
     for name in path:
         annotation = config.model_fields[name].annotation
@@ -138,7 +67,7 @@ def _destination(setting: Setting) -> str:
 
 def _add_flag(group: Any, setting: Setting) -> None:
     field = setting.field
-    text = _help(field).replace("%", "%%")
+    text = help_text(field).replace("%", "%%")
     flags = [setting.flag, *_ALIASES.get(setting.path[-1], [])]
     options: dict[str, Any] = {"dest": _destination(setting), "default": None, "help": text}
     kinds = _kinds(field.annotation)

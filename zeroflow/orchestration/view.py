@@ -1,0 +1,55 @@
+"""The view of a run in Prefect: names, tags, pages, progress, and the slot for GPUs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from prefect.tasks import Task
+
+from zeroflow.data.builders import Builders
+from zeroflow.data.part_facts import BuiltPart, PartJob
+from zeroflow.orchestration import flow_runs, pages
+from zeroflow.orchestration.gpu_slot import gpu_slot
+from zeroflow.orchestration.parts import part_builders
+from zeroflow.pipeline import View
+from zeroflow.report.progress import Show
+from zeroflow.settings.run_config import BuildChoice, RunConfig
+from zeroflow.settings.settled import Settled
+
+
+class PrefectView(View):
+    """Shows a run on the page of its flow run.
+
+    Args:
+        build_part: task that builds a part of a shard set.
+    """
+
+    def __init__(self, build_part: Task[[PartJob], BuiltPart]) -> None:
+        self._build_part = build_part
+
+    def name_run(self, asked: RunConfig, run: Settled) -> None:
+        flow_runs.name_flow_run(asked, run)
+
+    def name_sweep(self, name: str) -> None:
+        flow_runs.name_sweep(name)
+
+    def tags(self) -> dict[str, str]:
+        return flow_runs.tags()
+
+    def progress(self, subject: str, run_name: str) -> Show:
+        return pages.ProgressBar(subject, run_name)
+
+    def page(self, markdown: str, subject: str, run_name: str) -> None:
+        pages.publish(markdown, subject, run_name)
+
+    def picture(self, picture: Path, subject: str, run_name: str) -> None:
+        pages.publish_picture(picture, subject, run_name)
+
+    def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
+        return pages.LivePicture(subject, run_name)
+
+    def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
+        return part_builders(self._build_part, build)
+
+    def gpu_slot(self) -> AbstractContextManager[None]:
+        return gpu_slot()

@@ -1,0 +1,103 @@
+"""Which settings may change when a run is resumed, and how new ones are laid over recorded ones."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from zeroflow import reuse
+from zeroflow.reuse import Fields
+from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
+
+# Settings that may change when a run is resumed: they touch no weight
+FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
+    f"training.{name}"
+    for name in (
+        "batch_size",  # with grad_accum_steps and gpus: only their product is mathematics
+        "grad_accum_steps",
+        "gpus",
+        "zero_stage",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "activation_checkpointing",
+        "on_spike",
+        "hang_seconds",
+        "log_interval",
+        "sample_prompt",
+        "sample_tokens",
+    )
+}
+FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lines_limit"}
+FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
+
+
+def identity(run: RunConfig) -> dict[str, str]:
+    """The settings that tell one run from another; the default name is their fingerprint."""
+    return {name: str(value) for name, value in compared(run.model_dump()).items()}
+
+
+def compared(settings: Fields) -> Fields:
+    """Settings as in run.json, reduced to those by which runs differ."""
+    named = {"run_name", *FREE}
+    return {name: value for name, value in reuse.flat(settings).items() if name not in named}
+
+
+def given(config: BaseModel) -> dict[str, Any]:
+    """Settings that were set by hand to something definite, nested."""
+    found: dict[str, Any] = {}
+    for name in config.model_fields_set:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            value = given(value)
+        if value not in (None, "auto", (), {}):
+            found[name] = str(value) if isinstance(value, Path) else value
+    return found
+
+
+def without(settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `settings` that `before` lacks or has with another value."""
+    new = {}
+    for name, value in settings.items():
+        known = before.get(name)
+        if isinstance(value, dict) and isinstance(known, dict):
+            value = without(value, known)
+        if value != {} and value != (tuple(known) if isinstance(known, list) else known):
+            new[name] = value
+    return new
+
+
+def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, Any]) -> RunConfig:
+    """The recorded settings with those on top that are given now.
+
+    Args:
+        at_start: settings that were asked for when the run was started and decided otherwise, such
+            as a branch that was resolved to a commit. Asked for again, they stay as decided.
+    """
+    base, asked_now = recorded.model_dump(), without(given(asked), at_start)
+    training = asked_now.get("training", {})
+    gpus = recorded.training.gpus or 1
+    split = {"batch_size", "grad_accum_steps"} & set(training)
+    if split or training.get("gpus", gpus) != gpus:
+        base["training"] |= {"batch_size": None, "grad_accum_steps": None}
+    if training.get("gpus") == 1:
+        base["training"]["zero_stage"] = None
+    if "size" in asked_now.get("model", {}) or "hidden_size" in asked_now.get("model", {}):
+        base["model"] = {}
+    for name, value in asked_now.items():
+        base[name] = base[name] | value if isinstance(value, dict) else value
+    base["skip_preflight"] = asked.skip_preflight  # a setting of the command, not of the run
+    return RunConfig.model_validate(base)
+
+
+def difference(recorded: RunConfig, run: RunConfig) -> str:
+    """The first setting that may not change and does, with both values; "" if there is none."""
+    before, now = dict(leaves(recorded)), dict(leaves(run))
+    for name in before:
+        if name in FREE or before[name] == now[name]:
+            continue
+        if name == "training.max_steps" and now[name] > before[name]:
+            continue  # more steps extend a run
+        return f"{name} {before[name]}, now it is {now[name]}"
+    return ""

@@ -1,0 +1,155 @@
+"""The settings of a run as they were decided: every value that training reads is there."""
+
+from typing import Literal, NamedTuple
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from zeroflow.data.shards import ShardConfig
+from zeroflow.device import Device, Precision
+from zeroflow.model.llama import Recompute
+from zeroflow.settings.run_config import RunConfig, TrainingChoice
+from zeroflow.training.checkpoint import Retention
+from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.job import Cadence
+from zeroflow.training.sampling import SamplingConfig
+from zeroflow.training.schedule import Schedule
+from zeroflow.training.workload import Stage
+
+
+class SettledTraining(TrainingChoice):
+    """The training, with a value for everything that may be left open."""
+
+    gpus: PositiveInt = 1
+    zero_stage: Stage = 0
+    seq_len: int
+    batch_size: PositiveInt
+    grad_accum_steps: PositiveInt
+    batch_tokens: PositiveInt
+    max_steps: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    precision: Precision
+    compile: bool
+    validation_tokens: PositiveInt
+    validate_every: PositiveInt
+    checkpoint_every: PositiveInt
+    activation_checkpointing: Recompute
+    log_interval: PositiveInt
+    sample_prompt: str
+
+
+class Settled(RunConfig):
+    """Everything that defines a run, decided. This is what `run.json` holds."""
+
+    run_name: str
+    """Empty in a sketch, for which nothing is looked up."""
+
+    device: Literal["cpu", "cuda"]
+    training: SettledTraining
+
+    @property
+    def fell_back(self) -> bool:
+        """True if synthetic data stands in for FineWeb-Edu."""
+        return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one global batch."""
+        choice = self.training
+        return choice.batch_size * choice.grad_accum_steps * choice.gpus
+
+    @property
+    def validation_rows(self) -> int:
+        """Held-out rows of one validation."""
+        return max(1, self.training.validation_tokens // self.training.seq_len)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return self.training.max_steps * self.batch_rows * self.training.seq_len
+
+    @property
+    def shard_config(self) -> ShardConfig:
+        return ShardConfig(
+            seq_len=self.training.seq_len,
+            train_rows=self.training.max_steps * self.batch_rows,
+            validation_rows=self.validation_rows,
+            validation_fraction=self.training.validation_fraction,
+            token_type=self.training.token_type,
+            packing=self.training.packing,
+        )
+
+    @property
+    def training_config(self) -> TrainingConfig:
+        choice = self.training
+        return TrainingConfig(
+            seed=self.seed,
+            micro_batch_rows=choice.batch_size,
+            accumulate=choice.grad_accum_steps,
+            ranks=choice.gpus,
+            zero_stage=choice.zero_stage,
+            schedule=Schedule(
+                name=choice.schedule,
+                peak=choice.learning_rate,
+                warmup_steps=choice.warmup_steps,
+                steps=choice.max_steps,
+            ),
+            document_mask=choice.document_mask,
+            z_loss=choice.z_loss,
+            optimizer=self.optimizer,
+            compute=ComputeConfig(
+                device=self.device,
+                precision=choice.precision,
+                fp8=choice.fp8,
+                compile=choice.compile,
+                deterministic=choice.deterministic,
+                activation_checkpointing=choice.activation_checkpointing,
+            ),
+        )
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(
+            log=self.training.log_interval,
+            validate_=self.training.validate_every,
+            checkpoint=self.training.checkpoint_every,
+        )
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(keep=self.training.keep_checkpoints, keep_every=self.training.keep_every)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(tokens=self.training.sample_tokens)
+
+    @property
+    def resume_promise(self) -> str:
+        """How exact a resume of this run is."""
+        promise = _promise_of_one(self)
+        if self.training.gpus > 1:
+            promise += "; on another number of GPUs the order of sums differs"
+        return promise
+
+
+def _promise_of_one(run: Settled) -> str:
+    if run.device == "cpu":
+        return "bit for bit"
+    if run.training.deterministic:
+        return "bit for bit, with deterministic kernels only"
+    return (
+        "the same data, random numbers and weights; kernels differ in the last bits between runs "
+        "(--deterministic: they do not, for 3-10 % of the speed)"
+    )
+
+
+class Settlement(NamedTuple):
+    """What was decided about a run, and why."""
+
+    run: Settled
+    device: Device
+    resumes: bool
+    """True if a run of this name was started before."""
+
+    corpus_reason: str
+    tokenizer_reason: str
