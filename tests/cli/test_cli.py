@@ -148,7 +148,7 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
         (["--batch-size=0"], "--batch-size: .* greater than 0 .found '0'"),
         (["--seq-len=1"], "--seq-len: .* greater than or equal to 2"),
         (["--run-name=a/b"], "--run-name: .*'a/b'"),
-        (["--hidden-size=32"], "a shape of your own needs num_hidden_layers"),
+        (["--hidden-size=32"], "a custom shape also needs num_hidden_layers"),
         (["--data-mode=files"], "data_mode files needs data_path"),
     ],
 )

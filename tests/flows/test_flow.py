@@ -211,7 +211,7 @@ def test_second_run_builds_nothing_and_trains_nothing(
     before = {p: p.stat().st_mtime_ns for p in built_files(flow.cache)}
     output = flow.run("--run-name=first", *CHECKED_SHAPE, "--log-interval=4")
     assert "tokenizer reused" in output and "shards reused" in output
-    assert "goes on where it stopped" in output
+    assert "(resumed)" in output
     assert {p: p.stat().st_mtime_ns for p in built_files(flow.cache)} == before
     newest = api(prefect_api, "/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
     runs = api(

@@ -80,10 +80,10 @@ def test_sweep_of_the_name_with_other_settings_is_refused_before_anything_is_cha
         ({"sizes": ["tiny"], "run": {"model": {"size": "small"}}}, "--size"),
         ({"learning_rates": [1e-3], "run": {"training": {"learning_rate": 1}}}, "--learning-rate"),
         ({"seeds": [1, 1]}, "the same twice"),
-        ({"zero_stages": [0, 1]}, "--zero-stages are of several GPUs: add --gpus"),
+        ({"zero_stages": [0, 1]}, "--zero-stages needs several GPUs: add --gpus"),
         (
             {"zero_stages": [1], "run": {"training": {"gpus": 2, "zero_stage": 3}}},
-            "sets --zero-stage of its runs itself",
+            "sets --zero-stage of its runs",
         ),
         ({"sizes": ["huge"]}, "tiny"),
     ],

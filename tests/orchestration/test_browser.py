@@ -97,7 +97,7 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     filled = urllib.parse.quote(json.dumps({"run": run}))
     page.goto(f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}")
     name = field(page, "Run Name")
-    name.get_by_text("A run of the same name goes on where it stopped").wait_for()
+    name.get_by_text("A run of the same name is resumed").wait_for()
     name.get_by_role("button", name="str").click()
     name.locator("textarea, input").last.fill("by-hand")
     seed = field(page, "Seed").locator("input").last

@@ -142,7 +142,7 @@ def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
     ):
         warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
         pages.publish("# page", "report", "mine")
-    assert any("the report could not be shown in Prefect" in m for m in caplog.messages)
+    assert any("cannot show the report in Prefect" in m for m in caplog.messages)
 
 
 def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
@@ -197,7 +197,7 @@ def test_progress_that_cannot_be_shown_is_one_warning(caplog):
         for share in (0.5, 0.6, 1.0, 1.0):
             show(share, "step")
     assert len(caplog.messages) == 1
-    assert "progress of training is not shown in Prefect" in caplog.text
+    assert "cannot show progress of training in Prefect" in caplog.text
 
 
 def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):

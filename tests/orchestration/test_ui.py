@@ -165,5 +165,5 @@ def test_port_that_something_else_holds_is_refused(tmp_path, monkeypatch):
 
 
 def test_both_servers_need_ports_of_their_own():
-    with pytest.raises(ValueError, match="port 4200 cannot be both servers'"):
+    with pytest.raises(ValueError, match="both servers cannot listen on port 4200"):
         UiConfig(prefect_port=4200, mlflow_port=4200)

@@ -159,6 +159,6 @@ def test_read_only_cache_is_read_from_and_refused_for_a_run(console, text, tmp_p
         assert "Marker" in capsys.readouterr().out
         assert commands.main(["prove-resume", f"--cache-dir={cache}"]) == 1
         error = capsys.readouterr().err
-    assert f"error: nothing can be written to {cache} (Read-only file system)" in error
+    assert f"error: cannot write to {cache} (Read-only file system)" in error
     assert "name another --cache-dir" in error
     assert contents(cache) == before

@@ -21,7 +21,7 @@ def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
     assert ModelChoice(size="medium").shape == SIZES["medium"]
     with pytest.raises(ValidationError, match="needs num_key_value_heads, intermediate_size as"):
         ModelChoice(**SHAPE.model_dump(exclude={"num_key_value_heads", "intermediate_size"}))
-    with pytest.raises(ValidationError, match="size tiny and a shape of your own"):
+    with pytest.raises(ValidationError, match="size tiny and a custom shape"):
         ModelChoice(size="tiny", hidden_size=32)
     with pytest.raises(ValidationError, match="cannot be divided among 5 query heads"):
         ModelChoice(**SHAPE.model_dump() | {"num_attention_heads": 5})

@@ -345,7 +345,7 @@ def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
     assert settle(ask(device="auto", training={"gpus": 2})).run.training.gpus == 2
     with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: take fewer"):
         settle(ask(device="auto", training={"gpus": 3}))
-    with pytest.raises(ValueError, match="--zero-stage 1 shares out among several GPUs"):
+    with pytest.raises(ValueError, match="--zero-stage 1 shards state over several GPUs"):
         settle(ask(training={"zero_stage": 1}))
 
 
@@ -377,8 +377,8 @@ def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_tokens": 850}, "850 is no multiple of seq_len 100: take 800"),
-        ({"batch_tokens": 50}, "50 is no multiple of seq_len 100: take 100"),
+        ({"batch_tokens": 850}, "850 is not a multiple of seq_len 100: take 800"),
+        ({"batch_tokens": 50}, "50 is not a multiple of seq_len 100: take 100"),
         ({"batch_tokens": 800, "batch_size": 3}, "8 rows of 100, which is not batch_size 3 x"),
         ({"batch_tokens": 800, "batch_size": 16}, "8 rows of 100, which is not batch_size 16 x"),
         ({"batch_tokens": 800, "grad_accum_steps": 3}, "8 rows of 100, which is not batch_size"),

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from types import UnionType
 from typing import (
-    TYPE_CHECKING,
     Any,
     Literal,
     TypeVar,
@@ -17,10 +16,6 @@ from pydantic import BaseModel
 
 from zeroflow.settings.flags import Setting, help_text, settings
 
-if TYPE_CHECKING:
-    pass
-
-
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -28,7 +23,7 @@ _ALIASES = {"size": ["--model-size"]}
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
-    """Give `parser` a flag for every setting, in a group for every class."""
+    """Add a flag to `parser` for every setting, in a group for every class."""
     groups: dict[tuple[str, ...], Any] = {}
     for setting in settings(config):
         where = setting.path[:-1]
@@ -40,7 +35,7 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
 
 
 def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given on the command line, nested as `config` is."""
+    """The settings given on the command line, nested as `config` is."""
     values: dict[str, Any] = {}
     for setting in settings(config):
         given = getattr(arguments, _destination(setting))

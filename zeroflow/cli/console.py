@@ -16,28 +16,31 @@ from zeroflow.settings.flags import error_message
 
 
 class Terminated(SystemExit):
-    """SIGTERM has come."""
+    """Raised when SIGTERM arrives."""
 
 
 def terminate(number: int, frame: object) -> None:
-    """End as after Ctrl-C; Prefect sends itself the signal again once the flow run has ended."""
+    """Handle SIGTERM like Ctrl-C. Prefect sends it again once the flow run has ended."""
     raise Terminated(128 + number)
 
 
 def require_writable(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: nothing can be written to `folder`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"nothing can be written to {folder.absolute()} ({error.strerror}): name another "
-            "--cache-dir"
+            f"cannot write to {folder.absolute()} ({error.strerror}): name another --cache-dir"
         ) from error
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
-    """Lines on standard output, for as long as somebody reads them: a run outlives `| head`."""
+    """Writes lines to standard output until its reader is gone: a run survives `| head`."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
         if isinstance(sys.exception(), BrokenPipeError):
@@ -47,7 +50,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 
 def log_to_console(*, verbose: bool) -> None:
-    """Plain lines on standard output; around the live bar where there is a terminal."""
+    """Log plain lines to standard output; in a terminal, above the live progress bar."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
@@ -62,6 +65,7 @@ def log_to_console(*, verbose: bool) -> None:
 
 
 def fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
+    """Print `error` as one message; returns the exit code."""
     if verbose:
         logging.getLogger("zeroflow").error("failed", exc_info=error)
     notes = getattr(error, "__notes__", [])

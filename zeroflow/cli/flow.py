@@ -90,7 +90,7 @@ _COMMANDS = {
 
 def main(flow: "RunFlow", argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command of `flow` and end this process."""
-    from zeroflow.orchestration.flow_runs import leave
+    from zeroflow.orchestration.flow_context import leave
 
     leave(run(flow, argv))
 
@@ -125,7 +125,8 @@ def run(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
 def _run(flow: "RunFlow", command: _Command, asked: Any, *, verbose: bool) -> int:
     # these take seconds to import: after --help and wrong flags
     from zeroflow.orchestration import server
-    from zeroflow.orchestration.flow_runs import run_here, silence_console
+    from zeroflow.orchestration.flow_context import silence_console
+    from zeroflow.orchestration.flow_runs import run_here
 
     if not verbose:
         silence_console()

@@ -7,7 +7,8 @@ from pathlib import Path
 from prefect import flow
 
 from zeroflow import pipeline
-from zeroflow.orchestration.flow_runs import logs_delivered, run_child
+from zeroflow.orchestration.flow_context import logs_delivered
+from zeroflow.orchestration.flow_runs import run_child
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP
 from zeroflow.orchestration.stages import STAGES, build_part
 from zeroflow.orchestration.view import PrefectView

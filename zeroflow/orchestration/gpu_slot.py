@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 from prefect.concurrency.sync import concurrency
 
-from zeroflow.orchestration.flow_runs import reachable
+from zeroflow.orchestration.flow_context import reachable
 from zeroflow.orchestration.names import GPU_LIMIT
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Pages, pictures and progress bars on the page of a flow run."""
 
 import base64
 import logging
@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import (
     ArtifactUpdate,
 )
 
-from zeroflow.orchestration.flow_runs import reachable
+from zeroflow.orchestration.flow_context import reachable
 
 log = logging.getLogger(__name__)
 
@@ -30,29 +30,29 @@ _BAR_RETRY_SECONDS = 60.0
 
 
 def publish(markdown: str, subject: str, run_name: str) -> None:
-    """Show a page on the flow run's page."""
+    """Show Markdown on the page of the flow run. A failure is only logged: the disk has it too."""
     try:
         if not reachable():
-            raise ConnectionError("its server does not answer")  # Prefect would try for a minute
+            raise ConnectionError("its server does not answer")  # Prefect would retry for a minute
         key = _key(subject, run_name)
         create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
-    except Exception as error:  # what it would show is on disk
-        log.warning("the %s could not be shown in Prefect: %s", subject, error)
+    except Exception as error:
+        log.warning("cannot show the %s in Prefect: %s", subject, error)
 
 
 def publish_picture(picture: Path, subject: str, run_name: str) -> None:
-    """Show a PNG file on the flow run's page."""
+    """Show a PNG file on the page of the flow run."""
     publish(_page_of(picture, subject), subject, run_name)
 
 
 def _page_of(picture: Path, subject: str) -> str:
-    # in markdown, as Prefect prints the whole data URI of an image artifact over its page
+    # Markdown, because Prefect prints the whole data URI of an image artifact over its page
     data = base64.b64encode(picture.read_bytes()).decode()
     return f"![{subject}](data:image/png;base64,{data})"
 
 
 class _Live:
-    """Something on the flow run's page that is brought up to date; a failure is told once."""
+    """An artifact on the flow run's page that is updated; repeated failures are one warning."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -60,7 +60,11 @@ class _Live:
         self._failing = False
 
     def put(self, create: Callable[[], Any], update: Callable[[UUID], Any]) -> bool:
-        """Have it created, or updated if it is there; whether that worked."""
+        """Create the artifact, or update it if it exists.
+
+        Returns:
+            True if that worked
+        """
         try:
             if not reachable():
                 raise ConnectionError("its server does not answer")
@@ -69,15 +73,15 @@ class _Live:
             else:
                 update(self._id)
             self._failing = False
-        except Exception as error:  # it is in the log or on disk as well
+        except Exception as error:  # the log or the disk has it too
             if not self._failing:
-                log.warning("%s is not shown in Prefect: %s", self._what, error)
+                log.warning("cannot show %s in Prefect: %s", self._what, error)
             self._failing = True
         return not self._failing
 
 
 class LivePicture:
-    """A picture on the flow run's page, in place of the one before it."""
+    """A picture on the page of the flow run that replaces the one before it."""
 
     def __init__(self, subject: str, run_name: str) -> None:
         self._subject, self._run_name = subject, run_name
@@ -101,7 +105,7 @@ def _update_artifact(artifact: UUID, data: str) -> None:
 
 
 class ProgressBar:
-    """A bar on the flow run's page, brought up to date at a pace that a person can follow."""
+    """A progress bar on the page of the flow run, updated every few seconds at most."""
 
     def __init__(self, subject: str, run_name: str) -> None:
         self._subject, self._key = subject, _key(f"{subject}-progress", run_name)
@@ -109,7 +113,7 @@ class ProgressBar:
         self._next = 0.0
 
     def __call__(self, share: float, text: str) -> None:
-        """Show the `share` that is done, from 0 to 1, and a line about it."""
+        """Show the share done, from 0 to 1, and a line about it."""
         if time.monotonic() < self._next and share < 1:
             return
         percent, text = round(100 * share, 1), f"{self._subject}: {text}"
@@ -121,6 +125,6 @@ class ProgressBar:
 
 
 def _key(subject: str, run_name: str) -> str:
-    """Of an artifact: lower-case letters, digits and dashes."""
+    """Key of an artifact: lower-case letters, digits and dashes."""
     lower = f"{subject}-{run_name}".lower()
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")

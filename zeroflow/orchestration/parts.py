@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Who builds the parts of shards in a flow: threads of this process, or Dask workers."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from zeroflow.settings.run_config import BuildChoice
 
 @contextmanager
 def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[Builders]:
-    """Who builds parts, each as a task of the flow run.
+    """Builders of parts, each part a task of the flow run.
 
     Raises:
         ValueError: Dask is asked for and not installed.
@@ -35,7 +35,9 @@ def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) ->
 
 
 def _dask(build: BuildChoice) -> TaskRunner[Any]:
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")  # else a dozen lines a worker
+    os.environ.setdefault(
+        "DASK_LOGGING__DISTRIBUTED", "warning"
+    )  # by default a dozen lines for each worker
     try:
         from prefect_dask import DaskTaskRunner  # an extra of the package
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Programs that another one needs, which end when it does, however that comes about."""
+"""Programs that end when this process does, even if it is killed."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ from pathlib import Path
 _LAST_LINES = 15
 
 
-# Before the shell becomes the program, it leaves a child that ends it once its input ends, as it
-# does when we do. Not the other way round: what a shell starts with & never hears of SIGINT, by
-# which Prefect's worker stops.
+# The shell starts a watcher and then becomes the program. The watcher ends the program when its
+# standard input closes, which happens when we exit in whatever way. Not the other way round: a
+# shell's background process ignores SIGINT, by which Prefect's worker stops.
 _KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
 
 
 class Program:
-    """A program that is running, out of reach of Ctrl-C.
+    """A running program that Ctrl-C does not reach.
 
     Args:
-        name: of the program, to a person.
-        log: file for its output, which is emptied; None for none.
+        name: what messages call it.
+        log: file for its output, emptied first; None discards the output.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class Program:
             raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
 
     def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
-        """
+        """Wait until `ready()` is true.
+
         Raises:
-            RuntimeError: it has ended before, or the time has; with its last lines.
+            RuntimeError: the program ended or the time is up; with its last lines.
         """
         deadline = time.monotonic() + seconds
         while not ready():
@@ -73,9 +74,10 @@ class Program:
             time.sleep(0.2)
 
     def wait_for_end(self, seconds: float) -> None:
-        """
+        """Wait for the program to succeed.
+
         Raises:
-            RuntimeError: it has not ended well within the time; with its last lines.
+            RuntimeError: it failed, or the time is up; with its last lines.
         """
         with suppress(subprocess.TimeoutExpired):
             if self._process.wait(seconds) == 0:
@@ -85,7 +87,11 @@ class Program:
         raise RuntimeError(f"{self.name} took more than {seconds:g} s{self._last_lines()}")
 
     def stop(self, seconds: float) -> bool:
-        """Have it end, and all its children that are left then; whether it did so in time."""
+        """End the program, then all children that are left.
+
+        Returns:
+            True if the program itself ended in time
+        """
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

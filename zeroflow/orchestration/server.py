@@ -1,4 +1,4 @@
-"""Prefect's server, its worker and the deployments of prefect.yaml."""
+"""The Prefect server that runs use: the one in use, or one that is started for this run."""
 
 import logging
 import os
@@ -32,19 +32,17 @@ STOP_SECONDS = 20.0
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Use the Prefect server at PREFECT_API_URL, else one on this machine, else run one meanwhile.
+    """Use the server at PREFECT_API_URL, or one on this machine, or start one for the block.
 
-    One on this machine is looked for at the usual port. The server of a run listens at another, so
-    that no second run comes to depend on it.
-
-    Prefect's own temporary server is not used: it loses records of quick tasks, hangs on Ctrl-C
-    and outlives a killed flow.
+    A server on this machine is expected at the usual port. The server of a run listens at another
+    port, so that no second run comes to depend on it. Prefect's own temporary server is not used:
+    it loses records of quick tasks, hangs on Ctrl-C and outlives a killed flow.
 
     Yields:
         the address of its user interface
 
     Raises:
-        RuntimeError: the server named does not answer, or the one that was started.
+        RuntimeError: the server at PREFECT_API_URL, or the one started, does not answer.
     """
     if url := api_in_use():
         with temporary_settings({PREFECT_API_URL: url}):
@@ -73,16 +71,16 @@ def start_server(port: int, log_file: Path | None = None) -> Program:
 
 
 def api_in_use(port: int = USUAL_PORT) -> str | None:
-    """API of the server at PREFECT_API_URL, else of one on this machine.
+    """API of the server at PREFECT_API_URL, or of one on this machine; None if there is none.
 
     Raises:
-        RuntimeError: the server named does not answer.
+        RuntimeError: the server at PREFECT_API_URL does not answer.
     """
     if url := PREFECT_API_URL.value():
         if not answers(url):
             raise RuntimeError(
                 f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
-                "variable, and a run starts one of its own"
+                "variable, and the run starts its own server"
             )
         return url
     url = local_api(port)
@@ -102,7 +100,7 @@ def answers(api_url: str) -> bool:
         with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5):
             return True
     except urllib.error.HTTPError as error:
-        return error.code != HTTPStatus.NOT_FOUND  # it may want to know who asks
+        return error.code != HTTPStatus.NOT_FOUND  # it may require authentication
     except (OSError, ValueError):
         return False
 
@@ -121,7 +119,7 @@ def _started(port: int, url: str) -> Iterator[None]:
         _wait_for(server, url)
         yield
     finally:
-        # What is still on its way would be tried for a minute against a server that is gone
+        # Deliver what is queued now: Prefect would retry for a minute once the server is gone
         EventsWorker.drain_all()
         APILogWorker.drain_all()
         if not server.stop(STOP_SECONDS):
@@ -132,5 +130,5 @@ def _wait_for(server: Program, url: str) -> None:
     try:
         server.wait_until(partial(answers, url), START_SECONDS)
     except RuntimeError as error:
-        error.add_note("with a server elsewhere, set PREFECT_API_URL")
+        error.add_note("to use another server, set PREFECT_API_URL")
         raise

@@ -1,4 +1,4 @@
-"""Both user interfaces and what they need, started and stopped together."""
+"""Prefect's and MLflow's user interfaces and a worker, started and stopped together."""
 
 import logging
 import os
@@ -32,34 +32,35 @@ _POLL_SECONDS = 0.5
 
 
 class UiConfig(Config):
-    """Both listen on this machine's loopback only."""
+    """The user interfaces. Both servers listen on this machine's loopback only."""
 
     prefect_port: int = Field(4200, ge=1, le=65535)
-    """Of Prefect's server. One that is there, or at PREFECT_API_URL, is used and left running."""
+    """Port of Prefect's server. An existing one, there or at PREFECT_API_URL, is used and left
+    running."""
 
     mlflow_port: int = Field(PORT, ge=1, le=65535)
-    """Of MLflow's server."""
+    """Port of MLflow's server."""
 
     cache_dir: Path = DEFAULT_CACHE
-    """Folder whose runs MLflow shows, and that a run writes to which is started from a form, unless
-    that names another; the servers' logs are in ui/ below it."""
+    """Folder whose runs MLflow shows, and that runs started from a form write to unless the form
+    names another. The servers' logs are in ui/ below it."""
 
     @model_validator(mode="after")
     def _has_two_ports(self) -> Self:
         if self.prefect_port == self.mlflow_port:
             raise ValueError(
-                f"port {self.mlflow_port} cannot be both servers': give --prefect-port and "
-                "--mlflow-port different ones"
+                f"both servers cannot listen on port {self.mlflow_port}: give --prefect-port and "
+                "--mlflow-port different values"
             )
         return self
 
 
 def serve(config: UiConfig) -> None:
-    """Run both until one of the programs ends, or this is interrupted.
+    """Run both servers until one of the programs ends or this process is interrupted.
 
     Raises:
         ValueError: a port is taken.
-        RuntimeError: a program has ended, or did not start; with its last lines.
+        RuntimeError: a program ended or did not start; with its last lines.
     """
     from zeroflow.orchestration import server
     from zeroflow.orchestration.worker import Prefect  # takes seconds to import
@@ -81,8 +82,8 @@ def serve(config: UiConfig) -> None:
             log.info("MLflow UI         %s", mlflow.address)
             log.info("loss of all runs  %s", mlflow.charts)
             if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
-                log.info("runs of the shell need  PREFECT_API_URL=%s", prefect.url)
-            log.info("Ctrl-C stops all of it; a run that is going on saves first")
+                log.info("in the shell, set       PREFECT_API_URL=%s", prefect.url)
+            log.info("Ctrl-C stops all of it; a run in progress saves first")
             while True:
                 prefect.require_running()
                 for program in programs:
@@ -94,7 +95,7 @@ def serve(config: UiConfig) -> None:
 
 @contextmanager
 def _shown(viewer: Viewer, logs: Path) -> Iterator[list[Program]]:
-    """MLflow's server as long as the block goes on, if it is for us to start."""
+    """Run MLflow's server within the block, unless it runs elsewhere."""
     if viewer.command is None:
         yield []
         return

@@ -8,7 +8,7 @@ from prefect.tasks import Task
 
 from zeroflow.data.builders import Builders
 from zeroflow.data.part_facts import BuiltPart, PartJob
-from zeroflow.orchestration import flow_runs, pages
+from zeroflow.orchestration import flow_context, pages
 from zeroflow.orchestration.gpu_slot import gpu_slot
 from zeroflow.orchestration.parts import part_builders
 from zeroflow.pipeline import View
@@ -28,13 +28,13 @@ class PrefectView(View):
         self._build_part = build_part
 
     def name_run(self, asked: RunConfig, run: Settled) -> None:
-        flow_runs.name_flow_run(asked, run)
+        flow_context.name_flow_run(asked, run)
 
     def name_sweep(self, name: str) -> None:
-        flow_runs.name_sweep(name)
+        flow_context.name_sweep(name)
 
     def tags(self) -> dict[str, str]:
-        return flow_runs.tags()
+        return flow_context.tags()
 
     def progress(self, subject: str, run_name: str) -> Show:
         return pages.ProgressBar(subject, run_name)

@@ -41,27 +41,27 @@ _ENGINE = {"prefect.engine", "prefect.flow_engine"}
 _WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
 
 
-# Of Prefect 3.8.8: a worker with a limit ends with this if a run is retried while its process,
-# which has told of the run's end, is on its way out.
+# Prefect 3.8.8: a worker with a limit fails with this if a run is retried while its process, which
+# has reported the end of the run, is still exiting.
 _RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
 
 
 _SAVE_SECONDS = 150.0
-"""That a training has to write a checkpoint, and some."""
+"""Time for a training to write a checkpoint, with a margin."""
 
 
 class Prefect:
     """Prefect's server with the deployments, and a worker that runs them one at a time.
 
     Args:
-        cache: folder that the deployments write to, if their form names no other.
-        port: of a server that is used if it is there, unless PREFECT_API_URL names one, and
-            started otherwise.
-        logs: folder for their output.
+        cache: folder that the deployments write to unless their form names another.
+        port: port of the server, which is used if it exists and started otherwise;
+            PREFECT_API_URL comes first.
+        logs: folder for the output of the programs.
 
     Raises:
-        RuntimeError: the server that PREFECT_API_URL names does not answer.
-        ValueError: there is nothing to deploy.
+        RuntimeError: the server at PREFECT_API_URL does not answer.
+        ValueError: there are no deployments.
     """
 
     def __init__(self, port: int, cache: Path, logs: Path) -> None:
@@ -76,7 +76,7 @@ class Prefect:
 
     @property
     def address(self) -> str:
-        """Of the user interface."""
+        """Address of the user interface."""
         return ui_address(self.url)
 
     def start_server(self) -> None:
@@ -84,10 +84,10 @@ class Prefect:
             self.programs.append(start_server(self._port, self._logs / "prefect.log"))
 
     def start_worker(self) -> None:
-        """Once the server answers: set it up, deploy, and have the deployments run.
+        """Wait for the server, set it up, deploy, and start the worker.
 
         Raises:
-            RuntimeError: one of these did not work; with its last lines.
+            RuntimeError: one of these failed; with its last lines.
         """
         for server in self.programs:
             server.wait_until(partial(answers, self.url), START_SECONDS)
@@ -101,7 +101,7 @@ class Prefect:
     def require_running(self) -> None:
         """
         Raises:
-            RuntimeError: a program has ended; with its last lines.
+            RuntimeError: a program ended; with its last lines.
         """
         for program in list(self.programs):
             try:
@@ -109,19 +109,19 @@ class Prefect:
             except RuntimeError as error:
                 if _RETRIED_TOO_SOON not in str(error):
                     raise
-                log.info("starting Prefect's worker again, as a run was retried before its end")
+                log.info("restarting Prefect's worker: a run was retried before its end")
                 self.programs.remove(program)
                 self._run(*_WORKER)
 
     def _write_deployments(self) -> Path:
-        """Those of prefect.yaml, for this cache, and without what would undo a person's choices."""
+        """Write prefect.yaml's deployments for this cache; schedules set in Prefect are kept."""
         plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
         with get_client(sync_client=True) as client:
             for deployment in plan["deployments"]:
                 flow = deployment["entrypoint"].rsplit(":", 1)[1]
                 with suppress(ObjectNotFound):
                     client.read_deployment_by_name(f"{flow}/{deployment['name']}")
-                    deployment.pop("schedules", None)  # it keeps those that it has
+                    deployment.pop("schedules", None)  # it keeps those it has
                 parameters = deployment["parameters"]
                 run = (
                     parameters["sweep"].setdefault("run", {})
@@ -134,14 +134,14 @@ class Prefect:
         return path
 
     def stop(self) -> None:
-        """Runs of the worker save and stop before it does; a server that was there stays."""
+        """Stop the worker after its runs have saved, then the server if we started it."""
         for program in reversed(self.programs):
             runs = _flow_runs(program.pid)
             for run in runs:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
                     run.terminate()
-            # A worker that is stopped kills its runs
+            # Wait: a worker that is stopped kills its runs
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)

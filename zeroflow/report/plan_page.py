@@ -33,7 +33,7 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     choice = run.training
     yield f"data: {run.data.name} ({settled.corpus_reason})"
     yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
-    going_on = "goes on where it stopped" if settled.resumes else "new"
+    going_on = "resumed" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
     each = f" on each of {work.gpus}" if work.gpus > 1 else ""

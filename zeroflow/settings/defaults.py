@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Defaults that depend on the model's size and the device."""
 
 from zeroflow.data.batches import largest_divisor
 from zeroflow.data.corpus import CorpusConfig
@@ -10,7 +10,7 @@ from zeroflow.settings.run_config import ModelChoice, TrainingChoice
 from zeroflow.settings.settled import SettledTraining
 
 NOMINAL_VOCABULARY = 128_256
-"""Llama-3.1's. Token budgets are reckoned with it, so that they do not depend on the tokenizer."""
+"""Llama-3.1's vocabulary. Token budgets assume it, so that they do not depend on the tokenizer."""
 
 
 TOKENS_PER_PARAMETER = 20
@@ -87,7 +87,7 @@ def fill(
 def _batch(
     choice: TrainingChoice, seq_len: int, fits: int, usual_tokens: int, gpus: int
 ) -> tuple[int, int]:
-    """Rows in a micro-batch and micro-batches in a step, of each GPU."""
+    """Rows in a micro-batch and micro-batches in a step, on each GPU."""
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is None:
         wanted = max(1, round(usual_tokens / seq_len / gpus))
@@ -100,12 +100,14 @@ def _batch(
         rows = largest_divisor(wanted, fits)
         if 4 * rows >= fits:
             return rows, wanted // rows
-        accumulate = -(-wanted // fits)  # 683 rows have no divisor: 38 x 18 keep the GPU busy
+        accumulate = -(
+            -wanted // fits
+        )  # 683 rows have no divisor that fits: 38 x 18 keep the GPU busy
         return round(wanted / accumulate), accumulate
     wanted, rest = divmod(choice.batch_tokens, seq_len)
     if rest:
         raise ValueError(
-            f"batch_tokens {choice.batch_tokens} is no multiple of seq_len {seq_len}: "
+            f"batch_tokens {choice.batch_tokens} is not a multiple of seq_len {seq_len}: "
             f"take {max(1, wanted) * seq_len}"
         )
     wanted, rest = divmod(wanted, gpus)
@@ -129,5 +131,5 @@ def _batch(
 
 
 def _nearest_size(parameters: int) -> str:
-    """The named size whose habits suit a model of this many parameters."""
+    """The named size whose defaults suit a model of this many parameters."""
     return "tiny" if parameters < 120e6 else "small" if parameters < 650e6 else "medium"

@@ -31,7 +31,7 @@ _BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
 
 
 class ProofRun(Config):
-    """A run to prove the resume of, and how."""
+    """The run whose resume is proved, and how it is proved."""
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
@@ -43,10 +43,10 @@ class ProofRun(Config):
 
 
 def settings(asked: RunConfig) -> RunConfig:
-    """The run that a proof trains: what `asked` leaves open is small and quick.
+    """The run that a proof trains; its defaults are small and quick.
 
     Raises:
-        ValueError: a setting is one that a proof does not have, or the name is that of a real run.
+        ValueError: a setting does not apply to a proof, or the name is that of a real run.
     """
     if asked.overfit != OverfitConfig():
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
@@ -64,7 +64,7 @@ def settings(asked: RunConfig) -> RunConfig:
             training["batch_tokens"] = 8 * (given.get("seq_len") or _SMALL["seq_len"])
         asked = asked.replace(model=ModelChoice(**_SHAPE))
     if find_device(asked.device).kind == "cuda":
-        training["deterministic"] = True  # other kernels are not even the same undisturbed
+        training["deterministic"] = True  # other kernels differ between runs even without kills
     if asked.data == CorpusConfig():
         asked = asked.replace(data=CorpusConfig(data_mode="synthetic"))
         if asked.tokenizer == TokenizerConfig():

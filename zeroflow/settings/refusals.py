@@ -1,4 +1,4 @@
-"""Settings that contradict each other or the device, refused before anything is done."""
+"""Refuse settings that contradict each other or the device, before anything is done."""
 
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
@@ -11,7 +11,7 @@ from zeroflow.settings.run_config import RunConfig
 def require_fp8(
     device: Device, shape: Shape, *, seq_len: int | None, precision: Precision | None
 ) -> None:
-    """See that products in 8 bits can be computed; None stands for a GPU's default.
+    """Check that products can be computed in 8 bits; None stands for a GPU's default.
 
     Raises:
         ValueError: they cannot.
@@ -44,7 +44,7 @@ def require_fp8(
             )
 
 
-# Settings that one kind of data or tokenizer reads, and none of the others
+# Settings that only some kinds of data read
 _READ_BY_DATA = {
     "fineweb_subset": ("auto", "fineweb"),
     "text_column": ("auto", "fineweb", "hub", "files"),
@@ -55,6 +55,10 @@ _READ_BY_DATA = {
 
 
 def refuse_what_does_nothing(asked: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: a setting has no effect with the data or the tokenizer.
+    """
     data, tokenizer = asked.data, asked.tokenizer
     for name, modes in _READ_BY_DATA.items():
         default = CorpusConfig.model_fields[name].default
@@ -76,11 +80,15 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
 
 
 def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
+    """
+    Raises:
+        ValueError: the device lacks what a setting needs.
+    """
     choice = run.training
     if choice.fp8:
         require_fp8(device, run.model.shape, seq_len=choice.seq_len, precision=choice.precision)
     if choice.zero_stage and (choice.gpus or 1) == 1:
         raise ValueError(
-            f"--zero-stage {choice.zero_stage} shares out among several GPUs, and there is one: "
+            f"--zero-stage {choice.zero_stage} shards state over several GPUs, and there is one: "
             "add --gpus, or drop it"
         )

@@ -1,4 +1,4 @@
-"""Several runs that differ in size, seed, learning rate or stage of ZeRO, and their comparison."""
+"""Settings of a sweep: runs that differ in size, seed, learning rate or ZeRO stage."""
 
 from itertools import product
 from typing import Any, Self
@@ -14,23 +14,23 @@ from zeroflow.training.workload import Stage
 
 
 class SweepConfig(Config):
-    """What a sweep varies; every combination is a run."""
+    """The axes of a sweep; every combination is a run."""
 
     sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
-    """A sweep of the same name goes on where it stopped, and can be added to. Default: made from
-    the settings."""
+    """Name of the sweep. A sweep of the same name is resumed, and more values can be added to it.
+    Default: made from the settings."""
 
     sizes: tuple[SizeName, ...] = ()
-    """Sizes to train. Default: the one of the run."""
+    """Sizes to train. Default: the size of the run."""
 
     seeds: tuple[NonNegativeInt, ...] = ()
-    """Seeds to train each with. Default: the one of the run."""
+    """Seeds to train each size with. Default: the seed of the run."""
 
     learning_rates: tuple[PositiveFloat, ...] = ()
-    """Peak learning rates to train each at. Default: the one of the run, or of the size."""
+    """Peak learning rates to train each at. Default: the rate of the run, or of the size."""
 
     zero_stages: tuple[Stage, ...] = ()
-    """Stages of ZeRO to train each at, on several GPUs. Default: the one of the run."""
+    """ZeRO stages to train each at, on several GPUs. Default: the stage of the run."""
 
     run: RunConfig = RunConfig()
 
@@ -47,16 +47,16 @@ class SweepConfig(Config):
         for name, given in fixed.items():
             if given:
                 flag = name.replace("_", "-")
-                raise ValueError(f"a sweep sets --{flag} of its runs itself: drop it")
+                raise ValueError(f"a sweep sets --{flag} of its runs: drop it")
         if self.zero_stages and (run.training.gpus or 1) == 1:
             raise ValueError(
-                "--zero-stages are of several GPUs: add --gpus, such as --gpus 2; with --device "
-                "cpu, processes stand for them"
+                "--zero-stages needs several GPUs: add --gpus, such as --gpus 2; with --device "
+                "cpu, they are processes"
             )
         for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} names the same twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
         return self
 
     @property
@@ -69,7 +69,7 @@ class SweepConfig(Config):
 
     @property
     def anywhere(self) -> Self:
-        """With paths that mean the same from every working directory, and its name."""
+        """The same with its name, and paths that mean the same from every working directory."""
         return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
 
     @property
@@ -78,7 +78,7 @@ class SweepConfig(Config):
 
 
 def cells(sweep: SweepConfig) -> list[RunConfig]:
-    """The runs of a sweep, in the order of its sizes, named after what they are."""
+    """The runs of a sweep in the order of its sizes, named by their values."""
     found = []
     axes: tuple[tuple[Any, ...], ...]
     axes = (sweep.sizes, sweep.seeds, sweep.learning_rates, sweep.zero_stages)

@@ -1,0 +1,128 @@
+"""The flow run that this code runs in: its name, tags, log, and a server that may be gone."""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn, Protocol
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from zeroflow.config import Config
+from zeroflow.orchestration import server
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settled import Settled
+
+log = logging.getLogger(__name__)
+
+
+class Asked(Protocol):
+    """The settings that a flow takes as its only parameter."""
+
+    @property
+    def anywhere(self) -> Config:
+        """The same with paths that mean the same from every working directory, also in a retry."""
+
+
+_lost = threading.Event()
+"""Set if the server was gone when a flow ended."""
+
+_to_the_end = ExitStack()
+"""Prefect settings for the rest of this process."""
+
+
+@contextmanager
+def logs_delivered() -> Iterator[None]:
+    """Also send what zeroflow logs within the block to the log of the current flow run.
+
+    If the server is gone at the end, Prefect tries once to report how the flow ended, and does not
+    retry for minutes.
+    """
+    logger, handler = logging.getLogger("zeroflow"), APILogHandler()
+    if any(isinstance(other, APILogHandler) for other in logger.handlers):
+        yield  # the parent's handler sends each line to the innermost run
+        return
+    handler.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # no command line has set it
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        if not reachable():
+            _lost.set()
+            _to_the_end.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
+
+
+def silence_console() -> None:
+    """Keep Prefect's own log lines out of the terminal; the flow run's log has them."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, PrefectConsoleHandler):
+            root.removeHandler(handler)
+    # A server that is away fills pages through these loggers
+    for name in ("prefect", "prefect._internal", "asyncio"):
+        logging.getLogger(name).handlers = [logging.NullHandler()]
+    logging.raiseExceptions = False
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; at once if the server is gone, as Prefect would retry for minutes."""
+    if _lost.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def tags() -> dict[str, str]:
+    """MLflow tags that lead to the current flow run."""
+    flow_run_id = runtime.flow_run.id
+    return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
+
+
+def given_settings(asked: Asked) -> dict[str, Any]:
+    """The settings that were given; defaults are left out, as they may be decided otherwise."""
+    return asked.anywhere.model_dump(mode="json", exclude_unset=True)
+
+
+def name_flow_run(asked: RunConfig, run: Settled) -> None:
+    """Name and tag the flow run after `run`, so that a retry resumes that run.
+
+    Args:
+        asked: the parameter of the flow.
+        run: its settled form.
+    """
+    _describe_flow_run(
+        f"{run.model.name} · {run.data.name} · {run.run_name}",
+        parameters={"run": given_settings(asked.model_copy(update={"run_name": run.run_name}))},
+        tags=sorted({*runtime.flow_run.tags, run.model.name, run.data.data_mode, run.device}),
+    )
+
+
+def name_sweep(name: str) -> None:
+    """Name the current flow run, that of a sweep."""
+    _describe_flow_run(f"sweep · {name}")
+
+
+def _describe_flow_run(name: str, **found: Any) -> None:
+    if not (flow_run_id := runtime.flow_run.id):
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(flow_run_id), name=name, **found)
+    except Exception as error:  # only a name
+        log.warning("cannot name the flow run in Prefect: %s", error)
+
+
+def reachable() -> bool:
+    """True if the server in use answers, or none is set."""
+    url = PREFECT_API_URL.value()
+    return url is None or server.answers(url)
