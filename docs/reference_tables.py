@@ -59,9 +59,9 @@ def _settings(config: type[BaseModel], title: str, *, but: str = "") -> str:
     for path, group in _groups(schema, schema, ()):
         if but not in path:
             rows = [
-                (f"`--{name.replace('_', '-')}`", *_cells(field))
+                (f"`--{(path[-1] if name == 'name' else name).replace('_', '-')}`", *_cells(field))
                 for name, field in group["properties"].items()
-                if "$ref" not in field
+                if "$ref" not in str(field)
             ]
             if rows:
                 heading = f"### {f'`{path[-1]}`' if path else title}"
@@ -74,14 +74,17 @@ def _groups(
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     yield path, group
     for name, field in group["properties"].items():
-        if "$ref" in field:
-            inner = schema["$defs"][field["$ref"].rsplit("/", 1)[-1]]
-            yield from _groups(schema, inner, (*path, name))
+        for kind in field.get("anyOf", [field]):  # such as each of several optimisers
+            if "$ref" in kind:
+                inner = schema["$defs"][kind["$ref"].rsplit("/", 1)[-1]]
+                yield from _groups(schema, inner, (*path, name))
 
 
 def _cells(field: dict[str, Any]) -> tuple[str, str, str]:
     """Type, default and meaning of a setting, by its JSON schema."""
     meaning, _, otherwise = _line(field).partition("Default: ")
+    if "const" in field:
+        return f"`{field['const']}`", "", meaning
     default = field["default"]
     if default in (None, [], ""):
         shown = otherwise.removesuffix(".") or "not set"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from inspect import isabstract
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -23,11 +23,11 @@ class Setting(NamedTuple):
 
 
 def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
-    """Every single setting of `config`, groups unfolded, but for those without a choice."""
+    """Every single setting of `config`, groups unfolded."""
     for name, field in _fields(config).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, (*path, name))
-        elif get_origin(field.annotation) is not Literal or len(get_args(field.annotation)) > 1:
+        else:
             yield Setting((*path, name), field)
 
 

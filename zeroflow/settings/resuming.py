@@ -85,6 +85,9 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, Any]) -> R
         base["training"]["zero_stage"] = None
     if "size" in asked_now.get("model", {}) or "hidden_size" in asked_now.get("model", {}):
         base["model"] = {}
+    optimizer = asked_now.get("optimizer", {}).get("name", recorded.optimizer.name)
+    if optimizer != recorded.optimizer.name:  # of whose settings it may have none
+        base["optimizer"] = {}
     for name, value in asked_now.items():
         base[name] = base[name] | value if isinstance(value, dict) else value
     base["skip_preflight"] = asked.skip_preflight  # a setting of the command, not of the run
@@ -95,7 +98,7 @@ def difference(recorded: RunConfig, run: RunConfig) -> str:
     """The first setting that may not change and does, with both values; "" if there is none."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
     for name in before:
-        if name in FREE or before[name] == now[name]:
+        if name in FREE or before[name] == now.get(name):
             continue
         if name == "training.max_steps" and now[name] > before[name]:
             continue  # more steps extend a run

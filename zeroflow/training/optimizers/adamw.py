@@ -18,6 +18,7 @@ class AdamW(OptimizerConfig):
 
     # Not written to files: AdamW was the only optimiser once, and files without a name mean it
     name: Literal["adamw"] = Field("adamw", exclude_if=lambda name: True)
+    """Selects AdamW, the default."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""

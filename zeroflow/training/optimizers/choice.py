@@ -36,7 +36,8 @@ class _ByName:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"anyOf": handler(schema)["oneOf"]}  # Prefect's form does not know oneOf
+        kinds = handler(schema)["oneOf"]
+        return {"anyOf": kinds} if len(kinds) > 1 else kinds[0]  # Prefect's form has no oneOf
 
 
 DEFAULT = AdamW()
