@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reference_tables
 
-from zeroflow.cli import flags
+from zeroflow.settings import flags
 from zeroflow.settings.sweep import SweepConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
