@@ -1,3 +1,5 @@
+"""Settings as flags of a command line, and back."""
+
 import argparse
 from pathlib import Path
 
@@ -5,9 +7,14 @@ import pytest
 from pydantic import ValidationError
 from tiny import SHAPE
 
+<<<<<<< HEAD:tests/cli/test_cli.py
 from zeroflow.cli import arguments, commands
 from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
+=======
+from zeroflow.cli import flags
+from zeroflow.cli.console import complaint
+>>>>>>> 54c9644 (Tests of the command line lie beside its modules: flags, console, commands):tests/cli/test_flags.py
 from zeroflow.settings.run_config import RunConfig, leaves
 
 
@@ -143,6 +150,7 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
             pytest.fail(f"{setting.flag} banana was taken")
 
 
+<<<<<<< HEAD:tests/cli/test_cli.py
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -162,6 +170,8 @@ def test_complaint_is_in_the_words_of_the_command_line(argv, message):
         raise AssertionError(said)
 
 
+=======
+>>>>>>> 54c9644 (Tests of the command line lie beside its modules: flags, console, commands):tests/cli/test_flags.py
 def test_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         read("--max-stepps", "9")
@@ -176,12 +186,3 @@ def test_help_tells_every_setting_and_its_default(capsys):
     for setting in flags.settings(RunConfig):
         assert setting.flag in text
     assert "Default: 0.95." in text
-
-
-@pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])
-def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, command):
-    argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
-    assert commands.main(argv) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: no run mine in ") and "there are: none" in error
-    assert not list(tmp_path.iterdir())
