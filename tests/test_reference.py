@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import reference_tables
 
+from zeroflow.run_folder import Cache
 from zeroflow.settings import flags
 from zeroflow.settings.sweep import SweepConfig
 
@@ -39,6 +40,17 @@ def test_every_setting_of_a_run_and_a_sweep_has_its_row():
     rows = re.findall(r"^\| `(--[\w-]+)` \|", page, re.MULTILINE)
     for setting in flags.settings(SweepConfig):  # which holds those of a run
         assert setting.flag in rows
+
+
+CACHE = Cache(Path("cache"))
+
+
+@pytest.mark.parametrize("folder", [CACHE, CACHE.run("run"), CACHE.sweep("sweep")])
+def test_every_file_of_the_cache_is_on_its_page(folder):
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    for name in dir(folder):
+        if isinstance(file := getattr(folder, name), Path) and not name.endswith("_lock"):
+            assert f"`{file.name}" in page or name == "path", name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

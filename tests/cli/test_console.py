@@ -7,41 +7,14 @@ import sys
 from contextlib import suppress
 
 import pytest
-from pydantic import ValidationError
 
 from zeroflow.cli.console import (
     Terminated,
-    complaint,
     fail,
     log_to_console,
     require_writable,
     terminate,
 )
-from zeroflow.settings.run_config import RunConfig
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"training": {"batch_size": "0"}}, "--batch-size: .* greater than 0 .found '0'"),
-        ({"training": {"seq_len": 1}}, "--seq-len: .* greater than or equal to 2"),
-        ({"run_name": "a/b"}, "--run-name: .*'a/b'"),
-        ({"model": {"hidden_size": 32}}, "^a shape of your own needs num_hidden_layers"),
-        ({"data": {"data_mode": "files"}}, "^data_mode files needs data_path"),
-    ],
-)
-def test_complaint_is_in_the_words_of_the_command_line(given, message):
-    with pytest.raises(ValidationError) as refused:
-        RunConfig.model_validate(given)
-    said = complaint(refused.value)
-    assert said.count("\n") == 0
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(said)
-
-
-def test_complaint_of_another_error_is_its_message_or_at_least_its_kind():
-    assert complaint(ValueError("no room")) == "no room"
-    assert complaint(TimeoutError()) == "TimeoutError"
 
 
 def test_failure_is_told_with_its_notes_and_a_traceback_only_if_asked_for(console, capsys, caplog):

@@ -7,14 +7,9 @@ import pytest
 from pydantic import ValidationError
 from tiny import SHAPE
 
-<<<<<<< HEAD:tests/cli/test_cli.py
-from zeroflow.cli import arguments, commands
+from zeroflow.cli import arguments
 from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
-=======
-from zeroflow.cli import flags
-from zeroflow.cli.console import complaint
->>>>>>> 54c9644 (Tests of the command line lie beside its modules: flags, console, commands):tests/cli/test_flags.py
 from zeroflow.settings.run_config import RunConfig, leaves
 
 
@@ -150,28 +145,6 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
             pytest.fail(f"{setting.flag} banana was taken")
 
 
-<<<<<<< HEAD:tests/cli/test_cli.py
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--batch-size=0"], "--batch-size: .* greater than 0 .found '0'"),
-        (["--seq-len=1"], "--seq-len: .* greater than or equal to 2"),
-        (["--run-name=a/b"], "--run-name: .*'a/b'"),
-        (["--hidden-size=32"], "a custom shape also needs num_hidden_layers"),
-        (["--data-mode=files"], "data_mode files needs data_path"),
-    ],
-)
-def test_complaint_is_in_the_words_of_the_command_line(argv, message):
-    with pytest.raises(ValidationError) as refused:
-        read(*argv)
-    said = error_message(refused.value)
-    assert said.count("\n") == 0
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(said)
-
-
-=======
->>>>>>> 54c9644 (Tests of the command line lie beside its modules: flags, console, commands):tests/cli/test_flags.py
 def test_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         read("--max-stepps", "9")
