@@ -33,7 +33,7 @@ def test_folder_that_takes_nothing_is_refused_before_anything_is_done(tmp_path):
     require_writable(new)
     assert new.is_dir() and not list(new.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"nothing can be written to .*file.*--cache-dir"):
+    with pytest.raises(ValueError, match=r"/file .*--cache-dir"):
         require_writable(tmp_path / "file")
 
 
