@@ -105,7 +105,7 @@ def test_runs_of_an_earlier_command_stay_in_the_comparison(tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "outcome", lambda cache, name: ended(name))
     monkeypatch.setattr(tracker, "close_group", lambda *told, **more: None)
     added = SweepConfig(sweep_name="s", sizes=("tiny",), seeds=(1,), run={"cache_dir": tmp_path})
-    added.folder.mkdir(parents=True)
+    added.folder.path.mkdir(parents=True)
     page = sweep_report.compare(added, failed=[]).read_text()
     assert "2 runs," in page and "| tiny-seed0 |" in page and "| tiny-seed1 |" in page
 

@@ -72,7 +72,7 @@ def looked_at(state: TrainState) -> dict[str, Any]:
         "validation": validation_loss(state.model, ROWS, len(ROWS), 2),
         "sample": sampling.complete_ids(
             # ranks that would each choose for itself take the choice of the first
-            *(state.model, tokenizer, SamplingConfig(tokenizer=6, seed=zero.rank())),
+            *(state.model, tokenizer, SamplingConfig(tokens=6, seed=zero.rank())),
             context=12,
             agree=lambda token: zero.on_rank0(lambda: token),
         ),

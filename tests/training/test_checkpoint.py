@@ -403,7 +403,7 @@ def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_pa
     job = training_job(tmp_path / "run", shards, tokenizer, model=MODEL, training=config)
     state = new_state(MODEL, training_config(steps=5))
     state.step = 5
-    saver = Saver(job.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
+    saver = Saver(job.folder.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
     saver.save(state)
     saver.wait()
     with pytest.raises(ValueError, match=r"step-00000005 is of a run of more steps than the 2 of"):
