@@ -35,8 +35,7 @@ from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import Device, find_device
 from zeroflow.model.llama import ModelConfig
-from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.settings.defaults import NOMINAL_VOCABULARY
+from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.settings.refusals import require_fp8
 from zeroflow.training.config import ComputeConfig, TrainingConfig
 from zeroflow.training.loop import train_step

@@ -23,8 +23,7 @@ from zeroflow import artifacts, records
 from zeroflow.device import find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import Recompute
-from zeroflow.model.sizes import SIZES
-from zeroflow.settings.defaults import NOMINAL_VOCABULARY
+from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES
 from zeroflow.training import worker, zero
 from zeroflow.training.config import ComputeConfig
 from zeroflow.training.job import RankJob

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from zeroflow.model.llama import Llama
-from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.model.sizes import SIZES, by_size, nearest_size, with_vocabulary
 
 
 @pytest.mark.parametrize("vocab_size", [300, 32_768, 50_257, 128_256])
@@ -17,9 +17,23 @@ def test_closed_form_counts_the_parameters_that_are_built(size, vocab_size):
 
 def test_sizes_have_the_published_parameter_counts_in_growing_order():
     counts = {size: with_vocabulary(shape, 128_256).parameters for size, shape in SIZES.items()}
-    assert counts == {"tiny": 45_960_000, "small": 317_649_024, "medium": 1_344_899_072}
-    assert list(counts) == ["tiny", "small", "medium"]
+    published = {"tiny": 45_960_000, "small": 317_649_024, "medium": 1_344_899_072}
+    assert counts.items() >= published.items()
     assert sorted(counts.values()) == list(counts.values())
+
+
+def test_defaults_of_a_custom_shape_are_those_of_the_nearest_size():
+    for size in SIZES.values():
+        assert nearest_size(size) is size
+        assert nearest_size(size.replace(num_hidden_layers=size.num_hidden_layers + 2)) is size
+    wide, narrow = (SIZES["tiny"].replace(hidden_size=width) for width in (20_000, 20))
+    assert nearest_size(wide) is list(SIZES.values())[-1]
+    assert nearest_size(narrow) is SIZES["tiny"]
+
+
+def test_help_tells_of_every_size_in_the_same_order():
+    assert by_size(lambda size: f"{size.num_hidden_layers}").startswith("4 / 12 / 24")
+    assert by_size(str).endswith(" / ".join(SIZES))
 
 
 @pytest.mark.parametrize(

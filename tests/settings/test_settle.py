@@ -441,8 +441,7 @@ def test_context_that_leaves_few_divisors_still_fills_the_gpu(ask, gpu, size, se
     choice, nominal = run.training, with_vocabulary(SIZES[size], 128_256)
     fits, _ = micro_batch(nominal, seq_len, GPU)
     assert min(run.batch_rows, fits / 4) <= choice.batch_size <= fits
-    usual = {"tiny": 2**18, "small": 2**19, "medium": 2**20}[size]
-    assert choice.batch_tokens == pytest.approx(usual, rel=0.02)
+    assert choice.batch_tokens == pytest.approx(SIZES[size].batch_tokens, rel=0.02)
 
 
 @pytest.mark.parametrize(

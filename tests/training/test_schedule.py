@@ -1,18 +1,19 @@
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from zeroflow.training.schedule import Schedule
+from zeroflow.training.schedule import Schedule, ScheduleName, decays
 
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     steps = draw(st.integers(1, 400))
     return Schedule(
-        name=draw(st.sampled_from(["cosine", "wsd"])),
+        name=draw(st.sampled_from(get_args(ScheduleName))),
         peak=draw(st.floats(1e-6, 1)),
         warmup_steps=draw(st.integers(0, steps - 1)),
         steps=steps,
@@ -57,6 +58,11 @@ def test_wsd_is_constant_then_linear_over_the_last_fifth():
     assert set(values[10:801]) == {3.0}
     for step in range(800, 1000):
         assert values[step] == pytest.approx(3.0 * (1000 - step) / 200)
+
+
+def test_help_describes_every_schedule():
+    for name in get_args(ScheduleName):
+        assert f" {name}: " in decays()
 
 
 @pytest.mark.parametrize("warmup_steps", [10, 11])

@@ -4,23 +4,12 @@ from zeroflow.data.batches import largest_divisor
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.device import Device, Precision
 from zeroflow.estimate.memory import micro_batch
-from zeroflow.model.sizes import with_vocabulary
-from zeroflow.settings import defaults
+from zeroflow.model.sizes import NOMINAL_VOCABULARY, nearest_size, with_vocabulary
 from zeroflow.settings.run_config import ModelChoice, TrainingChoice
 from zeroflow.settings.settled import SettledTraining
 
-NOMINAL_VOCABULARY = 128_256
-"""Llama-3.1's vocabulary. Token budgets assume it, so that they do not depend on the tokenizer."""
-
-
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
-
-
-_PEAK_LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "medium": 1e-3}
-
-
-_GPU_BATCH_TOKENS = {"tiny": 2**18, "small": 2**19, "medium": 2**20}
 
 
 _CPU_BATCH_TOKENS = 512
@@ -38,8 +27,8 @@ def fill(
         ValueError: the numbers of rows and tokens in a step contradict each other.
     """
     gpu, shape = device.kind == "cuda", model.shape
-    nominal = with_vocabulary(shape, defaults.NOMINAL_VOCABULARY)
-    size = _nearest_size(nominal.parameters)
+    nominal = with_vocabulary(shape, NOMINAL_VOCABULARY)
+    size = nearest_size(shape)
     seq_len = choice.seq_len or (2048 if gpu else 256)
     precision: Precision = choice.precision or ("bf16" if device.has_bf16 else "fp32")
     gpus, stage = choice.gpus or 1, choice.zero_stage or 0
@@ -52,13 +41,13 @@ def fill(
         stage=stage,
         ranks=gpus,
     )
-    usual_tokens = _GPU_BATCH_TOKENS[size] if gpu else _CPU_BATCH_TOKENS
+    usual_tokens = size.batch_tokens if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens, gpus)
     batch_tokens = batch_size * accumulate * gpus * seq_len
-    budget = defaults.TOKENS_PER_PARAMETER * nominal.parameters
+    budget = TOKENS_PER_PARAMETER * nominal.parameters
     steps = choice.max_steps or (-(-budget // batch_tokens) if gpu else _CPU_STEPS)
     # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
-    peak = _PEAK_LEARNING_RATES[size] / (1 if gpu else 3)
+    peak = size.learning_rate / (1 if gpu else 3)
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if data.data_mode == "sample" else "The "
     filled = {
@@ -128,8 +117,3 @@ def _batch(
             f"batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of the three"
         )
     return rows, accumulate
-
-
-def _nearest_size(parameters: int) -> str:
-    """The named size whose defaults suit a model of this many parameters."""
-    return "tiny" if parameters < 120e6 else "small" if parameters < 650e6 else "medium"

@@ -26,11 +26,12 @@ from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Precision
 from zeroflow.model.llama import Recompute, Shape
-from zeroflow.model.sizes import SIZES, SizeName
+from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.config import Stage
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
-from zeroflow.training.schedule import ScheduleName
+from zeroflow.training.schedule import ScheduleName, decays
+from zeroflow.units import parameter_count
 
 DEFAULT_CACHE = Path("data_cache")
 
@@ -41,8 +42,11 @@ T = TypeVar("T")
 class ModelChoice(Config):
     """The network: a named size, or a custom shape given in full."""
 
-    size: SizeName | None = None
-    """tiny ~46M, small ~318M, medium ~1.34B parameters at Llama-3.1's vocabulary. Default: tiny."""
+    size: SizeName | None = Field(
+        None,
+        description="Parameters with Llama-3.1's vocabulary: "
+        f"{by_size(lambda size: parameter_count(size.nominal_parameters))}. Default: tiny.",
+    )
 
     hidden_size: PositiveInt | None = None
     """Features per token. For a custom shape."""
@@ -108,23 +112,27 @@ class TrainingChoice(Config):
     """Micro-batches in a step on each GPU. Default: batch_tokens / (batch_size x seq_len x
     gpus)."""
 
-    batch_tokens: PositiveInt | None = None
-    """Tokens in a step. Default: 512 on a CPU; 0.25M / 0.5M / 1M on a GPU for tiny / small /
-    medium."""
+    batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens in a step. Default: 512 on a CPU; on a GPU "
+        f"{by_size(lambda size: f'{size.batch_tokens / 2**20:g}M')}.",
+    )
 
     max_steps: PositiveInt | None = None
     """Optimiser steps. Default: 200 on a CPU, which takes some minutes for tiny; 20 tokens per
     parameter on a GPU."""
 
-    learning_rate: PositiveFloat | None = None
-    """Peak learning rate. Default: 3e-3 / 2e-3 / 1e-3 for tiny / small / medium; a third of that
-    on a CPU, where batches are small."""
+    learning_rate: PositiveFloat | None = Field(
+        None,
+        description="Peak learning rate. Default: "
+        f"{by_size(lambda size: f'{size.learning_rate:g}')}; a third of that on a CPU, where "
+        "batches are small.",
+    )
 
     warmup_steps: NonNegativeInt | None = None
     """Steps of linear warm-up. Default: 2 % of max_steps; 10 % of a short run."""
 
-    schedule: ScheduleName = "cosine"
-    """Decay after the warm-up: cosine to 0; or wsd: constant, then linear to 0 in the last 20 %."""
+    schedule: ScheduleName = Field("cosine", description=decays())
 
     precision: Precision | None = None
     """bf16 computes in bf16 with fp32 master weights. Default: bf16 on a GPU, fp32 on a CPU."""

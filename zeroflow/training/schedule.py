@@ -1,7 +1,11 @@
-"""Learning rate as a function of the step."""
+"""Learning rate as a function of the step.
+
+To add a schedule, name it in `ScheduleName` and add its decay to `_DECAYS`.
+"""
 
 import math
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -9,13 +13,13 @@ from zeroflow.config import Config
 
 ScheduleName = Literal["cosine", "wsd"]
 
-_DECAY_SHARE = 0.2
-
 
 class Schedule(Config):
     """Linear warm-up to `peak`, then a decay to 0 at `steps`."""
 
     name: ScheduleName
+    """Shape of the decay."""
+
     peak: PositiveFloat
     warmup_steps: NonNegativeInt
     steps: PositiveInt
@@ -30,16 +34,40 @@ class Schedule(Config):
         return self
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the update that `step` (from 0) makes; above 0 for every step.
-
-        cosine: https://arxiv.org/abs/1608.03983. wsd, warmup-stable-decay: the last 20 % of the
-        steps go down linearly, https://arxiv.org/abs/2405.18392.
-        """
+        """Return the learning rate of the update that `step`, from 0, makes; above 0 in a run."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        left = self.steps - step
-        if self.name == "cosine":
-            decaying = self.steps - self.warmup_steps
-            return self.peak * 0.5 * (1 - math.cos(math.pi * left / decaying))
-        decaying = max(1, min(round(_DECAY_SHARE * self.steps), self.steps - self.warmup_steps))
-        return self.peak * min(1.0, left / decaying)
+        return _DECAYS[self.name].learning_rate(self, self.steps - step)
+
+
+class _Decay(NamedTuple):
+    learning_rate: Callable[[Schedule, int], float]
+    """Learning rate after the warm-up, by the steps that are left: falls from `peak` to 0."""
+
+    description: str
+    """The decay in a few words, for help texts."""
+
+
+def _cosine(schedule: Schedule, left: int) -> float:
+    """Source: https://arxiv.org/abs/1608.03983"""
+    decaying = schedule.steps - schedule.warmup_steps
+    return schedule.peak * 0.5 * (1 - math.cos(math.pi * left / decaying))
+
+
+def _warmup_stable_decay(schedule: Schedule, left: int) -> float:
+    """Source: https://arxiv.org/abs/2405.18392"""
+    after_warmup = schedule.steps - schedule.warmup_steps
+    decaying = max(1, min(round(0.2 * schedule.steps), after_warmup))
+    return schedule.peak * min(1.0, left / decaying)
+
+
+_DECAYS: dict[ScheduleName, _Decay] = {
+    "cosine": _Decay(_cosine, "half a cosine"),
+    "wsd": _Decay(_warmup_stable_decay, "constant, then linear in the last 20 % of the steps"),
+}
+
+
+def decays() -> str:
+    """Return the help text of a setting that chooses a schedule."""
+    choices = "; ".join(f"{name}: {decay.description}" for name, decay in _DECAYS.items())
+    return f"Decay to 0 after the warm-up. {choices}."
