@@ -1,12 +1,13 @@
 # make pretrain    train and check a small model on this machine
 # make ui          Prefect's and MLflow's user interfaces, and a worker, until Ctrl-C
 # make test        run the tests
+# make docs        build the site of docs/ in build/site/
 # make reference   update the tables of docs/reference/ from the code
 PYTHON ?= python3
 VENV := .venv
 DONE := $(VENV)/.installed
 
-.PHONY: pretrain ui test lint reference venv
+.PHONY: pretrain ui test lint docs reference venv
 
 pretrain: venv
 	$(VENV)/bin/python flows/pretrain.py --size tiny
@@ -21,6 +22,10 @@ lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: venv
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(VENV)/bin/zensical build --strict --clean
 
 reference: venv
 	$(VENV)/bin/python docs/reference_tables.py
