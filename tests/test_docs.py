@@ -21,7 +21,7 @@ import yaml
 from pipeline import ROOT
 from pydantic import BaseModel
 
-from zeroflow.cli import commands, flags
+from zeroflow.cli import arguments, commands
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
@@ -115,7 +115,7 @@ def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
 
 def flow_parser(config: type[BaseModel]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    flags.add_settings(parser, config, "run")
+    arguments.add_settings(parser, config, "run")
     parser.add_argument("--verbose", action="store_true")
     return parser
 
@@ -127,14 +127,14 @@ def require_parses(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["python", script, *given] if script in FLOWS:
             config = FLOWS[script]
             config.model_validate(
-                flags.read_settings(config, flow_parser(config).parse_args(given))
+                arguments.read_settings(config, flow_parser(config).parse_args(given))
             )
         case ["python", "flows/prove_resume.py", *given]:
             require_parses(["zeroflow", "prove-resume", *given], monkeypatch)
         case ["zeroflow", subcommand, *given]:
             namespace = parsed([subcommand, *given], monkeypatch)
             if config := COMMANDS[subcommand]:
-                config.model_validate(flags.read_settings(config, namespace))
+                config.model_validate(arguments.read_settings(config, namespace))
         case ["python", script, *given] if script.startswith("benchmarks/"):
             source = (ROOT / script).read_text(encoding="utf-8")
             assert all(word in source for word in given if word.startswith("--"))

@@ -54,7 +54,7 @@ def test_law_is_found_again_and_foretells_what_obeys_it():
     assert found.largest.size == "medium"
     assert found.largest.loss == pytest.approx(found.largest.measured)
     medium = outcome("medium")
-    assert found.next_size.size == "4 times medium's parameters", "no size is larger"
+    assert found.next_size.size == "4 times the parameters of medium", "no size is larger"
     assert found.next_size.flops == 16 * medium.flops
     assert found.next_size.loss == pytest.approx(law(16 * medium.flops))
 
@@ -67,6 +67,13 @@ def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
     assert found.next_size.loss == pytest.approx(medium.val_loss)
     assert found.next_size.factor is None and found.law.b_error is None, "two points have no error"
     assert found.largest is None
+
+
+def test_shapes_of_ones_own_are_told_apart_by_their_parameters():
+    own = [outcome(size)._replace(run=size, size="custom") for size in ("tiny", "small", "medium")]
+    found = compare(own)
+    assert found.law.points == 3 and found.law.b == pytest.approx(EXPONENT)
+    assert found.largest.size == "custom of 1,147.8M parameters"
 
 
 def test_best_run_of_a_size_counts():

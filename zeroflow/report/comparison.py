@@ -47,6 +47,13 @@ class Outcome(NamedTuple):
     """Tokens and validation loss at every validation."""
 
     @property
+    def shape(self) -> str:
+        """The name of its size; a shape of one's own is told by its number of parameters."""
+        if self.size in SIZES:
+            return self.size
+        return f"{self.size} of {parameter_count(self.parameters)} parameters"
+
+    @property
     def flops(self) -> float:
         """Of the whole training, as a float: they may be more than 2^63."""
         return float(self.flops_per_token) * self.tokens
@@ -157,11 +164,11 @@ def compare(outcomes: Iterable[Outcome]) -> Comparison:
     best: dict[str, Outcome] = {}
     for one in found:
         if math.isfinite(one.val_loss):
-            best.setdefault(one.size, one)
+            best.setdefault(one.shape, one)
     sizes = sorted(best.values(), key=lambda one: one.flops)
     law = _law(sizes)
     before = _law(sizes[:-1]) if len(sizes) > 2 else None
-    largest = before and _predicted(before, sizes[-1].size, sizes[-1].flops, sizes[-1].val_loss)
+    largest = before and _predicted(before, sizes[-1].shape, sizes[-1].flops, sizes[-1].val_loss)
     return Comparison(found, law, law and _next(law, sizes), largest)
 
 
@@ -185,7 +192,7 @@ def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
         if model.parameters > last.parameters:
             tokens = last.tokens * model.parameters / last.parameters
             return _predicted(law, name, tokens * model.flops_per_token(last.context), None)
-    larger = f"{_STEP} times {last.size}'s parameters"
+    larger = f"{_STEP} times the parameters of {last.shape}"
     return _predicted(law, larger, _STEP**2 * last.flops, None)
 
 

@@ -79,7 +79,7 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
     """Validation loss of every run against tokens, FLOPs and hours, and the power law."""
     drawn = []
-    sizes = list(dict.fromkeys(one.size for one in found.outcomes))
+    shapes = list(dict.fromkeys(one.shape for one in found.outcomes))
     for name, label, scale in (
         ("tokens", "tokens", lambda one: 1.0),
         ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
@@ -92,16 +92,16 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
         for one in found.outcomes:
             # No compute at all has no place on a logarithmic axis
             points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
-            marker, style = divmod(drawn_of[one.size], len(_STYLES))
+            marker, style = divmod(drawn_of[one.shape], len(_STYLES))
             axes.plot(
                 [x for x, _ in points],
                 [loss for _, loss in points],
-                color=_COLOURS[sizes.index(one.size) % len(_COLOURS)],
+                color=_COLOURS[shapes.index(one.shape) % len(_COLOURS)],
                 linestyle=_STYLES[style],
                 marker=_MARKERS[marker % len(_MARKERS)],
                 label=one.run,
             )
-            drawn_of[one.size] += 1
+            drawn_of[one.shape] += 1
         if by_flops:
             axes.set_xscale("log")
         if by_flops and found.law is not None:
