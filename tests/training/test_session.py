@@ -1,0 +1,211 @@
+"""What a rank does from its newest checkpoint to its end, in this process; see also `flows`."""
+
+import gc
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import MODEL, synthetic_rows, training_config, training_job
+
+from zeroflow import artifacts
+from zeroflow.data.batches import Batches, MicroBatch, Skip
+from zeroflow.training import checkpoint, worker
+from zeroflow.training.__main__ import work
+from zeroflow.training.checkpoint import Retention
+from zeroflow.training.health import Monitor, Reading
+from zeroflow.training.job import Cadence, TrainingJob, finished
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
+    """Trained: twelve steps on synthetic rows, logged every 2, validated every 6, saved every 4."""
+    folder = tmp_path_factory.mktemp("session")
+    shards, tokenizer = synthetic_rows(folder)
+    training = training_config(steps=STEPS, peak=1e-3)
+    model = MODEL.replace(vocab_size=tokenizer.vocab_size)
+    made = training_job(folder / "undisturbed", shards, tokenizer, model=model, training=training)
+    made = made.replace(
+        cadence=Cadence(log=2, validate_=6, checkpoint=4), retention=Retention(keep=9)
+    )
+    train(made)
+    return made
+
+
+@pytest.fixture
+def job(undisturbed: TrainingJob, tmp_path: Path) -> TrainingJob:
+    """The same, to be trained."""
+    return undisturbed.replace(run_dir=tmp_path)
+
+
+def train(job: TrainingJob, stop: worker.Stop = lambda: False) -> None:
+    try:
+        work(job, stop)
+    finally:
+        gc.enable()  # a training process does without
+
+
+def after(calls: int) -> worker.Stop:
+    """Asks to stop at the end of that step."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) >= calls
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    return [line for line in read(job.folder.events) if line["event"] == name]
+
+
+def trained_lines(job: TrainingJob) -> list[dict[str, Any]]:
+    """What was logged of the steps, but for what a clock or another process makes different."""
+    kept = ("step", "tokens", "flops", "loss", "lr", "grad_norm", "update_ratio", "first_epoch")
+    return [
+        {name: line[name] for name in kept} for line in read(job.folder.metrics) if "lr" in line
+    ]
+
+
+def saved(job: TrainingJob) -> list[int]:
+    return sorted(checkpoint.step_of(path) for path in job.folder.checkpoints.glob("step-*"))
+
+
+def test_training_logs_validates_and_saves_as_often_as_it_is_told(undisturbed):
+    job = undisturbed
+    lines = read(job.folder.metrics)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]
+    assert saved(job) == [4, 8, 12] == [event["step"] for event in events(job, "saved")]
+    assert [event["steps"] for event in events(job, "started")] == [STEPS]
+    assert read(job.folder.events)[-1]["event"] == "done"
+    assert job.folder.alive.exists()
+
+    result = finished(job)
+    assert result is not None and result.steps == STEPS
+    assert result.tokens == STEPS * 2 * 32
+    assert result.train_loss == lines[-2]["loss"] and result.val_loss == lines[-1]["val_loss"]
+    assert result.first_val_loss == lines[0]["val_loss"]
+    assert result.first_val_loss == pytest.approx(math.log(300), abs=0.1), "of fresh weights"
+    assert checkpoint.step_of(result.checkpoint) == STEPS
+
+
+def test_validation_loss_is_kept_with_the_checkpoint_of_its_step_alone(undisturbed):
+    job = undisturbed
+    of_last = [line["val_loss"] for line in read(job.folder.metrics) if "val_loss" in line][-1]
+    manifests = {
+        step: artifacts.read_json(job.folder.checkpoints / f"step-{step:08d}" / "manifest.json")
+        for step in saved(job)
+    }
+    assert {step: found["val_loss"] for step, found in manifests.items()} == {
+        4: None,
+        8: None,
+        12: of_last,
+    }
+
+
+def test_training_that_is_stopped_and_resumed_logs_and_ends_as_one_that_is_not(job, undisturbed):
+    train(job, after(5))
+    assert saved(job) == [4, 5], "the step that it was stopped in"
+    [stopped] = events(job, "stopped")
+    assert "step 5" in stopped["message"] and not job.folder.training.exists()
+    train(job)
+    assert [event["step"] for event in events(job, "started")] == [0, 5]
+    assert trained_lines(job) == trained_lines(undisturbed)
+    newest = [one.folder.checkpoints / f"step-{STEPS:08d}" for one in (job, undisturbed)]
+    assert checkpoint.digests(newest[0]) == checkpoint.digests(newest[1])
+
+
+def test_lines_after_the_newest_checkpoint_are_logged_again_and_once(job):
+    train(job, after(6))
+    newest = job.folder.checkpoints / "step-00000006"
+    newest.rename(newest.with_name("moved-away"))
+    train(job)
+    steps = [line["step"] for line in read(job.folder.metrics)]
+    assert steps == [0, 1, 2, 4, 6, 6, 8, 10, 12, 12]
+    assert [event["step"] for event in events(job, "started")] == [0, 4]
+
+
+def broken_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are not finite from that step on, as the batches claim to hold no target."""
+    micro_batches = Batches.micro_batches
+
+    def broken(batches: Batches, number: int) -> list[MicroBatch]:
+        found = micro_batches(batches, number)
+        return [batch._replace(valid=0) for batch in found] if number >= step - 1 else found
+
+    monkeypatch.setattr(Batches, "micro_batches", broken)
+
+
+def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_step(
+    job, monkeypatch, caplog
+):
+    broken_from(3, monkeypatch)
+    with pytest.raises(worker.Diverged, match=r"step 8 has loss (nan|inf)") as failure:
+        train(job.replace(cadence=job.cadence.replace(log=1)))
+    assert failure.value.step == 8
+    assert [event["step"] for event in events(job, "skipped")] == [3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in trained_lines(job)] == [1, 2]
+    assert saved(job) == [], "no state whose update was skipped"
+    assert sum("no update" in r.getMessage() for r in caplog.records) == 6
+
+
+def test_update_that_is_not_finite_in_the_last_step_is_no_end(job, monkeypatch):
+    broken_from(STEPS, monkeypatch)
+    with pytest.raises(worker.Diverged, match=rf"step {STEPS} has loss (nan|inf)"):
+        train(job)
+    assert finished(job) is None
+
+
+def test_stop_within_skipped_updates_names_the_checkpoint_that_is_left(job, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="zeroflow")
+    broken_from(6, monkeypatch)
+    train(job, after(7))
+    [stopped] = events(job, "stopped")
+    assert "stopped at step 7 without a checkpoint" in stopped["message"]
+    assert "step 4" in stopped["message"]
+
+
+def test_windows_that_are_left_out_are_not_trained_on(job, undisturbed):
+    train(job.replace(skips=(Skip(step=4, batches=3),)))
+    differ = [
+        mine["step"]
+        for mine, theirs in zip(trained_lines(job), trained_lines(undisturbed), strict=True)
+        if mine["loss"] != theirs["loss"]
+    ]
+    assert differ == [6, 8, 10, 12]
+
+
+def test_mfu_is_the_share_of_the_peak_that_is_known(job, undisturbed):
+    assert not any("mfu" in line for line in read(undisturbed.folder.metrics))
+    train(job.replace(peak_flops=1e12), after(4))
+    lines = [line for line in read(job.folder.metrics) if line.get("tokens_per_second")]
+    assert [line["step"] for line in lines] == [2, 4], "the first step says nothing"
+    for line in lines:
+        flops = line["tokens_per_second"] * job.model.flops_per_token(32)
+        assert line["mfu"] == pytest.approx(flops / 1e12)
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_spike_is_a_warning_that_tells_how_to_see_its_documents_or_ends_the_training(
+    job, undisturbed, goes_back, monkeypatch, caplog
+):
+    step, worst = 6, trained_lines(undisturbed)[3]["update_ratio"]
+
+    def alarms(monitor: Monitor, reading: Reading) -> list[str]:
+        return [f"loss {reading.loss:.4f}, usual is less"] if reading.update_ratio == worst else []
+
+    monkeypatch.setattr(Monitor, "alarms", alarms)
+    if goes_back:
+        with pytest.raises(worker.Diverged, match=f"step {step} has .* usual is less"):
+            train(job.replace(roll_back_spikes=True))
+    else:
+        train(job, after(7))
+    [spike] = events(job, "spike")
+    assert spike["step"] == step and "usual is less" in spike["alarms"][0]
+    shown = f"zeroflow documents --run {job.run_dir.name} --step {step} "
+    assert any(shown in record.getMessage() for record in caplog.records)
