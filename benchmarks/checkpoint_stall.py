@@ -14,29 +14,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from train_speed import Figures, Workload, training_config, wait
+from train_speed import Figures, Task, training_config, wait
 
 from zeroflow.device import find_device
 from zeroflow.estimate.memory import checkpoint_bytes
-from zeroflow.model.sizes import SIZES
+from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training.checkpoint import Retention, Saver
-from zeroflow.training.config import ComputeConfig
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger(__name__)
 
 
-def measure(work: Workload, folder: Path, saves: int) -> Figures:
+def measure(task: Task, folder: Path, saves: int) -> Figures:
     """Time `saves` saves of either kind into `folder`, after one that allocates the copy."""
-    [rows] = work.rows
-    config = training_config(work, rows)
-    state = new_state(work.model, config)
-    batches = work.batches(rows)
+    [rows] = task.rows
+    config = training_config(task, rows)
+    state = new_state(config)
+    batches = task.batches(rows)
 
     def step() -> None:
         train_step(state, batches[state.step % len(batches)], config)
-        wait(work.compute.device)
+        wait(task.workload.device)
 
     written: list[float] = []
     saver = Saver(
@@ -100,28 +100,33 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = find_device(arguments.device or "auto")
-    compute = ComputeConfig(
-        device=device.kind, precision="bf16" if device.kind == "cuda" else "fp32", compile=False
+    workload = Workload(
+        device=device.kind,
+        device_name=device.name,
+        model=with_vocabulary(SIZES[arguments.size], arguments.vocab_size),
+        seq_len=arguments.seq_len,
+        micro_batch_rows=arguments.rows,
+        accumulate=1,
+        precision="bf16" if device.kind == "cuda" else "fp32",
+        compile=False,
     )
-    work = Workload(
+    task = Task(
         size=arguments.size,
         vocab_size=arguments.vocab_size,
-        seq_len=arguments.seq_len,
-        batch_rows=arguments.rows,
+        workload=workload,
         rows=(arguments.rows,),
-        compute=compute,
         windows=1,
         seconds=1,
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="zeroflow-bench-") as folder:
-        found = measure(work, Path(folder), arguments.saves)
+        found = measure(task, Path(folder), arguments.saves)
     found |= {"device": device.name, "size": arguments.size, "torch": torch.__version__}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     log.info(
         "%s on %s, %.2f GB (predicted %.2f): training halts for %.3f s (the first time %.2f s), "
         "and for %.2f s where the save is waited for: %.1f %%",
-        *(arguments.size, device.name, found["gb"], checkpoint_bytes(work.model) / 1e9),
+        *(arguments.size, device.name, found["gb"], checkpoint_bytes(workload.model) / 1e9),
         *(statistics.median(found["stalls"]), found["first_seconds"]),
         *(statistics.median(found["waited_for"]), 100 * found["stall_share"]),
     )

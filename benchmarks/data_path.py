@@ -248,15 +248,13 @@ def reads(job: Job) -> Figures:
     """Read random rows of our shards, and the batches of a training, from the page cache."""
     import numpy as np
 
-    from zeroflow.data.batches import Batches
+    from zeroflow.data.batches import Batches, BatchShape
     from zeroflow.data.rows import Rows
 
     rows = Rows(build_ours(job), "train")
     random = np.random.default_rng(0)
     ids = random.integers(len(rows), size=(100_000, _READ_ROWS))
-    batches = Batches(
-        rows, end_of_text=rows.end_of_text, seed=0, micro_batch_rows=_READ_ROWS, accumulate=1
-    )
+    batches = Batches(rows, BatchShape(1, 1, _READ_ROWS), seed=0)
     rows_read = _READ_ROWS * _repetitions(lambda i: rows[ids[i % len(ids)]], time.process_time)
     fed = _repetitions(batches.micro_batches, time.perf_counter)
     return {

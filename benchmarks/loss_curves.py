@@ -31,14 +31,14 @@ from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer, resolve_tokenizer
 from zeroflow.device import Device, find_device
 from zeroflow.model import llama
-from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.settings.refusals import require_fp8
-from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training import batching
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train
 from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,6 @@ Figures = dict[str, Any]
 class Work(NamedTuple):
     """Model, settings and rows of a training."""
 
-    model: ModelConfig
     training: TrainingConfig
     """A run's default settings on the device."""
 
@@ -62,17 +61,10 @@ class Work(NamedTuple):
 
     @property
     def batches(self) -> Batches:
-        return Batches(
-            Rows(self.shards, "train"),
-            end_of_text=self.shards.end_of_text,
-            seed=self.training.seed,
-            micro_batch_rows=self.training.micro_batch_rows,
-            accumulate=self.training.accumulate,
-            pin=self.training.compute.device == "cuda",
-        )
+        return batching.batches(Rows(self.shards, "train"), self.training)
 
     def computed(self, **how: Any) -> TrainingConfig:
-        return self.training.replace(compute=self.training.compute.replace(**how))
+        return self.training.replace(workload=self.training.workload.replace(**how))
 
 
 # The ways
@@ -80,7 +72,7 @@ class Work(NamedTuple):
 
 def plain(work: Work) -> Iterator[Tensor]:
     config = work.computed(precision="fp32", compile=False)
-    state, batches = new_state(work.model, config), work.batches
+    state, batches = new_state(config), work.batches
     with patch.object(llama, "attend", attention):
         while state.step < config.steps:
             learning_rate = config.schedule.learning_rate(state.step)
@@ -89,7 +81,7 @@ def plain(work: Work) -> Iterator[Tensor]:
             valid = sum(batch.valid for batch in micro_batches)
             losses = []
             for batch in micro_batches:
-                inputs, targets = (x.to(config.compute.device) for x in batch[:2])
+                inputs, targets = (x.to(config.workload.device) for x in batch[:2])
                 logits = state.model(inputs).flatten(0, 1)
                 total = F.cross_entropy(
                     logits, targets.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -114,7 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
 
 def fast(work: Work) -> Iterator[Tensor]:
     config = work.training
-    for metrics in train(new_state(work.model, config), work.batches, config):
+    for metrics in train(new_state(config), work.batches, config):
         yield metrics.loss
 
 
@@ -138,8 +130,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     """Reason why the device cannot compute this way; None if it can."""
     if way == "fp8":
         try:
-            seq_len = work.shards.row_tokens - 1
-            require_fp8(device, work.model, seq_len=seq_len, precision=None)
+            work.computed(precision="bf16", fp8=True).workload.require_fp8(device)
         except ValueError as error:
             return str(error)
     return None
@@ -167,19 +158,27 @@ def prepare(
     asked = TokenizerConfig(vocab_size=vocab_size)
     tokenizer = fetch_tokenizer(resolve_tokenizer(asked, corpus, cache).tokenizer, corpus, cache)
     gpu = device.kind == "cuda"
-    training = TrainingConfig(
-        seed=seed,
+    workload = Workload(
+        device=device.kind,
+        device_name=device.name,
+        model=with_vocabulary(SIZES[size], tokenizer.vocab_size),
+        seq_len=context,
         micro_batch_rows=rows,
         accumulate=accumulate,
+        precision="bf16" if gpu else "fp32",
+        compile=gpu,
+    )
+    training = TrainingConfig(
+        seed=seed,
+        workload=workload,
         schedule=Schedule(
             name="cosine", peak=learning_rate, warmup_steps=min(steps // 10, 50), steps=steps
         ),
         optimizer=AdamW(),
-        compute=ComputeConfig(device=device.kind, precision="bf16" if gpu else "fp32", compile=gpu),
     )
     config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
     shards = build_shards(config, corpus, tokenizer, cache, seed=seed)
-    return Work(with_vocabulary(SIZES[size], tokenizer.vocab_size), training, shards)
+    return Work(training, shards)
 
 
 # Comparing
@@ -201,7 +200,7 @@ def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -
         "device": device.model_dump(),
         "torch": torch.__version__,
         "settings": settings,
-        "parameters": trained.model.parameters,
+        "parameters": trained.training.workload.model.parameters,
         "absent": absent,
         "differences": differences(runs),
         "runs": runs,

@@ -18,15 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 from train_speed import (
     Figures,
     Step,
-    Workload,
+    Task,
     add_shape,
+    asked_task,
     check,
     ours,
     parse_contender,
     peak_bytes,
     settle_shape,
     wait,
-    workload,
 )
 
 from zeroflow.device import Device
@@ -61,9 +61,9 @@ def family(name: str) -> str:
     return next(found, "other")
 
 
-def profile_steps(step: Step, work: Workload, steps: int) -> tuple[list[Kernel], float]:
+def profile_steps(step: Step, task: Task, steps: int) -> tuple[list[Kernel], float]:
     """Profile `steps` steps: what ran, and the microseconds from first to last."""
-    device, batches = work.compute.device, work.batches(work.rows[0])
+    device, batches = task.workload.device, task.batches(task.rows[0])
     for number in range(3):
         step(batches[number])
     wait(device)
@@ -127,15 +127,15 @@ def summarise(kernels: list[Kernel], span: float, steps: int, top: int) -> Figur
     }
 
 
-def report(figures: dict[str, Any], device: Device, work: Workload) -> str:
+def report(figures: dict[str, Any], device: Device, task: Task) -> str:
     """The tables in Markdown."""
     total = sum(figures["families"].values())
-    compute = work.compute
+    work = task.workload
     lines = [
-        f"{device.name}, torch {torch.__version__}, {work.size}, {compute.arithmetic}, "
-        f"{'compiled' if compute.compile else 'not compiled'}: {work.batch_rows} rows of "
-        f"{work.seq_len:,} per step in micro-batches of {work.rows[0]}; "
-        f"vocabulary {work.vocab_size:,}",
+        f"{device.name}, torch {torch.__version__}, {task.size}, {work.arithmetic}, "
+        f"{'compiled' if work.compile else 'not compiled'}: {work.batch_rows} rows of "
+        f"{work.seq_len:,} per step in micro-batches of {task.rows[0]}; "
+        f"vocabulary {task.vocab_size:,}",
         "",
         f"a step: busy {figures['busy_ms']:.2f} ms of {figures['span_ms']:.2f} ms; "
         f"peak {figures['peak_gb']:.1f} GB",
@@ -178,19 +178,19 @@ def main() -> None:
             parser.error(f"--ours {name}: only ours is profiled")
         if arguments.fp8:
             settings["fp8"] = "true"
-        work = workload(arguments, arguments.size, settings)
-        check(work, device)
+        task = asked_task(arguments, arguments.size, settings)
+        check(task, device)
     except ValueError as error:
         parser.error(str(error))
     if device.kind == "cpu":
         torch._inductor.config.cpp.enable_kernel_profile = True  # names for compiled kernels
-    kernels, span = profile_steps(ours(work, rows), work, arguments.steps)
+    kernels, span = profile_steps(ours(task, rows), task, arguments.steps)
     figures = summarise(kernels, span, arguments.steps, arguments.top)
-    figures["peak_gb"] = peak_bytes(work.compute.device) / 1e9
+    figures["peak_gb"] = peak_bytes(task.workload.device) / 1e9
     if arguments.json:
-        facts = {"device": device.model_dump(), "workload": work.model_dump()} | figures
+        facts = {"device": device.model_dump(), "workload": task.workload.model_dump()} | figures
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(report(figures, device, work))
+    sys.stdout.write(report(figures, device, task))
 
 
 if __name__ == "__main__":

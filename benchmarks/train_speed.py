@@ -34,14 +34,13 @@ from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import Device, find_device
-from zeroflow.model.llama import ModelConfig
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
-from zeroflow.settings.refusals import require_fp8
-from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
 from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger(__name__)
 
@@ -64,40 +63,32 @@ Step = Callable[[list[MicroBatch]], Tensor]
 Figures = dict[str, Any]
 
 
-class Workload(Config):
+class Task(Config):
     """Input of a contender."""
 
     size: str
     vocab_size: PositiveInt
-    seq_len: PositiveInt
-    batch_rows: PositiveInt
-    """Rows in a step of the optimiser."""
+    workload: Workload
+    """With the whole batch in one micro-batch; `rows` are tried instead."""
 
     rows: tuple[PositiveInt, ...]
     """Rows of a micro-batch to try, in this order."""
-
-    compute: ComputeConfig
-    document_mask: bool = False
-    """Rows hold documents of random lengths, and attention stays within them."""
 
     windows: PositiveInt
     seconds: PositiveFloat
     """Length of a window."""
 
-    @property
-    def model(self) -> ModelConfig:
-        return with_vocabulary(SIZES[self.size], self.vocab_size)
-
     def batches(self, rows: int) -> list[list[MicroBatch]]:
         """Some batches of random tokens in micro-batches of `rows`, pinned for a GPU."""
+        work = self.workload
         random = np.random.default_rng(0)
-        shape = (_BATCHES, self.batch_rows // rows, rows, self.seq_len + 1)
+        shape = (_BATCHES, work.batch_rows // rows, rows, work.seq_len + 1)
         tokens = random.integers(self.vocab_size, size=shape, dtype=np.int32)
         end = _NO_END
-        if self.document_mask:
+        if work.document_mask:  # rows hold documents of random lengths
             end = self.vocab_size - 1
             tokens[random.random(shape) < 1 / _DOCUMENT_TOKENS] = end
-        options = {"document_mask": self.document_mask, "pin": self.compute.device == "cuda"}
+        options = {"document_mask": work.document_mask, "pin": work.device == "cuda"}
         return [
             [to_micro_batch(part, end_of_text=end, **options) for part in batch] for batch in tokens
         ]
@@ -106,72 +97,69 @@ class Workload(Config):
 # Contenders
 
 
-def training_config(work: Workload, rows: int) -> TrainingConfig:
+def training_config(task: Task, rows: int) -> TrainingConfig:
     """Our training settings for micro-batches of `rows`."""
     return TrainingConfig(
         seed=0,
-        micro_batch_rows=rows,
-        accumulate=work.batch_rows // rows,
-        document_mask=work.document_mask,
+        workload=task.workload.split(rows),
         schedule=Schedule(name="wsd", peak=_LEARNING_RATE, warmup_steps=0, steps=10**9),
         optimizer=AdamW(),
-        compute=work.compute,
     )
 
 
-def ours(work: Workload, rows: int) -> Step:
+def ours(task: Task, rows: int) -> Step:
     """`new_state` and `train_step`, as a run calls them."""
-    config = training_config(work, rows)
-    state = new_state(work.model, config)
+    config = training_config(task, rows)
+    state = new_state(config)
     return lambda micro_batches: train_step(state, micro_batches, config).loss
 
 
-def hf_eager(work: Workload, rows: int) -> Step:
+def hf_eager(task: Task, rows: int) -> Step:
     """`LlamaForCausalLM` with `sdpa` and its own loss."""
-    model = _hugging_face(work)
-    return _common_step(work, model, lambda x, y: model(x, labels=y, shift_labels=y).loss)
+    model = _hugging_face(task)
+    return _common_step(task, model, lambda x, y: model(x, labels=y, shift_labels=y).loss)
 
 
-def hf_compiled(work: Workload, rows: int) -> Step:
+def hf_compiled(task: Task, rows: int) -> Step:
     """`hf_eager`, compiled as a whole."""
-    model = _hugging_face(work)
+    model = _hugging_face(task)
     compiled = torch.compile(model)  # the loss is inside
-    return _common_step(work, model, lambda x, y: compiled(x, labels=y, shift_labels=y).loss)
+    return _common_step(task, model, lambda x, y: compiled(x, labels=y, shift_labels=y).loss)
 
 
-def liger(work: Workload, rows: int) -> Step:
+def liger(task: Task, rows: int) -> Step:
     """`hf_eager` with Liger's defaults: fused head and loss, RMSNorm, rotation, SwiGLU."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama()
-    return hf_eager(work, rows)
+    return hf_eager(task, rows)
 
 
-def liger_compiled(work: Workload, rows: int) -> Step:
+def liger_compiled(task: Task, rows: int) -> Step:
     """`liger`, compiled as a whole."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama()
-    return hf_compiled(work, rows)
+    return hf_compiled(task, rows)
 
 
-def _hugging_face(work: Workload) -> nn.Module:
+def _hugging_face(task: Task) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = work.model
+    shape = task.workload.model
     config = LlamaConfig(
         **shape.model_dump(exclude={"rope_theta"}),
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        max_position_embeddings=work.seq_len,
+        max_position_embeddings=task.workload.seq_len,
         tie_word_embeddings=True,
         use_cache=False,
         attn_implementation="sdpa",
     )
-    with torch.device(work.compute.device):
+    with torch.device(task.workload.device):
         return LlamaForCausalLM(config).train()
 
 
-def torchtitan(work: Workload, rows: int) -> Step:
+def torchtitan(task: Task, rows: int) -> Step:
     """0.2's Llama 3 as its trainer runs one GPU: blocks and loss compiled apart, the rest eager.
 
     Its head is tied here. From 0.3 on it only has attention masked by document, which is other
@@ -181,7 +169,7 @@ def torchtitan(work: Workload, rows: int) -> Step:
     from torchtitan.models.llama3.model.args import TransformerModelArgs
     from torchtitan.models.llama3.model.model import Transformer
 
-    shape = work.model
+    shape = task.workload.model
     arguments = TransformerModelArgs(
         dim=shape.hidden_size,
         n_layers=shape.num_hidden_layers,
@@ -192,26 +180,26 @@ def torchtitan(work: Workload, rows: int) -> Step:
         multiple_of=shape.intermediate_size,
         norm_eps=shape.rms_norm_eps,
         rope_theta=shape.rope_theta,
-        max_seq_len=work.seq_len,
+        max_seq_len=task.workload.seq_len,
     )
-    with torch.device(work.compute.device):
+    with torch.device(task.workload.device):
         model = Transformer(arguments)
     model.tok_embeddings.weight = model.output.weight
     for block in model.layers.values():
         block.compile(fullgraph=True)
     loss = torch.compile(cross_entropy_loss)
-    return _common_step(work, model, lambda x, y: loss(model(x), y) / y.numel())
+    return _common_step(task, model, lambda x, y: loss(model(x), y) / y.numel())
 
 
-def litgpt(work: Workload, rows: int) -> Step:
+def litgpt(task: Task, rows: int) -> Step:
     """As in its pretrain.py: compiled as a whole, cross-entropy in chunks of 128 outside."""
     from litgpt.config import Config as GptConfig
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    shape = work.model
+    shape = task.workload.model
     config = GptConfig(
-        block_size=work.seq_len,
+        block_size=task.workload.seq_len,
         n_layer=shape.num_hidden_layers,
         n_embd=shape.hidden_size,
         n_head=shape.num_attention_heads,
@@ -227,21 +215,21 @@ def litgpt(work: Workload, rows: int) -> Step:
         rotary_percentage=1.0,
         rope_base=int(shape.rope_theta),
     )
-    with torch.device(work.compute.device):
+    with torch.device(task.workload.device):
         model = GPT(config)
     model.transformer.wte.weight = model.lm_head.weight
     compiled = torch.compile(model)
-    return _common_step(work, model, lambda x, y: chunked_cross_entropy(compiled(x), y))
+    return _common_step(task, model, lambda x, y: chunked_cross_entropy(compiled(x), y))
 
 
 def _common_step(
-    work: Workload, model: nn.Module, mean_loss: Callable[[Tensor, Tensor], Tensor]
+    task: Task, model: nn.Module, mean_loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
     """The step of all peers: autocast, clipping, fused AdamW that decays all parameters."""
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
-    if count != work.model.parameters:
-        raise ValueError(f"{count:,} parameters where ours are {work.model.parameters:,}")
+    if count != task.workload.model.parameters:
+        raise ValueError(f"{count:,} parameters where ours are {task.workload.model.parameters:,}")
     with torch.no_grad():
         for parameter in parameters:
             if parameter.dim() > 1:
@@ -250,16 +238,16 @@ def _common_step(
         parameters, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
 
-    bf16 = work.compute.precision == "bf16"
+    bf16 = task.workload.precision == "bf16"
 
     def step(micro_batches: list[MicroBatch]) -> Tensor:
         losses = []
         for batch in micro_batches:
             inputs, targets = (
-                tensor.to(work.compute.device, non_blocking=True)
+                tensor.to(task.workload.device, non_blocking=True)
                 for tensor in (batch.inputs, batch.targets)
             )
-            with torch.autocast(work.compute.device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(task.workload.device, torch.bfloat16, enabled=bf16):
                 loss = mean_loss(inputs, targets) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
@@ -272,7 +260,7 @@ def _common_step(
 
 
 class Contender(NamedTuple):
-    build: Callable[[Workload, int], Step]
+    build: Callable[[Task, int], Step]
     packages: tuple[str, ...]
     """Packages it needs; the version of the first one is shown."""
 
@@ -298,17 +286,17 @@ CONTENDERS = {
 # Measuring, in the contender's process
 
 
-def measure(contender: str, work: Workload) -> Iterator[Figures]:
+def measure(contender: str, task: Task) -> Iterator[Figures]:
     """Yield figures for every micro-batch tried, until memory is out or the gain is noise."""
     fastest = 0.0
-    for rows in work.rows:
+    for rows in task.rows:
         if fastest:
             gc.collect()
             torch.compiler.reset()  # else the next shape is compiled as a dynamic one
-            if work.compute.device == "cuda":
+            if task.workload.device == "cuda":
                 torch.cuda.empty_cache()
         try:
-            figures = _measure_rows(CONTENDERS[contender].build, work, rows)
+            figures = _measure_rows(CONTENDERS[contender].build, task, rows)
         except Exception as error:  # compilers wrap it in errors of their own
             if "out of memory" not in str(error).lower():
                 raise
@@ -320,10 +308,10 @@ def measure(contender: str, work: Workload) -> Iterator[Figures]:
         fastest = max(fastest, figures["tokens_per_second"])
 
 
-def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: int) -> Figures:
-    device = work.compute.device
-    batches = work.batches(rows)
-    step = build(work, rows)
+def _measure_rows(build: Callable[[Task, int], Step], task: Task, rows: int) -> Figures:
+    device = task.workload.device
+    batches = task.batches(rows)
+    step = build(task, rows)
     wait(device)
     started = time.perf_counter()
     first_loss = float(step(batches[0]))
@@ -339,13 +327,13 @@ def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: 
         wait(device)
         return (time.perf_counter() - started) / steps
 
-    steps = math.ceil(work.seconds / seconds_a_step(1))
-    steps = math.ceil(work.seconds / seconds_a_step(steps))  # warm by now
+    steps = math.ceil(task.seconds / seconds_a_step(1))
+    steps = math.ceil(task.seconds / seconds_a_step(steps))  # warm by now
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     busy, used = _busy_elsewhere(), time.process_time()
     started = time.perf_counter()
-    windows = [seconds_a_step(steps) for _ in range(work.windows)]
+    windows = [seconds_a_step(steps) for _ in range(task.windows)]
     elapsed, busy = time.perf_counter() - started, _busy_elsewhere() - busy
     used = time.process_time() - used
     loss = float(step(batches[0]))
@@ -353,11 +341,11 @@ def _measure_rows(build: Callable[[Workload, int], Step], work: Workload, rows: 
         raise ValueError(f"the loss is {loss}")
     return {
         "rows": rows,
-        "tokens_per_second": work.batch_rows * work.seq_len / statistics.median(windows),
+        "tokens_per_second": task.workload.batch_tokens / statistics.median(windows),
         "windows": windows,
         "steps": steps,
         "busy_elsewhere": max(0.0, busy / elapsed),
-        "cpu_seconds_a_step": used / steps / work.windows,
+        "cpu_seconds_a_step": used / steps / task.windows,
         "first_step_seconds": first_step,
         "peak_gb": peak_bytes(device) / 1e9,
         "losses": [first_loss, loss],
@@ -386,10 +374,10 @@ def peak_bytes(device: str) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def matmul(work: Workload) -> Figures:
+def matmul(task: Task) -> Figures:
     """TFLOP/s of one large matrix product: of ten, and sustained, when the chip is hot."""
-    device, n = work.compute.device, _MATMUL[work.compute.device]
-    dtype = torch.bfloat16 if work.compute.precision == "bf16" else torch.float32
+    device, n = task.workload.device, _MATMUL[task.workload.device]
+    dtype = torch.bfloat16 if task.workload.precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def tflops(products: int) -> float:
@@ -406,15 +394,15 @@ def matmul(work: Workload) -> Figures:
     return {"n": n, "dtype": str(dtype), "burst_tflops": burst, "sustained_tflops": tflops(many)}
 
 
-def run(contender: str, workload: str, file: str) -> None:
+def run(contender: str, given: str, file: str) -> None:
     """Entry point of the contender's process; `file` is written after every trial.
 
     So the trials before a failure remain.
     """
-    work = Workload.model_validate_json(workload)
+    task = Task.model_validate_json(given)
     torch.manual_seed(0)
     trials = []
-    for figures in [matmul(work)] if contender == "matmul" else measure(contender, work):
+    for figures in [matmul(task)] if contender == "matmul" else measure(contender, task):
         trials.append(figures)
         Path(file).write_text(json.dumps(trials))
 
@@ -424,7 +412,7 @@ def run(contender: str, workload: str, file: str) -> None:
 
 def compare(arguments: argparse.Namespace, device: Device) -> Figures:
     """Measure every contender asked for; one that cannot run has its reason under `absent`."""
-    anchor = workload(arguments, arguments.sizes[0], {})
+    anchor = asked_task(arguments, arguments.sizes[0], {})
     anchors = [try_in_process("matmul", anchor, arguments.limit)]
     runs: list[Figures] = [
         {"size": size, "contender": asked} | _presence(parse_contender(asked)[0], device)
@@ -453,11 +441,11 @@ def compare(arguments: argparse.Namespace, device: Device) -> Figures:
 def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device) -> None:
     """Measure a contender once more: first the search, then more windows at the best rows."""
     name, settings = parse_contender(facts["contender"])
-    work = workload(arguments, facts["size"], settings)
+    task = asked_task(arguments, facts["size"], settings)
     best = facts.get("best")
     if best is not None:
-        work = work.replace(rows=(best["rows"],))
-    outcome = try_in_process(name, work, arguments.limit)
+        task = task.replace(rows=(best["rows"],))
+    outcome = try_in_process(name, task, arguments.limit)
     trials = facts.setdefault("trials", [])
     trials += outcome["trials"]
     done = [trial for trial in outcome["trials"] if "failed" not in trial]
@@ -475,11 +463,11 @@ def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device
         used = min(best["cpu_seconds_a_step"], done[0]["cpu_seconds_a_step"])
         best["cpu_seconds_a_step"] = used
     median = statistics.median(best["windows"])
-    best["tokens_per_second"] = work.batch_rows * work.seq_len / median
+    best["tokens_per_second"] = task.workload.batch_tokens / median
     best["spread"] = (max(best["windows"]) - min(best["windows"])) / median
-    flops = work.model.flops_per_token(work.seq_len) * best["tokens_per_second"]
+    flops = task.workload.flops_per_token * best["tokens_per_second"]
     best["tflops"] = flops / 1e12
-    if device.peak_flops and work.compute.precision == "bf16":  # whose peak it is
+    if device.peak_flops and task.workload.precision == "bf16":  # whose peak it is
         best["mfu"] = flops / device.peak_flops
 
 
@@ -498,40 +486,42 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
     return name, {key: value for key, _, value in pairs}
 
 
-def workload(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Workload:
-    own = {name: value for name, value in settings.items() if name == "document_mask"}
-    compute = {
+def asked_task(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Task:
+    """The task on the command line, with the `settings` of a contender."""
+    workload = {
         "device": arguments.device,
+        "device_name": find_device(arguments.device).name,
+        "model": with_vocabulary(SIZES[size], arguments.vocab_size),
+        "seq_len": arguments.seq_len,
+        "micro_batch_rows": arguments.batch_rows,
+        "accumulate": 1,
         "precision": arguments.precision,
         "compile": arguments.device == "cuda",  # a run's default
     }
-    return Workload(
+    if fixed := workload.keys() & settings.keys() - {"precision", "compile"}:
+        raise ValueError(f"{', '.join(fixed)}: the same for every contender, drop it")
+    return Task(
         size=size,
         vocab_size=arguments.vocab_size,
-        seq_len=arguments.seq_len,
-        batch_rows=arguments.batch_rows,
+        workload=Workload.model_validate(workload | settings),
         rows=tuple(arguments.rows or doublings(arguments.batch_rows)),
-        compute=ComputeConfig.model_validate(
-            compute | {name: value for name, value in settings.items() if name not in own}
-        ),
         windows=arguments.windows,
         seconds=arguments.seconds,
-        **own,
     )
 
 
-def check(work: Workload, device: Device) -> None:
-    """Require a workload that the device can compute.
+def check(task: Task, device: Device) -> None:
+    """Require a task that the device can compute.
 
     Raises:
         ValueError: it cannot.
     """
-    for rows in work.rows:
-        if work.batch_rows % rows:
-            raise ValueError(f"--rows {rows} does not divide --batch-rows {work.batch_rows}")
-    if work.compute.fp8:
-        precision = work.compute.precision
-        require_fp8(device, work.model, seq_len=work.seq_len, precision=precision)
+    for rows in task.rows:
+        if task.workload.batch_rows % rows:
+            raise ValueError(
+                f"--rows {rows} does not divide --batch-rows {task.workload.batch_rows}"
+            )
+    task.workload.require_fp8(device)
 
 
 def doublings(number: int) -> list[int]:
@@ -558,7 +548,7 @@ def _presence(name: str, device: Device) -> Figures:
         return {"version": package}  # from a checkout
 
 
-def try_in_process(name: str, work: Workload, limit: float) -> Figures:
+def try_in_process(name: str, task: Task, limit: float) -> Figures:
     """Run a contender in a process of its own: its trials, and under `failed` why it ended."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file, output = Path(folder, "trials.json"), Path(folder, "output.txt")
@@ -567,7 +557,7 @@ def try_in_process(name: str, work: Workload, limit: float) -> Figures:
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # an empty compile cache for each
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }
-        command = [sys.executable, __file__, "--run", name, work.model_dump_json(), str(file)]
+        command = [sys.executable, __file__, "--run", name, task.model_dump_json(), str(file)]
         failed = None
         with output.open("wb") as sink:
             process = subprocess.Popen(
@@ -760,7 +750,7 @@ def main() -> None:
     arguments.contenders += [_OURS_IN_FP8] if arguments.fp8 else []
     try:
         for asked in arguments.contenders:
-            check(workload(arguments, arguments.sizes[0], parse_contender(asked)[1]), device)
+            check(asked_task(arguments, arguments.sizes[0], parse_contender(asked)[1]), device)
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from train_speed import Figures, Workload, peak_bytes, training_config, wait
+from train_speed import Figures, Task, peak_bytes, training_config, wait
 
 from zeroflow import artifacts, records
 from zeroflow.device import find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import Recompute
-from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES
+from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training import worker, zero
-from zeroflow.training.config import ComputeConfig
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import new_state
 from zeroflow.training.worker import Stop
-from zeroflow.training.workload import STAGES, Stage
+from zeroflow.training.workload import STAGES, Stage, Workload
 from zeroflow.units import binary
 
 log = logging.getLogger("zeroflow.benchmarks")
@@ -40,46 +39,47 @@ _FOUND = "found.json"
 
 
 class StagesJob(RankJob):
-    work: Workload
-    """Workload of each rank."""
+    task: Task
+    """Task of each rank."""
 
     stages: tuple[Stage, ...]
 
 
 def measure(job: StagesJob, stage: Stage) -> Figures:
     """Speed and memory of a stage, over windows of as many steps as take `seconds`."""
-    compute, [rows] = job.training.compute, job.work.rows
-    config = job.training.replace(zero_stage=stage)
-    batches = job.work.batches(rows)
+    [rows] = job.task.rows
+    work = job.training.workload.replace(zero_stage=stage)
+    config = job.training.replace(workload=work)
+    batches = job.task.batches(rows)
     gc.collect()
     torch.compiler.reset()  # else blocks that are sharded differently are compiled as dynamic ones
-    state = new_state(job.model, config)
-    if compute.device == "cuda":
+    state = new_state(config)
+    if work.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def seconds_of(steps: int) -> float:
-        wait(compute.device)
+        wait(work.device)
         began = time.perf_counter()
         for _ in range(steps):
             train_step(state, batches[state.step % len(batches)], config)
-        wait(compute.device)
+        wait(work.device)
         return time.perf_counter() - began
 
     seconds_of(3)
-    steps = zero.max_over_ranks(max(1, round(job.work.seconds / seconds_of(1))))
-    windows = [seconds_of(steps) / steps for _ in range(job.work.windows)]
+    steps = zero.max_over_ranks(max(1, round(job.task.seconds / seconds_of(1))))
+    windows = [seconds_of(steps) / steps for _ in range(job.task.windows)]
     seconds = statistics.median(windows)
     loss = train_step(state, batches[0], config).loss.item()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     return {
-        "ranks": config.ranks,
+        "ranks": work.ranks,
         "stage": stage,
         "seconds_per_step": seconds,
         "spread": (max(windows) - min(windows)) / seconds,
-        "tokens_per_second": config.batch_rows * job.work.seq_len / seconds,
-        "memory": zero.max_over_ranks(peak_bytes(compute.device)),
+        "tokens_per_second": work.batch_tokens / seconds,
+        "memory": zero.max_over_ranks(peak_bytes(work.device)),
         "loss": loss,
     }
 
@@ -96,12 +96,11 @@ def work(job: StagesJob, stop: Stop) -> None:
         records.append(job.folder.events, {"event": "done"})
 
 
-def of_ranks(workload: Workload, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
-    [rows] = workload.rows
-    training = training_config(workload, rows).replace(ranks=ranks)
-    job = StagesJob(
-        run_dir=folder, model=workload.model, training=training, work=workload, stages=stages
-    )
+def of_ranks(task: Task, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
+    [rows] = task.rows
+    training = training_config(task, rows)
+    training = training.replace(workload=training.workload.replace(ranks=ranks))
+    job = StagesJob(run_dir=folder, training=training, task=task, stages=stages)
     artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
     launch("zero_stages", job.folder.job, lambda event: None, ranks=ranks)
     found: Figures = artifacts.read_json(folder / _FOUND)
@@ -138,38 +137,42 @@ def main() -> None:
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     device = find_device(arguments.device or "auto")
-    compute = ComputeConfig(
-        device=device.kind,
-        precision=arguments.precision or ("bf16" if device.has_bf16 else "fp32"),
-        fp8=arguments.fp8,
-        compile=device.compiles and not arguments.no_compile,
-        activation_checkpointing=arguments.recompute,
-    )
     stages = tuple(arguments.stages or STAGES)
     results = []
     for number, size in enumerate(arguments.sizes):
         rows = arguments.rows[number] if arguments.rows else 1
         workload = Workload(
+            device=device.kind,
+            device_name=device.name,
+            model=with_vocabulary(SIZES[size], arguments.vocab_size),
+            seq_len=arguments.seq_len,
+            micro_batch_rows=rows,
+            accumulate=arguments.accumulate,
+            precision=arguments.precision or ("bf16" if device.has_bf16 else "fp32"),
+            fp8=arguments.fp8,
+            compile=device.compiles and not arguments.no_compile,
+            activation_checkpointing=arguments.recompute,
+        )
+        task = Task(
             size=size,
             vocab_size=arguments.vocab_size,
-            seq_len=arguments.seq_len,
-            batch_rows=rows * arguments.accumulate,
+            workload=workload,
             rows=(rows,),
-            compute=compute,
             windows=arguments.windows,
             seconds=arguments.seconds,
         )
         with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-            [alone] = of_ranks(workload, 1, (0,), Path(folder))["found"]
+            [alone] = of_ranks(task, 1, (0,), Path(folder))["found"]
         with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-            shared = of_ranks(workload, arguments.gpus, stages, Path(folder))["found"]
+            shared = of_ranks(task, arguments.gpus, stages, Path(folder))["found"]
         for figures in (alone, *shared):
             planned = memory(
-                *(workload.model, workload.seq_len, rows, compute.activation_checkpointing, device),
-                precision=compute.precision,
-                fp8=compute.fp8,
-                compiled=compute.compile,
-                accumulates=arguments.accumulate > 1,
+                *(workload.model, workload.seq_len, rows, workload.activation_checkpointing),
+                device,
+                precision=workload.precision,
+                fp8=workload.fp8,
+                compiled=workload.compile,
+                accumulates=workload.accumulates,
                 stage=figures["stage"],
                 ranks=figures["ranks"],
             )

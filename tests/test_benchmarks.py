@@ -21,19 +21,23 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.device import Device, known_gpu
 from zeroflow.estimate.memory import checkpoint_bytes
 from zeroflow.model import fp8
-from zeroflow.training.config import ComputeConfig
+from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.training.workload import Workload
 
 torch.set_num_threads(1)  # such small matrices only wait for a second thread
 
-WORK = train_speed.Workload(
-    size="tiny",
-    vocab_size=256,
+WORKLOAD = Workload(
+    device="cpu",
+    device_name="a CPU",
+    model=with_vocabulary(SIZES["tiny"], 256),
     seq_len=16,
-    batch_rows=2,
-    rows=(2,),
-    compute=ComputeConfig(device="cpu", precision="fp32", compile=False),
-    windows=1,
-    seconds=0.01,
+    micro_batch_rows=2,
+    accumulate=1,
+    precision="fp32",
+    compile=False,
+)
+TASK = train_speed.Task(
+    size="tiny", vocab_size=256, workload=WORKLOAD, rows=(2,), windows=1, seconds=0.01
 )
 DEVICE = Device(kind="cpu", name="a CPU", memory_bytes=2**30)
 H100 = known_gpu("NVIDIA H100 80GB HBM3")
@@ -53,44 +57,45 @@ def quick_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("contender", ["ours", "hf_eager"])
 def test_contenders_train_the_same_shape(contender):
-    for figures in train_speed.measure(contender, WORK):
+    for figures in train_speed.measure(contender, TASK):
         first, last = figures["losses"]
-        assert first == pytest.approx(math.log(WORK.vocab_size), abs=0.3)
+        assert first == pytest.approx(math.log(TASK.vocab_size), abs=0.3)
         assert last < first
         assert figures["tokens_per_second"] > 0
 
 
 def test_ours_in_fp8_is_one_more_contender_where_the_device_can(quick_fp8):
     name, settings = train_speed.parse_contender("ours:fp8=true")
-    compute = ComputeConfig.model_validate(WORK.compute.model_dump() | settings)
-    work = WORK.replace(compute=compute)
-    [figures] = train_speed.measure(name, work)
-    [in_fp32] = train_speed.measure("ours", WORK)
+    in_fp8 = TASK.replace(workload=WORKLOAD.replace(**settings))
+    [figures] = train_speed.measure(name, in_fp8)
+    [in_fp32] = train_speed.measure("ours", TASK)
     for mine, theirs in zip(figures["losses"], in_fp32["losses"], strict=True):
         assert mine != theirs and mine == pytest.approx(theirs, abs=0.02)
-    train_speed.check(WORK, DEVICE)
+    train_speed.check(TASK, DEVICE)
     with pytest.raises(ValueError, match="the device is a CPU"):
-        train_speed.check(work, DEVICE)
-    train_speed.check(work.replace(compute=compute.replace(precision="bf16")), H100)
+        train_speed.check(in_fp8, DEVICE)
+    workload = in_fp8.workload.replace(precision="bf16")
+    train_speed.check(in_fp8.replace(workload=workload), H100)
 
 
 def test_ours_within_documents_is_one_more_contender():
     name, settings = train_speed.parse_contender("ours:document_mask=true,precision=fp32")
     shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 256}
     measuring = {"batch_rows": 2, "rows": [2], "windows": 1, "seconds": 0.01}
-    work = train_speed.workload(Namespace(**shape, **measuring), "tiny", settings)
-    [[batch], *_] = work.batches(2)
+    task = train_speed.asked_task(Namespace(**shape, **measuring), "tiny", settings)
+    [[batch], *_] = task.batches(2)
     assert batch.documents.max() > 0, "some end in the middle of a row"
-    [figures] = train_speed.measure(name, work)
-    [whole] = train_speed.measure(name, work.replace(document_mask=False))
+    [figures] = train_speed.measure(name, task)
+    unmasked = task.workload.replace(document_mask=False)
+    [whole] = train_speed.measure(name, task.replace(workload=unmasked))
     assert figures["losses"] != whole["losses"]
 
 
 def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
-    found = checkpoint_stall.measure(WORK, tmp_path, saves=2)
+    found = checkpoint_stall.measure(TASK, tmp_path, saves=2)
     for name in ("stalls", "waited_for", "writing"):
         assert len(found[name]) == 2 and min(found[name]) > 0
-    expected = checkpoint_bytes(WORK.model)
+    expected = checkpoint_bytes(WORKLOAD.model)
     assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
     assert found["steps_beside"] > 0
 
@@ -121,18 +126,16 @@ def test_paths_to_rows_make_the_same_tokens(text, tmp_path):
 
 
 def test_stage_of_one_rank_is_a_plain_training(tmp_path):
-    training = train_speed.training_config(WORK, 2)
-    job = zero_stages.StagesJob(
-        run_dir=tmp_path, model=WORK.model, training=training, work=WORK, stages=(0,)
-    )
+    training = train_speed.training_config(TASK, 2)
+    job = zero_stages.StagesJob(run_dir=tmp_path, training=training, task=TASK, stages=(0,))
     found = zero_stages.measure(job, 0)
     assert (found["ranks"], found["stage"]) == (1, 0)
     assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds_per_step"])
-    assert found["loss"] < math.log(WORK.vocab_size) < found["memory"]
+    assert found["loss"] < math.log(TASK.vocab_size) < found["memory"]
 
 
 def test_contender_that_takes_too_long_is_ended_with_its_reason():
-    outcome = train_speed.try_in_process("ours", WORK, limit=0.1)
+    outcome = train_speed.try_in_process("ours", TASK, limit=0.1)
     assert outcome == {"trials": [], "failed": "stopped after 0 s (--limit)"}
 
 
@@ -171,12 +174,12 @@ def test_rows_are_doubled_up_to_the_batch():
 
 
 def test_profile_shares_out_all_of_the_time():
-    step = train_speed.ours(WORK, rows=2)
-    kernels, span = profile_step.profile_steps(step, WORK, steps=1)
+    step = train_speed.ours(TASK, rows=2)
+    kernels, span = profile_step.profile_steps(step, TASK, steps=1)
     figures = profile_step.summarise(kernels, span, steps=1, top=5)
     assert sum(figures["families"].values()) == pytest.approx(figures["busy_ms"])
     assert {"GEMM", "attention", "cross-entropy", "optimiser"} <= figures["families"].keys()
-    assert "| GEMM |" in profile_step.report(figures | {"peak_gb": 1.0}, DEVICE, WORK)
+    assert "| GEMM |" in profile_step.report(figures | {"peak_gb": 1.0}, DEVICE, TASK)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ _GPUS = {
 }
 
 
+DeviceKind = Literal["cpu", "cuda"]
+
 Precision = Literal["bf16", "fp32"]
 
 
@@ -56,7 +58,7 @@ FP8_CAPABILITY = (8, 9)
 class Device(Config):
     """What the run computes on."""
 
-    kind: Literal["cpu", "cuda"]
+    kind: DeviceKind
     name: str
     memory_bytes: int
     peak_flops: float | None = None

@@ -145,12 +145,11 @@ def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def check_before(
-    job: TrainingJob, device: str, trained: TrainResult | None, view: View = LOG_ONLY
+    job: TrainingJob, trained: TrainResult | None, view: View = LOG_ONLY
 ) -> PreflightResult | None:
     """The pre-flight of `job`, unless the same one was passed before.
 
     Args:
-        device: name of the device.
         trained: result of the job if it is finished; then there is nothing left to check.
 
     Returns:
@@ -159,12 +158,12 @@ def check_before(
     Raises:
         PreflightFailed: a check failed.
     """
-    if before := preflight.known(job, device):
+    if before := preflight.known(job):
         return before
     if trained:
         result = preflight.read(job.folder)
         return result and result.replace(reused=True, why=TRAINED)
-    result = preflight.check(job, device)
+    result = preflight.check(job)
     view.page(run_report.preflight_section(result), "preflight", job.run_dir.name)
     if not result.passed:
         raise PreflightFailed(result)
@@ -206,7 +205,6 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
     result = overfit.check(
         OverfitJob(
             run_dir=job.run_dir,
-            model=job.model,
             training=job.training,
             shards=job.shards,
             limits=limits,
@@ -285,7 +283,7 @@ class Stages(NamedTuple):
     fetch_tokenizer: Callable[[Settled], Tokenizer] = fetch_tokenizer
     build_shards: Callable[[Settled, Tokenizer, View], ShardSet] = build_shards
     build_model: Callable[[Settled, Tokenizer], ModelConfig] = build_model
-    check_before: Callable[[TrainingJob, str, TrainResult | None, View], PreflightResult | None] = (
+    check_before: Callable[[TrainingJob, TrainResult | None, View], PreflightResult | None] = (
         check_before
     )
     train: Callable[[TrainingJob, Settled, TrainResult | None, View], TrainResult] = train
@@ -318,10 +316,11 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         before = _trained_before(job)
         busy = run.device == "cuda" and before is None
         with view.gpu_slot() if busy else nullcontext():
-            if run.skip_preflight:
-                checked = preflight.read(job.folder)  # of an earlier command
-            else:
-                checked = stages.check_before(job, prepared.settlement.device.name, before, view)
+            # A pre-flight that is skipped may have run in an earlier command
+            skipped = run.skip_preflight
+            checked = (
+                preflight.read(job.folder) if skipped else stages.check_before(job, before, view)
+            )
             trained = stages.train(job, run, before, view)
             try:
                 learned = stages.check_overfit(job, run.overfit, view)

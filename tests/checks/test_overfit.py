@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, NO_END, ArrayRows, synthetic_rows, training_config
+from tiny import MODEL, NO_END, ArrayRows, synthetic_rows, training_config, with_workload
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
@@ -17,7 +17,7 @@ BATCH = FixedBatch(to_micro_batch(ROWS, end_of_text=NO_END))
 
 
 def run(state: TrainState | None = None, batches: object = BATCH) -> OverfitResult:
-    result = checks.overfit(state or new_state(MODEL, CONFIG), batches, CONFIG, LIMITS)
+    result = checks.overfit(state or new_state(CONFIG), batches, CONFIG, LIMITS)
     assert result is not None
     return result
 
@@ -32,7 +32,7 @@ def test_sound_model_learns_the_batch_by_heart_the_same_way_each_time():
 
 
 def test_frozen_block_is_caught_although_the_batch_is_learned():
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     state.model.model.layers[0].requires_grad_(False)
     result = run(state)
     assert not result.passed and result.loss < 0.1
@@ -40,7 +40,7 @@ def test_frozen_block_is_caught_although_the_batch_is_learned():
 
 
 def test_block_cut_off_from_the_graph_is_caught_although_the_batch_is_learned():
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     block = state.model.model.layers[1].self_attn
     forward = block.forward
     block.forward = lambda *inputs: forward(*inputs).detach()
@@ -50,7 +50,7 @@ def test_block_cut_off_from_the_graph_is_caught_although_the_batch_is_learned():
 
 
 def test_matrix_that_only_decays_is_caught():
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     state.model.model.layers[0].self_attn.k_proj.weight.register_hook(torch.zeros_like)
     result = run(state)
     assert not result.passed
@@ -81,7 +81,7 @@ def test_labels_that_change_at_every_step_are_caught():
 
 def test_check_ends_between_two_steps_when_asked_to():
     answers = iter([False, False, True])
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     assert checks.overfit(state, BATCH, CONFIG, LIMITS, stop=lambda: next(answers)) is None
     assert state.step == 3
 
@@ -89,22 +89,27 @@ def test_check_ends_between_two_steps_when_asked_to():
 def test_settings_are_the_runs_own_but_for_batch_and_schedule():
     run_settings = training_config(seed=7, steps=10**6, micro_batch_rows=64, accumulate=9)
     limits = OverfitConfig(overfit_steps=150)
-    settings = checks.settings(MODEL, run_settings, limits)
-    for name in ("seed", "optimizer", "compute"):
-        assert getattr(settings, name) == getattr(run_settings, name)
-    assert settings.accumulate == 1
+    settings = checks.settings(run_settings, limits)
+    own = {"schedule": settings.schedule, "workload": settings.workload}
+    assert settings == run_settings.replace(**own)
+    batch = {"micro_batch_rows": 4, "accumulate": 1}
+    assert settings.workload == run_settings.workload.replace(**batch)
     rates = [settings.schedule.learning_rate(step) for step in range(150)]
     assert set(rates[10:]) == {max(rates)}, "no decay within the check"
-    wide = checks.settings(MODEL.replace(hidden_size=2048), run_settings, limits)
+    wider = with_workload(run_settings, model=MODEL.replace(hidden_size=2048))
+    wide = checks.settings(wider, limits)
     assert wide.schedule.peak < settings.schedule.peak, "wide models want small steps"
 
 
 def test_batch_is_the_beginning_of_the_first_rows():
     rows = np.arange(10 * 100).reshape(10, 100).view(ArrayRows)
-    [batch] = checks.fixed_batch(rows).micro_batches(0)
+    of_run = training_config(seq_len=99)
+    workload = checks.settings(of_run, LIMITS).workload
+    [batch] = checks.fixed_batch(rows, workload).micro_batches(0)
     assert batch.inputs.tolist() == rows[:4, :64].tolist()
     assert batch.targets.tolist() == rows[:4, 1:65].tolist()
-    [only] = checks.fixed_batch(rows[:1, :9]).micro_batches(5)
+    workload = checks.settings(with_workload(of_run, seq_len=8), LIMITS).workload
+    [only] = checks.fixed_batch(rows[:1, :9], workload).micro_batches(5)
     assert only.inputs.tolist() == rows[:1, :8].tolist()
 
 
@@ -125,9 +130,9 @@ def job(tmp_path, monkeypatch) -> OverfitJob:
 
     monkeypatch.setattr(checks, "launch", launch_here)
     monkeypatch.setattr(checks, "Rows", lambda shards, split: None)
-    monkeypatch.setattr(checks, "fixed_batch", lambda rows, document_mask: BATCH)
+    monkeypatch.setattr(checks, "fixed_batch", lambda rows, workload: BATCH)
     rows, _ = synthetic_rows(tmp_path)
-    return OverfitJob(run_dir=tmp_path, model=MODEL, training=CONFIG, shards=rows, limits=LIMITS)
+    return OverfitJob(run_dir=tmp_path, training=CONFIG, shards=rows, limits=LIMITS)
 
 
 def test_check_is_repeated_only_for_a_reason_that_is_told(job):

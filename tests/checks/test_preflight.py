@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
-    CPU,
     MODEL,
     SHAPE,
     apart_from_reuse,
@@ -11,6 +10,7 @@ from tiny import (
     lively_model,
     training_config,
     training_job,
+    with_workload,
 )
 
 from zeroflow import reuse
@@ -28,9 +28,9 @@ from zeroflow.training import checkpoint, recovery, worker
 from zeroflow.training.job import TrainingFailed, TrainingJob
 from zeroflow.training.state import TrainState, new_state
 
-CONFIG = training_config(document_mask=True)
+CONFIG = training_config(document_mask=True, seq_len=64)
 FP8 = {"precision": "bf16", "fp8": True}
-BATCH = preflight.random_batch(MODEL, 2, 64, seed=0, document_mask=True)
+BATCH = preflight.random_batch(CONFIG.workload, seed=0)
 SHARDS = ShardConfig(seq_len=32, train_rows=40, validation_rows=2, validation_fraction=0.1)
 ALL_CHECKS = [
     "checksums",
@@ -46,13 +46,9 @@ ALL_CHECKS = [
 
 
 def checked_job(folder: Path, shards: ShardSet, tokenizer: Tokenizer) -> TrainingJob:
-    return training_job(
-        folder / "run",
-        shards,
-        tokenizer,
-        model=with_vocabulary(SHAPE, tokenizer.vocab_size),
-        training=training_config(document_mask=True, micro_batch_rows=4, accumulate=2),
-    )
+    model = with_vocabulary(SHAPE, tokenizer.vocab_size)
+    batch = {"document_mask": True, "micro_batch_rows": 4, "accumulate": 2}
+    return training_job(folder / "run", shards, tokenizer, training_config(model=model, **batch))
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
 
 @pytest.fixture
 def state() -> TrainState:
-    return new_state(MODEL, CONFIG)
+    return new_state(CONFIG)
 
 
 def failed(check: Check, *words: str) -> None:
@@ -82,7 +78,7 @@ def failed(check: Check, *words: str) -> None:
 
 
 def test_sound_job_passes_every_check_once(job):
-    result = preflight.check(job, "a device")
+    result = preflight.check(job)
     assert [check.name for check in result.checks] == ALL_CHECKS
     assert all(check.passed and check.figure and check.sentence for check in result.checks)
     assert result.passed and apart_from_reuse(result) == preflight.read(job.folder)
@@ -94,22 +90,23 @@ def test_sound_job_passes_every_check_once(job):
 
     assert result.why == "the run had none before"
     same = result.replace(reused=True, why=reuse.PASSED)
-    assert preflight.known(job, "a device") == same
+    assert preflight.known(job) == same
     longer = job.training.replace(schedule=job.training.schedule.replace(steps=99))
-    assert preflight.known(job.replace(training=longer), "a device") == same
-    assert preflight.known(job, "another device") is None
-    fewer = job.training.replace(micro_batch_rows=2, accumulate=4)
-    assert preflight.known(job.replace(training=fewer), "a device") is None
+    assert preflight.known(job.replace(training=longer)) == same
+    elsewhere = with_workload(job.training, device_name="another CPU")
+    assert preflight.known(job.replace(training=elsewhere)) is None
+    fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
+    assert preflight.known(job.replace(training=fewer)) is None
 
 
 def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
-    before = preflight.check(job, "a device")
+    before = preflight.check(job)
     monkeypatch.setattr(torch, "__version__", "99.0")
-    again = preflight.check(job, "a device")
+    again = preflight.check(job)
     installed = before.identity["torch"]
     assert again.why == f"the one before has torch {installed} instead of 99.0"
-    fewer = job.training.replace(micro_batch_rows=2, accumulate=4)
-    third = preflight.check(job.replace(training=fewer), "a device")
+    fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
+    third = preflight.check(job.replace(training=fewer))
     assert "has training.micro_batch_rows 4 instead of 2, training.accumulate 2 inst" in third.why
 
 
@@ -124,13 +121,13 @@ def test_synthetic_data_has_no_text_to_check(tmp_path):
 
 
 def of(job: TrainingJob) -> PreflightJob:
-    same = {name: getattr(job, name) for name in ("run_dir", "model", "training", "shards")}
+    same = {name: getattr(job, name) for name in ("run_dir", "training", "shards")}
     return PreflightJob(**same, tokenizer=job.tokenizer, identity={})
 
 
 def test_checks_of_the_model_leave_it_as_it_was(state):
     before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
-    found = list(preflight.model_checks(state, CONFIG, context=64))
+    found = list(preflight.model_checks(state, CONFIG))
     assert all(check.passed for check in found)
     assert all(torch.equal(w, before[name]) for name, w in state.model.state_dict().items())
     assert all(parameter.grad is None for parameter in state.model.parameters())
@@ -139,16 +136,17 @@ def test_checks_of_the_model_leave_it_as_it_was(state):
 @pytest.mark.parametrize("context", [2, 3, 33])
 @pytest.mark.parametrize("how", [{"precision": "fp32"}, {"precision": "bf16"}, FP8])
 def test_sound_model_passes_at_any_context_and_precision(context, how):
-    config = training_config(document_mask=True, compute=CPU.replace(**how))
-    found = preflight.model_checks(new_state(MODEL, config), config, context)
+    config = training_config(document_mask=True, seq_len=context, **how)
+    found = preflight.model_checks(new_state(config), config)
     assert [check for check in found if not check.passed] == []
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_initial_loss_is_as_expected_of_wide_models_with_any_seed(seed):
     wide = MODEL.replace(hidden_size=1024, num_hidden_layers=1, vocab_size=2048)
-    batch = preflight.random_batch(wide, 2, 64, seed=seed)
-    assert preflight.initial_loss(new_state(wide, training_config(seed=seed)), batch).passed
+    config = training_config(seed=seed, model=wide, seq_len=64)
+    batch = preflight.random_batch(config.workload, seed=seed)
+    assert preflight.initial_loss(new_state(config), batch).passed
 
 
 def test_weights_of_the_wrong_scale_are_caught(state):
@@ -194,7 +192,7 @@ def test_attention_to_the_next_token_alone_is_caught(state, monkeypatch):
         T = documents.shape[1]
         return torch.ones(T, T, dtype=torch.bool).tril(diagonal=1)
 
-    monkeypatch.setattr(state.model.model, "document_mask", lenient)
+    monkeypatch.setattr(state.model.model, "mask_for", lenient)
     failed(preflight.causality(state, BATCH), "tokens that come later")
 
 
@@ -207,7 +205,7 @@ def test_attention_to_other_documents_is_caught(state, monkeypatch):
     def blind(documents, dtype):
         return attention.dense_mask(documents * 0, dtype)
 
-    monkeypatch.setattr(state.model.model, "document_mask", blind)
+    monkeypatch.setattr(state.model.model, "mask_for", blind)
     assert preflight.causality(state, BATCH).passed
     failed(preflight.documents(state, BATCH), "other documents", "drop --document-mask")
 
@@ -220,7 +218,7 @@ def test_compiled_code_that_differs_is_caught(monkeypatch):
         return state
 
     batch = BATCH._replace(documents=None)
-    sound = preflight.compiled_equals_eager(compiled(new_state(MODEL, CONFIG)), batch, 1e-3)
+    sound = preflight.compiled_equals_eager(compiled(new_state(CONFIG)), batch, 1e-3)
     assert sound.passed and sound.figure == "0 apart"
 
     forward = FeedForward.forward
@@ -230,7 +228,7 @@ def test_compiled_code_that_differs_is_caught(monkeypatch):
         return y * 1.05 if torch.compiler.is_compiling() else y
 
     monkeypatch.setattr(FeedForward, "forward", other)
-    check = preflight.compiled_equals_eager(compiled(new_state(MODEL, CONFIG)), batch, 1e-3)
+    check = preflight.compiled_equals_eager(compiled(new_state(CONFIG)), batch, 1e-3)
     failed(check, "apart", "--no-compile")
 
 
@@ -243,13 +241,13 @@ def test_micro_batch_that_does_not_fit_is_halved_as_in_training(job, monkeypatch
         return step(state, micro_batches, config)
 
     monkeypatch.setattr(preflight, "train_step", with_room_for_two_rows)
-    result = preflight.check(job, "a device")
+    result = preflight.check(job)
     assert result.passed and "2 rows x 32 tokens fit" in result.checks[-2].figure
     [entry] = recovery.read(job.folder)
     assert entry.micro_batch_rows == 2 and "instead of 4" in entry.action
-    trained = recovery.applied(job, [entry]).training
+    trained = recovery.applied(job, [entry]).training.workload
     assert (trained.micro_batch_rows, trained.accumulate) == (2, 4)
-    assert preflight.known(job, "a device").checks == result.checks
+    assert preflight.known(job).checks == result.checks
 
 
 def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
@@ -257,8 +255,8 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(preflight, "train_step", without_room)
-    result = preflight.check(job, "a device")
-    assert not result.passed and preflight.known(job, "a device") is None
+    result = preflight.check(job)
+    assert not result.passed and preflight.known(job) is None
     actions = [entry.action for entry in recovery.read(job.folder)]
     assert len(actions) == 3 and "computed again" in actions[-1]
     message = str(PreflightFailed(result))
@@ -266,7 +264,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
 
 
 def test_step_that_gives_no_finite_number_is_caught(job):
-    state = new_state(job.model, job.training)
+    state = new_state(job.training)
     torch.nn.init.constant_(state.model.model.norm.weight, torch.inf)
     check = preflight.micro_batch(state, job.training, Rows(job.shards, "train"))
     failed(check, "no finite numbers", "--precision")
@@ -278,13 +276,13 @@ def test_other_errors_are_told_as_they_are(job, monkeypatch):
 
     monkeypatch.setattr(preflight, "train_step", broken)
     with pytest.raises(TrainingFailed, match="a bug\nthis was in the pre-flight"):
-        preflight.check(job, "a device")
+        preflight.check(job)
     assert recovery.read(job.folder) == []
 
 
 def test_ids_outside_the_vocabulary_are_caught_and_not_trained_on(job):
     few = job.tokenizer.replace(vocab_size=100)
-    result = preflight.check(job.replace(tokenizer=few), "a device")
+    result = preflight.check(job.replace(tokenizer=few))
     [ids] = [check for check in result.checks if not check.passed]
     failed(ids, "vocabulary of 100", "another tokenizer", str(job.shards.path))
     names = [check.name for check in result.checks]
@@ -306,7 +304,7 @@ def test_flipped_byte_of_a_shard_is_caught(job):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    result = preflight.check(job, "a device")
+    result = preflight.check(job)
     [check] = [check for check in result.checks if not check.passed]
     failed(check, "a part is damaged", file.name, "sha256 differs", "makes it anew")
 

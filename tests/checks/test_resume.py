@@ -146,7 +146,7 @@ def test_difference_before_any_resume_is_blamed_on_the_device(twins):
 
 def test_last_bit_of_one_moment_is_caught_by_name(twins):
     job = twins[1]
-    state = new_state(job.model, job.training)
+    state = new_state(job.training)
     saved = checkpoint.latest(job.folder.checkpoints)
     checkpoint.load(state, saved, tokenizer=job.tokenizer.fingerprint)
     moment = state.optimizer.state[state.model.model.norm.weight]["exp_avg"]

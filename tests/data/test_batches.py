@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny import ArrayRows
 
 from zeroflow.data.batches import (
     IGNORED,
     Batches,
+    BatchShape,
     MicroBatch,
     Prefetcher,
     Skip,
@@ -18,20 +20,12 @@ from zeroflow.data.batches import (
     to_micro_batch,
 )
 
-ROWS = np.arange(23)[:, None] * 100 + np.arange(5)
+ROWS = (np.arange(23)[:, None] * 100 + np.arange(5)).view(ArrayRows)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
 
 
 def batches(*, accumulate: int, ranks: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
-    return Batches(
-        ROWS,
-        end_of_text=-1,
-        seed=seed,
-        micro_batch_rows=micro,
-        accumulate=accumulate,
-        rank=rank,
-        ranks=ranks,
-    )
+    return Batches(ROWS, BatchShape(accumulate, ranks, micro), seed=seed, rank=rank)
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -139,9 +133,7 @@ def test_documents_of_a_row_are_numbered_with_their_ends():
 
 def test_skipped_window_is_left_out_and_nothing_else_moves():
     def order(skips, steps=6):
-        batches = Batches(
-            ROWS, end_of_text=-1, seed=3, micro_batch_rows=2, accumulate=2, skips=skips
-        )
+        batches = Batches(ROWS, BatchShape(2, 1, 2), seed=3, skips=skips)
         return [batches.row_ids(step).ravel().tolist() for step in range(steps)]
 
     plain = order((), steps=12)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import MODEL, ArrayRows, RandomBatches
+from tiny import MODEL, WORKLOAD, ArrayRows, RandomBatches, with_workload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroflow import artifacts, records
@@ -69,7 +69,7 @@ def looked_at(state: TrainState) -> dict[str, Any]:
         path=None, name="ids", vocab_size=MODEL.vocab_size, end_of_text=END, fingerprint=TOKENIZER
     )
     return {
-        "validation": validation_loss(state.model, ROWS, len(ROWS), 2),
+        "validation": validation_loss(state.model, ROWS, len(ROWS), WORKLOAD),
         "sample": sampling.complete_ids(
             # ranks that would each choose for itself take the choice of the first
             *(state.model, tokenizer, SamplingConfig(tokens=6, seed=zero.rank())),
@@ -86,7 +86,7 @@ def saved(state: TrainState, folder: Path) -> None:
 
 
 def loaded(config: TrainingConfig, folder: Path) -> TrainState:
-    state = new_state(MODEL, config.replace(seed=9))
+    state = new_state(config.replace(seed=9))
     newest = zero.on_rank0(lambda: checkpoint.latest(folder))
     assert newest
     checkpoint.load(state, newest, tokenizer=TOKENIZER)
@@ -95,7 +95,7 @@ def loaded(config: TrainingConfig, folder: Path) -> TrainState:
 
 def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, Any]:
     """A training with a checkpoint in it, and what goes on from it and from that of one rank."""
-    state = new_state(MODEL, config)
+    state = new_state(config)
     found: dict[str, Any] = {"begun": trained(state, config, SAVED)}
     found |= looked_at(state)
     saved(state, folder)
@@ -145,7 +145,7 @@ def work(job: RankJob, stop: worker.Stop) -> None:
     worker.make_deterministic()
     found = {
         stage: at_stage(
-            job.training.replace(zero_stage=stage),
+            with_workload(job.training, zero_stage=stage),
             job.run_dir / f"stage{stage}",
             job.run_dir / "one",
         )

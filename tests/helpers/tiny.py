@@ -18,11 +18,12 @@ from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.reuse import StageResult
 from zeroflow.tracking.config import TrackingConfig
 from zeroflow.training.checkpoint import Retention
-from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
+from zeroflow.training.workload import Workload
 
 Result = TypeVar("Result", bound=StageResult)
 
@@ -47,7 +48,16 @@ DEVICES = [
     ),
 ]
 
-CPU = ComputeConfig(device="cpu", precision="fp32", compile=False)
+WORKLOAD = Workload(
+    device="cpu",
+    device_name="some CPU",
+    model=MODEL,
+    seq_len=12,
+    micro_batch_rows=2,
+    accumulate=1,
+    precision="fp32",
+    compile=False,
+)
 
 
 class Text(NamedTuple):
@@ -58,32 +68,33 @@ class Text(NamedTuple):
 
 
 def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> TrainingConfig:
-    """Settings of a short training; `changes` replace any of them."""
+    """Settings of a short training; `changes` replace any of them, also in its workload."""
+    of_workload = {name: changes.pop(name) for name in Workload.model_fields if name in changes}
     settings: dict[str, Any] = {
         "seed": 0,
-        "micro_batch_rows": 2,
-        "accumulate": 1,
+        "workload": WORKLOAD.replace(**of_workload),
         "schedule": Schedule(name="cosine", peak=peak, warmup_steps=1, steps=steps),
         "optimizer": AdamW(),
-        "compute": CPU,
     }
     return TrainingConfig(**settings | changes)
+
+
+def with_workload(config: TrainingConfig, **changes: Any) -> TrainingConfig:
+    """`config` with `changes` of its workload."""
+    return config.replace(workload=config.workload.replace(**changes))
 
 
 def training_job(
     run_dir: Path,
     shards: ShardSet,
     tokenizer: Tokenizer,
-    *,
-    model: ModelConfig,
     training: TrainingConfig,
 ) -> TrainingJob:
     """A job in `run_dir`, which is made, that nobody tracks."""
     run_dir.mkdir(exist_ok=True)
     return TrainingJob(
         run_dir=run_dir,
-        model=model,
-        training=training,
+        training=with_workload(training, seq_len=shards.row_tokens - 1),
         cadence=Cadence(log=1, validate_=10, checkpoint=10),
         retention=Retention(keep=1),
         hang_seconds=60,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from tiny import MODEL, training_config, training_job
+from tiny import MODEL, training_config, training_job, with_workload
 
 from zeroflow import artifacts, records
 from zeroflow.data.shards import ShardSet, SplitCounts
@@ -48,7 +48,7 @@ def make(tmp_path, shards):
         training = training_config(steps=steps, seed=seed, **changes)
         folder = tmp_path / "runs" / name
         folder.parent.mkdir(exist_ok=True)
-        job = training_job(folder, shards, TOKENS, model=MODEL, training=training)
+        job = training_job(folder, shards, TOKENS, training)
         artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
         return job
 
@@ -164,8 +164,11 @@ def test_run_with_another_mathematics_is_not_used(make, change):
 
 def test_run_of_another_model_or_other_data_is_not_used(make, shards):
     mine = make("mine")
+    of_another_model = with_workload(
+        mine.training.replace(seed=1), model=MODEL.replace(hidden_size=64)
+    )
     for name, change in {
-        "model": {"model": MODEL.replace(hidden_size=64)},
+        "model": {"training": of_another_model},
         "data": {"shards": shards.replace(path=shards.path.with_name("sample-32-another"))},
         "parts": {"shards": shards.replace(parts=2)},
     }.items():
@@ -176,8 +179,8 @@ def test_run_of_another_model_or_other_data_is_not_used(make, shards):
 
 
 def test_how_a_step_is_computed_does_not_matter(make):
-    gpu = training_config().compute.replace(device="cuda", precision="bf16", compile=True)
-    train(make("other", seed=1, micro_batch_rows=1, accumulate=2, compute=gpu), 1.0)
+    gpu = {"device": "cuda", "device_name": "a GPU", "precision": "bf16", "compile": True}
+    train(make("other", seed=1, micro_batch_rows=1, accumulate=2, **gpu), 1.0)
     assert found(make("mine")).runs == ("other",)
 
 

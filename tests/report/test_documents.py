@@ -13,7 +13,7 @@ from tiny import contents
 from zeroflow import artifacts, records
 from zeroflow.cli import commands
 from zeroflow.data import slices
-from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.batches import Batches, BatchShape, Skip
 from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import fetch_tokenizer
@@ -55,14 +55,7 @@ def begin(job: TrainingJob, step: int) -> None:
 
 def trained_on(job: TrainingJob, step: int) -> list[int]:
     """Rows whose tokens training reads for `step`, from 1."""
-    batches = Batches(
-        Rows(job.shards, "train"),
-        end_of_text=job.shards.end_of_text,
-        seed=0,
-        micro_batch_rows=2,
-        accumulate=2,
-        skips=job.skips,
-    )
+    batches = Batches(Rows(job.shards, "train"), BatchShape(2, 1, 2), seed=0, skips=job.skips)
     ids = batches.row_ids(step - 1).flatten()
     inputs = [row for batch in batches.micro_batches(step - 1) for row in batch.inputs.tolist()]
     assert inputs == Rows(job.shards, "train")[ids][:, :-1].tolist()

@@ -153,7 +153,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     ):
         assert expected in page
     assert commands.main([*flags, "--json"]) == 0
-    assert Plan.model_validate(json.loads(capsys.readouterr().out)).workload.gpus == 4
+    assert Plan.model_validate(json.loads(capsys.readouterr().out)).workload.ranks == 4
     assert not cache.exists()
 
 
@@ -207,7 +207,7 @@ def finish(ask, shards):
             peak_memory_bytes=600 * 2**20,
             sample="",
         )
-        return plans.hold(run, job, shards, settled.device, result, run.train_tokens / rate)
+        return plans.hold(run, job, shards, result, run.train_tokens / rate)
 
     return make
 

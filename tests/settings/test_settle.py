@@ -67,7 +67,7 @@ def test_synthetic_run_has_nothing_left_open(ask):
     assert not settled.resumes
     assert load(run.cache_dir, run.run_name) == run
     # all that follows from the settings can be made
-    assert run.training_config.steps == run.training.max_steps
+    assert run.schedule.steps == run.training.max_steps
     assert run.shard_config.train_rows == run.training.max_steps * run.batch_rows
     assert run.train_tokens == run.training.max_steps * run.training.batch_tokens
     assert run.cadence.log and run.sampling.tokens
@@ -307,7 +307,7 @@ def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_
     two = settle(ask(run_name="mine", training={"gpus": 2, "zero_stage": 3})).run
     assert (two.training.batch_size, two.training.grad_accum_steps) == (1, 1)
     assert two.training.batch_tokens == 512 and two.batch_rows == 2
-    assert (two.training_config.ranks, two.training_config.zero_stage) == (2, 3)
+    assert (two.training.gpus, two.training.zero_stage) == (2, 3)
     trained(ask(run_name="mine"))
     assert settle(ask(run_name="mine")).run == two, "what is not given is as it was"
     one = settle(ask(run_name="mine", training={"gpus": 1})).run
@@ -464,8 +464,8 @@ def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, 
         raise AssertionError("looked up")
 
     asked = ask(device="auto", training={"fp8": True})
-    assert settle(asked).run.training_config.compute.fp8
-    assert not settle(ask(device="auto")).run.training_config.compute.fp8, "off by default"
+    assert settle(asked).run.training.fp8
+    assert not settle(ask(device="auto")).run.training.fp8, "off by default"
     monkeypatch.setattr(settle_module, "resolve_corpus", fetch)
     with pytest.raises(ValueError, match="--precision is fp32: drop one"):
         settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))

@@ -16,13 +16,14 @@ import psutil
 import pytest
 import torch
 from tiny import (
-    CPU,
     MODEL,
+    WORKLOAD,
     ArrayRows,
     RandomBatches,
     synthetic_rows,
     training_config,
     training_job,
+    with_workload,
 )
 
 from zeroflow import artifacts
@@ -47,7 +48,7 @@ BATCHES = RandomBatches(accumulate=2)
 def trained(
     steps: int, config: TrainingConfig = CONFIG, batches: RandomBatches = BATCHES
 ) -> TrainState:
-    state = new_state(MODEL, config)
+    state = new_state(config)
     for _ in islice(train(state, batches, config), steps):
         pass
     return state
@@ -93,7 +94,7 @@ def test_loaded_state_is_the_saved_one_bit_for_bit(tmp_path):
     path = save(saved, tmp_path, keep=2)
     torch.manual_seed(1)
 
-    loaded = new_state(MODEL, CONFIG.replace(seed=5))
+    loaded = new_state(CONFIG.replace(seed=5))
     load(loaded, path)
     assert loaded.step == 3
     assert_equal(tensors(loaded), tensors(saved))
@@ -112,7 +113,7 @@ WARMING_UP = Schedule(name="cosine", peak=1e-2, warmup_steps=5, steps=6)
         pytest.param(CONFIG, BATCHES, id="accumulating"),
         pytest.param(CONFIG.replace(schedule=WARMING_UP), BATCHES, id="in the warm-up"),
         pytest.param(
-            CONFIG.replace(compute=CPU.replace(compile=True)),
+            with_workload(CONFIG, compile=True),
             BATCHES,
             id="compiled",
             marks=pytest.mark.skipif(not shutil.which("g++"), reason="compiles with g++"),
@@ -120,12 +121,12 @@ WARMING_UP = Schedule(name="cosine", peak=1e-2, warmup_steps=5, steps=6)
     ],
 )
 def test_resumed_training_equals_uninterrupted_training(tmp_path, config, batches):
-    straight = new_state(MODEL, config)
+    straight = new_state(config)
     losses = [metrics.loss.item() for metrics in train(straight, batches, config)]
 
     path = save(trained(3, config, batches), tmp_path, keep=1)
     torch.compiler.reset()  # as in another process
-    resumed = new_state(MODEL, config)
+    resumed = new_state(config)
     load(resumed, path)
     assert [metrics.loss.item() for metrics in train(resumed, batches, config)] == losses[3:]
     assert_equal(tensors(resumed), tensors(straight))
@@ -135,11 +136,11 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     straight = trained(6)
     state = trained(3)
     rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
-    validation_loss(state.model, rows, 5, 2)
+    validation_loss(state.model, rows, 5, WORKLOAD)
     ids = Tokenizer(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
     sampling.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
     path = save(state, tmp_path, keep=1)
-    resumed = new_state(MODEL, CONFIG)
+    resumed = new_state(CONFIG)
     load(resumed, path)
     for _ in train(resumed, BATCHES, CONFIG):
         pass
@@ -164,7 +165,7 @@ def test_training_killed_while_it_saves_ends_as_an_uninterrupted_one(tmp_path):
 
     checkpoint.clear_unfinished(tmp_path)
     assert checkpoint.latest(tmp_path) == before and list(tmp_path.iterdir()) == [before]
-    resumed = new_state(MODEL, CONFIG)
+    resumed = new_state(CONFIG)
     load(resumed, before)
     for _ in train(resumed, BATCHES, CONFIG):
         pass
@@ -179,7 +180,7 @@ def test_saving_leaves_the_state_as_it_is(tmp_path):
 
 
 def test_newest_checkpoints_are_kept(tmp_path):
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     for _ in train(state, BATCHES, CONFIG):
         save(state, tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
@@ -190,7 +191,7 @@ def test_newest_checkpoints_are_kept(tmp_path):
 def test_best_and_every_nth_stay_beside_the_newest(tmp_path):
     losses = {1: math.nan, 2: 3.0, 4: 3.5, 6: 3.2}
     saver = Saver(tmp_path, Retention(keep=1, keep_every=3), tokenizer=TOKENIZER)
-    state = new_state(MODEL, training_config(steps=7))
+    state = new_state(training_config(steps=7))
     for _ in train(state, BATCHES, training_config(steps=7)):
         saver.save(state, val_loss=losses.get(state.step))
     saver.wait()
@@ -224,7 +225,7 @@ def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp
         write(self, path, tensors, facts)
 
     monkeypatch.setattr(Saver, "_write", late)
-    state = new_state(MODEL, CONFIG)
+    state = new_state(CONFIG)
     steps = train(state, BATCHES, CONFIG)
     next(steps)
     then = tensors(state)
@@ -234,7 +235,7 @@ def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp
     assert not list(tmp_path.glob("step-*")), "training went on before it was written"
     written.set()
     saver.wait()
-    loaded = new_state(MODEL, CONFIG)
+    loaded = new_state(CONFIG)
     load(loaded, tmp_path / "step-00000001")
     assert_equal(tensors(loaded), then)
 
@@ -282,7 +283,7 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
 def test_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
     with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, this run has other"):
-        checkpoint.load(new_state(MODEL, CONFIG), path, tokenizer="other")
+        checkpoint.load(new_state(CONFIG), path, tokenizer="other")
 
 
 def test_folder_without_checkpoints_has_no_latest(tmp_path):
@@ -345,7 +346,7 @@ def test_any_flipped_bit_is_noticed(tmp_path):
 )
 def test_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, change):
     path = save(trained(1), tmp_path, keep=1)
-    other = new_state(MODEL.replace(**change), CONFIG)
+    other = new_state(with_workload(CONFIG, model=MODEL.replace(**change)))
     before = tensors(other)
     [(name, value)] = change.items()
     with pytest.raises(CheckpointError, match=f"written with {name} .* this run has {value}"):
@@ -358,7 +359,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 99})
     with pytest.raises(CheckpointError, match="format 99, this version reads"):
-        load(new_state(MODEL, CONFIG), path)
+        load(new_state(CONFIG), path)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load_model(path)
 
@@ -400,8 +401,8 @@ def test_model_alone_gives_the_same_logits(tmp_path):
 def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_path):
     shards, tokenizer = synthetic_rows(tmp_path)
     config = training_config(steps=2)
-    job = training_job(tmp_path / "run", shards, tokenizer, model=MODEL, training=config)
-    state = new_state(MODEL, training_config(steps=5))
+    job = training_job(tmp_path / "run", shards, tokenizer, config)
+    state = new_state(training_config(steps=5))
     state.step = 5
     saver = Saver(job.folder.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
     saver.save(state)

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny import MODEL, RandomBatches, training_config
+from tiny import RandomBatches, training_config
 from torch import nn
 
 from zeroflow.run_folder import RunFolder
@@ -57,7 +57,7 @@ class SlowBatches(RandomBatches):
 def test_slow_source_of_batches_is_seen_as_data_wait():
     def seconds(batches: RandomBatches) -> dict[str, float]:
         config, clock = training_config(steps=10), begun()
-        for _ in train(new_state(MODEL, config), batches, config, clock.enter):
+        for _ in train(new_state(config), batches, config, clock.enter):
             clock.enter("logging")
         clock.settle()
         return clock.seconds
@@ -126,14 +126,14 @@ TRAIN = """
 import sys, time
 from itertools import islice
 from pathlib import Path
-from tiny import MODEL, RandomBatches, training_config
+from tiny import RandomBatches, training_config
 from zeroflow.run_folder import RunFolder
 from zeroflow.training.goodput import PhaseLedger, Clock
 from zeroflow.training.loop import train
 from zeroflow.training.state import new_state
 
 config, clock = training_config(steps=10**6), Clock(time.time(), device="cpu")
-state, books = new_state(MODEL, config), PhaseLedger(RunFolder(Path(sys.argv[1])), clock)
+state, books = new_state(config), PhaseLedger(RunFolder(Path(sys.argv[1])), clock)
 books.book(0, first=True)
 for _ in train(state, RandomBatches(), config, clock.enter):
     clock.enter("logging")

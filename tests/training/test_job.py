@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import MODEL, synthetic_rows, training_config, training_job
+from tiny import synthetic_rows, training_config, training_job
 
 from zeroflow import artifacts
 from zeroflow.training import launch as launch_module
@@ -142,7 +142,7 @@ def test_each_rank_sees_a_gpu_of_its_own_among_those_that_the_user_lets_be_seen(
 def test_training_that_goes_on_says_from_where_and_why(tmp_path):
     rows, tokens = synthetic_rows(tmp_path)
     training = training_config(steps=6)
-    planned = training_job(tmp_path / "run", rows, tokens, model=MODEL, training=training)
+    planned = training_job(tmp_path / "run", rows, tokens, training)
 
     def why() -> str:
         assert finished(planned) is None
@@ -200,7 +200,7 @@ def test_peak_memory_is_of_the_process_itself_not_of_the_one_that_started_it():
     held = b"x" * 2**30  # getrusage of a child begins with what its parent holds
     code = (
         "from types import SimpleNamespace as N; from zeroflow.training import recorder;"
-        "job = N(training=N(compute=N(device='cpu'))); print(recorder.peak_memory_bytes(job))"
+        "job = N(training=N(workload=N(device='cpu'))); print(recorder.peak_memory_bytes(job))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

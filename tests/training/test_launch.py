@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import MODEL, training_config
+from tiny import training_config
 
 from zeroflow import artifacts, records
 from zeroflow.run_folder import RunFolder
@@ -26,7 +26,7 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     paths = (Path(__file__).parents[1] / "helpers",)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    given = RankJob(run_dir=folder, model=MODEL, training=training_config(ranks=2))
+    given = RankJob(run_dir=folder, training=training_config(ranks=2))
     artifacts.write_json(folder / "job.json", given.model_dump(mode="json"))
     (folder / "fate").write_text("none")
     (folder / ".rendezvous-before").touch()  # as of ranks that were killed with their parent

@@ -1,11 +1,12 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, DEVICES, MODEL, NO_END, RandomBatches, training_config
+from tiny import DEVICES, MODEL, NO_END, RandomBatches, training_config
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
-from zeroflow.training.config import ComputeConfig
 from zeroflow.training.loop import loss_sum, train, train_step
 from zeroflow.training.state import new_state
 
@@ -22,7 +23,7 @@ def split(batch: MicroBatch, rows: int) -> list[MicroBatch]:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_accumulated_micro_batches_equal_the_whole_batch(rows):
     config = training_config()
-    whole, parts = new_state(MODEL, config), new_state(MODEL, config)
+    whole, parts = new_state(config), new_state(config)
     expected = train_step(whole, EIGHT_ROWS, config)
     metrics = train_step(parts, split(EIGHT_ROWS[0], rows), config)
     # the same terms summed in another order, in fp32
@@ -42,7 +43,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(rows):
 
 
 def test_loss_is_the_mean_over_the_tokens_of_the_step():
-    state = new_state(MODEL, training_config())
+    state = new_state(training_config())
     inputs, targets, *_ = EIGHT_ROWS[0]
     expected = F.cross_entropy(state.model(inputs).flatten(0, 1), targets.flatten()).item()
     loss = train_step(state, split(EIGHT_ROWS[0], 2), training_config()).loss.item()
@@ -55,7 +56,7 @@ def test_padding_counts_neither_in_the_loss_nor_in_its_mean():
     padded = torch.cat([rows, torch.zeros(4, 6, dtype=rows.dtype)], dim=1)
     states = []
     for tokens in (rows, padded):
-        states.append(new_state(MODEL, training_config()))
+        states.append(new_state(training_config()))
         batch = to_micro_batch(tokens.numpy(), end_of_text=0)
         assert batch.valid == 48
         states.append(train_step(states[-1], [batch], training_config()))
@@ -75,7 +76,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it():
     config = training_config()
     limit = 0.01
     clipped = config.replace(optimizer=config.optimizer.replace(max_grad_norm=limit, beta1=0.5))
-    state = new_state(MODEL, clipped)
+    state = new_state(clipped)
     metrics = train_step(state, EIGHT_ROWS, clipped)
     assert metrics.grad_norm > 10 * limit
     moments = [state.optimizer.state[p]["exp_avg"].flatten() for p in state.model.parameters()]
@@ -85,7 +86,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it():
 
 def test_training_yields_after_each_step_at_the_scheduled_rate():
     config = training_config(steps=5)
-    state = new_state(MODEL, config)
+    state = new_state(config)
     seen = []
     for metrics in train(state, RandomBatches(), config):
         seen.append((state.step, metrics.learning_rate))
@@ -96,17 +97,17 @@ def test_training_yields_after_each_step_at_the_scheduled_rate():
 
 def test_random_numbers_begin_anew_from_the_seed():
     torch.seed()  # what a process starts with: another every time
-    new_state(MODEL, training_config(seed=3))
+    new_state(training_config(seed=3))
     drawn = torch.rand(4)
     torch.seed()
-    new_state(MODEL, training_config(seed=3))
+    new_state(training_config(seed=3))
     assert torch.equal(torch.rand(4), drawn)
 
 
 def test_same_seed_trains_the_same_bit_for_bit():
     def weights(seed: int) -> dict[str, torch.Tensor]:
         config = training_config(seed=seed)
-        state = new_state(MODEL, config)
+        state = new_state(config)
         for _ in train(state, RandomBatches(), config):
             pass
         return state.model.state_dict()
@@ -117,9 +118,9 @@ def test_same_seed_trains_the_same_bit_for_bit():
 
 
 def test_bf16_keeps_weights_moments_and_loss_in_fp32():
-    config = training_config(compute=CPU.replace(precision="bf16"))
-    state = new_state(MODEL, config)
-    exact = train_step(new_state(MODEL, training_config()), EIGHT_ROWS, training_config()).loss
+    config = training_config(precision="bf16")
+    state = new_state(config)
+    exact = train_step(new_state(training_config()), EIGHT_ROWS, training_config()).loss
     loss = train_step(state, EIGHT_ROWS, config).loss
     assert loss.dtype == torch.float32
     assert loss != exact
@@ -140,7 +141,7 @@ class Poisoned(RandomBatches):
 
 def test_update_that_is_no_finite_number_is_skipped_and_counted():
     config = training_config(steps=6)
-    state = new_state(MODEL, config)
+    state = new_state(config)
     counts, before = [], {}
     for metrics in train(state, Poisoned(), config):
         if state.step == 3:
@@ -159,8 +160,8 @@ def test_update_that_is_no_finite_number_is_skipped_and_counted():
 @pytest.mark.parametrize("fp8", [False, True])
 def test_activations_computed_again_give_the_same_bits(fp8):
     def weights(kind: str) -> dict[str, torch.Tensor]:
-        config = training_config(compute=CPU.replace(activation_checkpointing=kind, fp8=fp8))
-        state = new_state(MODEL, config)
+        config = training_config(activation_checkpointing=kind, fp8=fp8)
+        state = new_state(config)
         for _ in train(state, RandomBatches(), config):
             pass
         return state.model.state_dict()
@@ -174,8 +175,8 @@ def test_activations_computed_again_give_the_same_bits(fp8):
 
 def saved_bytes(kind: str) -> int:
     """Of what one micro-batch leaves for its backward pass, without the weights."""
-    config = training_config(compute=CPU.replace(activation_checkpointing=kind))
-    state = new_state(MODEL, config)
+    config = training_config(activation_checkpointing=kind)
+    state = new_state(config)
     weights = {parameter.data_ptr() for parameter in state.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -198,17 +199,17 @@ def documents(*lengths: int) -> torch.Tensor:
     return torch.tensor([[number for number, n in enumerate(lengths) for _ in range(n)]])
 
 
-def compute(device: str) -> ComputeConfig:
-    """As a run on the device has it by default."""
+def default(device: str) -> dict[str, Any]:
+    """What a run on the device computes with by default."""
     gpu = device == "cuda"
-    return ComputeConfig(device=device, precision="bf16" if gpu else "fp32", compile=gpu)
+    return {"device": device, "precision": "bf16" if gpu else "fp32", "compile": gpu}
 
 
 WAYS = [
-    CPU,
+    default("cpu"),
     *(
         pytest.param(
-            ComputeConfig(device="cuda", precision=precision, compile=compiled),
+            {"device": "cuda", "precision": precision, "compile": compiled},
             id=f"cuda-{precision}-{'compiled' if compiled else 'eager'}",
             marks=DEVICES[1].marks,
         )
@@ -219,12 +220,13 @@ WAYS = [
 """By default on a CPU and a GPU, and as older GPUs have to."""
 
 WIDE = MODEL.replace(hidden_size=128, intermediate_size=256)  # heads as wide as a GPU's kernels ask
+PLAIN = training_config(model=WIDE)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_leaks_from_one_document_into_another(way):
-    config, device = training_config(compute=way, document_mask=True), way.device
-    model = new_state(WIDE, config).model
+    config = training_config(model=WIDE, document_mask=True, **way)
+    model, device = new_state(config).model, config.workload.device
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
@@ -250,7 +252,7 @@ def test_nothing_leaks_from_one_document_into_another(way):
 
 
 def test_document_in_a_row_is_computed_as_if_it_were_alone():
-    model = new_state(MODEL, training_config()).model
+    model = new_state(training_config()).model
     tokens = torch.randint(256, (1, 30), generator=torch.Generator().manual_seed(0))
     together = model(tokens, None, documents(5, 12, 13))
     alone = [model(part) for part in tokens.split([5, 12, 13], dim=1)]
@@ -265,10 +267,10 @@ def test_step_is_that_of_plain_code_in_fp32(way):
         rows = np.random.default_rng(0).integers(256, size=(4, 129))
         rows[:, ::40] = 0
         batch = to_micro_batch(rows, end_of_text=0, document_mask=masked)
-        config = training_config(compute=way, document_mask=masked)
-        state, plain = new_state(WIDE, config), new_state(WIDE, training_config())
+        config = training_config(model=WIDE, document_mask=masked, **way)
+        state, plain = new_state(config), new_state(PLAIN)
         loss = train_step(state, [batch], config)
-        expected = train_step(plain, [batch], training_config())
+        expected = train_step(plain, [batch], PLAIN)
         # bf16 has 8 bits of mantissa; a loss of 5.5 is a mean over hundreds of tokens
         assert float(loss.loss) == pytest.approx(float(expected.loss), rel=1e-3)
         assert float(loss.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-2)
@@ -285,14 +287,14 @@ def test_step_is_that_of_plain_code_in_fp32(way):
 def test_attention_on_a_gpu_never_writes_all_scores_to_memory(way, masked):
     torch.compiler.reset()  # after some shapes of the same code PyTorch no longer compiles it
     model = MODEL.replace(hidden_size=256, num_attention_heads=8, num_hidden_layers=1)
-    config = training_config(compute=way, document_mask=masked)
+    config = training_config(model=model, document_mask=masked, **way)
     rows = np.random.default_rng(0).integers(256, size=(4, 4097))
     batch = to_micro_batch(rows, end_of_text=0, document_mask=masked)
-    state = new_state(model, config)
+    state = new_state(config)
     train_step(state, [batch], config)  # compiles
     torch.cuda.reset_peak_memory_stats()
     train_step(state, [batch], config)
-    scores = 4 * 8 * 4096**2 * way.dtype.itemsize
+    scores = 4 * 8 * 4096**2 * config.workload.dtype.itemsize
     assert torch.cuda.max_memory_allocated() < scores / 2
 
 
@@ -303,10 +305,10 @@ FP8 = {"precision": "bf16", "fp8": True}
 def test_step_in_fp8_gives_every_parameter_nearly_the_gradient_of_fp32(device):
     rows = np.random.default_rng(0).integers(256, size=(4, 129))
     batch = to_micro_batch(rows, end_of_text=NO_END)
-    config = training_config(compute=compute(device).replace(**FP8))
-    state, plain = new_state(WIDE, config), new_state(WIDE, training_config())
+    config = training_config(model=WIDE, **default(device) | FP8)
+    state, plain = new_state(config), new_state(PLAIN)
     loss = train_step(state, [batch], config)
-    expected = train_step(plain, [batch], training_config())
+    expected = train_step(plain, [batch], PLAIN)
     # a loss of 5.5 is a mean over hundreds of tokens, whose roundings cancel out
     assert float(loss.loss) == pytest.approx(float(expected.loss), rel=1e-3)
     for (name, mine), theirs in zip(
@@ -322,8 +324,8 @@ def test_step_in_fp8_gives_every_parameter_nearly_the_gradient_of_fp32(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_in_fp8_learns_as_in_bf16(device):
     def losses(**how) -> list[float]:
-        config = training_config(steps=80, peak=3e-3, compute=compute(device).replace(**how))
-        state, batches = new_state(WIDE, config), Counting()
+        config = training_config(steps=80, peak=3e-3, model=WIDE, **default(device) | how)
+        state, batches = new_state(config), Counting()
         return [metrics.loss.item() for metrics in train(state, batches, config)]
 
     bf16, fp8 = losses(precision="bf16"), losses(**FP8)
@@ -343,10 +345,10 @@ class Counting(RandomBatches):
 
 
 def test_fp8_changes_nothing_in_a_checkpoint_and_only_products_of_blocks():
-    mine = new_state(MODEL, training_config(compute=CPU.replace(**FP8))).model
-    plain = new_state(MODEL, training_config()).model
+    mine = new_state(training_config(**FP8)).model
+    plain = new_state(training_config()).model
     assert mine.state_dict().keys() == plain.state_dict().keys()
-    bf16 = new_state(MODEL, training_config(compute=CPU.replace(precision="bf16"))).model
+    bf16 = new_state(training_config(precision="bf16")).model
     for model in (mine, bf16):
         del model.model.layers[:]
     tokens = EIGHT_ROWS[0].inputs

@@ -23,7 +23,7 @@ def config(request) -> OptimizerConfig:
 
 def trained(config: OptimizerConfig, steps: int = 3) -> TrainState:
     settings = training_config(steps=steps, optimizer=config)
-    state = new_state(MODEL, settings)
+    state = new_state(settings)
     for _ in train(state, RandomBatches(), settings):
         pass
     return state
@@ -55,7 +55,7 @@ def test_optimiser_that_is_not_there_is_refused_and_the_others_are_named(config)
 
 
 def test_state_is_allocated_before_the_first_step_and_as_large_as_planned(config):
-    state = new_state(MODEL, training_config(optimizer=config))
+    state = new_state(training_config(optimizer=config))
     kept = bits(state).items()
     planned = [value for name, value in kept if value.dim() and not name.endswith(" weight")]
     assert sum(value.nbytes for value in planned) == config.state_bytes(MODEL)
@@ -90,7 +90,7 @@ def test_update_ratio_is_that_of_the_update_that_was_made(config):
     if "weight_decay" in type(config).model_fields:
         config = config.replace(weight_decay=0.0)  # its update is not counted
     settings = training_config(optimizer=config)
-    state = new_state(MODEL, settings)
+    state = new_state(settings)
     steps = train(state, RandomBatches(), settings)
     next(steps), next(steps)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
@@ -105,7 +105,7 @@ def test_update_ratio_is_that_of_the_update_that_was_made(config):
 
 
 def test_only_what_gradients_reach_has_moved(config):
-    state = new_state(MODEL, training_config(optimizer=config))
+    state = new_state(training_config(optimizer=config))
     reached, *others = state.model.parameters()
     before = {p: p.detach().clone() for p in state.model.parameters()}
     for parameter in state.model.parameters():

@@ -11,7 +11,7 @@ from tiny import MODEL, Text, jsonl_corpus, training_config, training_job
 
 from zeroflow import records
 from zeroflow.data import provenance
-from zeroflow.data.batches import Batches, Skip, row_ids
+from zeroflow.data.batches import Skip, row_ids
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.rows import Rows
@@ -19,8 +19,8 @@ from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.tracking.config import TrackingConfig, location
 from zeroflow.tracking.store import run_facts
+from zeroflow.training import batching, recovery
 from zeroflow.training import launch as launch_module
-from zeroflow.training import recovery
 from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
 
 
@@ -34,7 +34,7 @@ def job(tmp_path: Path) -> TrainingJob:
         ShardConfig(seq_len=12, train_rows=100, validation_rows=2), synthetic, tokenizer, tmp_path
     )
     config = training_config(micro_batch_rows=6, accumulate=2)
-    return training_job(tmp_path / "run", shards, tokenizer, model=MODEL, training=config)
+    return training_job(tmp_path / "run", shards, tokenizer, config)
 
 
 def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Entry | None:
@@ -49,14 +49,7 @@ def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Ent
 
 def rows_of(job: TrainingJob, steps: range) -> list[list[int]]:
     now = recovery.applied(job, recovery.read(job.folder))
-    batches = Batches(
-        Rows(job.shards, "train"),
-        end_of_text=0,
-        seed=0,
-        micro_batch_rows=now.training.micro_batch_rows,
-        accumulate=now.training.accumulate,
-        skips=now.skips,
-    )
+    batches = batching.batches(Rows(job.shards, "train"), now.training, now.skips)
     return [batches.row_ids(step).ravel().tolist() for step in steps]
 
 
@@ -68,8 +61,8 @@ def test_out_of_memory_halves_micro_batches_then_computes_again_then_gives_up(jo
     before = rows_of(job, range(3))
     seen = []
     while fail(job, "out of memory"):
-        now = recovery.applied(job, recovery.read(job.folder)).training
-        seen.append((now.micro_batch_rows, now.accumulate, now.compute.activation_checkpointing))
+        now = recovery.applied(job, recovery.read(job.folder)).training.workload
+        seen.append((now.micro_batch_rows, now.accumulate, now.activation_checkpointing))
         assert rows_of(job, range(3)) == before, "the same rows in the same order"
     assert seen == [(3, 4, "none"), (1, 12, "none"), (1, 12, "full")]
 
@@ -122,9 +115,10 @@ def noisy_job(job: TrainingJob, text: Text, tmp_path: Path) -> TrainingJob:
     batch = np.arange(4 * (SPIKE - 1), 4 * SPIKE)
     seed = next(s for s in range(10**4) if noise in row_ids(batch, shards.train.rows, s))
     uri, folder = location(tmp_path)
+    model = MODEL.replace(vocab_size=text.tokenizer.vocab_size)
+    of_workload = {"model": model, "seq_len": 32, "micro_batch_rows": 4}
     return job.replace(
-        model=MODEL.replace(vocab_size=text.tokenizer.vocab_size),
-        training=training_config(seed=seed, steps=STEPS, peak=3e-3, micro_batch_rows=4),
+        training=training_config(seed=seed, steps=STEPS, peak=3e-3, **of_workload),
         cadence=Cadence(log=1, validate_=STEPS, checkpoint=5),
         roll_back_spikes=True,
         shards=shards,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import MODEL, ArrayRows, lively_model
+from tiny import MODEL, WORKLOAD, ArrayRows, lively_model
 
 from zeroflow.training.validation import bits_per_byte, validation_loss
 
@@ -23,13 +23,14 @@ def loss_of(row: np.ndarray) -> float:
 @pytest.mark.parametrize("count", [1, 2, 5, 10, 99])
 def test_loss_is_the_mean_over_the_first_rows_however_they_are_batched(count, micro_batch_rows):
     expected = np.mean([loss_of(row) for row in ROWS[:count]])
-    loss = validation_loss(lively_model(), ROWS, count, micro_batch_rows)
+    workload = WORKLOAD.replace(micro_batch_rows=micro_batch_rows)
+    loss = validation_loss(lively_model(), ROWS, count, workload)
     assert loss == pytest.approx(expected, abs=1e-5)  # fp32 sums in another order
 
 
 def test_validation_leaves_no_gradient():
     model = lively_model()
-    validation_loss(model, ROWS, 4, 2)
+    validation_loss(model, ROWS, 4, WORKLOAD)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 from ranks import SAVED, STAGES, STEPS
-from tiny import CPU, MODEL, training_config
+from tiny import MODEL, training_config, with_workload
 
 from zeroflow import artifacts
 from zeroflow.training import checkpoint
@@ -27,8 +27,8 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 
 
 def settings(device: str) -> TrainingConfig:
     """Of one process."""
-    compute = CPU.replace(device=device, deterministic=True)
-    return training_config(steps=STEPS + 1, micro_batch_rows=1, accumulate=4, compute=compute)
+    split = {"micro_batch_rows": 1, "accumulate": 4}
+    return training_config(steps=STEPS + 1, device=device, deterministic=True, **split)
 
 
 def close(figures: Any) -> Any:
@@ -52,7 +52,7 @@ def folder(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
     """What one process says."""
-    state = new_state(MODEL, config)
+    state = new_state(config)
     found: dict[str, Any] = {"begun": ranks.trained(state, config, SAVED)}
     found |= ranks.looked_at(state)
     ranks.saved(state, folder / "one")
@@ -62,7 +62,7 @@ def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks says, by stage."""
-    job = RankJob(run_dir=folder, model=MODEL, training=config.replace(accumulate=2, ranks=2))
+    job = RankJob(run_dir=folder, training=with_workload(config, accumulate=2, ranks=2))
     artifacts.write_json(folder / "job.json", job.model_dump(mode="json"))
     with pytest.MonkeyPatch.context() as patch:
         paths = (Path(__file__).parents[1] / "helpers",)

@@ -17,13 +17,13 @@ from torch import nn
 
 from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
-from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.data.batches import MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
-from zeroflow.model.llama import ModelConfig
 from zeroflow.reuse import CheckResult
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import worker, zero
+from zeroflow.training.batching import micro_batch
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
@@ -31,6 +31,7 @@ from zeroflow.training.loop import BatchSource, train
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.worker import Stop
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger("zeroflow.checks.overfit")
 
@@ -103,7 +104,7 @@ def check(job: OverfitJob) -> OverfitResult:
         "zeroflow.checks.overfit",
         job.folder.overfit_job,
         lambda event: None,
-        ranks=job.training.ranks,
+        ranks=job.training.workload.ranks,
         compile_cache=job.compile_cache,
     )
     result = OverfitResult.model_validate(artifacts.read_json(job.folder.overfit))
@@ -159,7 +160,7 @@ def overfit(
     )
 
 
-def settings(model: ModelConfig, training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
+def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
     """The run's training settings, for one small batch at a steady learning rate.
 
     The rate falls with the width, within what is usual: https://arxiv.org/abs/2203.03466. It is not
@@ -167,17 +168,17 @@ def settings(model: ModelConfig, training: TrainingConfig, limits: OverfitConfig
     """
     # Twice the steps, of which the check does the first half: no decay within it
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
-    peak = min(1e-2, max(3e-4, 0.32 / model.hidden_size))
+    peak = min(1e-2, max(3e-4, 0.32 / training.workload.model.hidden_size))
     schedule = Schedule(name="wsd", peak=peak, warmup_steps=_WARMUP_STEPS, steps=steps)
-    return training.replace(micro_batch_rows=_ROWS, accumulate=1, schedule=schedule)
+    context = min(_CONTEXT, training.workload.seq_len)
+    small = training.workload.replace(micro_batch_rows=_ROWS, accumulate=1, seq_len=context)
+    return training.replace(workload=small, schedule=schedule)
 
 
-def fixed_batch(rows: Rows, *, document_mask: bool = False) -> FixedBatch:
-    """A few short pieces of the first training rows."""
-    pieces = rows[np.arange(min(_ROWS, len(rows)))][:, : _CONTEXT + 1]
-    return FixedBatch(
-        to_micro_batch(pieces, end_of_text=rows.end_of_text, document_mask=document_mask)
-    )
+def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
+    """The beginnings of the first training rows."""
+    first = rows[np.arange(min(workload.micro_batch_rows, len(rows)))]
+    return FixedBatch(micro_batch(first[:, : workload.seq_len + 1], rows, workload))
 
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -195,9 +196,10 @@ def _fingerprint(job: OverfitJob) -> str:
 
 def _identity(job: OverfitJob) -> dict[str, Any]:
     """All that decides how the check ends; not the length of the run's own training."""
+    config = settings(job.training, job.limits)
     return {
         "model": job.model.model_dump(mode="json"),
-        "training": settings(job.model, job.training, job.limits).model_dump(mode="json"),
+        "training": {**config.identity, "schedule": config.schedule.model_dump(mode="json")},
         "limits": job.limits.model_dump(mode="json"),
         "shards": job.shards.path.name,
     }
@@ -210,10 +212,10 @@ def _curve(result: OverfitResult) -> str:
 
 
 def work(job: OverfitJob, stop: Stop) -> None:
-    config = settings(job.model, job.training, job.limits)
+    config = settings(job.training, job.limits)
     worker.make_deterministic()
-    state = new_state(job.model, config)
-    batch = fixed_batch(Rows(job.shards, "train"), document_mask=config.document_mask)
+    state = new_state(config)
+    batch = fixed_batch(Rows(job.shards, "train"), config.workload)
     history = job.folder.events
     result = overfit(state, batch, config, job.limits, stop)
     if zero.rank() > 0:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
-from zeroflow.data.batches import Batches, MicroBatch
+from zeroflow.data.batches import MicroBatch
 from zeroflow.data.part_facts import Split
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
@@ -33,7 +33,7 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import checkpoint, recovery, worker, zero
+from zeroflow.training import batching, checkpoint, recovery, worker, zero
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob
@@ -41,6 +41,7 @@ from zeroflow.training.launch import launch
 from zeroflow.training.loop import loss_sum, train_step
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.worker import Stop
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
@@ -52,10 +53,10 @@ _SAMPLED_ROWS = 256
 _TEXT_ROWS = 16
 _SAMPLED_PARTS = 3
 _LEAST_RETURNED = 0.75
-_COMPILED_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 0.25}
-"""Of the logits' norm. Fused kernels round in fewer places: fp32 keeps 24 bits, bf16 8. One of bf16
-tips one of fp8, which keeps 4: fresh models of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13
-and 0.18 from fp32."""
+_COMPILED_TOLERANCE = {24: 1e-3, 8: 5e-2, 4: 0.25}
+"""Distance that rounding explains, relative to the logits' norm, by `significand_bits`. Fused
+kernels round in fewer places, and a different rounding of 8 bits tips one of 4: in those, fresh
+models of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13 and 0.18 from fp32."""
 
 
 class Check(Config):
@@ -97,10 +98,10 @@ class PreflightFailed(RuntimeError):
         self.result = result
 
 
-def known(job: TrainingJob, device: str) -> PreflightResult | None:
-    """What was found before, if the same job passed on such a device."""
+def known(job: TrainingJob) -> PreflightResult | None:
+    """The earlier result, if the same job passed on the same kind of device."""
     found = read(job.folder)
-    same = found is not None and found.passed and found.job == _fingerprint(_identity(job, device))
+    same = found is not None and found.passed and found.job == _fingerprint(_identity(job))
     return found.replace(reused=True, why=reuse.PASSED) if found and same else None
 
 
@@ -110,19 +111,16 @@ def read(folder: RunFolder) -> PreflightResult | None:
     return PreflightResult.model_validate(artifacts.read_json(path)) if path.exists() else None
 
 
-def check(job: TrainingJob, device: str) -> PreflightResult:
+def check(job: TrainingJob) -> PreflightResult:
     """Check the job in processes of their own: one, and another for each size that did not fit.
 
     A size that does not fit is noted in the run's ledger as training would do it, which so begins
     with one that does.
 
-    Args:
-        device: name of the device.
-
     Raises:
         TrainingFailed: the process ended by an error, of which being out of memory is none.
     """
-    identity = _identity(job, device)
+    identity = _identity(job)
     before = read(job.folder)
     why = reuse.since(identity, before)
     log.info("pre-flight has to run: %s", why)
@@ -149,7 +147,6 @@ def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
 def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
     job = PreflightJob(
         run_dir=now.run_dir,
-        model=now.model,
         training=now.training,
         shards=now.shards,
         tokenizer=now.tokenizer,
@@ -161,7 +158,7 @@ def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
             "zeroflow.checks.preflight",
             job.folder.preflight_job,
             lambda event: None,
-            ranks=now.training.ranks,
+            ranks=now.training.workload.ranks,
             compile_cache=now.compile_cache,
         )
     finally:
@@ -196,17 +193,15 @@ def _fingerprint(identity: dict[str, Any]) -> str:
     return artifacts.fingerprint(list(identity.values()))
 
 
-def _identity(job: TrainingJob, device: str) -> dict[str, Any]:
+def _identity(job: TrainingJob) -> dict[str, Any]:
     """All that decides how the checks end; not the length of the training."""
-    training = job.training.model_dump(mode="json")
-    schedule = training.pop("schedule")
     return {
         "model": job.model.model_dump(mode="json"),
-        "training": training,
-        "learning_rate": schedule["peak"],
+        "training": job.training.identity,
+        "learning_rate": job.training.schedule.peak,
         "shards": job.shards.path.name,
         "tokenizer": job.tokenizer.fingerprint,
-        "device": device,
+        "device": job.training.workload.device_name,
         "torch": torch.__version__,
     }
 
@@ -217,8 +212,8 @@ def checks(job: PreflightJob) -> Iterator[Check]:
     for of_data in data_checks(job):
         sound = sound and of_data.passed
         yield of_data
-    state = new_state(job.model, job.training)
-    yield from map(_of_all, model_checks(state, job.training, job.shards.row_tokens - 1))
+    state = new_state(job.training)
+    yield from map(_of_all, model_checks(state, job.training))
     if sound:
         yield _of_all(micro_batch(state, job.training, Rows(job.shards, "train")))
     yield round_trip(state, job.folder.preflight_checkpoint, job.tokenizer.fingerprint)
@@ -246,38 +241,32 @@ def _of_all(check: Check) -> Check:
     return check
 
 
-def model_checks(state: TrainState, config: TrainingConfig, context: int) -> Iterator[Check]:
+def model_checks(state: TrainState, config: TrainingConfig) -> Iterator[Check]:
     """Checks of fresh weights, which they leave as they are.
 
     On random ids, and few of them. A compiled model is compiled for one shape, so it gets that of
     the run: training then finds the code in the cache.
     """
-    compiled = config.compute.compile
-    rows = config.micro_batch_rows if compiled else _ROWS
-    batch = random_batch(
-        state.model.config,
-        rows,
-        context if compiled else min(context, _CONTEXT),
-        seed=config.seed,
-        document_mask=config.document_mask,
-    )
+    work = config.workload
+    shape = work
+    if not work.compile:
+        shape = work.replace(micro_batch_rows=_ROWS, seq_len=min(work.seq_len, _CONTEXT))
+    batch = random_batch(shape, seed=config.seed)
     yield initial_loss(state, batch)
     yield gradients(state, batch)
     yield causality(state, batch)
-    if config.document_mask:
+    if batch.documents is not None:
         yield documents(state, batch)
-    if compiled:
-        arithmetic = "fp8" if config.compute.fp8 else config.compute.precision
-        yield compiled_equals_eager(state, batch, _COMPILED_TOLERANCE[arithmetic])
+    if work.compile:
+        yield compiled_equals_eager(state, batch, _COMPILED_TOLERANCE[work.significand_bits])
 
 
-def random_batch(
-    model: ModelConfig, rows: int, context: int, *, seed: int, document_mask: bool = False
-) -> MicroBatch:
-    """Rows of random ids, each one document."""
+def random_batch(workload: Workload, *, seed: int) -> MicroBatch:
+    """A micro-batch of random ids, in which each row is one document."""
+    rows, context = workload.micro_batch_rows, workload.seq_len
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.vocab_size, (rows, context + 1), generator=generator)
-    numbers = torch.zeros(rows, context, dtype=torch.int32) if document_mask else None
+    ids = torch.randint(workload.model.vocab_size, (rows, context + 1), generator=generator)
+    numbers = torch.zeros(rows, context, dtype=torch.int32) if workload.document_mask else None
     return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * context, numbers)
 
 
@@ -363,7 +352,7 @@ def documents(state: TrainState, batch: MicroBatch) -> Check:
     leaks = change.after > change.by_chance
     sentence = f"in logits behind a document that changes; its own change by {change.before:.3g}"
     if leaks:
-        sentence = "logits see other documents: look at `document_mask`, or drop --document-mask"
+        sentence = "logits see other documents: look at the masks, or drop --document-mask"
     return Check(
         name="documents",
         passed=not leaks,
@@ -395,24 +384,17 @@ def compiled_equals_eager(state: TrainState, batch: MicroBatch, tolerance: float
 def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
     """A step of the run's shape. If it has several micro-batches, of two: the second meets the
     gradients of the first in memory, as all that follow."""
-    batches = Batches(
-        rows,
-        end_of_text=rows.end_of_text,
-        seed=config.seed,
-        micro_batch_rows=config.micro_batch_rows,
-        accumulate=min(2, config.accumulate),
-        document_mask=config.document_mask,
-        rank=zero.rank(),
-        ranks=config.ranks,
-    )
-    on_gpu = config.compute.device == "cuda"
+    work = config.workload
+    few = config.replace(workload=work.replace(accumulate=min(2, work.accumulate)))
+    batches = batching.batches(rows, few)
+    on_gpu = work.device == "cuda"
     if on_gpu:  # else what the checks before have left would be counted, in pieces
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
     metrics = train_step(state, batches.micro_batches(0), config)
     loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-    figure = f"{config.micro_batch_rows} rows x {rows.row_tokens - 1:,} tokens fit"
+    figure = f"{work.micro_batch_rows} rows x {rows.row_tokens - 1:,} tokens fit"
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         figure += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB"
@@ -602,7 +584,7 @@ def _digest(tensor: Tensor) -> str:
 
 def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
-    if job.training.compute.deterministic:
+    if job.training.workload.deterministic:
         worker.make_deterministic()
     history = job.folder.events
     done: list[Check] = []

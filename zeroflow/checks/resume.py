@@ -215,7 +215,7 @@ def _killer(
 
     def begun() -> bool:
         if moment.phase == "start-up":
-            return len(_ranks(job)) == job.training.ranks
+            return len(_ranks(job)) == job.training.workload.ranks
         return any(_reaches(line, moment) for line in tail.new_lines())
 
     def outrun() -> bool:

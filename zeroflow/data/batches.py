@@ -42,6 +42,16 @@ class MicroBatch(NamedTuple):
     within documents."""
 
 
+class BatchShape(NamedTuple):
+    """How the rows of a global batch are split."""
+
+    accumulate: int
+    """Micro-batches of each rank."""
+
+    ranks: int
+    micro_batch_rows: int
+
+
 class Skip(Config):
     """A window of the data that a run leaves out from some step on."""
 
@@ -58,27 +68,23 @@ class Batches:
     def __init__(
         self,
         rows: Rows,
+        shape: BatchShape,
         *,
-        end_of_text: int,
         seed: int,
-        micro_batch_rows: int,
-        accumulate: int,
-        document_mask: bool = False,
-        skips: Sequence[Skip] = (),
         rank: int = 0,
-        ranks: int = 1,
+        skips: Sequence[Skip] = (),
+        document_mask: bool = False,
         pin: bool = False,
     ) -> None:
-        self._rows, self._end_of_text, self._seed, self._pin = rows, end_of_text, seed, pin
-        self._split = (accumulate, ranks, micro_batch_rows)
-        self._document_mask, self._skips, self._rank = document_mask, skips, rank
+        self._rows, self._shape, self._seed, self._rank = rows, shape, seed, rank
+        self._skips, self._document_mask, self._pin = skips, document_mask, pin
 
     def row_ids(self, step: int) -> Ids:
         """Rows of the global batch of `step`, shape (accumulate, ranks, micro_batch_rows)."""
-        size = int(np.prod(self._split))
+        size = int(np.prod(self._shape))
         batch = step + sum(skip.batches for skip in self._skips if skip.step <= step)
         ids = row_ids(np.arange(batch * size, (batch + 1) * size), len(self._rows), self._seed)
-        return ids.reshape(self._split)
+        return ids.reshape(self._shape)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of the global batch of `step`, one entry for each micro-batch."""
@@ -86,7 +92,7 @@ class Batches:
         return [
             to_micro_batch(
                 self._rows[ids],
-                end_of_text=self._end_of_text,
+                end_of_text=self._rows.end_of_text,
                 document_mask=self._document_mask,
                 pin=self._pin,
             )

@@ -165,7 +165,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.document_mask: Callable[[Tensor, torch.dtype], Mask] = dense_mask
+        self.mask_for: Callable[[Tensor, torch.dtype], Mask] = dense_mask
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -175,7 +175,7 @@ class Trunk(nn.Module):
         if documents is None:
             mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            mask = self.document_mask(documents, x.dtype)
+            mask = self.mask_for(documents, x.dtype)
             positions = positions_within(documents)[:, None]
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.layers:

@@ -198,10 +198,10 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> _Earlier | N
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
     """What decides the curve of the loss, up to the seed and what devices and precisions change."""
     training = job.training
-    split = {"seed", "micro_batch_rows", "accumulate", "ranks", "zero_stage", "compute"}
+    settings = training.model_dump(exclude={"seed", "workload"})
     # the folder's name has a fingerprint of corpus, tokenizer and layout of the rows
-    data = (job.shards.path.name, job.shards.parts, training.batch_rows)
-    return (job.model, training.model_dump(exclude=split), *data)
+    data = (job.shards.path.name, job.shards.parts)
+    return (settings, training.workload.mathematics, *data)
 
 
 def _began(job: TrainingJob) -> float | None:
@@ -214,7 +214,7 @@ def _began(job: TrainingJob) -> float | None:
 
 
 def _planned_tokens(job: TrainingJob) -> int:
-    return job.training.steps * job.training.batch_rows * (job.shards.row_tokens - 1)
+    return job.training.steps * job.training.workload.batch_tokens
 
 
 def _smoothed(job: TrainingJob, lines: Iterable[Line]) -> Losses:

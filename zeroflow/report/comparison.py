@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     seconds: float
     """Of training, as tokens per second are over."""
 
-    gpus: int
+    ranks: int
     zero_stage: int
     peak_memory_bytes: int
     """Of each GPU."""
@@ -76,7 +76,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         run=name,
         size=found["size"],
         seed=settings.seed,
-        learning_rate=settings.training_config.schedule.peak,
+        learning_rate=settings.schedule.peak,
         parameters=found["parameters"],
         vocabulary=vocabulary,
         context=context,
@@ -86,8 +86,8 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         val_bpb=found["val_bpb"],
         tokens_per_second=found["tokens_per_second"],
         seconds=found["time"]["training_seconds"],
-        gpus=settings.training_config.ranks,
-        zero_stage=settings.training_config.zero_stage,
+        ranks=settings.training.gpus,
+        zero_stage=settings.training.zero_stage,
         peak_memory_bytes=found["peak_memory_bytes"],
         curve=tuple((line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line),
     )
@@ -209,8 +209,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
             "none" if one.val_bpb is None else f"{one.val_bpb:.4f}" for one in found.outcomes
         ],
         "seed": [str(one.seed) for one in found.outcomes],
-        "GPUs": [str(one.gpus) for one in found.outcomes],
-        "ZeRO": ["none" if one.gpus == 1 else str(one.zero_stage) for one in found.outcomes],
+        "GPUs": [str(one.ranks) for one in found.outcomes],
+        "ZeRO": ["none" if one.ranks == 1 else str(one.zero_stage) for one in found.outcomes],
         "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
         "parameters": [parameter_count(one.parameters) for one in found.outcomes],
         "tokens": [parameter_count(one.tokens) for one in found.outcomes],
@@ -221,7 +221,7 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         ],
         "memory": [binary(one.peak_memory_bytes) for one in found.outcomes],
     }
-    if all(one.gpus == 1 for one in found.outcomes):
+    if all(one.ranks == 1 for one in found.outcomes):
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     if columns["run"] == columns["size"]:
         del columns["size"]

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from zeroflow import records
 from zeroflow.data import provenance
-from zeroflow.data.batches import Batches, Skip
+from zeroflow.data.batches import Skip
 from zeroflow.data.provenance import Piece
 from zeroflow.data.rows import Rows
 from zeroflow.inference.trained import job
+from zeroflow.training import batching
 from zeroflow.training.job import TrainingJob
 
 
@@ -42,16 +43,8 @@ def _pieces(found: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piec
             f"run {found.run_dir.name} has no step {step}: its steps are 1 to {config.steps}"
         )
     shards = found.shards.replace(parts=_parts_read(found, step))
-    batches = Batches(
-        Rows(shards, "train"),
-        end_of_text=shards.end_of_text,
-        seed=config.seed,
-        micro_batch_rows=config.micro_batch_rows,
-        accumulate=config.accumulate,
-        ranks=config.ranks,
-        skips=skips,
-    )
-    return provenance.pieces(shards, found.tokenizer, batches.row_ids(step - 1).flatten())
+    rows = batching.batches(Rows(shards, "train"), config, skips).row_ids(step - 1)
+    return provenance.pieces(shards, found.tokenizer, rows.flatten())
 
 
 def _parts_read(job: TrainingJob, step: int) -> int:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from zeroflow import artifacts
 from zeroflow.config import Config
-from zeroflow.data.batches import largest_divisor
 from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
 from zeroflow.data.tokenizer import (
     LLAMA_TOKENIZER,
@@ -26,7 +25,6 @@ from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
 from zeroflow.settings.settled import Settled
 from zeroflow.training import recovery
-from zeroflow.training.config import workload
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.workload import STAGES, Stage, Workload
 
@@ -116,10 +114,9 @@ def is_same(one: Plan, other: Plan) -> bool:
 def predict(run: Settled, device: Device) -> Plan:
     vocabulary, certain = _vocabulary(run)
     model = with_vocabulary(run.model.shape, vocabulary)
-    training = run.training_config
-    work = workload(model, run.shard_config.seq_len, training, device)
+    work = run.training.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
-    known = history.known(run.cache_dir, work, planned=(run.run_name, training.steps))
+    known = history.known(run.cache_dir, work, planned=(run.run_name, run.schedule.steps))
     rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
     held = stages[work.zero_stage].total if _is_reckoned(work, device) else None
     memory_source = "by its parts"
@@ -145,8 +142,8 @@ def predict(run: Settled, device: Device) -> Plan:
         parameters=model.parameters_by_part,
         flops_per_token=work.flops_per_token,
         tokens=run.train_tokens,
-        steps=training.steps,
-        batch_tokens=run.batch_rows * work.seq_len,
+        steps=run.schedule.steps,
+        batch_tokens=work.batch_tokens,
         stages=stages,
         predicted=predicted,
         rate_source=source,
@@ -159,9 +156,9 @@ def predict(run: Settled, device: Device) -> Plan:
 
 def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, str]:
     """Tokens per second where no such run is known, and where they come from."""
-    alone = work.replace(gpus=1, zero_stage=0)
+    alone = work.replace(ranks=1, zero_stage=0)
     rate: float | None
-    if work.gpus > 1 and (known := history.known(run.cache_dir, alone)):
+    if work.ranks > 1 and (known := history.known(run.cache_dir, alone)):
         rate, source = known.tokens_per_second, known.source
     else:
         rate, source = expected_tokens_per_second(
@@ -170,9 +167,9 @@ def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, s
             fp8=work.fp8,
             compiled=work.compile,
         )
-    if rate is None or work.gpus == 1 or device.kind == "cpu":  # whose processes share the cores
+    if rate is None or work.ranks == 1 or device.kind == "cpu":  # whose processes share the cores
         return rate, source
-    return rate * work.gpus, f"{source}, times {work.gpus} without what communication takes"
+    return rate * work.ranks, f"{source}, times {work.ranks} without what communication takes"
 
 
 def _kept(run: Settled) -> int:
@@ -180,7 +177,7 @@ def _kept(run: Settled) -> int:
     retention, saves = run.retention, run.cadence.checkpoint
     if not retention.keep_every:
         return retention.keep
-    return retention.keep + run.training_config.steps // math.lcm(saves, retention.keep_every)
+    return retention.keep + run.schedule.steps // math.lcm(saves, retention.keep_every)
 
 
 def _there(run: RunConfig) -> int:
@@ -225,9 +222,9 @@ def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
         fp8=work.fp8,
         compiled=work.compile,
         document_mask=work.document_mask,
-        accumulates=work.accumulate > 1,
+        accumulates=work.accumulates,
         stage=stage,
-        ranks=work.gpus,
+        ranks=work.ranks,
     )
     most, kind = micro_batch(
         *(work.model, work.seq_len, device),
@@ -236,14 +233,14 @@ def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
         compiled=work.compile,
         document_mask=work.document_mask,
         stage=stage,
-        ranks=work.gpus,
+        ranks=work.ranks,
     )
     return StagePlan(
         stage=stage,
         memory={name: size for name, size in held._asdict().items() if size},
         total=held.total,
-        fits=held.room(device, work.gpus),
-        micro_batch_rows=largest_divisor(work.micro_batch_rows * work.accumulate, most),
+        fits=held.room(device, work.ranks),
+        micro_batch_rows=work.split(most).micro_batch_rows,
         activation_checkpointing=kind,
     )
 
@@ -267,7 +264,6 @@ def hold(
     run: RunConfig,
     job: TrainingJob,
     shards: ShardSet,
-    device: Device,
     trained: TrainResult,
     training_seconds: float,
 ) -> list[Compared]:
@@ -290,7 +286,7 @@ def hold(
     past = Past(
         run=run.folder.name,
         steps=trained.steps,
-        workload=workload(job.model, shards.row_tokens - 1, now, device),
+        workload=now.workload,
         predicted=plan.predicted,
         measured=measured,
     )

@@ -6,7 +6,6 @@ from typing import Any
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
-from zeroflow.training.workload import arithmetic, devices
 from zeroflow.units import binary, decimal, duration, parameter_count
 
 
@@ -36,7 +35,7 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     going_on = "resumed" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
-    each = f" on each of {work.gpus}" if work.gpus > 1 else ""
+    each = f" on each of {work.ranks}" if work.ranks > 1 else ""
     yield (
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
         f"(vocabulary {work.model.vocab_size:,}{assumed})"
@@ -53,9 +52,7 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
         capability = ".".join(map(str, device.capability or ()))
         older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
         older += "torch.compile for 7.0)"
-    arithmetic = run.training_config.compute.arithmetic
-    where = devices(device.name, work.gpus, work.zero_stage)
-    yield f"device: {where}, {arithmetic}, {compiled}{older}"
+    yield f"device: {work.devices}, {work.arithmetic}, {compiled}{older}"
     yield f"resume: {run.resume_promise}"
     if run.skip_preflight:
         yield "pre-flight: skipped, as asked for"
@@ -75,10 +72,10 @@ def memory_line(plan: Plan) -> str:
     if plan.predicted.memory_bytes is None:
         return plan.memory_source
     held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
-    gpus = plan.workload.gpus
-    if gpus > 1 and plan.device.kind == "cpu":
-        return f"{held} for each of {gpus}, of {all_of_it} in all ({plan.memory_source})"
-    each = f" on each of {gpus}" if gpus > 1 else ""
+    ranks = plan.workload.ranks
+    if ranks > 1 and plan.device.kind == "cpu":
+        return f"{held} for each of {ranks}, of {all_of_it} in all ({plan.memory_source})"
+    each = f" on each of {ranks}" if ranks > 1 else ""
     return f"{held} of {all_of_it}{each} ({plan.memory_source})"
 
 
@@ -125,16 +122,15 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
 
 def _lines(plan: Plan) -> Iterator[str]:
     work, device = plan.workload, plan.device
-    each = " each" if work.gpus > 1 and device.kind == "cuda" else ""
-    where = devices(device.name, work.gpus, work.zero_stage)
-    yield f"plan of {plan.size} on {where}, with {binary(device.memory_bytes)}{each}"
+    each = " each" if work.ranks > 1 and device.kind == "cuda" else ""
+    yield f"plan of {plan.size} on {work.devices}, with {binary(device.memory_bytes)}{each}"
     yield ""
     total = sum(plan.parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
     yield from _table(("parameters", f"{total:,}", ""), rows)
     yield ""
     assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
-    on_each = " on each" if work.gpus > 1 else ""
+    on_each = " on each" if work.ranks > 1 else ""
     yield from _facts(
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
@@ -142,8 +138,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
             f"activations computed again: {work.activation_checkpointing}",
-            "arithmetic": f"{arithmetic(work.precision, fp8=work.fp8)}, "
-            f"{'' if work.compile else 'not '}compiled",
+            "arithmetic": f"{work.arithmetic}, {'' if work.compile else 'not '}compiled",
             "time": plan_page.time_line(plan),
             "memory": plan_page.memory_line(plan),
             "disk": plan_page.disk_line(plan),
@@ -155,18 +150,18 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     """By part, for every stage of ZeRO; they are one and the same on one device."""
-    stages = plan.stages if plan.workload.gpus > 1 else plan.stages[:1]
+    stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
-    heads = [f"stage {s.stage}" for s in stages] if plan.workload.gpus > 1 else [""]
+    heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]
     rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
     rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
-    title = "memory of each, by ZeRO" if plan.workload.gpus > 1 else "memory by part"
+    title = "memory of each, by ZeRO" if plan.workload.ranks > 1 else "memory by part"
     yield from _table((title, *heads), rows)
-    if plan.workload.gpus > 1:
+    if plan.workload.ranks > 1:
         yield "from stage 1 on each keeps its share of the fp32 weights; what it gathers of them"
         yield "to compute with, all or, at stage 3, those of two blocks, is communication"
 

@@ -40,13 +40,13 @@ def write(job: TrainingJob, proof: Proof) -> Path:
 
 def markdown(job: TrainingJob, proof: Proof) -> str:
     """The page of a proof."""
-    compute = job.training.compute
+    work = job.training.workload
     rows = {
         "Result": f"**{'passed' if proof.passed else 'FAILED'}**: {proof.reason}",
-        "Trained twice": f"{proof.steps:,} steps, {job.model.parameters:,} parameters, on "
-        f"{compute.device} in {compute.arithmetic}"
-        + (", compiled" if compute.compile else "")
-        + (", deterministic" if compute.deterministic else ""),
+        "Trained twice": f"{proof.steps:,} steps, {work.model.parameters:,} parameters, on "
+        f"{work.device} in {work.arithmetic}"
+        + (", compiled" if work.compile else "")
+        + (", deterministic" if work.deterministic else ""),
         "Killed with SIGKILL": f"{len(proof.kills)} times of {proof.kills_asked} asked for",
         "Numbers compared": f"{proof.numbers:,}: every loss, gradient norm and validation loss, to "
         "the bit",

@@ -21,7 +21,7 @@ from zeroflow.tracking.store import run_facts
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, recovery
 from zeroflow.training.job import TrainingJob, TrainResult
-from zeroflow.training.workload import arithmetic, devices
+from zeroflow.training.workload import Workload
 from zeroflow.units import duration, speed
 
 log = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ def write(
     report["stages"] = {
         name: {"reused": stage.reused, "why": stage.why} for name, stage in stages.items() if stage
     }
-    compared = plans.hold(run, job, shards, device, trained, spent.training)
+    compared = plans.hold(run, job, shards, trained, spent.training)
     report["plan"] = [row._asdict() | {"miss": row.miss} for row in compared]
     for row in compared:
         log.info("plan of %s: %s predicted, %s measured %s", *plan_page.cells(row))
     markdown = folder.report_page
     pages = links(folder)
-    text = _markdown(report, run, checked, compared, pages)
+    text = _markdown(report, run, job.training.workload, checked, compared, pages)
     markdown.write_text(text, encoding="utf-8")
     opened = run_facts(folder)
     report["mlflow_run_id"] = opened["run_id"] if opened else None
@@ -124,7 +124,8 @@ def _figures(
     trained: TrainResult,
     overfit: OverfitResult,
 ) -> dict[str, Any]:
-    epochs = run.batch_rows * trained.steps / shards.train.rows
+    work = job.training.workload
+    epochs = work.batch_rows * trained.steps / shards.train.rows
     return {
         "status": "completed" if overfit.passed else "failed",
         "run": run.run_name,
@@ -142,10 +143,10 @@ def _figures(
         "mfu": trained.mfu,
         "peak_memory_bytes": trained.peak_memory_bytes,
         "device": device.name,
-        "gpus": job.training.ranks,
-        "zero_stage": job.training.zero_stage,
-        "precision": job.training.compute.precision,
-        "fp8": job.training.compute.fp8,
+        "gpus": work.ranks,
+        "zero_stage": work.zero_stage,
+        "precision": work.precision,
+        "fp8": work.fp8,
         "resume": run.resume_promise,
         "recoveries": [entry.model_dump(mode="json") for entry in recovery.read(run.folder)],
         "data": {
@@ -228,13 +229,13 @@ def _time_section(time: dict[str, Any], picture: Path) -> str:
 def _markdown(
     report: dict[str, Any],
     run: Settled,
+    work: Workload,
     checked: PreflightResult | None,
     compared: list[plans.Compared],
     pages: dict[str, str],
 ) -> str:
     data, overfit = report["data"], report["overfit"]
     bpb = report["val_bpb"]
-    where = devices(report["device"], report["gpus"], report["zero_stage"])
     rows = {
         "Model": f"{report['size']}, {report['parameters']:,} parameters",
         "Data": f"{data['name']}, revision {data['revision'] or 'none'}, "
@@ -246,8 +247,7 @@ def _markdown(
         "Validation loss": f"{report['first_val_loss']:.4f} → {report['val_loss']:.4f} "
         "nats per token",
         "Bits per byte": f"{bpb:.4f}" if bpb else "none: synthetic data has no bytes",
-        "Speed": f"{speed(report['tokens_per_second'])} on {where}, "
-        f"{arithmetic(report['precision'], fp8=report['fp8'])}",
+        "Speed": f"{speed(report['tokens_per_second'])} on {work.devices}, {work.arithmetic}",
         "Pre-flight": _told(checked),
         "Overfit check": f"{'passed' if overfit['passed'] else 'FAILED'}: loss "
         f"{overfit['loss']:.4f} after {overfit['steps']} steps",
@@ -259,7 +259,7 @@ def _markdown(
     if report["entropy"] is not None:
         rows["Entropy of the data"] = f"{report['entropy']:.4f} nats per token, the least possible"
     if report["mfu"] is not None:
-        twice = " (that of fp8 is twice as high)" if report["fp8"] else ""
+        twice = " (that of fp8 is twice as high)" if work.fp8 else ""
         rows["MFU"] = (
             f"{report['mfu']:.1%} of the dense bf16 peak{twice}, (6N + 6·L·D·T) FLOPs a token"
         )

@@ -2,11 +2,12 @@
 
 from zeroflow.data.batches import largest_divisor
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.device import Device, Precision
+from zeroflow.device import Device
 from zeroflow.estimate.memory import micro_batch
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, nearest_size, with_vocabulary
 from zeroflow.settings.run_config import ModelChoice, TrainingChoice
 from zeroflow.settings.settled import SettledTraining
+from zeroflow.training.workload import Workload
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
@@ -18,6 +19,22 @@ _CPU_BATCH_TOKENS = 512
 _CPU_STEPS = 200
 
 
+def nominal_workload(choice: TrainingChoice, model: ModelChoice, device: Device) -> Workload:
+    """The workload of one row at the nominal vocabulary, with the defaults of the device."""
+    return choice.workload(
+        with_vocabulary(model.shape, NOMINAL_VOCABULARY),
+        device,
+        ranks=choice.gpus or 1,
+        zero_stage=choice.zero_stage or 0,
+        seq_len=choice.seq_len or (2048 if device.kind == "cuda" else 256),
+        precision=choice.precision or ("bf16" if device.has_bf16 else "fp32"),
+        compile=device.compiles if choice.compile is None else choice.compile,
+        micro_batch_rows=1,
+        accumulate=1,
+        activation_checkpointing="none",
+    )
+
+
 def fill(
     choice: TrainingChoice, model: ModelChoice, data: CorpusConfig, device: Device
 ) -> SettledTraining:
@@ -26,42 +43,39 @@ def fill(
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
     """
-    gpu, shape = device.kind == "cuda", model.shape
-    nominal = with_vocabulary(shape, NOMINAL_VOCABULARY)
-    size = nearest_size(shape)
-    seq_len = choice.seq_len or (2048 if gpu else 256)
-    precision: Precision = choice.precision or ("bf16" if device.has_bf16 else "fp32")
-    gpus, stage = choice.gpus or 1, choice.zero_stage or 0
+    gpu = device.kind == "cuda"
+    nominal = nominal_workload(choice, model, device)
+    size = nearest_size(model.shape)
     fits, checkpointing = micro_batch(
-        *(nominal, seq_len, device, choice.activation_checkpointing),
-        precision=precision,
-        fp8=choice.fp8,
-        compiled=choice.compile,
-        document_mask=choice.document_mask,
-        stage=stage,
-        ranks=gpus,
+        *(nominal.model, nominal.seq_len, device, choice.activation_checkpointing),
+        precision=nominal.precision,
+        fp8=nominal.fp8,
+        compiled=nominal.compile,
+        document_mask=nominal.document_mask,
+        stage=nominal.zero_stage,
+        ranks=nominal.ranks,
     )
     usual_tokens = size.batch_tokens if gpu else _CPU_BATCH_TOKENS
-    batch_size, accumulate = _batch(choice, seq_len, fits, usual_tokens, gpus)
-    batch_tokens = batch_size * accumulate * gpus * seq_len
-    budget = TOKENS_PER_PARAMETER * nominal.parameters
+    batch_size, accumulate = _batch(choice, nominal.seq_len, fits, usual_tokens, nominal.ranks)
+    batch_tokens = batch_size * accumulate * nominal.ranks * nominal.seq_len
+    budget = TOKENS_PER_PARAMETER * nominal.model.parameters
     steps = choice.max_steps or (-(-budget // batch_tokens) if gpu else _CPU_STEPS)
     # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
     peak = size.learning_rate / (1 if gpu else 3)
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if data.data_mode == "sample" else "The "
     filled = {
-        "gpus": gpus,
-        "zero_stage": stage,
-        "seq_len": seq_len,
+        "gpus": nominal.ranks,
+        "zero_stage": nominal.zero_stage,
+        "seq_len": nominal.seq_len,
         "batch_size": batch_size,
         "grad_accum_steps": accumulate,
         "batch_tokens": batch_tokens,
         "max_steps": steps,
         "learning_rate": choice.learning_rate or peak,
         "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
-        "precision": precision,
-        "compile": device.compiles if choice.compile is None else choice.compile,
+        "precision": nominal.precision,
+        "compile": nominal.compile,
         "activation_checkpointing": checkpointing,
         "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
         "validate_every": choice.validate_every or (250 if gpu else max(1, steps // 2)),

@@ -43,7 +43,7 @@ def training_job(
     Args:
         tags: of the MLflow run, beside those that follow from the settings.
     """
-    run, training = settled.run, settled.run.training_config
+    run = settled.run
     uri, folder = location(run.cache_dir)
     tracked = TrackingConfig(
         uri=uri,
@@ -70,10 +70,10 @@ def training_job(
             "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
         },
     )
+    training = run.training_config(model, settled.device)
     bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
     return TrainingJob(
         run_dir=run.run_dir,
-        model=model,
         training=training,
         cadence=run.cadence,
         retention=run.retention,
@@ -85,6 +85,6 @@ def training_job(
         prompt=run.training.sample_prompt,
         sampling=run.sampling,
         tracking=tracked,
-        compile_cache=run.cache_dir.resolve() / "compile",
-        peak_flops=training.ranks * peak if bf16 and peak else None,
+        compile_cache=Cache(run.cache_dir.resolve()).compiled,
+        peak_flops=training.workload.ranks * peak if bf16 and peak else None,
     )

@@ -24,13 +24,13 @@ from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
-from zeroflow.device import Precision
-from zeroflow.model.llama import Recompute, Shape
+from zeroflow.device import Device, Precision
+from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.run_folder import Cache, RunFolder
-from zeroflow.training.config import Stage
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
+from zeroflow.training.workload import Stage, Workload
 from zeroflow.units import parameter_count
 
 DEFAULT_CACHE = Path("data_cache")
@@ -200,6 +200,19 @@ class TrainingChoice(Config):
 
     sample_tokens: PositiveInt = 48
     """Length of the text sample, in tokens."""
+
+    def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
+        """The workload of a step with these settings.
+
+        Args:
+            settled: fields of the workload that are still open here, or that are to differ.
+        """
+        shared = Workload.model_fields.keys() & type(self).model_fields
+        own = {name: getattr(self, name) for name in shared}
+        own |= {"device": device.kind, "device_name": device.name, "model": model}
+        own["ranks"] = self.gpus
+        own["micro_batch_rows"], own["accumulate"] = self.batch_size, self.grad_accum_steps
+        return Workload.model_validate(own | settled)
 
 
 class BuildChoice(Config):

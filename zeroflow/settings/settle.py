@@ -57,7 +57,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
         run = run.replace(run_name=_default_name(run))
-    _ = run.training_config  # a contradiction is refused here, before anything is recorded
+    _ = run.schedule  # raises if its settings contradict each other, before anything is recorded
     acquire(run.run_dir)
     if recorded:
         corpus_reason = tokenizer_reason = "as the run was started"

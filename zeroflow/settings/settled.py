@@ -6,10 +6,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from zeroflow.data.shards import ShardConfig
 from zeroflow.device import Device, Precision
-from zeroflow.model.llama import Recompute
+from zeroflow.model.llama import ModelConfig, Recompute
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.training.checkpoint import Retention
-from zeroflow.training.config import ComputeConfig, TrainingConfig
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import Cadence
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
@@ -80,31 +80,26 @@ class Settled(RunConfig):
         )
 
     @property
-    def training_config(self) -> TrainingConfig:
-        choice = self.training
+    def schedule(self) -> Schedule:
+        """The learning rate's schedule.
+
+        Raises:
+            ValueError: warm-up and steps contradict each other.
+        """
+        return Schedule(
+            name=self.training.schedule,
+            peak=self.training.learning_rate,
+            warmup_steps=self.training.warmup_steps,
+            steps=self.training.max_steps,
+        )
+
+    def training_config(self, model: ModelConfig, device: Device) -> TrainingConfig:
         return TrainingConfig(
             seed=self.seed,
-            micro_batch_rows=choice.batch_size,
-            accumulate=choice.grad_accum_steps,
-            ranks=choice.gpus,
-            zero_stage=choice.zero_stage,
-            schedule=Schedule(
-                name=choice.schedule,
-                peak=choice.learning_rate,
-                warmup_steps=choice.warmup_steps,
-                steps=choice.max_steps,
-            ),
-            document_mask=choice.document_mask,
-            z_loss=choice.z_loss,
+            workload=self.training.workload(model, device),
+            z_loss=self.training.z_loss,
+            schedule=self.schedule,
             optimizer=self.optimizer,
-            compute=ComputeConfig(
-                device=self.device,
-                precision=choice.precision,
-                fp8=choice.fp8,
-                compile=choice.compile,
-                deterministic=choice.deterministic,
-                activation_checkpointing=choice.activation_checkpointing,
-            ),
         )
 
     @property

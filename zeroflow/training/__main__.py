@@ -16,9 +16,10 @@ log = logging.getLogger("zeroflow.training")
 
 def work(job: TrainingJob, stop: Stop) -> None:
     """Train the job from its newest checkpoint to its end, or until asked to stop."""
-    if job.training.compute.deterministic:
+    workload = job.training.workload
+    if workload.deterministic:
         worker.make_deterministic()
-    clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=job.training.compute.device)
+    clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=workload.device)
     session = Session(job, clock)
     try:
         ended = session.run(stop)

@@ -7,9 +7,9 @@ nobody to meet, and torchrun takes seconds to start and is one more that can be 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from zeroflow import artifacts
 from zeroflow.config import Config
@@ -41,12 +41,15 @@ class RankJob(Config):
     """What ranks have to know of any job to do it together."""
 
     run_dir: Path
-    model: ModelConfig
     training: TrainingConfig
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.run_dir)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.training.workload.model
 
 
 class TrainingJob(RankJob):
@@ -73,8 +76,29 @@ class TrainingJob(RankJob):
     """Where compiled code is kept; None where PyTorch keeps it."""
 
     peak_flops: float | None
-    """Of all devices, dense, in bf16, also where products are in fp8; None if it is unknown, or the
-    run in fp32: then no MFU is given."""
+    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None if unknown, or
+    if the run is in fp32: then no MFU is given."""
+
+    # Files written before format 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, fields: Any) -> Any:
+        """Read a job whose `model` stood beside its training, and the workload's fields in it."""
+        if not isinstance(fields, dict) or "model" not in fields:
+            return fields
+        training = fields["training"]
+        kept = training.keys() & TrainingConfig.model_fields.keys()
+        workload = {
+            **training["compute"],
+            **{name: training[name] for name in training.keys() - kept - {"compute"}},
+            "device_name": fields["tracking"]["tags"]["device"],
+            "model": fields["model"],
+            "seq_len": fields["shards"]["row_tokens"] - 1,
+        }
+        training = {name: training[name] for name in kept} | {"workload": workload}
+        others = {name: value for name, value in fields.items() if name != "model"}
+        return others | {"training": training}
 
 
 class TrainResult(StageResult):

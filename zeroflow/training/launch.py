@@ -91,7 +91,7 @@ def train(
             "zeroflow.training",
             job.folder.job,
             follow,
-            ranks=job.training.ranks,
+            ranks=job.training.workload.ranks,
             hang_seconds=job.hang_seconds,
             compile_cache=job.compile_cache,
         )

@@ -66,11 +66,11 @@ def train_step(
     losses = []
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
         loss = loss_sum(state.model, batch, config.z_loss) / share
-        zero.before_backward(state.model, config.zero_stage, last=left == 0)
+        zero.before_backward(state.model, config.workload.zero_stage, last=left == 0)
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 
-    if config.ranks > 1:
+    if config.workload.ranks > 1:
         enter("communication")
     loss = zero.mean(torch.stack(losses).sum())
     enter("optimizer")

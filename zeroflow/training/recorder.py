@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self, job: TrainingJob, books: PhaseLedger, *, step: int, context: int) -> None:
         self._job, self._books, self._context = job, books, context
-        self._rows_per_step = job.training.batch_rows
+        self._rows_per_step = job.training.workload.batch_rows
         self._tokens_per_step = self._rows_per_step * context
         self._metrics, self._events = job.folder.metrics, job.folder.events
         # What a killed process logged after its last checkpoint comes again
@@ -141,7 +141,7 @@ def peak_memory_bytes(job: TrainingJob) -> int:
 
 
 def _peak_memory_bytes(job: TrainingJob) -> int:
-    if job.training.compute.device == "cuda":
+    if job.training.workload.device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
         # Not getrusage, whose figure Linux starts at the memory of the process that started this

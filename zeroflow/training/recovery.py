@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow import records
 from zeroflow.config import Config
-from zeroflow.data.batches import Skip, largest_divisor
+from zeroflow.data.batches import Skip
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, launch
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
@@ -61,17 +61,14 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     The rows of every step stay the same: only how they are split into micro-batches changes, and
     which windows of the data are left out.
     """
-    training = planned.training
-    rows = training.micro_batch_rows * training.accumulate
+    workload = planned.training.workload
     for entry in ledger:
-        if entry.micro_batch_rows and entry.micro_batch_rows < training.micro_batch_rows:
-            fewer = largest_divisor(rows, entry.micro_batch_rows)
-            training = training.replace(micro_batch_rows=fewer, accumulate=rows // fewer)
+        if entry.micro_batch_rows and entry.micro_batch_rows < workload.micro_batch_rows:
+            workload = workload.split(entry.micro_batch_rows)
         if entry.activation_checkpointing:
-            compute = training.compute.replace(activation_checkpointing="full")
-            training = training.replace(compute=compute)
+            workload = workload.replace(activation_checkpointing="full")
     skips = tuple(entry.skip for entry in ledger if entry.skip)
-    return planned.replace(training=training, skips=skips)
+    return planned.replace(training=planned.training.replace(workload=workload), skips=skips)
 
 
 def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> TrainResult:
@@ -119,16 +116,16 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
             # What is left of a training whose parent was killed saves once more
             return Entry(**base, action=f"{goes_on}, or a later one that is being saved")
         case "out of memory":
-            training = now.training
-            if training.micro_batch_rows > 1:
-                rows = training.micro_batch_rows * training.accumulate
-                fewer = largest_divisor(rows, training.micro_batch_rows // 2)
+            workload = now.training.workload
+            if workload.micro_batch_rows > 1:
+                half = workload.split(workload.micro_batch_rows // 2)
                 action = (
-                    f"micro-batches of {fewer} rows instead of {training.micro_batch_rows}, "
-                    f"{rows // fewer} of them a step, the same rows in the same order; {goes_on}"
+                    f"micro-batches of {half.micro_batch_rows} rows instead of "
+                    f"{workload.micro_batch_rows}, {half.accumulate} of them a step, the same rows "
+                    f"in the same order; {goes_on}"
                 )
-                return Entry(**base, action=action, micro_batch_rows=fewer)
-            if training.compute.activation_checkpointing == "none":
+                return Entry(**base, action=action, micro_batch_rows=half.micro_batch_rows)
+            if workload.activation_checkpointing == "none":
                 action = f"activations are computed again instead of kept; {goes_on}"
                 return Entry(**base, action=action, activation_checkpointing=True)
         case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
@@ -146,7 +143,7 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             return (
                 "with micro-batches of one row and activations computed again nothing is left to "
                 f"save: weights, gradients and moments alone take {state}. Share them out among "
-                "more GPUs (--gpus, --zero-stage 3), or take a smaller size, a lower --seq-len or "
+                "more GPUs with --zero-stage 3, or take a smaller size, a lower --seq-len or "
                 "a device with more memory"
             )
         case "diverged":

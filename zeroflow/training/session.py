@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
-from zeroflow.data.batches import Batches, Prefetcher
+from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
-from zeroflow.training import checkpoint, compiling, sampling, zero
+from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.goodput import Clock, PhaseLedger
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -52,7 +52,7 @@ class Session:
         self.job, self.clock = job, clock
         self.train_rows = Rows(job.shards, "train")
         self.validation_rows = Rows(job.shards, "validation")
-        self.state = new_state(job.model, job.training)
+        self.state = new_state(job.training)
         zero.on_rank0(partial(checkpoint.clear_unfinished, job.folder.checkpoints))
         if newest := zero.on_rank0(partial(checkpoint.latest, job.folder.checkpoints)):
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
@@ -81,7 +81,7 @@ class Session:
         self.settled_from = self.state.step + _STEPS_TO_SETTLE
         """Step from which nothing should be compiled any more."""
 
-        if job.training.compute.compile:
+        if job.training.workload.compile:
             compiling.watch(clock, is_settled=lambda: self.state.step >= self.settled_from)
 
     @property
@@ -90,20 +90,8 @@ class Session:
 
     @cached_property
     def batches(self) -> Prefetcher:
-        config = self.job.training
-        batches = Batches(
-            self.train_rows,
-            end_of_text=self.train_rows.end_of_text,
-            seed=config.seed,
-            micro_batch_rows=config.micro_batch_rows,
-            accumulate=config.accumulate,
-            document_mask=config.document_mask,
-            skips=self.job.skips,
-            rank=zero.rank(),
-            ranks=config.ranks,
-            pin=config.compute.device == "cuda",
-        )
-        return Prefetcher(batches.micro_batches)
+        made = batching.batches(self.train_rows, self.job.training, self.job.skips)
+        return Prefetcher(made.micro_batches)
 
     def run(self, stop: Stop) -> bool:
         """Train; whether the last step was reached."""
@@ -138,13 +126,11 @@ class Session:
         self.clock.enter("validation")
         if self.val_loss is None:  # compiled in this process for the first time
             self.settled_from = max(self.settled_from, self.state.step + 1)
-        config = self.job.training
         loss = validation_loss(
             self.state.model,
             self.validation_rows,
             self.job.validation_rows,
-            config.micro_batch_rows,
-            document_mask=config.document_mask,
+            self.job.training.workload,
         )
         gc.collect()
         self.val_loss = (self.state.step, loss)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The state that training changes, and how a new one is made."""
 
 from dataclasses import dataclass
 
@@ -6,50 +6,52 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zeroflow.model import fp8
 from zeroflow.model.attention import block_mask
-from zeroflow.model.llama import Block, Llama, ModelConfig, initialize
+from zeroflow.model.llama import Block, Llama, initialize
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
 
 
 @dataclass
 class TrainState:
-    """All that training changes; a checkpoint is this and nothing else."""
+    """Everything that training changes; a checkpoint is this and nothing else."""
 
     model: Llama
     optimizer: Optimizer
     skipped: Tensor
-    """(2,) int64 on the device: updates skipped in a row until now, and in all, as their loss or
-    gradient was no finite number."""
+    """(2,) int64 on the device: updates skipped because of a non-finite loss or gradient, first
+    those in a row until now, then all."""
 
     step: int = 0
-    """Steps done, which is also the number of the next one."""
+    """Steps done, and so the number of the next one, counted from 0."""
 
 
-def new_state(model: ModelConfig, config: TrainingConfig) -> TrainState:
-    """A freshly initialised model and optimiser on the device; the same for the same seed.
+def new_state(config: TrainingConfig) -> TrainState:
+    """Build a model with fresh weights and its optimiser on the device.
 
-    PyTorch's random numbers, which a checkpoint holds as well, begin anew from the seed.
+    The same seed gives the same weights on any device and any number of ranks. PyTorch's global
+    random state, which is part of a checkpoint, is seeded as well.
     """
-    device = config.compute.device
-    # What is shared out goes to the device part by part: as a whole it may not fit
-    with torch.device(device if config.ranks == 1 else "cpu"):
-        network = Llama(model, config.compute.dtype)
-    initialize(network, config.seed)
-    for block in network.model.layers:
+    work = config.workload
+    # A sharded model is moved to the device block by block, as the whole may not fit there
+    with torch.device(work.device if work.ranks == 1 else "cpu"):
+        model = Llama(work.model, work.dtype)
+    initialize(model, config.seed)
+    for block in model.model.layers:
         assert isinstance(block, Block)
-        block.recompute = config.compute.activation_checkpointing
-        if config.compute.fp8:
-            block.self_attn.linear = block.mlp.linear = fp8.linear
-        if config.compute.compile:
+        block.recompute = work.activation_checkpointing
+        block.self_attn.linear = block.mlp.linear = work.linear
+        if work.compile:
+            # Training has one shape. By default PyTorch would compile for symbolic sizes as soon
+            # as it met a second one
             block.compile(dynamic=False)
-    if config.compute.compile:
-        network.model.norm.compile(dynamic=False)
-        if device == "cuda":
-            network.model.document_mask = block_mask
-    if config.ranks > 1:
-        zero.shard(network, config.zero_stage, device)
-    optimizer = config.optimizer.build(network, config.schedule.peak)
+    if work.compile:
+        model.model.norm.compile(dynamic=False)
+        if work.device == "cuda":
+            model.model.mask_for = block_mask
+    if work.ranks > 1:
+        zero.shard(model, work.zero_stage, work.device)
+    optimizer = config.optimizer.build(model, config.schedule.peak)
     torch.manual_seed(config.seed)
-    return TrainState(network, optimizer, torch.zeros(2, dtype=torch.int64, device=device))
+    skipped = torch.zeros(2, dtype=torch.int64, device=work.device)
+    return TrainState(model, optimizer, skipped)

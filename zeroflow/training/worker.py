@@ -78,7 +78,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     job_file = Path(sys.argv[1])
     job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
     watch = WATCH_PARENT in sys.argv[2:]
-    request = StopRequest(watch_parent=watch, ranks=job.training.ranks)
+    request = StopRequest(watch_parent=watch, ranks=job.training.workload.ranks)
     folder = RunFolder(job_file.parent)
     try:
         waiting_for = (
@@ -87,7 +87,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
             if rank == 0:
                 zero.remove_stale_rendezvous(folder.path)
-            with zero.process_group(job.training.compute.device):
+            with zero.process_group(job.training.workload.device):
                 work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
         message = _message(error, folder.path)

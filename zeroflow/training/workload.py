@@ -1,62 +1,203 @@
 """What decides the cost and the mathematics of a training step."""
 
-from typing import Annotated
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import Field
+import torch
+from pydantic import Field, PositiveInt, model_validator
 
 from zeroflow.config import Config
-from zeroflow.device import Precision
-from zeroflow.model.llama import ModelConfig, Recompute
+from zeroflow.data.batches import BatchShape, largest_divisor
+from zeroflow.device import FP8_CAPABILITY, Device, DeviceKind, Precision
+from zeroflow.model import fp8, llama
+from zeroflow.model.llama import Linear, ModelConfig, Recompute
+from zeroflow.reuse import Fields
 
 STAGES = (0, 1, 2, 3)
-"""Of ZeRO: what ranks share out. 0 nothing, 1 moments and weights, 2 gradients too, 3 weights also
-while they are used."""
+"""What the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: gradients as
+well. 3: weights also while they are in use."""
 
-
+# Not a Literal: Prefect's form leaves a choice of 0 empty
 Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
-"""One of `STAGES`. No Literal: of a choice that is 0, Prefect's form shows an empty one."""
-
-
-def devices(name: str, gpus: int, stage: Stage) -> str:
-    """What a run is on, such as 2 x NVIDIA H200, ZeRO stage 3."""
-    if gpus == 1:
-        return name
-    of = "processes on one" if "CPU" in name else "x"
-    return f"{gpus} {of} {name}, ZeRO stage {stage}"
-
-
-def arithmetic(precision: Precision, *, fp8: bool) -> str:
-    """What is computed in, for people."""
-    return f"{precision} with products in fp8" if fp8 else precision
+"""One of `STAGES`."""
 
 
 class Workload(Config):
-    """What speed and memory depend on."""
+    """A training step: the network, its batch, and how and on what both are computed.
 
-    device: str
-    gpus: int = 1
+    Planner, trainer, history and report all take this object.
+    """
+
+    device: DeviceKind
+
+    device_name: str
+    """Such as NVIDIA H200."""
+
+    ranks: PositiveInt = 1
+    """Processes that train together: each on a GPU of its own, or sharing the cores of a CPU."""
+
     zero_stage: Stage = 0
-    model: ModelConfig
-    seq_len: int
-    micro_batch_rows: int
-    """As accumulate, of each GPU."""
+    """What the ranks shard, see `STAGES`."""
 
-    accumulate: int
+    model: ModelConfig
+
+    seq_len: PositiveInt
+    """Tokens of context."""
+
+    micro_batch_rows: PositiveInt
+    """Rows of one forward pass on one rank."""
+
+    accumulate: PositiveInt
+    """Micro-batches of one step on each rank."""
+
     precision: Precision
+    """bf16: products and activations are bf16; weights, moments and gradients stay fp32."""
+
     fp8: bool = False
+    """Compute the products of the decoder blocks in 8 bits. The output head, which the loss is
+    computed with, stays in `precision`."""
+
     compile: bool
-    deterministic: bool
-    document_mask: bool
-    activation_checkpointing: Recompute
+    """Compile the decoder blocks and the last norm with torch.compile."""
+
+    deterministic: bool = False
+    """Use only kernels that give the same bits in every run."""
+
+    document_mask: bool = False
+    """Attention stays within a document, and positions restart with each document."""
+
+    activation_checkpointing: Recompute = "none"
+    """Activations recomputed in the backward pass: those of the feed-forward networks (selective)
+    or all those of a block (full)."""
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of one step on one rank."""
+        return self.micro_batch_rows * self.accumulate
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the global batch."""
+        return self.rank_rows * self.ranks
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.batch_rows * self.seq_len
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        return BatchShape(self.accumulate, self.ranks, self.micro_batch_rows)
+
+    @property
+    def accumulates(self) -> bool:
+        """True if a step sums the gradients of several micro-batches."""
+        return self.accumulate > 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of activations and products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def linear(self) -> Linear:
+        """The function that computes the products of the decoder blocks."""
+        return fp8.linear if self.fp8 else llama.linear
+
+    @property
+    def significand_bits(self) -> int:
+        """Precision of the factors in the products of the decoder blocks."""
+        return 4 if self.fp8 else 8 if self.precision == "bf16" else 24
+
+    @property
+    def arithmetic(self) -> str:
+        """Number formats as text."""
+        return f"{self.precision} with products in fp8" if self.fp8 else self.precision
+
+    @property
+    def devices(self) -> str:
+        """Devices as text, such as 2 x NVIDIA H200, ZeRO stage 3."""
+        if self.ranks == 1:
+            return self.device_name
+        times = "processes on one" if self.device == "cpu" else "x"
+        return f"{self.ranks} {times} {self.device_name}, ZeRO stage {self.zero_stage}"
 
     @property
     def flops_per_token(self) -> int:
+        """Floating-point operations of one token's forward and backward pass."""
         return self.model.flops_per_token(self.seq_len)
 
+    @property
+    def mathematics(self) -> tuple[ModelConfig, int, int, bool]:
+        """The part that decides the loss; the rest changes its rounding only."""
+        return self.model, self.seq_len, self.batch_rows, self.document_mask
+
     def is_computed_like(self, other: "Workload") -> bool:
-        """Whether the same kernels do the same, in other sizes."""
-        return all(
-            getattr(self, name) == getattr(other, name)
-            for name in type(self).model_fields
-            if name not in ("model", "seq_len", "micro_batch_rows", "accumulate")
-        )
+        """True if the same kernels run on the same devices, for whatever model and batch."""
+        sizes = {"model", "seq_len", "micro_batch_rows", "accumulate"}
+        return self.model_dump(exclude=sizes) == other.model_dump(exclude=sizes)
+
+    def split(self, limit: int) -> Self:
+        """The same rows per step, in the largest equal micro-batches of at most `limit` rows."""
+        rows = largest_divisor(self.rank_rows, limit)
+        return self.replace(micro_batch_rows=rows, accumulate=self.rank_rows // rows)
+
+    def require_fp8(self, device: Device) -> None:
+        """Check that `device` can compute the products in 8 bits, if they are to be.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if not self.fp8:
+            return
+        needed = ".".join(map(str, FP8_CAPABILITY))
+        if device.capability is None:
+            raise ValueError(
+                f"--fp8 needs a GPU of compute capability {needed} or more, and the device is a "
+                f"CPU ({device.name}): train on such a GPU, or drop --fp8"
+            )
+        if device.capability < FP8_CAPABILITY:
+            raise ValueError(
+                f"--fp8 needs compute capability {needed} or more, as Ada and Hopper have it, and "
+                f"{device.name} has {'.'.join(map(str, device.capability))}: train on another GPU, "
+                "or drop --fp8"
+            )
+        if self.precision == "fp32":
+            raise ValueError("--fp8 goes with bf16, and --precision is fp32: drop one of them")
+        sides = {
+            "hidden_size": self.model.hidden_size,
+            "intermediate_size": self.model.intermediate_size,
+            "the joined size of queries, keys and values": self.model.qkv_size,
+            "seq_len": self.seq_len,
+        }
+        for name, side in sides.items():
+            if side % fp8.MULTIPLE:
+                raise ValueError(
+                    f"--fp8 multiplies matrices whose sides are multiples of {fp8.MULTIPLE}, and "
+                    f"{name} is {side}: change it, or drop --fp8"
+                )
+
+    # Files written before format 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, fields: Any) -> Any:
+        """Read a plan: its `device` was the name of the device, and `gpus` the number of ranks."""
+        if not isinstance(fields, dict) or fields.get("device") in (None, *get_args(DeviceKind)):
+            return fields
+        fields = {"ranks": fields.get("gpus", 1)} | fields
+        name = fields["device"]
+        kind: DeviceKind = "cpu" if "CPU" in name else "cuda"
+        return {n: v for n, v in fields.items() if n != "gpus"} | {
+            "device": kind,
+            "device_name": name,
+        }
+
+    @property
+    def in_format_1(self) -> Fields:
+        """All but model, context and device name, nested as in the job of a run.
+
+        Checks are identified by a hash of this, so that one that passed before is not repeated.
+        """
+        fields = self.model_dump(mode="json", exclude={"model", "seq_len", "device_name"})
+        outer = ("micro_batch_rows", "accumulate", "ranks", "zero_stage", "document_mask")
+        return {name: fields.pop(name) for name in outer} | {"compute": fields}

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zeroflow.device import DeviceKind
 from zeroflow.model.llama import Llama
 from zeroflow.training.workload import Stage
 
@@ -55,19 +56,19 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
         return {"RANK": "0", "WORLD_SIZE": "1"}
     # It sees one GPU, so that all code may speak of the one that there is
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
-    gpus = [number.strip() for number in visible.split(",")]
+    devices = [number.strip() for number in visible.split(",")]
     cores = max(1, (os.cpu_count() or 1) // ranks)
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         _RENDEZVOUS: str(meeting),
-        "CUDA_VISIBLE_DEVICES": gpus[rank] if rank < len(gpus) else "",
+        "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
     }
 
 
 @contextmanager
-def process_group(device: Literal["cpu", "cuda"]) -> Iterator[None]:
+def process_group(device: DeviceKind) -> Iterator[None]:
     """Be one of the ranks that the environment speaks of, until all of them end the block."""
     ranks_told = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks_told == 1:
@@ -142,7 +143,7 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(model: Llama, stage: Stage, device: Literal["cpu", "cuda"]) -> None:
+def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
     """Share `model` out among the ranks' devices, and have its gradients averaged over them.
 
     What a rank computes with is gathered, a block at a time, in the type of its products; gradients

@@ -1,0 +1,37 @@
+"""The batches of a workload, made of the rows of a shard set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zeroflow.data.batches import Batches, MicroBatch, Skip, to_micro_batch
+from zeroflow.data.rows import Rows
+from zeroflow.training import zero
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.workload import Workload
+
+
+def batches(rows: Rows, config: TrainingConfig, skips: Sequence[Skip] = ()) -> Batches:
+    """The training batches of this rank.
+
+    Args:
+        skips: windows of the data to leave out.
+    """
+    return Batches(
+        rows,
+        config.workload.batch_shape,
+        seed=config.seed,
+        rank=zero.rank(),
+        skips=skips,
+        document_mask=config.workload.document_mask,
+        pin=config.workload.device == "cuda",
+    )
+
+
+def micro_batch(tokens: npt.NDArray[np.integer[Any]], rows: Rows, workload: Workload) -> MicroBatch:
+    """The micro-batch of `tokens` (n, row_tokens), which are some of `rows`."""
+    return to_micro_batch(
+        tokens, end_of_text=rows.end_of_text, document_mask=workload.document_mask
+    )
