@@ -79,23 +79,11 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _generate(arguments: Arguments) -> None:
-    from zeroflow.inference import trained as models
-    from zeroflow.training import sampling
+    from zeroflow.inference import trained
 
-    config = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
-    trained = models.load(arguments.cache_dir, arguments.run)
-    if trained.tokenizer.path is None:
-        if arguments.prompt:
-            raise ValueError(f"run {arguments.run} was trained on token ids: it takes no --prompt")
-        ids = sampling.complete_ids(
-            trained.model, trained.tokenizer, config, context=trained.context
-        )
-        text = " ".join(map(str, ids))
-    else:
-        text = sampling.complete(
-            trained.model, trained.tokenizer, arguments.prompt, config, context=trained.context
-        )
-    console.print(text, markup=False)
+    settings = read_settings(SamplingConfig, arguments)
+    model = trained.load(arguments.cache_dir, arguments.run)
+    console.print(model.generate(arguments.prompt, **settings), markup=False)
 
 
 def _export_arguments(parser: Parser) -> None:

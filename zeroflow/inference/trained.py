@@ -1,28 +1,64 @@
-"""TODO docstring."""
+"""The model of a run with its tokenizer and shards, and what can be done with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from zeroflow import artifacts
+from zeroflow.data.part_facts import Split
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama
 from zeroflow.run_folder import Cache
 from zeroflow.settings import settle
-from zeroflow.training import checkpoint
+from zeroflow.training import checkpoint, sampling
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.sampling import SamplingConfig
 
 
-class Trained(NamedTuple):
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what it was trained on."""
+
+    run: str
     model: Llama
-    """On the CPU, of the newest checkpoint."""
+    """On the CPU, of the newest checkpoint: `model(ids)` maps (B, T) ids to (B, T, V) logits."""
 
     tokenizer: Tokenizer
-    context: int
-    """Tokens it was trained on at once."""
+    shards: ShardSet
+
+    @property
+    def context(self) -> int:
+        """Tokens of context that the model was trained with."""
+        return self.shards.row_tokens - 1
+
+    def rows(self, split: Split) -> Rows:
+        """The packed rows of a split, memory-mapped: `rows[ids]` gives (len(ids), T + 1) ids."""
+        return Rows(self.shards, split)
+
+    def generate(self, prompt: str = "", **settings: Any) -> str:
+        """`prompt` and the text that the model adds to it; token ids if it was trained on ids.
+
+        Args:
+            settings: fields of `SamplingConfig`: tokens, temperature, top_k, seed.
+
+        Raises:
+            ValueError: a setting is wrong, or there is a prompt and the model knows no text.
+        """
+        config = SamplingConfig.model_validate(settings)
+        if self.tokenizer.path is not None:
+            return sampling.complete(
+                self.model, self.tokenizer, prompt, config, context=self.context
+            )
+        if prompt:
+            raise ValueError(f"run {self.run} was trained on token ids: it takes no prompt")
+        ids = sampling.complete_ids(self.model, self.tokenizer, config, context=self.context)
+        return " ".join(map(str, ids))
 
 
 def load(cache: Path, name: str) -> Trained:
-    """The model of run `name` with its tokenizer.
+    """The model of run `name`, of its newest checkpoint.
 
     Raises:
         ValueError: there is no such run, or it has no checkpoint yet.
@@ -31,22 +67,22 @@ def load(cache: Path, name: str) -> Trained:
     newest = checkpoint.latest(settings.folder.checkpoints)
     if newest is None:
         raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
-    context = settings.shard_config.seq_len
-    return Trained(checkpoint.load_model(newest), job(cache, name).tokenizer, context)
+    found = job(cache, name)
+    return Trained(name, checkpoint.load_model(newest), found.tokenizer, found.shards)
 
 
 def job(cache: Path, name: str) -> TrainingJob:
-    """What the training of run `name` was given.
+    """The training job of run `name`, with paths in `cache`.
 
     Raises:
-        ValueError: there is no such run, or it has not come as far as that.
+        ValueError: there is no such run, or it has no shards yet.
     """
     settings = settle.load(cache, name)
     file = settings.folder.job
     if not file.exists():
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
     found = TrainingJob.model_validate(artifacts.read_json(file))
-    # The cache may have been moved since
+    # The cache may have been moved since the job was written
     tokenizer = found.tokenizer
     if tokenizer.path is not None:
         tokenizer = tokenizer.replace(path=Cache(cache).tokenizers / tokenizer.path.name)
