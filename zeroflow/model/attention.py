@@ -1,4 +1,4 @@
-"""Causal attention by the fastest kernel for the device, over whole rows or within documents."""
+"""Causal attention over whole rows or within documents, by the fastest kernel of the device."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,21 +11,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask: TypeAlias = Tensor | BlockMask | None
-"""None is causal over the whole row."""
+"""What a token may attend to; None for everything before it in its row."""
 
-# In this order where they serve. Chosen here and not by the global flags, which a compiled graph
-# does not look at again. cuDNN is the fastest on Hopper; its backward pass is never repeatable.
+# The first of these that supports its inputs is used. They are passed to each call instead of set
+# by PyTorch's global flags, which a compiled graph reads only once. cuDNN is the fastest on Hopper,
+# but its backward pass is not deterministic
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_REPEATABLE = _FASTEST[1:]
+_DETERMINISTIC = _FASTEST[1:]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-    """Attention of queries (B, H, T, E) to keys and values (B, K, T, E), grouped if K < H."""
+    """Return the attention (B, H, T, E) of queries (B, H, T, E) to keys and values (B, K, T, E).
+
+    With K < H it is grouped-query attention.
+    """
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         assert isinstance(y, Tensor)
@@ -34,30 +38,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **how)
     if mask is not None or q.dtype == torch.float32:
-        # The only kernel for these that does not write all scores to memory needs a key and a value
-        # for every query head
+        # For these, the only kernel that does not write all scores to memory needs a key and a
+        # value for each query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # cuDNN plans anew for every length, of which a text that is generated has many
+    # Without gradients text is generated, at many lengths: cuDNN would plan for each
     fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
-    with sdpa_kernel(_FASTEST if fastest else _REPEATABLE, set_priority=True):
+    with sdpa_kernel(_FASTEST if fastest else _DETERMINISTIC, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lets every token see those before it with its own number in `documents` (B, T).
+    """Return a mask (B, 1, T, T) that keeps attention causal and within `documents` (B, T).
 
-    0 where it sees and minus infinity where not, (B, 1, T, T), to be added to scores of `dtype`. A
-    bool mask would become that in every block, and be kept in each.
+    Tokens of one document have the same number in `documents`. The mask is added to the scores, of
+    `dtype`: 0 where a token may attend, minus infinity elsewhere. PyTorch would convert a bool mask
+    to this in every block, and keep each copy for the backward pass.
     """
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    nowhere = torch.zeros_like(same, dtype=dtype)
-    return nowhere.masked_fill_(~same.tril(), -torch.inf)
+    mask = torch.zeros_like(same, dtype=dtype)
+    return mask.masked_fill_(~same.tril(), -torch.inf)
 
 
 def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
-    """What `dense_mask` lets see, for flex attention, which skips the blocks where nothing is seen.
+    """Return the mask of `dense_mask` for flex attention, which skips blocks that are masked whole.
 
-    That has to be compiled for a GPU, as eager it holds all scores:
+    Flex attention must be compiled: eager, it holds all scores in memory.
     https://arxiv.org/abs/2412.05496
     """
     rows, tokens = documents.shape
@@ -70,12 +75,17 @@ def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
 
 @cache
 def _compiled_block_mask() -> Callable[..., BlockMask]:
-    """Eager, it would hold B·T·T entries. Compiled late, as torch.compile takes long to import."""
+    # Compiled, as it would hold B·T·T entries in memory otherwise; at the first call, as importing
+    # torch.compile takes seconds
     return torch.compile(create_block_mask)
 
 
 def positions_within(documents: Tensor) -> Tensor:
-    """Place of every token in its document, (B, T) int64; documents are runs of equal numbers."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    """Return each token's position in its document, (B, T) int64.
+
+    Args:
+        documents: (B, T); a run of equal numbers is a document.
+    """
+    positions = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
+    return positions - torch.where(begins, positions, 0).cummax(dim=1).values

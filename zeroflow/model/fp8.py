@@ -1,7 +1,7 @@
-"""Products in 8 bits, for GPUs that have them: another way to compute `llama.linear`.
+"""`llama.linear` with products in fp8, for GPUs that support them.
 
-Activations and weights are e4m3, gradients e5m2, as in https://arxiv.org/abs/2209.05433, scaled by
-the largest value that each has now.
+Activations and weights are rounded to e4m3, gradients to e5m2, as in
+https://arxiv.org/abs/2209.05433. Each is scaled by its current largest value.
 """
 
 from collections.abc import Sequence
@@ -13,40 +13,40 @@ from torch import Tensor
 # T tokens  D features  N features of the product
 
 MULTIPLE = 16
-"""Of which all sides of a product have to be, by what the tensor cores' kernels ask."""
+"""The kernels require every side of a product to be a multiple of this."""
 
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
 _SMALLEST_SCALE = 2.0**-100
-"""Of what is all zeros. Scales are divided by it, which stays a number in fp32."""
+"""Scale of a tensor of zeros. Scales are divided by, and the quotient must be finite in fp32."""
 
-# Fast sums have some 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2. Those of
-# gradients are in fp32, as in torchao's tensor-wise recipe
+# Fast accumulation has some 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
+# Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
 _FAST_OUTPUT, _FAST_GRADIENTS = True, False
 
 _WEIGHT_GRADIENT = True
-"""Whether the weights' gradient is a product in 8 bits too, which has both sides transposed first;
-else it is one in the type of the activations."""
+"""True if the gradient of the weights is an fp8 product too, of transposed copies of both factors;
+otherwise it is a product in the dtype of the activations."""
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """`x` (..., D) times the transposes of `weights` (N, D), side by side, in the type of `x`.
+    """Multiply `x` (..., D) by the transposes of `weights` (N, D), concatenated, in `x`'s dtype.
 
-    That is bf16 where it is compiled for a GPU: of fp32, compiled by PyTorch 2.11 for an H100, all
-    gradients came out as zeros.
+    Compiled for a GPU, `x` must be bf16: with fp32, PyTorch 2.11 on an H100 computed zeros for all
+    gradients.
     """
     y: Tensor = _Linear.apply(x.flatten(0, -2), *weights)
     return y.unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ for tokens x (T, D) and joined weights W (N, D).
+    """y = x Wᵀ for tokens x (T, D) and concatenated weights W (N, D).
 
-    A token has a scale of its own, s, so that it changes nothing in the results of another: a
-    common one would let it see, by their roundings, those that come later. W has one for all.
+    Each token has its own scale s. With one scale for all tokens, the rounding of a token would
+    depend on later tokens, and the model would no longer be causal. W has one scale.
 
-    s cannot leave the sum over tokens that the gradient of W is. There the gradient of y takes it
-    in before it is rounded, and one rounding serves both products:
+    The gradient of W is a sum over tokens, and s cannot be factored out of it. So dy is multiplied
+    by s before it is rounded, and one rounded tensor serves both products:
     dW = (s·dy)ᵀ x/s and dx = (s·dy) W / s.
 
     Kept for the backward pass are x in 8 bits and the weights as they are.
@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x8, s, w_scale, *weights)
         w8 = _rounded(weights, w_scale)
         y = _product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
-        return (y * s).to(x.dtype)  # for free in whatever reads y
+        return (y * s).to(x.dtype)  # compiled, this is fused into the next kernel
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
@@ -82,21 +82,21 @@ class _Linear(torch.autograd.Function):
 
 
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """By which values are divided so that the `largest` is just held; fp32.
+    """Return the fp32 number to divide values by so that the `largest` just fits in `dtype`.
 
-    What is no finite number makes one that is none, and so is the loss.
+    It is non-finite if `largest` is, and so is the loss then.
     """
     return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 
 
 def _rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
-    """One below the other."""
+    """Round `weights` and concatenate them along their rows."""
     rounded = [(weight / scale).to(_VALUES) for weight in weights]
     return torch.cat(rounded) if len(rounded) > 1 else rounded[0]
 
 
 def _by_columns(matrix: Tensor) -> Tensor:
-    """The same in memory column by column, which is how a second factor is read."""
+    """Return the same matrix in column-major order, as the kernels require of a second factor."""
     return matrix.t().contiguous().t()
 
 

@@ -1,7 +1,8 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
-A state dict of `Llama` is one of `transformers.LlamaForCausalLM` with tied embeddings, so export
-copies instead of converting. There are no buffers: rotary angles are computed in `forward`.
+A state dict of `Llama` is also one of `transformers.LlamaForCausalLM` with tied embeddings, so
+export copies tensors and converts nothing. There are no buffers, which a sharded model would have
+to place: rotary angles are computed in `forward`.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from zeroflow.model.attention import Mask, attend, dense_mask, positions_within
 
 
 class Shape(Config):
-    """Size of the decoder without its vocabulary; names as in Hugging Face's `LlamaConfig`."""
+    """Shape of the decoder without its vocabulary; names as in Hugging Face's `LlamaConfig`."""
 
     hidden_size: PositiveInt
     """Features per token in the residual stream."""
@@ -34,7 +35,7 @@ class Shape(Config):
     """Decoder blocks."""
 
     num_attention_heads: PositiveInt
-    """Query heads; they divide `hidden_size`."""
+    """Query heads. Their number divides `hidden_size`."""
 
     num_key_value_heads: PositiveInt
     """Fewer than `num_attention_heads` is grouped-query attention."""
@@ -72,7 +73,7 @@ class Shape(Config):
 
 
 class ModelConfig(Shape):
-    """All that defines the network."""
+    """Everything that defines the network."""
 
     vocab_size: PositiveInt
     """Rows of the embedding: the tokenizer's vocabulary, padded."""
@@ -88,7 +89,7 @@ class ModelConfig(Shape):
 
     @property
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters in closed form; the tied output head is the embedding."""
+        """Count the parameters in closed form. The output head is tied: it is the embedding."""
         D, M, L, E = (
             self.hidden_size,
             self.intermediate_size,
@@ -107,16 +108,16 @@ class ModelConfig(Shape):
         return sum(self.parameters_by_part.values())
 
     def flops_per_token(self, context: int) -> int:
-        """Floating point operations of one token's forward and backward pass at `context` tokens.
+        """Floating-point operations of one token's forward and backward pass at `context` tokens.
 
-        6N for the matrices (N with the tied head once) and 6·L·D·T for causal attention, half of
-        the full square: https://arxiv.org/abs/2204.02311, appendix B.
+        6·N for the matrices, where N counts the tied head once, and 6·L·D·T for causal attention,
+        half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
         """
         return 6 * self.parameters + 6 * self.num_hidden_layers * self.hidden_size * context
 
 
 INITIAL_STD = 0.02
-"""Of fresh weights but norms; residual outputs have less."""
+"""Standard deviation of initial weights. Norms start at 1, residual outputs with a smaller one."""
 
 Recompute = Literal["none", "selective", "full"]
 """Activations that are computed again in the backward pass: those within the feed-forward networks,
@@ -126,8 +127,8 @@ or all within a block."""
 class Llama(nn.Module):
     """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied.
 
-    Weights are fp32. Matrices are multiplied in `dtype`, which is also that of the residual stream;
-    norms and rotations are computed in fp32 between.
+    Weights are fp32. Matrix products and the residual stream are in `dtype`; norms and rotary
+    embeddings are computed in fp32.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -141,25 +142,29 @@ class Llama(nn.Module):
         head: "Head | None" = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Apply `head` to the hidden states (B, T, D) and the output matrix (V, D).
+        """Return `head` of the hidden states (B, T, D) and the output matrix (V, D).
 
-        The default head gives logits (B, T, V). Training passes its loss, which then never has to
-        hold all logits at once and meets the output matrix inside this forward, where a sharded
-        model has it whole.
+        The default head returns logits (B, T, V). Training passes its loss as the head: it
+        computes logits in chunks, and inside this forward pass a sharded model has the whole
+        output matrix.
 
-        Tokens (B, T) see those before them in their row, or, where `documents` (B, T) numbers the
-        documents of a row, those of their own document, in which positions begin anew.
+        Args:
+            tokens: ids, (B, T).
+            documents: the number of each token's document within its row, (B, T). Attention then
+                stays within a document and positions restart with it. None: a row is one document.
         """
         return (head or linear)(self.model(tokens, documents), self.model.embed_tokens.weight)
 
 
 Head = Callable[[Tensor, Tensor], Tensor]
+"""A function of the hidden states (B, T, D) and the output matrix (V, D)."""
+
 Linear = Callable[..., Tensor]
-"""Computes what `linear` does."""
+"""`linear`, or another implementation of it."""
 
 
 class Trunk(nn.Module):
-    """Everything below the output head."""
+    """Embedding, decoder blocks and final norm: everything below the output head."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -184,7 +189,7 @@ class Trunk(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward network, each on a normalised residual stream."""
+    """Attention and feed-forward network, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -248,7 +253,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """https://arxiv.org/abs/1910.07467; computed in fp32 like Hugging Face's."""
+    """RMSNorm in fp32, as Hugging Face computes it: https://arxiv.org/abs/1910.07467"""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -262,27 +267,28 @@ class RMSNorm(nn.Module):
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Tensor:
-    """`function` of `inputs`, which are all that is kept for its backward pass.
+    """Return `function` of `inputs`, and recompute it in the backward pass: only inputs are kept.
 
     Source: https://arxiv.org/abs/1604.06174
     """
-    # Neither has random numbers. Here and not around the modules, so that one compiled block serves
-    # for all of them
+    # Called within a block's forward, not wrapped around its module: a wrapper of each block would
+    # be compiled once per block, and a block's forward is compiled once for all. There are no
+    # random numbers in it whose state would have to be preserved
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """`x` (..., D) times the transposes of `weights` (N, D), side by side, in the type of `x`.
+    """Multiply `x` (..., D) by the transposes of `weights` (N, D), concatenated, in `x`'s dtype.
 
-    One product of joined matrices is faster than one for each. To join them costs nothing where
-    they are cast to bf16 anyway, in the same pass over memory.
+    One product with concatenated matrices is faster than one product with each. Concatenation is
+    free when they are cast to bf16 anyway: it is the same pass over memory.
     """
     cast = [weight.to(x.dtype) for weight in weights]
     return F.linear(x, torch.cat(cast) if len(cast) > 1 else cast[0])
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., T, head_dim) of rotary embedding at integer `positions` (..., T).
+    """Return cosines and sines (..., T, head_dim) of the rotary angles at `positions` (..., T).
 
     Source: https://arxiv.org/abs/2104.09864, in the half-split order of Hugging Face.
     """
@@ -294,16 +300,16 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn features i and i + E/2 of every head in `x` (B, H, T, E) by their angle; keeps dtype."""
+    """Rotate features i and i + E/2 of every head in `x` (B, H, T, E) by their angle."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def initialize(model: Llama, seed: int) -> None:
-    """Fill every parameter from normal(0, 0.02); residual outputs are scaled by 1/sqrt(2·layers).
+    """Draw the initial weights: normal(0, 0.02), residual outputs scaled by 1/sqrt(2·layers).
 
-    Each parameter has a generator of its own, keyed by `seed` and its name, on the CPU: the
-    weights depend neither on the device nor on the order or placement of the parameters.
+    Each parameter has its own generator on the CPU, seeded by `seed` and the parameter's name. So
+    the weights depend neither on the device nor on the order or the sharding of the parameters.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -320,6 +326,6 @@ def initialize(model: Llama, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
-    # A generator takes some ten seconds for medium, on one core
+    # In threads: on one core, drawing the 1.3 billion numbers of medium takes ten seconds
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda named: fill(*named), model.named_parameters()))

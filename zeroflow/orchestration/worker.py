@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -13,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from zeroflow.model.sizes import SIZES
 from zeroflow.orchestration.deployments import set_up
 from zeroflow.orchestration.names import SWEEP, WORK_POOL
 from zeroflow.orchestration.programs import Program
@@ -116,6 +118,7 @@ class Prefect:
     def _write_deployments(self) -> Path:
         """Write prefect.yaml's deployments for this cache; schedules set in Prefect are kept."""
         plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
+        plan["deployments"] = _with_every_size(plan["deployments"])
         with get_client(sync_client=True) as client:
             for deployment in plan["deployments"]:
                 flow = deployment["entrypoint"].rsplit(":", 1)[1]
@@ -158,6 +161,22 @@ class Prefect:
             program.wait_for_end(wait)
         else:
             self.programs.append(program)
+
+
+def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `deployments`, and one like `custom` for each size that has none."""
+    named = {deployment["name"]: deployment for deployment in deployments}
+    sizes = {
+        size: named["custom"]
+        | {
+            "name": size,
+            "description": f"Train and check the {size} model.",
+            "tags": ["pretrain", size],
+            "parameters": {"run": {"model": {"size": size}}},
+        }
+        for size in SIZES
+    }
+    return list((sizes | named).values())
 
 
 def _flow_runs(pid: int) -> list[psutil.Process]:

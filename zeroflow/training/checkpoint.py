@@ -1,12 +1,13 @@
-"""Save a TrainState, find the newest good one, load it.
+"""Save a TrainState, find the newest intact checkpoint, and load it.
 
-A checkpoint is a directory `step-00000100/` with the tensors as PyTorch writes them
-(`torch.distributed.checkpoint`, which reshards on load), the rest of the state in the manifest,
-and the sha256 of every file: PyTorch's loader returns wrong values for most flipped bits without
-an error. It appears under its name when all of it is on the disk.
-
-`torch.distributed.checkpoint` takes most of a second to import, so only what reads or writes does.
+A checkpoint is a directory `step-00000100/`. It holds the tensors as `torch.distributed.checkpoint`
+writes them, which reshards on load, and a manifest with the rest of the state and the sha256 of
+every file: for most flipped bits PyTorch's loader returns wrong values without an error. The
+directory appears under its name when all of it is on the disk.
 """
+
+# torch.distributed.checkpoint takes most of a second to import, so only the functions that read or
+# write import it
 
 import errno
 import hashlib
@@ -36,35 +37,35 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 2
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
-"""Every rank has its own, and PyTorch keeps one of several values of the same name."""
+"""Every rank has its own random state, but PyTorch stores one value per name: rank 0's."""
 
 _OVERHEAD_BYTES = 2**20
-"""Of a checkpoint's index, manifest and directory."""
+"""Size of a checkpoint's index, manifest and directory, at most."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to the run or cannot be read."""
+    """A checkpoint does not belong to the run, or cannot be read."""
 
 
 class Retention(Config):
-    """Which checkpoints stay, beside the one with the lowest validation loss."""
+    """Which checkpoints to keep, besides the one with the lowest validation loss."""
 
     keep: PositiveInt
-    """The newest so many."""
+    """Number of the newest checkpoints to keep."""
 
     keep_every: PositiveInt | None = None
-    """And those at multiples of so many steps."""
+    """Keep those at multiples of this many steps as well; None keeps no others."""
 
 
 class Saver:
-    """Writes checkpoints of a state into `folder` while training goes on.
+    """Writes checkpoints of a state into a folder, in a thread beside the training.
 
-    Training waits for a copy of the state, made into memory that is kept for the next one (pinned,
-    of a GPU's state), and for the write before if that has not ended. Where such a copy would take
-    more than half of what memory is left, it waits for the write instead.
+    Training waits until the state is copied to host memory, and until an earlier write has ended.
+    The copy's memory, pinned if the state is on a GPU, is kept for the next checkpoint. If the copy
+    would take more than half of the free memory, training waits for the write instead.
 
-    A state that ranks share out is gathered tensor by tensor, and written by rank 0: all of them
-    call `save`, and what is written does not depend on how many they are.
+    Every rank calls `save`. A sharded state is gathered tensor by tensor and written by rank 0, so
+    the files do not depend on the number of ranks.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Saver:
         """
         Args:
             tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
-            on_saved: called, in the thread that writes, once a checkpoint is complete.
+            on_saved: called when a checkpoint is complete, in the thread that writes.
         """
         self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
         self._on_saved = on_saved
@@ -87,13 +88,13 @@ class Saver:
         self._failure: BaseException | None = None
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
-        """Begin to write `state` as `folder/step-N`; a failure shows at the next call.
+        """Start to write `state` as `folder/step-N`. Does nothing if that exists.
 
         Args:
-            val_loss: validation loss of this very state, if it was measured.
+            val_loss: validation loss of this state, if it was measured.
 
         Raises:
-            OSError: it would not fit on the disk; nothing has been begun.
+            OSError: the disk lacks the space, and nothing was written; or the write before failed.
         """
         self.wait()
         path = self._folder / f"step-{state.step:08d}"
@@ -120,10 +121,10 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Return when the current write has ended.
 
         Raises:
-            OSError: what was being written could not be.
+            OSError: it failed.
         """
         if self._thread:
             self._thread.join()
@@ -133,9 +134,10 @@ class Saver:
             raise failure
 
     def require_room(self, state: TrainState) -> None:
-        """
+        """Check that a checkpoint of `state` fits on the disk.
+
         Raises:
-            OSError: the disk has less room than a checkpoint of `state` takes.
+            OSError: it does not.
         """
         needed = sum(tensor.nbytes for tensor in _tensors(state).values()) + _OVERHEAD_BYTES
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -144,8 +146,8 @@ class Saver:
             raise OSError(
                 errno.ENOSPC,
                 f"a checkpoint takes {decimal(needed)} and {self._folder} has room for "
-                f"{decimal(free)}: free some, or move the cache (--cache-dir); the checkpoints "
-                "that are there are kept, and the same command goes on from the newest",
+                f"{decimal(free)}: free some space, or move the cache (--cache-dir); existing "
+                "checkpoints are kept, and the same command resumes from the newest",
             )
 
     def _may_copy(self, tensors: dict[str, Tensor]) -> bool:
@@ -168,14 +170,14 @@ class Saver:
     def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         try:
             self._write(path, tensors, facts)
-        except BaseException as error:  # CheckpointException is no Exception
+        except BaseException as error:  # CheckpointException is not an Exception
             self._failure = _as_exception(error)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         import torch.distributed.checkpoint as dcp
 
         with artifacts.new_directory(path) as partial:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
                 dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
             artifacts.seal(partial, facts)
         self._on_saved(path)
@@ -183,7 +185,7 @@ class Saver:
 
 
 def retire(folder: Path, retention: Retention) -> None:
-    """Remove the checkpoints that need not stay."""
+    """Remove the checkpoints that `retention` does not keep."""
     steps = {step_of(path): path for path in _all(folder)}
     stay = set(sorted(steps)[-retention.keep :])
     if retention.keep_every:
@@ -194,18 +196,18 @@ def retire(folder: Path, retention: Retention) -> None:
         try:
             _remove(steps[step])
         except OSError as error:
-            log.warning("%s need not stay and could not be removed: %s", steps[step], error)
+            log.warning("could not remove the old checkpoint %s: %s", steps[step], error)
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():  # moved elsewhere, by a person
+    if path.is_symlink():  # someone has moved it elsewhere
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, of those made when it was measured."""
+    """Return the checkpoint with the lowest validation loss, of those with a measured one."""
     losses = {}
     for path in _all(folder):
         try:
@@ -233,10 +235,10 @@ def _partial(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are set aside.
+    """Return the newest checkpoint whose files verify; set damaged ones aside.
 
     Raises:
-        CheckpointError: it was written by a version of zeroflow with another format.
+        CheckpointError: it has the format of another version of zeroflow.
     """
     for path in reversed(_all(folder)):
         try:
@@ -250,7 +252,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int:
-    """Of the newest complete checkpoint, damaged or not; 0 if there is none."""
+    """Return the step of the newest complete checkpoint, damaged or not; 0 without one."""
     return max(map(step_of, _all(folder)), default=0)
 
 
@@ -259,25 +261,24 @@ def step_of(path: Path) -> int:
 
 
 def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
-    """Set `state` to what `path` holds, in place.
+    """Load the checkpoint `path` into `state`, in place, and restore PyTorch's random state.
 
     Args:
-        tokenizer: fingerprint of the tokenizer of the run that loads it.
+        tokenizer: fingerprint of the run's tokenizer.
 
     Raises:
-        CheckpointError: it was written by another format, for another model or on the ids of
-            another tokenizer.
+        CheckpointError: the checkpoint has another format, another model or another tokenizer.
     """
     manifest = _manifest(path)
     _require_same_model(state.model.config, ModelConfig(**manifest["model"]), path)
     if manifest["tokenizer"] != tokenizer:
         raise CheckpointError(
-            f"{path} was trained on ids of tokenizer {manifest['tokenizer']}, this run has "
-            f"{tokenizer}"
+            f"{path} was trained on ids of tokenizer {manifest['tokenizer']}, and this run has "
+            f"tokenizer {tokenizer}"
         )
     tensors = _tensors(state)
     if not _has(path, _RANDOM_CUDA):
-        tensors.pop(_RANDOM_CUDA, None)  # it was written by a run on a CPU
+        tensors.pop(_RANDOM_CUDA, None)  # written by a run on a CPU
     _read(tensors, path)
     torch.set_rng_state(tensors[_RANDOM_CPU])
     if _RANDOM_CUDA in tensors:
@@ -286,7 +287,7 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
 
 
 def load_model(path: Path) -> Llama:
-    """The model of a checkpoint, on the CPU, without the optimiser."""
+    """Return the model of a checkpoint on the CPU, without the optimiser."""
     with torch.device("meta"):
         model = Llama(ModelConfig(**_manifest(path)["model"]))
     model = model.to_empty(device="cpu")
@@ -295,7 +296,7 @@ def load_model(path: Path) -> Llama:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """The sha256 of the bytes of every tensor in a checkpoint, by name."""
+    """Return the sha256 of the bytes of every tensor in a checkpoint, by name."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = {}
@@ -308,7 +309,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor of the state by a name that depends on no device count."""
+    """Return every tensor of the state by a name that is the same for any number of ranks."""
     tensors = {_RANDOM_CPU: torch.get_rng_state(), "skipped": state.skipped}
     if state.skipped.is_cuda:
         tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state()
@@ -323,14 +324,14 @@ def _read(tensors: dict[str, Tensor], path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one process
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException, which nobody would catch
+    except dcp.api.CheckpointException as error:  # a BaseException, which nothing would catch
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _as_exception(error: BaseException) -> BaseException:
-    """What a full disk looks like through PyTorch's wrapping, as the OSError that it is."""
+    """Unwrap the OSError of a full disk from PyTorch's exception; others become `CheckpointError`."""
     import torch.distributed.checkpoint as dcp
 
     if isinstance(error, dcp.api.CheckpointException):
@@ -347,7 +348,7 @@ def _has(path: Path, name: str) -> bool:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """What a checkpoint's index says of its tensors, by name."""
+    """Return the metadata of a checkpoint's tensors, by name."""
     from torch.distributed.checkpoint import FileSystemReader
 
     return FileSystemReader(path).read_metadata().state_dict_metadata
@@ -357,14 +358,14 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     if manifest["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {manifest['format']}, this version reads {_FORMAT}: go "
-            "on with the version that wrote it, or begin anew under another --run-name"
+            f"{path} has checkpoint format {manifest['format']}, and this version reads {_FORMAT}: "
+            "resume with the version that wrote it, or start over under another --run-name"
         )
     return manifest
 
 
 def _require_signed_format(path: Path) -> None:
-    """Tell a manifest of format 1, which had no checksum of its own, from a damaged one."""
+    """Refuse a manifest of format 1: it has no checksum of its own, which must not look damaged."""
     try:
         manifest = artifacts.read_json(path / artifacts.MANIFEST)
     except (OSError, ValueError):
@@ -376,10 +377,10 @@ def _require_signed_format(path: Path) -> None:
 def _require_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:
     for name in ModelConfig.model_fields:
         if (mine := getattr(ours, name)) != (other := getattr(theirs, name)):
-            raise CheckpointError(f"{path} was written with {name} {other}, this run has {mine}")
+            raise CheckpointError(f"{path} has a model with {name} {other}, this run's has {mine}")
 
 
 def _all(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
     return sorted(path for path in named if path.is_dir())

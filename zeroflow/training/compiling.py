@@ -1,4 +1,4 @@
-"""What torch.compile does while a training goes on: for how long, and why again."""
+"""Observes torch.compile during a training: the time it takes, and recompilations."""
 
 import logging
 from collections.abc import Callable
@@ -9,15 +9,16 @@ log = logging.getLogger(__name__)
 
 
 def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
-    """Have `clock` know when something is compiled, and warn of what is compiled again.
+    """Count compilation in `clock` as a phase of its own, and log recompilations as warnings.
 
-    TORCH_LOGS, where it is set, decides whether PyTorch gives its reasons: then there may be no
-    warnings.
+    A recompilation in mid-run means that a step has met a shape or a setting that none had before,
+    and it costs minutes. If TORCH_LOGS is set, it decides whether PyTorch logs the reasons that
+    these warnings are made of.
 
     Args:
-        is_settled: whether all that has to be compiled has been, so that more is a surprise.
+        is_settled: returns True once everything should have been compiled.
     """
-    import torch._dynamo  # takes a second, and only compiled models need it
+    import torch._dynamo  # takes a second to import, and only compiled models need it
 
     before: Phase = clock.phase
 
@@ -34,7 +35,7 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Takes PyTorch's reasons for compiling again into the log of the run."""
+    """Passes PyTorch's reasons for a recompilation on to the log of the run."""
 
     def __init__(self, is_settled: Callable[[], bool]) -> None:
         super().__init__()
@@ -42,4 +43,4 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._is_settled():
-            log.warning("compiled again in mid-run: %s", " ".join(record.getMessage().split()))
+            log.warning("recompiled in mid-run: %s", " ".join(record.getMessage().split()))

@@ -15,16 +15,20 @@ from zeroflow.device import BF16_CAPABILITY
 def cross_entropy_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0
 ) -> Tensor:
-    """Sum over the valid targets (B, T) of -log p + z_loss · (log Z)², a scalar in fp32.
+    """Return the sum over the valid targets of -log p + z_loss · (log Z)², a scalar in fp32.
 
-    The logits of hidden states (B, T, D) times the output matrix (V, D) are made a chunk of tokens
-    at a time, in the type of the hidden states, and turned into their gradient where they lie:
-    `logits_bytes` instead of three times B·T·V·4. So the gradients are there when the loss
-    is, and nothing is computed again in the backward pass: https://arxiv.org/abs/2410.10989,
-    section 3.2. Those of the matrix are summed over the chunks in fp32.
+    The logits, hidden states times output matrix, are computed for a chunk of tokens at a time and
+    overwritten with their gradient: this takes `logits_bytes` of memory instead of three times
+    B·T·V·4. The forward pass computes the gradients too, so the backward pass recomputes nothing:
+    https://arxiv.org/abs/2410.10989, section 3.2. The gradient of the matrix is accumulated over
+    the chunks in fp32.
 
-    Z is the sum of the exponents, which z-loss keeps near 1: https://arxiv.org/abs/2204.02311,
-    section 5.
+    Args:
+        hidden: hidden states, (B, T, D); logits have their dtype.
+        weight: output matrix, (V, D).
+        targets: ids, (B, T); `IGNORED` ones do not count.
+        z_loss: keeps Z, the softmax's denominator, near 1: https://arxiv.org/abs/2204.02311,
+            section 5.
     """
     loss: Tensor = _CrossEntropySum.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
     return loss
@@ -54,7 +58,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # A backward pass that comes again would find them multiplied twice; autograd frees them
+        # In place: autograd frees them after this, so that there is no second backward pass
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
 
@@ -62,17 +66,17 @@ class _CrossEntropySum(torch.autograd.Function):
 def _to_losses_and_gradients(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float
 ) -> None:
-    """Fill `losses` (n,), and put the gradients of their sum in the place of `logits` (n, V)."""
+    """Write the losses to `losses` (n,), and the gradients of their sum over `logits` (n, V)."""
     if logits.is_cuda and has_kernel(logits.device):
         from zeroflow.training import loss_kernel
 
         loss_kernel.to_losses_and_gradients(logits, targets, losses, z_loss)
         return
-    exact = logits.float()  # the same tensor if it is fp32
+    exact = logits.float()  # the same tensor if they are fp32
     valid = targets != IGNORED
     rows, columns = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
     of_targets, largest = exact[rows, columns], exact.amax(dim=1)
-    # In place, where logsumexp would make a copy, and with one exponential of each
+    # In place and with one exponential per logit; logsumexp would need a copy and a second one
     sums = exact.sub_(largest[:, None]).exp_().sum(dim=1)
     log_z = largest + sums.log()
     losses.copy_((log_z - of_targets + z_loss * log_z**2) * valid)
@@ -84,7 +88,7 @@ def _to_losses_and_gradients(
 
 
 def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """Set `out` to `a @ b`, or add that to it, in fp32 without rounding in between."""
+    """Set `out` (fp32) to `a @ b`, or add the product to it, without rounding to `a`'s dtype."""
     if a.is_cuda and a.dtype != out.dtype:
         if add:
             torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
@@ -99,15 +103,18 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 def logits_bytes(gpu_memory: int | None) -> int:
-    """Size of the logits that the loss holds at once; `gpu_memory` is None on a CPU.
+    """Return the bytes of logits that the loss holds at once.
 
-    Large chunks are faster on a GPU, as the matrix's gradient is read and written for each.
+    Large chunks are faster on a GPU, as each reads and writes the gradient of the matrix.
+
+    Args:
+        gpu_memory: bytes of the GPU; None on a CPU.
     """
     return 2**30 if gpu_memory is None else gpu_memory // 20
 
 
 def _held_at_once(hidden: Tensor) -> int:
-    """Logits."""
+    """Return the number of logits that the loss holds at once."""
     device = hidden.device
     gpu_memory = (
         torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -117,7 +124,7 @@ def _held_at_once(hidden: Tensor) -> int:
 
 @cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether ours can be compiled; Triton comes with PyTorch's builds for GPUs."""
+    """Return True if `device` can run our Triton kernel."""
     if importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY

@@ -1,6 +1,6 @@
 """Cross-entropy and its gradient in one Triton kernel, which reads every logit twice.
 
-Imported where a GPU is: Triton comes with PyTorch's builds for GPUs.
+Only imported on a GPU: Triton comes with PyTorch's builds for GPUs.
 """
 
 import triton
@@ -10,6 +10,7 @@ from torch import Tensor
 from zeroflow.data.batches import IGNORED
 
 _BLOCK = 32_768
+"""Logits that a program holds at once, at most."""
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _cross_entropy(
     ignored: tl.constexpr,
     block: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 32 bits
     logits += row * stride
     target = tl.load(targets + row)
     columns = tl.arange(0, block)
@@ -33,7 +34,7 @@ def _cross_entropy(
             inside = begin + columns < vocabulary
             tl.store(logits + begin + columns, tl.zeros((block,), tl.float32), mask=inside)
     else:
-        # The sum of exponents while it is read: https://arxiv.org/abs/1805.02867
+        # Online softmax, maximum and sum in one pass: https://arxiv.org/abs/1805.02867
         largest = -float("inf")
         total = 0.0
         for begin in range(0, vocabulary, block):
@@ -50,7 +51,7 @@ def _cross_entropy(
         log_z = largest + tl.log(total)
         chosen = tl.load(logits + target).to(tl.float32)
         tl.store(losses + row, log_z - chosen + z_loss * log_z * log_z)
-        tl.debug_barrier()  # nobody overwrites what another has yet to read
+        tl.debug_barrier()  # all threads have read the logits before any overwrites them
         scale = 1 + 2 * z_loss * log_z
         for begin in range(0, vocabulary, block):
             inside = begin + columns < vocabulary
@@ -65,7 +66,7 @@ def _cross_entropy(
 
 
 def to_losses_and_gradients(logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float) -> None:
-    """Fill `losses` (n,), and put the gradients of their sum in the place of `logits` (n, V)."""
+    """Write the losses to `losses` (n,), and the gradients of their sum over `logits` (n, V)."""
     rows, vocabulary = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
