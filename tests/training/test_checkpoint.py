@@ -282,7 +282,7 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
 
 def test_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
-    with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, this run has other"):
+    with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, and this run has"):
         checkpoint.load(new_state(CONFIG), path, tokenizer="other")
 
 
@@ -349,7 +349,7 @@ def test_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, chan
     other = new_state(with_workload(CONFIG, model=MODEL.replace(**change)))
     before = tensors(other)
     [(name, value)] = change.items()
-    with pytest.raises(CheckpointError, match=f"written with {name} .* this run has {value}"):
+    with pytest.raises(CheckpointError, match=f"a model with {name} .*, this run's has {value}"):
         load(other, path)
     assert_equal(tensors(other), before)
 
@@ -358,7 +358,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 99})
-    with pytest.raises(CheckpointError, match="format 99, this version reads"):
+    with pytest.raises(CheckpointError, match="format 99, and this version reads"):
         load(new_state(CONFIG), path)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load_model(path)
@@ -370,7 +370,9 @@ def test_checkpoint_of_the_first_format_is_no_damage(tmp_path):
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     del manifest["sha256"]
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 1})
-    with pytest.raises(CheckpointError, match="format 1, this version reads 2: go on with the"):
+    with pytest.raises(
+        CheckpointError, match="format 1, and this version reads 2: resume with the"
+    ):
         checkpoint.latest(tmp_path)
     assert path.exists()
 

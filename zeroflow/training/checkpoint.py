@@ -331,7 +331,7 @@ def _read(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _as_exception(error: BaseException) -> BaseException:
-    """Unwrap the OSError of a full disk from PyTorch's exception; others become `CheckpointError`."""
+    """Unwrap the OSError, such as of a full disk, in PyTorch's exception, or make another of it."""
     import torch.distributed.checkpoint as dcp
 
     if isinstance(error, dcp.api.CheckpointException):
