@@ -9,10 +9,9 @@ from itertools import islice
 import pytest
 import torch
 from tiny import RandomBatches, training_config
-from torch import nn
 
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import compiling, goodput
+from zeroflow.training import goodput
 from zeroflow.training.goodput import PHASES, Account, Clock, PhaseLedger
 from zeroflow.training.loop import train
 from zeroflow.training.state import new_state
@@ -162,45 +161,6 @@ def test_books_survive_sigkill(tmp_path):
     assert account.seconds["restarts"] >= resumed - died
     assert account.wall <= time.time() - began
     assert account.training > 0, "of the five steps that count"
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).relu()
-
-
-def test_compiling_is_timed_and_a_second_time_in_mid_run_is_a_warning_with_its_reason(caplog):
-    def warnings() -> list[str]:
-        return [r.getMessage() for r in caplog.records if r.name == compiling.__name__]
-
-    clock, settled = begun(), False
-    layer = Layer()
-    layer.compile(dynamic=False)
-    compiling.watch(clock, is_settled=lambda: settled)
-    try:
-        clock.enter("logging")  # of a first step
-        clock.enter("forward_backward")
-        for rows in (4, 4):
-            layer(torch.randn(rows, 8)).sum().backward()
-        clock.settle()
-        compiled = clock.seconds["compile"]
-        assert compiled > 0 and clock.phase == "forward_backward"
-        layer(torch.randn(5, 8))
-        assert not warnings(), "which is a matter of course in the first steps"
-        settled = True
-        layer(torch.randn(6, 8))
-        [warning] = warnings()
-        assert "recompiled in mid-run: Recompiling function forward" in warning
-        assert "size mismatch at index 0. expected" in warning and "\n" not in warning
-        clock.settle()
-        assert clock.seconds["compile"] > compiled
-    finally:
-        torch._dynamo.reset()
-        torch._logging.set_logs()
 
 
 def test_line_for_people_names_the_largest_parts():
