@@ -1,8 +1,9 @@
-"""Several ranks: how they meet, what they agree on, and how a model is shared out among them.
+"""Training on several ranks: their process group, collectives, and a model sharded among them.
 
-The stages of ZeRO (https://arxiv.org/abs/1910.02054) are settings of PyTorch's FSDP2: a model is
-given to it block by block, and each block is gathered when it is computed. The model knows nothing
-of it. A process that is alone gets from everything here what it gave.
+This is the only module that knows of sharding. The stages of ZeRO
+(https://arxiv.org/abs/1910.02054) are settings of PyTorch's FSDP2, which `shard` applies to the
+blocks of a model; the model does not know. In a training of one rank every function here returns
+what it was given.
 """
 
 import os
@@ -24,44 +25,44 @@ from zeroflow.training.workload import Stage
 T = TypeVar("T")
 
 _RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
-"""Environment variable with the file through which ranks find each other."""
+"""Environment variable with the path of the rendezvous file."""
 
-_PATIENCE = timedelta(hours=2)
-"""Of ranks with each other. One may compile, or write a checkpoint, for minutes; and in a training
-whoever started them loses patience first, by `hang_seconds`."""
+_TIMEOUT = timedelta(hours=2)
+"""Time that a rank waits for the others in a collective. It is long as one of them may compile or
+write a checkpoint for minutes. In a training the launcher ends a hang sooner, by `hang_seconds`."""
 
 _RENDEZVOUS_PREFIX = ".rendezvous-"
 _SHARDS = "shards"
 
 
 def rendezvous_file(folder: Path) -> Path:
-    """A file in `folder` that ranks which are yet to be started can find each other through."""
+    """Return the path of a new file in `folder` through which ranks can find each other."""
     return folder / f"{_RENDEZVOUS_PREFIX}{secrets.token_hex(8)}"
 
 
 def remove_stale_rendezvous(folder: Path) -> None:
-    """Remove what ranks that were killed with their parent have left; only those to come stay."""
+    """Remove the rendezvous files of ranks that were killed with their parent, but not our own."""
     for left in folder.glob(f"{_RENDEZVOUS_PREFIX}*"):
         if str(left) != os.environ.get(_RENDEZVOUS):
             left.unlink(missing_ok=True)
 
 
-def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
-    """What a process has to find in its environment to become `rank` of `ranks`.
+def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
+    """Return the environment variables of the process that is `rank` of `ranks`.
 
     Args:
-        meeting: where all of them meet.
+        rendezvous: a `rendezvous_file`, the same for all ranks.
     """
-    if ranks == 1:  # a launcher above the flow may have numbered it
+    if ranks == 1:  # overrides what a launcher such as Slurm may have set for the flow
         return {"RANK": "0", "WORLD_SIZE": "1"}
-    # It sees one GPU, so that all code may speak of the one that there is
+    # Each rank sees one GPU, so that all code can use the current device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
     devices = [number.strip() for number in visible.split(",")]
     cores = max(1, (os.cpu_count() or 1) // ranks)
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        _RENDEZVOUS: str(meeting),
+        _RENDEZVOUS: str(rendezvous),
         "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
     }
@@ -69,20 +70,22 @@ def environment(rank: int, ranks: int, meeting: Path) -> dict[str, str]:
 
 @contextmanager
 def process_group(device: DeviceKind) -> Iterator[None]:
-    """Be one of the ranks that the environment speaks of, until all of them end the block."""
-    ranks_told = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks_told == 1:
+    """Join the process group that the environment describes, until all ranks leave the block."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         yield
         return
+    # Gloo also with GPUs: ranks agree on numbers and objects in host memory, which NCCL cannot send
+    # and for which no rank should wait for its GPU
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.FileStore(os.environ[_RENDEZVOUS], ranks_told),
+        store=dist.FileStore(os.environ[_RENDEZVOUS], world_size),
         rank=int(os.environ["RANK"]),
-        world_size=ranks_told,
-        timeout=_PATIENCE,
+        world_size=world_size,
+        timeout=_TIMEOUT,
     )
     yield
-    is_any(False)  # who leaves early takes connections away that others still need
+    is_any(False)  # a barrier: a rank that leaves early closes connections that others still use
     dist.destroy_process_group()
 
 
@@ -95,30 +98,30 @@ def rank() -> int:
 
 
 def is_any(flag: bool) -> bool:
-    """Whether `flag` is set on any rank. Waits for the others, not for the device."""
-    return bool(_reduced(flag, dist.ReduceOp.MAX))
+    """Return True if `flag` is set on any rank. Waits for the other ranks, not for the device."""
+    return bool(_reduce(flag, dist.ReduceOp.MAX))
 
 
 def total(number: int) -> int:
-    """Sum over the ranks."""
-    return _reduced(number, dist.ReduceOp.SUM)
+    """Return the sum of `number` over the ranks."""
+    return _reduce(number, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of the ranks."""
-    return _reduced(number, dist.ReduceOp.MAX)
+    """Return the largest `number` of any rank."""
+    return _reduce(number, dist.ReduceOp.MAX)
 
 
-def _reduced(number: int, operation: Any) -> int:
+def _reduce(number: int, operation: Any) -> int:
     if ranks() == 1:
         return number
-    tensor = torch.tensor(number, dtype=torch.int64)  # on the CPU, whatever trains
+    tensor = torch.tensor(number, dtype=torch.int64)  # on the CPU also if a GPU trains
     dist.all_reduce(tensor, operation)
     return int(tensor)
 
 
 def on_rank0(make: Callable[[], T]) -> T:
-    """What `make` gives or raises on rank 0, which alone calls it, given or raised on all."""
+    """Call `make` on rank 0 only, and return its result, or raise its error, on every rank."""
     if ranks() == 1:
         return make()
     outcome: list[Any] = [None, None]
@@ -136,7 +139,7 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """Over the ranks, in place."""
+    """Average `tensor` over the ranks, in place."""
     if ranks() > 1:
         dist.all_reduce(tensor)
         tensor /= ranks()
@@ -144,34 +147,35 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
-    """Share `model` out among the ranks' devices, and have its gradients averaged over them.
+    """Shard `model` over the ranks' devices, and average its gradients over the ranks.
 
-    What a rank computes with is gathered, a block at a time, in the type of its products; gradients
-    are added up in fp32. From stage 1 on it keeps its share of weights, and so of moments. Stage 1
-    keeps the gradients of a step whole until its last micro-batch, stage 2 its share of each; they
-    and stage 0 have all weights gathered from the forward pass to the end of the backward pass,
-    stage 3 those of one block, or two, and the embedding.
+    Weights are gathered block by block, in the dtype of the products; gradients are reduced in
+    fp32. From stage 1 on, a rank keeps its shard of the weights, and so of the optimiser's state.
+    Stage 1 keeps unsharded gradients until the last micro-batch of a step, stages 2 and 3 a shard.
+    Stages 0 to 2 keep gathered weights from the forward pass to the end of the backward pass; stage
+    3 keeps those of one or two blocks and of the embedding.
     """
-    # seconds, which a process that is alone need not wait for
+    # Importing these takes seconds, and a single rank does not need them
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if stage == 0:
-        mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("copies", _SHARDS))
+        # Shards of one rank, replicated: FSDP2 as data parallelism
+        mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
     else:
         mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
-    # Angles and masks are in fp32 on purpose: inputs stay as they are
+    # Inputs are not cast, as rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == 3)
-    # The embedding is also the head: apart from the rest of the root, it would be two
+    # The embedding stays in the root: it is also the output head, which uses it outside its forward
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
-    """Say whether the backward pass to come is the `last` of a step."""
+    """Prepare FSDP2 for the next backward pass, which may be the `last` of the step."""
     if ranks() == 1:
         return
     sharded: Any = model
@@ -183,7 +187,7 @@ def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
 
 
 def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, which those gathered for a forward pass stand in for."""
+    """Return the sharded parameters, which are trained, in place of the gathered ones."""
     if ranks() > 1:
         from torch.distributed.fsdp import FSDPModule
 
@@ -194,28 +198,32 @@ def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank keeps of `tensor`."""
-    shared: Any = tensor
-    return shared.to_local() if _is_shared(tensor) else tensor
+    """Return this rank's shard of `tensor`."""
+    sharded: Any = tensor
+    return sharded.to_local() if _is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` gathered from all ranks, on each."""
-    shared: Any = tensor
-    return shared.full_tensor() if _is_shared(tensor) else tensor
+    """Return `tensor`, gathered from all ranks."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def norms_of_full(norms: Tensor, of: Tensor) -> Tensor:
-    """Norms of tensors that are shared out as `of` is, from the `norms` of this rank's parts."""
-    shared: Any = of
-    if not _is_shared(of):
+    """Return the norms of whole tensors from the `norms` of this rank's shards.
+
+    Args:
+        of: a tensor that is sharded as they are.
+    """
+    sharded: Any = of
+    if not _is_sharded(of):
         return norms
     squares = norms.square()
-    dist.all_reduce(squares, group=shared.device_mesh.get_group(_SHARDS))
+    dist.all_reduce(squares, group=sharded.device_mesh.get_group(_SHARDS))
     return squares.sqrt()
 
 
-def _is_shared(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> bool:
     if ranks() == 1:
         return False
     from torch.distributed.tensor import DTensor
