@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from pydantic import BaseModel
 
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.pages import table_cell
+from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
@@ -80,6 +82,12 @@ def _groups(
                 yield from _groups(schema, inner, (*path, name))
 
 
+def _free() -> str:
+    """The settings that may change when a run is resumed."""
+    names = (s.flag for s in flags.settings(RunConfig) if ".".join(s.path) in resuming.FREE)
+    return fill(", ".join(f"`{name}`" for name in names) + ".", 110, break_on_hyphens=False)
+
+
 def _cells(field: dict[str, Any]) -> tuple[str, str, str]:
     """Type, default and meaning of a setting, by its JSON schema."""
     meaning, _, otherwise = _line(field).partition("Default: ")
@@ -139,6 +147,7 @@ def _line(described: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "run": lambda: _settings(RunConfig, "The run"),
+    "free": _free,
     "sweep": lambda: _settings(SweepConfig, "The sweep", but="run"),
     "proof": lambda: _settings(ProofRun, "The proof", but="run"),
     "ui": lambda: _settings(UiConfig, "The user interfaces"),

@@ -51,16 +51,3 @@ def test_every_file_of_the_cache_is_on_its_page(folder):
     for name in dir(folder):
         if isinstance(file := getattr(folder, name), Path) and not name.endswith("_lock"):
             assert f"`{file.name}" in page or name == "path", name
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_pages_and_sections_that_exist(page):
-    text = page.read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\(([\w./-]*)#?([\w-]*)\)", text):
-        linked = (page.parent / target if target else page).read_text(encoding="utf-8")
-        headings = re.findall(r"^#+ (.+)$", linked, re.MULTILINE)
-        assert not anchor or anchor in {_anchor(heading) for heading in headings}, anchor
-
-
-def _anchor(heading: str) -> str:
-    return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
