@@ -1,4 +1,4 @@
-"""Products in fp8 beside the same in fp32; on a CPU PyTorch multiplies the rounded factors."""
+"""Products in fp8 compared with fp32; on a CPU, PyTorch multiplies the rounded factors."""
 
 import pytest
 import torch
@@ -8,15 +8,16 @@ from zeroflow.model import fp8, llama
 
 T, D, N = 96, 64, (64, 32, 32)
 
-# 4 bits (e4m3) leave a value off by 2.6 % at the root of the mean square, 3 bits (e5m2) by 5.1 %: a
-# step of 2^-3 or 2^-2 of the power of two below, evenly spread. A product has that of both factors
+# Root-mean-square relative error of rounding: 2.6 % with 4 bits of significand (e4m3), 5.1 % with 3
+# (e5m2). Values are a step of 2^-3 or 2^-2 of the power of two below apart, and the error is uniform
+# within it. A product has the errors of both factors
 OFF_VALUES = 2**0.5 * 0.026
 OFF_GRADIENTS = (0.026**2 + 0.051**2) ** 0.5
 SLACK = 1.15
 
 
 def factors(device: str = "cpu") -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Inputs of tokens from small to large, weights, and the gradient of the output."""
+    """Return tokens of growing magnitude, weights, and the gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, T // 2, D, generator=generator) * torch.logspace(-2, 2, T // 2)[:, None]
     weights = [0.02 * torch.randn(n, D, generator=generator) for n in N]
@@ -30,7 +31,7 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("weight_gradient", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
-def test_products_and_gradients_are_as_close_as_eight_bits_allow(
+def test_products_and_gradients_have_the_rounding_error_of_fp8(
     monkeypatch, device, weight_gradient
 ):
     monkeypatch.setattr(fp8, "_WEIGHT_GRADIENT", weight_gradient)
@@ -51,7 +52,7 @@ def test_products_and_gradients_are_as_close_as_eight_bits_allow(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_small_tokens_are_as_exact_as_large_ones(device):
+def test_small_tokens_are_as_accurate_as_large_ones(device):
     x, weights, _ = factors(device)
     mine, theirs = fp8.linear(x, *weights), llama.linear(x, *weights)
     for token in range(T // 2):
@@ -68,7 +69,7 @@ def test_no_token_changes_the_result_of_another(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_products_and_gradients_repeat_themselves_bit_for_bit(device):
+def test_products_and_gradients_are_deterministic(device):
     x, weights, dy = factors(device)
     inputs = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
 
@@ -79,15 +80,15 @@ def test_products_and_gradients_repeat_themselves_bit_for_bit(device):
     assert all(torch.equal(*pair) for pair in zip(results(), results(), strict=True))
 
 
-def test_joined_weights_give_their_products_side_by_side():
+def test_concatenated_weights_give_concatenated_products():
     x, weights, _ = factors()
-    # the largest weight, and with it the scale, is that of all: only the bits of bf16 differ
+    # with the largest weight in each, the scale is the same: only rounding to bf16 differs
     largest = max(weights, key=lambda weight: weight.abs().max())
     alone = [fp8.linear(x, weight, largest)[..., : len(weight)] for weight in weights]
     torch.testing.assert_close(fp8.linear(x, *weights), torch.cat(alone, dim=-1))
 
 
-def test_factors_lie_in_memory_as_tensor_cores_read_them(monkeypatch):
+def test_factors_have_the_memory_layout_that_the_kernels_require(monkeypatch):
     seen = []
     multiply = fp8._product
 
@@ -105,7 +106,7 @@ def test_factors_lie_in_memory_as_tensor_cores_read_them(monkeypatch):
     assert seen == [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e5m2]
 
 
-def test_inputs_are_kept_for_the_backward_pass_in_a_byte():
+def test_inputs_are_kept_for_the_backward_pass_in_one_byte_each():
     x, weights, _ = factors()
     weights = [weight.requires_grad_() for weight in weights]
     kept: dict[int, int] = {}
@@ -117,11 +118,11 @@ def test_inputs_are_kept_for_the_backward_pass_in_a_byte():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fp8.linear(x.bfloat16(), *weights)
-    assert sum(kept.values()) == T * D + 4 * T + 4, "and the scales of tokens and weights"
+    assert sum(kept.values()) == T * D + 4 * T + 4, "inputs, and the scales of tokens and weights"
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_what_is_no_finite_number_is_not_rounded_to_one(value):
+def test_non_finite_values_give_non_finite_products(value):
     x, weights, _ = factors()
     x[0, 3, 5] = value
     y = fp8.linear(x, *weights)
@@ -129,7 +130,7 @@ def test_what_is_no_finite_number_is_not_rounded_to_one(value):
     assert y[1].isfinite().all()
 
 
-def test_zeros_are_products_and_gradients_of_zero():
+def test_zeros_give_products_and_gradients_of_zero():
     x, weights, dy = factors()
     x[0, 3] = 0
     dy[1] = 0
@@ -139,11 +140,11 @@ def test_zeros_are_products_and_gradients_of_zero():
     assert not y[0, 3].any() and not x.grad[1].any()
     assert x.grad.isfinite().all() and all(weight.grad.isfinite().all() for weight in weights)
     (gradient,) = torch.autograd.grad(fp8.linear(1e4 * x, *weights), x, torch.zeros_like(dy))
-    assert not gradient.any(), "nor are zeros divided by the largest of them"
+    assert not gradient.any(), "zeros are not divided by their largest value"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_it_is_one_graph_with_the_same_results(device):
+def test_compiled_product_is_one_graph_with_the_same_results(device):
     x, weights, dy = factors(device)
     x, dy = x.bfloat16(), dy.bfloat16()
     inputs = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
@@ -151,7 +152,7 @@ def test_compiled_it_is_one_graph_with_the_same_results(device):
     eager = fp8.linear(*inputs)
     expected = torch.autograd.grad(eager, inputs, dy)
     ours = compiled(*inputs)
-    # the same roundings, but for a quotient that is off by a bit of fp32 and tips its rounding
+    # quotients may differ in the last bit of fp32, and some are then rounded the other way
     assert error(ours, eager) < 0.1 * OFF_VALUES
     for mine, theirs in zip(torch.autograd.grad(ours, inputs, dy), expected, strict=True):
         assert error(mine, theirs) < 0.1 * OFF_GRADIENTS

@@ -29,7 +29,7 @@ def test_every_token_gets_logits_over_the_vocabulary_and_every_parameter_a_gradi
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_head_is_given_the_hidden_states_and_the_embedding():
+def test_head_gets_the_hidden_states_and_the_embedding():
     model = lively_model()
     tokens = random_tokens(2, 5)
 
@@ -41,7 +41,7 @@ def test_head_is_given_the_hidden_states_and_the_embedding():
     assert torch.equal(model(tokens, head), model(tokens))
 
 
-def test_future_token_leaves_past_logits_exactly_as_they_are():
+def test_future_token_changes_no_bit_of_past_logits():
     model = lively_model()
     before = random_tokens(1, 12)
     after = before.clone()
@@ -51,7 +51,7 @@ def test_future_token_leaves_past_logits_exactly_as_they_are():
     assert changed[8:].all()
 
 
-def test_rotation_keeps_the_norm_of_every_feature_pair():
+def test_rotation_preserves_the_norm_of_every_feature_pair():
     x = torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(0))
     turned = rotate(x, *rotary_angles(torch.arange(50), 8, 10_000.0))
     pairs = x.unflatten(-1, (2, 4)).norm(dim=-2)
@@ -78,7 +78,7 @@ def test_rotated_scores_depend_on_the_distance_only():
     assert score(9, 5) != pytest.approx(score(9, 4), abs=1e-2)
 
 
-def test_rotation_keeps_the_type_of_its_input():
+def test_rotation_keeps_the_dtype_of_its_input():
     x = torch.ones(1, 1, 3, 8, dtype=torch.bfloat16)
     assert rotate(x, *rotary_angles(torch.arange(3), 8, 1e4)).dtype == torch.bfloat16
 
@@ -120,7 +120,7 @@ def test_logits_equal_those_of_hugging_face_on_the_same_weights(hugging_face):
     assert (hugging_face(tokens).logits - ours).abs().max() > 1e-2
 
 
-def test_flops_are_those_that_pytorch_counts():
+def test_flops_equal_those_that_pytorch_counts():
     model, rows, context = Llama(MODEL), 2, 16
     with FlopCounterMode(display=False) as counter:
         model(random_tokens(rows, context)).sum().backward()
@@ -129,13 +129,13 @@ def test_flops_are_those_that_pytorch_counts():
     assert matrices == rows * context * (MODEL.flops_per_token(0) - 6 * norms)
 
 
-def test_attention_flops_are_half_of_the_square():
+def test_attention_flops_are_half_of_the_full_square():
     C, L, D = 512, MODEL.num_hidden_layers, MODEL.hidden_size
-    square = 3 * 2 * (2 * C * C * D)  # forward and twice that backward; scores and values
+    square = 3 * 2 * (2 * C * C * D)  # forward, and twice that backward; scores and values
     assert MODEL.flops_per_token(C) - MODEL.flops_per_token(0) == L * square // 2 // C
 
 
-def test_fresh_weights_have_the_promised_spread():
+def test_initial_weights_have_the_promised_deviation():
     config = MODEL.replace(vocab_size=4096, hidden_size=128, num_hidden_layers=8)
     model = Llama(config)
     initialize(model, 0)
@@ -145,13 +145,13 @@ def test_fresh_weights_have_the_promised_spread():
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / (2 * 8) ** 0.5 if residual else 0.02
-        # the deviation of n samples' std is std / sqrt(2n): five of them
+        # the std of n samples has a standard error of std / sqrt(2n): allow five of them
         allowed = 5 / (2 * weight.numel()) ** 0.5
         assert float(weight.std()) == pytest.approx(std, rel=allowed), name
         assert abs(weight.mean()) < 5 * std / weight.numel() ** 0.5, name
 
 
-def test_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_on_the_seed_only():
     torch.manual_seed(1)
     first = fresh(seed=3)
     torch.manual_seed(2)
@@ -167,13 +167,13 @@ def test_weights_depend_on_the_seed_alone():
         assert torch.equal(weight, other[name]) == name.endswith("norm.weight"), name
 
 
-def test_no_two_matrices_share_their_weights():
+def test_no_two_matrices_start_with_the_same_weights():
     matrices = [weight for weight in fresh(seed=3).values() if weight.dim() == 2]
     beginnings = {tuple((weight / weight.std()).flatten()[:8].tolist()) for weight in matrices}
     assert len(beginnings) == len(matrices)
 
 
-def test_each_parameter_is_filled_the_same_whatever_else_there_is():
+def test_initial_weights_do_not_depend_on_other_parameters():
     whole = fresh(seed=3)
     part = Llama(MODEL)
     del part.model.layers[1]
