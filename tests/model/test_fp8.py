@@ -9,8 +9,8 @@ from zeroflow.model import fp8, llama
 T, D, N = 96, 64, (64, 32, 32)
 
 # Root-mean-square relative error of rounding: 2.6 % with 4 bits of significand (e4m3), 5.1 % with 3
-# (e5m2). Values are a step of 2^-3 or 2^-2 of the power of two below apart, and the error is uniform
-# within it. A product has the errors of both factors
+# (e5m2). Values are a step of 2^-3 or 2^-2 of the power of two below apart, and the error uniform
+# between. A product has the errors of both factors
 OFF_VALUES = 2**0.5 * 0.026
 OFF_GRADIENTS = (0.026**2 + 0.051**2) ** 0.5
 SLACK = 1.15
