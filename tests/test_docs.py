@@ -149,6 +149,9 @@ def require_parses(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_have_only_flags_and_values_that_exist(page, monkeypatch):
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.content, str(page), "exec")
     for command in commands_of(page):
         try:
             require_parses(command, monkeypatch)
