@@ -126,7 +126,7 @@ def main() -> None:
     log.info(
         "%s on %s, %.2f GB (predicted %.2f): training halts for %.3f s (the first time %.2f s), "
         "and for %.2f s where the save is waited for: %.1f %%",
-        *(arguments.size, device.name, found["gb"], checkpoint_bytes(workload.model) / 1e9),
+        *(arguments.size, device.name, found["gb"], checkpoint_bytes(workload) / 1e9),
         *(statistics.median(found["stalls"]), found["first_seconds"]),
         *(statistics.median(found["waited_for"]), 100 * found["stall_share"]),
     )

@@ -35,7 +35,6 @@ from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import batching
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train
-from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
 from zeroflow.training.workload import Workload
@@ -76,7 +75,7 @@ def plain(work: Work) -> Iterator[Tensor]:
     with patch.object(llama, "attend", attention):
         while state.step < config.steps:
             learning_rate = config.schedule.learning_rate(state.step)
-            config.optimizer.set_learning_rate(state.optimizer, learning_rate)
+            config.workload.optimizer.set_learning_rate(state.optimizer, learning_rate)
             micro_batches = batches.micro_batches(state.step)
             valid = sum(batch.valid for batch in micro_batches)
             losses = []
@@ -89,7 +88,9 @@ def plain(work: Work) -> Iterator[Tensor]:
                 loss = total / valid
                 loss.backward()
                 losses.append(loss.detach())
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+            nn.utils.clip_grad_norm_(
+                state.model.parameters(), config.workload.optimizer.max_grad_norm
+            )
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step += 1
@@ -174,7 +175,6 @@ def prepare(
         schedule=Schedule(
             name="cosine", peak=learning_rate, warmup_steps=min(steps // 10, 50), steps=steps
         ),
-        optimizer=AdamW(),
     )
     config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
     shards = build_shards(config, corpus, tokenizer, cache, seed=seed)

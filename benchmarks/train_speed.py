@@ -37,7 +37,6 @@ from zeroflow.device import Device, find_device
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
-from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
 from zeroflow.training.workload import Workload
@@ -103,7 +102,6 @@ def training_config(task: Task, rows: int) -> TrainingConfig:
         seed=0,
         workload=task.workload.split(rows),
         schedule=Schedule(name="wsd", peak=_LEARNING_RATE, warmup_steps=0, steps=10**9),
-        optimizer=AdamW(),
     )
 
 

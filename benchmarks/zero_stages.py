@@ -30,7 +30,8 @@ from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import new_state
 from zeroflow.training.worker import Stop
-from zeroflow.training.workload import STAGES, Stage, Workload
+from zeroflow.training.workload import Workload
+from zeroflow.training.zero import STAGES, Stage
 from zeroflow.units import binary
 
 log = logging.getLogger("zeroflow.benchmarks")
@@ -166,16 +167,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
             shared = of_ranks(task, arguments.gpus, stages, Path(folder))["found"]
         for figures in (alone, *shared):
-            planned = memory(
-                *(workload.model, workload.seq_len, rows, workload.activation_checkpointing),
-                device,
-                precision=workload.precision,
-                fp8=workload.fp8,
-                compiled=workload.compile,
-                accumulates=workload.accumulates,
-                stage=figures["stage"],
-                ranks=figures["ranks"],
-            )
+            how = {"ranks": figures["ranks"], "zero_stage": figures["stage"]}
+            planned = memory(workload.replace(**how), device)
             figures |= {"size": size, "rows": rows, "planned": planned._asdict()}
             figures["scaling"] = figures["tokens_per_second"] / (
                 figures["ranks"] * alone["tokens_per_second"]

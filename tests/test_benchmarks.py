@@ -95,7 +95,7 @@ def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
     found = checkpoint_stall.measure(TASK, tmp_path, saves=2)
     for name in ("stalls", "waited_for", "writing"):
         assert len(found[name]) == 2 and min(found[name]) > 0
-    expected = checkpoint_bytes(WORKLOAD.model)
+    expected = checkpoint_bytes(WORKLOAD)
     assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
     assert found["steps_beside"] > 0
 

@@ -1,3 +1,4 @@
+import format1
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,7 @@ from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.training.job import TrainingJob
 from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.state import TrainState, new_state
 
@@ -149,3 +151,13 @@ def test_check_is_repeated_only_for_a_reason_that_is_told(job):
     del record["identity"]
     artifacts.write_json(job.folder.overfit, record)
     assert "what was checked before is unknown" in checks.check(job).why
+
+
+def test_check_that_passed_in_format_1_is_not_repeated(tmp_path):
+    job = TrainingJob.model_validate(format1.JOB)
+    same = OverfitJob(
+        run_dir=tmp_path, training=job.training, shards=job.shards, limits=OverfitConfig()
+    )
+    passed = {"passed": True, "job": format1.OVERFIT, "loss": 0.09, "steps": 44, "curve": [7.0]}
+    artifacts.write_json(same.folder.overfit, passed | {"reason": "loss 0.09 after 44 steps"})
+    assert checks.check(same).reused

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import format1
 import pytest
 import torch
 from tiny import (
@@ -13,7 +14,7 @@ from tiny import (
     with_workload,
 )
 
-from zeroflow import reuse
+from zeroflow import artifacts, reuse
 from zeroflow.checks import preflight
 from zeroflow.checks.preflight import Check, PreflightFailed, PreflightJob
 from zeroflow.data.build import build_shards
@@ -348,3 +349,12 @@ def test_disk_without_room_is_caught(state, tmp_path, monkeypatch):
     usage = type(checkpoint.shutil.disk_usage("."))(100, 99, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
     failed(preflight.round_trip(state, tmp_path / "saved", "f"), "has room for", "--cache-dir")
+
+
+def test_checks_that_passed_in_format_1_are_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", format1.TORCH)
+    job = TrainingJob.model_validate(format1.JOB).replace(run_dir=tmp_path)
+    passed = {"passed": True, "job": format1.PREFLIGHT, "seconds": 1.5, "checks": []}
+    artifacts.write_json(job.folder.preflight, passed)
+    known = preflight.known(job)
+    assert known is not None and known.reused

@@ -1,12 +1,19 @@
+import json
+
+import format1
 import pytest
 from tiny import MODEL
 
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
+from zeroflow.run_folder import Cache
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.workload import Workload
 
 WORK = Workload(
-    device="NVIDIA H100 80GB HBM3",
+    device="cuda",
+    device_name="NVIDIA H100 80GB HBM3",
     model=MODEL,
     seq_len=128,
     micro_batch_rows=8,
@@ -74,7 +81,7 @@ def test_model_of_quite_another_size_says_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"device": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
+    [{"device_name": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
 )
 def test_another_device_or_other_code_says_nothing(tmp_path, change):
     history.append(tmp_path, past("a", 100.0, **change))
@@ -98,3 +105,15 @@ def test_run_is_remembered_once_and_again_when_it_was_extended(tmp_path):
     history.append(tmp_path, past("a", 200.0).replace(steps=20))
     rates = [entry.measured.tokens_per_second for entry in history.read(tmp_path)]
     assert rates == [100.0, 200.0]
+
+
+def test_settings_of_the_optimiser_cost_nothing(tmp_path):
+    history.append(tmp_path, past("a", 100.0, optimizer=AdamW(beta2=0.99)))
+    assert history.known(tmp_path, WORK) == ONE
+
+
+def test_line_of_format_1_is_read(tmp_path):
+    Cache(tmp_path).plans.write_text(json.dumps(format1.PAST) + "\n")
+    job = TrainingJob.model_validate(format1.JOB)
+    known = history.known(tmp_path, job.training.workload)
+    assert known == (28430.212804924948, 480882688, "from 1 earlier run here")

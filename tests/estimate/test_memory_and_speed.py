@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -7,11 +8,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from zeroflow.device import Device, find_device, known_gpu
-from zeroflow.estimate.memory import checkpoint_bytes, heap, memory, micro_batch
+from zeroflow.estimate.memory import (
+    Memory,
+    checkpoint_bytes,
+    heap,
+    is_measured,
+    largest_micro_batch,
+    memory,
+)
 from zeroflow.estimate.speed import assumed_mfu, expected_tokens_per_second
 from zeroflow.model.llama import Llama, ModelConfig
-from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training.loss import cross_entropy_sum
+from zeroflow.training.optimizers.adamw import AdamW
+from zeroflow.training.workload import Workload
 from zeroflow.units import duration, parameter_count
 
 H200 = known_gpu("NVIDIA H200")
@@ -19,8 +29,24 @@ H100 = H200.replace(name="NVIDIA H100 80GB HBM3", memory_bytes=int(79.65 * 2**30
 CPU = Device(kind="cpu", name="some CPU", memory_bytes=2**33)
 
 
-def llama(size: str, vocabulary: int = 128_256) -> ModelConfig:
+def llama(size: str, vocabulary: int = NOMINAL_VOCABULARY) -> ModelConfig:
     return with_vocabulary(SIZES[size], vocabulary)
+
+
+def workload(model: ModelConfig, device: Device = H100, **changes: Any) -> Workload:
+    """One micro-batch of a row per step, with the defaults of the device."""
+    usual = {"seq_len": 2048, "micro_batch_rows": 1, "accumulate": 1}
+    usual |= {"precision": "bf16" if device.has_bf16 else "fp32", "compile": device.compiles}
+    return Workload(device=device.kind, device_name=device.name, model=model, **usual | changes)
+
+
+def planned(model: ModelConfig, device: Device = H100, **changes: Any) -> Memory:
+    """Memory of a step of several micro-batches, unless `changes` say otherwise."""
+    return memory(workload(model, device, **{"accumulate": 2} | changes), device)
+
+
+def rate(model: ModelConfig, device: Device = H100, **changes: Any) -> tuple[float | None, str]:
+    return expected_tokens_per_second(workload(model, device, **changes), device)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +70,8 @@ def test_duration_has_its_two_largest_units(seconds, text):
 
 
 def test_rate_on_a_known_gpu_is_a_share_of_its_peak():
-    rate, source = expected_tokens_per_second(MODEL, 128, H200)
-    assert rate == pytest.approx(0.28 * 989e12 / MODEL.flops_per_token(128))
+    expected, source = rate(MODEL, H200, seq_len=128)
+    assert expected == pytest.approx(0.28 * 989e12 / MODEL.flops_per_token(128))
     assert "28%" in source
 
 
@@ -62,18 +88,17 @@ def test_rate_on_a_known_gpu_is_a_share_of_its_peak():
         ("medium", 128_256, False, 37_154),
     ],
 )
-def test_assumed_rate_is_within_a_tenth_of_what_an_h100_did(
+def test_assumed_rate_is_within_a_tenth_of_that_of_an_h100(
     size, vocabulary, compiled, tokens_per_second
 ):
-    model = llama(size, vocabulary)
-    rate, source = expected_tokens_per_second(model, 2048, H100, compiled=compiled)
-    assert rate == pytest.approx(tokens_per_second, rel=0.1)
+    expected, source = rate(llama(size, vocabulary), compile=compiled)
+    assert expected == pytest.approx(tokens_per_second, rel=0.1)
     assert ("without torch.compile" in source) != compiled
 
 
-def test_what_is_computed_again_takes_its_time():
+def test_recomputation_takes_its_time():
     rates = [
-        expected_tokens_per_second(llama("medium"), 2048, H100, kind)[0]
+        rate(llama("medium"), activation_checkpointing=kind)[0]
         for kind in ("none", "selective", "full")
     ]
     assert rates == sorted(rates, reverse=True)
@@ -82,23 +107,23 @@ def test_what_is_computed_again_takes_its_time():
 
 def test_unknown_peak_gives_no_rate_and_no_guess():
     unknown = Device(kind="cuda", name="Some New GPU", memory_bytes=2**40)
-    rate, source = expected_tokens_per_second(MODEL, 128, unknown)
-    assert rate is None and "peak of Some New GPU is not known" in source
+    expected, source = rate(MODEL, unknown)
+    assert expected is None and "peak of Some New GPU is not known" in source
 
 
 def test_peak_in_bf16_gives_no_rate_in_fp32():
-    rate, source = expected_tokens_per_second(MODEL, 128, H100, precision="fp32")
-    assert rate is None and "in bf16 only" in source
+    expected, source = rate(MODEL, precision="fp32")
+    assert expected is None and "in bf16 only" in source
 
 
-def test_rate_in_fp8_is_not_foretold_for_code_that_is_not_compiled():
-    rate, source = expected_tokens_per_second(llama("tiny"), 2048, H100, fp8=True, compiled=False)
-    assert rate is None and "compiled code only" in source
+def test_rate_in_fp8_is_not_predicted_for_code_that_is_not_compiled():
+    expected, source = rate(llama("tiny"), fp8=True, compile=False)
+    assert expected is None and "compiled code only" in source
 
 
 def test_rate_on_a_cpu_is_measured():
-    rate, source = expected_tokens_per_second(MODEL, 128, CPU)
-    assert rate is not None and rate > 0 and "measured" in source
+    expected, source = rate(MODEL, CPU)
+    assert expected is not None and expected > 0 and "measured" in source
 
 
 def test_cpu_is_found_without_a_peak():
@@ -113,9 +138,9 @@ def test_gpu_is_refused_where_there_is_none_and_not_asked_for_by_auto():
         find_device("cuda")
 
 
-def fitting(size: str, gigabytes: int, *kind: str) -> tuple[int, str]:
+def fitting(size: str, gigabytes: int, *kind: str, **changes: Any) -> tuple[int, str]:
     device = H200.replace(memory_bytes=gigabytes * 2**30)
-    return micro_batch(llama(size), 2048, device, *kind)
+    return largest_micro_batch(workload(llama(size), device, **changes), device, *kind)
 
 
 def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
@@ -124,10 +149,15 @@ def test_micro_batch_grows_with_memory_and_shrinks_with_the_model():
     assert fitting("medium", 140)[0] > fitting("medium", 80)[0]
 
 
-def test_activations_are_computed_again_where_they_would_not_fit():
+def test_micro_batch_is_sought_whatever_the_workload_has():
+    own = {"micro_batch_rows": 512, "accumulate": 1, "activation_checkpointing": "full"}
+    assert fitting("medium", 80, **own) == fitting("medium", 80)
+
+
+def test_activations_are_recomputed_where_they_would_not_fit():
     assert fitting("medium", 80)[1] == "none"
     assert fitting("medium", 24) == (1, "full")
-    full = memory(llama("medium"), 2048, 1, "full", H200)
+    full = planned(llama("medium"), activation_checkpointing="full")
     rooms = [full.room(H200.replace(memory_bytes=size * 2**30)) for size in (28, 24, 22)]
     assert rooms == ["yes", "tight", "no"], "an H100 held 22.3 GiB"
     assert fitting("medium", 8) == (1, "full"), "a step of one row is always tried"
@@ -147,9 +177,9 @@ def test_activations_are_computed_again_where_they_would_not_fit():
         ("medium", 16, "full", 28.91),
     ],
 )
-def test_memory_is_what_an_h100_held(size, rows, kind, gigabytes):
-    planned = memory(llama(size), 2048, rows, kind, H100).total
-    assert planned / 2**30 == pytest.approx(gigabytes, rel=0.01)
+def test_memory_is_that_of_an_h100(size, rows, kind, gigabytes):
+    held = planned(llama(size), micro_batch_rows=rows, activation_checkpointing=kind)
+    assert held.total / 2**30 == pytest.approx(gigabytes, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -158,15 +188,14 @@ def test_memory_is_what_an_h100_held(size, rows, kind, gigabytes):
 )
 def test_memory_on_a_cpu_is_what_pytorch_counts_in_a_fake_step(size, rows, context, vocabulary):
     model = llama(size, vocabulary).replace(num_hidden_layers=4)  # a fake step takes seconds too
-    planned = memory(model, context, rows, "none", CPU, accumulates=False)
-    # What the tracker does not see: the allocator's share
-    seen = planned.weights + planned.activations / heap(accumulates=False)
-    seen += planned.loss
+    held = planned(model, CPU, seq_len=context, micro_batch_rows=rows, accumulate=1)
+    # The tracker does not see what the allocator takes for itself
+    seen = held.weights + held.activations / heap(accumulates=False) + held.loss
     assert seen == pytest.approx(fake_step(model, rows, context), rel=0.05)
 
 
 def fake_step(model: ModelConfig, rows: int, context: int) -> int:
-    """Most bytes of tensors in forward and backward, which allocate and compute nothing."""
+    """Peak bytes of tensors in forward and backward, which allocate and compute nothing."""
     with FakeTensorMode():
         network = Llama(model)
         tokens = torch.zeros(rows, context, dtype=torch.int64)
@@ -179,132 +208,152 @@ def fake_step(model: ModelConfig, rows: int, context: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "context", "rows", "accumulates", "megabytes"),
+    ("vocabulary", "context", "rows", "accumulate", "megabytes"),
     [
-        (32_768, 256, 2, False, 1002),
-        (32_768, 256, 8, False, 1397),
-        (128_256, 256, 2, False, 1998),
-        (8192, 1024, 4, False, 1339),
-        (2048, 256, 16, False, 1211),
-        (32_768, 512, 1, True, 1086),
-        (32_768, 512, 4, True, 1614),
-        (32_768, 1024, 2, True, 1598),
-        (32_768, 2048, 1, True, 1651),
-        (32_768, 2048, 2, True, 2172),
+        (32_768, 256, 2, 1, 1002),
+        (32_768, 256, 8, 1, 1397),
+        (128_256, 256, 2, 1, 1998),
+        (8192, 1024, 4, 1, 1339),
+        (2048, 256, 16, 1, 1211),
+        (32_768, 512, 1, 2, 1086),
+        (32_768, 512, 4, 2, 1614),
+        (32_768, 1024, 2, 2, 1598),
+        (32_768, 2048, 1, 2, 1651),
+        (32_768, 2048, 2, 2, 2172),
     ],
 )
-def test_memory_is_within_a_twentieth_of_what_runs_of_tiny_on_a_cpu_held(
-    vocabulary, context, rows, accumulates, megabytes
+def test_memory_is_within_a_twentieth_of_runs_of_tiny_on_a_cpu(
+    vocabulary, context, rows, accumulate, megabytes
 ):
-    planned = memory(llama("tiny", vocabulary), context, rows, "none", CPU, accumulates=accumulates)
-    assert planned.total / 2**20 == pytest.approx(megabytes, rel=0.05)
+    batch = {"seq_len": context, "micro_batch_rows": rows, "accumulate": accumulate}
+    held = planned(llama("tiny", vocabulary), CPU, **batch)
+    assert held.total / 2**20 == pytest.approx(megabytes, rel=0.05)
+
+
+def test_formula_is_measured_for_plain_code_on_a_cpu_and_for_all_on_a_gpu():
+    plain = workload(llama("tiny"), CPU)
+    assert is_measured(plain)
+    for change in ({"compile": True}, {"precision": "bf16"}, {"document_mask": True}):
+        assert not is_measured(plain.replace(**change))
+        assert is_measured(workload(llama("tiny"), **change))
 
 
 def test_fp8_keeps_less_for_the_backward_pass_and_nothing_else_less():
     for kind in ("none", "selective"):
-        bf16, fp8 = (memory(llama("medium"), 2048, 4, kind, H100, fp8=fp8) for fp8 in (False, True))
+        how = {"micro_batch_rows": 4, "activation_checkpointing": kind}
+        bf16, fp8 = (planned(llama("medium"), fp8=on, **how) for on in (False, True))
         assert 0.5 * bf16.activations < fp8.activations < bf16.activations, kind
         assert fp8._replace(activations=bf16.activations) == bf16
-    assert micro_batch(llama("medium"), 2048, H100, fp8=True) > fitting("medium", 79)
+    assert fitting("medium", 79, fp8=True) > fitting("medium", 79)
 
 
 def test_rate_of_fp8_is_beside_the_one_without_which_is_higher_for_small_models():
     gains = []
     for size in ("tiny", "small", "medium"):
-        (bf16, _), (fp8, source) = (
-            expected_tokens_per_second(llama(size), 2048, H100, fp8=fp8) for fp8 in (False, True)
-        )
+        (bf16, _), (fp8, source) = (rate(llama(size), fp8=on) for on in (False, True))
         gains.append(fp8 / bf16)
-        with_it, without = (assumed_mfu(llama(size), fp8=on) for on in (True, False))
+        with_it, without = (assumed_mfu(workload(llama(size), fp8=on)) for on in (True, False))
         assert f"assuming {with_it:.0%} MFU" in source
         assert source.endswith(f"with fp8 and {without:.0%} without")
     assert gains == sorted(gains) and gains[0] < 1 < gains[-1]
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "accumulates", "gigabytes"),
+    ("size", "rows", "accumulate", "gigabytes"),
     [
-        ("tiny", 12, True, 6.123),
-        ("tiny", 24, True, 6.924),
-        ("tiny", 48, False, 8.355),
-        ("medium", 6, True, 40.817),
-        ("medium", 12, True, 55.708),
+        ("tiny", 12, 2, 6.123),
+        ("tiny", 24, 2, 6.924),
+        ("tiny", 48, 1, 8.355),
+        ("medium", 6, 2, 40.817),
+        ("medium", 12, 2, 55.708),
     ],
 )
-def test_memory_in_fp8_is_what_was_measured_on_an_h100(size, rows, accumulates, gigabytes):
-    planned = memory(llama(size), 2048, rows, "none", H100, fp8=True, accumulates=accumulates)
-    assert planned.total / 1e9 == pytest.approx(gigabytes, rel=0.02)
+def test_memory_in_fp8_is_that_of_an_h100(size, rows, accumulate, gigabytes):
+    held = planned(llama(size), micro_batch_rows=rows, fp8=True, accumulate=accumulate)
+    assert held.total / 1e9 == pytest.approx(gigabytes, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "accumulates", "kind", "precision", "compiled", "gibibytes"),
+    ("size", "rows", "accumulate", "kind", "precision", "compiled", "gibibytes"),
     [
-        ("tiny", 8, True, "none", "fp32", True, 6.310),
-        ("small", 8, True, "selective", "fp32", True, 16.436),
-        ("medium", 4, True, "full", "fp32", True, 26.684),
-        ("tiny", 8, True, "none", "fp32", False, 6.736),
-        ("small", 8, True, "selective", "fp32", False, 18.193),
-        ("medium", 4, True, "full", "fp32", False, 26.747),
-        ("tiny", 32, True, "none", "bf16", False, 9.320),
-        ("small", 16, False, "none", "bf16", False, 30.032),
-        ("small", 16, True, "selective", "bf16", False, 21.988),
-        ("medium", 6, True, "none", "bf16", False, 54.698),
-        ("medium", 6, True, "full", "bf16", False, 25.914),
+        ("tiny", 8, 2, "none", "fp32", True, 6.310),
+        ("small", 8, 2, "selective", "fp32", True, 16.436),
+        ("medium", 4, 2, "full", "fp32", True, 26.684),
+        ("tiny", 8, 2, "none", "fp32", False, 6.736),
+        ("small", 8, 2, "selective", "fp32", False, 18.193),
+        ("medium", 4, 2, "full", "fp32", False, 26.747),
+        ("tiny", 32, 2, "none", "bf16", False, 9.320),
+        ("small", 16, 1, "none", "bf16", False, 30.032),
+        ("small", 16, 2, "selective", "bf16", False, 21.988),
+        ("medium", 6, 2, "none", "bf16", False, 54.698),
+        ("medium", 6, 2, "full", "bf16", False, 25.914),
     ],
 )
-def test_memory_of_other_code_is_what_was_measured_on_an_h100(
-    size, rows, accumulates, kind, precision, compiled, gibibytes
+def test_memory_of_other_code_is_that_of_an_h100(
+    size, rows, accumulate, kind, precision, compiled, gibibytes
 ):
-    planned = memory(
-        *(llama(size), 2048, rows, kind, H100),
+    held = planned(
+        llama(size),
+        micro_batch_rows=rows,
+        accumulate=accumulate,
+        activation_checkpointing=kind,
         precision=precision,
-        compiled=compiled,
-        accumulates=accumulates,
+        compile=compiled,
     )
-    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=0.01)
+    assert held.total / 2**30 == pytest.approx(gibibytes, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "accumulates", "kind", "gibibytes"),
+    ("size", "rows", "accumulate", "kind", "gibibytes"),
     [
-        ("tiny", 32, False, "none", {0: 7.60, 1: 7.35, 2: 7.34, 3: 7.34}),
-        ("small", 16, False, "none", {0: 22.70, 1: 20.94, 2: 20.94, 3: 20.62}),
-        ("medium", 4, False, "none", {0: 33.97, 1: 26.54, 2: 26.54, 3: 24.52}),
-        ("medium", 4, True, "none", {0: 38.98, 1: 31.46, 2: 29.94, 3: 28.01}),
-        ("medium", 16, True, "full", {0: 30.93, 1: 23.41, 3: 19.95}),
+        ("tiny", 32, 1, "none", {0: 7.60, 1: 7.35, 2: 7.34, 3: 7.34}),
+        ("small", 16, 1, "none", {0: 22.70, 1: 20.94, 2: 20.94, 3: 20.62}),
+        ("medium", 4, 1, "none", {0: 33.97, 1: 26.54, 2: 26.54, 3: 24.52}),
+        ("medium", 4, 2, "none", {0: 38.98, 1: 31.46, 2: 29.94, 3: 28.01}),
+        ("medium", 16, 2, "full", {0: 30.93, 1: 23.41, 3: 19.95}),
     ],
 )
-def test_memory_of_two_ranks_is_what_two_h100s_held(size, rows, accumulates, kind, gibibytes):
-    for stage, held in gibibytes.items():
-        planned = memory(
-            *(llama(size), 2048, rows, kind, H100), accumulates=accumulates, stage=stage, ranks=2
-        )
-        assert planned.total / 2**30 == pytest.approx(held, rel=0.02), stage
+def test_memory_of_two_ranks_is_that_of_two_h100s(size, rows, accumulate, kind, gibibytes):
+    how = {"micro_batch_rows": rows, "accumulate": accumulate, "activation_checkpointing": kind}
+    for stage, measured in gibibytes.items():
+        held = planned(llama(size), zero_stage=stage, ranks=2, **how)
+        assert held.total / 2**30 == pytest.approx(measured, rel=0.02), stage
 
 
 @pytest.mark.parametrize(
     ("precision", "rows", "gibibytes"), [("fp32", 16, 8.858), ("bf16", 16, 7.298)]
 )
 def test_mask_of_documents_is_planned_where_it_is_written_out(precision, rows, gibibytes):
-    plan = partial(memory, llama("tiny"), 2048, rows, "none", H100, precision=precision)
-    planned = plan(compiled=False, document_mask=True)
-    assert planned.total / 2**30 == pytest.approx(gibibytes, rel=0.02)
-    assert plan(compiled=True, document_mask=True) == plan(compiled=True)
+    plan = partial(planned, llama("tiny"), micro_batch_rows=rows, precision=precision)
+    held = plan(compile=False, document_mask=True)
+    assert held.total / 2**30 == pytest.approx(gibibytes, rel=0.02)
+    assert plan(compile=True, document_mask=True) == plan(compile=True)
 
 
-def test_ranks_share_out_more_from_stage_to_stage():
-    memories = [
-        memory(llama("medium"), 2048, 4, "none", H100, stage=stage, ranks=4)
-        for stage in (0, 1, 2, 3)
-    ]
+def test_ranks_shard_more_from_stage_to_stage():
+    plan = partial(planned, llama("medium"), micro_batch_rows=4)
+    memories = [plan(zero_stage=stage, ranks=4) for stage in (0, 1, 2, 3)]
     totals = [memory.total for memory in memories]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
     state = [memory.weights + memory.gradients + memory.moments for memory in memories]
     parameters = llama("medium").parameters
     assert state == [16 * parameters, 7 * parameters, 4 * parameters, 4 * parameters]
     assert memories[3].communication < memories[2].communication, "weights are not held whole"
-    alone = memory(llama("medium"), 2048, 4, "none", H100, stage=3)
-    assert alone == memory(llama("medium"), 2048, 4, "none", H100)
+    assert plan(zero_stage=3) == plan()
+
+
+class Frugal(AdamW):
+    """An optimiser with a byte of state per parameter."""
+
+    def state_bytes(self, model: ModelConfig) -> int:
+        return model.parameters
+
+
+def test_state_of_the_optimiser_is_what_it_says():
+    model = llama("tiny")
+    usual, frugal = planned(model), planned(model, optimizer=Frugal())
+    assert usual.moments == 8 * model.parameters and frugal.moments == model.parameters
+    assert checkpoint_bytes(workload(model, optimizer=Frugal())) == 5 * model.parameters
 
 
 def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
@@ -318,7 +367,7 @@ def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
 
 
 def test_checkpoint_holds_weights_and_two_moments_in_four_bytes_each():
-    assert checkpoint_bytes(MODEL) == 3 * 4 * MODEL.parameters
+    assert checkpoint_bytes(workload(MODEL)) == 3 * 4 * MODEL.parameters
 
 
 def test_parameters_of_any_model_are_told():

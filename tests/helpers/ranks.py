@@ -57,7 +57,7 @@ def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[
         {
             "loss": metrics.loss.item(),
             "grad_norm": metrics.grad_norm.item(),
-            "update_ratio": config.optimizer.update_ratio(state.optimizer).item(),
+            "update_ratio": config.workload.optimizer.update_ratio(state.optimizer).item(),
         }
         for metrics in islice(train(state, Shares(), config), steps)
     ]

@@ -20,7 +20,6 @@ from zeroflow.tracking.config import TrackingConfig
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import Cadence, TrainingJob
-from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload
@@ -74,7 +73,6 @@ def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> Tr
         "seed": 0,
         "workload": WORKLOAD.replace(**of_workload),
         "schedule": Schedule(name="cosine", peak=peak, warmup_steps=1, steps=steps),
-        "optimizer": AdamW(),
     }
     return TrainingConfig(**settings | changes)
 

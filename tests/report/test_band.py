@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import format1
 import pytest
 from matplotlib.image import imread
 from tiny import MODEL, training_config, training_job, with_workload
@@ -13,6 +14,7 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import band, pictures, progress
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
+from zeroflow.run_folder import RunFolder
 from zeroflow.training.job import TrainingJob
 
 STEPS, STEP_TOKENS = 200, 64
@@ -182,6 +184,21 @@ def test_how_a_step_is_computed_does_not_matter(make):
     gpu = {"device": "cuda", "device_name": "a GPU", "precision": "bf16", "compile": True}
     train(make("other", seed=1, micro_batch_rows=1, accumulate=2, **gpu), 1.0)
     assert found(make("mine")).runs == ("other",)
+
+
+def test_run_of_format_1_counts_as_the_same_training(tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (1, 2):
+        folder = RunFolder(runs / f"old{seed}")
+        training = format1.JOB["training"] | {"seed": seed}
+        artifacts.write_json(folder.job, format1.JOB | {"training": training})
+        started = {"event": "started", "time": seed, "step": 0, "steps": 60, "parts": 1}
+        records.append(folder.events, started)
+        for step in range(1, 61):
+            line = {"step": step, "tokens": 512 * step, "loss": 7.0}
+            records.append(folder.metrics, line)
+    mine = TrainingJob.model_validate(format1.JOB).replace(run_dir=runs / "new")
+    assert found(mine).runs == ("old1", "old2")
 
 
 def test_a_seed_counts_once_as_far_as_it_came(make):

@@ -9,7 +9,7 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.device import Device, known_gpu
 from zeroflow.model.sizes import SIZES
 from zeroflow.settings.defaults import fill
-from zeroflow.settings.run_config import ModelChoice, TrainingChoice
+from zeroflow.settings.run_config import ModelChoice, RunConfig, TrainingChoice
 from zeroflow.settings.settled import SettledTraining
 
 CPU = Device(kind="cpu", name="a CPU", memory_bytes=16 * 2**30)
@@ -20,7 +20,8 @@ SYNTHETIC, SAMPLE = (CorpusConfig(data_mode=mode) for mode in ("synthetic", "sam
 def filled(
     device: Device, size: str = "tiny", corpus: CorpusConfig = SYNTHETIC, **choice
 ) -> SettledTraining:
-    return fill(TrainingChoice(**choice), ModelChoice(size=size), corpus, device)
+    run = RunConfig(model=ModelChoice(size=size), data=corpus, training=TrainingChoice(**choice))
+    return fill(run, device)
 
 
 @pytest.mark.parametrize("device", [CPU, H200], ids=["cpu", "gpu"])
@@ -104,9 +105,7 @@ def test_activations_are_recomputed_as_soon_as_a_row_would_not_fit():
 def test_custom_shape_has_the_habits_of_the_size_that_is_nearest():
     medium = ModelChoice(**SIZES["medium"].model_dump(include=set(SHAPE.model_dump())))
     for model, size in ((ModelChoice(**SHAPE.model_dump()), "tiny"), (medium, "medium")):
-        mine, named = (
-            fill(TrainingChoice(), one, SYNTHETIC, H200) for one in (model, ModelChoice(size=size))
-        )
+        mine, named = (fill(RunConfig(model=one), H200) for one in (model, ModelChoice(size=size)))
         assert mine.learning_rate == named.learning_rate
         assert mine.batch_tokens == named.batch_tokens
 

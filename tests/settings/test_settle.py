@@ -12,7 +12,7 @@ from zeroflow.data.part_facts import SplitCounts
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import Device, find_device, known_gpu
-from zeroflow.estimate.memory import micro_batch
+from zeroflow.estimate.memory import largest_micro_batch
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.settings import settle as settle_module
 from zeroflow.settings.job import training_job
@@ -439,7 +439,7 @@ def test_older_gpu_trains_in_what_it_has_and_says_so(
 def test_context_that_leaves_few_divisors_still_fills_the_gpu(ask, gpu, size, seq_len):
     run = settle(ask(device="auto", model={"size": size}, training={"seq_len": seq_len})).run
     choice, nominal = run.training, with_vocabulary(SIZES[size], 128_256)
-    fits, _ = micro_batch(nominal, seq_len, GPU)
+    fits, _ = largest_micro_batch(run.workload(nominal, GPU), GPU)
     assert min(run.batch_rows, fits / 4) <= choice.batch_size <= fits
     assert choice.batch_tokens == pytest.approx(SIZES[size].batch_tokens, rel=0.02)
 

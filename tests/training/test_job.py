@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
+import format1
 import pytest
 from tiny import synthetic_rows, training_config, training_job
 
@@ -19,11 +20,13 @@ from zeroflow.training import zero
 from zeroflow.training.job import (
     RunIsBusy,
     TrainingFailed,
+    TrainingJob,
     TrainResult,
     finished,
     why_trained,
 )
 from zeroflow.training.launch import _environment, _pass_on, _SignsOfLife, launch, ownership
+from zeroflow.training.workload import Workload
 
 
 @pytest.fixture
@@ -137,6 +140,17 @@ def test_each_rank_sees_a_gpu_of_its_own_among_those_that_the_user_lets_be_seen(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     told = [zero.environment(rank, 2, Path("meeting")) for rank in range(2)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in told] == seen
+
+
+def test_job_of_format_1_is_read():
+    job = TrainingJob.model_validate(format1.JOB)
+    expected = Workload.model_validate(format1.WORKLOAD)
+    assert job.training.workload == expected and job.model == expected.model
+    assert (job.training.seed, job.training.steps, job.training.z_loss) == (0, 60, 0.0)
+    assert TrainingJob.model_validate_json(job.model_dump_json()) == job
+    more = format1.JOB["training"] | {"optimizer": {"beta2": 0.99}, "ranks": 2}
+    other = TrainingJob.model_validate(format1.JOB | {"training": more}).training.workload
+    assert (other.optimizer.beta2, other.ranks) == (0.99, 2)
 
 
 def test_training_that_goes_on_says_from_where_and_why(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import DEVICES, MODEL, NO_END, RandomBatches, training_config
+from tiny import DEVICES, MODEL, NO_END, RandomBatches, training_config, with_workload
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training.loop import loss_sum, train, train_step
@@ -75,7 +75,8 @@ def test_padding_counts_neither_in_the_loss_nor_in_its_mean():
 def test_gradients_above_the_limit_are_scaled_down_to_it():
     config = training_config()
     limit = 0.01
-    clipped = config.replace(optimizer=config.optimizer.replace(max_grad_norm=limit, beta1=0.5))
+    optimizer = config.workload.optimizer.replace(max_grad_norm=limit, beta1=0.5)
+    clipped = with_workload(config, optimizer=optimizer)
     state = new_state(clipped)
     metrics = train_step(state, EIGHT_ROWS, clipped)
     assert metrics.grad_norm > 10 * limit

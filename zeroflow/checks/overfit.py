@@ -131,7 +131,7 @@ def overfit(
         curve.append(metrics.loss.item())
         if curve[-1] < limits.overfit_loss:
             break
-    optimizer = config.optimizer
+    optimizer = config.workload.optimizer
     idle = [
         name
         for name, parameter in _parameters(state)

@@ -106,7 +106,7 @@ def known(
         for past in read(cache)
         if (past.run != name or past.steps < steps) and past.measured.tokens_per_second
     ]
-    if same := [past for past in runs if past.workload == workload][-_NEWEST:]:
+    if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-_NEWEST:]:
         memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
         return Experience(
             fmean(_rate(past) for past in same),

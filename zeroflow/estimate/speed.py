@@ -6,86 +6,71 @@ import time
 import numpy as np
 import torch
 
-from zeroflow.device import Device, Precision
-from zeroflow.model.llama import ModelConfig, Recompute
+from zeroflow.device import Device
+from zeroflow.training.workload import Workload
 
+# Utilisation by parameters, measured on an H100: tiny with a vocabulary of 32,768, then tiny, small
+# and medium with Llama-3.1's. benchmarks/RESULTS.md has the figures
 _MEASURED_MFU = {15e6: 0.28, 46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
-
-
 _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
-
-
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
-"""By parameters on an H100: of tiny with a vocabulary of 32,768, and of tiny, small and medium with
-Llama-3.1's: `benchmarks/README.md`. Eager is without torch.compile."""
-
 
 _ASSUMED_CPU_SHARE = 0.75
+"""Share of the FLOP/s of matrix products that a training on a CPU is assumed to reach."""
 
 
-def assumed_mfu(model: ModelConfig, *, fp8: bool = False, compiled: bool = True) -> float:
-    """What a model of as many parameters has reached on an H100, as a share of its bf16 peak."""
-    measured = _MEASURED_MFU_FP8 if fp8 else _MEASURED_MFU
-    if not compiled:
+def assumed_mfu(work: Workload) -> float:
+    """Return the share of its bf16 peak that an H100 reached with as many parameters."""
+    measured = _MEASURED_MFU_FP8 if work.fp8 else _MEASURED_MFU
+    if not work.compile:
         measured = _MEASURED_MFU_EAGER
     sizes = [math.log(parameters) for parameters in measured]
-    return float(np.interp(math.log(model.parameters), sizes, list(measured.values())))
+    return float(np.interp(math.log(work.model.parameters), sizes, list(measured.values())))
 
 
-def expected_tokens_per_second(
-    model: ModelConfig,
-    context: int,
-    device: Device,
-    checkpointing: Recompute = "none",
-    *,
-    precision: Precision | None = None,
-    fp8: bool = False,
-    compiled: bool = True,
-) -> tuple[float | None, str]:
-    """A rate to expect and where it comes from; None where nothing near it has been measured.
+def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | None, str]:
+    """Return the rate that one rank is expected to reach, and where the figure comes from.
 
-    Args:
-        precision: None for that which is usual on the device.
-        compiled: of a GPU; on a CPU it is not looked at.
+    The rate is None where nothing similar has been measured.
     """
-    flops = model.flops_per_token(context) * (1 + _computed_again(model, checkpointing))
+    flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
         measured = _measure_cpu_flops()
         source = f"{_ASSUMED_CPU_SHARE:.0%} of {measured / 1e9:.0f} GFLOP/s measured now"
         return _ASSUMED_CPU_SHARE * measured / flops, source
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
-    if precision == "fp32":
+    if work.precision == "fp32":
         return None, f"the peak of {device.name} is known in bf16 only"
-    if fp8 and not compiled:
+    if work.fp8 and not work.compile:
         return None, "fp8 was measured with compiled code only"
-    mfu = assumed_mfu(model, fp8=fp8, compiled=compiled)
+    mfu, usual = assumed_mfu(work), assumed_mfu(work.replace(fp8=False, compile=True))
     source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
-    if not compiled:
-        source += f" without torch.compile, and {assumed_mfu(model):.0%} with it"
-    if fp8:
-        source += f" with fp8 and {assumed_mfu(model):.0%} without"
-    if checkpointing != "none":
-        source += ", less what is computed again"
+    if not work.compile:
+        source += f" without torch.compile, and {usual:.0%} with it"
+    if work.fp8:
+        source += f" with fp8 and {usual:.0%} without"
+    if work.activation_checkpointing != "none":
+        source += ", less the time of recomputation"
     return mfu * device.peak_flops / flops, source
 
 
-def _computed_again(model: ModelConfig, checkpointing: Recompute) -> float:
-    """Share of the FLOPs of forward and backward that are done once more."""
-    parts = model.parameters_by_part
-    again = {
+def _recomputed_share(work: Workload) -> float:
+    """FLOPs of recomputation, relative to those of the forward and backward pass."""
+    parts = work.model.parameters_by_part
+    recomputed = {
         "none": 0,
         "selective": parts["feed-forward"],
         "full": parts["feed-forward"] + parts["attention"],
-    }
-    return again[checkpointing] / model.parameters / 3  # backward is twice forward
+    }[work.activation_checkpointing]
+    return recomputed / work.model.parameters / 3  # the backward pass takes two thirds
 
 
 def _measure_cpu_flops(seconds: float = 0.2) -> float:
-    """Sustained fp32 matrix FLOP/s of this process's threads."""
+    """FLOP/s of fp32 matrix products that the threads of this process sustain."""
     n = 768
     a, b = torch.rand(n, n), torch.rand(n, n)
-    a @ b
+    a @ b  # the first one also allocates
     start, products = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         a @ b

@@ -16,7 +16,13 @@ from zeroflow.data.tokenizer import (
 from zeroflow.device import Device, find_device, free_bytes, known_gpu
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
-from zeroflow.estimate.memory import Room, checkpoint_bytes, memory, micro_batch
+from zeroflow.estimate.memory import (
+    Room,
+    checkpoint_bytes,
+    is_measured,
+    largest_micro_batch,
+    memory,
+)
 from zeroflow.estimate.speed import expected_tokens_per_second
 from zeroflow.model.llama import Recompute
 from zeroflow.model.sizes import with_vocabulary
@@ -26,7 +32,8 @@ from zeroflow.settings.settle import sketch
 from zeroflow.settings.settled import Settled
 from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
-from zeroflow.training.workload import STAGES, Stage, Workload
+from zeroflow.training.workload import Workload
+from zeroflow.training.zero import STAGES, Stage
 
 
 class StagePlan(Config):
@@ -107,18 +114,17 @@ def load(folder: RunFolder) -> Plan | None:
 
 
 def is_same(one: Plan, other: Plan) -> bool:
-    names = ("workload", "tokens")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    return one.workload.costs_as_much_as(other.workload) and one.tokens == other.tokens
 
 
 def predict(run: Settled, device: Device) -> Plan:
     vocabulary, certain = _vocabulary(run)
     model = with_vocabulary(run.model.shape, vocabulary)
-    work = run.training.workload(model, device)
+    work = run.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
     known = history.known(run.cache_dir, work, planned=(run.run_name, run.schedule.steps))
     rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
-    held = stages[work.zero_stage].total if _is_reckoned(work, device) else None
+    held = stages[work.zero_stage].total if is_measured(work) else None
     memory_source = "by its parts"
     if held is None:
         memory_source = "unknown for such code on a CPU until one has run here"
@@ -129,10 +135,10 @@ def predict(run: Settled, device: Device) -> Plan:
         seconds=run.train_tokens / rate if rate else None,
         memory_bytes=held,
         shard_bytes=expected_bytes(run.shard_config, run.data),
-        checkpoint_bytes=checkpoint_bytes(model),
+        checkpoint_bytes=checkpoint_bytes(work),
     )
     # the best one, and the one being written
-    checkpoints = (_kept(run) + 2) * checkpoint_bytes(model)
+    checkpoints = (_kept(run) + 2) * checkpoint_bytes(work)
     return Plan(
         run=run.run_name or None,
         size=run.model.name,
@@ -161,12 +167,7 @@ def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, s
     if work.ranks > 1 and (known := history.known(run.cache_dir, alone)):
         rate, source = known.tokens_per_second, known.source
     else:
-        rate, source = expected_tokens_per_second(
-            *(work.model, work.seq_len, device, work.activation_checkpointing),
-            precision=work.precision,
-            fp8=work.fp8,
-            compiled=work.compile,
-        )
+        rate, source = expected_tokens_per_second(alone, device)
     if rate is None or work.ranks == 1 or device.kind == "cpu":  # whose processes share the cores
         return rate, source
     return rate * work.ranks, f"{source}, times {work.ranks} without what communication takes"
@@ -204,37 +205,10 @@ def _vocabulary(run: Settled) -> tuple[int, bool]:
     return expected_vocab_size(config, run.cache_dir)
 
 
-def _is_reckoned(work: Workload, device: Device) -> bool:
-    """Whether the formula of memory is for this code."""
-    return device.kind == "cuda" or not (
-        work.compile or work.document_mask or work.precision == "bf16"
-    )
-
-
 def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
-    held = memory(
-        work.model,
-        work.seq_len,
-        work.micro_batch_rows,
-        work.activation_checkpointing,
-        device,
-        precision=work.precision,
-        fp8=work.fp8,
-        compiled=work.compile,
-        document_mask=work.document_mask,
-        accumulates=work.accumulates,
-        stage=stage,
-        ranks=work.ranks,
-    )
-    most, kind = micro_batch(
-        *(work.model, work.seq_len, device),
-        precision=work.precision,
-        fp8=work.fp8,
-        compiled=work.compile,
-        document_mask=work.document_mask,
-        stage=stage,
-        ranks=work.ranks,
-    )
+    work = work.replace(zero_stage=stage)
+    held = memory(work, device)
+    most, kind = largest_micro_batch(work, device)
     return StagePlan(
         stage=stage,
         memory={name: size for name, size in held._asdict().items() if size},

@@ -1,11 +1,10 @@
 """Defaults that depend on the model's size and the device."""
 
 from zeroflow.data.batches import largest_divisor
-from zeroflow.data.corpus import CorpusConfig
 from zeroflow.device import Device
-from zeroflow.estimate.memory import micro_batch
+from zeroflow.estimate.memory import largest_micro_batch
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, nearest_size, with_vocabulary
-from zeroflow.settings.run_config import ModelChoice, TrainingChoice
+from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import SettledTraining
 from zeroflow.training.workload import Workload
 
@@ -19,10 +18,11 @@ _CPU_BATCH_TOKENS = 512
 _CPU_STEPS = 200
 
 
-def nominal_workload(choice: TrainingChoice, model: ModelChoice, device: Device) -> Workload:
+def nominal_workload(run: RunConfig, device: Device) -> Workload:
     """The workload of one row at the nominal vocabulary, with the defaults of the device."""
-    return choice.workload(
-        with_vocabulary(model.shape, NOMINAL_VOCABULARY),
+    choice = run.training
+    return run.workload(
+        with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
         device,
         ranks=choice.gpus or 1,
         zero_stage=choice.zero_stage or 0,
@@ -35,26 +35,16 @@ def nominal_workload(choice: TrainingChoice, model: ModelChoice, device: Device)
     )
 
 
-def fill(
-    choice: TrainingChoice, model: ModelChoice, data: CorpusConfig, device: Device
-) -> SettledTraining:
-    """`choice` with a default for every value that is None.
+def fill(run: RunConfig, device: Device) -> SettledTraining:
+    """The training of `run` with a default for every value that is None.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
     """
-    gpu = device.kind == "cuda"
-    nominal = nominal_workload(choice, model, device)
-    size = nearest_size(model.shape)
-    fits, checkpointing = micro_batch(
-        *(nominal.model, nominal.seq_len, device, choice.activation_checkpointing),
-        precision=nominal.precision,
-        fp8=nominal.fp8,
-        compiled=nominal.compile,
-        document_mask=nominal.document_mask,
-        stage=nominal.zero_stage,
-        ranks=nominal.ranks,
-    )
+    choice, gpu = run.training, device.kind == "cuda"
+    nominal = nominal_workload(run, device)
+    size = nearest_size(run.model.shape)
+    fits, checkpointing = largest_micro_batch(nominal, device, choice.activation_checkpointing)
     usual_tokens = size.batch_tokens if gpu else _CPU_BATCH_TOKENS
     batch_size, accumulate = _batch(choice, nominal.seq_len, fits, usual_tokens, nominal.ranks)
     batch_tokens = batch_size * accumulate * nominal.ranks * nominal.seq_len
@@ -63,7 +53,7 @@ def fill(
     # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
     peak = size.learning_rate / (1 if gpu else 3)
     warmup = max(round(0.02 * steps), min(10, steps // 10))
-    prompt = "def " if data.data_mode == "sample" else "The "
+    prompt = "def " if run.data.data_mode == "sample" else "The "
     filled = {
         "gpus": nominal.ranks,
         "zero_stage": nominal.zero_stage,

@@ -47,7 +47,7 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
         ValueError: the device lacks what a setting needs.
     """
     choice = run.training
-    nominal_workload(choice, run.model, device).require_fp8(device)
+    nominal_workload(run, device).require_fp8(device)
     if choice.zero_stage and (choice.gpus or 1) == 1:
         raise ValueError(
             f"--zero-stage {choice.zero_stage} shards state over several GPUs, and there is one: "

@@ -30,7 +30,8 @@ from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
-from zeroflow.training.workload import Stage, Workload
+from zeroflow.training.workload import Workload
+from zeroflow.training.zero import Stage
 from zeroflow.units import parameter_count
 
 DEFAULT_CACHE = Path("data_cache")
@@ -201,19 +202,6 @@ class TrainingChoice(Config):
     sample_tokens: PositiveInt = 48
     """Length of the text sample, in tokens."""
 
-    def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
-        """The workload of a step with these settings.
-
-        Args:
-            settled: fields of the workload that are still open here, or that are to differ.
-        """
-        shared = Workload.model_fields.keys() & type(self).model_fields
-        own = {name: getattr(self, name) for name in shared}
-        own |= {"device": device.kind, "device_name": device.name, "model": model}
-        own["ranks"] = self.gpus
-        own["micro_batch_rows"], own["accumulate"] = self.batch_size, self.grad_accum_steps
-        return Workload.model_validate(own | settled)
-
 
 class BuildChoice(Config):
     """How shards are built. This changes the time it takes, and not one byte of the result."""
@@ -295,6 +283,25 @@ class RunConfig(Config):
             paths = tuple(str(Path(p).expanduser().absolute()) for p in self.data.data_path)
             changes["data"] = self.data.model_copy(update={"data_path": paths})
         return self.model_copy(update=changes)
+
+    def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
+        """The workload of a step with these settings.
+
+        Args:
+            settled: fields of the workload that are still open here, or that are to differ.
+        """
+        choice = self.training
+        shared = Workload.model_fields.keys() & type(choice).model_fields
+        fields = {name: getattr(choice, name) for name in shared} | {
+            "device": device.kind,
+            "device_name": device.name,
+            "model": model,
+            "ranks": choice.gpus,
+            "micro_batch_rows": choice.batch_size,
+            "accumulate": choice.grad_accum_steps,
+            "optimizer": self.optimizer,
+        }
+        return Workload.model_validate(fields | settled)
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -145,7 +145,7 @@ def _filled(wanted: RunConfig, device: Device) -> Settled:
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
     """
-    training = defaults.fill(wanted.training, wanted.model, wanted.data, device)
+    training = defaults.fill(wanted, device)
     groups = {name: getattr(wanted, name) for name in RunConfig.model_fields}
     return Settled.model_validate(
         groups | {"run_name": wanted.run_name or "", "device": device.kind, "training": training}

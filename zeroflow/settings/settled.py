@@ -13,7 +13,7 @@ from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import Cadence
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
-from zeroflow.training.workload import Stage
+from zeroflow.training.zero import Stage
 
 
 class SettledTraining(TrainingChoice):
@@ -96,10 +96,9 @@ class Settled(RunConfig):
     def training_config(self, model: ModelConfig, device: Device) -> TrainingConfig:
         return TrainingConfig(
             seed=self.seed,
-            workload=self.training.workload(model, device),
+            workload=self.workload(model, device),
             z_loss=self.training.z_loss,
             schedule=self.schedule,
-            optimizer=self.optimizer,
         )
 
     @property

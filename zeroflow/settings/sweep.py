@@ -10,7 +10,7 @@ from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.training.workload import Stage
+from zeroflow.training.zero import Stage
 
 
 class SweepConfig(Config):

@@ -4,7 +4,6 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 
 from zeroflow.config import Config
 from zeroflow.reuse import Fields
-from zeroflow.training.optimizers.choice import AnyOptimizer
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload
 
@@ -21,7 +20,6 @@ class TrainingConfig(Config):
     """Weight of (log Z)² in the loss."""
 
     schedule: Schedule
-    optimizer: AnyOptimizer
 
     @property
     def steps(self) -> int:
@@ -34,5 +32,5 @@ class TrainingConfig(Config):
             "seed": self.seed,
             **self.workload.in_format_1,
             "z_loss": self.z_loss,
-            "optimizer": self.optimizer.model_dump(mode="json"),
+            "optimizer": self.workload.optimizer.model_dump(mode="json"),
         }

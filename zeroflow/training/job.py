@@ -88,7 +88,7 @@ class TrainingJob(RankJob):
         if not isinstance(fields, dict) or "model" not in fields:
             return fields
         training = fields["training"]
-        kept = training.keys() & TrainingConfig.model_fields.keys()
+        kept = training.keys() & TrainingConfig.model_fields
         workload = {
             **training["compute"],
             **{name: training[name] for name in training.keys() - kept - {"compute"}},

@@ -1,4 +1,4 @@
-"""One step, and the loop that yields after each; whoever runs it logs, saves and stops."""
+"""One training step, and the loop that yields after each; its caller logs, saves and stops."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,17 +27,19 @@ class StepMetrics(NamedTuple):
 
 
 class BatchSource(Protocol):
+    """Something that makes the micro-batches of a step, such as `Batches`."""
+
     def micro_batches(self, step: int) -> list[MicroBatch]: ...
 
 
 def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
-    """Sum of the loss over the valid targets of `batch`, on the model's device."""
+    """Sum of the loss over the valid targets of `batch`, a scalar on the model's device."""
     device = model.model.embed_tokens.weight.device
-    there = partial(Tensor.to, device=device, non_blocking=True)
-    loss = partial(cross_entropy_sum, targets=there(batch.targets), z_loss=z_loss)
-    documents = None if batch.documents is None else there(batch.documents)
-    total: Tensor = model(there(batch.inputs), loss, documents)
-    return total
+    on_device = partial(Tensor.to, device=device, non_blocking=True)
+    head = partial(cross_entropy_sum, targets=on_device(batch.targets), z_loss=z_loss)
+    documents = None if batch.documents is None else on_device(batch.documents)
+    loss: Tensor = model(on_device(batch.inputs), head, documents)
+    return loss
 
 
 def _unobserved(phase: Phase) -> None:
@@ -50,37 +52,40 @@ def train_step(
     config: TrainingConfig,
     enter: Callable[[Phase], None] = _unobserved,
 ) -> StepMetrics:
-    """Advance `state` by one optimiser step over the mean loss of all valid targets.
+    """Advance `state` by one step of the optimiser over the mean loss of all valid targets.
 
-    A loss or gradient that is no finite number leaves weights and moments as they are; that is
-    decided on the device, which nobody waits for, and counted in `state.skipped`.
+    If the loss or a gradient is non-finite, the update is skipped and counted in `state.skipped`.
+    The device decides that by itself, so the host need not wait for it.
 
     Args:
+        micro_batches: this rank's share of the global batch.
         enter: called as each phase begins.
     """
     enter("forward_backward")
+    work, optimizer = config.workload, config.workload.optimizer
     learning_rate = config.schedule.learning_rate(state.step)
-    config.optimizer.set_learning_rate(state.optimizer, learning_rate)
-    # Ranks have more or fewer valid targets. Losses and gradients are means over ranks
-    share = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
+    optimizer.set_learning_rate(state.optimizer, learning_rate)
+    # The backward pass averages gradients over ranks, which may have different numbers of valid
+    # targets: dividing by the mean number makes the average that over all targets
+    targets = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-        loss = loss_sum(state.model, batch, config.z_loss) / share
-        zero.before_backward(state.model, config.workload.zero_stage, last=left == 0)
+        loss = loss_sum(state.model, batch, config.z_loss) / targets
+        zero.before_backward(state.model, work.zero_stage, last=left == 0)
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU
 
-    if config.workload.ranks > 1:
+    if work.ranks > 1:
         enter("communication")
     loss = zero.mean(torch.stack(losses).sum())
     enter("optimizer")
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimizer.max_grad_norm)
     grad_norm = zero.full_tensor(norm)
-    broken = ~torch.isfinite(loss + grad_norm)
-    config.optimizer.step(state.optimizer, skip=broken)
+    non_finite = ~torch.isfinite(loss + grad_norm)
+    optimizer.step(state.optimizer, skip=non_finite)
     state.optimizer.zero_grad()
-    state.skipped += broken
-    state.skipped[0] *= broken
+    state.skipped += non_finite
+    state.skipped[0] *= non_finite
     state.step += 1
     return StepMetrics(loss, grad_norm, learning_rate)
 

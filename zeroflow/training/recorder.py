@@ -66,7 +66,7 @@ class Recorder:
                 log.warning("step %d: loss %s, gradient norm %s: no update", step, loss, grad_norm)
             self.event("skipped", step=step, skipped=skipped)
             return []
-        optimizer = self._job.training.optimizer
+        optimizer = self._job.training.workload.optimizer
         line = {
             "step": step,
             "tokens": self.tokens(step),

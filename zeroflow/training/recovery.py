@@ -139,12 +139,13 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
     """What a person may do about `failure`, as nothing else is left; may be empty."""
     match failure.reason:
         case "out of memory":
-            state = decimal(16 * now.model.parameters)
+            state = now.training.workload.optimizer.state_bytes(now.model)
+            size = decimal(8 * now.model.parameters + state)
             return (
-                "with micro-batches of one row and activations computed again nothing is left to "
-                f"save: weights, gradients and moments alone take {state}. Share them out among "
-                "more GPUs with --zero-stage 3, or take a smaller size, a lower --seq-len or "
-                "a device with more memory"
+                "micro-batches of one row with all activations recomputed do not fit. Weights, "
+                f"gradients and the optimiser's state alone take {size}: shard them over more GPUs "
+                "with --zero-stage 3, or use a smaller size, a lower --seq-len or a device with "
+                "more memory"
             )
         case "diverged":
             return (

@@ -1,9 +1,9 @@
 """What decides the cost and the mathematics of a training step."""
 
-from typing import Annotated, Any, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from zeroflow.config import Config
 from zeroflow.data.batches import BatchShape, largest_divisor
@@ -11,18 +11,13 @@ from zeroflow.device import FP8_CAPABILITY, Device, DeviceKind, Precision
 from zeroflow.model import fp8, llama
 from zeroflow.model.llama import Linear, ModelConfig, Recompute
 from zeroflow.reuse import Fields
-
-STAGES = (0, 1, 2, 3)
-"""What the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: gradients as
-well. 3: weights also while they are in use."""
-
-# Not a Literal: Prefect's form leaves a choice of 0 empty
-Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
-"""One of `STAGES`."""
+from zeroflow.training.optimizers.base import OptimizerConfig
+from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
+from zeroflow.training.zero import Stage
 
 
 class Workload(Config):
-    """A training step: the network, its batch, and how and on what both are computed.
+    """A training step: the network, its batch, its optimiser, and how and where it is computed.
 
     Planner, trainer, history and report all take this object.
     """
@@ -36,7 +31,7 @@ class Workload(Config):
     """Processes that train together: each on a GPU of its own, or sharing the cores of a CPU."""
 
     zero_stage: Stage = 0
-    """What the ranks shard, see `STAGES`."""
+    """What the ranks shard, see `zero.STAGES`."""
 
     model: ModelConfig
 
@@ -68,6 +63,8 @@ class Workload(Config):
     activation_checkpointing: Recompute = "none"
     """Activations recomputed in the backward pass: those of the feed-forward networks (selective)
     or all those of a block (full)."""
+
+    optimizer: AnyOptimizer = DEFAULT
 
     @property
     def rank_rows(self) -> int:
@@ -127,14 +124,20 @@ class Workload(Config):
         return self.model.flops_per_token(self.seq_len)
 
     @property
-    def mathematics(self) -> tuple[ModelConfig, int, int, bool]:
+    def mathematics(self) -> tuple[ModelConfig, int, int, bool, OptimizerConfig]:
         """The part that decides the loss; the rest changes its rounding only."""
-        return self.model, self.seq_len, self.batch_rows, self.document_mask
+        return self.model, self.seq_len, self.batch_rows, self.document_mask, self.optimizer
 
-    def is_computed_like(self, other: "Workload") -> bool:
+    def costs_as_much_as(self, other: Self) -> bool:
+        """True if a step takes the same time and memory, whatever the optimiser's settings."""
+        same_kind = self.optimizer.name == other.optimizer.name
+        return same_kind and self.replace(optimizer=other.optimizer) == other
+
+    def is_computed_like(self, other: Self) -> bool:
         """True if the same kernels run on the same devices, for whatever model and batch."""
-        sizes = {"model", "seq_len", "micro_batch_rows", "accumulate"}
-        return self.model_dump(exclude=sizes) == other.model_dump(exclude=sizes)
+        sizes = ("model", "seq_len", "micro_batch_rows", "accumulate")
+        resized = self.replace(**{name: getattr(other, name) for name in sizes})
+        return resized.costs_as_much_as(other)
 
     def split(self, limit: int) -> Self:
         """The same rows per step, in the largest equal micro-batches of at most `limit` rows."""
@@ -194,10 +197,11 @@ class Workload(Config):
 
     @property
     def in_format_1(self) -> Fields:
-        """All but model, context and device name, nested as in the job of a run.
+        """All but model, context, device name and optimiser, nested as in the job of a run.
 
         Checks are identified by a hash of this, so that one that passed before is not repeated.
         """
-        fields = self.model_dump(mode="json", exclude={"model", "seq_len", "device_name"})
+        left_out = {"model", "seq_len", "device_name", "optimizer"}
+        fields = self.model_dump(mode="json", exclude=left_out)
         outer = ("micro_batch_rows", "accumulate", "ranks", "zero_stage", "document_mask")
         return {name: fields.pop(name) for name in outer} | {"compute": fields}

@@ -12,15 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 
 from zeroflow.device import DeviceKind
 from zeroflow.model.llama import Llama
-from zeroflow.training.workload import Stage
+
+STAGES = (0, 1, 2, 3)
+"""What the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: gradients as
+well. 3: weights also while they are in use."""
+
+# Not a Literal: Prefect's form leaves a choice of 0 empty
+Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
+"""One of `STAGES`."""
 
 T = TypeVar("T")
 
