@@ -78,35 +78,25 @@ class Device(Config):
         return self.capability is not None and self.capability >= _TRITON_CAPABILITY
 
 
+def gpu_count() -> int:
+    """GPUs that PyTorch sees; reads NVML and CUDA_VISIBLE_DEVICES only."""
+    return torch.cuda.device_count()
+
+
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
     """The device to train on, found without opening a CUDA context in this process.
 
     Raises:
         ValueError: a GPU was asked for and PyTorch sees none.
     """
-    gpus = torch.cuda.device_count()  # reads NVML and CUDA_VISIBLE_DEVICES only
-    if wanted == "cuda" and not gpus:
+    if wanted == "cuda" and not gpu_count():
         build = torch.version.cuda or "none: this PyTorch is built for CPUs"
         raise ValueError(f"--device cuda, but PyTorch sees no GPU (CUDA of PyTorch: {build})")
-    if wanted == "cpu" or not gpus:
+    if wanted == "cpu" or not gpu_count():
         name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device(kind="cpu", name=name, memory_bytes=memory)
     return _first_gpu()
-
-
-def require_gpus(count: int, device: Device, *, wanted: Literal["auto", "cpu", "cuda"]) -> None:
-    """See that `count` processes have what to train on.
-
-    Raises:
-        ValueError: there are fewer GPUs.
-    """
-    if count == 1 or wanted == "cpu":
-        return
-    there = torch.cuda.device_count() if device.kind == "cuda" else 0
-    if there < count:
-        remedy = "take fewer" if there else f"--device cpu tries it with {count} processes on a CPU"
-        raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
 
 
 def _first_gpu() -> Device:

@@ -86,7 +86,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         val_bpb=found["val_bpb"],
         tokens_per_second=found["tokens_per_second"],
         seconds=found["time"]["training_seconds"],
-        ranks=settings.training.gpus,
+        ranks=settings.ranks,
         zero_stage=settings.training.zero_stage,
         peak_memory_bytes=found["peak_memory_bytes"],
         curve=tuple((line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line),

@@ -27,6 +27,7 @@ from zeroflow.estimate.speed import expected_tokens_per_second
 from zeroflow.model.llama import Recompute
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.run_folder import RunFolder
+from zeroflow.settings.refusals import refuse_a_plan_for_no_gpu
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
 from zeroflow.settings.settled import Settled
@@ -99,9 +100,7 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
     if gpu and asked.device == "cpu":
         raise ValueError("--gpu and --device cpu: drop one of them")
     device = known_gpu(gpu) if gpu else find_device(asked.device)
-    gpus = asked.training.gpus or 1
-    if gpus > 1 and device.kind == "cpu" and asked.device != "cpu":
-        raise ValueError(f"--gpus {gpus}, but this machine has none: name one with --gpu")
+    refuse_a_plan_for_no_gpu(asked, device)
     return predict(sketch(asked, device), device)
 
 

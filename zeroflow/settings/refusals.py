@@ -2,7 +2,7 @@
 
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
-from zeroflow.device import Device
+from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig
 
@@ -46,10 +46,46 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
     Raises:
         ValueError: the device lacks what a setting needs.
     """
-    choice = run.training
-    nominal_workload(run, device).require_fp8(device)
-    if choice.zero_stage and (choice.gpus or 1) == 1:
+    nominal = nominal_workload(run, device)
+    nominal.require_fp8(device)
+    if nominal.zero_stage and nominal.ranks == 1:
         raise ValueError(
-            f"--zero-stage {choice.zero_stage} shards state over several GPUs, and there is one: "
+            f"--zero-stage {nominal.zero_stage} shards state over several GPUs, and there is one: "
             "add --gpus, or drop it"
+        )
+
+
+def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:
+    """
+    Raises:
+        ValueError: this machine has fewer GPUs than the run asks for.
+    """
+    count = run.training.gpus or 1
+    if count == 1 or run.device == "cpu":  # processes on a CPU stand for GPUs
+        return
+    there = gpu_count() if device.kind == "cuda" else 0
+    if there < count:
+        remedy = "take fewer" if there else f"--device cpu tries it with {count} processes on a CPU"
+        raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
+
+
+def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:
+    """
+    Raises:
+        ValueError: a plan for several GPUs names none, and this machine has none.
+    """
+    count = run.training.gpus or 1
+    if count > 1 and device.kind == "cpu" and run.device != "cpu":
+        raise ValueError(f"--gpus {count}, but this machine has none: name one with --gpu")
+
+
+def refuse_stages_of_one_gpu(run: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: the run, of which a sweep varies the stage of ZeRO, is on one GPU.
+    """
+    if (run.training.gpus or 1) == 1:
+        raise ValueError(
+            "--zero-stages needs several GPUs: add --gpus, such as --gpus 2; with --device cpu, "
+            "they are processes"
         )

@@ -5,9 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from zeroflow import reuse
+from zeroflow import artifacts, reuse
 from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
+from zeroflow.settings.settled import Settled
 
 # Settings that may change when a run is resumed: they touch no weight
 FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
@@ -36,6 +37,14 @@ FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 def identity(run: RunConfig) -> dict[str, str]:
     """The settings that tell one run from another; the default name is their fingerprint."""
     return {name: str(value) for name, value in compared(run.model_dump()).items()}
+
+
+def default_name(run: Settled) -> str:
+    """A name that the same settings always get, with the parts that a reader looks for first."""
+    gpus, stage = run.training.gpus, run.training.zero_stage
+    sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
+    digest = artifacts.fingerprint(identity(run))[:6]
+    return f"{run.model.name}-{run.data.name}-{digest}{sharded}"
 
 
 def compared(settings: Fields) -> Fields:

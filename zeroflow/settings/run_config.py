@@ -27,6 +27,7 @@ from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ModelConfig, Recompute, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
+from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
@@ -288,20 +289,30 @@ class RunConfig(Config):
         """The workload of a step with these settings.
 
         Args:
-            settled: fields of the workload that are still open here, or that are to differ.
+            settled: fields of the workload that are open here, or that are to differ.
         """
-        choice = self.training
-        shared = Workload.model_fields.keys() & type(choice).model_fields
-        fields = {name: getattr(choice, name) for name in shared} | {
-            "device": device.kind,
-            "device_name": device.name,
-            "model": model,
-            "ranks": choice.gpus,
-            "micro_batch_rows": choice.batch_size,
-            "accumulate": choice.grad_accum_steps,
-            "optimizer": self.optimizer,
+        given = {
+            field: value
+            for name, field in _WORKLOAD_FIELDS.items()
+            if (value := getattr(self.training, name)) is not None
         }
-        return Workload.model_validate(fields | settled)
+        place = {"device": device.kind, "device_name": device.name}
+        whole = {"model": model, "optimizer": self.optimizer, **place, **given, **settled}
+        return Workload.model_validate(whole)
+
+
+_WORKLOAD_FIELDS = {
+    **{name: name for name in TrainingChoice.model_fields if name in Workload.model_fields},
+    "gpus": "ranks",
+    "batch_size": "micro_batch_rows",
+    "grad_accum_steps": "accumulate",
+}
+"""The settings of a training that are fields of its workload, and their names there."""
+
+
+def of_workload(workload: Workload) -> Fields:
+    """The settings of a training that give `workload`."""
+    return {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,11 +11,15 @@ from typing import Any
 from zeroflow import artifacts, reuse
 from zeroflow.data.corpus import resolve_corpus
 from zeroflow.data.tokenizer import resolve_tokenizer
-from zeroflow.device import Device, find_device, require_gpus
+from zeroflow.device import Device, find_device
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
-from zeroflow.settings.refusals import refuse_what_does_nothing, refuse_what_the_device_cannot
+from zeroflow.settings.refusals import (
+    refuse_more_gpus_than_there_are,
+    refuse_what_does_nothing,
+    refuse_what_the_device_cannot,
+)
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
@@ -50,13 +54,13 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         _discard_settings(recorded.folder)
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
-    require_gpus(wanted.training.gpus or 1, device, wanted=wanted.device)
+    refuse_more_gpus_than_there_are(wanted, device)
     refuse_what_the_device_cannot(wanted, device)  # before anything is looked up
     corpus, corpus_reason = resolve_corpus(wanted.data)
     tokenizer, tokenizer_reason = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
-        run = run.replace(run_name=_default_name(run))
+        run = run.replace(run_name=resuming.default_name(run))
     _ = run.schedule  # raises if its settings contradict each other, before anything is recorded
     acquire(run.run_dir)
     if recorded:
@@ -157,10 +161,3 @@ def _discard_settings(folder: RunFolder) -> None:
     for file in (folder.settings, folder.asked, folder.ledger):
         file.unlink(missing_ok=True)
     forget(folder)
-
-
-def _default_name(run: Settled) -> str:
-    gpus, stage = run.training.gpus, run.training.zero_stage
-    sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
-    digest = artifacts.fingerprint(resuming.identity(run))[:6]
-    return f"{run.model.name}-{run.data.name}-{digest}{sharded}"

@@ -53,10 +53,27 @@ class Settled(RunConfig):
         return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
 
     @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.training.gpus
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The settings by which MLflow's pages filter and group runs."""
+        return {
+            "size": self.model.name,
+            "source": self.data.name,
+            "gpus": str(self.training.gpus),
+            "zero_stage": str(self.training.zero_stage),
+            "max_steps": str(self.training.max_steps),
+            "synthetic_fallback": str(self.fell_back).lower(),
+        }
+
+    @property
     def batch_rows(self) -> int:
         """Rows of one global batch."""
         choice = self.training
-        return choice.batch_size * choice.grad_accum_steps * choice.gpus
+        return choice.batch_size * choice.grad_accum_steps * self.ranks
 
     @property
     def validation_rows(self) -> int:
@@ -121,7 +138,7 @@ class Settled(RunConfig):
     def resume_promise(self) -> str:
         """How exact a resume of this run is."""
         promise = _promise_of_one(self)
-        if self.training.gpus > 1:
+        if self.ranks > 1:
             promise += "; on another number of GPUs the order of sums differs"
         return promise
 

@@ -9,6 +9,7 @@ from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
+from zeroflow.settings.refusals import refuse_stages_of_one_gpu
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.zero import Stage
 
@@ -48,11 +49,8 @@ class SweepConfig(Config):
             if given:
                 flag = name.replace("_", "-")
                 raise ValueError(f"a sweep sets --{flag} of its runs: drop it")
-        if self.zero_stages and (run.training.gpus or 1) == 1:
-            raise ValueError(
-                "--zero-stages needs several GPUs: add --gpus, such as --gpus 2; with --device "
-                "cpu, they are processes"
-            )
+        if self.zero_stages:
+            refuse_stages_of_one_gpu(run)
         for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
