@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,14 @@ DAMAGED = ".damaged-"
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """On a disk, in a quota or in a file."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 class DamagedArtifact(ValueError):
@@ -88,38 +97,38 @@ def read_signed(path: Path) -> dict[str, Any]:
     return content
 
 
-def record(path: Path) -> dict[str, Any]:
-    """What a manifest says of a finished file: size and sha256, once the disk has it."""
+def record(path: Path) -> FileRecord:
+    """The manifest's entry of a finished file, once the disk has it."""
     _fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return FileRecord(path.stat().st_size, file_sha256(path))
 
 
-def write_recorded(path: Path, content: memoryview) -> dict[str, Any]:
-    """Write a file of bytes; gives what `record` would."""
+def write_recorded(path: Path, content: memoryview) -> FileRecord:
+    """Write a file and return its entry in the manifest, without reading the file again."""
     with path.open("wb", buffering=0) as file:
         rest = content
         while rest:
             rest = rest[file.write(rest[:_WRITE_BYTES]) :]
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def seal(
     directory: Path,
     facts: dict[str, Any],
-    recorded: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    recorded: Mapping[str, FileRecord] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
 
     The manifest's last entry is a sha256 of the others.
 
     Args:
-        recorded: what is known of files already, by their names in the directory.
+        recorded: entries of files that are known already, by their names in the directory.
     """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(directory).as_posix()
-        files[name] = recorded.get(name) or record(path)
+        files[name] = asdict(recorded.get(name) or record(path))
     write_signed(directory / MANIFEST, facts | {"files": files})
     _fsync(directory)
 

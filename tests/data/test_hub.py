@@ -19,15 +19,14 @@ from zeroflow.data import hub as hubs
 PRELUDE = """
 import json, sys
 from pathlib import Path
-from zeroflow.data import hub, readers, slices
+from zeroflow.data import hub, slices
 from zeroflow.data.corpus import (
     CorpusConfig,
     list_files,
-    plan_slices,
-    read_documents,
-    read_slice,
     resolve_corpus,
 )
+from zeroflow.data.slices import plan_slices, read_documents, read_slice
+from zeroflow.data.documents import Tally
 from zeroflow.data.tokenizer import (
     LLAMA_TOKENIZER,
     TokenizerConfig,
@@ -192,7 +191,7 @@ for name in ("owner/rows", "owner/lines"):
     facts[name] = {
         "revision": settled.data_revision,
         "texts": [
-            [text for batch in read_slice(settled, piece, readers.Tally()) for text in batch.texts]
+            [text for batch in read_slice(settled, piece, Tally()) for text in batch.texts]
             for piece in pieces
         ],
     }

@@ -18,7 +18,7 @@ def laid_out(stream, sizes, pieces, row_tokens, fill):
     ends = np.cumsum(sizes)
     half = len(sizes) // 2
     for some in (slice(half), slice(half, len(sizes))):  # as they come in several batches
-        of_them = pieces.of(some.start or 0, some.stop)
+        of_them = pieces.select(some.start or 0, some.stop)
         lay_out(stream, (ends - sizes)[some], ends[some], of_them, rows)
     return rows
 

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from zeroflow.artifacts import DamagedArtifact
-from zeroflow.data import provenance, slices, split_writer
+from zeroflow.data import document_table, provenance, row_files, slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.part_facts import DOCUMENTS
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
@@ -16,7 +15,7 @@ CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, valida
 @pytest.fixture
 def built(text, tmp_path, monkeypatch):
     monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
-    monkeypatch.setattr(split_writer, "_SHARD_TOKENS", 20 * 33)
+    monkeypatch.setattr(row_files, "SHARD_TOKENS", 20 * 33)
     return build_shards(CONFIG, *text[:2], tmp_path)
 
 
@@ -46,12 +45,14 @@ def test_documents_are_read_of_the_parts_that_hold_the_rows(built, text):
     assert expected[0].part > 0
     for part, path in enumerate(built.part_paths):
         if part != expected[0].part:
-            (path / DOCUMENTS).unlink()
+            (path / document_table.FILE).unlink()
     assert provenance.pieces(built, text.tokenizer, last) == expected
-    with pytest.raises(DamagedArtifact, match=r"part-00000.*documents.parquet is missing: the com"):
+    with pytest.raises(
+        DamagedArtifact, match=r"part-00000.*documents.parquet is missing: run the com"
+    ):
         provenance.pieces(built, text.tokenizer, np.array([0]))
-    (built.part_paths[0] / DOCUMENTS).write_bytes(b"PAR1")
-    with pytest.raises(DamagedArtifact, match=r"cannot be read .*: the command of the run sets"):
+    (built.part_paths[0] / document_table.FILE).write_bytes(b"PAR1")
+    with pytest.raises(DamagedArtifact, match=r"cannot be read .*: run the command of"):
         provenance.pieces(built, text.tokenizer, np.array([0]))
 
 

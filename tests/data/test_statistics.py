@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from zeroflow.data import parts, statistics
+from zeroflow.data import build_times, document_table, statistics
 from zeroflow.data.build import build_shards
+from zeroflow.data.build_times import read_build_times
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import BUILDS, ShardConfig, build_times
+from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.report import data_page
 from zeroflow.report.pages import quoted
@@ -18,8 +19,8 @@ def built(text, tmp_path):
 
 
 def test_lengths_are_those_of_whole_documents(built, text):
-    seen = statistics.look(built, text.tokenizer)
-    table = [line for path in built.part_paths for line in parts.documents(path).to_pylist()]
+    seen = statistics.gather(built, text.tokenizer)
+    table = [line for path in built.part_paths for line in document_table.read(path).to_pylist()]
     trained = dict.fromkeys(line["id"] for line in table if line["split"] == "train")
     texts = [text.texts[int(name[1:])] for name in trained]
     expected = text.tokenizer.load_encoder().encode(texts).lengths + 1
@@ -28,7 +29,7 @@ def test_lengths_are_those_of_whole_documents(built, text):
 
 
 def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
-    seen = statistics.look(built, text.tokenizer)
+    seen = statistics.gather(built, text.tokenizer)
     page = data_page.markdown(built, seen, text.tokenizer, picture="lengths.png")
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
@@ -44,9 +45,9 @@ def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
 def test_rate_is_of_parts_that_were_built_here_only(built, text):
     again = build_shards(CONFIG, *text[:2], built.path.parents[1])
     assert again.reused
-    assert len(build_times(built.path)) == built.parts, "reading is no building"
-    (built.path / BUILDS).unlink()
-    seen = statistics.look(built, text.tokenizer)
+    assert len(read_build_times(built.path)) == built.parts, "reading is no building"
+    (built.path / build_times.FILE).unlink()
+    seen = statistics.gather(built, text.tokenizer)
     assert seen.tokens_per_second is None
     assert "Built here" not in data_page.markdown(built, seen, text.tokenizer, picture="x")
 
@@ -57,7 +58,7 @@ def test_synthetic_data_is_shown_as_ids(tmp_path):
         TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), corpus, tmp_path
     )
     built = build_shards(CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokens, tmp_path)
-    seen = statistics.look(built, tokens)
+    seen = statistics.gather(built, tokens)
     ids = np.array([int(i) for i in seen.samples[0].split()])
     assert ids.min() >= 0 and ids.max() < 300
     assert "| bytes per token | none | none |" in data_page.markdown(

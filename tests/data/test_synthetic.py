@@ -6,8 +6,8 @@ from zeroflow.data import synthetic
 
 def take(count: int, *, vocab_size: int = 400, seed: int = 0):
     """Token ids of the first documents."""
-    blocks = range(-(-count // synthetic.BLOCK))
-    made = [synthetic.documents(vocab_size, seed, block).tokens for block in blocks]
+    blocks = range(-(-count // synthetic.BLOCK_DOCUMENTS))
+    made = [synthetic.generate_block(vocab_size, seed, block).tokens for block in blocks]
     return [tokens for block in made for tokens in block][:count]
 
 
@@ -15,7 +15,7 @@ def test_same_seed_gives_the_same_documents_and_another_seed_others():
     first, again, other = take(1100), take(1100), take(1100, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert sum(np.array_equal(a, b) for a, b in zip(first, other, strict=True)) < 11
-    assert synthetic.documents(400, 0, 2).ids == [f"synthetic-{i}" for i in range(2048, 3072)]
+    assert synthetic.generate_block(400, 0, 2).ids == [f"synthetic-{i}" for i in range(2048, 3072)]
     beginnings = {tuple(tokens[:8].tolist()) for tokens in first if len(tokens) >= 8}
     assert len(beginnings) > 1000, "no two blocks are alike"
 

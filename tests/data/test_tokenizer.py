@@ -12,11 +12,14 @@ from tokenizers import Tokenizer
 
 from zeroflow import artifacts, reuse
 from zeroflow.data import tokenizer
-from zeroflow.data.corpus import CorpusConfig, read_documents, resolve_corpus
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.documents import Document
+from zeroflow.data.slices import read_documents
 from zeroflow.data.tokenizer import (
     TokenizerConfig,
     describe_tokenizer,
     fetch_tokenizer,
+    first_bytes,
     resolve_tokenizer,
 )
 
@@ -161,9 +164,9 @@ def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "version", lambda name: "99.0")
     again, installed = fetch_tokenizer(config, text.corpus, tmp_path), version("fastokens")
     assert again.reused and again.why.endswith(
-        f"its encoder is chosen anew, as fastokens is 99.0 instead of {installed}"
+        f"the encoders are compared again, as fastokens is 99.0 instead of {installed}"
     )
-    monkeypatch.setattr(tokenizer, "_FORMAT", 3)
+    monkeypatch.setattr(tokenizer, "FORMAT", 3)
     newer = fetch_tokenizer(config, text.corpus, tmp_path)
     assert newer.why == f"{first.path.name} has format 2 instead of 3"
 
@@ -218,3 +221,10 @@ def test_sample_trains_its_tokenizer_by_default(tmp_path):
 def test_local_name_that_does_not_exist_is_not_looked_for_on_the_hub(name, text, tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
         resolve_tokenizer(TokenizerConfig(tokenizer_name=name), text.corpus, tmp_path)
+
+
+def test_first_bytes_end_with_the_document_that_passes_the_limit():
+    stream = [Document(str(i), "é" * 5) for i in range(10)]
+    assert len(list(first_bytes(stream, 10))) == 1
+    assert len(list(first_bytes(stream, 11))) == 2
+    assert len(list(first_bytes(stream, 10**6))) == 10

@@ -10,9 +10,10 @@ import torch
 
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.build import build_shards
-from zeroflow.data.corpus import CorpusConfig, read_documents, resolve_corpus
-from zeroflow.data.readers import Document
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.documents import Document
 from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.data.slices import read_documents
 from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.reuse import StageResult

@@ -8,8 +8,7 @@ from zeroflow import artifacts, pipeline
 from zeroflow.data import hub
 from zeroflow.data.corpus import list_files
 from zeroflow.data.hub import HubError
-from zeroflow.data.part_facts import SplitCounts
-from zeroflow.data.shards import ShardSet
+from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import Device, find_device, known_gpu
 from zeroflow.estimate.memory import largest_micro_batch
@@ -92,7 +91,7 @@ def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path
     first = settle(asked)
     assert settle(asked).run == first.run and settle(asked).resumes
     jsonl_corpus(file, ["two"])
-    with pytest.raises(ValueError, match="files of files have changed"):
+    with pytest.raises(ValueError, match="files of the corpus have changed"):
         settle(asked)
 
 

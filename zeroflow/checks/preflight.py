@@ -26,9 +26,8 @@ from torch import Tensor
 from zeroflow import artifacts, records, reuse
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
-from zeroflow.data.part_facts import Split
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import ShardSet
+from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import INITIAL_STD, ModelConfig, linear
 from zeroflow.reuse import CheckResult

@@ -1,4 +1,4 @@
-"""Memory that the C library has been given back and keeps, where that is glibc.
+"""Memory that the C library keeps after it was freed, where that library is glibc.
 
 Source: mallopt(3), malloc_trim(3), https://man7.org/linux/man-pages/man3/mallopt.3.html
 """
@@ -10,20 +10,20 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def give_back() -> None:
-    """Let the system have what is free, such as the 70 MB that were taken to load a vocabulary."""
+    """Return free memory to the system, such as the 70 MB that loading a vocabulary leaves."""
     if trim := _function("malloc_trim"):
         trim(0)
 
 
 def share_arenas(count: int) -> None:
-    """Have all threads take memory from so many places, not from one each.
+    """Limit the memory pools that threads allocate from; by default there are 8 for each core.
 
-    What is free in one is of no use to a thread that takes from another.
+    Memory that is free in one pool is of no use to a thread that allocates from another.
     """
     if mallopt := _function("mallopt"):
         mallopt(_M_ARENA_MAX, count)
 
 
 def _function(name: str) -> Any:
-    """None where the library has no such thing."""
+    """A function of the C library; None if it has no such function."""
     return getattr(ctypes.CDLL(None), name, None)

@@ -16,9 +16,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from zeroflow.config import Config
+from zeroflow.data.arrays import Int64Array, RowArray
 from zeroflow.data.rows import Rows
-
-Ids = npt.NDArray[np.int64]
 
 IGNORED = -100
 """Targets with this value count neither in the loss nor in its mean."""
@@ -79,7 +78,7 @@ class Batches:
         self._rows, self._shape, self._seed, self._rank = rows, shape, seed, rank
         self._skips, self._document_mask, self._pin = skips, document_mask, pin
 
-    def row_ids(self, step: int) -> Ids:
+    def row_ids(self, step: int) -> Int64Array:
         """Rows of the global batch of `step`, shape (accumulate, ranks, micro_batch_rows)."""
         size = int(np.prod(self._shape))
         batch = step + sum(skip.batches for skip in self._skips if skip.step <= step)
@@ -119,7 +118,7 @@ class Prefetcher:
 
 
 def to_micro_batch(
-    rows: npt.NDArray[np.integer],
+    rows: RowArray,
     *,
     end_of_text: int,
     document_mask: bool = False,
@@ -144,7 +143,7 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
-def row_ids(positions: Ids, rows: int, seed: int) -> Ids:
+def row_ids(positions: Int64Array, rows: int, seed: int) -> Int64Array:
     """The row at each position of the endless sequence of shuffled epochs over `rows` rows."""
     epochs, places = np.divmod(positions, rows)
     ids = np.empty_like(positions)
@@ -154,7 +153,7 @@ def row_ids(positions: Ids, rows: int, seed: int) -> Ids:
     return ids
 
 
-def permute(places: Ids, size: int, key: int) -> Ids:
+def permute(places: Int64Array, size: int, key: int) -> Int64Array:
     """Where a keyed permutation of range(size) sends each of `places`; O(1) memory and seek.
 
     A Feistel network over the smallest even number of bits that holds `size`, walked again while

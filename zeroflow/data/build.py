@@ -1,27 +1,5 @@
-"""Rows of tokens on disk: a set of parts that grows, and its memory-mapped reader.
+"""Building the parts of a shard set that a run needs."""
 
-A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
-
-    plan.json        settings and source, the corpus's files, and the slices that parts are made of
-    part-00000/ ...  a part for each slice, complete or absent:
-        train-00000.arrow ...       rows to train on
-        validation-00000.arrow ...  rows of documents of which no training row holds a token
-        documents.parquet           where each document lies
-        manifest.json               counts, and size and sha256 of every file
-
-Each Arrow file is one record batch with one column `tokens`, a non-null, uncompressed
-`FixedSizeList` of `row_tokens` ids: plain pyarrow maps it into memory and reads any row at once.
-Every document is closed by the end-of-text id, which stands nowhere else but as padding behind
-another one. documents.parquet has a line for each piece of a document, in order: id, url, split,
-row of that split in the part, offset in the row, start in the document, tokens of the piece, UTF-8
-bytes of the whole document, and a hash of its text where duplicates are left out.
-
-A run reads the first parts that hold as many rows as it needs. The fingerprint is of what the bytes
-depend on, of which the length of a run is none: a longer run adds parts.
-"""
-
-import hashlib
-import json
 import logging
 import math
 import time
@@ -31,46 +9,30 @@ from contextlib import contextmanager, nullcontext
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt
 
-from zeroflow import artifacts, reuse
-from zeroflow.data import parts, slices, synthetic
+from zeroflow import reuse
+from zeroflow.data import slices, synthetic
+from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
-from zeroflow.data.corpus import (
-    CorpusConfig,
-    corpus_identity,
-    file_digests,
-    list_files,
-    plan_slices,
-    read_documents,
-    split_positions,
-)
-from zeroflow.data.part_facts import BuiltPart, Layout, PartFacts, PartJob, SplitCounts
-from zeroflow.data.shards import (
-    BUILDS,
-    CHARACTERS_PER_TOKEN,
-    PLAN,
-    SYNTHETIC_BLOCKS,
-    ShardConfig,
-    ShardSet,
-    part_path,
-)
-from zeroflow.data.slices import Slice, SourceFile
+from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
+from zeroflow.data.part_plan import PartPlanner, ShardIdentity, ShardPlan
+from zeroflow.data.parts import existing_part
+from zeroflow.data.shards import PartFacts, ShardConfig, ShardSet, SplitCounts
+from zeroflow.data.slices import CHARACTERS_PER_TOKEN
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache
 
 log = logging.getLogger(__name__)
 
+FORMAT = 3
+"""Version of what the files hold. It is part of the fingerprint: another format is another set."""
 
-_FORMAT = 3
-
-
-_FEW_DOCUMENTS = 1000
-"""From so many on, the fraction that is held out is left to chance."""
+OnPart = Callable[[float, str], None]
+"""Takes the share that is done, from 0 to 1, and a line about it."""
 
 
 def build_shards(
@@ -81,101 +43,172 @@ def build_shards(
     *,
     seed: NonNegativeInt = 0,
     builders: Builders | None = None,
-    show: Callable[[float, str], None] = lambda share, text: None,
+    show: OnPart = lambda share, text: None,
 ) -> ShardSet:
-    """Have the rows that `config` asks for, of the resolved `corpus`, under `<cache>/shards/`.
+    """Ensure that `<cache>/shards/` has the rows that `config` asks for.
 
-    Parts that are there are verified and used. A corpus that ends earlier gives the rows it has.
+    Parts that exist are verified and reused. A corpus that ends earlier gives the rows it has.
 
     Args:
-        seed: of synthetic data.
-        builders: of parts, wherever they are; None is a thread of this process. No more parts are
-            built at once than the run is likely to need.
-        show: is told the share that is done, from 0 to 1, and a line about it, after each part.
+        corpus: a resolved corpus.
+        seed: seed of synthetic data.
+        builders: who builds the parts; None for a thread of this process. No more parts are built
+            at once than the run is likely to need.
+        show: called after each part.
 
     Raises:
         ValueError: ids do not fit the integer type, or the corpus is too small to hold out a
             document, or holds what it should not.
         hub.HubError: the hub failed.
     """
+    _require_ids_fit(config, tokenizer)
+    identity = ShardIdentity(
+        format=FORMAT,
+        corpus=_documents_identity(corpus, tokenizer, seed),
+        tokenizer=tokenizer.fingerprint,
+        layout=config.layout,
+        slice_bytes=slices.SLICE_BYTES,
+    )
+    path = Cache(cache).shards / f"{corpus.name}-{config.seq_len}-{identity.fingerprint}"
+    planner = PartPlanner(path, corpus, tokenizer, identity, seed=seed)
+    with nullcontext(builders) if builders else in_threads(1) as chosen:
+        build = _Build(planner, config, chosen, show)
+        build.run()
+    shards = _describe(path, build.facts, tokenizer, config)
+    shards = shards.replace(reused=not build.built, why=build.why)
+    if build.built:  # a corpus may have ended before
+        show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
+    _log(shards, config, build.built)
+    return shards
+
+
+def _require_ids_fit(config: ShardConfig, tokenizer: Tokenizer) -> None:
     highest = np.iinfo(config.token_type).max
     if tokenizer.vocab_size - 1 > highest:
         raise ValueError(
             f"{tokenizer.name} has {tokenizer.vocab_size} tokens, more than {config.token_type} "
             f"holds (ids up to {highest}): use --token-type int32"
         )
-    identity = {
-        "format": _FORMAT,
-        "corpus": _identity(corpus, tokenizer, seed),
-        "tokenizer": tokenizer.fingerprint,
-        "layout": config.layout.model_dump(),
-        "slice_bytes": slices.SLICE_BYTES,
-    }
-    name = f"{corpus.name}-{config.seq_len}-{artifacts.fingerprint(identity)}"
-    path = Cache(cache).shards / name
-    plan = _SlicePlan(path, corpus, tokenizer, config, seed, identity)
-
-    with nullcontext(builders) if builders else in_threads(1) as who:
-        facts, reasons, built = _build_parts(plan, config, who, show)
-    _refuse_bad_lines(facts, corpus)
-    shards = _describe(path, facts, tokenizer, config)
-    shards = shards.replace(reused=not built, why=_why(len(facts) - built, built, reasons))
-    if built:  # a corpus may have ended before
-        show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
-    _tell(shards, config, built)
-    return shards
 
 
-def _build_parts(
-    plan: "_SlicePlan",
-    config: ShardConfig,
-    builders: Builders,
-    show: Callable[[float, str], None],
-) -> tuple[list[PartFacts], dict[Path, str], int]:
-    """The parts that are needed, why some were built, by what was missing, and how many."""
-    facts: list[PartFacts] = []
-    reasons: dict[Path, str] = {}
-    built, begun = 0, time.monotonic()
+def _documents_identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -> CorpusIdentity:
+    if not corpus.is_text:
+        return {"source": "synthetic", "seed": seed, "vocab_size": tokenizer.vocab_size}
+    return corpus_identity(corpus) | {"deduplicate": corpus.deduplicate}
 
-    def note(missing: Path) -> None:
-        if missing not in reasons:
-            damaged = missing != plan.path
-            reasons[missing] = reuse.damaged(missing) if damaged else plan.lacks(facts, config)
-            log.info("shards have to be built: %s", reasons[missing])
 
-    with _waited_for(builders) as under_way:
-        while not _enough(facts, config) and (job := plan.job(len(facts))):
-            if not under_way:
-                missing = job.path if job.path.exists() else plan.path
-                if (whole := parts.existing(job.path)) is not None:
-                    facts.append(whole)
-                    continue
-                note(missing)
-                if not built:
-                    log.info("building shards of %s in %s", plan.corpus.name, plan.path)
-                under_way.append((missing, builders.start(job)))
-            more = min(builders.at_once, _missing_parts(facts, config)) - len(under_way)
-            for following in plan.absent_after(len(facts) + len(under_way) - 1, more):
-                under_way.append((plan.path, builders.start(following)))
-            missing, ending = under_way.popleft()
-            done = ending()
-            if isinstance(done, Exception):
-                raise done
-            note(missing)
-            built += 1
-            facts.append(done.facts)
-            _note_build(plan.path, len(facts) - 1, done)
-            _refuse_bad_lines(facts, plan.corpus)
-            show(*_progress(facts, built, config, time.monotonic() - begun))
-    return facts, reasons, built
+class _Build:
+    """The way from the parts that exist to those that are needed."""
+
+    def __init__(
+        self, planner: PartPlanner, config: ShardConfig, builders: Builders, show: OnPart
+    ) -> None:
+        self._planner, self._config, self._builders, self._show = planner, config, builders, show
+        self.facts: list[PartFacts] = []
+        """Facts of the first parts, as far as they exist."""
+        self.built = 0
+        """How many of them were built, not reused."""
+        self._reasons: dict[Path, str] = {}
+        """Why parts were built, by what was missing: a damaged part, or the rest of the plan."""
+
+    def run(self) -> None:
+        begun = time.monotonic()
+        with _waited_for(self._builders) as under_way:
+            while not self._is_enough() and (job := self._planner.job(len(self.facts))):
+                if not under_way:
+                    missing = job.path if job.path.exists() else self._planner.path
+                    if facts := existing_part(job.path):
+                        self.facts.append(facts)
+                        continue
+                    self._explain(missing)
+                    under_way.append((missing, self._builders.start(job)))
+                self._start_following(under_way)
+                missing, ending = under_way.popleft()
+                done = ending()
+                if isinstance(done, Exception):
+                    raise done
+                self._explain(missing)
+                self.built += 1
+                self.facts.append(done.facts)
+                note_build(self._planner.path, len(self.facts) - 1, done)
+                _refuse_bad_lines(self.facts, self._planner.corpus)
+                self._show(*self._progress(time.monotonic() - begun))
+        _refuse_bad_lines(self.facts, self._planner.corpus)
+
+    @property
+    def why(self) -> str:
+        if not self.built:
+            return reuse.SAME
+        parts, reasons = len(self.facts), "; ".join(self._reasons.values())
+        reused = parts - self.built
+        return f"{reused} of {parts} parts reused: {reasons}" if reused else reasons
+
+    def _start_following(self, under_way: deque[tuple[Path, Ending]]) -> None:
+        """Start the parts that are worth starting before the first one has ended."""
+        limit = min(self._builders.at_once, self._missing_parts()) - len(under_way)
+        for job in self._planner.absent_from(len(self.facts) + len(under_way), limit=limit):
+            under_way.append((self._planner.path, self._builders.start(job)))
+
+    def _explain(self, missing: Path) -> None:
+        """Log why parts are built, once for each reason."""
+        if missing in self._reasons:
+            return
+        damaged = missing != self._planner.path
+        self._reasons[missing] = reuse.damaged(missing) if damaged else self._lack()
+        log.info("building shards: %s", self._reasons[missing])
+
+    def _lack(self) -> str:
+        """Why there is no part after those with `facts`, although one is needed."""
+        planner, path = self._planner, self._planner.path
+        if self.facts:
+            config, (train, validation) = self._config, self._rows()
+            return (
+                f"parts 1 to {len(self.facts)} have {train:,} of {config.train_rows:,} rows to "
+                f"train on, {validation:,} of {config.validation_rows:,} to validate on"
+            )
+        if planner.begun_before:
+            return f"{path.name} was begun before, and its first part is not complete"
+        others = reuse.existing(path.parent, _recorded_fields, but=path)
+        return reuse.nearest(planner.plan.fields(), others)
+
+    def _rows(self) -> tuple[int, int]:
+        """Training and validation rows of the parts so far."""
+        train = sum(part.train.rows for part in self.facts)
+        return train, sum(part.validation.rows for part in self.facts)
+
+    def _is_enough(self) -> bool:
+        train, validation = self._rows()
+        return train >= self._config.train_rows and validation >= self._config.validation_rows
+
+    def _missing_parts(self) -> int:
+        """How many more parts are likely to be needed, judged by those there are."""
+        config, count = self._config, len(self.facts)
+        if count:
+            train, validation = (rows / count for rows in self._rows())
+        else:
+            rows = slices.SLICE_BYTES / (config.layout.row_tokens * CHARACTERS_PER_TOKEN)
+            share = config.validation_fraction
+            train, validation = rows * (1 - share), rows * share
+        total = max(
+            config.train_rows / max(train, 1), config.validation_rows / max(validation, 1), count
+        )
+        return max(1, math.ceil(total) - count)
+
+    def _progress(self, seconds: float) -> tuple[float, str]:
+        """The share of the rows that exist, and a line with the time left at the pace so far."""
+        config, (train, validation) = self._config, self._rows()
+        missing = 0 if self._is_enough() else self._missing_parts()
+        share = min(1.0, train / config.train_rows, validation / config.validation_rows)
+        left = f"  ETA {missing * seconds / self.built:,.0f} s" if missing else ""
+        return share, f"part {len(self.facts)}  {train:,} of {config.train_rows:,} rows{left}"
 
 
 @contextmanager
 def _waited_for(builders: Builders) -> Iterator[deque[tuple[Path, Ending]]]:
-    """Parts that are being built, and what was missing before.
+    """Parts that are being built, each with what was missing before.
 
-    Those that are not needed in the end are waited for, and may well have failed; an interrupt
-    waits for none.
+    When the block ends, parts that turned out not to be needed are waited for, and may fail. An
+    interrupt waits for none.
     """
     under_way: deque[tuple[Path, Ending]] = deque()
     try:
@@ -192,203 +225,18 @@ def _wait(builders: Builders, under_way: deque[tuple[Path, Ending]]) -> None:
         ending()
 
 
-class _SlicePlan:
-    """The slices of the corpus, found out as far as they are needed and kept in plan.json.
+def _recorded_fields(path: Path) -> Fields:
+    return ShardPlan.read(path).fields()
 
-    Its content follows from the corpus, so it does not matter which of several processes writes it.
-    """
 
-    def __init__(
-        self,
-        path: Path,
-        corpus: CorpusConfig,
-        tokenizer: Tokenizer,
-        config: ShardConfig,
-        seed: int,
-        identity: dict[str, Any],
-    ) -> None:
-        self.path, self.corpus, self._tokenizer = path, corpus, tokenizer
-        self._layout, self._seed = config.layout, seed
-        self._begun = (path / PLAN).exists()
-        known = self._read(identity)
-        if known is None:
-            known = {
-                "identity": identity,
-                "tokenizer": tokenizer.name,
-                "digests": {} if corpus.data_mode == "synthetic" else file_digests(corpus),
-                "held_out_below": _held_out_below(corpus, tokenizer, config.layout),
-                "files": [file.model_dump() for file in _files(corpus)],
-                "next_file": 0,
-                "slices": [],
-            }
-            artifacts.write_signed(path / PLAN, known)
-        self._known = known
-        self._files = [SourceFile.model_validate(file) for file in known["files"]]
-        self._slices = [Slice.model_validate(piece) for piece in known["slices"]]
-
-    def _read(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """What is known already; None if that is nothing, or not to be trusted."""
-        if not (self.path / PLAN).exists():
-            return None
-        try:
-            known = artifacts.read_signed(self.path / PLAN)
-        except artifacts.DamagedArtifact as damage:
-            log.warning("%s: made anew", damage)
-            return None
-        return known if known["identity"] == json.loads(json.dumps(identity)) else None
-
-    def job(self, number: int) -> PartJob | None:
-        """What part `number` is made of; None if the corpus ends before."""
-        if (piece := self._slice(number)) is None:
-            return None
-        earlier = range(number) if self.corpus.deduplicate else ()
-        return PartJob(
-            path=part_path(self.path, number),
-            piece=piece,
-            corpus=self.corpus,
-            tokenizer=self._tokenizer,
-            layout=self._layout,
-            held_out_below=self._known["held_out_below"],
-            seed=self._seed,
-            earlier=tuple(part_path(self.path, i) for i in earlier),
+def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
+    """A slice is read with the whole limit, so the sum over parts is checked here."""
+    bad = sum(part.bad_lines for part in facts)
+    if bad > corpus.bad_lines_limit:
+        places = "\n  ".join(place for part in facts for place in part.bad_places)
+        raise ValueError(
+            f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
         )
-
-    def lacks(self, facts: list[PartFacts], config: ShardConfig) -> str:
-        """Why there is no part after those with `facts`, although `config` needs one."""
-        if facts:
-            return _too_few(facts, config)
-        if self._begun:
-            return f"{self.path.name} was begun before, and its first part is not complete"
-        others = reuse.existing(self.path.parent, _recorded, but=self.path)
-        return reuse.nearest(_fields(self._known), others)
-
-    def absent_after(self, number: int, most: int) -> Iterator[PartJob]:
-        """Jobs of the parts that follow part `number`, up to the first that is there.
-
-        None where duplicates are left out: each part has to know those before it.
-        """
-        most = 0 if self.corpus.deduplicate else most
-        for following in range(number + 1, number + 1 + most):
-            job = self.job(following)
-            if job is None or job.path.exists():
-                return
-            yield job
-
-    def _slice(self, number: int) -> Slice | None:
-        if self._tokenizer.path is None:
-            start = number * SYNTHETIC_BLOCKS
-            return Slice(start=start, stop=start + SYNTHETIC_BLOCKS)
-        while number >= len(self._slices) and self._known["next_file"] < len(self._files):
-            planned = plan_slices(self.corpus, self._files, self._known["next_file"])
-            self._slices += planned.slices
-            self._known["next_file"] = planned.next_file
-            self._known["slices"] = [piece.model_dump() for piece in self._slices]
-            artifacts.write_signed(self.path / PLAN, self._known)
-        return self._slices[number] if number < len(self._slices) else None
-
-
-def _files(corpus: CorpusConfig) -> list[SourceFile]:
-    return [] if corpus.data_mode == "synthetic" else list_files(corpus)
-
-
-def _identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
-    if corpus.data_mode == "synthetic":
-        return {"source": "synthetic", "seed": seed, "vocab_size": tokenizer.vocab_size}
-    return corpus_identity(corpus) | {"deduplicate": corpus.deduplicate}
-
-
-def _recorded(path: Path) -> Fields:
-    return _fields(artifacts.read_signed(path / PLAN))
-
-
-def _fields(plan: dict[str, Any]) -> Fields:
-    """What a set depends on, from its plan, by the names of settings."""
-    identity = dict(plan["identity"])
-    layout, source = dict(identity.pop("layout")), identity.pop("corpus")
-    seq_len = layout.pop("row_tokens") - 1
-    local = source["source"] in ("files", "sample")
-    files = plan.get("digests") or ("unknown" if local else {})  # of an earlier version
-    return {"seq_len": seq_len, **layout, **source, "file": files, **identity}
-
-
-def _held_out_below(corpus: CorpusConfig, tokenizer: Tokenizer, layout: Layout) -> float:
-    """Documents whose place in [0, 1) is lower are held out.
-
-    Of a corpus of a few documents, those with the lowest places are held out even above the
-    fraction, until they fill a row or are half of all, and the highest never is.
-    """
-    limit = layout.validation_fraction
-    if tokenizer.path is None:
-        return limit
-    few: list[tuple[float, int]] = []  # not the texts, which may be books
-    seen: set[bytes] = set()
-    for document in read_documents(corpus):
-        if corpus.deduplicate:
-            digest = hashlib.sha256(document.text.encode()).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-        [place] = split_positions([document.id.encode("utf-8", "surrogatepass")]).tolist()
-        few.append((place, len(document.text)))
-        if len(few) >= _FEW_DOCUMENTS:
-            return limit
-    few.sort()
-    filled = 0.0
-    for place, characters in few[: max(1, len(few) // 2)]:
-        if filled >= layout.row_tokens:
-            break
-        filled += characters / CHARACTERS_PER_TOKEN
-        limit = max(limit, float(np.nextafter(place, 1)))
-    return min(limit, few[-1][0]) if few else limit
-
-
-def _enough(facts: list[PartFacts], config: ShardConfig) -> bool:
-    train = sum(part.train.rows for part in facts)
-    validation = sum(part.validation.rows for part in facts)
-    return train >= config.train_rows and validation >= config.validation_rows
-
-
-def _too_few(facts: list[PartFacts], config: ShardConfig) -> str:
-    train = sum(part.train.rows for part in facts)
-    validation = sum(part.validation.rows for part in facts)
-    return (
-        f"parts 1 to {len(facts)} have {train:,} of {config.train_rows:,} rows to train on, "
-        f"{validation:,} of {config.validation_rows:,} to validate on"
-    )
-
-
-def _why(reused: int, built: int, reasons: dict[Path, str]) -> str:
-    if not built:
-        return reuse.SAME
-    counts = f"{reused} parts reused and {built} built: " if reused else ""
-    return counts + "; ".join(reasons.values())
-
-
-def _missing_parts(facts: list[PartFacts], config: ShardConfig) -> int:
-    """How many more are likely to be needed, judged by those that are there."""
-    row_bytes = config.layout.row_tokens * CHARACTERS_PER_TOKEN
-    rows = slices.SLICE_BYTES / row_bytes  # in a part, as long as there is none
-    share = config.validation_fraction
-    train, validation = rows * (1 - share), rows * share
-    if facts:
-        train = sum(part.train.rows for part in facts) / len(facts)
-        validation = sum(part.validation.rows for part in facts) / len(facts)
-    total = max(
-        config.train_rows / max(train, 1), config.validation_rows / max(validation, 1), len(facts)
-    )
-    return max(1, math.ceil(total) - len(facts))
-
-
-def _progress(
-    facts: list[PartFacts], built: int, config: ShardConfig, seconds: float
-) -> tuple[float, str]:
-    """The share of the rows that are there, and a line with the time left at the pace so far."""
-    train = sum(part.train.rows for part in facts)
-    validation = sum(part.validation.rows for part in facts)
-    missing = _missing_parts(facts, config) if not _enough(facts, config) else 0
-    share = min(1.0, train / config.train_rows, validation / config.validation_rows)
-    left = f"  ETA {missing * seconds / built:,.0f} s" if missing else ""
-    return share, f"part {len(facts)}  {train:,} of {config.train_rows:,} rows{left}"
 
 
 def _describe(
@@ -417,15 +265,17 @@ def _describe(
     )
 
 
-def _tell(shards: ShardSet, config: ShardConfig, built: int) -> None:
+def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
     log.info(
-        "shards %s: %s + %s rows of %d tokens from %s documents, parts 1 to %d: %s",
-        "reused" if shards.reused else f"built ({built} parts)",
+        "shards %s (%d of %d parts reused): %s training rows and %s validation rows of %s tokens, "
+        "from %s documents: %s",
+        "built" if built else "reused",
+        shards.parts - built,
+        shards.parts,
         f"{shards.train.rows:,}",
         f"{shards.validation.rows:,}",
-        shards.row_tokens,
+        f"{shards.row_tokens:,}",
         f"{shards.documents:,}",
-        shards.parts,
         shards.path,
     )
     left_out = {
@@ -442,27 +292,3 @@ def _tell(shards: ShardSet, config: ShardConfig, built: int) -> None:
             f"{config.train_rows:,}",
             config.train_rows / shards.train.rows,
         )
-
-
-def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
-    bad = sum(part.bad_lines for part in facts)
-    if bad > corpus.bad_lines_limit:
-        places = "\n  ".join(place for part in facts for place in part.bad_places)
-        raise ValueError(
-            f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
-        )
-
-
-def _note_build(path: Path, number: int, done: BuiltPart) -> None:
-    if not done.seconds:
-        return
-    both = done.facts.train + done.facts.validation
-    line = {
-        "part": number,
-        "time": time.time(),
-        "seconds": done.seconds,
-        "tokens": both.document_tokens,
-        "text_bytes": both.text_bytes,
-    }
-    with (path / BUILDS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

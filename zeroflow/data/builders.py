@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Who builds the parts of a shard set: threads of this process, or whatever fits `Builders`."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,63 +6,70 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
-from typing import NamedTuple
+from queue import Empty, SimpleQueue
+from typing import NamedTuple, TypeVar
 
-from zeroflow.data import allocator, parts
-from zeroflow.data.part_facts import BuiltPart, PartJob
+from zeroflow.data import allocator
+from zeroflow.data.part_job import BuiltPart, PartJob
+from zeroflow.data.parts import build_part
 
-_THREAD_PARTS = 8
-"""A thread ends after so many. The tokenizer's library remembers words for each: enough of them
-to be fast, and not the 150 MB that it takes in the end."""
+THREAD_PARTS = 8
+"""Parts that a thread builds before another one takes its place. The tokenizer's library keeps a
+cache of words for each thread: eight parts are enough for it to pay, and too few for the 150 MB to
+which it grows."""
 
+_WAIT_SECONDS = 0.5
+"""How long a wait for a part lasts before it is begun again. Python handles a signal that arrives
+just before a wait only after it: without an end, that Ctrl-C would be lost."""
+
+T = TypeVar("T")
 
 Ending = Callable[[], BuiltPart | Exception]
-"""Waits for a part that is being built, and gives it or why there is none."""
+"""Waits for a part that is being built, and returns it, or why it could not be built."""
 
 
 class Builders(NamedTuple):
-    """Who builds the parts of a set."""
-
     start: Callable[[PartJob], Ending]
+    """Starts building a part, or queues it."""
+
     at_once: int
-    """Parts that are worth to be started before the first of them has ended."""
+    """Parts that are worth starting before the first of them has ended."""
 
     give_up: Callable[[], None] = lambda: None
-    """Parts that have been started and not begun are not needed."""
+    """Cancels the parts that are queued."""
 
 
 @contextmanager
 def in_threads(
-    count: int, build_part: Callable[[PartJob], BuiltPart] = parts.build_part
+    count: int, build: Callable[[PartJob], BuiltPart] = build_part
 ) -> Iterator[Builders]:
-    """So many threads, and a part that waits, so that none of them does.
+    """`count` threads, and room for one part in the queue, so that no thread waits for work.
 
-    They end with the program: Ctrl-C does not wait for a part, or for a hub that does not answer.
-    When a part has failed, those that wait are given up.
+    The threads end with the program: Ctrl-C waits neither for a part nor for a hub that does not
+    answer. When a part has failed, those in the queue are given up.
     """
     work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-    reasons: list[BaseException] = []  # not to begin another part
+    failures: list[BaseException] = []  # once there is one, no further part is begun
 
     def start(job: PartJob) -> Ending:
         end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
-        context = copy_context()  # by which a task knows its flow run
+        context = copy_context()  # it tells a Prefect task which flow run it belongs to
 
         def run() -> None:
             try:
-                end.put(reasons[0] if reasons else context.run(build_part, job))
+                end.put(failures[0] if failures else context.run(build, job))
             except BaseException as error:
-                reasons.append(error)
+                failures.append(error)
                 end.put(error)
 
         work.put(run)
-        return partial(outcome, end.get)
+        return partial(outcome, partial(_take, end))
 
     allocator.share_arenas(max(2, count))
     try:
         for _ in range(count):
             _start_thread(work)
-        yield Builders(start, count + 1, lambda: reasons.append(CancelledError()))
+        yield Builders(start, count + 1, lambda: failures.append(CancelledError()))
     finally:
         for _ in range(count):
             work.put(None)
@@ -73,19 +80,30 @@ def _start_thread(work: SimpleQueue[Callable[[], None] | None]) -> None:
 
 
 def _work_off(work: SimpleQueue[Callable[[], None] | None]) -> None:
-    for _ in range(_THREAD_PARTS):
+    for _ in range(THREAD_PARTS):
         if (run := work.get()) is None:
             return
         run()
     _start_thread(work)
 
 
-def outcome(build_part: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
-    """The part, or why there is none: whether it was needed is known only later."""
+def _take(queue: SimpleQueue[T]) -> T:
+    while True:
+        try:
+            return queue.get(timeout=_WAIT_SECONDS)
+        except Empty:
+            continue
+
+
+def outcome(wait: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
+    """The part that `wait` returns, or the exception that it returns or raises.
+
+    An exception is returned, not raised, as it is known only later whether the part was needed.
+    """
     try:
-        end = build_part()
+        end = wait()
     except Exception as error:
         return error
     if isinstance(end, BuiltPart | Exception):
         return end
-    raise end
+    raise end  # an interrupt

@@ -1,55 +1,52 @@
-"""Documents to rows of one length. Pure numpy.
+"""Packing documents into rows of one length. Pure numpy.
 
-A window of documents is packed at once, and what fills a row depends on that window alone. No
-token is lost: a row that stays short is filled up with end-of-text ids. Documents are never empty,
-so that an end of text that follows an end of text is padding and nothing else is, and the places
-after an end of text are where documents begin: rows need no further marks.
+A window of documents is packed at once, and its rows depend on that window alone. No token is lost:
+a row that stays short is padded with end-of-text ids. Documents are never empty. So an end of text
+is padding if, and only if, it follows another, and a document begins after every end of text: rows
+need no further marks.
 """
 
 from bisect import bisect_left, insort
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Tokens = npt.NDArray[np.int32]
-Rows = npt.NDArray[np.integer[Any]]
-Ids = npt.NDArray[np.int64]
+from zeroflow.data.arrays import Int64Array, RowArray, TokenArray
 
 PackingName = Literal["best-fit", "concat"]
 
 
 class Pieces(NamedTuple):
-    """Where the documents of a window lie; arrays of one entry for each piece of a document."""
+    """Where the documents of a window lie: arrays with an entry for each piece of a document."""
 
-    document: Ids
+    document: Int64Array
     """Number within the window, in ascending order."""
 
-    start: Ids
+    start: Int64Array
     """First token of the piece within its document."""
 
-    tokens: Ids
-    row: Ids
-    offset: Ids
+    tokens: Int64Array
+    row: Int64Array
+    offset: Int64Array
     """Place of its first token in that row."""
 
     rows: int
     """Rows of the whole window."""
 
-    def of(self, first: int, end: int) -> "Pieces":
-        """Those of some documents, which are counted from the first of them on."""
-        some = slice(*np.searchsorted(self.document, (first, end)))
+    def select(self, first: int, end: int) -> "Pieces":
+        """The pieces of documents `first` to `end`, which are numbered from 0."""
+        chosen = slice(*np.searchsorted(self.document, (first, end)))
         return self._replace(
-            document=self.document[some] - first,
-            start=self.start[some],
-            tokens=self.tokens[some],
-            row=self.row[some],
-            offset=self.offset[some],
+            document=self.document[chosen] - first,
+            start=self.start[chosen],
+            tokens=self.tokens[chosen],
+            row=self.row[chosen],
+            offset=self.offset[chosen],
         )
 
 
-def concatenate(lengths: Ids, row_tokens: int) -> Pieces:
-    """Documents of `lengths` tokens end to end, cut into rows.
+def concatenate(lengths: Int64Array, row_tokens: int) -> Pieces:
+    """Join documents of `lengths` tokens end to end, and cut the stream into rows.
 
     Source: Brown et al. 2020, appendix B, https://arxiv.org/abs/2005.14165
     """
@@ -69,15 +66,16 @@ def concatenate(lengths: Ids, row_tokens: int) -> Pieces:
     )
 
 
-def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
-    """Documents of `lengths` tokens, longest first, each into the fullest row that still has room.
+def best_fit(lengths: Int64Array, row_tokens: int) -> Pieces:
+    """Put documents of `lengths` tokens, longest first, each into the fullest row with room for it.
 
     Only documents longer than a row are cut: into full rows and a rest that is packed like a
-    document. A rest that is an end of text alone begins a row, as elsewhere it would be padding.
+    document. A rest that is just an end of text begins a row: after another document it would be
+    read as padding.
 
     Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
     """
-    full = (lengths - 1) // row_tokens  # a document of just one row is no rest of another
+    full = (lengths - 1) // row_tokens  # a document of exactly one row is not cut
     counts = full + 1
     document = np.repeat(np.arange(len(lengths)), counts)
     within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -91,9 +89,11 @@ def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
     alone = (tokens == 1) & (within > 0)
     begun = rows + int(alone.sum())
     row[alone] = np.arange(rows, begun)
-    with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # rows by their room
+    # Rows by their room, and the rooms that occur in ascending order: the fullest row that fits is
+    # found by bisection, among at most `row_tokens` rooms instead of all rows
+    with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     with_room[row_tokens - 1] = list(range(rows, begun))
-    rooms = [row_tokens - 1] if begun > rows else []  # those that some row has, ascending
+    rooms = [row_tokens - 1] if begun > rows else []
     rows = begun
     rests = np.flatnonzero(~whole & ~alone)
     order = rests[np.argsort(-tokens[rests], kind="stable")]
@@ -118,14 +118,18 @@ def best_fit(lengths: Ids, row_tokens: int) -> Pieces:
 PACKINGS = {"best-fit": best_fit, "concat": concatenate}
 
 
-def lay_out(stream: Tokens, begins: Ids, ends: Ids, pieces: Pieces, rows: Rows) -> None:
+def lay_out(
+    tokens: TokenArray, begins: Int64Array, ends: Int64Array, pieces: Pieces, rows: RowArray
+) -> None:
     """Copy the pieces of documents into `rows` (pieces.rows, row_tokens).
 
-    Document i is `stream[begins[i] : ends[i]]`, without the end of text that belongs to it: `rows`
-    are full of it beforehand.
+    Args:
+        tokens: document i is `tokens[begins[i] : ends[i]]`, without its end of text.
+        rows: full of ends of text, so that those of documents, and padding, are there already.
     """
-    # numpy would let other threads have Python's lock at every copy, and then wait for it
-    target, source = rows.reshape(-1).data, stream.astype(rows.dtype, copy=False).data
+    # Slices of memoryviews: a copy of a numpy slice releases Python's lock, and with several
+    # builder threads this one would then wait for the lock at every piece
+    target, source = rows.reshape(-1).data, tokens.astype(rows.dtype, copy=False).data
     first = begins[pieces.document] + pieces.start
     last = np.minimum(first + pieces.tokens, ends[pieces.document])
     place = pieces.row * rows.shape[1] + pieces.offset

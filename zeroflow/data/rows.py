@@ -1,14 +1,12 @@
-"""TODO docstring."""
+"""Reading rows of a shard set."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from zeroflow.data.part_facts import Split
-from zeroflow.data.shards import ShardSet
+from zeroflow.data.arrays import Int64Array, RowArray
+from zeroflow.data.shards import ShardSet, Split
 
 
 class Rows:
@@ -30,7 +28,7 @@ class Rows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
+    def __getitem__(self, ids: Int64Array) -> RowArray:
         shard_ids = np.searchsorted(self._ends, ids, side="right")
         places = (ids - self._starts[shard_ids]).tolist()
         first = self._shards[0]
@@ -40,7 +38,7 @@ class Rows:
         return out
 
 
-def _map(file: Path) -> npt.NDArray[np.integer[Any]]:
+def _map(file: Path) -> RowArray:
     """The (rows, row_tokens) array of one Arrow file, without a copy."""
     column = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
     flat = column.flatten().to_numpy(zero_copy_only=True)

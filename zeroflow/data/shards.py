@@ -1,36 +1,57 @@
-"""TODO docstring."""
+"""Shard sets: rows of tokens on disk. How they lie there, and their description.
 
-import json
+A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
+
+    plan.json        settings and source, the corpus's files, and the slices that make the parts
+    builds.jsonl     a line for each part that was built here: how long it took
+    part-00000/ ...  one part for each slice, complete or absent:
+        train-00000.arrow ...       rows to train on
+        validation-00000.arrow ...  rows of documents that no training row holds a token of
+        documents.parquet           where each document lies
+        manifest.json               counts, and size and sha256 of every file
+
+Each Arrow file is one record batch with one column `tokens`, a non-null, uncompressed
+`FixedSizeList` of `row_tokens` ids: plain pyarrow maps it into memory and reads any row at once.
+Every document is closed by the end-of-text id, which occurs nowhere else, except as padding after
+another one. `document_table` describes documents.parquet.
+
+A run reads the first parts that hold as many rows as it needs. The fingerprint is of what the bytes
+depend on. The length of a run is not part of that: a longer run adds parts.
+"""
+
 import math
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from zeroflow import artifacts
+from zeroflow.artifacts import FileRecord
 from zeroflow.config import Config
 from zeroflow.data import slices, synthetic
-from zeroflow.data.corpus import CorpusConfig, local_text_bytes
+from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
-from zeroflow.data.part_facts import Layout, SplitCounts
+from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes
 from zeroflow.reuse import StageResult
 
-PLAN = "plan.json"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+TokenType = Literal["int32", "uint16"]
 
 
-BUILDS = "builds.jsonl"
-"""A line for each part that was built here: how long it took."""
+class Layout(Config):
+    """How documents are held out, packed and stored: the settings that the bytes depend on."""
 
-
-SYNTHETIC_BLOCKS = 8
-
-
-CHARACTERS_PER_TOKEN = 4
+    row_tokens: int = Field(ge=2)
+    token_type: TokenType
+    packing: PackingName
+    validation_fraction: float
 
 
 class ShardConfig(Config):
-    """How documents are held out, packed and stored, and how much of them is needed."""
+    """How documents are held out, packed and stored, and how many rows are needed."""
 
     seq_len: int = Field(ge=2)
     """Tokens of context. A row has one more, as targets are shifted by one."""
@@ -42,9 +63,9 @@ class ShardConfig(Config):
     """Rows that the run validates on, of documents of which no token is trained on."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents that is kept for validation."""
+    """Share of the documents that is held out for validation."""
 
-    token_type: Literal["int32", "uint16"] = "int32"
+    token_type: TokenType = "int32"
     """Integer type on disk; uint16 takes half the space, for vocabularies up to 65,536."""
 
     packing: PackingName = "best-fit"
@@ -60,12 +81,62 @@ class ShardConfig(Config):
         )
 
 
+class SplitCounts(Config):
+    """Contents of a split, of a part or of a whole set."""
+
+    rows: NonNegativeInt = 0
+    documents: NonNegativeInt = 0
+    document_tokens: NonNegativeInt = 0
+    """Tokens of all documents, each with its end of text."""
+
+    padding_tokens: NonNegativeInt = 0
+    cut_documents: NonNegativeInt = 0
+    """Documents that lie in more than one row."""
+
+    text_bytes: NonNegativeInt = 0
+    """UTF-8 bytes of all documents; 0 for synthetic data."""
+
+    def __add__(self, other: "SplitCounts") -> "SplitCounts":
+        sums = {
+            name: getattr(self, name) + getattr(other, name) for name in SplitCounts.model_fields
+        }
+        return SplitCounts(**sums)
+
+
+class PartFacts(Config):
+    """Contents of a part."""
+
+    train: SplitCounts
+    validation: SplitCounts
+    empty_documents: NonNegativeInt
+    duplicates: NonNegativeInt
+    bad_lines: NonNegativeInt
+    bad_places: tuple[str, ...]
+    """Places of the first bad lines, each with what is wrong with it."""
+
+
+class PartManifest(Config):
+    """manifest.json of a part."""
+
+    facts: PartFacts
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    """`artifacts.seal` adds them."""
+
+    @classmethod
+    def read(cls, part: Path) -> Self:
+        """
+        Raises:
+            DamagedArtifact: the manifest is missing or not what was written.
+        """
+        return cls.model_validate(artifacts.read_signed(part / artifacts.MANIFEST))
+
+
 class ShardSet(StageResult):
     """The parts of a set that a run reads."""
 
     path: Path
     parts: PositiveInt
-    """The first so many are read, however many there are."""
+    """How many parts are read: the first ones, even if there are more."""
 
     row_tokens: PositiveInt
     end_of_text: NonNegativeInt
@@ -94,33 +165,28 @@ class ShardSet(StageResult):
 
 
 def part_path(path: Path, number: int) -> Path:
+    """The directory of a part of the set at `path`."""
     return path / f"part-{number:05d}"
 
 
-def build_times(path: Path) -> list[dict[str, Any]]:
-    """What `builds.jsonl` notes: `part`, `seconds`, `tokens`, `text_bytes`."""
-    file = path / BUILDS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    times = []
-    for line in lines:
-        with suppress(ValueError):  # half a line, of a process that was killed
-            times.append(json.loads(line))
-    return times
+def rows_path(part: Path, split: Split, number: int) -> Path:
+    """The Arrow file with rows of a part."""
+    return part / f"{split}-{number:05d}.arrow"
 
 
 def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
-    """What the rows that `config` asks for are likely to take: whole parts, or all there is."""
+    """Disk space that the rows are likely to take: whole parts, or all the text there is."""
     part = slices.SLICE_BYTES / CHARACTERS_PER_TOKEN
-    if corpus.data_mode == "synthetic":
-        part = SYNTHETIC_BLOCKS * synthetic.BLOCK / synthetic.END_PROBABILITY
+    if not corpus.is_text:
+        part = synthetic.PART_TOKENS
     held_out, row = config.validation_fraction, config.layout.row_tokens
     train = config.train_rows * row / (part * (1 - held_out))
     validation = config.validation_rows * row / (part * held_out)
-    asked_for = math.ceil(max(train, validation)) * part
-    there = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
-    return int(min(asked_for, there) * np.dtype(config.token_type).itemsize)
+    wanted = math.ceil(max(train, validation)) * part
+    available = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
+    return int(min(wanted, available) * np.dtype(config.token_type).itemsize)
 
 
 def row_bytes(shards: ShardSet) -> int:
-    """Size on disk of the rows of all parts that are read."""
+    """Disk space of the rows of all parts that are read."""
     return sum(file.stat().st_size for part in shards.part_paths for file in part.glob("*.arrow"))

@@ -1,39 +1,138 @@
-"""Slices of a corpus: pieces of about equal size that are read, and rebuilt, one by one."""
+"""Slices of a corpus: pieces of about equal size, each of which is read by itself.
 
+A slice gives the same documents whatever was read before it, so that slices can be processed in
+any order, by several processes, and one at a time after an interruption.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from pydantic import NonNegativeInt
 
 from zeroflow.config import Config
+from zeroflow.data.corpus import CorpusConfig, document_file, list_files
+from zeroflow.data.documents import Document, Tally, TextBatch, regroup
+from zeroflow.data.formats.file import UNREADABLE, is_compressed
+from zeroflow.data.formats.registry import format_of
+from zeroflow.data.sources.source import CorpusFile
 
 SLICE_BYTES = 2**25
-"""Text in a slice, about: what a killed build loses at most."""
+"""Text in a slice, about. A build that is killed loses at most the slices it is working on, some
+seconds of work each; smaller slices would make more part directories of a large corpus."""
 
+CHARACTERS_PER_TOKEN = 4
+"""Assumed where text has not been tokenised yet; English has four to five."""
 
-class SourceFile(Config):
-    """A file of a corpus."""
-
-    name: str
-    """Within the corpus, the same on every machine."""
-
-    size: NonNegativeInt
-    """Bytes, as they are stored."""
+_COMPRESSION = 3
+"""Bytes of text for a byte on disk, assumed where a file is compressed."""
 
 
 class Slice(Config):
-    """A piece of a corpus that is read alone."""
+    """A piece of a corpus."""
 
-    files: tuple[SourceFile, ...] = ()
-    """Whole files; a part of the only one where `stop` is set. None for synthetic data."""
+    files: tuple[CorpusFile, ...] = ()
+    """Whole files, or the one file of which this is a part. Empty for synthetic data."""
 
     start: NonNegativeInt = 0
-    """First row group of a .parquet file, first byte of a .jsonl file, first synthetic block."""
+    """Where the part begins: row group of a .parquet file, byte of a .jsonl file, synthetic
+    block."""
 
     stop: NonNegativeInt | None = None
-    """One after the last."""
+    """Where the next part begins; None for whole files."""
 
 
-class Planned(NamedTuple):
+class PlannedSlices(NamedTuple):
     slices: list[Slice]
     next_file: int
-    """Number of the first file that comes after them."""
+    """Number of the first file after them."""
+
+
+def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> PlannedSlices:
+    """The slices that begin with file number `first` of a resolved corpus.
+
+    A large file is cut, where its format allows that; otherwise it is a slice of its own, whatever
+    its size. Small files are taken together.
+
+    Raises:
+        hub.HubError: the hub refused or failed.
+        ValueError: a Parquet file is damaged.
+    """
+    if _is_cut(files[first]):
+        return PlannedSlices(_cut(corpus, files[first]), first + 1)
+    together: list[CorpusFile] = []
+    size = 0
+    for file in files[first:]:
+        if together and (size >= SLICE_BYTES or _is_cut(file)):
+            break
+        together.append(file)
+        size += _text_bytes(file)
+    return PlannedSlices([Slice(files=tuple(together))], first + len(together))
+
+
+def read_slice(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[TextBatch]:
+    """The documents of a slice, always in the same order and batches; empty ones are left out.
+
+    Raises:
+        ValueError: a file does not hold what its name promises, or more than `bad_lines_limit`
+            lines are bad; names file and place.
+        hub.HubError: the hub failed in mid-stream.
+    """
+    return regroup(_read_files(corpus, piece, tally))
+
+
+def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
+    """All documents of a resolved text corpus, one after another."""
+    files, first = list_files(corpus), 0
+    while first < len(files):
+        planned, first = plan_slices(corpus, files, first)
+        for piece in planned:
+            for batch in read_slice(corpus, piece, Tally()):
+                yield from batch.documents()
+
+
+def local_text_bytes(corpus: CorpusConfig) -> float:
+    """About how much text there is; infinite where the files are not on this machine."""
+    if not corpus.is_text or corpus.data_mode == "auto" or not corpus.source.is_local:
+        return math.inf
+    return sum(map(_text_bytes, corpus.source.files(corpus.data_revision or "")))
+
+
+def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[TextBatch]:
+    source = corpus.source
+    for listed in piece.files:
+        file = document_file(corpus, listed)
+        try:
+            source.require_unchanged(listed)
+            yield from format_of(file.name).read(file, piece.start, piece.stop, tally)
+        except UNREADABLE as error:
+            if isinstance(error, UnicodeDecodeError) and source.skips_undecodable:
+                continue
+            source.require_unchanged(listed)  # the better explanation, if it is one
+            raise ValueError(f"{file.place} cannot be read: {error}") from error
+        except ValueError:
+            source.require_unchanged(listed)
+            raise
+        source.require_unchanged(listed)
+
+
+def _text_bytes(file: CorpusFile) -> int:
+    """About how much text a file holds."""
+    dense = is_compressed(file.name) or format_of(file.name).is_dense
+    return file.size * (_COMPRESSION if dense else 1)
+
+
+def _is_cut(file: CorpusFile) -> bool:
+    large = _text_bytes(file) > SLICE_BYTES
+    return large and not is_compressed(file.name) and format_of(file.name).can_be_cut
+
+
+def _cut(corpus: CorpusConfig, listed: CorpusFile) -> list[Slice]:
+    file = document_file(corpus, listed)
+    try:
+        corpus.source.require_unchanged(listed)
+        cuts = format_of(file.name).cuts(file, SLICE_BYTES)
+    except UNREADABLE as error:
+        raise ValueError(f"{file.place} cannot be read: {error}") from error
+    return [Slice(files=(listed,), start=start, stop=stop) for start, stop in pairwise(cuts)]

@@ -1,59 +1,58 @@
-"""A look at the rows that a run reads: what they are made of, and what became of the documents."""
+"""Facts about the rows that a run reads: their source, and what became of the documents."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from zeroflow import artifacts
-from zeroflow.data.packing import Ids
-from zeroflow.data.part_facts import DOCUMENTS
+from zeroflow.data import document_table
+from zeroflow.data.arrays import Int64Array
+from zeroflow.data.build_times import read_build_times
+from zeroflow.data.corpus import CorpusIdentity
+from zeroflow.data.part_plan import ShardPlan
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import PLAN, ShardSet, build_times
+from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 
 _SAMPLES = 3
-
-
 _SAMPLE_TOKENS = 80
 
 
-class Look(NamedTuple):
-    source: dict[str, Any]
+class ShardStatistics(NamedTuple):
+    source: CorpusIdentity
     """What the documents depend on: source, revision and the like."""
 
     tokenizer: str
-    lengths: Ids
+    lengths: Int64Array
     """Tokens of every training document, its end of text included."""
 
     samples: list[str]
     """Beginnings of a few rows spread over the training split, decoded."""
 
     tokens_per_second: float | None
-    """While parts were built on this machine; None if none was."""
+    """Speed of the builders on this machine; None if no part was built here."""
 
     text_bytes_per_second: float | None
 
 
-def look(shards: ShardSet, tokenizer: Tokenizer) -> Look:
-    """Gather what is known of a shard set, from its manifests, tables and rows."""
-    plan = artifacts.read_signed(shards.path / PLAN)
-    times = [line for line in build_times(shards.path) if line["part"] < shards.parts]
-    seconds = sum(line["seconds"] for line in times)
-    return Look(
-        source=plan["identity"]["corpus"],
-        tokenizer=plan["tokenizer"],
+def gather(shards: ShardSet, tokenizer: Tokenizer) -> ShardStatistics:
+    """Read plan, tables and a few rows of a shard set."""
+    plan = ShardPlan.read(shards.path)
+    times = [line for line in read_build_times(shards.path) if line.part < shards.parts]
+    seconds = sum(line.seconds for line in times)
+    return ShardStatistics(
+        source=plan.identity.corpus,
+        tokenizer=plan.tokenizer,
         lengths=np.concatenate([_document_lengths(path) for path in shards.part_paths]),
         samples=_samples(Rows(shards, "train"), tokenizer),
-        tokens_per_second=sum(t["tokens"] for t in times) / seconds if times else None,
-        text_bytes_per_second=sum(t["text_bytes"] for t in times) / seconds if times else None,
+        tokens_per_second=sum(line.tokens for line in times) / seconds if times else None,
+        text_bytes_per_second=sum(line.text_bytes for line in times) / seconds if times else None,
     )
 
 
-def _document_lengths(part: Path) -> Ids:
-    table = pq.read_table(part / DOCUMENTS, columns=["split", "start", "tokens"])
+def _document_lengths(part: Path) -> Int64Array:
+    table = document_table.read(part, ["split", "start", "tokens"])
     table = table.filter(pc.equal(table["split"], "train"))
     starts = table["start"].to_numpy()
     tokens = table["tokens"].to_numpy().astype(np.int64)
@@ -63,8 +62,5 @@ def _document_lengths(part: Path) -> Ids:
 
 def _samples(rows: Rows, tokenizer: Tokenizer) -> list[str]:
     places = np.linspace(0, len(rows), min(_SAMPLES, len(rows)), endpoint=False, dtype=np.int64)
-    beginnings = [row[:_SAMPLE_TOKENS].tolist() for row in rows[places]]
-    if tokenizer.path is None:
-        return [" ".join(map(str, ids)) for ids in beginnings]
-    backend = tokenizer.load()
-    return [backend.decode(ids, skip_special_tokens=False) for ids in beginnings]
+    decode = tokenizer.decoder()
+    return [decode(row[:_SAMPLE_TOKENS].tolist()) for row in rows[places]]

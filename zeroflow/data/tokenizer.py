@@ -1,4 +1,4 @@
-"""Tokenizers: fetched at a pinned revision, taken from a folder, or trained; then loaded.
+"""The tokenizer of a run: fetched at a pinned revision, copied from a folder, or trained.
 
 Whatever its origin, a tokenizer becomes a directory under `<cache>/tokenizers/` that holds a
 `tokenizer.json`, is complete or absent, and is described by `Tokenizer`.
@@ -8,26 +8,22 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import tokenizers
 from pydantic import Field
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from zeroflow import artifacts, reuse
+from zeroflow.artifacts import FileRecord
 from zeroflow.config import Config
-from zeroflow.data import encoding, hub
-from zeroflow.data.corpus import (
-    CorpusConfig,
-    corpus_identity,
-    file_digests,
-    first_bytes,
-    read_documents,
-)
+from zeroflow.data import bpe, encoding, hub
+from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
+from zeroflow.data.documents import Document
 from zeroflow.data.encoding import Encoder, EncoderName
+from zeroflow.data.slices import read_documents
 from zeroflow.reuse import Fields, StageResult
 from zeroflow.run_folder import Cache
 
@@ -36,21 +32,16 @@ log = logging.getLogger(__name__)
 LLAMA_TOKENIZER = "meta-llama/Llama-3.1-8B"
 TRAINED_TOKENIZER = "train"
 SYNTHETIC_TOKENIZER = "synthetic"
-"""Name of the tokenizer that synthetic data does without."""
+"""Stands for no tokenizer: synthetic data is token ids."""
 
-_FORMAT = 2
-_LLAMA_VOCABULARY = 128_256
-_END_OF_TEXT = "<|end_of_text|>"
-_USUAL_ENDS = (_END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
+FORMAT = 2
+"""Version of what the directory holds, which is part of its fingerprint."""
+
+_LLAMA_VOCAB_SIZE = 128_256
+_USUAL_ENDS = (bpe.END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
 _TRAINING_BYTES = 32_000_000
 _HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
 _HUB_FILES += ["*.model", "config.json"]
-
-# The pre-tokenizer of Llama 3: https://github.com/meta-llama/llama3, tokenizer.py
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class TokenizerConfig(Config):
@@ -77,7 +68,7 @@ class Tokenizer(StageResult):
     name: str
 
     path: Path | None
-    """None for synthetic data, which has no text."""
+    """Its directory; None for synthetic data, which has no text."""
 
     vocab_size: int
     """Ids are below this; added tokens are counted."""
@@ -86,7 +77,7 @@ class Tokenizer(StageResult):
     """Id that ends every document."""
 
     fingerprint: str
-    """Of tokenizer.json and the end-of-text id."""
+    """Fingerprint of tokenizer.json and the end-of-text id."""
 
     encoder: EncoderName = "tokenizers"
     """The library that encodes documents; its ids are Hugging Face's, whichever it is."""
@@ -105,59 +96,136 @@ class Tokenizer(StageResult):
         """The encoder for much text. It is kept in memory and shared by all threads."""
         return encoding.load(self.file, self.encoder)
 
+    def decoder(self) -> Callable[[list[int]], str]:
+        """A function that makes text of token ids; of synthetic data, it writes the ids."""
+        if self.path is None:
+            return lambda ids: " ".join(map(str, ids))
+        loaded = self.load()
+        return lambda ids: loaded.decode(ids, skip_special_tokens=False)
+
+
+class EncoderChoice(Config):
+    """The library that encodes documents, and why."""
+
+    name: EncoderName
+    reason: str
+    compared_with: str
+    """Version of fastokens that was compared with Hugging Face's library."""
+
+    @classmethod
+    def make(cls, folder: Path) -> Self:
+        name, reason = encoding.choose(folder / "tokenizer.json")
+        log.info("documents are encoded by %s: %s", name, reason)
+        return cls(name=name, reason=reason, compared_with=version("fastokens"))
+
+
+class TokenizerManifest(Config):
+    """manifest.json of a tokenizer's directory."""
+
+    identity: Fields | None = None
+    """What it depends on, for people to read; an earlier version wrote none."""
+
+    revision: str | None = None
+    """Commit, of a tokenizer from the hub."""
+
+    corpus: CorpusIdentity | None = None
+    """Text of a trained tokenizer."""
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+    asked_end: str | None
+    fingerprint: str
+    encoder: EncoderChoice
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    """`artifacts.seal` adds them."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """
+        Raises:
+            DamagedArtifact: the manifest is missing or not what was written.
+        """
+        return cls.model_validate(artifacts.read_signed(folder / artifacts.MANIFEST))
+
+    @classmethod
+    def verified(cls, folder: Path) -> Self | None:
+        """The manifest of a directory that exists and verifies; otherwise None."""
+        try:
+            return cls.model_validate(artifacts.verify(folder))
+        except ValueError:
+            return None  # absent, of another version, or to be set aside by `fetch_tokenizer`
+
 
 class ResolvedTokenizer(NamedTuple):
     tokenizer: TokenizerConfig
     reason: str
+    """Why it is this one."""
 
 
 def resolve_tokenizer(
     config: TokenizerConfig, corpus: CorpusConfig, cache: Path
 ) -> ResolvedTokenizer:
-    """Settle `auto` and the revision, for a resolved corpus.
+    """Settle `auto`, and pin the revision, for a resolved corpus.
 
     Raises:
         hub.HubError: a tokenizer was asked for by name and is neither cached nor given.
         ValueError: a folder or file was asked for that does not exist.
     """
     name = config.tokenizer_name
-    if corpus.data_mode == "synthetic":
-        return ResolvedTokenizer(
-            config.replace(tokenizer_name=SYNTHETIC_TOKENIZER), "synthetic data is token ids"
-        )
+    if not corpus.is_text:
+        config = config.replace(tokenizer_name=SYNTHETIC_TOKENIZER)
+        return ResolvedTokenizer(config, "synthetic data is token ids")
     if name == "auto":
-        if corpus.data_mode == "sample":
-            return ResolvedTokenizer(
-                config.replace(tokenizer_name=TRAINED_TOKENIZER), "the default for the sample"
-            )
-        try:
-            resolved = resolve_tokenizer(
-                config.replace(tokenizer_name=LLAMA_TOKENIZER), corpus, cache
-            )
-        except hub.HubError as error:
-            return ResolvedTokenizer(
-                config.replace(tokenizer_name=TRAINED_TOKENIZER),
-                f"{LLAMA_TOKENIZER} is not cached and the hub does not give it ({error.cause})",
-            )
-        return ResolvedTokenizer(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
-    if name == TRAINED_TOKENIZER:
-        return ResolvedTokenizer(config, "asked for")
-    if _local(name):
+        return _resolve_auto(config, corpus, cache)
+    if name == TRAINED_TOKENIZER or _local(name):
         return ResolvedTokenizer(config, "asked for")
     if cached := _cached(config, cache):
-        revision = artifacts.read_json(cached / artifacts.MANIFEST)["revision"]
+        revision = TokenizerManifest.read(cached).revision
         return ResolvedTokenizer(config.replace(tokenizer_revision=revision), "cached")
     try:
         revision = hub.model_revision(name, config.tokenizer_revision, probe="tokenizer.json")
     except hub.HubError as error:
         raise error.with_remedies(*_remedies(name)) from error
-    return ResolvedTokenizer(
-        config.replace(tokenizer_revision=revision), "from the Hugging Face Hub"
-    )
+    config = config.replace(tokenizer_revision=revision)
+    return ResolvedTokenizer(config, "from the Hugging Face Hub")
+
+
+def _resolve_auto(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> ResolvedTokenizer:
+    trained = config.replace(tokenizer_name=TRAINED_TOKENIZER)
+    if without_hub(corpus) == TRAINED_TOKENIZER:
+        return ResolvedTokenizer(trained, "the default for the sample")
+    llama = config.replace(tokenizer_name=LLAMA_TOKENIZER)
+    try:
+        resolved = resolve_tokenizer(llama, corpus, cache)
+    except hub.HubError as error:
+        reason = f"{LLAMA_TOKENIZER} is not cached and the hub does not give it ({error.cause})"
+        return ResolvedTokenizer(trained, reason)
+    return ResolvedTokenizer(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
+
+
+def without_hub(corpus: CorpusConfig) -> str:
+    """What `auto` stands for as far as the corpus tells; text is presumed to use Llama's."""
+    if not corpus.is_text:
+        return SYNTHETIC_TOKENIZER
+    return TRAINED_TOKENIZER if corpus.data_mode == "sample" else LLAMA_TOKENIZER
+
+
+def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
+    """Vocabulary of a resolved tokenizer before it is fetched, and whether that is certain."""
+    if config.tokenizer_name == SYNTHETIC_TOKENIZER:
+        return config.vocab_size, True
+    if config.tokenizer_name == TRAINED_TOKENIZER:
+        return config.vocab_size, False  # a small text gives fewer tokens
+    if not _local(config.tokenizer_name) and (path := _cached(config, cache)):
+        return describe_tokenizer(path).vocab_size, True
+    return _LLAMA_VOCAB_SIZE, False
 
 
 def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Tokenizer:
-    """Have the resolved tokenizer under `<cache>/tokenizers/`; nothing is fetched or trained twice.
+    """Ensure that the resolved tokenizer is under `<cache>/tokenizers/`.
+
+    Nothing is fetched or trained twice.
 
     Raises:
         hub.HubError: the hub refused or failed.
@@ -177,41 +245,177 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
         return _train(config, corpus, root)
     if source := _local(name):
         return _copy(config, source, root)
-    path = _cached(config, cache) or _hub_path(config, root)
-
-    def download(partial: Path) -> None:
-        try:
-            hub.download(name, config.tokenizer_revision, _HUB_FILES, partial)
-        except hub.HubError as error:
-            raise error.with_remedies(*_remedies(name)) from error
-
-    revision = config.tokenizer_revision
-    identity = {"tokenizer_revision": revision, "end_of_text": config.end_of_text}
-    return _have(path, config, identity, download, verb="fetched", revision=revision)
+    return _download(config, cache)
 
 
 def describe_tokenizer(path: Path) -> Tokenizer:
-    """The description of a tokenizer directory, from its manifest."""
-    facts = artifacts.read_json(path / artifacts.MANIFEST)
-    known = {name: facts[name] for name in ("name", "vocab_size", "end_of_text", "fingerprint")}
-    chosen, why = facts["encoder"], ""
-    before, now = chosen["compared_with"], version("fastokens")
+    """The tokenizer in a directory, from its manifest."""
+    manifest = TokenizerManifest.read(path)
+    chosen, why = manifest.encoder, ""
+    before, now = chosen.compared_with, version("fastokens")
     if before != now:  # it may give other ids
-        why = f"its encoder is chosen anew, as fastokens is {now} instead of {before}"
+        why = f"the encoders are compared again, as fastokens is {now} instead of {before}"
         log.info("%s: %s", path.name, why)
-        chosen = _choose_encoder(path)
-    return Tokenizer(path=path, encoder=chosen["name"], why=why, **known)
+        chosen = EncoderChoice.make(path)
+    return Tokenizer(
+        name=manifest.name,
+        path=path,
+        vocab_size=manifest.vocab_size,
+        end_of_text=manifest.end_of_text,
+        fingerprint=manifest.fingerprint,
+        encoder=chosen.name,
+        why=why,
+    )
 
 
-def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
-    """Vocabulary of a resolved tokenizer before it is fetched, and whether that is certain."""
-    if config.tokenizer_name == SYNTHETIC_TOKENIZER:
-        return config.vocab_size, True
-    if config.tokenizer_name == TRAINED_TOKENIZER:
-        return config.vocab_size, False  # a small text gives fewer tokens
-    if not _local(config.tokenizer_name) and (path := _cached(config, cache)):
-        return describe_tokenizer(path).vocab_size, True
-    return _LLAMA_VOCABULARY, False
+# The three origins
+
+
+class _Origin(NamedTuple):
+    """How a tokenizer comes into its directory."""
+
+    verb: str
+    """What was done, for the log: fetched, copied, trained."""
+
+    identity: Fields
+    """What it depends on beside name and format, for people to read."""
+
+    make: Callable[[Path], None]
+    """Writes the tokenizer's files into a directory."""
+
+    revision: str | None = None
+    corpus: CorpusIdentity | None = None
+
+
+def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:
+    name, revision = config.tokenizer_name, config.tokenizer_revision
+
+    def download(partial: Path) -> None:
+        try:
+            hub.download(name, revision, _HUB_FILES, partial)
+        except hub.HubError as error:
+            raise error.with_remedies(*_remedies(name)) from error
+
+    identity = {"tokenizer_revision": revision, "end_of_text": config.end_of_text}
+    path = _cached(config, cache) or _hub_path(config, Cache(cache).tokenizers)
+    return _ensure(path, config, _Origin("fetched", identity, download, revision=revision))
+
+
+def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
+    folder = source if source.is_dir() else source.parent
+    wanted = [source] if source.is_file() else sorted(_tokenizer_files(folder))
+    contents = {p.name: artifacts.file_sha256(p) for p in wanted}
+    fingerprint = artifacts.fingerprint([FORMAT, contents, config.end_of_text])
+
+    def copy(partial: Path) -> None:
+        for file in wanted:
+            target = "tokenizer.json" if file == source else file.name
+            shutil.copyfile(file, partial / target)
+
+    short = {file: digest[:12] for file, digest in contents.items()}
+    identity = {"file": short, "end_of_text": config.end_of_text}
+    path = root / f"{_slug(folder.resolve().name)}-{fingerprint}"
+    return _ensure(path, config, _Origin("copied", identity, copy))
+
+
+def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:
+    text = corpus_identity(corpus)
+    depends_on = {
+        "format": FORMAT,
+        "corpus": text,
+        "vocab_size": config.vocab_size,
+        "bytes": _TRAINING_BYTES,
+    }
+
+    def train(partial: Path) -> None:
+        log.info("training a BPE of %d tokens on %s", config.vocab_size, corpus.name)
+        texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
+        bpe.train_bpe(texts, config.vocab_size).save(str(partial / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": bpe.END_OF_TEXT}
+        artifacts.write_json(partial / "tokenizer_config.json", settings)
+
+    identity = {
+        "vocab_size": config.vocab_size,
+        **text,
+        "file": corpus.source.digests(),
+        "training_bytes": _TRAINING_BYTES,
+    }
+    fingerprint = artifacts.fingerprint(depends_on)
+    path = root / f"bpe-{config.vocab_size}-{corpus.name}-{fingerprint}"
+    return _ensure(path, config, _Origin("trained", identity, train, corpus=text))
+
+
+def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:
+    """Texts of documents until they have `limit` bytes together."""
+    passed = 0
+    for document in documents:
+        if passed >= limit:
+            return
+        passed += len(document.text.encode("utf-8", "surrogatepass"))
+        yield document.text
+
+
+def _ensure(path: Path, config: TokenizerConfig, origin: _Origin) -> Tokenizer:
+    """Ensure that the tokenizer is at `path` and verifies, making it where it does not."""
+    identity = {"tokenizer_name": config.tokenizer_name, "format": FORMAT, **origin.identity}
+    others = reuse.existing(path.parent, _recorded_identity, but=path)
+    why = reuse.damaged(path) if path.exists() else reuse.nearest(identity, others)
+
+    def build(partial: Path) -> None:
+        log.info("making tokenizer: %s", why)
+        origin.make(partial)
+        _seal(partial, config, identity, origin)
+
+    reused = artifacts.build_once(path, build)
+    log.info("tokenizer %s: %s", "reused" if reused else origin.verb, path)
+    tokenizer = describe_tokenizer(path)
+    if reused:
+        return tokenizer.replace(
+            reused=True, why="; ".join(filter(None, (reuse.SAME, tokenizer.why)))
+        )
+    return tokenizer.replace(reused=False, why=why)
+
+
+def _recorded_identity(path: Path) -> Fields:
+    identity = TokenizerManifest.read(path).identity
+    if identity is None:
+        raise ValueError(f"{path} has no record of what it depends on")
+    return identity
+
+
+def _seal(partial: Path, config: TokenizerConfig, identity: Fields, origin: _Origin) -> None:
+    """Check the files in `partial`, and write their manifest.
+
+    Raises:
+        ValueError: there is no tokenizer, or no token that ends a document.
+    """
+    file = partial / "tokenizer.json"
+    if not file.exists():
+        _convert(partial, config.tokenizer_name)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no narrower class
+        raise ValueError(
+            f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
+        ) from error
+    end_of_text = _end_of_text(partial, tokenizer, config)
+    _warn_of_special_pieces(tokenizer)
+    given = {"revision": origin.revision, "corpus": origin.corpus}
+    manifest = TokenizerManifest(
+        identity=identity,
+        **{name: value for name, value in given.items() if value is not None},
+        name=config.tokenizer_name,
+        # one more than the highest id, as a vocabulary may have holes
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        end_of_text=end_of_text,
+        asked_end=config.end_of_text,
+        fingerprint=artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
+        encoder=EncoderChoice.make(partial),
+    )
+    artifacts.seal(partial, manifest.model_dump(mode="json", exclude_unset=True))
+
+
+# Directories and files
 
 
 def _remedies(name: str) -> tuple[str, ...]:
@@ -223,6 +427,11 @@ def _remedies(name: str) -> tuple[str, ...]:
 
 
 def _local(name: str) -> Path | None:
+    """The folder or file that a name stands for; None for a name on the hub.
+
+    Raises:
+        ValueError: it looks like a path and does not exist.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -236,186 +445,39 @@ def _slug(name: str) -> str:
 
 
 def _hub_path(config: TokenizerConfig, root: Path) -> Path:
-    assert config.tokenizer_revision, "resolve() pins the revision"
-    return root / f"{_slug(config.tokenizer_name)}-{_variant(config)}"
-
-
-def _variant(config: TokenizerConfig) -> str:
-    """The revision; with the chosen end-of-text token, which is part of the identity."""
-    assert config.tokenizer_revision
-    return artifacts.fingerprint([_FORMAT, config.tokenizer_revision, config.end_of_text])
+    """The directory of a tokenizer from the hub, named after revision and end of text."""
+    assert config.tokenizer_revision, "resolve_tokenizer() pins the revision"
+    identity = [FORMAT, config.tokenizer_revision, config.end_of_text]
+    return root / f"{_slug(config.tokenizer_name)}-{artifacts.fingerprint(identity)}"
 
 
 def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
-    """An intact directory of this hub name: of the revision, or the newest if none is set."""
+    """A directory of this hub name that verifies: of the revision, or the newest if none is set."""
+    root = Cache(cache).tokenizers
     if config.tokenizer_revision:
-        path = _hub_path(config, Cache(cache).tokenizers)
-        return path if _intact(path) else None
+        path = _hub_path(config, root)
+        return path if TokenizerManifest.verified(path) else None
     found = []
-    for manifest in Cache(cache).tokenizers.glob(f"*/{artifacts.MANIFEST}"):
-        facts = _intact(manifest.parent)
-        if not facts or facts["name"] != config.tokenizer_name:
+    for file in root.glob(f"*/{artifacts.MANIFEST}"):
+        manifest = TokenizerManifest.verified(file.parent)
+        if not manifest or manifest.name != config.tokenizer_name:
             continue
-        if facts["asked_end"] == config.end_of_text:
-            found.append(manifest)
-    newest = max(found, key=lambda manifest: manifest.stat().st_mtime, default=None)
+        if manifest.asked_end == config.end_of_text:
+            found.append(file)
+    newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
     return newest.parent if newest else None
-
-
-def _intact(path: Path) -> dict[str, Any] | None:
-    try:
-        return artifacts.verify(path)
-    except artifacts.DamagedArtifact:
-        return None  # absent, set aside before, or to be set aside by `fetch`
-
-
-def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
-    folder = source if source.is_dir() else source.parent
-    wanted = [source] if source.is_file() else sorted(_tokenizer_files(folder))
-    contents = {p.name: artifacts.file_sha256(p) for p in wanted}
-    name = artifacts.fingerprint([_FORMAT, contents, config.end_of_text])
-    path = root / f"{_slug(folder.resolve().name)}-{name}"
-
-    def copy(partial: Path) -> None:
-        for file in wanted:
-            target = "tokenizer.json" if file == source else file.name
-            shutil.copyfile(file, partial / target)
-
-    short = {file: digest[:12] for file, digest in contents.items()}
-    identity = {"file": short, "end_of_text": config.end_of_text}
-    return _have(path, config, identity, copy, verb="copied")
 
 
 def _tokenizer_files(folder: Path) -> set[Path]:
     return {path for pattern in _HUB_FILES for path in folder.glob(pattern) if path.is_file()}
 
 
-def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:
-    identity = {
-        "format": _FORMAT,
-        "corpus": corpus_identity(corpus),
-        "vocab_size": config.vocab_size,
-        "bytes": _TRAINING_BYTES,
-    }
-    path = root / f"bpe-{config.vocab_size}-{corpus.name}-{artifacts.fingerprint(identity)}"
-
-    def train(partial: Path) -> None:
-        log.info("training a BPE of %d tokens on %s", config.vocab_size, corpus.name)
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            special_tokens=[_END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
-        tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
-        artifacts.write_json(partial / "tokenizer_config.json", settings)
-
-    fields: dict[str, Any] = {"vocab_size": config.vocab_size, **corpus_identity(corpus)}
-    fields |= {"file": file_digests(corpus), "training_bytes": _TRAINING_BYTES}
-    return _have(path, config, fields, train, verb="trained", corpus=identity["corpus"])
-
-
-def _have(
-    path: Path,
-    config: TokenizerConfig,
-    identity: dict[str, Any],
-    make: Callable[[Path], None],
-    *,
-    verb: str,
-    **facts: Any,
-) -> Tokenizer:
-    """The tokenizer at `path`, whose files `make` writes unless it is there and whole.
-
-    Args:
-        identity: what it depends on beside name and format, for people to read.
-        facts: for its manifest.
-    """
-    identity = {"tokenizer_name": config.tokenizer_name, "format": _FORMAT} | identity
-    others = reuse.existing(path.parent, _identity, but=path)
-    why = reuse.damaged(path) if path.exists() else reuse.nearest(identity, others)
-
-    def build(partial: Path) -> None:
-        log.info("tokenizer has to be made: %s", why)
-        make(partial)
-        _finish(partial, config, identity=identity, **facts)
-
-    reused = artifacts.build_once(path, build)
-    log.info("tokenizer %s: %s", "reused" if reused else verb, path)
-    tokenizer = describe_tokenizer(path)
-    if reused:
-        why = "; ".join(filter(None, (reuse.SAME, tokenizer.why)))
-    return tokenizer.replace(reused=reused, why=why)
-
-
-def _identity(path: Path) -> Fields:
-    identity: Fields = artifacts.read_signed(path / artifacts.MANIFEST)["identity"]
-    return identity
-
-
-def _finish(partial: Path, config: TokenizerConfig, **facts: Any) -> None:
-    """Check what lies in `partial` and seal it."""
-    file = partial / "tokenizer.json"
-    if not file.exists():
-        _convert(partial, config.tokenizer_name)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library knows no narrower class
-        raise ValueError(
-            f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
-        ) from error
-    end_of_text = _end_of_text(partial, tokenizer, config)
-    _tell_of_confusion(tokenizer)
-    facts |= {
-        "name": config.tokenizer_name,
-        # the highest id counts, as a vocabulary may have holes
-        "vocab_size": max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        "end_of_text": end_of_text,
-        "asked_end": config.end_of_text,
-        "fingerprint": artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
-        "encoder": _choose_encoder(partial),
-    }
-    artifacts.seal(partial, facts)
-
-
-def _tell_of_confusion(tokenizer: tokenizers.Tokenizer) -> None:
-    """Warn of special tokens that a text which spells them out would become.
-
-    Unigram models hold them as pieces like any other.
-    """
-    tokenizer.encode_special_tokens = True
-    special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    confused = [
-        text
-        for id_, text in special.items()
-        if id_ in tokenizer.encode(text, add_special_tokens=False).ids
-    ]
-    if confused:
-        log.warning(
-            "this tokenizer makes control ids of texts that spell out %s: a document with the one "
-            "that ends documents will be refused",
-            ", ".join(confused[:9]),
-        )
-
-
-def _choose_encoder(folder: Path) -> dict[str, str]:
-    name, reason = encoding.choose(folder / "tokenizer.json")
-    log.info("documents are encoded by %s: %s", name, reason)
-    return {"name": name, "reason": reason, "compared_with": version("fastokens")}
-
-
 def _convert(folder: Path, name: str) -> None:
-    """Write tokenizer.json for a tokenizer that comes in another form."""
+    """Write tokenizer.json for a tokenizer that comes in another form.
+
+    Raises:
+        ValueError: transformers cannot convert it.
+    """
     from transformers import AutoTokenizer  # takes seconds to import, and is rarely needed
 
     try:
@@ -427,6 +489,11 @@ def _convert(folder: Path, name: str) -> None:
 
 
 def _end_of_text(folder: Path, tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> int:
+    """The id that ends documents: of the token asked for, declared, or usual, in this order.
+
+    Raises:
+        ValueError: the vocabulary has no such token.
+    """
     token = config.end_of_text
     settings = folder / "tokenizer_config.json"
     if token is None and settings.exists():
@@ -440,3 +507,23 @@ def _end_of_text(folder: Path, tokenizer: tokenizers.Tokenizer, config: Tokenize
         f"{config.tokenizer_name} has no token {' or '.join(candidates)} to end a document with: "
         "name one with --end-of-text"
     )
+
+
+def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
+    """Warn if a text that spells out a special token would get that token's id.
+
+    Unigram models hold special tokens as pieces like any other.
+    """
+    tokenizer.encode_special_tokens = True
+    special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    confused = [
+        text
+        for id_, text in special.items()
+        if id_ in tokenizer.encode(text, add_special_tokens=False).ids
+    ]
+    if confused:
+        log.warning(
+            "this tokenizer gives the ids of special tokens to texts that spell out %s: a document "
+            "with the one that ends documents will be refused",
+            ", ".join(confused[:9]),
+        )

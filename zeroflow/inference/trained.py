@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
-from zeroflow.data.part_facts import Split
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import ShardSet
+from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama
 from zeroflow.run_folder import Cache

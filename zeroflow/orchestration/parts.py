@@ -9,7 +9,7 @@ from prefect.task_runners import TaskRunner
 from prefect.tasks import Task
 
 from zeroflow.data.builders import Builders, Ending, in_threads, outcome
-from zeroflow.data.part_facts import BuiltPart, PartJob
+from zeroflow.data.part_job import BuiltPart, PartJob
 from zeroflow.settings.run_config import BuildChoice
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect.tasks import Task
 
 from zeroflow.data.builders import Builders
-from zeroflow.data.part_facts import BuiltPart, PartJob
+from zeroflow.data.part_job import BuiltPart, PartJob
 from zeroflow.orchestration import flow_context, pages
 from zeroflow.orchestration.gpu_slot import gpu_slot
 from zeroflow.orchestration.parts import part_builders

@@ -1,16 +1,15 @@
-"""TODO docstring."""
+"""The page about a run's data: data.md."""
 
 from pathlib import Path
 
 import numpy as np
 
 from zeroflow.data import statistics
-from zeroflow.data.packing import Ids
-from zeroflow.data.part_facts import SplitCounts
-from zeroflow.data.shards import ShardSet
-from zeroflow.data.statistics import Look
+from zeroflow.data.arrays import Int64Array
+from zeroflow.data.shards import ShardSet, SplitCounts
+from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.report import data_page, pictures
+from zeroflow.report import pictures
 from zeroflow.report.pages import quoted
 from zeroflow.run_folder import RunFolder
 
@@ -21,30 +20,38 @@ def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Pat
     Returns:
         the path of data.md
     """
-    seen = statistics.look(shards, tokenizer)
+    gathered = statistics.gather(shards, tokenizer)
     folder.path.mkdir(parents=True, exist_ok=True)
-    pictures.document_lengths(seen.lengths, folder.lengths_picture, row_tokens=shards.row_tokens)
-    text = data_page.markdown(shards, seen, tokenizer, picture=folder.lengths_picture.name)
+    pictures.document_lengths(
+        gathered.lengths, folder.lengths_picture, row_tokens=shards.row_tokens
+    )
+    text = markdown(shards, gathered, tokenizer, picture=folder.lengths_picture.name)
     folder.data_page.write_text(text, encoding="utf-8")
     return folder.data_page
 
 
-def markdown(shards: ShardSet, seen: Look, tokenizer: Tokenizer, *, picture: str) -> str:
-    """A page about the data; `picture` is the address of the picture of lengths."""
-    source = ", ".join(f"{name} {value}" for name, value in seen.source.items() if value)
+def markdown(
+    shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, picture: str
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        picture: address of the picture of document lengths.
+    """
+    source = ", ".join(f"{name} {value}" for name, value in gathered.source.items() if value)
     rows = {
         "Source": source,
-        "Tokenizer": f"{seen.tokenizer}, {tokenizer.vocab_size:,} tokens, "
+        "Tokenizer": f"{gathered.tokenizer}, {tokenizer.vocab_size:,} tokens, "
         f"encoded by {tokenizer.encoder}",
         "Parts": f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in `{shards.path}`",
         "Left out": f"{shards.empty_documents:,} empty, {shards.duplicates:,} duplicates, "
         f"{shards.bad_lines:,} bad lines",
-        "Document length": _quantiles(seen.lengths),
+        "Document length": _quantiles(gathered.lengths),
     }
-    if seen.tokens_per_second and seen.text_bytes_per_second:
+    if gathered.tokens_per_second and gathered.text_bytes_per_second:
         rows["Built here at"] = (
-            f"{seen.tokens_per_second / 1e6:,.2f}M tokens/s, "
-            f"{seen.text_bytes_per_second / 1e6:,.1f} MB of text/s"
+            f"{gathered.tokens_per_second / 1e6:,.2f}M tokens/s, "
+            f"{gathered.text_bytes_per_second / 1e6:,.1f} MB of text/s"
         )
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     counts = "\n".join(
@@ -53,7 +60,7 @@ def markdown(shards: ShardSet, seen: Look, tokenizer: Tokenizer, *, picture: str
             _COUNTS, _counts(shards.train), _counts(shards.validation), strict=True
         )
     )
-    samples = "\n\n".join(map(quoted, seen.samples))
+    samples = "\n\n".join(map(quoted, gathered.samples))
     return (
         f"# Data: {shards.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"| | training | validation |\n|---|---|---|\n{counts}\n\n"
@@ -85,9 +92,9 @@ def _counts(split: SplitCounts) -> list[str]:
     ]
 
 
-def _quantiles(lengths: Ids) -> str:
+def _quantiles(lengths: Int64Array) -> str:
     shares = (0.0, 0.1, 0.5, 0.9, 1.0)
-    names = ("least", "10 %", "median", "90 %", "most")
+    names = ("minimum", "10 %", "median", "90 %", "maximum")
     values = np.quantile(lengths, shares, method="nearest")
     found = ", ".join(f"{n} {int(v):,}" for n, v in zip(names, values, strict=True))
     return f"{found}; mean {lengths.mean():,.0f} tokens"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from zeroflow.data.packing import Ids
+from zeroflow.data.arrays import Int64Array
 from zeroflow.records import Line
 from zeroflow.report.band import Band
 from zeroflow.report.comparison import Comparison
@@ -162,7 +162,7 @@ def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[s
     return _save(figure, path)
 
 
-def document_lengths(lengths: Ids, path: Path, *, row_tokens: int) -> Path:
+def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Path:
     """How many documents have how many tokens, and the length of a row beside it."""
     figure, axes = _figure("documents by length", "tokens", "documents")
     edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)

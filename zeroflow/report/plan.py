@@ -8,10 +8,8 @@ from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
 from zeroflow.data.tokenizer import (
-    LLAMA_TOKENIZER,
-    SYNTHETIC_TOKENIZER,
-    TRAINED_TOKENIZER,
     expected_vocab_size,
+    without_hub,
 )
 from zeroflow.device import Device, find_device, free_bytes, known_gpu
 from zeroflow.estimate import history
@@ -198,9 +196,7 @@ def _vocabulary(run: Settled) -> tuple[int, bool]:
     """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
     config = run.tokenizer
     if config.tokenizer_name == "auto":
-        offline = {"synthetic": SYNTHETIC_TOKENIZER, "sample": TRAINED_TOKENIZER}
-        name = offline.get(run.data.data_mode, LLAMA_TOKENIZER)
-        config = config.replace(tokenizer_name=name)
+        config = config.replace(tokenizer_name=without_hub(run.data))
     return expected_vocab_size(config, run.cache_dir)
 
 

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import as_jsonl, files_corpus, read_files
 
-from zeroflow.data import readers
-from zeroflow.data.corpus import list_files, plan_slices, read_slice
-from zeroflow.data.readers import Document, Tally
+from zeroflow.data import documents
+from zeroflow.data.corpus import list_files
+from zeroflow.data.documents import Document, Tally
+from zeroflow.data.slices import plan_slices, read_slice
 
 
 def with_pyarrow(codec):
@@ -108,7 +109,11 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.parquet", b"this is no parquet", r"a\.parquet"),
         ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no one column 'text'.*'body'"),
         *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("text", "id", "url")),
-        ("a.parquet", as_parquet([{"text": 1}]), r"a\.parquet has int64 in column 'text', no text"),
+        (
+            "a.parquet",
+            as_parquet([{"text": 1}]),
+            r"a\.parquet has int64 in column 'text', not text",
+        ),
     ],
 )
 def test_file_that_breaks_its_promise_is_refused_by_name(tmp_path, name, content, message):
@@ -124,8 +129,10 @@ def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
     tally = Tally()
     [piece] = plan_slices(config, list_files(config), 0).slices
     assert [batch.texts for batch in read_slice(config, piece, tally)] == [["one", "two"]]
-    assert tally.bad == 3
-    for place, reason in zip(tally.places, ("2 is not JSON", "3 has no text", "6 is"), strict=True):
+    assert tally.bad_lines == 3
+    for place, reason in zip(
+        tally.bad_places, ("2 is not JSON", "3 has no text", "6 is"), strict=True
+    ):
         assert f"a.jsonl, line {reason}" in place
     strict = config.replace(bad_lines_limit=2)
     with pytest.raises(ValueError, match=r"line 6 is not JSON.*3 bad lines, --bad-lines-limit 2"):
@@ -174,8 +181,7 @@ def test_column_that_is_there_twice_is_refused(tmp_path, name):
 def test_ids_and_urls_may_be_numbers_or_absent_here_and_there(tmp_path):
     columns = {"text": ["a", "", "b", "c"], "id": [7, 8, None, 9], "url": ["u", "v", None, ""]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    documents = read_files(tmp_path / "a.parquet")
-    assert documents == [
+    assert read_files(tmp_path / "a.parquet") == [
         Document("7", "a", "u"),
         Document("a.parquet:3", "b", ""),
         Document("9", "c", ""),
@@ -191,7 +197,7 @@ def test_text_may_be_stored_in_any_of_arrows_string_types(tmp_path, kind):
 
 
 def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_READ_BYTES", 10_000)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 10_000)
     rows = [{"text": f"{i}" * 4000} for i in range(9)]
     for name, write in (("a.jsonl", as_jsonl), ("b.parquet", as_parquet)):
         (tmp_path / name).write_bytes(write(rows))

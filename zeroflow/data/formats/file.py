@@ -1,0 +1,107 @@
+"""A file of documents: where its bytes come from, and how they are decompressed."""
+
+import io
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+
+from zeroflow.data.sources.source import CorpusFile, Source
+
+# What decompressors, the Parquet reader and UTF-8 raise; none of these names the file
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
+
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+
+_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # Arrow's names
+_READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class DocumentFile:
+    """A file of documents, and the settings by which it is read."""
+
+    source: Source
+    file: CorpusFile
+    revision: str
+    text_column: str
+    bad_lines_limit: int
+
+    @property
+    def name(self) -> str:
+        """Name within the corpus; documents without an id are named after it."""
+        return self.file.name
+
+    @property
+    def place(self) -> str:
+        """The file as a person finds it, for messages."""
+        return self.source.place(self.file)
+
+    @property
+    def path(self) -> Path | None:
+        """None where it is not on this machine."""
+        return self.source.path(self.file)
+
+    @property
+    def is_compressed(self) -> bool:
+        return is_compressed(self.name)
+
+    def open(self) -> IO[bytes]:
+        """The bytes as stored."""
+        return self.source.open(self.file, self.revision)
+
+    def open_decompressed(self) -> IO[bytes]:
+        stored = self.open()
+        suffix = Path(self.name).suffix.lower()
+        if suffix == ".xz":
+            return io.BufferedReader(_XzStreams(stored), _READ_BYTES)
+        if suffix in COMPRESSED:
+            stream = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), _CODECS[suffix])
+            return cast(IO[bytes], io.BufferedReader(stream, _READ_BYTES))
+        return stored
+
+
+def is_compressed(name: str) -> bool:
+    return Path(name).suffix.lower() in COMPRESSED
+
+
+class _XzStreams(io.RawIOBase):
+    """What `lzma.open` reads; but that ends silently where a stream after the first is damaged.
+
+    Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams and zeros between them.
+    """
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        self._stored, self._decoder, self._input = stored, lzma.LZMADecompressor(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._decoder.eof and not self._next_stream():
+                return 0
+            if self._decoder.needs_input and not self._input:
+                self._input = self._stored.read(_READ_BYTES)
+                if not self._input:
+                    raise EOFError("it ends in the middle of a compressed stream")
+            data = self._decoder.decompress(self._input, len(buffer))
+            self._input = b""
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_stream(self) -> bool:
+        self._input = self._decoder.unused_data.lstrip(b"\0")
+        while not self._input:
+            if not (stored := self._stored.read(_READ_BYTES)):
+                return False
+            self._input = stored.lstrip(b"\0")
+        self._decoder = lzma.LZMADecompressor()
+        return True
+
+    def close(self) -> None:
+        self._stored.close()
+        super().close()

@@ -1,0 +1,92 @@
+"""JSON lines: a line is an object with a document's text and, if it likes, its id and URL."""
+
+import codecs
+import json
+from collections.abc import Iterator
+
+from zeroflow.data import documents
+from zeroflow.data.documents import Document, Tally, TextBatch
+from zeroflow.data.formats.file import DocumentFile
+from zeroflow.data.formats.format import Format
+
+
+class JsonLines(Format):
+    """Parts are ranges of bytes; a line belongs to the part in which it begins."""
+
+    description = ".jsonl"
+
+    def read(
+        self, file: DocumentFile, start: int, stop: int | None, tally: Tally
+    ) -> Iterator[TextBatch]:
+        batch: list[Document] = []
+        characters = 0
+        for document in _documents(file, start, stop, tally):
+            if not document.text:
+                tally.empty += 1
+                continue
+            batch.append(document)
+            characters += len(document.text)
+            if len(batch) >= documents.BATCH_DOCUMENTS or characters >= documents.BATCH_BYTES:
+                yield TextBatch.from_documents(batch)
+                batch, characters = [], 0
+        if batch:
+            yield TextBatch.from_documents(batch)
+
+    def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
+        return [*range(0, file.file.size, part_bytes), file.file.size]
+
+
+def _documents(
+    file: DocumentFile, start: int, stop: int | None, tally: Tally
+) -> Iterator[Document]:
+    with file.open_decompressed() as stream:
+        position, number = start, 0
+        if position:
+            # to the first line that begins in this part: the part before owns the one that spans
+            # the cut, and a line that begins exactly here follows a newline one byte earlier
+            stream.seek(position - 1)
+            position += len(stream.readline()) - 1
+        while stop is None or position < stop:
+            if not (line := stream.readline()):
+                return
+            begin, number, position = position, number + 1, position + len(line)
+            if not (content := line.removeprefix(codecs.BOM_UTF8).strip()):
+                continue
+            try:
+                yield _document(file, content, begin)
+            except (ValueError, RecursionError) as error:
+                where = f"line {number}" if not start else f"the line at byte {begin}"
+                _count_bad_line(file, tally, f"{file.place}, {where} {error}")
+
+
+def _document(file: DocumentFile, line: bytes, position: int) -> Document:
+    """The document of a line; without an id it is named after the line's first byte."""
+    column = file.text_column
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if isinstance(fields, dict) and fields.get(column, "") is None:
+        return Document(file.name, "")  # as in Parquet files, null is an empty document
+    if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
+        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
+    document_id, url = fields.get("id"), fields.get("url")
+    named = isinstance(document_id, str | int) and document_id != ""
+    return Document(
+        str(document_id) if named else f"{file.name}@{position}",
+        fields[column],
+        url if isinstance(url, str) else "",
+    )
+
+
+def _count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
+    """Count a bad line.
+
+    Raises:
+        ValueError: it is one more than `bad_lines_limit` allows.
+    """
+    tally.add_bad_line(place)
+    if tally.bad_lines > file.bad_lines_limit:
+        allowed = f" ({tally.bad_lines} bad lines, --bad-lines-limit {file.bad_lines_limit})"
+        raise ValueError(place + (allowed if file.bad_lines_limit else ""))

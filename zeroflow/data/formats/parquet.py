@@ -1,0 +1,157 @@
+"""Parquet: a row is a document; its text, id and URL are columns."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zeroflow.data import arrays, documents
+from zeroflow.data.documents import Tally, TextBatch
+from zeroflow.data.formats.file import DocumentFile
+from zeroflow.data.formats.format import Format
+
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+
+
+class Parquet(Format):
+    """Parts are ranges of row groups."""
+
+    description = ".parquet"
+    is_dense = True
+
+    def read(
+        self, file: DocumentFile, start: int, stop: int | None, tally: Tally
+    ) -> Iterator[TextBatch]:
+        with _open(file) as opened:
+            column = _text_column(file, opened)
+            columns = [column, *_other_columns(file, opened)]
+            footer = opened.metadata
+            groups = range(start, footer.num_row_groups if stop is None else stop)
+            number = sum(footer.row_group(group).num_rows for group in range(start))
+            batches = opened.iter_batches(
+                _rows_at_once(footer, groups, column),
+                row_groups=groups,
+                columns=columns,
+                use_threads=False,  # several parts are built at once, each in its own thread
+            )
+            for batch in batches:
+                texts, ids, urls = (
+                    _as_strings(batch.column(name))
+                    if name in columns
+                    else arrays.strings([""] * len(batch))
+                    for name in (column, "id", "url")
+                )
+                if not arrays.byte_lengths(ids).all():
+                    numbered = enumerate(ids.to_pylist(), start=number + 1)
+                    ids = arrays.strings(id_ or f"{file.name}:{row}" for row, id_ in numbered)
+                number += len(batch)
+                yield _without_empty(texts, ids, urls, tally)
+
+    def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
+        with _open(file) as opened:
+            footer, column = opened.metadata, _text_column(file, opened)
+            sizes = [
+                _column_bytes(footer.row_group(group), column)
+                for group in range(footer.num_row_groups)
+            ]
+        cuts, taken = [0], 0
+        for number, size in enumerate(sizes, start=1):
+            taken += size
+            if taken >= part_bytes or number == len(sizes):
+                cuts.append(number)
+                taken = 0
+        return cuts
+
+
+def _open(file: DocumentFile) -> pq.ParquetFile:
+    content: Any
+    footer, remote = None, file.path is None
+    if file.is_compressed:
+        # Parquet is read from its end, which a compressed stream cannot reach
+        with file.open_decompressed() as stream:
+            content = pa.BufferReader(stream.read())
+    elif remote:
+        content, footer = pa.PythonFile(file.open(), mode="r"), _footer(file)
+    else:
+        content = str(file.path)
+    return pq.ParquetFile(
+        content,
+        metadata=footer,
+        memory_map=False,  # reading beyond the end of a file that was truncated is a bus error
+        pre_buffer=remote,  # one request for all columns of a row group
+        page_checksum_verification=True,
+    )
+
+
+@lru_cache(maxsize=4)
+def _footer(file: DocumentFile) -> pq.FileMetaData:
+    """The footer of a remote file, remembered: it is about a megabyte, and needed for each part."""
+    return pq.read_metadata(pa.PythonFile(file.open(), mode="r"))
+
+
+def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
+    """The name of the text column.
+
+    Raises:
+        ValueError: there is not exactly one such column, or it does not hold text.
+    """
+    present = opened.schema_arrow.names
+    if present.count(file.text_column) != 1:
+        raise ValueError(
+            f"{file.place} has no one column {file.text_column!r}, but {present}: set --text-column"
+        )
+    kind = opened.schema_arrow.field(file.text_column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in _STRINGS:
+        raise ValueError(
+            f"{file.place} has {kind} in column {file.text_column!r}, not text: set --text-column"
+        )
+    return file.text_column
+
+
+def _other_columns(file: DocumentFile, opened: pq.ParquetFile) -> list[str]:
+    """Which of the columns for ids and URLs the file has, beside the text's."""
+    present = opened.schema_arrow.names
+    for name in ("id", "url"):
+        if present.count(name) > 1:
+            raise ValueError(f"{file.place} has {present.count(name)} columns {name!r}: leave one")
+    return [c for c in ("id", "url") if c in present and c != file.text_column]
+
+
+def _rows_at_once(footer: pq.FileMetaData, groups: range, column: str) -> int:
+    """Rows in a batch: fewer where documents are long, as eight batches are in memory at once."""
+    rows = sum(footer.row_group(group).num_rows for group in groups)
+    size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
+    return max(1, min(documents.BATCH_DOCUMENTS, documents.BATCH_BYTES * rows // max(1, size)))
+
+
+def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+
+
+def _as_strings(values: pa.Array) -> pa.StringArray:
+    """A column as strings: null is empty, and a number is as Python writes it."""
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if kind in _STRINGS:
+        texts = values if values.type == pa.string() else values.cast(pa.string())
+        return texts.fill_null("") if texts.null_count else texts
+    return arrays.strings("" if value is None else str(value) for value in values.to_pylist())
+
+
+def _without_empty(
+    texts: pa.StringArray, ids: pa.StringArray, urls: pa.StringArray, tally: Tally
+) -> TextBatch:
+    text_bytes = arrays.byte_lengths(texts)
+    if not text_bytes.all():
+        full = arrays.numbers(np.flatnonzero(text_bytes), pa.int64())
+        tally.empty += len(texts) - len(full)
+        texts, ids, urls = (values.take(full) for values in (texts, ids, urls))
+        text_bytes = text_bytes[text_bytes > 0]
+    for values in (ids, urls):
+        values.validate(full=True)  # Parquet files claim UTF-8, and nothing else checks it
+    return TextBatch(ids.view(pa.binary()), urls, texts.to_pylist(), text_bytes)

@@ -1,0 +1,37 @@
+"""The known formats, by the suffix of a file's name."""
+
+from pathlib import Path
+
+from zeroflow.data.formats.file import COMPRESSED
+from zeroflow.data.formats.format import Format
+from zeroflow.data.formats.json_lines import JsonLines
+from zeroflow.data.formats.parquet import Parquet
+from zeroflow.data.formats.plain_text import PlainText
+
+FORMATS: dict[str, Format] = {".txt": PlainText(), ".jsonl": JsonLines(), ".parquet": Parquet()}
+
+_ALIASES = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py: the sample's
+
+
+def format_of(name: str) -> Format:
+    """The format of a file, compressed or not.
+
+    Raises:
+        ValueError: the suffix is none of the known ones.
+    """
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes = suffixes[:-1]
+    suffix = _ALIASES.get(suffixes[-1], suffixes[-1]) if suffixes else ""
+    if suffix not in FORMATS:
+        raise ValueError(
+            f"{name}: unknown kind of file; known are {', '.join(FORMATS)}, "
+            f"each also compressed ({', '.join(COMPRESSED)})"
+        )
+    return FORMATS[suffix]
+
+
+def described() -> str:
+    """The kinds of files that can be read, for help texts."""
+    kinds = [known.description for known in FORMATS.values()]
+    return f"{', '.join(kinds[:-1])} or {kinds[-1]}, also compressed ({' '.join(COMPRESSED)})"

@@ -1,0 +1,172 @@
+"""plan.json of a shard set: the slices of the corpus, and the job of each part."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.data import synthetic
+from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, list_files
+from zeroflow.data.holdout import holdout_limit
+from zeroflow.data.part_job import PartJob
+from zeroflow.data.shards import Layout, part_path
+from zeroflow.data.slices import Slice, plan_slices
+from zeroflow.data.sources.source import CorpusFile
+from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.reuse import Fields
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+
+
+class ShardIdentity(Config):
+    """What the bytes of a shard set depend on; the set's name has its fingerprint."""
+
+    format: int
+    corpus: CorpusIdentity
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+
+    layout: Layout
+    slice_bytes: int
+
+    @property
+    def fingerprint(self) -> str:
+        return artifacts.fingerprint(self.model_dump(mode="json"))
+
+
+class ShardPlan(Config):
+    """plan.json."""
+
+    identity: ShardIdentity
+    tokenizer: str
+    """Name of the tokenizer, for people to read."""
+
+    digests: dict[str, str] = Field(default_factory=dict)
+    """A digest of each local file, for people to read; an earlier version wrote none."""
+
+    held_out_below: float
+    files: tuple[CorpusFile, ...]
+    next_file: int
+    """Number of the first file whose slices are not planned yet."""
+
+    slices: tuple[Slice, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The plan of the set at `path`.
+
+        Raises:
+            DamagedArtifact: it is missing, or not what was written.
+        """
+        return cls.model_validate(artifacts.read_signed(path / PLAN))
+
+    def write(self, path: Path) -> None:
+        artifacts.write_signed(path / PLAN, self.model_dump(mode="json"))
+
+    def fields(self) -> Fields:
+        """What the set depends on, by the names of settings."""
+        corpus, layout = self.identity.corpus, self.identity.layout.model_dump()
+        seq_len = layout.pop("row_tokens") - 1
+        local = corpus["source"] in ("files", "sample")
+        files = self.digests or ("unknown" if local else {})
+        rest = self.identity.model_dump(exclude={"corpus", "layout"})
+        return {"seq_len": seq_len, **layout, **corpus, "file": files, **rest}
+
+
+class PartPlanner:
+    """The jobs of a set's parts, by number.
+
+    The slices are planned as far as parts are asked for, as planning may cost requests to the hub.
+    They follow from the corpus, so it does not matter which of several processes writes the plan.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        corpus: CorpusConfig,
+        tokenizer: Tokenizer,
+        identity: ShardIdentity,
+        *,
+        seed: int,
+    ) -> None:
+        self.path, self.corpus = path, corpus
+        self._tokenizer, self._layout, self._seed = tokenizer, identity.layout, seed
+        self.begun_before = (path / PLAN).exists()
+        """True if there was a plan: an earlier build was stopped, or its parts were damaged."""
+        self.plan = self._known(identity) or self._new(identity)
+
+    def _known(self, identity: ShardIdentity) -> ShardPlan | None:
+        if not self.begun_before:
+            return None
+        try:
+            known = ShardPlan.read(self.path)
+        except artifacts.DamagedArtifact as damage:
+            log.warning("%s: writing it again", damage)
+            return None
+        return known if known.identity == identity else None
+
+    def _new(self, identity: ShardIdentity) -> ShardPlan:
+        corpus, layout = self.corpus, self._layout
+        plan = ShardPlan(
+            identity=identity,
+            tokenizer=self._tokenizer.name,
+            digests=corpus.source.digests() if corpus.is_text else {},
+            held_out_below=holdout_limit(
+                corpus, fraction=layout.validation_fraction, row_tokens=layout.row_tokens
+            ),
+            files=tuple(list_files(corpus)) if corpus.is_text else (),
+            next_file=0,
+            slices=(),
+        )
+        plan.write(self.path)
+        return plan
+
+    def job(self, number: int) -> PartJob | None:
+        """The job of part `number`; None if the corpus ends before."""
+        if (piece := self._slice(number)) is None:
+            return None
+        earlier = range(number) if self.corpus.deduplicate else ()
+        return PartJob(
+            path=part_path(self.path, number),
+            piece=piece,
+            corpus=self.corpus,
+            tokenizer=self._tokenizer,
+            layout=self._layout,
+            held_out_below=self.plan.held_out_below,
+            seed=self._seed,
+            earlier=tuple(part_path(self.path, i) for i in earlier),
+        )
+
+    def absent_from(self, number: int, *, limit: int) -> Iterator[PartJob]:
+        """Jobs of parts from `number` on that can be built beside the one before.
+
+        They end with the first part that exists. Where duplicates are left out there are none:
+        each part has to know those before it.
+        """
+        limit = 0 if self.corpus.deduplicate else limit
+        for following in range(number, number + limit):
+            job = self.job(following)
+            if job is None or job.path.exists():
+                return
+            yield job
+
+    def _slice(self, number: int) -> Slice | None:
+        if not self.corpus.is_text:
+            start = number * synthetic.PART_BLOCKS
+            return Slice(start=start, stop=start + synthetic.PART_BLOCKS)
+        while number >= len(self.plan.slices) and self.plan.next_file < len(self.plan.files):
+            planned = plan_slices(self.corpus, list(self.plan.files), self.plan.next_file)
+            self.plan = self.plan.model_copy(
+                update={
+                    "slices": (*self.plan.slices, *planned.slices),
+                    "next_file": planned.next_file,
+                }
+            )
+            self.plan.write(self.path)
+        return self.plan.slices[number] if number < len(self.plan.slices) else None

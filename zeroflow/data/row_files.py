@@ -1,0 +1,113 @@
+"""The Arrow files with the rows of a split."""
+
+import mmap
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from zeroflow.artifacts import FileRecord
+from zeroflow.data import arrays
+from zeroflow.data.arrays import RowArray
+from zeroflow.data.file_writer import FileWriter
+from zeroflow.data.shards import Layout, Split, rows_path
+
+SHARD_TOKENS = 2**22
+"""Tokens in a file: 16 MB of int32, which is laid out in memory before it is written."""
+
+_IPC_FRAME_BYTES = 2**12
+"""More than an Arrow file has beside its batch: schema and footer."""
+
+
+class _Buffers(threading.local):
+    """The memory that a thread lays rows out in, part after part.
+
+    It is mapped from the system, which provides it page by page as it is filled, and takes it back
+    when the thread ends. An allocator would keep such large pieces.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, mmap.mmap] = {}
+
+    def take(self, purpose: str, size: int) -> mmap.mmap:
+        """At least `size` bytes with arbitrary content; the same ones for the same purpose."""
+        kept = self._kept.get(purpose)
+        if kept is None or len(kept) < size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            kept = self._kept[purpose] = mmap.mmap(-1, size, flags=flags)
+        return kept
+
+
+_buffers = _Buffers()
+
+
+class RowFiles:
+    """Collects the rows of a split, and writes a file for every `SHARD_TOKENS` of them."""
+
+    def __init__(
+        self, part: Path, split: Split, layout: Layout, writer: FileWriter, *, spare_rows: int
+    ) -> None:
+        """
+        Args:
+            spare_rows: rows beside a file's that there is room for; for more, `append` copies all.
+        """
+        self._part, self._split, self._layout, self._writer = part, split, layout, writer
+        self._file_rows = max(1, SHARD_TOKENS // layout.row_tokens)
+        self._rows = self._buffer(self._file_rows + spare_rows)
+        self._filled = self._files = 0
+        self._written: Future[FileRecord] | None = None
+
+    def append(self, rows: int, *, fill: int) -> RowArray:
+        """Append rows full of `fill`; the caller changes them before the next call."""
+        end = self._filled + rows
+        if end > len(self._rows):
+            larger = self._buffer(end)
+            larger[: self._filled] = self._rows[: self._filled]
+            self._rows = larger
+        appended = self._rows[self._filled : end]
+        appended[:] = fill
+        self._filled = end
+        return appended
+
+    def write_full_files(self) -> None:
+        while self._filled >= self._file_rows:
+            self._write(self._file_rows)
+
+    def write_rest(self) -> None:
+        if self._filled:
+            self._write(self._filled)
+
+    def _write(self, rows: int) -> None:
+        """Write the first `rows` to a file; those behind them move up."""
+        item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
+        flat = arrays.numbers(self._rows[:rows].reshape(-1), item.type)
+        list_type = pa.list_(item, self._layout.row_tokens)
+        column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
+        schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
+        if self._written:
+            self._written.result()  # its content is in the memory that is used next
+        content = self._serialize(pa.record_batch([column], schema=schema))
+        file = rows_path(self._part, self._split, self._files)
+        self._written = self._writer.add(file, content)
+        self._files += 1
+        self._filled -= rows
+        self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()
+
+    def _serialize(self, batch: pa.RecordBatch) -> memoryview:
+        """An Arrow file with that batch, valid until the next call.
+
+        Not written by Arrow itself: an interrupt would meet Python code called from within Arrow.
+        """
+        size = pa.ipc.get_record_batch_size(batch) + _IPC_FRAME_BYTES
+        memory = _buffers.take(f"{self._split} file", size)
+        with pa.FixedSizeBufferWriter(pa.py_buffer(memory)) as sink:
+            with pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            return memoryview(memory)[: sink.tell()]
+
+    def _buffer(self, rows: int) -> RowArray:
+        width, kind = self._layout.row_tokens, np.dtype(self._layout.token_type)
+        memory = _buffers.take(f"{self._split} rows", rows * width * kind.itemsize)
+        return np.frombuffer(memory, kind, rows * width).reshape(rows, width)

@@ -1,0 +1,149 @@
+"""Files of this machine: the user's own, and a sample that every machine has."""
+
+import glob
+import hashlib
+import os
+import sysconfig
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from zeroflow import artifacts
+from zeroflow.data.formats.registry import format_of
+from zeroflow.data.sources.source import CorpusFile, Source
+
+
+class _PinnedFile(NamedTuple):
+    sha256: str
+    stamp: tuple[int, int]
+
+
+_pinned: dict[Path, _PinnedFile] = {}
+"""Each file as it was when its content became part of a revision, in this process."""
+
+
+class LocalSource(Source):
+    """Files of this machine, whose revision is a digest of their names and contents."""
+
+    is_local = True
+
+    @abstractmethod
+    def find(self) -> dict[str, Path]:
+        """Path of each file by its name in the corpus, in the order in which they are read."""
+
+    def pin(self, revision: str | None) -> str:
+        _paths.cache_clear()  # files may have been added since
+        digest = hashlib.sha256()
+        for name, path in _paths(self).items():
+            content = artifacts.file_sha256(path)
+            digest.update(f"{name}\n{content}\n".encode())
+            _pinned[path] = _PinnedFile(content, _stamp(path))
+        found = digest.hexdigest()[:16]
+        if revision not in (None, found):
+            raise ValueError(
+                f"the files of the corpus have changed: their digest is {found}, and the run was "
+                f"started with {revision}. Restore them, or use another --run-name"
+            )
+        return found
+
+    def files(self, revision: str) -> list[CorpusFile]:
+        return [CorpusFile(name=n, size=path.stat().st_size) for n, path in _paths(self).items()]
+
+    def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
+        return self.path(file).open("rb")
+
+    def path(self, file: CorpusFile) -> Path:
+        return _paths(self)[file.name]
+
+    def place(self, file: CorpusFile) -> str:
+        return str(self.path(file))
+
+    def digests(self) -> dict[str, str]:
+        paths = _paths(self).items()
+        return {name: _pinned[path].sha256[:12] for name, path in paths if path in _pinned}
+
+    def require_unchanged(self, file: CorpusFile) -> None:
+        """Check size and time of modification.
+
+        Readers call this before and after they read: a file that changes meanwhile may have given
+        content that the revision does not stand for.
+        """
+        path = self.path(file)
+        now, pinned = _stamp(path), _pinned.get(path)
+        if now[0] != file.size or (pinned and now != pinned.stamp):
+            raise ValueError(f"{path} has changed since the run began: run the same command again")
+
+
+@lru_cache(maxsize=4)
+def _paths(source: LocalSource) -> dict[str, Path]:
+    """`source.find()`, remembered: a corpus may have thousands of files, opened one by one."""
+    return source.find()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class LocalFiles(LocalSource):
+    """The user's own files."""
+
+    patterns: tuple[str, ...]
+    """Paths or globs."""
+
+    def find(self) -> dict[str, Path]:
+        """Sorted by name; names are relative to the folder that all files have in common.
+
+        Raises:
+            ValueError: a pattern matches no file, or a file's format is unknown.
+        """
+        paths: set[Path] = set()
+        for pattern in self.patterns:
+            paths.update(_matching(pattern))
+        for path in paths:
+            format_of(str(path))
+            if not _is_utf8(str(path)):
+                name = os.fsencode(path)
+                raise ValueError(f"--data-path: the name of {name!r} is not UTF-8: rename it")
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+        return dict(sorted((path.relative_to(common).as_posix(), path) for path in paths))
+
+
+def _matching(pattern: str) -> list[Path]:
+    plain = Path(pattern).expanduser()
+    found = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
+    if matched := [path.resolve() for path in found if path.is_file()]:
+        return matched
+    if plain.is_dir():
+        example = plain / "*.jsonl"
+        raise ValueError(f"--data-path {pattern} is a folder: name its files, as in {example}")
+    raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+@dataclass(frozen=True)
+class StandardLibrary(LocalSource):
+    """The source files of Python's standard library: a text that every machine has."""
+
+    has_columns = False
+    skips_undecodable = True  # the library's own tests hold files that are wrong on purpose
+
+    def find(self) -> dict[str, Path]:
+        library = Path(sysconfig.get_path("stdlib"))
+        found = (
+            (path.relative_to(library).as_posix(), path)
+            for path in library.rglob("*.py")
+            if not {"site-packages", "dist-packages"}.intersection(path.parts)
+        )
+        # In the order of a hash: neighbours in the alphabet are about one subject, and a short run
+        # should see all of them
+        return dict(sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest()))

@@ -1,0 +1,84 @@
+"""What every source of text files has in common."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import IO, ClassVar
+
+from pydantic import NonNegativeInt
+
+from zeroflow.config import Config
+
+
+class CorpusFile(Config):
+    """A file of a corpus."""
+
+    name: str
+    """Path within the corpus, the same on every machine."""
+
+    size: NonNegativeInt
+    """Bytes as stored."""
+
+
+class Source(ABC):
+    """A place that files of documents come from, without the settings of how they are read.
+
+    Subclasses are frozen dataclasses: their fields name the place.
+    """
+
+    is_local: ClassVar[bool] = False
+    """True if the files are on this machine, where looking at them costs nothing."""
+
+    has_columns: ClassVar[bool] = True
+    """False if all files are plain text, so that no setting chooses a column of them."""
+
+    skips_undecodable: ClassVar[bool] = False
+    """True if a file that is not UTF-8 is left out instead of ending the run."""
+
+    @abstractmethod
+    def pin(self, revision: str | None) -> str:
+        """The revision of what is there, which stands for the content of all files.
+
+        Args:
+            revision: the revision that is asked for; None for the current one.
+
+        Raises:
+            hub.HubError: the hub refused or is out of reach.
+            ValueError: there are no files, or they are not those of `revision`.
+        """
+
+    @abstractmethod
+    def files(self, revision: str) -> list[CorpusFile]:
+        """The files, in the order in which they are read.
+
+        Raises:
+            hub.HubError: the hub refused or failed.
+            ValueError: there is no such dataset or subset.
+        """
+
+    @abstractmethod
+    def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
+        """The bytes of a file as stored."""
+
+    @abstractmethod
+    def place(self, file: CorpusFile) -> str:
+        """The file as a person finds it, for messages."""
+
+    def path(self, file: CorpusFile) -> Path | None:
+        """The file's path, if it has one."""
+        return None
+
+    def identity(self) -> dict[str, str | None]:
+        """What the documents depend on beside the revision, by the names of settings."""
+        return {}
+
+    def digests(self) -> dict[str, str]:
+        """A digest of each file by its name, where the revision is made of them."""
+        return {}
+
+    @abstractmethod
+    def require_unchanged(self, file: CorpusFile) -> None:
+        """Check that a file is still the one that the revision stands for.
+
+        Raises:
+            ValueError: it is not.
+        """

@@ -1,0 +1,89 @@
+"""Tokenised documents, in batches of columns."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from zeroflow.data import arrays
+from zeroflow.data.arrays import Int64Array, TokenArray
+
+
+class DocumentColumns(NamedTuple):
+    """Facts about documents, in columns.
+
+    `ids` and `urls` may hold other documents' entries as well, and `places` tells which are whose:
+    so documents are chosen from a batch without copying strings.
+    """
+
+    ids: pa.BinaryArray
+    urls: pa.StringArray
+    places: Int64Array
+    """Index of each document in `ids` and `urls`."""
+
+    text_bytes: Int64Array
+    hashes: npt.NDArray[np.uint64]
+    """Hash of each text where duplicates are left out; otherwise 0."""
+
+    lengths: Int64Array
+    """Tokens of each document, with its end of text."""
+
+    def choose(self, chosen: npt.NDArray[np.bool_]) -> "DocumentColumns":
+        return self._replace(
+            places=self.places[chosen],
+            text_bytes=self.text_bytes[chosen],
+            hashes=self.hashes[chosen],
+            lengths=self.lengths[chosen],
+        )
+
+
+def concatenate(several: Sequence[DocumentColumns]) -> DocumentColumns:
+    """The documents of several tables, in order."""
+    ids, urls, places, *columns = zip(*several, strict=True)
+    sizes = [len(column) for column in ids]
+    shifts = np.cumsum(sizes) - sizes
+    shifted = [own + shift for own, shift in zip(places, shifts, strict=True)]
+    return DocumentColumns(
+        pa.concat_arrays(ids), pa.concat_arrays(urls), *map(np.concatenate, [shifted, *columns])
+    )
+
+
+class TokenBatch(NamedTuple):
+    """Tokenised documents."""
+
+    documents: DocumentColumns
+    tokens: TokenArray
+    """Documents end to end, without their ends of text. It may hold other documents as well."""
+
+    begins: Int64Array
+    """Index in `tokens` at which each document begins."""
+
+    @property
+    def ends(self) -> Int64Array:
+        return self.begins + self.documents.lengths - 1
+
+    def choose(self, chosen: npt.NDArray[np.bool_]) -> "TokenBatch":
+        """Some of the documents, without a copy of their ids, URLs and tokens."""
+        if chosen.all():
+            return self
+        return TokenBatch(self.documents.choose(chosen), self.tokens, self.begins[chosen])
+
+    def copy(self) -> "TokenBatch":
+        """The same documents, in arrays that hold no others."""
+        places = arrays.numbers(self.documents.places, pa.int64())
+        documents = self.documents._replace(
+            ids=self.documents.ids.take(places),
+            urls=self.documents.urls.take(places),
+            places=np.arange(len(places)),
+        )
+        bounds = zip(self.begins.tolist(), self.ends.tolist(), strict=True)
+        return end_to_end(documents, [self.tokens[begin:end] for begin, end in bounds])
+
+
+def end_to_end(documents: DocumentColumns, tokens: Sequence[TokenArray]) -> TokenBatch:
+    """A batch from the tokens of each document, without their ends of text."""
+    lengths = documents.lengths - 1
+    stream = np.concatenate([*tokens, np.empty(0, np.int32)])
+    return TokenBatch(documents, stream, np.cumsum(lengths) - lengths)

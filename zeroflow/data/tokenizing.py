@@ -1,0 +1,91 @@
+"""The documents of a slice, tokenised: from text, or generated as token ids."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from zeroflow.data import arrays, synthetic
+from zeroflow.data.arrays import Int64Array, TokenArray
+from zeroflow.data.documents import Tally
+from zeroflow.data.duplicates import hash_texts
+from zeroflow.data.part_job import PartJob
+from zeroflow.data.read_ahead import read_ahead
+from zeroflow.data.slices import read_slice
+from zeroflow.data.token_batches import DocumentColumns, TokenBatch, end_to_end
+
+
+def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
+    """The documents of the job's slice, in order.
+
+    Args:
+        tally: counts the documents that are left out.
+
+    Raises:
+        ValueError: a file cannot be read, or the tokenizer gives ids that it must not give.
+        hub.HubError: the hub failed.
+    """
+    return _from_text(job, tally) if job.corpus.is_text else _synthetic(job)
+
+
+def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
+    encoder = job.tokenizer.load_encoder()
+    for read in read_ahead(read_slice(job.corpus, job.piece, tally)):
+        ids, lengths = encoder.encode(read.texts)
+        _require_valid(job, ids, lengths, read.ids)
+        count = len(lengths)
+        documents = DocumentColumns(
+            read.ids,
+            read.urls,
+            np.arange(count),
+            read.text_bytes,
+            hash_texts(read.texts) if job.corpus.deduplicate else np.zeros(count, np.uint64),
+            lengths + 1,
+        )
+        batch = TokenBatch(documents, ids, np.cumsum(lengths) - lengths)
+        if not lengths.all():  # a tokenizer may have no token for a text
+            tally.empty += int((lengths == 0).sum())
+            batch = batch.choose(lengths > 0)
+        yield batch
+
+
+def _require_valid(
+    job: PartJob, ids: TokenArray, lengths: Int64Array, documents: pa.BinaryArray
+) -> None:
+    """Check that all ids are of the vocabulary, and that none ends a document.
+
+    Rows tell documents apart by their ends of text, so a text must not contain one.
+    """
+    end_of_text, vocab_size = job.tokenizer.end_of_text, job.tokenizer.vocab_size
+    highest = ids.max(initial=0)
+    if highest < vocab_size and (highest < end_of_text or not (ids == end_of_text).any()):
+        return
+    place = int(((ids >= vocab_size) | (ids == end_of_text)).argmax())
+    number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+    document = arrays.well_formed_strings(documents[number : number + 1])[0].as_py()
+    if ids[place] == end_of_text:
+        raise ValueError(
+            f"document {document} spells out the token that ends documents, and this "
+            "tokenizer cannot tell the two apart: name another with --end-of-text, or use "
+            "another tokenizer"
+        )
+    raise ValueError(
+        f"{job.tokenizer.path} gave id {ids[place]} for document {document}, but its "
+        f"vocabulary has {vocab_size} tokens: its tokenizer.json is wrong"
+    )
+
+
+def _synthetic(job: PartJob) -> Iterator[TokenBatch]:
+    assert job.piece.stop is not None
+    for number in range(job.piece.start, job.piece.stop):
+        block = synthetic.generate_block(job.tokenizer.vocab_size, job.seed, number)
+        lengths = np.array([len(tokens) for tokens in block.tokens], dtype=np.int64)
+        documents = DocumentColumns(
+            arrays.binary([name.encode() for name in block.ids]),
+            arrays.strings([""] * len(lengths)),
+            np.arange(len(lengths)),
+            np.zeros(len(lengths), dtype=np.int64),
+            np.zeros(len(lengths), dtype=np.uint64),
+            lengths,
+        )
+        yield end_to_end(documents, [tokens[:-1] for tokens in block.tokens])
