@@ -26,9 +26,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     """Trained: twelve steps on synthetic rows, logged every 2, validated every 6, saved every 4."""
     folder = tmp_path_factory.mktemp("session")
     shards, tokenizer = synthetic_rows(folder)
-    training = training_config(steps=STEPS, peak=1e-3)
     model = MODEL.replace(vocab_size=tokenizer.vocab_size)
-    made = training_job(folder / "undisturbed", shards, tokenizer, model=model, training=training)
+    training = training_config(steps=STEPS, peak=1e-3, model=model)
+    made = training_job(folder / "undisturbed", shards, tokenizer, training)
     made = made.replace(
         cadence=Cadence(log=2, validate_=6, checkpoint=4), retention=Retention(keep=9)
     )
@@ -186,7 +186,7 @@ def test_mfu_is_the_share_of_the_peak_that_is_known(job, undisturbed):
     lines = [line for line in read(job.folder.metrics) if line.get("tokens_per_second")]
     assert [line["step"] for line in lines] == [2, 4], "the first step says nothing"
     for line in lines:
-        flops = line["tokens_per_second"] * job.model.flops_per_token(32)
+        flops = line["tokens_per_second"] * job.training.workload.flops_per_token
         assert line["mfu"] == pytest.approx(flops / 1e12)
 
 
