@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class _Command(NamedTuple):
+class _FlowCommand(NamedTuple):
     """What differs between the commands of the flows."""
 
     config: type[Config]
@@ -51,7 +51,7 @@ def _text_of(page: Path, run: RunConfig) -> str:
 
 
 _COMMANDS = {
-    PRETRAIN: _Command(
+    PRETRAIN: _FlowCommand(
         RunConfig,
         "run",
         "Raw text to a trained and checked LLaMA-style language model.\n\n"
@@ -63,7 +63,7 @@ _COMMANDS = {
         deployment_of=size_of,
         ending=lambda report, run: summary(report, run.cache_dir),
     ),
-    SWEEP: _Command(
+    SWEEP: _FlowCommand(
         SweepConfig,
         "sweep",
         "Train several sizes, seeds, learning rates or ZeRO stages one after the other, and\n"
@@ -76,7 +76,7 @@ _COMMANDS = {
         deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
         ending=_text_of,
     ),
-    PROVE_RESUME: _Command(
+    PROVE_RESUME: _FlowCommand(
         ProofRun,
         "proof",
         "Train twice, once killed again and again, and compare every bit. Defaults are small: a\n"
@@ -122,7 +122,7 @@ def run(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
     return _run(flow, command, asked, verbose=arguments.verbose)
 
 
-def _run(flow: "RunFlow", command: _Command, asked: Any, *, verbose: bool) -> int:
+def _run(flow: "RunFlow", command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
     # these take seconds to import: after --help and wrong flags
     from zeroflow.orchestration import server
     from zeroflow.orchestration.flow_context import silence_console

@@ -1,7 +1,6 @@
 """Which settings may change when a run is resumed, and how new ones are laid over recorded ones."""
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -53,9 +52,9 @@ def compared(settings: Fields) -> Fields:
     return {name: value for name, value in reuse.flat(settings).items() if name not in named}
 
 
-def given(config: BaseModel) -> dict[str, Any]:
+def given(config: BaseModel) -> dict[str, object]:
     """Settings that were set by hand to something definite, nested."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name in config.model_fields_set:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -65,9 +64,9 @@ def given(config: BaseModel) -> dict[str, Any]:
     return found
 
 
-def without(settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+def without(settings: dict[str, object], before: dict[str, object]) -> dict[str, object]:
     """The entries of `settings` that `before` lacks or has with another value."""
-    new = {}
+    new: dict[str, object] = {}
     for name, value in settings.items():
         known = before.get(name)
         if isinstance(value, dict) and isinstance(known, dict):
@@ -77,7 +76,7 @@ def without(settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, Any]) -> RunConfig:
+def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -> RunConfig:
     """The recorded settings with those on top that are given now.
 
     Args:
@@ -85,16 +84,17 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, Any]) -> R
             as a branch that was resolved to a commit. Asked for again, they stay as decided.
     """
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
-    training = asked_now.get("training", {})
+    groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
+    training, model = groups.get("training", {}), groups.get("model", {})
     gpus = recorded.training.gpus or 1
     split = {"batch_size", "grad_accum_steps"} & set(training)
     if split or training.get("gpus", gpus) != gpus:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
     if training.get("gpus") == 1:
         base["training"]["zero_stage"] = None
-    if "size" in asked_now.get("model", {}) or "hidden_size" in asked_now.get("model", {}):
+    if {"size", "hidden_size"} & set(model):
         base["model"] = {}
-    optimizer = asked_now.get("optimizer", {}).get("name", recorded.optimizer.name)
+    optimizer = groups.get("optimizer", {}).get("name", recorded.optimizer.name)
     if optimizer != recorded.optimizer.name:  # of whose settings it may have none
         base["optimizer"] = {}
     for name, value in asked_now.items():

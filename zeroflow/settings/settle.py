@@ -6,7 +6,6 @@ wherever and whenever that happens.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from zeroflow import artifacts, reuse
 from zeroflow.data.corpus import resolve_corpus
@@ -138,7 +137,7 @@ def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
     return wanted.replace(model=wanted.model.settled)
 
 
-def _asked_at_start(recorded: Settled) -> dict[str, Any]:
+def _asked_at_start(recorded: Settled) -> dict[str, object]:
     file = recorded.folder.asked
     return artifacts.read_json(file) if file.exists() else {}
 
