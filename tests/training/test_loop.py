@@ -96,8 +96,8 @@ def test_training_yields_after_each_step_at_the_scheduled_rate():
     assert not list(train(state, RandomBatches(), config)), "at the end there is nothing to do"
 
 
-def test_random_numbers_begin_anew_from_the_seed():
-    torch.seed()  # what a process starts with: another every time
+def test_random_numbers_restart_from_the_seed():
+    torch.seed()  # as in a new process: a different seed every time
     new_state(training_config(seed=3))
     drawn = torch.rand(4)
     torch.seed()
@@ -133,14 +133,14 @@ def test_bf16_keeps_weights_moments_and_loss_in_fp32():
 
 
 class Poisoned(RandomBatches):
-    """Step 2 has a loss that is no number, whatever the weights are."""
+    """The loss of step 2 is NaN, whatever the weights are."""
 
     def micro_batches(self, step):
         batches = super().micro_batches(step)
         return [batch._replace(valid=0 if step == 2 else batch.valid) for batch in batches]
 
 
-def test_update_that_is_no_finite_number_is_skipped_and_counted():
+def test_non_finite_update_is_skipped_and_counted():
     config = training_config(steps=6)
     state = new_state(config)
     counts, before = [], {}
@@ -159,7 +159,7 @@ def test_update_that_is_no_finite_number_is_skipped_and_counted():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_activations_computed_again_give_the_same_bits(fp8):
+def test_recomputed_activations_give_the_same_bits(fp8):
     def weights(kind: str) -> dict[str, torch.Tensor]:
         config = training_config(activation_checkpointing=kind, fp8=fp8)
         state = new_state(config)
@@ -175,7 +175,7 @@ def test_activations_computed_again_give_the_same_bits(fp8):
 
 
 def saved_bytes(kind: str) -> int:
-    """Of what one micro-batch leaves for its backward pass, without the weights."""
+    """Bytes that one micro-batch keeps for its backward pass, without the weights."""
     config = training_config(activation_checkpointing=kind)
     state = new_state(config)
     weights = {parameter.data_ptr() for parameter in state.model.parameters()}
@@ -192,7 +192,7 @@ def saved_bytes(kind: str) -> int:
     return sum(kept.values())
 
 
-def test_less_is_kept_the_more_is_computed_again():
+def test_less_is_kept_the_more_is_recomputed():
     assert saved_bytes("none") > 1.3 * saved_bytes("selective") > 1.3 * saved_bytes("full")
 
 
@@ -201,7 +201,7 @@ def documents(*lengths: int) -> torch.Tensor:
 
 
 def default(device: str) -> dict[str, Any]:
-    """What a run on the device computes with by default."""
+    """Settings that a run on the device has by default."""
     gpu = device == "cuda"
     return {"device": device, "precision": "bf16" if gpu else "fp32", "compile": gpu}
 
@@ -218,7 +218,7 @@ WAYS = [
         for compiled in (True, False)
     ),
 ]
-"""By default on a CPU and a GPU, and as older GPUs have to."""
+"""The defaults of a CPU and a GPU, and what older GPUs are limited to."""
 
 WIDE = MODEL.replace(hidden_size=128, intermediate_size=256)  # heads as wide as a GPU's kernels ask
 PLAIN = training_config(model=WIDE)
@@ -263,7 +263,7 @@ def test_document_in_a_row_is_computed_as_if_it_were_alone():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_step_is_that_of_plain_code_in_fp32(way):
-    """Beside eager fp32 on the CPU, masked and not."""
+    """The oracle is eager fp32 on the CPU, masked and not."""
     for masked in (False, True):
         rows = np.random.default_rng(0).integers(256, size=(4, 129))
         rows[:, ::40] = 0
@@ -337,7 +337,7 @@ def test_training_in_fp8_learns_as_in_bf16(device):
 
 
 class Counting(RandomBatches):
-    """Rows that count on from a random number, by one or two."""
+    """Rows that count up from a random number, by one or by two."""
 
     def micro_batches(self, step):
         random = np.random.default_rng(step)

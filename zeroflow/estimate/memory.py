@@ -9,7 +9,7 @@ from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
 Room = Literal["yes", "tight", "no"]
-"""Whether a step fits on its device."""
+"""Verdict on a step and its device."""
 
 
 _USABLE = 0.85

@@ -1,4 +1,4 @@
-"""What decides the cost and the mathematics of a training step."""
+"""The workload of a training: everything that decides the cost and the mathematics of a step."""
 
 from typing import Any, Self, get_args
 
@@ -31,7 +31,7 @@ class Workload(Config):
     """Processes that train together: each on a GPU of its own, or sharing the cores of a CPU."""
 
     zero_stage: Stage = 0
-    """What the ranks shard, see `zero.STAGES`."""
+    """State that the ranks shard, see `zero.STAGES`."""
 
     model: ModelConfig
 
