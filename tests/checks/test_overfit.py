@@ -24,16 +24,16 @@ def run(state: TrainState | None = None, batches: object = BATCH) -> OverfitResu
     return result
 
 
-def test_sound_model_learns_the_batch_by_heart_the_same_way_each_time():
+def test_sound_model_overfits_the_batch_the_same_way_each_time():
     first, again = run(), run()
     assert first.passed and first.loss < 0.1 and 5 < first.steps < 80
-    # fresh: knows nothing
+    # fresh weights
     assert first.curve[0] == pytest.approx(np.log(MODEL.vocab_size), abs=0.1)
     assert len(first.curve) == first.steps
     assert first.curve == again.curve
 
 
-def test_frozen_block_is_caught_although_the_batch_is_learned():
+def test_frozen_block_is_caught_although_the_batch_is_overfitted():
     state = new_state(CONFIG)
     state.model.model.layers[0].requires_grad_(False)
     result = run(state)
@@ -41,7 +41,7 @@ def test_frozen_block_is_caught_although_the_batch_is_learned():
     assert "9 parameters learned nothing, such as model.layers.0." in result.reason
 
 
-def test_block_cut_off_from_the_graph_is_caught_although_the_batch_is_learned():
+def test_detached_block_is_caught_although_the_batch_is_overfitted():
     state = new_state(CONFIG)
     block = state.model.model.layers[1].self_attn
     forward = block.forward
@@ -70,25 +70,25 @@ def test_learning_rate_of_zero_is_caught(monkeypatch):
 
 
 def test_labels_that_change_at_every_step_are_caught():
-    class Restless:
+    class Changing:
         def micro_batches(self, step: int) -> list[MicroBatch]:
             shift = torch.randint(
                 1, MODEL.vocab_size, (1,), generator=torch.Generator().manual_seed(step)
             )
             return [BATCH.batch._replace(targets=(BATCH.batch.targets + shift) % MODEL.vocab_size)]
 
-    result = run(batches=Restless())
+    result = run(batches=Changing())
     assert not result.passed and "not below 0.1" in result.reason
 
 
-def test_check_ends_between_two_steps_when_asked_to():
+def test_check_ends_after_a_step_when_asked_to():
     answers = iter([False, False, True])
     state = new_state(CONFIG)
     assert checks.overfit(state, BATCH, CONFIG, LIMITS, stop=lambda: next(answers)) is None
     assert state.step == 3
 
 
-def test_settings_are_the_runs_own_but_for_batch_and_schedule():
+def test_settings_are_those_of_the_run_but_for_batch_and_schedule():
     run_settings = training_config(seed=7, steps=10**6, micro_batch_rows=64, accumulate=9)
     limits = OverfitConfig(overfit_steps=150)
     settings = checks.settings(run_settings, limits)
@@ -115,7 +115,7 @@ def test_batch_is_the_beginning_of_the_first_rows():
     assert only.inputs.tolist() == rows[:1, :8].tolist()
 
 
-def test_failure_tells_the_reason_and_the_curve():
+def test_failure_message_has_the_reason_and_the_curve():
     curve = [5.0 - step / 100 for step in range(200)]
     result = OverfitResult(passed=False, loss=3.01, steps=200, reason="because", curve=curve)
     message = str(checks.OverfitFailed(result))
@@ -137,7 +137,7 @@ def job(tmp_path, monkeypatch) -> OverfitJob:
     return OverfitJob(run_dir=tmp_path, training=CONFIG, shards=rows, limits=LIMITS)
 
 
-def test_check_is_repeated_only_for_a_reason_that_is_told(job):
+def test_check_is_repeated_only_for_a_stated_reason(job):
     first, again = checks.check(job), checks.check(job)
     assert (first.reused, first.why) == (False, reuse.FIRST)
     assert again == first.replace(reused=True, why=reuse.PASSED)

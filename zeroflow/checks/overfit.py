@@ -1,8 +1,8 @@
-"""Proof that optimiser and gradients work: fresh weights learn one fixed batch by heart.
+"""The check after a training: fresh weights must be able to overfit one fixed batch.
 
-The same model class, optimiser, precision and compile settings as the run's, through the same
-`train` loop. A model can learn a batch with a part of it frozen, so a gradient must have moved
-every parameter as well. Runs in a process of its own: `-m zeroflow.checks.overfit JOB.json`.
+It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop.
+A model can overfit a batch with a part of it frozen, so gradients must also have moved every
+parameter. The check runs in ranks of its own: `-m zeroflow.checks.overfit JOB.json`.
 """
 
 import logging
@@ -41,29 +41,29 @@ _WARMUP_STEPS = 5
 
 
 class OverfitConfig(Config):
-    """The check after training that one fixed batch can be learned by heart."""
+    """The check after training that the model can overfit one fixed batch."""
 
     overfit_steps: PositiveInt = 150
-    """Steps it may take at most."""
+    """Most steps that it may take."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Loss it has to reach, in nats per token."""
+    """Loss that it must reach, in nats per token."""
 
 
 class OverfitJob(RankJob):
-    """Its training is the run's own; the check changes its batch and schedule."""
+    """What the ranks of an overfit check need, with the training settings of the run."""
 
     shards: ShardSet
     limits: OverfitConfig
     compile_cache: Path | None = None
-    """As of the run."""
+    """Folder for compiled code; None for PyTorch's default."""
 
 
 class OverfitResult(CheckResult):
-    """What the check leaves in overfit.json."""
+    """The contents of overfit.json."""
 
     loss: float
-    """Lowest of the curve."""
+    """Lowest loss of the curve."""
 
     steps: int
     reason: str
@@ -72,7 +72,7 @@ class OverfitResult(CheckResult):
 
 
 class OverfitFailed(RuntimeError):
-    """The model could not learn one batch by heart."""
+    """The model could not overfit one batch, or a parameter did not learn."""
 
     def __init__(self, result: OverfitResult) -> None:
         super().__init__(f"overfit check: {result.reason}\nloss by step: {_curve(result)}")
@@ -89,16 +89,16 @@ class FixedBatch(NamedTuple):
 
 
 def check(job: OverfitJob) -> OverfitResult:
-    """Run the check in a process of its own, unless the same one has been passed before.
+    """Run the check in ranks of its own, unless the same one has passed before.
 
     Raises:
-        TrainingFailed: the process ended by an error.
+        TrainingFailed: a rank ended with an error.
     """
     before = _before(job.folder)
     if before and before.passed and before.job == _fingerprint(job):
         return before.replace(reused=True, why=reuse.PASSED)
     why = reuse.since(_identity(job), before)
-    log.info("overfit check has to run: %s", why)
+    log.info("overfit check runs: %s", why)
     artifacts.write_json(job.folder.overfit_job, job.model_dump(mode="json"))
     launch(
         "zeroflow.checks.overfit",
@@ -118,10 +118,10 @@ def overfit(
     limits: OverfitConfig,
     stop: Callable[[], bool] = lambda: False,
 ) -> OverfitResult | None:
-    """Train `state` until its loss is below the limit, and judge what happened.
+    """Train `state` until its loss is below the limit, and judge the result.
 
     Returns:
-        None if `stop` said so between two steps.
+        None if `stop` returned True after a step.
     """
     before = {name: parameter.detach().clone() for name, parameter in _parameters(state)}
     curve: list[float] = []
@@ -146,8 +146,8 @@ def overfit(
         )
     elif idle:
         reason = (
-            f"{len(idle)} parameters learned nothing, such as {idle[0]}: they are frozen or "
-            "cut off from the loss"
+            f"{len(idle)} parameters learned nothing, such as {idle[0]}: they are frozen, or "
+            "detached from the loss"
         )
     else:
         reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
@@ -161,12 +161,12 @@ def overfit(
 
 
 def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
-    """The run's training settings, for one small batch at a steady learning rate.
+    """Return the run's training settings, for one small batch and a constant learning rate.
 
-    The rate falls with the width, within what is usual: https://arxiv.org/abs/2203.03466. It is not
-    the run's, which suits millions of tokens rather than a few hundred.
+    The rate is not the run's, which suits batches of millions of tokens. It falls with the width,
+    within usual limits: https://arxiv.org/abs/2203.03466
     """
-    # Twice the steps, of which the check does the first half: no decay within it
+    # The check does the first half of these steps, and so ends before the decay
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
     peak = min(1e-2, max(3e-4, 0.32 / training.workload.model.hidden_size))
     schedule = Schedule(name="wsd", peak=peak, warmup_steps=_WARMUP_STEPS, steps=steps)
@@ -195,7 +195,7 @@ def _fingerprint(job: OverfitJob) -> str:
 
 
 def _identity(job: OverfitJob) -> dict[str, Any]:
-    """All that decides how the check ends; not the length of the run's own training."""
+    """Return everything that decides the outcome, which the length of the training does not."""
     config = settings(job.training, job.limits)
     return {
         "model": job.model.model_dump(mode="json"),

@@ -1,0 +1,31 @@
+"""The outcome of a pre-flight check."""
+
+import logging
+
+from zeroflow.config import Config
+from zeroflow.training import zero
+
+log = logging.getLogger("zeroflow.checks.preflight")
+
+
+class Check(Config):
+    """What a check found, and what it means."""
+
+    name: str
+    passed: bool
+    figure: str
+    """The measured figure, with its unit."""
+
+    sentence: str
+    """What the figure means; after a failure, also what to change."""
+
+
+def on_every_rank(check: Check) -> Check:
+    """Return `check`, failed if it failed on any rank. Every rank calls this at the same place."""
+    passed_on_rank0 = zero.on_rank0(lambda: check.passed)
+    if not check.passed and (zero.rank() == 0 or passed_on_rank0):  # one warning, not one per rank
+        log.warning("pre-flight: %s: FAILED, %s; %s", check.name, check.figure, check.sentence)
+    if zero.is_any(not check.passed) and check.passed:
+        sentence = "failed on another rank, see its warning in the log"
+        return check.replace(passed=False, sentence=sentence)
+    return check

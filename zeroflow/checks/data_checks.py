@@ -1,0 +1,104 @@
+"""Pre-flight checks of the shards.
+
+To add one, write a function that returns a `Check`, and yield it in `checks`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zeroflow import artifacts
+from zeroflow.checks.check import Check, on_every_rank
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardSet, Split
+from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.model.llama import ModelConfig
+
+_SAMPLED_PARTS = 3
+_SAMPLED_ROWS = 256
+_DECODED_ROWS = 16
+_MIN_REENCODED = 0.75
+"""Share of ids that must come back. Of the tokenizer's own text all do, but those at the cut ends
+of rows; of ids of another tokenizer, far fewer."""
+
+
+def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterator[Check]:
+    """Yield each check in turn, up to the first that fails, as the next ones rely on it."""
+    files = on_every_rank(checksums(shards))
+    yield files
+    if not files.passed:
+        return
+    ids = on_every_rank(token_ids(shards, tokenizer, model))
+    yield ids
+    if ids.passed and tokenizer.path is not None:  # synthetic ids have no text
+        yield on_every_rank(text(Rows(shards, "train"), tokenizer))
+
+
+def checksums(shards: ShardSet) -> Check:
+    """Verify the checksums of a few parts; the stage that gave the shards verified all of them."""
+    numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
+    try:
+        files = sum(len(artifacts.verify(shards.part_paths[n])["files"]) for n in numbers)
+    except artifacts.DamagedArtifact as damage:
+        sentence = f"{damage}: the same command again sets that part aside and builds it again"
+        return Check(name="checksums", passed=False, figure="a part is damaged", sentence=sentence)
+    return Check(
+        name="checksums",
+        passed=True,
+        figure=f"{files} files",
+        sentence=f"unchanged in {len(numbers)} of {shards.parts} parts; all parts were verified "
+        "when the shards were built or reused",
+    )
+
+
+def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Check:
+    """Check that sampled ids are in the vocabulary of tokenizer and model."""
+    limit = min(tokenizer.vocab_size, model.vocab_size)
+    splits: tuple[Split, ...] = ("train", "validation")
+    ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
+    lowest, highest = int(ids.min()), int(ids.max())
+    passed = lowest >= 0 and highest < limit
+    sentence = f"found in {len(ids)} rows, of a vocabulary of {limit:,}"
+    if not passed:
+        sentence += (
+            f": the rows were made with another tokenizer than {tokenizer.name}, or are damaged; "
+            f"remove {shards.path}, and the same command builds them again"
+        )
+    return Check(
+        name="token ids", passed=passed, figure=f"{lowest:,} to {highest:,}", sentence=sentence
+    )
+
+
+def text(rows: Rows, tokenizer: Tokenizer) -> Check:
+    """Check that sampled ids come back when their text is tokenised again."""
+    backend = tokenizer.load()
+    returned = total = 0
+    beginning = ""
+    for row in _spread(rows, _DECODED_ROWS):
+        for document in np.split(row, np.flatnonzero(row == rows.end_of_text) + 1):
+            ids = document[document != rows.end_of_text].tolist()
+            words = backend.decode(ids, skip_special_tokens=False)
+            again = backend.encode(words, add_special_tokens=False).ids
+            returned += (Counter(ids) & Counter(again)).total()
+            total += len(ids)
+            beginning = beginning or " ".join(words.split())[:40]
+    share = returned / max(1, total)
+    passed = share >= _MIN_REENCODED
+    sentence = (
+        f"of {total:,} ids come back when their text is tokenised again, such as {beginning!r}"
+    )
+    if not passed:
+        sentence += (
+            f": {tokenizer.name} did not make these ids, or cannot decode them; look at `zeroflow "
+            "data`, and remove the shards if another tokenizer made them"
+        )
+    return Check(name="text", passed=passed, figure=f"{share:.1%}", sentence=sentence)
+
+
+def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:
+    """Return at most `most` rows, evenly spread over a split."""
+    count = min(most, len(rows))
+    return rows[np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)]

@@ -1,0 +1,128 @@
+"""Pre-flight checks that change the training state: a step of the run's shape, and a checkpoint.
+
+To add one, write a function that returns a `Check`, and yield it in `checks`.
+"""
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zeroflow.checks.check import Check
+from zeroflow.data.rows import Rows
+from zeroflow.training import batching, checkpoint, zero
+from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.loop import train_step
+from zeroflow.training.state import TrainState
+
+
+def checks(
+    state: TrainState, config: TrainingConfig, rows: Rows | None, folder: Path, *, tokenizer: str
+) -> Iterator[Check]:
+    """Yield each check in turn.
+
+    Args:
+        rows: training rows; None if they cannot be trained on.
+        folder: for a checkpoint, which is removed again.
+        tokenizer: fingerprint of the run's tokenizer.
+    """
+    if rows is not None:
+        yield micro_batch(state, config, rows)
+    yield round_trip(state, folder, tokenizer)
+
+
+def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
+    """Train one step of the run's shape, and report its memory.
+
+    Of several micro-batches it has two: the second finds the gradients of the first in memory, and
+    the others need no more.
+    """
+    work = config.workload
+    few = config.replace(workload=work.replace(accumulate=min(2, work.accumulate)))
+    batches = batching.batches(rows, few)
+    on_gpu = work.device == "cuda"
+    if on_gpu:  # memory that earlier checks left cached, in pieces, would count as used
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.monotonic()
+    metrics = train_step(state, batches.micro_batches(0), config)
+    loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
+    figure = f"{work.micro_batch_rows} rows x {rows.row_tokens - 1:,} tokens fit"
+    if on_gpu:
+        total = torch.cuda.get_device_properties(0).total_memory
+        figure += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    passed = math.isfinite(loss + grad_norm)
+    sentence = (
+        f"forward, backward and optimiser in {time.monotonic() - begin:.1f} s, loss {loss:.3f}, "
+        f"gradient norm {grad_norm:.3g}"
+    )
+    if not passed:
+        sentence += ": non-finite; look at --precision, and at the rows of the first step"
+    return Check(name="micro-batch", passed=passed, figure=figure, sentence=sentence)
+
+
+def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
+    """Save the state, overwrite it with zeros, load it, and compare the bits of every tensor."""
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    zero.on_rank0(remove)
+    begin = time.monotonic()
+    tensors = _tensors(state)
+    size = f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.0f} MB"
+    if zero.ranks() > 1:
+        size += " per rank"
+    before, step = _digests(tensors), state.step
+    try:
+        saver = Saver(folder, Retention(keep=1), tokenizer=fingerprint)
+        saver.save(state)
+        zero.on_rank0(saver.wait)
+        for tensor in tensors.values():
+            tensor.zero_()
+        saved = zero.on_rank0(partial(checkpoint.latest, folder))
+        if saved is None:
+            raise CheckpointError("the written files are damaged: look at the disk")
+        checkpoint.load(state, saved, tokenizer=fingerprint)
+    except (OSError, CheckpointError) as error:
+        found = Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
+    else:
+        after = _digests(tensors)
+        lost = [name for name in before if after[name] != before[name]]
+        passed = not lost and state.step == step
+        sentence = f"written, and read back with the same bits, in {time.monotonic() - begin:.1f} s"
+        if not passed:
+            what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
+            sentence = f"{what} came back different: look at `checkpoint`, and at the disk"
+        found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
+    zero.is_any(False)  # a barrier: every rank has read it
+    zero.on_rank0(remove)
+    return found
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return everything that training changes.
+
+    It is listed here and not taken from `checkpoint`, so that a tensor missing there is noticed.
+    """
+    tensors = {"skipped": state.skipped}
+    for name, parameter in zero.named_parameters(state.model):
+        tensors[name] = zero.local_shard(parameter.detach())
+        for key, value in state.optimizer.state[parameter].items():
+            tensors[f"{key} of {name}"] = zero.local_shard(value)
+    return tensors
+
+
+def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
