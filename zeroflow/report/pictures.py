@@ -143,7 +143,9 @@ def resume_curves(
 
 def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
     """Loss of the overfit check against its steps."""
-    figure, axes = _figure("overfit check: loss of one fixed batch", "step", "loss (nats per token)")
+    figure, axes = _figure(
+        "overfit check: loss of one fixed batch", "step", "loss (nats per token)"
+    )
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"has to reach {limit:g}")
     axes.legend()
