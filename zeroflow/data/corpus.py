@@ -11,11 +11,10 @@ from pydantic import Field, NonNegativeInt, model_validator
 from zeroflow.config import Config
 from zeroflow.data import hub
 from zeroflow.data.formats import registry
-from zeroflow.data.formats.file import DocumentFile
-from zeroflow.data.formats.registry import format_of
+from zeroflow.data.formats.file import CorpusFile, DocumentFile
 from zeroflow.data.sources.hub_dataset import HubDataset
 from zeroflow.data.sources.local_files import LocalFiles, StandardLibrary
-from zeroflow.data.sources.source import CorpusFile, Source
+from zeroflow.data.sources.source import Source
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
@@ -197,9 +196,10 @@ def list_files(corpus: CorpusConfig) -> list[CorpusFile]:
         ValueError: the dataset has no such subset, or files of an unknown format.
     """
     assert corpus.data_revision, "resolve_corpus() pins the revision"
-    files = corpus.source.files(corpus.data_revision)
+    source = corpus.source
+    files = source.files(corpus.data_revision)
     for file in files:
-        format_of(file.name)
+        source.format_of(file.name)
     return files
 
 

@@ -11,11 +11,11 @@ from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data import synthetic
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, list_files
+from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.holdout import holdout_limit
 from zeroflow.data.part_job import PartJob
 from zeroflow.data.shards import Layout, part_path
 from zeroflow.data.slices import Slice, plan_slices
-from zeroflow.data.sources.source import CorpusFile
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 

@@ -14,9 +14,7 @@ from pydantic import NonNegativeInt
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig, document_file, list_files
 from zeroflow.data.documents import Document, Tally, TextBatch, regroup
-from zeroflow.data.formats.file import UNREADABLE, is_compressed
-from zeroflow.data.formats.registry import format_of
-from zeroflow.data.sources.source import CorpusFile
+from zeroflow.data.formats.file import UNREADABLE, CorpusFile, is_compressed
 
 SLICE_BYTES = 2**25
 """Text in a slice, about. A build that is killed loses at most the slices it is working on, some
@@ -59,15 +57,15 @@ def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> Pl
         hub.HubError: the hub refused or failed.
         ValueError: a Parquet file is damaged.
     """
-    if _is_cut(files[first]):
+    if _is_cut(corpus, files[first]):
         return PlannedSlices(_cut(corpus, files[first]), first + 1)
     together: list[CorpusFile] = []
     size = 0
     for file in files[first:]:
-        if together and (size >= SLICE_BYTES or _is_cut(file)):
+        if together and (size >= SLICE_BYTES or _is_cut(corpus, file)):
             break
         together.append(file)
-        size += _text_bytes(file)
+        size += _text_bytes(corpus, file)
     return PlannedSlices([Slice(files=tuple(together))], first + len(together))
 
 
@@ -96,7 +94,8 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
     """About how much text there is; infinite where the files are not on this machine."""
     if not corpus.is_text or corpus.data_mode == "auto" or not corpus.source.is_local:
         return math.inf
-    return sum(map(_text_bytes, corpus.source.files(corpus.data_revision or "")))
+    files = corpus.source.files(corpus.data_revision or "")
+    return sum(_text_bytes(corpus, file) for file in files)
 
 
 def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[TextBatch]:
@@ -105,7 +104,7 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
         file = document_file(corpus, listed)
         try:
             source.require_unchanged(listed)
-            yield from format_of(file.name).read(file, piece.start, piece.stop, tally)
+            yield from source.format_of(file.name).read(file, piece.start, piece.stop, tally)
         except UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and source.skips_undecodable:
                 continue
@@ -117,22 +116,23 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
         source.require_unchanged(listed)
 
 
-def _text_bytes(file: CorpusFile) -> int:
+def _text_bytes(corpus: CorpusConfig, file: CorpusFile) -> int:
     """About how much text a file holds."""
-    dense = is_compressed(file.name) or format_of(file.name).is_dense
+    dense = is_compressed(file.name) or corpus.source.format_of(file.name).is_dense
     return file.size * (_COMPRESSION if dense else 1)
 
 
-def _is_cut(file: CorpusFile) -> bool:
-    large = _text_bytes(file) > SLICE_BYTES
-    return large and not is_compressed(file.name) and format_of(file.name).can_be_cut
+def _is_cut(corpus: CorpusConfig, file: CorpusFile) -> bool:
+    large = _text_bytes(corpus, file) > SLICE_BYTES
+    can_be_cut = corpus.source.format_of(file.name).can_be_cut
+    return large and can_be_cut and not is_compressed(file.name)
 
 
 def _cut(corpus: CorpusConfig, listed: CorpusFile) -> list[Slice]:
     file = document_file(corpus, listed)
     try:
         corpus.source.require_unchanged(listed)
-        cuts = format_of(file.name).cuts(file, SLICE_BYTES)
+        cuts = corpus.source.format_of(file.name).cuts(file, SLICE_BYTES)
     except UNREADABLE as error:
         raise ValueError(f"{file.place} cannot be read: {error}") from error
     return [Slice(files=(listed,), start=start, stop=stop) for start, stop in pairwise(cuts)]

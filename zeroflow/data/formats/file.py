@@ -4,11 +4,12 @@ import io
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import pyarrow as pa
+from pydantic import NonNegativeInt
 
-from zeroflow.data.sources.source import CorpusFile, Source
+from zeroflow.config import Config
 
 # What decompressors, the Parquet reader and UTF-8 raise; none of these names the file
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
@@ -19,11 +20,37 @@ _CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # Arrow
 _READ_BYTES = 2**20
 
 
+class CorpusFile(Config):
+    """A file of a corpus, as it is listed."""
+
+    name: str
+    """Path within the corpus, the same on every machine."""
+
+    size: NonNegativeInt
+    """Bytes as stored."""
+
+
+class Storage(Protocol):
+    """A place that files can be opened in."""
+
+    def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
+        """The bytes of a file as stored."""
+        ...
+
+    def place(self, file: CorpusFile) -> str:
+        """The file as a person finds it, for messages."""
+        ...
+
+    def path(self, file: CorpusFile) -> Path | None:
+        """The file's path; None where it is not on this machine."""
+        ...
+
+
 @dataclass(frozen=True)
 class DocumentFile:
     """A file of documents, and the settings by which it is read."""
 
-    source: Source
+    storage: Storage
     file: CorpusFile
     revision: str
     text_column: str
@@ -37,12 +64,12 @@ class DocumentFile:
     @property
     def place(self) -> str:
         """The file as a person finds it, for messages."""
-        return self.source.place(self.file)
+        return self.storage.place(self.file)
 
     @property
     def path(self) -> Path | None:
         """None where it is not on this machine."""
-        return self.source.path(self.file)
+        return self.storage.path(self.file)
 
     @property
     def is_compressed(self) -> bool:
@@ -50,7 +77,7 @@ class DocumentFile:
 
     def open(self) -> IO[bytes]:
         """The bytes as stored."""
-        return self.source.open(self.file, self.revision)
+        return self.storage.open(self.file, self.revision)
 
     def open_decompressed(self) -> IO[bytes]:
         stored = self.open()

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from zeroflow.data import hub
+from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.hub import HubFile
-from zeroflow.data.sources.source import CorpusFile, Source
+from zeroflow.data.sources.source import Source
 
 
 @dataclass(frozen=True)

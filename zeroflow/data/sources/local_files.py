@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from zeroflow import artifacts
-from zeroflow.data.formats.registry import format_of
-from zeroflow.data.sources.source import CorpusFile, Source
+from zeroflow.data.formats.file import CorpusFile
+from zeroflow.data.sources.source import Source
 
 
 class _PinnedFile(NamedTuple):
@@ -104,7 +104,7 @@ class LocalFiles(LocalSource):
         for pattern in self.patterns:
             paths.update(_matching(pattern))
         for path in paths:
-            format_of(str(path))
+            self.format_of(str(path))
             if not _is_utf8(str(path)):
                 name = os.fsencode(path)
                 raise ValueError(f"--data-path: the name of {name!r} is not UTF-8: rename it")

@@ -4,22 +4,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO, ClassVar
 
-from pydantic import NonNegativeInt
-
-from zeroflow.config import Config
-
-
-class CorpusFile(Config):
-    """A file of a corpus."""
-
-    name: str
-    """Path within the corpus, the same on every machine."""
-
-    size: NonNegativeInt
-    """Bytes as stored."""
+from zeroflow.data.formats import registry
+from zeroflow.data.formats.file import CorpusFile, Storage
+from zeroflow.data.formats.format import Format
 
 
-class Source(ABC):
+class Source(Storage, ABC):
     """A place that files of documents come from, without the settings of how they are read.
 
     Subclasses are frozen dataclasses: their fields name the place.
@@ -56,16 +46,21 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
-        """The bytes of a file as stored."""
+    def open(self, file: CorpusFile, revision: str) -> IO[bytes]: ...
 
     @abstractmethod
-    def place(self, file: CorpusFile) -> str:
-        """The file as a person finds it, for messages."""
+    def place(self, file: CorpusFile) -> str: ...
 
     def path(self, file: CorpusFile) -> Path | None:
-        """The file's path, if it has one."""
         return None
+
+    def format_of(self, name: str) -> Format:
+        """The format of a file, by its name; a source may have a format of its own.
+
+        Raises:
+            ValueError: it is none of the known ones.
+        """
+        return registry.format_of(name)
 
     def identity(self) -> dict[str, str | None]:
         """What the documents depend on beside the revision, by the names of settings."""
