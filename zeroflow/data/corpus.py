@@ -4,6 +4,7 @@
 and a revision. A resolved corpus is a list of files of one source, or synthetic token ids.
 """
 
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
@@ -69,6 +70,10 @@ class CorpusConfig(Config):
     }
     """Modes that read a setting. With another mode the setting is refused: it would do nothing."""
 
+    free: ClassVar[tuple[str, ...]] = ("data_path", "allow_synthetic_fallback", "bad_lines_limit")
+    """Settings that may change when a run is resumed: its revision tells whether the text is the
+    same."""
+
     @model_validator(mode="after")
     def _settings_belong_to_the_mode(self) -> Self:
         if self.data_mode == "files" and not self.data_path:
@@ -116,6 +121,12 @@ class CorpusConfig(Config):
                 return StandardLibrary()
             case "synthetic":
                 raise ValueError("synthetic data has no files")
+
+    @property
+    def anywhere(self) -> Self:
+        """The same with paths that mean the same from every working directory."""
+        paths = tuple(str(Path(path).expanduser().absolute()) for path in self.data_path)
+        return self.model_copy(update={"data_path": paths}) if paths else self
 
     def refuse_unread_settings(self) -> None:
         """Refuse settings that the chosen mode does not read.

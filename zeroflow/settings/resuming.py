@@ -5,12 +5,13 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from zeroflow import artifacts, reuse
+from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
 from zeroflow.settings.settled import Settled
 
 # Settings that may change when a run is resumed: they touch no weight
-FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_fallback"} | {
+FREE = {"cache_dir", "device", "sweep"} | {
     f"training.{name}"
     for name in (
         "batch_size",  # with grad_accum_steps and gpus: only their product is mathematics
@@ -29,7 +30,8 @@ FREE = {"cache_dir", "device", "sweep", "data.data_path", "data.allow_synthetic_
         "sample_tokens",
     )
 }
-FREE |= {f"build.{name}" for name in BuildChoice.model_fields} | {"data.bad_lines_limit"}
+FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
+FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 

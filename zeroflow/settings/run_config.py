@@ -279,10 +279,9 @@ class RunConfig(Config):
     @property
     def anywhere(self) -> Self:
         """The same with paths that mean the same from every working directory."""
-        changes: dict[str, Any] = {"cache_dir": self.cache_dir.absolute()}
-        if self.data.data_path:
-            paths = tuple(str(Path(p).expanduser().absolute()) for p in self.data.data_path)
-            changes["data"] = self.data.model_copy(update={"data_path": paths})
+        changes: dict[str, object] = {"cache_dir": self.cache_dir.absolute()}
+        if (data := self.data.anywhere) != self.data:
+            changes["data"] = data
         return self.model_copy(update=changes)
 
     def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
