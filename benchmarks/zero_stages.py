@@ -22,7 +22,7 @@ from train_speed import Figures, Task, peak_bytes, training_config, wait
 from zeroflow import artifacts, records
 from zeroflow.device import find_device
 from zeroflow.estimate.memory import memory
-from zeroflow.model.llama import Recompute
+from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training import worker, zero
 from zeroflow.training.job import RankJob
@@ -126,7 +126,7 @@ def main() -> None:
         help="rows of a micro-batch, one for each size (1)",
     )
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    parser.add_argument("--recompute", choices=get_args(ActivationCheckpointing), default="none")
     parser.add_argument("--precision", choices=("bf16", "fp32"))
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--no-compile", action="store_true")

@@ -4,7 +4,7 @@ from itertools import count, takewhile
 from typing import Literal, NamedTuple, get_args
 
 from zeroflow.device import Device
-from zeroflow.model.llama import Recompute
+from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
@@ -194,8 +194,8 @@ def _communication(work: Workload) -> int:
 
 
 def largest_micro_batch(
-    work: Workload, device: Device, checkpointing: Recompute | None = None
-) -> tuple[int, Recompute]:
+    work: Workload, device: Device, checkpointing: ActivationCheckpointing | None = None
+) -> tuple[int, ActivationCheckpointing]:
     """Return the most rows that fit on the device, and the least recomputation that they need.
 
     The split of `work` into micro-batches and its recomputation do not matter: both are sought. The
@@ -206,10 +206,10 @@ def largest_micro_batch(
     """
     if device.kind == "cpu":
         return 4, checkpointing or "none"  # memory is not what limits a CPU
-    kinds = (checkpointing,) if checkpointing else get_args(Recompute)
+    kinds = (checkpointing,) if checkpointing else get_args(ActivationCheckpointing)
     for kind in kinds:
 
-        def fits(rows: int, kind: Recompute = kind) -> bool:
+        def fits(rows: int, kind: ActivationCheckpointing = kind) -> bool:
             step = {"micro_batch_rows": rows, "accumulate": 2, "activation_checkpointing": kind}
             return memory(work.model_copy(update=step), device).fits(device)
 

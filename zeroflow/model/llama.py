@@ -119,9 +119,9 @@ class ModelConfig(Shape):
 INITIAL_STD = 0.02
 """Standard deviation of initial weights. Norms start at 1, residual outputs with a smaller one."""
 
-Recompute = Literal["none", "selective", "full"]
-"""Activations that are computed again in the backward pass: those within the feed-forward networks,
-or all within a block."""
+ActivationCheckpointing = Literal["none", "selective", "full"]
+"""Activations to recompute in the backward pass: those within the feed-forward networks (selective)
+or all those within a block (full)."""
 
 
 class Llama(nn.Module):
@@ -197,11 +197,11 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
-        self.recompute: Recompute = "none"
+        self.activation_checkpointing: ActivationCheckpointing = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        if self.recompute == "full":
-            return recomputed(self._forward, x, cos, sin, mask)
+        if self.activation_checkpointing == "full":
+            return checkpointed(self._forward, x, cos, sin, mask)
         return self._forward(x, cos, sin, mask)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
@@ -209,8 +209,8 @@ class Block(nn.Module):
         return x + self._feed_forward(self.post_attention_layernorm(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if self.recompute == "selective":
-            return recomputed(self.mlp, x)
+        if self.activation_checkpointing == "selective":
+            return checkpointed(self.mlp, x)
         return self.mlp(x)
 
 
@@ -266,7 +266,7 @@ class RMSNorm(nn.Module):
         return (self.weight * y).to(x.dtype)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Tensor:
     """Return `function` of `inputs`, and recompute it in the backward pass: only inputs are kept.
 
     Source: https://arxiv.org/abs/1604.06174

@@ -22,7 +22,7 @@ from zeroflow.estimate.memory import (
     memory,
 )
 from zeroflow.estimate.speed import expected_tokens_per_second
-from zeroflow.model.llama import Recompute
+from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.refusals import refuse_a_plan_for_no_gpu
@@ -47,7 +47,7 @@ class StagePlan(Config):
     micro_batch_rows: int
     """That would be chosen at this stage, where the batch is not given otherwise."""
 
-    activation_checkpointing: Recompute
+    activation_checkpointing: ActivationCheckpointing
 
 
 class Plan(Config):

@@ -25,7 +25,7 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, Precision
-from zeroflow.model.llama import ModelConfig, Recompute, Shape
+from zeroflow.model.llama import ActivationCheckpointing, ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
@@ -182,7 +182,7 @@ class TrainingChoice(Config):
     """Use only kernels whose results are the same from run to run, so that an interrupted run ends
     with the same bits, at some cost of speed. On a CPU they always are."""
 
-    activation_checkpointing: Recompute | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
     """Recompute activations in the backward pass, which saves memory and costs time: selective
     recomputes those within the feed-forward networks, full all of them. Default: the first of none,
     selective and full with which a row fits."""

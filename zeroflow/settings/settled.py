@@ -6,7 +6,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from zeroflow.data.shards import ShardConfig
 from zeroflow.device import Device, Precision
-from zeroflow.model.llama import ModelConfig, Recompute
+from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
@@ -33,7 +33,7 @@ class SettledTraining(TrainingChoice):
     validation_tokens: PositiveInt
     validate_every: PositiveInt
     checkpoint_every: PositiveInt
-    activation_checkpointing: Recompute
+    activation_checkpointing: ActivationCheckpointing
     log_interval: PositiveInt
     sample_prompt: str
 

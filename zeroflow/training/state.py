@@ -39,7 +39,7 @@ def new_state(config: TrainingConfig) -> TrainState:
     initialize(model, config.seed)
     for block in model.model.layers:
         assert isinstance(block, Block)
-        block.recompute = work.activation_checkpointing
+        block.activation_checkpointing = work.activation_checkpointing
         block.self_attn.linear = block.mlp.linear = work.linear
         if work.compile:
             # Training has one shape. By default PyTorch would compile for symbolic sizes as soon

@@ -9,7 +9,7 @@ from zeroflow.config import Config
 from zeroflow.data.batches import BatchShape, largest_divisor
 from zeroflow.device import FP8_CAPABILITY, Device, DeviceKind, Precision
 from zeroflow.model import fp8, llama
-from zeroflow.model.llama import Linear, ModelConfig, Recompute
+from zeroflow.model.llama import ActivationCheckpointing, Linear, ModelConfig
 from zeroflow.reuse import Fields
 from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
@@ -60,7 +60,7 @@ class Workload(Config):
     document_mask: bool = False
     """Attention stays within a document, and positions restart with each document."""
 
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """Activations recomputed in the backward pass: those of the feed-forward networks (selective)
     or all those of a block (full)."""
 
