@@ -19,12 +19,13 @@ from typing import get_args
 import torch
 from train_speed import Figures, Task, peak_bytes, training_config, wait
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.device import find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training import worker, zero
+from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
@@ -94,7 +95,7 @@ def work(job: StagesJob, stop: Stop) -> None:
             break
     if zero.rank() == 0:
         artifacts.write_json(job.run_dir / _FOUND, {"found": found})
-        records.append(job.folder.events, {"event": "done"})
+        EVENTS.append(job.folder.events, Done())
 
 
 def of_ranks(task: Task, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
@@ -102,7 +103,7 @@ def of_ranks(task: Task, ranks: int, stages: tuple[Stage, ...], folder: Path) ->
     training = training_config(task, rows)
     training = training.replace(workload=training.workload.replace(ranks=ranks))
     job = StagesJob(run_dir=folder, training=training, task=task, stages=stages)
-    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    job.write(job.folder.job)
     launch("zero_stages", job.folder.job, lambda event: None, ranks=ranks)
     found: Figures = artifacts.read_json(folder / _FOUND)
     return found

@@ -22,7 +22,8 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
     {"config", "artifacts", "units"},
-    {"device", "records", "reuse", "run_folder"},
+    {"records"},
+    {"device", "reuse", "run_folder"},
     {"model", "data"},
     {"tracking"},
     {"training"},

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow import artifacts, records
 from zeroflow.checks import overfit, preflight, resume
 from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, OverfitResult
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
@@ -24,11 +23,12 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
-from zeroflow.report import data_page, pictures, plan_page, proof, run_report
+from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.pages import with_pictures
 from zeroflow.report.progress import LossWatch, Show, TrainingProgress
+from zeroflow.report.run_report import Finished
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
@@ -37,6 +37,7 @@ from zeroflow.settings.settle import settle, unlike_others
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
+from zeroflow.training.events import Event
 from zeroflow.training.job import TrainingJob, TrainResult, finished, why_trained
 from zeroflow.training.launch import ownership
 
@@ -113,7 +114,7 @@ def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlemen
     predicted = plans.predict(run, settlement.device)
     if (before := plans.load(run.folder)) and plans.is_same(before, predicted):
         predicted = before.replace(free_bytes=predicted.free_bytes)
-    artifacts.write_json(run.folder.plan, predicted.model_dump(mode="json"))
+    predicted.write(run.folder.plan)
     for line in plan_page.log_lines(settlement, predicted):
         log.info("%s", line)
     return settlement
@@ -164,7 +165,7 @@ def check_before(
         result = preflight.read(job.folder)
         return result and result.replace(reused=True, why=TRAINED)
     result = preflight.check(job)
-    view.page(run_report.preflight_section(result), "preflight", job.run_dir.name)
+    view.page(run_page.preflight_section(result), "preflight", job.run_dir.name)
     if not result.passed:
         raise PreflightFailed(result)
     return result
@@ -189,7 +190,7 @@ def train(
     watch = LossWatch(job, view.live_picture("loss", job.run_dir.name))
     with TrainingProgress(view.progress("training", job.run_dir.name)) as progress:
 
-        def follow(event: records.Line) -> None:
+        def follow(event: Event) -> None:
             progress(event)
             watch(event)
 
@@ -240,9 +241,7 @@ def write_report(
         the path of report.json
     """
     settlement, shards, job = prepared
-    path = run_report.write(
-        settlement.run, job, shards, settlement.device, checked, trained, learned
-    )
+    path = run_report.write(Finished(settlement.run, job, shards, checked, trained, learned))
     view.page(with_pictures(settlement.run.folder.report_page), "report", settlement.run.run_name)
     return path
 

@@ -1,39 +1,190 @@
-"""JSON lines that one process appends and another follows.
+"""Typed JSON: whole files, and files of lines that one process appends and others follow.
 
-`metrics.jsonl` holds an object for every logged step and validation, each once. `events.jsonl` is
-the history of the processes, never shortened: started, metrics, saved, stopped, failed, done.
+What a run writes and reads again is a `Record`. One class writes and reads it, with a format
+version: a file of a newer format is refused with a sentence instead of being misread.
 """
 
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
-Line = dict[str, Any]
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from zeroflow import artifacts
+from zeroflow.config import Config
 
 
-def append(path: Path, line: Line) -> None:
-    """Add `line`, whole or not at all, in the place of a half-written last one.
+class Record(Config):
+    """Content of a JSON file or of one of its lines.
 
-    Raises:
-        OSError: the disk is full.
+    A field that is added later has a default, so that older files stay readable, and older
+    versions ignore it. A change that they would misread raises `FORMAT`; the class then converts
+    older content in a "before" validator. Files without a format are of the first.
     """
-    content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-    with path.open("a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        end = _end_of_lines(file, size)
-        if end != size:
-            file.truncate(end)
+
+    model_config = ConfigDict(extra="ignore")
+
+    FORMAT: ClassVar[int] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_newer_format(cls, content: Any) -> Any:
+        found = content.get("format") if isinstance(content, dict) else None
+        if isinstance(found, int) and found > cls.FORMAT:
+            raise PydanticCustomError(
+                "newer_format",
+                "its format is {found}, and this version of zeroflow reads formats up to {known}: "
+                "use the version that wrote it, or move the file away",
+                {"found": found, "known": cls.FORMAT},
+            )
+        return content
+
+    def as_json(self) -> dict[str, Any]:
+        """The content as it is written; NaN and infinity stay what they are."""
+        return {"format": self.FORMAT} | self.model_dump(mode="json")
+
+    def write(self, path: Path) -> None:
+        """Write the file so that a reader, or a power cut, meets the old one or the new one."""
+        artifacts.write_json(path, self.as_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not valid JSON, of a newer format or of something else.
+        """
+        content = artifacts.read_json(path)
         try:
-            written = file.write(content)
-        except OSError as error:
-            raise OSError(error.errno, f"{path} cannot be added to: {error.strerror}") from error
-        if written != len(content):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, f"{path} cannot be added to: the disk is full")
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{path} cannot be read: {_reason(error)}") from error
+
+    @classmethod
+    def read_if_exists(cls, path: Path) -> Self | None:
+        """As `read`; None if there is no such file."""
+        return cls.read(path) if path.exists() else None
+
+
+def omitted() -> Any:
+    """Default of a field that is None in some records, and then not written."""
+    return Field(None, exclude_if=lambda value: value is None)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class JsonLines(Generic[R]):
+    """A kind of file with a record of type `R` on each line."""
+
+    def __init__(self, kind: Any) -> None:
+        """
+        Args:
+            kind: `R`, a record class or a union of some.
+        """
+        self._adapter: TypeAdapter[R] = TypeAdapter(kind)
+
+    def append(self, path: Path, record: R) -> None:
+        """Add `record`, whole or not at all, in the place of a half-written last line.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        content = (json.dumps(record.as_json(), ensure_ascii=False) + "\n").encode()
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            end = _end_of_lines(file, size)
+            if end != size:
+                file.truncate(end)
+            try:
+                written = file.write(content)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot add to {path}: {error.strerror}") from error
+            if written != len(content):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, f"cannot add to {path}: the disk is full")
+
+    def read(self, path: Path) -> list[R]:
+        """The records of all complete lines; a killed process may leave half a line.
+
+        Raises:
+            ValueError: a line is not valid JSON, of a newer format or of something else.
+        """
+        return self.follow(path).new_records()
+
+    def readable(self, path: Path) -> list[R]:
+        """As `read`, without the lines that cannot be read."""
+        records = []
+        for line in _complete_lines(path):
+            try:
+                records.append(self._adapter.validate_json(line))
+            except ValidationError:
+                continue
+        return records
+
+    def keep(self, path: Path, wanted: Callable[[R], bool]) -> None:
+        """Drop, atomically, the lines whose records are not `wanted`, and a half-written one."""
+        if not path.exists():
+            return
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            for line in _complete_lines(path):
+                if wanted(self.parse(line, path)):
+                    file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def follow(self, path: Path, *, from_end: bool = False) -> "Tail[R]":
+        """A reader of the records that are added to `path`.
+
+        Args:
+            from_end: leave out what is there now.
+        """
+        return Tail(self, path, _size(path) if from_end else 0)
+
+    def parse(self, line: bytes, path: Path) -> R:
+        """
+        Args:
+            path: the file of the line, for the error.
+
+        Raises:
+            ValueError: the line is not valid JSON, of a newer format or of something else.
+        """
+        try:
+            return self._adapter.validate_json(line)
+        except ValidationError as error:
+            raise ValueError(
+                f"{path} has a line that cannot be read: {_reason(error)}; it begins with "
+                f"{line[:60].decode(errors='replace')!r}"
+            ) from error
+
+
+class Tail(Generic[R]):
+    """Follows a growing file from the line that comes after `position` bytes."""
+
+    def __init__(self, kind: JsonLines[R], path: Path, position: int) -> None:
+        self._kind, self._path, self._position = kind, path, position
+
+    def new_records(self) -> list[R]:
+        """Those of the lines that were completed since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(complete) + len(newline)
+        return [self._kind.parse(line, self._path) for line in complete.split(b"\n") if line]
+
+
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    content = path.read_bytes() if path.exists() else b""
+    return filter(None, content.rpartition(b"\n")[0].split(b"\n"))
 
 
 def _end_of_lines(file: RawIOBase, size: int) -> int:
@@ -46,49 +197,14 @@ def _end_of_lines(file: RawIOBase, size: int) -> int:
     return size
 
 
-def read(path: Path) -> list[Line]:
-    """All complete lines; a line that a killed process left half-written is no line."""
-    return Tail(path).new_lines() if path.exists() else []
-
-
-def keep(path: Path, wanted: Callable[[Line], bool]) -> None:
-    """Drop, atomically, the lines that are not `wanted`, and a half-written last one."""
-    if not path.exists():
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for line in filter(wanted, read(path)):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-class Tail:
-    """Follows a growing file from the line that comes after `position` bytes."""
-
-    def __init__(self, path: Path, position: int = 0) -> None:
-        self._path, self._position = path, position
-
-    def new_lines(self) -> list[Line]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._position += len(complete) + len(newline)
-        return [self._parsed(line) for line in complete.split(b"\n") if line.strip()]
-
-    def _parsed(self, line: bytes) -> Line:
-        try:
-            found: Line = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{self._path} has a line that is no JSON ({error}): take it out; it begins with "
-                f"{line[:60].decode(errors='replace')!r}"
-            ) from error
-        return found
-
-
-def size(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _reason(error: ValidationError) -> str:
+    """All that is wrong, on one line."""
+    problems = []
+    for problem in error.errors(include_url=False, include_input=False):
+        where = ".".join(map(str, problem["loc"]))
+        problems.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+    return "; ".join(problems)

@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from zeroflow.artifacts import DAMAGED
-from zeroflow.config import Config
+from zeroflow.records import Record, omitted
 
 Fields = Mapping[str, Any]
 """What a result depends on, by names that a person knows. A value that is such a mapping itself is
 one field, of which the entries that differ are named."""
+
+Identity = dict[str, JsonValue]
+"""`Fields` that are stored, of something that was checked."""
 
 SAME = "it is there and whole, of the same settings and source"
 PASSED = "the same was checked before, and passed"
@@ -25,7 +28,7 @@ _SHOWN = 50
 """Characters of a value."""
 
 
-class StageResult(Config):
+class StageResult(Record):
     """What a stage gives, and how it came by it. That is of one command, and not stored."""
 
     reused: bool = Field(False, exclude=True)
@@ -43,8 +46,8 @@ class CheckResult(StageResult):
     job: str = ""
     """Fingerprint of what was checked."""
 
-    identity: dict[str, Any] | None = None
-    """What was checked, for people to read; None of an earlier version."""
+    identity: Identity | None = omitted()
+    """What was checked, for the comparison with another check; None in files of older versions."""
 
 
 class Difference(NamedTuple):

@@ -100,7 +100,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
     result = preflight.check(job)
     assert not result.passed and preflight.known(job) is None
     actions = [entry.action for entry in recovery.read(job.folder)]
-    assert len(actions) == 3 and "computed again" in actions[-1]
+    assert len(actions) == 3 and "recomputed" in actions[-1]
     message = str(PreflightFailed(result))
     assert "micro-batch: 1 row does not fit" in message and "lower --seq-len" in message
 

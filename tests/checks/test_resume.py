@@ -4,19 +4,21 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from zeroflow import artifacts, records
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Kill, Proof, ProofConfig
 from zeroflow.cli import commands
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention, Saver
+from zeroflow.training.events import EVENTS, Done, Event, Failed, Started, Stopped
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.launch import launch
+from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.training.state import new_state
 
 STEPS = 24
@@ -31,9 +33,9 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     cache = tmp_path_factory.mktemp("forgetful")
 
     def train(job: TrainingJob, on_event) -> TrainResult:
-        artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+        job.write(job.folder.job)
         launch("forgetful", job.folder.job, on_event)
-        return TrainResult.model_validate(artifacts.read_json(job.folder.training))
+        return TrainResult.read(job.folder.training)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "train", train)
@@ -45,42 +47,42 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
 
 def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forgetful, console):
     code, folder = forgetful
-    proof = Proof.model_validate(artifacts.read_json(folder / "proof.json"))
+    proof = Proof.read(folder / "proof.json")
     assert code == 1 and not proof.passed
-    started = [e["step"] for e in history(folder) if e["event"] == "started"]
+    started = [e.step for e in history(folder) if isinstance(e, Started)]
     resumed = [step for step in started if step]
     assert resumed, "a training that begins anew forgets nothing"
     assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
     undisturbed, killed = (logged(RunFolder(folder / name)) for name in ("undisturbed", "killed"))
-    first = next(s for s in range(1, STEPS + 1) if undisturbed[s]["loss"] != killed[s]["loss"])
+    first = next(s for s in range(1, STEPS + 1) if undisturbed[s].loss != killed[s].loss)
     assert first == proof.difference.step
-    assert proof.difference.killed == float(killed[first]["loss"]).hex()
+    assert proof.difference.killed == killed[first].loss.hex()
     assert "random-number generator" in proof.reason and "**FAILED**" in page(folder)
     assert len(set(proof.sha256.values())) == 2
 
 
 def test_kills_are_told_as_they_were(forgetful):
     _, folder = forgetful
-    proof = Proof.model_validate(artifacts.read_json(folder / "proof.json"))
-    started = [e["step"] for e in history(folder) if e["event"] == "started"]
+    proof = Proof.read(folder / "proof.json")
+    started = [e.step for e in history(folder) if isinstance(e, Started)]
     # what was killed while starting up has no line of its own
     assert started[-1] == proof.kills[-1].resumed_at
     assert set(started) <= {0, *(kill.resumed_at for kill in proof.kills)}
-    assert sum(e["event"] == "done" for e in history(folder)) == 1
-    assert not any(e["event"] in ("failed", "stopped") for e in history(folder))
+    assert sum(isinstance(e, Done) for e in history(folder)) == 1
+    assert not any(isinstance(e, Failed | Stopped) for e in history(folder))
 
 
 def test_moments_are_of_all_phases_and_spread_over_the_steps(forgetful):
     _, folder = forgetful
-    lines = records.read(folder / "undisturbed" / "events.jsonl")
-    intervals = resume._intervals(lines, 3.0)
-    assert {interval.phase for interval in intervals} == set(resume.PHASES)
+    events = EVENTS.read(folder / "undisturbed" / "events.jsonl")
+    intervals = resume._intervals(events, 3.0)
+    assert {interval.phase for interval in intervals} == set(resume.TARGETS)
     assert sum(interval.phase == "training" for interval in intervals) >= STEPS - 6
     for seed in range(20):
         config = ProofConfig(kills=4, kill_seed=seed)
         moments = resume._moments(intervals, config, last=STEPS)
         assert moments == resume._moments(intervals, config, last=STEPS)
-        assert sorted(moment.phase for moment in moments) == sorted(resume.PHASES)
+        assert sorted(moment.phase for moment in moments) == sorted(resume.TARGETS)
         steps = [moment.step for moment in moments if moment.phase != "start-up"]
         assert steps == sorted(set(steps)), "one after the other"
         assert min(steps) < STEPS / 2 <= max(steps) < STEPS
@@ -92,7 +94,7 @@ def twins(forgetful, tmp_path) -> tuple[TrainingJob, TrainingJob]:
     source = forgetful[1] / "undisturbed"
     for name in ("undisturbed", "killed"):
         shutil.copytree(source, tmp_path / name)
-    job = TrainingJob.model_validate(artifacts.read_json(source / "job.json"))
+    job = TrainingJob.read(source / "job.json")
     return tuple(job.replace(run_dir=tmp_path / name) for name in ("undisturbed", "killed"))
 
 
@@ -115,7 +117,7 @@ def test_equal_trainings_pass_unless_none_was_killed(twins):
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm", "val_loss"])
 @pytest.mark.parametrize("step", [5, 20])
 def test_last_bit_of_one_number_is_caught(twins, quantity, step):
-    lines = records.read(twins[1].folder.metrics)
+    lines = lines_of(twins[1])
     [line] = [m for m in lines if m["step"] == step and quantity in m]
     line[quantity] = math.nextafter(line[quantity], math.inf)
     rewrite(twins[1], lines)
@@ -126,7 +128,7 @@ def test_last_bit_of_one_number_is_caught(twins, quantity, step):
 
 
 def test_line_that_is_missing_or_comes_twice_is_caught(twins):
-    lines = records.read(twins[1].folder.metrics)
+    lines = lines_of(twins[1])
     place = next(i for i, line in enumerate(lines) if line["step"] == 9)
     rewrite(twins[1], lines[:place] + lines[place + 1 :])
     assert "step 9 is the first that differs: loss" in judged(twins).reason
@@ -136,7 +138,7 @@ def test_line_that_is_missing_or_comes_twice_is_caught(twins):
 
 
 def test_difference_before_any_resume_is_blamed_on_the_device(twins):
-    lines = records.read(twins[1].folder.metrics)
+    lines = lines_of(twins[1])
     for line in lines:
         if "loss" in line and line["step"] >= 4:
             line["loss"] += 1e-6
@@ -161,18 +163,23 @@ def test_last_bit_of_one_moment_is_caught_by_name(twins):
     assert proof.difference.quantity == "optimizer.model.norm.weight.exp_avg"
 
 
-def history(folder: Path) -> list[records.Line]:
-    return records.read(folder / "killed" / "events.jsonl")
+def history(folder: Path) -> list[Event]:
+    return EVENTS.read(folder / "killed" / "events.jsonl")
 
 
 def page(folder: Path) -> str:
     return (folder / "proof.md").read_text(encoding="utf-8")
 
 
-def logged(folder: RunFolder) -> dict[int, records.Line]:
-    return {line["step"]: line for line in records.read(folder.metrics) if "loss" in line}
+def logged(folder: RunFolder) -> dict[int, StepRecord]:
+    records = METRICS.read(folder.metrics)
+    return {record.step: record for record in records if isinstance(record, StepRecord)}
 
 
-def rewrite(job: TrainingJob, lines: list[records.Line]) -> None:
+def lines_of(job: TrainingJob) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in job.folder.metrics.read_text().splitlines()]
+
+
+def rewrite(job: TrainingJob, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     job.folder.metrics.write_text(text, encoding="utf-8")

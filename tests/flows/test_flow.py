@@ -13,11 +13,12 @@ import pytest
 import torch
 from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api, mlflow_client, mlflow_run
 
-from zeroflow import records
 from zeroflow.cli import commands
 from zeroflow.cli import flow as flow_command
 from zeroflow.data.batches import Skip
-from zeroflow.training import goodput, recovery
+from zeroflow.run_folder import RunFolder
+from zeroflow.training import goodput
+from zeroflow.training.recovery import LEDGER, Entry
 
 TASKS = [
     "plan",
@@ -304,19 +305,20 @@ def test_generate_prints_text_and_export_opens_in_transformers(
 
 @pytest.mark.slow
 def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow) -> None:
-    """After two windows of data that were left out in vain, as its ledger says, and a third."""
+    """After three windows of data were left out, of which its ledger has two at the beginning."""
     before = {"time": 0, "process": 1, "reason": "diverged", "step": 0, "message": "it diverged"}
+    ledger = RunFolder(flow.folder("mad")).ledger
     flow.folder("mad").mkdir(parents=True)
     for _ in range(2):
-        entry = recovery.Entry(**before, action="left out", skip=Skip(step=0, batches=1))
-        records.append(flow.folder("mad") / "ledger.jsonl", entry.model_dump(mode="json"))
+        entry = Entry(**before, action="left out", skip=Skip(step=0, batches=1))
+        LEDGER.append(ledger, entry)
     mad = ["--learning-rate=1e30", "--warmup-steps=0", "--log-interval=1"]
     flags = ["--run-name=mad", "--data-mode=synthetic", *SMALL_SHAPE]
     output = flow.run(*flags, *mad, expect=1)
     assert "has loss" in output and "lower --learning-rate" in output
     assert "Traceback" not in output and output.count("error:") == 1
-    assert [entry.skip.step for entry in recovery.read(flow.folder("mad"))] == [0, 0, 0]
-    assert "3 windows of data have been left out in vain" in output
+    assert [entry.skip.step for entry in LEDGER.read(ledger)] == [0, 0, 0]
+    assert "3 windows of data were left out without success" in output
 
 
 @pytest.mark.slow

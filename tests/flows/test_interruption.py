@@ -18,7 +18,6 @@ from pipeline import (
     rank_of,
 )
 
-from zeroflow import artifacts
 from zeroflow.training import checkpoint, goodput, recovery
 from zeroflow.training.job import TrainingJob
 
@@ -51,9 +50,9 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
 
 def trained_undisturbed(flow: Flow, folder: Path) -> Path:
     """The directory of the same training, that nobody stops."""
-    job = TrainingJob.model_validate(artifacts.read_json(flow.folder("run") / "job.json"))
+    job = TrainingJob.read(flow.folder("run") / "job.json")
     other = job.replace(run_dir=folder, tracking=job.tracking.replace(run_name="undisturbed"))
-    artifacts.write_json(other.folder.job, other.model_dump(mode="json"))
+    other.write(other.folder.job)
     command = [sys.executable, "-m", "zeroflow.training", str(other.folder.job)]
     ended = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -68,7 +67,7 @@ def kill_the_training_and_then_the_flow(flow: Flow) -> None:
     assert (entry.reason, entry.step) == ("killed", 100), "the last regular checkpoint"
     process.kill()
     output, _ = process.communicate()
-    assert "training failed (killed)" in output and "goes on from step 100" in output
+    assert "training failed (killed)" in output and "resumes from step 100" in output
     wait_until_gone(flow.cache)
     assert newest_step(flow) % 100, "the orphan saved and ended by itself"
 

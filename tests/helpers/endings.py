@@ -7,9 +7,10 @@ import pytest
 import torch
 from pipeline import processes_of
 
-from zeroflow import artifacts, records
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
+from zeroflow.training.job import TrainResult
+from zeroflow.training.metrics import METRICS
 
 
 def assert_same_end(stopped: Path, undisturbed: Path) -> None:
@@ -21,12 +22,14 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "sample")
-    lines, expected = (
-        [{key: line.get(key) for key in keys} for line in records.read(f.metrics)] for f in folders
+    records, expected = (
+        [[getattr(r, key, None) for key in keys] for r in METRICS.read(f.metrics)] for f in folders
     )
-    assert lines == expected, "every logged number, each once"
+    assert records == expected, "every logged number, each once"
     keys = ("train_loss", "val_loss", "first_val_loss", "sample")
-    result, expected = ([artifacts.read_json(f.training)[key] for key in keys] for f in folders)
+    result, expected = (
+        [getattr(TrainResult.read(f.training), key) for key in keys] for f in folders
+    )
     assert result == expected
 
 

@@ -4,42 +4,43 @@ import os
 import signal
 import time
 from itertools import count
-from pathlib import Path
 
 import torch
 
-from zeroflow import records
 from zeroflow.training import worker, zero
+from zeroflow.training.events import EVENTS, Started, Stopped
 from zeroflow.training.job import RankJob
 
 _MEETINGS = 3
+PIDS = "pids"
+"""File with the process ids of both ranks."""
 
 
 def work(job: RankJob, stop: worker.Stop) -> None:
     fate = (job.run_dir / "fate").read_text()
-    history = job.folder.events
     for number in count():
         if number == _MEETINGS and zero.rank() == zero.ranks() - 1:
-            meet(fate, history)
+            meet(fate, job)
         if zero.rank() == 0:
             job.folder.alive.touch()
         if number == 0:
             pids = zero.total(os.getpid() << 32 * zero.rank())
             if zero.rank() == 0:
-                by_rank = [pids % 2**32, pids >> 32]
-                records.append(history, {"event": "started", "pids": by_rank})
+                (job.run_dir / PIDS).write_text(f"{pids % 2**32} {pids >> 32}")
+                event = Started(time=time.time(), step=0, steps=_MEETINGS, parts=1)
+                EVENTS.append(job.folder.events, event)
         if stop():
             if zero.rank() == 0:
-                records.append(history, {"event": "stopped", "message": "as asked for"})
+                EVENTS.append(job.folder.events, Stopped(message="as asked for"))
             return
         time.sleep(0.05)
 
 
-def meet(fate: str, history: Path) -> None:
+def meet(fate: str, job: RankJob) -> None:
     match fate:
         case "killed while others are frozen":
-            [line] = records.read(history)
-            os.kill(line["pids"][0], signal.SIGSTOP)
+            first, _ = (job.run_dir / PIDS).read_text().split()
+            os.kill(int(first), signal.SIGSTOP)
             os.kill(os.getpid(), signal.SIGKILL)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)

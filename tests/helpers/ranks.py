@@ -11,12 +11,13 @@ import torch
 from tiny import MODEL, WORKLOAD, ArrayRows, RandomBatches, with_workload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.training import checkpoint, sampling, worker, zero
 from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
+from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train, train_step
 from zeroflow.training.sampling import SamplingConfig
@@ -153,7 +154,7 @@ def work(job: RankJob, stop: worker.Stop) -> None:
     }
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
     if zero.rank() == 0:
-        records.append(job.folder.events, {"event": "done"})
+        EVENTS.append(job.folder.events, Done())
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def training_job(
         prompt="",
         sampling=SamplingConfig(),
         tracking=TrackingConfig(
-            uri="", folder=None, run_name="run", tags={}, params={}, dataset={}
+            uri="", folder=None, run_name="run", tags={}, params={}, dataset=None
         ),
         peak_flops=None,
     )

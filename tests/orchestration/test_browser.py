@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import step_record
 from pipeline import Ui, api, logged_steps
 
 from zeroflow.run_folder import Cache
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import PARENT, TrackingConfig, location
-from zeroflow.tracking.metrics import points
-from zeroflow.tracking.store import run_facts
+from zeroflow.tracking.store import run_ids
 from zeroflow.tracking.viewer import links
+from zeroflow.training.metrics import points
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -160,13 +161,13 @@ def add_a_sweep(cache: Path) -> list[str]:
     )
     group = Cache(cache).sweep("sweep")
     tracker.open_group(sweep, group)
-    facts = run_facts(group)
-    assert facts is not None
+    ids = run_ids(group)
+    assert ids is not None
     names = ["sweep-tiny", "sweep-small"]
     for name in names:
-        config = sweep.replace(run_name=name, tags={PARENT: facts["run_id"]})
+        config = sweep.replace(run_name=name, tags={PARENT: ids.run_id})
         folder = Cache(cache).run(name)
         folder.path.mkdir()
-        lines = [{"step": n, "tokens": n, "loss": 9 - n, "time": n} for n in range(1, 4)]
-        tracker._MlflowRun(config, folder).send(points(lines))
+        records = [step_record(step, 9.0 - step) for step in range(1, 4)]
+        tracker._MlflowRun(config, folder).send(points(records))
     return names

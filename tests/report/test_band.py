@@ -5,17 +5,20 @@ from pathlib import Path
 
 import format1
 import pytest
+from logged import step_record, validation_record
 from matplotlib.image import imread
 from tiny import MODEL, training_config, training_job, with_workload
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import band, pictures, progress
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
 from zeroflow.run_folder import RunFolder
+from zeroflow.training.events import EVENTS, Metrics, Started
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import METRICS
 
 STEPS, STEP_TOKENS = 200, 64
 WINDOW = 10 * STEP_TOKENS
@@ -51,7 +54,7 @@ def make(tmp_path, shards):
         folder = tmp_path / "runs" / name
         folder.parent.mkdir(exist_ok=True)
         job = training_job(folder, shards, TOKENS, training)
-        artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+        job.write(job.folder.job)
         return job
 
     return made
@@ -63,18 +66,17 @@ def usual(step: int) -> float:
 
 def train(job: TrainingJob, time: float, above: float = 0.0, *, to: int = STEPS, of: int = STEPS):
     """Leave what a training leaves whose loss is `above` the usual one, as far as it came."""
-    started = {"event": "started", "time": time, "step": 0, "steps": of, "parts": 1}
-    records.append(job.folder.events, started)
-    for line in losses(above, to=to):
-        records.append(job.folder.metrics, line)
+    EVENTS.append(job.folder.events, Started(time=time, step=0, steps=of, parts=1))
+    for record in losses(above, to=to):
+        METRICS.append(job.folder.metrics, record)
 
 
 def losses(above: float = 0.0, *, since: int = 0, until: int = STEPS, to: int = STEPS):
-    """Lines of metrics.jsonl: the usual loss, but `above` it in steps `since` + 1 to `until`."""
-    yield {"step": 0, "tokens": 0, "val_loss": 6.0}
+    """Records of the usual loss, but `above` it in steps `since` + 1 to `until`."""
+    yield validation_record(0, 6.0)
     for step in range(1, to + 1):
         apart = above if since < step <= until else 0.0
-        yield {"step": step, "tokens": step * STEP_TOKENS, "loss": usual(step) + apart}
+        yield step_record(step, usual(step) + apart, tokens=step * STEP_TOKENS)
 
 
 def found(job: TrainingJob) -> band.Band:
@@ -175,7 +177,7 @@ def test_run_of_another_model_or_other_data_is_not_used(make, shards):
         "parts": {"shards": shards.replace(parts=2)},
     }.items():
         other = make(name, seed=1).replace(**change)
-        artifacts.write_json(other.folder.job, other.model_dump(mode="json"))
+        other.write(other.folder.job)
         train(other, 1.0)
     assert band.find(mine) is None
 
@@ -192,11 +194,9 @@ def test_run_of_format_1_counts_as_the_same_training(tmp_path):
         folder = RunFolder(runs / f"old{seed}")
         training = format1.JOB["training"] | {"seed": seed}
         artifacts.write_json(folder.job, format1.JOB | {"training": training})
-        started = {"event": "started", "time": seed, "step": 0, "steps": 60, "parts": 1}
-        records.append(folder.events, started)
+        EVENTS.append(folder.events, Started(time=seed, step=0, steps=60, parts=1))
         for step in range(1, 61):
-            line = {"step": step, "tokens": 512 * step, "loss": 7.0}
-            records.append(folder.metrics, line)
+            METRICS.append(folder.metrics, step_record(step, 7.0, tokens=512 * step))
     mine = TrainingJob.model_validate(format1.JOB).replace(run_dir=runs / "new")
     assert found(mine).runs == ("old1", "old2")
 
@@ -239,7 +239,7 @@ def test_damaged_run_is_harmless(job, make):
         ("nameless", "metrics.jsonl", '{"loss": 3.0}\n'),
     ):
         folder = make(name, seed=9).run_dir
-        train(TrainingJob.model_validate(artifacts.read_json(folder / "job.json")), 1.0)
+        train(TrainingJob.read(folder / "job.json"), 1.0)
         (folder / file).write_bytes(content.encode("latin-1"))
     make("never begun", seed=10)
     assert found(job).runs == ("high", "low")
@@ -249,10 +249,10 @@ def test_watch_says_once_that_the_loss_left_the_band(job, monkeypatch, caplog):
     monkeypatch.setattr(progress, "_PICTURE_SECONDS", 0)
     shown: list[Path] = []
     watch = LossWatch(job, shown.append)
-    for line in losses(1.0, since=60):
-        records.append(job.folder.metrics, line)
-        if line["step"] % 30 == 0:
-            watch({"event": "metrics"} | line)
+    for record in losses(1.0, since=60):
+        METRICS.append(job.folder.metrics, record)
+        if record.step % 30 == 0:
+            watch(Metrics(record=record))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1
     assert said[0].startswith("loss is out of band from 3,840 tokens: up to 0.55")

@@ -4,7 +4,7 @@ import pytest
 
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.report import pictures
-from zeroflow.report.comparison import Outcome, PowerLaw, compare, figures, markdown
+from zeroflow.report.comparison import Comparison, Outcome, PowerLaw, compare, markdown
 from zeroflow.report.pictures import losses_compared
 from zeroflow.run_folder import SweepFolder
 
@@ -38,16 +38,17 @@ def outcome(
         val_bpb=None,
         tokens_per_second=1e5,
         seconds=tokens / 1e5,
-        ranks=gpus,
+        gpus=gpus,
         zero_stage=stage,
         peak_memory_bytes=2**30,
         curve=((0, 10.4), (tokens // 2, final + 0.3), (tokens, final)),
+        metrics={"loss/val": final},
     )
 
 
 def test_law_is_found_again_and_foretells_what_obeys_it():
     found = compare([outcome("medium"), outcome("tiny"), outcome("small")])
-    assert [one.size for one in found.outcomes] == ["tiny", "small", "medium"]
+    assert [one.size for one in found.runs] == ["tiny", "small", "medium"]
     assert found.law.b == pytest.approx(EXPONENT)
     assert math.exp(found.law.log_a) == pytest.approx(FACTOR)
     assert found.law.b_error == pytest.approx(0, abs=1e-6)
@@ -80,14 +81,14 @@ def test_best_run_of_a_size_counts():
     worse = outcome("tiny", loss=9.0, seed=1)
     found = compare([worse, outcome("tiny"), outcome("small")])
     assert found.law.b == pytest.approx(EXPONENT)
-    assert len(found.outcomes) == 3
+    assert len(found.runs) == 3
 
 
 def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
     broken = [outcome("tiny", loss=math.nan, seed=1), outcome("medium", loss=math.inf)]
     found = compare([*broken, outcome("tiny"), outcome("small")])
     assert found.law.b == pytest.approx(EXPONENT) and found.law.points == 2
-    assert [one.run for one in found.outcomes] == ["tiny-0", "tiny-1", "small-0", "medium-0"]
+    assert [one.run for one in found.runs] == ["tiny-0", "tiny-1", "small-0", "medium-0"]
     assert "| nan |" in markdown("s", found, pictures=[], failed=[])
     assert compare(broken).law is None
 
@@ -145,7 +146,8 @@ def test_page_and_pictures_tell_all_of_it(tmp_path):
         "loss-by-hours.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-    assert figures(found)["law"]["points"] == 3
+    found.write(tmp_path / "comparison.json")
+    assert Comparison.read(tmp_path / "comparison.json") == found
 
 
 def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, monkeypatch):
@@ -179,6 +181,6 @@ def test_stages_of_zero_are_told_where_there_are_several_gpus():
 
 
 def test_runs_that_are_named_after_their_sizes_need_no_column_of_those():
-    runs = [outcome(size)._replace(run=f"s-{size}") for size in ("tiny", "small")]
+    runs = [outcome(size).replace(run=f"s-{size}") for size in ("tiny", "small")]
     page = markdown("s", compare(runs), **NOTHING_ELSE)
     assert "| run | validation loss |" in page and "| small | " in page

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from tiny import contents
 
-from zeroflow import artifacts, records
 from zeroflow.cli import commands
 from zeroflow.data import slices
 from zeroflow.data.batches import Batches, BatchShape, Skip
@@ -22,6 +21,7 @@ from zeroflow.report.documents import documents, left_out
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
+from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
 
 TRAINING = {"seq_len": 32, "batch_size": 2, "grad_accum_steps": 2, "validation_tokens": 32}
@@ -43,14 +43,14 @@ def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
     shards = build_shards(run.shard_config, run.data, tokenizer, cache)
     model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
     job = training_job(settled, model, shards, tokenizer, tags={})
-    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    job.write(job.folder.job)
     return job
 
 
 def begin(job: TrainingJob, step: int) -> None:
     """Note that a process began to train at `step`."""
-    started = {"event": "started", "step": step, "parts": job.shards.parts}
-    records.append(job.folder.events, started)
+    started = Started(time=0.0, step=step, steps=job.training.steps, parts=job.shards.parts)
+    EVENTS.append(job.folder.events, started)
 
 
 def trained_on(job: TrainingJob, step: int) -> list[int]:
@@ -93,7 +93,7 @@ def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, cons
     job = prepared(text, tmp_path, steps=6)
     unskipped = [trained_on(job, step) for step in range(1, 7)]
     job = job.replace(skips=(Skip(step=2, batches=2),))
-    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    job.write(job.folder.job)
     for step, read_at in ((2, 2), (3, 5), (4, 6)):
         rows = [piece.row for piece in documents(tmp_path, "mine", step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step) == unskipped[read_at - 1]

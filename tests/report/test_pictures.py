@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
+from logged import step_record, validation_record
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from zeroflow.report import pictures
-
-
-def line(step: int, **values: float) -> dict[str, float]:
-    return {"step": step, "tokens": 64 * step, **values}
 
 
 def curves(figure) -> dict[str, list[tuple[float, float]]]:
@@ -23,14 +20,15 @@ def curves(figure) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_resume_shows_both_trainings_and_every_kill(tmp_path, figures):
-    undisturbed = [line(0, val_loss=5.0), line(1, loss=4.9), line(4, loss=4.0), line(4, val_loss=4)]
-    killed = [line(0, val_loss=5.0), line(1, loss=4.9), line(4, loss=4.5), line(4, val_loss=4.6)]
+    both = [validation_record(0, 5.0), step_record(1, 4.9)]
+    undisturbed = [*both, step_record(4, 4.0), validation_record(4, 4.0)]
+    killed = [*both, step_record(4, 4.5), validation_record(4, 4.6)]
     path = tmp_path / "proof.png"
     assert pictures.resume_curves(undisturbed, killed, path, kills=[1, 3]) == path
     found = curves(figures[0])
-    assert found["loss undisturbed"] == [(1, 4.9), (4, 4.0)]
-    assert found["loss killed"] == [(1, 4.9), (4, 4.5)]
-    assert found["val_loss killed"] == [(0, 5.0), (4, 4.6)]
+    assert found["training loss, undisturbed"] == [(1, 4.9), (4, 4.0)]
+    assert found["training loss, killed"] == [(1, 4.9), (4, 4.5)]
+    assert found["validation loss, killed"] == [(0, 5.0), (4, 4.6)]
     kills = [x for x in figures[0].axes[0].lines if set(x.get_xdata()) in ({1}, {3})]
     assert len(kills) == 2
 

@@ -265,9 +265,11 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
 
 
 def test_miss_is_known_only_where_both_are():
-    assert Compared("seconds", 10.0, 11.0).miss == pytest.approx(0.1)
-    assert Compared("seconds", None, 11.0).miss is None
-    assert plan_page.cells(Compared("memory_bytes", None, 2**30))[1:] == ("unknown", "1.00 GiB", "")
+    seconds = Compared(name="seconds", predicted=10.0, measured=11.0)
+    assert seconds.miss == pytest.approx(0.1)
+    assert seconds.replace(predicted=None).miss is None
+    memory = Compared(name="memory_bytes", predicted=None, measured=2**30)
+    assert plan_page.cells(memory)[1:] == ("unknown", "1.00 GiB", "")
 
 
 def test_memory_of_code_that_the_formula_is_not_for_is_left_open(ask):

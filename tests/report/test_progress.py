@@ -4,8 +4,10 @@ import logging
 import time
 
 import pytest
+from logged import step_record, validation_record
 
 from zeroflow.report.progress import TrainingProgress
+from zeroflow.training.events import Metrics, Saved, Started
 
 
 @pytest.fixture
@@ -16,18 +18,13 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def started(step: int = 0, steps: int = 100) -> dict[str, object]:
-    return {"event": "started", "time": 0.0, "step": step, "steps": steps}
+def started(step: int = 0, steps: int = 100) -> Started:
+    return Started(time=0.0, step=step, steps=steps, parts=1)
 
 
-def logged(step: int, at: float, rate: float | None = 640.0) -> dict[str, object]:
-    return {
-        "event": "metrics",
-        "step": step,
-        "time": at,
-        "loss": 5.0 - step / 100,
-        "tokens_per_second": rate,
-    }
+def logged(step: int, at: float, rate: float | None = 640.0) -> Metrics:
+    record = step_record(step, 5.0 - step / 100, time=at, tokens_per_second=rate)
+    return Metrics(record=record)
 
 
 def test_every_logged_step_is_shown_with_its_share_and_the_time_left(passed):
@@ -35,9 +32,9 @@ def test_every_logged_step_is_shown_with_its_share_and_the_time_left(passed):
     with TrainingProgress(lambda share, text: shown.append((share, text))) as progress:
         progress(started())
         progress(logged(1, at=60.0, rate=None))
-        progress({"event": "metrics", "step": 1, "time": 61.0, "val_loss": 5.0})
+        progress(Metrics(record=validation_record(1, time=61.0)))
         progress(logged(11, at=80.0))
-        progress({"event": "saved", "time": 81.0, "step": 11, "path": "step-00000011"})
+        progress(Saved(time=81.0, step=11, path="step-00000011"))
         progress(logged(51, at=160.0))
         progress(logged(100, at=258.0))
     assert [share for share, _ in shown] == [0.01, 0.11, 0.51, 1.0]

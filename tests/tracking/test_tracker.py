@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import step_record, validation_record
 from pipeline import free_port
 
-from zeroflow import artifacts, records
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import TrackingConfig, location
-from zeroflow.tracking.metrics import points
-from zeroflow.tracking.store import _existing, run_facts
+from zeroflow.tracking.store import RunIds, _existing, run_ids
 from zeroflow.tracking.tracker import Tracker
 from zeroflow.tracking.viewer import links, viewer
+from zeroflow.training.metrics import METRICS, StepRecord, points
+from zeroflow.training.recovery import LEDGER, Entry
 
 BEGAN = 1_700_000_000.0
 
@@ -113,35 +114,39 @@ def wait_for(condition: Callable[[], Any]) -> None:
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail("waited in vain")
+    pytest.fail("waited too long")
 
 
-def line(step: int, **figures: float | None) -> dict[str, Any]:
-    """Of metrics.jsonl; a step that is trained again has another time and the same loss."""
-    again = {"step": step, "tokens": 128 * step, "loss": 5.0 - step / 10, "time": BEGAN + step}
-    return again | figures
+def logged(step: int, **values: float | None) -> StepRecord:
+    """A step that is trained again has another time and the same loss."""
+    again = {"tokens": 128 * step, "time": BEGAN + step}
+    return step_record(step, 5.0 - step / 10, **again | values)
 
 
-def record(folder: RunFolder, steps: range, **figures: float | None) -> None:
+def record(folder: RunFolder, steps: range, **values: float | None) -> None:
     for step in steps:
-        records.append(folder.metrics, line(step, **figures))
+        METRICS.append(folder.metrics, logged(step, **values))
+
+
+def validate(folder: RunFolder, steps: range, loss: float) -> None:
+    for step in steps:
+        METRICS.append(folder.metrics, validation_record(step, loss, time=BEGAN + 100))
 
 
 def follow(config: TrackingConfig, folder: RunFolder) -> Tracker:
-    return Tracker(config, folder, records.Tail(folder.metrics).new_lines)
+    records = METRICS.follow(folder.metrics)
+    return Tracker(config, folder, lambda: points(records.new_records()))
 
 
 def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=()) -> str | None:
-    return tracker.finish(
-        config,
-        folder,
-        records.read(folder.metrics),
+    ending = tracker.Ending(
         files=list(files),
+        figures={"overfit/steps": 9},
         step=5,
-        metrics={"overfit/steps": 9},
         series={"overfit/loss": [3.0, 2.0, 1.0]},
         succeeded=succeeded,
     )
+    return tracker.finish(config, folder, points(METRICS.read(folder.metrics)), ending)
 
 
 def client(config: TrackingConfig):
@@ -151,9 +156,9 @@ def client(config: TrackingConfig):
 
 
 def the_run(config: TrackingConfig, folder: RunFolder):
-    facts = run_facts(folder)
-    assert facts is not None
-    return client(config).get_run(facts["run_id"])
+    ids = run_ids(folder)
+    assert ids is not None
+    return client(config).get_run(ids.run_id)
 
 
 def history(config: TrackingConfig, folder: RunFolder, key: str) -> list[tuple[int, float]]:
@@ -164,7 +169,7 @@ def history(config: TrackingConfig, folder: RunFolder, key: str) -> list[tuple[i
 
 
 def arrived(config: TrackingConfig, folder: RunFolder) -> int:
-    return len(history(config, folder, "loss/train")) if run_facts(folder) else 0
+    return len(history(config, folder, "loss/train")) if run_ids(folder) else 0
 
 
 def losses(*steps: int) -> list[tuple[int, float]]:
@@ -185,20 +190,20 @@ def no_connection_of_this_thread() -> Iterator[None]:
 
 
 def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
-    metrics = mine.metrics
     record(mine, range(1, 4), mfu=None)
     follow(config, mine).close("KILLED")
-    first = run_facts(mine)
+    first = run_ids(mine)
     assert the_run(config, mine).info.status == "KILLED"
 
     # the killed process was ahead of its checkpoint, and its steps come again later
-    records.keep(metrics, lambda line: line["step"] <= 1)
+    METRICS.keep(mine.metrics, lambda record: record.step <= 1)
     tracker = follow(config, mine)
     wait_for(lambda: the_run(config, mine).info.status == "RUNNING")
-    record(mine, range(2, 6), time=BEGAN + 100, val_loss=2.0)
+    record(mine, range(2, 6), time=BEGAN + 100)
+    validate(mine, range(2, 6), 2.0)
     tracker.close("FINISHED")
 
-    assert run_facts(mine) == first
+    assert run_ids(mine) == first
     run = the_run(config, mine)
     assert history(config, mine, "loss/train") == losses(1, 2, 3, 4, 5)
     by_tokens = [(128 * step, loss) for step, loss in losses(1, 2, 3, 4, 5)]
@@ -215,9 +220,11 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
     # the end of the run, told twice as by a flow that runs again
     attached = tmp_path / "report.md"
     attached.write_text("# report")
-    recovery = {"time": BEGAN, "reason": "out of memory", "step": 3, "action": "halved"}
+    recovery = Entry(
+        time=BEGAN, process=1, reason="out of memory", step=3, message="", action="halved"
+    )
     for _ in range(2):
-        records.append(mine.ledger, recovery)
+        LEDGER.append(mine.ledger, recovery)
         done = finish(config, mine, succeeded=False, files=[attached])
         assert done == run.info.run_id
     assert sorted(history(config, mine, "overfit/loss")) == [(1, 3.0), (2, 2.0), (3, 1.0)]
@@ -236,7 +243,7 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     """One run goes on while the server is away, another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
 
-    def logged(words: str) -> int:
+    def told(words: str) -> int:
         return sum(words in message for message in caplog.messages)
 
     remote = config.replace(uri=server.uri, folder=None)
@@ -252,17 +259,17 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
         record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
-    wait_for(lambda: logged("will try again") == 2 + logged("is back and has all"))
-    came_back = logged("is back and has all")
+    wait_for(lambda: told("will try again") == 2 + told("is back and has all"))
+    came_back = told("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
         late = follow(remote, ended)
         late.close("FINISHED")
-    assert logged("did not take the last metrics") == 2
+    assert told("did not take the last metrics") == 2
     assert finish(remote, ended, succeeded=True) is None
 
     server.start()
-    wait_for(lambda: logged("is back and has all") > came_back)
+    wait_for(lambda: told("is back and has all") > came_back)
     assert history(remote, mine, "loss/train") == losses(*range(1, 8)), "during the run"
     record(mine, range(8, 10))
     going.close("FINISHED")
@@ -295,16 +302,16 @@ def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch,
 def test_points_whose_answer_was_lost_are_there_once(config, mine):
     """Two writers that both believe nothing has arrived."""
     first, second = (tracker._MlflowRun(config, mine) for _ in range(2))
-    lines = [line(step, val_loss=1.0) for step in range(1, 1200)]  # several batches
-    first.send(points(lines[:700]))
-    second.send(points(lines))
+    records = [logged(step) for step in range(1, 1200)]  # several batches
+    first.send(points(records[:700]))
+    second.send(points(records))
     assert history(config, mine, "loss/train") == losses(*range(1, 1200))
-    assert len(history(config, mine, "loss/val_by_tokens")) == 1199
+    assert len(history(config, mine, "loss/train_by_tokens")) == 1199
 
 
 def test_steps_of_less_than_a_gflop_are_one_point(config, mine):
-    lines = [line(step, flops=step * 4 * 10**8) for step in range(1, 9)]
-    for some in (lines[:3], lines[2:]):
+    records = [logged(step, flops=step * 4 * 10**8) for step in range(1, 9)]
+    for some in (records[:3], records[2:]):
         tracker._MlflowRun(config, mine).send(points(some))
     found = client(config).get_metric_history(
         the_run(config, mine).info.run_id, "loss/train_by_gflops"
@@ -344,7 +351,7 @@ def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
     assert finished is None
     for words in ("failed, will try again", "did not take the last", "could not be added"):
         assert any(words in message for message in caplog.messages), words
-    assert run_facts(mine) is None
+    assert run_ids(mine) is None
 
     # and the same command, once it can be written
     assert finish(config, mine, succeeded=True) is not None
@@ -363,7 +370,7 @@ def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path)
 
 def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, mine, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    artifacts.write_json(mine.mlflow, {"run_id": "r", "experiment_id": "1"})
+    RunIds(run_id="r", experiment_id="1", uri="").write(mine.mlflow)
     page = links(mine)["this run"]
     assert page == "http://127.0.0.1:5000/#/experiments/1/runs/r"
     shown = viewer(tmp_path, 5077)

@@ -12,7 +12,7 @@ from tiny import RandomBatches, training_config
 
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import goodput
-from zeroflow.training.goodput import PHASES, Account, Clock, PhaseLedger
+from zeroflow.training.goodput import BOOKINGS, PHASES, Account, Booking, Clock, PhaseLedger
 from zeroflow.training.loop import train
 from zeroflow.training.state import new_state
 
@@ -21,9 +21,8 @@ def begun(now: float = 0.0) -> Clock:
     return Clock(now or time.time(), device="cpu")
 
 
-def line(step: int, time: float, *, ended: bool = False, began: float | None = None, **seconds):
-    made = {"step": step, "time": time, "ended": ended, "seconds": seconds}
-    return made if began is None else made | {"began": began}
+def booking(step: int, time: float, *, ended: bool = False, began: float | None = None, **seconds):
+    return Booking(step=step, time=time, ended=ended, seconds=seconds, began=began)
 
 
 def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
@@ -40,11 +39,11 @@ def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
     assert account.wall == pytest.approx(time.time() - clock.began, abs=1)
     assert sum(account.shares.values()) == pytest.approx(1)
     assert set(account.seconds) == set(PHASES)
-    assert Account(json.loads(text) for text in lines(tmp_path)).seconds == account.seconds
+    assert goodput.read(RunFolder(tmp_path)).seconds == account.seconds
 
 
-def lines(folder) -> list[str]:
-    return RunFolder(folder).goodput.read_text().splitlines()
+def bookings(folder) -> list[Booking]:
+    return BOOKINGS.read(RunFolder(folder).goodput)
 
 
 class SlowBatches(RandomBatches):
@@ -68,14 +67,14 @@ def test_slow_source_of_batches_is_seen_as_data_wait():
 
 def test_killed_process_costs_its_steps_since_the_checkpoint_and_the_time_until_the_next():
     killed = [
-        line(0, 102.0, began=100.0, start=2.0),
-        line(10, 112.0, compile=3.0, forward_backward=7.0),
-        line(20, 122.0, forward_backward=9.0, logging=1.0),
-        line(25, 127.0, forward_backward=4.0, data=1.0),
+        booking(0, 102.0, began=100.0, start=2.0),
+        booking(10, 112.0, compile=3.0, forward_backward=7.0),
+        booking(20, 122.0, forward_backward=9.0, logging=1.0),
+        booking(25, 127.0, forward_backward=4.0, data=1.0),
     ]
     resumed = [
-        line(10, 140.0, began=138.0, start=2.0),  # from the checkpoint of step 10
-        line(20, 151.0, forward_backward=10.0, optimizer=1.0),
+        booking(10, 140.0, began=138.0, start=2.0),  # from the checkpoint of step 10
+        booking(20, 151.0, forward_backward=10.0, optimizer=1.0),
     ]
     account = Account([*killed, *resumed])
     assert account.wall == pytest.approx(151.0 - 100.0), "nothing is missing, nothing twice"
@@ -91,9 +90,9 @@ def test_killed_process_costs_its_steps_since_the_checkpoint_and_the_time_until_
 def test_run_that_was_stopped_in_order_is_not_charged_for_the_time_until_it_goes_on():
     account = Account(
         [
-            line(0, 101.0, began=100.0, start=1.0),
-            line(7, 110.0, ended=True, forward_backward=9.0),
-            line(7, 9002.0, began=9000.0, start=2.0),
+            booking(0, 101.0, began=100.0, start=1.0),
+            booking(7, 110.0, ended=True, forward_backward=9.0),
+            booking(7, 9002.0, began=9000.0, start=2.0),
         ]
     )
     assert account.wall == 12 and account.seconds["restarts"] == 0
@@ -102,22 +101,26 @@ def test_run_that_was_stopped_in_order_is_not_charged_for_the_time_until_it_goes
 
 
 def test_process_that_never_got_ready_is_lost_as_time_between_two():
-    account = Account([line(5, 10.0, began=0.0, start=10.0), line(5, 60.0, began=50.0, start=10.0)])
+    account = Account(
+        [booking(5, 10.0, began=0.0, start=10.0), booking(5, 60.0, began=50.0, start=10.0)]
+    )
     assert account.seconds["restarts"] == 40 and account.wall == 60
 
 
 def test_phase_of_an_older_version_is_left_out():
-    books = Account([line(0, 10, began=0, start=10), line(5, 30, ended=True, data=12, other=8)])
+    books = Account(
+        [booking(0, 10, began=0, start=10), booking(5, 30, ended=True, data=12, other=8)]
+    )
     assert books.wall == 22 and sum(books.shares.values()) == 1
 
 
-def test_half_a_line_of_a_killed_process_is_no_line(tmp_path):
+def test_half_a_line_of_a_killed_process_is_no_booking(tmp_path):
     PhaseLedger(RunFolder(tmp_path), begun()).book(3, first=True)
     with RunFolder(tmp_path).goodput.open("a") as file:
         file.write('{"step": 4, "ti')
     books = PhaseLedger(RunFolder(tmp_path), begun())
     books.book(3, first=True)
-    assert [json.loads(text)["step"] for text in lines(tmp_path)] == [3, 3]
+    assert [booking.step for booking in bookings(tmp_path)] == [3, 3]
     assert goodput.read(RunFolder(tmp_path)).restarts == 1
 
 
@@ -164,7 +167,7 @@ def test_books_survive_sigkill(tmp_path):
 
 
 def test_line_for_people_names_the_largest_parts():
-    account = Account([line(1, 100.0, began=0.0, start=10.0, forward_backward=80.0, data=10.0)])
+    account = Account([booking(1, 100.0, began=0.0, start=10.0, forward_backward=80.0, data=10.0)])
     text = goodput.summary(account.shares, account.wall)
     assert text.startswith("1 min 40 s: forward/backward 80.0%, start 10.0%, data wait 10.0%")
     assert math.isclose(account.goodput, 0.8)
@@ -191,3 +194,17 @@ def test_device_time_is_of_the_phase_that_asked_for_it():
     seconds = clock.seconds
     assert seconds["forward_backward"] > 10 * seconds["optimizer"]
     assert seconds["data"] < 0.002 and seconds["logging"] < 0.01
+
+
+def test_lines_of_an_older_version_are_read_and_written_with_the_same_fields(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    old = [
+        '{"step": 0, "time": 1790.8, "ended": false, "seconds": {"start": 2.7}, "began": 1788.1}',
+        '{"step": 60, "time": 1792.8, "ended": true, "seconds": {"checkpoint": 0.0287606489999}}',
+    ]
+    path.write_text("\n".join(old) + "\n")
+    read = BOOKINGS.read(path)
+    for booking in read:
+        BOOKINGS.append(path, booking)
+    again = [json.loads(line) for line in path.read_text().splitlines()[2:]]
+    assert again == [{"format": 1} | json.loads(line) for line in old]

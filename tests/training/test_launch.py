@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from meeting import PIDS
 from tiny import training_config
 
-from zeroflow import artifacts, records
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import launch as launch_module
 from zeroflow.training import zero
+from zeroflow.training.events import EVENTS, Event, Started
 from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped
 from zeroflow.training.launch import WATCH_PARENT, _end, launch
 
@@ -27,7 +28,7 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given = RankJob(run_dir=folder, training=training_config(ranks=2))
-    artifacts.write_json(folder / "job.json", given.model_dump(mode="json"))
+    given.write(folder / "job.json")
     (folder / "fate").write_text("none")
     (folder / ".rendezvous-before").touch()  # as of ranks that were killed with their parent
     return folder / "job.json"
@@ -40,15 +41,14 @@ def meet(job_file: Path, fate: str = "none", on_event=lambda event: None, **more
     try:
         launch("meeting", job_file, on_event, ranks=2, **more)
     finally:
-        pids = started(folder)["pids"]
+        pids = pids_of(folder)
         assert not any(map(psutil.pid_exists, pids))
         assert not list(folder.glob(".rendezvous-*"))
     return pids
 
 
-def started(folder: Path) -> records.Line:
-    [line] = [e for e in records.read(RunFolder(folder).events) if e["event"] == "started"]
-    return line
+def pids_of(folder: Path) -> list[int]:
+    return [int(pid) for pid in (folder / PIDS).read_text().split()]
 
 
 @pytest.mark.slow  # the next one is harder
@@ -105,9 +105,9 @@ def test_rank_that_hangs_is_noticed(job_file):
 
 
 def test_signal_to_one_rank_stops_all(job_file):
-    def terminate(event: records.Line) -> None:
-        if event["event"] == "started":
-            os.kill(event["pids"][1], signal.SIGTERM)
+    def terminate(event: Event) -> None:
+        if isinstance(event, Started):
+            os.kill(pids_of(job_file.parent)[1], signal.SIGTERM)
 
     with pytest.raises(TrainingStopped, match="as asked for"):
         meet(job_file, on_event=terminate)
@@ -121,9 +121,10 @@ def test_ranks_whose_parent_is_killed_stop_together(job_file):
     wait_for(lambda: RunFolder(folder).events.exists())
     parent.kill()
     parent.wait()
-    pids = started(folder)["pids"]
+    pids = pids_of(folder)
     wait_for(lambda: not any(map(psutil.pid_exists, pids)))
-    assert [e["event"] for e in records.read(RunFolder(folder).events)] == ["started", "stopped"]
+    events = EVENTS.read(RunFolder(folder).events)
+    assert [event.event for event in events] == ["started", "stopped"]
 
 
 def wait_for(there) -> None:

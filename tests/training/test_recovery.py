@@ -9,7 +9,6 @@ import pytest
 from mlflow.tracking import MlflowClient
 from tiny import MODEL, Text, jsonl_corpus, training_config, training_job
 
-from zeroflow import records
 from zeroflow.data import provenance
 from zeroflow.data.batches import Skip, row_ids
 from zeroflow.data.build import build_shards
@@ -18,10 +17,13 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.tracking.config import TrackingConfig, location
-from zeroflow.tracking.store import run_facts
+from zeroflow.tracking.store import run_ids
 from zeroflow.training import batching, recovery
 from zeroflow.training import launch as launch_module
+from zeroflow.training.events import EVENTS, Skipped, Started
 from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
+from zeroflow.training.metrics import METRICS, StepRecord
+from zeroflow.training.recovery import LEDGER
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Ent
     now = recovery.applied(job, ledger)
     entry = recovery.remedy(now, TrainingFailed("it failed", reason, step), ledger)
     if entry:
-        records.append(job.folder.ledger, entry.model_dump(mode="json"))
+        LEDGER.append(job.folder.ledger, entry)
     return entry
 
 
@@ -87,7 +89,7 @@ def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
     checkpoint_at(job, 10)
     entry = fail(job, "diverged", step=14)
     assert entry is not None and entry.skip == Skip(step=10, batches=4)
-    assert "leaves out the data of steps 11 to 14; goes on from step 10" in entry.action
+    assert "leaves out the data of steps 11 to 14; resumes from step 10" in entry.action
     assert rows_of(job, range(30)) == plain[:10] + plain[14:34]
     ends = [fail(job, "diverged", step=15) is None for _ in range(3)]
     assert ends == [False, False, True], "three windows at most"
@@ -167,26 +169,27 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
     assert spike.reason == broken.reason == "diverged"
     assert f"step {SPIKE} has " in spike.message and "usual is up to" in spike.message
     assert spike.skip == Skip(step=70, batches=SPIKE - 70), "from the newest checkpoint on"
-    found = records.read(noisy_job.folder.events)
+    found = EVENTS.read(noisy_job.folder.events)
     last = corrupted.AT_STEP + 5
-    skipped = [event["step"] for event in found if event["event"] == "skipped"]
+    skipped = [event.step for event in found if isinstance(event, Skipped)]
     assert skipped == [*range(corrupted.AT_STEP, last + 1)], "six in a row"
     assert f"step {last} has loss nan" in broken.message
     assert broken.skip == Skip(step=75, batches=last - 75)
-    assert [event["step"] for event in found if event["event"] == "started"] == [0, 70, 75]
+    assert [event.step for event in found if isinstance(event, Started)] == [0, 70, 75]
 
-    lines = [line for line in records.read(noisy_job.folder.metrics) if "loss" in line]
-    times = [line["time"] for line in lines]
+    logged = METRICS.read(noisy_job.folder.metrics)
+    steps = [record for record in logged if isinstance(record, StepRecord)]
+    times = [record.time for record in steps]
     assert max(times) - min(times) > 6 * 86_400 and times != sorted(times)
-    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
-    assert max(line["loss"] for line in lines[60:]) < 1.8, "without the spike"
+    assert [record.step for record in steps] == [*range(1, STEPS + 1)]
+    assert max(record.loss for record in steps[60:]) < 1.8, "without the spike"
 
     # MLflow takes no point back: steps that were left keep what was seen of them first
-    run_id = (run_facts(noisy_job.folder) or {})["run_id"]
+    run_id = run_ids(noisy_job.folder).run_id
     client = MlflowClient(noisy_job.tracking.uri)
     history = {p.step: p.value for p in client.get_metric_history(run_id, "loss/train")}
     assert len(client.get_metric_history(run_id, "loss/train")) == len(history) == STEPS
-    differ = {line["step"] for line in lines if history[line["step"]] != line["loss"]}
+    differ = {r.step for r in steps if history[r.step] != r.loss}
     assert differ == {71, 72, 73, 76, 77}
     assert history[SPIKE] > 2.0, "the spike"
     assert client.get_run(run_id).data.tags["recoveries"] == "2"

@@ -6,25 +6,26 @@ parameter. The check runs in ranks of its own: `-m zeroflow.checks.overfit JOB.j
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from zeroflow import artifacts, records, reuse
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data.batches import MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
-from zeroflow.reuse import CheckResult
-from zeroflow.run_folder import RunFolder
+from zeroflow.reuse import CheckResult, Identity
 from zeroflow.training import worker, zero
 from zeroflow.training.batching import micro_batch
 from zeroflow.training.config import TrainingConfig
+from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import BatchSource, train
@@ -94,12 +95,12 @@ def check(job: OverfitJob) -> OverfitResult:
     Raises:
         TrainingFailed: a rank ended with an error.
     """
-    before = _before(job.folder)
+    before = OverfitResult.read_if_exists(job.folder.overfit)
     if before and before.passed and before.job == _fingerprint(job):
         return before.replace(reused=True, why=reuse.PASSED)
     why = reuse.since(_identity(job), before)
     log.info("overfit check runs: %s", why)
-    artifacts.write_json(job.folder.overfit_job, job.model_dump(mode="json"))
+    job.write(job.folder.overfit_job)
     launch(
         "zeroflow.checks.overfit",
         job.folder.overfit_job,
@@ -107,8 +108,7 @@ def check(job: OverfitJob) -> OverfitResult:
         ranks=job.training.workload.ranks,
         compile_cache=job.compile_cache,
     )
-    result = OverfitResult.model_validate(artifacts.read_json(job.folder.overfit))
-    return result.replace(why=why)
+    return OverfitResult.read(job.folder.overfit).replace(why=why)
 
 
 def overfit(
@@ -185,16 +185,11 @@ def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
     return zero.named_parameters(state.model)
 
 
-def _before(folder: RunFolder) -> OverfitResult | None:
-    path = folder.overfit
-    return OverfitResult.model_validate(artifacts.read_json(path)) if path.exists() else None
-
-
 def _fingerprint(job: OverfitJob) -> str:
     return artifacts.fingerprint(list(_identity(job).values()))
 
 
-def _identity(job: OverfitJob) -> dict[str, Any]:
+def _identity(job: OverfitJob) -> Identity:
     """Return everything that decides the outcome, which the length of the training does not."""
     config = settings(job.training, job.limits)
     return {
@@ -216,18 +211,17 @@ def work(job: OverfitJob, stop: Stop) -> None:
     worker.make_deterministic()
     state = new_state(config)
     batch = fixed_batch(Rows(job.shards, "train"), config.workload)
-    history = job.folder.events
     result = overfit(state, batch, config, job.limits, stop)
     if zero.rank() > 0:
         return
     if result is None:
         message = "the overfit check was stopped; the same command repeats it"
-        records.append(history, {"event": "stopped", "message": message})
+        EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
         return
     result = result.replace(job=_fingerprint(job), identity=_identity(job))
-    artifacts.write_json(job.folder.overfit, result.model_dump(mode="json"))
+    result.write(job.folder.overfit)
     log.info("overfit check %s: %s", "passed" if result.passed else "FAILED", result.reason)
-    records.append(history, {"event": "done"})
+    EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
 if __name__ == "__main__":

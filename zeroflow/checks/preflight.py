@@ -12,19 +12,19 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from zeroflow import artifacts, records, reuse
+from zeroflow import artifacts, reuse
 from zeroflow.checks import data_checks, model_checks, step_checks
 from zeroflow.checks.check import Check, on_every_rank
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.reuse import CheckResult
+from zeroflow.reuse import CheckResult, Identity
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import recovery, worker, zero
+from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob
 from zeroflow.training.launch import launch
 from zeroflow.training.state import new_state
@@ -38,7 +38,7 @@ class PreflightJob(RankJob):
 
     shards: ShardSet
     tokenizer: Tokenizer
-    identity: dict[str, Any]
+    identity: Identity
     """Everything that decides the outcome."""
 
 
@@ -71,8 +71,7 @@ def known(job: TrainingJob) -> PreflightResult | None:
 
 def read(folder: RunFolder) -> PreflightResult | None:
     """Return the result of a run's pre-flight, if it had one."""
-    path = folder.preflight
-    return PreflightResult.model_validate(artifacts.read_json(path)) if path.exists() else None
+    return PreflightResult.read_if_exists(folder.preflight)
 
 
 def check(job: TrainingJob) -> PreflightResult:
@@ -91,7 +90,7 @@ def check(job: TrainingJob) -> PreflightResult:
     return _check(job, identity).replace(why=why)
 
 
-def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
+def _check(job: TrainingJob, identity: Identity) -> PreflightResult:
     while True:
         ledger = recovery.read(job.folder)
         now = recovery.applied(job, ledger)
@@ -108,7 +107,7 @@ def _check(job: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
             recovery.note(job.folder, entry)
 
 
-def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
+def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
     job = PreflightJob(
         run_dir=now.run_dir,
         training=now.training,
@@ -116,7 +115,7 @@ def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
         tokenizer=now.tokenizer,
         identity=identity,
     )
-    artifacts.write_json(job.folder.preflight_job, job.model_dump(mode="json"))
+    job.write(job.folder.preflight_job)
     try:
         launch(
             "zeroflow.checks.preflight",
@@ -133,17 +132,15 @@ def _launched(now: TrainingJob, identity: dict[str, Any]) -> PreflightResult:
     return result
 
 
-def _does_not_fit(
-    now: TrainingJob, failure: TrainingFailed, identity: dict[str, Any]
-) -> PreflightResult:
+def _does_not_fit(now: TrainingJob, failure: TrainingFailed, identity: Identity) -> PreflightResult:
     sentence = f"{recovery.advice(now, failure)} ({str(failure).splitlines()[0]})"
     check = Check(name="micro-batch", passed=False, figure="1 row does not fit", sentence=sentence)
     result = _result(identity, [check], seconds=0.0)
-    artifacts.write_json(now.folder.preflight, result.model_dump(mode="json"))
+    result.write(now.folder.preflight)
     return result
 
 
-def _result(identity: dict[str, Any], done: list[Check], *, seconds: float) -> PreflightResult:
+def _result(identity: Identity, done: list[Check], *, seconds: float) -> PreflightResult:
     return PreflightResult(
         passed=all(check.passed for check in done),
         seconds=seconds,
@@ -153,11 +150,11 @@ def _result(identity: dict[str, Any], done: list[Check], *, seconds: float) -> P
     )
 
 
-def _fingerprint(identity: dict[str, Any]) -> str:
+def _fingerprint(identity: Identity) -> str:
     return artifacts.fingerprint(list(identity.values()))
 
 
-def _identity(job: TrainingJob) -> dict[str, Any]:
+def _identity(job: TrainingJob) -> Identity:
     """Return everything that decides the outcome, which the length of the training does not."""
     return {
         "model": job.model.model_dump(mode="json"),
@@ -189,7 +186,6 @@ def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.workload.deterministic:
         worker.make_deterministic()
-    history = job.folder.events
     done: list[Check] = []
     stopped = False
     for check in checks(job):
@@ -202,13 +198,13 @@ def work(job: PreflightJob, stop: Stop) -> None:
         return
     if stopped:
         message = "the pre-flight was stopped; the same command repeats it"
-        records.append(history, {"event": "stopped", "message": message})
+        EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
         return
     result = _result(job.identity, done, seconds=time.monotonic() - begin)
-    artifacts.write_json(job.folder.preflight, result.model_dump(mode="json"))
+    result.write(job.folder.preflight)
     verdict = "passed" if result.passed else "FAILED"
     log.info("pre-flight %s: %d checks in %.1f s", verdict, len(done), result.seconds)
-    records.append(history, {"event": "done"})
+    EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
 if __name__ == "__main__":

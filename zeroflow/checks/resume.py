@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Literal, NamedTuple, get_args
@@ -20,19 +20,21 @@ from typing import Literal, NamedTuple, get_args
 import psutil
 from pydantic import NonNegativeInt, PositiveInt
 
-from zeroflow import records
 from zeroflow.config import Config
+from zeroflow.records import Record, Tail
 from zeroflow.training import checkpoint
+from zeroflow.training.events import EVENTS, Event, Metrics, Saved, Started
 from zeroflow.training.job import TrainingFailed, TrainingJob
 from zeroflow.training.launch import alone, train
+from zeroflow.training.metrics import METRICS, ValidationRecord
 
 log = logging.getLogger(__name__)
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
 """The directories of the two trainings, in that of the run."""
 
-Phase = Literal["start-up", "training", "saving", "validation"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+Target = Literal["start-up", "training", "saving", "validation"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 _QUANTITIES = ("loss", "grad_norm", "val_loss")
 _POLL_SECONDS = 0.001
@@ -51,7 +53,7 @@ class ProofConfig(Config):
 class Kill(Config):
     """A SIGKILL that the training got."""
 
-    aimed_at: Phase
+    aimed_at: Target
     moment: str
     """What was going on, by what had been logged and written."""
 
@@ -62,7 +64,7 @@ class Kill(Config):
     """Step from which the training went on, 0 for the beginning."""
 
 
-class Difference(Config):
+class Mismatch(Config):
     """The first thing that is not the same, as it is in either training; "" if it is missing."""
 
     step: int
@@ -73,12 +75,12 @@ class Difference(Config):
     killed: str
 
 
-class Proof(Config):
+class Proof(Record):
     """What came out, and how hard it was tried."""
 
     passed: bool
     reason: str
-    difference: Difference | None
+    difference: Mismatch | None
     kills: tuple[Kill, ...]
     kills_asked: int
     steps: int
@@ -99,7 +101,7 @@ class ResumeInexact(RuntimeError):
 class _Interval(NamedTuple):
     """What happens between two lines of events.jsonl."""
 
-    phase: Phase
+    phase: Target
     step: int
     after: str
     """What it begins with: the line of this kind at this step."""
@@ -110,7 +112,7 @@ class _Interval(NamedTuple):
 def prove(
     job: TrainingJob,
     config: ProofConfig,
-    on_event: Callable[[records.Line], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> Proof:
     """Train `job` undisturbed and killed, in directories below its own, and compare.
 
@@ -140,8 +142,8 @@ def prove(
             side.run_dir.mkdir(parents=True)
         log.info("training undisturbed: %s", undisturbed.run_dir)
         start_up = _train_undisturbed(undisturbed, on_event)
-        lines = records.read(undisturbed.folder.events)
-        moments = _moments(_intervals(lines, start_up), config, last=job.training.steps)
+        events = EVENTS.read(undisturbed.folder.events)
+        moments = _moments(_intervals(events, start_up), config, last=job.training.steps)
         kills = _train_killed(killed, moments, Random(config.kill_seed), on_event)
         return compare(undisturbed, killed, kills, config.kills)
 
@@ -151,15 +153,15 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
     return job.replace(run_dir=job.folder.inner(name).path, tracking=tracking)
 
 
-def _train_undisturbed(job: TrainingJob, on_event: Callable[[records.Line], None]) -> float:
+def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event], None]) -> float:
     """Seconds that it took to start."""
     start_up = 0.0
 
-    def follow(line: records.Line) -> None:
+    def follow(event: Event) -> None:
         nonlocal start_up
-        if line["event"] == "started" and (ranks := _ranks(job)):
-            start_up = line["time"] - ranks[0].create_time()
-        on_event(line)
+        if isinstance(event, Started) and (ranks := _ranks(job)):
+            start_up = event.time - ranks[0].create_time()
+        on_event(event)
 
     train(job, follow)
     return start_up
@@ -169,7 +171,7 @@ def _train_killed(
     job: TrainingJob,
     moments: list[_Interval],
     random: Random,
-    on_event: Callable[[records.Line], None],
+    on_event: Callable[[Event], None],
 ) -> list[Kill]:
     """Train to the end, killed at a random point of each of `moments`; the kills that came in time.
 
@@ -191,7 +193,7 @@ def _train_killed(
         newest = checkpoint.latest(job.folder.checkpoints)
         kill = Kill(
             aimed_at=moment.phase,
-            moment=_seen(job, tail.new_lines()),
+            moment=_seen(job, tail.new_records()),
             step=max((step for step, _ in _numbers(job)), default=0),
             resumed_at=checkpoint.step_of(newest) if newest else 0,
         )
@@ -216,11 +218,11 @@ def _killer(
     def begun() -> bool:
         if moment.phase == "start-up":
             return len(_ranks(job)) == job.training.workload.ranks
-        return any(_reaches(line, moment) for line in tail.new_lines())
+        return any(_reaches(event, moment) for event in tail.new_records())
 
     def outrun() -> bool:
         """Whether the process, this time, has started sooner than the undisturbed one."""
-        return moment.phase == "start-up" and bool(tail.new_lines())
+        return moment.phase == "start-up" and bool(tail.new_records())
 
     def kill() -> None:
         while not begun():
@@ -243,9 +245,9 @@ def _killer(
         thread.join()
 
 
-def _tail(job: TrainingJob) -> records.Tail:
-    """The history of what comes from now on."""
-    return records.Tail(job.folder.events, records.size(job.folder.events))
+def _tail(job: TrainingJob) -> Tail[Event]:
+    """The events from now on."""
+    return EVENTS.follow(job.folder.events, from_end=True)
 
 
 def _ranks(job: TrainingJob) -> list[psutil.Process]:
@@ -261,35 +263,50 @@ def _ranks(job: TrainingJob) -> list[psutil.Process]:
     return [process for _, process in sorted(found, key=lambda one: one[0])]
 
 
-def _kind(line: records.Line) -> str | None:
-    """Which of the lines it is that mark a moment of a training."""
-    if line["event"] == "metrics":
-        return "val_loss" if "val_loss" in line else "loss"
-    return line["event"] if line["event"] in ("started", "saved") else None
+class _Mark(NamedTuple):
+    """An event that begins or ends an interval."""
+
+    kind: str
+    step: int
+    time: float
 
 
-def _reaches(line: records.Line, moment: _Interval) -> bool:
-    """Whether the moment begins with `line`, or began in what a checkpoint made unnecessary."""
-    kind = _kind(line)
-    if kind is None or line["step"] < moment.step:
+def _mark(event: Event) -> _Mark | None:
+    match event:
+        case Metrics():
+            kind = "val_loss" if isinstance(event.record, ValidationRecord) else "loss"
+            return _Mark(kind, event.step, event.time)
+        case Started() | Saved():
+            return _Mark(event.event, event.step, event.time)
+    return None
+
+
+def _marks(events: Iterable[Event]) -> list[_Mark]:
+    return [mark for mark in map(_mark, events) if mark]
+
+
+def _reaches(event: Event, moment: _Interval) -> bool:
+    """True if the moment begins with `event`, or before the checkpoint that was resumed from."""
+    mark = _mark(event)
+    if mark is None or mark.step < moment.step:
         return False
-    return line["step"] > moment.step or kind in (moment.after, "started")
+    return mark.step > moment.step or mark.kind in (moment.after, "started")
 
 
-def _intervals(lines: list[records.Line], start_up_seconds: float) -> list[_Interval]:
+def _intervals(events: list[Event], start_up_seconds: float) -> list[_Interval]:
     """What an undisturbed training did, and for how long."""
     intervals = [_Interval("start-up", 0, "", start_up_seconds)]
-    marked = [line for line in lines if _kind(line)]
-    phases: dict[str, Phase] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
-    for number, line in enumerate(marked):
-        phase = phases.get(str(_kind(line)))
+    marks = _marks(events)
+    phases: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
+    for number, mark in enumerate(marks):
+        phase = phases.get(mark.kind)
         if phase is None:
             continue
-        before = marked[number - 1]
-        if phase == "saving":  # aside, while other steps are done
-            before = next(m for m in reversed(marked[:number]) if m["step"] == line["step"])
-        seconds = max(0.0, line["time"] - before["time"])
-        intervals.append(_Interval(phase, before["step"], str(_kind(before)), seconds))
+        before = marks[number - 1]
+        if phase == "saving":  # in the background, while other steps are done
+            before = next(m for m in reversed(marks[:number]) if m.step == mark.step)
+        seconds = max(0.0, mark.time - before.time)
+        intervals.append(_Interval(phase, before.step, before.kind, seconds))
     return intervals
 
 
@@ -300,7 +317,7 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
     by then is not done again.
     """
     random = Random(config.kill_seed)
-    turns = (phase for _ in itertools.count() for phase in random.sample(PHASES, len(PHASES)))
+    turns = (phase for _ in itertools.count() for phase in random.sample(TARGETS, len(TARGETS)))
     chosen = []
     for number, phase in enumerate(itertools.islice(turns, config.kills)):
         if phase == "start-up":
@@ -319,10 +336,10 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
     return chosen
 
 
-def _seen(job: TrainingJob, lines: list[records.Line]) -> str:
-    """What was going on when a process was killed, by the lines and files that it left."""
-    marked = [line for line in lines if _kind(line)]
-    if not marked:
+def _seen(job: TrainingJob, events: list[Event]) -> str:
+    """What was going on when a process was killed, from the events and files that it left."""
+    marks = _marks(events)
+    if not marks:
         return "while starting up"
     if steps := checkpoint.unfinished(job.folder.checkpoints):
         return f"with the checkpoint of step {steps[0]} half written"
@@ -332,7 +349,7 @@ def _seen(job: TrainingJob, lines: list[records.Line]) -> str:
         "val_loss": "after the validation of step {}",
         "saved": "after the checkpoint of step {}",
     }
-    return done[str(_kind(marked[-1]))].format(marked[-1]["step"])
+    return done[marks[-1].kind].format(marks[-1].step)
 
 
 _Found = dict[tuple[int, str], str]
@@ -368,11 +385,11 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], as
 def _numbers(job: TrainingJob) -> _Found:
     """Every number that was logged, to the bit."""
     found: _Found = {}
-    for line in records.read(job.folder.metrics):
+    for record in METRICS.read(job.folder.metrics):
         for quantity in _QUANTITIES:
-            if quantity in line:
-                key, value = (line["step"], quantity), float(line[quantity]).hex()
-                # A line that comes twice is a difference
+            if (number := getattr(record, quantity, None)) is not None:
+                key, value = (record.step, quantity), float(number).hex()
+                # A record that comes twice is a difference
                 found[key] = f"{found[key]} and {value}" if key in found else value
     return found
 
@@ -385,15 +402,15 @@ def _tensors(job: TrainingJob) -> _Found:
     return {(step, name): digest for name, digest in checkpoint.digests(newest).items()}
 
 
-def _first_difference(undisturbed: _Found, killed: _Found) -> Difference | None:
+def _first_difference(undisturbed: _Found, killed: _Found) -> Mismatch | None:
     for key in sorted({**undisturbed, **killed}, key=lambda key: key[0]):
         ours, theirs = undisturbed.get(key, ""), killed.get(key, "")
         if ours != theirs:
-            return Difference(step=key[0], quantity=key[1], undisturbed=ours, killed=theirs)
+            return Mismatch(step=key[0], quantity=key[1], undisturbed=ours, killed=theirs)
     return None
 
 
-def _explanation(difference: Difference, kills: list[Kill]) -> str:
+def _explanation(difference: Mismatch, kills: list[Kill]) -> str:
     ours, theirs = (value or "missing" for value in (difference.undisturbed, difference.killed))
     found = (
         f"step {difference.step} is the first that differs: {difference.quantity} {ours} "

@@ -1,17 +1,13 @@
 """What earlier runs on this machine were planned to take, and took: the cache's `plans.jsonl`."""
 
-import json
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import BinaryIO, NamedTuple
-
-from pydantic import ValidationError
+from typing import ClassVar, NamedTuple
 
 from zeroflow.config import Config
 from zeroflow.model.llama import ModelConfig
+from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import Cache
 from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
@@ -39,14 +35,20 @@ class Figures(Config):
     checkpoint_bytes: int | None
 
 
-class Past(Config):
+class Past(Record):
     """A run that was trained to its end."""
+
+    FORMAT: ClassVar[int] = 2
 
     run: str
     steps: int
     workload: Workload
     predicted: Figures
     measured: Figures
+
+
+PLANS: JsonLines[Past] = JsonLines(Past)
+"""plans.jsonl."""
 
 
 class Experience(NamedTuple):
@@ -63,32 +65,12 @@ def append(cache: Path, past: Past) -> None:
     """Add a run to the history, unless it is there with as many steps."""
     if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
         return
-    path = Cache(cache).plans
-    with path.open("a+b") as file:
-        # one write, which other processes cannot come between
-        file.write(_begin_line(file) + past.model_dump_json().encode() + b"\n")
-
-
-def _begin_line(file: BinaryIO) -> bytes:
-    """A line break if a process was killed in the middle of a line."""
-    if not file.seek(0, os.SEEK_END):
-        return b""
-    file.seek(-1, os.SEEK_END)
-    return b"" if file.read(1) == b"\n" else b"\n"
+    PLANS.append(Cache(cache).plans, past)
 
 
 def read(cache: Path) -> list[Past]:
-    """Oldest first. What is no whole line, or of another version, is passed over."""
-    path = Cache(cache).plans
-    return list(_parsed(path.read_bytes())) if path.exists() else []
-
-
-def _parsed(content: bytes) -> Iterator[Past]:
-    for line in content.splitlines():
-        try:
-            yield Past.model_validate(json.loads(line))
-        except (ValueError, ValidationError):
-            continue
+    """All runs, oldest first, without those that another version wrote in its own way."""
+    return PLANS.readable(Cache(cache).plans)
 
 
 def known(

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
@@ -80,7 +79,7 @@ def job(cache: Path, name: str) -> TrainingJob:
     file = settings.folder.job
     if not file.exists():
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
-    found = TrainingJob.model_validate(artifacts.read_json(file))
+    found = TrainingJob.read(file)
     # The cache may have been moved since the job was written
     tokenizer = found.tokenizer
     if tokenizer.path is not None:

@@ -1,19 +1,18 @@
-"""The loss that earlier runs of the same model on the same data lead to expect, and its spread.
+"""The training loss to expect of a run, from earlier runs of the same model on the same data.
 
-The planned tokens of a training are cut into 20 equal windows, and a loss is the mean of the logged
-training losses in a window: a single batch says little. In every window, the band is
+The planned tokens of a training are cut into 20 equal windows. The loss of a window is the mean of
+the training losses logged in it, as a single batch is too noisy. In every window, the band is
 
     mean of the earlier runs ± t · s · √(1 + 1/n)
 
-the interval that holds the loss of one more such run 95 times in 100. Of two or three runs a
-standard deviation is hardly known, so s is pooled over five neighbouring windows, and t is
-Student's, at the degrees of freedom that these have together. The mean is uncertain as well, which
-is what 1/n stands for.
+the interval that holds the loss of one more such run 95 times in 100. Two or three runs hardly
+determine a standard deviation, so s is pooled over five neighbouring windows, and t is Student's
+for the degrees of freedom of these together. 1/n accounts for the uncertainty of the mean.
 
 With 20 windows, about half of all sound runs leave such a band somewhere. A run counts as out of
-band where three windows in a row are, on one side. In trainings of 400 steps of 512 tokens with 24
-seeds, that was said of 2 to 4 % of the runs, whether 2, 3, 5 or 8 others were the band, and pooled
-bands held 95 % of the windows.
+band if three windows in a row are, on one side. In trainings of 400 steps of 512 tokens with 24
+seeds, 2 to 4 % of the runs were found out of band, whether 2, 3, 5 or 8 others made the band, and
+pooled bands held 95 % of the windows.
 """
 
 import logging
@@ -25,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from zeroflow import artifacts, records
-from zeroflow.records import Line
+from zeroflow.records import Record
 from zeroflow.run_folder import RunFolder
+from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import METRICS, MetricsRecord, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -43,43 +43,43 @@ _IN_A_ROW = 3
 
 
 _STUDENT = (1.589, 2.556, 2.822, 2.372, 1.960)
-"""Of the 97.5 % quantile, in powers of 1/f: Abramowitz and Stegun 26.7.5. Within 1 % from two
-degrees of freedom on."""
+"""Coefficients of the 97.5 % quantile in powers of 1/f: Abramowitz and Stegun 26.7.5. Within 1 %
+from two degrees of freedom on."""
 
 
 Losses = npt.NDArray[np.float64]
-"""One of each window; NaN where there is none."""
+"""A loss for each window; NaN where there is none."""
 
 
-class Verdict(NamedTuple):
-    """Where a run is, compared with earlier ones."""
+class Verdict(Record):
+    """How the training loss of a run compares with that of earlier runs."""
 
-    earlier: int
-    """Runs."""
+    earlier: int = 0
+    """Earlier runs."""
 
-    tokens: int
-    """At the end of the last window in which there is something to compare; 0 if there is none."""
+    tokens: int = 0
+    """Tokens at the end of the last window that can be compared; 0 if there is none."""
 
-    apart: float
-    """From the mean of the earlier runs there, in nats per token; positive is above."""
+    apart: float = 0.0
+    """Difference there from the mean of the earlier runs, in nats per token; positive is above."""
 
-    judged: bool
-    """Whether there is a band, and enough of the run to be out of it."""
+    judged: bool = False
+    """True if there is a band, and the run came far enough to leave it."""
 
     since: int | None = None
-    """Tokens from which it is out of band; None if it never is."""
+    """Tokens at which the run leaves the band; None if it never does."""
 
     until: int | None = None
-    """Tokens from which it is not any more; None if it is to the last."""
+    """Tokens at which it is back in the band; None if it is out to the last."""
 
     miss: float = 0.0
-    """Of the nearest edge of the band, where it is largest; positive is above."""
+    """Largest distance from the nearest edge of the band; positive is above."""
 
     def __str__(self) -> str:
         runs = f"{self.earlier} earlier run{'s' if self.earlier > 1 else ''}"
         if not self.judged:
-            there = f": {_side(self.apart)} at {self.tokens:,} tokens" if self.tokens else ""
-            return f"no band yet from {runs}{there}"
+            where = f": {_side(self.apart)} at {self.tokens:,} tokens" if self.tokens else ""
+            return f"no band yet from {runs}{where}"
         if self.since is None:
             return f"in band ({runs})"
         end = f" to {self.until:,}" if self.until else ""
@@ -92,14 +92,14 @@ def _side(apart: float) -> str:
 
 class Band(NamedTuple):
     job: TrainingJob
-    """Of the run that is compared."""
+    """Job of the run that is compared."""
 
     runs: tuple[str, ...]
-    """Earlier ones, by name, each of another seed."""
+    """Names of the earlier runs, each with another seed."""
 
     mean: Losses
     width: Losses
-    """From the mean to either edge; NaN where fewer than two runs came."""
+    """From the mean to either edge; NaN where there are fewer than two runs."""
 
     @property
     def ends(self) -> Losses:
@@ -111,13 +111,13 @@ class Band(NamedTuple):
         """Tokens in the middle of the windows."""
         return self.ends - self.ends[0] / 2
 
-    def smoothed(self, lines: Iterable[Line]) -> Losses:
-        """The run's training loss as it is compared, from the lines of its metrics.jsonl."""
-        return _smoothed(self.job, lines)
+    def smoothed(self, records: Iterable[MetricsRecord]) -> Losses:
+        """The run's training loss as it is compared, from what it has logged."""
+        return _smoothed(self.job, records)
 
-    def verdict(self, lines: Iterable[Line]) -> Verdict:
-        """Of the run with these lines in its metrics.jsonl, as far as it has come."""
-        apart = self.smoothed(lines) - self.mean
+    def verdict(self, records: Iterable[MetricsRecord]) -> Verdict:
+        """The verdict on the run as far as it has come, from what it has logged."""
+        apart = self.smoothed(records) - self.mean
         beyond = np.sign(apart) * np.maximum(np.abs(apart) - self.width, 0)
         compared = np.flatnonzero(~np.isnan(apart))
         judged = [int(window) for window in np.flatnonzero(~np.isnan(beyond))]
@@ -134,7 +134,7 @@ class Band(NamedTuple):
                 out += in_a_row
         if not out:
             return found
-        return found._replace(
+        return found.replace(
             since=round(self.ends[out[0]] - self.ends[0]),
             until=None if out[-1] == judged[-1] else round(self.ends[out[-1]]),
             miss=float(max(beyond[out], key=abs)),
@@ -142,11 +142,11 @@ class Band(NamedTuple):
 
 
 def find(job: TrainingJob) -> Band | None:
-    """What earlier runs beside that of `job` lead to expect of it; None if there are none.
+    """The band of earlier runs in the folder of `job`'s; None if there are none.
 
-    They began before it, with the same model, data, batch, schedule and optimiser, and count as far
-    as they came. Of several with the same seed the one that came furthest counts, the newest of
-    these. A run that was extended is compared with nothing, as its schedule changed on the way.
+    Earlier runs began before it, with the same model, data, batch, schedule and optimiser, and
+    count as far as they came. Of several with one seed the one that came furthest counts, and of
+    these the newest. A run that was extended is not compared: its schedule changed on the way.
     """
     before = _began(job)
     if before is None:
@@ -158,8 +158,8 @@ def find(job: TrainingJob) -> Band | None:
         try:
             run = _earlier(folder, job, before)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            # Of another version, or damaged: such a run is no reason to end this one
-            log.debug("run %s says nothing of the loss to expect: %s", folder.name, error)
+            # Written by another version, or damaged: no reason to end this run
+            log.debug("run %s is left out of the expected loss: %s", folder.name, error)
             continue
         if run is not None:
             by_seed[run.seed] = max(run, by_seed.get(run.seed, run), key=_Earlier.weight)
@@ -177,26 +177,26 @@ class _Earlier(NamedTuple):
     losses: Losses
 
     def weight(self) -> tuple[int, float]:
-        """By which runs of one seed are chosen from: windows it came through, and its time."""
+        """What decides between runs of one seed: the windows it completed, then its time."""
         return int(np.count_nonzero(~np.isnan(self.losses))), self.began
 
 
 def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> _Earlier | None:
-    """The run with this job.json; None if it has nothing to say of `job`."""
-    past = TrainingJob.model_validate(artifacts.read_json(folder.job)).replace(run_dir=folder.path)
+    """The run in `folder`; None if `job` cannot be compared with it."""
+    past = TrainingJob.read(folder.job).replace(run_dir=folder.path)
     if _decisive(past) != _decisive(job):
         return None
     began = _began(past)
     if began is None or began >= before:
         return None
-    losses = _smoothed(past, records.read(folder.metrics))
+    losses = _smoothed(past, METRICS.read(folder.metrics))
     if np.isnan(losses).all():
         return None
     return _Earlier(folder.name, past.training.seed, began, losses)
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
-    """What decides the curve of the loss, up to the seed and what devices and precisions change."""
+    """All that decides the curve of the loss, but for the seed and rounding."""
     training = job.training
     settings = training.model_dump(exclude={"seed", "workload"})
     # the folder's name has a fingerprint of corpus, tokenizer and layout of the rows
@@ -205,21 +205,20 @@ def _decisive(job: TrainingJob) -> tuple[Any, ...]:
 
 
 def _began(job: TrainingJob) -> float | None:
-    """When training began, infinite if it has not; None if it was planned with other steps once."""
-    history = records.read(job.folder.events)
-    starts = [line for line in history if line["event"] == "started"]
-    if any(line["steps"] != job.training.steps for line in starts):
+    """When training began, infinite if it has not; None if it once had another number of steps."""
+    starts = [event for event in EVENTS.read(job.folder.events) if isinstance(event, Started)]
+    if any(start.steps != job.training.steps for start in starts):
         return None
-    return starts[0]["time"] if starts else math.inf
+    return starts[0].time if starts else math.inf
 
 
 def _planned_tokens(job: TrainingJob) -> int:
     return job.training.steps * job.training.workload.batch_tokens
 
 
-def _smoothed(job: TrainingJob, lines: Iterable[Line]) -> Losses:
-    """Mean training loss of every window that is complete."""
-    points = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+def _smoothed(job: TrainingJob, records: Iterable[MetricsRecord]) -> Losses:
+    """Mean training loss of every complete window."""
+    points = [(r.tokens, r.loss) for r in records if isinstance(r, StepRecord)]
     if not points:
         return np.full(_WINDOWS, np.nan)
     tokens, losses = (np.array(column) for column in zip(*points, strict=True))
@@ -232,7 +231,7 @@ def _smoothed(job: TrainingJob, lines: Iterable[Line]) -> Losses:
 
 
 def _spread(curves: npt.NDArray[np.float64]) -> tuple[Losses, Losses]:
-    """Mean and width of the band around it, of one curve a row."""
+    """Mean of the curves, one a row, and the width of the band around it."""
     runs = np.count_nonzero(~np.isnan(curves), axis=0)
     mean = np.nansum(curves, axis=0) / np.where(runs, runs, np.nan)
     squares = np.nansum((curves - mean) ** 2, axis=0)

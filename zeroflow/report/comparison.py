@@ -1,4 +1,4 @@
-"""Runs beside each other: their losses, and what these say of a model that is larger.
+"""The runs of a sweep compared, and the loss that they predict for a larger model.
 
 A power law of the compute, L = A · C^-b, is fitted to the best loss of every size:
 https://arxiv.org/abs/2001.08361
@@ -7,18 +7,22 @@ https://arxiv.org/abs/2001.08361
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
+from pydantic import computed_field
 
-from zeroflow import artifacts, records
 from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.records import Record
+from zeroflow.report.records import RunReport
 from zeroflow.run_folder import Cache
 from zeroflow.settings.settle import load
+from zeroflow.training import metrics
+from zeroflow.training.metrics import METRICS, TABLE, Metric, ValidationRecord
 from zeroflow.units import binary, duration, parameter_count, speed
 
 
-class Outcome(NamedTuple):
+class Outcome(Record):
     """How one run ended."""
 
     run: str
@@ -36,15 +40,18 @@ class Outcome(NamedTuple):
     val_bpb: float | None
     tokens_per_second: float | None
     seconds: float
-    """Of training, as tokens per second are over."""
+    """Seconds of training that tokens per second are over."""
 
-    ranks: int
+    gpus: int
     zero_stage: int
     peak_memory_bytes: int
     """Of each GPU."""
 
     curve: tuple[tuple[int, float], ...]
     """Tokens and validation loss at every validation."""
+
+    metrics: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
+    """Last logged values of the metrics that are compared, by key in MLflow."""
 
     @property
     def shape(self) -> str:
@@ -53,53 +60,62 @@ class Outcome(NamedTuple):
             return self.size
         return f"{self.size} of {parameter_count(self.parameters)} parameters"
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def flops(self) -> float:
-        """Of the whole training, as a float: they may be more than 2^63."""
+        """FLOPs of the whole training; a float, as they may exceed 2^63."""
         return float(self.flops_per_token) * self.tokens
 
 
 def outcome(cache: Path, name: str) -> Outcome | None:
-    """How run `name` ended; None if it has not, or failed."""
+    """How run `name` ended; None if it has not ended, or failed.
+
+    Raises:
+        ValueError: its report cannot be read.
+    """
     folder = Cache(cache).run(name)
-    if not folder.report.exists():
-        return None
-    found = artifacts.read_json(folder.report)
-    if found["status"] != "completed":
+    report = RunReport.read_if_exists(folder.report)
+    if report is None or report.status != "completed":
         return None
     settings = load(cache, name)
-    vocabulary = found["tokenizer"]["vocab_size"]
+    vocabulary = report.tokenizer.vocab_size
     model = with_vocabulary(settings.model.shape, vocabulary)
     context = settings.shard_config.seq_len
-    lines = records.read(folder.metrics)
+    records = METRICS.read(folder.metrics)
+    validations = [record for record in records if isinstance(record, ValidationRecord)]
+    latest = metrics.latest(records)
     return Outcome(
         run=name,
-        size=found["size"],
+        size=report.size,
         seed=settings.seed,
         learning_rate=settings.schedule.peak,
-        parameters=found["parameters"],
+        parameters=report.parameters,
         vocabulary=vocabulary,
         context=context,
         flops_per_token=model.flops_per_token(context),
-        tokens=found["tokens"],
-        val_loss=found["val_loss"],
-        val_bpb=found["val_bpb"],
-        tokens_per_second=found["tokens_per_second"],
-        seconds=found["time"]["training_seconds"],
-        ranks=settings.ranks,
+        tokens=report.tokens,
+        val_loss=report.val_loss,
+        val_bpb=report.val_bpb,
+        tokens_per_second=report.tokens_per_second,
+        seconds=report.time.training_seconds,
+        gpus=settings.ranks,
         zero_stage=settings.training.zero_stage,
-        peak_memory_bytes=found["peak_memory_bytes"],
-        curve=tuple((line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line),
+        peak_memory_bytes=report.peak_memory_bytes,
+        curve=tuple((record.tokens, record.val_loss) for record in validations),
+        metrics={m.key: latest[m.key] for m in _COMPARED if m.key in latest},
     )
 
 
-class PowerLaw(NamedTuple):
+_COMPARED = [metric for metric in TABLE.values() if metric.compared]
+
+
+class PowerLaw(Record):
     """log L = log A - b · log C, by least squares."""
 
     log_a: float
     b: float
     covariance: tuple[tuple[float, ...], ...] | None
-    """Of b and log A; None where the law goes through its two points exactly."""
+    """Covariance of b and log A; None if the law goes through its two points exactly."""
 
     points: int
 
@@ -116,13 +132,13 @@ class PowerLaw(NamedTuple):
             variance = float(((y - design @ [slope, log_a]) ** 2).sum() / (len(x) - 2))
             spread = variance * np.linalg.inv(design.T @ design)
             covariance = tuple(map(tuple, spread.tolist()))
-        return cls(float(log_a), -float(slope), covariance, len(x))
+        return cls(log_a=float(log_a), b=-float(slope), covariance=covariance, points=len(x))
 
     def loss(self, flops: float) -> float:
         return math.exp(self.log_a - self.b * math.log(flops))
 
     def factor(self, flops: float) -> float | None:
-        """By which the loss may be larger or smaller, at one standard error of the law."""
+        """Factor by which the loss may be larger or smaller, at one standard error of the law."""
         if self.covariance is None:
             return None
         x = np.array([math.log(flops), 1.0])
@@ -133,25 +149,29 @@ class PowerLaw(NamedTuple):
         return None if self.covariance is None else math.sqrt(max(0.0, self.covariance[0][0]))
 
 
-class Prediction(NamedTuple):
+class Prediction(Record):
+    """The loss of a training by the law."""
+
     size: str
     flops: float
     loss: float
     factor: float | None
     measured: float | None
-    """The best loss of that size, where it has been trained."""
+    """The best loss of that size; None if it was not trained."""
 
 
-class Comparison(NamedTuple):
-    outcomes: list[Outcome]
+class Comparison(Record):
+    """The runs of a sweep: comparison.json."""
+
+    runs: list[Outcome]
     law: PowerLaw | None
-    """Of all sizes."""
+    """The law of all sizes; None for fewer than two."""
 
     next_size: Prediction | None
     """By the law of all sizes."""
 
     largest: Prediction | None
-    """By the law of all sizes but the largest: what would have been said before it was trained."""
+    """By the law of all sizes but the largest: the prediction before it was trained."""
 
 
 def compare(outcomes: Iterable[Outcome]) -> Comparison:
@@ -169,7 +189,7 @@ def compare(outcomes: Iterable[Outcome]) -> Comparison:
     law = _law(sizes)
     before = _law(sizes[:-1]) if len(sizes) > 2 else None
     largest = before and _predicted(before, sizes[-1].shape, sizes[-1].flops, sizes[-1].val_loss)
-    return Comparison(found, law, law and _next(law, sizes), largest)
+    return Comparison(runs=found, law=law, next_size=law and _next(law, sizes), largest=largest)
 
 
 def _law(sizes: list[Outcome]) -> PowerLaw | None:
@@ -177,15 +197,17 @@ def _law(sizes: list[Outcome]) -> PowerLaw | None:
 
 
 def _predicted(law: PowerLaw, size: str, flops: float, measured: float | None) -> Prediction:
-    return Prediction(size, flops, law.loss(flops), law.factor(flops), measured)
+    return Prediction(
+        size=size, flops=flops, loss=law.loss(flops), factor=law.factor(flops), measured=measured
+    )
 
 
 _STEP = 4
-"""From medium on, the next size has so many times the parameters, as it has of small."""
+"""Factor from the largest size to the next: medium has about four times the parameters of small."""
 
 
 def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
-    """Of the smallest size above all that were trained, at as many tokens a parameter."""
+    """The loss of the next larger size, at as many tokens per parameter as the largest had."""
     last = max(sizes, key=lambda one: one.parameters)
     for name, shape in SIZES.items():
         model = with_vocabulary(shape, last.vocabulary)
@@ -200,28 +222,29 @@ _OF_GPUS = ("GPUs", "ZeRO")
 
 
 def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
-    """The page of a sweep, by its name; those of its runs begin with it."""
+    """The page of a sweep.
+
+    Args:
+        sweep: its name, with which the names of its runs begin.
+        pictures: file names of the pictures to show.
+        failed: names of the runs that failed.
+    """
     columns = {
-        "run": [one.run.removeprefix(f"{sweep}-") for one in found.outcomes],
-        "size": [one.size for one in found.outcomes],
-        "validation loss": [f"{one.val_loss:.4f}" for one in found.outcomes],
-        "bits per byte": [
-            "none" if one.val_bpb is None else f"{one.val_bpb:.4f}" for one in found.outcomes
-        ],
-        "seed": [str(one.seed) for one in found.outcomes],
-        "GPUs": [str(one.ranks) for one in found.outcomes],
-        "ZeRO": ["none" if one.ranks == 1 else str(one.zero_stage) for one in found.outcomes],
-        "peak rate": [f"{one.learning_rate:g}" for one in found.outcomes],
-        "parameters": [parameter_count(one.parameters) for one in found.outcomes],
-        "tokens": [parameter_count(one.tokens) for one in found.outcomes],
-        "FLOPs": [f"{one.flops:.3g}" for one in found.outcomes],
-        "hours": [f"{one.seconds / 3600:.3g}" for one in found.outcomes],
-        "tokens/s": [
-            speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.outcomes
-        ],
-        "memory": [binary(one.peak_memory_bytes) for one in found.outcomes],
+        "run": [one.run.removeprefix(f"{sweep}-") for one in found.runs],
+        "size": [one.size for one in found.runs],
+        **{metric.label: [_cell(metric, one) for one in found.runs] for metric in _COMPARED},
+        "seed": [str(one.seed) for one in found.runs],
+        "GPUs": [str(one.gpus) for one in found.runs],
+        "ZeRO": ["none" if one.gpus == 1 else str(one.zero_stage) for one in found.runs],
+        "peak rate": [f"{one.learning_rate:g}" for one in found.runs],
+        "parameters": [parameter_count(one.parameters) for one in found.runs],
+        "tokens": [parameter_count(one.tokens) for one in found.runs],
+        "FLOPs": [f"{one.flops:.3g}" for one in found.runs],
+        "hours": [f"{one.seconds / 3600:.3g}" for one in found.runs],
+        "tokens/s": [speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.runs],
+        "memory": [binary(one.peak_memory_bytes) for one in found.runs],
     }
-    if all(one.ranks == 1 for one in found.outcomes):
+    if all(one.gpus == 1 for one in found.runs):
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     if columns["run"] == columns["size"]:
         del columns["size"]
@@ -229,24 +252,29 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
     alike = {
         column: cells[0]
         for column, cells in columns.items()
-        if len(cells) > 1 and len(set(cells)) == 1 and column != "validation loss"
+        if len(cells) > 1 and len(set(cells)) == 1 and column != TABLE["val_loss"].label
     }
     shown = {column: cells for column, cells in columns.items() if column not in alike}
     rule = ["---" if column in ("run", "size") else "---:" for column in shown]
     table = [list(shown), rule, *zip(*shown.values(), strict=True)]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    spent = duration(sum(one.seconds for one in found.outcomes))
-    said = f"{len(found.outcomes)} runs, {spent} of training; their names begin with `{sweep}-`."
-    parts = [f"# Sweep {sweep}", said, lines]
+    spent = duration(sum(one.seconds for one in found.runs))
+    summary = f"{len(found.runs)} runs, {spent} of training; their names begin with `{sweep}-`."
+    parts = [f"# Sweep {sweep}", summary, lines]
     if alike:
         parts.append(f"The same for all: {', '.join(map(' '.join, alike.items()))}.")
     if failed:
-        again = "the same command, or a retry, goes on with them"
+        again = "the same command, or a retry, resumes them"
         parts.append(f"**Not finished: {', '.join(failed)}**; {again}.")
     parts += [f"![{picture}]({picture})" for picture in pictures]
     if sentences := list(_sentences(found)):
         parts += ["## Power law", *sentences]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(metric: Metric, one: Outcome) -> str:
+    value = one.metrics.get(metric.key)
+    return "none" if value is None else format(value, metric.form)
 
 
 def _sentences(found: Comparison) -> Iterable[str]:
@@ -260,32 +288,23 @@ def _sentences(found: Comparison) -> Iterable[str]:
         + (
             "; ± is one standard error."
             if law.b_error is not None
-            else ": two points leave no error to be known."
+            else "; two points give no error."
         )
     )
     if found.next_size:
-        yield f"Next size: {_said(found.next_size)}, at as many tokens a parameter as the largest."
+        sentence = f"Next size: {_described(found.next_size)}"
+        yield f"{sentence}, at as many tokens per parameter as the largest."
     if found.largest and found.largest.measured is not None:
         miss = found.largest.measured / found.largest.loss - 1
         yield (
-            f"Looking back: the smaller sizes alone foretell {_said(found.largest)}; it was "
-            f"{found.largest.measured:.4f}, {miss:+.2%}."
+            f"Looking back: the smaller sizes alone predict {_described(found.largest)}; measured "
+            f"was {found.largest.measured:.4f}, {miss:+.2%}."
         )
 
 
-def _said(prediction: Prediction) -> str:
+def _described(prediction: Prediction) -> str:
     factor = prediction.factor
     between = ""
     if factor is not None:
         between = f" ({prediction.loss / factor:.4f} to {prediction.loss * factor:.4f})"
     return f"{prediction.size} at {prediction.flops:.3g} FLOPs, loss {prediction.loss:.4f}{between}"
-
-
-def figures(found: Comparison) -> dict[str, Any]:
-    """All of it as JSON holds it."""
-    return {
-        "runs": [one._asdict() | {"flops": one.flops} for one in found.outcomes],
-        "law": found.law._asdict() if found.law else None,
-        "next_size": found.next_size._asdict() if found.next_size else None,
-        "largest": found.largest._asdict() if found.largest else None,
-    }

@@ -1,14 +1,14 @@
-"""TODO docstring."""
+"""The documents that a step was trained on."""
 
 from pathlib import Path
 
-from zeroflow import records
 from zeroflow.data import provenance
 from zeroflow.data.batches import Skip
 from zeroflow.data.provenance import Piece
 from zeroflow.data.rows import Rows
 from zeroflow.inference.trained import job
 from zeroflow.training import batching
+from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
 
 
@@ -48,10 +48,10 @@ def _pieces(found: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piec
 
 
 def _parts_read(job: TrainingJob, step: int) -> int:
-    """Parts of the shards that the process read which did `step`: a run that is extended has more.
+    """Parts of the shards that were read for `step`; a run that is extended has more.
 
-    The last one to begin before the step, as what others did of it was not kept.
+    Of several processes that did the step, the last one counts: what the others did was not kept.
     """
-    history = records.read(job.folder.events)
-    read = [e["parts"] for e in history if e["event"] == "started" and e["step"] < step]
+    events = EVENTS.read(job.folder.events)
+    read = [e.parts for e in events if isinstance(e, Started) and e.step < step]
     return read[-1] if read else job.shards.parts

@@ -1,17 +1,18 @@
 """Curves of a run as PNG files, readable on light and dark pages."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zeroflow.data.arrays import Int64Array
-from zeroflow.records import Line
 from zeroflow.report.band import Band
 from zeroflow.report.comparison import Comparison
 from zeroflow.run_folder import SweepFolder
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import TABLE, MetricsRecord, StepRecord, ValidationRecord
 from zeroflow.units import parameter_count
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -19,7 +20,7 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
 
 
 _DARK = "#444444"
-"""On grey."""
+"""Readable on grey."""
 
 
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
@@ -32,25 +33,23 @@ _MARKERS = (".", "s", "^", "x")
 
 
 _MANY = 6
-"""Lines of a legend, beyond which it would cover the curves that it tells apart."""
+"""Lines of a legend beyond which it would cover the curves."""
+
+_TRAINING, _VALIDATION = TABLE["loss"], TABLE["val_loss"]
+_LOSS = f"loss ({_TRAINING.unit})"
 
 
-def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Path:
-    """Training and validation loss against tokens, over what earlier runs lead to expect.
-
-    Args:
-        lines: of metrics.jsonl.
-    """
-    title = f"{job.run_dir.name}: {parameter_count(job.model.parameters)} parameters"
-    figure, axes = _figure(title, "tokens", "loss (nats per token)")
-    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
-    axes.plot(
-        *zip(*train, strict=True), color=_BLUE, label="training", alpha=0.4 if expected else 1
-    )
+def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Band | None) -> Path:
+    """Training and validation loss against tokens, over the band of earlier runs."""
+    title = f"{job.folder.name}: {parameter_count(job.model.parameters)} parameters"
+    figure, axes = _figure(title, "tokens", _LOSS)
+    train = [(r.tokens, r.loss) for r in records if isinstance(r, StepRecord)]
+    held_out = [(r.tokens, r.val_loss) for r in records if isinstance(r, ValidationRecord)]
+    faint = 0.4 if expected else 1
+    axes.plot(*zip(*train, strict=True), color=_BLUE, label=_TRAINING.label, alpha=faint)
     if expected is not None:
-        _draw_band(axes, lines, expected)
-    axes.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", label="validation")
+        _draw_band(axes, records, expected)
+    axes.plot(*zip(*held_out, strict=True), color=_ORANGE, marker="o", label=_VALIDATION.label)
     entropy = job.shards.entropy
     if entropy is not None:
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
@@ -58,9 +57,9 @@ def loss_curve(job: TrainingJob, lines: list[Line], expected: Band | None) -> Pa
     return _save(figure, job.folder.loss_picture)
 
 
-def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
+def _draw_band(axes: Any, records: Sequence[MetricsRecord], expected: Band) -> None:
     """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
-    # A window without a logged loss, of a short run, would tear it all to pieces
+    # In a short run, windows without a logged loss would break the lines
     there = ~np.isnan(expected.mean)
     x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
     runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
@@ -70,27 +69,27 @@ def _draw_band(axes: Any, lines: list[Line], expected: Band) -> None:
             x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
         )
     axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
-    own = expected.smoothed(lines)
+    own = expected.smoothed(records)
     so_far = ~np.isnan(own)
     label = f"training, mean over {100 / len(own):g} % of the run"
     axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
-    """Validation loss of every run against tokens, FLOPs and hours, and the power law."""
+    """Validation loss of every run against tokens, FLOPs and hours, with the power law."""
     drawn = []
-    shapes = list(dict.fromkeys(one.shape for one in found.outcomes))
+    shapes = list(dict.fromkeys(one.shape for one in found.runs))
     for name, label, scale in (
         ("tokens", "tokens", lambda one: 1.0),
         ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
         ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
     ):
         title = f"validation loss by {label.partition(' (')[0]}"
-        figure, axes = _figure(title, label, "loss (nats per token)")
+        figure, axes = _figure(title, label, _LOSS)
         by_flops = name == "flops"
         drawn_of = Counter[str]()
-        for one in found.outcomes:
-            # No compute at all has no place on a logarithmic axis
+        for one in found.runs:
+            # Zero has no place on a logarithmic axis
             points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
             marker, style = divmod(drawn_of[one.shape], len(_STYLES))
             axes.plot(
@@ -105,15 +104,15 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
         if by_flops:
             axes.set_xscale("log")
         if by_flops and found.law is not None:
-            ends = [one.flops for one in found.outcomes]
+            ends = [one.flops for one in found.runs]
             ends += [found.next_size.flops] if found.next_size else []
             span = np.geomspace(min(ends), max(ends), 50)
             law = [found.law.loss(flops) for flops in span]
             axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^{-found.law.b:.3f}")
-        if len(found.outcomes) <= _MANY:
+        if len(found.runs) <= _MANY:
             axes.legend(fontsize="small")
         else:
-            height = max(4, 0.2 * len(found.outcomes))
+            height = max(4, 0.2 * len(found.runs))
             figure.set_size_inches(10, height)
             figure.legend(loc="outside right upper", fontsize="small")
         drawn.append(_save(figure, folder.loss_picture(name)))
@@ -121,19 +120,26 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
 
 
 def resume_curves(
-    undisturbed: list[Line], killed: list[Line], path: Path, *, kills: list[int]
+    undisturbed: Sequence[MetricsRecord],
+    killed: Sequence[MetricsRecord],
+    path: Path,
+    *,
+    kills: list[int],
 ) -> Path:
-    """Training and validation loss of two trainings; `kills` are the steps that one was killed at.
+    """Losses of an undisturbed and a killed training, the second dashed over the first.
 
-    The one that was killed is dashed over the other, which shows where they part.
+    Args:
+        kills: steps at which the second was killed.
     """
-    figure, axes = _figure("a training that was killed over one that was not", "step", "loss")
-    for lines, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
-        for quantity, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
-            points = [(line["step"], line[quantity]) for line in lines if quantity in line]
-            dark = "black" if style == "--" else colour
+    figure, axes = _figure("a killed training over an undisturbed one", "step", _LOSS)
+    for records, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
+        for field, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
+            points = [(r.step, getattr(r, field)) for r in records if hasattr(r, field)]
             axes.plot(
-                *zip(*points, strict=True), color=dark, linestyle=style, label=f"{quantity} {name}"
+                *zip(*points, strict=True),
+                color="black" if style == "--" else colour,
+                linestyle=style,
+                label=f"{TABLE[field].label}, {name}",
             )
     for number, step in enumerate(kills):
         axes.axvline(step, color=_GREY, linestyle=":", label=None if number else "kill")
@@ -143,17 +149,15 @@ def resume_curves(
 
 def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
     """Loss of the overfit check against its steps."""
-    figure, axes = _figure(
-        "overfit check: loss of one fixed batch", "step", "loss (nats per token)"
-    )
+    figure, axes = _figure("overfit check: loss of one fixed batch", "step", _LOSS)
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
-    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"has to reach {limit:g}")
+    axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:g}")
     axes.legend()
     return _save(figure, path)
 
 
 def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
-    """A bar for each part of the wall time; what is `good` in another colour."""
+    """A bar for each phase of the wall time; the `good` ones have another colour."""
     figure, axes = _figure(title, "share of the wall time (%)", "")
     names, percent = list(shares), [100 * share for share in shares.values()]
     bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
@@ -165,7 +169,7 @@ def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[s
 
 
 def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Path:
-    """How many documents have how many tokens, and the length of a row beside it."""
+    """Histogram of documents by their tokens, with the length of a row."""
     figure, axes = _figure("documents by length", "tokens", "documents")
     edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)
     axes.hist(lengths, bins=edges, color=_BLUE)
@@ -176,11 +180,12 @@ def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Pat
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # The figure class itself: pyplot would keep state and look for a display
+    # Not pyplot, which keeps state and looks for a display
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # on a dark page it ends there
+    # With a margin: on a dark page, the picture is a white box
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(7, 4), dpi=110, layout=layout, facecolor="white")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar
 
-from zeroflow import artifacts
+from pydantic import computed_field
+
 from zeroflow.config import Config
 from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
 from zeroflow.data.tokenizer import (
@@ -24,6 +25,7 @@ from zeroflow.estimate.memory import (
 from zeroflow.estimate.speed import expected_tokens_per_second
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import with_vocabulary
+from zeroflow.records import Record
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.refusals import refuse_a_plan_for_no_gpu
 from zeroflow.settings.run_config import RunConfig
@@ -50,8 +52,10 @@ class StagePlan(Config):
     activation_checkpointing: ActivationCheckpointing
 
 
-class Plan(Config):
+class Plan(Record):
     """All figures of a run that is yet to be."""
+
+    FORMAT: ClassVar[int] = 2
 
     run: str | None
     size: str
@@ -105,7 +109,7 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
 def load(folder: RunFolder) -> Plan | None:
     """The plan of a run, if this version made one."""
     try:
-        return Plan.model_validate(artifacts.read_json(folder.plan))
+        return Plan.read(folder.plan)
     except (OSError, ValueError):
         return None
 
@@ -183,7 +187,7 @@ def _there(run: RunConfig) -> int:
     if run.run_name is None or not run.folder.job.exists():
         return 0
     try:
-        job = TrainingJob.model_validate(artifacts.read_json(run.folder.job))
+        job = TrainingJob.read(run.folder.job)
         saved = sum(
             file.stat().st_size for file in job.folder.checkpoints.rglob("*") if file.is_file()
         )
@@ -214,16 +218,17 @@ def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
     )
 
 
-class Compared(NamedTuple):
-    """A figure of the plan and what became of it."""
+class Compared(Record):
+    """A figure of the plan, predicted and measured."""
 
     name: str
     predicted: float | None
     measured: float | None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def miss(self) -> float | None:
-        """How much more was measured than predicted, as a share; None where one is missing."""
+        """Share by which the measured value exceeds the predicted one; None if one is unknown."""
         if not self.predicted or self.measured is None:
             return None
         return self.measured / self.predicted - 1
@@ -261,7 +266,9 @@ def hold(
     )
     history.append(run.cache_dir, past)
     return [
-        Compared(name, getattr(plan.predicted, name), getattr(measured, name))
+        Compared(
+            name=name, predicted=getattr(plan.predicted, name), measured=getattr(measured, name)
+        )
         for name in Figures.model_fields
     ]
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: log lines, a live bar in a terminal, and the loss."""
+"""What a person sees during a training: log lines, a live bar in a terminal, and its loss."""
 
 import logging
 import time
@@ -9,10 +9,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zeroflow import records
-from zeroflow.records import Line
 from zeroflow.report import band, pictures
+from zeroflow.training.events import Event, Metrics, Started
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.units import duration, speed
 
 log = logging.getLogger(__name__)
@@ -25,25 +25,26 @@ _PICTURE_SECONDS = 60.0
 
 
 Show = Callable[[float, str], None]
-"""Is told the share that is done, from 0 to 1, and a line about it."""
+"""Called with the share done, from 0 to 1, and a line about it."""
 
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
-    """Follows the events of a training: one log line now and then, a bar where there is a terminal.
+    """Follows the events of a training: a log line now and then, and a bar in a terminal.
 
-    The time left is reckoned from the speed of this process, all pauses included.
-
-    Args:
-        show: is told of every logged step.
+    The time left is estimated from the speed of this process, including all pauses.
     """
 
     def __init__(self, show: Show = lambda share, text: None) -> None:
+        """
+        Args:
+            show: called for every logged step.
+        """
         self._show_elsewhere = show
         self._steps, self._logged = 0, 0.0
-        self._first: Line | None = None
+        self._first: StepRecord | None = None
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -62,22 +63,23 @@ class TrainingProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def __call__(self, event: Line) -> None:
-        if event["event"] == "started":
-            self._steps = event["steps"]
-            self._bar.update(self._task, total=self._steps, completed=event["step"])
-        if event["event"] == "metrics" and "loss" in event:
-            self._show(event)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._steps = event.steps
+                self._bar.update(self._task, total=self._steps, completed=event.step)
+            case Metrics(record=StepRecord() as record):
+                self._show(record)
 
-    def _show(self, event: Line) -> None:
-        # The first step is slower than all others: it compiles and warms up
-        self._first = self._first or event
-        step, now = event["step"], time.monotonic()
-        done = step - self._first["step"]
-        pace = (event["time"] - self._first["time"]) / done if done else None
+    def _show(self, record: StepRecord) -> None:
+        # Not from the first step, which is slower than all others: it compiles and warms up
+        self._first = self._first or record
+        step, now = record.step, time.monotonic()
+        done = step - self._first.step
+        pace = (record.time - self._first.time) / done if done else None
         left = f"  ETA {duration(pace * (self._steps - step))}" if pace else ""
-        rate = f"  {speed(event['tokens_per_second'])}" if event["tokens_per_second"] else ""
-        text = f"step {step}/{self._steps}  loss {event['loss']:.4f}{rate}{left}"
+        rate = f"  {speed(record.tokens_per_second)}" if record.tokens_per_second else ""
+        text = f"step {step}/{self._steps}  loss {record.loss:.4f}{rate}{left}"
         self._bar.update(self._task, completed=step, description=text)
         self._show_elsewhere(step / self._steps, text)
         if now - self._logged > _LOG_SECONDS or step == self._steps:
@@ -88,31 +90,32 @@ class TrainingProgress:
 class LossWatch:
     """Follows the events of a training: draws its loss over that of earlier runs once a minute.
 
-    When the run leaves the band of the earlier ones it is said, once.
-
-    Args:
-        show: is told of every new picture.
+    The first time that the run leaves their band, it logs a warning.
     """
 
     def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:
+        """
+        Args:
+            show: called with every new picture.
+        """
         self._job, self._show = job, show
         self._expected = band.find(job)
         if self._expected:
-            log.info("loss is compared with that of %s", ", ".join(self._expected.runs))
+            log.info("comparing the loss with that of %s", ", ".join(self._expected.runs))
         self._next = time.monotonic() + _PICTURE_SECONDS
-        self._said = False
+        self._warned = False
 
-    def __call__(self, event: Line) -> None:
-        if event["event"] != "metrics" or time.monotonic() < self._next:
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Metrics) or time.monotonic() < self._next:
             return
-        lines = records.read(self._job.folder.metrics)
-        if self._expected and not self._said:
-            verdict = self._expected.verdict(lines)
+        records = METRICS.read(self._job.folder.metrics)
+        if self._expected and not self._warned:
+            verdict = self._expected.verdict(records)
             if verdict.since is not None:
                 log.warning("loss is %s", verdict)
-                self._said = True
+                self._warned = True
         try:
-            self._show(pictures.loss_curve(self._job, lines, self._expected))
+            self._show(pictures.loss_curve(self._job, records, self._expected))
         except OSError as error:  # training needs no picture
             log.warning("the loss could not be drawn: %s", error)
         self._next = time.monotonic() + _PICTURE_SECONDS

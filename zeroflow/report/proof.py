@@ -1,13 +1,13 @@
-"""TODO docstring."""
+"""The page of a proof that resume is exact."""
 
 from pathlib import Path
 
-from zeroflow import artifacts, records
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
 from zeroflow.report import pictures
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import METRICS
 
 
 def write(job: TrainingJob, proof: Proof) -> Path:
@@ -18,23 +18,21 @@ def write(job: TrainingJob, proof: Proof) -> Path:
     """
     folder = job.folder
     undisturbed, killed = (
-        records.read(folder.inner(name).metrics) for name in (resume.UNDISTURBED, resume.KILLED)
+        METRICS.read(folder.inner(name).metrics) for name in (resume.UNDISTURBED, resume.KILLED)
     )
     kills = [kill.step for kill in proof.kills]
     picture = pictures.resume_curves(undisturbed, killed, folder.proof_picture, kills=kills)
-    artifacts.write_json(folder.proof, proof.model_dump(mode="json"))
+    proof.write(folder.proof)
     page = folder.proof_page
     page.write_text(markdown(job, proof), encoding="utf-8")
-    tracker.finish(
-        job.tracking,
-        folder,
-        [],  # what was trained is in runs of its own
+    ending = tracker.Ending(
         files=[page, picture, folder.proof],
+        figures={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
         step=proof.steps,
-        metrics={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
         series={},
         succeeded=proof.passed,
     )
+    tracker.finish(job.tracking, folder, [], ending)  # the trainings have MLflow runs of their own
     return page
 
 

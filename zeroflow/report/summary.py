@@ -1,11 +1,11 @@
-"""What a run has left, for those who use it: its model, its figures, and where all of it lies."""
+"""The last lines of a run's command: its figures, and where everything is."""
 
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from zeroflow import artifacts
+from zeroflow.report.records import RunReport
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import DEFAULT_CACHE
 from zeroflow.tracking.viewer import links
@@ -15,27 +15,25 @@ from zeroflow.units import speed
 
 def summary(report_file: Path, cache: Path) -> str:
     """The end of a run in a few lines: figures, and where everything is."""
-    report = artifacts.read_json(report_file)
+    report = RunReport.read(report_file)
     folder = RunFolder(report_file.parent)
-    bpb = f", {report['val_bpb']:.3f} bits per byte" if report["val_bpb"] else ""
-    floor = f" (entropy of the data {report['entropy']:.4f})" if report["entropy"] else ""
-    mfu = f", MFU {report['mfu']:.1%}" if report["mfu"] is not None else ""
-    overfit, time = report["overfit"], report["time"]
-    expected = report["expected_loss"]
-    band = [f"  expected loss    {expected['verdict']}"] if expected["runs"] else []
-    of_run = f"--run {report['run']}{_flag(cache)}"
+    bpb = f", {report.val_bpb:.3f} bits per byte" if report.val_bpb else ""
+    floor = f" (entropy of the data {report.entropy:.4f})" if report.entropy else ""
+    mfu = f", MFU {report.mfu:.1%}" if report.mfu is not None else ""
+    overfit, time, expected = report.overfit, report.time, report.expected_loss
+    band = [f"  expected loss    {expected.verdict}"] if expected.runs else []
+    of_run = f"--run {report.run}{_flag(cache)}"
     lines = [
         "",
-        f"run {report['run']} is complete",
-        f"  validation loss  {report['first_val_loss']:.4f} -> {report['val_loss']:.4f}"
-        f"{floor}{bpb}",
+        f"run {report.run} is complete",
+        f"  validation loss  {report.first_val_loss:.4f} -> {report.val_loss:.4f}{floor}{bpb}",
         *band,
-        f"  trained          {report['steps']:,} steps, {report['tokens']:,} tokens, "
-        f"{speed(report['tokens_per_second'])}{mfu}",
-        f"  time             {goodput.summary(time['shares'], time['wall_seconds'])}",
-        f"  overfit check    passed: loss {overfit['loss']:.4f} after {overfit['steps']} steps",
+        f"  trained          {report.steps:,} steps, {report.tokens:,} tokens, "
+        f"{speed(report.tokens_per_second)}{mfu}",
+        f"  time             {goodput.summary(time.shares, time.wall_seconds)}",
+        f"  overfit check    passed: loss {overfit.loss:.4f} after {overfit.steps} steps",
         f"  report           {folder.report_page}",
-        f"  checkpoint       {report['checkpoint']}",
+        f"  checkpoint       {report.checkpoint}",
         f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
         f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
         f"  both UIs         {_program('zeroflow')} ui{_flag(cache)}",

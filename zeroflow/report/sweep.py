@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The stages of a sweep around its runs: check, record, compare."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location
 
 
 def finished(cell: RunConfig) -> bool:
-    """Whether a run has completed, as its report says."""
+    """True if the run has completed, according to its report."""
     return comparison.outcome(cell.cache_dir, str(cell.run_name)) is not None
 
 
@@ -32,7 +32,7 @@ def require_as_started(sweep: SweepConfig) -> None:
 
 
 def open_group(sweep: SweepConfig) -> None:
-    """Record the sweep, and open the MLflow run that holds its runs together."""
+    """Record the sweep, and open the MLflow run that is the parent of its runs."""
     uri, local = location(sweep.run.cache_dir)
     artifacts.write_json(sweep.folder.settings, sweep.model_dump(mode="json"))
     axes = ("sizes", "seeds", "learning_rates", "zero_stages")
@@ -51,7 +51,7 @@ def open_group(sweep: SweepConfig) -> None:
 def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
     """Write the comparison of the sweep's finished runs, also to MLflow.
 
-    Those that an earlier command has trained are among them.
+    Runs that an earlier command trained are included.
 
     Returns:
         the path of comparison.md
@@ -70,7 +70,7 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
         sweep.name, found, pictures=[path.name for path in drawn], failed=failed
     )
     page.write_text(text, encoding="utf-8")
-    artifacts.write_json(where.comparison, comparison.figures(found))
+    found.write(where.comparison)
     law = {"sweep/exponent": found.law.b} if found.law else {}
     best = min(one.val_loss for one in outcomes)
     tracker.close_group(
@@ -80,7 +80,7 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
 
 
 def _members(sweep: SweepConfig) -> list[str]:
-    """Names of all runs that were ever asked for as ones of the sweep."""
+    """Names of all runs that were ever asked for as a part of the sweep."""
     asked = [str(cell.run_name) for cell in cells(sweep)]
     there = Cache(sweep.run.cache_dir).existing_runs()
     earlier = [folder.name for folder in there if _sweep_of(folder) == sweep.name]
@@ -90,5 +90,5 @@ def _members(sweep: SweepConfig) -> list[str]:
 def _sweep_of(folder: RunFolder) -> Any:
     try:
         return artifacts.read_json(folder.settings)["sweep"]
-    except (OSError, ValueError, LookupError):  # of another version, or damaged
+    except (OSError, ValueError, LookupError):  # written by another version, or damaged
         return None

@@ -7,7 +7,7 @@ from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.config import DESCRIPTION, PARENT, TrackingConfig, location
-from zeroflow.tracking.store import run_facts
+from zeroflow.tracking.store import run_ids
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import parameter_count
 
@@ -26,8 +26,8 @@ def _group_tags(run: Settled) -> dict[str, str]:
     """MLflow tags that make the run a child of its sweep."""
     if run.sweep is None:
         return {}
-    group = run_facts(Cache(run.cache_dir).sweep(run.sweep))
-    return {"sweep": run.sweep} | ({PARENT: group["run_id"]} if group else {})
+    group = run_ids(Cache(run.cache_dir).sweep(run.sweep))
+    return {"sweep": run.sweep} | ({PARENT: group.run_id} if group else {})
 
 
 def training_job(

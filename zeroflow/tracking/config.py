@@ -1,34 +1,43 @@
-"""TODO docstring."""
+"""What a run is called and tagged in MLflow, and where MLflow keeps it."""
 
 import os
 from pathlib import Path
 
 from zeroflow.config import Config
+from zeroflow.records import Record
 from zeroflow.run_folder import Cache
 
 EXPERIMENT = "zeroflow"
 
 
 DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
-"""Tags that MLflow's pages read."""
+"""Tags that MLflow's pages show."""
 
 
 PORT = 5000
-"""Where MLflow's server listens, unless another was asked for."""
+"""Default port of MLflow's server."""
 
 
-class TrackingConfig(Config):
-    """The MLflow run of a zeroflow run."""
+class Dataset(Config):
+    """Rows as MLflow names them."""
+
+    name: str
+    digest: str
+    source: str
+
+
+class TrackingConfig(Record):
+    """The MLflow run of a run or a sweep."""
 
     uri: str
     folder: Path | None
-    """Folder of the SQLite file and the artifacts; None when a server keeps them."""
+    """Folder of the SQLite file and the artifacts; None if a server keeps them."""
 
     run_name: str
     tags: dict[str, str]
     params: dict[str, str]
-    dataset: dict[str, str] | None
-    """`name`, `digest` and `source` of the rows trained on; of a sweep's own run, none."""
+    dataset: Dataset | None
+    """The rows trained on; None for a sweep."""
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
@@ -40,5 +49,5 @@ def location(cache: Path) -> tuple[str, Path | None]:
 
 
 def is_server(uri: str) -> bool:
-    """Whether runs are kept by an MLflow server, and not in a store that one has to show."""
+    """True if an MLflow server keeps the runs, False if it only shows a store."""
     return uri.startswith(("http://", "https://"))

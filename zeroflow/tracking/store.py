@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""MLflow's store: the experiment, and the MLflow run of each zeroflow run."""
 
 import logging
 import os
@@ -8,38 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
+from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
 from zeroflow.tracking.config import EXPERIMENT, TrackingConfig
 
 log = logging.getLogger(__name__)
 
-
 _COLOUR = "mlflow.runColor"
-
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
-def run_facts(folder: TrackedFolder) -> dict[str, str] | None:
-    """`run_id` and `experiment_id` of the MLflow run, if one was opened."""
-    path = folder.mlflow
+class RunIds(Record):
+    """Where a run or a sweep is in MLflow: mlflow.json."""
+
+    run_id: str
+    experiment_id: str
+    uri: str
+
+
+def run_ids(folder: TrackedFolder) -> RunIds | None:
+    """The ids of the MLflow run, if one was opened."""
     try:
-        return artifacts.read_json(path) if path.exists() else None
+        return RunIds.read_if_exists(folder.mlflow)
     except ValueError as error:
-        log.warning("the run gets another run in MLflow: %s", error)
+        log.warning("a new MLflow run is opened: %s", error)
         return None
 
 
 def forget(folder: TrackedFolder) -> None:
-    """Have the next tracker begin another MLflow run."""
+    """Make the next tracker open a new MLflow run."""
     folder.mlflow.unlink(missing_ok=True)
 
 
 def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
-    """A client and the id of the experiment, which is created if there is none."""
+    """A client and the id of the experiment, which is created if it does not exist."""
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # By default a server that is gone is asked for minutes
+    # By default MLflow asks a server that is gone for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -52,19 +58,17 @@ def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
 
 
 def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
-    """A client and the id of the run, which is created if there is none."""
+    """A client and the id of the MLflow run, which is created if it does not exist."""
     from mlflow.entities import RunTag
 
     client, experiment_id = open_store(config.uri, config.folder)
-    facts = run_facts(folder)
-    run = _existing(client, facts["run_id"]) if facts else None
+    ids = run_ids(folder)
+    run = _existing(client, ids.run_id) if ids else None
     if run is None:
         colour = {_COLOUR: _next_colour(client, experiment_id)} if config.dataset else {}
         run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
-        artifacts.write_json(
-            folder.mlflow,
-            {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": config.uri},
-        )
+        ids = RunIds(run_id=run.info.run_id, experiment_id=experiment_id, uri=config.uri)
+        ids.write(folder.mlflow)
     run_id = run.info.run_id
     # A run that was extended has other tags
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in config.tags.items()])
@@ -74,7 +78,7 @@ def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
 
 
 def _experiment(client: Any, folder: Path | None) -> str:
-    """Id of the experiment, which is created if there is none."""
+    """Id of the experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(EXPERIMENT):
@@ -86,11 +90,11 @@ def _experiment(client: Any, folder: Path | None) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another run was faster
+        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another process was faster
 
 
 def _next_colour(client: Any, experiment_id: str) -> str:
-    """Another one than the newest runs have; MLflow would take one from a hash of the run's id."""
+    """The colour after that of the newest run. MLflow's own, a hash of the id, repeats too soon."""
     newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
     colour = newest[0].data.tags.get(_COLOUR) if newest else None
     if colour not in _COLOURS:
@@ -100,38 +104,40 @@ def _next_colour(client: Any, experiment_id: str) -> str:
 
 @contextmanager
 def _store_lock(folder: Path | None) -> Iterator[None]:
-    """Processes that create MLflow's SQLite tables at once leave it broken for good."""
+    """Processes that create MLflow's SQLite tables at the same time would break them for good."""
     if folder is None:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with artifacts.exclusive(folder / "store", waiting_for="another process opens MLflow's store"):
+    with artifacts.exclusive(
+        folder / "store", waiting_for="another process is opening MLflow's store"
+    ):
         yield
 
 
 def _existing(client: Any, run_id: str) -> Any | None:
-    """The run; None where the store has none of this id, or one that was deleted there."""
+    """The MLflow run; None if the store has none of this id, or if it was deleted there."""
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise  # a server that is away has not lost the run
+            raise  # a server that does not answer has not lost the run
         return None
     return run if run.info.lifecycle_stage == "active" else None
 
 
 def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
-    """Add dataset and params, the params last: a run that has them has both."""
+    """Add dataset and params. Params come last, so a run that has them has both."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     if config.dataset is not None:
         dataset = Dataset(
-            name=config.dataset["name"],
-            digest=config.dataset["digest"],
+            name=config.dataset.name,
+            digest=config.dataset.digest,
             source_type="local",
-            source=config.dataset["source"],
+            source=config.dataset.source,
         )
         tags = [InputTag("mlflow.data.context", "training")]
         client.log_inputs(run_id, [DatasetInput(dataset, tags)])

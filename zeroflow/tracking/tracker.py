@@ -1,12 +1,12 @@
-"""MLflow: one experiment, one run for each zeroflow run, written without the training waiting.
+"""Delivers a run to MLflow without making the training wait.
 
-The only importer of mlflow. By default runs are written straight to SQLite under
-`<cache>/mlflow/`; an MLflow server is only the viewer.
+One experiment holds one MLflow run for each zeroflow run. By default runs are written straight to
+SQLite under `<cache>/mlflow/`; an MLflow server only shows them.
 
-What is delivered is read from the run's metrics.jsonl, and only what lies after the last step that
-MLflow has of a curve is sent. So whatever MLflow missed, it has after the next delivery that
-succeeds: later in the training, at its end, with the report, or when the same command runs again.
-MLflow deletes no point: steps that a roll-back trains anew keep what was sent of them first.
+Points come from the run's metrics.jsonl, and only those after the last step that MLflow has of a
+curve are sent. So whatever MLflow missed, it gets with the next delivery that succeeds: later in
+the training, at its end, with the report, or when the same command runs again. MLflow deletes no
+point: of steps that a roll-back trains again, it keeps the first values.
 """
 
 import contextvars
@@ -15,45 +15,52 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder, SweepFolder, TrackedFolder
 from zeroflow.tracking.config import TrackingConfig
-from zeroflow.tracking.metrics import Line, Point, points
 from zeroflow.tracking.store import open_run
 
 log = logging.getLogger(__name__)
 
-
 _FLUSH_SECONDS = 5.0
-
-
 _RETRY_SECONDS = 10.0
-
-
 _CLOSE_SECONDS = 30.0
+_BATCH_METRICS = 1000
+"""The most that MLflow takes at once."""
 
 
-_BATCH_METRICS = 1000  # the most that MLflow takes at once
+class Point(NamedTuple):
+    """A point of a curve."""
+
+    key: str
+    value: float
+    step: int
+    time: float
+    """Seconds since the epoch."""
 
 
 class Tracker:
-    """Follows a run's metrics.jsonl and delivers to MLflow, in a thread of its own.
+    """Follows a run and delivers its points to MLflow, in a thread of its own.
 
-    Whatever happens to MLflow, training goes on and waits only at its end, for a moment.
-
-    Args:
-        new_lines: returns the lines that were added since it was called last.
+    Whatever happens to MLflow, training continues and waits only at its end, for a moment.
     """
 
     def __init__(
-        self, config: TrackingConfig, folder: RunFolder, new_lines: Callable[[], list[Line]]
+        self,
+        config: TrackingConfig,
+        folder: RunFolder,
+        new_points: Callable[[], Iterable[Point]],
     ) -> None:
-        self._config, self._folder, self._new_lines = config, folder, new_lines
+        """
+        Args:
+            new_points: returns the points that were added since the last call.
+        """
+        self._config, self._folder, self._new_points = config, folder, new_points
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = False
-        # in this context, as Prefect finds the flow run that a log line belongs to there
+        # In a copy of this context: from it Prefect knows which flow run a log line belongs to
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._deliver,), name="mlflow", daemon=True
@@ -61,7 +68,7 @@ class Tracker:
         self._thread.start()
 
     def close(self, status: str) -> None:
-        """Send what is left and end the run as FINISHED, FAILED or KILLED."""
+        """Send what is left and end the MLflow run as FINISHED, FAILED or KILLED."""
         self._status = status
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
@@ -74,17 +81,17 @@ class Tracker:
             )
 
     def _deliver(self) -> None:
-        waiting: list[Line] = []
+        waiting: list[Point] = []
         run: _MlflowRun | None = None
         failing = False
         while True:
             closing = self._closing.wait(_RETRY_SECONDS if failing else _FLUSH_SECONDS)
             try:
-                waiting += self._new_lines()
+                waiting += self._new_points()
                 if run is None:
                     run = _MlflowRun(self._config, self._folder)
                     run.begin()
-                run.send(points(waiting))
+                run.send(waiting)
                 waiting.clear()
                 if closing:
                     run.end(self._status)
@@ -95,7 +102,7 @@ class Tracker:
                     log.info("MLflow at %s is back and has all metrics", self._config.uri)
                 failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
-                run = None  # only a run opened anew knows what has arrived
+                run = None  # only a run that is opened again knows what has arrived
                 if not failing:
                     log.warning("MLflow at %s failed, will try again: %s", self._config.uri, error)
                 failing = True
@@ -103,40 +110,48 @@ class Tracker:
                 return
 
 
-def finish(
-    config: TrackingConfig,
-    folder: RunFolder,
-    lines: list[Line],
-    *,
-    files: list[Path],
-    step: int,
-    metrics: dict[str, float],
-    series: dict[str, list[float]],
-    succeeded: bool,
-) -> str | None:
-    """Attach the end of a run: files, figures at its last `step`, series over steps 1, 2, ...
+class Ending(NamedTuple):
+    """What is added to an MLflow run at its end."""
 
-    Args:
-        lines: of metrics.jsonl, of which those are sent that MLflow has not.
+    files: list[Path]
+    figures: dict[str, float]
+    """Final values, by key."""
+
+    step: int
+    """Step of the final values."""
+
+    series: dict[str, list[float]]
+    """Values over steps 1, 2, ..., by key."""
+
+    succeeded: bool
+
+    def points(self, time: float) -> Iterable[Point]:
+        for key, value in self.figures.items():
+            yield Point(key, value, self.step, time)
+        for key, values in self.series.items():
+            for number, value in enumerate(values, 1):
+                yield Point(key, value, number, time)
+
+
+def finish(
+    config: TrackingConfig, folder: RunFolder, points: Iterable[Point], ending: Ending
+) -> str | None:
+    """Add the `ending` of a run, and those of all its `points` that MLflow lacks.
 
     Returns:
-        the run id; None, with a warning, if MLflow cannot be written.
+        the run id; None, with a warning, if MLflow cannot be written
     """
-    now = time.time()
-    figures = [Point(key, value, step, now) for key, value in metrics.items()]
-    for key, values in series.items():
-        figures += [Point(key, value, number, now) for number, value in enumerate(values, 1)]
     try:
         run = _MlflowRun(config, folder)
-        run.send(points(lines))
-        run.send(figures)
-        for file in files:
+        run.send(points)
+        run.send(ending.points(time.time()))
+        for file in ending.files:
             run.attach(file)
-        run.end("FINISHED" if succeeded else "FAILED")
+        run.end("FINISHED" if ending.succeeded else "FAILED")
         return run.run_id
     except Exception as error:  # the run itself is done and on disk
         log.warning(
-            "the report could not be added to MLflow at %s, which the same command tries again: %s",
+            "the report could not be added to MLflow at %s; the same command tries again: %s",
             config.uri,
             error,
         )
@@ -144,24 +159,24 @@ def finish(
 
 
 def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
-    """Open the MLflow run that others name as their `PARENT`; its ids are in `folder`."""
+    """Open the MLflow run of a sweep, which its runs name as their `PARENT`."""
     try:
-        artifacts.write_json(folder.tracking, config.model_dump(mode="json"))
+        config.write(folder.tracking)
         open_run(config, folder)
-    except Exception as error:  # its runs are compared without it as well
+    except Exception as error:  # its runs are compared without it
         log.warning("MLflow at %s does not show the runs as one sweep: %s", config.uri, error)
 
 
 def close_group(
-    folder: SweepFolder, files: list[Path], metrics: dict[str, float], *, failed: bool
+    folder: SweepFolder, files: list[Path], figures: dict[str, float], *, failed: bool
 ) -> None:
     """Attach `files` and figures to the run that `open_group` opened, and end it."""
-    config = TrackingConfig.model_validate(artifacts.read_json(folder.tracking))
+    config = TrackingConfig.read(folder.tracking)
     try:
         run = _MlflowRun(config, folder)
+        # A sweep has no steps. Its time is one that grows when runs are added to it
         now = time.time()
-        # A sweep has no steps: what is sent when it was added to has to come after what was before
-        run.send(Point(key, value, int(now), now) for key, value in metrics.items())
+        run.send(Point(key, value, int(now), now) for key, value in figures.items())
         for file in files:
             run.attach(file)
         run.end("FAILED" if failed else "FINISHED")
@@ -170,7 +185,7 @@ def close_group(
 
 
 class _MlflowRun:
-    """The MLflow run of a zeroflow run, open for one thread; of no use after its first error."""
+    """An MLflow run, open for one thread; not to be used after an error."""
 
     def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:
         self._uri, self._folder = config.uri, folder
@@ -179,20 +194,20 @@ class _MlflowRun:
         self._last_step = {metric.key: metric.step for metric in latest}
 
     def begin(self) -> None:
-        """Show the run as RUNNING, and be ready to `measure_machine`."""
+        """Show the run as RUNNING, and prepare `measure_machine`."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client.update_run(self.run_id, "RUNNING")
-        self._tell_recoveries()
+        self._add_recoveries()
         self._monitor = SystemMetricsMonitor(
             self.run_id, resume_logging=True, tracking_uri=self._uri
         )
 
     def send(self, candidates: Iterable[Point]) -> None:
-        """Send those after the last step of their key: a run has no step twice.
+        """Send the points after the last step of their key: a run has no step twice.
 
-        What is sent again although it did arrive, as the answer was lost, has the same time, and
-        that is one point to MLflow.
+        A point that did arrive, but whose answer was lost, is sent again with the same time. To
+        MLflow that is one point.
         """
         from mlflow.entities import Metric
 
@@ -208,7 +223,7 @@ class _MlflowRun:
         self._last_step = last
 
     def measure_machine(self) -> None:
-        """Send the load of this machine; its monitor's own thread would end with the server."""
+        """Send the load of this machine. The monitor's own thread would end with the server."""
         self._monitor.collect_metrics()
         self._monitor.publish_metrics(self._monitor.aggregate_metrics())
 
@@ -216,10 +231,10 @@ class _MlflowRun:
         self._client.log_artifact(self.run_id, str(file))
 
     def end(self, status: str) -> None:
-        self._tell_recoveries()
+        self._add_recoveries()
         self._client.set_terminated(self.run_id, status)
 
-    def _tell_recoveries(self) -> None:
+    def _add_recoveries(self) -> None:
         if isinstance(self._folder, RunFolder) and self._folder.ledger.exists():
             self.attach(self._folder.ledger)
             recoveries = self._folder.ledger.read_bytes().count(b"\n")

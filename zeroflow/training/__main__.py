@@ -5,6 +5,7 @@ import os
 import time
 
 from zeroflow.training import checkpoint, goodput, worker
+from zeroflow.training.events import Done, Stopped
 from zeroflow.training.goodput import Clock
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.launch import LAUNCHED
@@ -25,18 +26,18 @@ def work(job: TrainingJob, stop: Stop) -> None:
         ended = session.run(stop)
     finally:
         session.saver.wait()  # what is being written is what the next process goes on from
-    account = session.books.book(session.state.step, ended=True)
+    account = session.ledger.book(session.state.step, ended=True)
     log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
     if ended:
-        session.recorder.event("done", step=step)
+        session.recorder.event(Done(time=time.time(), step=step))
     else:
         newest = checkpoint.newest_step(job.folder.checkpoints)
         message = f"stopped at step {step} with a checkpoint; the same command goes on from there"
         if newest < step:
             kept = f"the newest one is of step {newest}" if newest else "there is none"
             message = f"stopped at step {step} without a checkpoint of it: {kept}"
-        session.recorder.event("stopped", step=step, message=message)
+        session.recorder.event(Stopped(time=time.time(), step=step, message=message))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from zeroflow.config import Config
-from zeroflow.reuse import Fields
+from zeroflow.reuse import Identity
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload
 
@@ -26,7 +26,7 @@ class TrainingConfig(Config):
         return self.schedule.steps
 
     @property
-    def identity(self) -> Fields:
+    def identity(self) -> Identity:
         """The settings that decide the outcome of a check, besides model and schedule."""
         return {
             "seed": self.seed,

@@ -1,22 +1,24 @@
 """Where the wall time of a run's training goes: every moment of it is in one phase.
 
-A process books the seconds of its phases in `goodput.jsonl` at every logged step and checkpoint, so
-that one that is killed has lost at most the last few steps from the books. Those add up over all
-the processes of a run, with the time between them, to the wall time of its training.
+A process adds the seconds of its phases to `goodput.jsonl` at every logged step and checkpoint, so
+one that is killed leaves at most its last few steps unaccounted. Over all processes of a run, with
+the time between them, the phases add up to the wall time of its training.
 """
 
 import time
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 
-from zeroflow import records
+from zeroflow.records import JsonLines, Record, omitted
 from zeroflow.run_folder import RunFolder
 from zeroflow.units import duration
 
 _SHOWN = 5
+
+Name = TypeVar("Name", bound=str)
 
 Phase = Literal[
     "start",
@@ -32,27 +34,51 @@ Phase = Literal[
     "restarts",
 ]
 """start: from the launch of a process until it is ready, its checkpoint loaded.
-first_step: of a process, in which kernels are loaded and chosen and memory is taken.
+first_step: of a process, in which kernels are loaded and chosen and memory is allocated.
 data, checkpoint: only while training waits for them.
-communication: between the ends of the backward passes of all ranks; what they pass on within them
-is a part of it.
-restarts: from the death of a process to the launch of the next, and what it did in vain."""
+communication: after the end of the backward pass, until all ranks have reached it; communication
+that overlaps a backward pass counts as forward_backward.
+restarts: from the death of a process to the launch of the next, and the steps that were lost."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")
-"""What trains. The rest is what it costs to have it run."""
+"""The phases that train. The others are overhead."""
 
 TRAINING: tuple[Phase, ...] = ("data", *GOOD, "communication", "logging")
-"""The seconds that tokens per second are over: of all steps but the first of a process."""
+"""The phases of a step. Tokens per second are over their seconds, without those of the first step
+of a process."""
+
+
+class Booking(Record):
+    """Seconds of each phase since the line before."""
+
+    step: int
+    """Steps done."""
+
+    time: float
+    """Seconds since the epoch."""
+
+    ended: bool
+    """True if the process ended in order here: the time until the next one does not count."""
+
+    seconds: dict[str, float]
+    """By phase. Older versions had one more, waiting for MLflow."""
+
+    began: float | None = omitted()
+    """In the first line of a process, the time of its launch."""
+
+
+BOOKINGS: JsonLines[Booking] = JsonLines(Booking)
+"""goodput.jsonl."""
 
 
 class Clock:
     """Which phase the process is in, by one clock.
 
-    What is asked of a GPU is done later. There, a phase ends when the device has come to its end:
-    a mark goes into the stream of work at every change, which waits for nothing, and `settle` reads
-    the marks. So data that are made while the device computes cost nothing, and the time in which
-    the loop waits for the device is that of the phase which the device is in.
+    A GPU does what it is asked for later. There, a phase ends when the device has reached its end:
+    every change puts an event into the stream of work, which waits for nothing, and `settle` reads
+    the events. So data that is prepared while the device computes costs nothing, and time in which
+    the loop waits for the device belongs to the phase that the device is in.
     """
 
     def __init__(self, began: float, *, device: Literal["cpu", "cuda"]) -> None:
@@ -69,7 +95,7 @@ class Clock:
         self.seconds["start"] = max(0.0, time.time() - began)
 
     def enter(self, phase: Phase) -> None:
-        """End the phase that the process is in, and begin `phase`."""
+        """End the current phase and begin `phase`."""
         if phase == "logging":  # of a step that is done
             self._first_step = False
         if self._first_step and phase in TRAINING:
@@ -83,7 +109,7 @@ class Clock:
         self._marks[-1][1].wait()
         now = time.perf_counter()
         spans = [(phase, end.since(begin)) for (phase, begin), (_, end) in pairwise(self._marks)]
-        # the device's own clock only says how the seconds are shared out
+        # The device's clock only gives the shares: its seconds need not add up to the host's
         scale = (now - self._settled) / (sum(seconds for _, seconds in spans) or 1.0)
         for phase, seconds in spans:
             self.seconds[phase] += scale * seconds
@@ -121,26 +147,27 @@ class _DeviceMark:
 
 
 class Account:
-    """The books of a run, added up."""
+    """The seconds of all processes of a run, added up."""
 
-    def __init__(self, lines: Iterable[records.Line] = ()) -> None:
+    def __init__(self, bookings: Iterable[Booking] = ()) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.restarts = 0
-        """Processes that went on after one which had not ended in order."""
+        """Processes that resumed after one which had not ended in order."""
 
         self.steps_again = 0
-        """Steps trained in vain, as a later process went on from a checkpoint before them."""
+        """Steps trained a second time because a process resumed from a checkpoint before them."""
 
         self.steps = 0
-        """Steps that count, but for the first one of every process."""
+        """Steps that count, without the first one of every process."""
 
         self._step, self._is_first = 0, True
-        self._lines: list[records.Line] = []
-        for line in lines:
-            self.add(line)
+        self._bookings: list[Booking] = []
+        for booking in bookings:
+            self.add(booking)
 
     @property
     def wall(self) -> float:
+        """Seconds of wall time."""
         return sum(self.seconds.values())
 
     @property
@@ -150,7 +177,7 @@ class Account:
 
     @property
     def shares(self) -> dict[Phase, float]:
-        """Of the wall time; they add up to 1."""
+        """Share of the wall time of each phase; they add up to 1."""
         wall = self.wall or 1.0
         return {phase: seconds / wall for phase, seconds in self.seconds.items()}
 
@@ -159,90 +186,88 @@ class Account:
         """Share of the wall time that trained the model as it is now."""
         return sum(self.shares[phase] for phase in GOOD)
 
-    def add(self, line: records.Line) -> None:
-        """Add a line of goodput.jsonl."""
-        if "began" in line and self._lines:
-            self._go_on(self._lines[-1], line)
-        self._count(line)
-        self._lines.append(line)
+    def add(self, booking: Booking) -> None:
+        if booking.began is not None and self._bookings:
+            self._resume(self._bookings[-1], booking, began=booking.began)
+        self._count(booking)
+        self._bookings.append(booking)
 
-    def _go_on(self, last: records.Line, first: records.Line) -> None:
-        """A process has gone on: with its `first` line, after the `last` of the one before."""
-        self.steps_again += max(0, last["step"] - first["step"])
+    def _resume(self, last: Booking, first: Booking, *, began: float) -> None:
+        """Account for a new process, whose `first` booking follows the `last` of another."""
+        self.steps_again += max(0, last.step - first.step)
         restarts = self.seconds["restarts"]
-        if not last["ended"]:
+        if not last.ended:
             self.restarts += 1
-            # by the wall clock, which may have been set
-            restarts += max(0.0, first["began"] - last["time"])
-        while self._lines and self._lines[-1]["step"] > first["step"]:
-            restarts += sum(self._lines.pop()["seconds"].values())
+            # By the wall clock, which somebody may have set back
+            restarts += max(0.0, began - last.time)
+        while self._bookings and self._bookings[-1].step > first.step:
+            restarts += sum(self._bookings.pop().seconds.values())
         self.seconds = dict.fromkeys(PHASES, 0.0) | {"restarts": restarts}
         self.steps = 0
-        for line in self._lines:
-            self._count(line)
+        for booking in self._bookings:
+            self._count(booking)
 
-    def _count(self, line: records.Line) -> None:
-        for phase in PHASES:  # older versions had one more: waiting for MLflow at the end
-            self.seconds[phase] += line["seconds"].get(phase, 0.0)
-        if "began" in line:
-            self._step, self._is_first = line["step"], True
-        elif done := line["step"] - self._step:
+    def _count(self, booking: Booking) -> None:
+        for phase in PHASES:
+            self.seconds[phase] += booking.seconds.get(phase, 0.0)
+        if booking.began is not None:
+            self._step, self._is_first = booking.step, True
+        elif done := booking.step - self._step:
             self.steps += done - self._is_first
-            self._step, self._is_first = line["step"], False
+            self._step, self._is_first = booking.step, False
 
 
 class PhaseLedger:
-    """The account of a run, and what a process of it adds."""
+    """The account of a run, to which the bookings of this process are added."""
 
     def __init__(self, folder: RunFolder, clock: Clock, *, kept: bool = True) -> None:
         """
         Args:
-            kept: whether they are written down, as one rank of several does.
+            kept: write the bookings to the run's folder, as one rank of several does.
         """
         self.clock, self._kept = clock, kept
         self._path, self._booked = folder.goodput, dict.fromkeys(PHASES, 0.0)
         if kept:  # a killed process may have left half a line
-            records.keep(self._path, lambda line: True)
-        self.account = Account(records.read(self._path))
+            BOOKINGS.keep(self._path, lambda booking: True)
+        self.account = Account(BOOKINGS.read(self._path))
 
     def book(self, step: int, *, first: bool = False, ended: bool = False) -> Account:
-        """Write what the phases have taken since the last time; waits for the device.
+        """Book the seconds of each phase since the last call; waits for the device.
 
         Args:
             step: steps done.
-            first: of this process.
-            ended: whether it ends now, in order: the time until it is started again is nobody's.
+            first: the first booking of this process.
+            ended: the process ends now, in order.
         """
         self.clock.settle()
         seconds, before = dict(self.clock.seconds), self._booked
-        line: records.Line = {
-            "step": step,
-            "time": self.clock.began + sum(seconds.values()),
-            "ended": ended,
-            "seconds": {p: seconds[p] - before[p] for p in PHASES if seconds[p] > before[p]},
-        }
-        if first:
-            line["began"] = self.clock.began
+        booking = Booking(
+            step=step,
+            time=self.clock.began + sum(seconds.values()),
+            ended=ended,
+            seconds={p: seconds[p] - before[p] for p in PHASES if seconds[p] > before[p]},
+            began=self.clock.began if first else None,
+        )
         if self._kept:
-            records.append(self._path, line)
-        self.account.add(line)
+            BOOKINGS.append(self._path, booking)
+        self.account.add(booking)
         self._booked = seconds
         return self.account
 
 
 def read(folder: RunFolder) -> Account:
-    """What a run's processes have booked until now."""
-    return Account(records.read(folder.goodput))
+    """The account of a run until now."""
+    return Account(BOOKINGS.read(folder.goodput))
 
 
-def summary(shares: Mapping[Phase, float], wall_seconds: float) -> str:
-    """Where most of the time went, in a line."""
+def summary(shares: Mapping[Name, float], wall_seconds: float) -> str:
+    """The largest shares of the wall time, on one line."""
     largest = sorted(shares.items(), key=lambda item: -item[1])[:_SHOWN]
     parts = ", ".join(f"{label(phase)} {share:.1%}" for phase, share in largest)
     return f"{duration(wall_seconds)}: {parts}"
 
 
-def label(phase: Phase) -> str:
+def label(phase: str) -> str:
     """The name of a phase for people."""
     names = {"data": "data wait", "forward_backward": "forward/backward", "optimizer": "optimiser"}
     return names.get(phase, phase.replace("_", " "))

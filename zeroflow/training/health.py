@@ -1,4 +1,4 @@
-"""Signs that a training goes wrong while all its numbers are finite."""
+"""Signs that a training goes wrong although all its numbers are finite."""
 
 import math
 from collections import deque
@@ -19,7 +19,7 @@ _TOO_GOOD = 0.5
 
 
 class Reading(NamedTuple):
-    """What is known of a step once it has been logged."""
+    """The numbers of a logged step that are monitored."""
 
     loss: float
     grad_norm: float
@@ -27,30 +27,31 @@ class Reading(NamedTuple):
     """Largest norm of a matrix's update over the norm of its weights."""
 
     first_epoch: bool
-    """Whether every row has come at most once until then."""
+    """True while every row was read at most once."""
 
 
 class Monitor:
-    """Compares every logged step with those before it.
+    """Compares every logged step with the steps before it.
 
-    Loss and gradient norm alarm where they lie six robust standard deviations above the median of
-    a window, and clearly above it in absolute terms: a window that still holds the fast drop of the
-    beginning is blind, which is why the update ratio has a limit of its own, for what is not usual
-    in this training: small matrices at a high rate change by a tenth in health. A loss that is too
-    good in the first epoch means that the targets leak into the inputs.
+    Loss and gradient norm raise an alarm six robust standard deviations above the median of a
+    window, if they are clearly above it in absolute terms too. While the window still holds the
+    fast drop at the beginning, its deviation is too large to notice anything; so the update ratio
+    has an absolute limit, and a relative one because small matrices at a high learning rate change
+    by a tenth in a healthy training. A loss that is too low in the first epoch means that targets
+    leak into the inputs.
     """
 
     def __init__(self, *, entropy: float | None, earlier: Sequence[Reading] = ()) -> None:
         """
         Args:
-            entropy: nats per token that no model can go below, where that is known.
-            earlier: readings of the steps before, of a run that goes on.
+            entropy: lowest possible loss in nats per token, if it is known.
+            earlier: readings of the steps before, for a run that is resumed.
         """
         self._floor = _TOO_GOOD if entropy is None else min(_TOO_GOOD, 0.9 * entropy)
         self._window: deque[Reading] = deque(earlier, maxlen=_WINDOW)
 
     def alarms(self, reading: Reading) -> list[str]:
-        """What is wrong with the step, in words; nothing for a healthy one."""
+        """What is wrong with the step, in words; empty for a healthy one."""
         found = []
         if len(self._window) >= _ENOUGH:
             usual = [earlier.loss for earlier in self._window]

@@ -7,16 +7,16 @@ nobody to meet, and torchrun takes seconds to start and is one more that can be 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 
-from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data.batches import Skip
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
+from zeroflow.records import Record
 from zeroflow.reuse import StageResult
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import TrackingConfig
@@ -26,7 +26,7 @@ from zeroflow.training.config import TrainingConfig
 from zeroflow.training.sampling import SamplingConfig
 
 FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
-"""killed: it ended without a word. diverged: its numbers went wrong."""
+"""killed: the process ended without an error message. diverged: its numbers went wrong."""
 
 
 class Cadence(Config):
@@ -37,8 +37,8 @@ class Cadence(Config):
     checkpoint: PositiveInt
 
 
-class RankJob(Config):
-    """What ranks have to know of any job to do it together."""
+class RankJob(Record):
+    """What ranks need to know to do a job together."""
 
     run_dir: Path
     training: TrainingConfig
@@ -54,6 +54,8 @@ class RankJob(Config):
 
 class TrainingJob(RankJob):
     """Everything the training processes of a run need."""
+
+    FORMAT: ClassVar[int] = 2
 
     cadence: Cadence
     retention: Retention
@@ -177,5 +179,4 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
 
 
 def read_result(job: TrainingJob) -> TrainResult | None:
-    path = job.folder.training
-    return TrainResult.model_validate(artifacts.read_json(path)) if path.exists() else None
+    return TrainResult.read_if_exists(job.folder.training)

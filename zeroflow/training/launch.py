@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""Starts the ranks of a job, watches them and ends them.
+
+Ranks always run in processes of their own: GPU memory is returned when they exit, and after a crash
+or an out-of-memory kill the flow is alive to report it. torchrun is not between them: it takes
+seconds to start, a single process needs no rendezvous, and it is one more process to be killed.
+"""
 
 import contextvars
 import logging
@@ -19,10 +24,11 @@ from typing import Any
 import psutil
 import torch
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.tracker import Tracker
 from zeroflow.training import checkpoint, zero
+from zeroflow.training.events import EVENTS, Done, Event, Failed, Started, Stopped
 from zeroflow.training.job import (
     RunIsBusy,
     TrainingFailed,
@@ -31,6 +37,7 @@ from zeroflow.training.job import (
     TrainResult,
     finished,
 )
+from zeroflow.training.metrics import METRICS, points
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +46,12 @@ WATCH_PARENT = "--watch-parent"
 
 
 LAUNCHED = "ZEROFLOW_LAUNCHED"
-"""Environment variable with the time at which the child was launched."""
+"""Environment variable: the time at which the child was launched."""
 
 
 LOGGED = "\x1e"
-"""Begins each line that a child logs, and tells it from what else is printed there; a digit for
-its level follows, and its text."""
+"""Begins each line that a child logs, to tell it from other output; a digit for the level and the
+text follow."""
 
 
 _STOP_SECONDS = 120.0
@@ -60,32 +67,30 @@ _LAST_LINES = 20
 
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of what did not end by itself. A rank that finds another gone aborts, otherwise."""
+"""Exit codes of a rank that did not end by itself. One that lost contact to another aborts."""
 
 
 _ROOM_TO_SPEAK = 2**20
-"""Bytes that the disk should have left, or a process could not write down why it failed."""
+"""Bytes of free disk that a rank needs to write down why it failed."""
 
 
-def train(
-    job: TrainingJob, on_event: Callable[[records.Line], None] = lambda event: None
-) -> TrainResult:
-    """Train in a process of its own, going on from the newest checkpoint, and tell MLflow of it.
+def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
+    """Train in processes of their own, from the newest checkpoint, and have MLflow follow.
 
     Args:
-        on_event: called here with every new line of events.jsonl.
+        on_event: called in this process with every new event.
 
     Raises:
-        TrainingFailed: with the process's own reason, or its last output.
-        TrainingStopped: it was stopped from outside after writing a checkpoint.
+        TrainingFailed: with the reason that a rank gave, or its last output.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
-    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    job.write(job.folder.job)
     with _tracked(job) as begin:
 
-        def follow(line: records.Line) -> None:
-            if line["event"] == "started":
+        def follow(event: Event) -> None:
+            if isinstance(event, Started):
                 begin()
-            on_event(line)
+            on_event(event)
 
         launch(
             "zeroflow.training",
@@ -102,17 +107,18 @@ def train(
 
 @contextmanager
 def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
-    """What has MLflow follow the training from now on, until the block ends.
+    """Yield a function that has MLflow follow the training until the block ends.
 
-    It is called once the process has started, as that drops lines of metrics.jsonl that come again.
+    To be called when the ranks have started: they first drop the lines of metrics.jsonl whose steps
+    are trained again.
     """
     tracker: Tracker | None = None
     status = "KILLED"
 
     def begin() -> None:
         nonlocal tracker
-        metrics = records.Tail(job.folder.metrics)
-        tracker = Tracker(job.tracking, job.folder, metrics.new_lines)
+        metrics = METRICS.follow(job.folder.metrics)
+        tracker = Tracker(job.tracking, job.folder, lambda: points(metrics.new_records()))
 
     try:
         yield begin
@@ -128,26 +134,28 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
 def launch(
     module: str,
     job_file: Path,
-    on_event: Callable[[records.Line], None],
+    on_event: Callable[[Event], None],
     *,
     ranks: int = 1,
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
-    """Run `python -m module job_file`, once for every rank, until all end well.
+    """Run `python -m module job_file` once for every rank, until all have ended well.
 
-    Their output goes to this module's logger. If this process is interrupted, they are asked to
-    stop and waited for; if this process dies, they notice and stop by themselves. If one fails, the
+    Their output goes to this module's logger. If this process is interrupted, it asks them to stop
+    and waits for them; if it dies, they notice and stop by themselves. If one rank fails, the
     others, which would wait for it, are ended.
 
     Args:
         job_file: in the folder of the run.
-        hang_seconds: without a sign of life, after which it is killed; None waits for ever.
-        compile_cache: where compiled code is kept; None, or the user's environment, for elsewhere.
+        hang_seconds: time without a sign of life after which ranks are killed; None waits forever.
+        compile_cache: folder for compiled code, unless the environment names one; None leaves it
+            to PyTorch.
 
     Raises:
-        RunIsBusy: another process has launched one for this run and is there still.
-        TrainingFailed: with the process's own reason, or its last output.
+        RunIsBusy: another process has launched ranks for this run, and they are running.
+        TrainingFailed: with the reason that a rank gave, or its last output.
+        TrainingStopped: the ranks were stopped from outside.
     """
     folder = RunFolder(job_file.parent)
     with alone(folder.launch_lock, f"another process is at work on run {folder.name}"):
@@ -167,7 +175,7 @@ def alone(lock: Path, found: str) -> Iterator[None]:
     """Hold `lock`, or fail at once.
 
     Raises:
-        RunIsBusy: another process holds it; says what was `found`.
+        RunIsBusy: another process holds it; the message begins with `found`.
     """
     with ExitStack() as held:
         try:
@@ -179,9 +187,9 @@ def alone(lock: Path, found: str) -> Iterator[None]:
 
 @contextmanager
 def ownership() -> Iterator[Callable[[Path], None]]:
-    """What makes the directory of a run this process's own until the block ends.
+    """Yield a function that makes a run's directory this process's own until the block ends.
 
-    It raises `RunIsBusy` where another process owns it; with that one's end it is free.
+    It raises `RunIsBusy` if another process owns the directory, which its end frees.
     """
     with ExitStack() as held:
         owned: set[Path] = set()
@@ -198,20 +206,20 @@ def ownership() -> Iterator[Callable[[Path], None]]:
 def _launch(
     module: str,
     job_file: Path,
-    on_event: Callable[[records.Line], None],
+    on_event: Callable[[Event], None],
     hang_seconds: int | None,
     environments: Sequence[dict[str, str]],
 ) -> None:
     folder = RunFolder(job_file.parent)
-    tail = records.Tail(folder.events, records.size(folder.events))
-    outcome: records.Line = {"event": "nothing"}
+    events = EVENTS.follow(folder.events, from_end=True)
+    last: Event | None = None
 
     def follow() -> None:
-        nonlocal outcome
-        for line in tail.new_lines():
-            if outcome["event"] != "failed":  # what comes after the first failure follows from it
-                outcome = line
-            on_event(line)
+        nonlocal last
+        for event in events.new_records():
+            if not isinstance(last, Failed):  # what comes after the first failure follows from it
+                last = event
+            on_event(event)
 
     signs = _SignsOfLife(folder.alive)
     with _children(module, job_file, environments) as (processes, last_output):
@@ -220,44 +228,61 @@ def _launch(
             if hang_seconds and signs.seconds_since_last() > hang_seconds:
                 _kill(processes)
                 raise TrainingFailed(
-                    f"{module} has shown no sign of life for {hang_seconds} s: killed", "hang"
+                    f"{module} showed no sign of life for {hang_seconds} s: killed", "hang"
                 )
             if any(codes):  # the others wait for it
                 codes = _end(processes, folder.checkpoints)
                 break
             time.sleep(_POLL_SECONDS)
     follow()
+    _require_good_end(module, codes, last, folder, last_output)
+
+
+def _require_good_end(
+    module: str,
+    codes: Sequence[int | None],
+    last: Event | None,
+    folder: RunFolder,
+    last_output: Sequence[str],
+) -> None:
+    """
+    Args:
+        codes: exit codes by rank; None of ranks that had to be killed.
+        last: the first failure that a rank reported, else the last event.
+    """
     ended = f"{module} ended with exit code {next(filter(None, codes), 0)}"
     if len(codes) > 1:
-        told = (f"{rank}: {'none' if c is None else c}" for rank, c in enumerate(codes))
-        ended = f"{module} ended on some rank (exit codes by rank: {', '.join(told)})"
+        listed = (f"{rank}: {'none' if c is None else c}" for rank, c in enumerate(codes))
+        ended = f"{module} ended on some rank (exit codes by rank: {', '.join(listed)})"
         killed = [rank for rank, code in enumerate(codes) if code in _KILLED]
-        if killed and outcome.get("rank") not in killed:
-            outcome = {"event": "nothing"}  # what others say is that it is gone
-    match outcome["event"]:
-        case "done":
+        if killed and not (isinstance(last, Failed) and last.rank in killed):
+            last = None  # other ranks only report that they lost the killed one
+    match last:
+        case Done():
             return
-        case "failed":
-            raise TrainingFailed(outcome["message"], outcome["reason"], outcome["step"])
-        case "stopped":
-            raise TrainingStopped(outcome["message"])
+        case Failed():
+            raise TrainingFailed(last.message, last.reason, last.step)
+        case Stopped():
+            raise TrainingStopped(last.message)
     if (free := shutil.disk_usage(folder.path).free) < _ROOM_TO_SPEAK:
         raise TrainingFailed(
             f"{module} ended, and the disk of {folder.path} has {free} bytes left: free some, or "
             "move the cache (--cache-dir)"
         )
-    said = "\n".join([" Its last output:", *last_output]) if last_output else ""
+    output = "\n".join([" Its last output:", *last_output]) if last_output else ""
     raise TrainingFailed(
-        f"{ended} and said nothing of why; killed, or out of memory?{said}",
-        "killed",
+        f"{ended} without an error message; killed, or out of memory?{output}", "killed"
     )
 
 
 def _end(processes: Sequence[subprocess.Popen[Any]], checkpoints: Path) -> list[int | None]:
-    """Kill what does not end by itself now that a rank has failed; exit codes from before that.
+    """Kill the ranks that do not end by themselves after one has failed.
 
-    A failure of all is told by one after the other, and a checkpoint that is being written is what
-    the next start goes on from.
+    They get some time: all may be reporting the same failure, and a checkpoint that is being
+    written is what the next start resumes from.
+
+    Returns:
+        the exit codes by rank; None of those killed here
     """
     began = time.monotonic()
     while None in (codes := [process.poll() for process in processes]):
@@ -270,9 +295,9 @@ def _end(processes: Sequence[subprocess.Popen[Any]], checkpoints: Path) -> list[
 
 
 class _SignsOfLife:
-    """Watches for changes of the file that training touches, by this process's own clock.
+    """Watches the file that ranks touch, by this process's own clock.
 
-    Times of files are compared with each other only: a clock that is set changes nothing.
+    File times are only compared with each other, so setting the system clock changes nothing.
     """
 
     def __init__(self, alive: Path) -> None:
@@ -296,16 +321,16 @@ def _children(
         for environment in environments:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, str(job_file), WATCH_PARENT],
-                stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+                stdin=subprocess.PIPE,  # never written to: its end tells the child that we died
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # Ctrl-C is for this process, which then stops it in order
+                start_new_session=True,  # only this process gets Ctrl-C, and stops it in order
                 env=environment,
             )
             processes.append(process)
-            # in this context, as Prefect finds the flow run that a log line belongs to there
+            # In a copy of this context: from it Prefect knows which flow run a log line belongs to
             context = contextvars.copy_context()
             reader = threading.Thread(
                 target=context.run, args=(_pass_on, process, last_output), daemon=True
@@ -320,22 +345,22 @@ def _children(
 
 
 def _environment(compile_cache: Path | None) -> dict[str, str]:
-    # Else glibc gives every large tensor back to the kernel, page by page: a fifth of a CPU's step
+    # By default glibc returns every large tensor to the kernel, page by page: a fifth of a CPU step
     kept = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     if compile_cache is not None:
-        # PyTorch's is a temporary folder of the user, which may be gone after a reboot
+        # By default PyTorch uses a temporary folder, which may be gone after a reboot
         names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         kept |= {name: str(compile_cache / folder) for name, folder in names.items()}
     given = dict(os.environ)
     if compile_cache is not None and not Path(cache_from_source(torch.__file__)).exists():
-        # A container may keep no bytecode: then every process compiles PyTorch's sources first
+        # A container image may come without bytecode: every process would compile PyTorch's sources
         given.pop("PYTHONDONTWRITEBYTECODE", None)
         kept["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
     return kept | given | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}
 
 
 def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
-    """Log what the child logs. All else, warnings of libraries and tracebacks, is for --verbose."""
+    """Log what the child logs; other output, such as tracebacks, at the level of --verbose."""
     assert process.stdout is not None
     for line in map(str.rstrip, process.stdout):
         level, text = logging.DEBUG, line
@@ -346,7 +371,7 @@ def _pass_on(process: subprocess.Popen[str], last_output: deque[str]) -> None:
 
 
 def _stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
-    """Ask them to save and end, wait for it, and leave nothing behind."""
+    """Ask the ranks to save and end, wait for them, and kill what is left."""
     if any(process.poll() is None for process in processes):
         log.info("asking the training process to save and stop")
     families = [member for process in processes for member in _family(process.pid)]
@@ -364,7 +389,7 @@ def _stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
 
 
 def _kill(processes: Sequence[subprocess.Popen[Any]], known: Sequence[psutil.Process] = ()) -> None:
-    """End them and all their children, those that were `known` before included."""
+    """Kill the ranks and all their children, also those that were `known` before."""
     families = [member for process in processes for member in _family(process.pid)]
     for member in [*known, *families]:
         try:

@@ -1,8 +1,8 @@
-"""What is done about a training that failed, and the ledger that says so.
+"""What is done about a training that failed, and the ledger of it.
 
-A failed training is started again with the job that follows from the run's `ledger.jsonl`: an
-entry for every failure that something could be done about. A retry, the same command in a shell
-and a retry by Prefect all read the same ledger, so that all go on in the same way.
+A failed training is started again with the job that follows from the run's `ledger.jsonl`, which
+has an entry for every failure with a remedy. A retry, the same command in a shell and a retry by
+Prefect all read the same ledger, so all of them resume in the same way.
 """
 
 import logging
@@ -12,36 +12,38 @@ from collections.abc import Callable
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from zeroflow import records
-from zeroflow.config import Config
 from zeroflow.data.batches import Skip
+from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, launch
+from zeroflow.training.events import Event
 from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
 MOST_RETRIES = 20
-"""Of one command. Each reason has a limit of its own, which is lower."""
+"""Retries of one command. Each reason has a lower limit of its own."""
 
 _IN_VAIN = 3
+"""Starts without a newer checkpoint after which a killed training is given up."""
+
 _ROLLBACKS = 3
 _FIRST_WAIT_SECONDS = 2.0
 _PROCESS = secrets.randbits(48)
-"""Of this process. Its id would come again: in a container it is the same at every start."""
+"""Identifies this process. Its pid would not: in a container it is the same at every start."""
 
 
-class Entry(Config):
-    """A failure and what was changed for the next start."""
+class Entry(Record):
+    """A failure, and what was changed for the next start."""
 
     time: float
     process: int
-    """A number of the flow process that saw it; another one has another."""
+    """Random number of the flow process that saw the failure."""
 
     reason: FailureReason
     step: NonNegativeInt
-    """Of the checkpoint that training goes on from; 0 for none."""
+    """Step of the checkpoint that training resumes from; 0 for none."""
 
     message: str
     action: str
@@ -50,16 +52,20 @@ class Entry(Config):
     skip: Skip | None = None
 
 
+LEDGER: JsonLines[Entry] = JsonLines(Entry)
+"""ledger.jsonl."""
+
+
 def read(folder: RunFolder) -> list[Entry]:
-    """The ledger of a run, oldest first."""
-    return [Entry.model_validate(line) for line in records.read(folder.ledger)]
+    """The ledger of a run, oldest entry first."""
+    return LEDGER.read(folder.ledger)
 
 
 def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
-    """The job with all that the ledger has changed about it.
+    """The job with all changes of the ledger.
 
-    The rows of every step stay the same: only how they are split into micro-batches changes, and
-    which windows of the data are left out.
+    The rows of every batch stay the same. Only their split into micro-batches changes, and which
+    windows of the data are left out.
     """
     workload = planned.training.workload
     for entry in ledger:
@@ -71,12 +77,12 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     return planned.replace(training=planned.training.replace(workload=workload), skips=skips)
 
 
-def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> TrainResult:
-    """Train as the ledger says; a failure that can be helped is noted there, for another call.
+def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResult:
+    """Train with the changes of the ledger; a failure with a remedy is noted there.
 
     Raises:
-        TrainingFailed: `will_retry` says whether another call has a chance.
-        TrainingStopped: it was stopped from outside after writing a checkpoint.
+        TrainingFailed: `will_retry` says if another call has a chance.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     ledger = read(planned.folder)
     now = applied(planned, ledger)
@@ -95,26 +101,27 @@ def train(planned: TrainingJob, on_event: Callable[[records.Line], None]) -> Tra
 
 
 def note(folder: RunFolder, entry: Entry) -> None:
-    """Add `entry` to a run's ledger, aloud; from then on it is applied."""
-    records.append(folder.ledger, entry.model_dump(mode="json"))
+    """Add `entry` to a run's ledger and log its action; from now on it is applied."""
+    LEDGER.append(folder.ledger, entry)
     log.warning("%s", entry.action)
 
 
 def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
-    """What to do about `failure` of the job `now`; None if nothing would help."""
+    """The entry that may help after `failure` of the job `now`; None if nothing would."""
     newest = checkpoint.newest_step(now.folder.checkpoints)
-    base = {
-        "time": time.time(),
-        "process": _PROCESS,
-        "reason": failure.reason,
-        "step": newest,
-        "message": str(failure).split("\n")[0],
-    }
-    goes_on = f"goes on from step {newest}"
+    entry = Entry(
+        time=time.time(),
+        process=_PROCESS,
+        reason=failure.reason,
+        step=newest,
+        message=str(failure).split("\n")[0],
+        action="",
+    )
+    resumes = f"resumes from step {newest}"
     match failure.reason:
         case "killed" | "hang" if _in_vain(ledger, newest) + 1 < _IN_VAIN:
-            # What is left of a training whose parent was killed saves once more
-            return Entry(**base, action=f"{goes_on}, or a later one that is being saved")
+            # Ranks whose parent was killed may still be writing a checkpoint
+            return entry.replace(action=f"{resumes}, or a later one that is being saved")
         case "out of memory":
             workload = now.training.workload
             if workload.micro_batch_rows > 1:
@@ -122,21 +129,21 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
                 action = (
                     f"micro-batches of {half.micro_batch_rows} rows instead of "
                     f"{workload.micro_batch_rows}, {half.accumulate} of them a step, the same rows "
-                    f"in the same order; {goes_on}"
+                    f"in the same order; {resumes}"
                 )
-                return Entry(**base, action=action, micro_batch_rows=half.micro_batch_rows)
+                return entry.replace(action=action, micro_batch_rows=half.micro_batch_rows)
             if workload.activation_checkpointing == "none":
-                action = f"activations are computed again instead of kept; {goes_on}"
-                return Entry(**base, action=action, activation_checkpointing=True)
+                action = f"activations are recomputed instead of kept; {resumes}"
+                return entry.replace(action=action, activation_checkpointing=True)
         case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
             skip = Skip(step=newest, batches=max(1, failure.step - newest))
-            action = f"leaves out the data of steps {newest + 1} to {failure.step}; {goes_on}"
-            return Entry(**base, action=action, skip=skip)
+            action = f"leaves out the data of steps {newest + 1} to {failure.step}; {resumes}"
+            return entry.replace(action=action, skip=skip)
     return None
 
 
 def advice(now: TrainingJob, failure: TrainingFailed) -> str:
-    """What a person may do about `failure`, as nothing else is left; may be empty."""
+    """What a person may do about `failure` when no remedy is left; may be empty."""
     match failure.reason:
         case "out of memory":
             state = now.training.workload.optimizer.state_bytes(now.model)
@@ -149,11 +156,11 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             )
         case "diverged":
             return (
-                f"{_ROLLBACKS} windows of data have been left out in vain: lower --learning-rate "
-                "or lengthen --warmup-steps, under another --run-name"
+                f"{_ROLLBACKS} windows of data were left out without success: lower "
+                "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":
-            return f"it was started {_IN_VAIN} times without getting to another checkpoint"
+            return f"it was started {_IN_VAIN} times without reaching another checkpoint"
     return ""
 
 
@@ -173,7 +180,7 @@ def _rollbacks(ledger: list[Entry]) -> int:
 
 
 def _back_off(ledger: list[Entry]) -> None:
-    """Wait where the failure may be of a machine that needs time."""
+    """Wait before the next start if the machine may need time to recover."""
     if not ledger:
         return
     times = _in_vain(ledger, ledger[-1].step)

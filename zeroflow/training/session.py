@@ -2,19 +2,21 @@
 
 import gc
 import logging
+import time
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
 from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
+from zeroflow.training.events import Saved, Started
 from zeroflow.training.goodput import Clock, PhaseLedger
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, train
-from zeroflow.training.recorder import Recorder, peak_memory_bytes
+from zeroflow.training.metrics import StepRecord, ValidationRecord, peak_memory_bytes
+from zeroflow.training.recorder import Recorder
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.validation import validation_loss
 from zeroflow.training.worker import Diverged, Stop
@@ -62,9 +64,9 @@ class Session:
                     "one: move it away, or ask for more with --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
-        self.books = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
-        self.books.book(self.state.step, first=True)
-        self.recorder = Recorder(job, self.books, step=self.state.step, context=self.context)
+        self.ledger = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
+        self.ledger.book(self.state.step, first=True)
+        self.recorder = Recorder(job, self.ledger, step=self.state.step)
         self.saver = Saver(
             job.folder.checkpoints,
             job.retention,
@@ -76,7 +78,12 @@ class Session:
         """Step and loss of the last validation."""
 
         self.recorder.event(
-            "started", step=self.state.step, steps=job.training.steps, parts=job.shards.parts
+            Started(
+                time=time.time(),
+                step=self.state.step,
+                steps=job.training.steps,
+                parts=job.shards.parts,
+            )
         )
         self.settled_from = self.state.step + _STEPS_TO_SETTLE
         """Step from which nothing should be compiled any more."""
@@ -159,12 +166,12 @@ class Session:
             return
         step, loss = self.val_loss or (0, None)
         self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
-        self.books.book(self.state.step)
+        self.ledger.book(self.state.step)
 
     def saved(self, path: Path) -> None:
         """Called by the thread that writes."""
         step = checkpoint.step_of(path)
-        self.recorder.event("saved", step=step, path=str(path))
+        self.recorder.event(Saved(time=time.time(), step=step, path=str(path)))
         self.recorder.alive()
         log.info("step %d: saved %s", step, path)
 
@@ -172,24 +179,24 @@ class Session:
         peak = peak_memory_bytes(self.job)
         if zero.rank() > 0:
             return
-        lines = self.recorder.lines()
-        validations = [line for line in lines if "val_loss" in line]
-        logged = [line for line in lines if "loss" in line]
-        account = self.books.account
-        rate = self.recorder.tokens_per_second(account.steps, account.training)
+        records, meter = self.recorder.records(), self.recorder.meter
+        steps = [record for record in records if isinstance(record, StepRecord)]
+        validations = [record for record in records if isinstance(record, ValidationRecord)]
+        account = self.ledger.account
+        rate = meter.tokens_per_second(account.steps, account.training)
         path = checkpoint.latest(self.job.folder.checkpoints)
         assert path is not None, "the last step is always saved"
         result = TrainResult(
             checkpoint=path,
             steps=self.state.step,
-            tokens=self.recorder.tokens(self.state.step),
-            train_loss=logged[-1]["loss"],
-            val_loss=validations[-1]["val_loss"],
-            val_bpb=validations[-1]["val_bpb"],
-            first_val_loss=validations[0]["val_loss"],
+            tokens=meter.tokens(self.state.step),
+            train_loss=steps[-1].loss,
+            val_loss=validations[-1].val_loss,
+            val_bpb=validations[-1].val_bpb,
+            first_val_loss=validations[0].val_loss,
             tokens_per_second=rate,
-            mfu=self.recorder.mfu(rate),
+            mfu=meter.mfu(rate),
             peak_memory_bytes=peak,
-            sample=validations[-1]["sample"],
+            sample=validations[-1].sample,
         )
-        artifacts.write_json(self.job.folder.training, result.model_dump(mode="json"))
+        result.write(self.job.folder.training)

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import torch
 
-from zeroflow import artifacts, records
+from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import zero
+from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.job import FailureReason, RankJob
 from zeroflow.training.launch import LOGGED, WATCH_PARENT
 
@@ -76,7 +77,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     _log_to_parent(rank)
     job_file = Path(sys.argv[1])
-    job = job_type.model_validate_json(job_file.read_text(encoding="utf-8"))
+    job = job_type.read(job_file)
     watch = WATCH_PARENT in sys.argv[2:]
     request = StopRequest(watch_parent=watch, ranks=job.training.workload.ranks)
     folder = RunFolder(job_file.parent)
@@ -90,10 +91,13 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
             with zero.process_group(job.training.workload.device):
                 work(job, lambda: zero.is_any(bool(request)))
     except Exception as error:
-        message = _message(error, folder.path)
-        failure = {"event": "failed", "message": message, "reason": _reason(error), "rank": rank}
-        step = error.step if isinstance(error, Diverged) else None
-        records.append(folder.events, failure | {"step": step})
+        failure = Failed(
+            message=_message(error, folder.path),
+            reason=_reason(error),
+            rank=rank,
+            step=error.step if isinstance(error, Diverged) else None,
+        )
+        EVENTS.append(folder.events, failure)
         if zero.ranks() == 1:
             raise
         # On the usual way out it would wait for those that wait for it

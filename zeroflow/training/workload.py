@@ -10,7 +10,7 @@ from zeroflow.data.batches import BatchShape, largest_divisor
 from zeroflow.device import FP8_CAPABILITY, Device, DeviceKind, Precision
 from zeroflow.model import fp8, llama
 from zeroflow.model.llama import ActivationCheckpointing, Linear, ModelConfig
-from zeroflow.reuse import Fields
+from zeroflow.reuse import Identity
 from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.zero import Stage
@@ -196,7 +196,7 @@ class Workload(Config):
         }
 
     @property
-    def in_format_1(self) -> Fields:
+    def in_format_1(self) -> Identity:
         """All but model, context, device name and optimiser, nested as in the job of a run.
 
         Checks are identified by a hash of this, so that one that passed before is not repeated.

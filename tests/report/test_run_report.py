@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from zeroflow.report import run_page
+from zeroflow.report.records import RunReport
+
+OLD = """{
+  "status": "completed", "run": "done", "size": "custom", "parameters": 139584, "steps": 60,
+  "tokens": 30720, "train_loss": 6.225158214569092, "first_val_loss": 6.916815385222435,
+  "val_loss": 6.2730395048856735, "val_bpb": 3.5889691925245373, "entropy": null,
+  "overfit": {"passed": true, "loss": 0.09764818847179413, "steps": 44},
+  "tokens_per_second": 28430.212804924948, "mfu": null, "peak_memory_bytes": 480882688,
+  "device": "x86_64 CPU, 2 threads", "gpus": 1, "zero_stage": 0, "precision": "fp32",
+  "fp8": false, "resume": "bit for bit",
+  "recoveries": [{"time": 1.5, "process": 7, "reason": "out of memory", "step": 3, "message": "m",
+    "action": "half", "micro_batch_rows": 2, "activation_checkpointing": false, "skip": null}],
+  "data": {"mode": "sample", "name": "sample", "revision": "85a67cfcbd6a3d72",
+    "synthetic_fallback": false, "documents": 1758, "train_rows": 184424,
+    "epochs": 0.0026026981303951765, "path": "/c/shards/sample-64-b015d189a56f"},
+  "tokenizer": {"name": "train", "revision": null, "vocab_size": 1024,
+    "fingerprint": "79f16cb74e72"},
+  "checkpoint": "/c/runs/done/checkpoints/step-00000060", "sample": "def ',in",
+  "time": {"wall_seconds": 4.78, "training_seconds": 1.06, "goodput": 0.2,
+    "seconds": {"start": 2.75, "data": 0.07}, "shares": {"start": 0.58, "data": 0.01},
+    "restarts": 0, "steps_again": 0},
+  "expected_loss": {"verdict": "in band (2 earlier runs)", "runs": ["a", "b"], "earlier": 2,
+    "tokens": 400, "apart": -0.05, "judged": true, "since": null, "until": null, "miss": 0.0},
+  "preflight": {"passed": true, "job": "730929f9df0a", "seconds": 1.8, "checks": [
+    {"name": "text", "passed": true, "figure": "100.0%", "sentence": "of 1,040 ids"}]},
+  "stages": {"training": {"reused": false, "why": "nothing of its kind was there"}},
+  "plan": [{"name": "seconds", "predicted": 2.0, "measured": 3.0, "miss": 0.5}],
+  "mlflow_run_id": "04ab758a5e424fbdafba0eca6767c890"
+}"""
+"""A report that a version without a format wrote."""
+
+
+@pytest.fixture
+def report(tmp_path) -> RunReport:
+    path = tmp_path / "report.json"
+    path.write_text(OLD)
+    return RunReport.read(path)
+
+
+def test_report_of_an_older_version_is_read_and_written_with_the_same_fields(report, tmp_path):
+    report.write(tmp_path / "report.json")
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again.pop("format") == 1 and again.pop("metrics") == {}
+    assert again == json.loads(OLD)
+
+
+def test_report_before_plans_stages_and_bands_is_read(tmp_path):
+    path = tmp_path / "report.json"
+    later = ("gpus", "zero_stage", "fp8", "expected_loss", "preflight", "stages", "plan")
+    old = {name: value for name, value in json.loads(OLD).items() if name not in later}
+    path.write_text(json.dumps(old))
+    report = RunReport.read(path)
+    assert (report.gpus, report.stages, report.plan) == (1, {}, [])
+    assert report.expected_loss.verdict.startswith("unknown")
+
+
+def test_page_shows_the_metrics_of_the_table(report):
+    values = {"loss/train": 6.2251, "optim/grad_norm": 0.695336, "perf/tokens_per_second": 25938.4}
+    section = run_page._metrics_section(values)
+    assert section.splitlines()[4:] == [
+        "| training loss | 6.2251 nats per token |",
+        "| gradient norm | 0.6953 |",
+        "| speed | 25,938 tokens/s |",
+    ]

@@ -1,0 +1,116 @@
+"""The history of a run's processes, which the launcher follows: events.jsonl."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_serializer, model_validator
+
+from zeroflow.records import JsonLines, Record, omitted
+from zeroflow.training.job import FailureReason
+from zeroflow.training.metrics import MetricsRecord, StepRecord
+
+
+class Started(Record):
+    """A process begins to train, from a checkpoint or the beginning."""
+
+    event: Literal["started"] = "started"
+    time: float
+    step: int
+    steps: int
+    """Steps of the whole training."""
+
+    parts: int
+    """Parts of the shards that it reads: a run that is extended has more."""
+
+
+class Saved(Record):
+    """A checkpoint is complete."""
+
+    event: Literal["saved"] = "saved"
+    time: float
+    step: int
+    path: str
+
+
+class Skipped(Record):
+    """The update of a logged step was skipped because its loss or gradient was non-finite."""
+
+    event: Literal["skipped"] = "skipped"
+    time: float
+    step: int
+    skipped: int
+    """Skipped so far."""
+
+
+class Spike(Record):
+    """A logged step is unusual."""
+
+    event: Literal["spike"] = "spike"
+    time: float
+    step: int
+    alarms: list[str]
+
+
+class Metrics(Record):
+    """A record was added to metrics.jsonl. Its fields are beside `event` in the file."""
+
+    FORMAT: ClassVar[int] = StepRecord.FORMAT
+    """That of the records in it."""
+
+    event: Literal["metrics"] = "metrics"
+    record: MetricsRecord
+
+    @property
+    def step(self) -> int:
+        return self.record.step
+
+    @property
+    def time(self) -> float:
+        return self.record.time
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and "record" not in content:
+            return {"record": content}
+        return content
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"event": self.event} | self.record.model_dump(mode="json")
+
+
+class Stopped(Record):
+    """A process was asked to stop, and did so in order."""
+
+    event: Literal["stopped"] = "stopped"
+    time: float | None = omitted()
+    step: int | None = omitted()
+    message: str
+
+
+class Failed(Record):
+    """A process ended with an error."""
+
+    event: Literal["failed"] = "failed"
+    message: str
+    reason: FailureReason
+    rank: int = 0
+    step: int | None = None
+    """Step at which the numbers went wrong."""
+
+
+class Done(Record):
+    """A process did all of its work."""
+
+    event: Literal["done"] = "done"
+    time: float | None = omitted()
+    step: int | None = omitted()
+
+
+Event = Annotated[
+    Started | Metrics | Saved | Skipped | Spike | Stopped | Failed | Done,
+    Field(discriminator="event"),
+]
+
+EVENTS: JsonLines[Event] = JsonLines(Event)

@@ -1,0 +1,245 @@
+"""The numbers that are logged of a training: their table, their records, their measurement.
+
+To log another number, give a record a field, `TABLE` a line and `Meter` the expression that
+measures it. MLflow, the report, the pictures and the table of a sweep take it from here.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Discriminator, Tag
+
+from zeroflow.records import JsonLines, Record, omitted
+from zeroflow.tracking.tracker import Point
+from zeroflow.training import zero
+from zeroflow.training.goodput import Account
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.loop import StepMetrics
+from zeroflow.training.state import TrainState
+from zeroflow.training.validation import bits_per_byte
+
+
+class _Logged(Record):
+    step: int
+    tokens: int
+    flops: int | None = omitted()
+    """None in files of older versions."""
+
+    time: float
+    """Seconds since the epoch."""
+
+
+class StepRecord(_Logged):
+    """A logged step."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    update_ratio: float | None = None
+    """Largest norm of a matrix's update over the norm of its weights; None in files of older
+    versions."""
+
+    skipped_updates: int = 0
+    """Updates that were skipped so far because their loss or gradient was non-finite."""
+
+    first_epoch: bool = False
+    """True while every row was read at most once."""
+
+    tokens_per_second: float | None
+    """Since the last logged step; None if only the first step of a process lies between."""
+
+    peak_memory_mib: float | None = None
+    """Of the rank that held most; None in files of older versions."""
+
+    goodput: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
+    """Share of the wall time so far, by phase."""
+
+    mfu: float | None = omitted()
+    """None if the peak of the device is not known."""
+
+
+class ValidationRecord(_Logged):
+    """A validation."""
+
+    val_loss: float
+    val_bpb: float | None
+    """None for data that is not text."""
+
+    sample: str
+    """Text that the model generated."""
+
+
+def _tag(content: Any) -> str:
+    """Name of the record's class, of its content as in the file or of the record itself."""
+    if isinstance(content, Mapping):
+        return "validation" if "val_loss" in content else "step"
+    return "validation" if isinstance(content, ValidationRecord) else "step"
+
+
+MetricsRecord = Annotated[
+    Annotated[StepRecord, Tag("step")] | Annotated[ValidationRecord, Tag("validation")],
+    Discriminator(_tag),
+]
+
+METRICS: JsonLines[MetricsRecord] = JsonLines(MetricsRecord)
+"""metrics.jsonl: every logged step and every validation, each once, also after a resume."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a field of a record is shown."""
+
+    key: str
+    """Name of the curve in MLflow; for a field with several values, the beginning of their
+    names."""
+
+    label: str
+    unit: str = ""
+    form: str = ".4g"
+    """Format of a value, as in `format(value, form)`."""
+
+    by_compute: bool = False
+    """Drawn against tokens and FLOPs too."""
+
+    compared: bool = False
+    """A column of the table that compares the runs of a sweep."""
+
+    def text(self, value: float) -> str:
+        return f"{value:{self.form}} {self.unit}".rstrip()
+
+
+_NATS = "nats per token"
+
+TABLE = {
+    "loss": Metric("loss/train", "training loss", _NATS, ".4f", by_compute=True),
+    "val_loss": Metric("loss/val", "validation loss", _NATS, ".4f", by_compute=True, compared=True),
+    "val_bpb": Metric("loss/val_bpb", "bits per byte", "", ".4f", compared=True),
+    "lr": Metric("optim/learning_rate", "learning rate"),
+    "grad_norm": Metric("optim/grad_norm", "gradient norm"),
+    "update_ratio": Metric("optim/update_ratio", "update ratio"),
+    "skipped_updates": Metric("optim/skipped_updates", "skipped updates", "", ",.0f"),
+    "tokens_per_second": Metric("perf/tokens_per_second", "speed", "tokens/s", ",.0f"),
+    "mfu": Metric("perf/mfu", "MFU", "", ".1%"),
+    "peak_memory_mib": Metric("perf/peak_memory_mib", "peak memory", "MiB", ",.0f"),
+    "goodput": Metric("time", "share of the wall time", "", ".1%"),
+}
+"""By field. A field that is not here is not shown."""
+
+
+def points(records: Iterable[MetricsRecord]) -> Iterator[Point]:
+    """The points that MLflow shows of `records`, in their order; None is not a point."""
+    for record in records:
+        for key, metric, value in _values(record):
+            yield Point(key, value, record.step, record.time)
+            if metric.by_compute:
+                yield Point(f"{key}_by_tokens", value, record.tokens, record.time)
+                if record.flops is not None:  # in units of which MLflow's 64 bits hold enough
+                    gflops = record.flops // 10**9
+                    yield Point(f"{key}_by_gflops", value, gflops, record.time)
+
+
+def latest(records: Iterable[MetricsRecord]) -> dict[str, float]:
+    """The last value of each metric, by its key in MLflow."""
+    return {key: value for record in records for key, _, value in _values(record)}
+
+
+def _values(record: MetricsRecord) -> Iterator[tuple[str, Metric, float]]:
+    for name, metric in TABLE.items():
+        value = getattr(record, name, None)
+        if isinstance(value, Mapping):
+            yield from ((f"{metric.key}/{part}", metric, share) for part, share in value.items())
+        elif value is not None:
+            yield metric.key, metric, value
+
+
+class Meter:
+    """Measures what is logged. All ranks do, as some numbers are of all ranks."""
+
+    def __init__(self, job: TrainingJob, account: Account) -> None:
+        """
+        Args:
+            account: the time of the run so far.
+        """
+        self._job, self._work = job, job.training.workload
+        self._last = (account.steps, account.training)
+
+    def step(
+        self, state: TrainState, metrics: StepMetrics, account: Account, rate: float | None
+    ) -> StepRecord:
+        """The record of the step just done; waits for the device.
+
+        Args:
+            account: the time of the run until now.
+            rate: tokens per second since the last logged step.
+        """
+        step, optimizer = state.step, self._work.optimizer
+        return StepRecord(
+            step=step,
+            tokens=self.tokens(step),
+            flops=self.tokens(step) * self._work.flops_per_token,
+            time=time.time(),
+            loss=metrics.loss.item(),
+            lr=metrics.learning_rate,
+            grad_norm=metrics.grad_norm.item(),
+            update_ratio=optimizer.update_ratio(state.optimizer).item(),
+            skipped_updates=int(state.skipped[1]),
+            first_epoch=step * self._work.batch_rows <= self._job.shards.train.rows,
+            tokens_per_second=rate,
+            peak_memory_mib=peak_memory_bytes(self._job) / 2**20,
+            goodput=dict(account.shares),
+            mfu=self.mfu(rate),
+        )
+
+    def validation(self, step: int, loss: float, sample: str) -> ValidationRecord:
+        bytes_per_token = self._job.shards.validation_bytes_per_token
+        return ValidationRecord(
+            step=step,
+            tokens=self.tokens(step),
+            flops=self.tokens(step) * self._work.flops_per_token,
+            time=time.time(),
+            val_loss=loss,
+            val_bpb=bits_per_byte(loss, bytes_per_token) if bytes_per_token else None,
+            sample=sample,
+        )
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on until the end of `step`."""
+        return step * self._work.batch_tokens
+
+    def rate(self, account: Account) -> float | None:
+        """Tokens per second since the last call."""
+        steps, seconds = self._last
+        self._last = (account.steps, account.training)
+        return self.tokens_per_second(account.steps - steps, account.training - seconds)
+
+    def tokens_per_second(self, steps: int, seconds: float) -> float | None:
+        """None for no steps: the first of a process does not count."""
+        return self.tokens(steps) / seconds if steps else None
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """Model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
+        if self._job.peak_flops is None or tokens_per_second is None:
+            return None
+        return tokens_per_second * self._work.flops_per_token / self._job.peak_flops
+
+
+def peak_memory_bytes(job: TrainingJob) -> int:
+    """The most that a rank has held: on a GPU by tensors, on a CPU resident in the process."""
+    return zero.max_over_ranks(_peak_memory_bytes(job))
+
+
+def _peak_memory_bytes(job: TrainingJob) -> int:
+    if job.training.workload.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        # Not getrusage: Linux starts its figure at the memory of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except FileNotFoundError:  # not Linux
+        import resource  # not on Windows, where a GPU would be
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
