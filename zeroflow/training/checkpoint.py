@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -29,13 +29,13 @@ from torch import Tensor
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
+from zeroflow.records import Record
 from zeroflow.training import zero
 from zeroflow.training.state import TrainState
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
 """Every rank has its own random state, but PyTorch stores one value per name: rank 0's."""
 
@@ -45,6 +45,20 @@ _OVERHEAD_BYTES = 2**20
 
 class CheckpointError(ValueError):
     """A checkpoint does not belong to the run, or cannot be read."""
+
+
+class CheckpointFacts(Record):
+    """The manifest of a checkpoint, besides its files."""
+
+    FORMAT: ClassVar[int] = 2
+
+    step: int
+    model: ModelConfig
+    tokenizer: str
+    """Fingerprint of the tokenizer whose ids the model is trained on."""
+
+    val_loss: float | None
+    """Validation loss of this very state, if it was measured."""
 
 
 class Retention(Config):
@@ -102,13 +116,12 @@ class Saver:
             return
         zero.on_rank0(lambda: self.require_room(state))
         tensors = _tensors(state)
-        facts = {
-            "format": _FORMAT,
-            "step": state.step,
-            "model": state.model.config.model_dump(),
-            "tokenizer": self._tokenizer,
-            "val_loss": val_loss,
-        }
+        facts = CheckpointFacts(
+            step=state.step,
+            model=state.model.config,
+            tokenizer=self._tokenizer,
+            val_loss=val_loss,
+        )
         if zero.ranks() == 1 and not self._may_copy(tensors):
             self._write(path, tensors, facts)
             return
@@ -167,19 +180,19 @@ class Saver:
             torch.cuda.synchronize()
         return self._copies
 
-    def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
         try:
             self._write(path, tensors, facts)
         except BaseException as error:  # CheckpointException is not an Exception
             self._failure = _as_exception(error)
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
         import torch.distributed.checkpoint as dcp
 
         with artifacts.new_directory(path) as partial:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
                 dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
-            artifacts.seal(partial, facts)
+            artifacts.seal(partial, facts.as_json())
         self._on_saved(path)
         retire(self._folder, self._retention)
 
@@ -269,11 +282,11 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
     Raises:
         CheckpointError: the checkpoint has another format, another model or another tokenizer.
     """
-    manifest = _manifest(path)
-    _require_same_model(state.model.config, ModelConfig(**manifest["model"]), path)
-    if manifest["tokenizer"] != tokenizer:
+    facts = _facts(path)
+    _require_same_model(state.model.config, facts.model, path)
+    if facts.tokenizer != tokenizer:
         raise CheckpointError(
-            f"{path} was trained on ids of tokenizer {manifest['tokenizer']}, and this run has "
+            f"{path} was trained on ids of tokenizer {facts.tokenizer}, and this run has "
             f"tokenizer {tokenizer}"
         )
     tensors = _tensors(state)
@@ -283,13 +296,13 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
     torch.set_rng_state(tensors[_RANDOM_CPU])
     if _RANDOM_CUDA in tensors:
         torch.cuda.set_rng_state(tensors[_RANDOM_CUDA])
-    state.step = manifest["step"]
+    state.step = facts.step
 
 
 def load_model(path: Path) -> Llama:
     """Return the model of a checkpoint on the CPU, without the optimiser."""
     with torch.device("meta"):
-        model = Llama(ModelConfig(**_manifest(path)["model"]))
+        model = Llama(_facts(path).model)
     model = model.to_empty(device="cpu")
     _read({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, path)
     return model.eval()
@@ -354,14 +367,15 @@ def _stored(path: Path) -> dict[str, Any]:
     return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> CheckpointFacts:
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
-    if manifest["format"] != _FORMAT:
+    if (found := manifest["format"]) != CheckpointFacts.FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {manifest['format']}, and this version reads {_FORMAT}: "
-            "resume with the version that wrote it, or start over under another --run-name"
+            f"{path} has checkpoint format {found}, and this version reads "
+            f"{CheckpointFacts.FORMAT}: resume with the version that wrote it, or start over under "
+            "another --run-name"
         )
-    return manifest
+    return CheckpointFacts.model_validate(manifest)
 
 
 def _require_signed_format(path: Path) -> None:
@@ -371,7 +385,7 @@ def _require_signed_format(path: Path) -> None:
     except (OSError, ValueError):
         return
     if isinstance(manifest, dict) and manifest.get("format") == 1 and "sha256" not in manifest:
-        _manifest(path)
+        _facts(path)
 
 
 def _require_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:

@@ -5,7 +5,6 @@ import logging
 import time
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
@@ -148,15 +147,16 @@ class Session:
 
     def sample(self) -> str:
         job, model = self.job, self.state.model
-        choice: dict[str, Any] = {
-            "context": self.context,
-            # who took another token might end before the others, who would wait for it
-            "agree": lambda token: zero.on_rank0(lambda: token),
-        }
         if job.tokenizer.path is None:
-            ids = sampling.complete_ids(model, job.tokenizer, job.sampling, **choice)
+            ids = sampling.complete_ids(
+                model, job.tokenizer, job.sampling, context=self.context, agree=_of_rank0
+            )
             return " ".join(map(str, ids))
-        return sampling.complete(model, job.tokenizer, job.prompt, job.sampling, **choice)
+        return sampling.complete(
+            *(model, job.tokenizer, job.prompt, job.sampling),
+            context=self.context,
+            agree=_of_rank0,
+        )
 
     def save(self) -> None:
         self.clock.enter("checkpoint")
@@ -200,3 +200,8 @@ class Session:
             sample=validations[-1].sample,
         )
         result.write(self.job.folder.training)
+
+
+def _of_rank0(token: int) -> int:
+    """The token that rank 0 chose: a rank with another one might end while the others wait."""
+    return zero.on_rank0(lambda: token)
