@@ -139,7 +139,7 @@ def follow(config: TrackingConfig, folder: RunFolder) -> Tracker:
 
 
 def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=()) -> str | None:
-    ending = tracker.Ending(
+    ending = tracker.RunEnd(
         files=list(files),
         figures={"overfit/steps": 9},
         step=5,

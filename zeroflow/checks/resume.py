@@ -263,7 +263,7 @@ def _ranks(job: TrainingJob) -> list[psutil.Process]:
     return [process for _, process in sorted(found, key=lambda one: one[0])]
 
 
-class _Mark(NamedTuple):
+class _Milestone(NamedTuple):
     """An event that begins or ends an interval."""
 
     kind: str
@@ -271,41 +271,41 @@ class _Mark(NamedTuple):
     time: float
 
 
-def _mark(event: Event) -> _Mark | None:
+def _milestone(event: Event) -> _Milestone | None:
     match event:
         case Metrics():
             kind = "val_loss" if isinstance(event.record, ValidationRecord) else "loss"
-            return _Mark(kind, event.step, event.time)
+            return _Milestone(kind, event.step, event.time)
         case Started() | Saved():
-            return _Mark(event.event, event.step, event.time)
+            return _Milestone(event.event, event.step, event.time)
     return None
 
 
-def _marks(events: Iterable[Event]) -> list[_Mark]:
-    return [mark for mark in map(_mark, events) if mark]
+def _milestones(events: Iterable[Event]) -> list[_Milestone]:
+    return [milestone for milestone in map(_milestone, events) if milestone]
 
 
 def _reaches(event: Event, moment: _Interval) -> bool:
     """True if the moment begins with `event`, or before the checkpoint that was resumed from."""
-    mark = _mark(event)
-    if mark is None or mark.step < moment.step:
+    milestone = _milestone(event)
+    if milestone is None or milestone.step < moment.step:
         return False
-    return mark.step > moment.step or mark.kind in (moment.after, "started")
+    return milestone.step > moment.step or milestone.kind in (moment.after, "started")
 
 
 def _intervals(events: list[Event], start_up_seconds: float) -> list[_Interval]:
     """What an undisturbed training did, and for how long."""
     intervals = [_Interval("start-up", 0, "", start_up_seconds)]
-    marks = _marks(events)
+    milestones = _milestones(events)
     phases: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
-    for number, mark in enumerate(marks):
-        phase = phases.get(mark.kind)
+    for number, milestone in enumerate(milestones):
+        phase = phases.get(milestone.kind)
         if phase is None:
             continue
-        before = marks[number - 1]
+        before = milestones[number - 1]
         if phase == "saving":  # in the background, while other steps are done
-            before = next(m for m in reversed(marks[:number]) if m.step == mark.step)
-        seconds = max(0.0, mark.time - before.time)
+            before = next(m for m in reversed(milestones[:number]) if m.step == milestone.step)
+        seconds = max(0.0, milestone.time - before.time)
         intervals.append(_Interval(phase, before.step, before.kind, seconds))
     return intervals
 
@@ -338,8 +338,8 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
 
 def _seen(job: TrainingJob, events: list[Event]) -> str:
     """What was going on when a process was killed, from the events and files that it left."""
-    marks = _marks(events)
-    if not marks:
+    milestones = _milestones(events)
+    if not milestones:
         return "while starting up"
     if steps := checkpoint.unfinished(job.folder.checkpoints):
         return f"with the checkpoint of step {steps[0]} half written"
@@ -349,7 +349,7 @@ def _seen(job: TrainingJob, events: list[Event]) -> str:
         "val_loss": "after the validation of step {}",
         "saved": "after the checkpoint of step {}",
     }
-    return done[marks[-1].kind].format(marks[-1].step)
+    return done[milestones[-1].kind].format(milestones[-1].step)
 
 
 _Found = dict[tuple[int, str], str]

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Markdown that any text and picture of a run fits into."""
 
 import base64
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def with_pictures(page: Path) -> str:
-    """A markdown page with its pictures inside, for readers who cannot reach the files."""
+    """A Markdown page with its pictures embedded, for readers who cannot reach the files."""
     text = page.read_text(encoding="utf-8")
     for name in set(re.findall(r"\]\(([\w.-]+\.png)\)", text)):
         data = base64.b64encode((page.parent / name).read_bytes()).decode()
@@ -15,10 +15,10 @@ def with_pictures(page: Path) -> str:
 
 
 def table_cell(text: str) -> str:
-    """`text` in a table, where a bar or a line break of its own would end it."""
+    """`text` as a cell of a table: its bars are escaped, its line breaks are spaces."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def quoted(text: str) -> str:
-    """A block of Markdown, which no text ends."""
+    """`text` as a block of Markdown, whose end no part of the text can be."""
     return f"```text\n{text.replace('```', '` ` `')}\n```"

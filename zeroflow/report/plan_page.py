@@ -1,24 +1,23 @@
-"""TODO docstring."""
+"""A plan as text: log lines, the table of `zeroflow plan`, and a section of the report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from zeroflow.report import plan_page
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
 from zeroflow.units import binary, decimal, duration, parameter_count
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
-    """Name, predicted, measured and miss, for people."""
-    name, told = _TOLD[row.name]
+    """Name, predicted and measured value and miss of a figure, as text."""
+    name, text = _FORMS[row.name]
     predicted, measured = (
-        "unknown" if value is None else told(value) for value in (row.predicted, row.measured)
+        "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
     )
     return name, predicted, measured, "" if row.miss is None else f"{row.miss:+.1%}"
 
 
-_TOLD: dict[str, tuple[str, Callable[[Any], str]]] = {
+_FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_second": ("speed", "{:,.0f} tokens/s".format),
     "seconds": ("training", "{:,.1f} s".format),
     "memory_bytes": ("peak memory", binary),
@@ -97,15 +96,15 @@ _LABELS = {
 
 
 def text(plan: Plan) -> str:
-    """All figures, aligned."""
+    """All figures of a plan, in aligned columns."""
     return "\n".join(_lines(plan))
 
 
 def section(plan: Plan, compared: Sequence[Compared]) -> str:
-    """What was planned and what came of it, as Markdown."""
+    """What was predicted and measured, as Markdown."""
     held = "\n".join(
         f"| {name} | {predicted} | {measured} | {miss} |"
-        for name, predicted, measured, miss in map(plan_page.cells, compared)
+        for name, predicted, measured, miss in map(cells, compared)
     )
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
@@ -116,7 +115,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> str:
         f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}.\n\n"
         f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
         f"- Memory by part: {memory}\n"
-        f"- Disk: {plan_page.disk_line(plan)}\n\n"
+        f"- Disk: {disk_line(plan)}\n\n"
     )
 
 
@@ -137,11 +136,11 @@ def _lines(plan: Plan) -> Iterator[str]:
             "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
-            f"activations computed again: {work.activation_checkpointing}",
+            f"activation recomputation: {work.activation_checkpointing}",
             "arithmetic": f"{work.arithmetic}, {'' if work.compile else 'not '}compiled",
-            "time": plan_page.time_line(plan),
-            "memory": plan_page.memory_line(plan),
-            "disk": plan_page.disk_line(plan),
+            "time": time_line(plan),
+            "memory": memory_line(plan),
+            "disk": disk_line(plan),
         }
     )
     yield ""
@@ -149,7 +148,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """By part, for every stage of ZeRO; they are one and the same on one device."""
+    """Memory by part, for every stage of ZeRO; on one device all stages are the same."""
     stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
     heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]
@@ -158,12 +157,12 @@ def _memory(plan: Plan) -> Iterator[str]:
     rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
-        rows.append(("and compute again", *(s.activation_checkpointing for s in stages)))
+        rows.append(("and recompute", *(s.activation_checkpointing for s in stages)))
     title = "memory of each, by ZeRO" if plan.workload.ranks > 1 else "memory by part"
     yield from _table((title, *heads), rows)
     if plan.workload.ranks > 1:
-        yield "from stage 1 on each keeps its share of the fp32 weights; what it gathers of them"
-        yield "to compute with, all or, at stage 3, those of two blocks, is communication"
+        yield "from stage 1 on, each rank keeps its shard of the fp32 weights; the weights that it"
+        yield "gathers (all of them, or those of two blocks at stage 3) are communication"
 
 
 def _label(name: str) -> str:
@@ -177,7 +176,7 @@ def _facts(facts: dict[str, str]) -> Iterator[str]:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Names to the left, all else to the right."""
+    """Lines of a table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for name, *cells in (head, *rows):
         right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]

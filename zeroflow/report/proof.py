@@ -25,7 +25,7 @@ def write(job: TrainingJob, proof: Proof) -> Path:
     proof.write(folder.proof)
     page = folder.proof_page
     page.write_text(markdown(job, proof), encoding="utf-8")
-    ending = tracker.Ending(
+    ending = tracker.RunEnd(
         files=[page, picture, folder.proof],
         figures={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
         step=proof.steps,

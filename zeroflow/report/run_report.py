@@ -182,7 +182,7 @@ def _draw(
 def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord]) -> str | None:
     """Add the report to MLflow; the id of the run there, None if that failed."""
     folder, tracking = run.settings.folder, run.job.tracking
-    ending = tracker.Ending(
+    ending = tracker.RunEnd(
         files=[
             *(folder.report_page, folder.loss_picture, folder.time_picture),
             *(folder.overfit_picture, folder.settings, folder.data_page, folder.lengths_picture),

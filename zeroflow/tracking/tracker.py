@@ -110,7 +110,7 @@ class Tracker:
                 return
 
 
-class Ending(NamedTuple):
+class RunEnd(NamedTuple):
     """What is added to an MLflow run at its end."""
 
     files: list[Path]
@@ -134,7 +134,7 @@ class Ending(NamedTuple):
 
 
 def finish(
-    config: TrackingConfig, folder: RunFolder, points: Iterable[Point], ending: Ending
+    config: TrackingConfig, folder: RunFolder, points: Iterable[Point], ending: RunEnd
 ) -> str | None:
     """Add the `ending` of a run, and those of all its `points` that MLflow lacks.
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The program of a rank that trains: `-m zeroflow.training JOB.json`."""
 
 import logging
 import os

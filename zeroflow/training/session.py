@@ -1,4 +1,4 @@
-"""The program that trains: `-m zeroflow.training JOB.json`."""
+"""One rank's part of a training: from the newest checkpoint to the end, or until stopped."""
 
 import gc
 import logging
