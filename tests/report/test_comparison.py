@@ -71,7 +71,7 @@ def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
 
 
 def test_shapes_of_ones_own_are_told_apart_by_their_parameters():
-    own = [outcome(size)._replace(run=size, size="custom") for size in ("tiny", "small", "medium")]
+    own = [outcome(size).replace(run=size, size="custom") for size in ("tiny", "small", "medium")]
     found = compare(own)
     assert found.law.points == 3 and found.law.b == pytest.approx(EXPONENT)
     assert found.largest.size == "custom of 1,147.8M parameters"

@@ -511,7 +511,7 @@ def test_training_job_is_what_the_settings_say(ask, rows):
     assert job.model == model and job.shards == rows
     assert (job.training.seed, job.training.steps) == (4, 12)
     assert job.shards.validation_bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
-    assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset["digest"] == "abcdef"
+    assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset.digest == "abcdef"
     assert set(job.tracking.params) == {name for name, _ in leaves(settled.run)}
     again = type(job).model_validate_json(job.model_dump_json())
     assert again == job

@@ -213,8 +213,8 @@ def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
 def test_peak_memory_is_of_the_process_itself_not_of_the_one_that_started_it():
     held = b"x" * 2**30  # getrusage of a child begins with what its parent holds
     code = (
-        "from types import SimpleNamespace as N; from zeroflow.training import recorder;"
-        "job = N(training=N(workload=N(device='cpu'))); print(recorder.peak_memory_bytes(job))"
+        "from types import SimpleNamespace as N; from zeroflow.training import metrics;"
+        "job = N(training=N(workload=N(device='cpu'))); print(metrics.peak_memory_bytes(job))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
