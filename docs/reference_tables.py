@@ -24,7 +24,7 @@ from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
-from zeroflow.tracking import metrics
+from zeroflow.training import metrics
 from zeroflow.training.sampling import SamplingConfig
 
 PAGES = Path(__file__).parent / "reference"
@@ -123,17 +123,17 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def _metrics() -> str:
-    curves = {
-        "step": metrics._BY_STEP,
-        "tokens": metrics._BY_TOKENS,
-        "10⁹ FLOPs": metrics._BY_GFLOPS,
-    }
-    rows = [
-        (f"`{key}`", f"`{field}`", axis)
-        for axis, keys in curves.items()
-        for key, field in keys.items()
-    ]
-    return _table(("MLflow", "metrics.jsonl", "x axis"), rows)
+    """Every metric: its field, its curve in MLflow, and against what it is drawn there."""
+    rows = []
+    for field, metric in metrics.TABLE.items():
+        keys = {metric.key: "steps"}
+        if metric.by_compute:
+            keys |= {f"{metric.key}_by_tokens": "tokens", f"{metric.key}_by_gflops": "10⁹ FLOPs"}
+        if field == "goodput":
+            keys = {f"{metric.key}/<phase>": "steps"}
+        for key, axis in keys.items():
+            rows.append((f"`{field}`", metric.label, metric.unit, f"`{key}`", axis))
+    return _table(("metrics.jsonl", "metric", "unit", "MLflow", "x axis"), rows)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
