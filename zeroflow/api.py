@@ -5,24 +5,25 @@ from pathlib import Path
 from zeroflow import pipeline
 from zeroflow.inference import trained
 from zeroflow.inference.trained import Trained
+from zeroflow.report.records import RunReport
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 
 
-def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
+def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is frozen
     """Run the whole pipeline, from raw text to a trained and checked model with a report.
 
     A run of the same name is resumed; a finished one returns at once. Progress is logged by the
     logger `zeroflow`: `logging.basicConfig(level="INFO")` shows it.
 
     Returns:
-        the path of the run's report.json
+        the run's report, as in its report.json
 
     Raises:
         ValueError, HubError: settings or input do not work.
         RunIsBusy: another process is at work on the run.
         PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; what is complete is kept.
     """
-    return pipeline.pretrain(run)
+    return RunReport.read(pipeline.pretrain(run))
 
 
 def load(name: str, cache_dir: Path | str = DEFAULT_CACHE) -> Trained:
