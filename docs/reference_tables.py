@@ -18,20 +18,26 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from zeroflow.estimate.history import Past
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.pages import table_cell
+from zeroflow.report.records import RunReport
 from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
-from zeroflow.training import metrics
+from zeroflow.training import events, metrics
+from zeroflow.training.goodput import Booking
+from zeroflow.training.job import TrainResult
+from zeroflow.training.recovery import Entry
 from zeroflow.training.sampling import SamplingConfig
 
 PAGES = Path(__file__).parent / "reference"
 
-_TABLE = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: ([\w .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _SETTINGS = ("flag", "type", "default", "meaning")
+_FIELDS = ("field", "type", "meaning")
 
 
 def main() -> None:
@@ -136,6 +142,47 @@ def _metrics() -> str:
     return _table(("metrics.jsonl", "metric", "unit", "MLflow", "x axis"), rows)
 
 
+def _records(*kinds: type[BaseModel]) -> str:
+    """A table of the fields of each kind of record, under its docstring."""
+    sections = []
+    for kind in kinds:
+        schema = kind.model_json_schema(mode="serialization")
+        event = schema["properties"].get("event", {}).get("const")
+        title = f"`{event}`: {_line(schema)}" if event else _line(schema)
+        sections.append(f"{title}\n\n{_table(_FIELDS, list(_fields(schema, schema)))}")
+    return "\n\n".join(sections)
+
+
+def _fields(
+    schema: dict[str, Any], record: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, ...]]:
+    """A row for each field; those of a record within the record by their path."""
+    for name, field in record["properties"].items():
+        kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+        path, [inner] = f"{prefix}{name}", kinds
+        if inner.get("type") == "array" and "items" in inner:
+            path, inner = f"{path}[]", inner["items"]
+        elif isinstance(inner.get("additionalProperties"), dict):
+            path, inner = f"{path}.*", inner["additionalProperties"]
+        if "$ref" in inner:
+            inner = schema["$defs"][inner["$ref"].rsplit("/", 1)[-1]]
+        if "properties" in inner:
+            yield from _fields(schema, inner, f"{path}.")
+        else:
+            nullable = " or null" if len(kinds) < len(field.get("anyOf", kinds)) else ""
+            meaning = re.sub(r"\bNone\b", "null", _line(field))
+            yield f"`{path}`", _json_type(inner) + nullable, meaning
+
+
+def _json_type(kind: dict[str, Any]) -> str:
+    if "const" in kind:
+        return f"`{kind['const']}`"
+    if "enum" in kind:
+        return " or ".join(f"`{choice}`" for choice in kind["enum"])
+    name = kind.get("type", "any")
+    return {"array": "list", "string": "text"}.get(name, name)
+
+
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *(map(table_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -153,6 +200,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "ui": lambda: _settings(UiConfig, "The user interfaces"),
     "sampling": lambda: _settings(SamplingConfig, "Sampling"),
     "metrics": _metrics,
+    "metrics.jsonl": lambda: _records(metrics.StepRecord, metrics.ValidationRecord),
+    "events.jsonl": lambda: _records(
+        *(events.Started, events.Saved, events.Skipped, events.Spike),
+        *(events.Stopped, events.Failed, events.Done),
+    ),
+    "ledger.jsonl": lambda: _records(Entry),
+    "goodput.jsonl": lambda: _records(Booking),
+    "training.json": lambda: _records(TrainResult),
+    "report.json": lambda: _records(RunReport),
+    "plans.jsonl": lambda: _records(Past),
 }
 
 
