@@ -111,26 +111,44 @@ class RunReport(WorkloadFigures):
     """failed: the overfit check did not pass."""
 
     run: str
+    """Name of the run."""
+
     size: str
+    """Name of the model's size; custom for another shape."""
+
     parameters: int
+    """Parameters of the model, with the tied embedding once."""
+
     steps: int
+    """Optimiser steps of the whole run."""
+
     tokens: int
+    """Tokens trained on."""
+
     train_loss: float
+    """Loss of the last step, in nats per token."""
+
     first_val_loss: float
-    """Before the first step."""
+    """Validation loss before the first step, in nats per token."""
 
     val_loss: float
+    """Validation loss after the last step, in nats per token."""
+
     val_bpb: float | None
-    """Bits per byte; None for data that is not text."""
+    """The same in bits per byte of text; None for data that is not text."""
 
     entropy: float | None
-    """Lowest possible loss, for data of which it is known."""
+    """Lowest possible loss in nats per token, for data of which it is known."""
 
     overfit: OverfitFigures
     tokens_per_second: float | None
+    """Speed over all steps but the first of a process."""
+
     mfu: float | None
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
+
     peak_memory_bytes: int
-    """Of each GPU."""
+    """Peak memory of the rank that held most."""
 
     resume: str
     """How exact a resume of this run is."""
@@ -139,6 +157,8 @@ class RunReport(WorkloadFigures):
     data: CorpusFigures
     tokenizer: TokenizerFigures
     checkpoint: Path
+    """Folder of the checkpoint of the last step."""
+
     sample: str
     """Text that the model generated at the end."""
 

@@ -104,24 +104,41 @@ class TrainingJob(RankJob):
 
 
 class TrainResult(StageResult):
-    """What a finished training leaves in training.json."""
+    """The result of a finished training, in training.json."""
 
     checkpoint: Path
+    """Folder of the checkpoint of the last step."""
+
     steps: int
+    """Steps of the whole run."""
+
     tokens: int
+    """Tokens trained on."""
+
     train_loss: float
+    """Loss of the last step, in nats per token."""
+
     val_loss: float
+    """Validation loss after the last step, in nats per token."""
+
     val_bpb: float | None
+    """The same in bits per byte of text; None for data that is not text."""
+
     first_val_loss: float
-    """Before the first step."""
+    """Validation loss before the first step, in nats per token."""
 
     tokens_per_second: float | None
-    """Over the seconds of all steps but the first of a process: see `goodput.TRAINING`. None where
-    there were no others."""
+    """Speed over the seconds of all steps but the first of a process, see `goodput.TRAINING`; None
+    if there were no others."""
 
     mfu: float | None
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
+
     peak_memory_bytes: int
+    """Peak memory of the rank that held most."""
+
     sample: str
+    """Text that the model generated at the last validation."""
 
 
 class TrainingFailed(RuntimeError):

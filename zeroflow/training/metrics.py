@@ -25,9 +25,13 @@ from zeroflow.training.validation import bits_per_byte
 
 class _Logged(Record):
     step: int
+    """Steps done."""
+
     tokens: int
+    """Tokens trained on so far."""
+
     flops: int | None = omitted()
-    """None in files of older versions."""
+    """FLOPs of the model so far; None in files of older versions."""
 
     time: float
     """Seconds since the epoch."""
@@ -37,8 +41,14 @@ class StepRecord(_Logged):
     """A logged step."""
 
     loss: float
+    """Mean over the targets of the global batch, in nats per token."""
+
     lr: float
+    """Learning rate of the step."""
+
     grad_norm: float
+    """Global norm of the gradient before clipping."""
+
     update_ratio: float | None = None
     """Largest norm of a matrix's update over the norm of its weights; None in files of older
     versions."""
@@ -50,24 +60,26 @@ class StepRecord(_Logged):
     """True while every row was read at most once."""
 
     tokens_per_second: float | None
-    """Since the last logged step; None if only the first step of a process lies between."""
+    """Speed since the last logged step; None if only the first step of a process lies between."""
 
     peak_memory_mib: float | None = None
-    """Of the rank that held most; None in files of older versions."""
+    """Peak memory of the rank that held most, in MiB; None in files of older versions."""
 
     goodput: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
     """Share of the wall time so far, by phase."""
 
     mfu: float | None = omitted()
-    """None if the peak of the device is not known."""
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
 
 
 class ValidationRecord(_Logged):
     """A validation."""
 
     val_loss: float
+    """Mean over the held-out targets, in nats per token."""
+
     val_bpb: float | None
-    """None for data that is not text."""
+    """The same in bits per byte of text; None for data that is not text."""
 
     sample: str
     """Text that the model generated."""

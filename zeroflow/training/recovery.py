@@ -38,6 +38,8 @@ class Entry(Record):
     """A failure, and what was changed for the next start."""
 
     time: float
+    """Seconds since the epoch."""
+
     process: int
     """Random number of the flow process that saw the failure."""
 
@@ -46,10 +48,19 @@ class Entry(Record):
     """Step of the checkpoint that training resumes from; 0 for none."""
 
     message: str
+    """The error, in one line."""
+
     action: str
+    """What was changed, in words."""
+
     micro_batch_rows: PositiveInt | None = None
+    """Rows of a micro-batch from now on, if they were too many."""
+
     activation_checkpointing: bool = False
+    """True if all activations are recomputed from now on."""
+
     skip: Skip | None = None
+    """Window of the data that is left out from now on."""
 
 
 LEDGER: JsonLines[Entry] = JsonLines(Entry)
