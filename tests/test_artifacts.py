@@ -171,5 +171,5 @@ def test_lock_that_another_holds_is_waited_for_only_so_long(tmp_path):
 def test_file_that_is_no_json_is_told(tmp_path):
     path = tmp_path / "run.json"
     path.write_text('{"seed": 1, "na')
-    with pytest.raises(ValueError, match=r"run.json is no JSON any more \(Unterminated"):
+    with pytest.raises(ValueError, match=r"run.json is not valid JSON \(Unterminated"):
         artifacts.read_json(path)

@@ -14,28 +14,33 @@ from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
+from pydantic import JsonValue, TypeAdapter
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _WRITE_BYTES = 2**17
-"""At once. For more, Linux takes larger pages, of memory that a virtual machine may have given back
-to its host while it was free, and which then takes ten times as long."""
+"""Bytes per write. For more, Linux uses larger pages. A virtual machine may have returned their
+memory to its host, and to get it back takes ten times as long."""
 
 DAMAGED = ".damaged-"
-"""In the name of a directory that was set aside."""
-
+"""Part of the name of a directory that was set aside."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""On a disk, in a quota or in a file."""
+"""Errors of a full disk, a used up quota and a file that reached its limit."""
+
+JsonObject = dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """Entry of a file in a manifest."""
 
     bytes: int
     sha256: str
+
+
+_FILES = TypeAdapter(dict[str, FileRecord])
 
 
 class DamagedArtifact(ValueError):
@@ -43,7 +48,7 @@ class DamagedArtifact(ValueError):
 
 
 def fingerprint(identity: Any) -> str:
-    """12 hex digits that name `identity`, anything JSON can hold, whatever its key order."""
+    """12 hex digits that depend on `identity`, anything JSON can hold, but not on its key order."""
     return _sha256(identity)[:12]
 
 
@@ -53,7 +58,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader, or a power cut, meets the old file or the new one."""
+    """Write `content`; a reader finds the old file or the new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -67,29 +72,30 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """
     Raises:
-        ValueError: the file is not JSON; it was cut or changed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not valid JSON; it was cut or changed.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON any more ({error}): restore it, or move it away"
+            f"{path} is not valid JSON ({error}): restore it, or move it away"
         ) from error
 
 
-def write_signed(path: Path, content: dict[str, Any]) -> None:
-    """`write_json` with a sha256 of the content as its last entry."""
+def write_signed(path: Path, content: JsonObject) -> None:
+    """Write `content` as `write_json` does, with a sha256 of it as the last entry."""
     write_json(path, content | {"sha256": _sha256(content)})
 
 
-def read_signed(path: Path) -> dict[str, Any]:
-    """What `write_signed` wrote.
+def read_signed(path: Path) -> JsonObject:
+    """Read what `write_signed` wrote.
 
     Raises:
-        DamagedArtifact: it is not there, cannot be read, or is not what was written.
+        DamagedArtifact: the file is missing, cannot be read, or is not what was written.
     """
     try:
-        content: dict[str, Any] = read_json(path)
+        content: JsonObject = read_json(path)
         if content.pop("sha256", None) != _sha256(content):
             raise ValueError("it is not what was written")
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -98,7 +104,7 @@ def read_signed(path: Path) -> dict[str, Any]:
 
 
 def record(path: Path) -> FileRecord:
-    """The manifest's entry of a finished file, once the disk has it."""
+    """The entry of a finished file, which is synced to the disk first."""
     _fsync(path)
     return FileRecord(path.stat().st_size, file_sha256(path))
 
@@ -115,17 +121,17 @@ def write_recorded(path: Path, content: memoryview) -> FileRecord:
 
 def seal(
     directory: Path,
-    facts: dict[str, Any],
+    facts: JsonObject,
     recorded: Mapping[str, FileRecord] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
 
-    The manifest's last entry is a sha256 of the others.
+    The last entry of the manifest is a sha256 of the others.
 
     Args:
         recorded: entries of files that are known already, by their names in the directory.
     """
-    files = {}
+    files: JsonObject = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(directory).as_posix()
         files[name] = asdict(recorded.get(name) or record(path))
@@ -133,15 +139,15 @@ def seal(
     _fsync(directory)
 
 
-def verify(directory: Path) -> dict[str, Any]:
-    """The manifest of `directory`, after every file was compared with it.
+def verify(directory: Path) -> JsonObject:
+    """Compare every file of `directory` with its manifest, which is returned.
 
     Raises:
-        DamagedArtifact: a file is missing, too many, of another size or of another content; the
-            manifest is a file as well.
+        DamagedArtifact: a file, or the manifest itself, is missing, unexpected or not what was
+            written.
     """
     manifest = read_signed(directory / MANIFEST)
-    listed = manifest["files"]
+    listed = _FILES.validate_python(manifest["files"])
     found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     if unexpected := found - set(listed) - {MANIFEST}:
         raise DamagedArtifact(f"{directory} holds files its manifest does not list: {unexpected}")
@@ -149,18 +155,18 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / name
         if name not in found:
             raise DamagedArtifact(f"{path} is missing")
-        if (size := path.stat().st_size) != facts["bytes"]:
-            raise DamagedArtifact(f"{path} has {size} bytes instead of {facts['bytes']}")
-        if file_sha256(path) != facts["sha256"]:
+        if (size := path.stat().st_size) != facts.bytes:
+            raise DamagedArtifact(f"{path} has {size} bytes instead of {facts.bytes}")
+        if file_sha256(path) != facts.sha256:
             raise DamagedArtifact(f"{path} is not what was written: its sha256 differs")
     return manifest
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends without an error.
+    """Yield a temporary directory that becomes `path` when the block ends without an error.
 
-    The block has to `seal` it. What an earlier, killed attempt left behind is removed.
+    The block must `seal` it. What an earlier attempt left behind when it was killed is removed.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -176,25 +182,28 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path, reason: object) -> Path:
-    """Rename a damaged directory so that it is kept but never used."""
+    """Rename a damaged directory, so that it is kept but never used."""
     number = 1
     while (aside := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
         number += 1
-    log.warning("%s: kept as %s and not used", reason, aside)
+    log.warning("%s: kept as %s, and not used", reason, aside)
     path.replace(aside)
     return aside
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> bool:
-    """Have the verified directory `path`, calling `build` with a temporary one where it is absent.
+    """Ensure that the directory `path` exists and verifies.
 
-    Two processes that want the same directory wait for each other; the kernel frees the lock of
-    one that dies. A damaged directory is set aside and built again.
+    Two processes that need the same directory wait for each other; the kernel frees the lock of a
+    process that dies. A damaged directory is set aside and built again.
+
+    Args:
+        build: called with a temporary directory if `path` has to be built.
 
     Returns:
-        whether an existing directory was reused.
+        True if an existing directory was reused
     """
-    with exclusive(path, waiting_for=f"another process builds {path}"):
+    with exclusive(path, waiting_for=f"another process is building {path}"):
         if path.exists():
             try:
                 verify(path)
@@ -208,10 +217,14 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
 
 @contextmanager
 def exclusive(path: Path, *, waiting_for: str = "", timeout_seconds: float = -1) -> Iterator[None]:
-    """Hold the lock that belongs to `path`, waiting for it aloud; -1 waits for ever, 0 not at all.
+    """Hold the lock that belongs to `path`.
+
+    Args:
+        waiting_for: logged if the lock is not free.
+        timeout_seconds: how long to wait for it; -1 waits forever, 0 not at all.
 
     Raises:
-        TimeoutError: another process held it all the while.
+        TimeoutError: another process held it for all of that time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -229,7 +242,7 @@ def exclusive(path: Path, *, waiting_for: str = "", timeout_seconds: float = -1)
 
 
 def _sha256(content: Any) -> str:
-    """Of `content` as JSON, whatever its key order."""
+    """sha256 of `content` as JSON with sorted keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic_core import PydanticCustomError
 
 from zeroflow import artifacts
+from zeroflow.artifacts import JsonObject
 from zeroflow.config import Config
 
 
@@ -44,7 +45,7 @@ class Record(Config):
             )
         return content
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The content as it is written; NaN and infinity stay what they are."""
         return {"format": self.FORMAT} | self.model_dump(mode="json")
 

@@ -1,20 +1,20 @@
-"""Why a stage runs although something like its result is there: what they depend on, compared."""
+"""Why a stage runs although a similar result exists: the first settings that differ."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from zeroflow.artifacts import DAMAGED
+from zeroflow.artifacts import DAMAGED, JsonObject
 from zeroflow.records import Record, omitted
 
 Fields = Mapping[str, Any]
-"""What a result depends on, by names that a person knows. A value that is such a mapping itself is
-one field, of which the entries that differ are named."""
+"""What a result depends on, by names that a person knows. Of a value that is a mapping itself, the
+entries that differ are named."""
 
-Identity = dict[str, JsonValue]
-"""`Fields` that are stored, of something that was checked."""
+Identity = JsonObject
+"""`Fields` of something that was checked, as they are stored."""
 
 SAME = "it is there and whole, of the same settings and source"
 PASSED = "the same was checked before, and passed"
@@ -22,24 +22,24 @@ NOTHING = "nothing of its kind was there"
 FIRST = "the run had none before"
 
 _NAMED = 4
-"""Differences that are named; of more, their number."""
+"""Differences that are named; the others are counted."""
 
 _SHOWN = 50
-"""Characters of a value."""
+"""Characters of a value that are shown."""
 
 
 class StageResult(Record):
-    """What a stage gives, and how it came by it. That is of one command, and not stored."""
+    """Result of a stage, and whether it was reused: a fact of one command, which is not stored."""
 
     reused: bool = Field(False, exclude=True)
-    """Whether nothing had to be done."""
+    """True if nothing had to be done."""
 
     why: str = Field("", exclude=True)
-    """Why it was reused, or why not."""
+    """Why the stage was reused or ran."""
 
 
 class CheckResult(StageResult):
-    """What a check of a run leaves for the next time."""
+    """Result of a check of a run, which the next command may reuse."""
 
     passed: bool
 
@@ -61,13 +61,13 @@ def damaged(path: Path) -> str:
 
 
 def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[str, Fields | None]:
-    """What the other folders in `root` were made from, newest first.
+    """The fields of the other folders in `root`, newest first.
 
     Args:
-        read: the fields of a folder, from its record.
+        read: reads the fields of a folder.
 
     Returns:
-        by the folder's name; None where no record can be read, as an earlier version kept none.
+        fields by name of the folder; None if they cannot be read, as of an older version
     """
     folders = [path for path in root.glob("[!.]*") if path.is_dir() and path.name != but.name]
     folders = [path for path in folders if DAMAGED not in path.name]
@@ -78,7 +78,7 @@ def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[s
 
 
 def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
-    """Why none of those `there` serves: in what the one that differs in the fewest fields does."""
+    """Why none of those `there` serves: how the one with the fewest differences differs."""
     known = {name: fields for name, fields in there.items() if fields is not None}
     if not there:
         return NOTHING
@@ -90,7 +90,7 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
 
 
 def since(wanted: Fields, before: CheckResult | None) -> str:
-    """Why the check that a run had `before` does not serve."""
+    """Why the earlier check of a run does not serve."""
     if before is None:
         return FIRST
     if before.identity is None:
@@ -101,7 +101,7 @@ def since(wanted: Fields, before: CheckResult | None) -> str:
 
 
 def changes(wanted: Fields, found: Fields) -> str:
-    """What is to be said of something with the fields `found` where `wanted` are needed."""
+    """How something with the fields `found` differs from what is `wanted`."""
     different = list(_differences(wanted, found))
     if not different:
         return "is the same but for its name"
@@ -111,9 +111,9 @@ def changes(wanted: Fields, found: Fields) -> str:
     return f"has {', '.join(named)}"
 
 
-def flat(fields: Fields, prefix: str = "") -> dict[str, Any]:
-    """Every single value by its name, as in training.seq_len."""
-    found: dict[str, Any] = {}
+def flat(fields: Fields, prefix: str = "") -> Fields:
+    """Every single value by its full name, such as training.seq_len."""
+    found: dict[str, object] = {}
     for name, value in fields.items():
         deeper = isinstance(value, Mapping)
         found |= flat(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
@@ -142,7 +142,7 @@ def _differences(wanted: Fields, found: Fields) -> Iterator[Difference]:
 
 
 def _value(fields: Fields, name: str) -> Any:
-    """None where there is none, as of a setting of another kind of source."""
+    """The value of a field; None if it has none, such as a setting of another kind of source."""
     value = fields.get(name)
     return None if value == {} else value
 

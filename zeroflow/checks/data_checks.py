@@ -13,7 +13,7 @@ import numpy.typing as npt
 from zeroflow import artifacts
 from zeroflow.checks.check import Check, on_every_rank
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import ShardSet, Split
+from zeroflow.data.shards import PartManifest, ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 
@@ -41,7 +41,8 @@ def checksums(shards: ShardSet) -> Check:
     """Verify the checksums of a few parts; the stage that gave the shards verified all of them."""
     numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
     try:
-        files = sum(len(artifacts.verify(shards.part_paths[n])["files"]) for n in numbers)
+        parts = (artifacts.verify(shards.part_paths[number]) for number in numbers)
+        files = sum(len(PartManifest.model_validate(part).files) for part in parts)
     except artifacts.DamagedArtifact as damage:
         sentence = f"{damage}: the same command again sets that part aside and builds it again"
         return Check(name="checksums", passed=False, figure="a part is damaged", sentence=sentence)

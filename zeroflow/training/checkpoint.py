@@ -224,11 +224,12 @@ def best(folder: Path) -> Path | None:
     losses = {}
     for path in _all(folder):
         try:
-            loss = artifacts.read_signed(path / artifacts.MANIFEST).get("val_loss")
-            if loss is not None and math.isfinite(loss):
-                losses[path] = loss
-        except artifacts.DamagedArtifact:
-            continue  # `latest` deals with it
+            facts = artifacts.read_signed(path / artifacts.MANIFEST)
+            loss = CheckpointFacts.model_validate(facts).val_loss
+        except ValueError:
+            continue  # damaged or of another format: `latest` deals with it
+        if loss is not None and math.isfinite(loss):
+            losses[path] = loss
     return min(losses, key=lambda path: losses[path], default=None)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
+from zeroflow.artifacts import JsonObject
 from zeroflow.records import JsonLines, Record, omitted
 from zeroflow.training.job import FailureReason
 from zeroflow.training.metrics import MetricsRecord, StepRecord
@@ -76,7 +77,7 @@ class Metrics(Record):
         return content
 
     @model_serializer
-    def _flat(self) -> dict[str, Any]:
+    def _flat(self) -> JsonObject:
         return {"event": self.event} | self.record.model_dump(mode="json")
 
 
