@@ -8,6 +8,7 @@ open. A comment before a block says why it cannot run in a test:
 """
 
 import argparse
+import ast
 import re
 import shlex
 import subprocess
@@ -233,6 +234,14 @@ def test_every_page_is_in_the_navigation_of_the_site():
     assert sorted(listed) == sorted(
         page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")
     )
+
+
+def test_layers_of_the_architecture_are_those_that_imports_are_held_to():
+    source = (ROOT / "tests/test_imports.py").read_text(encoding="utf-8")
+    [layers] = re.findall(r"^LAYERS = (\[.*?^\])", source, re.MULTILINE | re.DOTALL)
+    page = (DOCS / "explanation/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", page, re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)/?`", row)) for row in rows] == ast.literal_eval(layers)
 
 
 def test_readme_is_short():
