@@ -1,4 +1,4 @@
-"""What earlier runs on this machine were planned to take, and took: the cache's `plans.jsonl`."""
+"""Earlier runs of this cache, as predicted and as measured: `plans.jsonl`."""
 
 import math
 from pathlib import Path
@@ -13,20 +13,20 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
 
 _NEWEST = 5
-"""So many earlier runs count: code and drivers change."""
+"""Earlier runs that are averaged. Older ones are not: code and drivers change."""
 
 
 _NEAR = 3.0
-"""Models whose tokens take so many times the FLOPs, or fewer, reach about the same FLOP/s. On one
-H100 tiny reached 18 % of the peak where small, with 13 times the FLOPs, reached 42 %."""
+"""Largest ratio of the FLOPs per token of two models that are assumed to reach the same FLOP/s. On
+an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %."""
 
 
 class Figures(Config):
-    """Predicted or measured; None where there is no telling."""
+    """Predicted or measured figures of a run; None where unknown."""
 
     tokens_per_second: float | None
     seconds: float | None
-    """Of training steps: data wait, forward/backward, optimiser, communication, logging."""
+    """Seconds of the steps: data wait, forward/backward, optimiser, communication, logging."""
 
     memory_bytes: int | None
     """Peak of tensors on a GPU; resident set of the process on a CPU."""
@@ -52,17 +52,17 @@ PLANS: JsonLines[Past] = JsonLines(Past)
 
 
 class Experience(NamedTuple):
-    """What earlier runs say of a workload."""
+    """Figures that earlier runs lead to expect of a workload."""
 
     tokens_per_second: float
     memory_bytes: int | None
-    """None where only other models or batches were run."""
+    """None if only other models or batches have been run."""
 
     source: str
 
 
 def append(cache: Path, past: Past) -> None:
-    """Add a run to the history, unless it is there with as many steps."""
+    """Add a run to the history, unless it is there already with the same number of steps."""
     if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
         return
     PLANS.append(Cache(cache).plans, past)
@@ -76,11 +76,13 @@ def read(cache: Path) -> list[Past]:
 def known(
     cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
 ) -> Experience | None:
-    """What runs of the same workload took here; else the FLOP/s of the nearest other model.
+    """The figures of earlier runs of the same workload, or of the nearest other model.
+
+    Of another model only the FLOP/s are used. None if nothing similar has been run here.
 
     Args:
-        planned: name and steps of the run that is planned. It is not its own prediction, but what
-            it took before it was extended is.
+        planned: name and steps of the run that is planned. It does not predict itself, unless it
+            is being extended.
     """
     name, steps = planned
     runs = [
@@ -97,7 +99,7 @@ def known(
         )
 
     def distance(past: Past) -> float:
-        """In size; models are told apart by the FLOPs of a token."""
+        """Distance in size: the logarithm of the ratio of FLOPs per token."""
         return abs(math.log(past.workload.flops_per_token / workload.flops_per_token))
 
     alike = [past for past in runs if past.workload.is_computed_like(workload)]
@@ -123,7 +125,7 @@ def _shape(workload: Workload) -> tuple[ModelConfig, int]:
 
 def _rate(past: Past) -> float:
     rate = past.measured.tokens_per_second
-    assert rate is not None, "others are left out"
+    assert rate is not None, "runs without a rate are left out"
     return rate
 
 

@@ -42,7 +42,7 @@ class Outcome(Record):
     seconds: float
     """Seconds of training that tokens per second are over."""
 
-    gpus: int
+    ranks: int
     zero_stage: int
     peak_memory_bytes: int
     """Of each GPU."""
@@ -98,7 +98,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         val_bpb=report.val_bpb,
         tokens_per_second=report.tokens_per_second,
         seconds=report.time.training_seconds,
-        gpus=settings.ranks,
+        ranks=settings.ranks,
         zero_stage=settings.training.zero_stage,
         peak_memory_bytes=report.peak_memory_bytes,
         curve=tuple((record.tokens, record.val_loss) for record in validations),
@@ -234,8 +234,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         "size": [one.size for one in found.runs],
         **{metric.label: [_cell(metric, one) for one in found.runs] for metric in _COMPARED},
         "seed": [str(one.seed) for one in found.runs],
-        "GPUs": [str(one.gpus) for one in found.runs],
-        "ZeRO": ["none" if one.gpus == 1 else str(one.zero_stage) for one in found.runs],
+        "GPUs": [str(one.ranks) for one in found.runs],
+        "ZeRO": ["none" if one.ranks == 1 else str(one.zero_stage) for one in found.runs],
         "peak rate": [f"{one.learning_rate:g}" for one in found.runs],
         "parameters": [parameter_count(one.parameters) for one in found.runs],
         "tokens": [parameter_count(one.tokens) for one in found.runs],
@@ -244,7 +244,7 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         "tokens/s": [speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.runs],
         "memory": [binary(one.peak_memory_bytes) for one in found.runs],
     }
-    if all(one.gpus == 1 for one in found.runs):
+    if all(one.ranks == 1 for one in found.runs):
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     if columns["run"] == columns["size"]:
         del columns["size"]

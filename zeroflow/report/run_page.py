@@ -88,10 +88,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     if report.entropy is not None:
         facts["Entropy of the data"] = f"{report.entropy:.4f} nats per token, the least possible"
     if report.mfu is not None:
-        twice = " (that of fp8 is twice as high)" if report.fp8 else ""
-        facts["MFU"] = (
-            f"{report.mfu:.1%} of the dense bf16 peak{twice}, (6N + 6·L·D·T) FLOPs a token"
-        )
+        facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs a token"
     return facts
 
 

@@ -111,6 +111,11 @@ class Workload(Config):
         return f"{self.precision} with products in fp8" if self.fp8 else self.precision
 
     @property
+    def peak(self) -> str:
+        """Peak of the device that utilisation is relative to, as text."""
+        return "dense bf16 peak" + (" (that of fp8 is twice as high)" if self.fp8 else "")
+
+    @property
     def devices(self) -> str:
         """Devices as text, such as 2 x NVIDIA H200, ZeRO stage 3."""
         if self.ranks == 1:
