@@ -15,6 +15,7 @@ import pytest
 from hub import TOKEN, Fault, Hub, Repo, fineweb_edu_repo, llama_tokenizer_repo
 
 from zeroflow.data import hub as hubs
+from zeroflow.data import hub_errors
 
 PRELUDE = """
 import json, sys
@@ -242,14 +243,14 @@ def answered(status: int, code: str = "") -> Exception:
     ],
 )
 def test_failure_is_explained_by_its_status_even_behind_other_errors(error, transient, cause):
-    plain = hubs.explain(error, "owner/name")
+    plain = hub_errors.explain(error, "owner/name")
     try:
         try:
             raise error
         except type(error):
             raise FileNotFoundError("what a library makes of it")  # noqa: B904, as they do
     except FileNotFoundError as hiding:
-        hidden = hubs.explain(hiding, "owner/name")
+        hidden = hub_errors.explain(hiding, "owner/name")
     assert plain.transient == transient and cause in plain.cause
     assert str(plain).startswith("owner/name: ")
     if hasattr(error, "response"):

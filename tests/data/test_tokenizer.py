@@ -11,7 +11,6 @@ from tiny import apart_from_reuse, contents, jsonl_corpus
 from tokenizers import Tokenizer
 
 from zeroflow import artifacts, reuse
-from zeroflow.data import tokenizer
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.documents import Document
 from zeroflow.data.slices import read_documents
@@ -42,13 +41,13 @@ def llama(llama_folder, text, tmp_path_factory):
     return fetch_tokenizer(config, text.corpus, tmp_path_factory.mktemp("cache"))
 
 
-def encode(files, *texts: str) -> list[list[int]]:
-    encoded = files.load_encoder().encode(list(texts))
+def encode(tokenizer, *texts: str) -> list[list[int]]:
+    encoded = tokenizer.load_encoder().encode(list(texts))
     return [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
 
 
-def decode(files, ids: list[int]) -> str:
-    return files.load().decode(ids, skip_special_tokens=False)
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.load().decode(ids, skip_special_tokens=False)
 
 
 @given(document=st.text())
@@ -68,19 +67,19 @@ def test_training_merges_what_is_frequent_in_the_text(text):
 
 def test_text_of_few_kinds_of_word_trains_a_smaller_vocabulary(tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=1000)
-    files = fetch_tokenizer(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
-    loaded = Tokenizer.from_file(str(files.path / "tokenizer.json"))
-    assert files.vocab_size == loaded.get_vocab_size() < 300
+    tokenizer = fetch_tokenizer(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
+    loaded = Tokenizer.from_file(str(tokenizer.path / "tokenizer.json"))
+    assert tokenizer.vocab_size == loaded.get_vocab_size() < 300
 
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
 def test_special_tokens_that_a_document_spells_out_are_text(text, llama, which):
-    files = text.tokenizer if which == "trained" else llama
+    tokenizer = text.tokenizer if which == "trained" else llama
     documents = ["<|end_of_text|>", "<|begin_of_text|>a<|end_of_text|> b", "plain", " "]
-    for document, ids in zip(documents, encode(files, *documents), strict=True):
-        assert files.end_of_text not in ids
-        assert decode(files, ids) == document
-        assert Tokenizer.from_file(str(files.path / "tokenizer.json")).token_to_id(
+    for document, ids in zip(documents, encode(tokenizer, *documents), strict=True):
+        assert tokenizer.end_of_text not in ids
+        assert decode(tokenizer, ids) == document
+        assert Tokenizer.from_file(str(tokenizer.path / "tokenizer.json")).token_to_id(
             "<|begin_of_text|>"
         ) not in set(ids)
 
@@ -88,15 +87,15 @@ def test_special_tokens_that_a_document_spells_out_are_text(text, llama, which):
 def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_path):
     lines = ['{"text": "a \\ud800 b"}', '{"text": "\\ud83d\\ude00 \\ude00"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    settled = resolve_corpus(
+    resolved = resolve_corpus(
         CorpusConfig(data_mode="files", data_path=(str(tmp_path / "a.jsonl"),))
     ).corpus
-    sound = [document.text for document in read_documents(settled)]
+    sound = [document.text for document in read_documents(resolved)]
     encoded = encode(text.tokenizer, *sound)
     texts = [decode(text.tokenizer, ids) for ids in encoded]
     assert texts == ["a \ufffd b", "\U0001f600 \ufffd"]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    assert fetch_tokenizer(config, settled, tmp_path).path.exists()
+    assert fetch_tokenizer(config, resolved, tmp_path).path.exists()
 
 
 def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder):
@@ -114,10 +113,10 @@ def test_tokenizer_file_alone_is_taken_by_any_name(llama, llama_folder, text, tm
     file = tmp_path / "mine" / "other.json"
     file.write_bytes((llama_folder / "tokenizer.json").read_bytes())
     config = TokenizerConfig(tokenizer_name=str(file))
-    files = fetch_tokenizer(config, text.corpus, tmp_path / "cache")
-    assert sorted(contents(files.path)) == ["manifest.json", "tokenizer.json"]
-    assert files.fingerprint == llama.fingerprint
-    assert encode(files, "some text") == encode(llama, "some text")
+    tokenizer = fetch_tokenizer(config, text.corpus, tmp_path / "cache")
+    assert sorted(contents(tokenizer.path)) == ["manifest.json", "tokenizer.json"]
+    assert tokenizer.fingerprint == llama.fingerprint
+    assert encode(tokenizer, "some text") == encode(llama, "some text")
 
 
 @pytest.mark.parametrize("name", ["train", "folder"])
@@ -136,19 +135,19 @@ def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_pa
 
 def test_damaged_tokenizer_is_trained_again_to_the_same_bytes(text, tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
-    files = fetch_tokenizer(config, text.corpus, tmp_path)
-    before = contents(files.path)
-    (files.path / "tokenizer.json").write_text("{}")
+    tokenizer = fetch_tokenizer(config, text.corpus, tmp_path)
+    before = contents(tokenizer.path)
+    (tokenizer.path / "tokenizer.json").write_text("{}")
     again = fetch_tokenizer(config, text.corpus, tmp_path)
-    assert apart_from_reuse(again) == apart_from_reuse(files)
-    assert again.why == f"{files.path.name} was damaged and is set aside"
-    assert contents(files.path) == before
+    assert apart_from_reuse(again) == apart_from_reuse(tokenizer)
+    assert again.why == f"{tokenizer.path.name} was damaged and is set aside"
+    assert contents(tokenizer.path) == before
 
 
 def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
-    def trained(corpus_, vocab_size):
+    def trained(corpus, vocab_size):
         config = TokenizerConfig(tokenizer_name="train", vocab_size=vocab_size)
-        return fetch_tokenizer(config, corpus_, tmp_path)
+        return fetch_tokenizer(config, corpus, tmp_path)
 
     other = jsonl_corpus(tmp_path / "other.jsonl", ["something else"])
     first, larger, third = trained(text.corpus, 300), trained(text.corpus, 301), trained(other, 300)
@@ -161,12 +160,12 @@ def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
 def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
     first = fetch_tokenizer(config, text.corpus, tmp_path)
-    monkeypatch.setattr(tokenizer, "version", lambda name: "99.0")
+    monkeypatch.setattr("zeroflow.data.tokenizer.version", lambda name: "99.0")
     again, installed = fetch_tokenizer(config, text.corpus, tmp_path), version("fastokens")
     assert again.reused and again.why.endswith(
         f"the encoders are compared again, as fastokens is 99.0 instead of {installed}"
     )
-    monkeypatch.setattr(tokenizer, "FORMAT", 3)
+    monkeypatch.setattr("zeroflow.data.tokenizer.FORMAT", 3)
     newer = fetch_tokenizer(config, text.corpus, tmp_path)
     assert newer.why == f"{first.path.name} has format 2 instead of 3"
 
@@ -184,10 +183,10 @@ def test_tokenizer_of_a_version_that_kept_no_record_is_unknown(text, tmp_path):
 
 def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_folder, text, tmp_path):
     config = TokenizerConfig(tokenizer_name=str(llama_folder), end_of_text="<|begin_of_text|>")
-    files = fetch_tokenizer(config, text.corpus, llama.path.parent.parent)
-    assert files.end_of_text == files.load().token_to_id("<|begin_of_text|>")
-    assert files.path != llama.path and files.fingerprint != llama.fingerprint
-    assert files.why == f"{llama.path.name} has end_of_text none instead of <|begin_of_text|>"
+    tokenizer = fetch_tokenizer(config, text.corpus, llama.path.parent.parent)
+    assert tokenizer.end_of_text == tokenizer.load().token_to_id("<|begin_of_text|>")
+    assert tokenizer.path != llama.path and tokenizer.fingerprint != llama.fingerprint
+    assert tokenizer.why == f"{llama.path.name} has end_of_text none instead of <|begin_of_text|>"
 
 
 def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, tmp_path):
@@ -204,9 +203,9 @@ def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, 
 
 def test_synthetic_data_takes_no_tokenizer(tmp_path):
     config = TokenizerConfig(vocab_size=500)
-    settled = resolve_tokenizer(config, SYNTHETIC, tmp_path).tokenizer
-    files = fetch_tokenizer(settled, SYNTHETIC, tmp_path)
-    assert files.path is None and (files.vocab_size, files.end_of_text) == (500, 499)
+    resolved = resolve_tokenizer(config, SYNTHETIC, tmp_path).tokenizer
+    tokenizer = fetch_tokenizer(resolved, SYNTHETIC, tmp_path)
+    assert tokenizer.path is None and (tokenizer.vocab_size, tokenizer.end_of_text) == (500, 499)
     assert not list(tmp_path.iterdir())
 
 

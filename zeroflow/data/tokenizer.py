@@ -4,26 +4,25 @@ Whatever its origin, a tokenizer becomes a directory under `<cache>/tokenizers/`
 `tokenizer.json`, is complete or absent, and is described by `Tokenizer`.
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import tokenizers
 from pydantic import Field
 
 from zeroflow import artifacts, reuse
-from zeroflow.artifacts import FileRecord
 from zeroflow.config import Config
 from zeroflow.data import bpe, encoding, hub
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.documents import Document
 from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.data.slices import read_documents
+from zeroflow.data.tokenizer_files import EncoderChoice, TokenizerManifest, seal_tokenizer
 from zeroflow.reuse import Fields, StageResult
 from zeroflow.run_folder import Cache
 
@@ -38,7 +37,6 @@ FORMAT = 2
 """Version of what the directory holds, which is part of its fingerprint."""
 
 _LLAMA_VOCAB_SIZE = 128_256
-_USUAL_ENDS = (bpe.END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
 _TRAINING_BYTES = 32_000_000
 _HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
 _HUB_FILES += ["*.model", "config.json"]
@@ -102,59 +100,6 @@ class Tokenizer(StageResult):
             return lambda ids: " ".join(map(str, ids))
         loaded = self.load()
         return lambda ids: loaded.decode(ids, skip_special_tokens=False)
-
-
-class EncoderChoice(Config):
-    """The library that encodes documents, and why."""
-
-    name: EncoderName
-    reason: str
-    compared_with: str
-    """Version of fastokens that was compared with Hugging Face's library."""
-
-    @classmethod
-    def make(cls, folder: Path) -> Self:
-        name, reason = encoding.choose(folder / "tokenizer.json")
-        log.info("documents are encoded by %s: %s", name, reason)
-        return cls(name=name, reason=reason, compared_with=version("fastokens"))
-
-
-class TokenizerManifest(Config):
-    """manifest.json of a tokenizer's directory."""
-
-    identity: Fields | None = None
-    """What it depends on, for people to read; an earlier version wrote none."""
-
-    revision: str | None = None
-    """Commit, of a tokenizer from the hub."""
-
-    corpus: CorpusIdentity | None = None
-    """Text of a trained tokenizer."""
-
-    name: str
-    vocab_size: int
-    end_of_text: int
-    asked_end: str | None
-    fingerprint: str
-    encoder: EncoderChoice
-    files: dict[str, FileRecord] = Field(default_factory=dict)
-    """`artifacts.seal` adds them."""
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """
-        Raises:
-            DamagedArtifact: the manifest is missing or not what was written.
-        """
-        return cls.model_validate(artifacts.read_signed(folder / artifacts.MANIFEST))
-
-    @classmethod
-    def verified(cls, folder: Path) -> Self | None:
-        """The manifest of a directory that exists and verifies; otherwise None."""
-        try:
-            return cls.model_validate(artifacts.verify(folder))
-        except ValueError:
-            return None  # absent, of another version, or to be set aside by `fetch_tokenizer`
 
 
 class ResolvedTokenizer(NamedTuple):
@@ -364,7 +309,14 @@ def _ensure(path: Path, config: TokenizerConfig, origin: _Origin) -> Tokenizer:
     def build(partial: Path) -> None:
         log.info("making tokenizer: %s", why)
         origin.make(partial)
-        _seal(partial, config, identity, origin)
+        seal_tokenizer(
+            partial,
+            config.tokenizer_name,
+            end_token=config.end_of_text,
+            identity=identity,
+            revision=origin.revision,
+            corpus=origin.corpus,
+        )
 
     reused = artifacts.build_once(path, build)
     log.info("tokenizer %s: %s", "reused" if reused else origin.verb, path)
@@ -381,38 +333,6 @@ def _recorded_identity(path: Path) -> Fields:
     if identity is None:
         raise ValueError(f"{path} has no record of what it depends on")
     return identity
-
-
-def _seal(partial: Path, config: TokenizerConfig, identity: Fields, origin: _Origin) -> None:
-    """Check the files in `partial`, and write their manifest.
-
-    Raises:
-        ValueError: there is no tokenizer, or no token that ends a document.
-    """
-    file = partial / "tokenizer.json"
-    if not file.exists():
-        _convert(partial, config.tokenizer_name)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library knows no narrower class
-        raise ValueError(
-            f"--tokenizer-name {config.tokenizer_name}: {file.name} holds no tokenizer ({error})"
-        ) from error
-    end_of_text = _end_of_text(partial, tokenizer, config)
-    _warn_of_special_pieces(tokenizer)
-    given = {"revision": origin.revision, "corpus": origin.corpus}
-    manifest = TokenizerManifest(
-        identity=identity,
-        **{name: value for name, value in given.items() if value is not None},
-        name=config.tokenizer_name,
-        # one more than the highest id, as a vocabulary may have holes
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        end_of_text=end_of_text,
-        asked_end=config.end_of_text,
-        fingerprint=artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
-        encoder=EncoderChoice.make(partial),
-    )
-    artifacts.seal(partial, manifest.model_dump(mode="json", exclude_unset=True))
 
 
 # Directories and files
@@ -470,60 +390,3 @@ def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
 
 def _tokenizer_files(folder: Path) -> set[Path]:
     return {path for pattern in _HUB_FILES for path in folder.glob(pattern) if path.is_file()}
-
-
-def _convert(folder: Path, name: str) -> None:
-    """Write tokenizer.json for a tokenizer that comes in another form.
-
-    Raises:
-        ValueError: transformers cannot convert it.
-    """
-    from transformers import AutoTokenizer  # takes seconds to import, and is rarely needed
-
-    try:
-        AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(
-            str(folder / "tokenizer.json")
-        )
-    except Exception as error:
-        raise ValueError(f"{name} has no tokenizer.json and none can be made: {error}") from error
-
-
-def _end_of_text(folder: Path, tokenizer: tokenizers.Tokenizer, config: TokenizerConfig) -> int:
-    """The id that ends documents: of the token asked for, declared, or usual, in this order.
-
-    Raises:
-        ValueError: the vocabulary has no such token.
-    """
-    token = config.end_of_text
-    settings = folder / "tokenizer_config.json"
-    if token is None and settings.exists():
-        declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        token = declared.get("content") if isinstance(declared, dict) else declared
-    candidates = [token] if token else _USUAL_ENDS
-    for candidate in candidates:
-        if (found := tokenizer.token_to_id(candidate)) is not None:
-            return found
-    raise ValueError(
-        f"{config.tokenizer_name} has no token {' or '.join(candidates)} to end a document with: "
-        "name one with --end-of-text"
-    )
-
-
-def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
-    """Warn if a text that spells out a special token would get that token's id.
-
-    Unigram models hold special tokens as pieces like any other.
-    """
-    tokenizer.encode_special_tokens = True
-    special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    confused = [
-        text
-        for id_, text in special.items()
-        if id_ in tokenizer.encode(text, add_special_tokens=False).ids
-    ]
-    if confused:
-        log.warning(
-            "this tokenizer gives the ids of special tokens to texts that spell out %s: a document "
-            "with the one that ends documents will be refused",
-            ", ".join(confused[:9]),
-        )

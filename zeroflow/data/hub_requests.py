@@ -1,0 +1,215 @@
+"""Requests to the Hugging Face Hub: how long to wait, when to try again, what to keep."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from zeroflow.data.hub_errors import HubError, explain_silence, from_status
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_WORTH_A_LINE_SECONDS = 1.0
+"""Waits that are logged; shorter ones nobody notices."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request may take, over all its tries."""
+
+    seconds: float
+    """Seconds within which tries are begun. A request for n bytes ends within
+    `seconds + 2 * stall_seconds + window_seconds + n / slow_bytes_per_second`."""
+
+    tries: int
+    """Tries in a row without progress, at most."""
+
+    stall_seconds: float
+    """How long to wait for an answer, and for each further byte of it."""
+
+    slow_bytes_per_second: float = 32 * 1024
+    """A slower answer is given up, and requested again from where it stopped."""
+
+    window_seconds: float = 10.0
+    """How long an answer may be slow before it is given up."""
+
+    first_wait_seconds: float = 0.5
+    """Between the first try and the second, less up to a random half; it doubles with every try."""
+
+    longest_wait_seconds: float = 15.0
+    """Where the doubling ends. A Retry-After of the hub is obeyed instead, unless it is longer than
+    what is left of `seconds`: then the request fails at once."""
+
+
+ANSWER_SECONDS = 5.0
+"""How long the hub may take to answer a question about a repository."""
+
+QUESTION = Patience(ANSWER_SECONDS, tries=3, stall_seconds=ANSWER_SECONDS, first_wait_seconds=0.25)
+"""For requests that decide whether to do without the hub: a person is waiting."""
+
+READING = Patience(120.0, tries=20, stall_seconds=20.0)
+"""For requests that a run cannot do without: outlasts a restart of the hub or of a router."""
+
+
+class Effort:
+    """What a request has cost so far, compared with its patience.
+
+    Bytes that are kept earn time; otherwise a large read could not outlast many short breaks.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self.kept = 0
+        """Bytes that need not be requested again."""
+        self.tries = 0
+        self._without_progress = 0
+        self._kept_before = 0
+        self._started = time.monotonic()
+
+    def __str__(self) -> str:
+        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        return f"{tries} in {time.monotonic() - self._started:.1f} s"
+
+    def left(self) -> float:
+        earned = self.kept / self.patience.slow_bytes_per_second
+        return self._started + self.patience.seconds + earned - time.monotonic()
+
+    def wait_after(self, failure: HubError) -> float | None:
+        """Seconds before the next try; None if the request has failed."""
+        self._without_progress = 1 if self.kept > self._kept_before else self._without_progress + 1
+        self._kept_before = self.kept
+        if not failure.transient or self._without_progress >= self.patience.tries:
+            return None
+        wait = failure.retry_after
+        if wait is None:
+            doubled = self.patience.first_wait_seconds * 2 ** (self._without_progress - 1)
+            # Not the shared generator: training seeds it, and counts on its sequence
+            share = random.SystemRandom().uniform(0.5, 1)
+            wait = share * min(doubled, self.patience.longest_wait_seconds)
+        return wait if wait < self.left() else None
+
+
+def persist(subject: str, patience: Patience, attempt: Callable[[Effort], T]) -> T:
+    """Call `attempt` until it succeeds, after transient failures, as long as `patience` allows.
+
+    Raises:
+        HubError: the last failure, with the number of tries.
+    """
+    effort = Effort(patience)
+    while True:
+        effort.tries += 1
+        try:
+            return attempt(effort)
+        except HubError as failure:
+            wait = effort.wait_after(failure)
+            if wait is None:
+                raise HubError(
+                    subject,
+                    f"{failure.cause} ({effort})",
+                    transient=failure.transient,
+                    retry_after=failure.retry_after,
+                ) from failure.__cause__
+            if wait >= _WORTH_A_LINE_SECONDS:
+                log.warning("%s: %s; next try in %.1f s", subject, failure.cause, wait)
+        time.sleep(wait)
+
+
+@contextmanager
+def answer(
+    url: str, subject: str, effort: Effort, *, missing_is_fine: bool = False, **headers: str
+) -> Iterator[Any]:
+    """The hub's answer of status 2xx, before its body is read.
+
+    The library's client applies the user's proxies and certificates, and sends the token to no
+    host but the first.
+
+    Raises:
+        HubError: no answer came in time, or one of another status.
+    """
+    from huggingface_hub import constants, get_session, get_token
+
+    limit = effort.patience.stall_seconds
+    headers |= {"User-Agent": "zeroflow", "Accept-Encoding": "identity"}
+    # Not `build_hf_headers`: it first requests a list from the hub, with waits of its own
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+        if not (token.isascii() and token.isprintable()):  # the client's error would print it
+            raise HubError(subject, "the token is malformed: see HF_TOKEN", transient=False)
+        headers["Authorization"] = f"Bearer {token}"
+
+    def send() -> Any:
+        client = get_session()
+        request = client.build_request("GET", url, headers=headers, timeout=limit)
+        return client.send(request, stream=True, follow_redirects=True)
+
+    try:
+        response = _within(limit, send, late=lambda response: response.close())
+    except Exception as error:
+        raise explain_silence(error, subject, url, limit) from error
+    try:
+        missing = response.headers.get("X-Error-Code") == "EntryNotFound"
+        if not (response.is_success or (missing and missing_is_fine)):
+            here, there = urlsplit(url).netloc, urlsplit(str(response.url)).netloc
+            storage = there if there != here else ""
+            raise from_status(int(response.status_code), response.headers, subject, storage)
+        yield response
+    finally:
+        response.close()
+
+
+def body(response: Any, subject: str, effort: Effort) -> Iterator[bytes]:
+    """The pieces of an answer's body, as they arrive.
+
+    Raises:
+        HubError: it broke off, or is slower than the patience allows.
+    """
+    patience = effort.patience
+    began, heard = time.monotonic(), 0
+    pieces = response.iter_bytes()
+    while True:
+        try:
+            piece = next(pieces, None)
+        except Exception as error:
+            url = str(response.url)
+            raise explain_silence(error, subject, url, patience.stall_seconds) from error
+        if piece is None:
+            return
+        heard += len(piece)
+        yield piece
+        passed = time.monotonic() - began
+        if passed >= patience.window_seconds:
+            if heard < patience.slow_bytes_per_second * passed:
+                cause = f"the answer trickles in ({heard / passed:,.0f} bytes/s)"
+                raise HubError(subject, cause, transient=True)
+            began, heard = time.monotonic(), 0
+
+
+def _within(seconds: float, call: Callable[[], T], *, late: Callable[[T], None]) -> T:
+    """The result of `call` if it comes in time; `late` is called with a result that comes later.
+
+    The client's own limit covers neither the resolver nor headers that arrive byte by byte.
+
+    Raises:
+        TimeoutError: it does not come in time.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        future.add_done_callback(lambda done: None if done.exception() else late(done.result()))
+        raise
