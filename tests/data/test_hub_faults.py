@@ -94,7 +94,7 @@ REFUSALS = {
     "limited": (answers(429, Retry_After="600"), "asks to wait 600 s", True),
     "stalled": (Fault(stall_after_bytes=0), "no ", True),
     "broken": (Fault(drop_after_bytes=1), "broke off", True),
-    "no JSON": (Fault(truncate_to_bytes=1), "that are no JSON", True),
+    "no JSON": (Fault(truncate_to_bytes=1), "the answer is not JSON", True),
 }
 
 
@@ -315,7 +315,7 @@ def test_subset_that_is_not_there_is_answered_with_those_that_are(hub: Hub):
     [
         ("", None, "has no train split, only test"),
         ("a: test.jsonl\nb: test.jsonl", None, "has several subsets, a, b: set --fineweb-subset"),
-        ("a: none.jsonl", "a", f"{DATASET}: its files make no dataset: .*none.jsonl"),
+        ("a: none.jsonl", "a", f"{DATASET}: its files are not a dataset: .*none.jsonl"),
     ],
 )
 def test_dataset_that_leaves_it_open_what_to_train_on_is_refused(

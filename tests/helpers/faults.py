@@ -121,7 +121,7 @@ TROUBLES = [
     Trouble(
         "other bytes than asked for",
         (Fault(headers={"Content-Range": "bytes 0-99999/300000"}),),
-        "other bytes came than were asked for",
+        "the answer holds other bytes than requested",
     ),
     Trouble("range ignored: 200", (Fault(ignore_range=True),)),
 ]

@@ -71,7 +71,7 @@ def looked_at(state: TrainState) -> dict[str, Any]:
     )
     return {
         "validation": validation_loss(state.model, ROWS, len(ROWS), WORKLOAD),
-        "sample": sampling.complete_ids(
+        "sample": sampling.generate_ids(
             # ranks that would each choose for itself take the choice of the first
             *(state.model, tokenizer, SamplingConfig(tokens=6, seed=zero.rank())),
             context=12,

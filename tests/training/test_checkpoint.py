@@ -138,7 +138,7 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
     validation_loss(state.model, rows, 5, WORKLOAD)
     ids = Tokenizer(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
-    sampling.complete_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
+    sampling.generate_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
     path = save(state, tmp_path, keep=1)
     resumed = new_state(CONFIG)
     load(resumed, path)

@@ -45,14 +45,14 @@ def test_temperature_zero_takes_the_likeliest_tokens_whatever_the_seed(model):
     expected = likeliest(model, [299], count=24, context=99, stop=299)
     for seed in (0, 1):
         config = GREEDY.replace(seed=seed)
-        assert sampling.complete_ids(model, IDS, config, context=99) == expected
+        assert sampling.generate_ids(model, IDS, config, context=99) == expected
     assert len(expected) == 24 and len(set(expected)) > 1
 
 
 def test_only_as_many_tokens_as_the_context_are_looked_at(model):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    short = sampling.complete_ids(model, IDS, GREEDY, context=3)
+    short = sampling.generate_ids(model, IDS, GREEDY, context=3)
     assert seen == [1, 2, *[3] * 22]
     assert short == likeliest(model, [299], count=24, context=3, stop=299)
     assert short != likeliest(model, [299], count=24, context=99, stop=299)
@@ -65,16 +65,16 @@ def test_padding_of_the_vocabulary_is_never_chosen(model, temperature):
         logits = model(torch.tensor([[299, 5, 6]]))[0]
     assert (logits.argmax(-1) >= IDS.vocab_size).all(), "the padding would win"
     config = SamplingConfig(tokens=60, temperature=temperature, top_k=0)
-    ids = sampling.complete_ids(model, IDS, config, context=16)
+    ids = sampling.generate_ids(model, IDS, config, context=16)
     assert ids and max(ids) < IDS.vocab_size
 
 
 def test_end_of_text_ends_the_text(model):
-    free = sampling.complete_ids(model, IDS, GREEDY, context=99)
+    free = sampling.generate_ids(model, IDS, GREEDY, context=99)
     stop = free[10]
     tokenizer = IDS.replace(end_of_text=stop)
     expected = likeliest(model, [stop], count=24, context=99, stop=stop)
-    assert sampling.complete_ids(model, tokenizer, GREEDY, context=99) == expected
+    assert sampling.generate_ids(model, tokenizer, GREEDY, context=99) == expected
     assert stop not in expected
 
 
@@ -82,7 +82,7 @@ def test_same_seed_gives_the_same_text_and_another_seed_another(model):
     def text(seed: int) -> list[int]:
         config = SamplingConfig(tokens=20, temperature=1.0, seed=seed)
         torch.manual_seed(seed + 100)
-        return sampling.complete_ids(model, IDS, config, context=16)
+        return sampling.generate_ids(model, IDS, config, context=16)
 
     assert text(0) == text(0)
     assert text(0) != text(1)
@@ -90,7 +90,7 @@ def test_same_seed_gives_the_same_text_and_another_seed_another(model):
 
 def test_top_k_allows_the_k_likeliest_only(model):
     one = SamplingConfig(tokens=24, temperature=5.0, top_k=1)
-    assert sampling.complete_ids(model, IDS, one, context=99) == sampling.complete_ids(
+    assert sampling.generate_ids(model, IDS, one, context=99) == sampling.generate_ids(
         model, IDS, GREEDY, context=99
     )
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_top_k_allows_the_k_likeliest_only(model):
         ids[0]
         for seed in range(60)
         if (
-            ids := sampling.complete_ids(
+            ids := sampling.generate_ids(
                 model,
                 IDS,
                 SamplingConfig(tokens=1, temperature=5.0, top_k=3, seed=seed),
@@ -114,11 +114,11 @@ def test_text_begins_with_the_prompt_and_follows_from_it(model, tokenizer):
     ids = tokenizer.load().encode("the river", add_special_tokens=False).ids
     start = [tokenizer.end_of_text, *ids]
     added = likeliest(model, start, count=24, context=99, stop=tokenizer.end_of_text)
-    text = sampling.complete(model, tokenizer, "the river", GREEDY, context=99)
+    text = sampling.generate(model, tokenizer, "the river", GREEDY, context=99)
     assert text.startswith("the river")
     assert text == tokenizer.load().decode(added, skip_special_tokens=False)
 
 
 def test_special_token_in_a_prompt_is_text(model, tokenizer):
-    text = sampling.complete(model, tokenizer, "<|end_of_text|>", GREEDY, context=99)
+    text = sampling.generate(model, tokenizer, "<|end_of_text|>", GREEDY, context=99)
     assert text.startswith("<|end_of_text|>")

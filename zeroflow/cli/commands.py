@@ -117,10 +117,12 @@ def _documents_arguments(parser: Parser) -> None:
 
 
 def _documents(arguments: Arguments) -> None:
-    from zeroflow.report.documents import documents, left_out
+    from zeroflow.inference.trained import job
+    from zeroflow.training.documents import documents_left_out, documents_of_step
 
-    asked = (arguments.cache_dir, arguments.run, arguments.step)
-    pieces, gone = documents(*asked), left_out(*asked)
+    found = job(arguments.cache_dir, arguments.run)
+    pieces = documents_of_step(found, arguments.step)
+    gone = documents_left_out(found, arguments.step)
     if arguments.json:
         marked = [*((piece, True) for piece in gone), *((piece, False) for piece in pieces)]
         objects = (piece._asdict() | {"left_out": mark} for piece, mark in marked)

@@ -1,7 +1,7 @@
 """Batch t as a pure function of (seed, t): no loader state, nothing to save or restore.
 
 Training visits the rows in the order of a keyed permutation, a new one every epoch. Epochs follow
-each other without a gap, so that every row comes exactly once an epoch whatever the batch size.
+each other without a gap, so that every row comes exactly once per epoch, whatever the batch size.
 Ranks and micro-batches only split the global batch of a step.
 """
 
@@ -23,6 +23,9 @@ IGNORED = -100
 """Targets with this value count neither in the loss nor in its mean."""
 
 _ROUNDS = 6
+"""Rounds of the Feistel network; with four, it cannot be told from a random permutation (Luby &
+Rackoff 1988, https://doi.org/10.1137/0217022), if its round function is random."""
+
 _U64 = np.uint64
 
 
@@ -31,14 +34,14 @@ class MicroBatch(NamedTuple):
     """(rows, T) int64"""
 
     targets: Tensor
-    """(rows, T) int64: the token after each input, `IGNORED` where that is padding"""
+    """(rows, T) int64: the token after each input, or `IGNORED` where that is padding."""
 
     valid: int
     """Targets that are not ignored."""
 
     documents: Tensor | None = None
-    """(rows, T) int32: number of each input's document in its row, where attention is to stay
-    within documents."""
+    """(rows, T) int32: number of each input's document within its row; None where attention
+    crosses documents."""
 
 
 class BatchShape(NamedTuple):
@@ -52,13 +55,13 @@ class BatchShape(NamedTuple):
 
 
 class Skip(Config):
-    """A window of the data that a run leaves out from some step on."""
+    """A window of data that a run leaves out."""
 
     step: NonNegativeInt
-    """Number of the first step, from 0, that reads what comes behind the window."""
+    """The first step, from 0, that reads what comes after the window."""
 
     batches: PositiveInt
-    """Steps' worth of data that is left out."""
+    """Length of the window, in global batches."""
 
 
 class Batches:
@@ -100,7 +103,7 @@ class Batches:
 
 
 class Prefetcher:
-    """Makes the batch of the next step while this one is trained, by `make` in a thread."""
+    """Makes the micro-batches of the next step in a thread, while this step is trained."""
 
     def __init__(self, make: Callable[[int], list[MicroBatch]]) -> None:
         self._make = make
@@ -124,13 +127,18 @@ def to_micro_batch(
     document_mask: bool = False,
     pin: bool = False,
 ) -> MicroBatch:
-    """Inputs and targets of `rows` (n, row_tokens)."""
+    """Inputs and targets from `rows` (n, row_tokens).
+
+    Args:
+        document_mask: number the documents, so that attention can stay within them.
+        pin: put the tensors into pinned memory, from which a GPU copies while it computes.
+    """
     ends = rows == end_of_text
     padding = ends[:, :-1] & ends[:, 1:]
     inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
     targets[padding] = IGNORED
     arrays = [inputs, targets]
-    if document_mask:  # a document ends with its end of text, which belongs to it
+    if document_mask:  # an end of text belongs to the document that it ends
         arrays.append(ends[:, :-1].cumsum(axis=1, dtype=np.int32) - ends[:, :-1])
     tensors = [torch.from_numpy(array) for array in arrays]
     if pin:
@@ -139,12 +147,12 @@ def to_micro_batch(
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`: rows of equal micro-batches that fit."""
+    """The largest divisor of `number` up to `limit`, as for the rows of equal micro-batches."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 def row_ids(positions: Int64Array, rows: int, seed: int) -> Int64Array:
-    """The row at each position of the endless sequence of shuffled epochs over `rows` rows."""
+    """The rows at `positions` of the endless sequence of shuffled epochs over `rows` rows."""
     epochs, places = np.divmod(positions, rows)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -154,10 +162,11 @@ def row_ids(positions: Int64Array, rows: int, seed: int) -> Int64Array:
 
 
 def permute(places: Int64Array, size: int, key: int) -> Int64Array:
-    """Where a keyed permutation of range(size) sends each of `places`; O(1) memory and seek.
+    """The images of `places` under a keyed permutation of range(size).
 
-    A Feistel network over the smallest even number of bits that holds `size`, walked again while
-    it leads outside: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
+    A place costs O(1) time and memory, wherever it is: nothing is shuffled. A Feistel network
+    permutes the smallest even number of bits that holds `size`, and is applied again while its
+    result is not below `size`: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
     """
     half = _U64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (_U64(1) << half) - _U64(1)
@@ -174,7 +183,7 @@ def permute(places: Int64Array, size: int, key: int) -> Int64Array:
 
 
 def _mix_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser: https://doi.org/10.1145/2714064.2660195"""
+    """The finaliser of SplitMix64, as round function: https://doi.org/10.1145/2714064.2660195"""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))

@@ -1,7 +1,8 @@
-"""Text to token ids by the fastest library whose ids are Hugging Face's.
+"""Text to token ids, by the fastest library that gives the ids of Hugging Face's.
 
-Which one that is for a tokenizer is found by trying: `choose` compares a few thousand hard strings.
-Special tokens that a document spells out are text to every encoder, never control ids.
+Whether the fast library does so for a tokenizer is found by trying: `choose` compares a few
+thousand hard strings. Special tokens that a document spells out are text to every encoder, and
+never get their own ids.
 """
 
 import json
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 EncoderName = Literal["fastokens", "tokenizers"]
 
 _FUZZED = 3000
+"""Random strings that are compared."""
+
 _WHITESPACE = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2009\u200b\u2028\u2029\u202f\u3000\ufeff"
 _OTHERS = "\x00\x01\x7f\u0301\u0308\u200d\ufe0f\ufffd\U0001f600\U0001f468\U0001f3fd\U0010ffff"
 _PIECES = (
@@ -75,7 +78,7 @@ class Encoder(Protocol):
     def encode(self, texts: list[str]) -> Encoded:
         """Ids of all `texts`, which hold no surrogates, without special tokens.
 
-        Several threads may call it. The fast library remembers words for each that does.
+        Several threads may call it. The fast library keeps a cache of words for each of them.
         """
         ...
 
@@ -96,7 +99,8 @@ class _HuggingFace:
 
 class _Fastokens:
     def __init__(self, file: Path) -> None:
-        # Threads of its own wait for each other and for work, and several parts are built at once
+        # One thread: several parts are built at once, each in a thread that calls this library.
+        # More threads within a call would wait for each other and for work
         os.environ["FASTOKENS_BPE_THREADS"] = "1"
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
@@ -113,7 +117,7 @@ _loading = threading.Lock()
 
 
 def plain(file: Path) -> tokenizers.Tokenizer:
-    """Hugging Face's own tokenizer, set so that special tokens written in a text are text."""
+    """Hugging Face's tokenizer, set so that special tokens spelled out in a text are text."""
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -122,12 +126,12 @@ def plain(file: Path) -> tokenizers.Tokenizer:
 
 
 def choose(file: Path) -> tuple[EncoderName, str]:
-    """The encoder for a tokenizer.json, and why it is that one.
+    """The encoder for a tokenizer.json, and why it is this one.
 
-    They are compared in a process of its own: what both take would stay with this one, and a
-    tokenizer that crashes the fast library ends that process alone.
+    The comparison runs in another process: this one would keep the memory that both libraries take,
+    and a tokenizer that crashes the fast library must not end it.
     """
-    # with our path, it imports what we did
+    # with this process's path, so that it imports the same modules
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -139,7 +143,7 @@ def choose(file: Path) -> tuple[EncoderName, str]:
 
 
 def compare(file: Path) -> tuple[EncoderName, str]:
-    """What `choose` gives, found out here."""
+    """The result of `choose`, computed in this process."""
     reference = _HuggingFace(file)
     texts = hard_strings(reference.added_tokens())
     expected = reference.encode(texts)
@@ -147,7 +151,7 @@ def compare(file: Path) -> tuple[EncoderName, str]:
     fast = _fast_version()
     try:
         found = _Fastokens(file).encode(texts)
-    except BaseException as error:  # its panics are no Exceptions
+    except BaseException as error:  # its panics are not subclasses of Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return "tokenizers", f"{fast} does not take this tokenizer: {str(error)[:200]}"
@@ -165,19 +169,21 @@ def _fast_version() -> str:
 def load(file: Path, name: EncoderName) -> Encoder:
     """The encoder of that name for a tokenizer.json.
 
-    It is kept, as a vocabulary of 128,000 takes most of a second to load.
+    It is kept in memory, as a vocabulary of 128,000 tokens takes most of a second to load.
     """
     key = (artifacts.file_sha256(file), name)
     with _loading:
         if key not in _loaded:
-            _loaded.clear()  # one is used at a time, and takes 150 MB
+            _loaded.clear()  # only one is used at a time, and it takes 150 MB
             _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
             allocator.give_back()
         return _loaded[key]
 
 
 def hard_strings(special: list[str]) -> list[str]:
-    """What has been seen to tell tokenizers apart, and random mixtures of it; always the same.
+    """Strings on which tokenizers have been seen to differ, and random mixtures of them.
+
+    They are the same on every call.
 
     Args:
         special: the tokenizer's special tokens, which a text may spell out.

@@ -46,12 +46,12 @@ class Trained:
         """
         config = SamplingConfig.model_validate(settings)
         if self.tokenizer.path is not None:
-            return sampling.complete(
+            return sampling.generate(
                 self.model, self.tokenizer, prompt, config, context=self.context
             )
         if prompt:
             raise ValueError(f"run {self.run} was trained on token ids: it takes no prompt")
-        ids = sampling.complete_ids(self.model, self.tokenizer, config, context=self.context)
+        ids = sampling.generate_ids(self.model, self.tokenizer, config, context=self.context)
         return " ".join(map(str, ids))
 
 

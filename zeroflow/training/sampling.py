@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Generating text with a model."""
 
 from collections.abc import Callable
 
@@ -18,51 +18,53 @@ class SamplingConfig(Config):
     """Tokens to add at most; an end of text ends it earlier."""
 
     temperature: NonNegativeFloat = 0.8
-    """0 always takes the likeliest token."""
+    """0 always takes the most likely token."""
 
     top_k: NonNegativeInt = 50
-    """Choose among this many likeliest tokens; 0 among all."""
+    """Choose among this many most likely tokens; 0 among all."""
 
     seed: NonNegativeInt = 0
 
 
-def _own(token: int) -> int:
+def _own_choice(token: int) -> int:
     return token
 
 
-@torch.no_grad()  # in inference_mode, weights that ranks gather could not be trained on after it
-def complete(
+# no_grad, not inference_mode: that would make inference tensors of the weights that ranks gather,
+# and training could not use them afterwards
+@torch.no_grad()
+def generate(
     model: Llama,
     tokenizer: Tokenizer,
     prompt: str,
     config: SamplingConfig,
     *,
     context: int,
-    agree: Callable[[int], int] = _own,
+    agree: Callable[[int], int] = _own_choice,
 ) -> str:
-    """`prompt` and what the model adds to it.
+    """`prompt` and the text that the model adds to it.
 
     Args:
-        context: tokens the model was trained on at once; older ones are forgotten.
-        agree: what ranks that compute the same model take for the one that each has chosen.
+        context: tokens of context that the model was trained with; it sees no older ones.
+        agree: maps the token that this rank has chosen to the one that all ranks take.
     """
-    backend = tokenizer.load()
-    ids = [tokenizer.end_of_text, *backend.encode(prompt, add_special_tokens=False).ids]
+    loaded = tokenizer.load()
+    ids = [tokenizer.end_of_text, *loaded.encode(prompt, add_special_tokens=False).ids]
     added = _sample(model, ids, tokenizer, config, context, agree)
-    return backend.decode(ids[1:] + added, skip_special_tokens=False)
+    return loaded.decode(ids[1:] + added, skip_special_tokens=False)
 
 
-def complete_ids(
+@torch.no_grad()
+def generate_ids(
     model: Llama,
     tokenizer: Tokenizer,
     config: SamplingConfig,
     *,
     context: int,
-    agree: Callable[[int], int] = _own,
+    agree: Callable[[int], int] = _own_choice,
 ) -> list[int]:
-    """Token ids of a new document, for data that is no text."""
-    with torch.no_grad():
-        return _sample(model, [tokenizer.end_of_text], tokenizer, config, context, agree)
+    """Token ids of a new document; for synthetic data, which is not text."""
+    return _sample(model, [tokenizer.end_of_text], tokenizer, config, context, agree)
 
 
 def _sample(
@@ -73,13 +75,15 @@ def _sample(
     context: int,
     agree: Callable[[int], int],
 ) -> list[int]:
+    """The ids that follow `ids`, without the end of text."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     added: list[int] = []
-    # A compiled model would be compiled again for every length
+    # Eager: a compiled model would be compiled again for every length
     with torch.compiler.set_stance("force_eager"):
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
+            # without the ids that only pad the vocabulary, for which nothing was trained
             logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
             token = agree(_choose(logits, config, generator))
             if token == tokenizer.end_of_text:

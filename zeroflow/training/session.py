@@ -148,11 +148,11 @@ class Session:
     def sample(self) -> str:
         job, model = self.job, self.state.model
         if job.tokenizer.path is None:
-            ids = sampling.complete_ids(
+            ids = sampling.generate_ids(
                 model, job.tokenizer, job.sampling, context=self.context, agree=_of_rank0
             )
             return " ".join(map(str, ids))
-        return sampling.complete(
+        return sampling.generate(
             *(model, job.tokenizer, job.prompt, job.sampling),
             context=self.context,
             agree=_of_rank0,

@@ -16,11 +16,12 @@ from zeroflow.data.batches import Batches, BatchShape, Skip
 from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.inference.trained import job as load_job
 from zeroflow.model.build import build_model
-from zeroflow.report.documents import documents, left_out
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
+from zeroflow.training.documents import documents_left_out, documents_of_step
 from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
 
@@ -71,7 +72,7 @@ def test_documents_of_a_step_are_those_of_its_batch(text, tmp_path, small_parts)
     job = prepared(text, tmp_path, steps=6)
     begin(job, 0)
     for step in (1, 2, 6):
-        pieces = documents(tmp_path, "mine", step)
+        pieces = documents_of_step(load_job(tmp_path, "mine"), step)
         assert list(dict.fromkeys(piece.row for piece in pieces)) == trained_on(job, step)
 
 
@@ -80,7 +81,10 @@ def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
     of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=2"]
     capsys.readouterr()
     assert commands.main(of_run) == 0
-    pieces, table = documents(tmp_path, "mine", 2), capsys.readouterr().out.splitlines()
+    pieces, table = (
+        documents_of_step(load_job(tmp_path, "mine"), 2),
+        capsys.readouterr().out.splitlines(),
+    )
     assert table[0].split() == list(pieces[0]._fields)
     assert len(table) == 1 + len(pieces)
     assert table[1].split()[:4] == [*map(str, pieces[0][:3]), pieces[0].document]
@@ -95,9 +99,9 @@ def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, cons
     job = job.replace(skips=(Skip(step=2, batches=2),))
     job.write(job.folder.job)
     for step, read_at in ((2, 2), (3, 5), (4, 6)):
-        rows = [piece.row for piece in documents(tmp_path, "mine", step)]
+        rows = [piece.row for piece in documents_of_step(load_job(tmp_path, "mine"), step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step) == unskipped[read_at - 1]
-        gone = [piece.row for piece in left_out(tmp_path, "mine", step)]
+        gone = [piece.row for piece in documents_left_out(load_job(tmp_path, "mine"), step)]
         assert list(dict.fromkeys(gone)) == (unskipped[step - 1] if step in (3, 4) else [])
     of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=3"]
     capsys.readouterr()
@@ -115,7 +119,7 @@ def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, cons
 def test_step_that_a_run_does_not_have_is_refused(text, tmp_path, step):
     prepared(text, tmp_path, steps=6)
     with pytest.raises(ValueError, match=f"no step {step}: its steps are 1 to 6"):
-        documents(tmp_path, "mine", step)
+        documents_of_step(load_job(tmp_path, "mine"), step)
 
 
 def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path, small_parts):
@@ -125,7 +129,7 @@ def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path,
     begin(longer, 4)
     assert longer.shards.parts > short.shards.parts
     for step, job in ((4, short), (5, longer), (100, longer)):
-        rows = [piece.row for piece in documents(tmp_path, "mine", step)]
+        rows = [piece.row for piece in documents_of_step(load_job(tmp_path, "mine"), step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step)
     assert trained_on(short, 4) != trained_on(longer, 4), "so it matters"
 
