@@ -1,0 +1,34 @@
+"""The device that a run computes on."""
+
+import pytest
+import torch
+
+from zeroflow.device import find_device, known_gpu
+
+
+def test_cpu_is_found_without_a_peak():
+    device = find_device("cpu")
+    assert device.kind == "cpu" and device.peak_flops is None and device.memory_bytes > 2**28
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_is_refused_where_there_is_none_and_not_asked_for_by_auto():
+    assert find_device("auto").kind == "cpu"
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        find_device("cuda")
+
+
+def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
+    assert known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
+    for name in ("NVIDIA L4", "L4", "l4"):
+        assert known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
+    with pytest.raises(ValueError, match="any of: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
+        known_gpu("H100")
+    with pytest.raises(ValueError, match="not one of: NVIDIA H200, "):
+        known_gpu("Abacus")
+
+
+def test_tables_of_gpus_say_what_their_generation_can():
+    assert known_gpu("H200").has_bf16 and known_gpu("H200").compiles
+    assert known_gpu("RTX 3090").capability < (8, 9), "no products in fp8"
+    assert not find_device("cpu").has_bf16 and not find_device("cpu").compiles
