@@ -24,13 +24,13 @@ from zeroflow.device import find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
-from zeroflow.training import worker, zero
+from zeroflow.training import rank_program, zero
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import new_state
-from zeroflow.training.worker import Stop
+from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import STAGES, Stage
 from zeroflow.units import binary
@@ -191,6 +191,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if os.environ.get("WORLD_SIZE"):
-        worker.main(StagesJob, work)
+        rank_program.main(StagesJob, work)
     else:
         main()

@@ -39,7 +39,7 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
 from zeroflow.training.job import TrainingJob, TrainResult, finished, why_trained
-from zeroflow.training.launch import ownership
+from zeroflow.training.ownership import ownership
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from zeroflow import artifacts, reuse
 from zeroflow.checks import preflight, step_checks
 from zeroflow.checks.preflight import PreflightFailed, PreflightJob
 from zeroflow.data.build import build_shards
-from zeroflow.training import recovery, worker
-from zeroflow.training.job import TrainingFailed, TrainingJob
+from zeroflow.training import failures, recovery
+from zeroflow.training.failures import TrainingFailed
+from zeroflow.training.job import TrainingJob
 
 ALL_CHECKS = [
     "checksums",
@@ -35,7 +36,7 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
             given = PreflightJob.model_validate_json(job_file.read_text(encoding="utf-8"))
             preflight.work(given, stop=lambda: False)
         except Exception as error:
-            raise TrainingFailed(str(error), worker._reason(error)) from error
+            raise TrainingFailed(str(error), failures.reason(error)) from error
 
     monkeypatch.setattr(preflight, "launch", launch_here)
     return checked_job(tmp_path, build_shards(SHARDS, *text[:2], tmp_path), text.tokenizer)

@@ -269,7 +269,7 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     more = ["--max-steps=16", "--overfit-steps=3", "--skip-preflight"]
     output = flow.run("--run-name=longer", *more, expect=1)
     assert "resumed at step 12" in output
-    assert "training the model: it was trained to step 12, and more are asked for" in output
+    assert "training the model: it was trained to step 12, and more steps are asked for" in output
     assert flow.report("longer")["stages"]["training"]["why"] in output
     assert "overfit check: the loss of one fixed batch went from" in output
     assert "loss by step:" in output and "Traceback" not in output

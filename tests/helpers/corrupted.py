@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from zeroflow.training import __main__, loop, worker
+from zeroflow.training import __main__, loop, rank_program
 from zeroflow.training.job import TrainingJob
 
 AT_STEP = 78
@@ -36,4 +36,4 @@ def work(job, stop):
 
 
 if __name__ == "__main__":
-    worker.main(TrainingJob, work)
+    rank_program.main(TrainingJob, work)

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from zeroflow.training import __main__, loop, worker
+from zeroflow.training import __main__, loop, rank_program
 from zeroflow.training.job import TrainingJob
 
 forgotten = random.Random(0)
@@ -19,4 +19,4 @@ def noisy_step(state, *given):
 
 if __name__ == "__main__":
     loop.train_step = noisy_step
-    worker.main(TrainingJob, __main__.work)
+    rank_program.main(TrainingJob, __main__.work)

@@ -7,16 +7,17 @@ from itertools import count
 
 import torch
 
-from zeroflow.training import worker, zero
+from zeroflow.training import rank_program, zero
 from zeroflow.training.events import EVENTS, Started, Stopped
 from zeroflow.training.job import RankJob
+from zeroflow.training.stopping import Stop
 
 _MEETINGS = 3
 PIDS = "pids"
 """File with the process ids of both ranks."""
 
 
-def work(job: RankJob, stop: worker.Stop) -> None:
+def work(job: RankJob, stop: Stop) -> None:
     fate = (job.run_dir / "fate").read_text()
     for number in count():
         if number == _MEETINGS and zero.rank() == zero.ranks() - 1:
@@ -51,4 +52,4 @@ def meet(fate: str, job: RankJob) -> None:
 
 
 if __name__ == "__main__":
-    worker.main(RankJob, work)
+    rank_program.main(RankJob, work)

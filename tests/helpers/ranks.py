@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zeroflow import artifacts
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.training import checkpoint, sampling, worker, zero
+from zeroflow.training import checkpoint, rank_program, sampling, zero
 from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done
@@ -22,6 +22,7 @@ from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train, train_step
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss
 
 STAGES = (0, 1, 2, 3)
@@ -142,8 +143,8 @@ def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
     return [math.isnan(loss), state.skipped.tolist(), changed]
 
 
-def work(job: RankJob, stop: worker.Stop) -> None:
-    worker.make_deterministic()
+def work(job: RankJob, stop: Stop) -> None:
+    rank_program.make_deterministic()
     found = {
         stage: at_stage(
             with_workload(job.training, zero_stage=stage),
@@ -158,4 +159,4 @@ def work(job: RankJob, stop: worker.Stop) -> None:
 
 
 if __name__ == "__main__":
-    worker.main(RankJob, work)
+    rank_program.main(RankJob, work)

@@ -15,7 +15,7 @@ from prefect.states import Failed
 from zeroflow.data.hub import HubError
 from zeroflow.orchestration.stages import as_task, is_transient, was_killed, was_remedied
 from zeroflow.reuse import StageResult
-from zeroflow.training.job import RunIsBusy, TrainingFailed
+from zeroflow.training.failures import RunIsBusy, TrainingFailed
 
 
 def training_failed(reason: str = "error", *, will_retry: bool = False) -> TrainingFailed:

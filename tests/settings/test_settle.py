@@ -17,7 +17,7 @@ from zeroflow.settings import settle as settle_module
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig, leaves
 from zeroflow.settings.settle import load, settle, size_of, sketch, unlike_others
-from zeroflow.training.job import RunIsBusy
+from zeroflow.training.failures import RunIsBusy
 
 SYNTHETIC = {"data_mode": "synthetic"}
 GPU = known_gpu("H200")

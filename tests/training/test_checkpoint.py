@@ -409,5 +409,5 @@ def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_pa
     saver = Saver(job.folder.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
     saver.save(state)
     saver.wait()
-    with pytest.raises(ValueError, match=r"step-00000005 is of a run of more steps than the 2 of"):
+    with pytest.raises(ValueError, match=r"step-00000005 is beyond the 2 steps of this run"):
         Session(job, Clock(time.time(), device="cpu"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,10 +15,13 @@ from tiny import training_config
 
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import launch as launch_module
+from zeroflow.training import processes as processes_module
 from zeroflow.training import zero
 from zeroflow.training.events import EVENTS, Event, Started
-from zeroflow.training.job import RankJob, TrainingFailed, TrainingStopped
-from zeroflow.training.launch import WATCH_PARENT, _end, launch
+from zeroflow.training.failures import TrainingFailed, TrainingStopped
+from zeroflow.training.job import RankJob
+from zeroflow.training.launch import Heartbeat, launch
+from zeroflow.training.processes import WATCH_PARENT
 
 
 @pytest.fixture
@@ -59,22 +63,10 @@ def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
 
 
 def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, monkeypatch):
-    monkeypatch.setattr(launch_module, "_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(processes_module, "_GRACE_SECONDS", 1.0)
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: none, 1: -9") as failure:
         meet(job_file, "killed while others are frozen")
     assert failure.value.reason == "killed"
-
-
-@pytest.mark.parametrize(("writing", "code"), [(True, 0), (False, None)])
-def test_rank_that_writes_a_checkpoint_is_waited_for(writing, code, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch_module, "_GRACE_SECONDS", 0.2)
-    if writing:
-        (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
-    script = "import sys, time; rank = int(sys.argv[1]); time.sleep(1.5 - 1.5 * rank); exit(rank)"
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    ranks[1].wait()
-    assert _end(ranks, tmp_path / "checkpoints") == [code, 1]
-    assert all(rank.poll() is not None for rank in ranks)
 
 
 def test_rank_whose_parent_is_gone_before_it_has_met_the_others_does_not_wait(job_file):
@@ -133,3 +125,44 @@ def wait_for(there) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it did not come within a minute")
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that have passed, by the clock that cannot be set."""
+    seconds = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+@pytest.mark.parametrize("days", [0, 1000, -1000])
+def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path, passed, days):
+    alive = tmp_path / "alive"
+    heartbeat = Heartbeat(alive)
+    for number in range(3):
+        passed[0] += 50
+        assert heartbeat.seconds_since_last() == 50
+        touch(alive, time.time() + 86_400 * days * number)
+        assert heartbeat.seconds_since_last() == 0
+
+
+@pytest.mark.parametrize("days", [0, 1000, -1000])
+def test_file_that_is_not_touched_is_none(tmp_path, passed, days):
+    alive = tmp_path / "alive"
+    touch(alive, time.time() + 86_400 * days)
+    heartbeat = Heartbeat(alive)
+    assert heartbeat.seconds_since_last() == 0
+    passed[0] += 500
+    assert heartbeat.seconds_since_last() == 500
+
+
+def touch(file: Path, when: float) -> None:
+    file.touch()
+    os.utime(file, (when, when))
+
+
+def test_rank_that_ends_without_disk_space_is_reported_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(TrainingFailed, match=r"the disk of .* has 0 bytes left") as failure:
+        launch("no_such_module", tmp_path / "job.json", lambda event: None)
+    assert failure.value.reason == "error"

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from logged import step_record, validation_record
@@ -107,3 +109,15 @@ def test_loss_that_is_not_finite_stays_what_it_is(tmp_path):
         METRICS.append(path, validation_record(1, loss))
     first, second = METRICS.read(path)
     assert math.isnan(first.val_loss) and second.val_loss == math.inf
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_its_parent():
+    held = b"x" * 2**30  # getrusage of a child starts at the memory of its parent
+    code = (
+        "from types import SimpleNamespace as N; from zeroflow.training import metrics;"
+        "job = N(training=N(workload=N(device='cpu'))); print(metrics.peak_memory_bytes(job))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert 2**27 < int(printed) < len(held), "PyTorch alone takes 200 MiB"

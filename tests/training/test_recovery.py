@@ -21,7 +21,8 @@ from zeroflow.tracking.store import run_ids
 from zeroflow.training import batching, recovery
 from zeroflow.training import launch as launch_module
 from zeroflow.training.events import EVENTS, Skipped, Started
-from zeroflow.training.job import Cadence, TrainingFailed, TrainingJob, TrainResult
+from zeroflow.training.failures import TrainingFailed
+from zeroflow.training.job import Cadence, TrainingJob, TrainResult
 from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.training.recovery import LEDGER
 

@@ -12,11 +12,13 @@ from tiny import MODEL, synthetic_rows, training_config, training_job
 
 from zeroflow import artifacts
 from zeroflow.data.batches import Batches, MicroBatch, Skip
-from zeroflow.training import checkpoint, worker
+from zeroflow.training import checkpoint
 from zeroflow.training.__main__ import work
 from zeroflow.training.checkpoint import Retention
+from zeroflow.training.failures import Diverged
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import Cadence, TrainingJob, finished
+from zeroflow.training.stopping import Stop
 
 STEPS = 12
 
@@ -42,14 +44,14 @@ def job(undisturbed: TrainingJob, tmp_path: Path) -> TrainingJob:
     return undisturbed.replace(run_dir=tmp_path)
 
 
-def train(job: TrainingJob, stop: worker.Stop = lambda: False) -> None:
+def train(job: TrainingJob, stop: Stop = lambda: False) -> None:
     try:
         work(job, stop)
     finally:
         gc.enable()  # a training process does without
 
 
-def after(calls: int) -> worker.Stop:
+def after(calls: int) -> Stop:
     """Asks to stop at the end of that step."""
     asked = iter(range(1, 10**6))
     return lambda: next(asked) >= calls
@@ -145,7 +147,7 @@ def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_s
     job, monkeypatch, caplog
 ):
     broken_from(3, monkeypatch)
-    with pytest.raises(worker.Diverged, match=r"step 8 has loss (nan|inf)") as failure:
+    with pytest.raises(Diverged, match=r"step 8 has loss (nan|inf)") as failure:
         train(job.replace(cadence=job.cadence.replace(log=1)))
     assert failure.value.step == 8
     assert [event["step"] for event in events(job, "skipped")] == [3, 4, 5, 6, 7, 8]
@@ -156,7 +158,7 @@ def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_s
 
 def test_update_that_is_not_finite_in_the_last_step_is_no_end(job, monkeypatch):
     broken_from(STEPS, monkeypatch)
-    with pytest.raises(worker.Diverged, match=rf"step {STEPS} has loss (nan|inf)"):
+    with pytest.raises(Diverged, match=rf"step {STEPS} has loss (nan|inf)"):
         train(job)
     assert finished(job) is None
 
@@ -201,7 +203,7 @@ def test_spike_is_a_warning_that_tells_how_to_see_its_documents_or_ends_the_trai
 
     monkeypatch.setattr(Monitor, "alarms", alarms)
     if goes_back:
-        with pytest.raises(worker.Diverged, match=f"step {step} has .* usual is less"):
+        with pytest.raises(Diverged, match=f"step {step} has .* usual is less"):
             train(job.replace(roll_back_spikes=True))
     else:
         train(job, after(7))

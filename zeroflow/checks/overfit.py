@@ -22,7 +22,7 @@ from zeroflow.data.batches import MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.reuse import CheckResult, Identity
-from zeroflow.training import worker, zero
+from zeroflow.training import rank_program, zero
 from zeroflow.training.batching import micro_batch
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done, Stopped
@@ -31,7 +31,7 @@ from zeroflow.training.launch import launch
 from zeroflow.training.loop import BatchSource, train
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
-from zeroflow.training.worker import Stop
+from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
 
 log = logging.getLogger("zeroflow.checks.overfit")
@@ -208,7 +208,7 @@ def _curve(result: OverfitResult) -> str:
 
 def work(job: OverfitJob, stop: Stop) -> None:
     config = settings(job.training, job.limits)
-    worker.make_deterministic()
+    rank_program.make_deterministic()
     state = new_state(config)
     batch = fixed_batch(Rows(job.shards, "train"), config.workload)
     result = overfit(state, batch, config, job.limits, stop)
@@ -225,4 +225,4 @@ def work(job: OverfitJob, stop: Stop) -> None:
 
 
 if __name__ == "__main__":
-    worker.main(OverfitJob, work)
+    rank_program.main(OverfitJob, work)

@@ -23,12 +23,13 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import CheckResult, Identity
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import recovery, worker, zero
+from zeroflow.training import rank_program, recovery, zero
 from zeroflow.training.events import EVENTS, Done, Stopped
-from zeroflow.training.job import RankJob, RunIsBusy, TrainingFailed, TrainingJob
+from zeroflow.training.failures import RunIsBusy, TrainingFailed
+from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.launch import launch
 from zeroflow.training.state import new_state
-from zeroflow.training.worker import Stop
+from zeroflow.training.stopping import Stop
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
@@ -185,7 +186,7 @@ def checks(job: PreflightJob) -> Iterator[Check]:
 def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.workload.deterministic:
-        worker.make_deterministic()
+        rank_program.make_deterministic()
     done: list[Check] = []
     stopped = False
     for check in checks(job):
@@ -208,4 +209,4 @@ def work(job: PreflightJob, stop: Stop) -> None:
 
 
 if __name__ == "__main__":
-    worker.main(PreflightJob, work)
+    rank_program.main(PreflightJob, work)

@@ -24,9 +24,11 @@ from zeroflow.config import Config
 from zeroflow.records import Record, Tail
 from zeroflow.training import checkpoint
 from zeroflow.training.events import EVENTS, Event, Metrics, Saved, Started
-from zeroflow.training.job import TrainingFailed, TrainingJob
-from zeroflow.training.launch import alone, train
+from zeroflow.training.failures import TrainingFailed
+from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, ValidationRecord
+from zeroflow.training.ownership import exclusive
+from zeroflow.training.tracked import train
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +138,7 @@ def prove(
             "or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
-    with alone(job.folder.proof_lock, f"another proof is at work on {job.folder.name}"):
+    with exclusive(job.folder.proof_lock, f"another proof is at work on {job.folder.name}"):
         for side in (undisturbed, killed):
             shutil.rmtree(side.run_dir, ignore_errors=True)
             side.run_dir.mkdir(parents=True)

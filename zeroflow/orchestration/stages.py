@@ -14,7 +14,7 @@ from zeroflow.data import parts
 from zeroflow.data.hub import HubError
 from zeroflow.pipeline import Stages
 from zeroflow.training import recovery
-from zeroflow.training.job import TrainingFailed
+from zeroflow.training.failures import TrainingFailed
 
 log = logging.getLogger(__name__)
 

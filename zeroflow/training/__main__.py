@@ -4,28 +4,28 @@ import logging
 import os
 import time
 
-from zeroflow.training import checkpoint, goodput, worker
+from zeroflow.training import checkpoint, goodput, rank_program
+from zeroflow.training.environment import LAUNCHED
 from zeroflow.training.events import Done, Stopped
 from zeroflow.training.goodput import Clock
 from zeroflow.training.job import TrainingJob
-from zeroflow.training.launch import LAUNCHED
 from zeroflow.training.session import Session
-from zeroflow.training.worker import Stop
+from zeroflow.training.stopping import Stop
 
 log = logging.getLogger("zeroflow.training")
 
 
 def work(job: TrainingJob, stop: Stop) -> None:
-    """Train the job from its newest checkpoint to its end, or until asked to stop."""
+    """Train the job from its newest checkpoint to its last step, or until asked to stop."""
     workload = job.training.workload
     if workload.deterministic:
-        worker.make_deterministic()
+        rank_program.make_deterministic()
     clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=workload.device)
     session = Session(job, clock)
     try:
         ended = session.run(stop)
     finally:
-        session.saver.wait()  # what is being written is what the next process goes on from
+        session.saver.wait()  # the next process resumes from what is being written
     account = session.ledger.book(session.state.step, ended=True)
     log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
@@ -33,7 +33,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
         session.recorder.event(Done(time=time.time(), step=step))
     else:
         newest = checkpoint.newest_step(job.folder.checkpoints)
-        message = f"stopped at step {step} with a checkpoint; the same command goes on from there"
+        message = f"stopped at step {step} with a checkpoint; the same command resumes from it"
         if newest < step:
             kept = f"the newest one is of step {newest}" if newest else "there is none"
             message = f"stopped at step {step} without a checkpoint of it: {kept}"
@@ -41,4 +41,4 @@ def work(job: TrainingJob, stop: Stop) -> None:
 
 
 if __name__ == "__main__":
-    worker.main(TrainingJob, work)
+    rank_program.main(TrainingJob, work)

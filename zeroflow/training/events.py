@@ -7,7 +7,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from zeroflow.artifacts import JsonObject
 from zeroflow.records import JsonLines, Record, omitted
-from zeroflow.training.job import FailureReason
+from zeroflow.training.failures import FailureReason
 from zeroflow.training.metrics import MetricsRecord, StepRecord
 
 

@@ -1,13 +1,8 @@
-"""What a training process is given, and how it is started, watched and stopped.
-
-Training always runs in a process of its own: GPU memory is returned at its exit, and a crash or an
-out-of-memory kill leaves the flow alive to say so. torchrun is not between them: one process has
-nobody to meet, and torchrun takes seconds to start and is one more that can be killed.
-"""
+"""The job that ranks do, and the result of a training."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt, model_validator
 
@@ -25,12 +20,9 @@ from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.sampling import SamplingConfig
 
-FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
-"""killed: the process ended without an error message. diverged: its numbers went wrong."""
-
 
 class Cadence(Config):
-    """After how many steps something is done."""
+    """Steps between logged losses, validations and checkpoints."""
 
     log: PositiveInt
     validate_: PositiveInt
@@ -38,7 +30,7 @@ class Cadence(Config):
 
 
 class RankJob(Record):
-    """What ranks need to know to do a job together."""
+    """What ranks need to do any job together."""
 
     run_dir: Path
     training: TrainingConfig
@@ -53,29 +45,29 @@ class RankJob(Record):
 
 
 class TrainingJob(RankJob):
-    """Everything the training processes of a run need."""
+    """What the ranks of a training need."""
 
     FORMAT: ClassVar[int] = 2
 
     cadence: Cadence
     retention: Retention
     hang_seconds: PositiveInt
-    """Without a finished step, validation or checkpoint, after which it is taken for hung."""
+    """Time without a finished step, validation or checkpoint after which the ranks are killed."""
 
     roll_back_spikes: bool
     skips: tuple[Skip, ...] = ()
-    """Windows of the data that are left out."""
+    """Windows of the data to leave out."""
 
     shards: ShardSet
     validation_rows: PositiveInt
-    """Rows in a validation, the first of those that are held out."""
+    """Rows of a validation: the first of the held-out ones."""
 
     tokenizer: Tokenizer
     prompt: str
     sampling: SamplingConfig
     tracking: TrackingConfig
     compile_cache: Path | None = None
-    """Where compiled code is kept; None where PyTorch keeps it."""
+    """Folder for compiled code; None for PyTorch's default."""
 
     peak_flops: float | None
     """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None if unknown, or
@@ -141,55 +133,27 @@ class TrainResult(StageResult):
     """Text that the model generated at the last validation."""
 
 
-class TrainingFailed(RuntimeError):
-    """A training process ended by an error, or was ended."""
-
-    def __init__(
-        self, message: str, reason: FailureReason = "error", step: int | None = None
-    ) -> None:
-        """
-        Args:
-            step: that the numbers went wrong at.
-        """
-        super().__init__(message)
-        self.reason, self.step = reason, step
-        self.will_retry = False
-        """Whether something was changed, so that another start has a chance."""
-
-    def add_advice(self, advice: str) -> None:
-        if advice:
-            self.args = (f"{self}\n{advice}",)
-
-
-class RunIsBusy(TrainingFailed):
-    """Another process has launched one for this run and is there still."""
-
-
-class TrainingStopped(RuntimeError):
-    """A training process was asked to stop, and did so in order."""
-
-
 def finished(job: TrainingJob) -> TrainResult | None:
-    """The result of this job, if it was trained to its last step before."""
+    """Return the result of the job if it has been trained to its last step."""
     result = read_result(job)
     done = result and result.steps == job.training.steps and result.checkpoint.exists()
     return result if done else None
 
 
 def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
-    """Why a job that is not finished is not, or from where it goes on.
+    """Return why a job that is not finished is trained, and from which step.
 
     Args:
-        others: says why no other run serves.
+        others: returns why no other run serves in its place.
     """
     step = checkpoint.newest_step(job.folder.checkpoints)
     newest = f"its newest checkpoint is of step {step:,} of {job.training.steps:,}"
     if (result := read_result(job)) and result.steps < job.training.steps and step:
-        return f"it was trained to step {result.steps:,}, and more are asked for: {newest}"
+        return f"it was trained to step {result.steps:,}, and more steps are asked for: {newest}"
     if result and not result.checkpoint.exists():
         return f"{result.checkpoint.name} is gone: {newest if step else 'no checkpoint is left'}"
     if step:
-        return f"it was not trained to its end: {newest}"
+        return f"its training did not end: {newest}"
     if job.folder.job.exists():
         return "it was started before, and ended without a checkpoint"
     return others()

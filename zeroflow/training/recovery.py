@@ -15,9 +15,10 @@ from pydantic import NonNegativeInt, PositiveInt
 from zeroflow.data.batches import Skip
 from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import checkpoint, launch
+from zeroflow.training import checkpoint, tracked
 from zeroflow.training.events import Event
-from zeroflow.training.job import FailureReason, TrainingFailed, TrainingJob, TrainResult
+from zeroflow.training.failures import FailureReason, TrainingFailed
+from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResul
     now = applied(planned, ledger)
     _back_off(ledger)
     try:
-        return launch.train(now, on_event)
+        return tracked.train(now, on_event)
     except TrainingFailed as failure:
         entry = remedy(now, failure, ledger)
         if entry is None:

@@ -11,14 +11,15 @@ from zeroflow.data.rows import Rows
 from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import Saved, Started
+from zeroflow.training.failures import Diverged
 from zeroflow.training.goodput import Clock, PhaseLedger
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, train
 from zeroflow.training.metrics import StepRecord, ValidationRecord, peak_memory_bytes
 from zeroflow.training.recorder import Recorder
 from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss
-from zeroflow.training.worker import Diverged, Stop
 
 log = logging.getLogger("zeroflow.training")
 
@@ -26,28 +27,28 @@ log = logging.getLogger("zeroflow.training")
 _MOST_SKIPPED = 5
 """Updates in a row that may be skipped before the run goes back to its newest checkpoint."""
 
-
-_STEPS_TO_SETTLE = 3
-"""Steps of a process in which things are compiled as a matter of course."""
+_STEPS_TO_COMPILE = 3
+"""Steps of a process within which everything is compiled once."""
 
 
 def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
-    """
+    """Check that no more than `most_skipped` updates in a row have been skipped until now.
+
     Raises:
-        Diverged: more than `most_skipped` updates in a row have been skipped until now.
+        Diverged: more have been.
     """
     in_a_row = int(state.skipped[0])
     if in_a_row > most_skipped:
         raise Diverged(
             f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
-            f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row that are no finite "
-            "numbers: lower --learning-rate or lengthen --warmup-steps",
+            f"{metrics.grad_norm.item()}, the last of {in_a_row} non-finite steps in a row: lower "
+            "--learning-rate or lengthen --warmup-steps",
             state.step,
         )
 
 
 class Session:
-    """One process's part of a run: from the newest checkpoint to the end, or until stopped."""
+    """A training in progress on one rank."""
 
     def __init__(self, job: TrainingJob, clock: Clock) -> None:
         self.job, self.clock = job, clock
@@ -59,8 +60,8 @@ class Session:
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             if self.state.step > job.training.steps:
                 raise ValueError(
-                    f"{newest} is of a run of more steps than the {job.training.steps} of this "
-                    "one: move it away, or ask for more with --max-steps"
+                    f"{newest} is beyond the {job.training.steps} steps of this run: move it away, "
+                    "or ask for more steps with --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
         self.ledger = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
@@ -84,7 +85,7 @@ class Session:
                 parts=job.shards.parts,
             )
         )
-        self.settled_from = self.state.step + _STEPS_TO_SETTLE
+        self.settled_from = self.state.step + _STEPS_TO_COMPILE
         """Step from which nothing should be compiled any more."""
 
         if job.training.workload.compile:
@@ -100,9 +101,11 @@ class Session:
         return Prefetcher(made.micro_batches)
 
     def run(self, stop: Stop) -> bool:
-        """Train; whether the last step was reached."""
+        """Train to the last step and return True, or return False after `stop` asked to stop."""
         cadence, steps = self.job.cadence, self.job.training.steps
-        gc.disable()  # it would halt the host in some step; `validate` collects
+        # A collection halts the host in the middle of some step, on each rank another one.
+        # `validate` collects on all ranks at the same time instead
+        gc.disable()
         if self.state.step == 0:
             self.validate()
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
@@ -130,7 +133,7 @@ class Session:
 
     def validate(self) -> None:
         self.clock.enter("validation")
-        if self.val_loss is None:  # compiled in this process for the first time
+        if self.val_loss is None:  # the first validation compiles the model for its own shape
             self.settled_from = max(self.settled_from, self.state.step + 1)
         loss = validation_loss(
             self.state.model,
@@ -169,7 +172,7 @@ class Session:
         self.ledger.book(self.state.step)
 
     def saved(self, path: Path) -> None:
-        """Called by the thread that writes."""
+        """Report a complete checkpoint. The thread that writes it calls this."""
         step = checkpoint.step_of(path)
         self.recorder.event(Saved(time=time.time(), step=step, path=str(path)))
         self.recorder.alive()
@@ -203,5 +206,9 @@ class Session:
 
 
 def _of_rank0(token: int) -> int:
-    """The token that rank 0 chose: a rank with another one might end while the others wait."""
+    """Return the token that rank 0 chose.
+
+    Ranks may round differently and choose another one, and one that ends a text earlier would leave
+    the others waiting for it.
+    """
     return zero.on_rank0(lambda: token)

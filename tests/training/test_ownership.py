@@ -1,0 +1,17 @@
+"""One process at a time works on a run."""
+
+import pytest
+
+from zeroflow.training.failures import RunIsBusy
+from zeroflow.training.ownership import ownership
+
+
+def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
+    with ownership() as acquire, ownership() as other:
+        acquire(tmp_path / "run")
+        acquire(tmp_path / "run")
+        with pytest.raises(RunIsBusy, match="another process is at work on run run"):
+            other(tmp_path / "run")
+        other(tmp_path / "another")
+    with ownership() as acquire:
+        acquire(tmp_path / "run")

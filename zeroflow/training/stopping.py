@@ -1,0 +1,68 @@
+"""How a training stops: on SIGTERM, on Ctrl-C, or because the process above has died.
+
+1. The flow's process turns SIGTERM into an exception, as Python does with SIGINT for Ctrl-C
+   (`cli.console.terminate`). The exception reaches `launch`, which waits for the ranks: it closes
+   their standard input and waits until they have ended, for two minutes at most (`processes`).
+2. A rank has a `StopRequest`. It is set by the end of standard input, which also comes if the
+   flow's process was killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
+3. After the current step the ranks agree that one of them has a request. They save a checkpoint,
+   report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
+4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
+   resumes from the checkpoint.
+
+A second signal, at least a second after the first, ends a rank at once without a checkpoint.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from zeroflow.training import zero
+
+Stop = Callable[[], bool]
+"""Returns True if any rank was asked to stop. Every rank must call it at the same place."""
+
+_SAME_REQUEST_SECONDS = 1.0
+
+_ORPHAN_SECONDS = 600.0
+"""Time for ranks without a parent to finish their step and save."""
+
+
+class StopRequest:
+    """True once this rank was asked to stop."""
+
+    def __init__(self, *, watch_parent: bool, ranks: int = 1) -> None:
+        """
+        Args:
+            watch_parent: take the end of standard input as a request.
+        """
+        self._since: float | None = None
+        self._ranks = ranks
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        if watch_parent:
+            threading.Thread(target=self._wait_for_parent, daemon=True).start()
+
+    def __bool__(self) -> bool:
+        return self._since is not None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        # A scheduler signals all processes at once: the rank gets a signal and loses its parent at
+        # the same time, which is one request. A later signal is from someone who does not want to
+        # wait for the checkpoint
+        if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+        self._since = self._since or time.monotonic()
+
+    def _wait_for_parent(self) -> None:
+        while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter exits
+            pass
+        self._since = self._since or time.monotonic()
+        if self._ranks > 1:
+            # The main thread may wait forever for a rank that has died too, and no parent is left
+            # to notice: end this rank, after the time that saving takes if all ranks had started
+            if zero.ranks() == self._ranks:
+                time.sleep(_ORPHAN_SECONDS)
+            os._exit(1)  # sys.exit would only end this thread

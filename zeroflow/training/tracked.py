@@ -1,0 +1,68 @@
+"""A training in its ranks, with MLflow following it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from zeroflow.tracking.tracker import Tracker
+from zeroflow.training.events import Event, Started
+from zeroflow.training.failures import TrainingFailed
+from zeroflow.training.job import TrainingJob, TrainResult, finished
+from zeroflow.training.launch import launch
+from zeroflow.training.metrics import METRICS, points
+
+
+def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
+    """Train the job in ranks of its own, from its newest checkpoint, and have MLflow follow.
+
+    Args:
+        on_event: called in this process with every new event.
+
+    Raises:
+        TrainingFailed: with the reason that a rank gave, or its last output.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
+    """
+    job.write(job.folder.job)
+    with _tracked(job) as begin:
+
+        def follow(event: Event) -> None:
+            if isinstance(event, Started):
+                begin()
+            on_event(event)
+
+        launch(
+            "zeroflow.training",
+            job.folder.job,
+            follow,
+            ranks=job.training.workload.ranks,
+            hang_seconds=job.hang_seconds,
+            compile_cache=job.compile_cache,
+        )
+    if (result := finished(job)) is None:
+        raise TrainingFailed(f"training ended without a result in {job.folder.training}")
+    return result
+
+
+@contextmanager
+def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
+    """Yield a function that has MLflow follow the training until the block ends.
+
+    To be called when the ranks have started: they first drop the lines of metrics.jsonl whose steps
+    are trained again.
+    """
+    tracker: Tracker | None = None
+    status = "KILLED"
+
+    def begin() -> None:
+        nonlocal tracker
+        metrics = METRICS.follow(job.folder.metrics)
+        tracker = Tracker(job.tracking, job.folder, lambda: points(metrics.new_records()))
+
+    try:
+        yield begin
+        status = "FINISHED"
+    except TrainingFailed:
+        status = "FAILED"
+        raise
+    finally:
+        if tracker:
+            tracker.close(status)
