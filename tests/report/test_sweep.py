@@ -55,7 +55,7 @@ def ended(name: str) -> Outcome:
         metrics={"loss/val": 5.0},
         tokens_per_second=None,
         seconds=1.0,
-        gpus=1,
+        ranks=1,
         zero_stage=0,
         peak_memory_bytes=2**30,
         curve=((0, 6.0), (100, 5.0)),
