@@ -37,7 +37,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
 
 
 def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
-    """What the tokenizer's library remembers for a thread would grow with the corpus."""
+    """The cache that the tokenizer's library keeps for a thread would grow with the corpus."""
     monkeypatch.setattr(builders_module, "THREAD_PARTS", 2)
     threads, alone = [], threading.Semaphore(1)
 

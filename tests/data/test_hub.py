@@ -51,7 +51,7 @@ def resolve(name):
 
 
 def ask(script: str, endpoint: str, tmp_path: Path, **environment: str) -> dict:
-    """What `script` leaves in its dictionary `facts`."""
+    """The dictionary `facts` that `script` fills."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "DO_NOT_TRACK": "1"}
     done = subprocess.run(

@@ -7,7 +7,7 @@ from zeroflow.data.packing import PACKINGS, best_fit, concatenate, lay_out
 
 FILL = -1
 LENGTHS = st.lists(st.integers(1, 30), max_size=40)
-"""Of documents; their tokens are numbered, so that each can be told from all others."""
+"""Lengths of documents whose tokens are numbered, so that all can be told apart."""
 
 ROW_TOKENS = st.integers(2, 12)
 

@@ -16,7 +16,7 @@ from zeroflow.data.part_plan import PLAN
         lambda plan: "null",
     ],
 )
-def test_damaged_plan_is_made_anew(small_pieces, text, tmp_path, damage):
+def test_damaged_plan_is_written_again(small_pieces, text, tmp_path, damage):
     shards = build_shards(SMALL, *text[:2], tmp_path)
     plan = shards.path / PLAN
     before = plan.read_text()

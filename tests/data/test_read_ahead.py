@@ -19,4 +19,4 @@ def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
         if not any(thread.name == "read-ahead" for thread in threading.enumerate()):
             return
         time.sleep(0.05)
-    pytest.fail("the thread goes on")
+    pytest.fail("the thread is still alive")

@@ -116,7 +116,7 @@ def test_names_and_contents_are_those_that_were_recorded(name, tmp_path):
     [part] = shards.part_paths
 
     def without_places(content: dict[str, Any]) -> str:
-        """What does not depend on where the test runs."""
+        """Digest of everything that does not depend on where the test runs."""
         content.pop("sha256", None)
         return digest(json.dumps(content).replace(str(tmp_path), "").encode())
 

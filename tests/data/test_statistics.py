@@ -14,55 +14,57 @@ CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, valida
 
 
 @pytest.fixture
-def built(text, tmp_path):
+def shards(text, tmp_path):
     return build_shards(CONFIG, *text[:2], tmp_path)
 
 
-def test_lengths_are_those_of_whole_documents(built, text):
-    seen = statistics.gather(built, text.tokenizer)
-    table = [line for path in built.part_paths for line in document_table.read(path).to_pylist()]
+def test_lengths_are_those_of_whole_documents(shards, text):
+    seen = statistics.gather(shards, text.tokenizer)
+    table = [line for path in shards.part_paths for line in document_table.read(path).to_pylist()]
     trained = dict.fromkeys(line["id"] for line in table if line["split"] == "train")
     texts = [text.texts[int(name[1:])] for name in trained]
     expected = text.tokenizer.load_encoder().encode(texts).lengths + 1
     assert seen.lengths.tolist() == expected.tolist()
-    assert seen.lengths.sum() == built.train.document_tokens
+    assert seen.lengths.sum() == shards.train.document_tokens
 
 
-def test_page_tells_what_the_data_is_and_what_became_of_it(built, text):
-    seen = statistics.gather(built, text.tokenizer)
-    page = data_page.markdown(built, seen, text.tokenizer, picture="lengths.png")
+def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
+    seen = statistics.gather(shards, text.tokenizer)
+    page = data_page.markdown(shards, seen, text.tokenizer, picture="lengths.png")
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
-    padding = built.train.padding_tokens
-    share = padding / (built.train.rows * 33)
+    padding = shards.train.padding_tokens
+    share = padding / (shards.train.rows * 33)
     assert f"| padding | {padding:,} ({share:.2%})" in page
-    assert f"| documents | {built.train.documents} | {built.validation.documents} |" in page
+    assert f"| documents | {shards.train.documents} | {shards.validation.documents} |" in page
     assert "![tokens of the documents](lengths.png)" in page
     assert "MB of text/s" in page
     assert any(sample[:20] in document for sample in seen.samples for document in text.texts)
 
 
-def test_rate_is_of_parts_that_were_built_here_only(built, text):
-    again = build_shards(CONFIG, *text[:2], built.path.parents[1])
+def test_rate_is_of_parts_that_were_built_here_only(shards, text):
+    again = build_shards(CONFIG, *text[:2], shards.path.parents[1])
     assert again.reused
-    assert len(read_build_times(built.path)) == built.parts, "reading is no building"
-    (built.path / build_times.FILE).unlink()
-    seen = statistics.gather(built, text.tokenizer)
+    assert len(read_build_times(shards.path)) == shards.parts, "reading is no building"
+    (shards.path / build_times.FILE).unlink()
+    seen = statistics.gather(shards, text.tokenizer)
     assert seen.tokens_per_second is None
-    assert "Built here" not in data_page.markdown(built, seen, text.tokenizer, picture="x")
+    assert "Built here" not in data_page.markdown(shards, seen, text.tokenizer, picture="x")
 
 
 def test_synthetic_data_is_shown_as_ids(tmp_path):
     corpus = CorpusConfig(data_mode="synthetic")
-    tokens = fetch_tokenizer(
+    tokenizer = fetch_tokenizer(
         TokenizerConfig(tokenizer_name="synthetic", vocab_size=300), corpus, tmp_path
     )
-    built = build_shards(CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokens, tmp_path)
-    seen = statistics.gather(built, tokens)
+    shards = build_shards(
+        CONFIG.replace(train_rows=5, validation_rows=1), corpus, tokenizer, tmp_path
+    )
+    seen = statistics.gather(shards, tokenizer)
     ids = np.array([int(i) for i in seen.samples[0].split()])
     assert ids.min() >= 0 and ids.max() < 300
     assert "| bytes per token | none | none |" in data_page.markdown(
-        built, seen, tokens, picture="lengths.png"
+        shards, seen, tokenizer, picture="lengths.png"
     )
 
 

@@ -20,8 +20,8 @@ from zeroflow.data.sources.source import Source
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 CorpusIdentity = dict[str, str | int | bool | None]
-"""What the documents of a corpus depend on, by names that a person knows. Which names there are
-depends on the source."""
+"""Everything that the documents of a corpus depend on, by names that a person knows. The names
+depend on the source."""
 
 
 class CorpusConfig(Config):
@@ -190,7 +190,7 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
 
 
 def corpus_identity(corpus: CorpusConfig) -> CorpusIdentity:
-    """What the documents of a resolved text corpus depend on."""
+    """Everything that the documents of a resolved text corpus depend on."""
     source = corpus.source
     identity: CorpusIdentity = {"source": corpus.data_mode, "revision": corpus.data_revision}
     identity |= source.identity()

@@ -1,8 +1,7 @@
 """Text to token ids, by the fastest library that gives the ids of Hugging Face's.
 
-Whether the fast library does so for a tokenizer is found by trying: `choose` compares a few
-thousand hard strings. Special tokens that a document spells out are text to every encoder, and
-never get their own ids.
+`choose` tries whether the fast library does so for a tokenizer, on a few thousand hard strings.
+Special tokens that a document spells out are text to every encoder, and never get their own ids.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong with the Hugging Face Hub, explained in one sentence each."""
+"""Failures of the Hugging Face Hub, explained in one sentence each."""
 
 import email.utils
 import re

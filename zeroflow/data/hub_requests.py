@@ -60,7 +60,7 @@ READING = Patience(120.0, tries=20, stall_seconds=20.0)
 
 
 class Effort:
-    """What a request has cost so far, compared with its patience.
+    """The tries and seconds that a request has cost, compared with its patience.
 
     Bytes that are kept earn time; otherwise a large read could not outlast many short breaks.
     """

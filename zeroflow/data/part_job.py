@@ -1,4 +1,4 @@
-"""What a part of a shard set is built from, and what is known once it has been built."""
+"""The job of building a part of a shard set, and its result."""
 
 from pathlib import Path
 

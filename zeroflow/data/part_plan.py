@@ -25,7 +25,7 @@ PLAN = "plan.json"
 
 
 class ShardIdentity(Config):
-    """What the bytes of a shard set depend on; the set's name has its fingerprint."""
+    """Everything that the bytes of a shard set depend on; its fingerprint is in the set's name."""
 
     format: int
     corpus: CorpusIdentity
@@ -70,7 +70,7 @@ class ShardPlan(Config):
         artifacts.write_signed(path / PLAN, self.model_dump(mode="json"))
 
     def fields(self) -> Fields:
-        """What the set depends on, by the names of settings."""
+        """Everything that the set depends on, by the names of settings."""
         corpus, layout = self.identity.corpus, self.identity.layout.model_dump()
         seq_len = layout.pop("row_tokens") - 1
         local = corpus["source"] in ("files", "sample")

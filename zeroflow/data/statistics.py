@@ -21,7 +21,7 @@ _SAMPLE_TOKENS = 80
 
 class ShardStatistics(NamedTuple):
     source: CorpusIdentity
-    """What the documents depend on: source, revision and the like."""
+    """Source, revision and the like, as in plan.json."""
 
     tokenizer: str
     lengths: Int64Array

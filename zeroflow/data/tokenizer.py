@@ -150,7 +150,7 @@ def _resolve_auto(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) ->
 
 
 def without_hub(corpus: CorpusConfig) -> str:
-    """What `auto` stands for as far as the corpus tells; text is presumed to use Llama's."""
+    """The tokenizer that `auto` stands for, without asking the hub: for text, Llama's."""
     if not corpus.is_text:
         return SYNTHETIC_TOKENIZER
     return TRAINED_TOKENIZER if corpus.data_mode == "sample" else LLAMA_TOKENIZER
@@ -220,10 +220,10 @@ class _Origin(NamedTuple):
     """How a tokenizer comes into its directory."""
 
     verb: str
-    """What was done, for the log: fetched, copied, trained."""
+    """Past tense of the origin, for the log: fetched, copied or trained."""
 
     identity: Fields
-    """What it depends on beside name and format, for people to read."""
+    """Everything it depends on beside name and format, for people to read."""
 
     make: Callable[[Path], None]
     """Writes the tokenizer's files into a directory."""

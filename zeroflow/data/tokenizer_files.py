@@ -41,7 +41,7 @@ class TokenizerManifest(Config):
     """manifest.json of a tokenizer's directory."""
 
     identity: Fields | None = None
-    """What it depends on, for people to read; an earlier version wrote none."""
+    """Everything it depends on, for people to read; an earlier version wrote none."""
 
     revision: str | None = None
     """Commit, of a tokenizer from the hub."""

@@ -95,7 +95,9 @@ def is_compressed(name: str) -> bool:
 
 
 class _XzStreams(io.RawIOBase):
-    """What `lzma.open` reads; but that ends silently where a stream after the first is damaged.
+    """A decompressed .xz file.
+
+    `lzma.open` would read it too, but ends silently where a stream after the first is damaged.
 
     Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams and zeros between them.
     """

@@ -1,4 +1,4 @@
-"""What every format has in common."""
+"""The interface of a format."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ from zeroflow.data.formats.file import DocumentFile
 from zeroflow.data.formats.format import Format
 
 
-class JsonLines(Format):
+class JsonLinesFormat(Format):
     """Parts are ranges of bytes; a line belongs to the part in which it begins."""
 
     description = ".jsonl"

@@ -16,7 +16,7 @@ from zeroflow.data.formats.format import Format
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 
 
-class Parquet(Format):
+class ParquetFormat(Format):
     """Parts are ranges of row groups."""
 
     description = ".parquet"

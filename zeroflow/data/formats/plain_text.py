@@ -7,7 +7,7 @@ from zeroflow.data.formats.file import DocumentFile
 from zeroflow.data.formats.format import Format
 
 
-class PlainText(Format):
+class TextFormat(Format):
     description = ".txt (a document each)"
     can_be_cut = False
 

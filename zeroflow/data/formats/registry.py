@@ -4,11 +4,15 @@ from pathlib import Path
 
 from zeroflow.data.formats.file import COMPRESSED
 from zeroflow.data.formats.format import Format
-from zeroflow.data.formats.json_lines import JsonLines
-from zeroflow.data.formats.parquet import Parquet
-from zeroflow.data.formats.plain_text import PlainText
+from zeroflow.data.formats.json_lines import JsonLinesFormat
+from zeroflow.data.formats.parquet import ParquetFormat
+from zeroflow.data.formats.plain_text import TextFormat
 
-FORMATS: dict[str, Format] = {".txt": PlainText(), ".jsonl": JsonLines(), ".parquet": Parquet()}
+FORMATS: dict[str, Format] = {
+    ".txt": TextFormat(),
+    ".jsonl": JsonLinesFormat(),
+    ".parquet": ParquetFormat(),
+}
 
 _ALIASES = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py: the sample's
 

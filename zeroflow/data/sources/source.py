@@ -1,4 +1,4 @@
-"""What every source of text files has in common."""
+"""The interface of a source of text files."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -63,7 +63,7 @@ class Source(Storage, ABC):
         return registry.format_of(name)
 
     def identity(self) -> dict[str, str | None]:
-        """What the documents depend on beside the revision, by the names of settings."""
+        """Settings that the documents depend on, beside the revision."""
         return {}
 
     def digests(self) -> dict[str, str]:
