@@ -19,7 +19,7 @@ from pydantic import JsonValue, TypeAdapter
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_WRITE_BYTES = 2**17
+WRITE_BYTES = 2**17
 """Bytes per write. For more, Linux uses larger pages. A virtual machine may have returned their
 memory to its host, and to get it back takes ten times as long."""
 
@@ -114,7 +114,7 @@ def write_recorded(path: Path, content: memoryview) -> FileRecord:
     with path.open("wb", buffering=0) as file:
         rest = content
         while rest:
-            rest = rest[file.write(rest[:_WRITE_BYTES]) :]
+            rest = rest[file.write(rest[:WRITE_BYTES]) :]
         os.fsync(file.fileno())
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 

@@ -28,22 +28,22 @@ def test_non_finite_step_is_caught(text, tmp_path):
 def test_state_comes_back_with_the_same_bits(state, tmp_path):
     for weights in state.optimizer.state.values():
         weights["exp_avg"].normal_()
-    before = {name: tensor.clone() for name, tensor in step_checks._tensors(state).items()}
+    before = {name: tensor.clone() for name, tensor in checkpoint.state_tensors(state).items()}
     assert step_checks.round_trip(state, tmp_path / "saved", "f").passed
-    for name, tensor in step_checks._tensors(state).items():
+    for name, tensor in checkpoint.state_tensors(state).items():
         assert torch.equal(tensor, before[name]), name
     assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoint_that_lacks_a_moment_is_caught(state, tmp_path, monkeypatch):
-    whole = checkpoint._tensors
+    whole = checkpoint.state_tensors
 
     def forgetful(state):
         return {name: t for name, t in whole(state).items() if not name.endswith("exp_avg")}
 
     for weights in state.optimizer.state.values():
         weights["exp_avg"].normal_()
-    monkeypatch.setattr(checkpoint, "_tensors", forgetful)
+    monkeypatch.setattr(checkpoint, "state_tensors", forgetful)
     assert_failed(
         step_checks.round_trip(state, tmp_path / "saved", "f"), "20 tensors, such as exp_avg of"
     )

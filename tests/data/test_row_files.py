@@ -33,7 +33,7 @@ def test_files_are_the_same_in_however_small_pieces_they_are_written(
     small_pieces, text, tmp_path, monkeypatch
 ):
     whole = build_shards(ALL, *text[:2], tmp_path / "whole")
-    monkeypatch.setattr(artifacts, "_WRITE_BYTES", 1000)
+    monkeypatch.setattr(artifacts, "WRITE_BYTES", 1000)
     pieces = build_shards(ALL, *text[:2], tmp_path / "pieces")
     for mine, theirs in zip(pieces.part_paths, whole.part_paths, strict=True):
         assert contents(mine) == contents(theirs)

@@ -34,7 +34,7 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_products_and_gradients_have_the_rounding_error_of_fp8(
     monkeypatch, device, weight_gradient
 ):
-    monkeypatch.setattr(fp8, "_WEIGHT_GRADIENT", weight_gradient)
+    monkeypatch.setattr(fp8, "WEIGHT_GRADIENT", weight_gradient)
     x, weights, dy = factors(device)
     inputs = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
     theirs = llama.linear(*inputs)
@@ -90,7 +90,7 @@ def test_concatenated_weights_give_concatenated_products():
 
 def test_factors_have_the_memory_layout_that_the_kernels_require(monkeypatch):
     seen = []
-    multiply = fp8._product
+    multiply = fp8.product
 
     def watch(a, b, *scales, **how):
         assert a.is_contiguous() and b.t().is_contiguous()
@@ -99,7 +99,7 @@ def test_factors_have_the_memory_layout_that_the_kernels_require(monkeypatch):
         seen.append(a.dtype)
         return multiply(a, b, *scales, **how)
 
-    monkeypatch.setattr(fp8, "_product", watch)
+    monkeypatch.setattr(fp8, "product", watch)
     x, weights, dy = factors()
     inputs = [x.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
     fp8.linear(*inputs).backward(dy)

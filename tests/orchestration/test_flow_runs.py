@@ -18,7 +18,7 @@ from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
 from zeroflow.orchestration import pages, server
 from zeroflow.orchestration.deployments import set_up
-from zeroflow.orchestration.flow_runs import _new_flow_run
+from zeroflow.orchestration.flow_runs import new_flow_run
 from zeroflow.orchestration.gpu_slot import gpu_slot
 from zeroflow.settings.run_config import RunConfig
 
@@ -125,9 +125,9 @@ def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_
             parameter_openapi_schema=schema,
             enforce_parameter_schema=True,
         )
-        known = _new_flow_run(client, pretrain, RunConfig(), "tiny")
+        known = new_flow_run(client, pretrain, RunConfig(), "tiny")
         assert known.deployment_id == deployment
-        unknown = _new_flow_run(client, pretrain, RunConfig(seed=1), "tiny")
+        unknown = new_flow_run(client, pretrain, RunConfig(seed=1), "tiny")
     assert unknown.deployment_id is None
 
 

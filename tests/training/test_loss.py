@@ -93,7 +93,8 @@ def test_gradients_are_as_close_to_the_true_ones_as_their_type_allows(
     monkeypatch, device, dtype, limit, z_loss
 ):
     vocabulary, features, tokens = (1_001, 64, 96) if device == "cpu" else (128_256, 512, 4_096)
-    monkeypatch.setattr(loss, "_held_at_once", lambda hidden: vocabulary * (tokens // 3 + 1))
+    held = vocabulary * (tokens // 3 + 1) * dtype.itemsize
+    monkeypatch.setattr(loss, "logits_bytes", lambda memory: held)
     generator = torch.Generator().manual_seed(0)
     # as large as a trained model's: hidden states of about 1, logits of some units
     hidden = torch.randn(2, tokens // 2, features, generator=generator)

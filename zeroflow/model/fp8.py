@@ -24,7 +24,7 @@ _SMALLEST_SCALE = 2.0**-100
 # Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
 _FAST_OUTPUT, _FAST_GRADIENTS = True, False
 
-_WEIGHT_GRADIENT = True
+WEIGHT_GRADIENT = True
 """True if the gradient of the weights is an fp8 product too, of transposed copies of both factors;
 otherwise it is a product in the dtype of the activations."""
 
@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
         x8 = (x / s).to(_VALUES)
         ctx.save_for_backward(x8, s, w_scale, *weights)
         w8 = _rounded(weights, w_scale)
-        y = _product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
+        y = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
         return (y * s).to(x.dtype)  # compiled, this is fused into the next kernel
 
     @staticmethod
@@ -69,10 +69,10 @@ class _Linear(torch.autograd.Function):
         scale = _scale((dy.abs().amax(dim=1, keepdim=True) * s).amax(), _GRADIENTS)
         g8 = (dy * (s / scale)).to(_GRADIENTS)
         w8 = _rounded(weights, w_scale)
-        dx = _product(g8, _by_columns(w8), scale, w_scale, dy.dtype, fast=_FAST_GRADIENTS)
+        dx = product(g8, _by_columns(w8), scale, w_scale, dy.dtype, fast=_FAST_GRADIENTS)
         dx = (dx / s).to(dy.dtype)
-        if _WEIGHT_GRADIENT:
-            dw = _product(
+        if WEIGHT_GRADIENT:
+            dw = product(
                 *(g8.t().contiguous(), _by_columns(x8), scale, _one(dy), torch.float32),
                 fast=_FAST_GRADIENTS,
             )
@@ -104,7 +104,7 @@ def _one(like: Tensor) -> Tensor:
     return torch.ones((), device=like.device)
 
 
-def _product(
+def product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool
 ) -> Tensor:
     return torch._scaled_mm(

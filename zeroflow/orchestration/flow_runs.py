@@ -57,7 +57,7 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
         the result of the flow, also if the server is gone by then; that is logged as a warning
     """
     with get_client(sync_client=True) as client:
-        flow_run = _new_flow_run(client, flow, asked, deployment)
+        flow_run = new_flow_run(client, flow, asked, deployment)
         try:
             return _run_here(client, flow, asked, flow_run)
         except _CancelledHere:
@@ -92,7 +92,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
             flow_run = client.read_flow_run(flow_run.id)
         else:
             place = {"parent_task_run_id": shown.id, "name": name}
-            flow_run = _new_flow_run(client, flow, run, size_of(run), **place)
+            flow_run = new_flow_run(client, flow, run, size_of(run), **place)
         _run_here(client, flow, run, flow_run)
 
 
@@ -136,7 +136,7 @@ def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: 
     return attempt.result
 
 
-def _new_flow_run(
+def new_flow_run(
     client: SyncPrefectClient,
     flow: RunFlow,
     asked: Asked,

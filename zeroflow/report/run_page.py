@@ -38,7 +38,7 @@ def markdown(
         _table(("", ""), _facts(report, workload, pages).items()),
         f"![loss against tokens]({folder.loss_picture.name})",
         f"![loss of the overfit check]({folder.overfit_picture.name})",
-        _metrics_section(report.metrics),
+        metrics_section(report.metrics),
         _stages_section(report.stages),
     ]
     if report.preflight:
@@ -100,7 +100,7 @@ def _preflight(result: PreflightResult | None) -> str:
     return "**FAILED**, and was skipped then"
 
 
-def _metrics_section(latest: Mapping[str, float]) -> str:
+def metrics_section(latest: Mapping[str, float]) -> str:
     rows = (
         (metric.label, metric.text(latest[metric.key]))
         for metric in TABLE.values()

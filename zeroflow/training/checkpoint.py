@@ -115,7 +115,7 @@ class Saver:
         if zero.on_rank0(path.exists):
             return
         zero.on_rank0(lambda: self.require_room(state))
-        tensors = _tensors(state)
+        tensors = state_tensors(state)
         facts = CheckpointFacts(
             step=state.step,
             model=state.model.config,
@@ -152,7 +152,7 @@ class Saver:
         Raises:
             OSError: it does not.
         """
-        needed = sum(tensor.nbytes for tensor in _tensors(state).values()) + _OVERHEAD_BYTES
+        needed = sum(tensor.nbytes for tensor in state_tensors(state).values()) + _OVERHEAD_BYTES
         self._folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._folder).free
         if free < needed:
@@ -290,7 +290,7 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
             f"{path} was trained on ids of tokenizer {facts.tokenizer}, and this run has "
             f"tokenizer {tokenizer}"
         )
-    tensors = _tensors(state)
+    tensors = state_tensors(state)
     if not _has(path, _RANDOM_CUDA):
         tensors.pop(_RANDOM_CUDA, None)  # written by a run on a CPU
     _read(tensors, path)
@@ -322,7 +322,7 @@ def digests(path: Path) -> dict[str, str]:
     return found
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
     """Return every tensor of the state by a name that is the same for any number of ranks."""
     tensors = {_RANDOM_CPU: torch.get_rng_state(), "skipped": state.skipped}
     if state.skipped.is_cuda:
