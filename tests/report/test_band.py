@@ -1,6 +1,8 @@
 """What earlier runs lead to expect of a loss, and what is said of one that is elsewhere."""
 
+import itertools
 import math
+import time
 from pathlib import Path
 
 import format1
@@ -12,7 +14,7 @@ from tiny import MODEL, training_config, training_job, with_workload
 from zeroflow import artifacts
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.report import band, pictures, progress
+from zeroflow.report import band
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
 from zeroflow.run_folder import RunFolder
@@ -246,7 +248,8 @@ def test_damaged_run_is_harmless(job, make):
 
 
 def test_watch_says_once_that_the_loss_left_the_band(job, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "_PICTURE_SECONDS", 0)
+    minutes = itertools.count(1)
+    monkeypatch.setattr(time, "monotonic", lambda: 61.0 * next(minutes))
     shown: list[Path] = []
     watch = LossWatch(job, shown.append)
     for record in losses(1.0, since=60):
@@ -269,9 +272,7 @@ def test_picture_without_a_band_is_drawn_as_well(make):
         assert imread(picture)[..., 3].min() == 1, "on a dark page it brings its own background"
 
 
-def test_band_of_runs_too_short_for_each_window_is_drawn_in_one_piece(job, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
+def test_band_of_runs_too_short_for_each_window_is_drawn_in_one_piece(job, figures):
     expected = found(job)
     expected.mean[2::3] = expected.width[2::3] = math.nan
     loss_curve(job, list(losses()), expected)

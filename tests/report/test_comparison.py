@@ -3,7 +3,6 @@ import math
 import pytest
 
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.report import pictures
 from zeroflow.report.comparison import Comparison, Outcome, PowerLaw, compare, markdown
 from zeroflow.report.pictures import losses_compared
 from zeroflow.run_folder import SweepFolder
@@ -150,9 +149,7 @@ def test_page_and_pictures_tell_all_of_it(tmp_path):
     assert Comparison.read(tmp_path / "comparison.json") == found
 
 
-def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure) or path)
+def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, figures):
     sizes = ("tiny", "small", "medium")
     losses_compared(
         compare([outcome(size, seed=n) for size in sizes for n in range(6)]), SweepFolder(tmp_path)
