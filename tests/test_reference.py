@@ -1,6 +1,8 @@
 """The tables of docs/reference/ say what the code says."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,23 @@ def test_every_file_of_the_cache_is_on_its_page(folder):
     for name in dir(folder):
         if isinstance(file := getattr(folder, name), Path) and not name.endswith("_lock"):
             assert f"`{file.name}" in page or name == "path", name
+
+
+def test_messages_that_failures_are_known_by_are_in_the_code():
+    page = (DOCS / "reference" / "failures.md").read_text(encoding="utf-8")
+    seen = [line.split(" | ")[1] for line in page.splitlines() if line.count(" | ") == 3]
+    quotes = [quote for cell in seen for quote in re.findall(r"`([^`]+)`", cell)]
+    messages = [quote for quote in quotes if not quote.startswith(("--", "zeroflow "))]
+    assert len(messages) > 10
+    in_code = "\n".join(strings_of_the_code())
+    for message in messages:
+        assert all(part in in_code for part in message.split("…")), message
+
+
+def strings_of_the_code() -> Iterator[str]:
+    for file in (DOCS.parent / "zeroflow").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(v.value for v in node.values if isinstance(v, ast.Constant))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
