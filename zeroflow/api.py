@@ -1,4 +1,4 @@
-"""The public functions: run the pipeline without Prefect, and load what it made."""
+"""The public functions: run the pipeline without Prefect, and load its results."""
 
 from pathlib import Path
 
@@ -12,22 +12,23 @@ from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is frozen
     """Run the whole pipeline, from raw text to a trained and checked model with a report.
 
-    A run of the same name is resumed; a finished one returns at once. Progress is logged by the
-    logger `zeroflow`: `logging.basicConfig(level="INFO")` shows it.
+    A run of the same name is resumed; a finished one returns at once. Progress is logged to
+    the logger `zeroflow`: `logging.basicConfig(level="INFO")` shows it.
 
     Returns:
         the run's report, as in its report.json
 
     Raises:
-        ValueError, HubError: settings or input do not work.
-        RunIsBusy: another process is at work on the run.
-        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; what is complete is kept.
+        ValueError, HubError: the settings or the input cannot be used.
+        RunIsBusy: another process is working on the run.
+        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; finished work is kept.
+        TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     return RunReport.read(pipeline.pretrain(run))
 
 
 def load(name: str, cache_dir: Path | str = DEFAULT_CACHE) -> Trained:
-    """The model of run `name`, of its newest checkpoint, with its tokenizer and shards.
+    """Load the newest checkpoint of run `name`, with its tokenizer and shards.
 
     Raises:
         ValueError: there is no such run in `cache_dir`, or it has no checkpoint yet.

@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WRITE_BYTES = 2**17
-"""Bytes per write. For more, Linux uses larger pages. A virtual machine may have returned their
-memory to its host, and to get it back takes ten times as long."""
+"""Bytes per write. For larger writes, Linux uses larger pages. A virtual machine may have returned
+their memory to its host, and getting it back takes ten times as long."""
 
 DAMAGED = ".damaged-"
-"""Part of the name of a directory that was set aside."""
+"""Part of the name of a directory that is set aside."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Errors of a full disk, a used up quota and a file that reached its limit."""
+"""Errors of a full disk, an exhausted quota and a file at its size limit."""
 
 JsonObject = dict[str, JsonValue]
 
@@ -48,7 +48,7 @@ class DamagedArtifact(ValueError):
 
 
 def fingerprint(identity: Any) -> str:
-    """12 hex digits that depend on `identity`, anything JSON can hold, but not on its key order."""
+    """12 hex digits that identify `identity`, any JSON value, independent of its key order."""
     return _sha256(identity)[:12]
 
 
@@ -58,7 +58,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content`; a reader finds the old file or the new one, also after a power cut."""
+    """Write `content`; a reader finds either the old or the new file, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -73,18 +73,18 @@ def read_json(path: Path) -> Any:
     """
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not valid JSON; it was cut or changed.
+        ValueError: the file is not valid JSON: it was truncated or changed.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}): restore it, or move it away"
+            f"{path} is not valid JSON ({error}): restore it or move it away"
         ) from error
 
 
 def write_signed(path: Path, content: JsonObject) -> None:
-    """Write `content` as `write_json` does, with a sha256 of it as the last entry."""
+    """Write `content` as `write_json` does, and add its sha256 as the last entry."""
     write_json(path, content | {"sha256": _sha256(content)})
 
 
@@ -92,19 +92,19 @@ def read_signed(path: Path) -> JsonObject:
     """Read what `write_signed` wrote.
 
     Raises:
-        DamagedArtifact: the file is missing, cannot be read, or is not what was written.
+        DamagedArtifact: the file is missing, cannot be read, or was changed.
     """
     try:
         content: JsonObject = read_json(path)
         if content.pop("sha256", None) != _sha256(content):
-            raise ValueError("it is not what was written")
+            raise ValueError("it was changed")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DamagedArtifact(f"{path.parent} has no readable {path.name}: {error}") from error
     return content
 
 
 def record(path: Path) -> FileRecord:
-    """The entry of a finished file, which is synced to the disk first."""
+    """Sync a finished file to the disk and return its manifest entry."""
     _fsync(path)
     return FileRecord(path.stat().st_size, file_sha256(path))
 
@@ -124,12 +124,12 @@ def seal(
     facts: JsonObject,
     recorded: Mapping[str, FileRecord] = MappingProxyType({}),
 ) -> None:
-    """Write the manifest of a finished directory: `facts`, and size and sha256 of every file.
+    """Write the manifest of a finished directory: `facts`, and the size and sha256 of every file.
 
     The last entry of the manifest is a sha256 of the others.
 
     Args:
-        recorded: entries of files that are known already, by their names in the directory.
+        recorded: entries that are already known, by file name in the directory.
     """
     files: JsonObject = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -140,11 +140,10 @@ def seal(
 
 
 def verify(directory: Path) -> JsonObject:
-    """Compare every file of `directory` with its manifest, which is returned.
+    """Compare every file of `directory` with its manifest, and return the manifest.
 
     Raises:
-        DamagedArtifact: a file, or the manifest itself, is missing, unexpected or not what was
-            written.
+        DamagedArtifact: a file, or the manifest itself, is missing, unexpected or changed.
     """
     manifest = read_signed(directory / MANIFEST)
     listed = _FILES.validate_python(manifest["files"])
@@ -166,7 +165,7 @@ def verify(directory: Path) -> JsonObject:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error.
 
-    The block must `seal` it. What an earlier attempt left behind when it was killed is removed.
+    The block must `seal` it. Leftovers of an earlier, killed attempt are removed.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +181,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path, reason: object) -> Path:
-    """Rename a damaged directory, so that it is kept but never used."""
+    """Rename a damaged directory, to keep it without ever using it."""
     number = 1
     while (aside := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""The base of every settings class."""
+"""Base of every settings class."""
 
 from typing import Any, Self
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Frozen, typed settings that refuse names they do not know."""
+    """Frozen, typed settings that reject unknown names."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -17,7 +17,7 @@ class Config(BaseModel):
     )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated like a new one."""
+        """A copy with `changes`, validated like a new object."""
         return type(self).model_validate(
             {name: getattr(self, name) for name in type(self).model_fields} | changes
         )

@@ -16,7 +16,7 @@ class _Gpu(NamedTuple):
     """Dense bf16 matrix products, without sparsity."""
 
     gigabytes: int
-    """As sold; NVML has up to 5 % less where error correction takes its part."""
+    """Advertised memory; NVML reports up to 5 % less if error correction uses some of it."""
 
     capability: tuple[int, int]
 
@@ -44,42 +44,42 @@ Precision = Literal["bf16", "fp32"]
 
 
 BF16_CAPABILITY = (8, 0)
-"""Of Ampere."""
+"""Compute capability of Ampere."""
 
 
 _TRITON_CAPABILITY = (7, 0)
-"""Of Volta."""
+"""Compute capability of Volta."""
 
 
 FP8_CAPABILITY = (8, 9)
-"""Of Ada; Hopper has (9, 0)."""
+"""Compute capability of Ada; Hopper has (9, 0)."""
 
 
 class Device(Config):
-    """What the run computes on."""
+    """Device that a run computes on."""
 
     kind: DeviceKind
     name: str
     memory_bytes: int
     peak_flops: float | None = None
-    """Dense bf16 FLOP/s; None where it is not known for sure."""
+    """Dense bf16 FLOP/s; None if it is not known for certain."""
 
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; None for a CPU."""
 
     @property
     def has_bf16(self) -> bool:
-        """Products in bf16 that are faster than those in fp32."""
+        """True if matrix products are faster in bf16 than in fp32."""
         return self.capability is not None and self.capability >= BF16_CAPABILITY
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile, with Triton below it, can make kernels that pay here."""
+        """True if torch.compile, which uses Triton, can produce faster kernels for the device."""
         return self.capability is not None and self.capability >= _TRITON_CAPABILITY
 
 
 def gpu_count() -> int:
-    """GPUs that PyTorch sees; reads NVML and CUDA_VISIBLE_DEVICES only."""
+    """Number of GPUs that PyTorch sees, from NVML and CUDA_VISIBLE_DEVICES only."""
     return torch.cuda.device_count()
 
 
@@ -125,14 +125,14 @@ def _peak_flops(name: str) -> float | None:
 
 
 def known_gpu(wanted: str) -> Device:
-    """A GPU by its name, or by a part of it that no other has.
+    """Find a GPU by its name, or by a part of the name that is unique.
 
     Raises:
-        ValueError: there is none, or there are several; the message lists those there are.
+        ValueError: no GPU or several match; the message lists the candidates.
     """
     found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
     if whole := [name for name in found if f" {name}".casefold().endswith(f" {wanted.casefold()}")]:
-        found = whole  # L4 is no part of L40S
+        found = whole  # so that L4 does not match L40S
     if len(found) != 1:
         names = ", ".join(found or _GPUS)
         raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
@@ -148,6 +148,6 @@ def known_gpu(wanted: str) -> Device:
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk that `folder` is on, or will be."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -1,7 +1,7 @@
-"""The stages of a run, chained: plain functions that know no Prefect.
+"""The stages of a run, chained: plain functions that do not depend on Prefect.
 
 A stage finds its own finished work on disk, so calling the pipeline again with the same settings
-resumes where it stopped. Who runs it decides how each stage is called (`Stages`) and where its
+resumes where it stopped. The caller decides how each stage is called (`Stages`) and where its
 progress and pages are shown (`View`): in the package's flows, stages are Prefect tasks.
 """
 
@@ -46,44 +46,44 @@ log = logging.getLogger(__name__)
 TRAINED = "the run was trained to its last step before"
 
 Acquire = Callable[[Path], None]
-"""Makes the directory of a run this process's own, or raises `RunIsBusy`."""
+"""Claims the directory of a run for this process, or raises `RunIsBusy`."""
 
 
 class View:
-    """Where progress and pages are shown. This one: pages are files of the run, progress is logged.
+    """Display of progress and pages. Here, pages are files of the run, and progress is logged.
 
-    A subclass shows them elsewhere as well; see `orchestration.view`.
+    A subclass also shows them elsewhere; see `orchestration.view`.
     """
 
     def name_run(self, asked: RunConfig, run: Settled) -> None:
-        """Called once it is known what `asked` was settled to."""
+        """Called when `asked` has been settled to `run`."""
 
     def name_sweep(self, name: str) -> None:
-        """Called as a sweep begins."""
+        """Called when a sweep begins."""
 
     def tags(self) -> dict[str, str]:
         """MLflow tags that lead to this view."""
         return {}
 
     def progress(self, subject: str, run_name: str) -> Show:
-        """Returns a function that is told the share done, from 0 to 1, and a line about it."""
+        """Returns a function that receives the fraction done, from 0 to 1, and a line of text."""
         return lambda share, text: None
 
     def page(self, markdown: str, subject: str, run_name: str) -> None:
-        """Show a page that was written."""
+        """Show a finished page."""
 
     def picture(self, picture: Path, subject: str, run_name: str) -> None:
-        """Show a PNG file that was drawn."""
+        """Show a finished PNG file."""
 
     def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
-        """Returns a function that is given each new version of a PNG file."""
+        """Returns a function that receives each new version of a PNG file."""
         return lambda picture: None
 
     def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
-        """Who builds the parts of shards.
+        """Return the builders for shard parts.
 
         Raises:
-            ValueError: they are to be built on Dask, which needs a Prefect flow.
+            ValueError: the settings ask for Dask, which needs a Prefect flow.
         """
         if build.data_runner != "threads":
             raise ValueError(
@@ -101,10 +101,9 @@ LOG_ONLY = View()
 
 
 def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
-    """Settle `asked` and log what the run will be, before anything is built.
+    """Settle `asked` and log the plan of the run, before anything is built.
 
-    The plan is kept in the run's directory, and stays as it was made for as long as the run is the
-    same.
+    The plan is saved in the run's directory and not rewritten while the run is unchanged.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.
@@ -125,7 +124,7 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
 
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
-    """Build the rows that the run needs, and write and show the page about them."""
+    """Build the rows that the run needs, and write and show the page of its data."""
     with view.builders(run.build) as builders:
         shards = builds.build_shards(
             run.shard_config,
@@ -148,10 +147,10 @@ def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:
 def check_before(
     job: TrainingJob, trained: TrainResult | None, view: View = LOG_ONLY
 ) -> PreflightResult | None:
-    """The pre-flight of `job`, unless the same one was passed before.
+    """Run the pre-flight of `job`, unless the same one passed before.
 
     Args:
-        trained: result of the job if it is finished; then there is nothing left to check.
+        trained: result of the job if it is finished, in which case nothing is left to check.
 
     Returns:
         None if the job is finished and was never checked
@@ -174,13 +173,13 @@ def check_before(
 def train(
     job: TrainingJob, run: Settled, trained: TrainResult | None, view: View = LOG_ONLY
 ) -> TrainResult:
-    """Train `job` to its last step from its newest checkpoint, following it in log and view.
+    """Train `job` to its last step from its newest checkpoint, and show its progress.
 
     Args:
         trained: result of the job if it is finished.
 
     Raises:
-        TrainingFailed: `will_retry` says if another call has a chance.
+        TrainingFailed: `will_retry` is True if another call may succeed.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     if trained:
@@ -198,7 +197,7 @@ def train(
 
 
 def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY) -> OverfitResult:
-    """The overfit check with the settings of `job`, unless the same one was passed before.
+    """Run the overfit check with the settings of `job`, unless the same one passed before.
 
     Raises:
         OverfitFailed: the model could not memorise one batch.
@@ -221,7 +220,7 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
 
 
 class Prepared(NamedTuple):
-    """A run that is ready to be trained."""
+    """A run that is ready for training."""
 
     settlement: Settlement
     shards: ShardSet
@@ -276,7 +275,7 @@ def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Pat
 
 
 class Stages(NamedTuple):
-    """How each stage is called: as the plain function, or through a decorator."""
+    """Callables of the stages: plain functions, or wrapped by a decorator."""
 
     plan: Callable[[RunConfig, Acquire], Settlement] = plan
     fetch_tokenizer: Callable[[Settled], Tokenizer] = fetch_tokenizer
@@ -298,15 +297,15 @@ PLAIN = Stages()
 
 
 def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:
-    """Raw text to a checked model; a run of the same name is resumed.
+    """Turn raw text into a checked model; a run of the same name is resumed.
 
     Returns:
         the path of the run's report.json
 
     Raises:
-        ValueError, hub.HubError: settings or input do not work.
-        RunIsBusy: another process is at work on the run.
-        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; what is complete is kept.
+        ValueError, hub.HubError: the settings or the input cannot be used.
+        RunIsBusy: another process is working on the run.
+        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; finished work is kept.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     with ownership() as acquire:
@@ -349,15 +348,15 @@ def sweep(
     stages: Stages = PLAIN,
     view: View = LOG_ONLY,
 ) -> Path:
-    """Train every combination of what is varied, one after the other, and compare them.
+    """Train every combination of the varied settings, one after the other, and compare the runs.
 
-    A run that fails does not stop the others; the same call again resumes it.
+    A failed run does not stop the others; repeating the call resumes it.
 
     Returns:
         the path of comparison.md
 
     Raises:
-        ValueError: a run of the sweep was trained with other settings before.
+        ValueError: a run of the sweep was already trained with other settings.
         RuntimeError: some runs failed; the others are compared.
     """
     sweeps.require_as_started(asked)
@@ -367,19 +366,20 @@ def sweep(
     for cell in cells(asked):
         try:
             run_one(cell)
-        except Exception as error:  # whatever it is, the next run is another one
+        except Exception as error:  # one failure must not stop the sweep
             log.error("run %s failed: %s", cell.run_name, error_message(error))
             for note in getattr(error, "__notes__", ()):
                 log.error("%s", note)
             failed.append(str(cell.run_name))
     page = stages.compare(asked, failed, view)
     if failed:
-        raise RuntimeError(f"{len(failed)} runs failed, see {page}: {', '.join(failed)}")
+        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        raise RuntimeError(f"{runs} failed, see {page}: {', '.join(failed)}")
     return page
 
 
 def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> Prepared:
-    """The stages before training: plan, tokenizer, shards and model."""
+    """Run the stages before training: plan, tokenizer, shards and model."""
     settlement = stages.plan(asked, acquire)
     run = settlement.run
     view.name_run(asked, run)

@@ -1,7 +1,7 @@
 """Typed JSON: whole files, and files of lines that one process appends and others follow.
 
-What a run writes and reads again is a `Record`. One class writes and reads it, with a format
-version: a file of a newer format is refused with a sentence instead of being misread.
+Data that a run writes and reads back is a `Record`. One class writes and reads it, with a format
+version: a file of a newer format is rejected with an error message instead of being misread.
 """
 
 import errno
@@ -21,11 +21,11 @@ from zeroflow.config import Config
 
 
 class Record(Config):
-    """Content of a JSON file or of one of its lines.
+    """Content of a JSON file, or of a line in a file of JSON lines.
 
-    A field that is added later has a default, so that older files stay readable, and older
-    versions ignore it. A change that they would misread raises `FORMAT`; the class then converts
-    older content in a "before" validator. Files without a format are of the first.
+    A field that is added later has a default, so that older files stay readable; older versions
+    ignore it. A change that they would misread increments `FORMAT`; the class then converts
+    older content in a "before" validator. Files without a format have the first one.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -46,11 +46,11 @@ class Record(Config):
         return content
 
     def as_json(self) -> JsonObject:
-        """The content as it is written; NaN and infinity stay what they are."""
+        """Content as written to the file; NaN and infinity are kept."""
         return {"format": self.FORMAT} | self.model_dump(mode="json")
 
     def write(self, path: Path) -> None:
-        """Write the file so that a reader, or a power cut, meets the old one or the new one."""
+        """Write the file atomically: a reader finds either the old or the new one."""
         artifacts.write_json(path, self.as_json())
 
     @classmethod
@@ -68,12 +68,12 @@ class Record(Config):
 
     @classmethod
     def read_if_exists(cls, path: Path) -> Self | None:
-        """As `read`; None if there is no such file."""
+        """Read the file like `read`; None if there is no such file."""
         return cls.read(path) if path.exists() else None
 
 
 def omitted() -> Any:
-    """Default of a field that is None in some records, and then not written."""
+    """Default of a field that is not written when it is None."""
     return Field(None, exclude_if=lambda value: value is None)
 
 
@@ -86,12 +86,12 @@ class JsonLines(Generic[R]):
     def __init__(self, kind: Any) -> None:
         """
         Args:
-            kind: `R`, a record class or a union of some.
+            kind: `R`, a record class or a union of record classes.
         """
         self._adapter: TypeAdapter[R] = TypeAdapter(kind)
 
     def append(self, path: Path, record: R) -> None:
-        """Add `record`, whole or not at all, in the place of a half-written last line.
+        """Add `record` completely or not at all, replacing a half-written last line.
 
         Raises:
             OSError: the disk is full.
@@ -111,7 +111,7 @@ class JsonLines(Generic[R]):
                 raise OSError(errno.ENOSPC, f"cannot add to {path}: the disk is full")
 
     def read(self, path: Path) -> list[R]:
-        """The records of all complete lines; a killed process may leave half a line.
+        """Return the records of all complete lines; a killed process may leave half a line.
 
         Raises:
             ValueError: a line is not valid JSON, of a newer format or of something else.
@@ -119,7 +119,7 @@ class JsonLines(Generic[R]):
         return self.follow(path).new_records()
 
     def readable(self, path: Path) -> list[R]:
-        """As `read`, without the lines that cannot be read."""
+        """Read the file like `read`, without the lines that cannot be read."""
         records = []
         for line in _complete_lines(path):
             try:
@@ -129,7 +129,7 @@ class JsonLines(Generic[R]):
         return records
 
     def keep(self, path: Path, wanted: Callable[[R], bool]) -> None:
-        """Drop, atomically, the lines whose records are not `wanted`, and a half-written one."""
+        """Atomically drop lines whose records are not `wanted`, and a half-written line."""
         if not path.exists():
             return
         partial = path.with_name(f".{path.name}.partial")
@@ -142,17 +142,17 @@ class JsonLines(Generic[R]):
         partial.replace(path)
 
     def follow(self, path: Path, *, from_end: bool = False) -> "Tail[R]":
-        """A reader of the records that are added to `path`.
+        """Return a reader of the records that are added to `path`.
 
         Args:
-            from_end: leave out what is there now.
+            from_end: skip the records that are already there.
         """
         return Tail(self, path, _size(path) if from_end else 0)
 
     def parse(self, line: bytes, path: Path) -> R:
         """
         Args:
-            path: the file of the line, for the error.
+            path: file of the line, for the error message.
 
         Raises:
             ValueError: the line is not valid JSON, of a newer format or of something else.
@@ -167,13 +167,13 @@ class JsonLines(Generic[R]):
 
 
 class Tail(Generic[R]):
-    """Follows a growing file from the line that comes after `position` bytes."""
+    """Follows a growing file from the line that starts at byte `position`."""
 
     def __init__(self, kind: JsonLines[R], path: Path, position: int) -> None:
         self._kind, self._path, self._position = kind, path, position
 
     def new_records(self) -> list[R]:
-        """Those of the lines that were completed since the last call."""
+        """Records of the lines that were completed since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -189,7 +189,7 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
 
 
 def _end_of_lines(file: RawIOBase, size: int) -> int:
-    """Bytes of the complete lines in the first `size` of `file`, which others may add to now."""
+    """Bytes of the complete lines in the first `size` bytes of `file`, which may be growing."""
     if size:
         file.seek(size - 1)
         if file.read(1) != b"\n":
@@ -203,7 +203,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: ValidationError) -> str:
-    """All that is wrong, on one line."""
+    """All errors on one line."""
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         where = ".".join(map(str, problem["loc"]))

@@ -10,11 +10,11 @@ from zeroflow.artifacts import DAMAGED, JsonObject
 from zeroflow.records import Record, omitted
 
 Fields = Mapping[str, Any]
-"""What a result depends on, by names that a person knows. Of a value that is a mapping itself, the
-entries that differ are named."""
+"""Inputs that a result depends on, by names that a reader knows. If a value is itself a mapping,
+its differing entries are named."""
 
 Identity = JsonObject
-"""`Fields` of something that was checked, as they are stored."""
+"""`Fields` of a checked object, as stored."""
 
 SAME = "it is there and whole, of the same settings and source"
 PASSED = "the same was checked before, and passed"
@@ -22,14 +22,14 @@ NOTHING = "nothing of its kind was there"
 FIRST = "the run had none before"
 
 _NAMED = 4
-"""Differences that are named; the others are counted."""
+"""Number of differences that are named; the others are counted."""
 
 _SHOWN = 50
-"""Characters of a value that are shown."""
+"""Maximum number of characters shown of a value."""
 
 
 class StageResult(Record):
-    """Result of a stage, and whether it was reused: a fact of one command, which is not stored."""
+    """Result of a stage. Its reuse is a fact of one command and not stored."""
 
     reused: bool = Field(False, exclude=True)
     """True if nothing had to be done."""
@@ -44,10 +44,10 @@ class CheckResult(StageResult):
     passed: bool
 
     job: str = ""
-    """Fingerprint of what was checked."""
+    """Fingerprint of the checked inputs."""
 
     identity: Identity | None = omitted()
-    """What was checked, for the comparison with another check; None in files of older versions."""
+    """The checked inputs, for comparison with another check; None in files of older versions."""
 
 
 class Difference(NamedTuple):
@@ -61,13 +61,13 @@ def damaged(path: Path) -> str:
 
 
 def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[str, Fields | None]:
-    """The fields of the other folders in `root`, newest first.
+    """Read the fields of the other folders in `root`, newest first.
 
     Args:
         read: reads the fields of a folder.
 
     Returns:
-        fields by name of the folder; None if they cannot be read, as of an older version
+        fields by folder name; None if they cannot be read, as in folders of an older version
     """
     folders = [path for path in root.glob("[!.]*") if path.is_dir() and path.name != but.name]
     folders = [path for path in folders if DAMAGED not in path.name]
@@ -78,7 +78,7 @@ def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[s
 
 
 def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
-    """Why none of those `there` serves: how the one with the fewest differences differs."""
+    """Reason that none of those `there` can be reused: the differences of the nearest one."""
     known = {name: fields for name, fields in there.items() if fields is not None}
     if not there:
         return NOTHING
@@ -90,7 +90,7 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
 
 
 def since(wanted: Fields, before: CheckResult | None) -> str:
-    """Why the earlier check of a run does not serve."""
+    """Reason that the earlier check of a run cannot be reused."""
     if before is None:
         return FIRST
     if before.identity is None:
@@ -101,7 +101,7 @@ def since(wanted: Fields, before: CheckResult | None) -> str:
 
 
 def changes(wanted: Fields, found: Fields) -> str:
-    """How something with the fields `found` differs from what is `wanted`."""
+    """Differences between the fields `found` and those `wanted`, as text."""
     different = list(_differences(wanted, found))
     if not different:
         return "is the same but for its name"
@@ -112,7 +112,7 @@ def changes(wanted: Fields, found: Fields) -> str:
 
 
 def flat(fields: Fields, prefix: str = "") -> Fields:
-    """Every single value by its full name, such as training.seq_len."""
+    """All single values by full name, such as training.seq_len."""
     found: dict[str, object] = {}
     for name, value in fields.items():
         deeper = isinstance(value, Mapping)
@@ -142,7 +142,7 @@ def _differences(wanted: Fields, found: Fields) -> Iterator[Difference]:
 
 
 def _value(fields: Fields, name: str) -> Any:
-    """The value of a field; None if it has none, such as a setting of another kind of source."""
+    """Value of a field; None if it is missing, such as a setting of another kind of source."""
     value = fields.get(name)
     return None if value == {} else value
 

@@ -1,7 +1,7 @@
-"""The names of everything in the cache; no other module spells one.
+"""Names of all files and folders in the cache; no other module spells one out.
 
-A layout: `<cache>/runs/<name>/` holds the files of a run, `<cache>/sweeps/<name>/` those of a
-sweep. Who writes a file, and its type, is said beside the code that writes it.
+Layout: `<cache>/runs/<name>/` holds the files of a run, `<cache>/sweeps/<name>/` those of a
+sweep. The code that writes a file documents its type.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Self
 
 
 class _Named:
-    """A path in a folder, by the name that it has there."""
+    """Path in a folder, by its name there."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -42,7 +42,7 @@ class RunFolder(TrackedFolder):
     # Decided before anything is built
     settings = _Named("run.json")
     asked = _Named("asked.json")
-    """What was asked for when the run was started and settled otherwise: branches, fallbacks."""
+    """Settings that were requested at the start and settled differently: branches, fallbacks."""
 
     plan = _Named("plan.json")
 
@@ -55,18 +55,18 @@ class RunFolder(TrackedFolder):
     preflight_job = _Named("preflight-job.json")
     preflight_checkpoint = _Named("preflight-checkpoint")
     training = _Named("training.json")
-    """The result of a training that reached its last step."""
+    """Result of a training that reached its last step."""
 
     overfit = _Named("overfit.json")
     overfit_job = _Named("overfit-job.json")
     overfit_picture = _Named("overfit.png")
 
-    # Written while ranks are at work
+    # Written while ranks are running
     metrics = _Named("metrics.jsonl")
-    """A line for each logged step and each validation, each once."""
+    """One line for each logged step and each validation."""
 
     events = _Named("events.jsonl")
-    """The history of the run's processes, which is never shortened."""
+    """History of the run's processes; lines are only added."""
 
     ledger = _Named("ledger.jsonl")
     """A line for each recovery from a failure."""
@@ -133,13 +133,13 @@ class Cache(_Folder):
     runs = _Named("runs")
     sweeps = _Named("sweeps")
     plans = _Named("plans.jsonl")
-    """What earlier runs were predicted to take, and took."""
+    """Predicted and measured figures of earlier runs."""
 
     compiled = _Named("compile")
     """Compiled code."""
 
     mlflow = _Named("mlflow")
-    """MLflow's store, where no server keeps the runs."""
+    """MLflow's store, used if no server keeps the runs."""
 
     logs = _Named("ui")
     """Output of the servers and the worker that `zeroflow ui` starts."""
@@ -151,5 +151,5 @@ class Cache(_Folder):
         return SweepFolder(self.sweeps / name)
 
     def existing_runs(self) -> Iterator[RunFolder]:
-        """All runs, by name; one that is just begun may have no file yet."""
+        """All runs, sorted by name; a run that has just begun may have no files yet."""
         return (RunFolder(path) for path in sorted(self.runs.glob("*")) if path.is_dir())

@@ -2,24 +2,24 @@
 
 
 def parameter_count(parameters: int) -> str:
-    """Such as 317.6M, 34,976."""
+    """Parameters as text, such as 317.6M or 34,976."""
     return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
 
 
 def binary(size: int) -> str:
-    """Such as 37.44 GiB, 512 MiB: memory."""
+    """Memory as text, such as 37.44 GiB or 512 MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def decimal(size: int) -> str:
-    """Such as 16.14 GB, 552 MB, 0.6 MB: files."""
+    """File size as text, such as 16.14 GB, 552 MB or 0.6 MB."""
     if size >= 1e9:
         return f"{size / 1e9:,.2f} GB"
     return f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Such as 42 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
+    """Duration as text, such as 42 s, 3 min 5 s, 2 h 10 min or 4 d 3 h."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     left = round(seconds)
     parts: list[str] = []

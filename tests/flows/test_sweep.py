@@ -23,7 +23,7 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
         command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=280
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "1 runs failed" in ended.stderr and "s-custom-seed1" in ended.stderr
+    assert "1 run failed" in ended.stderr and "s-custom-seed1" in ended.stderr
     [alone] = re.findall(r"retry: (.* flows/pretrain.py .*)", ended.stdout)
     page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
     assert "| custom-seed0 | custom | " in page

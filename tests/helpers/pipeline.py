@@ -109,7 +109,7 @@ class Ui:
         said = ""
         for line in self.process.stdout:
             said += line
-            if "Ctrl-C stops all of it" in line:
+            if "Ctrl-C stops everything" in line:
                 return said
         pytest.fail(f"it ended:\n{said}")
 

@@ -350,7 +350,7 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
     server.press("cancel", server.run_named("here"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
-    assert "stopped; what is complete is kept, and the same command goes on" in output
+    assert "stopped; finished work is kept, and the same command resumes" in output
     assert "Traceback" not in output
     assert server.states_of("here")[-2:] == ["Cancelling", "Cancelled"], "and no Crashed"
     assert newest_step(flow, "here") >= 10

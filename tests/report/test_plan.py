@@ -109,7 +109,7 @@ def test_more_gpus_are_faster_and_hold_less(tmp_path):
     one, four = (on_gpus(count, "medium", tmp_path) for count in (1, 4))
     rates = [planned.predicted.tokens_per_second for planned in (one, four)]
     assert rates[1] == pytest.approx(4 * rates[0])
-    assert "times 4 without what communication takes" in four.rate_source
+    assert "times 4, not counting communication" in four.rate_source
     assert one.tokens == four.tokens, "a run is the same on any number of GPUs"
     assert four.stages[3].total < four.stages[0].total
     assert len({stage.total for stage in one.stages}) == 1
@@ -163,7 +163,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
         (["--gpu=H100"], "--gpu H100 is any of: "),
         (["--gpus=0"], "--gpus: Input should be greater than 0"),
         (["--gpus=2"], "this machine has none: name one with --gpu"),
-        (["--zero-stage=2"], "--zero-stage 2 shards state over several GPUs, and there is one"),
+        (["--zero-stage=2"], "--zero-stage 2 shards state over several GPUs, and the run has one"),
         (["--gpu=NVIDIA L4", "--device=cpu"], "--gpu and --device cpu: drop one of them"),
     ],
 )
@@ -227,7 +227,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
 
     larger = ask(run_name="three", model=SHAPE.replace(num_hidden_layers=4).model_dump())
     planned = plans.offline(larger, gpu=None)
-    assert "TFLOP/s as in 2 earlier runs here" in planned.rate_source
+    assert "TFLOP/s, as in 2 earlier runs here" in planned.rate_source
     assert planned.memory_source == "by its parts"
 
 

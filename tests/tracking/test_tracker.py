@@ -259,13 +259,13 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
         record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
-    wait_for(lambda: told("will try again") == 2 + told("is back and has all"))
+    wait_for(lambda: told("failed, retrying") == 2 + told("is back and has all"))
     came_back = told("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
         late = follow(remote, ended)
         late.close("FINISHED")
-    assert told("did not take the last metrics") == 2
+    assert told("did not accept the last metrics") == 2
     assert finish(remote, ended, succeeded=True) is None
 
     server.start()
@@ -349,7 +349,7 @@ def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
         follow(dead, mine).close("FINISHED")
         finished = finish(dead, mine, succeeded=True)
     assert finished is None
-    for words in ("failed, will try again", "did not take the last", "could not be added"):
+    for words in ("failed, retrying", "did not accept the last", "could not be added"):
         assert any(words in message for message in caplog.messages), words
     assert run_ids(mine) is None
 

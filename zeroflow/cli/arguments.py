@@ -23,7 +23,7 @@ _ALIASES = {"size": ["--model-size"]}
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:
-    """Add a flag to `parser` for every setting, in a group for every class."""
+    """Add a flag to `parser` for every setting, with one group per class."""
     groups: dict[tuple[str, ...], Any] = {}
     for setting in settings(config):
         where = setting.path[:-1]
@@ -35,7 +35,7 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
 
 
 def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, nested as `config` is."""
+    """Return the settings given on the command line, nested like `config`."""
     values: dict[str, Any] = {}
     for setting in settings(config):
         given = getattr(arguments, _destination(setting))
@@ -67,7 +67,7 @@ def _add_flag(group: Any, setting: Setting) -> None:
     options: dict[str, Any] = {"dest": _destination(setting), "default": None, "help": text}
     kinds = _kinds(field.annotation)
     if bool in kinds:
-        # Only a setting that is not simply off needs a way to say no
+        # A setting that is off by default needs no --no- form
         with_no = field.default is None
         options["action"] = argparse.BooleanOptionalAction if with_no else "store_true"
     elif tuple in kinds:
@@ -93,7 +93,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The plain types in an annotation; the choices of a Literal as a list."""
+    """Plain types in an annotation; the choices of a Literal as a list."""
     origin = get_origin(annotation)
     if origin is Literal:
         return [list(get_args(annotation))]

@@ -1,4 +1,4 @@
-"""What a command prints: log lines, errors, and how it ends on a signal."""
+"""Output of a command: log lines and errors; and its end on a signal."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ def log_to_console(*, verbose: bool) -> None:
 
 
 def fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
-    """Print `error` as one message; returns the exit code."""
+    """Print `error` as one message, and return the exit code."""
     if verbose:
         logging.getLogger("zeroflow").error("failed", exc_info=error)
     notes = getattr(error, "__notes__", [])

@@ -1,4 +1,4 @@
-"""The command of a flow: read settings, find or start a Prefect server, run, say how it ended."""
+"""The command of a flow: read settings, find or start a Prefect server, run, report the result."""
 
 import argparse
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class _FlowCommand(NamedTuple):
-    """What differs between the commands of the flows."""
+    """Differences between the commands of the flows."""
 
     config: type[Config]
     group: str
@@ -37,13 +37,13 @@ class _FlowCommand(NamedTuple):
 
     description: str
     run_of: Callable[[Any], RunConfig]
-    """The settings of the run, or of each run, in those that were asked for."""
+    """Returns the settings of the run, or of each run, from the requested ones."""
 
     deployment_of: Callable[[Any], str | None]
     """Deployment that the flow run belongs to, so that it can be retried in Prefect."""
 
     ending: Callable[[Path, RunConfig], str]
-    """The last lines, from what the flow returned."""
+    """Returns the last lines, from the result of the flow."""
 
 
 def _text_of(page: Path, run: RunConfig) -> str:
@@ -58,7 +58,7 @@ _COMMANDS = {
         "  python flows/pretrain.py                    a few minutes on any machine\n"
         "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
         "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
-        "The same command again resumes the run, or shows what it made.",
+        "Repeating the command resumes the run, or shows its result.",
         run_of=lambda run: run,
         deployment_of=size_of,
         ending=lambda report, run: summary(report, run.cache_dir),
@@ -70,8 +70,8 @@ _COMMANDS = {
         "compare them.\n\n"
         "  python flows/sweep.py --sizes tiny small medium\n"
         "  python flows/sweep.py --size tiny --seeds 0 1 2 --max-steps 100\n\n"
-        "All other settings are those of a run, and the same for all. The same command again\n"
-        "resumes the sweep, or shows what it made.",
+        "All other settings are those of a run, and the same for all. Repeating the command\n"
+        "resumes the sweep, or shows its result.",
         run_of=lambda sweep: sweep.run,
         deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
         ending=_text_of,
@@ -79,8 +79,8 @@ _COMMANDS = {
     PROVE_RESUME: _FlowCommand(
         ProofRun,
         "proof",
-        "Train twice, once killed again and again, and compare every bit. Defaults are small: a\n"
-        "minute or two on a CPU.",
+        "Train twice, once undisturbed and once killed repeatedly, and compare every bit.\n"
+        "Defaults are small: a minute or two on a CPU.",
         run_of=lambda proof: proof.run,
         deployment_of=lambda proof: None,
         ending=_text_of,
@@ -141,9 +141,9 @@ def _run(flow: "RunFlow", command: _FlowCommand, asked: Any, *, verbose: bool) -
         console.print(ending, markup=False)
         return 0
     except (KeyboardInterrupt, Terminated) as stop:
-        console.print("stopped; what is complete is kept, and the same command resumes from there")
+        console.print("stopped; finished work is kept, and the same command resumes from there")
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
-        if not isinstance(error, ValueError):  # the same command would only get it again
+        if not isinstance(error, ValueError):  # the same command would only fail again
             error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
         return fail(error, verbose=verbose)

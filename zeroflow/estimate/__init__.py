@@ -1,1 +1,1 @@
-"""Memory, speed and disk before a run, and what earlier runs took."""
+"""Prediction of memory, speed and disk space, and the figures of earlier runs."""

@@ -1,4 +1,4 @@
-"""Earlier runs of this cache, as predicted and as measured: `plans.jsonl`."""
+"""Predicted and measured figures of earlier runs."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
 
 _NEWEST = 5
-"""Earlier runs that are averaged. Older ones are not: code and drivers change."""
+"""Number of earlier runs to average. Older ones are ignored: code and drivers change."""
 
 
 _NEAR = 3.0
@@ -22,14 +22,14 @@ an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %
 
 
 class Figures(Config):
-    """Predicted or measured figures of a run; None where unknown."""
+    """Predicted or measured figures of a run; None if unknown."""
 
     tokens_per_second: float | None
     seconds: float | None
     """Seconds of the steps: data wait, forward/backward, optimiser, communication, logging."""
 
     memory_bytes: int | None
-    """Peak of tensors on a GPU; resident set of the process on a CPU."""
+    """Peak tensor memory on a GPU; resident set size of the process on a CPU."""
 
     shard_bytes: int | None
     checkpoint_bytes: int | None
@@ -52,7 +52,7 @@ PLANS: JsonLines[Past] = JsonLines(Past)
 
 
 class Experience(NamedTuple):
-    """Figures that earlier runs lead to expect of a workload."""
+    """Figures expected of a workload from earlier runs."""
 
     tokens_per_second: float
     memory_bytes: int | None
@@ -62,27 +62,27 @@ class Experience(NamedTuple):
 
 
 def append(cache: Path, past: Past) -> None:
-    """Add a run to the history, unless it is there already with the same number of steps."""
+    """Add a run to the history, unless it is already there with the same number of steps."""
     if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
         return
     PLANS.append(Cache(cache).plans, past)
 
 
 def read(cache: Path) -> list[Past]:
-    """All runs, oldest first, without those that another version wrote in its own way."""
+    """All runs, oldest first, without records of incompatible versions."""
     return PLANS.readable(Cache(cache).plans)
 
 
 def known(
     cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
 ) -> Experience | None:
-    """The figures of earlier runs of the same workload, or of the nearest other model.
+    """Figures of earlier runs of the same workload, or of the nearest other model.
 
-    Of another model only the FLOP/s are used. None if nothing similar has been run here.
+    For another model, only the FLOP/s are used. None if nothing similar has been run here.
 
     Args:
-        planned: name and steps of the run that is planned. It does not predict itself, unless it
-            is being extended.
+        planned: name and steps of the planned run. It does not predict itself, unless it is
+            being extended.
     """
     name, steps = planned
     runs = [
@@ -115,7 +115,7 @@ def known(
     return Experience(
         flops / workload.flops_per_token,
         None,
-        f"{flops / 1e12:.3g} TFLOP/s as in {_count(near)} here of a model of {size}",
+        f"{flops / 1e12:.3g} TFLOP/s, as in {_count(near)} here of a model with {size}",
     )
 
 

@@ -9,12 +9,12 @@ from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
 Room = Literal["yes", "tight", "no"]
-"""Verdict on a step and its device."""
+"""Verdict on whether a step fits its device."""
 
 
 _USABLE = 0.85
-"""Share of a device's memory that is planned for. The rest is for the CUDA context and for what
-the caching allocator cannot use."""
+"""Fraction of a device's memory that is planned for. The rest is for the CUDA context and for
+memory that the caching allocator cannot use."""
 
 
 class Memory(NamedTuple):
@@ -22,7 +22,7 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int
-    """In a step of one micro-batch, only the part that does not fit where activations were."""
+    """Gradients; with one micro-batch per step, only those that freed activations cannot hold."""
 
     moments: int
     """State of the optimiser."""
@@ -35,7 +35,7 @@ class Memory(NamedTuple):
     """Weights gathered from all ranks for use, and gradients of a block in transit."""
 
     checkpoint: int = 0
-    """The copy that is being written, on a CPU."""
+    """The copy that is being written to a checkpoint, on a CPU."""
 
     program: int = 0
     """Python and its libraries, on a CPU."""
@@ -64,7 +64,7 @@ def memory(work: Workload, device: Device) -> Memory:
     """Return the memory of a rank in a step of `work`.
 
     Within 2 % of all measurements: on an H100 tiny, small and medium in bf16, fp32 and fp8,
-    compiled and not, with and without recomputation; on two of them at every stage of ZeRO.
+    compiled and not, with and without recomputation; on two H100s at every ZeRO stage.
     """
     P, E, V = work.model.parameters, work.model.embedding_parameters, work.model.vocab_size
     gpu, width = device.kind == "cuda", work.dtype.itemsize
@@ -99,7 +99,7 @@ _PROGRAM_BYTES = 460 * 2**20
 
 
 def is_measured(work: Workload) -> bool:
-    """True if the formula of `memory` was compared with measurements of such code."""
+    """True if the formula of `memory` was compared with measurements of this kind of code."""
     return work.device == "cuda" or not (
         work.compile or work.document_mask or work.precision == "bf16"
     )
@@ -113,7 +113,7 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
     """Bytes kept for the backward pass by all blocks, and bytes that one block recomputes.
 
     For every token, a block keeps its input and that of its second half, each also normed; queries,
-    keys and values, of which queries and keys also after rotation; the output of attention; and
+    keys and values; queries and keys again after rotation; the output of attention; and
     both projections of the feed-forward network and their product. In addition, it keeps copies of
     the matrices that were cast to bf16, or joined, for a product.
 
@@ -143,13 +143,13 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
 
 
 def _kept_eager(work: Workload) -> tuple[int, int]:
-    """The same as `_kept_compiled` where no kernels are fused, which keeps more.
+    """Compute the figures of `_kept_compiled` for unfused kernels, which keep more.
 
     A norm also keeps its input, and its result before the scale, in fp32. The feed-forward network
     keeps the output of silu. Every product keeps the matrices that were copied for it, to cast or
-    to join them. Attention keeps queries and keys after rotation, and the whole projection, of
-    which the values are a view; in fp32 on a GPU it has keys and values repeated for every query
-    head instead. The gradient of the last hidden state is alive at the loss.
+    to join them. Attention keeps queries and keys after rotation, and the whole projection,
+    because the values are a view of it; in fp32 on a GPU it keeps keys and values repeated for
+    every query head instead. The gradient of the last hidden state is alive at the loss.
     """
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -172,9 +172,9 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
 def heap(*, accumulates: bool) -> float:
     """Memory of a CPU process for activations, relative to their bytes: its allocator keeps more.
 
-    It is more where the gradients of one micro-batch lie between the activations of the next. With
-    this and the program's own memory, five runs of tiny with one micro-batch per step met the plan
-    within 2 %, and five with two micro-batches within 5 %.
+    The factor is larger if the gradients of one micro-batch lie between the activations of the
+    next. With it and the program's own memory, five runs of tiny with one micro-batch per step
+    matched the plan within 2 %, and five with two micro-batches within 5 %.
     """
     return 1.7 if accumulates else 1.2
 
@@ -183,8 +183,8 @@ def _communication(work: Workload) -> int:
     """Weights that a rank gathers, and gradients that it is sending.
 
     Stages 0 to 2 gather all weights, stage 3 those of two blocks and the embedding. Gradients in
-    transit stay until others follow: those of a block, or of the embedding after a micro-batch that
-    is not the last.
+    transit stay until others follow: those of a block, or of the embedding after any micro-batch
+    except the last.
     """
     P, E = work.model.parameters, work.model.embedding_parameters
     block = (P - E) // work.model.num_hidden_layers
@@ -198,14 +198,14 @@ def largest_micro_batch(
 ) -> tuple[int, ActivationCheckpointing]:
     """Return the most rows that fit on the device, and the least recomputation that they need.
 
-    The split of `work` into micro-batches and its recomputation do not matter: both are sought. The
-    step is assumed to accumulate, which takes more memory.
+    The micro-batches and the recomputation of `work` are ignored: both are the result. The step is
+    assumed to accumulate, which takes more memory.
 
     Args:
         checkpointing: recomputation to use; None for the first kind with which one row fits.
     """
     if device.kind == "cpu":
-        return 4, checkpointing or "none"  # memory is not what limits a CPU
+        return 4, checkpointing or "none"  # memory does not limit a CPU
     kinds = (checkpointing,) if checkpointing else get_args(ActivationCheckpointing)
     for kind in kinds:
 
@@ -219,5 +219,5 @@ def largest_micro_batch(
 
 
 def checkpoint_bytes(work: Workload) -> int:
-    """Weights in fp32 and the state of the optimiser."""
+    """Size of a checkpoint: weights in fp32 and the state of the optimiser."""
     return 4 * work.model.parameters + work.optimizer.state_bytes(work.model)

@@ -16,11 +16,11 @@ _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 
 _ASSUMED_CPU_SHARE = 0.75
-"""Share of the FLOP/s of matrix products that a training on a CPU is assumed to reach."""
+"""Fraction of the matrix-product FLOP/s that a training on a CPU is assumed to reach."""
 
 
 def assumed_mfu(work: Workload) -> float:
-    """Return the share of its bf16 peak that an H100 reached with as many parameters."""
+    """Return the fraction of bf16 peak that an H100 reached with this number of parameters."""
     measured = _MEASURED_MFU_FP8 if work.fp8 else _MEASURED_MFU
     if not work.compile:
         measured = _MEASURED_MFU_EAGER
@@ -29,9 +29,9 @@ def assumed_mfu(work: Workload) -> float:
 
 
 def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | None, str]:
-    """Return the rate that one rank is expected to reach, and where the figure comes from.
+    """Return the rate that one rank is expected to reach, and the source of the figure.
 
-    The rate is None where nothing similar has been measured.
+    The rate is None if nothing similar has been measured.
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
@@ -41,11 +41,11 @@ def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | 
     if device.peak_flops is None:
         return None, f"the peak of {device.name} is not known"
     if work.precision == "fp32":
-        return None, f"the peak of {device.name} is known in bf16 only"
+        return None, f"the peak of {device.name} is known only in bf16"
     if work.fp8 and not work.compile:
-        return None, "fp8 was measured with compiled code only"
+        return None, "fp8 was measured only with compiled code"
     mfu, usual = assumed_mfu(work), assumed_mfu(work.replace(fp8=False, compile=True))
-    source = f"assuming {mfu:.0%} MFU, as an H100 had at this size"
+    source = f"assuming {mfu:.0%} MFU, as measured on an H100 at this size"
     if not work.compile:
         source += f" without torch.compile, and {usual:.0%} with it"
     if work.fp8:

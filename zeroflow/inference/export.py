@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that plain transformers opens."""
+"""Export a checkpoint to a folder that plain transformers opens."""
 
 import logging
 import shutil
@@ -15,7 +15,7 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
     """Write `model` as LlamaForCausalLM with its tokenizer into a new `folder`.
 
     Args:
-        context: tokens the model was trained on at once.
+        context: context length in training, in tokens.
 
     Raises:
         ValueError: `folder` exists and is not empty.
@@ -36,7 +36,7 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        # documents follow an end-of-text in training, so that is also what begins one
+        # in training, documents follow an end-of-text, so it also serves as the beginning of one
         bos_token_id=tokenizer.end_of_text,
         eos_token_id=tokenizer.end_of_text,
     )

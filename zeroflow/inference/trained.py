@@ -1,4 +1,4 @@
-"""The model of a run with its tokenizer and shards, and what can be done with it."""
+"""The trained model of a run, with its tokenizer and shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from zeroflow.training.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and what it was trained on."""
+    """A trained model with its tokenizer and rows."""
 
     run: str
     model: Llama
-    """On the CPU, of the newest checkpoint: `model(ids)` maps (B, T) ids to (B, T, V) logits."""
+    """Newest checkpoint, on the CPU: `model(ids)` maps (B, T) ids to (B, T, V) logits."""
 
     tokenizer: Tokenizer
     shards: ShardSet
@@ -36,13 +36,13 @@ class Trained:
         return Rows(self.shards, split)
 
     def generate(self, prompt: str = "", **settings: Any) -> str:
-        """`prompt` and the text that the model adds to it; token ids if it was trained on ids.
+        """Return `prompt` and its continuation by the model; token ids if it was trained on ids.
 
         Args:
             settings: fields of `SamplingConfig`: tokens, temperature, top_k, seed.
 
         Raises:
-            ValueError: a setting is wrong, or there is a prompt and the model knows no text.
+            ValueError: a setting is wrong, or there is a prompt and the model was trained on ids.
         """
         config = SamplingConfig.model_validate(settings)
         if self.tokenizer.path is not None:
@@ -56,7 +56,7 @@ class Trained:
 
 
 def load(cache: Path, name: str) -> Trained:
-    """The model of run `name`, of its newest checkpoint.
+    """Load the newest checkpoint of run `name`.
 
     Raises:
         ValueError: there is no such run, or it has no checkpoint yet.
@@ -70,7 +70,7 @@ def load(cache: Path, name: str) -> Trained:
 
 
 def job(cache: Path, name: str) -> TrainingJob:
-    """The training job of run `name`, with paths in `cache`.
+    """Load the training job of run `name`, with paths in `cache`.
 
     Raises:
         ValueError: there is no such run, or it has no shards yet.

@@ -1,1 +1,1 @@
-"""Everything that knows Prefect besides flows/."""
+"""All code that depends on Prefect, besides flows/."""

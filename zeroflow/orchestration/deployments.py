@@ -1,4 +1,4 @@
-"""What a Prefect server needs for our deployments: work pool, limit, crash detection."""
+"""Prefect server setup for our deployments: work pool, limit, crash detection."""
 
 import logging
 from contextlib import suppress
@@ -18,20 +18,20 @@ from zeroflow.orchestration.server import USUAL_PORT, api_in_use, ui_address
 log = logging.getLogger(__name__)
 
 
-# Five of Prefect's heartbeats, one every 180 s. At 90 s a server that was away for 120 s marked
-# live runs crashed.
+# Five of Prefect's heartbeats, one every 180 s. At 90 s, a server that was away for 120 s marked
+# live runs as crashed.
 SILENCE = timedelta(minutes=15)
 
 
 def set_up(silence: timedelta = SILENCE) -> None:
-    """Make the work pool, the limit of one job on a GPU at a time, and an automation.
+    """Create the work pool, the limit of one GPU job at a time, and an automation.
 
     The automation marks a flow run as crashed when its process is gone without a final state, so
-    that it can be retried. What exists stays as it is.
+    that it can be retried. Existing objects are left unchanged.
 
     Args:
-        silence: time without a heartbeat after which a process counts as gone. After an outage of
-            the server of that length, live runs are shown as crashed until they end.
+        silence: time without a heartbeat after which a process counts as gone. After a server
+            outage of that length, live runs are shown as crashed until they end.
 
     Raises:
         RuntimeError: no server answers.
@@ -60,7 +60,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
     minutes = silence / timedelta(minutes=1)
     log.info("Prefect at %s has", ui_address(url))
     log.info("  work pool   %s", WORK_POOL)
-    log.info("  limit       %s, of jobs on GPUs at once", GPU_LIMIT)
+    log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
 
 

@@ -1,4 +1,4 @@
-"""The flow run that this code runs in: its name, tags, log, and a server that may be gone."""
+"""The current flow run: its name, tags and log, and a server that may be unreachable."""
 
 import logging
 import os
@@ -27,11 +27,11 @@ class Asked(Protocol):
 
     @property
     def anywhere(self) -> Config:
-        """The same with paths that mean the same from every working directory, also in a retry."""
+        """Return the same settings with absolute paths, which also hold in a retry."""
 
 
 _lost = threading.Event()
-"""Set if the server was gone when a flow ended."""
+"""Set if the server was unreachable when a flow ended."""
 
 _to_the_end = ExitStack()
 """Prefect settings for the rest of this process."""
@@ -39,10 +39,10 @@ _to_the_end = ExitStack()
 
 @contextmanager
 def logs_delivered() -> Iterator[None]:
-    """Also send what zeroflow logs within the block to the log of the current flow run.
+    """Also send zeroflow's log lines of the block to the log of the current flow run.
 
-    If the server is gone at the end, Prefect tries once to report how the flow ended, and does not
-    retry for minutes.
+    If the server is unreachable at the end, Prefect tries only once to report how the flow ended,
+    instead of retrying for minutes.
     """
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
     if any(isinstance(other, APILogHandler) for other in logger.handlers):
@@ -67,14 +67,14 @@ def silence_console() -> None:
     for handler in list(root.handlers):
         if isinstance(handler, PrefectConsoleHandler):
             root.removeHandler(handler)
-    # A server that is away fills pages through these loggers
+    # These loggers fill pages while the server is unreachable
     for name in ("prefect", "prefect._internal", "asyncio"):
         logging.getLogger(name).handlers = [logging.NullHandler()]
     logging.raiseExceptions = False
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; at once if the server is gone, as Prefect would retry for minutes."""
+    """End this process; at once if the server is gone, because Prefect would retry for minutes."""
     if _lost.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -89,7 +89,7 @@ def tags() -> dict[str, str]:
 
 
 def given_settings(asked: Asked) -> dict[str, Any]:
-    """The settings that were given; defaults are left out, as they may be decided otherwise."""
+    """Settings that were given, without defaults, which may be settled differently."""
     return asked.anywhere.model_dump(mode="json", exclude_unset=True)
 
 
@@ -108,7 +108,7 @@ def name_flow_run(asked: RunConfig, run: Settled) -> None:
 
 
 def name_sweep(name: str) -> None:
-    """Name the current flow run, that of a sweep."""
+    """Name the current flow run after its sweep."""
     _describe_flow_run(f"sweep · {name}")
 
 
@@ -118,11 +118,11 @@ def _describe_flow_run(name: str, **found: Any) -> None:
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(UUID(flow_run_id), name=name, **found)
-    except Exception as error:  # only a name
+    except Exception as error:  # a missing name does no harm
         log.warning("cannot name the flow run in Prefect: %s", error)
 
 
 def reachable() -> bool:
-    """True if the server in use answers, or none is set."""
+    """True if the server in use answers, or if no server is set."""
     url = PREFECT_API_URL.value()
     return url is None or server.answers(url)

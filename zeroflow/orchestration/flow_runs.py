@@ -45,7 +45,7 @@ _POLL_SECONDS = 3.0
 
 
 def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
-    """Run `flow` in this process so that Prefect's buttons work as they do for a worker's runs.
+    """Run `flow` in this process so that Prefect's buttons work as for a worker's runs.
 
     When the run is cancelled in Prefect, this process gets SIGTERM, and a second one when the flow
     has ended.
@@ -54,7 +54,7 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
         deployment: the run belongs to it, if it exists; only then can Prefect retry the run.
 
     Returns:
-        the result of the flow, also if the server is gone by then; that is logged as a warning
+        the result of the flow, even if the server is gone by then, which is logged as a warning
     """
     with get_client(sync_client=True) as client:
         flow_run = new_flow_run(client, flow, asked, deployment)
@@ -68,9 +68,9 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
 def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
     """Run `flow` as `run_here` does, as a child of the current flow run.
 
-    A retry of the parent has the same children: one that completed is left alone if its result
-    exists, the others continue as the runs that they were. Cancelling a child ends that child only,
-    with an exception.
+    A retry of the parent has the same children: a completed one is left alone if its result
+    exists, and the others resume under their own flow runs. Cancelling a child ends only that
+    child, with an exception.
 
     Args:
         finished: True if the result of `run` exists.
@@ -97,7 +97,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
 
 
 def _child_of(client: SyncPrefectClient, task_run: UUID) -> FlowRun | None:
-    """The newest flow run that is shown as `task_run`."""
+    """Return the newest flow run that is shown as `task_run`."""
     of_parent = FlowRunFilter(parent_task_run_id={"any_": [task_run]})
     newest = FlowRunSort.EXPECTED_START_TIME_DESC
     found = client.read_flow_runs(flow_run_filter=of_parent, sort=newest, limit=1)
@@ -143,7 +143,7 @@ def new_flow_run(
     deployment: str | None,
     **shown: Any,
 ) -> FlowRun:
-    """A flow run in state Pending, which no worker takes; of `deployment` if that exists."""
+    """Create a flow run in state Pending, which no worker takes; of `deployment` if it exists."""
     name = f"{flow.name}/{deployment}"
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): given_settings(asked)},
@@ -161,7 +161,7 @@ def new_flow_run(
         if error.response.status_code != HTTPStatus.CONFLICT:
             raise
         log.warning(
-            "deployment %s does not know these settings, as another version made it: this run has "
+            "deployment %s is of another version and does not know these settings: this run has "
             "no Retry button until `prefect deploy --all` renews the deployment",
             name,
         )
@@ -208,7 +208,7 @@ def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterat
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            with suppress(Exception):  # the server is away
+            with suppress(Exception):  # the server is unreachable
                 state = client.read_flow_run(flow_run_id).state
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     cancelled.set()
@@ -224,9 +224,9 @@ def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterat
 
 
 def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:
-    """Mark the run as cancelled, even if the signal came outside of the flow's own code.
+    """Mark the run as cancelled, even if the signal came outside the flow's own code.
 
-    Prefect would call that a crash.
+    Prefect would mark it as crashed.
     """
     try:
         state = client.read_flow_run(flow_run_id).state

@@ -23,7 +23,7 @@ VIEW = PrefectView(build_part)
 
 @flow(name=PRETRAIN, persist_result=False)
 def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
-    """Raw text to a checked model; a run of the same name is resumed.
+    """Turn raw text into a checked model; a run of the same name is resumed.
 
     Returns:
         the path of the run's report.json
@@ -34,9 +34,9 @@ def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
 
 @flow(name=SWEEP, persist_result=False)
 def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
-    """Train every combination of what is varied, one after the other, and compare them.
+    """Train every combination of the varied settings, one after the other, and compare the runs.
 
-    A run that fails does not stop the others; a retry, or the same command, resumes it.
+    A failed run does not stop the others; a retry, or the same command, resumes it.
 
     Returns:
         the path of comparison.md

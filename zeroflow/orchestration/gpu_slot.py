@@ -17,9 +17,9 @@ _SLOT_SECONDS = 5.0
 
 @contextmanager
 def gpu_slot() -> Iterator[None]:
-    """Hold the one slot for jobs on GPUs, waiting until no other run does.
+    """Hold the single slot for GPU jobs, waiting until no other run holds it.
 
-    If the server is away, or knows no such limit, the run proceeds without the slot.
+    If the server is unreachable or has no such limit, the run proceeds without the slot.
     """
     with ExitStack() as held:
         try:

@@ -6,11 +6,11 @@ PROVE_RESUME = "prove-resume"
 """Flows."""
 
 SWEEP_DEPLOYMENT = "sizes"
-"""Deployment that a sweep of the command line is a run of."""
+"""Deployment of sweeps that are started on the command line."""
 
 WORK_POOL = "zeroflow"
 
 GPU_LIMIT = "zeroflow-gpu"
-"""Concurrency limit: jobs on GPUs that run at once, over all runs that the server knows."""
+"""Concurrency limit: concurrent GPU jobs over all runs of the server."""
 
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"

@@ -30,7 +30,7 @@ _BAR_RETRY_SECONDS = 60.0
 
 
 def publish(markdown: str, subject: str, run_name: str) -> None:
-    """Show Markdown on the page of the flow run. A failure is only logged: the disk has it too."""
+    """Show Markdown on the page of the flow run. Failures are only logged: it is also on disk."""
     try:
         if not reachable():
             raise ConnectionError("its server does not answer")  # Prefect would retry for a minute
@@ -52,7 +52,7 @@ def _page_of(picture: Path, subject: str) -> str:
 
 
 class _Live:
-    """An artifact on the flow run's page that is updated; repeated failures are one warning."""
+    """An updated artifact on the flow run's page; repeated failures give one warning."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -73,7 +73,7 @@ class _Live:
             else:
                 update(self._id)
             self._failing = False
-        except Exception as error:  # the log or the disk has it too
+        except Exception as error:  # the content is also in the log or on disk
             if not self._failing:
                 log.warning("cannot show %s in Prefect: %s", self._what, error)
             self._failing = True
@@ -81,7 +81,7 @@ class _Live:
 
 
 class LivePicture:
-    """A picture on the page of the flow run that replaces the one before it."""
+    """A picture on the page of the flow run that is replaced by each new version."""
 
     def __init__(self, subject: str, run_name: str) -> None:
         self._subject, self._run_name = subject, run_name
@@ -113,7 +113,7 @@ class ProgressBar:
         self._next = 0.0
 
     def __call__(self, share: float, text: str) -> None:
-        """Show the share done, from 0 to 1, and a line about it."""
+        """Show the fraction done, from 0 to 1, and a line of text."""
         if time.monotonic() < self._next and share < 1:
             return
         percent, text = round(100 * share, 1), f"{self._subject}: {text}"

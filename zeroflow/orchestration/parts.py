@@ -1,4 +1,4 @@
-"""Who builds the parts of shards in a flow: threads of this process, or Dask workers."""
+"""Builders of shard parts in a flow: threads of this process, or Dask workers."""
 
 import os
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from zeroflow.settings.run_config import BuildChoice
 
 @contextmanager
 def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) -> Iterator[Builders]:
-    """Builders of parts, each part a task of the flow run.
+    """Yield the builders of parts; each part is a task of the flow run.
 
     Raises:
-        ValueError: Dask is asked for and not installed.
+        ValueError: Dask is requested but not installed.
     """
     if build.data_runner == "threads":
         # Not Prefect's own threads: Ctrl-C would wait for them
@@ -37,7 +37,7 @@ def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) ->
 def _dask(build: BuildChoice) -> TaskRunner[Any]:
     os.environ.setdefault(
         "DASK_LOGGING__DISTRIBUTED", "warning"
-    )  # by default a dozen lines for each worker
+    )  # by default it logs a dozen lines per worker
     try:
         from prefect_dask import DaskTaskRunner  # an extra of the package
     except ImportError as error:

@@ -12,8 +12,8 @@ _LAST_LINES = 15
 
 
 # The shell starts a watcher and then becomes the program. The watcher ends the program when its
-# standard input closes, which happens when we exit in whatever way. Not the other way round: a
-# shell's background process ignores SIGINT, by which Prefect's worker stops.
+# standard input closes, which happens however we exit. Not the other way round: a shell's
+# background process ignores SIGINT, the signal that stops Prefect's worker.
 _KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
 
 
@@ -21,7 +21,7 @@ class Program:
     """A running program that Ctrl-C does not reach.
 
     Args:
-        name: what messages call it.
+        name: name in messages.
         log: file for its output, emptied first; None discards the output.
     """
 
@@ -53,7 +53,7 @@ class Program:
     def require_running(self) -> None:
         """
         Raises:
-            RuntimeError: it has ended; with its last lines.
+            RuntimeError: it has ended; the message has its last lines.
         """
         if (code := self._process.poll()) is not None:
             raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
@@ -62,7 +62,7 @@ class Program:
         """Wait until `ready()` is true.
 
         Raises:
-            RuntimeError: the program ended or the time is up; with its last lines.
+            RuntimeError: the program ended, or the time is up; the message has its last lines.
         """
         deadline = time.monotonic() + seconds
         while not ready():
@@ -77,7 +77,7 @@ class Program:
         """Wait for the program to succeed.
 
         Raises:
-            RuntimeError: it failed, or the time is up; with its last lines.
+            RuntimeError: it failed, or the time is up; the message has its last lines.
         """
         with suppress(subprocess.TimeoutExpired):
             if self._process.wait(seconds) == 0:
@@ -87,7 +87,7 @@ class Program:
         raise RuntimeError(f"{self.name} took more than {seconds:g} s{self._last_lines()}")
 
     def stop(self, seconds: float) -> bool:
-        """End the program, then all children that are left.
+        """Stop the program, then all remaining children.
 
         Returns:
             True if the program itself ended in time

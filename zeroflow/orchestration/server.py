@@ -1,4 +1,4 @@
-"""The Prefect server that runs use: the one in use, or one that is started for this run."""
+"""The Prefect server of a run: an existing one, or one that is started for the run."""
 
 import logging
 import os
@@ -34,9 +34,9 @@ STOP_SECONDS = 20.0
 def server() -> Iterator[str]:
     """Use the server at PREFECT_API_URL, or one on this machine, or start one for the block.
 
-    A server on this machine is expected at the usual port. The server of a run listens at another
-    port, so that no second run comes to depend on it. Prefect's own temporary server is not used:
-    it loses records of quick tasks, hangs on Ctrl-C and outlives a killed flow.
+    A server on this machine is expected at the usual port. The server of a run listens on another
+    port, so that no other run comes to depend on it. Prefect's own temporary server is not used:
+    it loses records of short tasks, hangs on Ctrl-C and outlives a killed flow.
 
     Yields:
         the address of its user interface
@@ -71,7 +71,7 @@ def start_server(port: int, log_file: Path | None = None) -> Program:
 
 
 def api_in_use(port: int = USUAL_PORT) -> str | None:
-    """API of the server at PREFECT_API_URL, or of one on this machine; None if there is none.
+    """Return the API of the server at PREFECT_API_URL, or of one on this machine, or None.
 
     Raises:
         RuntimeError: the server at PREFECT_API_URL does not answer.
@@ -80,7 +80,7 @@ def api_in_use(port: int = USUAL_PORT) -> str | None:
         if not answers(url):
             raise RuntimeError(
                 f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
-                "variable, and the run starts its own server"
+                "variable to let the run start its own server"
             )
         return url
     url = local_api(port)
@@ -119,7 +119,7 @@ def _started(port: int, url: str) -> Iterator[None]:
         _wait_for(server, url)
         yield
     finally:
-        # Deliver what is queued now: Prefect would retry for a minute once the server is gone
+        # Deliver queued events now: Prefect would retry for a minute once the server is gone
         EventsWorker.drain_all()
         APILogWorker.drain_all()
         if not server.stop(STOP_SECONDS):

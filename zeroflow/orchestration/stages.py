@@ -1,4 +1,4 @@
-"""Stages of the pipeline as Prefect tasks: how each is named, shown and retried."""
+"""Stages of the pipeline as Prefect tasks, with their names, states and retries."""
 
 import logging
 from collections.abc import Callable
@@ -23,13 +23,13 @@ R = TypeVar("R")
 
 
 def is_transient(task: Any, task_run: Any, state: State) -> bool:
-    """True if the hub was out of reach or busy, so that another attempt may succeed."""
+    """True if the hub was unreachable or busy, so that another attempt may succeed."""
     error = _error(state)
     return isinstance(error, HubError) and error.transient
 
 
 def was_remedied(task: Any, task_run: Any, state: State) -> bool:
-    """True if something was changed about a failed training, so that a retry has a chance."""
+    """True if something changed after a failed training, so that a retry may succeed."""
     error = _error(state)
     return isinstance(error, TrainingFailed) and error.will_retry
 
@@ -63,12 +63,12 @@ _CHECK: dict[str, Any] = {"retries": 2, "retry_condition_fn": was_killed}
 
 
 def _task_name() -> str:
-    """The task's own name, also for its run; Prefect would append random digits."""
+    """Name of the task, used for its run as well; Prefect would append random digits."""
     return str(runtime.task_run.task_name)
 
 
 def as_task(name: str, stage: Callable[P, R], **retries: Any) -> Callable[P, R]:
-    """A stage that runs as a Prefect task, shown as Reused if nothing had to be done."""
+    """Wrap a stage as a Prefect task, shown as Reused if nothing had to be done."""
 
     @wraps(stage)
     def run(*args: P.args, **kwargs: P.kwargs) -> State:

@@ -35,15 +35,15 @@ class UiConfig(Config):
     """The user interfaces. Both servers listen on this machine's loopback only."""
 
     prefect_port: int = Field(4200, ge=1, le=65535)
-    """Port of Prefect's server. An existing one, there or at PREFECT_API_URL, is used and left
+    """Port of Prefect's server. An existing server there, or at PREFECT_API_URL, is used and left
     running."""
 
     mlflow_port: int = Field(PORT, ge=1, le=65535)
     """Port of MLflow's server."""
 
     cache_dir: Path = DEFAULT_CACHE
-    """Folder whose runs MLflow shows, and that runs started from a form write to unless the form
-    names another. The servers' logs are in ui/ below it."""
+    """Cache folder: MLflow shows its runs, and runs started from a form write to it unless the form
+    names another. The servers' logs are in its ui/ folder."""
 
     @model_validator(mode="after")
     def _has_two_ports(self) -> Self:
@@ -60,7 +60,7 @@ def serve(config: UiConfig) -> None:
 
     Raises:
         ValueError: a port is taken.
-        RuntimeError: a program ended or did not start; with its last lines.
+        RuntimeError: a program ended or did not start; the message has its last lines.
     """
     from zeroflow.orchestration import server
     from zeroflow.orchestration.worker import Prefect  # takes seconds to import
@@ -83,7 +83,7 @@ def serve(config: UiConfig) -> None:
             log.info("loss of all runs  %s", mlflow.charts)
             if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
                 log.info("in the shell, set       PREFECT_API_URL=%s", prefect.url)
-            log.info("Ctrl-C stops all of it; a run in progress saves first")
+            log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
             while True:
                 prefect.require_running()
                 for program in programs:

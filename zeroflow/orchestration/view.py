@@ -1,4 +1,4 @@
-"""The view of a run in Prefect: names, tags, pages, progress, and the slot for GPUs."""
+"""The view of a run in Prefect: names, tags, pages, progress, and the GPU slot."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

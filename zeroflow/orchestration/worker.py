@@ -58,7 +58,7 @@ class Prefect:
     Args:
         cache: folder that the deployments write to unless their form names another.
         port: port of the server, which is used if it exists and started otherwise;
-            PREFECT_API_URL comes first.
+            PREFECT_API_URL takes precedence.
         logs: folder for the output of the programs.
 
     Raises:
@@ -89,7 +89,7 @@ class Prefect:
         """Wait for the server, set it up, deploy, and start the worker.
 
         Raises:
-            RuntimeError: one of these failed; with its last lines.
+            RuntimeError: one of these failed; the message has its last lines.
         """
         for server in self.programs:
             server.wait_until(partial(answers, self.url), START_SECONDS)
@@ -103,7 +103,7 @@ class Prefect:
     def require_running(self) -> None:
         """
         Raises:
-            RuntimeError: a program ended; with its last lines.
+            RuntimeError: a program ended; the message has its last lines.
         """
         for program in list(self.programs):
             try:
@@ -124,7 +124,7 @@ class Prefect:
                 flow = deployment["entrypoint"].rsplit(":", 1)[1]
                 with suppress(ObjectNotFound):
                     client.read_deployment_by_name(f"{flow}/{deployment['name']}")
-                    deployment.pop("schedules", None)  # it keeps those it has
+                    deployment.pop("schedules", None)  # the deployment keeps its existing ones
                 parameters = deployment["parameters"]
                 run = (
                     parameters["sweep"].setdefault("run", {})
@@ -137,14 +137,14 @@ class Prefect:
         return path
 
     def stop(self) -> None:
-        """Stop the worker after its runs have saved, then the server if we started it."""
+        """Stop the worker once its runs have checkpointed, then the server if we started it."""
         for program in reversed(self.programs):
             runs = _flow_runs(program.pid)
             for run in runs:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
                     run.terminate()
-            # Wait: a worker that is stopped kills its runs
+            # Wait, because a worker kills its runs when it is stopped
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
@@ -164,7 +164,7 @@ class Prefect:
 
 
 def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The `deployments`, and one like `custom` for each size that has none."""
+    """Return the `deployments`, and one like `custom` for each size that has none."""
     named = {deployment["name"]: deployment for deployment in deployments}
     sizes = {
         size: named["custom"]

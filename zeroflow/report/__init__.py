@@ -1,1 +1,1 @@
-"""What a run shows: records, pages, pictures and comparisons."""
+"""Output of a run: records, pages, pictures and comparisons."""

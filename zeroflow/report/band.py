@@ -1,17 +1,17 @@
-"""The training loss to expect of a run, from earlier runs of the same model on the same data.
+"""Expected training loss of a run, from earlier runs of the same model on the same data.
 
 The planned tokens of a training are cut into 20 equal windows. The loss of a window is the mean of
-the training losses logged in it, as a single batch is too noisy. In every window, the band is
+the training losses logged in it, because a single batch is too noisy. In every window, the band is
 
     mean of the earlier runs ± t · s · √(1 + 1/n)
 
-the interval that holds the loss of one more such run 95 times in 100. Two or three runs hardly
-determine a standard deviation, so s is pooled over five neighbouring windows, and t is Student's
-for the degrees of freedom of these together. 1/n accounts for the uncertainty of the mean.
+the 95 % prediction interval for one more such run. Two or three runs hardly determine a standard
+deviation, so s is pooled over five neighbouring windows, and t is Student's t for their combined
+degrees of freedom. 1/n accounts for the uncertainty of the mean.
 
 With 20 windows, about half of all sound runs leave such a band somewhere. A run counts as out of
-band if three windows in a row are, on one side. In trainings of 400 steps of 512 tokens with 24
-seeds, 2 to 4 % of the runs were found out of band, whether 2, 3, 5 or 8 others made the band, and
+band if three windows in a row are out on the same side. In trainings of 400 steps of 512 tokens
+with 24 seeds, 2 to 4 % of the runs were out of band, with bands of 2, 3, 5 or 8 other runs, and
 pooled bands held 95 % of the windows.
 """
 
@@ -43,34 +43,34 @@ _IN_A_ROW = 3
 
 
 _STUDENT = (1.589, 2.556, 2.822, 2.372, 1.960)
-"""Coefficients of the 97.5 % quantile in powers of 1/f: Abramowitz and Stegun 26.7.5. Within 1 %
-from two degrees of freedom on."""
+"""Coefficients of the 97.5 % quantile in powers of 1/f: Abramowitz and Stegun 26.7.5. Accurate
+to 1 % for two or more degrees of freedom."""
 
 
 Losses = npt.NDArray[np.float64]
-"""A loss for each window; NaN where there is none."""
+"""One loss per window; NaN for a window without one."""
 
 
 class Verdict(Record):
-    """How the training loss of a run compares with that of earlier runs."""
+    """Comparison of a run's training loss with that of earlier runs."""
 
     earlier: int = 0
-    """Earlier runs."""
+    """Number of earlier runs."""
 
     tokens: int = 0
     """Tokens at the end of the last window that can be compared; 0 if there is none."""
 
     apart: float = 0.0
-    """Difference there from the mean of the earlier runs, in nats per token; positive is above."""
+    """Difference from the mean of the earlier runs there, in nats per token; positive is above."""
 
     judged: bool = False
-    """True if there is a band, and the run came far enough to leave it."""
+    """True if there is a band, and the run has come far enough to leave it."""
 
     since: int | None = None
     """Tokens at which the run leaves the band; None if it never does."""
 
     until: int | None = None
-    """Tokens at which it is back in the band; None if it is out to the last."""
+    """Tokens at which the run is back in the band; None if it never returns."""
 
     miss: float = 0.0
     """Largest distance from the nearest edge of the band; positive is above."""
@@ -92,14 +92,14 @@ def _side(apart: float) -> str:
 
 class Band(NamedTuple):
     job: TrainingJob
-    """Job of the run that is compared."""
+    """Job of the compared run."""
 
     runs: tuple[str, ...]
     """Names of the earlier runs, each with another seed."""
 
     mean: Losses
     width: Losses
-    """From the mean to either edge; NaN where there are fewer than two runs."""
+    """Distance from the mean to either edge; NaN for fewer than two runs."""
 
     @property
     def ends(self) -> Losses:
@@ -112,11 +112,11 @@ class Band(NamedTuple):
         return self.ends - self.ends[0] / 2
 
     def smoothed(self, records: Iterable[MetricsRecord]) -> Losses:
-        """The run's training loss as it is compared, from what it has logged."""
+        """Mean training loss of the run in each window, from its logged `records`."""
         return _smoothed(self.job, records)
 
     def verdict(self, records: Iterable[MetricsRecord]) -> Verdict:
-        """The verdict on the run as far as it has come, from what it has logged."""
+        """Verdict on the run so far, from its logged `records`."""
         apart = self.smoothed(records) - self.mean
         beyond = np.sign(apart) * np.maximum(np.abs(apart) - self.width, 0)
         compared = np.flatnonzero(~np.isnan(apart))
@@ -142,11 +142,11 @@ class Band(NamedTuple):
 
 
 def find(job: TrainingJob) -> Band | None:
-    """The band of earlier runs in the folder of `job`'s; None if there are none.
+    """Find the band of the earlier runs in the cache of `job`; None if there are none.
 
-    Earlier runs began before it, with the same model, data, batch, schedule and optimiser, and
-    count as far as they came. Of several with one seed the one that came furthest counts, and of
-    these the newest. A run that was extended is not compared: its schedule changed on the way.
+    Earlier runs began before it, with the same model, data, batch, schedule and optimiser;
+    unfinished ones count up to their last window. If several runs share a seed, the one that came
+    furthest counts; of equals, the newest. An extended run is not compared: its schedule changed.
     """
     before = _began(job)
     if before is None:
@@ -158,7 +158,7 @@ def find(job: TrainingJob) -> Band | None:
         try:
             run = _earlier(folder, job, before)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            # Written by another version, or damaged: no reason to end this run
+            # Written by another version, or damaged: this run must not fail because of it
             log.debug("run %s is left out of the expected loss: %s", folder.name, error)
             continue
         if run is not None:
@@ -177,12 +177,12 @@ class _Earlier(NamedTuple):
     losses: Losses
 
     def weight(self) -> tuple[int, float]:
-        """What decides between runs of one seed: the windows it completed, then its time."""
+        """Sort key among runs of one seed: completed windows, then start time."""
         return int(np.count_nonzero(~np.isnan(self.losses))), self.began
 
 
 def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> _Earlier | None:
-    """The run in `folder`; None if `job` cannot be compared with it."""
+    """Read the run in `folder`; None if `job` cannot be compared with it."""
     past = TrainingJob.read(folder.job).replace(run_dir=folder.path)
     if _decisive(past) != _decisive(job):
         return None
@@ -196,16 +196,16 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> _Earlier | N
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
-    """All that decides the curve of the loss, but for the seed and rounding."""
+    """Everything that determines the loss curve, except the seed and rounding."""
     training = job.training
     settings = training.model_dump(exclude={"seed", "workload"})
-    # the folder's name has a fingerprint of corpus, tokenizer and layout of the rows
+    # the folder's name contains a fingerprint of corpus, tokenizer and row layout
     data = (job.shards.path.name, job.shards.parts)
     return (settings, training.workload.mathematics, *data)
 
 
 def _began(job: TrainingJob) -> float | None:
-    """When training began, infinite if it has not; None if it once had another number of steps."""
+    """Start time of training, infinite if not started; None if its number of steps was changed."""
     starts = [event for event in EVENTS.read(job.folder.events) if isinstance(event, Started)]
     if any(start.steps != job.training.steps for start in starts):
         return None
@@ -231,7 +231,7 @@ def _smoothed(job: TrainingJob, records: Iterable[MetricsRecord]) -> Losses:
 
 
 def _spread(curves: npt.NDArray[np.float64]) -> tuple[Losses, Losses]:
-    """Mean of the curves, one a row, and the width of the band around it."""
+    """Mean of the curves (one per row), and the half-width of the band around it."""
     runs = np.count_nonzero(~np.isnan(curves), axis=0)
     mean = np.nansum(curves, axis=0) / np.where(runs, runs, np.nan)
     squares = np.nansum((curves - mean) ** 2, axis=0)

@@ -1,4 +1,4 @@
-"""The runs of a sweep compared, and the loss that they predict for a larger model.
+"""Comparison of a sweep's runs, and the loss that they predict for a larger model.
 
 A power law of the compute, L = A · C^-b, is fitted to the best loss of every size:
 https://arxiv.org/abs/2001.08361
@@ -23,7 +23,7 @@ from zeroflow.units import binary, duration, parameter_count, speed
 
 
 class Outcome(Record):
-    """How one run ended."""
+    """Outcome of one run."""
 
     run: str
     size: str
@@ -40,12 +40,12 @@ class Outcome(Record):
     val_bpb: float | None
     tokens_per_second: float | None
     seconds: float
-    """Seconds of training that tokens per second are over."""
+    """Training seconds from which tokens per second are computed."""
 
     ranks: int
     zero_stage: int
     peak_memory_bytes: int
-    """Of each GPU."""
+    """Peak memory of each GPU."""
 
     curve: tuple[tuple[int, float], ...]
     """Tokens and validation loss at every validation."""
@@ -55,7 +55,7 @@ class Outcome(Record):
 
     @property
     def shape(self) -> str:
-        """The name of its size; a shape of one's own is told by its number of parameters."""
+        """Name of the size; a custom shape is identified by its number of parameters."""
         if self.size in SIZES:
             return self.size
         return f"{self.size} of {parameter_count(self.parameters)} parameters"
@@ -63,12 +63,12 @@ class Outcome(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def flops(self) -> float:
-        """FLOPs of the whole training; a float, as they may exceed 2^63."""
+        """FLOPs of the whole training; a float, because they may exceed 2^63."""
         return float(self.flops_per_token) * self.tokens
 
 
 def outcome(cache: Path, name: str) -> Outcome | None:
-    """How run `name` ended; None if it has not ended, or failed.
+    """Return the outcome of run `name`; None if it failed or has not ended.
 
     Raises:
         ValueError: its report cannot be read.
@@ -121,7 +121,7 @@ class PowerLaw(Record):
 
     @classmethod
     def fitted(cls, flops: Sequence[float], losses: Sequence[float]) -> Self | None:
-        """None for fewer than two different amounts of compute."""
+        """Fit the law; None for fewer than two different amounts of compute."""
         x, y = np.log(np.array(flops)), np.log(np.array(losses))
         if len(set(flops)) < 2:
             return None
@@ -150,14 +150,14 @@ class PowerLaw(Record):
 
 
 class Prediction(Record):
-    """The loss of a training by the law."""
+    """Loss that the law predicts for a training."""
 
     size: str
     flops: float
     loss: float
     factor: float | None
     measured: float | None
-    """The best loss of that size; None if it was not trained."""
+    """Best measured loss of that size; None if it was not trained."""
 
 
 class Comparison(Record):
@@ -165,17 +165,17 @@ class Comparison(Record):
 
     runs: list[Outcome]
     law: PowerLaw | None
-    """The law of all sizes; None for fewer than two."""
+    """Law fitted to all sizes; None for fewer than two."""
 
     next_size: Prediction | None
-    """By the law of all sizes."""
+    """Prediction for the next larger size, by the law of all sizes."""
 
     largest: Prediction | None
-    """By the law of all sizes but the largest: the prediction before it was trained."""
+    """Prediction for the largest size, by the law of the smaller ones."""
 
 
 def compare(outcomes: Iterable[Outcome]) -> Comparison:
-    """The law of the best run of every size, and its predictions."""
+    """Fit the law to the best run of every size, and predict from it."""
 
     def order(one: Outcome) -> tuple[int, float]:
         return one.parameters, math.inf if math.isnan(one.val_loss) else one.val_loss
@@ -207,7 +207,7 @@ _STEP = 4
 
 
 def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
-    """The loss of the next larger size, at as many tokens per parameter as the largest had."""
+    """Predict the loss of the next larger size, at the largest size's tokens per parameter."""
     last = max(sizes, key=lambda one: one.parameters)
     for name, shape in SIZES.items():
         model = with_vocabulary(shape, last.vocabulary)
@@ -225,8 +225,8 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
     """The page of a sweep.
 
     Args:
-        sweep: its name, with which the names of its runs begin.
-        pictures: file names of the pictures to show.
+        sweep: name of the sweep, the prefix of its runs' names.
+        pictures: file names of the pictures.
         failed: names of the runs that failed.
     """
     columns = {
@@ -297,8 +297,8 @@ def _sentences(found: Comparison) -> Iterable[str]:
     if found.largest and found.largest.measured is not None:
         miss = found.largest.measured / found.largest.loss - 1
         yield (
-            f"Looking back: the smaller sizes alone predict {_described(found.largest)}; measured "
-            f"was {found.largest.measured:.4f}, {miss:+.2%}."
+            f"Looking back: the smaller sizes alone predict {_described(found.largest)}; the "
+            f"measured loss was {found.largest.measured:.4f}, {miss:+.2%}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The page about a run's data: data.md."""
+"""The page of a run's data: data.md."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Pat
 def markdown(
     shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, picture: str
 ) -> str:
-    """The page as Markdown.
+    """Return the page as Markdown.
 
     Args:
         picture: address of the picture of document lengths.

@@ -1,4 +1,4 @@
-"""Markdown that any text and picture of a run fits into."""
+"""Markdown helpers for the texts and pictures of a run."""
 
 import base64
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def with_pictures(page: Path) -> str:
-    """A Markdown page with its pictures embedded, for readers who cannot reach the files."""
+    """Return a Markdown page with embedded pictures, for readers without access to the files."""
     text = page.read_text(encoding="utf-8")
     for name in set(re.findall(r"\]\(([\w.-]+\.png)\)", text)):
         data = base64.b64encode((page.parent / name).read_bytes()).decode()
@@ -15,10 +15,10 @@ def with_pictures(page: Path) -> str:
 
 
 def table_cell(text: str) -> str:
-    """`text` as a cell of a table: its bars are escaped, its line breaks are spaces."""
+    """Format `text` as a table cell: bars are escaped, and line breaks become spaces."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def quoted(text: str) -> str:
-    """`text` as a block of Markdown, whose end no part of the text can be."""
+    """Format `text` as a Markdown code block that the text itself cannot close."""
     return f"```text\n{text.replace('```', '` ` `')}\n```"

@@ -20,7 +20,7 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
 
 
 _DARK = "#444444"
-"""Readable on grey."""
+"""Colour that is readable on grey."""
 
 
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
@@ -33,14 +33,14 @@ _MARKERS = (".", "s", "^", "x")
 
 
 _MANY = 6
-"""Lines of a legend beyond which it would cover the curves."""
+"""Most lines of a legend; a longer one would cover the curves."""
 
 _TRAINING, _VALIDATION = TABLE["loss"], TABLE["val_loss"]
 _LOSS = f"loss ({_TRAINING.unit})"
 
 
 def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Band | None) -> Path:
-    """Training and validation loss against tokens, over the band of earlier runs."""
+    """Draw training and validation loss against tokens, over the band of earlier runs."""
     title = f"{job.folder.name}: {parameter_count(job.model.parameters)} parameters"
     figure, axes = _figure(title, "tokens", _LOSS)
     train = [(r.tokens, r.loss) for r in records if isinstance(r, StepRecord)]
@@ -58,7 +58,7 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
 
 
 def _draw_band(axes: Any, records: Sequence[MetricsRecord], expected: Band) -> None:
-    """The run's loss as it is compared, over the mean of earlier runs and the band around it."""
+    """Draw the run's smoothed loss over the mean of earlier runs and the band around it."""
     # In a short run, windows without a logged loss would break the lines
     there = ~np.isnan(expected.mean)
     x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
@@ -76,7 +76,7 @@ def _draw_band(axes: Any, records: Sequence[MetricsRecord], expected: Band) -> N
 
 
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
-    """Validation loss of every run against tokens, FLOPs and hours, with the power law."""
+    """Draw validation loss of every run against tokens, FLOPs and hours, with the power law."""
     drawn = []
     shapes = list(dict.fromkeys(one.shape for one in found.runs))
     for name, label, scale in (
@@ -126,7 +126,7 @@ def resume_curves(
     *,
     kills: list[int],
 ) -> Path:
-    """Losses of an undisturbed and a killed training, the second dashed over the first.
+    """Draw the losses of an undisturbed and a killed training, the second dashed over the first.
 
     Args:
         kills: steps at which the second was killed.
@@ -148,7 +148,7 @@ def resume_curves(
 
 
 def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
-    """Loss of the overfit check against its steps."""
+    """Draw the loss of the overfit check against its steps."""
     figure, axes = _figure("overfit check: loss of one fixed batch", "step", _LOSS)
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:g}")
@@ -157,7 +157,7 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float) -> Path:
 
 
 def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
-    """A bar for each phase of the wall time; the `good` ones have another colour."""
+    """Draw a bar for each phase of the wall time; the `good` ones have another colour."""
     figure, axes = _figure(title, "share of the wall time (%)", "")
     names, percent = list(shares), [100 * share for share in shares.values()]
     bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
@@ -169,7 +169,7 @@ def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[s
 
 
 def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Path:
-    """Histogram of documents by their tokens, with the length of a row."""
+    """Draw a histogram of document lengths in tokens, with the length of a row."""
     figure, axes = _figure("documents by length", "tokens", "documents")
     edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)
     axes.hist(lengths, bins=edges, color=_BLUE)

@@ -1,4 +1,4 @@
-"""What a run will be and need, before anything is built; and at its end, whether that was so."""
+"""Prediction of a run before anything is built, and its comparison with the finished run."""
 
 import math
 from collections.abc import Sequence
@@ -38,22 +38,22 @@ from zeroflow.training.zero import STAGES, Stage
 
 
 class StagePlan(Config):
-    """What a rank holds at a stage of ZeRO."""
+    """Memory of one rank at a ZeRO stage."""
 
     stage: Stage
     memory: dict[str, int]
-    """Bytes by part, at the micro-batch of the plan."""
+    """Bytes by part, with the plan's micro-batch."""
 
     total: int
     fits: Room
     micro_batch_rows: int
-    """That would be chosen at this stage, where the batch is not given otherwise."""
+    """Rows that would be chosen at this stage if the batch were left open."""
 
     activation_checkpointing: ActivationCheckpointing
 
 
 class Plan(Record):
-    """All figures of a run that is yet to be."""
+    """Predicted figures of a run."""
 
     FORMAT: ClassVar[int] = 2
 
@@ -70,28 +70,28 @@ class Plan(Record):
     batch_tokens: int
     stages: tuple[StagePlan, ...]
     predicted: Figures
-    """Its memory is that of each GPU."""
+    """Predicted figures; the memory is that of each GPU."""
 
     rate_source: str
     memory_source: str
     disk_bytes: int
-    """Shards, and as many checkpoints as there are at a time."""
+    """Shards, and the most checkpoints that exist at the same time."""
 
     there_bytes: int
-    """Of these, what a run that goes on has already."""
+    """Bytes of these that a resumed run already has."""
 
     free_bytes: int
 
     @property
     def stage(self) -> StagePlan:
-        """The one that the run has."""
+        """The stage that the run uses."""
         return self.stages[self.workload.zero_stage]
 
 
 def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
-    """The plan of `asked`, for which nothing is looked up, built or recorded.
+    """Plan `asked` without looking up, building or recording anything.
 
-    It may be for more GPUs than there are.
+    The plan may be for more GPUs than this machine has.
 
     Args:
         gpu: name of a GPU; None for the device of this machine.
@@ -107,7 +107,7 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
 
 
 def load(folder: RunFolder) -> Plan | None:
-    """The plan of a run, if this version made one."""
+    """Load the plan of a run; None if there is none that this version can read."""
     try:
         return Plan.read(folder.plan)
     except (OSError, ValueError):
@@ -162,20 +162,20 @@ def predict(run: Settled, device: Device) -> Plan:
 
 
 def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, str]:
-    """Tokens per second where no such run is known, and where they come from."""
+    """Tokens per second if no such run is known, and the source of the figure."""
     alone = work.replace(ranks=1, zero_stage=0)
     rate: float | None
     if work.ranks > 1 and (known := history.known(run.cache_dir, alone)):
         rate, source = known.tokens_per_second, known.source
     else:
         rate, source = expected_tokens_per_second(alone, device)
-    if rate is None or work.ranks == 1 or device.kind == "cpu":  # whose processes share the cores
+    if rate is None or work.ranks == 1 or device.kind == "cpu":  # a CPU's processes share its cores
         return rate, source
-    return rate * work.ranks, f"{source}, times {work.ranks} without what communication takes"
+    return rate * work.ranks, f"{source}, times {work.ranks}, not counting communication"
 
 
 def _kept(run: Settled) -> int:
-    """Checkpoints that stay, but for the best one."""
+    """Number of checkpoints that are kept, without the best one."""
     retention, saves = run.retention, run.cadence.checkpoint
     if not retention.keep_every:
         return retention.keep
@@ -183,7 +183,7 @@ def _kept(run: Settled) -> int:
 
 
 def _there(run: RunConfig) -> int:
-    """Bytes of the shards and checkpoints that a run of this name has."""
+    """Bytes of the shards and checkpoints that a run of this name already has."""
     if run.run_name is None or not run.folder.job.exists():
         return 0
     try:
@@ -192,12 +192,12 @@ def _there(run: RunConfig) -> int:
             file.stat().st_size for file in job.folder.checkpoints.rglob("*") if file.is_file()
         )
         return saved + row_bytes(job.shards)
-    except (OSError, ValueError):  # at work and retiring one just now; of another version
+    except (OSError, ValueError):  # a checkpoint was just removed; of another version
         return 0
 
 
 def _vocabulary(run: Settled) -> tuple[int, bool]:
-    """As far as it is known without a network: text without a tokenizer is taken for Llama's."""
+    """Vocabulary without network access, and True if certain. Default for text: Llama's."""
     config = run.tokenizer
     if config.tokenizer_name == "auto":
         config = config.replace(tokenizer_name=without_hub(run.data))
@@ -228,7 +228,7 @@ class Compared(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def miss(self) -> float | None:
-        """Share by which the measured value exceeds the predicted one; None if one is unknown."""
+        """Fraction by which the measured value exceeds the predicted one; None if unknown."""
         if not self.predicted or self.measured is None:
             return None
         return self.measured / self.predicted - 1
@@ -241,14 +241,14 @@ def hold(
     trained: TrainResult,
     training_seconds: float,
 ) -> list[Compared]:
-    """Hold a finished run to its plan, and remember both for the plans to come.
+    """Compare a finished run with its plan, and record both for later plans.
 
     Args:
-        training_seconds: that tokens per second are over.
+        training_seconds: seconds from which tokens per second are computed.
     """
     plan = load(run.folder)
     if plan is None:
-        return []  # started by a version that made none
+        return []  # started by a version without plans
     measured = Figures(
         tokens_per_second=trained.tokens_per_second,
         seconds=training_seconds,
@@ -274,7 +274,7 @@ def hold(
 
 
 def metrics(compared: Sequence[Compared]) -> dict[str, float]:
-    """For MLflow, a miss in percent."""
+    """Metrics for MLflow: each miss in percent."""
     found: dict[str, float | None] = {}
     for row in compared:
         miss = None if row.miss is None else 100 * row.miss

@@ -49,12 +49,12 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     older = ""
     if device.kind == "cuda" and not device.has_bf16:
         capability = ".".join(map(str, device.capability or ()))
-        older = f" (an older GPU, of compute capability {capability}: bf16 is for 8.0 and newer, "
-        older += "torch.compile for 7.0)"
+        older = f" (an older GPU, of compute capability {capability}: bf16 needs 8.0 or newer, "
+        older += "torch.compile 7.0)"
     yield f"device: {work.devices}, {work.arithmetic}, {compiled}{older}"
     yield f"resume: {run.resume_promise}"
     if run.skip_preflight:
-        yield "pre-flight: skipped, as asked for"
+        yield "pre-flight: skipped, as requested"
     yield f"time: {time_line(plan)}"
     yield f"memory: {memory_line(plan)}"
     yield f"disk: {disk_line(plan)}"
@@ -101,7 +101,7 @@ def text(plan: Plan) -> str:
 
 
 def section(plan: Plan, compared: Sequence[Compared]) -> str:
-    """What was predicted and measured, as Markdown."""
+    """Predicted and measured figures, as Markdown."""
     held = "\n".join(
         f"| {name} | {predicted} | {measured} | {miss} |"
         for name, predicted, measured, miss in map(cells, compared)
@@ -148,7 +148,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Memory by part, for every stage of ZeRO; on one device all stages are the same."""
+    """Memory by part for every ZeRO stage; on one device all stages are the same."""
     stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
     heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]

@@ -1,4 +1,4 @@
-"""What a person sees during a training: log lines, a live bar in a terminal, and its loss."""
+"""Progress of a training for its user: log lines, a live bar in a terminal, and the loss curve."""
 
 import logging
 import time
@@ -25,14 +25,14 @@ _PICTURE_SECONDS = 60.0
 
 
 Show = Callable[[float, str], None]
-"""Called with the share done, from 0 to 1, and a line about it."""
+"""Receives the fraction done, from 0 to 1, and a line of text."""
 
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
-    """Follows the events of a training: a log line now and then, and a bar in a terminal.
+    """Follows the events of a training: an occasional log line, and a bar in a terminal.
 
     The time left is estimated from the speed of this process, including all pauses.
     """
@@ -72,7 +72,7 @@ class TrainingProgress:
                 self._show(record)
 
     def _show(self, record: StepRecord) -> None:
-        # Not from the first step, which is slower than all others: it compiles and warms up
+        # Without the first step, which is slower than all others: it compiles and warms up
         self._first = self._first or record
         step, now = record.step, time.monotonic()
         done = step - self._first.step
@@ -90,7 +90,7 @@ class TrainingProgress:
 class LossWatch:
     """Follows the events of a training: draws its loss over that of earlier runs once a minute.
 
-    The first time that the run leaves their band, it logs a warning.
+    The first time that the run leaves the band of those runs, it logs a warning.
     """
 
     def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:
@@ -116,6 +116,6 @@ class LossWatch:
                 self._warned = True
         try:
             self._show(pictures.loss_curve(self._job, records, self._expected))
-        except OSError as error:  # training needs no picture
+        except OSError as error:  # training does not depend on the picture
             log.warning("the loss could not be drawn: %s", error)
         self._next = time.monotonic() + _PICTURE_SECONDS

@@ -37,7 +37,7 @@ def write(job: TrainingJob, proof: Proof) -> Path:
 
 
 def markdown(job: TrainingJob, proof: Proof) -> str:
-    """The page of a proof."""
+    """Return the page of a proof as Markdown."""
     work = job.training.workload
     rows = {
         "Result": f"**{'passed' if proof.passed else 'FAILED'}**: {proof.reason}",
@@ -45,7 +45,7 @@ def markdown(job: TrainingJob, proof: Proof) -> str:
         f"{work.device} in {work.arithmetic}"
         + (", compiled" if work.compile else "")
         + (", deterministic" if work.deterministic else ""),
-        "Killed with SIGKILL": f"{len(proof.kills)} times of {proof.kills_asked} asked for",
+        "Killed with SIGKILL": f"{len(proof.kills)} of {proof.kills_asked} requested times",
         "Numbers compared": f"{proof.numbers:,}: every loss, gradient norm and validation loss, to "
         "the bit",
         "Tensors compared": f"{proof.tensors:,}: weights, optimiser and random state of the last "
@@ -60,6 +60,6 @@ def markdown(job: TrainingJob, proof: Proof) -> str:
     return (
         f"# Proof of resume: {job.run_dir.name}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"![losses of both trainings]({job.folder.proof_picture.name})\n\n## Kills\n\n"
-        "| | aimed at | came | last step logged | went on from step |\n|---|---|---|---|---|\n"
+        "| | aimed at | came | last step logged | resumed from step |\n|---|---|---|---|---|\n"
         f"{kills}\n"
     )

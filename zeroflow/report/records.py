@@ -1,4 +1,4 @@
-"""report.json: what a finished run says about itself, for people and for other programs."""
+"""report.json: the results of a finished run, for people and for other programs."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -43,14 +43,14 @@ class TokenizerFigures(Record):
 
 
 class TimeFigures(Record):
-    """Where the wall time of the training went."""
+    """Wall time of the training by phase."""
 
     wall_seconds: float
     training_seconds: float
-    """Seconds that tokens per second are over."""
+    """Seconds from which tokens per second are computed."""
 
     goodput: float
-    """Share of the wall time that trained the model."""
+    """Fraction of the wall time that trained the model."""
 
     seconds: dict[str, float]
     """By phase."""
@@ -67,7 +67,7 @@ class ExpectedLoss(Verdict):
     """The training loss, compared with that of earlier runs."""
 
     verdict: str = "unknown: no earlier run trained in the same way"
-    """In words."""
+    """The verdict in words."""
 
     runs: tuple[str, ...] = ()
     """The earlier runs."""
@@ -81,13 +81,13 @@ class StageFigures(Record):
 
 
 class WorkloadFigures(Record):
-    """What the run was computed on, and how."""
+    """Device of the run, and how it computed."""
 
     device: str
     """Name of the device."""
 
     gpus: int = 1
-    """Ranks; with a CPU, processes that share its cores."""
+    """Ranks; on a CPU, processes that share its cores."""
 
     zero_stage: Stage = 0
     precision: Precision
@@ -117,7 +117,7 @@ class RunReport(WorkloadFigures):
     """Name of the model's size; custom for another shape."""
 
     parameters: int
-    """Parameters of the model, with the tied embedding once."""
+    """Parameters of the model; the tied embedding counts once."""
 
     steps: int
     """Optimiser steps of the whole run."""
@@ -135,23 +135,23 @@ class RunReport(WorkloadFigures):
     """Validation loss after the last step, in nats per token."""
 
     val_bpb: float | None
-    """The same in bits per byte of text; None for data that is not text."""
+    """Final validation loss in bits per byte of text; None for data that is not text."""
 
     entropy: float | None
-    """Lowest possible loss in nats per token, for data of which it is known."""
+    """Lowest possible loss in nats per token; None if it is unknown."""
 
     overfit: OverfitFigures
     tokens_per_second: float | None
-    """Speed over all steps but the first of a process."""
+    """Speed over all steps except the first of each process."""
 
     mfu: float | None
     """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
 
     peak_memory_bytes: int
-    """Peak memory of the rank that held most."""
+    """Peak memory of the rank with the highest peak."""
 
     resume: str
-    """How exact a resume of this run is."""
+    """Exactness of a resume of this run."""
 
     recoveries: list[Entry] = []  # noqa: RUF012, pydantic copies it
     data: CorpusFigures
@@ -166,10 +166,10 @@ class RunReport(WorkloadFigures):
     expected_loss: ExpectedLoss = ExpectedLoss()
     preflight: PreflightResult | None = None
     stages: dict[str, StageFigures] = {}  # noqa: RUF012
-    """What the last command reused, by stage."""
+    """Reuse by the last command, by stage."""
 
     plan: list[Compared] = []  # noqa: RUF012
-    """What was predicted and measured; empty if there was no plan."""
+    """Predicted and measured figures; empty if there was no plan."""
 
     metrics: dict[str, float] = {}  # noqa: RUF012
     """Last logged value of every metric, by its key in MLflow."""

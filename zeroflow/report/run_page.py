@@ -25,10 +25,10 @@ def markdown(
     plan: Plan | None,
     pages: Mapping[str, str],
 ) -> str:
-    """The page of a run.
+    """Return the page of a run as Markdown.
 
     Args:
-        pages: addresses of pages in MLflow, by what they show.
+        pages: addresses of pages in MLflow, by their subject.
     """
     folder = settings.folder
     parts = [f"# {report.run}"]
@@ -53,7 +53,7 @@ def markdown(
 
 
 def preflight_section(result: PreflightResult) -> str:
-    """A section about the checks before training."""
+    """Return the section about the checks before training."""
     rows = (
         (check.name, "passed" if check.passed else "**FAILED**", check.figure, check.sentence)
         for check in result.checks
@@ -97,7 +97,7 @@ def _preflight(result: PreflightResult | None) -> str:
         return "skipped"
     if result.passed:
         return f"passed: {len(result.checks)} checks"
-    return "**FAILED**, and was skipped then"
+    return "**FAILED**, then skipped"
 
 
 def metrics_section(latest: Mapping[str, float]) -> str:
@@ -114,7 +114,7 @@ def _stages_section(stages: Mapping[str, StageFigures]) -> str:
         (name, "reused" if stage.reused else "ran", stage.why) for name, stage in stages.items()
     )
     table = _table(("stage", "", "why"), rows)
-    return f"## Stages\n\nWhat the last command reused, what it ran, and why.\n\n{table}"
+    return f"## Stages\n\nStages that the last command reused or ran, and why.\n\n{table}"
 
 
 def _time_section(time: TimeFigures, folder: RunFolder) -> str:
@@ -125,9 +125,9 @@ def _time_section(time: TimeFigures, folder: RunFolder) -> str:
     again = f", {time.steps_again:,} steps trained again" if time.restarts else ""
     return (
         f"## Time\n\n{time.goodput:.1%} of {duration(time.wall_seconds)} went into forward, "
-        f"backward and optimiser. Restarts: {time.restarts}{again}. Tokens/s are over the "
+        f"backward and optimiser. Restarts: {time.restarts}{again}. Tokens/s are computed from the "
         f"{time.training_seconds:,.1f} s of data wait, forward/backward, optimiser, "
-        f"communication and logging, without the first step of a process.\n\n"
+        f"communication and logging, without the first step of each process.\n\n"
         f"| phase | seconds | share |\n|---|---:|---:|\n{rows}\n\n"
         f"![share of the wall time by phase]({folder.time_picture.name})"
     )

@@ -63,7 +63,7 @@ def write(run: Finished) -> Path:
     workload = run.job.training.workload
     page = run_page.markdown(report, run.settings, workload, plan=plan, pages=pages)
     folder.report_page.write_text(page, encoding="utf-8")
-    report.write(folder.report)  # before MLflow, which may be slow or away
+    report.write(folder.report)  # before MLflow, which may be slow or unreachable
     report.replace(mlflow_run_id=_publish(run, report, records)).write(folder.report)
     return folder.report
 
@@ -180,7 +180,7 @@ def _draw(
 
 
 def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord]) -> str | None:
-    """Add the report to MLflow; the id of the run there, None if that failed."""
+    """Add the report to MLflow and return the run's id there; None if that failed."""
     folder, tracking = run.settings.folder, run.job.tracking
     ending = tracker.RunEnd(
         files=[

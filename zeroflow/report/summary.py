@@ -1,4 +1,4 @@
-"""The last lines of a run's command: its figures, and where everything is."""
+"""Last lines of a run's command: its figures, and the paths of its results."""
 
 import shlex
 import shutil
@@ -14,7 +14,7 @@ from zeroflow.units import speed
 
 
 def summary(report_file: Path, cache: Path) -> str:
-    """The end of a run in a few lines: figures, and where everything is."""
+    """Summarise a run in a few lines: figures, and the paths of its results."""
     report = RunReport.read(report_file)
     folder = RunFolder(report_file.parent)
     bpb = f", {report.val_bpb:.3f} bits per byte" if report.val_bpb else ""
@@ -47,7 +47,7 @@ def _flag(cache: Path) -> str:
 
 
 def _program(name: str) -> str:
-    """How to call a program of this environment in a shell."""
+    """Shell command for a program of this environment."""
     path = Path(sys.executable).parent / name
     if shutil.which(name) or not path.exists():
         return name

@@ -21,7 +21,7 @@ def finished(cell: RunConfig) -> bool:
 def require_as_started(sweep: SweepConfig) -> None:
     """
     Raises:
-        ValueError: a run of the sweep was trained with other settings before.
+        ValueError: a run of the sweep was already trained with other settings.
     """
     for cell in cells(sweep):
         if different := started_otherwise(cell):
@@ -80,7 +80,7 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
 
 
 def _members(sweep: SweepConfig) -> list[str]:
-    """Names of all runs that were ever asked for as a part of the sweep."""
+    """Names of all runs of the sweep, including those of earlier commands."""
     asked = [str(cell.run_name) for cell in cells(sweep)]
     there = Cache(sweep.run.cache_dir).existing_runs()
     earlier = [folder.name for folder in there if _sweep_of(folder) == sweep.name]

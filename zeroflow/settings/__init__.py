@@ -1,1 +1,1 @@
-"""What a run is asked to be, and what that is settled to."""
+"""Requested settings of a run, and the settled ones."""

@@ -19,7 +19,7 @@ _CPU_STEPS = 200
 
 
 def nominal_workload(run: RunConfig, device: Device) -> Workload:
-    """The workload of one row at the nominal vocabulary, with the defaults of the device."""
+    """Workload of one row at the nominal vocabulary, with the defaults of the device."""
     choice = run.training
     return run.workload(
         with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
@@ -33,7 +33,7 @@ def nominal_workload(run: RunConfig, device: Device) -> Workload:
 
 
 def fill(run: RunConfig, device: Device) -> SettledTraining:
-    """The training of `run` with a default for every value that is None.
+    """Return the training of `run` with a default for every value that is None.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
@@ -70,11 +70,11 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
 def _split(
     choice: TrainingChoice, nominal: Workload, fits: int, usual_tokens: int
 ) -> tuple[int, int]:
-    """Rows of a micro-batch and micro-batches of a step, on each rank.
+    """Return the rows of a micro-batch and the micro-batches of a step, on each rank.
 
     Args:
-        fits: the most rows of a micro-batch.
-        usual_tokens: tokens of a step, if nothing else is asked for.
+        fits: most rows that fit in a micro-batch.
+        usual_tokens: default tokens of a step.
     """
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is not None:
@@ -116,7 +116,7 @@ def _rank_rows(batch_tokens: int, nominal: Workload) -> int:
 def _exact_split(
     choice: TrainingChoice, wanted: int, fits: int, nominal: Workload
 ) -> tuple[int, int]:
-    """Rows of a micro-batch and micro-batches of a step that make exactly the `wanted` rows."""
+    """Return rows per micro-batch and micro-batches per step that give exactly `wanted` rows."""
     rows, accumulate, rest = choice.batch_size, choice.grad_accum_steps, 0
     if rows is None:
         share, rest = divmod(wanted, accumulate or 1)

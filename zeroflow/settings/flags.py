@@ -1,4 +1,4 @@
-"""Settings as flags of the command line: their names, and the flags that ask for given settings."""
+"""Settings as command-line flags: their names, and the flags that give the same settings."""
 
 from collections.abc import Iterator
 from inspect import isabstract
@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 
 class Setting(NamedTuple):
-    """A leaf of a settings class and where it lies."""
+    """Leaf of a settings class, and its path."""
 
     path: tuple[str, ...]
     field: FieldInfo
@@ -23,7 +23,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
-    """Every single setting of `config`, groups unfolded."""
+    """Yield every single setting of `config`, with groups unfolded."""
     for name, field in _fields(config).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, (*path, name))
@@ -41,7 +41,7 @@ def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
-    """The field `name` of those `kinds` of `config` that have it, with the help text of each."""
+    """Merge the field `name` of those `kinds` of `config` that have it, with all help texts."""
     fields = {
         kind.model_fields["name"].default: kind.model_fields[name]
         for kind in kinds
@@ -65,7 +65,7 @@ def help_text(field: FieldInfo) -> str:
 
 
 def flags(config: BaseModel) -> list[str]:
-    """What on the command line asks for all that `config` was given."""
+    """Return the command-line flags that give all settings that `config` was given."""
     argv = []
     for setting in settings(type(config)):
         given: Any = config
@@ -84,7 +84,7 @@ def flags(config: BaseModel) -> list[str]:
 
 
 def error_message(error: Exception) -> str:
-    """An error as one message to a person, with settings named by their flags."""
+    """Return an error as one readable message that names settings by their flags."""
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
     lines = []

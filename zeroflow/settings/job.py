@@ -38,10 +38,10 @@ def training_job(
     *,
     tags: dict[str, str],
 ) -> TrainingJob:
-    """What the training processes of a settled run are given.
+    """Return the job that the ranks of a settled run receive.
 
     Args:
-        tags: of the MLflow run, beside those that follow from the settings.
+        tags: tags of the MLflow run, besides those that follow from the settings.
     """
     run = settled.run
     uri, folder = location(run.cache_dir)

@@ -31,19 +31,19 @@ _BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
 
 
 class ProofRun(Config):
-    """The run whose resume is proved, and how it is proved."""
+    """The run whose resume is proved, and the settings of the proof."""
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
 
     @property
     def anywhere(self) -> Self:
-        """The same with paths that mean the same from every working directory."""
+        """Return the same settings with absolute paths."""
         return self.model_copy(update={"run": self.run.anywhere})
 
 
 def settings(asked: RunConfig) -> RunConfig:
-    """The run that a proof trains; its defaults are small and quick.
+    """Return the run that a proof trains; its defaults are small and quick.
 
     Raises:
         ValueError: a setting does not apply to a proof, or the name is that of a real run.

@@ -1,4 +1,4 @@
-"""Refuse settings that contradict each other or the device, before anything is done."""
+"""Reject settings that contradict each other or the device, before any work is done."""
 
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, gpu_count
@@ -34,8 +34,8 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
     nominal.require_fp8(device)
     if nominal.zero_stage and nominal.ranks == 1:
         raise ValueError(
-            f"--zero-stage {nominal.zero_stage} shards state over several GPUs, and there is one: "
-            "add --gpus, or drop it"
+            f"--zero-stage {nominal.zero_stage} shards state over several GPUs, and the run has "
+            "one: add --gpus, or drop it"
         )
 
 
@@ -45,7 +45,7 @@ def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:
         ValueError: this machine has fewer GPUs than the run asks for.
     """
     count = run.training.gpus or 1
-    if count == 1 or run.device == "cpu":  # processes on a CPU stand for GPUs
+    if count == 1 or run.device == "cpu":  # processes on a CPU stand in for GPUs
         return
     there = gpu_count() if device.kind == "cuda" else 0
     if there < count:
@@ -56,7 +56,7 @@ def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:
 def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:
     """
     Raises:
-        ValueError: a plan for several GPUs names none, and this machine has none.
+        ValueError: a plan for several GPUs names no GPU, and this machine has none.
     """
     count = run.training.gpus or 1
     if count > 1 and device.kind == "cpu" and run.device != "cpu":
@@ -66,7 +66,7 @@ def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:
 def refuse_stages_of_one_gpu(run: RunConfig) -> None:
     """
     Raises:
-        ValueError: the run, of which a sweep varies the stage of ZeRO, is on one GPU.
+        ValueError: a sweep varies the ZeRO stage of a run on one GPU.
     """
     if (run.training.gpus or 1) == 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed, and how new ones are laid over recorded ones."""
+"""Settings that may change when a run is resumed, and the merge of new and recorded ones."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
 from zeroflow.settings.settled import Settled
 
-# Settings that may change when a run is resumed: they touch no weight
+# Settings that may change when a run is resumed: they do not affect the weights
 FREE = {"cache_dir", "device", "sweep"} | {
     f"training.{name}"
     for name in (
-        "batch_size",  # with grad_accum_steps and gpus: only their product is mathematics
+        "batch_size",  # with grad_accum_steps and gpus: only their product affects the mathematics
         "grad_accum_steps",
         "gpus",
         "zero_stage",
@@ -36,12 +36,12 @@ FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 
 def identity(run: RunConfig) -> dict[str, str]:
-    """The settings that tell one run from another; the default name is their fingerprint."""
+    """Settings that distinguish runs; the default name contains their fingerprint."""
     return {name: str(value) for name, value in compared(run.model_dump()).items()}
 
 
 def default_name(run: Settled) -> str:
-    """A name that the same settings always get, with the parts that a reader looks for first."""
+    """Deterministic name for the settings; the parts that a reader looks for come first."""
     gpus, stage = run.training.gpus, run.training.zero_stage
     sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
     digest = artifacts.fingerprint(identity(run))[:6]
@@ -49,13 +49,13 @@ def default_name(run: Settled) -> str:
 
 
 def compared(settings: Fields) -> Fields:
-    """Settings as in run.json, reduced to those by which runs differ."""
+    """Reduce settings, as in run.json, to those that distinguish runs."""
     named = {"run_name", *FREE}
     return {name: value for name, value in reuse.flat(settings).items() if name not in named}
 
 
 def given(config: BaseModel) -> dict[str, object]:
-    """Settings that were set by hand to something definite, nested."""
+    """Settings that were given explicitly and are not None, nested."""
     found: dict[str, object] = {}
     for name in config.model_fields_set:
         value = getattr(config, name)
@@ -67,7 +67,7 @@ def given(config: BaseModel) -> dict[str, object]:
 
 
 def without(settings: dict[str, object], before: dict[str, object]) -> dict[str, object]:
-    """The entries of `settings` that `before` lacks or has with another value."""
+    """Entries of `settings` that `before` lacks or has with another value."""
     new: dict[str, object] = {}
     for name, value in settings.items():
         known = before.get(name)
@@ -79,11 +79,11 @@ def without(settings: dict[str, object], before: dict[str, object]) -> dict[str,
 
 
 def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -> RunConfig:
-    """The recorded settings with those on top that are given now.
+    """Return the recorded settings, overridden by those given now.
 
     Args:
-        at_start: settings that were asked for when the run was started and decided otherwise, such
-            as a branch that was resolved to a commit. Asked for again, they stay as decided.
+        at_start: settings that were requested at the start and settled differently, such as a
+            branch that was resolved to a commit. Requested again, they stay as settled.
     """
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
@@ -97,7 +97,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     if {"size", "hidden_size"} & set(model):
         base["model"] = {}
     optimizer = groups.get("optimizer", {}).get("name", recorded.optimizer.name)
-    if optimizer != recorded.optimizer.name:  # of whose settings it may have none
+    if optimizer != recorded.optimizer.name:  # settings of another optimiser do not apply
         base["optimizer"] = {}
     for name, value in asked_now.items():
         base[name] = base[name] | value if isinstance(value, dict) else value
@@ -106,7 +106,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
 
 
 def difference(recorded: RunConfig, run: RunConfig) -> str:
-    """The first setting that may not change and does, with both values; "" if there is none."""
+    """First difference in a setting that may not change, with both values; "" if there is none."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
     for name in before:
         if name in FREE or before[name] == now.get(name):

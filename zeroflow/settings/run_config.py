@@ -1,8 +1,8 @@
-"""The settings of a run as they are asked for.
+"""Requested settings of a run.
 
-`RunConfig` makes the command line, the Prefect form, MLflow's params and `run.json`. A setting
-that is None depends on the device or on the outside world; `settle` decides it, and the result is
-another type, `settled.Settled`, in which it has a value.
+The command line, the Prefect form, MLflow's params and `run.json` are generated from `RunConfig`. A
+setting that is None depends on the device or on the outside world; `settle` decides it, and the
+result has another type, `settled.Settled`, in which every setting has a value.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class ModelChoice(Config):
 
     @property
     def settled(self) -> Self:
-        """The same with the default written out."""
+        """Return the same choice with the default written out."""
         return self if self.size or self.hidden_size else self.replace(size="tiny")
 
     @property
@@ -141,7 +141,7 @@ class TrainingChoice(Config):
 
     fp8: bool = False
     """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. On an
-    H100, medium became 15 % faster, small 1 % faster and tiny 5 % slower."""
+    H100, medium became 12 % faster, small 1 % faster and tiny 5 % slower."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: yes on a GPU."""
@@ -151,13 +151,13 @@ class TrainingChoice(Config):
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log of the softmax's denominator in the loss; 1e-5 is usual and keeps
-    logits from drifting. Validation losses are without it."""
+    logits from drifting. Validation losses do not include it."""
 
     validation_tokens: PositiveInt | None = None
     """Held-out tokens per validation. Default: 8K on a CPU, 1M on a GPU."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents that is held out for validation."""
+    """Fraction of the documents that is held out for validation."""
 
     token_type: Literal["int32", "uint16"] = "int32"
     """Integer type of the shards; uint16 halves them, for vocabularies up to 65,536."""
@@ -180,12 +180,12 @@ class TrainingChoice(Config):
 
     deterministic: bool = False
     """Use only kernels whose results are the same from run to run, so that an interrupted run ends
-    with the same bits, at some cost of speed. On a CPU they always are."""
+    with the same bits, at some cost in speed. A CPU always uses such kernels."""
 
     activation_checkpointing: ActivationCheckpointing | None = None
     """Recompute activations in the backward pass, which saves memory and costs time: selective
     recomputes those within the feed-forward networks, full all of them. Default: the first of none,
-    selective and full with which a row fits."""
+    selective and full that lets a row fit."""
 
     on_spike: Literal["report", "roll-back"] = "report"
     """Reaction to an unusual loss, gradient norm or update: log a warning, or roll back to the
@@ -205,10 +205,10 @@ class TrainingChoice(Config):
 
 
 class BuildChoice(Config):
-    """How shards are built. This changes the time it takes, and not one byte of the result."""
+    """Settings for building shards. They change the build time, but not one byte of the result."""
 
     data_workers: PositiveInt = 2
-    """Parts to build at once. Two keep two cores busy; more help on more cores or if reading is
+    """Parts to build at once. Two keep two cores busy; more help on more cores, or if reading is
     slow."""
 
     data_runner: Literal["threads", "dask"] = "threads"
@@ -226,7 +226,7 @@ class BuildChoice(Config):
 
 
 class RunConfig(Config):
-    """Everything that defines a run."""
+    """All settings that define a run."""
 
     run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run. A run of the same name is resumed. Default: made from the settings, so the
@@ -278,17 +278,17 @@ class RunConfig(Config):
 
     @property
     def anywhere(self) -> Self:
-        """The same with paths that mean the same from every working directory."""
+        """Return the same settings with absolute paths."""
         changes: dict[str, object] = {"cache_dir": self.cache_dir.absolute()}
         if (data := self.data.anywhere) != self.data:
             changes["data"] = data
         return self.model_copy(update=changes)
 
     def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
-        """The workload of a step with these settings.
+        """Return the workload of a step with these settings.
 
         Args:
-            settled: fields of the workload that are open here, or that are to differ.
+            settled: fields of the workload that are open here, or that should differ.
         """
         given = {
             field: value
@@ -306,11 +306,11 @@ _WORKLOAD_FIELDS = {
     "batch_size": "micro_batch_rows",
     "grad_accum_steps": "accumulate",
 }
-"""The settings of a training that are fields of its workload, and their names there."""
+"""Training settings that are fields of the workload, and their names there."""
 
 
 def of_workload(workload: Workload) -> Fields:
-    """The settings of a training that give `workload`."""
+    """Training settings that give `workload`."""
     return {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
 
 

@@ -1,7 +1,7 @@
-"""Decide what a run's settings leave open, once, and record it.
+"""Decide the open settings of a run once, and record them.
 
-The decisions are in the run's `run.json`, so that the run is resumed with the same settings
-wherever and whenever that happens.
+The decisions are stored in the run's `run.json`, so that the run is always resumed with the same
+settings.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,17 @@ from zeroflow.training import checkpoint
 
 
 def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
-    """Decide what `asked` leaves open, name the run, and record the result in its run.json.
+    """Decide the open settings of `asked`, name the run, and record the result in its run.json.
 
-    Recorded settings of a run of the same name come before any default.
+    Recorded settings of a run of the same name take precedence over defaults.
 
     Args:
         acquire: called with the run's directory before anything in it is changed; raises an error
-            if another process is at work there.
+            if another process is working there.
 
     Raises:
-        ValueError: settings contradict each other, the device, or those of the run of this name.
-        hub.HubError: the hub is needed and refused or is out of reach.
+        ValueError: settings contradict each other, the device, or the existing run of this name.
+        hub.HubError: the hub is needed, and refuses the request or is unreachable.
     """
     refuse_what_does_nothing(asked)
     if before := _recorded(asked):
@@ -49,7 +49,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
             "former setting"
         )
     if recorded and resuming.difference(recorded, wanted):
-        # Nothing has been trained: the run starts over, so that a remedy can be tried
+        # Nothing has been trained: the run starts over, so that the user can change settings
         _discard_settings(recorded.folder)
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
@@ -75,9 +75,9 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
 
 
 def sketch(asked: RunConfig, device: Device) -> Settled:
-    """`asked` with what follows from the device decided; looks nothing up and records nothing.
+    """Decide what follows from the device in `asked`, without looking up or recording anything.
 
-    Recorded settings of a run of the same name come before any default.
+    Recorded settings of a run of the same name take precedence over defaults.
 
     Raises:
         ValueError: settings contradict each other.
@@ -89,7 +89,7 @@ def sketch(asked: RunConfig, device: Device) -> Settled:
 
 
 def started_otherwise(asked: RunConfig) -> str | None:
-    """A setting that is asked for and cannot change any more, as the run was trained; else None."""
+    """First requested setting that can no longer change, because the run was trained; else None."""
     recorded = _recorded(asked)
     if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
@@ -97,7 +97,7 @@ def started_otherwise(asked: RunConfig) -> str | None:
 
 
 def load(cache: Path, name: str) -> Settled:
-    """The settings of an existing run.
+    """Load the settings of an existing run.
 
     Raises:
         ValueError: there is no run of this name; the message lists the existing ones.
@@ -111,7 +111,7 @@ def load(cache: Path, name: str) -> Settled:
 
 
 def unlike_others(run: Settled) -> str:
-    """Why no other run of the cache serves in place of `run`: the setting that differs."""
+    """Reason that no other run of the cache can replace `run`: the setting that differs."""
 
     def read(folder: Path) -> Fields:
         return resuming.compared(artifacts.read_json(RunFolder(folder).settings))
@@ -121,7 +121,7 @@ def unlike_others(run: Settled) -> str:
 
 
 def size_of(asked: RunConfig) -> str:
-    """Name of the model's size; of the run of this name, if there is one."""
+    """Name of the model's size, from the existing run of this name if there is one."""
     return (_recorded(asked) or asked).model.name
 
 
@@ -132,7 +132,7 @@ def _recorded(asked: RunConfig) -> Settled | None:
 
 
 def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
-    """`asked`, over what is recorded of the run."""
+    """Merge `asked` over the recorded settings of the run."""
     wanted = resuming.merged(recorded, asked, _asked_at_start(recorded)) if recorded else asked
     return wanted.replace(model=wanted.model.settled)
 
@@ -143,7 +143,7 @@ def _asked_at_start(recorded: Settled) -> dict[str, object]:
 
 
 def _filled(wanted: RunConfig, device: Device) -> Settled:
-    """`wanted` with every default that depends on device and size.
+    """Return `wanted` with every default that depends on device and size.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
@@ -156,7 +156,7 @@ def _filled(wanted: RunConfig, device: Device) -> Settled:
 
 
 def _discard_settings(folder: RunFolder) -> None:
-    """Forget how a run was started of which nothing was trained."""
+    """Delete the settings of a run that has not trained anything."""
     for file in (folder.settings, folder.asked, folder.ledger):
         file.unlink(missing_ok=True)
     forget(folder)

@@ -1,4 +1,4 @@
-"""The settings of a run as they were decided: every value that training reads is there."""
+"""Settled settings of a run: every value that training reads is set."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from zeroflow.training.zero import Stage
 
 
 class SettledTraining(TrainingChoice):
-    """The training, with a value for everything that may be left open."""
+    """The training, with a value for every setting that may be left open."""
 
     gpus: PositiveInt = 1
     zero_stage: Stage = 0
@@ -39,10 +39,10 @@ class SettledTraining(TrainingChoice):
 
 
 class Settled(RunConfig):
-    """Everything that defines a run, decided. This is what `run.json` holds."""
+    """All settings that define a run, settled: the content of `run.json`."""
 
     run_name: str
-    """Empty in a sketch, for which nothing is looked up."""
+    """Empty in a sketch, which looks nothing up."""
 
     device: Literal["cpu", "cuda"]
     training: SettledTraining
@@ -54,7 +54,7 @@ class Settled(RunConfig):
 
     @property
     def ranks(self) -> int:
-        """Processes that train together."""
+        """Number of ranks that train together."""
         return self.training.gpus
 
     @property
@@ -98,7 +98,7 @@ class Settled(RunConfig):
 
     @property
     def schedule(self) -> Schedule:
-        """The learning rate's schedule.
+        """Return the learning rate's schedule.
 
         Raises:
             ValueError: warm-up and steps contradict each other.
@@ -136,7 +136,7 @@ class Settled(RunConfig):
 
     @property
     def resume_promise(self) -> str:
-        """How exact a resume of this run is."""
+        """Exactness of a resume of this run."""
         promise = _promise_of_one(self)
         if self.ranks > 1:
             promise += "; on another number of GPUs the order of sums differs"
@@ -155,7 +155,7 @@ def _promise_of_one(run: Settled) -> str:
 
 
 class Settlement(NamedTuple):
-    """What was decided about a run, and why."""
+    """Settled settings of a run, and the reasons for them."""
 
     run: Settled
     device: Device

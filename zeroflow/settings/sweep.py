@@ -59,7 +59,7 @@ class SweepConfig(Config):
 
     @property
     def name(self) -> str:
-        # without defaults, or a new setting would give every sweep a new name
+        # without defaults: otherwise a new setting would rename every sweep
         given = self.model_dump(
             mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
         )
@@ -67,7 +67,7 @@ class SweepConfig(Config):
 
     @property
     def anywhere(self) -> Self:
-        """The same with its name, and paths that mean the same from every working directory."""
+        """Return the same settings with the sweep's name and absolute paths."""
         return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
 
     @property
@@ -76,12 +76,12 @@ class SweepConfig(Config):
 
 
 def cells(sweep: SweepConfig) -> list[RunConfig]:
-    """The runs of a sweep in the order of its sizes, named by their values."""
+    """Return the runs of a sweep in the order of its sizes, named by their values."""
     found = []
     axes: tuple[tuple[Any, ...], ...]
     axes = (sweep.sizes, sweep.seeds, sweep.learning_rates, sweep.zero_stages)
     for size, seed, rate, stage in product(*(axis or (None,) for axis in axes)):
-        # What was given and nothing else: a default is settled for each run
+        # Only the given settings: defaults are settled for each run
         given = sweep.run.model_dump(exclude_unset=True)
         name = [sweep.name, str(size or sweep.run.model.name)]
         if size is not None:

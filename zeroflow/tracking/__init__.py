@@ -1,1 +1,1 @@
-"""MLflow, written without training waiting for it."""
+"""MLflow tracking that never makes training wait."""

@@ -1,4 +1,4 @@
-"""What a run is called and tagged in MLflow, and where MLflow keeps it."""
+"""Name, tags and location of a run in MLflow."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ PORT = 5000
 
 
 class Dataset(Config):
-    """Rows as MLflow names them."""
+    """Rows as an MLflow dataset."""
 
     name: str
     digest: str
@@ -37,7 +37,7 @@ class TrackingConfig(Record):
     tags: dict[str, str]
     params: dict[str, str]
     dataset: Dataset | None
-    """The rows trained on; None for a sweep."""
+    """Rows that the run trains on; None for a sweep."""
 
 
 def location(cache: Path) -> tuple[str, Path | None]:

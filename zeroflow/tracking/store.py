@@ -21,7 +21,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 class RunIds(Record):
-    """Where a run or a sweep is in MLflow: mlflow.json."""
+    """Ids of a run or a sweep in MLflow: mlflow.json."""
 
     run_id: str
     experiment_id: str
@@ -43,9 +43,9 @@ def forget(folder: TrackedFolder) -> None:
 
 
 def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
-    """A client and the id of the experiment, which is created if it does not exist."""
+    """Return a client and the id of the experiment, which is created if it does not exist."""
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # By default MLflow asks a server that is gone for minutes
+    # By default MLflow retries an unreachable server for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -58,7 +58,7 @@ def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
 
 
 def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
-    """A client and the id of the MLflow run, which is created if it does not exist."""
+    """Return a client and the id of the MLflow run, which is created if it does not exist."""
     from mlflow.entities import RunTag
 
     client, experiment_id = open_store(config.uri, config.folder)
@@ -94,7 +94,7 @@ def _experiment(client: Any, folder: Path | None) -> str:
 
 
 def _next_colour(client: Any, experiment_id: str) -> str:
-    """The colour after that of the newest run. MLflow's own, a hash of the id, repeats too soon."""
+    """Colour after that of the newest run. MLflow's own, a hash of the id, repeats too soon."""
     newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
     colour = newest[0].data.tags.get(_COLOUR) if newest else None
     if colour not in _COLOURS:
@@ -104,7 +104,7 @@ def _next_colour(client: Any, experiment_id: str) -> str:
 
 @contextmanager
 def _store_lock(folder: Path | None) -> Iterator[None]:
-    """Processes that create MLflow's SQLite tables at the same time would break them for good."""
+    """Lock the store: processes creating its SQLite tables at the same time would corrupt them."""
     if folder is None:
         yield
         return
@@ -116,7 +116,7 @@ def _store_lock(folder: Path | None) -> Iterator[None]:
 
 
 def _existing(client: Any, run_id: str) -> Any | None:
-    """The MLflow run; None if the store has none of this id, or if it was deleted there."""
+    """Return the MLflow run; None if the store has no run of this id, or a deleted one."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -129,7 +129,7 @@ def _existing(client: Any, run_id: str) -> Any | None:
 
 
 def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
-    """Add dataset and params. Params come last, so a run that has them has both."""
+    """Add dataset and params. Params come last, so a run with params has both."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     if config.dataset is not None:

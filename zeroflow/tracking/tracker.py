@@ -3,10 +3,10 @@
 One experiment holds one MLflow run for each zeroflow run. By default runs are written straight to
 SQLite under `<cache>/mlflow/`; an MLflow server only shows them.
 
-Points come from the run's metrics.jsonl, and only those after the last step that MLflow has of a
-curve are sent. So whatever MLflow missed, it gets with the next delivery that succeeds: later in
-the training, at its end, with the report, or when the same command runs again. MLflow deletes no
-point: of steps that a roll-back trains again, it keeps the first values.
+Points come from the run's metrics.jsonl. Only points after the last step that MLflow has of a curve
+are sent, so MLflow gets whatever it missed with the next successful delivery: later in the
+training, at its end, with the report, or when the same command runs again. MLflow cannot delete
+points: for steps that are trained again after a roll-back, it keeps the first values.
 """
 
 import contextvars
@@ -27,7 +27,7 @@ _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
 _BATCH_METRICS = 1000
-"""The most that MLflow takes at once."""
+"""Most points that MLflow accepts in one request."""
 
 
 class Point(NamedTuple):
@@ -41,9 +41,9 @@ class Point(NamedTuple):
 
 
 class Tracker:
-    """Follows a run and delivers its points to MLflow, in a thread of its own.
+    """Follows a run and delivers its points to MLflow, in a separate thread.
 
-    Whatever happens to MLflow, training continues and waits only at its end, for a moment.
+    Whatever happens to MLflow, training continues and waits only briefly at its end.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Tracker:
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = False
-        # In a copy of this context: from it Prefect knows which flow run a log line belongs to
+        # In a copy of this context, which tells Prefect the flow run of a log line
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._deliver,), name="mlflow", daemon=True
@@ -74,7 +74,7 @@ class Tracker:
         self._thread.join(_CLOSE_SECONDS)
         if not self._delivered:
             log.warning(
-                "MLflow at %s did not take the last metrics; they are kept in %s, and delivered "
+                "MLflow at %s did not accept the last metrics; they are kept in %s, and delivered "
                 "with the report or when the same command runs again",
                 self._config.uri,
                 self._folder.path,
@@ -102,16 +102,16 @@ class Tracker:
                     log.info("MLflow at %s is back and has all metrics", self._config.uri)
                 failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
-                run = None  # only a run that is opened again knows what has arrived
+                run = None  # only a newly opened run knows which points have arrived
                 if not failing:
-                    log.warning("MLflow at %s failed, will try again: %s", self._config.uri, error)
+                    log.warning("MLflow at %s failed, retrying: %s", self._config.uri, error)
                 failing = True
             if closing:
                 return
 
 
 class RunEnd(NamedTuple):
-    """What is added to an MLflow run at its end."""
+    """Data that is added to an MLflow run at its end."""
 
     files: list[Path]
     figures: dict[str, float]
@@ -136,7 +136,7 @@ class RunEnd(NamedTuple):
 def finish(
     config: TrackingConfig, folder: RunFolder, points: Iterable[Point], ending: RunEnd
 ) -> str | None:
-    """Add the `ending` of a run, and those of all its `points` that MLflow lacks.
+    """Add the `ending` of a run, and all `points` that MLflow lacks.
 
     Returns:
         the run id; None, with a warning, if MLflow cannot be written
@@ -159,11 +159,11 @@ def finish(
 
 
 def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
-    """Open the MLflow run of a sweep, which its runs name as their `PARENT`."""
+    """Open the MLflow run of a sweep, the `PARENT` of its runs."""
     try:
         config.write(folder.tracking)
         open_run(config, folder)
-    except Exception as error:  # its runs are compared without it
+    except Exception as error:  # the comparison of its runs does not need it
         log.warning("MLflow at %s does not show the runs as one sweep: %s", config.uri, error)
 
 
@@ -174,7 +174,7 @@ def close_group(
     config = TrackingConfig.read(folder.tracking)
     try:
         run = _MlflowRun(config, folder)
-        # A sweep has no steps. Its time is one that grows when runs are added to it
+        # A sweep has no steps. The current time serves as one: it grows when runs are added
         now = time.time()
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
         for file in files:
@@ -185,7 +185,7 @@ def close_group(
 
 
 class _MlflowRun:
-    """An MLflow run, open for one thread; not to be used after an error."""
+    """An MLflow run, open for one thread; must not be used after an error."""
 
     def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:
         self._uri, self._folder = config.uri, folder
@@ -204,10 +204,10 @@ class _MlflowRun:
         )
 
     def send(self, candidates: Iterable[Point]) -> None:
-        """Send the points after the last step of their key: a run has no step twice.
+        """Send the points after the last step of their key, so that no step appears twice.
 
-        A point that did arrive, but whose answer was lost, is sent again with the same time. To
-        MLflow that is one point.
+        A point that arrived but whose response was lost is sent again with the same time. MLflow
+        treats both as one point.
         """
         from mlflow.entities import Metric
 

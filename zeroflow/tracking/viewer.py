@@ -12,7 +12,7 @@ from zeroflow.tracking.store import open_store, run_ids
 _ADDRESS_FILE = "address.json"
 
 
-# Sorted by anything but time: by time MLflow hides the runs of a sweep below it, also in charts
+# Not sorted by time, because MLflow would then hide the runs of a sweep below it, also in charts
 _CHARTS = (
     "runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&orderByKey=metrics.%60loss%2Fval%60&orderByAsc=true"
@@ -20,7 +20,7 @@ _CHARTS = (
 
 
 class _Address(Record):
-    """Address at which the viewer was started last."""
+    """Address at which the viewer was last started."""
 
     address: str
 
@@ -39,9 +39,9 @@ class Viewer(NamedTuple):
 
 
 def viewer(cache: Path, port: int) -> Viewer:
-    """The viewer of the runs of `cache`, whose store is created if it does not exist.
+    """Return the viewer for the runs of `cache`, whose store is created if it does not exist.
 
-    From then on, runs link to pages at `port`.
+    From then on, runs link to pages on `port`.
     """
     uri, folder = location(cache)
     _, experiment_id = open_store(uri, folder)
@@ -55,11 +55,11 @@ def viewer(cache: Path, port: int) -> Viewer:
 
 
 VIEWER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
-"""The server then takes a sixth of the memory."""
+"""Options that cut the server's memory to a sixth."""
 
 
 def links(folder: RunFolder) -> dict[str, str]:
-    """Pages of MLflow's server, by what they show; none for a run that MLflow does not have."""
+    """Pages of MLflow's server, by subject; none for a run that is not in MLflow."""
     if (ids := run_ids(folder)) is None:
         return {}
     uri, store = location(folder.cache.path)
@@ -77,5 +77,5 @@ def local_address(port: int) -> str:
 
 
 def charts_page(address: str, experiment_id: str) -> str:
-    """The page that draws all runs in one chart."""
+    """Address of the page that draws all runs in one chart."""
     return f"{address}/#/experiments/{experiment_id}/{_CHARTS}"
