@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reference_tables
 
+from zeroflow.data import document_table
 from zeroflow.run_folder import Cache
 from zeroflow.settings import flags
 from zeroflow.settings.sweep import SweepConfig
@@ -53,6 +54,13 @@ def test_every_file_of_the_cache_is_on_its_page(folder):
     for name in dir(folder):
         if isinstance(file := getattr(folder, name), Path) and not name.endswith("_lock"):
             assert f"`{file.name}" in page or name == "path", name
+
+
+def test_columns_of_the_table_of_documents_are_on_the_page_of_files():
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    _, table = page.split("| column of `documents.parquet` |")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", table.split("\n\n")[0], re.MULTILINE)
+    assert rows == [(field.name, str(field.type)) for field in document_table.SCHEMA]
 
 
 def test_messages_that_failures_are_known_by_are_in_the_code():
