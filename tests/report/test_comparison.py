@@ -37,7 +37,7 @@ def outcome(
         val_bpb=None,
         tokens_per_second=1e5,
         seconds=tokens / 1e5,
-        ranks=gpus,
+        gpus=gpus,
         zero_stage=stage,
         peak_memory_bytes=2**30,
         curve=((0, 10.4), (tokens // 2, final + 0.3), (tokens, final)),

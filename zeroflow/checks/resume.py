@@ -1,8 +1,8 @@
-"""Proof that a training which is killed again and again ends with the bits of an undisturbed one.
+"""Proof that resume is exact: a training that is killed ends with the bits of an undisturbed one.
 
-The same job is trained twice, each time in a directory of its own: once in peace, and once while
-a rank is killed with SIGKILL at random moments, going on from the newest checkpoint each time.
-Every logged number and every tensor of the last checkpoint has to be the same.
+The same job is trained twice, in two directories: once undisturbed, and once with a rank killed by
+SIGKILL at random moments, after each of which it resumes from the newest checkpoint. Every logged
+number and every tensor of the last checkpoint must be the same.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from zeroflow.training.tracked import train
 log = logging.getLogger(__name__)
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
-"""The directories of the two trainings, in that of the run."""
+"""Names of the two trainings, and of their directories in that of the run."""
 
 Target = Literal["start-up", "training", "saving", "validation"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -43,42 +43,42 @@ _POLL_SECONDS = 0.001
 
 
 class ProofConfig(Config):
-    """How the resume is tried."""
+    """How often and when the training is killed."""
 
     kills: PositiveInt = 5
-    """Times that the training is killed with SIGKILL."""
+    """How often the training is killed with SIGKILL."""
 
     kill_seed: NonNegativeInt = 0
-    """Of the moments at which it is killed."""
+    """Seed of the moments at which it is killed."""
 
 
 class Kill(Config):
-    """A SIGKILL that the training got."""
+    """A SIGKILL that hit the training."""
 
     aimed_at: Target
     moment: str
-    """What was going on, by what had been logged and written."""
+    """Where in the training it was, from the files that it left."""
 
     step: NonNegativeInt
-    """Last step that had been logged."""
+    """The last step that had been logged."""
 
     resumed_at: NonNegativeInt
-    """Step from which the training went on, 0 for the beginning."""
+    """Step of the checkpoint that the training resumed from; 0 for the beginning."""
 
 
 class Mismatch(Config):
-    """The first thing that is not the same, as it is in either training; "" if it is missing."""
+    """The first difference, with its value in both trainings; "" where it is missing."""
 
     step: int
     quantity: str
-    """A number that is logged, or a tensor of the last checkpoint."""
+    """Name of a logged number or of a tensor of the last checkpoint."""
 
     undisturbed: str
     killed: str
 
 
 class Proof(Record):
-    """What came out, and how hard it was tried."""
+    """The result of a proof."""
 
     passed: bool
     reason: str
@@ -87,26 +87,26 @@ class Proof(Record):
     kills_asked: int
     steps: int
     numbers: int
-    """Losses, gradient norms and validation losses that were compared, as float.hex."""
+    """Losses, gradient norms and validation losses that were compared, to the bit."""
 
     tensors: int
     """Tensors of weights, optimiser and random state whose sha256 were compared."""
 
     sha256: dict[str, str]
-    """Over the sha256 of all tensors, of either training."""
+    """sha256 over the sha256 of all tensors, for both trainings."""
 
 
 class ResumeInexact(RuntimeError):
-    """The training that was killed did not end as the undisturbed one."""
+    """The killed training did not end with the bits of the undisturbed one."""
 
 
 class _Interval(NamedTuple):
-    """What happens between two lines of events.jsonl."""
+    """The time between two events."""
 
     phase: Target
     step: int
     after: str
-    """What it begins with: the line of this kind at this step."""
+    """Kind of the milestone that it begins with."""
 
     seconds: float
 
@@ -118,14 +118,15 @@ def prove(
 ) -> Proof:
     """Train `job` undisturbed and killed, in directories below its own, and compare.
 
-    What an earlier proof has left there is removed.
+    The trainings of an earlier proof are removed.
 
     Args:
-        on_event: called with every new line of either events.jsonl.
+        on_event: called with every new event of both trainings.
 
     Raises:
-        ValueError: a loss is not logged at every step, or there are too few steps.
-        TrainingFailed: by itself, not by being killed; or another proof is at work there.
+        ValueError: losses are not logged at every step, or there are too few steps.
+        TrainingFailed: a training failed without being killed.
+        RunIsBusy: another proof is at work there.
     """
     if job.cadence.log != 1:
         raise ValueError(
@@ -156,7 +157,7 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
 
 
 def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event], None]) -> float:
-    """Seconds that it took to start."""
+    """Train, and return the seconds that the start-up took."""
     start_up = 0.0
 
     def follow(event: Event) -> None:
@@ -175,12 +176,15 @@ def _train_killed(
     random: Random,
     on_event: Callable[[Event], None],
 ) -> list[Kill]:
-    """Train to the end, killed at a random point of each of `moments`; the kills that came in time.
+    """Train to the end, killed at a random point of each of `moments`.
 
-    Ranks are killed by turns, one of them each time.
+    Each time, another rank is killed.
+
+    Returns:
+        the kills that came before the end of the training
 
     Raises:
-        TrainingFailed: before it was killed.
+        TrainingFailed: a training failed before it was killed.
     """
     kills: list[Kill] = []
     for moment in moments:
@@ -188,7 +192,7 @@ def _train_killed(
         with _killer(job, moment, seconds, turn=len(kills)) as struck:
             try:
                 train(job, on_event)
-                break  # it ended before the moment came
+                break  # the training ended before the moment came
             except TrainingFailed:
                 if not struck.is_set():
                     raise
@@ -210,9 +214,12 @@ def _train_killed(
 def _killer(
     job: TrainingJob, moment: _Interval, seconds: float, *, turn: int
 ) -> Iterator[threading.Event]:
-    """Kills a rank of `job` so many seconds after `moment` has begun; set once that is done.
+    """Kill a rank of `job` some `seconds` after `moment` has begun.
 
-    A start-up that is over sooner than the undisturbed one is cut off at its end.
+    A start-up that takes less time than the undisturbed one is killed at its end.
+
+    Yields:
+        an event that is set once a rank was killed
     """
     struck, over = threading.Event(), threading.Event()
     tail = _tail(job)
@@ -223,7 +230,7 @@ def _killer(
         return any(_reaches(event, moment) for event in tail.new_records())
 
     def outrun() -> bool:
-        """Whether the process, this time, has started sooner than the undisturbed one."""
+        """True if this start-up is over although the undisturbed one took longer."""
         return moment.phase == "start-up" and bool(tail.new_records())
 
     def kill() -> None:
@@ -296,7 +303,7 @@ def _reaches(event: Event, moment: _Interval) -> bool:
 
 
 def _intervals(events: list[Event], start_up_seconds: float) -> list[_Interval]:
-    """What an undisturbed training did, and for how long."""
+    """The intervals of an undisturbed training."""
     intervals = [_Interval("start-up", 0, "", start_up_seconds)]
     milestones = _milestones(events)
     phases: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
@@ -313,10 +320,10 @@ def _intervals(events: list[Event], start_up_seconds: float) -> list[_Interval]:
 
 
 def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> list[_Interval]:
-    """One moment for each kill: all phases by turns, spread over the steps before the `last`.
+    """One moment for each kill: all phases in turn, spread over the steps before the `last`.
 
-    Each is chosen in a stretch of the training of its own, or soon after, as most of what was done
-    by then is not done again.
+    The training is cut into as many stretches as there are kills, and each moment lies in a stretch
+    of its own or soon after: a resumed training does not repeat most of what came before.
     """
     random = Random(config.kill_seed)
     turns = (phase for _ in itertools.count() for phase in random.sample(TARGETS, len(TARGETS)))
@@ -329,7 +336,7 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
         ahead = [i for i in intervals[1:] if begin <= i.step < last]
         here = [i for i in ahead if i.step < end]
         of_phase = [i for i in here if i.phase == phase]
-        # the next of its phase, where this stretch has none
+        # A stretch may lack the phase: then its next interval
         chosen.append(
             random.choice(of_phase)
             if of_phase
@@ -339,7 +346,7 @@ def _moments(intervals: list[_Interval], config: ProofConfig, *, last: int) -> l
 
 
 def _seen(job: TrainingJob, events: list[Event]) -> str:
-    """What was going on when a process was killed, from the events and files that it left."""
+    """Where in the training a process was killed, from the events and files that it left."""
     milestones = _milestones(events)
     if not milestones:
         return "while starting up"
@@ -355,11 +362,16 @@ def _seen(job: TrainingJob, events: list[Event]) -> str:
 
 
 _Found = dict[tuple[int, str], str]
-"""What was found of every quantity of every step."""
+"""Value of every quantity, by step and name."""
 
 
 def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], asked: int) -> Proof:
-    """Judge two finished trainings of one job, of which the second got `kills` of those `asked`."""
+    """Compare two finished trainings of one job.
+
+    Args:
+        kills: kills that hit the second training.
+        asked: number of kills that were asked for.
+    """
     numbers, numbers_killed = _numbers(undisturbed), _numbers(killed)
     tensors, tensors_killed = _tensors(undisturbed), _tensors(killed)
     difference = _first_difference(numbers, numbers_killed) or _first_difference(
@@ -385,7 +397,7 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, kills: list[Kill], as
 
 
 def _numbers(job: TrainingJob) -> _Found:
-    """Every number that was logged, to the bit."""
+    """Every logged number, to the bit."""
     found: _Found = {}
     for record in METRICS.read(job.folder.metrics):
         for quantity in _QUANTITIES:
@@ -421,12 +433,12 @@ def _explanation(difference: Mismatch, kills: list[Kill]) -> str:
     resumed = [kill.resumed_at for kill in kills if kill.resumed_at]
     if difference.step <= min(resumed, default=difference.step):
         return (
-            f"{found}. No checkpoint had been gone on from before it: the same steps give other "
-            "results each time here, even undisturbed"
+            f"{found}. No checkpoint was resumed before it: on this device the same steps give "
+            "other results each time, even undisturbed"
         )
     return (
-        f"{found}. Something that training changes is in no checkpoint, such as the state of a "
-        "random-number generator"
+        f"{found}. Something that training changes is not in the checkpoint, such as the state of "
+        "a random-number generator"
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import computed_field
 
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.records import Record
-from zeroflow.report.records import RunReport
+from zeroflow.report.records import RunReport, Sharding
 from zeroflow.run_folder import Cache
 from zeroflow.settings.settle import load
 from zeroflow.training import metrics
@@ -22,7 +22,7 @@ from zeroflow.training.metrics import METRICS, TABLE, Metric, ValidationRecord
 from zeroflow.units import binary, duration, parameter_count, speed
 
 
-class Outcome(Record):
+class Outcome(Sharding):
     """Outcome of one run."""
 
     run: str
@@ -42,8 +42,6 @@ class Outcome(Record):
     seconds: float
     """Training seconds from which tokens per second are computed."""
 
-    ranks: int
-    zero_stage: int
     peak_memory_bytes: int
     """Peak memory of each GPU."""
 
@@ -85,6 +83,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
     validations = [record for record in records if isinstance(record, ValidationRecord)]
     latest = metrics.latest(records)
     return Outcome(
+        **dict(report.sharding),
         run=name,
         size=report.size,
         seed=settings.seed,
@@ -98,8 +97,6 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         val_bpb=report.val_bpb,
         tokens_per_second=report.tokens_per_second,
         seconds=report.time.training_seconds,
-        ranks=settings.ranks,
-        zero_stage=settings.training.zero_stage,
         peak_memory_bytes=report.peak_memory_bytes,
         curve=tuple((record.tokens, record.val_loss) for record in validations),
         metrics={m.key: latest[m.key] for m in _COMPARED if m.key in latest},

@@ -53,10 +53,10 @@ class TimeFigures(Record):
     """Fraction of the wall time that trained the model."""
 
     seconds: dict[str, float]
-    """By phase."""
+    """Seconds by phase."""
 
     shares: dict[str, float]
-    """By phase."""
+    """Shares of the wall time by phase."""
 
     restarts: int
     steps_again: int
@@ -80,16 +80,30 @@ class StageFigures(Record):
     why: str
 
 
-class WorkloadFigures(Record):
-    """Device of the run, and how it computed."""
+class Sharding(Record):
+    """How many ranks a run had, and what they sharded."""
+
+    gpus: int = 1
+    """Ranks: each has a GPU of its own, or all share the cores of a CPU."""
+
+    zero_stage: Stage = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus
+
+    @property
+    def sharding(self) -> "Sharding":
+        """This part of a larger record."""
+        return Sharding(gpus=self.gpus, zero_stage=self.zero_stage)
+
+
+class WorkloadFigures(Sharding):
+    """The device of a run, and how it was computed."""
 
     device: str
     """Name of the device."""
 
-    gpus: int = 1
-    """Ranks; on a CPU, processes that share its cores."""
-
-    zero_stage: Stage = 0
     precision: Precision
     fp8: bool = False
 

@@ -56,7 +56,7 @@ class Metrics(Record):
     """A record was added to metrics.jsonl. Its fields are beside `event` in the file."""
 
     FORMAT: ClassVar[int] = StepRecord.FORMAT
-    """That of the records in it."""
+    """The format of the records in it."""
 
     event: Literal["metrics"] = "metrics"
     record: MetricsRecord

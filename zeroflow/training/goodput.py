@@ -62,7 +62,7 @@ class Booking(Record):
     """True if the process ended in order here: the time until the next one does not count."""
 
     seconds: dict[str, float]
-    """By phase. Older versions had one more, waiting for MLflow."""
+    """Seconds by phase. Older versions had one more phase, waiting for MLflow."""
 
     began: float | None = omitted()
     """In the first line of a process, the time of its launch."""

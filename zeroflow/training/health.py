@@ -51,7 +51,7 @@ class Monitor:
         self._window: deque[Reading] = deque(earlier, maxlen=_WINDOW)
 
     def alarms(self, reading: Reading) -> list[str]:
-        """What is wrong with the step, in words; empty for a healthy one."""
+        """Everything unusual about the step, in words; empty for a healthy one."""
         found = []
         if len(self._window) >= _ENOUGH:
             usual = [earlier.loss for earlier in self._window]

@@ -139,7 +139,7 @@ TABLE = {
     "peak_memory_mib": Metric("perf/peak_memory_mib", "peak memory", "MiB", ",.0f"),
     "goodput": Metric("time", "share of the wall time", "", ".1%"),
 }
-"""By field. A field that is not here is not shown."""
+"""The metrics by field; a field that is not here is not shown."""
 
 
 def points(records: Iterable[MetricsRecord]) -> Iterator[Point]:

@@ -1,4 +1,4 @@
-"""What is done about a training that failed, and the ledger of it.
+"""Remedies for a training that failed, and the ledger of them.
 
 A failed training is started again with the job that follows from the run's `ledger.jsonl`, which
 has an entry for every failure with a remedy. A retry, the same command in a shell and a retry by
@@ -52,7 +52,7 @@ class Entry(Record):
     """The error, in one line."""
 
     action: str
-    """What was changed, in words."""
+    """The change, in words."""
 
     micro_batch_rows: PositiveInt | None = None
     """Rows of a micro-batch from now on, if they were too many."""
@@ -155,7 +155,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
 
 
 def advice(now: TrainingJob, failure: TrainingFailed) -> str:
-    """What a person may do about `failure` when no remedy is left; may be empty."""
+    """Advice to a person when no remedy is left for `failure`; may be empty."""
     match failure.reason:
         case "out of memory":
             state = now.training.workload.optimizer.state_bytes(now.model)
