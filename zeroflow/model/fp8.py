@@ -35,11 +35,11 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     Compiled for a GPU, `x` must be bf16: with fp32, PyTorch 2.11 on an H100 computed zeros for all
     gradients.
     """
-    y: Tensor = _Linear.apply(x.flatten(0, -2), *weights)
+    y: Tensor = _ScaledProduct.apply(x.flatten(0, -2), *weights)
     return y.unflatten(0, x.shape[:-1])
 
 
-class _Linear(torch.autograd.Function):
+class _ScaledProduct(torch.autograd.Function):
     """y = x Wᵀ for tokens x (T, D) and concatenated weights W (N, D).
 
     Each token has its own scale s. With one scale for all tokens, the rounding of a token would
