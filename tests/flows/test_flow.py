@@ -167,7 +167,7 @@ def test_failed_check_before_training_ends_the_run_in_one_message(
     before = flow.environment.get("PYTHONPATH", "")
     flow.environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{before}"}
     output = flow.run("--run-name=blind", "--data-mode=synthetic", *CHECKED_SHAPE, expect=1)
-    assert "error: pre-flight: 1 of 7 checks failed, and nothing was trained" in output
+    assert "error: pre-flight: 1 of 7 checks failed, so nothing was trained" in output
     assert "causality: largest change " in output and "look at the mask of `attend`" in output
     assert "--skip-preflight" in output and "Traceback" not in output
     assert output.count("pre-flight: causality: FAILED") == 1, "it is not tried again"
@@ -269,7 +269,7 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     more = ["--max-steps=16", "--overfit-steps=3", "--skip-preflight"]
     output = flow.run("--run-name=longer", *more, expect=1)
     assert "resumed at step 12" in output
-    assert "training the model: it was trained to step 12, and more steps are asked for" in output
+    assert "training the model: it was trained to step 12, and more steps are requested" in output
     assert flow.report("longer")["stages"]["training"]["why"] in output
     assert "overfit check: the loss of one fixed batch went from" in output
     assert "loss by step:" in output and "Traceback" not in output

@@ -87,7 +87,7 @@ def refuse_a_second_run_of_the_name(flow: Flow) -> None:
     rank.suspend()  # or it would be at its end by then
     before = records_of(flow)
     output = flow.run("--run-name=run", *RUN, "--seed=9", "--learning-rate=5e-3", expect=1)
-    assert "another process is at work on run run" in output and "  step 3" not in output
+    assert "another process is working on run run" in output and "  step 3" not in output
     assert records_of(flow) == before
     rank.resume()
 
@@ -99,7 +99,7 @@ def interrupt(
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == expect, output
-    assert "the same command goes on" in output and "Traceback" not in output
+    assert "the same command resumes" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []
     assert newest_step(flow) >= reached
 

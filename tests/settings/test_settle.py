@@ -386,7 +386,7 @@ def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
             {"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 4},
             "not batch_size 4 x grad_accum_steps 4: drop one of the three",
         ),
-        ({"warmup_steps": 10, "max_steps": 10}, "10 warm-up steps leave nothing of 10 steps"),
+        ({"warmup_steps": 10, "max_steps": 10}, "10 warm-up steps leave none of 10 steps"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_before_anything_is_recorded(
@@ -468,13 +468,13 @@ def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, 
     monkeypatch.setattr(settle_module, "resolve_corpus", fetch)
     with pytest.raises(ValueError, match="--precision is fp32: drop one"):
         settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))
-    with pytest.raises(ValueError, match="multiples of 16, and seq_len is 1000: change it"):
+    with pytest.raises(ValueError, match="multiples of 16, but seq_len is 1000: change it"):
         settle(ask(device="auto", training={"fp8": True, "seq_len": 1000}))
     odd = SHAPE.model_dump() | {"intermediate_size": 72}
-    with pytest.raises(ValueError, match="and intermediate_size is 72: change it"):
+    with pytest.raises(ValueError, match="but intermediate_size is 72: change it"):
         settle(ask(device="auto", model=odd, training={"fp8": True}))
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: known_gpu("RTX 3090"))
-    with pytest.raises(ValueError, match=r"8\.9 or more, as .*RTX 3090 has 8\.6: train on"):
+    with pytest.raises(ValueError, match=r"8\.9 or more, such as .*RTX 3090 has 8\.6: train on"):
         settle(asked)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"the device is a CPU \(.*CPU.*drop --fp8"):

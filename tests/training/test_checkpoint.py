@@ -283,7 +283,7 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
 
 def test_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
-    with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, and this run has"):
+    with pytest.raises(CheckpointError, match=f"ids of tokenizer {TOKENIZER}, but this run has"):
         checkpoint.load(new_state(CONFIG), path, tokenizer="other")
 
 
@@ -359,7 +359,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 99})
-    with pytest.raises(CheckpointError, match="format 99, and this version reads"):
+    with pytest.raises(CheckpointError, match="format 99, but this version reads"):
         load(new_state(CONFIG), path)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load_model(path)
@@ -372,7 +372,7 @@ def test_checkpoint_of_the_first_format_is_no_damage(tmp_path):
     del manifest["sha256"]
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 1})
     with pytest.raises(
-        CheckpointError, match="format 1, and this version reads 2: resume with the"
+        CheckpointError, match="format 1, but this version reads 2: resume with the"
     ):
         checkpoint.latest(tmp_path)
     assert path.exists()

@@ -10,7 +10,7 @@ def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
     with ownership() as acquire, ownership() as other:
         acquire(tmp_path / "run")
         acquire(tmp_path / "run")
-        with pytest.raises(RunIsBusy, match="another process is at work on run run"):
+        with pytest.raises(RunIsBusy, match="another process is working on run run"):
             other(tmp_path / "run")
         other(tmp_path / "another")
     with ownership() as acquire:

@@ -70,6 +70,17 @@ def test_out_of_memory_halves_micro_batches_then_computes_again_then_gives_up(jo
     assert seen == [(3, 4, "none"), (1, 12, "none"), (1, 12, "full")]
 
 
+def test_out_of_memory_with_one_row_and_selective_recomputation_recomputes_everything(job):
+    workload = job.training.workload.split(1).replace(activation_checkpointing="selective")
+    job = job.replace(training=job.training.replace(workload=workload))
+    entry = fail(job, "out of memory")
+    assert entry is not None and entry.activation_checkpointing
+    assert entry.action.startswith("all activations are recomputed")
+    now = recovery.applied(job, recovery.read(job.folder)).training.workload
+    assert now.activation_checkpointing == "full"
+    assert fail(job, "out of memory") is None
+
+
 def test_killed_training_goes_on_until_it_gets_nowhere(job):
     checkpoint_at(job, 10)
     assert [fail(job, "killed") is None for _ in range(3)] == [False, False, True]

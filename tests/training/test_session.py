@@ -168,7 +168,7 @@ def test_stop_within_skipped_updates_names_the_checkpoint_that_is_left(job, monk
     broken_from(6, monkeypatch)
     train(job, after(7))
     [stopped] = events(job, "stopped")
-    assert "stopped at step 7 without a checkpoint" in stopped["message"]
+    assert "stopped at step 7 without saving it" in stopped["message"]
     assert "step 4" in stopped["message"]
 
 

@@ -1,1 +1,1 @@
-"""Proofs around training: the pre-flight before it, the overfit check after it."""
+"""Checks of a training: the pre-flight before it, the overfit check after it, the resume proof."""

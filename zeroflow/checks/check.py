@@ -9,7 +9,7 @@ log = logging.getLogger("zeroflow.checks.preflight")
 
 
 class Check(Config):
-    """What a check found, and what it means."""
+    """Result of one check and its meaning."""
 
     name: str
     passed: bool
@@ -17,7 +17,7 @@ class Check(Config):
     """The measured figure, with its unit."""
 
     sentence: str
-    """What the figure means; after a failure, also what to change."""
+    """Meaning of the figure; after a failure, also what to change."""
 
 
 def on_every_rank(check: Check) -> Check:

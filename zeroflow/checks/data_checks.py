@@ -21,12 +21,12 @@ _SAMPLED_PARTS = 3
 _SAMPLED_ROWS = 256
 _DECODED_ROWS = 16
 _MIN_REENCODED = 0.75
-"""Share of ids that must come back. Of the tokenizer's own text all do, but those at the cut ends
-of rows; of ids of another tokenizer, far fewer."""
+"""Share of ids that must survive decoding and encoding. The tokenizer's own ids do, except at the
+cut ends of rows; ids of another tokenizer rarely do."""
 
 
 def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterator[Check]:
-    """Yield each check in turn, up to the first that fails, as the next ones rely on it."""
+    """Yield each check in turn, up to the first failure: later checks rely on earlier ones."""
     files = on_every_rank(checksums(shards))
     yield files
     if not files.passed:
@@ -38,13 +38,13 @@ def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterat
 
 
 def checksums(shards: ShardSet) -> Check:
-    """Verify the checksums of a few parts; the stage that gave the shards verified all of them."""
+    """Verify the checksums of a few parts; building or reusing the shards verified all of them."""
     numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
     try:
         parts = (artifacts.verify(shards.part_paths[number]) for number in numbers)
         files = sum(len(PartManifest.model_validate(part).files) for part in parts)
     except artifacts.DamagedArtifact as damage:
-        sentence = f"{damage}: the same command again sets that part aside and builds it again"
+        sentence = f"{damage}: run the same command again to set that part aside and rebuild it"
         return Check(name="checksums", passed=False, figure="a part is damaged", sentence=sentence)
     return Check(
         name="checksums",
@@ -62,11 +62,11 @@ def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Che
     ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
     lowest, highest = int(ids.min()), int(ids.max())
     passed = lowest >= 0 and highest < limit
-    sentence = f"found in {len(ids)} rows, of a vocabulary of {limit:,}"
+    sentence = f"in {len(ids)} sampled rows, for a vocabulary of {limit:,}"
     if not passed:
         sentence += (
-            f": the rows were made with another tokenizer than {tokenizer.name}, or are damaged; "
-            f"remove {shards.path}, and the same command builds them again"
+            f": the rows were made with a tokenizer other than {tokenizer.name} or are damaged; "
+            f"remove {shards.path} and run the same command to rebuild them"
         )
     return Check(
         name="token ids", passed=passed, figure=f"{lowest:,} to {highest:,}", sentence=sentence
@@ -74,7 +74,7 @@ def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Che
 
 
 def text(rows: Rows, tokenizer: Tokenizer) -> Check:
-    """Check that sampled ids come back when their text is tokenised again."""
+    """Check that decoding sampled ids and encoding the text gives the same ids."""
     backend = tokenizer.load()
     returned = total = 0
     beginning = ""
@@ -88,18 +88,16 @@ def text(rows: Rows, tokenizer: Tokenizer) -> Check:
             beginning = beginning or " ".join(words.split())[:40]
     share = returned / max(1, total)
     passed = share >= _MIN_REENCODED
-    sentence = (
-        f"of {total:,} ids come back when their text is tokenised again, such as {beginning!r}"
-    )
+    sentence = f"of {total:,} ids survive decoding and encoding; the text begins with {beginning!r}"
     if not passed:
         sentence += (
-            f": {tokenizer.name} did not make these ids, or cannot decode them; look at `zeroflow "
-            "data`, and remove the shards if another tokenizer made them"
+            f": {tokenizer.name} did not make these ids or cannot decode them; look at `zeroflow "
+            "data` and remove the shards if another tokenizer made them"
         )
     return Check(name="text", passed=passed, figure=f"{share:.1%}", sentence=sentence)
 
 
 def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:
-    """Return at most `most` rows, evenly spread over a split."""
+    """Return at most `most` rows, spread evenly over a split."""
     count = min(most, len(rows))
     return rows[np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)]

@@ -1,4 +1,4 @@
-"""Pre-flight checks of the model's functions on fresh weights, which they leave as they are.
+"""Pre-flight checks of the model's functions on fresh weights, which they do not change.
 
 To add one, write a function that returns a `Check`, and yield it in `checks`.
 """
@@ -20,21 +20,21 @@ from zeroflow.training.state import TrainState
 from zeroflow.training.workload import Workload
 
 _ROWS, _CONTEXT = 1, 64
-"""Shape of the random batch of a model that is not compiled."""
+"""Shape of the random batch for a model that is not compiled."""
 
 _WINDOW = 32
-"""Logits to compare on either side of a change; those of all tokens may not fit in memory."""
+"""Positions to compare on either side of a change; the logits of all may not fit in memory."""
 
 _COMPILED_TOLERANCE = {24: 1e-3, 8: 5e-2, 4: 0.25}
-"""Largest distance that rounding explains, relative to the norm of the logits, by the bits of a
-product's significand. Fused kernels round in fewer places. With 4 bits, compiled and eager models
+"""Largest difference that rounding explains, relative to the norm of the logits, by the significand
+bits of the factors. Fused kernels round in fewer places. With 4 bits, compiled and eager models
 of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13 and 0.18 from fp32."""
 
 
 def checks(state: TrainState, config: TrainingConfig) -> Iterator[Check]:
-    """Yield each check in turn, of random ids."""
-    # A small batch is enough. But a compiled model is compiled for the shape that it meets: with
-    # that of the run, training finds the compiled code in the cache
+    """Yield each check in turn, on random ids."""
+    # A small batch is enough. But a compiled model is compiled for one shape: with the run's shape,
+    # training finds the compiled code in the cache
     work = config.workload
     shape = work
     if not work.compile:
@@ -50,7 +50,7 @@ def checks(state: TrainState, config: TrainingConfig) -> Iterator[Check]:
 
 
 def random_batch(workload: Workload, *, seed: int) -> MicroBatch:
-    """Return a micro-batch of random ids, in which each row is one document."""
+    """Return a micro-batch of random ids; each row is one document."""
     rows, context = workload.micro_batch_rows, workload.seq_len
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(workload.model.vocab_size, (rows, context + 1), generator=generator)
@@ -61,10 +61,10 @@ def random_batch(workload: Workload, *, seed: int) -> MicroBatch:
 def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
     """Compare the loss of fresh weights with its expected value.
 
-    After the last norm a hidden state has D features of size 1, so logits have the variance
-    s² = D · std². That adds s²/2 to ln V, by the mean of a log-normal. The mean loss of N tokens
-    with a vocabulary of V has a standard error of at most s/√N + s/√V: five times that is allowed,
-    and 0.05 for rounding and approximation.
+    After the last norm a hidden state has D features of size 1, so logits have variance
+    s² = D · std². By the mean of a log-normal, that adds s²/2 to ln V. The mean loss of N tokens
+    with a vocabulary of V has a standard error of at most s/√N + s/√V. The tolerance is five
+    standard errors, plus 0.05 for rounding and approximation.
     """
     V, variance = state.model.config.vocab_size, state.model.config.hidden_size * INITIAL_STD**2
     expected = math.log(V) + variance / 2
@@ -72,7 +72,7 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
     allowed = 0.05 + 5 * standard_error
     loss = loss_sum(state.model, batch).item() / batch.valid
     passed = abs(loss - expected) <= allowed
-    sentence = f"expected ln V = {math.log(V):.3f} and {variance / 2:.3f} for the spread of logits"
+    sentence = f"expected ln V = {math.log(V):.3f} plus {variance / 2:.3f} for the spread of logits"
     if not passed:
         sentence += f", to within {allowed:.3f}: look at `initialize`, the loss and the output head"
     return Check(
@@ -81,7 +81,7 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
 
 
 def gradients(state: TrainState, batch: MicroBatch) -> Check:
-    """Check that a backward pass gives every parameter a finite gradient that is not zero."""
+    """Check that a backward pass gives every parameter a finite, non-zero gradient."""
     (loss_sum(state.model, batch) / batch.valid).backward()
     parameters = dict(zero.named_parameters(state.model))
     idle = [name for name, p in parameters.items() if not _reached(p)]
@@ -89,8 +89,8 @@ def gradients(state: TrainState, batch: MicroBatch) -> Check:
     sentence = "get a finite gradient in one backward pass"
     if idle:
         sentence = (
-            f"{idle[0]} gets no gradient, or a non-finite one: let it require one, and look for a "
-            "detach() between it and the loss"
+            f"{idle[0]} gets no gradient, or a non-finite one: set requires_grad, and look for "
+            "a detach() between it and the loss"
         )
     return Check(
         name="gradients",
@@ -108,19 +108,19 @@ def _reached(parameter: Tensor) -> bool:
 
 
 def causality(state: TrainState, batch: MicroBatch) -> Check:
-    """Change tokens from some position on, and check that logits before it stay the same."""
+    """Change the tokens from one position on and check that earlier logits stay the same."""
     context = batch.inputs.shape[1]
-    # Not at the edge of a kernel's block: a wrong mask may be wrong within a block only
+    # Not at the edge of a kernel's block: a mask may be wrong only within a block
     place = min(context // 2 + 3, context - 1)
     changed = batch.inputs.clone()
     changed[:, place:] = _others(changed[:, place:], state)
     change = _change(state, batch, changed, place)
     leaks = change.before > change.by_chance
-    sentence = f"in logits before a changed token; the later ones change by {change.after:.3g}"
+    sentence = f"in logits before a changed token; later ones change by {change.after:.3g}"
     if leaks:
         sentence = "logits depend on later tokens: look at the mask of `attend`"
     elif change.after == 0:
-        sentence = "logits depend on no token at all: look at the embedding and the blocks"
+        sentence = "logits do not depend on any token: look at the embedding and the blocks"
     return Check(
         name="causality",
         passed=not leaks and change.after > 0,
@@ -130,7 +130,7 @@ def causality(state: TrainState, batch: MicroBatch) -> Check:
 
 
 def documents(state: TrainState, batch: MicroBatch) -> Check:
-    """Change the first of two documents in a row, and check that logits of the second stay."""
+    """Change the first of two documents in a row; check that the second's logits stay the same."""
     place = max(1, batch.inputs.shape[1] // 2 - 3)
     assert batch.documents is not None
     numbers = batch.documents.clone()
@@ -139,7 +139,7 @@ def documents(state: TrainState, batch: MicroBatch) -> Check:
     changed[:, :place] = _others(changed[:, :place], state)
     change = _change(state, batch._replace(documents=numbers), changed, place)
     leaks = change.after > change.by_chance
-    sentence = f"in logits after a changed document; its own change by {change.before:.3g}"
+    sentence = f"in logits after a changed document; its own logits change by {change.before:.3g}"
     if leaks:
         sentence = "logits depend on other documents: look at the masks, or drop --document-mask"
     return Check(
@@ -151,7 +151,7 @@ def documents(state: TrainState, batch: MicroBatch) -> Check:
 
 
 def compiled_equals_eager(state: TrainState, batch: MicroBatch, tolerance: float) -> Check:
-    """Compare the logits of one row, as eager those of the whole batch may not fit in memory."""
+    """Compare the logits of one row; eager logits of the whole batch may not fit in memory."""
     window = slice(0, 2 * _WINDOW)
     ours = _logits(state, batch.inputs, batch.documents, window)
     numbers = None if batch.documents is None else batch.documents[:1]
@@ -180,10 +180,10 @@ class _Change(NamedTuple):
     """Largest changes of the first row's logits when its tokens change."""
 
     before: float
-    """Of logits before some position."""
+    """Largest change of logits before the position."""
 
     after: float
-    """Of those from it on."""
+    """Largest change of logits from the position on."""
 
     by_chance: float
     """Twice the change when the same row is computed again: 0 with deterministic kernels. Masked
@@ -206,7 +206,7 @@ def _change(state: TrainState, batch: MicroBatch, changed: Tensor, place: int) -
 
 
 def _logits(state: TrainState, inputs: Tensor, numbers: Tensor | None, places: slice) -> Tensor:
-    """Return the logits at some `places` in the first row, (places, V), with the run's kernels."""
+    """Return the first row's logits at `places`, (places, V), with the run's kernels."""
     device = state.model.model.embed_tokens.weight.device
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The check after a training: fresh weights must be able to overfit one fixed batch.
 
 It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop.
-A model can overfit a batch with a part of it frozen, so gradients must also have moved every
-parameter. The check runs in ranks of its own: `-m zeroflow.checks.overfit JOB.json`.
+A partly frozen model can still overfit a batch, so gradients must also have moved every parameter.
+The check runs in its own ranks: `-m zeroflow.checks.overfit JOB.json`.
 """
 
 import logging
@@ -45,14 +45,14 @@ class OverfitConfig(Config):
     """The check after training that the model can overfit one fixed batch."""
 
     overfit_steps: PositiveInt = 150
-    """Most steps that it may take."""
+    """Maximum number of steps."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Loss that it must reach, in nats per token."""
+    """Loss that the check must reach, in nats per token."""
 
 
 class OverfitJob(RankJob):
-    """What the ranks of an overfit check need, with the training settings of the run."""
+    """Job of the ranks of an overfit check, with the training settings of the run."""
 
     shards: ShardSet
     limits: OverfitConfig
@@ -90,7 +90,7 @@ class FixedBatch(NamedTuple):
 
 
 def check(job: OverfitJob) -> OverfitResult:
-    """Run the check in ranks of its own, unless the same one has passed before.
+    """Run the check in its own ranks, unless the same check has passed before.
 
     Raises:
         TrainingFailed: a rank ended with an error.
@@ -118,7 +118,7 @@ def overfit(
     limits: OverfitConfig,
     stop: Callable[[], bool] = lambda: False,
 ) -> OverfitResult | None:
-    """Train `state` until its loss is below the limit, and judge the result.
+    """Train `state` until its loss is below the limit and judge the result.
 
     Returns:
         None if `stop` returned True after a step.
@@ -146,8 +146,8 @@ def overfit(
         )
     elif idle:
         reason = (
-            f"{len(idle)} parameters learned nothing, such as {idle[0]}: they are frozen, or "
-            "detached from the loss"
+            f"{_count(idle)} learned nothing, for example {idle[0]}: frozen, or detached from "
+            "the loss"
         )
     else:
         reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
@@ -161,12 +161,12 @@ def overfit(
 
 
 def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
-    """Return the run's training settings, for one small batch and a constant learning rate.
+    """Return the run's training settings with one small batch and a constant learning rate.
 
-    The rate is not the run's, which suits batches of millions of tokens. It falls with the width,
-    within usual limits: https://arxiv.org/abs/2203.03466
+    The run's rate suits batches of millions of tokens, so the check uses another. It falls with the
+    width, within usual limits: https://arxiv.org/abs/2203.03466
     """
-    # The check does the first half of these steps, and so ends before the decay
+    # The check runs only the first half of these steps, so it ends before the decay
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
     peak = min(1e-2, max(3e-4, 0.32 / training.workload.model.hidden_size))
     schedule = Schedule(name="wsd", peak=peak, warmup_steps=_WARMUP_STEPS, steps=steps)
@@ -176,7 +176,7 @@ def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
 
 
 def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
-    """The beginnings of the first training rows."""
+    """Return the beginnings of the first training rows."""
     first = rows[np.arange(min(workload.micro_batch_rows, len(rows)))]
     return FixedBatch(micro_batch(first[:, : workload.seq_len + 1], rows, workload))
 
@@ -185,12 +185,16 @@ def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
     return zero.named_parameters(state.model)
 
 
+def _count(names: list[str]) -> str:
+    return f"{len(names)} parameter{'' if len(names) == 1 else 's'}"
+
+
 def _fingerprint(job: OverfitJob) -> str:
     return artifacts.fingerprint(list(_identity(job).values()))
 
 
 def _identity(job: OverfitJob) -> Identity:
-    """Return everything that decides the outcome, which the length of the training does not."""
+    """Return everything that decides the outcome. Training length is excluded."""
     config = settings(job.training, job.limits)
     return {
         "model": job.model.model_dump(mode="json"),

@@ -1,8 +1,8 @@
-"""The checks before a training. They take seconds, so that a broken run does not cost hours.
+"""Checks before a training. They take seconds and can save hours of a broken run.
 
 They use the run's own model, data, device, precision and compile settings, and the functions that
 train. A check that fails ends the run before its first step. A micro-batch that does not fit in
-memory is halved first, as training would do. The checks run in ranks of their own:
+memory is halved first, as training would do. The checks run in their own ranks:
 `-m zeroflow.checks.preflight JOB.json`.
 
 The checks themselves are in `data_checks`, `model_checks` and `step_checks`.
@@ -35,7 +35,7 @@ log = logging.getLogger("zeroflow.checks.preflight")
 
 
 class PreflightJob(RankJob):
-    """What the ranks of a pre-flight need. Its micro-batches are those that the run will have."""
+    """Job of the ranks of a pre-flight. Its micro-batches have the shape of the run's."""
 
     shards: ShardSet
     tokenizer: Tokenizer
@@ -71,18 +71,18 @@ def known(job: TrainingJob) -> PreflightResult | None:
 
 
 def read(folder: RunFolder) -> PreflightResult | None:
-    """Return the result of a run's pre-flight, if it had one."""
+    """Return the result of a run's pre-flight, or None without one."""
     return PreflightResult.read_if_exists(folder.preflight)
 
 
 def check(job: TrainingJob) -> PreflightResult:
-    """Check the job in ranks of their own.
+    """Check the job in separate ranks.
 
-    While they run out of memory, a smaller micro-batch is noted in the run's ledger, as training
-    would do, and checked next. So training starts with one that fits.
+    If they run out of memory, the checks note a smaller micro-batch in the run's ledger, as
+    training would do, and try again. So training starts with a micro-batch that fits.
 
     Raises:
-        TrainingFailed: a rank ended with an error other than being out of memory.
+        TrainingFailed: a rank failed for another reason than running out of memory.
     """
     identity = _identity(job)
     before = read(job.folder)
@@ -101,7 +101,7 @@ def _check(job: TrainingJob, identity: Identity) -> PreflightResult:
             raise
         except TrainingFailed as failure:
             if failure.reason != "out of memory":
-                failure.add_advice("this was in the pre-flight checks: nothing was trained")
+                failure.add_advice("the pre-flight checks failed, so nothing was trained")
                 raise
             if (entry := recovery.remedy(now, failure, ledger)) is None:
                 return _does_not_fit(now, failure, identity)
@@ -126,10 +126,10 @@ def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
             compile_cache=now.compile_cache,
         )
     finally:
-        # a rank that was killed leaves it behind
+        # a killed rank leaves it behind
         shutil.rmtree(job.folder.preflight_checkpoint, ignore_errors=True)
     result = read(job.folder)
-    assert result is not None, "rank 0 writes it before it ends"
+    assert result is not None, "rank 0 writes it before it exits"
     return result
 
 
@@ -156,7 +156,7 @@ def _fingerprint(identity: Identity) -> str:
 
 
 def _identity(job: TrainingJob) -> Identity:
-    """Return everything that decides the outcome, which the length of the training does not."""
+    """Return everything that decides the outcome. Training length is excluded."""
     return {
         "model": job.model.model_dump(mode="json"),
         "training": job.training.identity,
@@ -169,7 +169,7 @@ def _identity(job: TrainingJob) -> Identity:
 
 
 def checks(job: PreflightJob) -> Iterator[Check]:
-    """Yield each check in turn, as its outcome over all ranks."""
+    """Yield each check in turn, with its outcome over all ranks."""
     data_is_sound = True
     for check in data_checks.checks(job.shards, job.tokenizer, job.model):
         data_is_sound = data_is_sound and check.passed

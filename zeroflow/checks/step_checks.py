@@ -30,8 +30,8 @@ def checks(
     """Yield each check in turn.
 
     Args:
-        rows: training rows; None if they cannot be trained on.
-        folder: for a checkpoint, which is removed again.
+        rows: training rows; None if they are damaged.
+        folder: folder of a temporary checkpoint, removed afterwards.
         tokenizer: fingerprint of the run's tokenizer.
     """
     if rows is not None:
@@ -40,16 +40,16 @@ def checks(
 
 
 def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
-    """Train one step of the run's shape, and report its memory.
+    """Train one step of the run's shape and report its memory.
 
-    Of several micro-batches it has two: the second finds the gradients of the first in memory, and
-    the others need no more.
+    Two micro-batches are enough: the second adds to the gradients of the first, and later ones
+    need no more memory.
     """
     work = config.workload
     few = config.replace(workload=work.replace(accumulate=min(2, work.accumulate)))
     batches = batching.batches(rows, few)
     on_gpu = work.device == "cuda"
-    if on_gpu:  # memory that earlier checks left cached, in pieces, would count as used
+    if on_gpu:  # fragmented memory that earlier checks left cached would count as used
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
@@ -65,12 +65,12 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
         f"gradient norm {grad_norm:.3g}"
     )
     if not passed:
-        sentence += ": non-finite; look at --precision, and at the rows of the first step"
+        sentence += ": non-finite; look at --precision and at the rows of the first step"
     return Check(name="micro-batch", passed=passed, figure=figure, sentence=sentence)
 
 
 def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
-    """Save the state, overwrite it with zeros, load it, and compare the bits of every tensor."""
+    """Save the state, overwrite it with zeros, load it and compare the bits of every tensor."""
     remove = partial(shutil.rmtree, folder, ignore_errors=True)
     zero.on_rank0(remove)
     begin = time.monotonic()
@@ -95,10 +95,10 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
         after = _digests(tensors)
         lost = [name for name in before if after[name] != before[name]]
         passed = not lost and state.step == step
-        sentence = f"written, and read back with the same bits, in {time.monotonic() - begin:.1f} s"
+        sentence = f"written and read back with the same bits in {time.monotonic() - begin:.1f} s"
         if not passed:
             what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
-            sentence = f"{what} came back different: look at `checkpoint`, and at the disk"
+            sentence = f"{what} came back different: look at `checkpoint` and at the disk"
         found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
     zero.is_any(False)  # a barrier: every rank has read it
     zero.on_rank0(remove)
@@ -108,7 +108,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Return everything that training changes.
 
-    It is listed here and not taken from `checkpoint`, so that a tensor missing there is noticed.
+    The list is independent of `checkpoint`, so that a tensor missing there is noticed.
     """
     tensors = {"skipped": state.skipped}
     for name, parameter in zero.named_parameters(state.model):

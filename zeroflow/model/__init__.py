@@ -1,1 +1,1 @@
-"""The decoder and its sizes; nothing here knows of parallelism."""
+"""The decoder and its sizes. Nothing here knows about parallelism."""

@@ -1,4 +1,4 @@
-"""Causal attention over whole rows or within documents, by the fastest kernel of the device."""
+"""Causal attention over whole rows or within documents, with the fastest kernel of the device."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask: TypeAlias = Tensor | BlockMask | None
-"""What a token may attend to; None for everything before it in its row."""
+"""Positions that a token may attend to; None is every position up to its own in its row."""
 
 # The first of these that supports its inputs is used. They are passed to each call instead of set
 # by PyTorch's global flags, which a compiled graph reads only once. cuDNN is the fastest on Hopper,
@@ -38,10 +38,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **how)
     if mask is not None or q.dtype == torch.float32:
-        # For these, the only kernel that does not write all scores to memory needs a key and a
-        # value for each query head
+        # In these cases only one kernel does not write all scores to memory, and it needs a key and
+        # a value for each query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # Without gradients text is generated, at many lengths: cuDNN would plan for each
+    # Text is generated without gradients and at many lengths: cuDNN would plan for each length
     fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
     with sdpa_kernel(_FASTEST if fastest else _DETERMINISTIC, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **how)
@@ -60,9 +60,9 @@ def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
-    """Return the mask of `dense_mask` for flex attention, which skips blocks that are masked whole.
+    """Return the mask of `dense_mask` for flex attention, which skips fully masked blocks.
 
-    Flex attention must be compiled: eager, it holds all scores in memory.
+    Flex attention must be compiled: in eager mode it holds all scores in memory.
     https://arxiv.org/abs/2412.05496
     """
     rows, tokens = documents.shape
@@ -75,8 +75,8 @@ def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
 
 @cache
 def _compiled_block_mask() -> Callable[..., BlockMask]:
-    # Compiled, as it would hold B·T·T entries in memory otherwise; at the first call, as importing
-    # torch.compile takes seconds
+    # Compiled, because eager code holds B·T·T entries in memory; at the first call, because
+    # importing torch.compile takes seconds
     return torch.compile(create_block_mask)
 
 

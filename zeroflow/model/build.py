@@ -1,4 +1,4 @@
-"""From a shape and a vocabulary to the network's full description."""
+"""The network's full description, from a shape and a vocabulary."""
 
 import logging
 
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def build_model(shape: Shape, vocab_size: int, folder: RunFolder) -> ModelConfig:
-    """The network for a tokenizer of `vocab_size` tokens, recorded in model.json.
+    """Return the network for a tokenizer of `vocab_size` tokens and record it in model.json.
 
-    The training process makes the weights, from the seed.
+    The training process initialises the weights from the seed.
     """
     config = with_vocabulary(shape, vocab_size)
     facts = {

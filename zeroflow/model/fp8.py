@@ -13,27 +13,27 @@ from torch import Tensor
 # T tokens  D features  N features of the product
 
 MULTIPLE = 16
-"""The kernels require every side of a product to be a multiple of this."""
+"""Every side of a product must be a multiple of this."""
 
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
 _SMALLEST_SCALE = 2.0**-100
-"""Scale of a tensor of zeros. Scales are divided by, and the quotient must be finite in fp32."""
+"""Scale of a tensor of zeros. Values are divided by scales and must stay finite in fp32."""
 
-# Fast accumulation has some 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
+# Fast accumulation has about 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
 # Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
 _FAST_OUTPUT, _FAST_GRADIENTS = True, False
 
 WEIGHT_GRADIENT = True
-"""True if the gradient of the weights is an fp8 product too, of transposed copies of both factors;
-otherwise it is a product in the dtype of the activations."""
+"""True computes the gradient of the weights in fp8 too, from transposed copies of both factors;
+False computes it in the dtype of the activations."""
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """Multiply `x` (..., D) by the transposes of `weights` (N, D), concatenated, in `x`'s dtype.
 
-    Compiled for a GPU, `x` must be bf16: with fp32, PyTorch 2.11 on an H100 computed zeros for all
-    gradients.
+    On a GPU, compiled code needs `x` in bf16: with fp32, PyTorch 2.11 on an H100 computed zeros
+    for all gradients.
     """
     y: Tensor = _ScaledProduct.apply(x.flatten(0, -2), *weights)
     return y.unflatten(0, x.shape[:-1])
@@ -49,7 +49,7 @@ class _ScaledProduct(torch.autograd.Function):
     by s before it is rounded, and one rounded tensor serves both products:
     dW = (s·dy)ᵀ x/s and dx = (s·dy) W / s.
 
-    Kept for the backward pass are x in 8 bits and the weights as they are.
+    The backward pass keeps x in 8 bits and the weights as they are.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.save_for_backward(x8, s, w_scale, *weights)
         w8 = _rounded(weights, w_scale)
         y = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
-        return (y * s).to(x.dtype)  # compiled, this is fused into the next kernel
+        return (y * s).to(x.dtype)  # torch.compile fuses this into the next kernel
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ class _ScaledProduct(torch.autograd.Function):
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fp32 number to divide values by so that the `largest` just fits in `dtype`.
 
-    It is non-finite if `largest` is, and so is the loss then.
+    A non-finite `largest` makes it non-finite, and the loss as well.
     """
     return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 
@@ -96,7 +96,7 @@ def _rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
 
 
 def _by_columns(matrix: Tensor) -> Tensor:
-    """Return the same matrix in column-major order, as the kernels require of a second factor."""
+    """Return the matrix in column-major order, as the kernels require for the second factor."""
     return matrix.t().contiguous().t()
 
 

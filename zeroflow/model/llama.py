@@ -1,8 +1,8 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
 A state dict of `Llama` is also one of `transformers.LlamaForCausalLM` with tied embeddings, so
-export copies tensors and converts nothing. There are no buffers, which a sharded model would have
-to place: rotary angles are computed in `forward`.
+export copies tensors and converts nothing. A sharded model would have to place buffers, so
+there are none: `forward` computes the rotary angles.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ class Shape(Config):
     """Decoder blocks."""
 
     num_attention_heads: PositiveInt
-    """Query heads. Their number divides `hidden_size`."""
+    """Query heads; the number must divide `hidden_size`."""
 
     num_key_value_heads: PositiveInt
-    """Fewer than `num_attention_heads` is grouped-query attention."""
+    """Key/value heads; fewer than `num_attention_heads` gives grouped-query attention."""
 
     intermediate_size: PositiveInt
     """Features inside the SwiGLU feed-forward network."""
@@ -117,7 +117,7 @@ class ModelConfig(Shape):
 
 
 INITIAL_STD = 0.02
-"""Standard deviation of initial weights. Norms start at 1, residual outputs with a smaller one."""
+"""Standard deviation of initial weights; smaller for residual outputs. Norms start at 1."""
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """Activations to recompute in the backward pass: those within the feed-forward networks (selective)
@@ -144,9 +144,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Return `head` of the hidden states (B, T, D) and the output matrix (V, D).
 
-        The default head returns logits (B, T, V). Training passes its loss as the head: it
-        computes logits in chunks, and inside this forward pass a sharded model has the whole
-        output matrix.
+        The default head returns logits (B, T, V). Training passes its loss as the head: the loss
+        computes logits in chunks, and only inside this forward pass does a sharded model hold
+        the whole output matrix.
 
         Args:
             tokens: ids, (B, T).
@@ -267,13 +267,13 @@ class RMSNorm(nn.Module):
 
 
 def checkpointed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Tensor:
-    """Return `function` of `inputs`, and recompute it in the backward pass: only inputs are kept.
+    """Return `function` of `inputs`; keep only the inputs and recompute it in the backward pass.
 
     Source: https://arxiv.org/abs/1604.06174
     """
-    # Called within a block's forward, not wrapped around its module: a wrapper of each block would
-    # be compiled once per block, and a block's forward is compiled once for all. There are no
-    # random numbers in it whose state would have to be preserved
+    # Called within a block's forward, not wrapped around its module: PyTorch compiles a wrapper
+    # once per block, but a block's forward once for all blocks. The forward pass draws no random
+    # numbers, so there is no random state to preserve
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -309,7 +309,7 @@ def initialize(model: Llama, seed: int) -> None:
     """Draw the initial weights: normal(0, 0.02), residual outputs scaled by 1/sqrt(2·layers).
 
     Each parameter has its own generator on the CPU, seeded by `seed` and the parameter's name. So
-    the weights depend neither on the device nor on the order or the sharding of the parameters.
+    the weights do not depend on the device, or on the order or sharding of the parameters.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -326,6 +326,6 @@ def initialize(model: Llama, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
-    # In threads: on one core, drawing the 1.3 billion numbers of medium takes ten seconds
+    # In threads: one core takes ten seconds to draw the 1.3 billion numbers of medium
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda named: fill(*named), model.named_parameters()))

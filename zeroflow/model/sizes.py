@@ -1,4 +1,4 @@
-"""The sizes to choose from, and what is known to suit each.
+"""The model sizes and their default settings.
 
 To add one, name it in `SizeName` and give it an entry in `SIZES`: flags, help texts, defaults and
 Prefect's deployments follow.
@@ -16,14 +16,14 @@ NOMINAL_VOCABULARY = 128_256
 on the tokenizer."""
 
 VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this many rows: the tensor cores' tiles stay full."""
+"""The embedding is padded to a multiple of this many rows, which keeps tensor-core tiles full."""
 
 
 class Size(Shape):
-    """A shape, and the defaults of a training of it on GPUs."""
+    """A shape and the defaults for training it on GPUs."""
 
     learning_rate: PositiveFloat
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
 
     batch_tokens: PositiveInt
     """Tokens in a global batch."""

@@ -1,1 +1,1 @@
-"""What a training process runs, and how it is started."""
+"""The training process and its launcher."""

@@ -35,8 +35,8 @@ def work(job: TrainingJob, stop: Stop) -> None:
         newest = checkpoint.newest_step(job.folder.checkpoints)
         message = f"stopped at step {step} with a checkpoint; the same command resumes from it"
         if newest < step:
-            kept = f"the newest one is of step {newest}" if newest else "there is none"
-            message = f"stopped at step {step} without a checkpoint of it: {kept}"
+            kept = f"the newest is from step {newest}" if newest else "no checkpoint exists"
+            message = f"stopped at step {step} without saving it: {kept}"
         session.recorder.event(Stopped(time=time.time(), step=step, message=message))
 
 

@@ -1,4 +1,4 @@
-"""The batches of a workload, made of the rows of a shard set."""
+"""The batches of a workload, made from the rows of a shard set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from zeroflow.training.workload import Workload
 
 
 def batches(rows: Rows, config: TrainingConfig, skips: Sequence[Skip] = ()) -> Batches:
-    """The training batches of this rank.
+    """Return the training batches of this rank.
 
     Args:
         skips: windows of the data to leave out.
@@ -31,7 +31,7 @@ def batches(rows: Rows, config: TrainingConfig, skips: Sequence[Skip] = ()) -> B
 
 
 def micro_batch(tokens: npt.NDArray[np.integer[Any]], rows: Rows, workload: Workload) -> MicroBatch:
-    """The micro-batch of `tokens` (n, row_tokens), which are some of `rows`."""
+    """Return the micro-batch of `tokens` (n, row_tokens), a selection of `rows`."""
     return to_micro_batch(
         tokens, end_of_text=rows.end_of_text, document_mask=workload.document_mask
     )

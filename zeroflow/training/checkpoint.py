@@ -2,12 +2,12 @@
 
 A checkpoint is a directory `step-00000100/`. It holds the tensors as `torch.distributed.checkpoint`
 writes them, which reshards on load, and a manifest with the rest of the state and the sha256 of
-every file: for most flipped bits PyTorch's loader returns wrong values without an error. The
-directory appears under its name when all of it is on the disk.
+every file: PyTorch's loader misses most flipped bits and returns wrong values without an error. The
+directory gets its name only when all its files are on disk.
 """
 
-# torch.distributed.checkpoint takes most of a second to import, so only the functions that read or
-# write import it
+# torch.distributed.checkpoint takes most of a second to import, so only functions that read or
+# write checkpoints import it
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
 """Every rank has its own random state, but PyTorch stores one value per name: rank 0's."""
 
 _OVERHEAD_BYTES = 2**20
-"""Size of a checkpoint's index, manifest and directory, at most."""
+"""Maximum size of a checkpoint's index, manifest and directory."""
 
 
 class CheckpointError(ValueError):
@@ -58,24 +58,24 @@ class CheckpointFacts(Record):
     """Fingerprint of the tokenizer whose ids the model is trained on."""
 
     val_loss: float | None
-    """Validation loss of this very state, if it was measured."""
+    """Validation loss of this exact state, if it was measured."""
 
 
 class Retention(Config):
-    """Which checkpoints to keep, besides the one with the lowest validation loss."""
+    """Rules for keeping checkpoints. The one with the lowest validation loss is always kept."""
 
     keep: PositiveInt
     """Number of the newest checkpoints to keep."""
 
     keep_every: PositiveInt | None = None
-    """Keep those at multiples of this many steps as well; None keeps no others."""
+    """Also keep checkpoints at multiples of this many steps; None keeps no others."""
 
 
 class Saver:
-    """Writes checkpoints of a state into a folder, in a thread beside the training.
+    """Writes checkpoints of a state into a folder, in a background thread.
 
-    Training waits until the state is copied to host memory, and until an earlier write has ended.
-    The copy's memory, pinned if the state is on a GPU, is kept for the next checkpoint. If the copy
+    Training waits until the previous write has ended and the state is copied to host memory. The
+    next checkpoint reuses the memory of the copy, which is pinned for a state on a GPU. If the copy
     would take more than half of the free memory, training waits for the write instead.
 
     Every rank calls `save`. A sharded state is gathered tensor by tensor and written by rank 0, so
@@ -93,7 +93,7 @@ class Saver:
         """
         Args:
             tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
-            on_saved: called when a checkpoint is complete, in the thread that writes.
+            on_saved: called in the writing thread when a checkpoint is complete.
         """
         self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
         self._on_saved = on_saved
@@ -102,13 +102,13 @@ class Saver:
         self._failure: BaseException | None = None
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
-        """Start to write `state` as `folder/step-N`. Does nothing if that exists.
+        """Start writing `state` as `folder/step-N`. Does nothing if that exists.
 
         Args:
             val_loss: validation loss of this state, if it was measured.
 
         Raises:
-            OSError: the disk lacks the space, and nothing was written; or the write before failed.
+            OSError: the disk lacks space, so nothing was written; or the previous write failed.
         """
         self.wait()
         path = self._folder / f"step-{state.step:08d}"
@@ -134,7 +134,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the current write has ended.
+        """Wait until the current write has ended.
 
         Raises:
             OSError: it failed.
@@ -159,7 +159,7 @@ class Saver:
             raise OSError(
                 errno.ENOSPC,
                 f"a checkpoint takes {decimal(needed)} and {self._folder} has room for "
-                f"{decimal(free)}: free some space, or move the cache (--cache-dir); existing "
+                f"{decimal(free)}: free some space or move the cache (--cache-dir); existing "
                 "checkpoints are kept, and the same command resumes from the newest",
             )
 
@@ -213,14 +213,14 @@ def retire(folder: Path, retention: Retention) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():  # someone has moved it elsewhere
+    if path.is_symlink():  # someone moved it elsewhere
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
 def best(folder: Path) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, of those with a measured one."""
+    """Return the checkpoint with the lowest measured validation loss."""
     losses = {}
     for path in _all(folder):
         try:
@@ -234,12 +234,12 @@ def best(folder: Path) -> Path | None:
 
 
 def unfinished(folder: Path) -> list[int]:
-    """Steps of checkpoints that are being written, or that killed processes left half written."""
+    """Return the steps of checkpoints that are being written or were left half written."""
     return sorted(map(step_of, _partial(folder)))
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes left half written."""
+    """Remove checkpoints that killed processes left half written."""
     for path in _partial(folder):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -252,7 +252,7 @@ def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint whose files verify; set damaged ones aside.
 
     Raises:
-        CheckpointError: it has the format of another version of zeroflow.
+        CheckpointError: its format belongs to another version of zeroflow.
     """
     for path in reversed(_all(folder)):
         try:
@@ -281,13 +281,13 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
         tokenizer: fingerprint of the run's tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint has another format, another model or another tokenizer.
+        CheckpointError: the checkpoint's format, model or tokenizer differs.
     """
     facts = _facts(path)
     _require_same_model(state.model.config, facts.model, path)
     if facts.tokenizer != tokenizer:
         raise CheckpointError(
-            f"{path} was trained on ids of tokenizer {facts.tokenizer}, and this run has "
+            f"{path} was trained on ids of tokenizer {facts.tokenizer}, but this run has "
             f"tokenizer {tokenizer}"
         )
     tensors = state_tensors(state)
@@ -340,12 +340,12 @@ def _read(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException, which nothing would catch
+    except dcp.api.CheckpointException as error:  # a BaseException, which no caller catches
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _as_exception(error: BaseException) -> BaseException:
-    """Unwrap the OSError, such as of a full disk, in PyTorch's exception, or make another of it."""
+    """Return the OSError inside PyTorch's exception, such as a full disk, or a CheckpointError."""
     import torch.distributed.checkpoint as dcp
 
     if isinstance(error, dcp.api.CheckpointException):
@@ -372,7 +372,7 @@ def _facts(path: Path) -> CheckpointFacts:
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
     if (found := manifest["format"]) != CheckpointFacts.FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {found}, and this version reads "
+            f"{path} has checkpoint format {found}, but this version reads "
             f"{CheckpointFacts.FORMAT}: resume with the version that wrote it, or start over under "
             "another --run-name"
         )
@@ -380,7 +380,7 @@ def _facts(path: Path) -> CheckpointFacts:
 
 
 def _require_signed_format(path: Path) -> None:
-    """Refuse a manifest of format 1: it has no checksum of its own, which must not look damaged."""
+    """Refuse a manifest of format 1: it has no checksum, so it would look damaged."""
     try:
         manifest = artifacts.read_json(path / artifacts.MANIFEST)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Observes torch.compile during a training: the time it takes, and recompilations."""
+"""Observe torch.compile during a training: its time and its recompilations."""
 
 import logging
 from collections.abc import Callable
@@ -9,16 +9,15 @@ log = logging.getLogger(__name__)
 
 
 def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
-    """Count compilation in `clock` as a phase of its own, and log recompilations as warnings.
+    """Count compilation as its own phase in `clock`, and log recompilations as warnings.
 
-    A recompilation in mid-run means that a step has met a shape or a setting that none had before,
-    and it costs minutes. If TORCH_LOGS is set, it decides whether PyTorch logs the reasons that
-    these warnings are made of.
+    A recompilation in mid-run means that a step had a new shape or setting, and it costs minutes.
+    The warnings contain PyTorch's log of the reasons, which TORCH_LOGS turns on or off if set.
 
     Args:
-        is_settled: returns True once everything should have been compiled.
+        is_settled: returns True once everything should be compiled.
     """
-    import torch._dynamo  # takes a second to import, and only compiled models need it
+    import torch._dynamo  # takes a second to import; only compiled models need it
 
     before: Phase = clock.phase
 
@@ -35,7 +34,7 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Passes PyTorch's reasons for a recompilation on to the log of the run."""
+    """Passes PyTorch's reasons for a recompilation to the log of the run."""
 
     def __init__(self, is_settled: Callable[[], bool]) -> None:
         super().__init__()

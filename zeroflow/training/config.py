@@ -1,4 +1,4 @@
-"""The settings of a training that its processes read."""
+"""The training settings that the ranks read."""
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 

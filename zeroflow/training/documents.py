@@ -1,4 +1,4 @@
-"""The documents that a step of a run trains on, found again from its job and its history."""
+"""The documents of a training step, recovered from the run's job and history."""
 
 from zeroflow.data import provenance
 from zeroflow.data.batches import Skip
@@ -10,7 +10,7 @@ from zeroflow.training.job import TrainingJob
 
 
 def documents_of_step(job: TrainingJob, step: int) -> list[Piece]:
-    """The pieces of documents that optimiser step `step` (from 1, as logged) trains on.
+    """Return the pieces of documents that step `step` (from 1, as logged) trains on.
 
     Raises:
         ValueError: the job has no such step.
@@ -19,7 +19,7 @@ def documents_of_step(job: TrainingJob, step: int) -> list[Piece]:
 
 
 def documents_left_out(job: TrainingJob, step: int) -> list[Piece]:
-    """What `step` trained on before a roll-back left it out; empty for most steps.
+    """Return the pieces that `step` trained on before a roll-back; empty for most steps.
 
     Raises:
         ValueError: the job has no such step.
@@ -43,10 +43,10 @@ def _pieces(job: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piece]
 
 
 def _parts_read(job: TrainingJob, step: int) -> int:
-    """Parts of the shards that were read by the process that trained `step`.
+    """Return the number of parts read by the process that trained `step`.
 
-    A run that is extended reads more parts, and so another order of rows, from then on. Of several
-    processes that trained the step, the last one counts: it replaced what the others did.
+    An extended run reads more parts, which changes the order of rows from then on. If several
+    processes trained the step, the last one counts: it replaced the work of the others.
     """
     events = EVENTS.read(job.folder.events)
     read = [e.parts for e in events if isinstance(e, Started) and e.step < step]

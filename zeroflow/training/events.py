@@ -1,4 +1,4 @@
-"""The history of a run's processes, which the launcher follows: events.jsonl."""
+"""The history of a run's processes in events.jsonl, which the launcher follows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from zeroflow.training.metrics import MetricsRecord, StepRecord
 
 
 class Started(Record):
-    """A process begins to train, from a checkpoint or the beginning."""
+    """A process starts training, from a checkpoint or from the beginning."""
 
     event: Literal["started"] = "started"
     time: float
@@ -21,7 +21,7 @@ class Started(Record):
     """Steps of the whole training."""
 
     parts: int
-    """Parts of the shards that it reads: a run that is extended has more."""
+    """Parts of the shards that it reads; an extended run reads more."""
 
 
 class Saved(Record):
@@ -40,7 +40,7 @@ class Skipped(Record):
     time: float
     step: int
     skipped: int
-    """Skipped so far."""
+    """Updates skipped so far."""
 
 
 class Spike(Record):
@@ -53,7 +53,7 @@ class Spike(Record):
 
 
 class Metrics(Record):
-    """A record was added to metrics.jsonl. Its fields are beside `event` in the file."""
+    """A record was added to metrics.jsonl. In the file, its fields stand next to `event`."""
 
     FORMAT: ClassVar[int] = StepRecord.FORMAT
     """The format of the records in it."""
@@ -82,7 +82,7 @@ class Metrics(Record):
 
 
 class Stopped(Record):
-    """A process was asked to stop, and did so in order."""
+    """A process stopped cleanly on request."""
 
     event: Literal["stopped"] = "stopped"
     time: float | None = omitted()
@@ -102,7 +102,7 @@ class Failed(Record):
 
 
 class Done(Record):
-    """A process did all of its work."""
+    """A process finished its work."""
 
     event: Literal["done"] = "done"
     time: float | None = omitted()

@@ -1,4 +1,4 @@
-"""How a training can fail, and what a rank reports about it."""
+"""Failures of a training, and their report by a rank."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from zeroflow import artifacts
 FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
 """killed: the process ended without an error message. diverged: a loss or gradient went wrong."""
 
-# In the errors of PyTorch and Triton
+# Error texts of PyTorch and Triton
 _NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
 
 
@@ -28,7 +28,7 @@ class TrainingFailed(RuntimeError):
         super().__init__(message)
         self.reason, self.step = reason, step
         self.will_retry = False
-        """True if something was changed, so that another start may succeed."""
+        """True if a change of settings may let another start succeed."""
 
     def add_advice(self, advice: str) -> None:
         if advice:
@@ -36,11 +36,11 @@ class TrainingFailed(RuntimeError):
 
 
 class RunIsBusy(TrainingFailed):
-    """Another process is at work on the run."""
+    """Another process is working on the run."""
 
 
 class TrainingStopped(RuntimeError):
-    """A training was asked to stop, and ended in order."""
+    """A training stopped cleanly on request."""
 
 
 class Diverged(FloatingPointError):
@@ -61,18 +61,18 @@ def reason(error: Exception) -> FailureReason:
 
 
 def message(error: Exception, run_dir: Path) -> str:
-    """Return what a person is told of the error of a rank."""
+    """Return the message for the user about a rank's error."""
     if isinstance(error, Diverged | ValueError):
         return str(error)
     if any(lack in str(error) for lack in _NO_COMPILER):
         return (
-            "torch.compile and Triton need a C and a C++ compiler, and found none: install gcc and "
-            "g++, or name others in CC and CXX; on a CPU, --no-compile does without"
+            "torch.compile and Triton need a C and a C++ compiler, but none was found: install gcc "
+            "and g++, or set CC and CXX; on a CPU, --no-compile needs neither"
         )
     if not isinstance(error, OSError) or not error.strerror:
         return f"{type(error).__name__}: {error}"
     if error.errno not in artifacts.NO_ROOM or error.strerror != os.strerror(error.errno):
-        # with a message of our own, or of another kind
+        # another kind of error, or one with our own message
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (
         f"{error.strerror}, writing to {error.filename or run_dir}: free some space, raise the "

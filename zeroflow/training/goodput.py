@@ -1,8 +1,8 @@
-"""Where the wall time of a run's training goes: every moment of it is in one phase.
+"""Wall time of a training, divided into phases: every moment belongs to exactly one.
 
 A process adds the seconds of its phases to `goodput.jsonl` at every logged step and checkpoint, so
-one that is killed leaves at most its last few steps unaccounted. Over all processes of a run, with
-the time between them, the phases add up to the wall time of its training.
+a killed process leaves at most its last few steps unaccounted. Over all processes of a run and the
+time between them, the phases add up to the wall time of the training.
 """
 
 import time
@@ -33,24 +33,24 @@ Phase = Literal[
     "logging",
     "restarts",
 ]
-"""start: from the launch of a process until it is ready, its checkpoint loaded.
-first_step: of a process, in which kernels are loaded and chosen and memory is allocated.
+"""start: from the launch of a process until its checkpoint is loaded.
+first_step: first step of a process, which loads and selects kernels and allocates memory.
 data, checkpoint: only while training waits for them.
 communication: after the end of the backward pass, until all ranks have reached it; communication
 that overlaps a backward pass counts as forward_backward.
-restarts: from the death of a process to the launch of the next, and the steps that were lost."""
+restarts: from the death of a process to the launch of the next, plus the lost steps."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")
 """The phases that train. The others are overhead."""
 
 TRAINING: tuple[Phase, ...] = ("data", *GOOD, "communication", "logging")
-"""The phases of a step. Tokens per second are over their seconds, without those of the first step
-of a process."""
+"""The phases of a step. Their seconds give tokens per second; the first step of a process does not
+count."""
 
 
 class Booking(Record):
-    """Seconds of each phase since the line before."""
+    """Seconds of each phase since the previous line."""
 
     step: int
     """Steps done."""
@@ -59,13 +59,13 @@ class Booking(Record):
     """Seconds since the epoch."""
 
     ended: bool
-    """True if the process ended in order here: the time until the next one does not count."""
+    """True if the process exited cleanly here: the time until the next process does not count."""
 
     seconds: dict[str, float]
     """Seconds by phase. Older versions had one more phase, waiting for MLflow."""
 
     began: float | None = omitted()
-    """In the first line of a process, the time of its launch."""
+    """Launch time of the process, only in its first line."""
 
 
 BOOKINGS: JsonLines[Booking] = JsonLines(Booking)
@@ -73,18 +73,18 @@ BOOKINGS: JsonLines[Booking] = JsonLines(Booking)
 
 
 class Clock:
-    """Which phase the process is in, by one clock.
+    """The current phase of the process and the seconds of all phases.
 
-    A GPU does what it is asked for later. There, a phase ends when the device has reached its end:
-    every change puts an event into the stream of work, which waits for nothing, and `settle` reads
-    the events. So data that is prepared while the device computes costs nothing, and time in which
-    the loop waits for the device belongs to the phase that the device is in.
+    A GPU runs behind the host, so a phase ends when the device reaches its end: every change of
+    phase records an event in the stream, without waiting, and `settle` reads the events. So
+    preparing data while the device computes costs nothing, and time that the loop waits for the
+    device belongs to the phase that the device is in.
     """
 
     def __init__(self, began: float, *, device: Literal["cpu", "cuda"]) -> None:
         """
         Args:
-            began: when the process was launched, by time.time.
+            began: launch time of the process, from time.time.
         """
         self._new_mark = _DeviceMark if device == "cuda" else _HostMark
         self.phase: Phase = "start"
@@ -96,7 +96,7 @@ class Clock:
 
     def enter(self, phase: Phase) -> None:
         """End the current phase and begin `phase`."""
-        if phase == "logging":  # of a step that is done
+        if phase == "logging":  # the step is done
             self._first_step = False
         if self._first_step and phase in TRAINING:
             phase = "first_step"
@@ -109,7 +109,7 @@ class Clock:
         self._marks[-1][1].wait()
         now = time.perf_counter()
         spans = [(phase, end.since(begin)) for (phase, begin), (_, end) in pairwise(self._marks)]
-        # The device's clock only gives the shares: its seconds need not add up to the host's
+        # The device's clock gives only the proportions: its seconds may not add up to the host's
         scale = (now - self._settled) / (sum(seconds for _, seconds in spans) or 1.0)
         for phase, seconds in spans:
             self.seconds[phase] += scale * seconds
@@ -152,13 +152,13 @@ class Account:
     def __init__(self, bookings: Iterable[Booking] = ()) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.restarts = 0
-        """Processes that resumed after one which had not ended in order."""
+        """Processes that resumed after one that had not exited cleanly."""
 
         self.steps_again = 0
-        """Steps trained a second time because a process resumed from a checkpoint before them."""
+        """Steps trained again because a process resumed from an earlier checkpoint."""
 
         self.steps = 0
-        """Steps that count, without the first one of every process."""
+        """Steps that count; the first step of each process does not."""
 
         self._step, self._is_first = 0, True
         self._bookings: list[Booking] = []
@@ -177,7 +177,7 @@ class Account:
 
     @property
     def shares(self) -> dict[Phase, float]:
-        """Share of the wall time of each phase; they add up to 1."""
+        """Share of each phase in the wall time; all shares add up to 1."""
         wall = self.wall or 1.0
         return {phase: seconds / wall for phase, seconds in self.seconds.items()}
 
@@ -198,7 +198,7 @@ class Account:
         restarts = self.seconds["restarts"]
         if not last.ended:
             self.restarts += 1
-            # By the wall clock, which somebody may have set back
+            # By the wall clock, which may have been set back
             restarts += max(0.0, began - last.time)
         while self._bookings and self._bookings[-1].step > first.step:
             restarts += sum(self._bookings.pop().seconds.values())
@@ -218,12 +218,12 @@ class Account:
 
 
 class PhaseLedger:
-    """The account of a run, to which the bookings of this process are added."""
+    """The account of a run, with the bookings of this process."""
 
     def __init__(self, folder: RunFolder, clock: Clock, *, kept: bool = True) -> None:
         """
         Args:
-            kept: write the bookings to the run's folder, as one rank of several does.
+            kept: write the bookings to the run's folder; only one rank does.
         """
         self.clock, self._kept = clock, kept
         self._path, self._booked = folder.goodput, dict.fromkeys(PHASES, 0.0)
@@ -237,7 +237,7 @@ class PhaseLedger:
         Args:
             step: steps done.
             first: the first booking of this process.
-            ended: the process ends now, in order.
+            ended: the process exits cleanly now.
         """
         self.clock.settle()
         seconds, before = dict(self.clock.seconds), self._booked
@@ -256,18 +256,18 @@ class PhaseLedger:
 
 
 def read(folder: RunFolder) -> Account:
-    """The account of a run until now."""
+    """Return the account of a run until now."""
     return Account(BOOKINGS.read(folder.goodput))
 
 
 def summary(shares: Mapping[Name, float], wall_seconds: float) -> str:
-    """The largest shares of the wall time, on one line."""
+    """Return the largest shares of the wall time on one line."""
     largest = sorted(shares.items(), key=lambda item: -item[1])[:_SHOWN]
     parts = ", ".join(f"{label(phase)} {share:.1%}" for phase, share in largest)
     return f"{duration(wall_seconds)}: {parts}"
 
 
 def label(phase: str) -> str:
-    """The name of a phase for people."""
+    """Return the display name of a phase."""
     names = {"data": "data wait", "forward_backward": "forward/backward", "optimizer": "optimiser"}
     return names.get(phase, phase.replace("_", " "))

@@ -1,4 +1,4 @@
-"""Signs that a training goes wrong although all its numbers are finite."""
+"""Signs of trouble in a training whose numbers are all finite."""
 
 import math
 from collections import deque
@@ -19,7 +19,7 @@ _TOO_GOOD = 0.5
 
 
 class Reading(NamedTuple):
-    """The numbers of a logged step that are monitored."""
+    """The monitored numbers of a logged step."""
 
     loss: float
     grad_norm: float
@@ -27,25 +27,25 @@ class Reading(NamedTuple):
     """Largest norm of a matrix's update over the norm of its weights."""
 
     first_epoch: bool
-    """True while every row was read at most once."""
+    """True as long as no row has been read twice."""
 
 
 class Monitor:
     """Compares every logged step with the steps before it.
 
-    Loss and gradient norm raise an alarm six robust standard deviations above the median of a
-    window, if they are clearly above it in absolute terms too. While the window still holds the
-    fast drop at the beginning, its deviation is too large to notice anything; so the update ratio
-    has an absolute limit, and a relative one because small matrices at a high learning rate change
-    by a tenth in a healthy training. A loss that is too low in the first epoch means that targets
-    leak into the inputs.
+    Loss and gradient norm raise an alarm when they are six robust standard deviations above the
+    median of a window and clearly above it in absolute terms too. While the window holds the fast
+    drop at the beginning, its deviation is too large to detect anything, so the update ratio has an
+    absolute limit. It also has a relative limit, because small matrices at a high learning rate
+    change by a tenth in a healthy training. A loss that is too low in the first epoch means that
+    targets leak into the inputs.
     """
 
     def __init__(self, *, entropy: float | None, earlier: Sequence[Reading] = ()) -> None:
         """
         Args:
-            entropy: lowest possible loss in nats per token, if it is known.
-            earlier: readings of the steps before, for a run that is resumed.
+            entropy: lowest possible loss in nats per token, if known.
+            earlier: readings of the previous steps of a resumed run.
         """
         self._floor = _TOO_GOOD if entropy is None else min(_TOO_GOOD, 0.9 * entropy)
         self._window: deque[Reading] = deque(earlier, maxlen=_WINDOW)

@@ -30,7 +30,7 @@ class Cadence(Config):
 
 
 class RankJob(Record):
-    """What ranks need to do any job together."""
+    """Settings of any job that ranks do together."""
 
     run_dir: Path
     training: TrainingConfig
@@ -45,7 +45,7 @@ class RankJob(Record):
 
 
 class TrainingJob(RankJob):
-    """What the ranks of a training need."""
+    """Job of the ranks of a training."""
 
     FORMAT: ClassVar[int] = 2
 
@@ -60,7 +60,7 @@ class TrainingJob(RankJob):
 
     shards: ShardSet
     validation_rows: PositiveInt
-    """Rows of a validation: the first of the held-out ones."""
+    """Rows of a validation: the first held-out rows."""
 
     tokenizer: Tokenizer
     prompt: str
@@ -70,15 +70,15 @@ class TrainingJob(RankJob):
     """Folder for compiled code; None for PyTorch's default."""
 
     peak_flops: float | None
-    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None if unknown, or
-    if the run is in fp32: then no MFU is given."""
+    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None if unknown or
+    if the run is in fp32: then there is no MFU."""
 
     # Files written before format 2
 
     @model_validator(mode="before")
     @classmethod
     def _from_format_1(cls, fields: Any) -> Any:
-        """Read a job whose `model` stood beside its training, and the workload's fields in it."""
+        """Read a job with `model` next to `training` and the workload's fields inside it."""
         if not isinstance(fields, dict) or "model" not in fields:
             return fields
         training = fields["training"]
@@ -120,14 +120,14 @@ class TrainResult(StageResult):
     """Validation loss before the first step, in nats per token."""
 
     tokens_per_second: float | None
-    """Speed over the seconds of all steps but the first of a process, see `goodput.TRAINING`; None
-    if there were no others."""
+    """Speed over all steps except the first of each process, see `goodput.TRAINING`; None if there
+    were no others."""
 
     mfu: float | None
-    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is unknown."""
 
     peak_memory_bytes: int
-    """Peak memory of the rank that held most."""
+    """Highest peak memory of any rank."""
 
     sample: str
     """Text that the model generated at the last validation."""
@@ -141,21 +141,21 @@ def finished(job: TrainingJob) -> TrainResult | None:
 
 
 def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
-    """Return why a job that is not finished is trained, and from which step.
+    """Return the reason why an unfinished job is trained, and from which step.
 
     Args:
-        others: returns why no other run serves in its place.
+        others: returns the reason why no other run can be used.
     """
     step = checkpoint.newest_step(job.folder.checkpoints)
-    newest = f"its newest checkpoint is of step {step:,} of {job.training.steps:,}"
+    newest = f"its newest checkpoint is from step {step:,} of {job.training.steps:,}"
     if (result := read_result(job)) and result.steps < job.training.steps and step:
-        return f"it was trained to step {result.steps:,}, and more steps are asked for: {newest}"
+        return f"it was trained to step {result.steps:,}, and more steps are requested: {newest}"
     if result and not result.checkpoint.exists():
         return f"{result.checkpoint.name} is gone: {newest if step else 'no checkpoint is left'}"
     if step:
         return f"its training did not end: {newest}"
     if job.folder.job.exists():
-        return "it was started before, and ended without a checkpoint"
+        return "it was started before and ended without a checkpoint"
     return others()
 
 

@@ -1,8 +1,8 @@
-"""Runs a job in its ranks: starts them, watches them, and tells how they ended.
+"""Run a job in its ranks: start them, watch them, and report how they ended.
 
-Ranks always are processes of their own: GPU memory is returned when they exit, and after a crash or
-an out-of-memory kill the flow is alive to report it. torchrun is not between them: it takes seconds
-to start, one rank needs no rendezvous, and it is one more process that can be killed.
+Ranks are always separate processes: GPU memory is returned when they exit, and after a crash or an
+out-of-memory kill the flow is alive to report it. torchrun is not used: it takes seconds to start,
+one rank needs no rendezvous, and it is one more process that can be killed.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from zeroflow.training.processes import rank_processes
 _POLL_SECONDS = 0.2
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of a rank that was killed. A rank that lost contact to another one aborts."""
+"""Exit codes of a killed rank. A rank that loses contact with another rank aborts instead."""
 
 _REPORT_BYTES = 2**20
 """Free disk space that a rank needs to report why it failed."""
@@ -36,11 +36,11 @@ def launch(
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
-    """Run `python -m module job_file` once for every rank, until all have ended well.
+    """Run `python -m module job_file` once for every rank and wait until all have succeeded.
 
     Their output goes to the log. If this process is interrupted, it asks them to stop and waits for
     them; if it dies, they notice and stop by themselves, see `stopping`. If one rank fails, the
-    others, which would wait for it, are ended.
+    others are ended, because they would wait for it.
 
     Args:
         job_file: in the folder of the run.
@@ -49,12 +49,12 @@ def launch(
             to PyTorch.
 
     Raises:
-        RunIsBusy: another process has launched ranks for this run, and they are running.
-        TrainingFailed: with the reason that a rank gave, or its last output.
+        RunIsBusy: ranks launched by another process for this run are running.
+        TrainingFailed: a rank failed; the message has its reason or its last output.
         TrainingStopped: the ranks were stopped from outside.
     """
     folder = RunFolder(job_file.parent)
-    busy = f"another process is at work on run {folder.name}"
+    busy = f"another process is working on run {folder.name}"
     with ownership.exclusive(folder.launch_lock, busy):
         rendezvous = zero.rendezvous_file(folder.path)
         shared = rank_environment(compile_cache)
@@ -79,7 +79,7 @@ def _run(
     def follow() -> None:
         nonlocal last
         for event in events.new_records():
-            if not isinstance(last, Failed):  # what comes after the first failure follows from it
+            if not isinstance(last, Failed):  # later events are consequences of the first failure
                 last = event
             on_event(event)
 
@@ -90,7 +90,7 @@ def _run(
             if hang_seconds and heartbeat.seconds_since_last() > hang_seconds:
                 ranks.kill()
                 raise TrainingFailed(
-                    f"{module} showed no sign of life for {hang_seconds} s: killed", "hang"
+                    f"{module} showed no sign of life for {hang_seconds} s and was killed", "hang"
                 )
             if any(codes):  # the other ranks wait for it
                 codes = ranks.end_after_failure(folder.checkpoints)
@@ -109,13 +109,13 @@ def _require_good_end(
 ) -> None:
     """
     Args:
-        codes: exit codes by rank; None of ranks that had to be killed.
-        last: the first failure that a rank reported, else the last event.
+        codes: exit codes by rank; None for ranks that had to be killed.
+        last: the first failure that a rank reported, otherwise the last event.
     """
     ended = f"{module} ended with exit code {next(filter(None, codes), 0)}"
     if len(codes) > 1:
         listed = (f"{rank}: {'none' if c is None else c}" for rank, c in enumerate(codes))
-        ended = f"{module} ended on some rank (exit codes by rank: {', '.join(listed)})"
+        ended = f"{module} failed on a rank (exit codes by rank: {', '.join(listed)})"
         killed = [rank for rank, code in enumerate(codes) if code in _KILLED]
         if killed and not (isinstance(last, Failed) and last.rank in killed):
             last = None  # other ranks only report that they lost the killed one
@@ -140,7 +140,7 @@ def _require_good_end(
 class Heartbeat:
     """Watches the file that ranks touch, by this process's own clock.
 
-    File times are only compared with each other, so setting the system clock changes nothing.
+    File times are compared only with each other, so setting the system clock has no effect.
     """
 
     def __init__(self, alive: Path) -> None:

@@ -1,4 +1,4 @@
-"""One training step, and the loop that yields after each; its caller logs, saves and stops."""
+"""One training step, and a loop that yields after each step so that the caller can log and save."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,13 +27,13 @@ class StepMetrics(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """Something that makes the micro-batches of a step, such as `Batches`."""
+    """Provides the micro-batches of a step; `Batches` is one."""
 
     def micro_batches(self, step: int) -> list[MicroBatch]: ...
 
 
 def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
-    """Sum of the loss over the valid targets of `batch`, a scalar on the model's device."""
+    """Return the loss summed over the valid targets of `batch`, a scalar on the model's device."""
     device = model.model.embed_tokens.weight.device
     on_device = partial(Tensor.to, device=device, non_blocking=True)
     head = partial(cross_entropy_sum, targets=on_device(batch.targets), z_loss=z_loss)
@@ -52,10 +52,10 @@ def train_step(
     config: TrainingConfig,
     enter: Callable[[Phase], None] = _unobserved,
 ) -> StepMetrics:
-    """Advance `state` by one step of the optimiser over the mean loss of all valid targets.
+    """Advance `state` by one optimiser step on the mean loss of all valid targets.
 
     If the loss or a gradient is non-finite, the update is skipped and counted in `state.skipped`.
-    The device decides that by itself, so the host need not wait for it.
+    The decision is made on the device, so the host does not wait.
 
     Args:
         micro_batches: this rank's share of the global batch.
@@ -96,7 +96,7 @@ def train(
     config: TrainingConfig,
     enter: Callable[[Phase], None] = _unobserved,
 ) -> Iterator[StepMetrics]:
-    """Train from `state.step` to the last step, yielding after each.
+    """Train from `state.step` to the last step, yielding after each step.
 
     Args:
         enter: called as each phase begins.

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch."""
+"""Next-token cross-entropy that never stores the logits of a whole batch."""
 
 import importlib.util
 from functools import cache
@@ -58,7 +58,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # In place: autograd frees them after this, so that there is no second backward pass
+        # In place: autograd frees them after this, so a second backward pass is impossible
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
 
@@ -105,7 +105,7 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 def logits_bytes(gpu_memory: int | None) -> int:
     """Return the bytes of logits that the loss holds at once.
 
-    Large chunks are faster on a GPU, as each reads and writes the gradient of the matrix.
+    Large chunks are faster on a GPU, because each reads and writes the gradient of the matrix.
 
     Args:
         gpu_memory: bytes of the GPU; None on a CPU.

@@ -1,6 +1,6 @@
 """Cross-entropy and its gradient in one Triton kernel, which reads every logit twice.
 
-Only imported on a GPU: Triton comes with PyTorch's builds for GPUs.
+Imported only for GPUs: Triton comes with PyTorch's GPU builds.
 """
 
 import triton
@@ -10,7 +10,7 @@ from torch import Tensor
 from zeroflow.data.batches import IGNORED
 
 _BLOCK = 32_768
-"""Logits that a program holds at once, at most."""
+"""Maximum number of logits that a program holds at once."""
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""The numbers that are logged of a training: their table, their records, their measurement.
+"""The logged numbers of a training: their table, records and measurement.
 
 To log another number, give a record a field, `TABLE` a line and `Meter` the expression that
-measures it. MLflow, the report, the pictures and the table of a sweep take it from here.
+measures it. MLflow, the report, the plots and the table of a sweep take it from here.
 """
 
 import time
@@ -54,22 +54,22 @@ class StepRecord(_Logged):
     versions."""
 
     skipped_updates: int = 0
-    """Updates that were skipped so far because their loss or gradient was non-finite."""
+    """Updates skipped so far because of a non-finite loss or gradient."""
 
     first_epoch: bool = False
-    """True while every row was read at most once."""
+    """True as long as no row has been read twice."""
 
     tokens_per_second: float | None
-    """Speed since the last logged step; None if only the first step of a process lies between."""
+    """Speed since the last logged step; None if the only step since is the first of a process."""
 
     peak_memory_mib: float | None = None
-    """Peak memory of the rank that held most, in MiB; None in files of older versions."""
+    """Highest peak memory of any rank, in MiB; None in files of older versions."""
 
     goodput: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
     """Share of the wall time so far, by phase."""
 
     mfu: float | None = omitted()
-    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is unknown."""
 
 
 class ValidationRecord(_Logged):
@@ -86,7 +86,7 @@ class ValidationRecord(_Logged):
 
 
 def _tag(content: Any) -> str:
-    """Name of the record's class, of its content as in the file or of the record itself."""
+    """Return the tag of a record, given as an object or as its content in the file."""
     if isinstance(content, Mapping):
         return "validation" if "val_loss" in content else "step"
     return "validation" if isinstance(content, ValidationRecord) else "step"
@@ -98,16 +98,15 @@ MetricsRecord = Annotated[
 ]
 
 METRICS: JsonLines[MetricsRecord] = JsonLines(MetricsRecord)
-"""metrics.jsonl: every logged step and every validation, each once, also after a resume."""
+"""metrics.jsonl: every logged step and validation, exactly once, even after a resume."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a field of a record is shown."""
+    """Presentation of a field of a record."""
 
     key: str
-    """Name of the curve in MLflow; for a field with several values, the beginning of their
-    names."""
+    """Name of the curve in MLflow; a prefix of the names for a field with several values."""
 
     label: str
     unit: str = ""
@@ -115,10 +114,10 @@ class Metric:
     """Format of a value, as in `format(value, form)`."""
 
     by_compute: bool = False
-    """Drawn against tokens and FLOPs too."""
+    """True also plots it against tokens and FLOPs."""
 
     compared: bool = False
-    """A column of the table that compares the runs of a sweep."""
+    """True adds a column to the table that compares the runs of a sweep."""
 
     def text(self, value: float) -> str:
         return f"{value:{self.form}} {self.unit}".rstrip()
@@ -143,19 +142,19 @@ TABLE = {
 
 
 def points(records: Iterable[MetricsRecord]) -> Iterator[Point]:
-    """The points that MLflow shows of `records`, in their order; None is not a point."""
+    """Yield the MLflow points of `records` in order, skipping None."""
     for record in records:
         for key, metric, value in _values(record):
             yield Point(key, value, record.step, record.time)
             if metric.by_compute:
                 yield Point(f"{key}_by_tokens", value, record.tokens, record.time)
-                if record.flops is not None:  # in units of which MLflow's 64 bits hold enough
+                if record.flops is not None:  # in GFLOPs, because FLOPs overflow MLflow's 64 bits
                     gflops = record.flops // 10**9
                     yield Point(f"{key}_by_gflops", value, gflops, record.time)
 
 
 def latest(records: Iterable[MetricsRecord]) -> dict[str, float]:
-    """The last value of each metric, by its key in MLflow."""
+    """Return the last value of each metric, by its key in MLflow."""
     return {key: value for record in records for key, _, value in _values(record)}
 
 
@@ -169,12 +168,12 @@ def _values(record: MetricsRecord) -> Iterator[tuple[str, Metric, float]]:
 
 
 class Meter:
-    """Measures what is logged. All ranks do, as some numbers are of all ranks."""
+    """Measures the logged numbers. All ranks take part, because some numbers combine all ranks."""
 
     def __init__(self, job: TrainingJob, account: Account) -> None:
         """
         Args:
-            account: the time of the run so far.
+            account: time account of the run so far.
         """
         self._job, self._work = job, job.training.workload
         self._last = (account.steps, account.training)
@@ -182,10 +181,10 @@ class Meter:
     def step(
         self, state: TrainState, metrics: StepMetrics, account: Account, rate: float | None
     ) -> StepRecord:
-        """The record of the step just done; waits for the device.
+        """Return the record of the step just done; waits for the device.
 
         Args:
-            account: the time of the run until now.
+            account: time account of the run until now.
             rate: tokens per second since the last logged step.
         """
         step, optimizer = state.step, self._work.optimizer
@@ -219,17 +218,17 @@ class Meter:
         )
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on until the end of `step`."""
+        """Return the number of tokens trained on until the end of `step`."""
         return step * self._work.batch_tokens
 
     def rate(self, account: Account) -> float | None:
-        """Tokens per second since the last call."""
+        """Return tokens per second since the last call."""
         steps, seconds = self._last
         self._last = (account.steps, account.training)
         return self.tokens_per_second(account.steps - steps, account.training - seconds)
 
     def tokens_per_second(self, steps: int, seconds: float) -> float | None:
-        """None for no steps: the first of a process does not count."""
+        """Return the speed; None for no steps, as the first of a process does not count."""
         return self.tokens(steps) / seconds if steps else None
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
@@ -240,7 +239,7 @@ class Meter:
 
 
 def peak_memory_bytes(job: TrainingJob) -> int:
-    """The most that a rank has held: on a GPU by tensors, on a CPU resident in the process."""
+    """Return the highest peak of any rank: tensors on a GPU, resident memory on a CPU."""
     return zero.max_over_ranks(_peak_memory_bytes(job))
 
 
@@ -248,10 +247,10 @@ def _peak_memory_bytes(job: TrainingJob) -> int:
     if job.training.workload.device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
-        # Not getrusage: Linux starts its figure at the memory of the process that started this one
+        # Not getrusage: on Linux its figure starts at the memory of the parent process
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except FileNotFoundError:  # not Linux
-        import resource  # not on Windows, where a GPU would be
+        import resource  # missing on Windows, where training needs a GPU
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""One process at a time works on a run."""
+"""Locks that allow only one process at a time to work on a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,23 +20,23 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
         try:
             held.enter_context(artifacts.exclusive(lock, timeout_seconds=0))
         except TimeoutError as error:
-            raise RunIsBusy(f"{busy}: wait for its end, or use another --run-name") from error
+            raise RunIsBusy(f"{busy}: wait until it ends, or use another --run-name") from error
         yield
 
 
 @contextmanager
 def ownership() -> Iterator[Callable[[Path], None]]:
-    """Yield a function that makes a run's directory this process's own until the block ends.
+    """Yield a function that gives this process ownership of a run's directory until the block ends.
 
-    It raises `RunIsBusy` if another process owns the directory. The end of a process, whatever its
-    cause, frees what it owned.
+    It raises `RunIsBusy` if another process owns the directory. However a process ends, its
+    directories are released.
     """
     with ExitStack() as held:
         owned: set[Path] = set()
 
         def acquire(run_dir: Path) -> None:
             if run_dir not in owned:
-                busy = f"another process is at work on run {run_dir.name}"
+                busy = f"another process is working on run {run_dir.name}"
                 held.enter_context(exclusive(RunFolder(run_dir).owner_lock, busy))
                 owned.add(run_dir)
 

@@ -18,11 +18,11 @@ from zeroflow.training import checkpoint
 log = logging.getLogger(__name__)
 
 WATCH_PARENT = "--watch-parent"
-"""Argument of a rank that is to stop when its parent dies."""
+"""Argument that makes a rank stop when its parent dies."""
 
 LOG_MARK = "\x1e"
-"""Begins a line that a rank logs, to tell it from other output. A digit for the level and the text
-follow."""
+"""Begins a line that a rank logs, to distinguish it from other output. A digit for the level and
+the text follow."""
 
 _STOP_SECONDS = 120.0
 """Time for a rank to finish its step and save."""
@@ -40,7 +40,7 @@ class RankProcesses:
 
     def __init__(self) -> None:
         self.last_output: deque[str] = deque(maxlen=_LAST_LINES)
-        """Last lines of all ranks."""
+        """Last output lines of all ranks."""
 
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
@@ -49,38 +49,38 @@ class RankProcesses:
         """Start the next rank."""
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # never written to: its end tells the rank that we have died
+            stdin=subprocess.PIPE,  # never written to: its end tells the rank that we died
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a terminal's Ctrl-C is for us: we stop the ranks in order
+            start_new_session=True,  # Ctrl-C reaches only us: we stop the ranks cleanly
             env=environment,
         )
         self._processes.append(process)
-        # In a copy of this context: Prefect finds in it the flow run that a log line belongs to
+        # In a copy of this context: Prefect uses it to assign log lines to a flow run
         context = contextvars.copy_context()
         reader = threading.Thread(target=context.run, args=(self._log, process), daemon=True)
         reader.start()
         self._readers.append(reader)
 
     def exit_codes(self) -> list[int | None]:
-        """Return the exit code of every rank, None of those that are running."""
+        """Return the exit code of every rank, None for running ranks."""
         return [process.poll() for process in self._processes]
 
     def read_to_end(self) -> None:
-        """Wait until the output of ranks that have ended is logged."""
+        """Wait until the output of the ended ranks is logged."""
         for reader in self._readers:
             reader.join(timeout=5)
 
     def end_after_failure(self, checkpoints: Path) -> list[int | None]:
-        """Kill the ranks that do not end by themselves after one has failed.
+        """Kill the ranks that do not exit by themselves after one has failed.
 
-        They get some time: all may be reporting the same failure, and a checkpoint that is being
-        written is what the next start resumes from.
+        They get some time: all may be reporting the same failure, and the next start resumes from
+        a checkpoint that is being written.
 
         Returns:
-            the exit code of every rank, None of those killed here.
+            the exit code of every rank, None for ranks killed here.
         """
         began = time.monotonic()
         while None in (codes := self.exit_codes()):
@@ -92,7 +92,7 @@ class RankProcesses:
         return codes
 
     def stop(self) -> None:
-        """Ask the ranks to save and end, wait for them, and kill what is left."""
+        """Ask the ranks to save and exit, wait for them, and kill the rest."""
         if None in self.exit_codes():
             log.info("asking the training process to save and stop")
         families = self._families()
@@ -104,7 +104,7 @@ class RankProcesses:
             for process in self._processes:
                 process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            log.error("the training process did not stop within %d s: killed", _STOP_SECONDS)
+            log.error("the training process did not stop within %d s and was killed", _STOP_SECONDS)
         finally:
             self.kill(families)
 
@@ -112,7 +112,7 @@ class RankProcesses:
         """Kill the ranks and all their children.
 
         Args:
-            known: children found before: those of a rank that has ended cannot be found any more.
+            known: children found earlier: those of an ended rank can no longer be found.
         """
         for member in [*known, *self._families()]:
             try:
@@ -133,7 +133,7 @@ class RankProcesses:
         return found
 
     def _log(self, process: subprocess.Popen[str]) -> None:
-        """Log what the rank logs; its other output, such as tracebacks, at the level DEBUG."""
+        """Log what the rank logs, and its other output, such as tracebacks, at level DEBUG."""
         assert process.stdout is not None
         for line in map(str.rstrip, process.stdout):
             level, text = logging.DEBUG, line
@@ -149,7 +149,7 @@ def rank_processes(
 ) -> Iterator[RankProcesses]:
     """Run `python -m module job_file` as a rank for each of `environments` until the block ends.
 
-    However it ends, also by Ctrl-C or SIGTERM, no process of a rank is left.
+    However the block ends, even by Ctrl-C or SIGTERM, no process of a rank is left.
     """
     ranks = RankProcesses()
     try:

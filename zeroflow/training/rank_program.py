@@ -1,4 +1,4 @@
-"""What the program of every rank has in common: job, lock, process group, log and last report."""
+"""The common program of all ranks: job, lock, process group, log and failure report."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ Job = TypeVar("Job", bound=RankJob)
 
 
 def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
-    """Do `work` on the job in the file that the command line names, as one of its ranks.
+    """Run `work` as one rank of the job file named on the command line.
 
-    Of each rank there is one process at a time in a run's directory. A rank whose parent was killed
-    may still be saving: its successor waits for it, until the launcher takes that for a hang.
+    Wait first for the same rank of an earlier command whose parent was killed: it may still be
+    saving. If that takes too long, the launcher considers this rank hung.
 
-    A failure is reported in events.jsonl, as an exit code could not tell the reason.
+    A failure is reported in events.jsonl, because an exit code cannot give the reason.
     """
     rank = int(os.environ.get("RANK", "0"))
     log_to_parent(rank)
@@ -38,7 +38,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     request = StopRequest(watch_parent=watch, ranks=job.training.workload.ranks)
     folder = RunFolder(job_file.parent)
     try:
-        waiting_for = f"a rank of an earlier command in {folder.path} finishes its step and saves"
+        waiting_for = f"ranks of an earlier command in {folder.path} to finish and save"
         with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
             if rank == 0:
                 zero.remove_stale_rendezvous(folder.path)
@@ -54,14 +54,14 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         EVENTS.append(folder.events, failure)
         if zero.ranks() == 1:
             raise
-        # The usual way out would destroy the process group, and wait for ranks that wait for us
+        # A normal exit would destroy the process group and wait for ranks that wait for us
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
 
 
 def log_to_parent(rank: int) -> None:
-    """Log to the launcher: rank 0 everything from INFO on, the other ranks warnings and errors."""
+    """Log to the launcher: everything from INFO on for rank 0, only warnings for the others."""
 
     class Line(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -75,8 +75,8 @@ def log_to_parent(rank: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Make PyTorch use only kernels whose results are the same from run to run."""
+    """Make PyTorch use only kernels that give the same results in every run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.use_deterministic_algorithms(True)
-    # Filling new tensors would only help to debug reads of uninitialised memory, and costs time
+    # Filling new tensors costs time and only helps to debug reads of uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Writes what happens in a training to metrics.jsonl and events.jsonl."""
+"""Write the progress of a training to metrics.jsonl and events.jsonl."""
 
 import logging
 import math
@@ -21,13 +21,13 @@ log = logging.getLogger("zeroflow.training")
 class Recorder:
     """Writes records and events on rank 0, for the launcher to follow.
 
-    All ranks call it, as some numbers are of all ranks.
+    All ranks call it, because some numbers combine all ranks.
     """
 
     def __init__(self, job: TrainingJob, ledger: PhaseLedger, *, step: int) -> None:
         """
         Args:
-            step: step that the training is resumed from; 0 at the beginning.
+            step: step that the training resumes from; 0 at the beginning.
         """
         self._job, self._ledger = job, ledger
         self.meter = Meter(job, ledger.account)
@@ -36,7 +36,7 @@ class Recorder:
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=_readings(self.records()))
 
     def records(self) -> list[MetricsRecord]:
-        """All that was logged so far."""
+        """Return all records so far."""
         return METRICS.read(self._job.folder.metrics)
 
     def event(self, event: Event) -> None:
@@ -49,10 +49,10 @@ class Recorder:
             self._job.folder.alive.touch()
 
     def step(self, state: TrainState, metrics: StepMetrics) -> list[str]:
-        """Log the step just done; reading its loss waits for the device.
+        """Log the step just done. Reading its loss waits for the device.
 
         Returns:
-            alarms: what is unusual about the step, in words
+            alarms: descriptions of everything unusual about the step
         """
         step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
         account = self._ledger.book(step)

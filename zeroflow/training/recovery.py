@@ -1,8 +1,8 @@
 """Remedies for a training that failed, and the ledger of them.
 
-A failed training is started again with the job that follows from the run's `ledger.jsonl`, which
-has an entry for every failure with a remedy. A retry, the same command in a shell and a retry by
-Prefect all read the same ledger, so all of them resume in the same way.
+A failed training is started again with the changes listed in the run's `ledger.jsonl`, which has an
+entry for every failure with a remedy. A retry, the same command in a shell and a retry by Prefect
+all read this ledger, so all of them resume in the same way.
 """
 
 import logging
@@ -24,10 +24,10 @@ from zeroflow.units import decimal
 log = logging.getLogger(__name__)
 
 MOST_RETRIES = 20
-"""Retries of one command. Each reason has a lower limit of its own."""
+"""Maximum retries of one command. Each failure reason has its own lower limit."""
 
 _IN_VAIN = 3
-"""Starts without a newer checkpoint after which a killed training is given up."""
+"""Maximum starts of a killed or hung training without a newer checkpoint."""
 
 _ROLLBACKS = 3
 _FIRST_WAIT_SECONDS = 2.0
@@ -36,7 +36,7 @@ _PROCESS = secrets.randbits(48)
 
 
 class Entry(Record):
-    """A failure, and what was changed for the next start."""
+    """A failure and the change for the next start."""
 
     time: float
     """Seconds since the epoch."""
@@ -55,13 +55,13 @@ class Entry(Record):
     """The change, in words."""
 
     micro_batch_rows: PositiveInt | None = None
-    """Rows of a micro-batch from now on, if they were too many."""
+    """Rows of a micro-batch from now on; None if unchanged."""
 
     activation_checkpointing: bool = False
     """True if all activations are recomputed from now on."""
 
     skip: Skip | None = None
-    """Window of the data that is left out from now on."""
+    """Window of the data to leave out from now on."""
 
 
 LEDGER: JsonLines[Entry] = JsonLines(Entry)
@@ -69,15 +69,15 @@ LEDGER: JsonLines[Entry] = JsonLines(Entry)
 
 
 def read(folder: RunFolder) -> list[Entry]:
-    """The ledger of a run, oldest entry first."""
+    """Return the ledger of a run, oldest entry first."""
     return LEDGER.read(folder.ledger)
 
 
 def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
-    """The job with all changes of the ledger.
+    """Return the job with all changes of the ledger.
 
-    The rows of every batch stay the same. Only their split into micro-batches changes, and which
-    windows of the data are left out.
+    The rows of a batch stay the same except for windows that are left out. The split into
+    micro-batches and the activation recomputation may change.
     """
     workload = planned.training.workload
     for entry in ledger:
@@ -90,10 +90,10 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
 
 
 def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResult:
-    """Train with the changes of the ledger; a failure with a remedy is noted there.
+    """Train with the changes of the ledger, and note a failure that has a remedy there.
 
     Raises:
-        TrainingFailed: `will_retry` says if another call has a chance.
+        TrainingFailed: `will_retry` is True if another call has a chance.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     ledger = read(planned.folder)
@@ -113,13 +113,13 @@ def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResul
 
 
 def note(folder: RunFolder, entry: Entry) -> None:
-    """Add `entry` to a run's ledger and log its action; from now on it is applied."""
+    """Add `entry` to a run's ledger and log its action. It applies from now on."""
     LEDGER.append(folder.ledger, entry)
     log.warning("%s", entry.action)
 
 
 def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
-    """The entry that may help after `failure` of the job `now`; None if nothing would."""
+    """Return the entry that may help after `failure` of the job `now`; None if nothing would."""
     newest = checkpoint.newest_step(now.folder.checkpoints)
     entry = Entry(
         time=time.time(),
@@ -140,12 +140,12 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
                 half = workload.split(workload.micro_batch_rows // 2)
                 action = (
                     f"micro-batches of {half.micro_batch_rows} rows instead of "
-                    f"{workload.micro_batch_rows}, {half.accumulate} of them a step, the same rows "
+                    f"{workload.micro_batch_rows}, {half.accumulate} per step, with the same rows "
                     f"in the same order; {resumes}"
                 )
                 return entry.replace(action=action, micro_batch_rows=half.micro_batch_rows)
-            if workload.activation_checkpointing == "none":
-                action = f"activations are recomputed instead of kept; {resumes}"
+            if workload.activation_checkpointing != "full":
+                action = f"all activations are recomputed instead of kept; {resumes}"
                 return entry.replace(action=action, activation_checkpointing=True)
         case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
             skip = Skip(step=newest, batches=max(1, failure.step - newest))
@@ -172,12 +172,12 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
                 "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":
-            return f"it was started {_IN_VAIN} times without reaching another checkpoint"
+            return f"it was started {_IN_VAIN} times without reaching a newer checkpoint"
     return ""
 
 
 def _in_vain(ledger: list[Entry], step: int) -> int:
-    """Starts by this process in a row that ended without a newer checkpoint."""
+    """Count this process's latest consecutive starts without a newer checkpoint."""
     count = 0
     for entry in reversed(ledger):
         mine = entry.process == _PROCESS and entry.reason in ("killed", "hang")

@@ -1,4 +1,4 @@
-"""Generating text with a model."""
+"""Text generation with a model."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,16 @@ from zeroflow.model.llama import Llama, linear
 
 
 class SamplingConfig(Config):
-    """How the next token is chosen."""
+    """Settings of text generation."""
 
     tokens: PositiveInt = 64
-    """Tokens to add at most; an end of text ends it earlier."""
+    """Maximum number of tokens to add; an end-of-text token stops earlier."""
 
     temperature: NonNegativeFloat = 0.8
-    """0 always takes the most likely token."""
+    """Sampling temperature; 0 always takes the most likely token."""
 
     top_k: NonNegativeInt = 50
-    """Choose among this many most likely tokens; 0 among all."""
+    """Sample from this many most likely tokens; 0 samples from all."""
 
     seed: NonNegativeInt = 0
 
@@ -30,8 +30,8 @@ def _own_choice(token: int) -> int:
     return token
 
 
-# no_grad, not inference_mode: that would make inference tensors of the weights that ranks gather,
-# and training could not use them afterwards
+# no_grad, not inference_mode, which would turn gathered weights into inference tensors that
+# training cannot use afterwards
 @torch.no_grad()
 def generate(
     model: Llama,
@@ -42,11 +42,11 @@ def generate(
     context: int,
     agree: Callable[[int], int] = _own_choice,
 ) -> str:
-    """`prompt` and the text that the model adds to it.
+    """Return `prompt` and the text that the model adds to it.
 
     Args:
-        context: tokens of context that the model was trained with; it sees no older ones.
-        agree: maps the token that this rank has chosen to the one that all ranks take.
+        context: context length that the model was trained with; older tokens are ignored.
+        agree: maps the token that this rank chose to the one that all ranks use.
     """
     loaded = tokenizer.load()
     ids = [tokenizer.end_of_text, *loaded.encode(prompt, add_special_tokens=False).ids]
@@ -63,7 +63,7 @@ def generate_ids(
     context: int,
     agree: Callable[[int], int] = _own_choice,
 ) -> list[int]:
-    """Token ids of a new document; for synthetic data, which is not text."""
+    """Return the token ids of a new document, for synthetic data without text."""
     return _sample(model, [tokenizer.end_of_text], tokenizer, config, context, agree)
 
 
@@ -75,15 +75,15 @@ def _sample(
     context: int,
     agree: Callable[[int], int],
 ) -> list[int]:
-    """The ids that follow `ids`, without the end of text."""
+    """Return the ids that follow `ids`, without the end of text."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     added: list[int] = []
-    # Eager: a compiled model would be compiled again for every length
+    # Eager: torch.compile would recompile the model for every length
     with torch.compiler.set_stance("force_eager"):
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
-            # without the ids that only pad the vocabulary, for which nothing was trained
+            # without the ids that only pad the vocabulary and were never trained
             logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
             token = agree(_choose(logits, config, generator))
             if token == tokenizer.end_of_text:

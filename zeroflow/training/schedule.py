@@ -28,13 +28,13 @@ class Schedule(Config):
     def _warmup_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"{self.warmup_steps} warm-up steps leave nothing of {self.steps} steps: "
+                f"{self.warmup_steps} warm-up steps leave none of {self.steps} steps: "
                 "lower warmup_steps or raise max_steps"
             )
         return self
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update that `step`, from 0, makes; above 0 in a run."""
+        """Return the learning rate of the update of `step`, counted from 0; above 0 in a run."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         return _DECAYS[self.name].learning_rate(self, self.steps - step)
@@ -42,7 +42,7 @@ class Schedule(Config):
 
 class _Decay(NamedTuple):
     learning_rate: Callable[[Schedule, int], float]
-    """Learning rate after the warm-up, by the steps that are left: falls from `peak` to 0."""
+    """Learning rate after the warm-up, by the steps left: falls from `peak` to 0."""
 
     description: str
     """The decay in a few words, for help texts."""

@@ -25,24 +25,24 @@ log = logging.getLogger("zeroflow.training")
 
 
 _MOST_SKIPPED = 5
-"""Updates in a row that may be skipped before the run goes back to its newest checkpoint."""
+"""Consecutive skipped updates to tolerate before the run rolls back to its newest checkpoint."""
 
 _STEPS_TO_COMPILE = 3
-"""Steps of a process within which everything is compiled once."""
+"""First steps of a process, in which everything is compiled once."""
 
 
 def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
-    """Check that no more than `most_skipped` updates in a row have been skipped until now.
+    """Check that at most `most_skipped` updates in a row have been skipped until now.
 
     Raises:
-        Diverged: more have been.
+        Diverged: more have been skipped.
     """
     in_a_row = int(state.skipped[0])
     if in_a_row > most_skipped:
         raise Diverged(
             f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
-            f"{metrics.grad_norm.item()}, the last of {in_a_row} non-finite steps in a row: lower "
-            "--learning-rate or lengthen --warmup-steps",
+            f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row with a non-finite "
+            "loss or gradient: lower --learning-rate or lengthen --warmup-steps",
             state.step,
         )
 
@@ -61,7 +61,7 @@ class Session:
             if self.state.step > job.training.steps:
                 raise ValueError(
                     f"{newest} is beyond the {job.training.steps} steps of this run: move it away, "
-                    "or ask for more steps with --max-steps"
+                    "or raise --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
         self.ledger = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
@@ -86,7 +86,7 @@ class Session:
             )
         )
         self.settled_from = self.state.step + _STEPS_TO_COMPILE
-        """Step from which nothing should be compiled any more."""
+        """Step from which nothing should be compiled."""
 
         if job.training.workload.compile:
             compiling.watch(clock, is_settled=lambda: self.state.step >= self.settled_from)
@@ -103,8 +103,8 @@ class Session:
     def run(self, stop: Stop) -> bool:
         """Train to the last step and return True, or return False after `stop` asked to stop."""
         cadence, steps = self.job.cadence, self.job.training.steps
-        # A collection halts the host in the middle of some step, on each rank another one.
-        # `validate` collects on all ranks at the same time instead
+        # A collection would stall the host in the middle of a step, a different one on each rank.
+        # Instead `validate` collects on all ranks at the same time
         gc.disable()
         if self.state.step == 0:
             self.validate()
@@ -165,14 +165,14 @@ class Session:
         self.clock.enter("checkpoint")
         if self.state.skipped[0]:
             if zero.rank() == 0:
-                log.warning("step %d: not saved, as its update was skipped", self.state.step)
+                log.warning("step %d: not saved, because its update was skipped", self.state.step)
             return
         step, loss = self.val_loss or (0, None)
         self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
         self.ledger.book(self.state.step)
 
     def saved(self, path: Path) -> None:
-        """Report a complete checkpoint. The thread that writes it calls this."""
+        """Report a complete checkpoint; called by the writing thread."""
         step = checkpoint.step_of(path)
         self.recorder.event(Saved(time=time.time(), step=step, path=str(path)))
         self.recorder.alive()
@@ -208,7 +208,7 @@ class Session:
 def _of_rank0(token: int) -> int:
     """Return the token that rank 0 chose.
 
-    Ranks may round differently and choose another one, and one that ends a text earlier would leave
-    the others waiting for it.
+    Ranks may round differently and choose different tokens. A rank that ended its text earlier
+    would leave the others waiting.
     """
     return zero.on_rank0(lambda: token)

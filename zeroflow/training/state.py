@@ -1,4 +1,4 @@
-"""The state that training changes, and how a new one is made."""
+"""The state that training changes."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,16 @@ from zeroflow.training.config import TrainingConfig
 
 @dataclass
 class TrainState:
-    """Everything that training changes; a checkpoint is this and nothing else."""
+    """Everything that training changes, and all that a checkpoint contains."""
 
     model: Llama
     optimizer: Optimizer
     skipped: Tensor
-    """(2,) int64 on the device: updates skipped because of a non-finite loss or gradient, first
-    those in a row until now, then all."""
+    """(2,) int64 on the device: updates skipped because of a non-finite loss or gradient: first the
+    current number in a row, then the total."""
 
     step: int = 0
-    """Steps done, and so the number of the next one, counted from 0."""
+    """Steps done, which is also the index of the next step, from 0."""
 
 
 def new_state(config: TrainingConfig) -> TrainState:
@@ -33,7 +33,7 @@ def new_state(config: TrainingConfig) -> TrainState:
     random state, which is part of a checkpoint, is seeded as well.
     """
     work = config.workload
-    # A sharded model is moved to the device block by block, as the whole may not fit there
+    # A sharded model is moved to the device block by block, because the whole may not fit
     with torch.device(work.device if work.ranks == 1 else "cpu"):
         model = Llama(work.model, work.dtype)
     initialize(model, config.seed)

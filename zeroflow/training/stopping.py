@@ -1,12 +1,12 @@
-"""How a training stops: on SIGTERM, on Ctrl-C, or because the process above has died.
+"""Stopping a training: on SIGTERM, on Ctrl-C, or after the death of the parent process.
 
 1. The flow's process turns SIGTERM into an exception, as Python does with SIGINT for Ctrl-C
-   (`cli.console.terminate`). The exception reaches `launch`, which waits for the ranks: it closes
-   their standard input and waits until they have ended, for two minutes at most (`processes`).
+   (`cli.console.terminate`). The exception reaches `launch`, which closes the standard input of the
+   ranks and waits at most two minutes until they have ended (`processes`).
 2. A rank has a `StopRequest`. It is set by the end of standard input, which also comes if the
    flow's process was killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
-3. After the current step the ranks agree that one of them has a request. They save a checkpoint,
-   report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
+3. After the current step the ranks find out whether one of them has a request. They save
+   a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
 
@@ -27,16 +27,16 @@ Stop = Callable[[], bool]
 _SAME_REQUEST_SECONDS = 1.0
 
 _ORPHAN_SECONDS = 600.0
-"""Time for ranks without a parent to finish their step and save."""
+"""Time for orphaned ranks to finish their step and save."""
 
 
 class StopRequest:
-    """True once this rank was asked to stop."""
+    """Request to stop this rank; true once it has arrived."""
 
     def __init__(self, *, watch_parent: bool, ranks: int = 1) -> None:
         """
         Args:
-            watch_parent: take the end of standard input as a request.
+            watch_parent: treat the end of standard input as a request.
         """
         self._since: float | None = None
         self._ranks = ranks
@@ -50,8 +50,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: object) -> None:
         # A scheduler signals all processes at once: the rank gets a signal and loses its parent at
-        # the same time, which is one request. A later signal is from someone who does not want to
-        # wait for the checkpoint
+        # the same time, which counts as one request. A later signal comes from someone who does
+        # not want to wait for the checkpoint
         if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
         self._since = self._since or time.monotonic()

@@ -1,4 +1,4 @@
-"""A training in its ranks, with MLflow following it."""
+"""Training in ranks, logged to MLflow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from zeroflow.training.metrics import METRICS, points
 
 
 def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
-    """Train the job in ranks of its own, from its newest checkpoint, and have MLflow follow.
+    """Train the job in its own ranks from its newest checkpoint, and log to MLflow.
 
     Args:
         on_event: called in this process with every new event.
 
     Raises:
-        TrainingFailed: with the reason that a rank gave, or its last output.
+        TrainingFailed: a rank failed; the message has its reason or its last output.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     job.write(job.folder.job)
@@ -44,10 +44,10 @@ def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: No
 
 @contextmanager
 def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
-    """Yield a function that has MLflow follow the training until the block ends.
+    """Yield a function that starts logging to MLflow until the block ends.
 
-    To be called when the ranks have started: they first drop the lines of metrics.jsonl whose steps
-    are trained again.
+    Call it when the ranks have started: they first drop the lines of metrics.jsonl whose steps are
+    trained again.
     """
     tracker: Tracker | None = None
     status = "KILLED"

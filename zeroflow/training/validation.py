@@ -17,17 +17,17 @@ from zeroflow.training.workload import Workload
 
 @torch.no_grad()
 def validation_loss(model: Llama, rows: Rows, count: int, workload: Workload) -> float:
-    """Mean loss in nats per token over the first `count` of `rows`, or all if there are fewer.
+    """Return the mean loss in nats per token over the first `count` rows, or all if fewer.
 
-    The first rows stay the same when a run reads more parts of a shard set, so that losses can be
-    compared. All ranks take part.
+    The first rows stay the same when a run reads more parts of a shard set, so losses remain
+    comparable. All ranks take part.
     """
     size = workload.micro_batch_rows
     chosen = np.arange(min(count, len(rows)))
     device = model.model.embed_tokens.weight.device
     total, valid = torch.zeros((), dtype=torch.float64, device=device), 0
-    # Each rank does as many forward passes as the others: with a sharded model, every one of them
-    # needs all ranks
+    # All ranks do the same number of forward passes: with a sharded model, each pass needs all
+    # ranks
     for start in range(0, len(chosen), size * zero.ranks()):
         mine = start + size * zero.rank()
         batch = micro_batch(rows[chosen[mine : mine + size]], rows, workload)
@@ -38,7 +38,7 @@ def validation_loss(model: Llama, rows: Rows, count: int, workload: Workload) ->
 
 
 def _padded(batch: MicroBatch, rows: int) -> MicroBatch:
-    """`batch` padded to `rows` rows with targets that the loss ignores."""
+    """Return `batch` padded to `rows` rows, with targets that the loss ignores."""
     missing = (0, 0, 0, rows - len(batch.inputs))
     documents = batch.documents
     return batch._replace(
@@ -49,7 +49,7 @@ def _padded(batch: MicroBatch, rows: int) -> MicroBatch:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """A loss that can be compared across tokenizers: bits needed per byte of text.
+    """Return the loss in bits per byte of text, which is comparable across tokenizers.
 
     Source: https://arxiv.org/abs/2101.00027, section 3.1
     """

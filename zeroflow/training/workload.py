@@ -25,13 +25,13 @@ class Workload(Config):
     device: DeviceKind
 
     device_name: str
-    """Such as NVIDIA H200."""
+    """Name of the device, for example NVIDIA H200."""
 
     ranks: PositiveInt = 1
     """Processes that train together: each on a GPU of its own, or sharing the cores of a CPU."""
 
     zero_stage: Stage = 0
-    """State that the ranks shard, see `zero.STAGES`."""
+    """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
 
     model: ModelConfig
 
@@ -48,8 +48,7 @@ class Workload(Config):
     """bf16: products and activations are bf16; weights, moments and gradients stay fp32."""
 
     fp8: bool = False
-    """Compute the products of the decoder blocks in 8 bits. The output head, which the loss is
-    computed with, stays in `precision`."""
+    """Compute products of the decoder blocks in 8 bits. The output head stays in `precision`."""
 
     compile: bool
     """Compile the decoder blocks and the last norm with torch.compile."""
@@ -117,7 +116,7 @@ class Workload(Config):
 
     @property
     def devices(self) -> str:
-        """Devices as text, such as 2 x NVIDIA H200, ZeRO stage 3."""
+        """Devices as text, for example 2 x NVIDIA H200, ZeRO stage 3."""
         if self.ranks == 1:
             return self.device_name
         times = "processes on one" if self.device == "cpu" else "x"
@@ -130,27 +129,27 @@ class Workload(Config):
 
     @property
     def mathematics(self) -> tuple[ModelConfig, int, int, bool, OptimizerConfig]:
-        """The part that decides the loss; the rest changes its rounding only."""
+        """The fields that decide the loss; the others change only its rounding."""
         return self.model, self.seq_len, self.batch_rows, self.document_mask, self.optimizer
 
     def costs_as_much_as(self, other: Self) -> bool:
-        """True if a step takes the same time and memory, whatever the optimiser's settings."""
+        """Return True if a step takes the same time and memory, ignoring optimiser settings."""
         same_kind = self.optimizer.name == other.optimizer.name
         return same_kind and self.replace(optimizer=other.optimizer) == other
 
     def is_computed_like(self, other: Self) -> bool:
-        """True if the same kernels run on the same devices, for whatever model and batch."""
+        """Return True if the same kernels run on the same devices, ignoring model and batch."""
         sizes = ("model", "seq_len", "micro_batch_rows", "accumulate")
         resized = self.replace(**{name: getattr(other, name) for name in sizes})
         return resized.costs_as_much_as(other)
 
     def split(self, limit: int) -> Self:
-        """The same rows per step, in the largest equal micro-batches of at most `limit` rows."""
+        """Return the same step in the largest equal micro-batches of at most `limit` rows."""
         rows = largest_divisor(self.rank_rows, limit)
         return self.replace(micro_batch_rows=rows, accumulate=self.rank_rows // rows)
 
     def require_fp8(self, device: Device) -> None:
-        """Check that `device` can compute the products in 8 bits, if they are to be.
+        """Check that `device` can compute products in fp8, if fp8 is set.
 
         Raises:
             ValueError: it cannot.
@@ -160,17 +159,17 @@ class Workload(Config):
         needed = ".".join(map(str, FP8_CAPABILITY))
         if device.capability is None:
             raise ValueError(
-                f"--fp8 needs a GPU of compute capability {needed} or more, and the device is a "
+                f"--fp8 needs a GPU of compute capability {needed} or more, but the device is a "
                 f"CPU ({device.name}): train on such a GPU, or drop --fp8"
             )
         if device.capability < FP8_CAPABILITY:
             raise ValueError(
-                f"--fp8 needs compute capability {needed} or more, as Ada and Hopper have it, and "
+                f"--fp8 needs compute capability {needed} or more, such as Ada or Hopper, but "
                 f"{device.name} has {'.'.join(map(str, device.capability))}: train on another GPU, "
                 "or drop --fp8"
             )
         if self.precision == "fp32":
-            raise ValueError("--fp8 goes with bf16, and --precision is fp32: drop one of them")
+            raise ValueError("--fp8 needs bf16, but --precision is fp32: drop one of them")
         sides = {
             "hidden_size": self.model.hidden_size,
             "intermediate_size": self.model.intermediate_size,
@@ -180,7 +179,7 @@ class Workload(Config):
         for name, side in sides.items():
             if side % fp8.MULTIPLE:
                 raise ValueError(
-                    f"--fp8 multiplies matrices whose sides are multiples of {fp8.MULTIPLE}, and "
+                    f"--fp8 needs matrices whose sides are multiples of {fp8.MULTIPLE}, but "
                     f"{name} is {side}: change it, or drop --fp8"
                 )
 
@@ -204,7 +203,7 @@ class Workload(Config):
     def in_format_1(self) -> Identity:
         """All but model, context, device name and optimiser, nested as in the job of a run.
 
-        Checks are identified by a hash of this, so that one that passed before is not repeated.
+        Checks are identified by a hash of this, so that a check that passed is not repeated.
         """
         left_out = {"model", "seq_len", "device_name", "optimizer"}
         fields = self.model_dump(mode="json", exclude=left_out)

@@ -1,9 +1,9 @@
 """Training on several ranks: their process group, collectives, and a model sharded among them.
 
-This is the only module that knows of sharding. The stages of ZeRO
+This is the only module that knows about sharding. The stages of ZeRO
 (https://arxiv.org/abs/1910.02054) are settings of PyTorch's FSDP2, which `shard` applies to the
-blocks of a model; the model does not know. In a training of one rank every function here returns
-what it was given.
+blocks of a model; the model does not know. With one rank, every function here returns its
+input.
 """
 
 import os
@@ -23,8 +23,8 @@ from zeroflow.device import DeviceKind
 from zeroflow.model.llama import Llama
 
 STAGES = (0, 1, 2, 3)
-"""What the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: gradients as
-well. 3: weights also while they are in use."""
+"""State that the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: also
+gradients. 3: also weights while they are in use."""
 
 # Not a Literal: Prefect's form leaves a choice of 0 empty
 Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
@@ -36,8 +36,8 @@ _RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
 """Environment variable with the path of the rendezvous file."""
 
 _TIMEOUT = timedelta(hours=2)
-"""Time that a rank waits for the others in a collective. It is long as one of them may compile or
-write a checkpoint for minutes. In a training the launcher ends a hang sooner, by `hang_seconds`."""
+"""Time that a rank waits for the others in a collective. It is long because a rank may compile or
+write a checkpoint for minutes. The launcher ends a hung training sooner, after `hang_seconds`."""
 
 _RENDEZVOUS_PREFIX = ".rendezvous-"
 _SHARDS = "shards"
@@ -83,8 +83,8 @@ def process_group(device: DeviceKind) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    # Gloo also with GPUs: ranks agree on numbers and objects in host memory, which NCCL cannot send
-    # and for which no rank should wait for its GPU
+    # Gloo also with GPUs: ranks exchange numbers and objects in host memory, which NCCL cannot
+    # send, and no rank should wait for its GPU to do so
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.FileStore(os.environ[_RENDEZVOUS], world_size),
@@ -123,7 +123,7 @@ def max_over_ranks(number: int) -> int:
 def _reduce(number: int, operation: Any) -> int:
     if ranks() == 1:
         return number
-    tensor = torch.tensor(number, dtype=torch.int64)  # on the CPU also if a GPU trains
+    tensor = torch.tensor(number, dtype=torch.int64)  # on the CPU even when a GPU trains
     dist.all_reduce(tensor, operation)
     return int(tensor)
 
@@ -158,7 +158,7 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
     """Shard `model` over the ranks' devices, and average its gradients over the ranks.
 
     Weights are gathered block by block, in the dtype of the products; gradients are reduced in
-    fp32. From stage 1 on, a rank keeps its shard of the weights, and so of the optimiser's state.
+    fp32. From stage 1 on, a rank keeps only its shard of the weights and of the optimiser's state.
     Stage 1 keeps unsharded gradients until the last micro-batch of a step, stages 2 and 3 a shard.
     Stages 0 to 2 keep gathered weights from the forward pass to the end of the backward pass; stage
     3 keeps those of one or two blocks and of the embedding.
@@ -172,7 +172,7 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
         mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
     else:
         mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
-    # Inputs are not cast, as rotary angles and masks are fp32 on purpose
+    # Inputs are not cast, because rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -221,7 +221,7 @@ def norms_of_full(norms: Tensor, of: Tensor) -> Tensor:
     """Return the norms of whole tensors from the `norms` of this rank's shards.
 
     Args:
-        of: a tensor that is sharded as they are.
+        of: a tensor that is sharded in the same way.
     """
     sharded: Any = of
     if not _is_sharded(of):

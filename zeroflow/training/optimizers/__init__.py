@@ -1,1 +1,1 @@
-"""Optimisers, one module each: a subclass of `OptimizerConfig` in a module here is a choice."""
+"""Optimisers, one module each. Every subclass of `OptimizerConfig` here can be selected."""

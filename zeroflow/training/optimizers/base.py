@@ -1,8 +1,8 @@
-"""What an optimiser is to the rest of the program.
+"""Interface of an optimiser.
 
 To add one, add a module to this package with a subclass of `OptimizerConfig`. Its settings become
-flags, its state is planned for, saved and resumed, and `tests/training/test_optimizers.py` tests
-it.
+flags, its state is included in plans and checkpoints, and `tests/training/test_optimizers.py`
+tests it.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ class OptimizerConfig(Config, ABC):
     """The optimiser."""
 
     # Settings and behaviour are one class. State is in the PyTorch optimiser that `build` returns,
-    # in `state[parameter]`: tensors by name, which a checkpoint holds as they are.
+    # in `state[parameter]`: tensors by name, which go into a checkpoint unchanged.
 
     name: str
     """Optimiser that updates the weights. Default: adamw."""
@@ -42,17 +42,17 @@ class OptimizerConfig(Config, ABC):
 
     @abstractmethod
     def state_bytes(self, model: ModelConfig) -> int:
-        """Bytes that the optimiser keeps from step to step for all parameters of `model`.
+        """Return the bytes of optimiser state for all parameters of `model`.
 
-        Tensors of one number, such as a count of steps, are left out.
+        Scalars, such as a count of steps, are left out.
         """
 
     @abstractmethod
     def build(self, model: nn.Module, learning_rate: float) -> Optimizer:
         """Return the optimiser of all parameters of `model`, with its state allocated.
 
-        PyTorch's optimisers allocate in the first step. Allocated here, a model that does not fit
-        fails before any data is read, and a checkpoint can be loaded into the state right away.
+        PyTorch's optimisers allocate in the first step. Here, a model that does not fit fails
+        before any data is read, and a checkpoint can be loaded into the state right away.
         """
 
     @abstractmethod
@@ -60,15 +60,15 @@ class OptimizerConfig(Config, ABC):
         """Update weights and state from the gradients, unless `skip` is true.
 
         Args:
-            skip: a bool on the device. Reading it would stall the device, so the decision is made
-                there too. If true, gradients may be non-finite, and no bit may change.
+            skip: a bool on the device. Reading it would stall the device, so the device makes the
+                decision. If true, gradients may be non-finite, and no bit may change.
         """
 
     @abstractmethod
     def last_updates(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each decayed matrix and the norm of its last update, a scalar on the device.
 
-        The norm is of this rank's shard, and without weight decay.
+        The norm covers this rank's shard and excludes weight decay.
         """
 
     def set_learning_rate(self, optimizer: Optimizer, learning_rate: float) -> None:
@@ -76,9 +76,10 @@ class OptimizerConfig(Config, ABC):
             group["lr"] = learning_rate
 
     def update_ratio(self, optimizer: Optimizer) -> Tensor:
-        """Largest norm of a matrix's last update over the norm of its weights, on the device.
+        """Return the largest norm of a matrix's last update over the norm of its weights.
 
-        About 1e-3 in a healthy training; 0.1 overwrites within a few steps what was learned.
+        About 1e-3 in a healthy training; 0.1 destroys within a few steps what was learned. The
+        result is on the device.
         """
         updates, weights = [], []
         for parameter, update in self.last_updates(optimizer):
@@ -91,8 +92,8 @@ class OptimizerConfig(Config, ABC):
     def has_moved(self, optimizer: Optimizer, parameter: nn.Parameter, before: Tensor) -> bool:
         """Return True if gradients have changed `parameter` since it was `before`.
 
-        Weight decay alone changes it too, but leaves the state at zero. For an optimiser whose
-        state does not begin at zero, override this.
+        Weight decay alone changes it too, but leaves the state at zero. Override this for an
+        optimiser whose state does not start at zero.
         """
         kept = (value for value in optimizer.state[parameter].values() if value.dim())
         reached = any(zero.full_tensor(value).any() for value in kept)

@@ -1,4 +1,4 @@
-"""The optimisers to choose from, found among the modules of this package."""
+"""The available optimisers, found in the modules of this package."""
 
 import pkgutil
 from importlib import import_module
@@ -27,7 +27,7 @@ def _name(given: Any) -> Any:
 
 
 class _ByName:
-    """Tells pydantic to choose the class by the setting `name`; without one, it is the default."""
+    """Tells pydantic to choose the class by the setting `name`, or the default without one."""
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         kinds = {name: handler.generate_schema(kind) for name, kind in OPTIMIZERS.items()}
