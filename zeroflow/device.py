@@ -37,19 +37,15 @@ _GPUS = {
     "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24, (8, 6)),
 }
 
-
 DeviceKind = Literal["cpu", "cuda"]
 
 Precision = Literal["bf16", "fp32"]
 
-
 BF16_CAPABILITY = (8, 0)
 """Compute capability of Ampere."""
 
-
 _TRITON_CAPABILITY = (7, 0)
 """Compute capability of Volta."""
-
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability of Ada; Hopper has (9, 0)."""

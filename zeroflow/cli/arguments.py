@@ -18,7 +18,6 @@ from zeroflow.settings.flags import Setting, help_text, settings
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
-
 _ALIASES = {"size": ["--model-size"]}
 
 

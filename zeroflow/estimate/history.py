@@ -15,7 +15,6 @@ from zeroflow.units import parameter_count
 _NEWEST = 5
 """Number of earlier runs to average. Older ones are ignored: code and drivers change."""
 
-
 _NEAR = 3.0
 """Largest ratio of the FLOPs per token of two models that are assumed to reach the same FLOP/s. On
 an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %."""

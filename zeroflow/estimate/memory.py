@@ -11,7 +11,6 @@ from zeroflow.training.workload import Workload
 Room = Literal["yes", "tight", "no"]
 """Verdict on whether a step fits its device."""
 
-
 _USABLE = 0.85
 """Fraction of a device's memory that is planned for. The rest is for the CUDA context and for
 memory that the caching allocator cannot use."""

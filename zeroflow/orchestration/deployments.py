@@ -17,7 +17,6 @@ from zeroflow.orchestration.server import USUAL_PORT, api_in_use, ui_address
 
 log = logging.getLogger(__name__)
 
-
 # Five of Prefect's heartbeats, one every 180 s. At 90 s, a server that was away for 120 s marked
 # live runs as crashed.
 SILENCE = timedelta(minutes=15)

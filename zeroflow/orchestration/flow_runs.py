@@ -34,12 +34,9 @@ from zeroflow.settings.settle import size_of
 
 log = logging.getLogger(__name__)
 
-
 RunFlow = Flow[[Any], Path]
 
-
 _ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
-
 
 _POLL_SECONDS = 3.0
 

@@ -11,7 +11,6 @@ from zeroflow.orchestration.names import GPU_LIMIT
 
 log = logging.getLogger(__name__)
 
-
 _SLOT_SECONDS = 5.0
 
 

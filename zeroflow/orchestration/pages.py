@@ -22,9 +22,7 @@ from zeroflow.orchestration.flow_context import reachable
 
 log = logging.getLogger(__name__)
 
-
 _BAR_SECONDS = 5.0
-
 
 _BAR_RETRY_SECONDS = 60.0
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 _LAST_LINES = 15
 
-
 # The shell starts a watcher and then becomes the program. The watcher ends the program when its
 # standard input closes, which happens however we exit. Not the other way round: a shell's
 # background process ignores SIGINT, the signal that stops Prefect's worker.

@@ -20,12 +20,9 @@ from zeroflow.orchestration.programs import Program
 
 log = logging.getLogger(__name__)
 
-
 USUAL_PORT = 4200
 
-
 START_SECONDS = 120.0
-
 
 STOP_SECONDS = 20.0
 

@@ -21,12 +21,9 @@ from zeroflow.tracking.viewer import VIEWER_ENVIRONMENT, Viewer, viewer
 
 log = logging.getLogger(__name__)
 
-
 _START_SECONDS = 120.0
 
-
 _STOP_SECONDS = 10.0
-
 
 _POLL_SECONDS = 0.5
 

@@ -30,23 +30,17 @@ from zeroflow.orchestration.server import (
 
 log = logging.getLogger(__name__)
 
-
 _ROOT = Path(__file__).parents[2]
-
 
 _DEPLOYMENTS = "prefect.yaml"
 
-
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
 
-
 _WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
-
 
 # Prefect 3.8.8: a worker with a limit fails with this if a run is retried while its process, which
 # has reported the end of the run, is still exiting.
 _RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
-
 
 _SAVE_SECONDS = 150.0
 """Time for a training to write a checkpoint, with a margin."""

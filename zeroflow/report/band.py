@@ -32,20 +32,15 @@ from zeroflow.training.metrics import METRICS, MetricsRecord, StepRecord
 
 log = logging.getLogger(__name__)
 
-
 _WINDOWS = 20
-
 
 _POOLED = 5
 
-
 _IN_A_ROW = 3
-
 
 _STUDENT = (1.589, 2.556, 2.822, 2.372, 1.960)
 """Coefficients of the 97.5 % quantile in powers of 1/f: Abramowitz and Stegun 26.7.5. Accurate
 to 1 % for two or more degrees of freedom."""
-
 
 Losses = npt.NDArray[np.float64]
 """One loss per window; NaN for a window without one."""

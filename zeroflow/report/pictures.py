@@ -18,19 +18,14 @@ from zeroflow.units import parameter_count
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
 
-
 _DARK = "#444444"
 """Colour that is readable on grey."""
 
-
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
-
 
 _STYLES = ("-", "--", "-.", ":")
 
-
 _MARKERS = (".", "s", "^", "x")
-
 
 _MANY = 6
 """Most lines of a legend; a longer one would cover the curves."""

@@ -17,16 +17,12 @@ from zeroflow.units import duration, speed
 
 log = logging.getLogger(__name__)
 
-
 _LOG_SECONDS = 15.0
-
 
 _PICTURE_SECONDS = 60.0
 
-
 Show = Callable[[float, str], None]
 """Receives the fraction done, from 0 to 1, and a line of text."""
-
 
 console = Console(highlight=False, soft_wrap=True)
 

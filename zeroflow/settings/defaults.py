@@ -11,9 +11,7 @@ from zeroflow.training.workload import Workload
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
-
 _CPU_BATCH_TOKENS = 512
-
 
 _CPU_STEPS = 200
 

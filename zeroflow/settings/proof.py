@@ -14,7 +14,6 @@ from zeroflow.settings.run_config import ModelChoice, RunConfig
 
 _STEPS = 60
 
-
 _SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -23,9 +22,7 @@ _SHAPE = {
     "intermediate_size": 128,
 }
 
-
 _SMALL = {"seq_len": 64, "validation_tokens": 4096}
-
 
 _BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
 

@@ -37,7 +37,6 @@ from zeroflow.units import parameter_count
 
 DEFAULT_CACHE = Path("data_cache")
 
-
 T = TypeVar("T")
 
 

@@ -9,10 +9,8 @@ from zeroflow.run_folder import Cache
 
 EXPERIMENT = "zeroflow"
 
-
 DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 """Tags that MLflow's pages show."""
-
 
 PORT = 5000
 """Default port of MLflow's server."""

@@ -11,7 +11,6 @@ from zeroflow.tracking.store import open_store, run_ids
 
 _ADDRESS_FILE = "address.json"
 
-
 # Not sorted by time, because MLflow would then hide the runs of a sweep below it, also in charts
 _CHARTS = (
     "runs?compareRunsMode=CHART&workflowType=machine_learning"

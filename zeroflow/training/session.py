@@ -23,7 +23,6 @@ from zeroflow.training.validation import validation_loss
 
 log = logging.getLogger("zeroflow.training")
 
-
 _MOST_SKIPPED = 5
 """Consecutive skipped updates to tolerate before the run rolls back to its newest checkpoint."""
 
