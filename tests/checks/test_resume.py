@@ -1,4 +1,4 @@
-"""The proof of resume finds what is not the same, and only that."""
+"""The proof of resume finds every difference, and no other."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from zeroflow.checks import resume
-from zeroflow.checks.resume import Kill, Proof, ProofConfig
+from zeroflow.checks import kills, resume
+from zeroflow.checks.resume import Kill, Proof
 from zeroflow.cli import commands
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
@@ -24,7 +24,7 @@ from zeroflow.training.state import new_state
 STEPS = 24
 FLAGS = ["--run-name=proof", "--device=cpu", f"--max-steps={STEPS}", "--checkpoint-every=4"]
 FLAGS += ["--validate-every=5", "--validation-tokens=128", "--seq-len=32", "--sample-tokens=4"]
-FLAGS += ["--kills=2", "--kill-seed=6"]  # that are of the start-up and then of the training
+FLAGS += ["--kills=2", "--kill-seed=6"]  # with this seed, in the start-up and then in training
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forge
     assert code == 1 and not proof.passed
     started = [e.step for e in history(folder) if isinstance(e, Started)]
     resumed = [step for step in started if step]
-    assert resumed, "a training that begins anew forgets nothing"
+    assert resumed, "a training that starts over forgets nothing"
     assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
     undisturbed, killed = (logged(RunFolder(folder / name)) for name in ("undisturbed", "killed"))
     first = next(s for s in range(1, STEPS + 1) if undisturbed[s].loss != killed[s].loss)
@@ -61,36 +61,35 @@ def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forge
     assert len(set(proof.sha256.values())) == 2
 
 
-def test_kills_are_told_as_they_were(forgetful):
+def test_kills_are_reported_as_they_were(forgetful):
     _, folder = forgetful
     proof = Proof.read(folder / "proof.json")
     started = [e.step for e in history(folder) if isinstance(e, Started)]
-    # what was killed while starting up has no line of its own
+    # a start-up that was killed has logged no event
     assert started[-1] == proof.kills[-1].resumed_at
     assert set(started) <= {0, *(kill.resumed_at for kill in proof.kills)}
     assert sum(isinstance(e, Done) for e in history(folder)) == 1
     assert not any(isinstance(e, Failed | Stopped) for e in history(folder))
 
 
-def test_moments_are_of_all_phases_and_spread_over_the_steps(forgetful):
+def test_kills_are_aimed_at_everything_and_spread_over_the_steps(forgetful):
     _, folder = forgetful
     events = EVENTS.read(folder / "undisturbed" / "events.jsonl")
-    intervals = resume._intervals(events, 3.0)
-    assert {interval.phase for interval in intervals} == set(resume.TARGETS)
-    assert sum(interval.phase == "training" for interval in intervals) >= STEPS - 6
+    found = kills.intervals(events, 3.0)
+    assert {interval.target for interval in found} == set(kills.TARGETS)
+    assert sum(interval.target == "training" for interval in found) >= STEPS - 6
     for seed in range(20):
-        config = ProofConfig(kills=4, kill_seed=seed)
-        moments = resume._moments(intervals, config, last=STEPS)
-        assert moments == resume._moments(intervals, config, last=STEPS)
-        assert sorted(moment.phase for moment in moments) == sorted(resume.TARGETS)
-        steps = [moment.step for moment in moments if moment.phase != "start-up"]
+        chosen = kills.choose(found, kills=4, seed=seed, last=STEPS)
+        assert chosen == kills.choose(found, kills=4, seed=seed, last=STEPS)
+        assert sorted(interval.target for interval in chosen) == sorted(kills.TARGETS)
+        steps = [interval.step for interval in chosen if interval.target != "start-up"]
         assert steps == sorted(set(steps)), "one after the other"
         assert min(steps) < STEPS / 2 <= max(steps) < STEPS
 
 
 @pytest.fixture
 def twins(forgetful, tmp_path) -> tuple[TrainingJob, TrainingJob]:
-    """A finished training, twice."""
+    """Two copies of a finished training."""
     source = forgetful[1] / "undisturbed"
     for name in ("undisturbed", "killed"):
         shutil.copytree(source, tmp_path / name)
@@ -105,7 +104,7 @@ def judged(twins: tuple[TrainingJob, TrainingJob]) -> Proof:
     return resume.compare(*twins, KILLS, 1)
 
 
-def test_equal_trainings_pass_unless_none_was_killed(twins):
+def test_equal_trainings_pass_if_one_was_killed(twins):
     proof = judged(twins)
     assert proof.passed and proof.difference is None
     # 24 losses and gradient norms; validations at 0, 5, 10, 15, 20, 24
@@ -127,17 +126,17 @@ def test_last_bit_of_one_number_is_caught(twins, quantity, step):
     assert proof.difference.killed == line[quantity].hex() != proof.difference.undisturbed
 
 
-def test_line_that_is_missing_or_comes_twice_is_caught(twins):
+def test_missing_or_repeated_record_is_caught(twins):
     lines = lines_of(twins[1])
     place = next(i for i, line in enumerate(lines) if line["step"] == 9)
     rewrite(twins[1], lines[:place] + lines[place + 1 :])
-    assert "step 9 is the first that differs: loss" in judged(twins).reason
+    assert "step 9 is the first that differs: loss is" in judged(twins).reason
     assert judged(twins).difference.killed == ""
     rewrite(twins[1], [*lines, lines[place]])
     assert " and 0x" in judged(twins).difference.killed
 
 
-def test_difference_before_any_resume_is_blamed_on_the_device(twins):
+def test_difference_before_any_resume_is_attributed_to_the_machine(twins):
     lines = lines_of(twins[1])
     for line in lines:
         if "loss" in line and line["step"] >= 4:
