@@ -92,12 +92,12 @@ def test_unknown_peak_gives_no_rate_and_no_guess():
 
 def test_peak_in_bf16_gives_no_rate_in_fp32():
     expected, source = rate(MODEL, precision="fp32")
-    assert expected is None and "in bf16 only" in source
+    assert expected is None and "only in bf16" in source
 
 
 def test_rate_in_fp8_is_not_predicted_for_code_that_is_not_compiled():
     expected, source = rate(llama("tiny"), fp8=True, compile=False)
-    assert expected is None and "compiled code only" in source
+    assert expected is None and "only with compiled code" in source
 
 
 def test_rate_on_a_cpu_is_measured():

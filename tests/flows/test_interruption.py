@@ -18,6 +18,7 @@ from pipeline import (
     rank_of,
 )
 
+from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, goodput, recovery
 from zeroflow.training.job import TrainingJob
 
@@ -63,7 +64,7 @@ def kill_the_training_and_then_the_flow(flow: Flow) -> None:
     process = start_and_wait(flow, step=130)
     rank_of(flow.cache).kill()
     flow.wait_for_step("run", 230, process)
-    [entry] = recovery.read(flow.folder("run"))
+    [entry] = recovery.read(RunFolder(flow.folder("run")))
     assert (entry.reason, entry.step) == ("killed", 100), "the last regular checkpoint"
     process.kill()
     output, _ = process.communicate()
@@ -105,7 +106,7 @@ def interrupt(
 
 
 def assert_time_is_accounted_for(flow: Flow) -> None:
-    account = goodput.read(flow.folder("run"))
+    account = goodput.read(RunFolder(flow.folder("run")))
     assert account.restarts == 1, "of five processes one was killed; the orphan ended in order"
     assert account.steps_again >= 30, "from step 130, or later, back to 100"
     report = flow.report("run")
