@@ -132,7 +132,7 @@ def test_flipped_byte_of_a_shard_is_caught(job):
     file.write_bytes(content)
     result = preflight.check(job)
     [check] = [check for check in result.checks if not check.passed]
-    assert_failed(check, "a part is damaged", file.name, "sha256 differs", "builds it again")
+    assert_failed(check, "a part is damaged", file.name, "sha256 differs", "rebuild it")
 
 
 def test_checks_that_passed_in_format_1_are_not_repeated(tmp_path, monkeypatch):
