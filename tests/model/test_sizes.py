@@ -32,8 +32,9 @@ def test_defaults_of_a_custom_shape_are_those_of_the_nearest_size():
 
 
 def test_help_tells_of_every_size_in_the_same_order():
-    assert by_size(lambda size: f"{size.num_hidden_layers}").startswith("4 / 12 / 24")
-    assert by_size(str).endswith(" / ".join(SIZES))
+    layers = " / ".join(str(size.num_hidden_layers) for size in SIZES.values())
+    told = by_size(lambda size: f"{size.num_hidden_layers}")
+    assert told == f"{layers} for {' / '.join(SIZES)}"
 
 
 @pytest.mark.parametrize(
