@@ -1,4 +1,4 @@
-"""Names of all files and folders in the cache; no other module spells one out.
+"""Names of the files of runs and sweeps, and of the cache's folders, in one place.
 
 Layout: `<cache>/runs/<name>/` holds the files of a run, `<cache>/sweeps/<name>/` those of a
 sweep. The code that writes a file documents its type.

@@ -69,7 +69,13 @@ def entry() -> None:
 
 def _of_a_run(parser: Parser) -> None:
     parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=DEFAULT_CACHE,
+        help=f"folder that holds the run. Default: {DEFAULT_CACHE}.",
+        metavar="DIR",
+    )
 
 
 def _generate_arguments(parser: Parser) -> None:

@@ -39,9 +39,10 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
         f"(vocabulary {work.model.vocab_size:,}{assumed})"
     )
+    plural = "es" if choice.grad_accum_steps > 1 else ""
     yield (
         f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
-        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batches of "
+        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batch{plural} of "
         f"{choice.batch_size} rows of {work.seq_len}{each}; peak learning rate "
         f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
     )

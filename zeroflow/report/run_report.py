@@ -161,7 +161,9 @@ def _stages(run: Finished) -> dict[str, StageFigures]:
 
 def _log(report: RunReport) -> None:
     for row in report.plan:
-        log.info("plan of %s: %s predicted, %s measured %s", *plan_page.cells(row))
+        name, predicted, measured, miss = plan_page.cells(row)
+        difference = f" ({miss})" if miss else ""
+        log.info("plan of %s: %s predicted, %s measured%s", name, predicted, measured, difference)
     if report.expected_loss.runs:
         log.info("expected loss: %s", report.expected_loss.verdict)
 

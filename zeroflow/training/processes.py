@@ -94,7 +94,7 @@ class RankProcesses:
     def stop(self) -> None:
         """Ask the ranks to save and exit, wait for them, and kill the rest."""
         if None in self.exit_codes():
-            log.info("asking the training process to save and stop")
+            log.info("asking the processes to save what they have and stop")
         families = self._families()
         until = time.monotonic() + _STOP_SECONDS
         try:
