@@ -186,7 +186,7 @@ class _Change(NamedTuple):
     """Largest change of logits from the position on."""
 
     by_chance: float
-    """Twice the change when the same row is computed again: 0 with deterministic kernels. Masked
+    """Twice the change when the same row is recomputed: 0 with deterministic kernels. Masked
     tokens contribute exactly nothing, so no other tolerance is needed."""
 
 
