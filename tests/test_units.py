@@ -2,7 +2,7 @@
 
 import pytest
 
-from zeroflow.units import binary, decimal, duration, parameter_count, speed
+from zeroflow.units import binary, count, decimal, duration, parameter_count, speed
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,7 @@ def test_memory_is_told_in_powers_of_two_and_files_in_powers_of_ten(size, as_mem
 def test_speed_that_was_not_measured_is_unknown():
     assert speed(1_234_567.8) == "1,234,568 tokens/s"
     assert speed(None) == "unknown"
+
+
+def test_one_of_a_thing_is_singular():
+    assert [count(n, "row") for n in (0, 1, 2048)] == ["0 rows", "1 row", "2,048 rows"]

@@ -24,11 +24,16 @@ def duration(seconds: float) -> str:
     left = round(seconds)
     parts: list[str] = []
     for unit, size in units:
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count} {unit}")
+        whole, left = divmod(left, size)
+        if whole or (unit == "s" and not parts):
+            parts.append(f"{whole} {unit}")
     return " ".join(parts[:2])
 
 
 def speed(tokens_per_second: float | None) -> str:
     return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s"
+
+
+def count(number: int, noun: str) -> str:
+    """Number with a noun whose plural ends in s, such as 1 row or 1,024 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
