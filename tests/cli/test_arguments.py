@@ -136,7 +136,7 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
         except ValidationError as error:
             message = error_message(error)
             found = f"{setting.flag}: " in message and "'banana'" in message
-            assert found or f"{setting.flag} does nothing with" in message
+            assert found or f"{setting.flag} has no effect with" in message
         except SystemExit:
             assert f"{setting.flag}: invalid choice: 'banana'" in capsys.readouterr().err.replace(
                 "--size/--model-size", "--size"

@@ -185,7 +185,7 @@ def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
     for part in shards.part_paths:
         shutil.rmtree(part)
     why = build_shards(SMALL, *text[:2], tmp_path).why
-    assert f"{shards.path.name} was begun before, and its first part is not complete" in why
+    assert f"an earlier build of {shards.path.name} stopped before its first part" in why
 
 
 BUILD = """
@@ -280,7 +280,7 @@ def test_full_disk_ends_the_build_in_one_message_and_keeps_what_is_complete(
         pytest.skip("no file system can be mounted here")
     try:
         many = jsonl_corpus(tmp_path / "a.jsonl", text.texts * 10)
-        with pytest.raises(OSError, match=r"no space is left in .* the parts that are complete"):
+        with pytest.raises(OSError, match=r"no space is left in .* Complete parts are kept"):
             build_shards(ALL, many, text.tokenizer, disk)
         complete = list(disk.glob("shards/*/part-*"))
         assert complete and all(parts.existing_part(part) for part in complete)

@@ -33,7 +33,7 @@ def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
 def test_fast_encoder_is_chosen_where_it_agrees_on_every_hard_string(llama):
     name, reason = encoding.choose(llama)
     assert name == "fastokens"
-    assert f"the same ids to {len(encoding.hard_strings(SPECIAL))} hard strings" in reason
+    assert f"the same ids for {len(encoding.hard_strings(SPECIAL))} hard strings" in reason
 
 
 def test_hard_strings_hold_what_tells_tokenizers_apart():
@@ -56,7 +56,7 @@ def test_other_ids_are_noticed_and_hugging_face_is_taken(llama, monkeypatch):
 
     monkeypatch.setattr(encoding._Fastokens, "encode", one_wrong)
     name, reason = encoding.compare(llama)
-    assert name == "tokenizers" and "gives other ids to some of" in reason
+    assert name == "tokenizers" and "gives different ids for some of" in reason
 
 
 def test_crash_of_the_comparison_leaves_the_tokenizer_to_hugging_face(llama, tmp_path, monkeypatch):

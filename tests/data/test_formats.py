@@ -107,7 +107,11 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.jsonl.xz", b"this is no xz", r"a\.jsonl\.xz"),
         ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
         ("a.parquet", b"this is no parquet", r"a\.parquet"),
-        ("a.parquet", as_parquet([{"body": "x"}]), r"a\.parquet has no one column 'text'.*'body'"),
+        (
+            "a.parquet",
+            as_parquet([{"body": "x"}]),
+            r"a\.parquet must have exactly one column 'text', but has .*'body'",
+        ),
         *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("text", "id", "url")),
         (
             "a.parquet",
@@ -174,7 +178,7 @@ def test_empty_ids_are_none_in_every_kind_of_file(tmp_path):
 def test_column_that_is_there_twice_is_refused(tmp_path, name):
     table = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["text", name, name])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=rf"a\.parquet has 2 columns '{name}': leave one"):
+    with pytest.raises(ValueError, match=rf"a\.parquet has 2 columns '{name}': keep only one"):
         read_files(tmp_path / "a.parquet")
 
 

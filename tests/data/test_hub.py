@@ -84,7 +84,7 @@ facts["auto"] = [resolved.tokenizer.tokenizer_name, resolved.reason]
     for remedy in ("hf auth login", "--tokenizer-name train", "--tokenizer-name FOLDER"):
         assert remedy in facts["gated"]["message"]
     assert not facts["unknown"]["transient"]
-    assert "nobody/nothing: unknown to the hub" in facts["unknown"]["message"]
+    assert "nobody/nothing: does not exist on the hub" in facts["unknown"]["message"]
     assert facts["busy"]["transient"]
     assert "503" in facts["busy"]["message"]
     name, reason = facts["auto"]
@@ -133,7 +133,7 @@ for name, mode in {"auto": "auto", "synthetic": "fineweb"}.items():
         assert facts[name]["transient"] and "cannot be reached" in facts[name]["message"]
     assert "--data-mode sample" in facts["fineweb"]["message"]
     assert "--allow-synthetic-fallback" in facts["fineweb"]["message"]
-    assert facts["auto"][0] == "sample" and "out of reach" in facts["auto"][1]
+    assert facts["auto"][0] == "sample" and "cannot be reached" in facts["auto"][1]
     assert facts["synthetic"][0] == "synthetic" and "SYNTHETIC" in facts["synthetic"][1]
 
 
@@ -232,7 +232,7 @@ def answered(status: int, code: str = "") -> Exception:
     [
         (answered(401, "GatedRepo"), False, "gated"),
         (answered(403), False, "gated"),
-        (answered(401, "RepoNotFound"), False, "unknown"),
+        (answered(401, "RepoNotFound"), False, "does not exist"),
         (answered(404, "RevisionNotFound"), False, "not found on the hub (RevisionNotFound)"),
         (answered(429), True, "slow down"),
         (answered(500), True, "500"),

@@ -315,7 +315,7 @@ def test_subset_that_is_not_there_is_answered_with_those_that_are(hub: Hub):
     [
         ("", None, "has no train split, only test"),
         ("a: test.jsonl\nb: test.jsonl", None, "has several subsets, a, b: set --fineweb-subset"),
-        ("a: none.jsonl", "a", f"{DATASET}: its files are not a dataset: .*none.jsonl"),
+        ("a: none.jsonl", "a", f"{DATASET}: its files do not form a dataset: .*none.jsonl"),
     ],
 )
 def test_dataset_that_leaves_it_open_what_to_train_on_is_refused(
@@ -339,7 +339,7 @@ def test_list_that_names_a_file_outside_the_repository_is_refused():
     with (
         Hub([Repo("dataset", DATASET, {"../a.jsonl": b"{}"})]) as hub,
         asking(hub.url),
-        pytest.raises(HubError, match="outside itself") as failed,
+        pytest.raises(HubError, match="outside the repository") as failed,
     ):
         hubs.dataset_files(DATASET, None, revision="main")
     assert not failed.value.transient

@@ -73,7 +73,9 @@ FOR_EVER = 10.0**9
 TROUBLES = [
     Trouble("none"),
     Trouble("401 gated", (answers(401, X_Error_Code="GatedRepo"),), "gated", False),
-    Trouble("401 unknown", (answers(401),), "unknown to the hub, or private (401)", False),
+    Trouble(
+        "401 unknown", (answers(401),), "does not exist on the hub, or is private (401)", False
+    ),
     Trouble("403", (answers(403),), "gated", False),
     Trouble("404", (answers(404, X_Error_Code="EntryNotFound"),), "(EntryNotFound)", False),
     Trouble("416", (answers(416, Content_Range="bytes */9"),), "has changed since", False),
@@ -101,7 +103,7 @@ TROUBLES = [
     Trouble("stall once", (Fault(stall_after_bytes=50_000), None)),
     Trouble("stall always", (Fault(stall_after_bytes=0),), "no "),
     Trouble("trickle once", (Fault(bytes_per_second=2_000), None)),
-    Trouble("trickle always", (Fault(bytes_per_second=2_000),), "trickles in"),
+    Trouble("trickle always", (Fault(bytes_per_second=2_000),), "is too slow"),
     Trouble("refused", says="refuses connections", endpoint=NOBODY),
     Trouble("name not resolved", says="cannot be reached", endpoint="http://hub.invalid"),
     Trouble("gone for 0.5 s", away_seconds=0.5),
@@ -119,9 +121,9 @@ TROUBLES = [
         False,
     ),
     Trouble(
-        "other bytes than asked for",
+        "other bytes than requested",
         (Fault(headers={"Content-Range": "bytes 0-99999/300000"}),),
-        "the answer holds other bytes than requested",
+        "the answer contains other bytes than requested",
     ),
     Trouble("range ignored: 200", (Fault(ignore_range=True),)),
 ]

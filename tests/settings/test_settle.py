@@ -229,20 +229,23 @@ def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeyp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": {"data_mode": "sample", "fineweb_subset": "x"}}, "--fineweb-subset does nothing"),
-        ({"data": {"data_mode": "sample", "text_column": "x"}}, "--text-column does nothing"),
+        (
+            {"data": {"data_mode": "sample", "fineweb_subset": "x"}},
+            "--fineweb-subset has no effect",
+        ),
+        ({"data": {"data_mode": "sample", "text_column": "x"}}, "--text-column has no effect"),
         (
             {"data": SYNTHETIC | {"allow_synthetic_fallback": True}},
-            "--allow-synthetic-fallback does",
+            "--allow-synthetic-fallback has",
         ),
-        ({"data": SYNTHETIC | {"deduplicate": True}}, "--deduplicate does nothing"),
+        ({"data": SYNTHETIC | {"deduplicate": True}}, "--deduplicate has no effect"),
         (
             {"data": {}, "tokenizer": {"tokenizer_name": "gpt2", "vocab_size": 9000}},
-            "--vocab-size does nothing with --tokenizer-name gpt2",
+            "--vocab-size has no effect with --tokenizer-name gpt2",
         ),
         (
             {"data": {}, "tokenizer": {"tokenizer_name": "train", "end_of_text": "x"}},
-            "--end-of-text does nothing",
+            "--end-of-text has no effect",
         ),
     ],
 )

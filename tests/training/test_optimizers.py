@@ -45,7 +45,9 @@ def test_settings_are_read_as_the_class_that_they_name(config):
 
 
 def test_setting_of_another_optimiser_is_refused(config):
-    with pytest.raises(ValidationError, match=f"--tau does nothing with --optimizer {config.name}"):
+    with pytest.raises(
+        ValidationError, match=f"--tau has no effect with --optimizer {config.name}"
+    ):
         SETTINGS.validate_python({"name": config.name, "tau": 1.0})
 
 

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps after it was freed, where that library is glibc.
+"""Limits on the memory that the C library keeps after it was freed; only glibc has these calls.
 
 Source: mallopt(3), malloc_trim(3), https://man7.org/linux/man-pages/man3/mallopt.3.html
 """
@@ -18,7 +18,7 @@ def give_back() -> None:
 def share_arenas(count: int) -> None:
     """Limit the memory pools that threads allocate from; by default there are 8 for each core.
 
-    Memory that is free in one pool is of no use to a thread that allocates from another.
+    A thread cannot use memory that is free in the pool of another thread.
     """
     if mallopt := _function("mallopt"):
         mallopt(_M_ARENA_MAX, count)

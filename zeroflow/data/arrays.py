@@ -1,4 +1,4 @@
-"""Arrays of the data path: numpy types, and Arrow arrays that are made without pandas.
+"""Arrays of the data path: numpy types, and Arrow arrays made without pandas.
 
 `pa.array` would make the same arrays, but it imports pandas, which takes a third of a second.
 """
@@ -17,11 +17,11 @@ RowArray = npt.NDArray[np.integer[Any]]
 """Token ids in rows, (rows, row_tokens), in the integer type of the shards."""
 
 Int64Array = npt.NDArray[np.int64]
-"""Lengths, offsets, or numbers of documents and rows."""
+"""Lengths, offsets, or indices of documents and rows."""
 
 
 def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """An Arrow array of integers, without a copy where `values` have the type already."""
+    """An Arrow array of integers; nothing is copied if `values` already have the type."""
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
     return pa.Array.from_buffers(kind, len(values), [None, buffer])
 
@@ -40,7 +40,7 @@ def strings(values: Iterable[str]) -> pa.StringArray:
 
 
 def well_formed_strings(values: pa.BinaryArray) -> pa.StringArray:
-    """Strings of UTF-8 that may hold lone surrogates, which U+FFFD replaces."""
+    """The same values as strings; U+FFFD replaces lone surrogates."""
     try:
         return values.cast(pa.string())
     except pa.ArrowInvalid:
@@ -48,7 +48,7 @@ def well_formed_strings(values: pa.BinaryArray) -> pa.StringArray:
 
 
 def byte_lengths(values: pa.StringArray) -> Int64Array:
-    """UTF-8 bytes of each string, none of which is null."""
+    """Number of UTF-8 bytes of each string; no string may be null."""
     if not len(values):
         return np.empty(0, dtype=np.int64)
     offsets = np.frombuffer(values.buffers()[1], np.int32, len(values) + 1, 4 * values.offset)
@@ -58,8 +58,8 @@ def byte_lengths(values: pa.StringArray) -> Int64Array:
 def well_formed(text: str) -> tuple[str, int]:
     """`text` without lone surrogates, and its length in UTF-8 bytes.
 
-    JSON can spell half of a UTF-16 pair, which is not a character and has no UTF-8: U+FFFD
-    replaces it.
+    JSON can contain half of a UTF-16 pair. It is not a character and cannot be encoded as UTF-8,
+    so U+FFFD replaces it.
     """
     try:
         return text, len(text) if text.isascii() else len(text.encode())

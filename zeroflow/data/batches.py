@@ -1,8 +1,8 @@
 """Batch t as a pure function of (seed, t): no loader state, nothing to save or restore.
 
-Training visits the rows in the order of a keyed permutation, a new one every epoch. Epochs follow
-each other without a gap, so that every row comes exactly once per epoch, whatever the batch size.
-Ranks and micro-batches only split the global batch of a step.
+Training visits the rows in the order of a keyed permutation, a new one every epoch. A batch may
+span two epochs, so every row is used exactly once per epoch, whatever the batch size. Ranks and
+micro-batches only split the global batch of a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from zeroflow.data.arrays import Int64Array, RowArray
 from zeroflow.data.rows import Rows
 
 IGNORED = -100
-"""Targets with this value count neither in the loss nor in its mean."""
+"""Targets with this value are excluded from the loss and from its mean."""
 
 _ROUNDS = 6
-"""Rounds of the Feistel network; with four, it cannot be told from a random permutation (Luby &
-Rackoff 1988, https://doi.org/10.1137/0217022), if its round function is random."""
+"""Rounds of the Feistel network. With a random round function, four rounds cannot be distinguished
+from a random permutation: Luby & Rackoff 1988, https://doi.org/10.1137/0217022"""
 
 _U64 = np.uint64
 
@@ -34,14 +34,14 @@ class MicroBatch(NamedTuple):
     """(rows, T) int64"""
 
     targets: Tensor
-    """(rows, T) int64: the token after each input, or `IGNORED` where that is padding."""
+    """(rows, T) int64: the token after each input; `IGNORED` if that token is padding."""
 
     valid: int
     """Targets that are not ignored."""
 
     documents: Tensor | None = None
-    """(rows, T) int32: number of each input's document within its row; None where attention
-    crosses documents."""
+    """(rows, T) int32: index of each input's document within its row; None if attention crosses
+    documents."""
 
 
 class BatchShape(NamedTuple):
@@ -55,10 +55,10 @@ class BatchShape(NamedTuple):
 
 
 class Skip(Config):
-    """A window of data that a run leaves out."""
+    """A window of data that a run skips."""
 
     step: NonNegativeInt
-    """The first step, from 0, that reads what comes after the window."""
+    """First step, counted from 0, that reads the data after the window."""
 
     batches: PositiveInt
     """Length of the window, in global batches."""
@@ -103,7 +103,7 @@ class Batches:
 
 
 class Prefetcher:
-    """Makes the micro-batches of the next step in a thread, while this step is trained."""
+    """Makes the micro-batches of the next step in a thread while the current step is trained."""
 
     def __init__(self, make: Callable[[int], list[MicroBatch]]) -> None:
         self._make = make
@@ -130,7 +130,7 @@ def to_micro_batch(
     """Inputs and targets from `rows` (n, row_tokens).
 
     Args:
-        document_mask: number the documents, so that attention can stay within them.
+        document_mask: number the documents of each row, so that attention can stay within them.
         pin: put the tensors into pinned memory, from which a GPU copies while it computes.
     """
     ends = rows == end_of_text
@@ -147,7 +147,7 @@ def to_micro_batch(
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`, as for the rows of equal micro-batches."""
+    """The largest divisor of `number` up to `limit`, such as the rows of equal micro-batches."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
@@ -164,9 +164,9 @@ def row_ids(positions: Int64Array, rows: int, seed: int) -> Int64Array:
 def permute(places: Int64Array, size: int, key: int) -> Int64Array:
     """The images of `places` under a keyed permutation of range(size).
 
-    A place costs O(1) time and memory, wherever it is: nothing is shuffled. A Feistel network
-    permutes the smallest even number of bits that holds `size`, and is applied again while its
-    result is not below `size`: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
+    Each place costs O(1) time and memory: no list is shuffled. A Feistel network permutes the
+    smallest even number of bits that holds `size`, and is applied again until its result is below
+    `size`: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
     """
     half = _U64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (_U64(1) << half) - _U64(1)
@@ -183,7 +183,7 @@ def permute(places: Int64Array, size: int, key: int) -> Int64Array:
 
 
 def _mix_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64, as round function: https://doi.org/10.1145/2714064.2660195"""
+    """The finaliser of SplitMix64, used as round function: https://doi.org/10.1145/2714064.2660195"""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))

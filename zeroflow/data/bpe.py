@@ -1,4 +1,4 @@
-"""Training a byte-level BPE, built like Llama 3's tokenizer."""
+"""Training of a byte-level BPE tokenizer with the structure of Llama 3's."""
 
 from collections.abc import Iterator
 

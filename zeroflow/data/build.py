@@ -29,10 +29,10 @@ from zeroflow.run_folder import Cache
 log = logging.getLogger(__name__)
 
 FORMAT = 3
-"""Version of what the files hold. It is part of the fingerprint: another format is another set."""
+"""Version of the files' format. It is part of the fingerprint: a new version means a new set."""
 
 OnPart = Callable[[float, str], None]
-"""Takes the share that is done, from 0 to 1, and a line about it."""
+"""Called with the fraction that is done, from 0 to 1, and a line that describes the progress."""
 
 
 def build_shards(
@@ -47,18 +47,18 @@ def build_shards(
 ) -> ShardSet:
     """Ensure that `<cache>/shards/` has the rows that `config` asks for.
 
-    Parts that exist are verified and reused. A corpus that ends earlier gives the rows it has.
+    Parts that exist are verified and reused. A corpus that is too small gives all its rows.
 
     Args:
         corpus: a resolved corpus.
         seed: seed of synthetic data.
-        builders: who builds the parts; None for a thread of this process. No more parts are built
-            at once than the run is likely to need.
+        builders: what builds the parts; None for a thread of this process. The number of parts
+            built at once never exceeds the number that the run is likely to need.
         show: called after each part.
 
     Raises:
-        ValueError: ids do not fit the integer type, or the corpus is too small to hold out a
-            document, or holds what it should not.
+        ValueError: ids do not fit the integer type, the corpus is too small to hold out a
+            document, or its content is not valid.
         hub.HubError: the hub failed.
     """
     _require_ids_fit(config, tokenizer)
@@ -76,7 +76,7 @@ def build_shards(
         build.run()
     shards = _describe(path, build.facts, tokenizer, config)
     shards = shards.replace(reused=not build.built, why=build.why)
-    if build.built:  # a corpus may have ended before
+    if build.built:  # a corpus that ended early has not reported 100 %
         show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
     _log(shards, config, build.built)
     return shards
@@ -98,18 +98,18 @@ def _documents_identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -
 
 
 class _Build:
-    """The way from the parts that exist to those that are needed."""
+    """A build: the parts that exist so far, and the reasons for building others."""
 
     def __init__(
         self, planner: PartPlanner, config: ShardConfig, builders: Builders, show: OnPart
     ) -> None:
         self._planner, self._config, self._builders, self._show = planner, config, builders, show
         self.facts: list[PartFacts] = []
-        """Facts of the first parts, as far as they exist."""
+        """Facts of parts 0, 1, ..., up to the first that does not exist."""
         self.built = 0
-        """How many of them were built, not reused."""
+        """Number of parts that this run built; the others were reused."""
         self._reasons: dict[Path, str] = {}
-        """Why parts were built, by what was missing: a damaged part, or the rest of the plan."""
+        """Reasons for building parts, by the damaged part, or by the set if parts were absent."""
 
     def run(self) -> None:
         begun = time.monotonic()
@@ -144,7 +144,7 @@ class _Build:
         return f"{reused} of {parts} parts reused: {reasons}" if reused else reasons
 
     def _start_following(self, under_way: deque[tuple[Path, Ending]]) -> None:
-        """Start the parts that are worth starting before the first one has ended."""
+        """Start as many further parts as the builders can work on at once."""
         limit = min(self._builders.at_once, self._missing_parts()) - len(under_way)
         for job in self._planner.absent_from(len(self.facts) + len(under_way), limit=limit):
             under_way.append((self._planner.path, self._builders.start(job)))
@@ -158,7 +158,7 @@ class _Build:
         log.info("building shards: %s", self._reasons[missing])
 
     def _lack(self) -> str:
-        """Why there is no part after those with `facts`, although one is needed."""
+        """The reason why the next part, which is needed, does not exist."""
         planner, path = self._planner, self._planner.path
         if self.facts:
             config, (train, validation) = self._config, self._rows()
@@ -167,7 +167,7 @@ class _Build:
                 f"train on, {validation:,} of {config.validation_rows:,} to validate on"
             )
         if planner.begun_before:
-            return f"{path.name} was begun before, and its first part is not complete"
+            return f"an earlier build of {path.name} stopped before its first part was complete"
         others = reuse.existing(path.parent, _recorded_fields, but=path)
         return reuse.nearest(planner.plan.fields(), others)
 
@@ -181,7 +181,7 @@ class _Build:
         return train >= self._config.train_rows and validation >= self._config.validation_rows
 
     def _missing_parts(self) -> int:
-        """How many more parts are likely to be needed, judged by those there are."""
+        """The number of parts that are still needed, estimated from those that exist."""
         config, count = self._config, len(self.facts)
         if count:
             train, validation = (rows / count for rows in self._rows())
@@ -195,7 +195,7 @@ class _Build:
         return max(1, math.ceil(total) - count)
 
     def _progress(self, seconds: float) -> tuple[float, str]:
-        """The share of the rows that exist, and a line with the time left at the pace so far."""
+        """The fraction of the rows that exist, and a line with the estimated time left."""
         config, (train, validation) = self._config, self._rows()
         missing = 0 if self._is_enough() else self._missing_parts()
         share = min(1.0, train / config.train_rows, validation / config.validation_rows)
@@ -205,10 +205,10 @@ class _Build:
 
 @contextmanager
 def _waited_for(builders: Builders) -> Iterator[deque[tuple[Path, Ending]]]:
-    """Parts that are being built, each with what was missing before.
+    """Parts that are being built, each with the path that was missing.
 
-    When the block ends, parts that turned out not to be needed are waited for, and may fail. An
-    interrupt waits for none.
+    At the end of the block, parts that are not needed any more are waited for, and their failures
+    are ignored. After an interrupt, none is waited for.
     """
     under_way: deque[tuple[Path, Ending]] = deque()
     try:
@@ -230,7 +230,7 @@ def _recorded_fields(path: Path) -> Fields:
 
 
 def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
-    """A slice is read with the whole limit, so the sum over parts is checked here."""
+    """Check the sum over parts: each slice was read with the whole limit."""
     bad = sum(part.bad_lines for part in facts)
     if bad > corpus.bad_lines_limit:
         places = "\n  ".join(place for part in facts for place in part.bad_places)
@@ -248,8 +248,8 @@ def _describe(
         if not counts.rows:
             raise ValueError(
                 f"the corpus is too small: it has {train.documents + validation.documents} "
-                f"documents, and none is left for {split}. Give more documents: whole ones are "
-                "held out for validation, by their ids, which have to differ"
+                f"documents, and none is left for {split}. Add documents: whole documents are "
+                "held out for validation, chosen by their ids, which must be unique"
             )
     return ShardSet(
         path=path,

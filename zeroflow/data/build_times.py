@@ -1,4 +1,4 @@
-"""builds.jsonl of a shard set: how long each part took that was built on this machine."""
+"""builds.jsonl of a shard set: build time of each part that was built on this machine."""
 
 import time
 from pathlib import Path
@@ -42,5 +42,5 @@ def note_build(path: Path, number: int, built: BuiltPart) -> None:
 
 
 def read_build_times(path: Path) -> list[BuildTime]:
-    """The lines of the set at `path`; a line that a killed process left broken is skipped."""
+    """The lines of the set at `path`; a line cut short by a killed process is skipped."""
     return BUILD_TIMES.readable(path / FILE)

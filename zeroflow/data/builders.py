@@ -1,4 +1,4 @@
-"""Who builds the parts of a shard set: threads of this process, or whatever fits `Builders`."""
+"""Builders of the parts of a shard set: threads of this process, or any other `Builders`."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -14,26 +14,26 @@ from zeroflow.data.part_job import BuiltPart, PartJob
 from zeroflow.data.parts import build_part
 
 THREAD_PARTS = 8
-"""Parts that a thread builds before another one takes its place. The tokenizer's library keeps a
-cache of words for each thread: eight parts are enough for it to pay, and too few for the 150 MB to
-which it grows."""
+"""Parts that a thread builds before a new thread replaces it. The tokenizer's library keeps a cache
+of words for each thread. Over eight parts that cache saves time, and does not yet reach its full
+size of 150 MB."""
 
 _WAIT_SECONDS = 0.5
-"""How long a wait for a part lasts before it is begun again. Python handles a signal that arrives
-just before a wait only after it: without an end, that Ctrl-C would be lost."""
+"""Timeout of a wait for a part, which is then repeated. Python handles a signal that arrives just
+before a wait only when that wait ends: without a timeout, such a Ctrl-C would have no effect."""
 
 T = TypeVar("T")
 
 Ending = Callable[[], BuiltPart | Exception]
-"""Waits for a part that is being built, and returns it, or why it could not be built."""
+"""Waits for a part that is being built; returns the part, or the exception that prevented it."""
 
 
 class Builders(NamedTuple):
     start: Callable[[PartJob], Ending]
-    """Starts building a part, or queues it."""
+    """Starts or queues the build of a part."""
 
     at_once: int
-    """Parts that are worth starting before the first of them has ended."""
+    """Number of parts to start before waiting for the first."""
 
     give_up: Callable[[], None] = lambda: None
     """Cancels the parts that are queued."""
@@ -43,17 +43,17 @@ class Builders(NamedTuple):
 def in_threads(
     count: int, build: Callable[[PartJob], BuiltPart] = build_part
 ) -> Iterator[Builders]:
-    """`count` threads, and room for one part in the queue, so that no thread waits for work.
+    """Builders with `count` threads and one part in the queue, so that no thread waits for work.
 
     The threads end with the program: Ctrl-C waits neither for a part nor for a hub that does not
-    answer. When a part has failed, those in the queue are given up.
+    answer. After a part has failed, those in the queue are cancelled.
     """
     work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-    failures: list[BaseException] = []  # once there is one, no further part is begun
+    failures: list[BaseException] = []  # after the first, no part is started
 
     def start(job: PartJob) -> Ending:
         end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
-        context = copy_context()  # it tells a Prefect task which flow run it belongs to
+        context = copy_context()  # Prefect finds the flow run of a task in it
 
         def run() -> None:
             try:
@@ -98,7 +98,7 @@ def _take(queue: SimpleQueue[T]) -> T:
 def outcome(wait: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
     """The part that `wait` returns, or the exception that it returns or raises.
 
-    An exception is returned, not raised, as it is known only later whether the part was needed.
+    The exception is returned, not raised, because the caller may not need this part.
     """
     try:
         end = wait()

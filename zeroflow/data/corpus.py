@@ -1,7 +1,7 @@
-"""The corpus of a run: its settings, and what they stand for once they are resolved.
+"""The corpus of a run: its settings, as given and resolved.
 
-`resolve_corpus` turns what a user asked for into what the bytes depend on: a mode without `auto`,
-and a revision. A resolved corpus is a list of files of one source, or synthetic token ids.
+`resolve_corpus` chooses a mode for `auto` and pins the revision, so that the settings determine the
+text. A resolved corpus is a list of files of one source, or synthetic token ids.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ from zeroflow.data.sources.source import Source
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 CorpusIdentity = dict[str, str | int | bool | None]
-"""Everything that the documents of a corpus depend on, by names that a person knows. The names
-depend on the source."""
+"""All settings that the documents of a corpus depend on, by readable names. The names depend on the
+source."""
 
 
 class CorpusConfig(Config):
@@ -29,8 +29,8 @@ class CorpusConfig(Config):
 
     data_mode: Literal["auto", "fineweb", "hub", "files", "sample", "synthetic"] = "auto"
     """fineweb: FineWeb-Edu from the Hugging Face Hub. hub: another dataset there, see dataset.
-    files: your own, see data_path. sample: source files of Python's standard library, on every
-    machine. synthetic: generated token ids. auto: fineweb when the hub answers within a few
+    files: your own, see data_path. sample: the source files of Python's standard library, which
+    every machine has. synthetic: generated token ids. auto: fineweb if the hub answers within a few
     seconds, otherwise sample."""
 
     fineweb_subset: str = "sample-10BT"
@@ -40,7 +40,7 @@ class CorpusConfig(Config):
     """Name of a dataset on the hub, for data_mode hub."""
 
     dataset_config: str | None = None
-    """Subset of that dataset. Default: its own default."""
+    """Subset of that dataset. Default: the dataset's default."""
 
     data_path: tuple[str, ...] = Field((), description=f"Files or globs: {registry.described()}.")
 
@@ -48,18 +48,18 @@ class CorpusConfig(Config):
     """Field of .jsonl lines or column of .parquet files that holds the text."""
 
     bad_lines_limit: NonNegativeInt = 0
-    """Lines of .jsonl files without JSON or text that are left out, counted and reported; one more
-    ends the run."""
+    """Number of .jsonl lines without valid JSON or text that may be skipped; they are counted and
+    reported. One more ends the run."""
 
     deduplicate: bool = False
-    """Leave out documents whose text has come before, byte for byte."""
+    """Leave out documents whose text is byte for byte the same as that of an earlier document."""
 
     allow_synthetic_fallback: bool = False
     """Fall back from fineweb to synthetic, with a warning, when FineWeb-Edu cannot be reached; auto
     falls back to the sample."""
 
     data_revision: str | None = None
-    """Commit of the dataset on the hub, or the digest of the files; found once, then recorded."""
+    """Commit of the dataset on the hub, or digest of the files; determined once, then recorded."""
 
     read_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "fineweb_subset": ("auto", "fineweb"),
@@ -68,10 +68,10 @@ class CorpusConfig(Config):
         "deduplicate": ("auto", "fineweb", "hub", "files", "sample"),
         "allow_synthetic_fallback": ("auto", "fineweb"),
     }
-    """Modes that read a setting. With another mode the setting is refused: it would do nothing."""
+    """Modes that read a setting. With another mode it is refused, as it has no effect."""
 
     free: ClassVar[tuple[str, ...]] = ("data_path", "allow_synthetic_fallback", "bad_lines_limit")
-    """Settings that may change when a run is resumed: its revision tells whether the text is the
+    """Settings that may change when a run is resumed: the revision decides whether the text is the
     same."""
 
     @model_validator(mode="after")
@@ -104,12 +104,12 @@ class CorpusConfig(Config):
 
     @property
     def is_text(self) -> bool:
-        """False for synthetic data, which is token ids from the start."""
+        """False for synthetic data, which is generated as token ids."""
         return self.data_mode != "synthetic"
 
     @property
     def source(self) -> Source:
-        """Where the files of a text corpus are."""
+        """The source of a text corpus's files."""
         match self.data_mode:
             case "auto" | "fineweb":
                 return HubDataset(FINEWEB_EDU, self.fineweb_subset)
@@ -124,7 +124,7 @@ class CorpusConfig(Config):
 
     @property
     def anywhere(self) -> Self:
-        """The same with paths that mean the same from every working directory."""
+        """A copy with absolute paths."""
         paths = tuple(str(Path(path).expanduser().absolute()) for path in self.data_path)
         return self.model_copy(update={"data_path": paths}) if paths else self
 
@@ -132,13 +132,13 @@ class CorpusConfig(Config):
         """Refuse settings that the chosen mode does not read.
 
         Raises:
-            ValueError: there is one that is not at its default.
+            ValueError: such a setting is not at its default.
         """
         for name, modes in self.read_by.items():
             default = type(self).model_fields[name].default
             if self.data_mode not in modes and getattr(self, name) != default:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} does nothing with --data-mode {self.data_mode}, "
+                    f"--{name.replace('_', '-')} has no effect with --data-mode {self.data_mode}, "
                     f"only with {', '.join(modes)}: drop one of them"
                 )
 
@@ -146,16 +146,15 @@ class CorpusConfig(Config):
 class ResolvedCorpus(NamedTuple):
     corpus: CorpusConfig
     reason: str
-    """Why it is this one."""
+    """Why this corpus was chosen."""
 
 
 def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
-    """Settle `auto`, and pin the revision.
+    """Choose a mode for `auto`, and pin the revision.
 
     Raises:
-        hub.HubError: the hub was asked for and refused or was out of reach.
-        ValueError: files were asked for and none matches, or they are not those of
-            `data_revision`.
+        hub.HubError: the mode needs the hub, which refused or could not be reached.
+        ValueError: the mode is files, and none matches or they differ from `data_revision`.
     """
     if not corpus.is_text:
         return ResolvedCorpus(corpus, "asked for")
@@ -174,11 +173,11 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
     """The corpus to use without the hub.
 
     Raises:
-        hub.HubError: `error`, with what can be done, where no fallback is allowed.
+        hub.HubError: `error` with remedies, if no fallback is allowed.
     """
     if corpus.data_mode == "auto":
         sample = CorpusConfig(data_mode="sample", deduplicate=corpus.deduplicate)
-        return ResolvedCorpus(_pin(sample), f"FineWeb-Edu is out of reach: {error.cause}")
+        return ResolvedCorpus(_pin(sample), f"FineWeb-Edu cannot be reached: {error.cause}")
     if corpus.allow_synthetic_fallback:
         synthetic = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
         return ResolvedCorpus(synthetic, f"SYNTHETIC FALLBACK, no real text: {error}")
@@ -190,7 +189,7 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
 
 
 def corpus_identity(corpus: CorpusConfig) -> CorpusIdentity:
-    """Everything that the documents of a resolved text corpus depend on."""
+    """All settings that the documents of a resolved text corpus depend on."""
     source = corpus.source
     identity: CorpusIdentity = {"source": corpus.data_mode, "revision": corpus.data_revision}
     identity |= source.identity()
@@ -215,7 +214,7 @@ def list_files(corpus: CorpusConfig) -> list[CorpusFile]:
 
 
 def document_file(corpus: CorpusConfig, file: CorpusFile) -> DocumentFile:
-    """A file of a resolved text corpus, ready to be read."""
+    """A file of a resolved text corpus, with the settings for reading it."""
     assert corpus.data_revision, "resolve_corpus() pins the revision"
     return DocumentFile(
         corpus.source, file, corpus.data_revision, corpus.text_column, corpus.bad_lines_limit

@@ -1,8 +1,8 @@
-"""documents.parquet of a part: where each document lies.
+"""documents.parquet of a part: the position of each document.
 
-A line for each piece of a document, in order: id, url, split, row of that split in the part, offset
-in the row, start in the document, tokens of the piece, UTF-8 bytes of the whole document, and a
-hash of its text where duplicates are left out.
+It has one line for each piece of a document, in order: id, url, split, row of that split in the
+part, offset in the row, start in the document, tokens of the piece, UTF-8 bytes of the whole
+document, and a hash of its text if duplicates are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ from zeroflow.data.token_batches import DocumentColumns
 FILE = "documents.parquet"
 
 MOST_NAME_BYTES = 2**30
-"""Bytes of the ids, or of the URLs, of lines that are written at once: the offsets of an Arrow
-array end at 2**31."""
+"""Limit on the bytes of the ids, or of the URLs, of lines that are written at once: the offsets of
+an Arrow array are 32-bit."""
 
 SCHEMA = pa.schema(
     [
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 
 
 class DocumentTable:
-    """The table of a part that is being built."""
+    """Writer of a part's table."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
@@ -51,7 +51,7 @@ class DocumentTable:
     @contextmanager
     def create(cls, part: Path) -> Iterator[Self]:
         with (
-            pa.OSFile(str(part / FILE), "wb") as sink,  # which is closed even on a full disk
+            pa.OSFile(str(part / FILE), "wb") as sink,  # a full disk does not prevent its closing
             pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer,
         ):
             yield cls(writer)
@@ -59,7 +59,7 @@ class DocumentTable:
     def add(
         self, split: Split, documents: DocumentColumns, pieces: Pieces, *, first_row: int
     ) -> None:
-        """Write the lines of a window of documents, whose rows are counted from `first_row` on."""
+        """Write the lines of a window of documents; the window's first row is `first_row`."""
         ids, urls = arrays.well_formed_strings(documents.ids), documents.urls
         sizes = [arrays.byte_lengths(names)[documents.places] for names in (ids, urls)]
         longest = int(np.max(sizes))
@@ -85,6 +85,6 @@ class DocumentTable:
 def read(
     part: Path, columns: Sequence[str] | None = None, filters: pc.Expression | None = None
 ) -> pa.Table:
-    """The table of a part, or the columns and lines of it that are asked for."""
+    """The table of a part, or the requested columns and lines of it."""
     wanted = None if columns is None else list(columns)
     return pq.read_table(part / FILE, columns=wanted, filters=filters)

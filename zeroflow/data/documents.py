@@ -1,4 +1,4 @@
-"""Documents of text, one by one and in batches of columns."""
+"""Documents of text, single and in batches of columns."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -13,15 +13,15 @@ from zeroflow.data import arrays
 from zeroflow.data.arrays import Int64Array
 
 BATCH_DOCUMENTS = 1000
-"""Documents in a batch, at most."""
+"""Maximum number of documents in a batch."""
 
 BATCH_BYTES = 2**20
-"""Text that completes a batch, in characters. The two limits are large enough that the work per
-batch does not count, and small enough that the eight batches between reader, tokenizer and packing
-take little memory."""
+"""A batch is complete once it has this many characters. Both limits are large enough to make the
+overhead per batch negligible, and small enough that the eight batches in flight between reader,
+tokenizer and packing take little memory."""
 
 _PLACES = 10
-"""Bad lines whose place is remembered."""
+"""Maximum number of bad lines whose place is recorded."""
 
 
 class Document(NamedTuple):
@@ -31,14 +31,14 @@ class Document(NamedTuple):
 
 
 class TextBatch(NamedTuple):
-    """Documents, none of them empty, in columns."""
+    """Non-empty documents, in columns."""
 
     ids: pa.BinaryArray
-    """UTF-8, except for lone surrogates, which an id from JSON can hold."""
+    """UTF-8, but may contain lone surrogates, which an id from JSON can have."""
 
     urls: pa.StringArray
     texts: list[str]
-    """Without surrogates."""
+    """Texts without lone surrogates."""
 
     text_bytes: Int64Array
     """UTF-8 bytes of each text."""
@@ -80,12 +80,12 @@ class TextBatch(NamedTuple):
 
 @dataclass
 class Tally:
-    """Count of what was left out while reading."""
+    """Counts of documents and lines that were left out while reading."""
 
     empty: int = 0
     bad_lines: int = 0
     bad_places: list[str] = field(default_factory=list)
-    """Places of the first bad lines, each with what is wrong with it."""
+    """Places of the first bad lines, each with the fault."""
 
     def add_bad_line(self, place: str) -> None:
         self.bad_lines += 1
@@ -94,9 +94,9 @@ class Tally:
 
 
 def regroup(batches: Iterable[TextBatch]) -> Iterator[TextBatch]:
-    """The same documents in batches of about equal size, whatever files they come from.
+    """The same documents in batches of about equal size, across the borders of files.
 
-    A corpus of many small files would otherwise give batches of one document.
+    Otherwise a corpus of many small files would give batches of one document.
     """
     waiting: list[TextBatch] = []
     documents = characters = 0  # in `waiting`
@@ -104,7 +104,7 @@ def regroup(batches: Iterable[TextBatch]) -> Iterator[TextBatch]:
         passed = list(accumulate(map(len, batch.texts), initial=0))
         begin = 0
         while begin < len(batch.texts):
-            # a batch ends with the text that completes it
+            # a batch includes the text that completes it
             filled = bisect_left(passed, passed[begin] + BATCH_BYTES - characters, begin + 1)
             end = min(filled, begin + BATCH_DOCUMENTS - documents, len(batch.texts))
             waiting.append(batch.cut_out(begin, end))

@@ -1,4 +1,4 @@
-"""Documents whose text has come before, by hashes of their texts."""
+"""Detection of documents whose text occurred earlier, by hashes of the texts."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,18 @@ from zeroflow.data import document_table
 
 
 def hash_texts(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64 bits for each text: among 10^8 texts, one collision in 3,700 such corpora is expected."""
+    """A 64-bit hash of each text; a corpus of 10^8 texts has a collision in 1 case of 3,700."""
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
 class SeenTexts:
-    """Hashes of the texts that have come before."""
+    """Hashes of the texts seen so far."""
 
     def __init__(self, earlier: Iterable[Path]) -> None:
         """
         Args:
-            earlier: parts that come before; their tables hold the hashes.
+            earlier: preceding parts, whose tables hold the hashes.
         """
         columns = [
             document_table.read(part, ["text_hash"]).column(0).to_numpy() for part in earlier

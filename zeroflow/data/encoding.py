@@ -1,7 +1,7 @@
-"""Text to token ids, by the fastest library that gives the ids of Hugging Face's.
+"""Text to token ids, with the fastest library that gives the same ids as Hugging Face's.
 
-`choose` tries whether the fast library does so for a tokenizer, on a few thousand hard strings.
-Special tokens that a document spells out are text to every encoder, and never get their own ids.
+`choose` compares the libraries for a tokenizer on a few thousand hard strings. If a document spells
+out a special token, every encoder treats it as text, and never gives the special token's id.
 """
 
 import json
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 EncoderName = Literal["fastokens", "tokenizers"]
 
 _FUZZED = 3000
-"""Random strings that are compared."""
+"""Number of random strings to compare."""
 
 _WHITESPACE = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2009\u200b\u2028\u2029\u202f\u3000\ufeff"
 _OTHERS = "\x00\x01\x7f\u0301\u0308\u200d\ufe0f\ufffd\U0001f600\U0001f468\U0001f3fd\U0010ffff"
@@ -67,7 +67,7 @@ _PIECES = (
 
 
 class Encoded(NamedTuple):
-    """Documents end to end."""
+    """The ids of documents, end to end."""
 
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int64]
@@ -75,9 +75,9 @@ class Encoded(NamedTuple):
 
 class Encoder(Protocol):
     def encode(self, texts: list[str]) -> Encoded:
-        """Ids of all `texts`, which hold no surrogates, without special tokens.
+        """Ids of all `texts`, without special tokens; a text must not contain lone surrogates.
 
-        Several threads may call it. The fast library keeps a cache of words for each of them.
+        Several threads may call this. The fast library keeps a cache of words for each thread.
         """
         ...
 
@@ -98,8 +98,8 @@ class _HuggingFace:
 
 class _Fastokens:
     def __init__(self, file: Path) -> None:
-        # One thread: several parts are built at once, each in a thread that calls this library.
-        # More threads within a call would wait for each other and for work
+        # One thread per call: several parts are built at once, each in a thread that calls this
+        # library, and more threads within a call would mostly wait for each other
         os.environ["FASTOKENS_BPE_THREADS"] = "1"
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
@@ -116,7 +116,7 @@ _loading = threading.Lock()
 
 
 def plain(file: Path) -> tokenizers.Tokenizer:
-    """Hugging Face's tokenizer, set so that special tokens spelled out in a text are text."""
+    """Hugging Face's tokenizer, set to treat special tokens that a text spells out as text."""
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -125,12 +125,12 @@ def plain(file: Path) -> tokenizers.Tokenizer:
 
 
 def choose(file: Path) -> tuple[EncoderName, str]:
-    """The encoder for a tokenizer.json, and why it is this one.
+    """The encoder for a tokenizer.json, and the reason for the choice.
 
-    The comparison runs in another process: this one would keep the memory that both libraries take,
-    and a tokenizer that crashes the fast library must not end it.
+    The comparison runs in a child process: otherwise this process would keep the memory of both
+    libraries, and a tokenizer that crashes the fast library would end it.
     """
-    # with this process's path, so that it imports the same modules
+    # the same module path, so that the child imports the same modules
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -150,15 +150,15 @@ def compare(file: Path) -> tuple[EncoderName, str]:
     fast = _fast_version()
     try:
         found = _Fastokens(file).encode(texts)
-    except BaseException as error:  # its panics are not subclasses of Exception
+    except BaseException as error:  # a panic of the Rust library is not a subclass of Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return "tokenizers", f"{fast} does not take this tokenizer: {str(error)[:200]}"
+        return "tokenizers", f"{fast} cannot load this tokenizer: {str(error)[:200]}"
     if not np.array_equal(found.lengths, expected.lengths) or not np.array_equal(
         found.ids, expected.ids
     ):
-        return "tokenizers", f"{fast} gives other ids to some of {len(texts)} hard strings"
-    return "fastokens", f"{fast} gives the same ids to {len(texts)} hard strings"
+        return "tokenizers", f"{fast} gives different ids for some of {len(texts)} hard strings"
+    return "fastokens", f"{fast} gives the same ids for {len(texts)} hard strings"
 
 
 def _fast_version() -> str:
@@ -166,26 +166,26 @@ def _fast_version() -> str:
 
 
 def load(file: Path, name: EncoderName) -> Encoder:
-    """The encoder of that name for a tokenizer.json.
+    """The encoder called `name` for a tokenizer.json.
 
-    It is kept in memory, as a vocabulary of 128,000 tokens takes most of a second to load.
+    It stays in memory, because a vocabulary of 128,000 tokens takes most of a second to load.
     """
     key = (artifacts.file_sha256(file), name)
     with _loading:
         if key not in _loaded:
-            _loaded.clear()  # only one is used at a time, and it takes 150 MB
+            _loaded.clear()  # only one is used at a time, and each takes 150 MB
             _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
             allocator.give_back()
         return _loaded[key]
 
 
 def hard_strings(special: list[str]) -> list[str]:
-    """Strings on which tokenizers have been seen to differ, and random mixtures of them.
+    """Strings on which tokenizers are known to differ, and random mixtures of them.
 
     They are the same on every call.
 
     Args:
-        special: the tokenizer's special tokens, which a text may spell out.
+        special: the tokenizer's special tokens, as a text may spell them out.
     """
     rng = random.Random(0)
     texts = ["", *_PIECES, *_WHITESPACE, *_OTHERS, "a\ufffdb", "\x00" * 99]

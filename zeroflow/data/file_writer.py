@@ -1,4 +1,4 @@
-"""A thread that writes files beside other work."""
+"""A thread that writes files in the background."""
 
 import queue
 import threading
@@ -13,7 +13,7 @@ from zeroflow.artifacts import FileRecord
 class FileWriter:
     """Writes files in a thread, and computes their entries in the manifest while it writes.
 
-    The thread ends with the program: Ctrl-C does not wait for a disk.
+    The thread ends with the program: Ctrl-C does not wait for the disk.
     """
 
     def __init__(self) -> None:
@@ -22,9 +22,9 @@ class FileWriter:
         self._thread = threading.Thread(target=self._run, name="file-writer", daemon=True)
 
     def add(self, file: Path, content: memoryview) -> "Future[FileRecord]":
-        """Write `content`, which must not change until the future is done.
+        """Queue `content` for writing; it must not change until the future is done.
 
-        The future's error is an OSError.
+        If writing fails, the future raises OSError.
         """
         future = self._written[file.name] = Future()
 
@@ -38,10 +38,10 @@ class FileWriter:
         return future
 
     def records(self) -> dict[str, FileRecord]:
-        """Entries in the manifest by the names of the files, once all are written.
+        """Wait until all files are written; their entries in the manifest by name.
 
         Raises:
-            OSError: the disk did not take one of them.
+            OSError: a file could not be written.
         """
         return {name: future.result() for name, future in self._written.items()}
 

@@ -1,8 +1,8 @@
-"""The Hugging Face Hub: revisions, lists of files, and files that are read as they are needed.
+"""The Hugging Face Hub: revisions, lists of files, and files that are read on demand.
 
-Every request is our own. The waits of the hub's libraries range from none to half an hour, their
-exceptions change with their versions, and `datasets` reads a file again from its start after a
-break.
+This module makes every request itself. The timeouts of the hub's libraries range from none to half
+an hour, their exceptions change between versions, and after a lost connection `datasets` reads a
+file again from its start.
 """
 
 import io
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 READ_AHEAD_BYTES = 2**20
-"""Requested when a small read continues where the last one ended."""
+"""Bytes to request when a small read continues where the last one ended."""
 
 SKIP_BYTES = 16 * 2**20
-"""Bytes read and thrown away, at most, where a server answers a range with the whole file."""
+"""Bytes that are read and discarded, at most, if a server answers a range with the whole file."""
 
 _PEEK_BYTES = 8192
 
-# From these files the `datasets` library learns how a repository's files make up its subsets
+# The `datasets` library reads from these files which of a repository's files make up a subset
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
@@ -44,7 +44,7 @@ def dataset_revision(name: str, revision: str = "main", *, patience: Patience = 
     """The commit that a branch or tag of a dataset points to.
 
     Raises:
-        HubError: within a few seconds.
+        HubError: the hub refused or could not be reached; raised within a few seconds.
     """
     return _commit("dataset", name, revision, patience)
 
@@ -52,10 +52,10 @@ def dataset_revision(name: str, revision: str = "main", *, patience: Patience = 
 def model_revision(
     name: str, revision: str | None, *, probe: str, patience: Patience = QUESTION
 ) -> str:
-    """The commit of a model repository, after checking that its file `probe` can be read.
+    """The commit of a model repository, after a check that its file `probe` can be read.
 
     Raises:
-        HubError: within a few seconds.
+        HubError: the hub refused or could not be reached; raised within a few seconds.
     """
     commit = _commit("model", name, revision or "main", patience)
     url = _file_url("model", name, commit, probe)
@@ -101,8 +101,8 @@ def dataset_files(
     """
     files = {file.name: file for file in _tree("dataset", dataset, revision, patience)}
     with TemporaryDirectory() as temporary:
-        # `datasets` knows the rules, but its network code has waits and errors of its own: it is
-        # shown the repository as a folder of empty files
+        # `datasets` knows the rules, but its network code has its own timeouts and errors. So it
+        # gets a folder with the repository's file names, all empty
         folder = Path(temporary).resolve()
         for file in files.values():
             path = folder / file.name
@@ -117,14 +117,14 @@ def dataset_files(
 def open_file(
     dataset: str, file: HubFile, *, revision: str, patience: Patience = READING
 ) -> io.RawIOBase:
-    """A file of a dataset that is read over the network as needed; opening makes no request.
+    """A file of a dataset that is read over the network on demand; opening makes no request.
 
-    A read is one request for exactly its bytes, which suits Parquet: pass it to
-    `pyarrow.parquet.ParquetFile(..., pre_buffer=True)`. Small reads that follow each other, and
-    lines, share requests of `READ_AHEAD_BYTES`.
+    A read makes one request for exactly its bytes, which suits Parquet: pass the file to
+    `pyarrow.parquet.ParquetFile(..., pre_buffer=True)`. Consecutive small reads, such as lines,
+    share requests of `READ_AHEAD_BYTES`.
 
     Raises:
-        HubError: from its reads: the hub refused or failed, or the file has changed.
+        HubError: raised by reads: the hub refused or failed, or the file has changed.
     """
     return _RemoteFile("dataset", dataset, file, revision, patience)
 
@@ -133,7 +133,7 @@ def _commit(kind: str, name: str, revision: str, patience: Patience) -> str:
     path = f"{kind}s/{name}/revision/{quote(revision, safe='')}?expand=sha"
     facts, _ = _ask(path, name, patience)
     if not isinstance(facts, dict) or not facts.get("sha"):
-        raise HubError(name, "the hub's answer names no commit", transient=True)
+        raise HubError(name, "the hub's answer contains no commit", transient=True)
     return str(facts["sha"])
 
 
@@ -152,12 +152,14 @@ def _tree(kind: str, name: str, revision: str, patience: Patience) -> list[HubFi
         query = urlsplit(following).query
     for file in files:
         if file.name.startswith("/") or ".." in PurePosixPath(file.name).parts:
-            raise HubError(name, f"lists a file outside itself: {file.name}", transient=False)
+            raise HubError(
+                name, f"lists a file outside the repository: {file.name}", transient=False
+            )
     return files
 
 
 def _ask(path: str, subject: str, patience: Patience) -> tuple[Any, str]:
-    """The hub's answer to a question, and the address of its next page, which may be empty."""
+    """The hub's answer to a question, and the address of the next page; empty after the last."""
     from huggingface_hub import constants
 
     def attempt(effort: Effort) -> tuple[Any, str]:
@@ -190,9 +192,9 @@ def _train_split(folder: Path, dataset: str, subset: str | None) -> list[str]:
             fault = f"has no subset {chosen}, only" if chosen else "has several subsets,"
             raise ValueError(f"{dataset} {fault} {known}: set {flag}")
         splits = load_dataset_builder(place, chosen, cache_dir=place).config.data_files
-    except FileNotFoundError as error:  # its error for a folder without files of a known kind
+    except FileNotFoundError as error:  # raised for a folder without files of a known kind
         text = str(error).replace(place, dataset)
-        raise ValueError(f"{dataset}: its files are not a dataset: {text}") from error
+        raise ValueError(f"{dataset}: its files do not form a dataset: {text}") from error
     if "train" not in splits:
         known = ", ".join(map(str, splits))
         raise ValueError(f"{dataset}, {chosen}: has no train split, only {known}")
@@ -211,7 +213,7 @@ class _RemoteFile(io.RawIOBase):
         self._patience = patience
         self._etag = ""
         self._position = 0
-        self._ahead = b""  # bytes of the last request, unless there were many
+        self._ahead = b""  # bytes of the last request, unless it was large
         self._ahead_at = 0
 
     def readable(self) -> bool:
@@ -231,7 +233,7 @@ class _RemoteFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """All of the bytes asked for; fewer only at the end of the file."""
+        """All requested bytes; fewer only at the end of the file."""
         data = self._bytes(self._size if size is None or size < 0 else self._position + size)
         self._position += len(data)
         return data
@@ -243,11 +245,11 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def peek(self, size: int = 0, /) -> bytes:
-        """The next bytes, without moving on; lets `readline` take more than one at a time."""
+        """The next bytes, without a change of position; `readline` needs it to read blocks."""
         return self._bytes(self._position + _PEEK_BYTES)
 
     def _bytes(self, end: int) -> bytes:
-        """From the current position to `end`."""
+        """The bytes from the current position to `end`."""
         if self.closed:
             raise ValueError(f"{self.name} is closed")
         first, end = self._position, min(end, self._size)
@@ -278,7 +280,7 @@ class _RemoteFile(io.RawIOBase):
                     got.extend(chunk[skip:])
                     skip = max(skip - len(chunk), 0)
                     effort.kept = len(got)
-                    if len(got) > end - first:  # the whole file is coming, which may be long
+                    if len(got) > end - first:  # the server sends the whole file, which may be long
                         del got[end - first :]
                         return
             if len(got) < end - first:
@@ -289,7 +291,7 @@ class _RemoteFile(io.RawIOBase):
         return bytes(got)
 
     def _bytes_before(self, start: int, response: Any, subject: str) -> int:
-        """How much of an answer comes before byte `start`, after checking that it is of this file.
+        """Bytes of an answer that precede byte `start`; checks that the answer is of this file.
 
         Raises:
             HubError: the file has changed, or the answer is not the range that was requested.
@@ -308,7 +310,7 @@ class _RemoteFile(io.RawIOBase):
             cause = "the server answers a range with the whole file (200 in place of 206)"
             raise HubError(subject, cause, transient=False)
         if not whole and not re.match(rf"bytes {start}-", said):
-            cause = f"the answer holds other bytes than requested ({said or 'no Content-Range'})"
+            cause = f"the answer contains other bytes than requested ({said or 'no Content-Range'})"
             raise HubError(subject, cause, transient=True)
         self._etag = etag or self._etag
         return start if whole else 0
@@ -321,7 +323,7 @@ def _file_url(kind: str, repository: str, revision: str, name: str) -> str:
 
 
 def _etag(response: Any) -> str:
-    """The ETag of the file's content; the storage that the hub redirects to has others."""
+    """The ETag of the file's content, from the hub; the storage that it redirects to has others."""
     for each in [*response.history, response]:
         if linked := each.headers.get("X-Linked-ETag"):
             return linked.removeprefix("W/").strip('"')

@@ -1,4 +1,4 @@
-"""Failures of the Hugging Face Hub, explained in one sentence each."""
+"""Failures of the Hugging Face Hub, each explained in one sentence."""
 
 import email.utils
 import re
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 
 class HubError(RuntimeError):
-    """The hub refused, or could not be reached."""
+    """The hub refused a request, or could not be reached."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class HubError(RuntimeError):
         """`transient`: True if the same call may succeed later."""
         self.remedies = remedies
         self.retry_after = retry_after
-        """Seconds after which the hub asked to be tried again, if it did."""
+        """Seconds that the hub asked to wait before the next request, if it did."""
         ways = "".join(f"\n  - {remedy}" for remedy in remedies)
         super().__init__(f"{subject}: {cause}" + (f". What can be done:{ways}" if ways else ""))
 
     def __reduce__(self) -> Any:
-        """For pickle, as on the way from a Dask worker: it knows positional arguments only."""
+        """For pickle, for example from a Dask worker: it passes positional arguments only."""
         return partial(
             type(self),
             transient=self.transient,
@@ -52,9 +52,9 @@ class HubError(RuntimeError):
 
 
 def explain(error: BaseException, subject: str) -> HubError:
-    """The meaning of an exception of the hub's libraries, from status and cause, not its class.
+    """Explain an exception of the hub's libraries by its status and cause, not by its class.
 
-    The classes change with the libraries' versions, and some hide a 503 behind FileNotFoundError.
+    The classes change between versions, and some report a 503 as FileNotFoundError.
     """
     for cause in _chain(error):
         response: Any = getattr(cause, "response", None)
@@ -70,10 +70,10 @@ def explain(error: BaseException, subject: str) -> HubError:
 
 
 def explain_silence(error: BaseException, subject: str, url: str, limit: float) -> HubError:
-    """Why no answer came, or why it broke off.
+    """Explain why no answer came, or why it broke off.
 
     Args:
-        limit: seconds that were waited for a byte.
+        limit: seconds without a byte after which the request was given up.
     """
     chain = list(_chain(error))
     host = urlsplit(_asked_last(chain) or url).netloc
@@ -84,7 +84,7 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
 
     if "Offline" in names:
         return HubError(
-            subject, "HF_HUB_OFFLINE is set, which forbids requests to the hub", transient=False
+            subject, "HF_HUB_OFFLINE is set, which forbids all requests to the hub", transient=False
         )
     if "UnsupportedProtocol" in names or "InvalidURL" in names:
         return HubError(
@@ -96,7 +96,7 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
         cause = f"the hub cannot be reached (the name {host} is not resolved)"
     elif found(ConnectionRefusedError):
         cause = f"the hub cannot be reached ({host} refuses connections)"
-    elif isinstance(error, TimeoutError):  # of `_within`, which knows no address
+    elif isinstance(error, TimeoutError):  # raised by `_within`, which does not know the address
         cause = f"no answer came within {limit:.1f} s"
     elif found(TimeoutError) or "Timeout" in names:
         cause = f"no byte came from {host} for {limit:.1f} s"
@@ -108,7 +108,7 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
 
 
 def _asked_last(chain: list[BaseException]) -> str:
-    """The address of the request that failed, which may be one that the hub redirected to."""
+    """The address of the failed request; the hub may have redirected to it."""
     for cause in chain:
         with suppress(AttributeError, RuntimeError):  # no such attribute, or never set
             return str(cause.request.url)  # type: ignore[attr-defined]
@@ -116,10 +116,10 @@ def _asked_last(chain: list[BaseException]) -> str:
 
 
 def from_status(status: int, headers: Any, subject: str, storage: str = "") -> HubError:
-    """The meaning of an HTTP status.
+    """Explain an HTTP status.
 
     Args:
-        storage: the host that answered, where that is not the hub.
+        storage: the host that answered, if it is not the hub.
     """
     code, said = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
     if storage and status in (401, 403, 404):
@@ -131,7 +131,7 @@ def from_status(status: int, headers: Any, subject: str, storage: str = "") -> H
     if status == 401 and "credentials" in said:
         return HubError(subject, "the hub does not accept the token (401)", transient=False)
     if status == 401:
-        return HubError(subject, "unknown to the hub, or private (401)", transient=False)
+        return HubError(subject, "does not exist on the hub, or is private (401)", transient=False)
     if status == 404:
         return HubError(subject, f"not found on the hub ({code or 404})", transient=False)
     if status == 416:
@@ -148,7 +148,7 @@ def from_status(status: int, headers: Any, subject: str, storage: str = "") -> H
 
 
 def _asked_wait(status: int, headers: Any) -> float | None:
-    """Seconds to wait before the next try, if the answer names them."""
+    """Seconds to wait before the next try, if the answer contains them."""
     if status not in (429, 503):
         return None
     asked = headers.get("Retry-After", "").strip()

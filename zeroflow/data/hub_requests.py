@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub: how long to wait, when to try again, what to keep."""
+"""Requests to the Hugging Face Hub: timeouts, retries, and partial answers."""
 
 import logging
 import random
@@ -18,57 +18,58 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _WORTH_A_LINE_SECONDS = 1.0
-"""Waits that are logged; shorter ones nobody notices."""
+"""Waits at least this long are logged; nobody notices a shorter one."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a request may take, over all its tries."""
+    """Limits on the time and the tries of a request."""
 
     seconds: float
-    """Seconds within which tries are begun. A request for n bytes ends within
+    """A try may start within this many seconds. A request for n bytes ends within
     `seconds + 2 * stall_seconds + window_seconds + n / slow_bytes_per_second`."""
 
     tries: int
-    """Tries in a row without progress, at most."""
+    """Maximum number of consecutive tries without progress."""
 
     stall_seconds: float
-    """How long to wait for an answer, and for each further byte of it."""
+    """Seconds to wait for an answer, and for each further byte of it."""
 
     slow_bytes_per_second: float = 32 * 1024
-    """A slower answer is given up, and requested again from where it stopped."""
+    """A slower answer is cancelled, and requested again from where it stopped."""
 
     window_seconds: float = 10.0
-    """How long an answer may be slow before it is given up."""
+    """Seconds that an answer may be slow before it is cancelled."""
 
     first_wait_seconds: float = 0.5
-    """Between the first try and the second, less up to a random half; it doubles with every try."""
+    """Wait between the first and the second try, reduced by up to a random half. It doubles with
+    every try."""
 
     longest_wait_seconds: float = 15.0
-    """Where the doubling ends. A Retry-After of the hub is obeyed instead, unless it is longer than
-    what is left of `seconds`: then the request fails at once."""
+    """Limit of the doubling. A Retry-After of the hub takes precedence; if it is longer than the
+    rest of `seconds`, the request fails at once."""
 
 
 ANSWER_SECONDS = 5.0
-"""How long the hub may take to answer a question about a repository."""
+"""Seconds that the hub may take to answer a question about a repository."""
 
 QUESTION = Patience(ANSWER_SECONDS, tries=3, stall_seconds=ANSWER_SECONDS, first_wait_seconds=0.25)
-"""For requests that decide whether to do without the hub: a person is waiting."""
+"""For requests that decide whether a run uses the hub: a person is waiting."""
 
 READING = Patience(120.0, tries=20, stall_seconds=20.0)
-"""For requests that a run cannot do without: outlasts a restart of the hub or of a router."""
+"""For requests that a run depends on: long enough for a restart of the hub or of a router."""
 
 
 class Effort:
-    """The tries and seconds that a request has cost, compared with its patience.
+    """The tries and seconds that a request has used, compared with its patience.
 
-    Bytes that are kept earn time; otherwise a large read could not outlast many short breaks.
+    Received bytes extend the time; otherwise a large read could not survive many short breaks.
     """
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
         self.kept = 0
-        """Bytes that need not be requested again."""
+        """Received bytes, which need not be requested again."""
         self.tries = 0
         self._without_progress = 0
         self._kept_before = 0
@@ -83,7 +84,7 @@ class Effort:
         return self._started + self.patience.seconds + earned - time.monotonic()
 
     def wait_after(self, failure: HubError) -> float | None:
-        """Seconds before the next try; None if the request has failed."""
+        """Seconds before the next try; None if there is none."""
         self._without_progress = 1 if self.kept > self._kept_before else self._without_progress + 1
         self._kept_before = self.kept
         if not failure.transient or self._without_progress >= self.patience.tries:
@@ -91,14 +92,14 @@ class Effort:
         wait = failure.retry_after
         if wait is None:
             doubled = self.patience.first_wait_seconds * 2 ** (self._without_progress - 1)
-            # Not the shared generator: training seeds it, and counts on its sequence
+            # Not the shared generator: training seeds it and depends on its sequence
             share = random.SystemRandom().uniform(0.5, 1)
             wait = share * min(doubled, self.patience.longest_wait_seconds)
         return wait if wait < self.left() else None
 
 
 def persist(subject: str, patience: Patience, attempt: Callable[[Effort], T]) -> T:
-    """Call `attempt` until it succeeds, after transient failures, as long as `patience` allows.
+    """Call `attempt` again after transient failures, until it succeeds or `patience` is used up.
 
     Raises:
         HubError: the last failure, with the number of tries.
@@ -126,19 +127,19 @@ def persist(subject: str, patience: Patience, attempt: Callable[[Effort], T]) ->
 def answer(
     url: str, subject: str, effort: Effort, *, missing_is_fine: bool = False, **headers: str
 ) -> Iterator[Any]:
-    """The hub's answer of status 2xx, before its body is read.
+    """The hub's answer with status 2xx, before its body is read.
 
-    The library's client applies the user's proxies and certificates, and sends the token to no
-    host but the first.
+    The library's client applies the user's proxies and certificates, and sends the token only to
+    the first host.
 
     Raises:
-        HubError: no answer came in time, or one of another status.
+        HubError: no answer came in time, or its status is not 2xx.
     """
     from huggingface_hub import constants, get_session, get_token
 
     limit = effort.patience.stall_seconds
     headers |= {"User-Agent": "zeroflow", "Accept-Encoding": "identity"}
-    # Not `build_hf_headers`: it first requests a list from the hub, with waits of its own
+    # Not `build_hf_headers`: it first requests a list from the hub, with its own timeouts
     if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
         if not (token.isascii() and token.isprintable()):  # the client's error would print it
             raise HubError(subject, "the token is malformed: see HF_TOKEN", transient=False)
@@ -165,10 +166,10 @@ def answer(
 
 
 def body(response: Any, subject: str, effort: Effort) -> Iterator[bytes]:
-    """The pieces of an answer's body, as they arrive.
+    """The pieces of an answer's body in the order in which they arrive.
 
     Raises:
-        HubError: it broke off, or is slower than the patience allows.
+        HubError: the answer broke off, or is slower than the patience allows.
     """
     patience = effort.patience
     began, heard = time.monotonic(), 0
@@ -186,18 +187,18 @@ def body(response: Any, subject: str, effort: Effort) -> Iterator[bytes]:
         passed = time.monotonic() - began
         if passed >= patience.window_seconds:
             if heard < patience.slow_bytes_per_second * passed:
-                cause = f"the answer trickles in ({heard / passed:,.0f} bytes/s)"
+                cause = f"the answer is too slow ({heard / passed:,.0f} bytes/s)"
                 raise HubError(subject, cause, transient=True)
             began, heard = time.monotonic(), 0
 
 
 def _within(seconds: float, call: Callable[[], T], *, late: Callable[[T], None]) -> T:
-    """The result of `call` if it comes in time; `late` is called with a result that comes later.
+    """The result of `call` if it returns in time; `late` receives a result that comes later.
 
-    The client's own limit covers neither the resolver nor headers that arrive byte by byte.
+    The client's own timeout covers neither name resolution nor headers that arrive byte by byte.
 
     Raises:
-        TimeoutError: it does not come in time.
+        TimeoutError: `call` did not return in time.
     """
     future: Future[T] = Future()
 

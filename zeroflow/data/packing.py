@@ -1,9 +1,9 @@
 """Packing documents into rows of one length. Pure numpy.
 
-A window of documents is packed at once, and its rows depend on that window alone. No token is lost:
-a row that stays short is padded with end-of-text ids. Documents are never empty. So an end of text
-is padding if, and only if, it follows another, and a document begins after every end of text: rows
-need no further marks.
+Documents are packed window by window; the rows of a window depend on its documents only. No token
+is lost: a short row is padded with end-of-text ids. Documents are never empty, so an end of text is
+padding exactly if it follows another one, and a document begins after every end of text. The ids
+alone mark the documents of a row.
 """
 
 from bisect import bisect_left, insort
@@ -17,10 +17,10 @@ PackingName = Literal["best-fit", "concat"]
 
 
 class Pieces(NamedTuple):
-    """Where the documents of a window lie: arrays with an entry for each piece of a document."""
+    """Positions of the documents of a window: arrays with an entry for each piece of a document."""
 
     document: Int64Array
-    """Number within the window, in ascending order."""
+    """Index of the document within the window, in ascending order."""
 
     start: Int64Array
     """First token of the piece within its document."""
@@ -28,10 +28,10 @@ class Pieces(NamedTuple):
     tokens: Int64Array
     row: Int64Array
     offset: Int64Array
-    """Place of its first token in that row."""
+    """Index of its first token in that row."""
 
     rows: int
-    """Rows of the whole window."""
+    """Number of rows of the whole window."""
 
     def select(self, first: int, end: int) -> "Pieces":
         """The pieces of documents `first` to `end`, which are numbered from 0."""
@@ -53,7 +53,7 @@ def concatenate(lengths: Int64Array, row_tokens: int) -> Pieces:
     ends = np.cumsum(lengths)
     begins = ends - lengths
     total = int(ends[-1]) if len(ends) else 0
-    # a piece begins where a document does or a row does
+    # a piece begins where a document or a row begins
     cuts = np.union1d(begins, np.arange(0, total, row_tokens))
     document = np.searchsorted(ends, cuts, side="right")
     return Pieces(
@@ -67,13 +67,13 @@ def concatenate(lengths: Int64Array, row_tokens: int) -> Pieces:
 
 
 def best_fit(lengths: Int64Array, row_tokens: int) -> Pieces:
-    """Put documents of `lengths` tokens, longest first, each into the fullest row with room for it.
+    """Put each document of `lengths` tokens, longest first, into the fullest row that can take it.
 
     Only documents longer than a row are cut: into full rows and a rest that is packed like a
-    document. A rest that is just an end of text begins a row: after another document it would be
-    read as padding.
+    document. If the rest is only an end of text, it begins a row; after another document it would
+    be read as padding.
 
-    Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
+        Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
     """
     full = (lengths - 1) // row_tokens  # a document of exactly one row is not cut
     counts = full + 1
@@ -89,8 +89,8 @@ def best_fit(lengths: Int64Array, row_tokens: int) -> Pieces:
     alone = (tokens == 1) & (within > 0)
     begun = rows + int(alone.sum())
     row[alone] = np.arange(rows, begun)
-    # Rows by their room, and the rooms that occur in ascending order: the fullest row that fits is
-    # found by bisection, among at most `row_tokens` rooms instead of all rows
+    # Rows by their free space, and the values of free space that occur, in ascending order. The
+    # fullest row that fits is found by bisection, among `row_tokens` values instead of all rows
     with_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     with_room[row_tokens - 1] = list(range(rows, begun))
     rooms = [row_tokens - 1] if begun > rows else []
@@ -125,10 +125,10 @@ def lay_out(
 
     Args:
         tokens: document i is `tokens[begins[i] : ends[i]]`, without its end of text.
-        rows: full of ends of text, so that those of documents, and padding, are there already.
+        rows: filled with ends of text, which are those of the documents and the padding.
     """
-    # Slices of memoryviews: a copy of a numpy slice releases Python's lock, and with several
-    # builder threads this one would then wait for the lock at every piece
+    # Slices of memoryviews: copying a numpy slice releases the GIL, and with several builder
+    # threads this one would have to wait for it again at every piece
     target, source = rows.reshape(-1).data, tokens.astype(rows.dtype, copy=False).data
     first = begins[pieces.document] + pieces.start
     last = np.minimum(first + pieces.tokens, ends[pieces.document])

@@ -12,7 +12,7 @@ from zeroflow.data.tokenizer import Tokenizer
 
 
 class PartJob(Config):
-    """All that the bytes of a part depend on, and the directory that it becomes."""
+    """Everything that the bytes of a part depend on, and the directory to write."""
 
     path: Path
     piece: Slice
@@ -20,13 +20,13 @@ class PartJob(Config):
     tokenizer: Tokenizer
     layout: Layout
     held_out_below: float
-    """Documents whose `holdout_positions` is lower go to validation."""
+    """Documents with a lower `holdout_positions` go to validation."""
 
     seed: NonNegativeInt
     """Seed of synthetic data."""
 
     earlier: tuple[Path, ...] = ()
-    """Parts whose texts count as duplicates here."""
+    """Parts whose texts are duplicates if they occur in this part."""
 
 
 class BuiltPart(Config):

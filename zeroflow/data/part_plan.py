@@ -25,7 +25,7 @@ PLAN = "plan.json"
 
 
 class ShardIdentity(Config):
-    """Everything that the bytes of a shard set depend on; its fingerprint is in the set's name."""
+    """Everything that the bytes of a shard set depend on; its fingerprint is part of the name."""
 
     format: int
     corpus: CorpusIdentity
@@ -45,15 +45,15 @@ class ShardPlan(Config):
 
     identity: ShardIdentity
     tokenizer: str
-    """Name of the tokenizer, for people to read."""
+    """Name of the tokenizer, for information."""
 
     digests: dict[str, str] = Field(default_factory=dict)
-    """A digest of each local file, for people to read; an earlier version wrote none."""
+    """Digest of each local file, for information; absent in plans of earlier versions."""
 
     held_out_below: float
     files: tuple[CorpusFile, ...]
     next_file: int
-    """Number of the first file whose slices are not planned yet."""
+    """Index of the first file whose slices are not planned yet."""
 
     slices: tuple[Slice, ...]
 
@@ -62,7 +62,7 @@ class ShardPlan(Config):
         """The plan of the set at `path`.
 
         Raises:
-            DamagedArtifact: it is missing, or not what was written.
+            DamagedArtifact: the plan is missing or damaged.
         """
         return cls.model_validate(artifacts.read_signed(path / PLAN))
 
@@ -70,7 +70,7 @@ class ShardPlan(Config):
         artifacts.write_signed(path / PLAN, self.model_dump(mode="json"))
 
     def fields(self) -> Fields:
-        """Everything that the set depends on, by the names of settings."""
+        """Everything that the set depends on, by the names of the settings."""
         corpus, layout = self.identity.corpus, self.identity.layout.model_dump()
         seq_len = layout.pop("row_tokens") - 1
         local = corpus["source"] in ("files", "sample")
@@ -82,8 +82,8 @@ class ShardPlan(Config):
 class PartPlanner:
     """The jobs of a set's parts, by number.
 
-    The slices are planned as far as parts are asked for, as planning may cost requests to the hub.
-    They follow from the corpus, so it does not matter which of several processes writes the plan.
+    Slices are planned only as far as parts are requested, as planning may need requests to the hub.
+    They depend on the corpus only, so any of several processes may write the plan.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PartPlanner:
         self.path, self.corpus = path, corpus
         self._tokenizer, self._layout, self._seed = tokenizer, identity.layout, seed
         self.begun_before = (path / PLAN).exists()
-        """True if there was a plan: an earlier build was stopped, or its parts were damaged."""
+        """True if a plan existed: an earlier build was stopped, or its parts are damaged."""
         self.plan = self._known(identity) or self._new(identity)
 
     def _known(self, identity: ShardIdentity) -> ShardPlan | None:
@@ -107,7 +107,7 @@ class PartPlanner:
         try:
             known = ShardPlan.read(self.path)
         except artifacts.DamagedArtifact as damage:
-            log.warning("%s: writing it again", damage)
+            log.warning("%s: writing a new plan", damage)
             return None
         return known if known.identity == identity else None
 
@@ -128,7 +128,7 @@ class PartPlanner:
         return plan
 
     def job(self, number: int) -> PartJob | None:
-        """The job of part `number`; None if the corpus ends before."""
+        """The job of part `number`; None if the corpus has fewer parts."""
         if (piece := self._slice(number)) is None:
             return None
         earlier = range(number) if self.corpus.deduplicate else ()
@@ -144,10 +144,10 @@ class PartPlanner:
         )
 
     def absent_from(self, number: int, *, limit: int) -> Iterator[PartJob]:
-        """Jobs of parts from `number` on that can be built beside the one before.
+        """Jobs of up to `limit` absent parts from `number` on that can be built in parallel.
 
-        They end with the first part that exists. Where duplicates are left out there are none:
-        each part has to know those before it.
+        They stop at the first part that exists. If duplicates are left out there are none, as each
+        part depends on those before it.
         """
         limit = 0 if self.corpus.deduplicate else limit
         for following in range(number, number + limit):

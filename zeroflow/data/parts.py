@@ -1,8 +1,8 @@
-"""Building one part of a shard set: a slice of the corpus, tokenised, packed and written.
+"""Building of one part of a shard set: a slice of the corpus is tokenised, packed and written.
 
-A part depends on its slice and the settings, and not on other parts (but for duplicates, where
-those are left out). So parts can be built in any order, by any number of processes, and a build
-that is killed loses only the parts it is working on.
+A part depends on its slice and the settings, and on other parts only if duplicates are left out.
+So parts can be built in any order by any number of processes, and a killed build loses only the
+parts in progress.
 """
 
 import errno
@@ -40,9 +40,9 @@ def build_part(job: PartJob) -> BuiltPart:
     """Ensure that the part exists and verifies.
 
     Raises:
-        ValueError: the corpus, or the tokenizer, is not what it promises.
+        ValueError: the content of the corpus, or of the tokenizer, is not valid.
         hub.HubError: the hub failed.
-        OSError: the disk is full, among others.
+        OSError: for example, the disk is full.
     """
     start = time.perf_counter()
 
@@ -57,8 +57,8 @@ def build_part(job: PartJob) -> BuiltPart:
             raise OSError(
                 errno.ENOSPC,
                 f"no space is left in {job.path.parent} for another part "
-                f"({os.strerror(error.errno)}): free some, or name another --cache-dir; the parts "
-                "that are complete are kept",
+                f"({os.strerror(error.errno)}): free some space, or set another --cache-dir. "
+                "Complete parts are kept",
             ) from error
         raise
     facts = PartManifest.read(job.path).facts
@@ -70,7 +70,7 @@ def build_part(job: PartJob) -> BuiltPart:
 
 
 def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, FileRecord]]:
-    """Write the part's files; its facts, and the manifest's entries of the files of rows."""
+    """Write the part's files; its facts, and the manifest's entries for the files of rows."""
     tally, duplicates = Tally(), 0
     seen = SeenTexts(job.earlier) if job.corpus.is_text and job.corpus.deduplicate else None
     with FileWriter() as writer, DocumentTable.create(folder) as table:
@@ -94,7 +94,8 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, FileRecord]
             positions = holdout_positions(documents.ids.to_pylist())[documents.places]
             held_out = positions < job.held_out_below
             splits["train"].add(batch.choose(~held_out))
-            # a copy: these few wait long for a window, and would keep the whole batch in memory
+            # a copy: these few documents wait long for a full window, and a view would keep the
+            # whole batch in memory
             splits["validation"].add(batch.choose(held_out).copy())
         facts = PartFacts(
             train=splits["train"].finish(),

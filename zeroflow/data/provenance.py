@@ -1,4 +1,4 @@
-"""Which documents lie in given rows: from a batch of a run back to the texts it was made of."""
+"""Documents of given rows: traces a batch of a run back to its texts."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,35 +21,35 @@ class Piece(NamedTuple):
     """A piece of a document in a row."""
 
     row: int
-    """Number among the training rows that the run reads, from 0."""
+    """Index of the row among the training rows that the run reads, from 0."""
 
     part: int
     offset: int
-    """Token of the row at which the piece begins."""
+    """Index in the row of the piece's first token."""
 
     document: str
     """The document's id."""
 
     url: str
-    """Empty where the source has none."""
+    """Empty if the source has none."""
 
     start: int
-    """Token of the document at which the piece begins."""
+    """Index in the document of the piece's first token."""
 
     tokens: int
-    """Tokens of the piece."""
+    """Number of tokens of the piece."""
 
     words: str
-    """Its beginning as text; token ids of synthetic data."""
+    """Its beginning as text; token ids for synthetic data."""
 
 
 def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Int64Array) -> list[Piece]:
-    """The pieces of documents in each of the training `rows`, in the order given.
+    """The pieces of documents in each of the training `rows`, in the order of `rows`.
 
-    Only tables of parts that hold one of the rows are read.
+    Only the tables of parts that contain one of the rows are read.
 
-    Raises:
-        DamagedArtifact: a table cannot be read.
+        Raises:
+            DamagedArtifact: a table cannot be read.
     """
     counts = [PartManifest.read(path).facts.train.rows for path in shards.part_paths]
     ends = np.cumsum(counts)
@@ -74,12 +74,12 @@ def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Int64Array) -> list[Pie
                 words=" ".join(decode(ids).split()),
             )
             found[row].append(piece)
-    # A batch longer than an epoch holds a row more than once
+    # A batch longer than an epoch contains a row more than once
     return [piece for row in rows.tolist() for piece in sorted(found[row])]
 
 
 def _lines(part: Path, rows: Int64Array) -> list[dict[str, Any]]:
-    """The table's lines of those training rows of a part.
+    """The table's lines for some training rows of a part.
 
     Raises:
         DamagedArtifact: the table cannot be read.

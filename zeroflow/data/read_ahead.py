@@ -1,4 +1,4 @@
-"""An iterator that a thread runs ahead of."""
+"""Read-ahead: a thread that runs ahead of an iterator."""
 
 import queue
 import threading
@@ -8,14 +8,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _ITEMS = 3
-"""How far ahead: enough to bridge a slow read, and few enough batches to take little memory."""
+"""Number of items ahead: enough for a slow read, and few enough to take little memory."""
 
 
 def read_ahead(source: Iterator[T]) -> Iterator[T]:
     """The items of `source`, produced by a thread.
 
-    So reading waits for disk or network while the caller computes. The thread ends with this
-    iterator, or with the program.
+    The thread waits for disk or network while the caller computes. It ends with this iterator, or
+    with the program.
     """
     ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=_ITEMS)
     closed = threading.Event()
@@ -23,7 +23,7 @@ def read_ahead(source: Iterator[T]) -> Iterator[T]:
     def put(item: T | BaseException | None) -> None:
         while not closed.is_set():
             try:
-                ready.put(item, timeout=0.1)  # to look whether anybody still waits
+                ready.put(item, timeout=0.1)  # a timeout, to check whether the caller still reads
                 return
             except queue.Full:
                 continue

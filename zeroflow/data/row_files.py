@@ -15,24 +15,24 @@ from zeroflow.data.file_writer import FileWriter
 from zeroflow.data.shards import Layout, Split, rows_path
 
 SHARD_TOKENS = 2**22
-"""Tokens in a file: 16 MB of int32, which is laid out in memory before it is written."""
+"""Tokens in a file: 16 MB of int32, which are laid out in memory before they are written."""
 
 _IPC_FRAME_BYTES = 2**12
-"""More than an Arrow file has beside its batch: schema and footer."""
+"""Upper limit on the size of an Arrow file's schema and footer."""
 
 
 class _Buffers(threading.local):
-    """The memory that a thread lays rows out in, part after part.
+    """The memory in which a thread lays rows out, reused for every part.
 
-    It is mapped from the system, which provides it page by page as it is filled, and takes it back
-    when the thread ends. An allocator would keep such large pieces.
+    It is mapped from the system, which provides pages as they are filled, and gets them back when
+    the thread ends. An allocator would keep such large blocks.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, mmap.mmap] = {}
 
     def take(self, purpose: str, size: int) -> mmap.mmap:
-        """At least `size` bytes with arbitrary content; the same ones for the same purpose."""
+        """At least `size` bytes with arbitrary content; the same memory for the same purpose."""
         kept = self._kept.get(purpose)
         if kept is None or len(kept) < size:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -51,7 +51,7 @@ class RowFiles:
     ) -> None:
         """
         Args:
-            spare_rows: rows beside a file's that there is room for; for more, `append` copies all.
+            spare_rows: room for rows beyond those of a file. If `append` needs more, it copies all.
         """
         self._part, self._split, self._layout, self._writer = part, split, layout, writer
         self._file_rows = max(1, SHARD_TOKENS // layout.row_tokens)
@@ -60,7 +60,7 @@ class RowFiles:
         self._written: Future[FileRecord] | None = None
 
     def append(self, rows: int, *, fill: int) -> RowArray:
-        """Append rows full of `fill`; the caller changes them before the next call."""
+        """Append rows filled with `fill`; the caller overwrites them before the next call."""
         end = self._filled + rows
         if end > len(self._rows):
             larger = self._buffer(end)
@@ -80,14 +80,14 @@ class RowFiles:
             self._write(self._filled)
 
     def _write(self, rows: int) -> None:
-        """Write the first `rows` to a file; those behind them move up."""
+        """Write the first `rows` to a file, and move the rest to the front."""
         item = pa.field("item", pa.type_for_alias(self._layout.token_type), nullable=False)
         flat = arrays.numbers(self._rows[:rows].reshape(-1), item.type)
         list_type = pa.list_(item, self._layout.row_tokens)
         column = pa.FixedSizeListArray.from_arrays(flat, type=list_type)
         schema = pa.schema([pa.field("tokens", list_type, nullable=False)])
         if self._written:
-            self._written.result()  # its content is in the memory that is used next
+            self._written.result()  # wait: the next file is laid out in the same memory
         content = self._serialize(pa.record_batch([column], schema=schema))
         file = rows_path(self._part, self._split, self._files)
         self._written = self._writer.add(file, content)
@@ -96,9 +96,10 @@ class RowFiles:
         self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()
 
     def _serialize(self, batch: pa.RecordBatch) -> memoryview:
-        """An Arrow file with that batch, valid until the next call.
+        """An Arrow file with `batch`, valid until the next call.
 
-        Not written by Arrow itself: an interrupt would meet Python code called from within Arrow.
+        Arrow does not write the file itself: an interrupt would be raised in Python code that Arrow
+        calls.
         """
         size = pa.ipc.get_record_batch_size(batch) + _IPC_FRAME_BYTES
         memory = _buffers.take(f"{self._split} file", size)

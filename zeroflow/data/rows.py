@@ -1,4 +1,4 @@
-"""Reading rows of a shard set."""
+"""Access to the rows of a shard set."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class Rows:
     def __init__(self, shards: ShardSet, split: Split) -> None:
         files = [file for path in shards.part_paths for file in sorted(path.glob(f"{split}-*"))]
         if not files:
-            raise FileNotFoundError(f"{shards.path} holds no shard of split {split}")
+            raise FileNotFoundError(f"{shards.path} has no shard of split {split}")
         self._shards = [_map(file) for file in files]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._starts = self._ends - [len(shard) for shard in self._shards]

@@ -1,22 +1,22 @@
-"""Shard sets: rows of tokens on disk. How they lie there, and their description.
+"""Shard sets: rows of tokens on disk, their layout and description.
 
 A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
 
-    plan.json        settings and source, the corpus's files, and the slices that make the parts
-    builds.jsonl     a line for each part that was built here: how long it took
+    plan.json        settings, source, files of the corpus, and the slice of each part
+    builds.jsonl     a line with the build time of each part that was built here
     part-00000/ ...  one part for each slice, complete or absent:
         train-00000.arrow ...       rows to train on
-        validation-00000.arrow ...  rows of documents that no training row holds a token of
-        documents.parquet           where each document lies
+        validation-00000.arrow ...  rows of held-out documents, which share no token with train
+        documents.parquet           position of each document
         manifest.json               counts, and size and sha256 of every file
 
 Each Arrow file is one record batch with one column `tokens`, a non-null, uncompressed
-`FixedSizeList` of `row_tokens` ids: plain pyarrow maps it into memory and reads any row at once.
-Every document is closed by the end-of-text id, which occurs nowhere else, except as padding after
-another one. `document_table` describes documents.parquet.
+`FixedSizeList` of `row_tokens` ids, so pyarrow can map it into memory and read any row directly.
+Every document ends with the end-of-text id, which otherwise occurs only as padding after another
+one. `document_table` describes documents.parquet.
 
-A run reads the first parts that hold as many rows as it needs. The fingerprint is of what the bytes
-depend on. The length of a run is not part of that: a longer run adds parts.
+A run reads as many of the first parts as it needs rows. The fingerprint covers everything that the
+bytes depend on. It does not cover the length of a run: a longer run adds parts to the same set.
 """
 
 import math
@@ -42,7 +42,7 @@ TokenType = Literal["int32", "uint16"]
 
 
 class Layout(Config):
-    """How documents are held out, packed and stored: the settings that the bytes depend on."""
+    """Settings for holding out, packing and storing documents that the bytes depend on."""
 
     row_tokens: int = Field(ge=2)
     token_type: TokenType
@@ -51,25 +51,25 @@ class Layout(Config):
 
 
 class ShardConfig(Config):
-    """How documents are held out, packed and stored, and how many rows are needed."""
+    """Settings for holding out, packing and storing documents, and the numbers of rows needed."""
 
     seq_len: int = Field(ge=2)
     """Tokens of context. A row has one more, as targets are shifted by one."""
 
     train_rows: PositiveInt
-    """Rows that the run trains on."""
+    """Number of rows that the run trains on."""
 
     validation_rows: PositiveInt
-    """Rows that the run validates on, of documents of which no token is trained on."""
+    """Number of rows that the run validates on. No token of their documents is trained on."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents that is held out for validation."""
+    """Fraction of the documents that is held out for validation."""
 
     token_type: TokenType = "int32"
     """Integer type on disk; uint16 takes half the space, for vocabularies up to 65,536."""
 
     packing: PackingName = "best-fit"
-    """How documents are put into rows."""
+    """Method of packing documents into rows."""
 
     @property
     def layout(self) -> Layout:
@@ -82,16 +82,16 @@ class ShardConfig(Config):
 
 
 class SplitCounts(Config):
-    """Contents of a split, of a part or of a whole set."""
+    """Counts of one split, for a part or a whole set."""
 
     rows: NonNegativeInt = 0
     documents: NonNegativeInt = 0
     document_tokens: NonNegativeInt = 0
-    """Tokens of all documents, each with its end of text."""
+    """Tokens of all documents, their ends of text included."""
 
     padding_tokens: NonNegativeInt = 0
     cut_documents: NonNegativeInt = 0
-    """Documents that lie in more than one row."""
+    """Documents that are split over several rows."""
 
     text_bytes: NonNegativeInt = 0
     """UTF-8 bytes of all documents; 0 for synthetic data."""
@@ -104,7 +104,7 @@ class SplitCounts(Config):
 
 
 class PartFacts(Config):
-    """Contents of a part."""
+    """Counts of a part."""
 
     train: SplitCounts
     validation: SplitCounts
@@ -112,7 +112,7 @@ class PartFacts(Config):
     duplicates: NonNegativeInt
     bad_lines: NonNegativeInt
     bad_places: tuple[str, ...]
-    """Places of the first bad lines, each with what is wrong with it."""
+    """Places of the first bad lines, each with the fault."""
 
 
 class PartManifest(Config):
@@ -120,13 +120,13 @@ class PartManifest(Config):
 
     facts: PartFacts
     files: dict[str, FileRecord] = Field(default_factory=dict)
-    """`artifacts.seal` adds them."""
+    """Added by `artifacts.seal`."""
 
     @classmethod
     def read(cls, part: Path) -> Self:
         """
         Raises:
-            DamagedArtifact: the manifest is missing or not what was written.
+            DamagedArtifact: the manifest is missing or damaged.
         """
         return cls.model_validate(artifacts.read_signed(part / artifacts.MANIFEST))
 
@@ -136,7 +136,7 @@ class ShardSet(StageResult):
 
     path: Path
     parts: PositiveInt
-    """How many parts are read: the first ones, even if there are more."""
+    """Number of parts that are read: the first ones, even if more exist."""
 
     row_tokens: PositiveInt
     end_of_text: NonNegativeInt
@@ -146,7 +146,7 @@ class ShardSet(StageResult):
     duplicates: NonNegativeInt
     bad_lines: NonNegativeInt
     entropy: float | None
-    """Nats per token that no model can go below, where the source's entropy is known."""
+    """Lowest possible loss in nats per token, if the entropy of the source is known."""
 
     @property
     def documents(self) -> int:
@@ -175,7 +175,7 @@ def rows_path(part: Path, split: Split, number: int) -> Path:
 
 
 def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
-    """Disk space that the rows are likely to take: whole parts, or all the text there is."""
+    """Predicted disk space of the rows: a whole number of parts, or the whole corpus."""
     part = slices.SLICE_BYTES / CHARACTERS_PER_TOKEN
     if not corpus.is_text:
         part = synthetic.PART_TOKENS
@@ -188,5 +188,5 @@ def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
 
 
 def row_bytes(shards: ShardSet) -> int:
-    """Disk space of the rows of all parts that are read."""
+    """Disk space of the rows of all parts that the run reads."""
     return sum(file.stat().st_size for part in shards.part_paths for file in part.glob("*.arrow"))

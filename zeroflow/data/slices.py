@@ -1,7 +1,7 @@
-"""Slices of a corpus: pieces of about equal size, each of which is read by itself.
+"""Slices of a corpus: pieces of about equal size that can be read independently.
 
-A slice gives the same documents whatever was read before it, so that slices can be processed in
-any order, by several processes, and one at a time after an interruption.
+The documents of a slice do not depend on what was read before, so slices can be processed in any
+order, by several processes, and individually after an interruption.
 """
 
 import math
@@ -17,45 +17,45 @@ from zeroflow.data.documents import Document, Tally, TextBatch, regroup
 from zeroflow.data.formats.file import UNREADABLE, CorpusFile, is_compressed
 
 SLICE_BYTES = 2**25
-"""Text in a slice, about. A build that is killed loses at most the slices it is working on, some
-seconds of work each; smaller slices would make more part directories of a large corpus."""
+"""Approximate text of a slice. A killed build loses the slices in progress, some seconds of work
+each. Smaller slices would create more part directories for a large corpus."""
 
 CHARACTERS_PER_TOKEN = 4
-"""Assumed where text has not been tokenised yet; English has four to five."""
+"""Assumed for text that is not tokenised yet; English has four to five."""
 
 _COMPRESSION = 3
-"""Bytes of text for a byte on disk, assumed where a file is compressed."""
+"""Bytes of text per byte on disk, assumed for compressed files."""
 
 
 class Slice(Config):
     """A piece of a corpus."""
 
     files: tuple[CorpusFile, ...] = ()
-    """Whole files, or the one file of which this is a part. Empty for synthetic data."""
+    """Whole files, or the one file that the slice is a part of. Empty for synthetic data."""
 
     start: NonNegativeInt = 0
-    """Where the part begins: row group of a .parquet file, byte of a .jsonl file, synthetic
+    """Start of the part: row group of a .parquet file, byte of a .jsonl file, or synthetic
     block."""
 
     stop: NonNegativeInt | None = None
-    """Where the next part begins; None for whole files."""
+    """Start of the next part; None for whole files."""
 
 
 class PlannedSlices(NamedTuple):
     slices: list[Slice]
     next_file: int
-    """Number of the first file after them."""
+    """Index of the first file after them."""
 
 
 def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> PlannedSlices:
-    """The slices that begin with file number `first` of a resolved corpus.
+    """The next slices of a resolved corpus, beginning with file number `first`.
 
-    A large file is cut, where its format allows that; otherwise it is a slice of its own, whatever
-    its size. Small files are taken together.
+    A large file is cut if its format allows that; otherwise it is one slice, whatever its size.
+    Small files share a slice.
 
-    Raises:
-        hub.HubError: the hub refused or failed.
-        ValueError: a Parquet file is damaged.
+        Raises:
+            hub.HubError: the hub refused or failed.
+            ValueError: a Parquet file is damaged.
     """
     if _is_cut(corpus, files[first]):
         return PlannedSlices(_cut(corpus, files[first]), first + 1)
@@ -73,15 +73,15 @@ def read_slice(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Tex
     """The documents of a slice, always in the same order and batches; empty ones are left out.
 
     Raises:
-        ValueError: a file does not hold what its name promises, or more than `bad_lines_limit`
-            lines are bad; names file and place.
-        hub.HubError: the hub failed in mid-stream.
+        ValueError: the content of a file does not match its suffix, or more than
+            `bad_lines_limit` lines are bad. The message names file and place.
+        hub.HubError: the hub failed while a file was read.
     """
     return regroup(_read_files(corpus, piece, tally))
 
 
 def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    """All documents of a resolved text corpus, one after another."""
+    """All documents of a resolved text corpus, in order."""
     files, first = list_files(corpus), 0
     while first < len(files):
         planned, first = plan_slices(corpus, files, first)
@@ -91,7 +91,7 @@ def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
 
 
 def local_text_bytes(corpus: CorpusConfig) -> float:
-    """About how much text there is; infinite where the files are not on this machine."""
+    """Approximate bytes of text; infinite if the files are not on this machine."""
     if not corpus.is_text or corpus.data_mode == "auto" or not corpus.source.is_local:
         return math.inf
     files = corpus.source.files(corpus.data_revision or "")
@@ -108,7 +108,7 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
         except UNREADABLE as error:
             if isinstance(error, UnicodeDecodeError) and source.skips_undecodable:
                 continue
-            source.require_unchanged(listed)  # the better explanation, if it is one
+            source.require_unchanged(listed)  # raises a better explanation if the file changed
             raise ValueError(f"{file.place} cannot be read: {error}") from error
         except ValueError:
             source.require_unchanged(listed)
@@ -117,7 +117,7 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
 
 
 def _text_bytes(corpus: CorpusConfig, file: CorpusFile) -> int:
-    """About how much text a file holds."""
+    """Approximate bytes of text of a file."""
     dense = is_compressed(file.name) or corpus.source.format_of(file.name).is_dense
     return file.size * (_COMPRESSION if dense else 1)
 

@@ -1,4 +1,4 @@
-"""Packing and writing the documents of one split of a part."""
+"""Packing and writing of the documents of one split of a part."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from zeroflow.data.token_batches import TokenBatch, concatenate
 WINDOW_DOCUMENTS = 2000
 
 WINDOW_TOKENS = (2**20, 2**21)
-"""A window of documents is packed once it holds `WINDOW_DOCUMENTS` and the first number of tokens,
-or the second number. Best-fit needs many documents to choose from; the limits keep a window of
-books, and of tweets, in memory."""
+"""A window of documents is packed once it has `WINDOW_DOCUMENTS` documents and the first number of
+tokens, or the second number of tokens. Best-fit needs many documents to choose from; with these
+limits a window fits in memory, whether it consists of books or of tweets."""
 
 
 class SplitWriter:
-    """Packs documents window by window, and writes rows and table."""
+    """Packs documents window by window, and writes the rows and the document table."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class SplitWriter:
         self._split, self._layout, self._end_of_text = split, layout, end_of_text
         self._table = table
         self._pack = packing.PACKINGS[layout.packing]
-        # a window of documents up to a row long leaves hardly any room in its rows
+        # best-fit fills rows almost completely, so a window rarely needs twice its tokens in rows
         spare_rows = 2 * WINDOW_TOKENS[1] // layout.row_tokens
         self._rows = RowFiles(part, split, layout, writer, spare_rows=spare_rows)
         self._window: list[TokenBatch] = []
@@ -56,7 +56,7 @@ class SplitWriter:
             self._close_window()
 
     def finish(self) -> SplitCounts:
-        """Write what is left, and count all that was written."""
+        """Write the rest; the counts of everything written."""
         if self._window:
             self._close_window()
         self._rows.write_rest()

@@ -1,4 +1,4 @@
-"""Facts about the rows that a run reads: their source, and what became of the documents."""
+"""Statistics of the rows that a run reads: source, document lengths, samples, build speed."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +25,19 @@ class ShardStatistics(NamedTuple):
 
     tokenizer: str
     lengths: Int64Array
-    """Tokens of every training document, its end of text included."""
+    """Length of every training document in tokens, its end of text included."""
 
     samples: list[str]
-    """Beginnings of a few rows spread over the training split, decoded."""
+    """Decoded beginnings of a few rows spread over the training split."""
 
     tokens_per_second: float | None
-    """Speed of the builders on this machine; None if no part was built here."""
+    """Build speed on this machine; None if no part was built here."""
 
     text_bytes_per_second: float | None
 
 
 def gather(shards: ShardSet, tokenizer: Tokenizer) -> ShardStatistics:
-    """Read plan, tables and a few rows of a shard set."""
+    """Statistics of a shard set, from its plan, its tables and a few of its rows."""
     plan = ShardPlan.read(shards.path)
     times = [line for line in read_build_times(shards.path) if line.part < shards.parts]
     seconds = sum(line.seconds for line in times)
@@ -56,7 +56,7 @@ def _document_lengths(part: Path) -> Int64Array:
     table = table.filter(pc.equal(table["split"], "train"))
     starts = table["start"].to_numpy()
     tokens = table["tokens"].to_numpy().astype(np.int64)
-    # the pieces of a document follow each other, and its first starts at 0
+    # the pieces of a document are consecutive, and the first one starts at 0
     return np.add.reduceat(tokens, np.flatnonzero(starts == 0)) if len(tokens) else tokens
 
 

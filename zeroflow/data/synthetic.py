@@ -1,8 +1,9 @@
-"""Synthetic data: seeded token ids with a structure that is learnt quickly and a known entropy.
+"""Synthetic data: seeded token ids with an easily learnt structure and a known entropy.
 
 The ids are a Markov chain over a small alphabet: every token has four successors with probabilities
-1/2, 1/4, 1/8 and 1/8, a document ends with constant probability, and a new document starts
-anywhere. One token of context tells all there is to know, so no model can go below `entropy_rate`.
+1/2, 1/4, 1/8 and 1/8. A document ends with constant probability, and a new one starts with a random
+token. One token of context is all the information there is, so no model can reach a loss below
+`entropy_rate`.
 """
 
 import math
@@ -18,42 +19,42 @@ END_PROBABILITY = 1 / 256
 ALPHABET = 256
 
 BLOCK_DOCUMENTS = 1024
-"""Documents that are generated at once, from one seed."""
+"""Documents of a block, which is generated from one seed."""
 
 PART_BLOCKS = 8
 """Blocks in a part of a shard set."""
 
 PART_TOKENS = PART_BLOCKS * BLOCK_DOCUMENTS / END_PROBABILITY
-"""Tokens in a part, on average."""
+"""Average number of tokens of a part."""
 
 
 def alphabet_size(vocab_size: int) -> int:
-    """Tokens in use; the last id of the vocabulary ends a document."""
+    """Number of tokens in use; the last id of the vocabulary ends a document."""
     return min(ALPHABET, vocab_size - 1)
 
 
 def entropy_rate(vocab_size: int) -> float:
-    """Least possible mean loss in nats per token, after at least one token of context."""
+    """Lowest possible mean loss in nats per token, given at least one token of context."""
     successors = -float(SUCCESSORS @ np.log(SUCCESSORS))
     end = END_PROBABILITY
     within = -end * math.log(end) - (1 - end) * math.log(1 - end) + (1 - end) * successors
     start = math.log(alphabet_size(vocab_size))
-    share_of_ends = end / (1 + end)  # stationary: a document has 1/end tokens and its end
+    share_of_ends = end / (1 + end)  # a document has 1/end tokens on average, plus its end
     return (1 - share_of_ends) * within + share_of_ends * start
 
 
 class SyntheticBlock(NamedTuple):
-    """Some documents; those of different blocks are independent."""
+    """Documents of one block; different blocks are independent."""
 
     ids: list[str]
     tokens: list[TokenArray]
-    """Token ids of each document, closed by the last id of the vocabulary."""
+    """Token ids of each document; each ends with the last id of the vocabulary."""
 
 
 def generate_block(vocab_size: int, seed: int, block: int) -> SyntheticBlock:
-    """The documents from number `block` * BLOCK_DOCUMENTS on."""
+    """Block number `block`: documents `block` * BLOCK_DOCUMENTS and following."""
     size, end_of_text = alphabet_size(vocab_size), vocab_size - 1
-    # Ids spread over the whole vocabulary, so that all of the embedding is used
+    # Ids spread over the whole vocabulary, so that the whole range of the embedding is used
     ids = np.linspace(0, end_of_text, size, endpoint=False).astype(np.int32)
     chain = np.random.default_rng([seed, 0])  # the same for all blocks
     successors = np.stack(
@@ -61,7 +62,7 @@ def generate_block(vocab_size: int, seed: int, block: int) -> SyntheticBlock:
     )
     random = np.random.default_rng([seed, 1, block])
     lengths = random.geometric(END_PROBABILITY, size=(BLOCK_DOCUMENTS,))
-    # all documents advance together, column by column; what is beyond a document's end is unused
+    # all documents advance together, step by step; states beyond a document's end are unused
     states = np.empty((lengths.max(), BLOCK_DOCUMENTS), dtype=np.int64)
     states[0] = random.integers(size, size=BLOCK_DOCUMENTS)
     choices = random.choice(_WHICH, size=states.shape, p=SUCCESSORS)

@@ -12,10 +12,10 @@ from zeroflow.data.arrays import Int64Array, TokenArray
 
 
 class DocumentColumns(NamedTuple):
-    """Facts about documents, in columns.
+    """Ids, URLs and lengths of documents, in columns.
 
-    `ids` and `urls` may hold other documents' entries as well, and `places` tells which are whose:
-    so documents are chosen from a batch without copying strings.
+    `ids` and `urls` may contain entries of other documents as well; `places` maps each document to
+    its entry. So documents are selected from a batch without copying strings.
     """
 
     ids: pa.BinaryArray
@@ -25,10 +25,10 @@ class DocumentColumns(NamedTuple):
 
     text_bytes: Int64Array
     hashes: npt.NDArray[np.uint64]
-    """Hash of each text where duplicates are left out; otherwise 0."""
+    """Hash of each text if duplicates are left out; otherwise 0."""
 
     lengths: Int64Array
-    """Tokens of each document, with its end of text."""
+    """Number of tokens of each document, its end of text included."""
 
     def choose(self, chosen: npt.NDArray[np.bool_]) -> "DocumentColumns":
         return self._replace(
@@ -55,7 +55,7 @@ class TokenBatch(NamedTuple):
 
     documents: DocumentColumns
     tokens: TokenArray
-    """Documents end to end, without their ends of text. It may hold other documents as well."""
+    """Token ids of the documents, without their ends of text; may contain other documents too."""
 
     begins: Int64Array
     """Index in `tokens` at which each document begins."""
@@ -71,7 +71,7 @@ class TokenBatch(NamedTuple):
         return TokenBatch(self.documents.choose(chosen), self.tokens, self.begins[chosen])
 
     def copy(self) -> "TokenBatch":
-        """The same documents, in arrays that hold no others."""
+        """The same documents in arrays that contain no others."""
         places = arrays.numbers(self.documents.places, pa.int64())
         documents = self.documents._replace(
             ids=self.documents.ids.take(places),
@@ -83,7 +83,7 @@ class TokenBatch(NamedTuple):
 
 
 def end_to_end(documents: DocumentColumns, tokens: Sequence[TokenArray]) -> TokenBatch:
-    """A batch from the tokens of each document, without their ends of text."""
+    """A batch made of the tokens of each document, which have no ends of text."""
     lengths = documents.lengths - 1
     stream = np.concatenate([*tokens, np.empty(0, np.int32)])
     return TokenBatch(documents, stream, np.cumsum(lengths) - lengths)

@@ -1,7 +1,7 @@
 """The tokenizer of a run: fetched at a pinned revision, copied from a folder, or trained.
 
-Whatever its origin, a tokenizer becomes a directory under `<cache>/tokenizers/` that holds a
-`tokenizer.json`, is complete or absent, and is described by `Tokenizer`.
+A tokenizer of any origin becomes a directory under `<cache>/tokenizers/` with a `tokenizer.json`.
+The directory is complete or absent, and `Tokenizer` describes it.
 """
 
 import logging
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 LLAMA_TOKENIZER = "meta-llama/Llama-3.1-8B"
 TRAINED_TOKENIZER = "train"
 SYNTHETIC_TOKENIZER = "synthetic"
-"""Stands for no tokenizer: synthetic data is token ids."""
+"""Name for the absence of a tokenizer: synthetic data is token ids."""
 
 FORMAT = 2
-"""Version of what the directory holds, which is part of its fingerprint."""
+"""Version of the directory's format; part of its fingerprint."""
 
 _LLAMA_VOCAB_SIZE = 128_256
 _TRAINING_BYTES = 32_000_000
@@ -43,21 +43,21 @@ _HUB_FILES += ["*.model", "config.json"]
 
 
 class TokenizerConfig(Config):
-    """How text becomes token ids."""
+    """Choice of the tokenizer."""
 
     tokenizer_name: str = "auto"
     """A name on the Hugging Face Hub, a folder, a tokenizer.json, or train: a byte-level BPE
-    trained on the run's own text. auto: Llama-3.1's if it is cached or the hub gives it,
+    trained on the run's own text. auto: Llama-3.1's if it is cached or the hub provides it;
     otherwise, and always with the sample, train."""
 
     vocab_size: int = Field(32_768, ge=300, le=2**31 - 1)
-    """Tokens of a trained tokenizer, and of synthetic data."""
+    """Vocabulary size of a trained tokenizer, and of synthetic data."""
 
     tokenizer_revision: str | None = None
-    """Commit of the tokenizer on the hub; found once, then recorded."""
+    """Commit of the tokenizer on the hub; determined once, then recorded."""
 
     end_of_text: str | None = None
-    """The token that ends every document, where the tokenizer's own end token is not wanted."""
+    """Token that ends every document. Default: the tokenizer's own end token."""
 
 
 class Tokenizer(StageResult):
@@ -69,16 +69,16 @@ class Tokenizer(StageResult):
     """Its directory; None for synthetic data, which has no text."""
 
     vocab_size: int
-    """Ids are below this; added tokens are counted."""
+    """All ids are below this; it includes added tokens."""
 
     end_of_text: int
-    """Id that ends every document."""
+    """Id of the token that ends every document."""
 
     fingerprint: str
     """Fingerprint of tokenizer.json and the end-of-text id."""
 
     encoder: EncoderName = "tokenizers"
-    """The library that encodes documents; its ids are Hugging Face's, whichever it is."""
+    """The library that encodes documents; every one gives the same ids as Hugging Face's."""
 
     @property
     def file(self) -> Path:
@@ -87,15 +87,15 @@ class Tokenizer(StageResult):
         return self.path / "tokenizer.json"
 
     def load(self) -> tokenizers.Tokenizer:
-        """Hugging Face's tokenizer, set so that special tokens spelled out in a text are text."""
+        """Hugging Face's tokenizer, set to treat special tokens that a text spells out as text."""
         return encoding.plain(self.file)
 
     def load_encoder(self) -> Encoder:
-        """The encoder for much text. It is kept in memory and shared by all threads."""
+        """The encoder for large amounts of text. It stays in memory, and all threads share it."""
         return encoding.load(self.file, self.encoder)
 
     def decoder(self) -> Callable[[list[int]], str]:
-        """A function that makes text of token ids; of synthetic data, it writes the ids."""
+        """A function from token ids to text; for synthetic data the text is the ids themselves."""
         if self.path is None:
             return lambda ids: " ".join(map(str, ids))
         loaded = self.load()
@@ -105,17 +105,17 @@ class Tokenizer(StageResult):
 class ResolvedTokenizer(NamedTuple):
     tokenizer: TokenizerConfig
     reason: str
-    """Why it is this one."""
+    """Why this tokenizer was chosen."""
 
 
 def resolve_tokenizer(
     config: TokenizerConfig, corpus: CorpusConfig, cache: Path
 ) -> ResolvedTokenizer:
-    """Settle `auto`, and pin the revision, for a resolved corpus.
+    """Choose a tokenizer for `auto`, and pin the revision; the corpus is already resolved.
 
     Raises:
-        hub.HubError: a tokenizer was asked for by name and is neither cached nor given.
-        ValueError: a folder or file was asked for that does not exist.
+        hub.HubError: the named tokenizer is not cached, and the hub does not provide it.
+        ValueError: the named folder or file does not exist.
     """
     name = config.tokenizer_name
     if not corpus.is_text:
@@ -144,20 +144,20 @@ def _resolve_auto(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) ->
     try:
         resolved = resolve_tokenizer(llama, corpus, cache)
     except hub.HubError as error:
-        reason = f"{LLAMA_TOKENIZER} is not cached and the hub does not give it ({error.cause})"
+        reason = f"{LLAMA_TOKENIZER} is not cached, and not available from the hub ({error.cause})"
         return ResolvedTokenizer(trained, reason)
     return ResolvedTokenizer(resolved.tokenizer, f"Llama-3.1's, {resolved.reason}")
 
 
 def without_hub(corpus: CorpusConfig) -> str:
-    """The tokenizer that `auto` stands for, without asking the hub: for text, Llama's."""
+    """The tokenizer to expect for `auto`, without a request to the hub: for text, Llama's."""
     if not corpus.is_text:
         return SYNTHETIC_TOKENIZER
     return TRAINED_TOKENIZER if corpus.data_mode == "sample" else LLAMA_TOKENIZER
 
 
 def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
-    """Vocabulary of a resolved tokenizer before it is fetched, and whether that is certain."""
+    """Vocabulary size of a resolved tokenizer before it is fetched, and True if it is certain."""
     if config.tokenizer_name == SYNTHETIC_TOKENIZER:
         return config.vocab_size, True
     if config.tokenizer_name == TRAINED_TOKENIZER:
@@ -174,7 +174,7 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
 
     Raises:
         hub.HubError: the hub refused or failed.
-        ValueError: the files hold no tokenizer, or none that says how a text ends.
+        ValueError: the files contain no tokenizer, or it has no token that ends a document.
     """
     name, root = config.tokenizer_name, Cache(cache).tokenizers
     if name == SYNTHETIC_TOKENIZER:
@@ -184,7 +184,7 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
             vocab_size=config.vocab_size,
             end_of_text=config.vocab_size - 1,
             fingerprint=artifacts.fingerprint([SYNTHETIC_TOKENIZER, config.vocab_size]),
-            why="synthetic data is token ids: there is nothing to make",
+            why="synthetic data is token ids and needs no tokenizer",
         )
     if name == TRAINED_TOKENIZER:
         return _train(config, corpus, root)
@@ -198,8 +198,8 @@ def describe_tokenizer(path: Path) -> Tokenizer:
     manifest = TokenizerManifest.read(path)
     chosen, why = manifest.encoder, ""
     before, now = chosen.compared_with, version("fastokens")
-    if before != now:  # it may give other ids
-        why = f"the encoders are compared again, as fastokens is {now} instead of {before}"
+    if before != now:  # another version may give different ids
+        why = f"the encoders are compared again: fastokens is {now}, was {before}"
         log.info("%s: %s", path.name, why)
         chosen = EncoderChoice.make(path)
     return Tokenizer(
@@ -217,13 +217,13 @@ def describe_tokenizer(path: Path) -> Tokenizer:
 
 
 class _Origin(NamedTuple):
-    """How a tokenizer comes into its directory."""
+    """Origin of a tokenizer, which writes its directory."""
 
     verb: str
     """Past tense of the origin, for the log: fetched, copied or trained."""
 
     identity: Fields
-    """Everything it depends on beside name and format, for people to read."""
+    """Everything that it depends on, except name and format, for information."""
 
     make: Callable[[Path], None]
     """Writes the tokenizer's files into a directory."""
@@ -291,7 +291,7 @@ def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokeniz
 
 
 def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:
-    """Texts of documents until they have `limit` bytes together."""
+    """Texts of documents until their total size reaches `limit` bytes."""
     passed = 0
     for document in documents:
         if passed >= limit:
@@ -301,7 +301,7 @@ def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:
 
 
 def _ensure(path: Path, config: TokenizerConfig, origin: _Origin) -> Tokenizer:
-    """Ensure that the tokenizer is at `path` and verifies, making it where it does not."""
+    """Ensure that the tokenizer exists at `path` and verifies; make it otherwise."""
     identity = {"tokenizer_name": config.tokenizer_name, "format": FORMAT, **origin.identity}
     others = reuse.existing(path.parent, _recorded_identity, but=path)
     why = reuse.damaged(path) if path.exists() else reuse.nearest(identity, others)
@@ -340,23 +340,23 @@ def _recorded_identity(path: Path) -> Fields:
 
 def _remedies(name: str) -> tuple[str, ...]:
     return (
-        f"accept the licence on the page of {name} and `hf auth login`, if it is gated",
+        f"if {name} is gated, accept its licence on its page and run `hf auth login`",
         "`--tokenizer-name train` to train one on the run's own text",
         "`--tokenizer-name FOLDER` to use one that you have",
     )
 
 
 def _local(name: str) -> Path | None:
-    """The folder or file that a name stands for; None for a name on the hub.
+    """The folder or file called `name`; None for a name on the hub.
 
     Raises:
-        ValueError: it looks like a path and does not exist.
+        ValueError: `name` looks like a path, but does not exist.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     if name.endswith(".json") or name.startswith((".", "/", "~")):
-        raise ValueError(f"--tokenizer-name {name}: there is no such file or folder")
+        raise ValueError(f"--tokenizer-name {name}: no such file or folder")
     return None
 
 
@@ -365,14 +365,14 @@ def _slug(name: str) -> str:
 
 
 def _hub_path(config: TokenizerConfig, root: Path) -> Path:
-    """The directory of a tokenizer from the hub, named after revision and end of text."""
+    """The directory of a tokenizer from the hub; its name contains revision and end of text."""
     assert config.tokenizer_revision, "resolve_tokenizer() pins the revision"
     identity = [FORMAT, config.tokenizer_revision, config.end_of_text]
     return root / f"{_slug(config.tokenizer_name)}-{artifacts.fingerprint(identity)}"
 
 
 def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
-    """A directory of this hub name that verifies: of the revision, or the newest if none is set."""
+    """A cached directory of this hub tokenizer that verifies: of the revision, or the newest."""
     root = Cache(cache).tokenizers
     if config.tokenizer_revision:
         path = _hub_path(config, root)

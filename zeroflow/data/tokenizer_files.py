@@ -1,4 +1,4 @@
-"""The directory of a tokenizer: its manifest, and how files of any origin become one."""
+"""The directory of a tokenizer: its manifest, and checks of its files."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ _USUAL_ENDS = (bpe.END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
 
 
 class EncoderChoice(Config):
-    """The library that encodes documents, and why."""
+    """The library that encodes documents, and the reason for the choice."""
 
     name: EncoderName
     reason: str
@@ -41,13 +41,13 @@ class TokenizerManifest(Config):
     """manifest.json of a tokenizer's directory."""
 
     identity: Fields | None = None
-    """Everything it depends on, for people to read; an earlier version wrote none."""
+    """Everything that it depends on, for information; absent in manifests of earlier versions."""
 
     revision: str | None = None
-    """Commit, of a tokenizer from the hub."""
+    """Commit, for a tokenizer from the hub."""
 
     corpus: CorpusIdentity | None = None
-    """Text of a trained tokenizer."""
+    """Corpus, for a trained tokenizer."""
 
     name: str
     vocab_size: int
@@ -56,13 +56,13 @@ class TokenizerManifest(Config):
     fingerprint: str
     encoder: EncoderChoice
     files: dict[str, FileRecord] = Field(default_factory=dict)
-    """`artifacts.seal` adds them."""
+    """Added by `artifacts.seal`."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """
         Raises:
-            DamagedArtifact: the manifest is missing or not what was written.
+            DamagedArtifact: the manifest is missing or damaged.
         """
         return cls.model_validate(artifacts.read_signed(folder / artifacts.MANIFEST))
 
@@ -72,7 +72,7 @@ class TokenizerManifest(Config):
         try:
             return cls.model_validate(artifacts.verify(folder))
         except ValueError:
-            return None  # absent, of another version, or to be set aside by `fetch_tokenizer`
+            return None  # absent, of another version, or damaged: `fetch_tokenizer` sets it aside
 
 
 def seal_tokenizer(
@@ -87,20 +87,20 @@ def seal_tokenizer(
     """Check the files of a tokenizer in `folder`, and write their manifest.
 
     Args:
-        name: the name that it was asked for by.
-        end_token: the token asked for to end documents; None for the tokenizer's own.
+        name: the tokenizer's name in the settings.
+        end_token: the requested token to end documents; None for the tokenizer's own.
 
     Raises:
-        ValueError: there is no tokenizer, or no token that ends a document.
+        ValueError: the folder has no tokenizer, or it has no token that ends a document.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
         _convert(folder, name)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library knows no narrower class
+    except Exception as error:  # the library raises no narrower class
         raise ValueError(
-            f"--tokenizer-name {name}: {file.name} holds no tokenizer ({error})"
+            f"--tokenizer-name {name}: {file.name} is not a valid tokenizer ({error})"
         ) from error
     end_of_text = _end_of_text(folder, tokenizer, name, end_token)
     _warn_of_special_pieces(tokenizer)
@@ -109,7 +109,7 @@ def seal_tokenizer(
         identity=identity,
         **{name: value for name, value in given.items() if value is not None},
         name=name,
-        # one more than the highest id, as a vocabulary may have holes
+        # one more than the highest id, as a vocabulary may have gaps
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_text=end_of_text,
         asked_end=end_token,
@@ -120,25 +120,27 @@ def seal_tokenizer(
 
 
 def _convert(folder: Path, name: str) -> None:
-    """Write tokenizer.json for a tokenizer that comes in another form.
+    """Write tokenizer.json for a tokenizer in another format.
 
     Raises:
         ValueError: transformers cannot convert it.
     """
-    from transformers import AutoTokenizer  # takes seconds to import, and is rarely needed
+    from transformers import AutoTokenizer  # slow to import, and rarely needed
 
     try:
         AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(
             str(folder / "tokenizer.json")
         )
     except Exception as error:
-        raise ValueError(f"{name} has no tokenizer.json and none can be made: {error}") from error
+        raise ValueError(
+            f"{name} has no tokenizer.json, and its files cannot be converted: {error}"
+        ) from error
 
 
 def _end_of_text(
     folder: Path, tokenizer: tokenizers.Tokenizer, name: str, end_token: str | None
 ) -> int:
-    """The id that ends documents: of the token asked for, declared, or usual, in this order.
+    """Id of the token that ends documents: the requested, the declared, or a usual one.
 
     Raises:
         ValueError: the vocabulary has no such token.
@@ -153,15 +155,15 @@ def _end_of_text(
         if (found := tokenizer.token_to_id(candidate)) is not None:
             return found
     raise ValueError(
-        f"{name} has no token {' or '.join(candidates)} to end a document with: "
-        "name one with --end-of-text"
+        f"{name} has no token {' or '.join(candidates)} to end a document: "
+        "set one with --end-of-text"
     )
 
 
 def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
-    """Warn if a text that spells out a special token would get that token's id.
+    """Warn if a text that spells out a special token gets that token's id.
 
-    Unigram models hold special tokens as pieces like any other.
+    Unigram models contain special tokens as ordinary pieces.
     """
     tokenizer.encode_special_tokens = True
     special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -172,7 +174,7 @@ def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
     ]
     if confused:
         log.warning(
-            "this tokenizer gives the ids of special tokens to texts that spell out %s: a document "
-            "with the one that ends documents will be refused",
+            "this tokenizer encodes text that spells out %s as special tokens: a document that "
+            "contains the token that ends documents will be refused",
             ", ".join(confused[:9]),
         )

@@ -1,4 +1,4 @@
-"""The documents of a slice, tokenised: from text, or generated as token ids."""
+"""The tokenised documents of a slice: encoded from text, or generated as token ids."""
 
 from collections.abc import Iterator
 
@@ -16,13 +16,13 @@ from zeroflow.data.token_batches import DocumentColumns, TokenBatch, end_to_end
 
 
 def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
-    """The documents of the job's slice, in order.
+    """The tokenised documents of the job's slice, in order.
 
     Args:
         tally: counts the documents that are left out.
 
     Raises:
-        ValueError: a file cannot be read, or the tokenizer gives ids that it must not give.
+        ValueError: a file cannot be read, or the tokenizer gives invalid ids.
         hub.HubError: the hub failed.
     """
     return _from_text(job, tally) if job.corpus.is_text else _synthetic(job)
@@ -43,7 +43,7 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
             lengths + 1,
         )
         batch = TokenBatch(documents, ids, np.cumsum(lengths) - lengths)
-        if not lengths.all():  # a tokenizer may have no token for a text
+        if not lengths.all():  # a tokenizer may give no token for a text
             tally.empty += int((lengths == 0).sum())
             batch = batch.choose(lengths > 0)
         yield batch
@@ -52,9 +52,9 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
 def _require_valid(
     job: PartJob, ids: TokenArray, lengths: Int64Array, documents: pa.BinaryArray
 ) -> None:
-    """Check that all ids are of the vocabulary, and that none ends a document.
+    """Check that all ids are in the vocabulary, and that none is the end of text.
 
-    Rows tell documents apart by their ends of text, so a text must not contain one.
+    In rows, ends of text separate the documents, so a document must not contain one.
     """
     end_of_text, vocab_size = job.tokenizer.end_of_text, job.tokenizer.vocab_size
     highest = ids.max(initial=0)
@@ -66,7 +66,7 @@ def _require_valid(
     if ids[place] == end_of_text:
         raise ValueError(
             f"document {document} spells out the token that ends documents, and this "
-            "tokenizer cannot tell the two apart: name another with --end-of-text, or use "
+            "tokenizer encodes it as that token: set another with --end-of-text, or use "
             "another tokenizer"
         )
     raise ValueError(

@@ -16,12 +16,12 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
     trained = tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER)
     if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:
         raise ValueError(
-            f"--vocab-size does nothing with --tokenizer-name {tokenizer.tokenizer_name}, which "
+            f"--vocab-size has no effect with --tokenizer-name {tokenizer.tokenizer_name}, which "
             "has its own: drop it, or use --tokenizer-name train"
         )
     if tokenizer.end_of_text and tokenizer.tokenizer_name == TRAINED_TOKENIZER:
         raise ValueError(
-            "--end-of-text does nothing with --tokenizer-name train, which has its own: drop it"
+            "--end-of-text has no effect with --tokenizer-name train, which has its own: drop it"
         )
 
 

@@ -1,1 +1,1 @@
-"""How files of documents are read: one module for each format."""
+"""Readers of files of documents: one module for each format."""

@@ -1,4 +1,4 @@
-"""A file of documents: where its bytes come from, and how they are decompressed."""
+"""A file of documents: opening and decompressing it."""
 
 import io
 import lzma
@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt
 
 from zeroflow.config import Config
 
-# What decompressors, the Parquet reader and UTF-8 raise; none of these names the file
+# Raised by decompressors, the Parquet reader and UTF-8 decoding; none of these names the file
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
@@ -21,7 +21,7 @@ _READ_BYTES = 2**20
 
 
 class CorpusFile(Config):
-    """A file of a corpus, as it is listed."""
+    """An entry in the list of a corpus's files."""
 
     name: str
     """Path within the corpus, the same on every machine."""
@@ -31,24 +31,24 @@ class CorpusFile(Config):
 
 
 class Storage(Protocol):
-    """A place that files can be opened in."""
+    """A place where files can be opened."""
 
     def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
-        """The bytes of a file as stored."""
+        """The stored bytes of a file."""
         ...
 
     def place(self, file: CorpusFile) -> str:
-        """The file as a person finds it, for messages."""
+        """Location of the file for messages: its path or address."""
         ...
 
     def path(self, file: CorpusFile) -> Path | None:
-        """The file's path; None where it is not on this machine."""
+        """The file's path; None if it is not on this machine."""
         ...
 
 
 @dataclass(frozen=True)
 class DocumentFile:
-    """A file of documents, and the settings by which it is read."""
+    """A file of documents with the settings for reading it."""
 
     storage: Storage
     file: CorpusFile
@@ -58,17 +58,17 @@ class DocumentFile:
 
     @property
     def name(self) -> str:
-        """Name within the corpus; documents without an id are named after it."""
+        """Name within the corpus; the ids of documents without one are made from it."""
         return self.file.name
 
     @property
     def place(self) -> str:
-        """The file as a person finds it, for messages."""
+        """Location of the file for messages: its path or address."""
         return self.storage.place(self.file)
 
     @property
     def path(self) -> Path | None:
-        """None where it is not on this machine."""
+        """The file's path; None if it is not on this machine."""
         return self.storage.path(self.file)
 
     @property
@@ -76,7 +76,7 @@ class DocumentFile:
         return is_compressed(self.name)
 
     def open(self) -> IO[bytes]:
-        """The bytes as stored."""
+        """The stored bytes."""
         return self.storage.open(self.file, self.revision)
 
     def open_decompressed(self) -> IO[bytes]:
@@ -97,9 +97,9 @@ def is_compressed(name: str) -> bool:
 class _XzStreams(io.RawIOBase):
     """A decompressed .xz file.
 
-    `lzma.open` would read it too, but ends silently where a stream after the first is damaged.
+    `lzma.open` could read it too, but it ends silently if a stream after the first is damaged.
 
-    Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams and zeros between them.
+    Source: https://tukaani.org/xz/xz-file-format.txt, section 2: streams with padding between them.
     """
 
     def __init__(self, stored: IO[bytes]) -> None:

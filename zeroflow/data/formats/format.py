@@ -9,16 +9,16 @@ from zeroflow.data.formats.file import DocumentFile
 
 
 class Format(ABC):
-    """How files of one kind are read, whole or a part at a time."""
+    """Reader of one kind of file, whole or a part at a time."""
 
     description: ClassVar[str]
-    """The kind of file, as the help names it."""
+    """Description of the kind of file, for help texts."""
 
     can_be_cut: ClassVar[bool] = True
-    """True if a part of an uncompressed file can be read without what comes before it."""
+    """True if a part of an uncompressed file can be read without the preceding ones."""
 
     is_dense: ClassVar[bool] = False
-    """True if files are compressed by the format itself."""
+    """True if the format itself compresses its content."""
 
     @abstractmethod
     def read(
@@ -27,18 +27,18 @@ class Format(ABC):
         """The documents of a file, or of a part of it; empty ones are left out and counted.
 
         Args:
-            start: where the part begins, one of `cuts`; 0 for the beginning of the file.
-            stop: where the next part begins; None for the end of the file.
+            start: position of the part, one of `cuts`; 0 for the beginning of the file.
+            stop: position of the next part; None for the end of the file.
 
         Raises:
-            ValueError: the file does not hold what its name promises, or too many lines are bad.
-            hub.HubError: the hub failed in mid-stream.
-            OSError, EOFError, ...: `file.UNREADABLE`.
+            ValueError: the content does not match the file's suffix, or too many lines are bad.
+            hub.HubError: the hub failed while the file was read.
+            OSError, EOFError, ...: any of `file.UNREADABLE`.
         """
 
     def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
-        """Where to cut a file into parts of about `part_bytes` of text: first, ..., end.
+        """Positions that cut a file into parts of about `part_bytes` of text: first, ..., end.
 
-        Their unit is the format's own.
+        The unit of a position depends on the format.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be cut")

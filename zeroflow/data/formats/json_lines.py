@@ -1,4 +1,4 @@
-"""JSON lines: a line is an object with a document's text and, if it likes, its id and URL."""
+"""JSON lines: each line is an object with a document's text and optionally its id and URL."""
 
 import codecs
 import json
@@ -42,8 +42,8 @@ def _documents(
     with file.open_decompressed() as stream:
         position, number = start, 0
         if position:
-            # to the first line that begins in this part: the part before owns the one that spans
-            # the cut, and a line that begins exactly here follows a newline one byte earlier
+            # Skip to the first line that begins in this part: a line that spans the cut belongs to
+            # the previous part. One byte earlier, as a line may begin exactly here, after a newline
             stream.seek(position - 1)
             position += len(stream.readline()) - 1
         while stop is None or position < stop:
@@ -60,14 +60,14 @@ def _documents(
 
 
 def _document(file: DocumentFile, line: bytes, position: int) -> Document:
-    """The document of a line; without an id it is named after the line's first byte."""
+    """The document of a line; if it has no id, the position of the line's first byte is its id."""
     column = file.text_column
     try:
         fields = json.loads(line)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
     if isinstance(fields, dict) and fields.get(column, "") is None:
-        return Document(file.name, "")  # as in Parquet files, null is an empty document
+        return Document(file.name, "")  # null is an empty document, as in Parquet files
     if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
@@ -84,7 +84,7 @@ def _count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
     """Count a bad line.
 
     Raises:
-        ValueError: it is one more than `bad_lines_limit` allows.
+        ValueError: it exceeds `bad_lines_limit`.
     """
     tally.add_bad_line(place)
     if tally.bad_lines > file.bad_lines_limit:

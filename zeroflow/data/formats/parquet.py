@@ -1,4 +1,4 @@
-"""Parquet: a row is a document; its text, id and URL are columns."""
+"""Parquet: each row is a document; text, id and URL are columns."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -70,7 +70,7 @@ def _open(file: DocumentFile) -> pq.ParquetFile:
     content: Any
     footer, remote = None, file.path is None
     if file.is_compressed:
-        # Parquet is read from its end, which a compressed stream cannot reach
+        # A reader of Parquet begins at the end, and a compressed stream cannot seek there
         with file.open_decompressed() as stream:
             content = pa.BufferReader(stream.read())
     elif remote:
@@ -80,7 +80,7 @@ def _open(file: DocumentFile) -> pq.ParquetFile:
     return pq.ParquetFile(
         content,
         metadata=footer,
-        memory_map=False,  # reading beyond the end of a file that was truncated is a bus error
+        memory_map=False,  # reading a mapped file that was truncated meanwhile is a bus error
         pre_buffer=remote,  # one request for all columns of a row group
         page_checksum_verification=True,
     )
@@ -88,7 +88,7 @@ def _open(file: DocumentFile) -> pq.ParquetFile:
 
 @lru_cache(maxsize=4)
 def _footer(file: DocumentFile) -> pq.FileMetaData:
-    """The footer of a remote file, remembered: it is about a megabyte, and needed for each part."""
+    """The footer of a remote file, cached: it has about a megabyte and is needed for each part."""
     return pq.read_metadata(pa.PythonFile(file.open(), mode="r"))
 
 
@@ -101,7 +101,8 @@ def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
     present = opened.schema_arrow.names
     if present.count(file.text_column) != 1:
         raise ValueError(
-            f"{file.place} has no one column {file.text_column!r}, but {present}: set --text-column"
+            f"{file.place} must have exactly one column {file.text_column!r}, but has {present}: "
+            "set --text-column"
         )
     kind = opened.schema_arrow.field(file.text_column).type
     if pa.types.is_dictionary(kind):
@@ -114,16 +115,18 @@ def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
 
 
 def _other_columns(file: DocumentFile, opened: pq.ParquetFile) -> list[str]:
-    """Which of the columns for ids and URLs the file has, beside the text's."""
+    """The file's columns for ids and URLs, as far as present."""
     present = opened.schema_arrow.names
     for name in ("id", "url"):
         if present.count(name) > 1:
-            raise ValueError(f"{file.place} has {present.count(name)} columns {name!r}: leave one")
+            raise ValueError(
+                f"{file.place} has {present.count(name)} columns {name!r}: keep only one"
+            )
     return [c for c in ("id", "url") if c in present and c != file.text_column]
 
 
 def _rows_at_once(footer: pq.FileMetaData, groups: range, column: str) -> int:
-    """Rows in a batch: fewer where documents are long, as eight batches are in memory at once."""
+    """Rows in a batch: fewer if documents are long, as eight batches are in memory at once."""
     rows = sum(footer.row_group(group).num_rows for group in groups)
     size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
     return max(1, min(documents.BATCH_DOCUMENTS, documents.BATCH_BYTES * rows // max(1, size)))
@@ -135,7 +138,7 @@ def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
 
 
 def _as_strings(values: pa.Array) -> pa.StringArray:
-    """A column as strings: null is empty, and a number is as Python writes it."""
+    """A column as strings: null becomes empty, and a number is formatted as Python does."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if kind in _STRINGS:
         texts = values if values.type == pa.string() else values.cast(pa.string())
@@ -153,5 +156,5 @@ def _without_empty(
         texts, ids, urls = (values.take(full) for values in (texts, ids, urls))
         text_bytes = text_bytes[text_bytes > 0]
     for values in (ids, urls):
-        values.validate(full=True)  # Parquet files claim UTF-8, and nothing else checks it
+        values.validate(full=True)  # the Parquet reader does not check that strings are UTF-8
     return TextBatch(ids.view(pa.binary()), urls, texts.to_pylist(), text_bytes)

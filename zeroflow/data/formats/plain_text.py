@@ -1,4 +1,4 @@
-"""Plain text: a file is a document."""
+"""Plain text: each file is a document."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from zeroflow.data.formats.format import Format
 
 
 class TextFormat(Format):
-    description = ".txt (a document each)"
+    description = ".txt (one document per file)"
     can_be_cut = False
 
     def read(

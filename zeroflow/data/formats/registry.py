@@ -14,14 +14,14 @@ FORMATS: dict[str, Format] = {
     ".parquet": ParquetFormat(),
 }
 
-_ALIASES = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py: the sample's
+_ALIASES = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py: files of the sample
 
 
 def format_of(name: str) -> Format:
-    """The format of a file, compressed or not.
+    """The format of a file, which may be compressed.
 
     Raises:
-        ValueError: the suffix is none of the known ones.
+        ValueError: the suffix is unknown.
     """
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -29,13 +29,13 @@ def format_of(name: str) -> Format:
     suffix = _ALIASES.get(suffixes[-1], suffixes[-1]) if suffixes else ""
     if suffix not in FORMATS:
         raise ValueError(
-            f"{name}: unknown kind of file; known are {', '.join(FORMATS)}, "
-            f"each also compressed ({', '.join(COMPRESSED)})"
+            f"{name}: unknown kind of file. Supported are {', '.join(FORMATS)}, "
+            f"plain or compressed ({', '.join(COMPRESSED)})"
         )
     return FORMATS[suffix]
 
 
 def described() -> str:
-    """The kinds of files that can be read, for help texts."""
+    """List of the supported kinds of files, for help texts."""
     kinds = [known.description for known in FORMATS.values()]
     return f"{', '.join(kinds[:-1])} or {kinds[-1]}, also compressed ({' '.join(COMPRESSED)})"

@@ -1,1 +1,1 @@
-"""Where the files of a text corpus are kept: one module for each kind of place."""
+"""Sources of text files: one module for each kind of place."""

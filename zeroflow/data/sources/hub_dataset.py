@@ -18,12 +18,12 @@ class HubDataset(Source):
     """owner/name"""
 
     subset: str | None
-    """None for the dataset's default."""
+    """None for the dataset's default subset."""
 
     def pin(self, revision: str | None) -> str:
         revision = revision or "main"
         if re.fullmatch("[0-9a-f]{40}", revision):
-            return revision  # a commit stays what it is, and needs no request
+            return revision  # a commit never changes, so no request is needed
         return hub.dataset_revision(self.dataset, revision)
 
     def files(self, revision: str) -> list[CorpusFile]:
@@ -38,7 +38,7 @@ class HubDataset(Source):
         return f"{self.dataset}, {file.name}"
 
     def require_unchanged(self, file: CorpusFile) -> None:
-        """Nothing to check: a commit stays what it is, and `hub` compares ETags while it reads."""
+        """Nothing to check: a commit never changes, and `hub` compares ETags while it reads."""
 
     def identity(self) -> dict[str, str | None]:
         return {"dataset": self.dataset, "subset": self.subset}

@@ -1,4 +1,4 @@
-"""Files of this machine: the user's own, and a sample that every machine has."""
+"""Files on this machine: the user's own, and a sample that every machine has."""
 
 import glob
 import hashlib
@@ -21,17 +21,17 @@ class _PinnedFile(NamedTuple):
 
 
 _pinned: dict[Path, _PinnedFile] = {}
-"""Each file as it was when its content became part of a revision, in this process."""
+"""State of each file when this process computed its digest for a revision."""
 
 
 class LocalSource(Source):
-    """Files of this machine, whose revision is a digest of their names and contents."""
+    """Files on this machine; their revision is a digest of names and contents."""
 
     is_local = True
 
     @abstractmethod
     def find(self) -> dict[str, Path]:
-        """Path of each file by its name in the corpus, in the order in which they are read."""
+        """The path of each file by its name in the corpus, in reading order."""
 
     def pin(self, revision: str | None) -> str:
         _paths.cache_clear()  # files may have been added since
@@ -43,8 +43,8 @@ class LocalSource(Source):
         found = digest.hexdigest()[:16]
         if revision not in (None, found):
             raise ValueError(
-                f"the files of the corpus have changed: their digest is {found}, and the run was "
-                f"started with {revision}. Restore them, or use another --run-name"
+                f"the files of the corpus have changed: their digest is {found}, but the run was "
+                f"started with {revision}. Restore the files, or use another --run-name"
             )
         return found
 
@@ -67,8 +67,8 @@ class LocalSource(Source):
     def require_unchanged(self, file: CorpusFile) -> None:
         """Check size and time of modification.
 
-        Readers call this before and after they read: a file that changes meanwhile may have given
-        content that the revision does not stand for.
+        Readers call this before and after they read: if a file changed meanwhile, the content that
+        was read may not be that of the revision.
         """
         path = self.path(file)
         now, pinned = _stamp(path), _pinned.get(path)
@@ -78,7 +78,7 @@ class LocalSource(Source):
 
 @lru_cache(maxsize=4)
 def _paths(source: LocalSource) -> dict[str, Path]:
-    """`source.find()`, remembered: a corpus may have thousands of files, opened one by one."""
+    """`source.find()`, cached: a corpus may have thousands of files that are opened one by one."""
     return source.find()
 
 
@@ -95,7 +95,7 @@ class LocalFiles(LocalSource):
     """Paths or globs."""
 
     def find(self) -> dict[str, Path]:
-        """Sorted by name; names are relative to the folder that all files have in common.
+        """The files sorted by name; names are relative to the common folder of all files.
 
         Raises:
             ValueError: a pattern matches no file, or a file's format is unknown.
@@ -132,10 +132,10 @@ def _is_utf8(text: str) -> bool:
 
 @dataclass(frozen=True)
 class StandardLibrary(LocalSource):
-    """The source files of Python's standard library: a text that every machine has."""
+    """The source files of Python's standard library, a text that every machine has."""
 
     has_columns = False
-    skips_undecodable = True  # the library's own tests hold files that are wrong on purpose
+    skips_undecodable = True  # the library's tests contain files that are invalid on purpose
 
     def find(self) -> dict[str, Path]:
         library = Path(sysconfig.get_path("stdlib"))
@@ -144,6 +144,6 @@ class StandardLibrary(LocalSource):
             for path in library.rglob("*.py")
             if not {"site-packages", "dist-packages"}.intersection(path.parts)
         )
-        # In the order of a hash: neighbours in the alphabet are about one subject, and a short run
-        # should see all of them
+        # Sorted by a hash: files with similar names have similar content, and a short run should
+        # see a mixture
         return dict(sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest()))

@@ -10,35 +10,35 @@ from zeroflow.data.formats.format import Format
 
 
 class Source(Storage, ABC):
-    """A place that files of documents come from, without the settings of how they are read.
+    """A place that provides files of documents; it does not include the settings for reading them.
 
-    Subclasses are frozen dataclasses: their fields name the place.
+    Subclasses are frozen dataclasses whose fields identify the place.
     """
 
     is_local: ClassVar[bool] = False
-    """True if the files are on this machine, where looking at them costs nothing."""
+    """True if the files are on this machine, so that inspecting them is cheap."""
 
     has_columns: ClassVar[bool] = True
-    """False if all files are plain text, so that no setting chooses a column of them."""
+    """False if all files are plain text and have no columns to choose from."""
 
     skips_undecodable: ClassVar[bool] = False
     """True if a file that is not UTF-8 is left out instead of ending the run."""
 
     @abstractmethod
     def pin(self, revision: str | None) -> str:
-        """The revision of what is there, which stands for the content of all files.
+        """The revision, which identifies the content of all files.
 
         Args:
-            revision: the revision that is asked for; None for the current one.
+            revision: the requested revision; None for the current one.
 
         Raises:
-            hub.HubError: the hub refused or is out of reach.
-            ValueError: there are no files, or they are not those of `revision`.
+            hub.HubError: the hub refused or could not be reached.
+            ValueError: there are no files, or they differ from `revision`.
         """
 
     @abstractmethod
     def files(self, revision: str) -> list[CorpusFile]:
-        """The files, in the order in which they are read.
+        """The files in reading order.
 
         Raises:
             hub.HubError: the hub refused or failed.
@@ -55,25 +55,25 @@ class Source(Storage, ABC):
         return None
 
     def format_of(self, name: str) -> Format:
-        """The format of a file, by its name; a source may have a format of its own.
+        """The format of a file, chosen by its name; a subclass may define its own.
 
         Raises:
-            ValueError: it is none of the known ones.
+            ValueError: the suffix is unknown.
         """
         return registry.format_of(name)
 
     def identity(self) -> dict[str, str | None]:
-        """Settings that the documents depend on, beside the revision."""
+        """Settings, other than the revision, that the documents depend on."""
         return {}
 
     def digests(self) -> dict[str, str]:
-        """A digest of each file by its name, where the revision is made of them."""
+        """The digest of each file by name, if the revision is computed from them."""
         return {}
 
     @abstractmethod
     def require_unchanged(self, file: CorpusFile) -> None:
-        """Check that a file is still the one that the revision stands for.
+        """Check that a file still has the content of the revision.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the file has changed.
         """

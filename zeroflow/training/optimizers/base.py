@@ -37,7 +37,7 @@ class OptimizerConfig(Config, ABC):
         if isinstance(given, dict) and (foreign := given.keys() - cls.model_fields):
             flag = f"--{min(foreign)}".replace("_", "-")
             name = cls.model_fields["name"].default
-            raise ValueError(f"{flag} does nothing with --optimizer {name}: drop one of them")
+            raise ValueError(f"{flag} has no effect with --optimizer {name}: drop one of them")
         return given
 
     @abstractmethod
