@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from zeroflow.estimate.history import Past
+from zeroflow.markup import Markdown, table
 from zeroflow.orchestration.ui import UiConfig
-from zeroflow.report.pages import table_cell
 from zeroflow.report.records import RunReport
 from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
@@ -184,8 +184,7 @@ def _json_type(kind: dict[str, Any]) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *(map(table_cell, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(header, (tuple(map(Markdown, row)) for row in rows))
 
 
 def _line(described: dict[str, Any]) -> str:

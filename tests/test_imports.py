@@ -21,7 +21,7 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts", "units"},
+    {"config", "artifacts", "markup", "units"},
     {"records"},
     {"device", "reuse", "run_folder"},
     {"model", "data"},

@@ -26,7 +26,7 @@ from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
-from zeroflow.report.pages import with_pictures
+from zeroflow.report.pages import Page, Picture, never_fatal
 from zeroflow.report.progress import LossWatch, Show, TrainingProgress
 from zeroflow.report.run_report import Finished
 from zeroflow.settings.flags import error_message
@@ -69,11 +69,8 @@ class View:
         """Returns a function that receives the fraction done, from 0 to 1, and a line of text."""
         return lambda share, text: None
 
-    def page(self, markdown: str, subject: str, run_name: str) -> None:
+    def page(self, page: Page, subject: str, run_name: str) -> None:
         """Show a finished page."""
-
-    def picture(self, picture: Path, subject: str, run_name: str) -> None:
-        """Show a finished PNG file."""
 
     def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
         """Returns a function that receives each new version of a PNG file."""
@@ -135,8 +132,9 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
             builders=builders,
             show=view.progress("shards", run.run_name),
         )
-    page = data_page.write_data(shards, tokenizer, run.folder)
-    view.page(with_pictures(page), "data", run.run_name)
+    with never_fatal("page of the data"):
+        page = data_page.write_data(shards, tokenizer, run.folder)
+        view.page(page, "data", run.run_name)
     return shards
 
 
@@ -164,7 +162,8 @@ def check_before(
         result = preflight.read(job.folder)
         return result and result.replace(reused=True, why=TRAINED)
     result = preflight.check(job)
-    view.page(run_page.preflight_section(result), "preflight", job.run_dir.name)
+    with never_fatal("page of the pre-flight"):
+        view.page(Page((run_page.preflight_section(result),)), "preflight", job.run_dir.name)
     if not result.passed:
         raise PreflightFailed(result)
     return result
@@ -211,9 +210,10 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
             compile_cache=job.compile_cache,
         )
     )
-    drawn = job.folder.overfit_picture
-    picture = pictures.overfit_curve(result.curve, drawn, limit=limits.overfit_loss)
-    view.picture(picture, "overfit", job.run_dir.name)
+    with never_fatal("picture of the overfit check"):
+        drawn = job.folder.overfit_picture
+        pictures.overfit_curve(result.curve, drawn, limit=limits.overfit_loss)
+        view.page(Page((Picture(drawn, "overfit"),)), "overfit", job.run_dir.name)
     if not result.passed:
         raise OverfitFailed(result)
     return result
@@ -240,9 +240,10 @@ def write_report(
         the path of report.json
     """
     settlement, shards, job = prepared
-    path = run_report.write(Finished(settlement.run, job, shards, checked, trained, learned))
-    view.page(with_pictures(settlement.run.folder.report_page), "report", settlement.run.run_name)
-    return path
+    return run_report.write(
+        Finished(settlement.run, job, shards, checked, trained, learned),
+        lambda page: view.page(page, "report", settlement.run.run_name),
+    )
 
 
 def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
@@ -257,10 +258,12 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
     with TrainingProgress() as progress:
         found: Proof = resume.prove(job, config, progress)
     page = proof.write(job, found)
-    view.page(with_pictures(page), "proof", job.run_dir.name)
+    with never_fatal("proof"):
+        view.page(page, "proof", job.run_dir.name)
+    file = job.folder.proof_page
     if not found.passed:
-        raise ResumeInexact(f"resume is not exact here: {found.reason}\nreport: {page}")
-    return page
+        raise ResumeInexact(f"resume is not exact here: {found.reason}\nreport: {file}")
+    return file
 
 
 def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Path:
@@ -270,8 +273,9 @@ def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Pat
         the path of comparison.md
     """
     page = sweeps.compare(sweep, failed=failed)
-    view.page(with_pictures(page), "comparison", sweep.name)
-    return page
+    with never_fatal("comparison"):
+        view.page(page, "comparison", sweep.name)
+    return sweep.folder.comparison_page
 
 
 class Stages(NamedTuple):

@@ -13,6 +13,7 @@ from zeroflow.cli.console import (
     fail,
     log_to_console,
     require_writable,
+    show,
     terminate,
 )
 
@@ -75,3 +76,22 @@ def test_run_outlives_the_reader_of_its_lines(console, monkeypatch, capsys):
     assert capsys.readouterr().err == "", "no complaint of logging"
     with suppress(BrokenPipeError):  # it holds what could not be written
         pipe.close()
+
+
+def test_no_text_from_outside_reaches_a_terminal_as_a_command(console, capsys):
+    error = ValueError("/data/\x1b[2Jx.txt cannot be read")
+    error.add_note("retry: \x9b1m")
+    fail(error, verbose=False)
+    said = capsys.readouterr().err
+    assert said == "error: /data/\\u001b[2Jx.txt cannot be read\nretry: \\u009b1m\n"
+    log_to_console(verbose=False)
+    logging.getLogger("zeroflow.some.module").warning("bad line in %s", "\x1b]0;x\x07")
+    assert capsys.readouterr().out.endswith("bad line in \\u001b]0;x\\u0007\n")
+
+
+def test_output_of_another_encoding_takes_every_character(console, monkeypatch, tmp_path):
+    with (tmp_path / "out").open("w", encoding="latin-1") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        log_to_console(verbose=False)
+        show("é → 漢")
+    assert (tmp_path / "out").read_bytes() == "é \\u2192 \\u6f22\n".encode("latin-1")

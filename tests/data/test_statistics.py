@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,6 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.report import data_page
-from zeroflow.report.pages import quoted
 
 CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, validation_fraction=0.1)
 
@@ -30,7 +31,7 @@ def test_lengths_are_those_of_whole_documents(shards, text):
 
 def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
     seen = statistics.gather(shards, text.tokenizer)
-    page = data_page.markdown(shards, seen, text.tokenizer, picture="lengths.png")
+    page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
     padding = shards.train.padding_tokens
@@ -49,7 +50,9 @@ def test_rate_is_of_parts_that_were_built_here_only(shards, text):
     (shards.path / build_times.FILE).unlink()
     seen = statistics.gather(shards, text.tokenizer)
     assert seen.tokens_per_second is None
-    assert "Built here" not in data_page.markdown(shards, seen, text.tokenizer, picture="x")
+    assert (
+        "Built here" not in data_page.page(shards, seen, text.tokenizer, picture=Path("x")).linked
+    )
 
 
 def test_synthetic_data_is_shown_as_ids(tmp_path):
@@ -63,10 +66,7 @@ def test_synthetic_data_is_shown_as_ids(tmp_path):
     seen = statistics.gather(shards, tokenizer)
     ids = np.array([int(i) for i in seen.samples[0].split()])
     assert ids.min() >= 0 and ids.max() < 300
-    assert "| bytes per token | none | none |" in data_page.markdown(
-        shards, seen, tokenizer, picture="lengths.png"
+    assert (
+        "| bytes per token | none | none |"
+        in data_page.page(shards, seen, tokenizer, picture=Path("lengths.png")).linked
     )
-
-
-def test_quoted_text_cannot_end_its_block():
-    assert quoted("a\n```\n# b").count("```") == 2

@@ -63,8 +63,8 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
 def test_no_text_of_a_run_breaks_its_report(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     page = (flow.folder("first") / "report.md").read_text()
-    assert page.count("\n```") == 2, "the sample's block"
-    assert "| training.sample_prompt | def a ``` \\| b |" in page
+    assert page.count("\n````") == 2, "the sample's block"
+    assert "| training.sample_prompt | def a \\`\\`\\` \\| b |" in page
 
 
 def test_metrics_have_the_promised_fields_at_the_promised_steps(sample: tuple[Flow, str]) -> None:

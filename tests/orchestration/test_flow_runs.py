@@ -15,11 +15,13 @@ from tiny import apart_from_reuse, contents
 from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.markup import Markdown
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
 from zeroflow.orchestration import pages, server
 from zeroflow.orchestration.deployments import set_up
 from zeroflow.orchestration.flow_runs import new_flow_run
 from zeroflow.orchestration.gpu_slot import gpu_slot
+from zeroflow.report.pages import Page
 from zeroflow.settings.run_config import RunConfig
 
 BUILD = """
@@ -141,7 +143,7 @@ def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
-        pages.publish("# page", "report", "mine")
+        pages.publish(Page((Markdown("# page"),)), "report", "mine")
     assert any("cannot show the report in Prefect" in m for m in caplog.messages)
 
 

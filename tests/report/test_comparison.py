@@ -1,14 +1,19 @@
 import math
+from typing import Any
 
 import pytest
 
 from zeroflow.model.sizes import SIZES, with_vocabulary
-from zeroflow.report.comparison import Comparison, Outcome, PowerLaw, compare, markdown
+from zeroflow.report.comparison import Comparison, Outcome, PowerLaw, compare, page
 from zeroflow.report.pictures import losses_compared
 from zeroflow.run_folder import SweepFolder
 
 EXPONENT, FACTOR = 0.05, 20.0
 NOTHING_ELSE = {"pictures": [], "failed": []}
+
+
+def text(sweep: str, found: Comparison, **more: Any) -> str:
+    return page(sweep, found, **more).linked
 
 
 def law(flops: float) -> float:
@@ -88,17 +93,17 @@ def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
     found = compare([*broken, outcome("tiny"), outcome("small")])
     assert found.law.b == pytest.approx(EXPONENT) and found.law.points == 2
     assert [one.run for one in found.runs] == ["tiny-0", "tiny-1", "small-0", "medium-0"]
-    assert "| nan |" in markdown("s", found, pictures=[], failed=[])
+    assert "| nan |" in text("s", found, pictures=[], failed=[])
     assert compare(broken).law is None
 
 
 def test_what_all_runs_share_is_told_once():
-    page = markdown("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
-    assert "| seed |" in page and "| size |" not in page and "| peak rate |" not in page
-    assert "The same for all: size tiny, bits per byte none, peak rate 0.001, " in page
-    rows = [line for line in page.splitlines() if line.startswith("|")]
+    shown = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
+    assert "| seed |" in shown and "| size |" not in shown and "| peak rate |" not in shown
+    assert "The same for all: size tiny, bits per byte none, peak rate 0.001, " in shown
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and len(rows) == 4
-    alone = markdown("s", compare([outcome("tiny")]), **NOTHING_ELSE)
+    alone = text("s", compare([outcome("tiny")]), **NOTHING_ELSE)
     assert "| size |" in alone and "The same for all" not in alone
 
 
@@ -124,21 +129,21 @@ def test_law_of_losses_that_rise_says_so():
     rising = [outcome("tiny", loss=2.0), outcome("small", loss=3.0)]
     found = compare(rising)
     assert found.law.b < 0
-    assert f"C^{-found.law.b:.4f}" in markdown("s", found, pictures=[], failed=[])
+    assert f"C^{-found.law.b:.4f}" in text("s", found, pictures=[], failed=[])
 
 
 def test_one_size_has_no_law():
     found = compare([outcome("tiny"), outcome("tiny", loss=9.0, seed=1)])
     assert found.law is None and found.next_size is None
-    assert "Power law" not in markdown("s", found, pictures=[], failed=[])
+    assert "Power law" not in text("s", found, pictures=[], failed=[])
 
 
 def test_page_and_pictures_tell_all_of_it(tmp_path):
     found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
     drawn = losses_compared(found, SweepFolder(tmp_path))
-    page = markdown("s", found, pictures=[path.name for path in drawn], failed=["s-tiny-seed7"])
-    assert "| small-0 | small | " in page and "**Not finished: s-tiny-seed7**" in page
-    assert f"C^-{EXPONENT:.4f}" in page and "Looking back" in page and "+0.00%" in page
+    shown = text("s", found, pictures=drawn, failed=["s-tiny-seed7"])
+    assert "| small-0 | small | " in shown and "**Not finished: s-tiny-seed7**" in shown
+    assert f"C^-{EXPONENT:.4f}" in shown and "Looking back" in shown and "+0.00%" in shown
     assert [path.name for path in drawn] == [
         "loss-by-tokens.png",
         "loss-by-flops.png",
@@ -166,11 +171,11 @@ def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, figures):
 
 
 def test_stages_of_zero_are_told_where_there_are_several_gpus():
-    alone = markdown("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
+    alone = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
     assert "ZeRO" not in alone and "GPUs" not in alone
     runs = [outcome("tiny"), *(outcome("tiny", gpus=2, stage=stage) for stage in (0, 3))]
-    page = markdown("s", compare(runs), **NOTHING_ELSE)
-    head, _, *rows = [line for line in page.splitlines() if line.startswith("|")]
+    shown = text("s", compare(runs), **NOTHING_ELSE)
+    head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
     names = [cell.strip() for cell in head.split("|")]
     cells = [[cell.strip() for cell in row.split("|")] for row in rows]
     found = [(row[names.index("GPUs")], row[names.index("ZeRO")]) for row in cells]
@@ -179,5 +184,5 @@ def test_stages_of_zero_are_told_where_there_are_several_gpus():
 
 def test_runs_that_are_named_after_their_sizes_need_no_column_of_those():
     runs = [outcome(size).replace(run=f"s-{size}") for size in ("tiny", "small")]
-    page = markdown("s", compare(runs), **NOTHING_ELSE)
-    assert "| run | validation loss |" in page and "| small | " in page
+    shown = text("s", compare(runs), **NOTHING_ELSE)
+    assert "| run | validation loss |" in shown and "| small | " in shown

@@ -1,36 +1,34 @@
-"""Markdown of the pages, which no text of a user breaks."""
+"""Pages with pictures."""
 
 import base64
+import logging
 import re
 
-from zeroflow.report.pages import quoted, table_cell, with_pictures
+import pytest
+
+from zeroflow.markup import Markdown, block
+from zeroflow.report.pages import Page, Picture, never_fatal
 
 
-def test_pictures_of_a_page_are_put_into_it(tmp_path):
-    content = {name: name.encode() * 100 for name in ("loss.png", "time-1.png")}
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    page = tmp_path / "report.md"
-    page.write_text("# é\n![loss](loss.png) ![time](time-1.png) ![loss](loss.png)\n[x](other.md)")
-    text = with_pictures(page)
-    found = re.findall(r"\]\(data:image/png;base64,([^)]+)\)", text)
-    assert [base64.b64decode(data) for data in found] == [
-        content[name] for name in ("loss.png", "time-1.png", "loss.png")
-    ]
-    assert text.startswith("# é\n![loss](data:") and text.endswith("[x](other.md)")
-    assert "(loss.png)" in page.read_text(), "the page itself stays as it is"
+def test_our_pictures_are_put_into_a_page_and_those_that_a_text_names_are_not(tmp_path):
+    for name in ("loss.png", "time.png", "secret.png"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    text = "![x](loss.png) ![x](secret.png) ![x](gone.png)"
+    drawn = [Picture(tmp_path / name, name[:4]) for name in ("loss.png", "time.png")]
+    page = Page((Markdown("# é"), *drawn, block(text)))
+    found = re.findall(r"\]\(data:image/png;base64,([^)]+)\)", page.embedded)
+    assert [base64.b64decode(data) for data in found] == [b"loss.png" * 100, b"time.png" * 100]
+    assert page.embedded.endswith(f"\n{text}\n```")
+    page.write(tmp_path / "page.md")
+    linked = f"# é\n\n![loss](loss.png)\n\n![time](time.png)\n\n```text\n{text}\n```\n"
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == linked
 
 
-def test_cell_of_a_table_stays_one_cell_of_one_line():
-    assert table_cell("a|b\nc|") == "a\\|b c\\|"
-    cells = re.split(r"(?<!\\)\|", f"| {table_cell('x | y')} | z |")
-    assert len(cells) == 4, "two cells between three bars"
-
-
-def test_quoted_text_ends_where_it_ends():
-    text = "print('|')\n```\n# no heading\n````"
-    block = quoted(text)
-    lines = block.split("\n")
-    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
-    assert fences == [0, len(lines) - 1], "no line of the text closes the block"
-    assert "# no heading" in lines[1:-1]
+def test_page_that_fails_is_a_warning(tmp_path, caplog):
+    missing = Page((Picture(tmp_path / "gone.png", "gone"),))
+    with caplog.at_level(logging.WARNING, logger="zeroflow"), never_fatal("report"):
+        assert missing.embedded
+    [message] = caplog.messages
+    assert message.startswith("cannot show the report: FileNotFoundError: ")
+    with pytest.raises(KeyboardInterrupt), never_fatal("report"):
+        raise KeyboardInterrupt

@@ -35,7 +35,7 @@ def test_runs_of_an_earlier_command_stay_in_the_comparison(tmp_path, monkeypatch
     monkeypatch.setattr(tracker, "close_group", lambda *told, **more: None)
     added = SweepConfig(sweep_name="s", sizes=("tiny",), seeds=(1,), run={"cache_dir": tmp_path})
     added.folder.path.mkdir(parents=True)
-    page = sweep_report.compare(added, failed=[]).read_text()
+    page = sweep_report.compare(added, failed=[]).linked
     assert "2 runs," in page and "| tiny-seed0 |" in page and "| tiny-seed1 |" in page
 
 

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zeroflow.cli.arguments import add_settings, read_settings
-from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
+from zeroflow.cli.console import (
+    Terminated,
+    fail,
+    log_to_console,
+    require_writable,
+    show,
+    terminate,
+)
+from zeroflow.markup import one_line, visible
 from zeroflow.orchestration.ui import UiConfig
-from zeroflow.report.progress import console
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 from zeroflow.training.sampling import SamplingConfig
@@ -89,7 +96,7 @@ def _generate(arguments: Arguments) -> None:
 
     settings = read_settings(SamplingConfig, arguments)
     model = trained.load(arguments.cache_dir, arguments.run)
-    console.print(model.generate(arguments.prompt, **settings), markup=False)
+    show(model.generate(arguments.prompt, **settings))
 
 
 def _export_arguments(parser: Parser) -> None:
@@ -103,7 +110,7 @@ def _export(arguments: Arguments) -> None:
 
     trained = models.load(arguments.cache_dir, arguments.run)
     export(trained.model, trained.tokenizer, arguments.out, context=trained.context)
-    console.print(f"{arguments.out}", markup=False)
+    show(f"{arguments.out}")
 
 
 def _data(arguments: Arguments) -> None:
@@ -112,8 +119,8 @@ def _data(arguments: Arguments) -> None:
 
     job = trained.job(arguments.cache_dir, arguments.run)
     page = data_page.write_data(job.shards, job.tokenizer, job.folder)
-    console.print(page.read_text(encoding="utf-8"), markup=False)
-    console.print(f"{page}", markup=False)
+    show(page.linked)
+    show(f"{job.folder.data_page}")
 
 
 def _documents_arguments(parser: Parser) -> None:
@@ -132,18 +139,23 @@ def _documents(arguments: Arguments) -> None:
     if arguments.json:
         marked = [*((piece, True) for piece in gone), *((piece, False) for piece in pieces)]
         objects = (piece._asdict() | {"left_out": mark} for piece, mark in marked)
-        lines = [json.dumps(item, ensure_ascii=False) for item in objects]
+        lines = [visible(json.dumps(item, ensure_ascii=False)) for item in objects]
     else:
         lines = _pieces_table(pieces)
         if gone:
             before = ["before a roll-back, which left them out:", *_pieces_table(gone)]
             lines = [*before, "since then:", *lines]
-    console.print("\n".join(lines), markup=False)
+    show("\n".join(lines))
 
 
 def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
     shown = [
-        piece._replace(url=_shortened(piece.url), words=_shortened(piece.words)) for piece in pieces
+        piece._replace(
+            document=one_line(piece.document),
+            url=_shortened(piece.url),
+            words=_shortened(piece.words),
+        )
+        for piece in pieces
     ]
     return _table(type(pieces[0])._fields, shown)
 
@@ -158,6 +170,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _shortened(text: str) -> str:
+    text = one_line(text)
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
@@ -175,7 +188,7 @@ def _plan(arguments: Arguments) -> None:
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
     planned = plan.offline(asked, gpu=arguments.gpu)
     shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
-    console.print(shown, markup=False)
+    show(shown)
 
 
 def _prove_arguments(parser: Parser) -> None:
@@ -188,7 +201,7 @@ def _prove(arguments: Arguments) -> None:
     asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
     require_writable(asked.run.cache_dir)
     page = pipeline.prove_resume(asked)
-    console.print(page.read_text(encoding="utf-8"), f"{page}", sep="\n", markup=False)
+    show(f"{page.read_text(encoding='utf-8')}\n{page}")
 
 
 def _prefect_setup(arguments: Arguments) -> None:

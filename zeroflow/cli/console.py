@@ -1,5 +1,6 @@
 """Output of a command: log lines and errors; and its end on a signal."""
 
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import (
 
 from rich.logging import RichHandler
 
+from zeroflow.markup import LineFormatter, visible
 from zeroflow.report.progress import console
 from zeroflow.settings.flags import error_message
 
@@ -49,15 +51,22 @@ class _LineHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
+def show(text: str) -> None:
+    """Print `text`; in a terminal, control characters as escapes."""
+    console.print(visible(text) if console.is_terminal else text, markup=False)
+
+
 def log_to_console(*, verbose: bool) -> None:
     """Log plain lines to standard output; in a terminal, above the live progress bar."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may have an encoding without our characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(LineFormatter("%(message)s"))
     else:
         handler = _LineHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler.setFormatter(LineFormatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("zeroflow")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -69,5 +78,5 @@ def fail(error: Exception, *, verbose: bool, code: int = 1) -> int:
     if verbose:
         logging.getLogger("zeroflow").error("failed", exc_info=error)
     notes = getattr(error, "__notes__", [])
-    sys.stderr.write("\n".join([f"error: {error_message(error)}", *notes, ""]))
+    sys.stderr.write(visible("\n".join([f"error: {error_message(error)}", *notes, ""])))
     return code

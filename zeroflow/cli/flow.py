@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from pydantic import ValidationError
 
 from zeroflow.cli.arguments import add_settings, read_settings
-from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, terminate
+from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, show, terminate
 from zeroflow.config import Config
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
 from zeroflow.report.progress import console
@@ -138,7 +138,7 @@ def _run(flow: "RunFlow", command: _FlowCommand, asked: Any, *, verbose: bool) -
             log.info("Prefect UI: %s", address)
             made = run_here(flow, asked, deployment=command.deployment_of(asked))
             ending = command.ending(made, command.run_of(asked))
-        console.print(ending, markup=False)
+        show(ending)
         return 0
     except (KeyboardInterrupt, Terminated) as stop:
         console.print("stopped; finished work is kept, and the same command resumes from there")

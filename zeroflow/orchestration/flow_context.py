@@ -15,6 +15,7 @@ from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from zeroflow.config import Config
+from zeroflow.markup import LineFormatter
 from zeroflow.orchestration import server
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
@@ -49,6 +50,7 @@ def logs_delivered() -> Iterator[None]:
         yield  # the parent's handler sends each line to the innermost run
         return
     handler.setLevel(logging.INFO)
+    handler.setFormatter(LineFormatter())
     if logger.level == logging.NOTSET:  # no command line has set it
         logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -1,6 +1,5 @@
 """Pages, pictures and progress bars on the page of a flow run."""
 
-import base64
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from prefect.client.schemas.actions import (
 )
 
 from zeroflow.orchestration.flow_context import reachable
+from zeroflow.report.pages import Page, Picture
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +27,15 @@ _BAR_SECONDS = 5.0
 _BAR_RETRY_SECONDS = 60.0
 
 
-def publish(markdown: str, subject: str, run_name: str) -> None:
-    """Show Markdown on the page of the flow run. Failures are only logged: it is also on disk."""
+def publish(page: Page, subject: str, run_name: str) -> None:
+    """Show a page on that of the flow run. Failures are only logged: it is also on disk."""
     try:
         if not reachable():
             raise ConnectionError("its server does not answer")  # Prefect would retry for a minute
         key = _key(subject, run_name)
-        create_markdown_artifact(markdown, key=key, description=f"{subject} of {run_name}")
+        create_markdown_artifact(page.embedded, key=key, description=f"{subject} of {run_name}")
     except Exception as error:
         log.warning("cannot show the %s in Prefect: %s", subject, error)
-
-
-def publish_picture(picture: Path, subject: str, run_name: str) -> None:
-    """Show a PNG file on the page of the flow run."""
-    publish(_page_of(picture, subject), subject, run_name)
-
-
-def _page_of(picture: Path, subject: str) -> str:
-    # Markdown, because Prefect prints the whole data URI of an image artifact over its page
-    data = base64.b64encode(picture.read_bytes()).decode()
-    return f"![{subject}](data:image/png;base64,{data})"
 
 
 class _Live:
@@ -86,14 +75,15 @@ class LivePicture:
         self._live = _Live(f"the picture of {subject}")
 
     def __call__(self, picture: Path) -> None:
-        page = _page_of(picture, self._subject)
+        # Markdown, because Prefect prints the whole data URI of an image artifact over its page
+        page = Page((Picture(picture, self._subject),))
         self._live.put(
             lambda: create_markdown_artifact(
-                page,
+                page.embedded,
                 key=_key(f"{self._subject}-live", self._run_name),
                 description=f"{self._subject} of {self._run_name} while it is trained",
             ),
-            lambda shown: _update_artifact(shown, page),
+            lambda shown: _update_artifact(shown, page.embedded),
         )
 
 

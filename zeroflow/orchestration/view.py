@@ -12,6 +12,7 @@ from zeroflow.orchestration import flow_context, pages
 from zeroflow.orchestration.gpu_slot import gpu_slot
 from zeroflow.orchestration.parts import part_builders
 from zeroflow.pipeline import View
+from zeroflow.report.pages import Page
 from zeroflow.report.progress import Show
 from zeroflow.settings.run_config import BuildChoice, RunConfig
 from zeroflow.settings.settled import Settled
@@ -39,11 +40,8 @@ class PrefectView(View):
     def progress(self, subject: str, run_name: str) -> Show:
         return pages.ProgressBar(subject, run_name)
 
-    def page(self, markdown: str, subject: str, run_name: str) -> None:
-        pages.publish(markdown, subject, run_name)
-
-    def picture(self, picture: Path, subject: str, run_name: str) -> None:
-        pages.publish_picture(picture, subject, run_name)
+    def page(self, page: Page, subject: str, run_name: str) -> None:
+        pages.publish(page, subject, run_name)
 
     def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
         return pages.LivePicture(subject, run_name)

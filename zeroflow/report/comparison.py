@@ -12,8 +12,10 @@ from typing import Self
 import numpy as np
 from pydantic import computed_field
 
+from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.records import Record
+from zeroflow.report.pages import Page, Picture
 from zeroflow.report.records import RunReport, Sharding
 from zeroflow.run_folder import Cache
 from zeroflow.settings.settle import load
@@ -218,12 +220,11 @@ def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
 _OF_GPUS = ("GPUs", "ZeRO")
 
 
-def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: list[str]) -> str:
+def page(sweep: str, found: Comparison, *, pictures: Sequence[Path], failed: list[str]) -> Page:
     """The page of a sweep.
 
     Args:
         sweep: name of the sweep, the prefix of its runs' names.
-        pictures: file names of the pictures.
         failed: names of the runs that failed.
     """
     columns = {
@@ -252,21 +253,23 @@ def markdown(sweep: str, found: Comparison, *, pictures: Sequence[str], failed: 
         if len(cells) > 1 and len(set(cells)) == 1 and column != TABLE["val_loss"].label
     }
     shown = {column: cells for column, cells in columns.items() if column not in alike}
-    rule = ["---" if column in ("run", "size") else "---:" for column in shown]
-    table = [list(shown), rule, *zip(*shown.values(), strict=True)]
-    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    right = "".join(" " if column in ("run", "size") else "r" for column in shown)
     spent = duration(sum(one.seconds for one in found.runs))
-    summary = f"{len(found.runs)} runs, {spent} of training; their names begin with `{sweep}-`."
-    parts = [f"# Sweep {sweep}", summary, lines]
+    begin = code(f"{sweep}-")
+    parts: list[Markdown | Picture] = [
+        Markdown(f"# Sweep {escaped(sweep)}"),
+        Markdown(f"{len(found.runs)} runs, {spent} of training; their names begin with {begin}."),
+        table(list(shown), zip(*shown.values(), strict=True), right=right),
+    ]
     if alike:
-        parts.append(f"The same for all: {', '.join(map(' '.join, alike.items()))}.")
+        parts.append(escaped(f"The same for all: {', '.join(map(' '.join, alike.items()))}."))
     if failed:
-        again = "the same command, or a retry, resumes them"
-        parts.append(f"**Not finished: {', '.join(failed)}**; {again}.")
-    parts += [f"![{picture}]({picture})" for picture in pictures]
+        named = bold(f"Not finished: {', '.join(failed)}")
+        parts.append(Markdown(f"{named}; the same command, or a retry, resumes them."))
+    parts += [Picture(picture, picture.name) for picture in pictures]
     if sentences := list(_sentences(found)):
-        parts += ["## Power law", *sentences]
-    return "\n\n".join(parts) + "\n"
+        parts += [Markdown("## Power law"), *map(escaped, sentences)]
+    return Page(tuple(parts))
 
 
 def _cell(metric: Metric, one: Outcome) -> str:

@@ -9,41 +9,40 @@ from zeroflow.data.arrays import Int64Array
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.markup import Markdown, block, code, escaped, table
 from zeroflow.report import pictures
-from zeroflow.report.pages import quoted
+from zeroflow.report.pages import Page, Picture
 from zeroflow.run_folder import RunFolder
 
 
-def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Path:
-    """Write a page about a run's data, with a picture, into its folder.
-
-    Returns:
-        the path of data.md
-    """
+def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Page:
+    """Write data.md, a page about a run's data, with a picture, into its folder."""
     gathered = statistics.gather(shards, tokenizer)
     folder.path.mkdir(parents=True, exist_ok=True)
     pictures.document_lengths(
         gathered.lengths, folder.lengths_picture, row_tokens=shards.row_tokens
     )
-    text = markdown(shards, gathered, tokenizer, picture=folder.lengths_picture.name)
-    folder.data_page.write_text(text, encoding="utf-8")
-    return folder.data_page
+    made = page(shards, gathered, tokenizer, picture=folder.lengths_picture)
+    made.write(folder.data_page)
+    return made
 
 
-def markdown(
-    shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, picture: str
-) -> str:
-    """Return the page as Markdown.
+def page(
+    shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, picture: Path
+) -> Page:
+    """Return the page.
 
     Args:
-        picture: address of the picture of document lengths.
+        picture: the picture of document lengths.
     """
     source = ", ".join(f"{name} {value}" for name, value in gathered.source.items() if value)
     rows = {
         "Source": source,
         "Tokenizer": f"{gathered.tokenizer}, {tokenizer.vocab_size:,} tokens, "
         f"encoded by {tokenizer.encoder}",
-        "Parts": f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in `{shards.path}`",
+        "Parts": Markdown(
+            f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in {code(str(shards.path))}"
+        ),
         "Left out": f"{shards.empty_documents:,} empty, {shards.duplicates:,} duplicates, "
         f"{shards.bad_lines:,} bad lines",
         "Document length": _quantiles(gathered.lengths),
@@ -53,18 +52,16 @@ def markdown(
             f"{gathered.tokens_per_second / 1e6:,.2f}M tokens/s, "
             f"{gathered.text_bytes_per_second / 1e6:,.1f} MB of text/s"
         )
-    facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    counts = "\n".join(
-        f"| {name} | {of_train} | {of_validation} |"
-        for name, of_train, of_validation in zip(
-            _COUNTS, _counts(shards.train), _counts(shards.validation), strict=True
+    counts = zip(_COUNTS, _counts(shards.train), _counts(shards.validation), strict=True)
+    return Page(
+        (
+            Markdown(f"# Data: {escaped(shards.path.name)}"),
+            table(("", ""), rows.items()),
+            table(("", "training", "validation"), counts),
+            Picture(picture, "tokens of the documents"),
+            Markdown("## Beginnings of rows"),
+            *map(block, gathered.samples),
         )
-    )
-    samples = "\n\n".join(map(quoted, gathered.samples))
-    return (
-        f"# Data: {shards.path.name}\n\n| | |\n|---|---|\n{facts}\n\n"
-        f"| | training | validation |\n|---|---|---|\n{counts}\n\n"
-        f"![tokens of the documents]({picture})\n\n## Beginnings of rows\n\n{samples}\n"
     )
 
 

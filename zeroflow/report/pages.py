@@ -1,24 +1,60 @@
-"""Markdown helpers for the texts and pictures of a run."""
+"""Pages of a run: Markdown with pictures, on disk and elsewhere."""
 
 import base64
-import re
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+from zeroflow.markup import Markdown
+
+log = logging.getLogger(__name__)
 
 
-def with_pictures(page: Path) -> str:
-    """Return a Markdown page with embedded pictures, for readers without access to the files."""
-    text = page.read_text(encoding="utf-8")
-    for name in set(re.findall(r"\]\(([\w.-]+\.png)\)", text)):
-        data = base64.b64encode((page.parent / name).read_bytes()).decode()
-        text = text.replace(f"]({name})", f"](data:image/png;base64,{data})")
-    return text
+class Picture(NamedTuple):
+    """A PNG file on a page."""
+
+    path: Path
+    subject: str
 
 
-def table_cell(text: str) -> str:
-    """Format `text` as a table cell: bars are escaped, and line breaks become spaces."""
-    return text.replace("|", "\\|").replace("\n", " ")
+class Page(NamedTuple):
+    """Sections of Markdown and pictures, which lie beside the page."""
+
+    parts: tuple[Markdown | Picture, ...]
+
+    def write(self, path: Path) -> None:
+        """Write the page into the folder of its pictures."""
+        path.write_text(f"{self.linked}\n", encoding="utf-8")
+
+    @property
+    def linked(self) -> Markdown:
+        """The page with pictures by their file names."""
+        return self._joined(lambda picture: picture.path.name)
+
+    @property
+    def embedded(self) -> Markdown:
+        """The page with the pictures in it, for readers without access to the files."""
+        return self._joined(_data_uri)
+
+    def _joined(self, address: Callable[[Picture], str]) -> Markdown:
+        sections = (
+            f"![{part.subject}]({address(part)})" if isinstance(part, Picture) else part.strip()
+            for part in self.parts
+        )
+        return Markdown("\n\n".join(sections))
 
 
-def quoted(text: str) -> str:
-    """Format `text` as a Markdown code block that the text itself cannot close."""
-    return f"```text\n{text.replace('```', '` ` `')}\n```"
+def _data_uri(picture: Picture) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.path.read_bytes()).decode()}"
+
+
+@contextmanager
+def never_fatal(page: str) -> Iterator[None]:
+    """Log an error of the block instead of raising it: no run ends because of a page."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("cannot show the %s: %s: %s", page, type(error).__name__, error)
+        log.debug("cannot show the %s", page, exc_info=True)

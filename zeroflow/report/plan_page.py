@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from zeroflow.markup import Markdown, escaped, table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
 from zeroflow.units import binary, decimal, duration, parameter_count
@@ -101,22 +102,17 @@ def text(plan: Plan) -> str:
     return "\n".join(_lines(plan))
 
 
-def section(plan: Plan, compared: Sequence[Compared]) -> str:
-    """Predicted and measured figures, as Markdown."""
-    held = "\n".join(
-        f"| {name} | {predicted} | {measured} | {miss} |"
-        for name, predicted, measured, miss in map(cells, compared)
-    )
+def section(plan: Plan, compared: Sequence[Compared]) -> Markdown:
+    """Predicted and measured figures."""
+    held = table(("", "predicted", "measured", "miss"), map(cells, compared), right=" rrr")
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
-    return (
-        "## Predicted and measured\n\n"
-        "| | predicted | measured | miss |\n|---|---:|---:|---:|\n"
-        f"{held}\n\n"
-        f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}.\n\n"
+    sources = f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}."
+    return Markdown(
+        f"## Predicted and measured\n\n{held}\n\n{escaped(sources)}\n\n"
         f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
         f"- Memory by part: {memory}\n"
-        f"- Disk: {disk_line(plan)}\n\n"
+        f"- Disk: {disk_line(plan)}"
     )
 
 

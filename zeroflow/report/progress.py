@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from zeroflow.report import band, pictures
+from zeroflow.report.pages import never_fatal
 from zeroflow.training.events import Event, Metrics, Started
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
@@ -110,8 +111,6 @@ class LossWatch:
             if verdict.since is not None:
                 log.warning("loss is %s", verdict)
                 self._warned = True
-        try:
+        with never_fatal("picture of the loss"):
             self._show(pictures.loss_curve(self._job, records, self._expected))
-        except OSError as error:  # training does not depend on the picture
-            log.warning("the loss could not be drawn: %s", error)
         self._next = time.monotonic() + _PICTURE_SECONDS

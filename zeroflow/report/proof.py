@@ -1,21 +1,17 @@
 """The page of a proof that resume is exact."""
 
-from pathlib import Path
-
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
+from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.report import pictures
+from zeroflow.report.pages import Page, Picture
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS
 
 
-def write(job: TrainingJob, proof: Proof) -> Path:
-    """Write proof.json and proof.md with a picture, and add them to MLflow.
-
-    Returns:
-        the path of proof.md
-    """
+def write(job: TrainingJob, proof: Proof) -> Page:
+    """Write proof.json and proof.md with a picture, and add them to MLflow."""
     folder = job.folder
     undisturbed, killed = (
         METRICS.read(folder.inner(name).metrics) for name in (resume.UNDISTURBED, resume.KILLED)
@@ -23,24 +19,26 @@ def write(job: TrainingJob, proof: Proof) -> Path:
     kills = [kill.step for kill in proof.kills]
     picture = pictures.resume_curves(undisturbed, killed, folder.proof_picture, kills=kills)
     proof.write(folder.proof)
-    page = folder.proof_page
-    page.write_text(markdown(job, proof), encoding="utf-8")
+    made = page(job, proof)
+    made.write(folder.proof_page)
     ending = tracker.RunEnd(
-        files=[page, picture, folder.proof],
+        files=[folder.proof_page, picture, folder.proof],
         figures={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
         step=proof.steps,
         series={},
         succeeded=proof.passed,
     )
     tracker.finish(job.tracking, folder, [], ending)  # the trainings have MLflow runs of their own
-    return page
+    return made
 
 
-def markdown(job: TrainingJob, proof: Proof) -> str:
-    """Return the page of a proof as Markdown."""
+def page(job: TrainingJob, proof: Proof) -> Page:
+    """Return the page of a proof."""
     work = job.training.workload
     rows = {
-        "Result": f"**{'passed' if proof.passed else 'FAILED'}**: {proof.reason}",
+        "Result": Markdown(
+            f"{bold('passed' if proof.passed else 'FAILED')}: {escaped(proof.reason)}"
+        ),
         "Trained twice": f"{proof.steps:,} steps, {work.model.parameters:,} parameters, on "
         f"{work.device} in {work.arithmetic}"
         + (", compiled" if work.compile else "")
@@ -50,16 +48,18 @@ def markdown(job: TrainingJob, proof: Proof) -> str:
         "the bit",
         "Tensors compared": f"{proof.tensors:,}: weights, optimiser and random state of the last "
         "checkpoint",
-        **{f"sha256, {name}": f"`{digest}`" for name, digest in proof.sha256.items()},
+        **{f"sha256, {name}": code(digest) for name, digest in proof.sha256.items()},
     }
-    facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    kills = "\n".join(
-        f"| {number} | {kill.aimed_at} | {kill.moment} | {kill.step} | {kill.resumed_at} |"
+    kills = (
+        tuple(map(str, (number, kill.aimed_at, kill.moment, kill.step, kill.resumed_at)))
         for number, kill in enumerate(proof.kills, 1)
     )
-    return (
-        f"# Proof of resume: {job.run_dir.name}\n\n| | |\n|---|---|\n{facts}\n\n"
-        f"![losses of both trainings]({job.folder.proof_picture.name})\n\n## Kills\n\n"
-        "| | aimed at | came | last step logged | resumed from step |\n|---|---|---|---|---|\n"
-        f"{kills}\n"
+    return Page(
+        (
+            Markdown(f"# Proof of resume: {escaped(job.run_dir.name)}"),
+            table(("", ""), rows.items()),
+            Picture(job.folder.proof_picture, "losses of both trainings"),
+            Markdown("## Kills"),
+            table(("", "aimed at", "came", "last step logged", "resumed from step"), kills),
+        )
     )

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from zeroflow.checks.preflight import PreflightResult
+from zeroflow.markup import Markdown, block, bold, code, escaped, link, table
 from zeroflow.report import plan_page
-from zeroflow.report.pages import quoted, table_cell
+from zeroflow.report.pages import Page, Picture
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import RunReport, StageFigures, TimeFigures
-from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
 from zeroflow.training import goodput
@@ -17,49 +17,54 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import duration, speed
 
 
-def markdown(
+def page(
     report: RunReport,
     settings: Settled,
     workload: Workload,
     *,
     plan: Plan | None,
     pages: Mapping[str, str],
-) -> str:
-    """Return the page of a run as Markdown.
+) -> Page:
+    """Return the page of a run.
 
     Args:
         pages: addresses of pages in MLflow, by their subject.
     """
     folder = settings.folder
-    parts = [f"# {report.run}"]
+    parts: list[Markdown | Picture] = [Markdown(f"# {escaped(report.run)}")]
     if report.data.synthetic_fallback:
-        parts.append("> **Synthetic data stood in for FineWeb-Edu.**")
+        parts.append(Markdown("> **Synthetic data stood in for FineWeb-Edu.**"))
     parts += [
-        _table(("", ""), _facts(report, workload, pages).items()),
-        f"![loss against tokens]({folder.loss_picture.name})",
-        f"![loss of the overfit check]({folder.overfit_picture.name})",
+        table(("", ""), _facts(report, workload, pages).items()),
+        Picture(folder.loss_picture, "loss against tokens"),
+        Picture(folder.overfit_picture, "loss of the overfit check"),
         metrics_section(report.metrics),
         _stages_section(report.stages),
     ]
     if report.preflight:
         parts.append(preflight_section(report.preflight))
-    parts.append(_time_section(report.time, folder))
+    parts += [
+        _time_section(report.time),
+        Picture(folder.time_picture, "share of the wall time by phase"),
+    ]
     if plan:
         parts.append(plan_page.section(plan, report.plan))
     if report.recoveries:
         parts.append(_recoveries_section(report.recoveries))
-    parts += [f"## Sample\n\n{quoted(report.sample)}", _settings_section(settings)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    parts += [Markdown("## Sample"), block(report.sample), _settings_section(settings)]
+    return Page(tuple(parts))
 
 
-def preflight_section(result: PreflightResult) -> str:
+def preflight_section(result: PreflightResult) -> Markdown:
     """Return the section about the checks before training."""
     rows = (
-        (check.name, "passed" if check.passed else "**FAILED**", check.figure, check.sentence)
+        (check.name, "passed" if check.passed else bold("FAILED"), check.figure, check.sentence)
         for check in result.checks
     )
-    table = _table(("check", "", "found", ""), rows)
-    return f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n{table}"
+    checks = table(("check", "", "found", ""), rows)
+    return Markdown(
+        f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n{checks}"
+    )
 
 
 def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> dict[str, str]:
@@ -81,10 +86,10 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Overfit check": f"{'passed' if overfit.passed else 'FAILED'}: loss {overfit.loss:.4f} "
         f"after {overfit.steps} steps",
         "Resume": report.resume,
-        "Checkpoint": f"`{report.checkpoint}`",
+        "Checkpoint": code(str(report.checkpoint)),
     }
     if pages:
-        facts["MLflow"] = ", ".join(f"[{what}]({page})" for what, page in pages.items())
+        facts["MLflow"] = Markdown(", ".join(link(*item) for item in pages.items()))
     if report.entropy is not None:
         facts["Entropy of the data"] = f"{report.entropy:.4f} nats per token, the least possible"
     if report.mfu is not None:
@@ -97,53 +102,48 @@ def _preflight(result: PreflightResult | None) -> str:
         return "skipped"
     if result.passed:
         return f"passed: {len(result.checks)} checks"
-    return "**FAILED**, then skipped"
+    return Markdown("**FAILED**, then skipped")
 
 
-def metrics_section(latest: Mapping[str, float]) -> str:
+def metrics_section(latest: Mapping[str, float]) -> Markdown:
     rows = (
         (metric.label, metric.text(latest[metric.key]))
         for metric in TABLE.values()
         if metric.key in latest
     )
-    return f"## Last logged\n\n{_table(('metric', 'value'), rows)}"
+    return Markdown(f"## Last logged\n\n{table(('metric', 'value'), rows)}")
 
 
-def _stages_section(stages: Mapping[str, StageFigures]) -> str:
+def _stages_section(stages: Mapping[str, StageFigures]) -> Markdown:
     rows = (
         (name, "reused" if stage.reused else "ran", stage.why) for name, stage in stages.items()
     )
-    table = _table(("stage", "", "why"), rows)
-    return f"## Stages\n\nStages that the last command reused or ran, and why.\n\n{table}"
+    listed = table(("stage", "", "why"), rows)
+    return Markdown(
+        f"## Stages\n\nStages that the last command reused or ran, and why.\n\n{listed}"
+    )
 
 
-def _time_section(time: TimeFigures, folder: RunFolder) -> str:
-    rows = "\n".join(
-        f"| {goodput.label(phase)} | {time.seconds[phase]:,.1f} | {share:.1%} |"
+def _time_section(time: TimeFigures) -> Markdown:
+    rows = (
+        (goodput.label(phase), f"{time.seconds[phase]:,.1f}", f"{share:.1%}")
         for phase, share in time.shares.items()
     )
     again = f", {time.steps_again:,} steps trained again" if time.restarts else ""
-    return (
+    return Markdown(
         f"## Time\n\n{time.goodput:.1%} of {duration(time.wall_seconds)} went into forward, "
         f"backward and optimiser. Restarts: {time.restarts}{again}. Tokens/s are computed from the "
         f"{time.training_seconds:,.1f} s of data wait, forward/backward, optimiser, "
         f"communication and logging, without the first step of each process.\n\n"
-        f"| phase | seconds | share |\n|---|---:|---:|\n{rows}\n\n"
-        f"![share of the wall time by phase]({folder.time_picture.name})"
+        f"{table(('phase', 'seconds', 'share'), rows, right=' rr')}"
     )
 
 
-def _recoveries_section(recoveries: Iterable[Entry]) -> str:
+def _recoveries_section(recoveries: Iterable[Entry]) -> Markdown:
     rows = ((f"{entry.step:,}", entry.reason, entry.action) for entry in recoveries)
-    return f"## Recoveries\n\n{_table(('from step', 'failure', 'action'), rows)}"
+    return Markdown(f"## Recoveries\n\n{table(('from step', 'failure', 'action'), rows)}")
 
 
-def _settings_section(settings: Settled) -> str:
+def _settings_section(settings: Settled) -> Markdown:
     rows = ((name, str(value)) for name, value in leaves(settings))
-    return f"## Settings\n\n{_table(('setting', 'value'), rows)}"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [f"| {' | '.join(map(table_cell, row))} |" for row in rows]
-    return "\n".join(lines)
+    return Markdown(f"## Settings\n\n{table(('setting', 'value'), rows)}")

@@ -1,7 +1,7 @@
 """Writes the report of a finished run: report.json, report.md and pictures, also in MLflow."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.report import band, pictures, plan_page, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
+from zeroflow.report.pages import Page, never_fatal
 from zeroflow.report.records import (
     CorpusFigures,
     ExpectedLoss,
@@ -47,8 +48,8 @@ class Finished(NamedTuple):
     overfit: OverfitResult
 
 
-def write(run: Finished) -> Path:
-    """Write the report of a finished run into its folder and add it to MLflow.
+def write(run: Finished, show: Callable[[Page], None]) -> Path:
+    """Write the report of a finished run into its folder, show it, and add it to MLflow.
 
     Returns:
         the path of report.json
@@ -58,12 +59,18 @@ def write(run: Finished) -> Path:
     expected = band.find(run.job)
     report = _gather(run, records, time, expected)
     _log(report)
-    _draw(run, report, records, expected)
-    plan, pages = plans.load(folder), links(folder)
-    workload = run.job.training.workload
-    page = run_page.markdown(report, run.settings, workload, plan=plan, pages=pages)
-    folder.report_page.write_text(page, encoding="utf-8")
-    report.write(folder.report)  # before MLflow, which may be slow or unreachable
+    report.write(folder.report)  # first: pages may fail, and MLflow may be slow or unreachable
+    with never_fatal("report"):
+        _draw(run, report, records, expected)
+        page = run_page.page(
+            report,
+            run.settings,
+            run.job.training.workload,
+            plan=plans.load(folder),
+            pages=links(folder),
+        )
+        page.write(folder.report_page)
+        show(page)
     report.replace(mlflow_run_id=_publish(run, report, records)).write(folder.report)
     return folder.report
 

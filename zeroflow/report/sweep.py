@@ -1,10 +1,10 @@
 """The stages of a sweep around its runs: check, record, compare."""
 
-from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
 from zeroflow.report import comparison, pictures
+from zeroflow.report.pages import Page
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import started_otherwise
@@ -48,13 +48,10 @@ def open_group(sweep: SweepConfig) -> None:
     tracker.open_group(config, sweep.folder)
 
 
-def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
-    """Write the comparison of the sweep's finished runs, also to MLflow.
+def compare(sweep: SweepConfig, *, failed: list[str]) -> Page:
+    """Write comparison.md and comparison.json about the sweep's finished runs, also to MLflow.
 
     Runs that an earlier command trained are included.
-
-    Returns:
-        the path of comparison.md
 
     Raises:
         ValueError: no run has finished.
@@ -65,16 +62,16 @@ def compare(sweep: SweepConfig, *, failed: list[str]) -> Path:
         raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
     found = comparison.compare(outcomes)
     drawn = pictures.losses_compared(found, where)
-    page = where.comparison_page
-    text = comparison.markdown(
-        sweep.name, found, pictures=[path.name for path in drawn], failed=failed
-    )
-    page.write_text(text, encoding="utf-8")
+    page = comparison.page(sweep.name, found, pictures=drawn, failed=failed)
+    page.write(where.comparison_page)
     found.write(where.comparison)
     law = {"sweep/exponent": found.law.b} if found.law else {}
     best = min(one.val_loss for one in outcomes)
     tracker.close_group(
-        where, [page, where.comparison, *drawn], {"sweep/val_best": best} | law, failed=bool(failed)
+        where,
+        [where.comparison_page, where.comparison, *drawn],
+        {"sweep/val_best": best} | law,
+        failed=bool(failed),
     )
     return page
 

@@ -2,6 +2,7 @@
 
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.markup import escaped
 from zeroflow.model.llama import ModelConfig
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import leaves
@@ -13,11 +14,11 @@ from zeroflow.units import parameter_count
 
 
 def _description(run: Settled, model: ModelConfig) -> str:
-    """Run description shown in MLflow."""
+    """Run description, which MLflow shows as Markdown."""
     choice = run.training
     return (
-        f"{run.model.name}, {parameter_count(model.parameters)} parameters, "
-        f"on {run.data.name}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
+        f"{run.model.name}, {parameter_count(model.parameters)} parameters, on "
+        f"{escaped(run.data.name)}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
         f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
     )
 

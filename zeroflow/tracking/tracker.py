@@ -171,9 +171,8 @@ def close_group(
     folder: SweepFolder, files: list[Path], figures: dict[str, float], *, failed: bool
 ) -> None:
     """Attach `files` and figures to the run that `open_group` opened, and end it."""
-    config = TrackingConfig.read(folder.tracking)
     try:
-        run = _MlflowRun(config, folder)
+        run = _MlflowRun(TrackingConfig.read(folder.tracking), folder)
         # A sweep has no steps. The current time serves as one: it grows when runs are added
         now = time.time()
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
@@ -181,7 +180,7 @@ def close_group(
             run.attach(file)
         run.end("FAILED" if failed else "FINISHED")
     except Exception as error:  # the comparison is on disk
-        log.warning("the comparison could not be added to MLflow at %s: %s", config.uri, error)
+        log.warning("the comparison could not be added to MLflow: %s", error)
 
 
 class _MlflowRun:
@@ -228,7 +227,9 @@ class _MlflowRun:
         self._monitor.publish_metrics(self._monitor.aggregate_metrics())
 
     def attach(self, file: Path) -> None:
-        self._client.log_artifact(self.run_id, str(file))
+        """Add a file; one that could not be made is left out."""
+        if file.exists():
+            self._client.log_artifact(self.run_id, str(file))
 
     def end(self, status: str) -> None:
         self._add_recoveries()

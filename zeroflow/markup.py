@@ -1,0 +1,95 @@
+"""Text as people see it: Markdown pages, log lines and terminals.
+
+Text of documents, their ids, file names, prompts, samples and messages is data. Control characters
+are shown as escapes, so that no terminal obeys them, and in Markdown each character stands for
+itself. Only a `Markdown` is markup; every other string that is put on a page is escaped.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+# All control characters but tab and line feed, the line ends of Unicode, overrides of the direction
+# of writing, and lone surrogates, which cannot be written as UTF-8
+_CONTROLS = re.compile(
+    r"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+# Markup within a line. An underscore between letters or digits is not markup
+_SPECIAL = re.compile(r"[\\`*\[\]<&~$]|(?<![^\W_])_|_(?![^\W_])")
+
+
+class Markdown(str):
+    """Markdown, in which all text from outside is escaped."""
+
+    __slots__ = ()
+
+
+def visible(text: str) -> str:
+    """Show control characters as escapes, as JSON does; line ends and tabs stay."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """Show `text` in a line: line ends and tabs become spaces."""
+    return re.sub(r"\r?\n|\t", " ", visible(text))
+
+
+def escaped(text: str) -> Markdown:
+    """Format `text` within a line, so that each character stands for itself."""
+    if isinstance(text, Markdown):
+        return text
+    return Markdown(_SPECIAL.sub(r"\\\g<0>", one_line(text)))
+
+
+def bold(text: str) -> Markdown:
+    return Markdown(f"**{escaped(text)}**")
+
+
+def code(text: str) -> Markdown:
+    """Format `text` as code within a line."""
+    line = one_line(text)
+    ticks = "`" * (_longest_run(line, "`") + 1)
+    space = " " if "`" in line[:1] + line[-1:] else ""
+    return Markdown(f"{ticks}{space}{line}{space}{ticks}")
+
+
+def block(text: str) -> Markdown:
+    """Format `text` as a code block that the text itself cannot close."""
+    fence = "`" * max(3, _longest_run(text, "`") + 1)
+    return Markdown(f"{fence}text\n{visible(text)}\n{fence}")
+
+
+def link(text: str, address: str) -> Markdown:
+    """Format a link to an `address` of our own."""
+    return Markdown(f"[{escaped(text)}]({address})")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> Markdown:
+    """Format a table.
+
+    Args:
+        right: a character for each column; "r" aligns it on the right.
+    """
+    rule = ["---:" if side == "r" else "---" for side in right.ljust(len(head), "l")]
+    lines = [_row(map(_cell, head)), _row(rule)]
+    return Markdown("\n".join([*lines, *(_row(map(_cell, row)) for row in rows)]))
+
+
+def _cell(text: str) -> str:
+    return escaped(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _longest_run(text: str, character: str) -> int:
+    return max(map(len, re.findall(f"{re.escape(character)}+", text)), default=0)
+
+
+class LineFormatter(logging.Formatter):
+    """Formats log lines without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
