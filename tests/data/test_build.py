@@ -171,9 +171,9 @@ def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_p
 
 def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):
     first = build_shards(SMALL, *text[:2], tmp_path)
-    monkeypatch.setattr(build, "FORMAT", 4)
+    monkeypatch.setattr(build, "FORMAT", 5)
     newer = build_shards(SMALL, *text[:2], tmp_path)
-    assert newer.why == f"{first.path.name} has format 3 instead of 4"
+    assert newer.why == f"{first.path.name} has format 4 instead of 5"
     for shards in (first, newer):
         (shards.path / PLAN).unlink()
     why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why

@@ -1,11 +1,18 @@
+import json
+
 import numpy as np
 import pytest
-from shard_sets import ALL, SMALL, table_of
-from tiny import jsonl_corpus
+from shard_sets import ALL, SMALL, rows_of, table_of
+from tiny import files_corpus, jsonl_corpus
 
+from zeroflow import artifacts
+from zeroflow.data import build, part_plan
 from zeroflow.data.build import build_shards
-from zeroflow.data.holdout import holdout_positions
+from zeroflow.data.corpus import resolve_corpus
+from zeroflow.data.documents import Tally
+from zeroflow.data.holdout import NOTHING, choose_holdout, holdout_positions
 from zeroflow.data.rows import Rows
+from zeroflow.data.slices import all_slices, read_slice
 
 
 def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
@@ -41,11 +48,11 @@ def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, coun
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
     shards = build_shards(config, few, text.tokenizer, tmp_path / "cache")
-    assert shards.documents == count
+    assert shards.documents in (count, count + 1)  # the end of one may be held out
     assert shards.train.rows and shards.validation.rows
 
 
-@pytest.mark.parametrize("texts", [[], ["one document"]])
+@pytest.mark.parametrize("texts", [[], ["x"]])
 def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
     few = jsonl_corpus(tmp_path / "few.jsonl", texts)
     with pytest.raises(ValueError, match="the corpus is too small"):
@@ -64,5 +71,130 @@ def test_few_documents_that_come_again_and_again_are_held_out_from_as_well(text,
     texts = [text.texts[i % 3] for i in range(60)]
     same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
     shards = build_shards(ALL.replace(validation_fraction=0.02), same, text.tokenizer, tmp_path)
-    assert (shards.documents, shards.duplicates) == (3, 57)
-    assert shards.train.documents and shards.validation.documents
+    # Each of 20 copies of the document that is cut has a beginning and an end
+    assert (shards.train.documents, shards.validation.documents) == (3, 1)
+    assert shards.duplicates == 60 + 20 - 4
+
+
+def held_out_share(shards):
+    train, held_out = shards.train.document_tokens, shards.validation.document_tokens
+    return held_out / (train + held_out)
+
+
+def prose(text, count):
+    """A text of `count` documents' length."""
+    return "\n".join(text.texts[i % len(text.texts)] for i in range(count))
+
+
+def text_of(shards, tokenizer, split):
+    decode = tokenizer.decoder()
+    ids = documents_in(shards, split)
+    return [decode(document) for document in ids]
+
+
+def documents_in(shards, split):
+    lines = [line for line in table_of(shards) if line["split"] == split]
+    rows = rows_of(shards.part_paths[0], split)
+    found = []
+    for line in lines:
+        if line["start"] == 0:
+            found.append([])
+        piece = rows[line["row"]][line["offset"] : line["offset"] + line["tokens"]].tolist()
+        found[-1] += [token for token in piece if token != shards.end_of_text]
+    return found
+
+
+def test_end_of_one_large_document_is_held_out(text, tmp_path):
+    book = prose(text, 400)
+    one = jsonl_corpus(tmp_path / "book.jsonl", [book])
+    shards = build_shards(ALL.replace(validation_fraction=0.02), one, text.tokenizer, tmp_path)
+    assert 0.01 < held_out_share(shards) < 0.03
+    [beginning] = text_of(shards, text.tokenizer, "train")
+    [end] = text_of(shards, text.tokenizer, "validation")
+    assert beginning + end == book and beginning.endswith("\n")
+
+
+def test_novel_is_trained_on_and_its_end_held_out_beside_notes(text, tmp_path):
+    novel, notes = prose(text, 400), prose(text, 2)
+    both = jsonl_corpus(tmp_path / "both.jsonl", [novel, notes])
+    shards = build_shards(ALL.replace(validation_fraction=0.02), both, text.tokenizer, tmp_path)
+    assert 0.01 < held_out_share(shards) < 0.03
+    [trained] = text_of(shards, text.tokenizer, "train")
+    assert novel.startswith(trained)
+
+
+def test_document_longer_than_the_whole_share_is_never_held_out(text, tmp_path):
+    books = 0
+    for seed in range(20):  # each corpus has another book, so that chance would hold out some
+        texts = [f"document {seed} {i}: " + text.texts[i % 60][:100] for i in range(1200)]
+        texts[600] = f"book {seed}\n" + prose(text, 300)
+        corpus = jsonl_corpus(tmp_path / f"{seed}.jsonl", texts)
+        rule = choose_holdout(corpus, fraction=0.1, row_tokens=33)
+        batches = [rule.apply(batch) for batch in read_slice(corpus, all_of(corpus), Tally())]
+        for batch, held_out in batches:
+            lengths = np.array([len(t) for t in batch.texts])
+            books += int(held_out[lengths > 10_000].sum())
+    assert not books and rule.longest < len(texts[600])
+
+
+def all_of(corpus):
+    [piece] = all_slices(corpus)
+    return piece
+
+
+def test_ids_that_repeat_do_not_decide_which_documents_are_held_out(text, tmp_path):
+    file = tmp_path / "categories.jsonl"
+    lines = [
+        {"id": ("web", "books")[i % 2], "text": f"{i} {text.texts[i % 60]}"} for i in range(3000)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    config = ALL.replace(validation_fraction=0.02)
+    shards = build_shards(config, files_corpus(str(file)), text.tokenizer, tmp_path)
+    assert 0.01 < held_out_share(shards) < 0.03  # binomial: 60 of 3,000, with a deviation of 7.7
+
+
+def test_files_to_validate_on_are_never_trained_on_and_leave_the_corpus_whole(text, tmp_path):
+    train = tmp_path / "train.txt"
+    train.write_text(prose(text, 40))
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(prose(text, 3))
+    corpus = files_corpus(str(train), validation_path=(str(held_out),))
+    shards = build_shards(ALL, corpus, text.tokenizer, tmp_path)
+    assert [part.name for part in shards.part_paths] == ["part-00000", "part-00001"]
+    assert shards.validation.text_bytes == held_out.stat().st_size
+    assert shards.train.text_bytes == train.stat().st_size
+
+    held_out.write_text("other text")
+    with pytest.raises(ValueError, match="the files of the corpus have changed"):
+        resolve_corpus(corpus)
+    changed = files_corpus(str(train), validation_path=(str(held_out),))
+    assert build_shards(ALL, changed, text.tokenizer, tmp_path).path != shards.path
+
+
+def test_search_for_validation_rows_ends_where_files_are_named(small_pieces, text, tmp_path):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(text.texts[0])
+    corpus = text.corpus.replace(validation_path=(str(held_out),), validation_revision=None)
+    corpus = resolve_corpus(corpus).corpus
+    few = ALL.replace(train_rows=1)  # which asks for a million rows to validate on
+    assert build_shards(few, corpus, text.tokenizer, tmp_path).parts == 2
+
+
+def test_set_of_an_older_version_is_reused_as_it_is(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FORMAT", 3)
+    older = build_shards(SMALL, *text[:2], tmp_path)
+    plan = artifacts.read_signed(older.path / "plan.json")
+    plan["held_out_below"] = plan.pop("holdout")["below"]
+    artifacts.write_signed(older.path / "plan.json", plan)
+    monkeypatch.undo()
+    again = build_shards(SMALL, *text[:2], tmp_path)
+    assert again.reused and again.path == older.path
+
+
+def test_set_of_an_older_version_without_validation_rows_is_not_used(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FORMAT", 3)
+    monkeypatch.setattr(part_plan, "choose_holdout", lambda *_, **__: NOTHING)
+    with pytest.raises(ValueError, match="none is left for validation"):
+        build_shards(SMALL, *text[:2], tmp_path)
+    monkeypatch.undo()
+    assert build_shards(SMALL, *text[:2], tmp_path).validation.rows

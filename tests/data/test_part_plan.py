@@ -9,7 +9,7 @@ from zeroflow.data.part_plan import PLAN
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda plan: plan.replace('"held_out_below": 0.1', '"held_out_below": 0.9'),
+        lambda plan: plan.replace('"below": 0.', '"below": 1.'),
         lambda plan: plan.replace('"next_file"', '"nextfile"'),
         lambda plan: plan[: len(plan) // 2],
         lambda plan: "",

@@ -71,7 +71,7 @@ def looked_at(state: TrainState) -> dict[str, Any]:
         path=None, name="ids", vocab_size=MODEL.vocab_size, end_of_text=END, fingerprint=TOKENIZER
     )
     return {
-        "validation": validation_loss(state.model, ROWS, len(ROWS), WORKLOAD),
+        "validation": validation_loss(state.model, ROWS, np.arange(len(ROWS)), WORKLOAD).mean,
         "sample": sampling.generate_ids(
             # ranks that would each choose for itself take the choice of the first
             *(state.model, tokenizer, SamplingConfig(tokens=6, seed=zero.rank())),

@@ -137,7 +137,7 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     straight = trained(6)
     state = trained(3)
     rows = np.random.default_rng(0).integers(MODEL.vocab_size, size=(5, 13)).view(ArrayRows)
-    validation_loss(state.model, rows, 5, WORKLOAD)
+    validation_loss(state.model, rows, np.arange(5), WORKLOAD)
     ids = Tokenizer(name="ids", path=None, vocab_size=256, end_of_text=0, fingerprint="")
     sampling.generate_ids(state.model, ids, SamplingConfig(tokens=4), context=8)
     path = save(state, tmp_path, keep=1)

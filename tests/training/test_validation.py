@@ -1,4 +1,5 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ IDS = np.random.default_rng(0).integers(MODEL.vocab_size, size=(10, 9), dtype=np
 ROWS = IDS.view(ArrayRows)
 
 
+class EndsAt0(ArrayRows):
+    end_of_text = 0
+
+
 def loss_of(row: np.ndarray) -> float:
     tokens = torch.from_numpy(row.astype(np.int64))
     with torch.no_grad():
@@ -20,17 +25,37 @@ def loss_of(row: np.ndarray) -> float:
 
 # fewer rows than the micro-batch, as many, and a last micro-batch that is not full
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 5, 10, 16])
-@pytest.mark.parametrize("count", [1, 2, 5, 10, 99])
-def test_loss_is_the_mean_over_the_first_rows_however_they_are_batched(count, micro_batch_rows):
-    expected = np.mean([loss_of(row) for row in ROWS[:count]])
+@pytest.mark.parametrize("chosen", [[7], [2, 5], [0, 1, 4, 8, 9], range(10)])
+def test_loss_is_the_mean_over_the_chosen_rows_however_they_are_batched(chosen, micro_batch_rows):
+    each = [loss_of(row) for row in ROWS[list(chosen)]]
     workload = WORKLOAD.replace(micro_batch_rows=micro_batch_rows)
-    loss = validation_loss(lively_model(), ROWS, count, workload)
-    assert loss == pytest.approx(expected, abs=1e-5)  # fp32 sums in another order
+    loss = validation_loss(lively_model(), ROWS, np.array(chosen), workload)
+    assert loss.mean == pytest.approx(np.mean(each), abs=1e-5)  # fp32 sums in another order
+    if len(each) == 1:
+        assert loss.standard_error is None
+    else:  # rows of equal length: the textbook's standard error of a mean
+        expected = np.std(each, ddof=1) / math.sqrt(len(each))
+        assert loss.standard_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_standard_error_is_how_far_samples_of_padded_rows_differ():
+    rows = IDS.copy()
+    for number, row in enumerate(rows):  # of 2 to 8 targets
+        row[2 + 6 * number // 9 :] = EndsAt0.end_of_text
+    losses = [loss_of_sample(rows, sample) for sample in combinations(range(10), 5)]
+    means = [loss.mean for loss in losses]
+    # The sample is half of the population, which halves the variance: Cochran 1977, section 2.8
+    expected = np.std(means) * math.sqrt(2)
+    assert np.mean([loss.standard_error for loss in losses]) == pytest.approx(expected, rel=0.15)
+
+
+def loss_of_sample(rows, sample):
+    return validation_loss(lively_model(), rows.view(EndsAt0), np.array(sample), WORKLOAD)
 
 
 def test_validation_leaves_no_gradient():
     model = lively_model()
-    validation_loss(model, ROWS, 4, WORKLOAD)
+    validation_loss(model, ROWS, np.arange(4), WORKLOAD)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

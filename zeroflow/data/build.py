@@ -13,14 +13,21 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeInt
 
-from zeroflow import reuse
+from zeroflow import artifacts, reuse
 from zeroflow.data import slices, synthetic
 from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
-from zeroflow.data.part_plan import PartPlanner, ShardIdentity, ShardPlan
+from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
-from zeroflow.data.shards import PartFacts, ShardConfig, ShardSet, SplitCounts
+from zeroflow.data.shards import (
+    PartFacts,
+    PartManifest,
+    ShardConfig,
+    ShardSet,
+    SplitCounts,
+    part_path,
+)
 from zeroflow.data.slices import CHARACTERS_PER_TOKEN
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
@@ -28,8 +35,12 @@ from zeroflow.run_folder import Cache
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files' format. It is part of the fingerprint: a new version means a new set."""
+
+_OLDER_FORMATS = (3,)
+"""Formats that are read but not written any more. In format 3, a corpus of few documents was held
+out from by whole documents."""
 
 OnPart = Callable[[float, str], None]
 """Called with the fraction that is done, from 0 to 1, and a line that describes the progress."""
@@ -62,14 +73,15 @@ def build_shards(
         hub.HubError: the hub failed.
     """
     _require_ids_fit(config, tokenizer)
-    identity = ShardIdentity(
+    newest = ShardIdentity(
         format=FORMAT,
         corpus=_documents_identity(corpus, tokenizer, seed),
         tokenizer=tokenizer.fingerprint,
         layout=config.layout,
         slice_bytes=slices.SLICE_BYTES,
     )
-    path = Cache(cache).shards / f"{corpus.name}-{config.seq_len}-{identity.fingerprint}"
+    stem = f"{corpus.name}-{config.seq_len}"
+    path, identity = _set_to_use(Cache(cache).shards / stem, newest)
     planner = PartPlanner(path, corpus, tokenizer, identity, seed=seed)
     with nullcontext(builders) if builders else in_threads(1) as chosen:
         build = _Build(planner, config, chosen, show)
@@ -78,8 +90,30 @@ def build_shards(
     shards = shards.replace(reused=not build.built, why=build.why)
     if build.built:  # a corpus that ended early has not reported 100 %
         show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
-    _log(shards, config, build.built)
+    _log(shards, config, build.built, named=corpus.validation is not None)
     return shards
+
+
+def _set_to_use(stem: Path, newest: ShardIdentity) -> tuple[Path, ShardIdentity]:
+    """Return the set of the newest format, or else one of an older format that is in use."""
+    known = [newest, *(newest.replace(format=older) for older in _OLDER_FORMATS)]
+    paths = [stem.with_name(f"{stem.name}-{identity.fingerprint}") for identity in known]
+    if (paths[0] / PLAN).exists():
+        return paths[0], newest
+    for path, identity in zip(paths[1:], known[1:], strict=True):
+        if _is_usable(path):
+            return path, identity
+    return paths[0], newest
+
+
+def _is_usable(path: Path) -> bool:
+    """Return True if the set at `path` has rows of both splits."""
+    try:
+        ShardPlan.read(path)
+        facts = PartManifest.read(part_path(path, 0)).facts
+    except artifacts.DamagedArtifact:
+        return False
+    return bool(facts.train.rows and facts.validation.rows)
 
 
 def _require_ids_fit(config: ShardConfig, tokenizer: Tokenizer) -> None:
@@ -94,7 +128,8 @@ def _require_ids_fit(config: ShardConfig, tokenizer: Tokenizer) -> None:
 def _documents_identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -> CorpusIdentity:
     if not corpus.is_text:
         return {"source": "synthetic", "seed": seed, "vocab_size": tokenizer.vocab_size}
-    return corpus_identity(corpus) | {"deduplicate": corpus.deduplicate}
+    identity = corpus_identity(corpus) | {"deduplicate": corpus.deduplicate}
+    return identity | ({"validation": corpus.validation_revision} if corpus.validation else {})
 
 
 class _Build:
@@ -164,7 +199,7 @@ class _Build:
             config, (train, validation) = self._config, self._rows()
             return (
                 f"parts 1 to {len(self.facts)} have {train:,} of {config.train_rows:,} rows to "
-                f"train on, {validation:,} of {config.validation_rows:,} to validate on"
+                f"train on, {validation:,} of {self._validation_rows:,} to validate on"
             )
         if planner.begun_before:
             return f"an earlier build of {path.name} stopped before its first part was complete"
@@ -178,7 +213,12 @@ class _Build:
 
     def _is_enough(self) -> bool:
         train, validation = self._rows()
-        return train >= self._config.train_rows and validation >= self._config.validation_rows
+        return train >= self._config.train_rows and validation >= self._validation_rows
+
+    @property
+    def _validation_rows(self) -> int:
+        """Rows to look for in the corpus: none where it is not held out from."""
+        return 0 if self._planner.corpus.validation else self._config.validation_rows
 
     def _missing_parts(self) -> int:
         """The number of parts that are still needed, estimated from those that exist."""
@@ -190,7 +230,7 @@ class _Build:
             share = config.validation_fraction
             train, validation = rows * (1 - share), rows * share
         total = max(
-            config.train_rows / max(train, 1), config.validation_rows / max(validation, 1), count
+            config.train_rows / max(train, 1), self._validation_rows / max(validation, 1), count
         )
         return max(1, math.ceil(total) - count)
 
@@ -198,7 +238,7 @@ class _Build:
         """The fraction of the rows that exist, and a line with the estimated time left."""
         config, (train, validation) = self._config, self._rows()
         missing = 0 if self._is_enough() else self._missing_parts()
-        share = min(1.0, train / config.train_rows, validation / config.validation_rows)
+        share = min(1.0, train / config.train_rows, (validation + 1) / (self._validation_rows + 1))
         left = f"  ETA {missing * seconds / self.built:,.0f} s" if missing else ""
         return share, f"part {len(self.facts)}  {train:,} of {config.train_rows:,} rows{left}"
 
@@ -247,9 +287,9 @@ def _describe(
     for split, counts in (("train", train), ("validation", validation)):
         if not counts.rows:
             raise ValueError(
-                f"the corpus is too small: it has {train.documents + validation.documents} "
-                f"documents, and none is left for {split}. Add documents: whole documents are "
-                "held out for validation, chosen by their ids, which must be unique"
+                f"the corpus is too small: of its {train.text_bytes + validation.text_bytes:,} "
+                f"bytes of text, none is left for {split}: give more text, change "
+                "--validation-fraction, or name text to validate on with --validation-path"
             )
     return ShardSet(
         path=path,
@@ -265,7 +305,7 @@ def _describe(
     )
 
 
-def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
+def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> None:
     log.info(
         "shards %s (%d of %d parts reused): %s training rows and %s validation rows of %s tokens, "
         "from %s documents: %s",
@@ -291,4 +331,25 @@ def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
             f"{shards.train.rows:,}",
             f"{config.train_rows:,}",
             config.train_rows / shards.train.rows,
+        )
+    _log_validation(shards, config, named=named)
+
+
+def _log_validation(shards: ShardSet, config: ShardConfig, *, named: bool) -> None:
+    """Log what is held out, where it is not what a reader expects."""
+    train, held_out = shards.train.document_tokens, shards.validation.document_tokens
+    share = held_out / (train + held_out)
+    if shards.validation.rows < config.validation_rows:
+        log.info(
+            "the validation text has %s of the %s rows of --validation-tokens: all are used",
+            f"{shards.validation.rows:,}",
+            f"{config.validation_rows:,}",
+        )
+    if not named and not 1 / 2 < share / config.validation_fraction < 2:
+        log.warning(
+            "%.1f %% of the tokens are held out for validation, and --validation-fraction asks for "
+            "%.1f %%: %s",
+            100 * share,
+            100 * config.validation_fraction,
+            "fewer would not fill a few rows" if share > config.validation_fraction else "chance",
         )

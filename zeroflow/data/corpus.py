@@ -44,6 +44,9 @@ class CorpusConfig(Config):
 
     data_path: tuple[str, ...] = Field((), description=f"Files or globs: {registry.described()}.")
 
+    validation_path: tuple[str, ...] = ()
+    """Files or globs of your own to validate on, instead of a fraction of the corpus."""
+
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that holds the text."""
 
@@ -61,8 +64,12 @@ class CorpusConfig(Config):
     data_revision: str | None = None
     """Commit of the dataset on the hub, or digest of the files; determined once, then recorded."""
 
+    validation_revision: str | None = None
+    """Digest of the files of validation_path; determined once, then recorded."""
+
     read_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "fineweb_subset": ("auto", "fineweb"),
+        "validation_path": ("auto", "fineweb", "hub", "files", "sample"),
         "text_column": ("auto", "fineweb", "hub", "files"),
         "bad_lines_limit": ("hub", "files"),
         "deduplicate": ("auto", "fineweb", "hub", "files", "sample"),
@@ -70,7 +77,12 @@ class CorpusConfig(Config):
     }
     """Modes that read a setting. With another mode it is refused, as it has no effect."""
 
-    free: ClassVar[tuple[str, ...]] = ("data_path", "allow_synthetic_fallback", "bad_lines_limit")
+    free: ClassVar[tuple[str, ...]] = (
+        "data_path",
+        "validation_path",
+        "allow_synthetic_fallback",
+        "bad_lines_limit",
+    )
     """Settings that may change when a run is resumed: the revision decides whether the text is the
     same."""
 
@@ -125,8 +137,25 @@ class CorpusConfig(Config):
     @property
     def anywhere(self) -> Self:
         """A copy with absolute paths."""
-        paths = tuple(str(Path(path).expanduser().absolute()) for path in self.data_path)
-        return self.model_copy(update={"data_path": paths}) if paths else self
+        paths = {
+            name: tuple(str(Path(path).expanduser().absolute()) for path in getattr(self, name))
+            for name in ("data_path", "validation_path")
+        }
+        return self.model_copy(update={name: path for name, path in paths.items() if path})
+
+    @property
+    def validation(self) -> "CorpusConfig | None":
+        """The corpus of `validation_path`; None where a part of this one is held out."""
+        if not self.validation_path:
+            return None
+        return CorpusConfig(
+            data_mode="files",
+            data_path=self.validation_path,
+            data_revision=self.validation_revision,
+            text_column=self.text_column,
+            bad_lines_limit=self.bad_lines_limit,
+            deduplicate=self.deduplicate,
+        )
 
     def refuse_unread_settings(self) -> None:
         """Refuse settings that the chosen mode does not read.
@@ -166,6 +195,9 @@ def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
 
 
 def _pin(corpus: CorpusConfig) -> CorpusConfig:
+    if validation := corpus.validation:  # local, and thus before the hub is asked
+        pinned = validation.source.pin(validation.data_revision)
+        corpus = corpus.replace(validation_revision=pinned)
     return corpus.replace(data_revision=corpus.source.pin(corpus.data_revision))
 
 
@@ -176,7 +208,12 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
         hub.HubError: `error` with remedies, if no fallback is allowed.
     """
     if corpus.data_mode == "auto":
-        sample = CorpusConfig(data_mode="sample", deduplicate=corpus.deduplicate)
+        sample = CorpusConfig(
+            data_mode="sample",
+            deduplicate=corpus.deduplicate,
+            validation_path=corpus.validation_path,
+            validation_revision=corpus.validation_revision,
+        )
         return ResolvedCorpus(_pin(sample), f"FineWeb-Edu cannot be reached: {error.cause}")
     if corpus.allow_synthetic_fallback:
         synthetic = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)

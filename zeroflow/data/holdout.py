@@ -1,54 +1,172 @@
-"""Which documents are held out for validation.
+"""Choice of the text that is held out for validation.
 
 A document's id decides, so that a document is on the same side whatever else the corpus holds and
-whoever builds the shards.
+whoever builds the shards. Where ids repeat, the text decides. A corpus of few documents may give
+the end of its longest document.
 """
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import NonNegativeInt, PositiveInt
 
+from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.slices import CHARACTERS_PER_TOKEN, read_documents
+from zeroflow.data.documents import Document, TextBatch
+from zeroflow.data.duplicates import hash_texts
+from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes, read_documents
 
 FEW_DOCUMENTS = 1000
-"""A corpus of so many documents is left to chance: about `validation_fraction` is held out."""
+"""A corpus of at least this many documents is left to chance: about `validation_fraction` of the
+documents is held out. A smaller one is measured, and the share is exact."""
+
+_SOME_ROWS = 4
+"""Rows that are held out at least, as a loss over less says nothing, if that is at most
+`_MOST_OF_A_SMALL_CORPUS` of the text."""
+
+_MOST_OF_A_SMALL_CORPUS = 0.2
+
+_NEAR = 1000
+"""Characters in which a cut looks for the end of a line or of a word."""
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Tail(Config):
+    """The end of a document, held out while the rest of the document is trained on."""
+
+    text_position: float
+    """Position of the document by its text, so that copies of it are cut alike."""
+
+    characters: PositiveInt
+
+
+class Holdout(Config):
+    """The rule by which documents are held out."""
+
+    by: Literal["id", "text"] = "id"
+    """What gives a document its position."""
+
+    below: float
+    """Documents whose position is lower are held out."""
+
+    longest: NonNegativeInt | None = None
+    """Documents with more characters are not held out; None for no limit. One document could
+    otherwise be most of the text."""
+
+    tail: Tail | None = None
+
+    def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
+        """Return the documents, one of them cut if the rule has a tail, and which are held out."""
+        positions = self.positions(batch.ids.to_pylist(), batch.texts)
+        held_out = positions < self.below
+        if self.longest is not None:
+            held_out &= np.array([len(text) <= self.longest for text in batch.texts], dtype=bool)
+        if self.tail is None:
+            return batch, held_out
+        cut = np.flatnonzero(_text_positions(batch.texts) == self.tail.text_position).tolist()
+        return _cut(batch, held_out, cut, self.tail.characters) if cut else (batch, held_out)
+
+    def positions(self, ids: Sequence[bytes], texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        return holdout_positions(ids) if self.by == "id" else _text_positions(texts)
+
+
+NOTHING = Holdout(below=0)
+EVERYTHING = Holdout(below=2)
 
 
 def holdout_positions(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
-    """Position of each document in [0, 1), a hash of its id; the lowest are held out."""
+    """Position of each document in [0, 1], a hash of its id; the lowest are held out."""
     digests = b"".join(hashlib.sha256(i).digest()[:8] for i in ids)
     return np.frombuffer(digests, ">u8") / 2.0**64
 
 
-def holdout_limit(corpus: CorpusConfig, *, fraction: float, row_tokens: int) -> float:
-    """Documents of a resolved corpus whose position is below this are held out.
+def _text_positions(texts: Sequence[str]) -> npt.NDArray[np.float64]:
+    return hash_texts(texts) / 2.0**64
 
-    With few documents, chance could hold out none of them, or all. The documents with the lowest
-    positions are then held out even above `fraction`, until they fill a row or are half of the
-    corpus; the one with the highest position never is.
+
+class _Measured(NamedTuple):
+    """A document without its text, which may be a book."""
+
+    by_id: float
+    by_text: float
+    characters: int
+
+
+def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) -> Holdout:
+    """Return the rule for a resolved corpus of which `fraction` is to be held out.
+
+    The first `FEW_DOCUMENTS` documents are read, which for a small corpus are all.
     """
     if not corpus.is_text:
-        return fraction
-    few: list[tuple[float, int]] = []  # without the texts, which may be books
-    seen: set[bytes] = set()
+        return Holdout(below=fraction)
+    documents = list(islice(_measured(corpus), FEW_DOCUMENTS))
+    ids = {document.by_id for document in documents}
+    rule = Holdout(by="id" if len(ids) == len(documents) else "text", below=fraction)
+    if len(documents) < FEW_DOCUMENTS:
+        return _of_few(documents, rule, row_tokens)
+    share = fraction * local_text_bytes(corpus)
+    return rule.replace(longest=None if math.isinf(share) else int(share))
+
+
+def _measured(corpus: CorpusConfig) -> Iterator[_Measured]:
+    seen = set[float]()
     for document in read_documents(corpus):
-        if corpus.deduplicate:
-            digest = hashlib.sha256(document.text.encode()).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-        [position] = holdout_positions([document.id.encode("utf-8", "surrogatepass")]).tolist()
-        few.append((position, len(document.text)))
-        if len(few) >= FEW_DOCUMENTS:
-            return fraction
-    few.sort()
-    limit, tokens = fraction, 0.0
-    for position, characters in few[: max(1, len(few) // 2)]:
-        if tokens >= row_tokens:
+        [by_id] = holdout_positions([document.id.encode("utf-8", "surrogatepass")]).tolist()
+        [by_text] = _text_positions([document.text]).tolist()
+        if not (corpus.deduplicate and by_text in seen):
+            yield _Measured(by_id, by_text, len(document.text))
+        seen.add(by_text)
+
+
+def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
+    """Return the rule that holds out its fraction of the characters, or a few rows."""
+    fraction = rule.below
+    total = sum(document.characters for document in documents)
+    rows = _SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN
+    wanted = int(max(fraction * total, min(rows, _MOST_OF_A_SMALL_CORPUS * total)))
+    below, taken = 0.0, 0
+    places = {d: d.by_id if rule.by == "id" else d.by_text for d in documents}
+    for document in sorted(documents, key=places.__getitem__):
+        if document.characters > wanted:
+            continue
+        if taken + document.characters > wanted:
             break
-        tokens += characters / CHARACTERS_PER_TOKEN
-        limit = max(limit, float(np.nextafter(position, 1)))
-    return min(limit, few[-1][0]) if few else limit
+        below, taken = float(np.nextafter(places[document], 2)), taken + document.characters
+    rule = rule.replace(below=below, longest=wanted)
+    rest = [d for d in documents if places[d] >= below or d.characters > wanted]
+    if taken >= wanted / 2 or not rest:
+        return rule
+    longest = max(rest, key=lambda d: (d.characters, d.by_text))
+    if (characters := min(wanted - taken, longest.characters - 1)) < 1:
+        return rule
+    return rule.replace(tail=Tail(text_position=longest.by_text, characters=characters))
+
+
+def _cut(
+    batch: TextBatch, held_out: BoolArray, cut: list[int], characters: int
+) -> tuple[TextBatch, BoolArray]:
+    """Return the batch with the documents at `cut` in two: a beginning, and an end held out."""
+    documents: list[Document] = []
+    chosen: list[bool] = []
+    for place, document in enumerate(batch.documents()):
+        texts = [document.text]
+        if place in cut:
+            texts = list(_halves(document.text, len(document.text) - characters))
+        documents += [document._replace(text=text) for text in texts]
+        chosen += [bool(held_out[place])] if len(texts) == 1 else [False, True]
+    return TextBatch.from_documents(documents), np.array(chosen, dtype=bool)
+
+
+def _halves(text: str, at: int) -> tuple[str, str]:
+    """Cut `text` near `at`: at the end of a line or of a word if one is near."""
+    for separator in ("\n", " "):
+        near = text.find(separator, at, at + min(_NEAR, (len(text) - at) // 2)) + 1
+        if near:
+            return text[:near], text[near:]
+    return text[:at], text[at:]

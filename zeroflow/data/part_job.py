@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt
 
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.holdout import Holdout
 from zeroflow.data.shards import Layout, PartFacts
 from zeroflow.data.slices import Slice
 from zeroflow.data.tokenizer import Tokenizer
@@ -19,8 +20,7 @@ class PartJob(Config):
     corpus: CorpusConfig
     tokenizer: Tokenizer
     layout: Layout
-    held_out_below: float
-    """Documents with a lower `holdout_positions` go to validation."""
+    holdout: Holdout
 
     seed: NonNegativeInt
     """Seed of synthetic data."""

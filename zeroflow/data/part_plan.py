@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data import synthetic
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, list_files
 from zeroflow.data.formats.file import CorpusFile
-from zeroflow.data.holdout import holdout_limit
+from zeroflow.data.holdout import EVERYTHING, NOTHING, Holdout, choose_holdout
 from zeroflow.data.part_job import PartJob
 from zeroflow.data.shards import Layout, part_path
-from zeroflow.data.slices import Slice, plan_slices
+from zeroflow.data.slices import Slice, all_slices, plan_slices
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 
@@ -50,12 +50,20 @@ class ShardPlan(Config):
     digests: dict[str, str] = Field(default_factory=dict)
     """Digest of each local file, for information; absent in plans of earlier versions."""
 
-    held_out_below: float
+    holdout: Holdout
     files: tuple[CorpusFile, ...]
     next_file: int
     """Index of the first file whose slices are not planned yet."""
 
     slices: tuple[Slice, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_older(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "held_out_below" in content:
+            rest = {name: value for name, value in content.items() if name != "held_out_below"}
+            return rest | {"holdout": {"below": content["held_out_below"]}}
+        return content
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -117,12 +125,14 @@ class PartPlanner:
             identity=identity,
             tokenizer=self._tokenizer.name,
             digests=corpus.source.digests() if corpus.is_text else {},
-            held_out_below=holdout_limit(
+            holdout=NOTHING
+            if corpus.validation
+            else choose_holdout(
                 corpus, fraction=layout.validation_fraction, row_tokens=layout.row_tokens
             ),
             files=tuple(list_files(corpus)) if corpus.is_text else (),
             next_file=0,
-            slices=(),
+            slices=_to_validate_on(corpus),
         )
         plan.write(self.path)
         return plan
@@ -135,10 +145,10 @@ class PartPlanner:
         return PartJob(
             path=part_path(self.path, number),
             piece=piece,
-            corpus=self.corpus,
+            corpus=self.corpus.validation if piece.held_out else self.corpus,
             tokenizer=self._tokenizer,
             layout=self._layout,
-            held_out_below=self.plan.held_out_below,
+            holdout=EVERYTHING if piece.held_out else self.plan.holdout,
             seed=self._seed,
             earlier=tuple(part_path(self.path, i) for i in earlier),
         )
@@ -170,3 +180,10 @@ class PartPlanner:
             )
             self.plan.write(self.path)
         return self.plan.slices[number] if number < len(self.plan.slices) else None
+
+
+def _to_validate_on(corpus: CorpusConfig) -> tuple[Slice, ...]:
+    """The slices of the files that are only validated on; they make the first parts."""
+    if (validation := corpus.validation) is None:
+        return ()
+    return tuple(piece.replace(held_out=True) for piece in all_slices(validation))

@@ -17,7 +17,6 @@ from zeroflow.data.document_table import DocumentTable
 from zeroflow.data.documents import Tally
 from zeroflow.data.duplicates import SeenTexts
 from zeroflow.data.file_writer import FileWriter
-from zeroflow.data.holdout import holdout_positions
 from zeroflow.data.part_job import BuiltPart, PartJob
 from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, Split
 from zeroflow.data.split_writer import SplitWriter
@@ -90,9 +89,7 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, FileRecord]
                 new = seen.add(batch.documents.hashes)
                 duplicates += len(new) - int(new.sum())
                 batch = batch.choose(new)
-            documents = batch.documents
-            positions = holdout_positions(documents.ids.to_pylist())[documents.places]
-            held_out = positions < job.held_out_below
+            held_out = batch.documents.held_out
             splits["train"].add(batch.choose(~held_out))
             # a copy: these few documents wait long for a full window, and a view would keep the
             # whole batch in memory

@@ -63,7 +63,7 @@ class ShardConfig(Config):
     """Number of rows that the run validates on. No token of their documents is trained on."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Fraction of the documents that is held out for validation."""
+    """Fraction of the text that is held out for validation; see `holdout`."""
 
     token_type: TokenType = "int32"
     """Integer type on disk; uint16 takes half the space, for vocabularies up to 65,536."""
@@ -151,13 +151,6 @@ class ShardSet(StageResult):
     @property
     def documents(self) -> int:
         return self.train.documents + self.validation.documents
-
-    @property
-    def validation_bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per token of the validation documents; None for synthetic data."""
-        if not self.validation.text_bytes:
-            return None
-        return self.validation.text_bytes / self.validation.document_tokens
 
     @property
     def part_paths(self) -> list[Path]:

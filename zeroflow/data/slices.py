@@ -40,6 +40,9 @@ class Slice(Config):
     stop: NonNegativeInt | None = None
     """Start of the next part; None for whole files."""
 
+    held_out: bool = False
+    """True for a slice of the files that are only validated on."""
+
 
 class PlannedSlices(NamedTuple):
     slices: list[Slice]
@@ -80,14 +83,19 @@ def read_slice(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Tex
     return regroup(_read_files(corpus, piece, tally))
 
 
-def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    """All documents of a resolved text corpus, in order."""
+def all_slices(corpus: CorpusConfig) -> Iterator[Slice]:
+    """All slices of a resolved text corpus, each planned when it is asked for."""
     files, first = list_files(corpus), 0
     while first < len(files):
         planned, first = plan_slices(corpus, files, first)
-        for piece in planned:
-            for batch in read_slice(corpus, piece, Tally()):
-                yield from batch.documents()
+        yield from planned
+
+
+def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
+    """All documents of a resolved text corpus, one after another."""
+    for piece in all_slices(corpus):
+        for batch in read_slice(corpus, piece, Tally()):
+            yield from batch.documents()
 
 
 def local_text_bytes(corpus: CorpusConfig) -> float:

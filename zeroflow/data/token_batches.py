@@ -24,6 +24,9 @@ class DocumentColumns(NamedTuple):
     """Index of each document in `ids` and `urls`."""
 
     text_bytes: Int64Array
+    held_out: npt.NDArray[np.bool_]
+    """True for a document that is held out for validation."""
+
     hashes: npt.NDArray[np.uint64]
     """Hash of each text if duplicates are left out; otherwise 0."""
 
@@ -34,6 +37,7 @@ class DocumentColumns(NamedTuple):
         return self._replace(
             places=self.places[chosen],
             text_bytes=self.text_bytes[chosen],
+            held_out=self.held_out[chosen],
             hashes=self.hashes[chosen],
             lengths=self.lengths[chosen],
         )

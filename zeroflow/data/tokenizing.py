@@ -30,7 +30,8 @@ def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
 
 def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
     encoder = job.tokenizer.load_encoder()
-    for read in read_ahead(read_slice(job.corpus, job.piece, tally)):
+    split = map(job.holdout.apply, read_slice(job.corpus, job.piece, tally))
+    for read, held_out in read_ahead(split):
         ids, lengths = encoder.encode(read.texts)
         _require_valid(job, ids, lengths, read.ids)
         count = len(lengths)
@@ -39,6 +40,7 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
             read.urls,
             np.arange(count),
             read.text_bytes,
+            held_out,
             hash_texts(read.texts) if job.corpus.deduplicate else np.zeros(count, np.uint64),
             lengths + 1,
         )
@@ -80,11 +82,13 @@ def _synthetic(job: PartJob) -> Iterator[TokenBatch]:
     for number in range(job.piece.start, job.piece.stop):
         block = synthetic.generate_block(job.tokenizer.vocab_size, job.seed, number)
         lengths = np.array([len(tokens) for tokens in block.tokens], dtype=np.int64)
+        ids = [name.encode() for name in block.ids]
         documents = DocumentColumns(
-            arrays.binary([name.encode() for name in block.ids]),
+            arrays.binary(ids),
             arrays.strings([""] * len(lengths)),
             np.arange(len(lengths)),
             np.zeros(len(lengths), dtype=np.int64),
+            job.holdout.positions(ids, ()) < job.holdout.below,
             np.zeros(len(lengths), dtype=np.uint64),
             lengths,
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from zeroflow.checks.preflight import PreflightResult
+from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.device import Precision
 from zeroflow.records import Record
 from zeroflow.report.band import Verdict
@@ -147,6 +148,12 @@ class RunReport(WorkloadFigures):
 
     val_loss: float
     """Validation loss after the last step, in nats per token."""
+
+    val_error: float | None = None
+    """Standard error of val_loss over held-out rows; None in files of older versions."""
+
+    validated: SampleCounts | None = None
+    """Contents of the held-out rows; None in files of older versions."""
 
     val_bpb: float | None
     """Final validation loss in bits per byte of text; None for data that is not text."""

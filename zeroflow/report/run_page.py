@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from zeroflow.checks.preflight import PreflightResult
+from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.markup import Markdown, block, bold, code, escaped, link, table
 from zeroflow.report import plan_page
 from zeroflow.report.pages import Page, Picture
@@ -14,7 +15,7 @@ from zeroflow.training import goodput
 from zeroflow.training.metrics import TABLE
 from zeroflow.training.recovery import Entry
 from zeroflow.training.workload import Workload
-from zeroflow.units import duration, speed
+from zeroflow.units import count, duration, speed
 
 
 def page(
@@ -77,7 +78,9 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Trained": f"{report.steps:,} steps, {report.tokens:,} tokens",
         "Training loss": f"{report.train_loss:.4f}",
         "Expected loss": report.expected_loss.verdict,
-        "Validation loss": f"{report.first_val_loss:.4f} → {report.val_loss:.4f} nats per token",
+        "Validation loss": f"{report.first_val_loss:.4f} → {report.val_loss:.4f}{_error(report)} "
+        "nats per token",
+        **_validated(report.validated),
         "Bits per byte": f"{report.val_bpb:.4f}"
         if report.val_bpb
         else "none: synthetic data has no bytes",
@@ -95,6 +98,18 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     if report.mfu is not None:
         facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs a token"
     return facts
+
+
+def _error(report: RunReport) -> str:
+    return "" if report.val_error is None else f" ± {report.val_error:.4f} (standard error)"
+
+
+def _validated(counts: SampleCounts | None) -> dict[str, str]:
+    if counts is None:
+        return {}
+    documents = count(counts.documents, "held-out document")
+    rows = count(counts.rows, "row")
+    return {"Validated on": f"{counts.tokens:,} tokens of {documents}, in {rows}"}
 
 
 def _preflight(result: PreflightResult | None) -> str:

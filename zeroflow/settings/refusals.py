@@ -3,7 +3,7 @@
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
-from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.run_config import RunConfig, TrainingChoice
 
 
 def refuse_what_does_nothing(asked: RunConfig) -> None:
@@ -12,6 +12,12 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
         ValueError: a setting has no effect with the data or the tokenizer.
     """
     asked.data.refuse_unread_settings()
+    default = TrainingChoice.model_fields["validation_fraction"].default
+    if asked.data.validation_path and asked.training.validation_fraction != default:
+        raise ValueError(
+            "--validation-fraction does nothing with --validation-path, which names the text to "
+            "validate on: drop one of them"
+        )
     tokenizer = asked.tokenizer
     trained = tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER)
     if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:

@@ -34,6 +34,10 @@ FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
+ADDED = {"data.validation_revision": None}
+"""Settings that names of earlier versions did not know, with their defaults: at these, a run keeps
+the name that it had."""
+
 
 def identity(run: RunConfig) -> dict[str, str]:
     """Settings that distinguish runs; the default name contains their fingerprint."""
@@ -51,7 +55,11 @@ def default_name(run: Settled) -> str:
 def compared(settings: Fields) -> Fields:
     """Reduce settings, as in run.json, to those that distinguish runs."""
     named = {"run_name", *FREE}
-    return {name: value for name, value in reuse.flat(settings).items() if name not in named}
+    return {
+        name: value
+        for name, value in reuse.flat(settings).items()
+        if name not in named and not (name in ADDED and value == ADDED[name])
+    }
 
 
 def given(config: BaseModel) -> dict[str, object]:

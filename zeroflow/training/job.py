@@ -10,6 +10,7 @@ from zeroflow.config import Config
 from zeroflow.data.batches import Skip
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.model.llama import ModelConfig
 from zeroflow.records import Record
 from zeroflow.reuse import StageResult
@@ -115,6 +116,12 @@ class TrainResult(StageResult):
 
     val_bpb: float | None
     """The same in bits per byte of text; None for data that is not text."""
+
+    val_error: float | None = None
+    """Standard error of val_loss; None for one row, and in files of older versions."""
+
+    validated: SampleCounts | None = None
+    """Contents of the held-out rows; None in files of older versions."""
 
     first_val_loss: float
     """Validation loss before the first step, in nats per token."""

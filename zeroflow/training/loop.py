@@ -34,9 +34,14 @@ class BatchSource(Protocol):
 
 def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
     """Return the loss summed over the valid targets of `batch`, a scalar on the model's device."""
+    return forward(model, batch, partial(cross_entropy_sum, z_loss=z_loss))
+
+
+def forward(model: Llama, batch: MicroBatch, loss_of: Callable[..., Tensor]) -> Tensor:
+    """Return `loss_of` the hidden states, the output matrix and the `targets` of `batch`."""
     device = model.model.embed_tokens.weight.device
     on_device = partial(Tensor.to, device=device, non_blocking=True)
-    head = partial(cross_entropy_sum, targets=on_device(batch.targets), z_loss=z_loss)
+    head = partial(loss_of, targets=on_device(batch.targets))
     documents = None if batch.documents is None else on_device(batch.documents)
     loss: Tensor = model(on_device(batch.inputs), head, documents)
     return loss

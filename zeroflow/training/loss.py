@@ -1,6 +1,7 @@
 """Next-token cross-entropy that never stores the logits of a whole batch."""
 
 import importlib.util
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -34,24 +35,28 @@ def cross_entropy_sum(
     return loss
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p of each target, (B, T) in fp32; 0 where the target is ignored."""
+    h, matrix = hidden.flatten(0, 1), weight.to(hidden.dtype)
+    losses = h.new_empty(len(h), dtype=torch.float32)
+    for _ in _chunks(h, matrix, targets.flatten(), losses, z_loss=0.0):
+        pass
+    return losses.view(targets.shape)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         matrix = weight.to(hidden.dtype)
-        chunk = min(len(hidden), max(1, _held_at_once(hidden) // len(matrix)))
-        logits = hidden.new_empty(chunk, len(matrix))
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
-        for begin in range(0, len(hidden), chunk):
-            part = slice(begin, begin + chunk)
-            h = hidden[part]
-            x = torch.mm(h, matrix.T, out=logits[: len(h)])
-            _to_losses_and_gradients(x, targets[part], losses[part], z_loss)
+        for part, x in _chunks(hidden, matrix, targets, losses, z_loss=z_loss):
             if d_hidden is not None and d_weight is not None:
                 torch.mm(x, matrix, out=d_hidden[part])
-                _put_product(d_weight, x.T, h, add=begin > 0)
+                _put_product(d_weight, x.T, hidden[part], add=part.start > 0)
         ctx.save_for_backward(d_hidden, d_weight)
         return losses.sum()
 
@@ -61,6 +66,20 @@ class _CrossEntropySum(torch.autograd.Function):
         # In place: autograd frees them after this, so a second backward pass is impossible
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
+
+
+def _chunks(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, losses: Tensor, *, z_loss: float
+) -> Iterator[tuple[slice, Tensor]]:
+    """Write the losses (n,), and yield each chunk's tokens and gradients over its logits."""
+    chunk = min(len(hidden), max(1, _held_at_once(hidden) // len(matrix)))
+    logits = hidden.new_empty(chunk, len(matrix))
+    for begin in range(0, len(hidden), chunk):
+        part = slice(begin, begin + chunk)
+        h = hidden[part]
+        x = torch.mm(h, matrix.T, out=logits[: len(h)])
+        _to_losses_and_gradients(x, targets[part], losses[part], z_loss)
+        yield part, x
 
 
 def _to_losses_and_gradients(

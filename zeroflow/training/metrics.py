@@ -20,7 +20,7 @@ from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.loop import StepMetrics
 from zeroflow.training.state import TrainState
-from zeroflow.training.validation import bits_per_byte
+from zeroflow.training.validation import ValidationLoss, bits_per_byte
 
 
 class _Logged(Record):
@@ -78,6 +78,10 @@ class ValidationRecord(_Logged):
     val_loss: float
     """Mean over the held-out targets, in nats per token."""
 
+    val_error: float | None = None
+    """Standard error of val_loss, as another sample of held-out rows would differ; None in files of
+    older versions."""
+
     val_bpb: float | None
     """The same in bits per byte of text; None for data that is not text."""
 
@@ -129,6 +133,7 @@ TABLE = {
     "loss": Metric("loss/train", "training loss", _NATS, ".4f", by_compute=True),
     "val_loss": Metric("loss/val", "validation loss", _NATS, ".4f", by_compute=True, compared=True),
     "val_bpb": Metric("loss/val_bpb", "bits per byte", "", ".4f", compared=True),
+    "val_error": Metric("loss/val_standard_error", "standard error of the validation loss", _NATS),
     "lr": Metric("optim/learning_rate", "learning rate"),
     "grad_norm": Metric("optim/grad_norm", "gradient norm"),
     "update_ratio": Metric("optim/update_ratio", "update ratio"),
@@ -205,15 +210,21 @@ class Meter:
             mfu=self.mfu(rate),
         )
 
-    def validation(self, step: int, loss: float, sample: str) -> ValidationRecord:
-        bytes_per_token = self._job.shards.validation_bytes_per_token
+    def validation(
+        self, step: int, loss: ValidationLoss, sample: str, bytes_per_token: float | None
+    ) -> ValidationRecord:
+        """
+        Args:
+            bytes_per_token: of the tokens that were scored; None for data that is not text.
+        """
         return ValidationRecord(
             step=step,
             tokens=self.tokens(step),
             flops=self.tokens(step) * self._work.flops_per_token,
             time=time.time(),
-            val_loss=loss,
-            val_bpb=bits_per_byte(loss, bytes_per_token) if bytes_per_token else None,
+            val_loss=loss.mean,
+            val_error=loss.standard_error,
+            val_bpb=bits_per_byte(loss.mean, bytes_per_token) if bytes_per_token else None,
             sample=sample,
         )
 

@@ -14,6 +14,7 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.loop import StepMetrics
 from zeroflow.training.metrics import METRICS, Meter, MetricsRecord, StepRecord
 from zeroflow.training.state import TrainState
+from zeroflow.training.validation import ValidationLoss
 
 log = logging.getLogger("zeroflow.training")
 
@@ -69,8 +70,10 @@ class Recorder:
             self._warn(step, alarms)
         return alarms
 
-    def validation(self, step: int, loss: float, sample: str) -> None:
-        self._add(self.meter.validation(step, loss, sample))
+    def validation(
+        self, step: int, loss: ValidationLoss, sample: str, bytes_per_token: float | None
+    ) -> None:
+        self._add(self.meter.validation(step, loss, sample, bytes_per_token))
 
     def _warn(self, step: int, alarms: list[str]) -> None:
         for alarm in alarms:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
+from zeroflow.data.validation_sample import count_sample, validation_rows
 from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import Saved, Started
@@ -52,7 +53,11 @@ class Session:
     def __init__(self, job: TrainingJob, clock: Clock) -> None:
         self.job, self.clock = job, clock
         self.train_rows = Rows(job.shards, "train")
-        self.validation_rows = Rows(job.shards, "validation")
+        self.held_out = Rows(job.shards, "validation")
+        self.held_out_ids = validation_rows(job.shards, job.validation_rows)
+        self.held_out_counts = zero.on_rank0(  # which loads the tokenizer
+            partial(count_sample, job.shards, job.tokenizer, job.validation_rows)
+        )
         self.state = new_state(job.training)
         zero.on_rank0(partial(checkpoint.clear_unfinished, job.folder.checkpoints))
         if newest := zero.on_rank0(partial(checkpoint.latest, job.folder.checkpoints)):
@@ -136,16 +141,18 @@ class Session:
             self.settled_from = max(self.settled_from, self.state.step + 1)
         loss = validation_loss(
             self.state.model,
-            self.validation_rows,
-            self.job.validation_rows,
+            self.held_out,
+            self.held_out_ids,
             self.job.training.workload,
         )
         gc.collect()
-        self.val_loss = (self.state.step, loss)
+        self.val_loss = (self.state.step, loss.mean)
         self.recorder.alive()
         sample = self.sample()
-        self.recorder.validation(self.state.step, loss, sample)
-        log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss, sample)
+        self.recorder.validation(
+            self.state.step, loss, sample, self.held_out_counts.bytes_per_token
+        )
+        log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss.mean, sample)
 
     def sample(self) -> str:
         job, model = self.job, self.state.model
@@ -194,7 +201,9 @@ class Session:
             tokens=meter.tokens(self.state.step),
             train_loss=steps[-1].loss,
             val_loss=validations[-1].val_loss,
+            val_error=validations[-1].val_error,
             val_bpb=validations[-1].val_bpb,
+            validated=self.held_out_counts,
             first_val_loss=validations[0].val_loss,
             tokens_per_second=rate,
             mfu=meter.mfu(rate),

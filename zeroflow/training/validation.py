@@ -1,40 +1,67 @@
 """Loss on held-out rows."""
 
 import math
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from zeroflow.data.arrays import Int64Array
 from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.model.llama import Llama
 from zeroflow.training import zero
 from zeroflow.training.batching import micro_batch
-from zeroflow.training.loop import loss_sum
+from zeroflow.training.loop import forward
+from zeroflow.training.loss import token_losses
 from zeroflow.training.workload import Workload
 
 
-@torch.no_grad()
-def validation_loss(model: Llama, rows: Rows, count: int, workload: Workload) -> float:
-    """Return the mean loss in nats per token over the first `count` rows, or all if fewer.
+class ValidationLoss(NamedTuple):
+    mean: float
+    """Over all valid targets, in nats per token."""
 
-    The first rows stay the same when a run reads more parts of a shard set, so losses remain
-    comparable. All ranks take part.
-    """
+    standard_error: float | None
+    """Of the mean, over rows as the sampled units; None for one row."""
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Llama, rows: Rows, chosen: Int64Array, workload: Workload
+) -> ValidationLoss:
+    """Return the loss over the `chosen` rows. All ranks take part."""
     size = workload.micro_batch_rows
-    chosen = np.arange(min(count, len(rows)))
     device = model.model.embed_tokens.weight.device
-    total, valid = torch.zeros((), dtype=torch.float64, device=device), 0
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     # All ranks do the same number of forward passes: with a sharded model, each pass needs all
     # ranks
     for start in range(0, len(chosen), size * zero.ranks()):
         mine = start + size * zero.rank()
         batch = micro_batch(rows[chosen[mine : mine + size]], rows, workload)
-        valid += batch.valid
         # Always the same shape: a compiled model would be recompiled for the last, smaller one
-        total += loss_sum(model, _padded(batch, size))
-    return float(zero.mean(total)) * zero.ranks() / zero.total(valid)
+        padded = _padded(batch, size)
+        losses = forward(model, padded, token_losses).double().sum(dim=1)
+        valid = (padded.targets != IGNORED).sum(dim=1).to(device)
+        row_sums = (losses, valid, losses**2, losses * valid, valid**2)
+        sums += torch.stack([row_sum.sum() for row_sum in row_sums])
+    return _estimate(zero.mean(sums) * zero.ranks(), len(chosen))
+
+
+def _estimate(sums: Tensor, rows: int) -> ValidationLoss:
+    """Estimate the mean loss per target and its standard error: a ratio of sums over rows.
+
+    Args:
+        sums: over rows, of the loss l, the targets n, l², l·n and n².
+
+    Source: Cochran 1977, Sampling Techniques, section 6.4
+    """
+    loss, valid, squared, product, valid_squared = sums.tolist()
+    mean = loss / valid
+    if rows < 2:
+        return ValidationLoss(mean, None)
+    spread = max(0.0, squared - 2 * mean * product + mean**2 * valid_squared)
+    return ValidationLoss(mean, math.sqrt(spread * rows / (rows - 1)) / valid)
 
 
 def _padded(batch: MicroBatch, rows: int) -> MicroBatch:

@@ -1,0 +1,94 @@
+"""The held-out rows that every run on a shard set validates on.
+
+Packing puts full rows of long documents first, so the first rows of a split do not represent it.
+The sample is drawn with a fixed key from the first parts that hold enough rows: it is the same for
+every run and model on the set, however many parts a run reads.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+
+from zeroflow.config import Config
+from zeroflow.data import document_table
+from zeroflow.data.arrays import Int64Array
+from zeroflow.data.batches import IGNORED, permute, to_micro_batch
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import PartManifest, ShardSet
+from zeroflow.data.token_bytes import token_bytes
+from zeroflow.data.tokenizer import Tokenizer
+
+_KEY = 0
+
+
+class SampleCounts(Config):
+    """Contents of a validation sample."""
+
+    rows: PositiveInt
+    documents: NonNegativeInt
+    """Documents of which at least one token lies in the sample."""
+
+    tokens: PositiveInt
+    """Targets, those that are scored: without padding and the first token of each row."""
+
+    text_bytes: NonNegativeInt | None
+    """UTF-8 bytes of exactly these tokens; None for synthetic data."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return self.text_bytes / self.tokens if self.text_bytes else None
+
+
+class _Pool(NamedTuple):
+    """The first parts of a set that hold enough validation rows."""
+
+    parts: int
+    rows: int
+
+
+def validation_rows(shards: ShardSet, count: int) -> Int64Array:
+    """Return the numbers of the rows of the sample: `count`, or all if there are fewer.
+
+    A larger sample of the same parts contains the smaller one.
+    """
+    pool = _pool(shards, count)
+    places = np.arange(min(count, pool.rows))
+    return np.sort(permute(places, pool.rows, _KEY))
+
+
+def count_sample(shards: ShardSet, tokenizer: Tokenizer, count: int) -> SampleCounts:
+    """Return the contents of the sample of `validation_rows(shards, count)`."""
+    chosen = validation_rows(shards, count)
+    rows = Rows(shards, "validation")
+    targets = to_micro_batch(rows[chosen], end_of_text=rows.end_of_text).targets.numpy()
+    scored = targets[targets != IGNORED]
+    return SampleCounts(
+        rows=len(chosen),
+        documents=_documents(shards, chosen, _pool(shards, count).parts),
+        tokens=len(scored),
+        text_bytes=None if tokenizer.path is None else int(token_bytes(tokenizer, scored).sum()),
+    )
+
+
+def _pool(shards: ShardSet, count: int) -> _Pool:
+    rows = 0
+    for number, path in enumerate(shards.part_paths, start=1):
+        rows += PartManifest.read(path).facts.validation.rows
+        if rows >= count:
+            return _Pool(number, rows)
+    return _Pool(shards.parts, rows)
+
+
+def _documents(shards: ShardSet, chosen: Int64Array, parts: int) -> int:
+    """Return the number of documents in the `chosen` validation rows, which lie in the parts."""
+    first, found = 0, 0
+    for path in shards.part_paths[:parts]:
+        table = document_table.read(path, ["split", "row", "start"])
+        held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
+        rows = table["row"].to_numpy()[held_out] + first
+        # The pieces of a document follow each other, and its first starts at 0
+        document = np.cumsum(table["start"].to_numpy()[held_out] == 0)
+        found += len(np.unique(document[np.isin(rows, chosen)]))
+        first += PartManifest.read(path).facts.validation.rows
+    return found
