@@ -92,7 +92,7 @@ def all_slices(corpus: CorpusConfig) -> Iterator[Slice]:
 
 
 def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
-    """All documents of a resolved text corpus, one after another."""
+    """All documents of a resolved text corpus, in order."""
     for piece in all_slices(corpus):
         for batch in read_slice(corpus, piece, Tally()):
             yield from batch.documents()

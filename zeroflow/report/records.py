@@ -6,7 +6,7 @@ from typing import Literal, Self
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.device import Precision
-from zeroflow.records import Record
+from zeroflow.records import Record, omitted
 from zeroflow.report.band import Verdict
 from zeroflow.report.plan import Compared
 from zeroflow.training.recovery import Entry
@@ -149,10 +149,10 @@ class RunReport(WorkloadFigures):
     val_loss: float
     """Validation loss after the last step, in nats per token."""
 
-    val_error: float | None = None
+    val_error: float | None = omitted()
     """Standard error of val_loss over held-out rows; None in files of older versions."""
 
-    validated: SampleCounts | None = None
+    validated: SampleCounts | None = omitted()
     """Contents of the held-out rows; None in files of older versions."""
 
     val_bpb: float | None

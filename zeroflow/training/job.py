@@ -12,7 +12,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.model.llama import ModelConfig
-from zeroflow.records import Record
+from zeroflow.records import Record, omitted
 from zeroflow.reuse import StageResult
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import TrackingConfig
@@ -117,10 +117,10 @@ class TrainResult(StageResult):
     val_bpb: float | None
     """The same in bits per byte of text; None for data that is not text."""
 
-    val_error: float | None = None
+    val_error: float | None = omitted()
     """Standard error of val_loss; None for one row, and in files of older versions."""
 
-    validated: SampleCounts | None = None
+    validated: SampleCounts | None = omitted()
     """Contents of the held-out rows; None in files of older versions."""
 
     first_val_loss: float

@@ -78,7 +78,7 @@ class ValidationRecord(_Logged):
     val_loss: float
     """Mean over the held-out targets, in nats per token."""
 
-    val_error: float | None = None
+    val_error: float | None = omitted()
     """Standard error of val_loss, as another sample of held-out rows would differ; None in files of
     older versions."""
 
