@@ -58,7 +58,12 @@ def test_synthetic_run_has_nothing_left_open(ask):
         "data.dataset_config",
         "training.keep_every",
     }
-    open_ones |= {"data.data_revision", "tokenizer.tokenizer_revision", "tokenizer.end_of_text"}
+    open_ones |= {
+        "data.data_revision",
+        "data.validation_revision",
+        "tokenizer.tokenizer_revision",
+        "tokenizer.end_of_text",
+    }
     open_ones |= {"sweep"}
     assert unset(run) == SHAPE_NAMES | open_ones
     assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
@@ -513,7 +518,7 @@ def test_training_job_is_what_the_settings_say(ask, rows):
     job = training_job(settled, model, rows, TOKENS, tags={"mine": "yes"})
     assert job.model == model and job.shards == rows
     assert (job.training.seed, job.training.steps) == (4, 12)
-    assert job.shards.validation_bytes_per_token == 4.5 and job.validation_rows == 2**13 // 256
+    assert job.validation_rows == 2**13 // 256
     assert job.tracking.tags["mine"] == "yes" and job.tracking.dataset.digest == "abcdef"
     assert set(job.tracking.params) == {name for name, _ in leaves(settled.run)}
     again = type(job).model_validate_json(job.model_dump_json())
