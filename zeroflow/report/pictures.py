@@ -13,7 +13,7 @@ from zeroflow.report.comparison import Comparison
 from zeroflow.run_folder import SweepFolder
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import TABLE, MetricsRecord, StepRecord, ValidationRecord
-from zeroflow.units import parameter_count
+from zeroflow.units import count, parameter_count
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
@@ -52,22 +52,21 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
     return _save(figure, job.folder.loss_picture)
 
 
-def _draw_band(axes: Any, records: Sequence[MetricsRecord], expected: Band) -> None:
+def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
     """Draw the run's smoothed loss over the mean of earlier runs and the band around it."""
-    # In a short run, windows without a logged loss would break the lines
-    there = ~np.isnan(expected.mean)
-    x, mean, width = expected.middles[there], expected.mean[there], expected.width[there]
-    runs = f"{len(expected.runs)} earlier run{'s' if len(expected.runs) > 1 else ''}"
-    if not np.isnan(width).all():
-        edges = (mean - width, mean + width)
-        axes.fill_between(
-            x, *edges, color=_GREY, alpha=0.35, linewidth=0, label="95 % of such runs"
-        )
-    axes.plot(x, mean, color=_DARK, linestyle="--", label=f"mean of {runs}")
-    own = expected.smoothed(records)
+    own, mean, width = band.expected(records)
+    # In a short run, windows without a common step would break the lines
+    there = ~np.isnan(mean)
+    x, runs = band.middles, count(len(band.runs), "earlier run")
+    edged = there & ~np.isnan(width)
+    if edged.any():
+        edges = ((mean - width)[edged], (mean + width)[edged])
+        label = "95 % of such runs are inside throughout"
+        axes.fill_between(x[edged], *edges, color=_GREY, alpha=0.35, linewidth=0, label=label)
+    axes.plot(x[there], mean[there], color=_DARK, linestyle="--", label=f"mean of {runs}")
     so_far = ~np.isnan(own)
     label = f"training, mean over {100 / len(own):g} % of the run"
-    axes.plot(expected.middles[so_far], own[so_far], color=_BLUE, marker=".", label=label)
+    axes.plot(x[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
