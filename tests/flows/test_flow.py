@@ -305,7 +305,7 @@ def test_generate_prints_text_and_export_opens_in_transformers(
 
 @pytest.mark.slow
 def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow) -> None:
-    """After three windows of data were left out, of which its ledger has two at the beginning."""
+    """After three windows of data were skipped, two of which are in its ledger at the beginning."""
     before = {"time": 0, "process": 1, "reason": "diverged", "step": 0, "message": "it diverged"}
     ledger = RunFolder(flow.folder("mad")).ledger
     flow.folder("mad").mkdir(parents=True)
@@ -318,7 +318,7 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
     assert "has loss" in output and "lower --learning-rate" in output
     assert "Traceback" not in output and output.count("error:") == 1
     assert [entry.skip.step for entry in LEDGER.read(ledger)] == [0, 0, 0]
-    assert "3 windows of data were left out without success" in output
+    assert "3 windows of data were skipped without success" in output
 
 
 @pytest.mark.slow

@@ -57,7 +57,10 @@ def test_updates_that_are_always_large_are_no_alarm():
 
 def test_loss_that_is_too_good_is_noticed_in_the_first_epoch_only():
     leak = [reading._replace(loss=0.01) for reading in curve(3)]
-    assert all("too good" in words[0] for words in alarms(leak).values()) and len(alarms(leak)) == 3
+    assert (
+        all("implausibly low" in words[0] for words in alarms(leak).values())
+        and len(alarms(leak)) == 3
+    )
     assert alarms([reading._replace(first_epoch=False) for reading in leak]) == {}
     assert alarms([reading._replace(loss=0.2) for reading in leak], entropy=0.1) == {}
 

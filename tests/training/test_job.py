@@ -32,7 +32,7 @@ def test_resumed_training_says_from_which_step_and_why(tmp_path):
 
     assert why() == "no other run is like it"
     artifacts.write_json(planned.folder.job, {})
-    assert why() == "it was started before and ended without a checkpoint"
+    assert why() == "an earlier start ended without a checkpoint"
     checkpoints = planned.folder.checkpoints
     (checkpoints / "step-00000004").mkdir(parents=True)
     newest = "its newest checkpoint is from step 4 of 6"
@@ -40,7 +40,7 @@ def test_resumed_training_says_from_which_step_and_why(tmp_path):
     artifacts.write_json(planned.folder.training, result(checkpoints, 4))
     assert why() == f"it was trained to step 4, and more steps are requested: {newest}"
     artifacts.write_json(planned.folder.training, result(checkpoints, 6))
-    assert why() == f"step-00000006 is gone: {newest}"
+    assert why() == f"step-00000006 is missing: {newest}"
     (checkpoints / "step-00000004").rename(checkpoints / "step-00000006")
     assert finished(planned) is not None
 

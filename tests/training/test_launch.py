@@ -91,7 +91,7 @@ def test_rank_that_fails_ends_the_others_and_says_why(job_file):
 
 @pytest.mark.slow
 def test_rank_that_hangs_is_noticed(job_file):
-    with pytest.raises(TrainingFailed, match="no sign of life for 30 s") as failure:
+    with pytest.raises(TrainingFailed, match="made no progress for 30 s") as failure:
         meet(job_file, "hang", hang_seconds=30)  # a busy machine takes some to start them
     assert failure.value.reason == "hang"
 

@@ -75,7 +75,7 @@ def test_out_of_memory_with_one_row_and_selective_recomputation_recomputes_every
     job = job.replace(training=job.training.replace(workload=workload))
     entry = fail(job, "out of memory")
     assert entry is not None and entry.activation_checkpointing
-    assert entry.action.startswith("all activations are recomputed")
+    assert entry.action.startswith("recomputes all activations")
     now = recovery.applied(job, recovery.read(job.folder)).training.workload
     assert now.activation_checkpointing == "full"
     assert fail(job, "out of memory") is None
@@ -101,7 +101,7 @@ def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
     checkpoint_at(job, 10)
     entry = fail(job, "diverged", step=14)
     assert entry is not None and entry.skip == Skip(step=10, batches=4)
-    assert "leaves out the data of steps 11 to 14; resumes from step 10" in entry.action
+    assert "skips the data of steps 11 to 14; resumes from step 10" in entry.action
     assert rows_of(job, range(30)) == plain[:10] + plain[14:34]
     ends = [fail(job, "diverged", step=15) is None for _ in range(3)]
     assert ends == [False, False, True], "three windows at most"
@@ -179,7 +179,7 @@ def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
 
     spike, broken = recovery.read(noisy_job.folder)
     assert spike.reason == broken.reason == "diverged"
-    assert f"step {SPIKE} has " in spike.message and "usual is up to" in spike.message
+    assert f"step {SPIKE} has " in spike.message and "usually below" in spike.message
     assert spike.skip == Skip(step=70, batches=SPIKE - 70), "from the newest checkpoint on"
     found = EVENTS.read(noisy_job.folder.events)
     last = corrupted.AT_STEP + 5

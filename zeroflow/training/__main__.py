@@ -27,7 +27,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
     finally:
         session.saver.wait()  # the next process resumes from what is being written
     account = session.ledger.book(session.state.step, ended=True)
-    log.info("time of the training: %s", goodput.summary(account.shares, account.wall))
+    log.info("wall time of the training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
     if ended:
         session.recorder.event(Done(time=time.time(), step=step))

@@ -17,7 +17,7 @@ def batches(rows: Rows, config: TrainingConfig, skips: Sequence[Skip] = ()) -> B
     """Return the training batches of this rank.
 
     Args:
-        skips: windows of the data to leave out.
+        skips: windows of the data to skip.
     """
     return Batches(
         rows,

@@ -37,7 +37,7 @@ from zeroflow.units import decimal
 log = logging.getLogger(__name__)
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
-"""Every rank has its own random state, but PyTorch stores one value per name: rank 0's."""
+"""Every rank has its own random state, but PyTorch stores one value per name, that of rank 0."""
 
 _OVERHEAD_BYTES = 2**20
 """Maximum size of a checkpoint's index, manifest and directory."""
@@ -137,7 +137,7 @@ class Saver:
         """Wait until the current write has ended.
 
         Raises:
-            OSError: it failed.
+            OSError: the write failed.
         """
         if self._thread:
             self._thread.join()
@@ -150,7 +150,7 @@ class Saver:
         """Check that a checkpoint of `state` fits on the disk.
 
         Raises:
-            OSError: it does not.
+            OSError: the checkpoint does not fit.
         """
         needed = sum(tensor.nbytes for tensor in state_tensors(state).values()) + _OVERHEAD_BYTES
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def best(folder: Path) -> Path | None:
             facts = artifacts.read_signed(path / artifacts.MANIFEST)
             loss = CheckpointFacts.model_validate(facts).val_loss
         except ValueError:
-            continue  # damaged or of another format: `latest` deals with it
+            continue  # damaged or of another format: `latest` reports it
         if loss is not None and math.isfinite(loss):
             losses[path] = loss
     return min(losses, key=lambda path: losses[path], default=None)

@@ -1,4 +1,4 @@
-"""Observe torch.compile during a training: its time and its recompilations."""
+"""Monitoring of torch.compile during a training: time and recompilations."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
     """Count compilation as its own phase in `clock`, and log recompilations as warnings.
 
-    A recompilation in mid-run means that a step had a new shape or setting, and it costs minutes.
+    A recompilation in mid-run means that a step had a new shape or setting, and takes minutes.
     The warnings contain PyTorch's log of the reasons, which TORCH_LOGS turns on or off if set.
 
     Args:

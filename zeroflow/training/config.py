@@ -1,4 +1,4 @@
-"""The training settings that the ranks read."""
+"""Training settings that the ranks read."""
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 
@@ -27,7 +27,7 @@ class TrainingConfig(Config):
 
     @property
     def identity(self) -> Identity:
-        """The settings that decide the outcome of a check, besides model and schedule."""
+        """Settings that decide the outcome of a check, besides model and schedule."""
         return {
             "seed": self.seed,
             **self.workload.in_format_1,

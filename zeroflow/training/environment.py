@@ -12,13 +12,13 @@ LAUNCHED = "ZEROFLOW_LAUNCHED"
 
 
 def rank_environment(compile_cache: Path | None) -> dict[str, str]:
-    """Return the environment that all ranks share. What the user has set comes first.
+    """Return the environment that all ranks share. Variables that the user has set take precedence.
 
     Args:
         compile_cache: folder for compiled code; None leaves that to PyTorch.
     """
-    # glibc returns every large tensor to the kernel when it is freed, and the next one is mapped
-    # page by page: a fifth of a step on a CPU. With huge pages there are fewer
+    # glibc returns every large tensor to the kernel when it is freed, and the kernel maps the
+    # next one page by page, which takes a fifth of a step on a CPU. With huge pages it is less
     defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     user = dict(os.environ)
     if compile_cache is not None:
@@ -26,8 +26,8 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
         names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         defaults |= {name: str(compile_cache / folder) for name, folder in names.items()}
         if not Path(cache_from_source(torch.__file__)).exists():
-            # A container image may lack bytecode and forbid to write any. Then every rank would
-            # compile PyTorch's sources at its start
+            # A container image may contain no bytecode and forbid writing any. Then every rank
+            # would compile PyTorch's sources at its start
             user.pop("PYTHONDONTWRITEBYTECODE", None)
             defaults["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
     return defaults | user | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}

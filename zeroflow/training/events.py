@@ -1,4 +1,4 @@
-"""The history of a run's processes in events.jsonl, which the launcher follows."""
+"""History of a run's processes in events.jsonl, which the launcher follows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,10 +18,10 @@ class Started(Record):
     time: float
     step: int
     steps: int
-    """Steps of the whole training."""
+    """Number of steps of the whole training."""
 
     parts: int
-    """Parts of the shards that it reads; an extended run reads more."""
+    """Number of parts of the shards that it reads; an extended run reads more."""
 
 
 class Saved(Record):
@@ -53,10 +53,10 @@ class Spike(Record):
 
 
 class Metrics(Record):
-    """A record was added to metrics.jsonl. In the file, its fields stand next to `event`."""
+    """A record was added to metrics.jsonl. In the file, its fields are next to `event`."""
 
     FORMAT: ClassVar[int] = StepRecord.FORMAT
-    """The format of the records in it."""
+    """Format of the records."""
 
     event: Literal["metrics"] = "metrics"
     record: MetricsRecord
@@ -98,7 +98,7 @@ class Failed(Record):
     reason: FailureReason
     rank: int = 0
     step: int | None = None
-    """Step at which the numbers went wrong."""
+    """Step at which the training diverged."""
 
 
 class Done(Record):

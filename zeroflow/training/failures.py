@@ -9,7 +9,8 @@ import torch
 from zeroflow import artifacts
 
 FailureReason = Literal["killed", "hang", "out of memory", "diverged", "error"]
-"""killed: the process ended without an error message. diverged: a loss or gradient went wrong."""
+"""killed: the process ended without an error message. diverged: a loss, gradient or update was
+non-finite or unusual."""
 
 # Error texts of PyTorch and Triton
 _NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
@@ -44,7 +45,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Diverged(FloatingPointError):
-    """A loss, gradient or update is unusual or non-finite. Raised by a rank."""
+    """A loss, gradient or update is non-finite or unusual. Raised by a rank."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

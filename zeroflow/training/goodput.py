@@ -1,4 +1,4 @@
-"""Wall time of a training, divided into phases: every moment belongs to exactly one.
+"""Wall time of a training, divided into phases; every moment belongs to exactly one phase.
 
 A process adds the seconds of its phases to `goodput.jsonl` at every logged step and checkpoint, so
 a killed process leaves at most its last few steps unaccounted. Over all processes of a run and the
@@ -35,31 +35,31 @@ Phase = Literal[
 ]
 """start: from the launch of a process until its checkpoint is loaded.
 first_step: first step of a process, which loads and selects kernels and allocates memory.
-data, checkpoint: only while training waits for them.
-communication: after the end of the backward pass, until all ranks have reached it; communication
-that overlaps a backward pass counts as forward_backward.
+data, checkpoint: only the time that training waits for them.
+communication: from the end of this rank's backward pass until all ranks have ended theirs;
+communication that overlaps a backward pass counts as forward_backward.
 restarts: from the death of a process to the launch of the next, plus the lost steps."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")
-"""The phases that train. The others are overhead."""
+"""Phases that train the model. The others are overhead."""
 
 TRAINING: tuple[Phase, ...] = ("data", *GOOD, "communication", "logging")
-"""The phases of a step. Their seconds give tokens per second; the first step of a process does not
-count."""
+"""Phases of a step. Tokens per second are computed from their seconds, without the first step of
+each process."""
 
 
 class Booking(Record):
     """Seconds of each phase since the previous line."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
 
     time: float
     """Seconds since the epoch."""
 
     ended: bool
-    """True if the process exited cleanly here: the time until the next process does not count."""
+    """True if the process exited cleanly here; the time until the next process does not count."""
 
     seconds: dict[str, float]
     """Seconds by phase. Older versions had one more phase, waiting for MLflow."""
@@ -75,10 +75,10 @@ BOOKINGS: JsonLines[Booking] = JsonLines(Booking)
 class Clock:
     """The current phase of the process and the seconds of all phases.
 
-    A GPU runs behind the host, so a phase ends when the device reaches its end: every change of
-    phase records an event in the stream, without waiting, and `settle` reads the events. So
-    preparing data while the device computes costs nothing, and time that the loop waits for the
-    device belongs to the phase that the device is in.
+    The host queues work ahead of the GPU, so a phase ends when the device reaches its end. Every
+    change of phase records an event in the stream, without waiting; `settle` reads the events. So
+    data preparation that overlaps with computation takes no time, and if the loop waits for the
+    device, that time belongs to the phase that the device executes.
     """
 
     def __init__(self, began: float, *, device: Literal["cpu", "cuda"]) -> None:
@@ -109,7 +109,7 @@ class Clock:
         self._marks[-1][1].wait()
         now = time.perf_counter()
         spans = [(phase, end.since(begin)) for (phase, begin), (_, end) in pairwise(self._marks)]
-        # The device's clock gives only the proportions: its seconds may not add up to the host's
+        # Events only give the proportions: their seconds may not add up to the host's
         scale = (now - self._settled) / (sum(seconds for _, seconds in spans) or 1.0)
         for phase, seconds in spans:
             self.seconds[phase] += scale * seconds
@@ -147,18 +147,18 @@ class _DeviceMark:
 
 
 class Account:
-    """The seconds of all processes of a run, added up."""
+    """Total seconds of all processes of a run."""
 
     def __init__(self, bookings: Iterable[Booking] = ()) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.restarts = 0
-        """Processes that resumed after one that had not exited cleanly."""
+        """Number of processes that resumed after one that had not exited cleanly."""
 
         self.steps_again = 0
-        """Steps trained again because a process resumed from an earlier checkpoint."""
+        """Number of steps trained again because a process resumed from an earlier checkpoint."""
 
         self.steps = 0
-        """Steps that count; the first step of each process does not."""
+        """Number of steps, without the first step of each process."""
 
         self._step, self._is_first = 0, True
         self._bookings: list[Booking] = []
@@ -177,13 +177,13 @@ class Account:
 
     @property
     def shares(self) -> dict[Phase, float]:
-        """Share of each phase in the wall time; all shares add up to 1."""
+        """Fraction of the wall time of each phase; the fractions add up to 1."""
         wall = self.wall or 1.0
         return {phase: seconds / wall for phase, seconds in self.seconds.items()}
 
     @property
     def goodput(self) -> float:
-        """Share of the wall time that trained the model as it is now."""
+        """Fraction of the wall time that contributed to the current weights."""
         return sum(self.shares[phase] for phase in GOOD)
 
     def add(self, booking: Booking) -> None:
@@ -198,7 +198,7 @@ class Account:
         restarts = self.seconds["restarts"]
         if not last.ended:
             self.restarts += 1
-            # By the wall clock, which may have been set back
+            # The wall clock may have been set back
             restarts += max(0.0, began - last.time)
         while self._bookings and self._bookings[-1].step > first.step:
             restarts += sum(self._bookings.pop().seconds.values())
@@ -218,12 +218,12 @@ class Account:
 
 
 class PhaseLedger:
-    """The account of a run, with the bookings of this process."""
+    """Account of a run, with the bookings of this process."""
 
     def __init__(self, folder: RunFolder, clock: Clock, *, kept: bool = True) -> None:
         """
         Args:
-            kept: write the bookings to the run's folder; only one rank does.
+            kept: write the bookings to the run's folder; True on one rank only.
         """
         self.clock, self._kept = clock, kept
         self._path, self._booked = folder.goodput, dict.fromkeys(PHASES, 0.0)
@@ -256,7 +256,7 @@ class PhaseLedger:
 
 
 def read(folder: RunFolder) -> Account:
-    """Return the account of a run until now."""
+    """Return the account of a run so far."""
     return Account(BOOKINGS.read(folder.goodput))
 
 

@@ -1,4 +1,4 @@
-"""The job that ranks do, and the result of a training."""
+"""The job of the ranks, and the result of a training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from zeroflow.training.sampling import SamplingConfig
 
 
 class Cadence(Config):
-    """Steps between logged losses, validations and checkpoints."""
+    """Intervals, in steps, of logged losses, validations and checkpoints."""
 
     log: PositiveInt
     validate_: PositiveInt
@@ -31,7 +31,7 @@ class Cadence(Config):
 
 
 class RankJob(Record):
-    """Settings of any job that ranks do together."""
+    """Settings of any job that runs on several ranks."""
 
     run_dir: Path
     training: TrainingConfig
@@ -57,11 +57,11 @@ class TrainingJob(RankJob):
 
     roll_back_spikes: bool
     skips: tuple[Skip, ...] = ()
-    """Windows of the data to leave out."""
+    """Windows of the data to skip."""
 
     shards: ShardSet
     validation_rows: PositiveInt
-    """Rows of a validation: the first held-out rows."""
+    """Number of rows of a validation: the first held-out rows."""
 
     tokenizer: Tokenizer
     prompt: str
@@ -71,15 +71,15 @@ class TrainingJob(RankJob):
     """Folder for compiled code; None for PyTorch's default."""
 
     peak_flops: float | None
-    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None if unknown or
-    if the run is in fp32: then there is no MFU."""
+    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None, and no MFU,
+    if it is unknown or the run is in fp32."""
 
     # Files written before format 2
 
     @model_validator(mode="before")
     @classmethod
     def _from_format_1(cls, fields: Any) -> Any:
-        """Read a job with `model` next to `training` and the workload's fields inside it."""
+        """Read a job with `model` next to `training`, and the workload's fields in `training`."""
         if not isinstance(fields, dict) or "model" not in fields:
             return fields
         training = fields["training"]
@@ -103,10 +103,10 @@ class TrainResult(StageResult):
     """Folder of the checkpoint of the last step."""
 
     steps: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
 
     tokens: int
-    """Tokens trained on."""
+    """Number of tokens trained on."""
 
     train_loss: float
     """Loss of the last step, in nats per token."""
@@ -115,7 +115,7 @@ class TrainResult(StageResult):
     """Validation loss after the last step, in nats per token."""
 
     val_bpb: float | None
-    """The same in bits per byte of text; None for data that is not text."""
+    """The same loss in bits per byte of text; None for data that is not text."""
 
     val_error: float | None = omitted()
     """Standard error of val_loss; None for one row, and in files of older versions."""
@@ -128,7 +128,7 @@ class TrainResult(StageResult):
 
     tokens_per_second: float | None
     """Speed over all steps except the first of each process, see `goodput.TRAINING`; None if there
-    were no others."""
+    are no others."""
 
     mfu: float | None
     """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is unknown."""
@@ -158,11 +158,11 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
     if (result := read_result(job)) and result.steps < job.training.steps and step:
         return f"it was trained to step {result.steps:,}, and more steps are requested: {newest}"
     if result and not result.checkpoint.exists():
-        return f"{result.checkpoint.name} is gone: {newest if step else 'no checkpoint is left'}"
+        return f"{result.checkpoint.name} is missing: {newest if step else 'no checkpoint is left'}"
     if step:
         return f"its training did not end: {newest}"
     if job.folder.job.exists():
-        return "it was started before and ended without a checkpoint"
+        return "an earlier start ended without a checkpoint"
     return others()
 
 

@@ -1,8 +1,8 @@
 """Run a job in its ranks: start them, watch them, and report how they ended.
 
 Ranks are always separate processes: GPU memory is returned when they exit, and after a crash or an
-out-of-memory kill the flow is alive to report it. torchrun is not used: it takes seconds to start,
-one rank needs no rendezvous, and it is one more process that can be killed.
+out-of-memory kill the flow can still report it. torchrun is not used: it takes seconds to start,
+one rank needs no rendezvous, and torchrun is one more process that can be killed.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from zeroflow.training.processes import rank_processes
 _POLL_SECONDS = 0.2
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of a killed rank. A rank that loses contact with another rank aborts instead."""
+"""Exit codes of a killed rank. A rank that loses its connection to another rank aborts instead."""
 
 _REPORT_BYTES = 2**20
 """Free disk space that a rank needs to report why it failed."""
@@ -44,7 +44,7 @@ def launch(
 
     Args:
         job_file: in the folder of the run.
-        hang_seconds: time without a sign of life after which ranks are killed; None waits forever.
+        hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
         compile_cache: folder for compiled code, unless the environment names one; None leaves it
             to PyTorch.
 
@@ -90,9 +90,9 @@ def _run(
             if hang_seconds and heartbeat.seconds_since_last() > hang_seconds:
                 ranks.kill()
                 raise TrainingFailed(
-                    f"{module} showed no sign of life for {hang_seconds} s and was killed", "hang"
+                    f"{module} made no progress for {hang_seconds} s and was killed", "hang"
                 )
-            if any(codes):  # the other ranks wait for it
+            if any(codes):  # the other ranks wait for the failed one
                 codes = ranks.end_after_failure(folder.checkpoints)
                 break
             time.sleep(_POLL_SECONDS)
@@ -138,9 +138,9 @@ def _require_good_end(
 
 
 class Heartbeat:
-    """Watches the file that ranks touch, by this process's own clock.
+    """Watches the file that ranks touch, using this process's monotonic clock.
 
-    File times are compared only with each other, so setting the system clock has no effect.
+    File times are compared only with each other, so changes of the system clock have no effect.
     """
 
     def __init__(self, alive: Path) -> None:

@@ -1,4 +1,4 @@
-"""One training step, and a loop that yields after each step so that the caller can log and save."""
+"""A training step, and a loop that yields after each step so that the caller can log and save."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,7 +71,7 @@ def train_step(
     learning_rate = config.schedule.learning_rate(state.step)
     optimizer.set_learning_rate(state.optimizer, learning_rate)
     # The backward pass averages gradients over ranks, which may have different numbers of valid
-    # targets: dividing by the mean number makes the average that over all targets
+    # targets. Dividing by the mean number gives the average over all targets
     targets = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):

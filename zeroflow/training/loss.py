@@ -27,7 +27,7 @@ def cross_entropy_sum(
     Args:
         hidden: hidden states, (B, T, D); logits have their dtype.
         weight: output matrix, (V, D).
-        targets: ids, (B, T); `IGNORED` ones do not count.
+        targets: ids, (B, T); `IGNORED` targets do not count.
         z_loss: keeps Z, the softmax's denominator, near 1: https://arxiv.org/abs/2204.02311,
             section 5.
     """
@@ -63,7 +63,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # In place: autograd frees them after this, so a second backward pass is impossible
+        # In place: autograd frees the saved tensors afterwards, so there is no second backward pass
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
 
@@ -122,7 +122,7 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 def logits_bytes(gpu_memory: int | None) -> int:
-    """Return the bytes of logits that the loss holds at once.
+    """Return the bytes of logits that the loss keeps in memory at once.
 
     Large chunks are faster on a GPU, because each reads and writes the gradient of the matrix.
 
@@ -133,7 +133,7 @@ def logits_bytes(gpu_memory: int | None) -> int:
 
 
 def _held_at_once(hidden: Tensor) -> int:
-    """Return the number of logits that the loss holds at once."""
+    """Return the number of logits that the loss keeps in memory at once."""
     device = hidden.device
     gpu_memory = (
         torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,7 +1,7 @@
 """The logged numbers of a training: their table, records and measurement.
 
-To log another number, give a record a field, `TABLE` a line and `Meter` the expression that
-measures it. MLflow, the report, the plots and the table of a sweep take it from here.
+To log another number, add a field to a record, a line to `TABLE` and its expression to `Meter`.
+MLflow, the report, the plots and the table of a sweep read this table.
 """
 
 import time
@@ -25,10 +25,10 @@ from zeroflow.training.validation import ValidationLoss, bits_per_byte
 
 class _Logged(Record):
     step: int
-    """Steps done."""
+    """Number of steps done."""
 
     tokens: int
-    """Tokens trained on so far."""
+    """Number of tokens trained on so far."""
 
     flops: int | None = omitted()
     """FLOPs of the model so far; None in files of older versions."""
@@ -50,23 +50,24 @@ class StepRecord(_Logged):
     """Global norm of the gradient before clipping."""
 
     update_ratio: float | None = None
-    """Largest norm of a matrix's update over the norm of its weights; None in files of older
-    versions."""
+    """Largest ratio of the norm of a matrix's update to the norm of its weights; None in files of
+    older versions."""
 
     skipped_updates: int = 0
-    """Updates skipped so far because of a non-finite loss or gradient."""
+    """Number of updates skipped so far because of a non-finite loss or gradient."""
 
     first_epoch: bool = False
     """True as long as no row has been read twice."""
 
     tokens_per_second: float | None
-    """Speed since the last logged step; None if the only step since is the first of a process."""
+    """Speed since the last logged step; None if no step since then counts, as the first step of a
+    process does not."""
 
     peak_memory_mib: float | None = None
     """Highest peak memory of any rank, in MiB; None in files of older versions."""
 
     goodput: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
-    """Share of the wall time so far, by phase."""
+    """Fraction of the wall time so far, by phase."""
 
     mfu: float | None = omitted()
     """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is unknown."""
@@ -83,7 +84,7 @@ class ValidationRecord(_Logged):
     older versions."""
 
     val_bpb: float | None
-    """The same in bits per byte of text; None for data that is not text."""
+    """The same loss in bits per byte of text; None for data that is not text."""
 
     sample: str
     """Text that the model generated."""
@@ -102,7 +103,7 @@ MetricsRecord = Annotated[
 ]
 
 METRICS: JsonLines[MetricsRecord] = JsonLines(MetricsRecord)
-"""metrics.jsonl: every logged step and validation, exactly once, even after a resume."""
+"""metrics.jsonl: every logged step and validation exactly once, also after a resume."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ TABLE = {
     "peak_memory_mib": Metric("perf/peak_memory_mib", "peak memory", "MiB", ",.0f"),
     "goodput": Metric("time", "share of the wall time", "", ".1%"),
 }
-"""The metrics by field; a field that is not here is not shown."""
+"""Metrics by field. A field without an entry is not shown."""
 
 
 def points(records: Iterable[MetricsRecord]) -> Iterator[Point]:
@@ -173,7 +174,7 @@ def _values(record: MetricsRecord) -> Iterator[tuple[str, Metric, float]]:
 
 
 class Meter:
-    """Measures the logged numbers. All ranks take part, because some numbers combine all ranks."""
+    """Measures the logged numbers. All ranks call it, because some numbers combine all ranks."""
 
     def __init__(self, job: TrainingJob, account: Account) -> None:
         """
@@ -239,11 +240,11 @@ class Meter:
         return self.tokens_per_second(account.steps - steps, account.training - seconds)
 
     def tokens_per_second(self, steps: int, seconds: float) -> float | None:
-        """Return the speed; None for no steps, as the first of a process does not count."""
+        """Return the speed; None if no step counts, as the first step of a process does not."""
         return self.tokens(steps) / seconds if steps else None
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
-        """Model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
+        """Return the model FLOPs utilisation: https://arxiv.org/abs/2204.02311, appendix B."""
         if self._job.peak_flops is None or tokens_per_second is None:
             return None
         return tokens_per_second * self._work.flops_per_token / self._job.peak_flops
@@ -258,7 +259,7 @@ def _peak_memory_bytes(job: TrainingJob) -> int:
     if job.training.workload.device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
-        # Not getrusage: on Linux its figure starts at the memory of the parent process
+        # Not getrusage: on Linux its peak starts at the memory of the parent process
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except FileNotFoundError:  # not Linux

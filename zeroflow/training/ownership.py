@@ -14,7 +14,7 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
     """Hold `lock` until the block ends, or fail at once.
 
     Raises:
-        RunIsBusy: another process holds it; the message begins with `busy`.
+        RunIsBusy: another process holds the lock; the message begins with `busy`.
     """
     with ExitStack() as held:
         try:

@@ -21,8 +21,8 @@ WATCH_PARENT = "--watch-parent"
 """Argument that makes a rank stop when its parent dies."""
 
 LOG_MARK = "\x1e"
-"""Begins a line that a rank logs, to distinguish it from other output. A digit for the level and
-the text follow."""
+"""Prefix of a line that a rank logs, to distinguish it from other output. A digit for the level
+and the text follow."""
 
 _STOP_SECONDS = 120.0
 """Time for a rank to finish its step and save."""
@@ -49,12 +49,12 @@ class RankProcesses:
         """Start the next rank."""
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # never written to: its end tells the rank that we died
+            stdin=subprocess.PIPE,  # never written to: it closes when this process dies
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches only us: we stop the ranks cleanly
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the ranks
             env=environment,
         )
         self._processes.append(process)
@@ -65,22 +65,22 @@ class RankProcesses:
         self._readers.append(reader)
 
     def exit_codes(self) -> list[int | None]:
-        """Return the exit code of every rank, None for running ranks."""
+        """Return the exit code of every rank; None for running ranks."""
         return [process.poll() for process in self._processes]
 
     def read_to_end(self) -> None:
-        """Wait until the output of the ended ranks is logged."""
+        """Wait until all output of the ended ranks is logged."""
         for reader in self._readers:
             reader.join(timeout=5)
 
     def end_after_failure(self, checkpoints: Path) -> list[int | None]:
         """Kill the ranks that do not exit by themselves after one has failed.
 
-        They get some time: all may be reporting the same failure, and the next start resumes from
-        a checkpoint that is being written.
+        They get some time first: all may be reporting the same failure, and a checkpoint that is
+        being written is the one to resume from.
 
         Returns:
-            the exit code of every rank, None for ranks killed here.
+            The exit code of every rank; None for ranks killed here.
         """
         began = time.monotonic()
         while None in (codes := self.exit_codes()):
@@ -94,7 +94,7 @@ class RankProcesses:
     def stop(self) -> None:
         """Ask the ranks to save and exit, wait for them, and kill the rest."""
         if None in self.exit_codes():
-            log.info("asking the processes to save what they have and stop")
+            log.info("asking the ranks to save a checkpoint and stop")
         families = self._families()
         until = time.monotonic() + _STOP_SECONDS
         try:
@@ -104,7 +104,7 @@ class RankProcesses:
             for process in self._processes:
                 process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            log.error("the training process did not stop within %d s and was killed", _STOP_SECONDS)
+            log.error("the ranks did not stop within %d s and were killed", _STOP_SECONDS)
         finally:
             self.kill(families)
 
@@ -112,7 +112,7 @@ class RankProcesses:
         """Kill the ranks and all their children.
 
         Args:
-            known: children found earlier: those of an ended rank can no longer be found.
+            known: children found earlier, because those of an ended rank cannot be found any more.
         """
         for member in [*known, *self._families()]:
             try:
@@ -133,7 +133,7 @@ class RankProcesses:
         return found
 
     def _log(self, process: subprocess.Popen[str]) -> None:
-        """Log what the rank logs, and its other output, such as tracebacks, at level DEBUG."""
+        """Log the rank's log lines at their level; other output, such as tracebacks, as DEBUG."""
         assert process.stdout is not None
         for line in map(str.rstrip, process.stdout):
             level, text = logging.DEBUG, line
@@ -149,7 +149,7 @@ def rank_processes(
 ) -> Iterator[RankProcesses]:
     """Run `python -m module job_file` as a rank for each of `environments` until the block ends.
 
-    However the block ends, even by Ctrl-C or SIGTERM, no process of a rank is left.
+    However the block ends, also by Ctrl-C or SIGTERM, no process of a rank remains.
     """
     ranks = RankProcesses()
     try:

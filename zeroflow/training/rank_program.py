@@ -54,7 +54,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         EVENTS.append(folder.events, failure)
         if zero.ranks() == 1:
             raise
-        # A normal exit would destroy the process group and wait for ranks that wait for us
+        # A normal exit would destroy the process group, and wait for ranks that wait for this one
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
@@ -76,7 +76,7 @@ def log_to_parent(rank: int) -> None:
 
 def make_deterministic() -> None:
     """Make PyTorch use only kernels that give the same results in every run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
-    # Filling new tensors costs time and only helps to debug reads of uninitialised memory
+    # Filling new tensors takes time, and only helps to debug reads of uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

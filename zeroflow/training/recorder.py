@@ -1,4 +1,4 @@
-"""Write the progress of a training to metrics.jsonl and events.jsonl."""
+"""Writing the progress of a training to metrics.jsonl and events.jsonl."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ class Recorder:
             EVENTS.append(self._job.folder.events, event)
 
     def alive(self) -> None:
-        """Show the launcher that the training makes progress."""
+        """Signal to the launcher that the training makes progress."""
         if zero.rank() == 0:
             self._job.folder.alive.touch()
 
@@ -53,7 +53,7 @@ class Recorder:
         """Log the step just done. Reading its loss waits for the device.
 
         Returns:
-            alarms: descriptions of everything unusual about the step
+            Alarms: descriptions of everything unusual about the step.
         """
         step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
         account = self._ledger.book(step)

@@ -1,4 +1,4 @@
-"""Remedies for a training that failed, and the ledger of them.
+"""Remedies for a failed training, and their ledger.
 
 A failed training is started again with the changes listed in the run's `ledger.jsonl`, which has an
 entry for every failure with a remedy. A retry, the same command in a shell and a retry by Prefect
@@ -32,7 +32,7 @@ _IN_VAIN = 3
 _ROLLBACKS = 3
 _FIRST_WAIT_SECONDS = 2.0
 _PROCESS = secrets.randbits(48)
-"""Identifies this process. Its pid would not: in a container it is the same at every start."""
+"""Identifies this process. A pid does not: in a container it may be the same at every start."""
 
 
 class Entry(Record):
@@ -61,7 +61,7 @@ class Entry(Record):
     """True if all activations are recomputed from now on."""
 
     skip: Skip | None = None
-    """Window of the data to leave out from now on."""
+    """Window of the data to skip from now on."""
 
 
 LEDGER: JsonLines[Entry] = JsonLines(Entry)
@@ -76,8 +76,8 @@ def read(folder: RunFolder) -> list[Entry]:
 def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     """Return the job with all changes of the ledger.
 
-    The rows of a batch stay the same except for windows that are left out. The split into
-    micro-batches and the activation recomputation may change.
+    The rows of a batch stay the same, except for skipped windows. The split into micro-batches and
+    the activation recomputation may change.
     """
     workload = planned.training.workload
     for entry in ledger:
@@ -90,10 +90,10 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
 
 
 def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResult:
-    """Train with the changes of the ledger, and note a failure that has a remedy there.
+    """Train with the changes of the ledger, and add an entry for a failure that has a remedy.
 
     Raises:
-        TrainingFailed: `will_retry` is True if another call has a chance.
+        TrainingFailed: `will_retry` is True if another call may succeed.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     ledger = read(planned.folder)
@@ -113,13 +113,13 @@ def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResul
 
 
 def note(folder: RunFolder, entry: Entry) -> None:
-    """Add `entry` to a run's ledger and log its action. It applies from now on."""
+    """Add `entry` to a run's ledger, so that it applies from now on, and log its action."""
     LEDGER.append(folder.ledger, entry)
     log.warning("%s", entry.action)
 
 
 def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
-    """Return the entry that may help after `failure` of the job `now`; None if nothing would."""
+    """Return an entry that may remedy `failure` of the job `now`; None if no remedy is left."""
     newest = checkpoint.newest_step(now.folder.checkpoints)
     entry = Entry(
         time=time.time(),
@@ -145,17 +145,17 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
                 )
                 return entry.replace(action=action, micro_batch_rows=half.micro_batch_rows)
             if workload.activation_checkpointing != "full":
-                action = f"all activations are recomputed instead of kept; {resumes}"
+                action = f"recomputes all activations instead of keeping them; {resumes}"
                 return entry.replace(action=action, activation_checkpointing=True)
         case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
             skip = Skip(step=newest, batches=max(1, failure.step - newest))
-            action = f"leaves out the data of steps {newest + 1} to {failure.step}; {resumes}"
+            action = f"skips the data of steps {newest + 1} to {failure.step}; {resumes}"
             return entry.replace(action=action, skip=skip)
     return None
 
 
 def advice(now: TrainingJob, failure: TrainingFailed) -> str:
-    """Advice to a person when no remedy is left for `failure`; may be empty."""
+    """Return advice for the user if no remedy is left for `failure`; may be empty."""
     match failure.reason:
         case "out of memory":
             state = now.training.workload.optimizer.state_bytes(now.model)
@@ -168,7 +168,7 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             )
         case "diverged":
             return (
-                f"{_ROLLBACKS} windows of data were left out without success: lower "
+                f"{_ROLLBACKS} windows of data were skipped without success: lower "
                 "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":

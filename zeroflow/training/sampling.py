@@ -30,8 +30,8 @@ def _own_choice(token: int) -> int:
     return token
 
 
-# no_grad, not inference_mode, which would turn gathered weights into inference tensors that
-# training cannot use afterwards
+# Not inference_mode: it would turn gathered weights into inference tensors, which training cannot
+# use afterwards
 @torch.no_grad()
 def generate(
     model: Llama,
@@ -83,7 +83,7 @@ def _sample(
     with torch.compiler.set_stance("force_eager"):
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
-            # without the ids that only pad the vocabulary and were never trained
+            # without the ids that pad the vocabulary, which were never trained
             logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
             token = agree(_choose(logits, config, generator))
             if token == tokenizer.end_of_text:

@@ -34,7 +34,7 @@ class Schedule(Config):
         return self
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update of `step`, counted from 0; above 0 in a run."""
+        """Return the learning rate of step `step`, counted from 0; positive for every step."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         return _DECAYS[self.name].learning_rate(self, self.steps - step)
@@ -42,10 +42,10 @@ class Schedule(Config):
 
 class _Decay(NamedTuple):
     learning_rate: Callable[[Schedule, int], float]
-    """Learning rate after the warm-up, by the steps left: falls from `peak` to 0."""
+    """Learning rate after the warm-up as a function of the steps left; falls from `peak` to 0."""
 
     description: str
-    """The decay in a few words, for help texts."""
+    """Short description of the decay, for help texts."""
 
 
 def _cosine(schedule: Schedule, left: int) -> float:

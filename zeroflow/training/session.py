@@ -25,14 +25,15 @@ from zeroflow.training.validation import validation_loss
 log = logging.getLogger("zeroflow.training")
 
 _MOST_SKIPPED = 5
-"""Consecutive skipped updates to tolerate before the run rolls back to its newest checkpoint."""
+"""Maximum consecutive skipped updates; after one more, the run rolls back to its newest
+checkpoint."""
 
 _STEPS_TO_COMPILE = 3
-"""First steps of a process, in which everything is compiled once."""
+"""Number of first steps of a process in which everything is compiled."""
 
 
 def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
-    """Check that at most `most_skipped` updates in a row have been skipped until now.
+    """Check that at most `most_skipped` consecutive updates have been skipped.
 
     Raises:
         Diverged: more have been skipped.
@@ -107,8 +108,8 @@ class Session:
     def run(self, stop: Stop) -> bool:
         """Train to the last step and return True, or return False after `stop` asked to stop."""
         cadence, steps = self.job.cadence, self.job.training.steps
-        # A collection would stall the host in the middle of a step, a different one on each rank.
-        # Instead `validate` collects on all ranks at the same time
+        # A garbage collection would stall the host in the middle of a step, at a different step on
+        # each rank. Instead, `validate` collects on all ranks at the same time
         gc.disable()
         if self.state.step == 0:
             self.validate()

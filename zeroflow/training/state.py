@@ -19,11 +19,11 @@ class TrainState:
     model: Llama
     optimizer: Optimizer
     skipped: Tensor
-    """(2,) int64 on the device: updates skipped because of a non-finite loss or gradient: first the
-    current number in a row, then the total."""
+    """(2,) int64 on the device: number of updates skipped because of a non-finite loss or gradient,
+    in the current sequence and in total."""
 
     step: int = 0
-    """Steps done, which is also the index of the next step, from 0."""
+    """Number of steps done; also the index of the next step, from 0."""
 
 
 def new_state(config: TrainingConfig) -> TrainState:
@@ -33,7 +33,7 @@ def new_state(config: TrainingConfig) -> TrainState:
     random state, which is part of a checkpoint, is seeded as well.
     """
     work = config.workload
-    # A sharded model is moved to the device block by block, because the whole may not fit
+    # A sharded model is moved to the device block by block, because the whole model may not fit
     with torch.device(work.device if work.ranks == 1 else "cpu"):
         model = Llama(work.model, work.dtype)
     initialize(model, config.seed)
@@ -43,7 +43,7 @@ def new_state(config: TrainingConfig) -> TrainState:
         block.self_attn.linear = block.mlp.linear = work.linear
         if work.compile:
             # Training has one shape. By default PyTorch would compile for symbolic sizes as soon
-            # as it met a second one
+            # as it sees a second shape, such as that of a validation
             block.compile(dynamic=False)
     if work.compile:
         model.model.norm.compile(dynamic=False)

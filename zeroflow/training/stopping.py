@@ -5,7 +5,7 @@
    ranks and waits at most two minutes until they have ended (`processes`).
 2. A rank has a `StopRequest`. It is set by the end of standard input, which also comes if the
    flow's process was killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
-3. After the current step the ranks find out whether one of them has a request. They save
+3. After each step the ranks agree whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
@@ -31,7 +31,7 @@ _ORPHAN_SECONDS = 600.0
 
 
 class StopRequest:
-    """Request to stop this rank; true once it has arrived."""
+    """Request to stop this rank; true once a request has arrived."""
 
     def __init__(self, *, watch_parent: bool, ranks: int = 1) -> None:
         """
@@ -50,8 +50,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: object) -> None:
         # A scheduler signals all processes at once: the rank gets a signal and loses its parent at
-        # the same time, which counts as one request. A later signal comes from someone who does
-        # not want to wait for the checkpoint
+        # the same time, which counts as one request. A later signal comes from a user who does not
+        # want to wait for the checkpoint
         if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
         self._since = self._since or time.monotonic()
@@ -61,8 +61,8 @@ class StopRequest:
             pass
         self._since = self._since or time.monotonic()
         if self._ranks > 1:
-            # The main thread may wait forever for a rank that has died too, and no parent is left
-            # to notice: end this rank, after the time that saving takes if all ranks had started
+            # The main thread may wait forever for a rank that has died, and no parent is left to
+            # notice. End this rank, after time to save if all ranks have joined the process group
             if zero.ranks() == self._ranks:
                 time.sleep(_ORPHAN_SECONDS)
             os._exit(1)  # sys.exit would only end this thread

@@ -39,7 +39,7 @@ def validation_loss(
     for start in range(0, len(chosen), size * zero.ranks()):
         mine = start + size * zero.rank()
         batch = micro_batch(rows[chosen[mine : mine + size]], rows, workload)
-        # Always the same shape: a compiled model would be recompiled for the last, smaller one
+        # Always the same shape: a compiled model would be recompiled for a smaller last batch
         padded = _padded(batch, size)
         losses = forward(model, padded, token_losses).double().sum(dim=1)
         valid = (padded.targets != IGNORED).sum(dim=1).to(device)

@@ -28,7 +28,7 @@ class Workload(Config):
     """Name of the device, for example NVIDIA H200."""
 
     ranks: PositiveInt = 1
-    """Processes that train together: each on a GPU of its own, or sharing the cores of a CPU."""
+    """Processes that train together, each on its own GPU or sharing the cores of a CPU."""
 
     zero_stage: Stage = 0
     """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
@@ -39,10 +39,10 @@ class Workload(Config):
     """Tokens of context."""
 
     micro_batch_rows: PositiveInt
-    """Rows of one forward pass on one rank."""
+    """Number of rows of one forward pass on one rank."""
 
     accumulate: PositiveInt
-    """Micro-batches of one step on each rank."""
+    """Number of micro-batches of one step on each rank."""
 
     precision: Precision
     """bf16: products and activations are bf16; weights, moments and gradients stay fp32."""
@@ -60,24 +60,24 @@ class Workload(Config):
     """Attention stays within a document, and positions restart with each document."""
 
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Activations recomputed in the backward pass: those of the feed-forward networks (selective)
-    or all those of a block (full)."""
+    """Activations to recompute in the backward pass: those of the feed-forward networks (selective)
+    or all activations of a block (full)."""
 
     optimizer: AnyOptimizer = DEFAULT
 
     @property
     def rank_rows(self) -> int:
-        """Rows of one step on one rank."""
+        """Number of rows of one step on one rank."""
         return self.micro_batch_rows * self.accumulate
 
     @property
     def batch_rows(self) -> int:
-        """Rows of the global batch."""
+        """Number of rows of the global batch."""
         return self.rank_rows * self.ranks
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of the global batch."""
+        """Number of tokens of the global batch."""
         return self.batch_rows * self.seq_len
 
     @property
@@ -91,7 +91,7 @@ class Workload(Config):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of activations and products."""
+        """Data type of activations and products."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
@@ -152,7 +152,7 @@ class Workload(Config):
         """Check that `device` can compute products in fp8, if fp8 is set.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the device cannot.
         """
         if not self.fp8:
             return

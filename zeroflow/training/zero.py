@@ -36,8 +36,8 @@ _RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
 """Environment variable with the path of the rendezvous file."""
 
 _TIMEOUT = timedelta(hours=2)
-"""Time that a rank waits for the others in a collective. It is long because a rank may compile or
-write a checkpoint for minutes. The launcher ends a hung training sooner, after `hang_seconds`."""
+"""Timeout of a collective. It is long because a rank may compile or write a checkpoint for minutes.
+The launcher ends a hung training sooner, after `hang_seconds`."""
 
 _RENDEZVOUS_PREFIX = ".rendezvous-"
 _SHARDS = "shards"
@@ -61,7 +61,7 @@ def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
     Args:
         rendezvous: a `rendezvous_file`, the same for all ranks.
     """
-    if ranks == 1:  # overrides what a launcher such as Slurm may have set for the flow
+    if ranks == 1:  # overrides variables that a launcher such as Slurm may have set for the flow
         return {"RANK": "0", "WORLD_SIZE": "1"}
     # Each rank sees one GPU, so that all code can use the current device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
@@ -83,8 +83,8 @@ def process_group(device: DeviceKind) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    # Gloo also with GPUs: ranks exchange numbers and objects in host memory, which NCCL cannot
-    # send, and no rank should wait for its GPU to do so
+    # Gloo as well, if there are GPUs: ranks exchange numbers and objects in host memory, which
+    # NCCL cannot send, and no rank should have to wait for its GPU
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.FileStore(os.environ[_RENDEZVOUS], world_size),
@@ -93,7 +93,7 @@ def process_group(device: DeviceKind) -> Iterator[None]:
         timeout=_TIMEOUT,
     )
     yield
-    is_any(False)  # a barrier: a rank that leaves early closes connections that others still use
+    is_any(False)  # a barrier: a rank that leaves early would close connections still in use
     dist.destroy_process_group()
 
 
@@ -172,7 +172,7 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
         mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
     else:
         mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
-    # Inputs are not cast, because rotary angles and masks are fp32 on purpose
+    # Inputs are not cast: rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -16,21 +16,21 @@ from zeroflow.training.optimizers.base import OptimizerConfig, by_decay
 class AdamW(OptimizerConfig):
     """AdamW with fp32 moments, fused: https://arxiv.org/abs/1711.05101"""
 
-    # Not written to files: AdamW was the only optimiser once, and files without a name mean it
+    # Not written to files: AdamW was once the only optimiser, so a file without a name means AdamW
     name: Literal["adamw"] = Field("adamw", exclude_if=lambda name: True)
     """Selects AdamW, the default."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
 
     beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
 
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     weight_decay: float = Field(0.1, ge=0)
-    """Not applied to norms and embeddings."""
+    """Weight decay; not applied to norms and embeddings."""
 
     def state_bytes(self, model: ModelConfig) -> int:
         return 2 * 4 * model.parameters

@@ -22,14 +22,14 @@ from zeroflow.training import zero
 class OptimizerConfig(Config, ABC):
     """The optimiser."""
 
-    # Settings and behaviour are one class. State is in the PyTorch optimiser that `build` returns,
-    # in `state[parameter]`: tensors by name, which go into a checkpoint unchanged.
+    # One class for settings and behaviour. The state is in the PyTorch optimiser that `build`
+    # returns, in `state[parameter]`: tensors by name, which a checkpoint stores unchanged.
 
     name: str
     """Optimiser that updates the weights. Default: adamw."""
 
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Maximum global norm of the gradients; larger gradients are scaled down."""
 
     @model_validator(mode="before")
     @classmethod
@@ -44,7 +44,7 @@ class OptimizerConfig(Config, ABC):
     def state_bytes(self, model: ModelConfig) -> int:
         """Return the bytes of optimiser state for all parameters of `model`.
 
-        Scalars, such as a count of steps, are left out.
+        Scalars, such as the number of steps, are not counted.
         """
 
     @abstractmethod
@@ -78,7 +78,7 @@ class OptimizerConfig(Config, ABC):
     def update_ratio(self, optimizer: Optimizer) -> Tensor:
         """Return the largest norm of a matrix's last update over the norm of its weights.
 
-        About 1e-3 in a healthy training; 0.1 destroys within a few steps what was learned. The
+        It is about 1e-3 in a healthy training; 0.1 destroys the model within a few steps. The
         result is on the device.
         """
         updates, weights = [], []
@@ -90,7 +90,7 @@ class OptimizerConfig(Config, ABC):
         return (update_norms / weight_norms).max()
 
     def has_moved(self, optimizer: Optimizer, parameter: nn.Parameter, before: Tensor) -> bool:
-        """Return True if gradients have changed `parameter` since it was `before`.
+        """Return True if gradients have changed `parameter`, whose earlier value is `before`.
 
         Weight decay alone changes it too, but leaves the state at zero. Override this for an
         optimiser whose state does not start at zero.

@@ -1,4 +1,4 @@
-"""The available optimisers, found in the modules of this package."""
+"""Available optimisers, found in the modules of this package."""
 
 import pkgutil
 from importlib import import_module
