@@ -27,5 +27,5 @@ def test_ids_of_another_tokenizer_are_caught_by_their_text(text, tmp_path):
     other = fetch_tokenizer(config, jsonl_corpus(tmp_path / "numbers.jsonl", numbers), tmp_path)
     rows = Rows(shards, "train")
     sound = data_checks.text(rows, text.tokenizer)
-    assert sound.passed and float(sound.figure.removesuffix("%")) > 95
+    assert sound.passed and float(sound.figure.partition("%")[0]) > 95
     assert_failed(data_checks.text(rows, other), "survive", "zeroflow data")

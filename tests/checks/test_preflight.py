@@ -101,7 +101,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
     result = preflight.check(job)
     assert not result.passed and preflight.known(job) is None
     actions = [entry.action for entry in recovery.read(job.folder)]
-    assert len(actions) == 3 and "recomputed" in actions[-1]
+    assert len(actions) == 3 and "recomputes" in actions[-1]
     message = str(PreflightFailed(result))
     assert "micro-batch: 1 row does not fit" in message and "lower --seq-len" in message
 
@@ -120,7 +120,7 @@ def test_ids_outside_the_vocabulary_are_caught_and_not_trained_on(job):
     few = job.tokenizer.replace(vocab_size=100)
     result = preflight.check(job.replace(tokenizer=few))
     [ids] = [check for check in result.checks if not check.passed]
-    assert_failed(ids, "vocabulary of 100", "a tokenizer other than", str(job.shards.path))
+    assert_failed(ids, "vocabulary has 100 tokens", "a tokenizer other than", str(job.shards.path))
     names = [check.name for check in result.checks]
     assert "micro-batch" not in names and "text" not in names
 

@@ -142,7 +142,7 @@ def test_difference_before_any_resume_is_attributed_to_the_machine(twins):
         if "loss" in line and line["step"] >= 4:
             line["loss"] += 1e-6
     rewrite(twins[1], lines)
-    assert "even undisturbed" in judged(twins).reason
+    assert "even without kills" in judged(twins).reason
 
 
 def test_last_bit_of_one_moment_is_caught_by_name(twins):

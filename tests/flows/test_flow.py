@@ -139,7 +139,7 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
 def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     assert output.index("pre-flight passed: 8 checks") < output.index("step 0: validation")
-    assert "pre-flight: gradients: 20 of 20 parameters; " in output
+    assert "pre-flight: gradients: 20 of 20 parameters. They get" in output
     page = (flow.folder("first") / "report.md").read_text()
     assert "| Pre-flight | passed: 8 checks |" in page
     assert "| causality | passed | largest change 0 | " in page

@@ -24,4 +24,4 @@ def assert_failed(check: Check, *words: str) -> None:
     """Check that `check` failed, and that each of `words` is in what it says."""
     assert not check.passed, check
     for word in words:
-        assert word in f"{check.figure}; {check.sentence}", check
+        assert word in f"{check.figure}. {check.sentence}", check

@@ -9,23 +9,23 @@ log = logging.getLogger("zeroflow.checks.preflight")
 
 
 class Check(Config):
-    """Result of one check and its meaning."""
+    """Result of one check, with its meaning."""
 
     name: str
     passed: bool
     figure: str
-    """The measured figure, with its unit."""
+    """Measured figure, with its unit."""
 
     sentence: str
-    """Meaning of the figure; after a failure, also what to change."""
+    """Sentence that explains the figure and, after a failure, names the change to make."""
 
 
 def on_every_rank(check: Check) -> Check:
     """Return `check`, failed if it failed on any rank. Every rank calls this at the same place."""
     passed_on_rank0 = zero.on_rank0(lambda: check.passed)
     if not check.passed and (zero.rank() == 0 or passed_on_rank0):  # one warning, not one per rank
-        log.warning("pre-flight: %s: FAILED, %s; %s", check.name, check.figure, check.sentence)
+        log.warning("pre-flight: %s: FAILED, %s. %s", check.name, check.figure, check.sentence)
     if zero.is_any(not check.passed) and check.passed:
-        sentence = "failed on another rank, see its warning in the log"
+        sentence = "It failed on another rank: see the warning of that rank in the log"
         return check.replace(passed=False, sentence=sentence)
     return check

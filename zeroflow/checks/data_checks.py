@@ -21,12 +21,12 @@ _SAMPLED_PARTS = 3
 _SAMPLED_ROWS = 256
 _DECODED_ROWS = 16
 _MIN_REENCODED = 0.75
-"""Share of ids that must survive decoding and encoding. The tokenizer's own ids do, except at the
-cut ends of rows; ids of another tokenizer rarely do."""
+"""Fraction of ids that must survive decoding and encoding. The tokenizer's own ids do, except where
+a document is cut; ids of another tokenizer rarely do."""
 
 
 def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterator[Check]:
-    """Yield each check in turn, up to the first failure: later checks rely on earlier ones."""
+    """Yield each check in turn, up to the first failure: later checks depend on earlier ones."""
     files = on_every_rank(checksums(shards))
     yield files
     if not files.passed:
@@ -38,7 +38,7 @@ def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterat
 
 
 def checksums(shards: ShardSet) -> Check:
-    """Verify the checksums of a few parts; building or reusing the shards verified all of them."""
+    """Verify the checksums of a few parts; all parts were verified when built or reused."""
     numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
     try:
         parts = (artifacts.verify(shards.part_paths[number]) for number in numbers)
@@ -49,9 +49,9 @@ def checksums(shards: ShardSet) -> Check:
     return Check(
         name="checksums",
         passed=True,
-        figure=f"{files} files",
-        sentence=f"unchanged in {len(numbers)} of {shards.parts} parts; all parts were verified "
-        "when the shards were built or reused",
+        figure=f"{files} files in {len(numbers)} of {shards.parts} parts",
+        sentence="Their checksums match; all parts were verified when the shards were built or "
+        "reused",
     )
 
 
@@ -62,7 +62,7 @@ def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Che
     ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
     lowest, highest = int(ids.min()), int(ids.max())
     passed = lowest >= 0 and highest < limit
-    sentence = f"in {len(ids)} sampled rows, for a vocabulary of {limit:,}"
+    sentence = f"Found in {len(ids)} sampled rows; the vocabulary has {limit:,} tokens"
     if not passed:
         sentence += (
             f": the rows were made with a tokenizer other than {tokenizer.name} or are damaged; "
@@ -74,7 +74,7 @@ def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Che
 
 
 def text(rows: Rows, tokenizer: Tokenizer) -> Check:
-    """Check that decoding sampled ids and encoding the text gives the same ids."""
+    """Check that decoding sampled ids, and encoding the text again, gives the same ids."""
     backend = tokenizer.load()
     returned = total = 0
     beginning = ""
@@ -88,13 +88,14 @@ def text(rows: Rows, tokenizer: Tokenizer) -> Check:
             beginning = beginning or " ".join(words.split())[:40]
     share = returned / max(1, total)
     passed = share >= _MIN_REENCODED
-    sentence = f"of {total:,} ids survive decoding and encoding; the text begins with {beginning!r}"
+    sentence = f"They survive decoding and encoding; the text begins with {beginning!r}"
     if not passed:
         sentence += (
-            f": {tokenizer.name} did not make these ids or cannot decode them; look at `zeroflow "
-            "data` and remove the shards if another tokenizer made them"
+            f": {tokenizer.name} did not make the other ids or cannot decode them; look at "
+            "`zeroflow data`, and remove the shards if another tokenizer made them"
         )
-    return Check(name="text", passed=passed, figure=f"{share:.1%}", sentence=sentence)
+    figure = f"{share:.1%} of {total:,} ids"
+    return Check(name="text", passed=passed, figure=figure, sentence=sentence)
 
 
 def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:

@@ -1,4 +1,4 @@
-"""SIGKILL at chosen moments of a training: where they fall, and the thread that sends them."""
+"""Killing a training at chosen moments: the choice of the moments, and the thread that kills."""
 
 import itertools
 import threading
@@ -17,7 +17,7 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import ValidationRecord
 
 Target = Literal["start-up", "training", "saving", "validation"]
-"""What a training is doing when it is killed."""
+"""Activity of a training that a kill aims at."""
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
     target: Target
     step: int
     after: str
-    """Kind of the milestone that it begins with, at this step."""
+    """Kind of the milestone at its beginning, which belongs to `step`."""
 
     seconds: float
 
@@ -44,14 +44,14 @@ class _Milestone(NamedTuple):
 
 
 def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
-    """Return what a training that was not killed did, in order, and how long it took."""
+    """Return the intervals of a training that was not killed, in order, with their durations."""
     found = [Interval("start-up", 0, "", start_up_seconds)]
     ended_by: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
     begins: list[_Milestone] = []
     for milestone in _milestones(events):
         if target := ended_by.get(milestone.kind):
             before = begins[-1]
-            if target == "saving":  # goes on in the background, while later steps are trained
+            if target == "saving":  # in the background, while later steps are trained
                 before = next(m for m in reversed(begins) if m.step == milestone.step)
             seconds = max(0.0, milestone.time - before.time)
             found.append(Interval(target, before.step, before.kind, seconds))
@@ -61,10 +61,11 @@ def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
 
 
 def choose(found: list[Interval], *, kills: int, seed: int, last: int) -> list[Interval]:
-    """Choose an interval for each of `kills`: all targets in turn, spread over the steps.
+    """Choose an interval for each of `kills` kills: all targets in turn, spread over the steps.
 
-    The steps up to `last` are divided into as many stretches, with a kill in each, or soon after it
-    if the stretch has no interval of the target. So each resume is from another checkpoint.
+    The steps up to `last` are divided into `kills` equal ranges, with one kill in each, or soon
+    after it if the range has no interval of the target. So each resume starts from a different
+    checkpoint.
     """
     random = Random(seed)
     turns = (target for _ in itertools.count() for target in random.sample(TARGETS, len(TARGETS)))
@@ -89,16 +90,16 @@ def choose(found: list[Interval], *, kills: int, seed: int, last: int) -> list[I
 def killer(
     job: TrainingJob, interval: Interval, seconds: float, *, turn: int
 ) -> Iterator[threading.Event]:
-    """Kill a rank of `job`, so many seconds after `interval` has begun, in a thread.
+    """Kill a rank of `job` in a thread, `seconds` after the beginning of `interval`.
 
-    A start-up may be faster than that of the training that was measured. Then the rank is killed at
-    its end.
+    A start-up may be faster than the measured one. Then the rank is killed at the end of the
+    start-up.
 
     Args:
-        turn: number of the kill, by which ranks take turns.
+        turn: number of the kill; it chooses the rank, so that all ranks are killed in turn.
 
     Yields:
-        an event that is set once the rank was killed.
+        An event that is set once the rank is killed.
     """
     killed, over = threading.Event(), threading.Event()
     tail = follow(job)
@@ -138,7 +139,7 @@ def follow(job: TrainingJob) -> Tail[Event]:
 
 
 def ranks_of(job: TrainingJob) -> list[psutil.Process]:
-    """Return the processes that train `job`, in the order of their start."""
+    """Return the processes that train `job`, in order of their start."""
     file = str(job.folder.job)
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -151,7 +152,7 @@ def ranks_of(job: TrainingJob) -> list[psutil.Process]:
 
 
 def moment(job: TrainingJob, events: list[Event]) -> str:
-    """Describe when a training was killed, from the events and files that it left."""
+    """Describe the moment of a kill, from the events and files of the killed training."""
     milestones = _milestones(events)
     if not milestones:
         return "while starting up"
@@ -181,7 +182,7 @@ def _milestones(events: Iterable[Event]) -> list[_Milestone]:
 
 
 def _reaches(event: Event, interval: Interval) -> bool:
-    """True if `interval` begins with `event`, or lies before the checkpoint that was resumed."""
+    """True if `interval` begins with `event`, or is before the checkpoint that was resumed."""
     milestone = _milestone(event)
     if milestone is None or milestone.step < interval.step:
         return False

@@ -23,7 +23,8 @@ _ROWS, _CONTEXT = 1, 64
 """Shape of the random batch for a model that is not compiled."""
 
 _WINDOW = 32
-"""Positions to compare on either side of a change; the logits of all may not fit in memory."""
+"""Positions to compare on either side of a change; the logits of all positions may not fit in
+memory."""
 
 _COMPILED_TOLERANCE = {24: 1e-3, 8: 5e-2, 4: 0.25}
 """Largest difference that rounding explains, relative to the norm of the logits, by the significand
@@ -33,8 +34,8 @@ of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13 and 0.18 from fp32."""
 
 def checks(state: TrainState, config: TrainingConfig) -> Iterator[Check]:
     """Yield each check in turn, on random ids."""
-    # A small batch is enough. But a compiled model is compiled for one shape: with the run's shape,
-    # training finds the compiled code in the cache
+    # A small batch is enough for eager code. Compiled code depends on the shape, so the run's shape
+    # is used: then training finds the compiled code in the cache
     work = config.workload
     shape = work
     if not work.compile:
@@ -72,9 +73,11 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
     allowed = 0.05 + 5 * standard_error
     loss = loss_sum(state.model, batch).item() / batch.valid
     passed = abs(loss - expected) <= allowed
-    sentence = f"expected ln V = {math.log(V):.3f} plus {variance / 2:.3f} for the spread of logits"
+    sentence = (
+        f"Expected: ln V = {math.log(V):.3f}, plus {variance / 2:.3f} for the spread of logits"
+    )
     if not passed:
-        sentence += f", to within {allowed:.3f}: look at `initialize`, the loss and the output head"
+        sentence += f", within {allowed:.3f}: look at `initialize`, the loss and the output head"
     return Check(
         name="loss at initialisation", passed=passed, figure=f"{loss:.3f} nats", sentence=sentence
     )
@@ -86,11 +89,11 @@ def gradients(state: TrainState, batch: MicroBatch) -> Check:
     parameters = dict(zero.named_parameters(state.model))
     idle = [name for name, p in parameters.items() if not _reached(p)]
     state.optimizer.zero_grad()
-    sentence = "get a finite gradient in one backward pass"
+    sentence = "They get a finite, non-zero gradient in one backward pass"
     if idle:
         sentence = (
-            f"{idle[0]} gets no gradient, or a non-finite one: set requires_grad, and look for "
-            "a detach() between it and the loss"
+            f"The gradient of {idle[0]} is missing, zero or non-finite: set requires_grad, and "
+            "look for a detach() between the parameter and the loss"
         )
     return Check(
         name="gradients",
@@ -116,15 +119,15 @@ def causality(state: TrainState, batch: MicroBatch) -> Check:
     changed[:, place:] = _others(changed[:, place:], state)
     change = _change(state, batch, changed, place)
     leaks = change.before > change.by_chance
-    sentence = f"in logits before a changed token; later ones change by {change.after:.3g}"
+    sentence = f"A changed token changes logits from its position on, by up to {change.after:.3g}"
     if leaks:
-        sentence = "logits depend on later tokens: look at the mask of `attend`"
+        sentence = "Logits depend on later tokens: look at the mask of `attend`"
     elif change.after == 0:
-        sentence = "logits do not depend on any token: look at the embedding and the blocks"
+        sentence = "Logits do not depend on any token: look at the embedding and the blocks"
     return Check(
         name="causality",
         passed=not leaks and change.after > 0,
-        figure=f"largest change {change.before:.3g}",
+        figure=f"earlier logits change by {change.before:.3g}",
         sentence=sentence,
     )
 
@@ -139,13 +142,13 @@ def documents(state: TrainState, batch: MicroBatch) -> Check:
     changed[:, :place] = _others(changed[:, :place], state)
     change = _change(state, batch._replace(documents=numbers), changed, place)
     leaks = change.after > change.by_chance
-    sentence = f"in logits after a changed document; its own logits change by {change.before:.3g}"
+    sentence = f"A changed document changes its own logits, by up to {change.before:.3g}"
     if leaks:
-        sentence = "logits depend on other documents: look at the masks, or drop --document-mask"
+        sentence = "Logits depend on other documents: look at the masks, or drop --document-mask"
     return Check(
         name="documents",
         passed=not leaks,
-        figure=f"largest change {change.after:.3g}",
+        figure=f"logits of other documents change by {change.after:.3g}",
         sentence=sentence,
     )
 
@@ -159,13 +162,13 @@ def compiled_equals_eager(state: TrainState, batch: MicroBatch, tolerance: float
         eager = _logits(state, batch.inputs[:1], numbers, window)
     difference = ((ours - eager).norm() / eager.norm()).item()
     passed = difference <= tolerance
-    sentence = f"relative to the norm of the logits; rounding explains {tolerance:g}"
+    sentence = f"Rounding explains differences up to {tolerance:g} of the norm of the logits"
     if not passed:
         sentence += ": use --no-compile, or remove the cache of compiled code"
     return Check(
         name="compiled equals eager",
         passed=passed,
-        figure=f"{difference:.2g} apart",
+        figure=f"relative difference {difference:.2g}",
         sentence=sentence,
     )
 

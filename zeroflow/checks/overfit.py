@@ -1,4 +1,4 @@
-"""The check after a training: fresh weights must be able to overfit one fixed batch.
+"""Check after a training: fresh weights must be able to overfit one fixed batch.
 
 It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop.
 A partly frozen model can still overfit a batch, so gradients must also have moved every parameter.
@@ -42,7 +42,7 @@ _WARMUP_STEPS = 5
 
 
 class OverfitConfig(Config):
-    """The check after training that the model can overfit one fixed batch."""
+    """Check after the training that the model can overfit one fixed batch."""
 
     overfit_steps: PositiveInt = 150
     """Maximum number of steps."""
@@ -81,7 +81,7 @@ class OverfitFailed(RuntimeError):
 
 
 class FixedBatch(NamedTuple):
-    """The same micro-batch at every step."""
+    """A batch source with the same micro-batch at every step."""
 
     batch: MicroBatch
 
@@ -99,7 +99,7 @@ def check(job: OverfitJob) -> OverfitResult:
     if before and before.passed and before.job == _fingerprint(job):
         return before.replace(reused=True, why=reuse.PASSED)
     why = reuse.since(_identity(job), before)
-    log.info("overfit check runs: %s", why)
+    log.info("running the overfit check: %s", why)
     job.write(job.folder.overfit_job)
     launch(
         "zeroflow.checks.overfit",
@@ -118,7 +118,7 @@ def overfit(
     limits: OverfitConfig,
     stop: Callable[[], bool] = lambda: False,
 ) -> OverfitResult | None:
-    """Train `state` until its loss is below the limit and judge the result.
+    """Train `state` until its loss is below the limit, and return the verdict.
 
     Returns:
         None if `stop` returned True after a step.
@@ -146,8 +146,8 @@ def overfit(
         )
     elif idle:
         reason = (
-            f"{_count(idle)} learned nothing, for example {idle[0]}: frozen, or detached from "
-            "the loss"
+            f"gradients did not change {_count(idle)}, for example {idle[0]}: frozen, or detached "
+            "from the loss"
         )
     else:
         reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
@@ -163,8 +163,8 @@ def overfit(
 def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
     """Return the run's training settings with one small batch and a constant learning rate.
 
-    The run's rate suits batches of millions of tokens, so the check uses another. It falls with the
-    width, within usual limits: https://arxiv.org/abs/2203.03466
+    The learning rate of the run suits batches of millions of tokens, so the check uses its own. It
+    decreases with the width, within usual limits: https://arxiv.org/abs/2203.03466
     """
     # The check runs only the first half of these steps, so it ends before the decay
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
@@ -176,7 +176,7 @@ def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
 
 
 def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
-    """Return the beginnings of the first training rows."""
+    """Return a batch made of the beginnings of the first training rows."""
     first = rows[np.arange(min(workload.micro_batch_rows, len(rows)))]
     return FixedBatch(micro_batch(first[:, : workload.seq_len + 1], rows, workload))
 
@@ -194,7 +194,7 @@ def _fingerprint(job: OverfitJob) -> str:
 
 
 def _identity(job: OverfitJob) -> Identity:
-    """Return everything that decides the outcome. Training length is excluded."""
+    """Return everything that decides the outcome; the length of the training does not."""
     config = settings(job.training, job.limits)
     return {
         "model": job.model.model_dump(mode="json"),

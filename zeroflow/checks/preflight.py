@@ -1,4 +1,4 @@
-"""Checks before a training. They take seconds and can save hours of a broken run.
+"""Checks before a training. They take seconds and may save hours of a broken run.
 
 They use the run's own model, data, device, precision and compile settings, and the functions that
 train. A check that fails ends the run before its first step. A micro-batch that does not fit in
@@ -44,7 +44,7 @@ class PreflightJob(RankJob):
 
 
 class PreflightResult(CheckResult):
-    """The contents of preflight.json."""
+    """Contents of preflight.json."""
 
     seconds: float
     checks: list[Check]
@@ -55,10 +55,10 @@ class PreflightFailed(RuntimeError):
 
     def __init__(self, result: PreflightResult) -> None:
         failed = [check for check in result.checks if not check.passed]
-        lines = "\n".join(f"  {check.name}: {check.figure}; {check.sentence}" for check in failed)
+        lines = "\n".join(f"  {check.name}: {check.figure}. {check.sentence}" for check in failed)
         super().__init__(
             f"pre-flight: {len(failed)} of {len(result.checks)} checks failed, so nothing was "
-            f"trained:\n{lines}\n--skip-preflight trains without them"
+            f"trained:\n{lines}\n--skip-preflight trains without the checks"
         )
         self.result = result
 
@@ -71,15 +71,15 @@ def known(job: TrainingJob) -> PreflightResult | None:
 
 
 def read(folder: RunFolder) -> PreflightResult | None:
-    """Return the result of a run's pre-flight, or None without one."""
+    """Return the result of a run's pre-flight; None if there was none."""
     return PreflightResult.read_if_exists(folder.preflight)
 
 
 def check(job: TrainingJob) -> PreflightResult:
     """Check the job in separate ranks.
 
-    If they run out of memory, the checks note a smaller micro-batch in the run's ledger, as
-    training would do, and try again. So training starts with a micro-batch that fits.
+    If the ranks run out of memory, a smaller micro-batch is added to the run's ledger, as training
+    would do, and the checks run again. So training starts with a micro-batch that fits.
 
     Raises:
         TrainingFailed: a rank failed for another reason than running out of memory.
@@ -87,7 +87,7 @@ def check(job: TrainingJob) -> PreflightResult:
     identity = _identity(job)
     before = read(job.folder)
     why = reuse.since(identity, before)
-    log.info("pre-flight checks run: %s", why)
+    log.info("running the pre-flight checks: %s", why)
     return _check(job, identity).replace(why=why)
 
 
@@ -126,7 +126,7 @@ def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
             compile_cache=now.compile_cache,
         )
     finally:
-        # a killed rank leaves it behind
+        # a killed rank does not remove it
         shutil.rmtree(job.folder.preflight_checkpoint, ignore_errors=True)
     result = read(job.folder)
     assert result is not None, "rank 0 writes it before it exits"
@@ -156,7 +156,7 @@ def _fingerprint(identity: Identity) -> str:
 
 
 def _identity(job: TrainingJob) -> Identity:
-    """Return everything that decides the outcome. Training length is excluded."""
+    """Return everything that decides the outcome; the length of the training does not."""
     return {
         "model": job.model.model_dump(mode="json"),
         "training": job.training.identity,
@@ -191,7 +191,7 @@ def work(job: PreflightJob, stop: Stop) -> None:
     stopped = False
     for check in checks(job):
         if check.passed:
-            log.info("pre-flight: %s: %s; %s", check.name, check.figure, check.sentence)
+            log.info("pre-flight: %s: %s. %s", check.name, check.figure, check.sentence)
         done.append(check)
         if stopped := stop():
             break

@@ -1,8 +1,8 @@
-"""Proof that a training that is killed again and again ends with the bits of an undisturbed one.
+"""Proof that a training that is killed repeatedly ends with the same bits as an undisturbed one.
 
-The same job is trained twice, each time in a directory of its own: once undisturbed, and once with
-a rank killed by SIGKILL at random moments, and resumed from the newest checkpoint each time. Every
-logged number and every tensor of the last checkpoint must be the same.
+The same job is trained twice, in separate directories: once undisturbed, and once with a rank
+killed by SIGKILL at random moments and the training resumed from the newest checkpoint each time.
+Every logged number and every tensor of the last checkpoint must be the same.
 """
 
 import hashlib
@@ -29,37 +29,37 @@ from zeroflow.training.tracked import train
 log = logging.getLogger(__name__)
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
-"""Names of the directories of the two trainings, in that of the run."""
+"""Names of the directories of the two trainings, inside the directory of the run."""
 
 _QUANTITIES = ("loss", "grad_norm", "val_loss")
 
 
 class ProofConfig(Config):
-    """How resume is tested."""
+    """Settings of the test of resume."""
 
     kills: PositiveInt = 5
-    """Number of times that the training is killed with SIGKILL."""
+    """Number of times to kill the training with SIGKILL."""
 
     kill_seed: NonNegativeInt = 0
-    """Seed of the moments at which it is killed."""
+    """Seed of the moments of the kills."""
 
 
 class Kill(Config):
-    """A SIGKILL that the training received."""
+    """One kill of the training."""
 
     aimed_at: Target
     moment: str
-    """When it came, by what had been logged and written."""
+    """Description of the moment, from the events and files of the training."""
 
     step: NonNegativeInt
-    """Last step that had been logged."""
+    """Last step that was logged before the kill."""
 
     resumed_at: NonNegativeInt
-    """Step that the training was resumed at; 0 for the beginning."""
+    """Step from which the training was resumed; 0 for the beginning."""
 
 
 class Mismatch(Config):
-    """The first value that differs, in either training; "" where it is missing."""
+    """The first value that differs, in both trainings; "" if a training does not have it."""
 
     step: int
     quantity: str
@@ -70,7 +70,7 @@ class Mismatch(Config):
 
 
 class Proof(Record):
-    """The result of a proof, and how much was tested. The contents of proof.json."""
+    """Result of a proof and extent of the test: contents of proof.json."""
 
     passed: bool
     reason: str
@@ -79,17 +79,17 @@ class Proof(Record):
     kills_asked: int
     steps: int
     numbers: int
-    """Number of losses, gradient norms and validation losses that were compared, bit for bit."""
+    """Number of losses, gradient norms and validation losses that were compared bit for bit."""
 
     tensors: int
-    """Number of tensors of weights, optimiser and random state whose sha256 were compared."""
+    """Number of tensors of weights, optimiser and random state that were compared by sha256."""
 
     sha256: dict[str, str]
-    """Of either training, a sha256 over those of all tensors."""
+    """For each training, a sha256 over the sha256 of all tensors."""
 
 
 class ResumeInexact(RuntimeError):
-    """The killed training did not end as the undisturbed one."""
+    """The killed training ended with other bits than the undisturbed one."""
 
 
 def prove(
@@ -97,16 +97,17 @@ def prove(
     config: ProofConfig,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Proof:
-    """Train `job` undisturbed and killed, in directories below its own, and compare the results.
+    """Train `job` undisturbed and with kills, in subdirectories, and compare the results.
 
     The directories of an earlier proof are removed.
 
     Args:
-        on_event: called with every new event of either training.
+        on_event: called with every new event of both trainings.
 
     Raises:
         ValueError: losses are not logged at every step, or there are too few steps.
-        TrainingFailed: a training failed other than by a kill, or another proof is running there.
+        TrainingFailed: a training failed for another reason than a kill, or another proof is
+            running in this directory.
     """
     if job.cadence.log != 1:
         raise ValueError(
@@ -119,7 +120,7 @@ def prove(
             "or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
-    with exclusive(job.folder.proof_lock, f"another proof is at work on {job.folder.name}"):
+    with exclusive(job.folder.proof_lock, f"another proof is running in {job.folder.name}"):
         for side in (undisturbed, killed):
             shutil.rmtree(side.run_dir, ignore_errors=True)
             side.run_dir.mkdir(parents=True)
@@ -142,7 +143,7 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
 
 
 def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event], None]) -> float:
-    """Train to the end, and return the seconds that the ranks took to start."""
+    """Train to the end; return the start-up time of the ranks in seconds."""
     start_up = 0.0
 
     def follow(event: Event) -> None:
@@ -161,13 +162,13 @@ def _train_killed(
     random: Random,
     on_event: Callable[[Event], None],
 ) -> list[Kill]:
-    """Train to the end, and kill a rank at a random time in each of the `chosen` intervals.
+    """Train to the end, killing a rank at a random time in each of the `chosen` intervals.
 
     Returns:
-        the kills, which are fewer if the training ended before.
+        The kills; fewer than `chosen` if the training ended early.
 
     Raises:
-        TrainingFailed: before a kill.
+        TrainingFailed: the training failed before a kill.
     """
     done: list[Kill] = []
     for interval in chosen:
@@ -175,7 +176,7 @@ def _train_killed(
         with kills.killer(job, interval, seconds, turn=len(done)) as killed:
             try:
                 train(job, on_event)
-                break  # it ended before the interval came
+                break  # the training ended before the interval began
             except TrainingFailed:
                 if not killed.is_set():
                     raise
@@ -201,8 +202,8 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], ask
     """Compare two finished trainings of one job.
 
     Args:
-        done: kills of the second one.
-        asked: number of kills that were asked for.
+        done: kills of the second training.
+        asked: requested number of kills.
     """
     numbers, numbers_killed = _numbers(undisturbed), _numbers(killed)
     tensors, tensors_killed = _tensors(undisturbed), _tensors(killed)
@@ -214,7 +215,7 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], ask
     elif not done:
         reason = "the training ended before it could be killed: raise --max-steps"
     else:
-        reason = f"killed {len(done)} times, the training ended with the same bits"
+        reason = f"the training was killed {len(done)} times and ended with the same bits"
     return Proof(
         passed=not difference and bool(done),
         reason=reason,
@@ -229,13 +230,13 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], ask
 
 
 def _numbers(job: TrainingJob) -> _Found:
-    """Return every logged number, exactly."""
+    """Return every logged number, without rounding."""
     found: _Found = {}
     for record in METRICS.read(job.folder.metrics):
         for quantity in _QUANTITIES:
             if (number := getattr(record, quantity, None)) is not None:
                 key, value = (record.step, quantity), float(number).hex()
-                # A step that was logged twice is a difference too
+                # A step that is logged twice counts as a difference
                 found[key] = f"{found[key]} and {value}" if key in found else value
     return found
 
@@ -265,12 +266,12 @@ def _explanation(difference: Mismatch, done: list[Kill]) -> str:
     resumed = [kill.resumed_at for kill in done if kill.resumed_at]
     if difference.step <= min(resumed, default=difference.step):
         return (
-            f"{found}. No checkpoint was resumed from before it: on this machine the same steps "
-            "give different results each time, even undisturbed"
+            f"{found}. No resume took place before this step, so on this machine the same steps "
+            "give different results each time, even without kills"
         )
     return (
-        f"{found}. Something that training changes is not in the checkpoint, such as the state of "
-        "a random-number generator"
+        f"{found}. The checkpoint lacks something that training changes, such as the state of a "
+        "random-number generator"
     )
 
 

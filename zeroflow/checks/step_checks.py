@@ -49,7 +49,7 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
     few = config.replace(workload=work.replace(accumulate=min(2, work.accumulate)))
     batches = batching.batches(rows, few)
     on_gpu = work.device == "cuda"
-    if on_gpu:  # fragmented memory that earlier checks left cached would count as used
+    if on_gpu:  # fragmented memory, cached since earlier checks, would count as used
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
@@ -61,11 +61,11 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
         figure += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB"
     passed = math.isfinite(loss + grad_norm)
     sentence = (
-        f"forward, backward and optimiser in {time.monotonic() - begin:.1f} s, loss {loss:.3f}, "
+        f"Forward, backward and optimiser took {time.monotonic() - begin:.1f} s; loss {loss:.3f}, "
         f"gradient norm {grad_norm:.3g}"
     )
     if not passed:
-        sentence += ": non-finite; look at --precision and at the rows of the first step"
+        sentence += ", non-finite: look at --precision and at the rows of the first step"
     return Check(name="micro-batch", passed=passed, figure=figure, sentence=sentence)
 
 
@@ -87,7 +87,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
             tensor.zero_()
         saved = zero.on_rank0(partial(checkpoint.latest, folder))
         if saved is None:
-            raise CheckpointError("the written files are damaged: look at the disk")
+            raise CheckpointError("The written files are damaged: look at the disk")
         checkpoint.load(state, saved, tokenizer=fingerprint)
     except (OSError, CheckpointError) as error:
         found = Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
@@ -95,12 +95,12 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
         after = _digests(tensors)
         lost = [name for name in before if after[name] != before[name]]
         passed = not lost and state.step == step
-        sentence = f"written and read back with the same bits in {time.monotonic() - begin:.1f} s"
+        sentence = f"Saving and loading took {time.monotonic() - begin:.1f} s and changed no bit"
         if not passed:
-            what = f"{len(lost)} tensors, such as {lost[0]}," if lost else "the step"
-            sentence = f"{what} came back different: look at `checkpoint` and at the disk"
+            what = f"{len(lost)} tensors, such as {lost[0]}" if lost else "the step"
+            sentence = f"Saving and loading changed {what}: look at `checkpoint` and at the disk"
         found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
-    zero.is_any(False)  # a barrier: every rank has read it
+    zero.is_any(False)  # a barrier: every rank has read the checkpoint
     zero.on_rank0(remove)
     return found
 
@@ -108,7 +108,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Return everything that training changes.
 
-    The list is independent of `checkpoint`, so that a tensor missing there is noticed.
+    The list is independent of `checkpoint`, so that a tensor that is missing there is detected.
     """
     tensors = {"skipped": state.skipped}
     for name, parameter in zero.named_parameters(state.model):

@@ -161,7 +161,7 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             state = now.training.workload.optimizer.state_bytes(now.model)
             size = decimal(8 * now.model.parameters + state)
             return (
-                "micro-batches of one row with all activations recomputed do not fit. Weights, "
+                "Micro-batches of one row with all activations recomputed do not fit. Weights, "
                 f"gradients and the optimiser's state alone take {size}: shard them over more GPUs "
                 "with --zero-stage 3, or use a smaller size, a lower --seq-len or a device with "
                 "more memory"
@@ -172,7 +172,7 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
                 "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":
-            return f"it was started {_IN_VAIN} times without reaching a newer checkpoint"
+            return f"The training was started {_IN_VAIN} times without reaching a newer checkpoint"
     return ""
 
 
