@@ -1,7 +1,10 @@
 """Raw text to a trained and checked model: `python flows/pretrain.py --size tiny`."""
 
 from zeroflow.cli.flow import main
-from zeroflow.orchestration.flows import pretrain
+from zeroflow.orchestration.names import PRETRAIN
 
 if __name__ == "__main__":
-    main(pretrain)
+    main(PRETRAIN)
+else:
+    # Deployments of earlier versions name the flow of this file
+    from zeroflow.orchestration.flows import pretrain  # noqa: F401

@@ -1,7 +1,7 @@
 """Prove that resume is exact, seen in Prefect: `python flows/prove_resume.py --kills 5`."""
 
 from zeroflow.cli.flow import main
-from zeroflow.orchestration.flows import prove_resume
+from zeroflow.orchestration.names import PROVE_RESUME
 
 if __name__ == "__main__":
-    main(prove_resume)
+    main(PROVE_RESUME)

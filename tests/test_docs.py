@@ -20,7 +20,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 from pipeline import ROOT
-from pydantic import BaseModel
 
 from zeroflow.cli import arguments, commands
 from zeroflow.orchestration.ui import UiConfig
@@ -32,8 +31,9 @@ from zeroflow.training.sampling import SamplingConfig
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("benchmarks/*.md")])
 
-FLOWS = {"flows/pretrain.py": RunConfig, "flows/sweep.py": SweepConfig}
 COMMANDS = {
+    "pretrain": RunConfig,
+    "sweep": SweepConfig,
     "plan": RunConfig,
     "prove-resume": ProofRun,
     "ui": UiConfig,
@@ -44,6 +44,13 @@ COMMANDS = {
     "prefect-setup": None,
 }
 """Subcommands of `zeroflow`, and the settings that each takes as flags."""
+
+SCRIPTS = {
+    "flows/pretrain.py": "pretrain",
+    "flows/sweep.py": "sweep",
+    "flows/prove_resume.py": "prove-resume",
+}
+"""Scripts of the working tree, and the commands that take the same flags."""
 
 FOREIGN = {"--no", "--no-deps"}
 """The beginning of `--no-...`, and flags of pip."""
@@ -114,24 +121,12 @@ def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
     return stopped.value.namespace
 
 
-def flow_parser(config: type[BaseModel]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    arguments.add_settings(parser, config, "run")
-    parser.add_argument("--verbose", action="store_true")
-    return parser
-
-
 def require_parses(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     match command:
         case [*_, "--help"]:
             pass
-        case ["python", script, *given] if script in FLOWS:
-            config = FLOWS[script]
-            config.model_validate(
-                arguments.read_settings(config, flow_parser(config).parse_args(given))
-            )
-        case ["python", "flows/prove_resume.py", *given]:
-            require_parses(["zeroflow", "prove-resume", *given], monkeypatch)
+        case ["python", script, *given] if script in SCRIPTS:
+            require_parses(["zeroflow", SCRIPTS[script], *given], monkeypatch)
         case ["zeroflow", subcommand, *given]:
             namespace = parsed([subcommand, *given], monkeypatch)
             if config := COMMANDS[subcommand]:
@@ -164,7 +159,7 @@ def test_commands_have_only_flags_and_values_that_exist(page, monkeypatch):
     "command",
     [
         "python flows/pretrain.py --max-step 10",
-        "python flows/sweep.py --sizes huge",
+        "zeroflow sweep --sizes huge",
         "zeroflow plan --data-mode files",
         "zeroflow paint",
         "python benchmarks/train_speed.py --no-such-flag",
@@ -179,7 +174,7 @@ def test_wrong_command_is_noticed(command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
-    said = [flow_parser(config).format_help() for config in FLOWS.values()]
+    said = []
     for command in COMMANDS:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(
@@ -271,13 +266,15 @@ RUNNING = [
 def quick(command: list[str], folder: Path) -> list[str]:
     """`command` with tiny values for what it leaves open; a resumed run has them already."""
     program, *given = command
-    if program == "zeroflow":
-        command = [sys.executable, "-m", "zeroflow.cli", *given]
-        if given[0] != "prove-resume":
-            return command
+    if program == "python" and given[0] in SCRIPTS:
+        program, given = "zeroflow", [SCRIPTS[given[0]], *given[1:]]
+    if program != "zeroflow":
+        assert program == "python", f"mark the block: {shlex.join(command)}"
+        return [sys.executable, *given]
+    command = [sys.executable, "-m", "zeroflow.cli", *given]
+    if given[0] == "prove-resume":
         offered = [*TINY, "--max-steps=20", "--kills=2"]
-    elif program == "python" and given[0] in FLOWS:
-        command = [sys.executable, *given]
+    elif given[0] in ("pretrain", "sweep"):
         run = (
             folder / "data_cache" / "runs" / given[given.index("--run-name") + 1]
             if "--run-name" in given
@@ -289,8 +286,7 @@ def quick(command: list[str], folder: Path) -> list[str]:
         if not {"--size", "--sizes", "--hidden-size"}.intersection(given):
             offered += SHAPE
     else:
-        assert program == "python", f"mark the block: {shlex.join(command)}"
-        return [sys.executable, *given]
+        return command
     return [*command, *(flag for flag in offered if flag.partition("=")[0] not in given)]
 
 

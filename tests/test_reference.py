@@ -11,6 +11,7 @@ import reference_tables
 from zeroflow.data import document_table
 from zeroflow.run_folder import Cache
 from zeroflow.settings import flags
+from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -41,8 +42,9 @@ def test_old_table_is_replaced_and_the_text_around_it_kept():
 def test_every_setting_of_a_run_and_a_sweep_has_its_row():
     page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(--[\w-]+)` \|", page, re.MULTILINE)
-    for setting in flags.settings(SweepConfig):  # which holds those of a run
-        assert setting.flag in rows
+    for config in (RunConfig, SweepConfig):
+        for setting in flags.settings(config):
+            assert setting.flag in rows
 
 
 CACHE = Cache(Path("cache"))

@@ -84,8 +84,8 @@ class View:
         """
         if build.data_runner != "threads":
             raise ValueError(
-                f"--data-runner {build.data_runner} needs a flow (python flows/pretrain.py): run "
-                "one, or use --data-runner threads"
+                f"--data-runner {build.data_runner} needs a flow (zeroflow pretrain): run one, or "
+                " use --data-runner threads"
             )
         return in_threads(build.data_workers)
 

@@ -1,5 +1,7 @@
 """The `zeroflow` command."""
 
+import re
+
 import pytest
 
 from zeroflow.cli import commands
@@ -15,12 +17,53 @@ def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", [[], ["ponder"], ["plan", "--max-stepps=9"], ["generate"]])
-def test_wrong_command_line_ends_with_code_2_and_how_to_use_it(capsys, argv):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["ponder"], "choose from 'pretrain', 'sweep', "),
+        (["generate"], "arguments are required: --run"),
+        (["plan", "--max-stepps=9"], "there is no --max-stepps: did you mean --max-steps?"),
+        (["pretrain", "--max_steps", "9"], "no --max_steps: did you mean --max-steps?"),
+        (["pretrain", "--lr=1"], "there is no --lr: did you mean --learning-rate?"),
+        (["pretrain", "--banana"], "there is no --banana\n"),
+        (["pretrain", "9"], "'9' belongs to no flag"),
+        (["sweep", "--size", "tiny", "small"], "than --size takes: did you mean --sizes?"),
+        (["sweep", "--run-name=a"], "there is no --run-name"),
+    ],
+)
+def test_wrong_command_line_ends_with_code_2_and_says_in_two_lines_what_was_meant(
+    capsys, argv, message
+):
     with pytest.raises(SystemExit) as ended:
         commands.main(argv)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: zeroflow")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said
+    assert said.splitlines()[1].startswith("`zeroflow ") and said.count("\n") == 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sweep", "plan", "prove-resume", "ui", "export"])
+def test_help_begins_with_a_usage_of_one_line(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, "--help"])
+    assert ended.value.code == 0
+    usage, empty, *_ = capsys.readouterr().out.split("\n")
+    assert usage.startswith(f"usage: zeroflow {command} ") and not empty
+
+
+@pytest.mark.parametrize(
+    ("command", "left_out"),
+    [
+        ("sweep", {"--sweep", "--run-name"}),
+        ("prove-resume", {"--sweep", "--skip-preflight", "--overfit-steps", "--overfit-loss"}),
+    ],
+)
+def test_command_offers_no_setting_that_it_would_refuse(capsys, command, left_out):
+    with pytest.raises(SystemExit):
+        commands.main([command, "--help"])
+    offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert "--max-steps" in offered and not offered & left_out
 
 
 def test_wrong_setting_is_refused_by_its_flag(console, capsys, tmp_path):

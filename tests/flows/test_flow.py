@@ -7,14 +7,13 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api, mlflow_client, mlflow_run
+from wheel import build_wheel, install
 
 from zeroflow.cli import commands
-from zeroflow.cli import flow as flow_command
 from zeroflow.data.batches import Skip
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import goodput
@@ -37,11 +36,22 @@ TASKS = [
 def sample(
     tmp_path_factory: pytest.TempPathFactory, base_environment: dict[str, str], prefect_api: str
 ) -> tuple[Flow, str]:
-    """A finished run on the sample, and what it printed."""
+    """A finished run on the sample, and what it printed.
+
+    It was trained by the wheel of the package, in an environment and a folder of its own.
+    """
+    folder = tmp_path_factory.mktemp("sample")
     environment = base_environment | {"PREFECT_API_URL": prefect_api}
-    flow = Flow(tmp_path_factory.mktemp("sample") / "cache", environment)
+    flow = Flow(folder / "cache", environment)
+    programs = install(build_wheel(folder / "wheel"), folder / "environment")
+    elsewhere = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    program = (str(programs / "zeroflow"), "pretrain")
+    (folder / "empty").mkdir()
+    installed = Flow(flow.cache, elsewhere, program, folder / "empty")
     prompt = "--sample-prompt=def a\n```\n| b"
-    return flow, flow.run("--run-name=first", "--log-interval=4", prompt, *CHECKED_SHAPE)
+    output = installed.run("--run-name=first", "--log-interval=4", prompt, *CHECKED_SHAPE)
+    assert not list((folder / "empty").iterdir())
+    return flow, output
 
 
 def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
@@ -344,8 +354,9 @@ def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str])
 def test_contradictory_settings_fail_before_anything_is_built(
     tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    never = SimpleNamespace(name="pretrain")  # nothing but its name is needed
-    assert flow_command.run(never, [f"--cache-dir={tmp_path / 'cache'}", *flags]) == 2
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["pretrain", f"--cache-dir={tmp_path / 'cache'}", *flags])
+    assert ended.value.code == 2
     complaint = capsys.readouterr().err
     assert words in complaint and "Traceback" not in complaint
     assert not (tmp_path / "cache").exists()

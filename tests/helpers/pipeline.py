@@ -37,11 +37,13 @@ SMALL_SHAPE = [*CHECKED_SHAPE, "--skip-preflight"]
 """For tests of something else: the pre-flight takes some seconds."""
 
 
-def started(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
-    """A program at the project's root, with all that it says in its standard output."""
+def started(
+    command: list[str], environment: dict[str, str], folder: Path = ROOT
+) -> "subprocess.Popen[str]":
+    """A program in `folder`, with all that it says in its standard output."""
     return subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -52,14 +54,16 @@ def started(command: list[str], environment: dict[str, str]) -> "subprocess.Pope
 
 @dataclass
 class Flow:
-    """`python flows/pretrain.py` with a cache of its own."""
+    """`python flows/pretrain.py`, or another `program` in `folder`, with a cache of its own."""
 
     cache: Path
     environment: dict[str, str]
+    program: tuple[str, ...] = (sys.executable, "flows/pretrain.py")
+    folder_of_program: Path = ROOT
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "flows/pretrain.py", "--cache-dir", str(self.cache), *flags]
-        return started(command, self.environment)
+        command = [*self.program, "--cache-dir", str(self.cache), *flags]
+        return started(command, self.environment, self.folder_of_program)
 
     def run(self, *flags: str, expect: int = 0) -> str:
         """The output of the flow, which has to end with exit code `expect`."""
@@ -91,8 +95,14 @@ class Flow:
 class Ui:
     """`zeroflow ui` on free ports, with a Prefect of its own below the cache."""
 
-    def __init__(self, cache: Path, environment: dict[str, str]) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        cache: Path,
+        environment: dict[str, str],
+        program: tuple[str, ...] = (sys.executable, "-m", "zeroflow.cli"),
+        folder: Path = ROOT,
+    ) -> None:
+        self.cache, self.program, self.folder = cache, program, folder
         self.ports = {"prefect": free_port(), "mlflow": free_port()}
         self.prefect, self.mlflow = (f"http://127.0.0.1:{port}" for port in self.ports.values())
         self.environment = environment | {"PREFECT_HOME": str(cache / "prefect")}
@@ -100,11 +110,11 @@ class Ui:
     @property
     def command(self) -> list[str]:
         flags = [f"--{name}-port={port}" for name, port in self.ports.items()]
-        return [sys.executable, "-m", "zeroflow.cli", "ui", f"--cache-dir={self.cache}", *flags]
+        return [*self.program, "ui", f"--cache-dir={self.cache}", *flags]
 
     def start(self) -> str:
         """The output until everything is there."""
-        self.process = started(self.command, self.environment)
+        self.process = started(self.command, self.environment, self.folder)
         assert self.process.stdout is not None
         said = ""
         for line in self.process.stdout:

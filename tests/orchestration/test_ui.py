@@ -14,6 +14,7 @@ import psutil
 import pytest
 from pipeline import Ui, api
 from tiny import SHAPE
+from wheel import build_wheel, install
 
 from zeroflow.orchestration import ui
 from zeroflow.orchestration.names import GPU_LIMIT
@@ -140,6 +141,37 @@ def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
     state("Retrying", "Rerunning", "Running")
     both.process.send_signal(signal.SIGINT)
     assert "starting Prefect's worker again" in both.end(expect=0)
+
+
+@pytest.mark.slow
+def test_wheel_serves_deploys_and_trains_anywhere(
+    tmp_path: Path, base_environment: dict[str, str]
+) -> None:
+    programs = install(build_wheel(tmp_path / "wheel"), tmp_path / "environment")
+    (tmp_path / "empty").mkdir()
+    environment = {k: v for k, v in base_environment.items() if k != "PYTHONPATH"}
+    environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+    program = (str(programs / "zeroflow"),)
+    both = Ui(tmp_path / "cache", environment, program, tmp_path / "empty")
+    both.start()
+    try:
+        training = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 12}
+        run = {"run_name": "anywhere", "skip_preflight": True, "overfit": {"overfit_loss": 20}}
+        run |= {"model": SHAPE.model_dump(), "training": training, "cache_dir": str(both.cache)}
+        run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+        path = f"/deployments/{deployments_of(both)['custom']['id']}/create_flow_run"
+        api(f"{both.prefect}/api", path, parameters={"run": run})
+        for _ in range(600):
+            [found] = api(f"{both.prefect}/api", "/flow_runs/filter")
+            if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
+                break
+            time.sleep(0.2)
+        assert found["state_type"] == "COMPLETED", found["state"]
+        assert (both.cache / "runs" / "anywhere" / "report.json").exists()
+    finally:
+        both.process.send_signal(signal.SIGINT)
+        both.end(expect=0)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
 """Command-line arguments made from the settings classes."""
 
 import argparse
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import (
     Any,
     Literal,
+    NoReturn,
     TypeVar,
     Union,
     get_args,
@@ -19,6 +23,64 @@ from zeroflow.settings.flags import Setting, help_text, settings
 Settings = TypeVar("Settings", bound=BaseModel)
 
 _ALIASES = {"size": ["--model-size"]}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of many flags: it shows a usage of one line, and says which flag was meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # a misspelt flag is an error
+
+    def format_usage(self) -> str:
+        self._shorten_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self._shorten_usage()
+        return super().format_help()
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse `args`, all of which have to be known: the name is argparse's."""
+        given = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(given, namespace)
+        if unknown:
+            self.error(self._meant(unknown[0], given))
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n`{self.prog} --help` shows what it takes\n")
+
+    def _shorten_usage(self) -> None:
+        """Name the flags that have to be given only, unless there are commands to choose from."""
+        if self._subparsers is None:
+            needed = [
+                f"{action.option_strings[0]} {action.metavar or action.dest.upper()} "
+                for action in self._actions
+                if action.required
+            ]
+            self.usage = f"%(prog)s {''.join(needed)}[settings]"
+
+    def _meant(self, unknown: str, given: Sequence[str]) -> str:
+        """What is wrong with an argument that no flag takes."""
+        flags = list(self._option_string_actions)
+        if unknown.startswith("--"):
+            name = unknown.partition("=")[0]
+            word, words = name.strip("-").replace("_", "-"), [flag.strip("-") for flag in flags]
+            near = [f"--{found}" for found in get_close_matches(word, words, n=1)]
+            near = near or [flag for flag in flags if word in (*flag.split("-"), _initials(flag))]
+            return f"there is no {name}" + (f": did you mean {' or '.join(near)}?" if near else "")
+        before = [flag for flag in given[: given.index(unknown)] if flag in flags]
+        if not before:
+            return f"{unknown!r} belongs to no flag"
+        several = [flag for flag in flags if flag == f"{before[-1]}s"]
+        meant = f": did you mean {several[0]}?" if several else ""
+        return f"{unknown!r} is one value more than {before[-1]} takes{meant}"
+
+
+def _initials(flag: str) -> str:
+    return "".join(word[:1] for word in flag.split("-"))
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:

@@ -1,17 +1,17 @@
 """The command of a flow: read settings, find or start a Prefect server, run, report the result."""
 
-import argparse
 import logging
 import shlex
 import signal
 import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
-from zeroflow.cli.arguments import add_settings, read_settings
+from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, show, terminate
 from zeroflow.config import Config
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
@@ -21,9 +21,6 @@ from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
 from zeroflow.settings.sweep import SweepConfig
-
-if TYPE_CHECKING:
-    from zeroflow.orchestration.flow_runs import RunFlow
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +52,9 @@ _COMMANDS = {
         RunConfig,
         "run",
         "Raw text to a trained and checked LLaMA-style language model.\n\n"
-        "  python flows/pretrain.py                    a few minutes on any machine\n"
-        "  python flows/pretrain.py --size small       on a GPU, FineWeb-Edu\n"
-        "  python flows/pretrain.py --data-mode files --data-path 'books/*.txt'\n\n"
+        "  zeroflow pretrain                    a few minutes on any machine\n"
+        "  zeroflow pretrain --size small       on a GPU, FineWeb-Edu\n"
+        "  zeroflow pretrain --data-mode files --data-path 'books/*.txt'\n\n"
         "Repeating the command resumes the run, or shows its result.",
         run_of=lambda run: run,
         deployment_of=size_of,
@@ -68,8 +65,8 @@ _COMMANDS = {
         "sweep",
         "Train several sizes, seeds, learning rates or ZeRO stages one after the other, and\n"
         "compare them.\n\n"
-        "  python flows/sweep.py --sizes tiny small medium\n"
-        "  python flows/sweep.py --size tiny --seeds 0 1 2 --max-steps 100\n\n"
+        "  zeroflow sweep --sizes tiny small medium\n"
+        "  zeroflow sweep --size tiny --seeds 0 1 2 --max-steps 100\n\n"
         "All other settings are those of a run, and the same for all. Repeating the command\n"
         "resumes the sweep, or shows its result.",
         run_of=lambda sweep: sweep.run,
@@ -88,55 +85,57 @@ _COMMANDS = {
 }
 
 
-def main(flow: "RunFlow", argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command of `flow` and end this process."""
-    from zeroflow.orchestration.flow_context import leave
-
-    leave(run(flow, argv))
-
-
-def run(flow: "RunFlow", argv: Sequence[str] | None = None) -> int:
-    """Run the command of `flow`.
-
-    Args:
-        argv: arguments of the command; None for those of this process.
-
-    Returns:
-        exit code: 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM
-    """
-    command = _COMMANDS[flow.name]
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,  # a misspelt flag is an error
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=command.description,
-    )
+def add_arguments(flow: str, parser: Parser) -> None:
+    """Add the settings of a flow's command, and its description, to `parser`."""
+    command = _COMMANDS[flow]
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description = command.description
     add_settings(parser, command.config, command.group)
     parser.add_argument(
         "--verbose", action="store_true", help="show tracebacks, and Prefect's own lines"
     )
-    arguments = parser.parse_args(argv)
+
+
+def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a flow's command as a program of its own, and end this process."""
+    parser = Parser()
+    add_arguments(flow, parser)
+    run(flow, parser.parse_args(argv))
+
+
+def run(flow: str, arguments: Namespace) -> NoReturn:
+    """Run a flow's command and end this process.
+
+    The exit code is 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    command, verbose = _COMMANDS[flow], arguments.verbose
     try:
         asked = command.config.model_validate(read_settings(command.config, arguments))
     except ValidationError as error:
-        return fail(error, verbose=arguments.verbose, code=2)
-    return _run(flow, command, asked, verbose=arguments.verbose)
+        raise SystemExit(fail(error, verbose=verbose, code=2)) from None
+    log_to_console(verbose=verbose)
+    code = _run(flow, command, asked, verbose=verbose)
+
+    from zeroflow.orchestration.flow_context import leave
+
+    leave(code)
 
 
-def _run(flow: "RunFlow", command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
+def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
     # these take seconds to import: after --help and wrong flags
     from zeroflow.orchestration import server
     from zeroflow.orchestration.flow_context import silence_console
     from zeroflow.orchestration.flow_runs import run_here
+    from zeroflow.orchestration.flows import FLOWS
 
     if not verbose:
         silence_console()
-    log_to_console(verbose=verbose)
     signal.signal(signal.SIGTERM, terminate)
     try:
         require_writable(command.run_of(asked).cache_dir)
         with server.server() as address:
             log.info("Prefect UI: %s", address)
-            made = run_here(flow, asked, deployment=command.deployment_of(asked))
+            made = run_here(FLOWS[flow], asked, deployment=command.deployment_of(asked))
             ending = command.ending(made, command.run_of(asked))
         show(ending)
         return 0

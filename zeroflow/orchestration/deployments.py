@@ -1,8 +1,10 @@
 """Prefect server setup for our deployments: work pool, limit, crash detection."""
 
 import logging
+import shlex
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
@@ -16,6 +18,11 @@ from zeroflow.orchestration.names import AUTOMATION, GPU_LIMIT, PRETRAIN, WORK_P
 from zeroflow.orchestration.server import USUAL_PORT, api_in_use, ui_address
 
 log = logging.getLogger(__name__)
+
+DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
+
+DEPLOY = f"prefect deploy --all --prefect-file {shlex.quote(str(DEPLOYMENTS))}"
+"""The command that makes the deployments, or renews those of another version."""
 
 # Five of Prefect's heartbeats, one every 180 s. At 90 s, a server that was away for 120 s marked
 # live runs as crashed.
@@ -61,6 +68,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
     log.info("  work pool   %s", WORK_POOL)
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+    log.info("to make the deployments there: %s", DEPLOY)
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:

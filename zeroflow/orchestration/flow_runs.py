@@ -28,6 +28,7 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Pending, State
 from prefect.tasks import Task
 
+from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, given_settings
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
@@ -159,8 +160,9 @@ def new_flow_run(
             raise
         log.warning(
             "deployment %s is of another version and does not know these settings: this run has "
-            "no Retry button until `prefect deploy --all` renews the deployment",
+            "no Retry button until `%s` renews the deployment",
             name,
+            DEPLOY,
         )
     return client.create_flow_run(flow, **given)
 

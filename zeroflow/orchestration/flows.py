@@ -3,8 +3,9 @@
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from prefect import flow
+from prefect import Flow, flow
 
 from zeroflow import pipeline
 from zeroflow.orchestration.flow_context import logs_delivered
@@ -60,6 +61,9 @@ def _run_child(cell: RunConfig) -> None:
     try:
         run_child(pretrain, cell, finished=sweeps.finished(cell))
     except Exception as error:
-        command = [sys.executable, "flows/pretrain.py", *flags.flags(cell)]
+        command = [sys.executable, "-m", "zeroflow.cli", PRETRAIN, *flags.flags(cell)]
         error.add_note(f"retry: {shlex.join(command)}")
         raise
+
+
+FLOWS: dict[str, Flow[[Any], Path]] = {flow.name: flow for flow in (pretrain, sweep, prove_resume)}

@@ -31,7 +31,6 @@ class Program:
         *,
         environment: Mapping[str, str],
         log: Path | None = None,
-        folder: Path | None = None,
     ) -> None:
         self.name, self._log = name, log
         with (log or Path(os.devnull)).open("wb") as output:
@@ -41,7 +40,6 @@ class Program:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                cwd=folder,
                 env=environment,
             )
 

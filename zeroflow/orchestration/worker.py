@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from zeroflow.model.sizes import SIZES
-from zeroflow.orchestration.deployments import set_up
+from zeroflow.orchestration.deployments import DEPLOYMENTS, set_up
 from zeroflow.orchestration.names import SWEEP, WORK_POOL
 from zeroflow.orchestration.programs import Program
 from zeroflow.orchestration.server import (
@@ -29,10 +29,6 @@ from zeroflow.orchestration.server import (
 )
 
 log = logging.getLogger(__name__)
-
-_ROOT = Path(__file__).parents[2]
-
-_DEPLOYMENTS = "prefect.yaml"
 
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
 
@@ -57,14 +53,9 @@ class Prefect:
 
     Raises:
         RuntimeError: the server at PREFECT_API_URL does not answer.
-        ValueError: there are no deployments.
     """
 
     def __init__(self, port: int, cache: Path, logs: Path) -> None:
-        if not (_ROOT / _DEPLOYMENTS).exists():
-            raise ValueError(
-                f"no {_DEPLOYMENTS} in {_ROOT}: install zeroflow from its tree, with `make venv`"
-            )
         found = api_in_use(port)
         self.url, self.to_be_started = found or local_api(port), found is None
         self.programs: list[Program] = []
@@ -111,11 +102,11 @@ class Prefect:
 
     def _write_deployments(self) -> Path:
         """Write prefect.yaml's deployments for this cache; schedules set in Prefect are kept."""
-        plan = yaml.safe_load((_ROOT / _DEPLOYMENTS).read_text(encoding="utf-8"))
+        plan = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))
         plan["deployments"] = _with_every_size(plan["deployments"])
         with get_client(sync_client=True) as client:
             for deployment in plan["deployments"]:
-                flow = deployment["entrypoint"].rsplit(":", 1)[1]
+                flow = deployment["entrypoint"].rpartition(".")[2]
                 with suppress(ObjectNotFound):
                     client.read_deployment_by_name(f"{flow}/{deployment['name']}")
                     deployment.pop("schedules", None)  # the deployment keeps its existing ones
@@ -126,7 +117,7 @@ class Prefect:
                     else parameters["run"]
                 )
                 run["cache_dir"] = str(self._cache)
-        path = (self._logs / _DEPLOYMENTS).absolute()
+        path = (self._logs / DEPLOYMENTS.name).absolute()
         path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
         return path
 
@@ -149,7 +140,6 @@ class Prefect:
             [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
             environment=os.environ | {"PREFECT_API_URL": self.url, "DO_NOT_TRACK": "1"},
             log=self._logs / f"{arguments[0]}.log",
-            folder=_ROOT,
         )
         if wait:
             program.wait_for_end(wait)

@@ -22,11 +22,18 @@ class Setting(NamedTuple):
         return "--" + name.replace("_", "-")
 
 
-def settings(config: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[Setting]:
-    """Yield every single setting of `config`, with groups unfolded."""
+def settings(config: type[BaseModel]) -> Iterator[Setting]:
+    """Yield every single setting of `config`, with groups unfolded, except its `no_flags`."""
+    no_flags = getattr(config, "no_flags", ())
+    for setting in _leaves(config, ()):
+        if ".".join(setting.path) not in no_flags:
+            yield setting
+
+
+def _leaves(config: type[BaseModel], path: tuple[str, ...]) -> Iterator[Setting]:
     for name, field in _fields(config).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from settings(field.annotation, (*path, name))
+            yield from _leaves(field.annotation, (*path, name))
         else:
             yield Setting((*path, name), field)
 

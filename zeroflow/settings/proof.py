@@ -1,6 +1,6 @@
 """The settings of a proof that resume is exact."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from zeroflow import artifacts
 from zeroflow.checks.overfit import OverfitConfig
@@ -32,6 +32,13 @@ class ProofRun(Config):
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
+
+    no_flags: ClassVar[tuple[str, ...]] = (
+        "run.sweep",
+        "run.skip_preflight",
+        *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
+    )
+    """Settings of what a proof has not."""
 
     @property
     def anywhere(self) -> Self:

@@ -1,7 +1,7 @@
 """Settings of a sweep: runs that differ in size, seed, learning rate or ZeRO stage."""
 
 from itertools import product
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
@@ -34,6 +34,9 @@ class SweepConfig(Config):
     """ZeRO stages to train each at, on several GPUs. Default: the stage of the run."""
 
     run: RunConfig = RunConfig()
+
+    no_flags: ClassVar[tuple[str, ...]] = ("run.run_name", "run.sweep")
+    """Settings that a sweep sets itself, for each run."""
 
     @model_validator(mode="after")
     def _varies_what_the_run_leaves_open(self) -> Self:

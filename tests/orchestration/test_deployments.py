@@ -1,0 +1,35 @@
+"""The deployments that the package brings along."""
+
+import importlib
+
+import pytest
+import yaml
+from pipeline import ROOT
+from prefect.flows import load_flow_from_entrypoint
+
+from zeroflow.orchestration.deployments import DEPLOYMENTS
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.sweep import SweepConfig
+
+PLANNED = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
+
+
+@pytest.mark.parametrize("deployment", PLANNED, ids=lambda deployment: deployment["name"])
+def test_deployment_names_a_flow_by_its_module_and_parameters_that_it_takes(deployment):
+    module, _, name = deployment["entrypoint"].rpartition(".")
+    flow = getattr(importlib.import_module(module), name)
+    assert flow.name == name
+    [(parameter, given)] = deployment["parameters"].items()
+    config = {"run": RunConfig, "sweep": SweepConfig}[parameter]
+    assert config.model_validate(given) != config() or not given
+    assert [*flow.parameters.properties] == [parameter]
+
+
+def test_file_at_the_root_is_that_of_the_package():
+    assert (ROOT / "prefect.yaml").resolve() == DEPLOYMENTS.resolve()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sweep"])
+def test_deployments_of_earlier_versions_find_their_flow(name):
+    """They name a file of the working tree."""
+    assert load_flow_from_entrypoint(f"{ROOT}/flows/{name}.py:{name}").name == name
