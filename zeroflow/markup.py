@@ -35,6 +35,12 @@ def one_line(text: str) -> str:
     return re.sub(r"\r?\n|\t", " ", visible(text))
 
 
+def shortened(text: str, most: int) -> str:
+    """Show `text` in a line of at most `most` characters."""
+    line = one_line(text)
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def escaped(text: str) -> Markdown:
     """Format `text` within a line, so that each character stands for itself."""
     if isinstance(text, Markdown):

@@ -145,6 +145,16 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
             pytest.fail(f"{setting.flag} banana was taken")
 
 
+def test_pattern_that_the_shell_has_replaced_is_refused_in_a_line():
+    names = [f"texts/part-{number:05}.jsonl" for number in range(5000)]
+    with pytest.raises(
+        ValueError, match=r"5,000 files.*quote it, as in .* 'texts/\*\.jsonl'"
+    ) as no:
+        read("--data-mode=files", "--data-path", *names)
+    assert len(str(no.value)) < 300
+    assert len(read("--data-mode=files", "--data-path", *names[:1000]).data.data_path) == 1000
+
+
 def test_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         read("--max-stepps", "9")

@@ -1,14 +1,18 @@
 import gzip
+import json
 import json.decoder
 import os
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import as_jsonl, files_corpus, read_files
 
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.slices import read_documents
+from zeroflow.settings.run_config import RunConfig
 
 
 def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
@@ -86,3 +90,83 @@ def test_suffixes_are_known_in_capitals_and_names_with_brackets_are_names(tmp_pa
     assert [document.text for document in read_files(tmp_path / "a[1].JSONL.GZ")] == ["one"]
     with pytest.raises(ValueError, match=r"is a folder: name its files, as in .*\*\.jsonl"):
         files_corpus(str(tmp_path))
+
+
+TEXTS = [f"document number {number} about rivers" for number in range(40)]
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with links: the hub's cache has such to files that are named by their hash."""
+    (tmp_path / "blobs").mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "blobs" / ("a" * 64))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "corpus.txt").write_text(lines)
+    (tmp_path / "corpus.jsonl").symlink_to("corpus.txt")
+    for commit in ("abc", "def"):
+        (tmp_path / "snapshots" / commit).mkdir(parents=True)
+        link = tmp_path / "snapshots" / commit / "t.parquet"
+        link.symlink_to(f"../../blobs/{'a' * 64}")
+    return tmp_path
+
+
+def test_name_of_a_link_says_how_its_file_is_read(linked):
+    for name in ("corpus.jsonl", "snapshots/abc/t.parquet", "snapshots/abc/*"):
+        assert [document.text for document in read_files(linked / name)] == TEXTS
+    [document] = read_files(linked / "corpus.txt")
+    assert json.loads(document.text.splitlines()[0]) == {"text": TEXTS[0]}
+
+
+def test_file_of_several_names_is_read_once_by_the_first(linked):
+    documents = read_files(linked / "snapshots/*/*.parquet", linked / "snapshots/abc/../def/*")
+    assert [document.id for document in documents] == [f"t.parquet:{n}" for n in range(1, 41)]
+    with pytest.raises(ValueError, match=r"corpus\.jsonl and .*corpus\.txt are the same file"):
+        files_corpus(str(linked / "corpus.*"))
+
+
+def test_names_below_a_linked_folder_are_as_given(linked):
+    (linked / "books").mkdir()
+    (linked / "books" / "a.txt").write_text("one")
+    (linked / "notes-2024").mkdir()
+    (linked / "notes-2024" / "a.txt").write_text("two")
+    (linked / "notes").symlink_to("notes-2024")
+    documents = read_files(linked / "books/*", linked / "notes/*")
+    assert [document.id for document in documents] == ["books/a.txt", "notes/a.txt"]
+
+
+def test_link_to_nothing_is_refused(linked):
+    (linked / "gone.txt").symlink_to("nowhere.txt")
+    for pattern in ("gone.txt", "*.txt"):
+        with pytest.raises(
+            ValueError, match=r"gone\.txt is a link to nowhere\.txt, which does not"
+        ):
+            files_corpus(str(linked / pattern))
+
+
+def test_relative_paths_hold_in_every_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "texts [1]"
+    folder.mkdir()
+    (folder / "a [2].txt").write_text("one")
+    monkeypatch.chdir(folder)
+    for pattern in ("a [2].txt", "*.txt", "../texts*/*.txt"):
+        asked = CorpusConfig(data_mode="files", data_path=(pattern,)).anywhere
+        monkeypatch.chdir(tmp_path)
+        corpus = resolve_corpus(asked).corpus
+        assert [document.text for document in read_documents(corpus)] == ["one"]
+        monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("subset", "name"),
+    [
+        ("20220301.en", "wiki-20220301.en"),
+        ("en (v2)", "wiki-en-v2"),
+        ("../x/", "wiki-..-x"),
+        ("日本語", "wiki"),
+        ("a" * 300, "wiki-" + "a" * 65),
+    ],
+)
+def test_dataset_of_any_name_has_one_that_a_run_may_have(subset, name):
+    corpus = CorpusConfig(data_mode="hub", dataset="owner/Wiki", dataset_config=subset)
+    assert corpus.name == name
+    RunConfig(run_name=f"custom-{corpus.name}-123456-128gpus-zero3")

@@ -33,6 +33,7 @@ COMPRESS = {
     ".zst": with_pyarrow("zstd"),
     ".lz4": with_pyarrow("lz4"),
 }
+KINDS = ("txt", "jsonl", "parquet")
 ROWS = [
     {"id": "a", "url": "https://example.org/a", "text": "one\ntwo é\u2028 "},
     {"id": "b", "url": "", "text": "three"},
@@ -101,7 +102,10 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl, line 1 has no text.*'body'.*--text-column"),
         ("a.jsonl", b'{"text": 1}', r"a\.jsonl, line 1 has no text in field 'text'"),
-        ("a.jsonl", b"[1]", r"a\.jsonl, line 1 has no text in field 'text', only list"),
+        ("a.jsonl", b'""\n[1]', r"a\.jsonl, line 1 has no text in field 'text', only str"),
+        ("a.json", b'[{"text": "x"}]', r"a\.json begins one JSON array, .*: convert it to lines"),
+        ("a.json", b'\n [\n {"text": "x"}\n]', r"a\.json begins one JSON array"),
+        *((f"a.{k}{c}", b"", rf"a\.{k}\{c} cannot be read") for k in KINDS for c in COMPRESS if c),
         ("a.txt", b"\xff\xfe", r"a\.txt cannot be read: .*utf-8"),
         ("a.txt.gz", b"this is no gzip", r"a\.txt\.gz"),
         ("a.jsonl.xz", b"this is no xz", r"a\.jsonl\.xz"),

@@ -26,6 +26,12 @@ def test_message_is_in_the_words_of_the_command_line(given, message):
         raise AssertionError(said)
 
 
+def test_message_about_a_long_value_is_short():
+    with pytest.raises(ValidationError) as refused:
+        RunConfig.model_validate({"training": {"seq_len": ["x" * 100] * 1000}})
+    assert len(error_message(refused.value)) < 400
+
+
 def test_message_of_another_error_is_its_message_or_at_least_its_kind():
     assert error_message(ValueError("no room")) == "no room"
     assert error_message(TimeoutError()) == "TimeoutError"

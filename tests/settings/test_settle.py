@@ -100,6 +100,20 @@ def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path
         settle(asked)
 
 
+def test_run_on_relative_paths_is_resumed_and_extended_in_another_folder(
+    ask, tmp_path, monkeypatch
+):
+    jsonl_corpus(tmp_path / "texts" / "a.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path / "texts")
+    files = {"data_mode": "files", "data_path": ("*.jsonl",)}
+    tokenizer = {"tokenizer_name": "train"}
+    first = settle(ask(run_name="mine", data=files, tokenizer=tokenizer)).run
+    monkeypatch.chdir(tmp_path)
+    more = RunConfig(run_name="mine", cache_dir=first.cache_dir, training={"max_steps": 999})
+    again = settle(more)
+    assert again.resumes and again.run.data == first.data
+
+
 @pytest.mark.parametrize("written_out", [{}, {"model": {"size": "tiny"}}])
 def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
     first, again = settle(ask()), settle(ask(**written_out))

@@ -22,6 +22,9 @@ from zeroflow.settings.flags import Setting, help_text, settings
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
+_MOST_VALUES = 1000
+"""Values of a setting. Prefect takes at most 512 KB of parameters, and every page shows them."""
+
 _ALIASES = {"size": ["--model-size"]}
 
 
@@ -96,12 +99,22 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
 
 
 def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings given on the command line, nested like `config`."""
+    """Return the settings given on the command line, nested like `config`.
+
+    Raises:
+        ValueError: a setting has thousands of values.
+    """
     values: dict[str, Any] = {}
     for setting in settings(config):
         given = getattr(arguments, _destination(setting))
         if given is None:
             continue
+        if isinstance(given, list) and len(given) > _MOST_VALUES:
+            first = Path(given[0])
+            raise ValueError(
+                f"{setting.flag} names {len(given):,} files, as the shell has replaced a pattern: "
+                f"quote it, as in {setting.flag} '{first.parent / ('*' + first.suffix)}'"
+            )
         target = values
         for name in setting.path[:-1]:
             target = target.setdefault(name, {})

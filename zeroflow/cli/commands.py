@@ -18,7 +18,7 @@ from zeroflow.cli.console import (
     show,
     terminate,
 )
-from zeroflow.markup import one_line, visible
+from zeroflow.markup import one_line, shortened, visible
 from zeroflow.orchestration.names import PRETRAIN, SWEEP
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
@@ -152,8 +152,8 @@ def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
     shown = [
         piece._replace(
             document=one_line(piece.document),
-            url=_shortened(piece.url),
-            words=_shortened(piece.words),
+            url=shortened(piece.url, _WIDTH),
+            words=shortened(piece.words, _WIDTH),
         )
         for piece in pieces
     ]
@@ -167,11 +167,6 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     aligned = [">" if isinstance(value, int) else "<" for value in rows[0]]
     form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
     return [form.format(*line).rstrip() for line in cells]
-
-
-def _shortened(text: str) -> str:
-    text = one_line(text)
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 def _plan_arguments(parser: Parser) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pydantic import ValidationError
-
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, show, terminate
 from zeroflow.config import Config
@@ -111,7 +109,7 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
     command, verbose = _COMMANDS[flow], arguments.verbose
     try:
         asked = command.config.model_validate(read_settings(command.config, arguments))
-    except ValidationError as error:
+    except ValueError as error:
         raise SystemExit(fail(error, verbose=verbose, code=2)) from None
     log_to_console(verbose=verbose)
     code = _run(flow, command, asked, verbose=verbose)

@@ -269,11 +269,15 @@ def _recorded_fields(path: Path) -> Fields:
     return ShardPlan.read(path).fields()
 
 
+_BAD_PLACES = 10
+"""Places of bad lines in an error message."""
+
+
 def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
     """Check the sum over parts: each slice was read with the whole limit."""
     bad = sum(part.bad_lines for part in facts)
     if bad > corpus.bad_lines_limit:
-        places = "\n  ".join(place for part in facts for place in part.bad_places)
+        places = "\n  ".join([place for part in facts for place in part.bad_places][:_BAD_PLACES])
         raise ValueError(
             f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
         )

@@ -4,6 +4,8 @@
 text. A resolved corpus is a list of files of one source, or synthetic token ids.
 """
 
+import glob
+import re
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -108,10 +110,10 @@ class CorpusConfig(Config):
     def name(self) -> str:
         """Short readable name for directories, tags and reports."""
         if self.data_mode == "fineweb":
-            return f"fineweb-edu-{self.fineweb_subset}"
+            return _as_name(f"fineweb-edu-{self.fineweb_subset}")
         if self.data_mode == "hub":
             parts = (str(self.dataset).rsplit("/", 1)[-1], self.dataset_config)
-            return "-".join(part for part in parts if part).lower()
+            return _as_name("-".join(part for part in parts if part).lower())
         return self.data_mode
 
     @property
@@ -138,7 +140,7 @@ class CorpusConfig(Config):
     def anywhere(self) -> Self:
         """A copy with absolute paths."""
         paths = {
-            name: tuple(str(Path(path).expanduser().absolute()) for path in getattr(self, name))
+            name: tuple(map(_absolute, getattr(self, name)))
             for name in ("data_path", "validation_path")
         }
         return self.model_copy(update={name: path for name, path in paths.items() if path})
@@ -170,6 +172,24 @@ class CorpusConfig(Config):
                     f"--{name.replace('_', '-')} has no effect with --data-mode {self.data_mode}, "
                     f"only with {', '.join(modes)}: drop one of them"
                 )
+
+
+def _absolute(pattern: str) -> str:
+    """Make a path or glob absolute; characters of the working directory are no wildcards."""
+    path = Path(pattern).expanduser()
+    if path.is_absolute() or path.exists():
+        return str(path.absolute())
+    return str(Path(glob.escape(str(Path.cwd())), path))
+
+
+_LONGEST_NAME = 70
+"""Characters of a name; with those around it, it is the name of a run, of at most 100."""
+
+
+def _as_name(text: str) -> str:
+    """Reduce `text` to what may be part of a run's name: `en (v2)` becomes `en-v2`."""
+    words = re.split(r"[^A-Za-z0-9._-]+", text)
+    return "-".join(word for word in words if word)[:_LONGEST_NAME].strip("-")
 
 
 class ResolvedCorpus(NamedTuple):

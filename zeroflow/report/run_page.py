@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
-from zeroflow.markup import Markdown, block, bold, code, escaped, link, table
+from zeroflow.markup import Markdown, block, bold, code, escaped, link, shortened, table
 from zeroflow.report import plan_page
 from zeroflow.report.pages import Page, Picture
 from zeroflow.report.plan import Plan
@@ -16,6 +16,9 @@ from zeroflow.training.metrics import TABLE
 from zeroflow.training.recovery import Entry
 from zeroflow.training.workload import Workload
 from zeroflow.units import count, duration, speed
+
+_LONGEST = 500
+"""Characters of a setting: a list of files may have thousands."""
 
 
 def page(
@@ -160,5 +163,5 @@ def _recoveries_section(recoveries: Iterable[Entry]) -> Markdown:
 
 
 def _settings_section(settings: Settled) -> Markdown:
-    rows = ((name, str(value)) for name, value in leaves(settings))
+    rows = ((name, shortened(str(value), _LONGEST)) for name, value in leaves(settings))
     return Markdown(f"## Settings\n\n{table(('setting', 'value'), rows)}")

@@ -8,6 +8,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from zeroflow.markup import shortened
+
+_LONGEST = 200
+"""Characters of a value in an error message."""
+
 
 class Setting(NamedTuple):
     """Leaf of a settings class, and its path."""
@@ -100,6 +105,6 @@ def error_message(error: Exception) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if names and problem["type"] != "value_error":
             flag = "--" + names[-1].replace("_", "-")
-            message = f"{flag}: {message} (found {problem['input']!r})"
+            message = f"{flag}: {message} (found {shortened(repr(problem['input']), _LONGEST)})"
         lines.append(message)
     return "\n".join(lines)

@@ -39,6 +39,8 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         hub.HubError: the hub is needed, and refuses the request or is unreachable.
     """
     refuse_what_does_nothing(asked)
+    if (anywhere := asked.data.anywhere) != asked.data:  # the run may be resumed in another folder
+        asked = asked.model_copy(update={"data": anywhere})
     if before := _recorded(asked):
         acquire(before.run_dir)
     recorded = _recorded(asked)

@@ -80,6 +80,8 @@ class DocumentFile:
         return self.storage.open(self.file, self.revision)
 
     def open_decompressed(self) -> IO[bytes]:
+        if self.is_compressed and not self.file.size:  # Arrow would decompress it to nothing
+            raise EOFError("it is empty: compressed, even an empty file has some bytes")
         stored = self.open()
         suffix = Path(self.name).suffix.lower()
         if suffix == ".xz":

@@ -40,7 +40,7 @@ def _documents(
     file: DocumentFile, start: int, stop: int | None, tally: Tally
 ) -> Iterator[Document]:
     with file.open_decompressed() as stream:
-        position, number = start, 0
+        position, number, seen = start, 0, False
         if position:
             # Skip to the first line that begins in this part: a line that spans the cut belongs to
             # the previous part. One byte earlier, as a line may begin exactly here, after a newline
@@ -52,6 +52,12 @@ def _documents(
             begin, number, position = position, number + 1, position + len(line)
             if not (content := line.removeprefix(codecs.BOM_UTF8).strip()):
                 continue
+            if not seen and not start and content.startswith(b"["):
+                raise ValueError(
+                    f"{file.place} begins one JSON array, but a line for each document is needed: "
+                    "convert it to lines, as in jq -c '.[]' FILE.json > FILE.jsonl"
+                )
+            seen = True
             try:
                 yield _document(file, content, begin)
             except (ValueError, RecursionError) as error:

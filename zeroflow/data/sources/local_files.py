@@ -97,26 +97,43 @@ class LocalFiles(LocalSource):
     def find(self) -> dict[str, Path]:
         """The files sorted by name; names are relative to the common folder of all files.
 
+        A link counts by its own name: the hub's cache links names to files without a suffix. A
+        file that is found by several names is read once, by the first one.
+
         Raises:
-            ValueError: a pattern matches no file, or a file's format is unknown.
+            ValueError: a pattern matches no file, a file's format is unknown, or a link is broken.
         """
-        paths: set[Path] = set()
+        found: dict[Path, Path] = {}
         for pattern in self.patterns:
-            paths.update(_matching(pattern))
-        for path in paths:
-            self.format_of(str(path))
-            if not _is_utf8(str(path)):
-                name = os.fsencode(path)
-                raise ValueError(f"--data-path: the name of {name!r} is not UTF-8: rename it")
-        common = Path(os.path.commonpath([path.parent for path in paths]))
-        return dict(sorted((path.relative_to(common).as_posix(), path) for path in paths))
+            found |= {Path(os.path.normpath(path)): path for path in _matching(pattern)}
+        first: dict[Path, Path] = {}
+        for name in sorted(found):
+            if not _is_utf8(str(name)):
+                encoded = os.fsencode(name)
+                raise ValueError(f"--data-path: the name of {encoded!r} is not UTF-8: rename it")
+            known = first.setdefault(found[name].resolve(), name)
+            if self.format_of(str(known)) is not self.format_of(str(name)):
+                raise ValueError(
+                    f"--data-path: {known} and {name} are the same file, and their names are of "
+                    "different kinds: give only one of them"
+                )
+        names = first.values()
+        common = Path(os.path.commonpath([name.parent for name in names]))
+        return dict(sorted((name.relative_to(common).as_posix(), found[name]) for name in names))
 
 
 def _matching(pattern: str) -> list[Path]:
     plain = Path(pattern).expanduser()
-    found = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
-    if matched := [path.resolve() for path in found if path.is_file()]:
-        return matched
+    matched = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
+    paths = [path.absolute() for path in matched]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"--data-path: {path} is a link to {path.readlink()}, which does not exist: "
+                "restore the file, or remove the link"
+            )
+    if files := [path for path in paths if path.is_file()]:
+        return files
     if plain.is_dir():
         example = plain / "*.jsonl"
         raise ValueError(f"--data-path {pattern} is a folder: name its files, as in {example}")
