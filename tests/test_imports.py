@@ -21,7 +21,7 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts", "markup", "units"},
+    {"config", "artifacts", "markup", "redaction", "time_limit", "units"},
     {"records"},
     {"device", "reuse", "run_folder"},
     {"model", "data"},

@@ -539,6 +539,15 @@ def test_training_job_is_what_the_settings_say(ask, rows):
     assert again == job
 
 
+def test_password_of_the_tracking_server_is_not_stored(ask, rows, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:s3cret@db.example/mlflow")
+    settled = settle(ask())
+    model = with_vocabulary(settled.run.model.shape, 500)
+    job = training_job(settled, model, rows, TOKENS, tags={})
+    assert job.tracking.uri == "postgresql://***@db.example/mlflow"
+    assert "s3cret" not in job.model_dump_json()
+
+
 def test_utilisation_is_told_only_where_the_peak_is_known(ask, rows, gpu):
     def peak(precision: str) -> float | None:
         settled = settle(ask(device="auto", training={"precision": precision}))

@@ -1,23 +1,26 @@
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from logged import step_record, validation_record
 from pipeline import free_port
 
 from zeroflow.run_folder import Cache, RunFolder
-from zeroflow.tracking import tracker
-from zeroflow.tracking.config import TrackingConfig, location
+from zeroflow.tracking import store, tracker
+from zeroflow.tracking.config import TrackingConfig, database, location
 from zeroflow.tracking.store import RunIds, _existing, run_ids
 from zeroflow.tracking.tracker import Tracker
 from zeroflow.tracking.viewer import links, viewer
@@ -36,10 +39,23 @@ def patient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory) -> Path:
+    """A database with MLflow's tables, which take it seconds to create."""
+    from mlflow.tracking import MlflowClient
+
+    path = database(tmp_path_factory.mktemp("store"))
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def config(tmp_path, monkeypatch) -> TrackingConfig:
+def config(tmp_path, monkeypatch, tables) -> TrackingConfig:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri, folder = location(tmp_path)
+    assert folder is not None
+    folder.mkdir()
+    shutil.copy(tables, database(folder))
     return TrackingConfig(
         uri=uri,
         folder=folder,
@@ -61,23 +77,24 @@ def begun(cache: Path, name: str) -> RunFolder:
     return folder
 
 
-class Server:
-    """A real MLflow server that can die and come back at its port."""
+HARD = "a?b#c%20d [e]&f=ä"
+"""A folder's name with all that has a meaning in an address."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.uri = f"http://127.0.0.1:{free_port()}"
-        self._environment = environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        port = self.uri.rpartition(":")[2]
-        self._command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        self._command += ["--host", "127.0.0.1", "--port", port]
-        self._command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+
+class Server:
+    """The server of `zeroflow ui`, which can die and come back at its port."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.uri = f"http://me:s3cret@127.0.0.1:{port}"
+        self._viewer = viewer(folder, port)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        assert self._viewer.command is not None
         self._process = subprocess.Popen(
-            self._command,
-            env=self._environment,
+            self._viewer.command,
+            env=self._viewer.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -94,15 +111,33 @@ class Server:
     def _answers(self) -> bool:
         assert self._process is not None and self._process.poll() is None, "the server ended"
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                return True
+            return self.status("GET", "/health") == 200
         except OSError:
             return False
 
+    def command_line(self) -> str:
+        """All that `ps` shows of it."""
+        assert self._process is not None
+        main = psutil.Process(self._process.pid)
+        return " ".join(word for one in (main, *main.children()) for word in one.cmdline())
+
+    def status(self, method: str, path: str, **headers: str) -> int:
+        """Status of the answer to a request."""
+        content = b"{}" if method == "POST" else None
+        headers |= {"Content-Type": "application/json"}
+        url = f"{self._viewer.address}{path}"
+        request = urllib.request.Request(url, content, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
 
 @pytest.fixture
-def server(tmp_path, base_environment) -> Iterator[Server]:
-    server = Server(tmp_path, base_environment)
+def server(tmp_path, monkeypatch) -> Iterator[Server]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = Server(tmp_path / HARD)
     try:
         yield server
     finally:
@@ -176,6 +211,19 @@ def losses(*steps: int) -> list[tuple[int, float]]:
     return [(step, 5.0 - step / 10) for step in steps]
 
 
+def assert_serves_only_its_own_pages(server: Server) -> None:
+    """And shows nobody the address of its store."""
+    asked = "/ajax-api/2.0/mlflow/experiments/get?experiment_id=1"
+    changed = "/api/2.0/mlflow/runs/create"
+    assert server.status("GET", asked) == 200
+    assert server.status("GET", asked, Host="localhost:7000") == 200, "through a tunnel"
+    assert server.status("GET", asked, Host="evil.example") == 403
+    assert server.status("GET", asked, Host="192.168.0.7") == 403
+    assert server.status("POST", changed, Origin="http://evil.example") == 403
+    assert server.status("POST", changed) == 400, "as it names no experiment"
+    assert "mlflow" in server.command_line() and "sqlite" not in server.command_line()
+
+
 @contextmanager
 def no_connection_of_this_thread() -> Iterator[None]:
     here, connect = threading.current_thread(), socket.socket.connect
@@ -238,7 +286,7 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
 
 
 def test_server_that_dies_is_told_everything_once_it_is_back(
-    config, mine, server, caplog, tmp_path
+    config, mine, server, caplog, tmp_path, monkeypatch
 ):
     """One run goes on while the server is away, another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
@@ -246,9 +294,14 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     def told(words: str) -> int:
         return sum(words in message for message in caplog.messages)
 
-    remote = config.replace(uri=server.uri, folder=None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    uri, folder = location(tmp_path)
+    assert (uri, folder) == (server.uri.replace("me:s3cret", "***"), None)
+    remote = config.replace(uri=uri, folder=folder)
     ended = begun(tmp_path, "ended")
+    assert database(tmp_path / HARD / "mlflow").exists() and not Path("file:").exists()
     server.start()
+    assert_serves_only_its_own_pages(server)
     going, ending = follow(remote, mine), follow(remote, ended)
     record(mine, range(1, 4))
     record(ended, range(1, 3))
@@ -259,7 +312,7 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
         record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
-    wait_for(lambda: told("failed, retrying") == 2 + told("is back and has all"))
+    wait_for(lambda: told("failed; training goes on") == 2 + told("is back and has all"))
     came_back = told("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
@@ -280,6 +333,12 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     assert finish(remote, ended, succeeded=True) == the_run(remote, ended).info.run_id
     assert history(remote, ended, "loss/train") == losses(*range(1, 6)), "by the next finish"
     assert the_run(remote, ended).info.status == "FINISHED"
+
+    # the password in its address is nowhere
+    assert not any("s3cret" in message for message in caplog.messages)
+    assert "s3cret" not in str(links(mine)) and "***" not in str(links(mine))
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) > 4 and not any(b"s3cret" in content for content in kept)
 
 
 def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch, tmp_path):
@@ -343,19 +402,84 @@ def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, mine):
 def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
     blocked = mine.path / "a file"
     blocked.write_text("where a folder should be")
-    dead = config.replace(uri=f"sqlite:///{blocked}/mlflow.db", folder=blocked / "mlflow")
+    dead = config.replace(folder=blocked / "mlflow")
     record(mine, range(1, 2))
-    with caplog.at_level("WARNING", logger="zeroflow.tracking"):
-        follow(dead, mine).close("FINISHED")
-        finished = finish(dead, mine, succeeded=True)
-    assert finished is None
-    for words in ("failed, retrying", "did not accept the last", "could not be added"):
-        assert any(words in message for message in caplog.messages), words
+    follow(dead, mine).close("FINISHED")
+    assert finish(dead, mine, succeeded=True) is None
+    for words in ("failed; training goes on", "could not be added"):
+        assert sum(words in message for message in caplog.messages) == 1, words
+    assert len(caplog.messages) == 2
     assert run_ids(mine) is None
 
     # and the same command, once it can be written
     assert finish(config, mine, succeeded=True) is not None
     assert history(config, mine, "loss/train") == losses(1)
+
+
+def test_store_that_is_no_database_is_given_up_at_once(config, mine, caplog, monkeypatch):
+    from mlflow.store.db import utils
+
+    tries: list[str] = []
+    create = utils.create_sqlalchemy_engine
+    monkeypatch.setattr(
+        utils, "create_sqlalchemy_engine", lambda uri: tries.append(uri) or create(uri)
+    )
+    database(config.folder).write_text("not a database" * 100)
+    assert finish(config, mine, succeeded=True) is None
+    assert len(tries) < 5, "MLflow's own ten take minutes"
+    [told] = caplog.messages
+    assert "could not be added to MLflow" in told and told.endswith("file is not a database")
+
+
+def test_server_that_does_not_answer_is_given_up(config, mine, caplog, monkeypatch):
+    monkeypatch.setattr(store, "_OPEN_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert finish(config.replace(uri=uri, folder=None), mine, succeeded=True) is None
+    assert [message.endswith("no answer within 0.2 s") for message in caplog.messages] == [True]
+
+
+def test_experiment_that_was_deleted_is_restored_by_the_command_that_is_named(config, mine, caplog):
+    record(mine, range(1, 4))
+    run = finish(config, mine, succeeded=True)
+    client(config).delete_experiment("1")
+    assert finish(config, mine, succeeded=True) is None
+    [told] = caplog.messages
+    assert "experiment zeroflow is deleted" in told
+    variable, *command = shlex.split(told.rpartition("restores it: ")[2])
+    assert command == ["mlflow", "experiments", "restore", "--experiment-id", "1"]
+    name, _, uri = variable.partition("=")
+    assert name == "MLFLOW_TRACKING_URI"
+    client(config.replace(uri=uri)).restore_experiment(command[-1])
+    assert finish(config, mine, succeeded=True) == run
+
+
+def test_artifacts_follow_a_cache_that_moves(config, tmp_path):
+    from mlflow.tracking._tracking_service import utils
+
+    def attach(cache: Path, name: str) -> TrackingConfig:
+        uri, folder = location(cache)
+        moved = config.replace(uri=uri, folder=folder)
+        file = tmp_path / name
+        file.write_text("content")
+        tracker._MlflowRun(moved, Cache(cache).run("mine")).attach(file)
+        return moved
+
+    old, new = tmp_path / HARD / "old", tmp_path / HARD / "new"
+    begun(old, "mine")
+    (old / "mlflow").mkdir()
+    shutil.copy(database(config.folder), database(old / "mlflow"))
+    attach(old, "before.txt")
+    old.rename(new)
+    utils._artifact_repos_cache.clear()  # as in the process of the next command
+    moved = attach(new, "after.txt")
+    assert not old.exists()
+    folder = new / "mlflow" / "artifacts"
+    assert {file.name for file in folder.rglob("*.txt")} == {"before.txt", "after.txt"}
+    run = the_run(moved, Cache(new).run("mine")).info
+    shown = client(moved).list_artifacts(run.run_id)
+    assert {file.path for file in shown} == {"before.txt", "after.txt"}
 
 
 def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):

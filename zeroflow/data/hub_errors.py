@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
-from urllib.parse import urlsplit
+
+from zeroflow import redaction
+from zeroflow.redaction import redacted
 
 
 class HubError(RuntimeError):
@@ -24,6 +26,7 @@ class HubError(RuntimeError):
         remedies: tuple[str, ...] = (),
         retry_after: float | None = None,
     ) -> None:
+        cause = redacted(cause)
         self.subject, self.cause, self.transient = subject, cause, transient
         """`transient`: True if the same call may succeed later."""
         self.remedies = remedies
@@ -76,7 +79,7 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
         limit: seconds without a byte after which the request was given up.
     """
     chain = list(_chain(error))
-    host = urlsplit(_asked_last(chain) or url).netloc
+    host = redaction.host(_asked_last(chain) or url)
     names = " ".join(type(cause).__name__ for cause in chain)
 
     def found(*classes: type[BaseException]) -> bool:
@@ -96,7 +99,7 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
         cause = f"the hub cannot be reached (the name {host} is not resolved)"
     elif found(ConnectionRefusedError):
         cause = f"the hub cannot be reached ({host} refuses connections)"
-    elif isinstance(error, TimeoutError):  # raised by `_within`, which does not know the address
+    elif isinstance(error, TimeoutError):  # raised by `within`, which does not know the address
         cause = f"no answer came within {limit:.1f} s"
     elif found(TimeoutError) or "Timeout" in names:
         cause = f"no byte came from {host} for {limit:.1f} s"

@@ -4,14 +4,13 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from zeroflow.data.hub_errors import HubError, explain_silence, from_status
+from zeroflow.redaction import host
+from zeroflow.time_limit import within
 
 log = logging.getLogger(__name__)
 
@@ -151,13 +150,14 @@ def answer(
         return client.send(request, stream=True, follow_redirects=True)
 
     try:
-        response = _within(limit, send, late=lambda response: response.close())
+        # The client's own timeout covers neither name resolution nor headers that come byte by byte
+        response = within(limit, send, late=lambda response: response.close())
     except Exception as error:
         raise explain_silence(error, subject, url, limit) from error
     try:
         missing = response.headers.get("X-Error-Code") == "EntryNotFound"
         if not (response.is_success or (missing and missing_is_fine)):
-            here, there = urlsplit(url).netloc, urlsplit(str(response.url)).netloc
+            here, there = host(url), host(str(response.url))
             storage = there if there != here else ""
             raise from_status(int(response.status_code), response.headers, subject, storage)
         yield response
@@ -190,27 +190,3 @@ def body(response: Any, subject: str, effort: Effort) -> Iterator[bytes]:
                 cause = f"the answer is too slow ({heard / passed:,.0f} bytes/s)"
                 raise HubError(subject, cause, transient=True)
             began, heard = time.monotonic(), 0
-
-
-def _within(seconds: float, call: Callable[[], T], *, late: Callable[[T], None]) -> T:
-    """The result of `call` if it returns in time; `late` receives a result that comes later.
-
-    The client's own timeout covers neither name resolution nor headers that arrive byte by byte.
-
-    Raises:
-        TimeoutError: `call` did not return in time.
-    """
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        future.add_done_callback(lambda done: None if done.exception() else late(done.result()))
-        raise

@@ -1,7 +1,6 @@
 """Prefect's and MLflow's user interfaces and a worker, started and stopped together."""
 
 import logging
-import os
 import socket
 import time
 import urllib.request
@@ -17,7 +16,7 @@ from zeroflow.orchestration.programs import Program
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import DEFAULT_CACHE
 from zeroflow.tracking.config import PORT, is_server, location
-from zeroflow.tracking.viewer import VIEWER_ENVIRONMENT, Viewer, viewer
+from zeroflow.tracking.viewer import Viewer, viewer
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +92,13 @@ def serve(config: UiConfig) -> None:
 @contextmanager
 def _shown(viewer: Viewer, logs: Path) -> Iterator[list[Program]]:
     """Run MLflow's server within the block, unless it runs elsewhere."""
-    if viewer.command is None:
+    if viewer.command is None or viewer.environment is None:
         yield []
         return
     program = Program(
         "MLflow's server",
         viewer.command,
-        environment=os.environ | VIEWER_ENVIRONMENT,
+        environment=viewer.environment,
         log=logs / "mlflow.log",
     )
     try:

@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 from zeroflow.config import Config
 from zeroflow.records import Record
+from zeroflow.redaction import redacted
 from zeroflow.run_folder import Cache
 
 EXPERIMENT = "zeroflow"
+
+_VARIABLE = "MLFLOW_TRACKING_URI"
 
 DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 """Tags that MLflow's pages show."""
@@ -28,6 +32,8 @@ class TrackingConfig(Record):
     """The MLflow run of a run or a sweep."""
 
     uri: str
+    """Tracking URI without its password; `address` returns the one to open."""
+
     folder: Path | None
     """Folder of the SQLite file and the artifacts; None if a server keeps them."""
 
@@ -39,11 +45,37 @@ class TrackingConfig(Record):
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
-    """Tracking URI and its local folder: MLFLOW_TRACKING_URI, or SQLite in the cache."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri, None
-    folder = Cache(cache.resolve()).mlflow
-    return f"sqlite:///{folder / 'mlflow.db'}", folder
+    """Tracking URI without its password, and its local folder: SQLite in the cache.
+
+    MLFLOW_TRACKING_URI comes first; then there is no folder.
+    """
+    folder = None if os.environ.get(_VARIABLE) else Cache(cache.resolve()).mlflow
+    return redacted(address(folder)), folder
+
+
+def address(folder: Path | None) -> str:
+    """Tracking URI of the store in `folder`, or MLFLOW_TRACKING_URI, which may hold a password.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if folder is not None:
+        return _sqlite_uri(database(folder))
+    if uri := os.environ.get(_VARIABLE):
+        return uri
+    raise ValueError(f"the run is kept by an MLflow server: name it in {_VARIABLE}")
+
+
+def database(folder: Path) -> Path:
+    return folder / "mlflow.db"
+
+
+def _sqlite_uri(path: Path) -> str:
+    if "?" not in str(path):
+        return f"sqlite:///{path}"
+    # SQLAlchemy takes what follows ? for options, and SQLite itself decodes a file: URI. With the
+    # driver's name, as MLflow would create a folder named file: for sqlite:///file:
+    return f"sqlite+pysqlite:///file:{quote(str(path))}?uri=true"
 
 
 def is_server(uri: str) -> bool:

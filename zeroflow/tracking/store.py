@@ -2,17 +2,23 @@
 
 import logging
 import os
+import shlex
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
 from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
-from zeroflow.tracking.config import EXPERIMENT, TrackingConfig
+from zeroflow.time_limit import within
+from zeroflow.tracking.config import EXPERIMENT, TrackingConfig, address, database
 
 log = logging.getLogger(__name__)
+
+_OPEN_SECONDS = 20.0
 
 _COLOUR = "mlflow.runColor"
 
@@ -26,6 +32,7 @@ class RunIds(Record):
     run_id: str
     experiment_id: str
     uri: str
+    """Tracking URI without its password."""
 
 
 def run_ids(folder: TrackedFolder) -> RunIds | None:
@@ -42,26 +49,44 @@ def forget(folder: TrackedFolder) -> None:
     folder.mlflow.unlink(missing_ok=True)
 
 
-def open_store(uri: str, folder: Path | None) -> tuple[Any, str]:
-    """Return a client and the id of the experiment, which is created if it does not exist."""
+def open_store(folder: Path | None) -> tuple[Any, str]:
+    """Return a client and the id of the experiment, which is created if it does not exist.
+
+    Args:
+        folder: folder of the store; None for the one at MLFLOW_TRACKING_URI.
+
+    Raises:
+        Exception: the store cannot be opened. A server or database that does not answer is given
+            up after `_OPEN_SECONDS`, a local store at once.
+    """
+    if folder is not None:
+        with _store_lock(folder):
+            return _opened(folder)
+    return within(_OPEN_SECONDS, partial(_opened, None))
+
+
+def _opened(folder: Path | None) -> tuple[Any, str]:
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # By default MLflow retries an unreachable server for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow.store.db import utils
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with _store_lock(folder):
-        client = MlflowClient(uri)
-        return client, _experiment(client, folder)
+    # Its ten tries take two minutes, and log a traceback each
+    utils.MAX_RETRY_COUNT = 2
+    logging.getLogger(utils.__name__).setLevel(logging.CRITICAL)
+    client = MlflowClient(address(folder))
+    return client, _experiment(client, folder)
 
 
 def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
     """Return a client and the id of the MLflow run, which is created if it does not exist."""
     from mlflow.entities import RunTag
 
-    client, experiment_id = open_store(config.uri, config.folder)
+    client, experiment_id = open_store(config.folder)
     ids = run_ids(folder)
     run = _existing(client, ids.run_id) if ids else None
     if run is None:
@@ -82,15 +107,51 @@ def _experiment(client: Any, folder: Path | None) -> str:
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(EXPERIMENT):
+        if found.lifecycle_stage == "deleted":
+            raise ValueError(_deleted(found.experiment_id, folder))
+        if folder:
+            _follow_move(folder, found)
         return found.experiment_id
     try:
-        return client.create_experiment(
-            EXPERIMENT, (folder / "artifacts").as_uri() if folder else None
-        )
+        return client.create_experiment(EXPERIMENT, _artifacts_address(folder) if folder else None)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another process was faster
+
+
+def _deleted(experiment_id: str, folder: Path | None) -> str:
+    """How to restore the experiment."""
+    store = f"MLFLOW_TRACKING_URI={shlex.quote(address(folder))} " if folder else ""
+    return (
+        f"its experiment {EXPERIMENT} is deleted; this command restores it: {store}"
+        f"mlflow experiments restore --experiment-id {experiment_id}"
+    )
+
+
+def _artifacts_address(folder: Path) -> str:
+    return (folder / "artifacts").as_uri()
+
+
+def _follow_move(folder: Path, experiment: Any) -> None:
+    """Correct the absolute addresses of artifacts in the store if `folder` has moved."""
+    before, now, id = (
+        experiment.artifact_location,
+        _artifacts_address(folder),
+        experiment.experiment_id,
+    )
+    if before == now:
+        return
+    with closing(sqlite3.connect(database(folder))) as store, store:
+        store.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (now, id)
+        )
+        store.execute(
+            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+            " WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+            (now, len(before) + 1, id, len(before) + 1, f"{before}/"),
+        )
+    log.info("MLflow's artifacts have moved with the cache, from %s to %s", before, now)
 
 
 def _next_colour(client: Any, experiment_id: str) -> str:
@@ -103,11 +164,8 @@ def _next_colour(client: Any, experiment_id: str) -> str:
 
 
 @contextmanager
-def _store_lock(folder: Path | None) -> Iterator[None]:
+def _store_lock(folder: Path) -> Iterator[None]:
     """Lock the store: processes creating its SQLite tables at the same time would corrupt them."""
-    if folder is None:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     with artifacts.exclusive(
         folder / "store", waiting_for="another process is opening MLflow's store"

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from zeroflow.redaction import redacted
 from zeroflow.run_folder import RunFolder, SweepFolder, TrackedFolder
-from zeroflow.tracking.config import TrackingConfig
+from zeroflow.tracking.config import TrackingConfig, address
 from zeroflow.tracking.store import open_run
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Tracker:
         self._config, self._folder, self._new_points = config, folder, new_points
         self._closing = threading.Event()
         self._status = "KILLED"
-        self._delivered = False
+        self._delivered = self._failing = False
         # In a copy of this context, which tells Prefect the flow run of a log line
         context = contextvars.copy_context()
         self._thread = threading.Thread(
@@ -73,7 +74,8 @@ class Tracker:
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
         if not self._delivered:
-            log.warning(
+            log.log(
+                logging.INFO if self._failing else logging.WARNING,  # which has been said
                 "MLflow at %s did not accept the last metrics; they are kept in %s, and delivered "
                 "with the report or when the same command runs again",
                 self._config.uri,
@@ -83,9 +85,8 @@ class Tracker:
     def _deliver(self) -> None:
         waiting: list[Point] = []
         run: _MlflowRun | None = None
-        failing = False
         while True:
-            closing = self._closing.wait(_RETRY_SECONDS if failing else _FLUSH_SECONDS)
+            closing = self._closing.wait(_RETRY_SECONDS if self._failing else _FLUSH_SECONDS)
             try:
                 waiting += self._new_points()
                 if run is None:
@@ -98,14 +99,19 @@ class Tracker:
                     self._delivered = True
                 else:
                     run.measure_machine()
-                if failing:
+                if self._failing:
                     log.info("MLflow at %s is back and has all metrics", self._config.uri)
-                failing = False
+                self._failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
                 run = None  # only a newly opened run knows which points have arrived
-                if not failing:
-                    log.warning("MLflow at %s failed, retrying: %s", self._config.uri, error)
-                failing = True
+                if not self._failing:
+                    log.warning(
+                        "MLflow at %s failed; training goes on, and MLflow gets what it missed "
+                        "once it works: %s",
+                        self._config.uri,
+                        _reason(error),
+                    )
+                self._failing = True
             if closing:
                 return
 
@@ -153,7 +159,7 @@ def finish(
         log.warning(
             "the report could not be added to MLflow at %s; the same command tries again: %s",
             config.uri,
-            error,
+            _reason(error),
         )
         return None
 
@@ -164,7 +170,9 @@ def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
         config.write(folder.tracking)
         open_run(config, folder)
     except Exception as error:  # the comparison of its runs does not need it
-        log.warning("MLflow at %s does not show the runs as one sweep: %s", config.uri, error)
+        log.warning(
+            "MLflow at %s does not show the runs as one sweep: %s", config.uri, _reason(error)
+        )
 
 
 def close_group(
@@ -180,14 +188,19 @@ def close_group(
             run.attach(file)
         run.end("FAILED" if failed else "FINISHED")
     except Exception as error:  # the comparison is on disk
-        log.warning("the comparison could not be added to MLflow: %s", error)
+        log.warning("the comparison could not be added to MLflow: %s", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """First line of the error without passwords; MLflow's may go on with a query or a page."""
+    return redacted((str(error) or type(error).__name__).splitlines()[0])
 
 
 class _MlflowRun:
     """An MLflow run, open for one thread; must not be used after an error."""
 
     def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:
-        self._uri, self._folder = config.uri, folder
+        self._uri, self._folder = address(config.folder), folder
         self._client, self.run_id = open_run(config, folder)
         latest = self._client.get_run(self.run_id).data.to_proto().metrics
         self._last_step = {metric.key: metric.step for metric in latest}

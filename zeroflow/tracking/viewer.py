@@ -1,12 +1,14 @@
 """MLflow's server, which shows the runs, and links to its pages."""
 
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow.records import Record
+from zeroflow.redaction import without_login
 from zeroflow.run_folder import RunFolder
-from zeroflow.tracking.config import PORT, is_server, location
+from zeroflow.tracking.config import PORT, address, is_server, location
 from zeroflow.tracking.store import open_store, run_ids
 
 _ADDRESS_FILE = "address.json"
@@ -16,6 +18,13 @@ _CHARTS = (
     "runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&orderByKey=metrics.%60loss%2Fval%60&orderByAsc=true"
 )
+
+_LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
+"""Options that cut the server's memory to a sixth."""
+
+_HOSTS = {"MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1,127.0.0.1:*,localhost,localhost:*"}
+"""Names of the server that requests may use, unless the user has set others. MLflow's default also
+admits private networks. A page of another origin may not change anything, by default."""
 
 
 class _Address(Record):
@@ -29,8 +38,11 @@ class Viewer(NamedTuple):
 
     address: str
     experiment_id: str
-    command: list[str] | None
+    command: list[str] | None = None
     """Command that starts it; None for a server that MLFLOW_TRACKING_URI names."""
+
+    environment: dict[str, str] | None = None
+    """Environment of the command."""
 
     @property
     def charts(self) -> str:
@@ -43,18 +55,17 @@ def viewer(cache: Path, port: int) -> Viewer:
     From then on, runs link to pages on `port`.
     """
     uri, folder = location(cache)
-    _, experiment_id = open_store(uri, folder)
+    _, experiment_id = open_store(folder)
     if is_server(uri):
-        return Viewer(uri, experiment_id, None)
+        return Viewer(without_login(address(folder)), experiment_id)
     if folder is not None:
         _Address(address=local_address(port)).write(folder / _ADDRESS_FILE)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--backend-store-uri", uri]
-    return Viewer(local_address(port), experiment_id, command)
-
-
-VIEWER_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
-"""Options that cut the server's memory to a sixth."""
+    command += ["--port", str(port), "--workers", "1"]
+    # Not an argument: `ps` would show its password to all users of the machine
+    store = {"MLFLOW_BACKEND_STORE_URI": address(folder)}
+    environment = _HOSTS | os.environ | _LEAN | store
+    return Viewer(local_address(port), experiment_id, command, environment)
 
 
 def links(folder: RunFolder) -> dict[str, str]:
@@ -62,12 +73,12 @@ def links(folder: RunFolder) -> dict[str, str]:
     if (ids := run_ids(folder)) is None:
         return {}
     uri, store = location(folder.cache.path)
-    address = uri if is_server(uri) else local_address(PORT)
+    server = without_login(address(store)) if is_server(uri) else local_address(PORT)
     if store is not None and (noted := store / _ADDRESS_FILE).exists():
-        address = _Address.read(noted).address
+        server = _Address.read(noted).address
     return {
-        "this run": f"{address}/#/experiments/{ids.experiment_id}/runs/{ids.run_id}",
-        "loss of all runs": charts_page(address, ids.experiment_id),
+        "this run": f"{server}/#/experiments/{ids.experiment_id}/runs/{ids.run_id}",
+        "loss of all runs": charts_page(server, ids.experiment_id),
     }
 
 

@@ -1,0 +1,38 @@
+"""A time limit for calls that have none of their own, such as a resolver's or a driver's."""
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def within(
+    seconds: float, call: Callable[[], T], *, late: Callable[[T], object] = lambda result: None
+) -> T:
+    """Return the result of `call` if it comes in time.
+
+    Args:
+        late: called with a result that comes later.
+
+    Raises:
+        TimeoutError: it does not come in time.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # In a copy of this context, which tells Prefect the flow run of a log line
+    context = contextvars.copy_context()
+    Thread(target=context.run, args=(work,), daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError as error:
+        future.add_done_callback(lambda done: None if done.exception() else late(done.result()))
+        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from error
