@@ -99,7 +99,7 @@ def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> No
     rows = trained.rows("train")
     assert isinstance(rows, Rows) and len(rows) > 0
     assert rows[[0, 1]].shape == (2, 33)
-    with pytest.raises(ValueError, match=r"no run other in .*; there are: mine"):
+    with pytest.raises(ValueError, match=r"no run other in .*; existing runs: mine"):
         load("other", run.cache_dir)
 
 

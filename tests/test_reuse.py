@@ -12,18 +12,18 @@ def test_one_that_differs_in_the_fewest_fields_is_told_with_both_values():
         "as near": WANTED | {"seq_len": 256},
         "old": None,
     }
-    told = "the nearest of 4, near, has seq_len 128 instead of 64"
+    told = "the most similar of 4, near, has seq_len 128 instead of 64"
     assert reuse.nearest(WANTED, there) == told
 
 
 def test_files_are_one_field_and_those_that_changed_are_named():
     files = {"a.txt": "3d", "b.txt": "2e", "c.txt": "4c"}
     there = {"files": WANTED | {"file": files}, "settings": WANTED | {"seed": 1, "packing": "x"}}
-    told = "the nearest of 2, files, has file a.txt 3d instead of 1f, file c.txt 4c instead of none"
-    assert reuse.nearest(WANTED, there) == told
+    told = "has file a.txt 3d instead of 1f, file c.txt 4c instead of none"
+    assert reuse.nearest(WANTED, there) == f"the most similar of 2, files, {told}"
     without = {"packing": "concat", "seq_len": 64}
-    assert reuse.changes(WANTED, without) == "has file none instead of 2 of them"
-    assert reuse.changes(without, WANTED) == "has file 2 of them instead of none"
+    assert reuse.changes(WANTED, without) == "has file none instead of 2 entries"
+    assert reuse.changes(without, WANTED) == "has file 2 entries instead of none"
 
 
 def test_many_differences_are_counted_and_long_values_cut():
@@ -36,7 +36,7 @@ def test_many_differences_are_counted_and_long_values_cut():
 def test_nothing_there_and_nothing_known_are_told_apart():
     assert reuse.nearest(WANTED, {}) == reuse.NOTHING
     unknown = reuse.nearest(WANTED, dict.fromkeys(["a", "b", "c", "d", "e"]))
-    assert unknown.startswith("what a, b, c and 2 more was made from is unknown")
+    assert unknown.startswith("the settings of a, b, c and 2 more are unknown")
 
 
 def test_folders_are_read_newest_first_without_what_is_damaged_or_half_made(tmp_path):

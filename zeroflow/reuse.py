@@ -1,4 +1,4 @@
-"""Why a stage runs although a similar result exists: the first settings that differ."""
+"""Reasons for running a stage although a similar result exists: the settings that differ."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,16 +10,16 @@ from zeroflow.artifacts import DAMAGED, JsonObject
 from zeroflow.records import Record, omitted
 
 Fields = Mapping[str, Any]
-"""Inputs that a result depends on, by names that a reader knows. If a value is itself a mapping,
-its differing entries are named."""
+"""Inputs that a result depends on, by readable names. If a value is itself a mapping, its differing
+entries are named."""
 
 Identity = JsonObject
 """`Fields` of a checked object, as stored."""
 
-SAME = "it is there and whole, of the same settings and source"
-PASSED = "the same was checked before, and passed"
-NOTHING = "nothing of its kind was there"
-FIRST = "the run had none before"
+SAME = "it exists and verifies, and has the same settings and source"
+PASSED = "the same check passed before"
+NOTHING = "none exists yet"
+FIRST = "the run has no earlier one"
 
 _NAMED = 4
 """Number of differences that are named; the others are counted."""
@@ -29,7 +29,7 @@ _SHOWN = 50
 
 
 class StageResult(Record):
-    """Result of a stage. Its reuse is a fact of one command and not stored."""
+    """Result of a stage. Whether it was reused depends on the command and is not stored."""
 
     reused: bool = Field(False, exclude=True)
     """True if nothing had to be done."""
@@ -47,7 +47,7 @@ class CheckResult(StageResult):
     """Fingerprint of the checked inputs."""
 
     identity: Identity | None = omitted()
-    """The checked inputs, for comparison with another check; None in files of older versions."""
+    """Checked inputs, for comparison with another check; None in files of older versions."""
 
 
 class Difference(NamedTuple):
@@ -67,7 +67,7 @@ def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[s
         read: reads the fields of a folder.
 
     Returns:
-        fields by folder name; None if they cannot be read, as in folders of an older version
+        Fields by folder name; None if they cannot be read, as in folders of an older version.
     """
     folders = [path for path in root.glob("[!.]*") if path.is_dir() and path.name != but.name]
     folders = [path for path in folders if DAMAGED not in path.name]
@@ -78,33 +78,33 @@ def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[s
 
 
 def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
-    """Reason that none of those `there` can be reused: the differences of the nearest one."""
+    """Reason why none of `there` can be reused: the differences of the most similar one."""
     known = {name: fields for name, fields in there.items() if fields is not None}
     if not there:
         return NOTHING
     if not known:
-        return f"what {_some(list(there))} was made from is unknown: there is no readable record"
+        return f"the settings of {_some(list(there))} are unknown: no record can be read"
     name = min(known, key=lambda name: _distance(wanted, known[name]))
-    subject = name if len(there) == 1 else f"the nearest of {len(there)}, {name},"
+    subject = name if len(there) == 1 else f"the most similar of {len(there)}, {name},"
     return f"{subject} {changes(wanted, known[name])}"
 
 
 def since(wanted: Fields, before: CheckResult | None) -> str:
-    """Reason that the earlier check of a run cannot be reused."""
+    """Reason why the earlier check of a run cannot be reused."""
     if before is None:
         return FIRST
     if before.identity is None:
-        return "what was checked before is unknown: an earlier version has no record of it"
+        return "the inputs of the earlier check are unknown: an older version did not record them"
     if not before.passed and flat(wanted) == flat(before.identity):
-        return "it failed before"
-    return f"the one before {changes(flat(wanted), flat(before.identity))}"
+        return "the earlier one failed"
+    return f"the earlier one {changes(flat(wanted), flat(before.identity))}"
 
 
 def changes(wanted: Fields, found: Fields) -> str:
     """Differences between the fields `found` and those `wanted`, as text."""
     different = list(_differences(wanted, found))
     if not different:
-        return "is the same but for its name"
+        return "differs in its name only"
     named = [f"{d.field} {_shown(d.found)} instead of {_shown(d.wanted)}" for d in different]
     if (more := len(named) - _NAMED) > 0:
         named = [*named[:_NAMED], f"{more} more differences"]
@@ -150,7 +150,7 @@ def _value(fields: Fields, name: str) -> Any:
 def _shown(value: Any) -> str:
     text = "none" if value is None else str(value)
     if isinstance(value, Mapping):
-        text = f"{len(value)} of them"
+        text = f"{len(value)} entries"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

@@ -145,12 +145,12 @@ def test_check_is_repeated_only_for_a_stated_reason(job):
     stricter = job.replace(limits=LIMITS.replace(overfit_steps=1))
     changed, after = checks.check(stricter), checks.check(stricter)
     assert not changed.passed and "limits.overfit_steps 80 instead of 1" in changed.why
-    assert (after.reused, after.why) == (False, "it failed before")
+    assert (after.reused, after.why) == (False, "the earlier one failed")
 
     record = artifacts.read_json(job.folder.overfit)
     del record["identity"]
     artifacts.write_json(job.folder.overfit, record)
-    assert "what was checked before is unknown" in checks.check(job).why
+    assert "the inputs of the earlier check are unknown" in checks.check(job).why
 
 
 def test_check_that_passed_in_format_1_is_not_repeated(tmp_path):

@@ -53,7 +53,7 @@ def test_sound_job_passes_every_check_once(job):
         "preflight-job.json",
     }
 
-    assert result.why == "the run had none before"
+    assert result.why == "the run has no earlier one"
     same = result.replace(reused=True, why=reuse.PASSED)
     assert preflight.known(job) == same
     longer = job.training.replace(schedule=job.training.schedule.replace(steps=99))
@@ -69,7 +69,7 @@ def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "99.0")
     again = preflight.check(job)
     installed = before.identity["torch"]
-    assert again.why == f"the one before has torch {installed} instead of 99.0"
+    assert again.why == f"the earlier one has torch {installed} instead of 99.0"
     fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
     third = preflight.check(job.replace(training=fewer))
     assert "has training.micro_batch_rows 4 instead of 2, training.accumulate 2 inst" in third.why

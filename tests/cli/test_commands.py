@@ -13,7 +13,7 @@ def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, 
     argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
     assert commands.main(argv) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: no run mine in ") and "there are: none" in error
+    assert error.startswith("error: no run mine in ") and "existing runs: none" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -141,7 +141,7 @@ def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
 ):
     caplog.set_level("INFO", logger="zeroflow")
     first = build_shards(SMALL, *text[:2], tmp_path)
-    assert first.why == "nothing of its kind was there"
+    assert first.why == "none exists yet"
     other = build_shards(SMALL.replace(**change), *text[:2], tmp_path)
     assert other.path != first.path and not other.reused
     assert other.why == f"{first.path.name} has {told}"
@@ -166,7 +166,7 @@ def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_p
     near = build_shards(SMALL, *text[:2], tmp_path)
     build_shards(far, *text[:2], tmp_path)
     why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
-    assert f"the nearest of 2, {near.path.name}, has seq_len 32 instead of 16" in why
+    assert f"the most similar of 2, {near.path.name}, has seq_len 32 instead of 16" in why
 
 
 def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_second_call_reuses_what_the_first_made(name, llama_folder, text, tmp_pa
     made = first.path.stat().st_mtime_ns
     again = fetch_tokenizer(config, text.corpus, tmp_path)
     assert apart_from_reuse(again) == apart_from_reuse(first) == describe_tokenizer(first.path)
-    assert (first.reused, first.why) == (False, "nothing of its kind was there")
+    assert (first.reused, first.why) == (False, "none exists yet")
     assert (again.reused, again.why) == (True, reuse.SAME)
     assert first.path.stat().st_mtime_ns == made
 
@@ -154,7 +154,7 @@ def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
     assert len({first.path, larger.path, third.path}) == 3
     assert larger.why == f"{first.path.name} has vocab_size 300 instead of 301"
     revisions = f"revision {text.corpus.data_revision} instead of {other.data_revision}"
-    assert third.why.startswith(f"the nearest of 2, {first.path.name}, has {revisions}, file ")
+    assert third.why.startswith(f"the most similar of 2, {first.path.name}, has {revisions}, file ")
 
 
 def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_tokenizer_of_a_version_that_kept_no_record_is_unknown(text, tmp_path):
     del facts["identity"]
     artifacts.write_signed(path / artifacts.MANIFEST, facts)
     larger = fetch_tokenizer(config.replace(vocab_size=301), text.corpus, tmp_path)
-    assert larger.why == f"what {path.name} was made from is unknown: there is no readable record"
+    assert larger.why == f"the settings of {path.name} are unknown: no record can be read"
     assert fetch_tokenizer(config, text.corpus, tmp_path).reused
 
 

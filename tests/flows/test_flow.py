@@ -159,14 +159,14 @@ def test_why_each_stage_ran_is_logged_and_reported(sample: tuple[Flow, str]) -> 
     flow, output = sample
     stages = flow.report("first")["stages"]
     assert not any(stage["reused"] for stage in stages.values())
-    nothing, first = "nothing of its kind was there", "the run had none before"
+    nothing, first = "none exists yet", "the run has no earlier one"
     assert {name: stage["why"] for name, stage in stages.items()} == {
         **dict.fromkeys(["tokenizer", "shards", "training"], nothing),
         **dict.fromkeys(["pre-flight", "overfit check"], first),
     }
     assert (output.count(nothing), output.count(first)) == (3, 2)
     page = (flow.folder("first") / "report.md").read_text()
-    assert "| training | ran | nothing of its kind was there |" in page
+    assert "| training | ran | none exists yet |" in page
 
 
 def test_failed_check_before_training_ends_the_run_in_one_message(
@@ -348,7 +348,7 @@ def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str])
         (["--hidden-size=32"], "needs num_hidden_layers"),
         (["--seq-len=1"], "--seq-len: Input should be greater than or equal to 2"),
         (["--max-steps=ten"], "--max-steps"),
-        (["--data-mode=synthetic", "--tokenizer-name=gpt2"], "takes no tokenizer"),
+        (["--data-mode=synthetic", "--tokenizer-name=gpt2"], "needs no tokenizer"),
     ],
 )
 def test_contradictory_settings_fail_before_anything_is_built(

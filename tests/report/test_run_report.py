@@ -28,7 +28,7 @@ OLD = """{
     "tokens": 400, "apart": -0.05, "judged": true, "since": null, "until": null, "miss": 0.0},
   "preflight": {"passed": true, "job": "730929f9df0a", "seconds": 1.8, "checks": [
     {"name": "text", "passed": true, "figure": "100.0%", "sentence": "of 1,040 ids"}]},
-  "stages": {"training": {"reused": false, "why": "nothing of its kind was there"}},
+  "stages": {"training": {"reused": false, "why": "none exists yet"}},
   "plan": [{"name": "seconds", "predicted": 2.0, "measured": 3.0, "miss": 0.5}],
   "mlflow_run_id": "04ab758a5e424fbdafba0eca6767c890"
 }"""

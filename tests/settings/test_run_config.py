@@ -28,7 +28,7 @@ def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
 
 
 def test_synthetic_data_with_a_tokenizer_is_refused():
-    with pytest.raises(ValidationError, match="takes no tokenizer: drop --tokenizer-name"):
+    with pytest.raises(ValidationError, match="needs no tokenizer: drop --tokenizer-name"):
         RunConfig(data={"data_mode": "synthetic"}, tokenizer={"tokenizer_name": "train"})
 
 

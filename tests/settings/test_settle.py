@@ -118,7 +118,7 @@ def test_run_on_relative_paths_is_resumed_and_extended_in_another_folder(
 def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
     first, again = settle(ask()), settle(ask(**written_out))
     assert again.run == first.run and again.resumes and not first.resumes
-    assert again.corpus_reason == "as the run was started"
+    assert again.corpus_reason == "as when the run was started"
 
 
 @pytest.mark.parametrize(
@@ -297,9 +297,9 @@ def test_setting_that_is_not_given_again_is_taken_from_the_run(ask):
 
 def test_unknown_run_is_refused_with_those_there_are(ask):
     cache = settle(ask(run_name="mine")).run.cache_dir
-    with pytest.raises(ValueError, match=r"no run yours in .* there are: mine"):
+    with pytest.raises(ValueError, match=r"no run yours in .* existing runs: mine"):
         load(cache, "yours")
-    with pytest.raises(ValueError, match="there are: none"):
+    with pytest.raises(ValueError, match="existing runs: none"):
         load(cache / "elsewhere", "yours")
 
 
@@ -359,12 +359,12 @@ def test_run_of_a_version_that_knew_one_gpu_only_goes_on(ask):
 
 
 def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
-    with pytest.raises(ValueError, match="sees none: --device cpu tries it with 2 processes"):
+    with pytest.raises(ValueError, match="sees none: --device cpu uses 2 processes"):
         settle(ask(device="auto", training={"gpus": 2}))
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: GPU)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert settle(ask(device="auto", training={"gpus": 2})).run.training.gpus == 2
-    with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: take fewer"):
+    with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: use fewer"):
         settle(ask(device="auto", training={"gpus": 3}))
     with pytest.raises(ValueError, match="--zero-stage 1 shards state over several GPUs"):
         settle(ask(training={"zero_stage": 1}))
@@ -398,8 +398,8 @@ def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_tokens": 850}, "850 is not a multiple of seq_len 100: take 800"),
-        ({"batch_tokens": 50}, "50 is not a multiple of seq_len 100: take 100"),
+        ({"batch_tokens": 850}, "850 is not a multiple of seq_len 100: use 800"),
+        ({"batch_tokens": 50}, "50 is not a multiple of seq_len 100: use 100"),
         ({"batch_tokens": 800, "batch_size": 3}, "8 rows of 100, which is not batch_size 3 x"),
         ({"batch_tokens": 800, "batch_size": 16}, "8 rows of 100, which is not batch_size 16 x"),
         ({"batch_tokens": 800, "grad_accum_steps": 3}, "8 rows of 100, which is not batch_size"),
@@ -566,15 +566,15 @@ def test_record_is_readable_json(ask):
 
 def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
     first = settle(ask(seed=1)).run
-    assert unlike_others(first) == "nothing of its kind was there"
+    assert unlike_others(first) == "none exists yet"
     far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run
     assert "training.max_steps 200 instead of 9" in unlike_others(far)
     assert "training.learning_rate 0.001 instead of 0.5" in unlike_others(far)
     third = settle(ask(seed=3)).run
-    told = f"the nearest of 2, {first.run_name}, has seed 1 instead of 3"
+    told = f"the most similar of 2, {first.run_name}, has seed 1 instead of 3"
     assert unlike_others(third) == told
     twin = settle(ask(seed=3, run_name="twin")).run
-    assert f"{third.run_name}, is the same but for its name" in unlike_others(twin)
+    assert f"{third.run_name}, differs in its name only" in unlike_others(twin)
     for run in (first, far, third):
         (run.run_dir / "run.json").write_text("[]")
-    assert "is unknown" in unlike_others(twin)
+    assert "are unknown" in unlike_others(twin)

@@ -1,1 +1,1 @@
-"""Requested settings of a run, and the settled ones."""
+"""Settings of a run, as requested and as settled."""

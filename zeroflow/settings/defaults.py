@@ -17,7 +17,7 @@ _CPU_STEPS = 200
 
 
 def nominal_workload(run: RunConfig, device: Device) -> Workload:
-    """Workload of one row at the nominal vocabulary, with the defaults of the device."""
+    """Workload of one row with the nominal vocabulary and the defaults of the device."""
     choice = run.training
     return run.workload(
         with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
@@ -31,7 +31,7 @@ def nominal_workload(run: RunConfig, device: Device) -> Workload:
 
 
 def fill(run: RunConfig, device: Device) -> SettledTraining:
-    """Return the training of `run` with a default for every value that is None.
+    """Return the training settings of `run`, with a default for every value that is None.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.
@@ -45,7 +45,8 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
     work = nominal.replace(**batch, activation_checkpointing=checkpointing)
     budget = TOKENS_PER_PARAMETER * work.model.parameters
     steps = choice.max_steps or (-(-budget // work.batch_tokens) if gpu else _CPU_STEPS)
-    # tiny on the sample at 512 tokens a step: 7.65 after 200 steps at 3e-3, 7.14 at 1e-3
+    # A third on a CPU, because batches are small. Loss of tiny on the sample after 200 steps of 512
+    # tokens: 7.65 at 3e-3, 7.14 at 1e-3
     peak = size.learning_rate / (1 if gpu else 3)
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if run.data.data_mode == "sample" else "The "
@@ -68,11 +69,11 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
 def _split(
     choice: TrainingChoice, nominal: Workload, fits: int, usual_tokens: int
 ) -> tuple[int, int]:
-    """Return the rows of a micro-batch and the micro-batches of a step, on each rank.
+    """Return the rows of a micro-batch and the micro-batches of a step on each rank.
 
     Args:
-        fits: most rows that fit in a micro-batch.
-        usual_tokens: default tokens of a step.
+        fits: maximum number of rows of a micro-batch that fit in memory.
+        usual_tokens: default number of tokens of a step.
     """
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is not None:
@@ -88,24 +89,25 @@ def _split(
     rows = largest_divisor(wanted, fits)
     if 4 * rows >= fits:
         return rows, wanted // rows
-    # 683 rows have no divisor that fits: 18 micro-batches of 38 rows keep the GPU busy
+    # The default batch may have a few rows more, to keep the GPU busy: 683 rows, a prime number,
+    # become 18 micro-batches of 38 rows
     accumulate = -(-wanted // fits)
     return round(wanted / accumulate), accumulate
 
 
 def _rank_rows(batch_tokens: int, nominal: Workload) -> int:
-    """Rows of a step on each rank."""
+    """Number of rows of a step on each rank."""
     seq_len, ranks = nominal.seq_len, nominal.ranks
     rows, rest = divmod(batch_tokens, seq_len)
     if rest:
         raise ValueError(
             f"batch_tokens {batch_tokens} is not a multiple of seq_len {seq_len}: "
-            f"take {max(1, rows) * seq_len}"
+            f"use {max(1, rows) * seq_len}"
         )
     share, rest = divmod(rows, ranks)
     if rest:
         raise ValueError(
-            f"{ranks} GPUs cannot share the {rows} rows of a step evenly: take a number of GPUs "
+            f"{ranks} GPUs cannot share the {rows} rows of a step evenly: use a number of GPUs "
             f"that divides them, or, for a new run, batch_tokens {max(1, share) * ranks * seq_len}"
         )
     return share

@@ -1,4 +1,4 @@
-"""Settings as command-line flags: their names, and the flags that give the same settings."""
+"""Settings as command-line flags: names, help texts, and the flags that reproduce settings."""
 
 from collections.abc import Iterator
 from inspect import isabstract
@@ -15,14 +15,14 @@ _LONGEST = 200
 
 
 class Setting(NamedTuple):
-    """Leaf of a settings class, and its path."""
+    """A single setting of a settings class, with its path."""
 
     path: tuple[str, ...]
     field: FieldInfo
 
     @property
     def flag(self) -> str:
-        # the name of an optimiser is chosen by --optimizer
+        # the field `name` of an optimiser has the flag --optimizer
         name = self.path[-2] if self.path[-1] == "name" else self.path[-1]
         return "--" + name.replace("_", "-")
 
@@ -53,7 +53,7 @@ def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
-    """Merge the field `name` of those `kinds` of `config` that have it, with all help texts."""
+    """Merge the fields called `name` of the `kinds` of `config`, with all their help texts."""
     fields = {
         kind.model_fields["name"].default: kind.model_fields[name]
         for kind in kinds
@@ -77,7 +77,7 @@ def help_text(field: FieldInfo) -> str:
 
 
 def flags(config: BaseModel) -> list[str]:
-    """Return the command-line flags that give all settings that `config` was given."""
+    """Return the command-line flags that reproduce all settings given to `config`."""
     argv = []
     for setting in settings(type(config)):
         given: Any = config
@@ -96,7 +96,7 @@ def flags(config: BaseModel) -> list[str]:
 
 
 def error_message(error: Exception) -> str:
-    """Return an error as one readable message that names settings by their flags."""
+    """Return the message of an error, with settings named by their flags."""
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
     lines = []

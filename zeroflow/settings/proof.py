@@ -1,4 +1,4 @@
-"""The settings of a proof that resume is exact."""
+"""Settings of a proof that resume is exact."""
 
 from typing import ClassVar, Self
 
@@ -28,7 +28,7 @@ _BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
 
 
 class ProofRun(Config):
-    """The run whose resume is proved, and the settings of the proof."""
+    """A run to prove resume for, and the settings of the proof."""
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
@@ -47,7 +47,7 @@ class ProofRun(Config):
 
 
 def settings(asked: RunConfig) -> RunConfig:
-    """Return the run that a proof trains; its defaults are small and quick.
+    """Return the settings of the run that a proof trains; the defaults are small and fast.
 
     Raises:
         ValueError: a setting does not apply to a proof, or the name is that of a real run.
@@ -68,7 +68,9 @@ def settings(asked: RunConfig) -> RunConfig:
             training["batch_tokens"] = 8 * (given.get("seq_len") or _SMALL["seq_len"])
         asked = asked.replace(model=ModelChoice(**_SHAPE))
     if find_device(asked.device).kind == "cuda":
-        training["deterministic"] = True  # other kernels differ between runs even without kills
+        training["deterministic"] = (
+            True  # without it, results differ between runs even without kills
+        )
     if asked.data == CorpusConfig():
         asked = asked.replace(data=CorpusConfig(data_mode="synthetic"))
         if asked.tokenizer == TokenizerConfig():

@@ -1,4 +1,4 @@
-"""Reject settings that contradict each other or the device, before any work is done."""
+"""Checks for settings that contradict each other or the device, before any work is done."""
 
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, gpu_count
@@ -55,14 +55,14 @@ def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:
         return
     there = gpu_count() if device.kind == "cuda" else 0
     if there < count:
-        remedy = "take fewer" if there else f"--device cpu tries it with {count} processes on a CPU"
+        remedy = "use fewer" if there else f"--device cpu uses {count} processes on a CPU instead"
         raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
 
 
 def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:
     """
     Raises:
-        ValueError: a plan for several GPUs names no GPU, and this machine has none.
+        ValueError: the plan is for several GPUs without a name, and this machine has no GPU.
     """
     count = run.training.gpus or 1
     if count > 1 and device.kind == "cpu" and run.device != "cpu":
@@ -76,6 +76,6 @@ def refuse_stages_of_one_gpu(run: RunConfig) -> None:
     """
     if (run.training.gpus or 1) == 1:
         raise ValueError(
-            "--zero-stages needs several GPUs: add --gpus, such as --gpus 2; with --device cpu, "
-            "they are processes"
+            "--zero-stages needs several GPUs: add --gpus, such as --gpus 2. With --device cpu, "
+            "processes take their place"
         )

@@ -10,7 +10,7 @@ from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
 from zeroflow.settings.settled import Settled
 
-# Settings that may change when a run is resumed: they do not affect the weights
+# Settings that may change when a run is resumed, because they do not affect the weights
 FREE = {"cache_dir", "device", "sweep"} | {
     f"training.{name}"
     for name in (
@@ -45,7 +45,7 @@ def identity(run: RunConfig) -> dict[str, str]:
 
 
 def default_name(run: Settled) -> str:
-    """Deterministic name for the settings; the parts that a reader looks for come first."""
+    """Deterministic name for the settings; it begins with size and corpus."""
     gpus, stage = run.training.gpus, run.training.zero_stage
     sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
     digest = artifacts.fingerprint(identity(run))[:6]
@@ -75,7 +75,7 @@ def given(config: BaseModel) -> dict[str, object]:
 
 
 def without(settings: dict[str, object], before: dict[str, object]) -> dict[str, object]:
-    """Entries of `settings` that `before` lacks or has with another value."""
+    """Entries of `settings` that are missing in `before` or have another value there."""
     new: dict[str, object] = {}
     for name, value in settings.items():
         known = before.get(name)
@@ -87,11 +87,11 @@ def without(settings: dict[str, object], before: dict[str, object]) -> dict[str,
 
 
 def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -> RunConfig:
-    """Return the recorded settings, overridden by those given now.
+    """Return the recorded settings, overridden by those that are given now.
 
     Args:
-        at_start: settings that were requested at the start and settled differently, such as a
-            branch that was resolved to a commit. Requested again, they stay as settled.
+        at_start: settings whose settled value differs from the value requested at the start,
+            such as a commit instead of a branch. If requested again, they keep the settled value.
     """
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
@@ -114,7 +114,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
 
 
 def difference(recorded: RunConfig, run: RunConfig) -> str:
-    """First difference in a setting that may not change, with both values; "" if there is none."""
+    """First setting that differs and may not change, with both values; "" if there is none."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
     for name in before:
         if name in FREE or before[name] == now.get(name):

@@ -1,8 +1,8 @@
 """Requested settings of a run.
 
 The command line, the Prefect form, MLflow's params and `run.json` are generated from `RunConfig`. A
-setting that is None depends on the device or on the outside world; `settle` decides it, and the
-result has another type, `settled.Settled`, in which every setting has a value.
+setting that is None depends on the device or on the outside world. `settle` decides it and returns
+another type, `settled.Settled`, in which every setting has a value.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class ModelChoice(Config):
-    """The network: a named size, or a custom shape given in full."""
+    """Network: a named size, or a complete custom shape."""
 
     size: SizeName | None = Field(
         None,
@@ -70,7 +70,9 @@ class ModelChoice(Config):
         missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             if self.size is not None:
-                raise ValueError(f"size {self.size} and a custom shape: give one of them")
+                raise ValueError(
+                    f"size {self.size} and a custom shape exclude each other: drop one of them"
+                )
             if missing:
                 raise ValueError(f"a custom shape also needs {', '.join(missing)}")
             Shape(**given)
@@ -78,7 +80,7 @@ class ModelChoice(Config):
 
     @property
     def settled(self) -> Self:
-        """Return the same choice with the default written out."""
+        """Return the same choice with the default size filled in."""
         return self if self.size or self.hidden_size else self.replace(size="tiny")
 
     @property
@@ -93,21 +95,21 @@ class ModelChoice(Config):
 
 
 class TrainingChoice(Config):
-    """The training. Defaults depend on the device and the size, and are printed."""
+    """Training. Defaults depend on the device and the size, and are logged."""
 
     gpus: PositiveInt | None = None
-    """GPUs of this machine that train together; with device cpu, processes that share its cores.
-    Default: 1."""
+    """Number of GPUs of this machine to train on; with device cpu, of processes that share its
+    cores. Default: 1."""
 
     zero_stage: Stage | None = None
-    """ZeRO stage, what several GPUs shard: 0 nothing, 1 optimizer state and weights, 2 gradients
-    too, 3 weights also while they are used. Default: 0."""
+    """ZeRO stage, which decides what several GPUs shard: 0 nothing, 1 optimiser state and weights,
+    2 also gradients, 3 weights even while they are in use. Default: 0."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
 
     batch_size: PositiveInt | None = None
-    """Rows in a micro-batch on each GPU. Default: as many as its memory holds."""
+    """Rows in a micro-batch on each GPU. Default: as many as fit in its memory."""
 
     grad_accum_steps: PositiveInt | None = None
     """Micro-batches in a step on each GPU. Default: batch_tokens / (batch_size x seq_len x
@@ -136,11 +138,12 @@ class TrainingChoice(Config):
     schedule: ScheduleName = Field("cosine", description=decays())
 
     precision: Precision | None = None
-    """bf16 computes in bf16 with fp32 master weights. Default: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of products and activations; bf16 keeps fp32 master weights. Default: bf16 on a
+    GPU, fp32 on a CPU."""
 
     fp8: bool = False
-    """Multiply the matrices of the decoder blocks in 8 bits, on Ada, Hopper and newer GPUs. On an
-    H100, medium became 12 % faster, small 1 % faster and tiny 5 % slower."""
+    """Compute the matrix products of the decoder blocks in fp8, on Ada, Hopper and newer GPUs. On
+    an H100, medium became 12 % faster, small 1 % faster and tiny 5 % slower."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: yes on a GPU."""
@@ -149,8 +152,8 @@ class TrainingChoice(Config):
     """Restrict attention to the token's own document, and restart positions with each document."""
 
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared log of the softmax's denominator in the loss; 1e-5 is usual and keeps
-    logits from drifting. Validation losses do not include it."""
+    """Weight of the squared log of the softmax's denominator in the loss, which keeps logits from
+    drifting; 1e-5 is a common value. Validation losses do not include it."""
 
     validation_tokens: PositiveInt | None = None
     """Held-out tokens per validation. Default: 8K on a CPU, 1M on a GPU."""
@@ -160,11 +163,12 @@ class TrainingChoice(Config):
     where there are few."""
 
     token_type: Literal["int32", "uint16"] = "int32"
-    """Integer type of the shards; uint16 halves them, for vocabularies up to 65,536."""
+    """Integer type of the shards; uint16 takes half the space, for vocabularies up to 65,536."""
 
     packing: PackingName = "best-fit"
-    """best-fit cuts only documents longer than a row, and pads rows that stay short; the loss
-    ignores padding. concat joins documents end to end and cuts wherever a row is full."""
+    """Packing of documents into rows: best-fit cuts only documents that are longer than a row, and
+    pads short rows; the loss ignores padding. concat joins documents end to end and cuts them
+    wherever a row is full."""
 
     validate_every: PositiveInt | None = None
     """Steps between validations. Default: half of the run on a CPU, 250 on a GPU."""
@@ -173,46 +177,47 @@ class TrainingChoice(Config):
     """Steps between checkpoints. Default: a fifth of the run, at most 250."""
 
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep. The one with the lowest validation loss is kept as well."""
+    """Number of newest checkpoints to keep. The one with the lowest validation loss is always
+    kept too."""
 
     keep_every: PositiveInt | None = None
     """Also keep checkpoints at multiples of this many steps. Default: none."""
 
     deterministic: bool = False
-    """Use only kernels whose results are the same from run to run, so that an interrupted run ends
-    with the same bits, at some cost in speed. A CPU always uses such kernels."""
+    """Use only deterministic kernels, so that an interrupted run ends with the same bits, at some
+    cost in speed. Kernels on a CPU are always deterministic."""
 
     activation_checkpointing: ActivationCheckpointing | None = None
-    """Recompute activations in the backward pass, which saves memory and costs time: selective
-    recomputes those within the feed-forward networks, full all of them. Default: the first of none,
-    selective and full that lets a row fit."""
+    """Recompute activations in the backward pass, which saves memory and takes time: selective
+    recomputes those within the feed-forward networks, full recomputes all. Default: the first of
+    none, selective and full with which a row fits."""
 
     on_spike: Literal["report", "roll-back"] = "report"
     """Reaction to an unusual loss, gradient norm or update: log a warning, or roll back to the
-    newest checkpoint and leave out the data since."""
+    newest checkpoint and skip the data since."""
 
     hang_seconds: PositiveInt = 3600
-    """Seconds without a finished step after which training counts as hung and is restarted."""
+    """Seconds without a finished step after which a training is considered hung and restarted."""
 
     log_interval: PositiveInt | None = None
     """Steps between logged losses. Default: 5 on a CPU, 10 on a GPU."""
 
     sample_prompt: str | None = None
-    """Beginning of the text sample at each validation. Default: one that suits the data."""
+    """Prompt of the text sample at each validation. Default: one that suits the data."""
 
     sample_tokens: PositiveInt = 48
-    """Length of the text sample, in tokens."""
+    """Length of the text sample in tokens."""
 
 
 class BuildChoice(Config):
-    """Settings for building shards. They change the build time, but not one byte of the result."""
+    """Building of shards. These settings change the build time, but no byte of the result."""
 
     data_workers: PositiveInt = 2
-    """Parts to build at once. Two keep two cores busy; more help on more cores, or if reading is
-    slow."""
+    """Number of parts to build at once. Two keep two cores busy; more help with more cores, or if
+    reading is slow."""
 
     data_runner: Literal["threads", "dask"] = "threads"
-    """Where several parts are built: in threads of this process, or on Dask workers."""
+    """Build parts in threads of this process, or on Dask workers."""
 
     dask_address: str | None = None
     """Address of the scheduler of a running Dask cluster, which must share the cache folder.
@@ -221,7 +226,9 @@ class BuildChoice(Config):
     @model_validator(mode="after")
     def _address_belongs_to_dask(self) -> Self:
         if self.dask_address and self.data_runner != "dask":
-            raise ValueError("dask_address is used only with data_runner dask: add it")
+            raise ValueError(
+                "dask_address is used only with data_runner dask: add --data-runner dask"
+            )
         return self
 
 
@@ -229,17 +236,17 @@ class RunConfig(Config):
     """All settings that define a run."""
 
     run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Name of the run. A run of the same name is resumed. Default: made from the settings, so the
-    same command resumes too."""
+    """Name of the run. An existing run of this name is resumed. Default: made from the settings, so
+    that the same command resumes the run."""
 
     sweep: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
-    """Sweep that the run is a part of; MLflow groups runs by it."""
+    """Sweep that the run belongs to; MLflow groups runs by it."""
 
     cache_dir: Path = DEFAULT_CACHE
-    """Folder for everything that is written: tokenizers, shards, runs, mlflow."""
+    """Folder for all output: tokenizers, shards, runs, mlflow."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on; auto takes a GPU if there is one."""
+    """Device to train on; auto uses a GPU if there is one."""
 
     seed: NonNegativeInt = 0
     """Seed of the weights, the data order and synthetic data."""
@@ -262,8 +269,8 @@ class RunConfig(Config):
             SYNTHETIC_TOKENIZER,
         ):
             raise ValueError(
-                "synthetic data is token ids and takes no tokenizer: drop --tokenizer-name; "
-                "--vocab-size sets the vocabulary"
+                "synthetic data is token ids and needs no tokenizer: drop --tokenizer-name. "
+                "--vocab-size sets the size of the vocabulary"
             )
         return self
 
@@ -285,10 +292,10 @@ class RunConfig(Config):
         return self.model_copy(update=changes)
 
     def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:
-        """Return the workload of a step with these settings.
+        """Return the workload of a step that these settings define.
 
         Args:
-            settled: fields of the workload that are open here, or that should differ.
+            settled: fields of the workload that have no value here, or should have another.
         """
         given = {
             field: value

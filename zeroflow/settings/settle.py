@@ -1,7 +1,6 @@
-"""Decide the open settings of a run once, and record them.
+"""Decides the open settings of a run once, and records them.
 
-The decisions are stored in the run's `run.json`, so that the run is always resumed with the same
-settings.
+They are stored in the run's `run.json`, so that the run is always resumed with the same settings.
 """
 
 from collections.abc import Callable
@@ -31,12 +30,12 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     Recorded settings of a run of the same name take precedence over defaults.
 
     Args:
-        acquire: called with the run's directory before anything in it is changed; raises an error
-            if another process is working there.
+        acquire: called with the run's directory before anything in it changes; raises an error if
+            another process is working there.
 
     Raises:
         ValueError: settings contradict each other, the device, or the existing run of this name.
-        hub.HubError: the hub is needed, and refuses the request or is unreachable.
+        hub.HubError: the hub is needed, but refused the request or could not be reached.
     """
     refuse_what_does_nothing(asked)
     if (anywhere := asked.data.anywhere) != asked.data:  # the run may be resumed in another folder
@@ -48,10 +47,10 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     if different := started_otherwise(asked):
         raise ValueError(
             f"run {wanted.run_name} was started with {different}: use another --run-name, or the "
-            "former setting"
+            "earlier setting"
         )
     if recorded and resuming.difference(recorded, wanted):
-        # Nothing has been trained: the run starts over, so that the user can change settings
+        # Nothing is trained yet, so the run may start over with other settings
         _discard_settings(recorded.folder)
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
@@ -62,14 +61,14 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
         run = run.replace(run_name=resuming.default_name(run))
-    _ = run.schedule  # raises if its settings contradict each other, before anything is recorded
+    _ = run.schedule  # raises if its settings contradict each other; nothing is recorded yet
     acquire(run.run_dir)
     if recorded:
-        corpus_reason = tokenizer_reason = "as the run was started"
+        corpus_reason = tokenizer_reason = "as when the run was started"
     else:
         named = asked.model_copy(update={"run_name": run.run_name})
         if _recorded(named):
-            return settle(named, acquire)  # the same command again, or at the same time
+            return settle(named, acquire)  # the run exists: the command is repeated, or runs twice
         otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
@@ -77,7 +76,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
 
 
 def sketch(asked: RunConfig, device: Device) -> Settled:
-    """Decide what follows from the device in `asked`, without looking up or recording anything.
+    """Decide the open settings of `asked` that depend on the device; look up and record nothing.
 
     Recorded settings of a run of the same name take precedence over defaults.
 
@@ -91,7 +90,7 @@ def sketch(asked: RunConfig, device: Device) -> Settled:
 
 
 def started_otherwise(asked: RunConfig) -> str | None:
-    """First requested setting that can no longer change, because the run was trained; else None."""
+    """First requested setting that the trained run does not allow to change; None without one."""
     recorded = _recorded(asked)
     if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
@@ -108,12 +107,12 @@ def load(cache: Path, name: str) -> Settled:
     if not path.exists():
         runs = Cache(cache).existing_runs()
         there = ", ".join(run.name for run in runs if run.settings.exists())
-        raise ValueError(f"no run {name} in {cache}/runs; there are: {there or 'none'}")
+        raise ValueError(f"no run {name} in {cache}/runs; existing runs: {there or 'none'}")
     return Settled.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
 
 
 def unlike_others(run: Settled) -> str:
-    """Reason that no other run of the cache can replace `run`: the setting that differs."""
+    """The setting in which `run` differs from the most similar run of the cache, as a sentence."""
 
     def read(folder: Path) -> Fields:
         return resuming.compared(artifacts.read_json(RunFolder(folder).settings))
@@ -123,7 +122,7 @@ def unlike_others(run: Settled) -> str:
 
 
 def size_of(asked: RunConfig) -> str:
-    """Name of the model's size, from the existing run of this name if there is one."""
+    """Name of the model's size, taken from the existing run of this name if there is one."""
     return (_recorded(asked) or asked).model.name
 
 

@@ -17,7 +17,7 @@ from zeroflow.training.zero import Stage
 
 
 class SettledTraining(TrainingChoice):
-    """The training, with a value for every setting that may be left open."""
+    """Training settings with a value for every setting that may be left open."""
 
     gpus: PositiveInt = 1
     zero_stage: Stage = 0
@@ -39,17 +39,17 @@ class SettledTraining(TrainingChoice):
 
 
 class Settled(RunConfig):
-    """All settings that define a run, settled: the content of `run.json`."""
+    """All settled settings that define a run: contents of `run.json`."""
 
     run_name: str
-    """Empty in a sketch, which looks nothing up."""
+    """Empty in a sketch, which makes no requests."""
 
     device: Literal["cpu", "cuda"]
     training: SettledTraining
 
     @property
     def fell_back(self) -> bool:
-        """True if synthetic data stands in for FineWeb-Edu."""
+        """True if synthetic data replaces FineWeb-Edu."""
         return self.data.allow_synthetic_fallback and self.data.data_mode == "synthetic"
 
     @property
@@ -59,7 +59,7 @@ class Settled(RunConfig):
 
     @property
     def tags(self) -> dict[str, str]:
-        """The settings by which MLflow's pages filter and group runs."""
+        """Settings by which MLflow's pages filter and group runs."""
         return {
             "size": self.model.name,
             "source": self.data.name,
@@ -71,18 +71,18 @@ class Settled(RunConfig):
 
     @property
     def batch_rows(self) -> int:
-        """Rows of one global batch."""
+        """Number of rows of a global batch."""
         choice = self.training
         return choice.batch_size * choice.grad_accum_steps * self.ranks
 
     @property
     def validation_rows(self) -> int:
-        """Held-out rows of one validation."""
+        """Number of held-out rows of a validation."""
         return max(1, self.training.validation_tokens // self.training.seq_len)
 
     @property
     def train_tokens(self) -> int:
-        """Tokens that the run trains on."""
+        """Number of tokens that the run trains on."""
         return self.training.max_steps * self.batch_rows * self.training.seq_len
 
     @property
@@ -136,10 +136,10 @@ class Settled(RunConfig):
 
     @property
     def resume_promise(self) -> str:
-        """Exactness of a resume of this run."""
+        """Description of how exact a resume of this run is."""
         promise = _promise_of_one(self)
         if self.ranks > 1:
-            promise += "; on another number of GPUs the order of sums differs"
+            promise += "; with another number of GPUs the order of sums differs"
         return promise
 
 
@@ -147,20 +147,20 @@ def _promise_of_one(run: Settled) -> str:
     if run.device == "cpu":
         return "bit for bit"
     if run.training.deterministic:
-        return "bit for bit, with deterministic kernels only"
+        return "bit for bit, because kernels are deterministic"
     return (
         "the same data, random numbers and weights; kernels differ in the last bits between runs "
-        "(--deterministic: they do not, for 3-10 % of the speed)"
+        "(not with --deterministic, which costs 3-10 % of the speed)"
     )
 
 
 class Settlement(NamedTuple):
-    """Settled settings of a run, and the reasons for them."""
+    """Settled settings of a run, with reasons."""
 
     run: Settled
     device: Device
     resumes: bool
-    """True if a run of this name was started before."""
+    """True if a run of this name already existed."""
 
     corpus_reason: str
     tokenizer_reason: str

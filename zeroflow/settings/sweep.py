@@ -1,4 +1,4 @@
-"""Settings of a sweep: runs that differ in size, seed, learning rate or ZeRO stage."""
+"""Settings of a sweep over sizes, seeds, learning rates or ZeRO stages."""
 
 from itertools import product
 from typing import Any, ClassVar, Self
@@ -15,23 +15,23 @@ from zeroflow.training.zero import Stage
 
 
 class SweepConfig(Config):
-    """The axes of a sweep; every combination is a run."""
+    """Axes of a sweep; every combination of values is a run."""
 
     sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
-    """Name of the sweep. A sweep of the same name is resumed, and more values can be added to it.
+    """Name of the sweep. An existing sweep of this name is resumed, and values can be added to it.
     Default: made from the settings."""
 
     sizes: tuple[SizeName, ...] = ()
-    """Sizes to train. Default: the size of the run."""
+    """Model sizes. Default: the size of the run."""
 
     seeds: tuple[NonNegativeInt, ...] = ()
-    """Seeds to train each size with. Default: the seed of the run."""
+    """Seeds. Default: the seed of the run."""
 
     learning_rates: tuple[PositiveFloat, ...] = ()
-    """Peak learning rates to train each at. Default: the rate of the run, or of the size."""
+    """Peak learning rates. Default: that of the run, or of each size."""
 
     zero_stages: tuple[Stage, ...] = ()
-    """ZeRO stages to train each at, on several GPUs. Default: the stage of the run."""
+    """ZeRO stages, for several GPUs. Default: the stage of the run."""
 
     run: RunConfig = RunConfig()
 
@@ -62,7 +62,7 @@ class SweepConfig(Config):
 
     @property
     def name(self) -> str:
-        # without defaults: otherwise a new setting would rename every sweep
+        # without defaults, because a new setting would otherwise rename every sweep
         given = self.model_dump(
             mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
         )
@@ -79,12 +79,12 @@ class SweepConfig(Config):
 
 
 def cells(sweep: SweepConfig) -> list[RunConfig]:
-    """Return the runs of a sweep in the order of its sizes, named by their values."""
+    """Return the settings of the runs of a sweep, ordered by size; names contain the values."""
     found = []
     axes: tuple[tuple[Any, ...], ...]
     axes = (sweep.sizes, sweep.seeds, sweep.learning_rates, sweep.zero_stages)
     for size, seed, rate, stage in product(*(axis or (None,) for axis in axes)):
-        # Only the given settings: defaults are settled for each run
+        # Only the given settings, because defaults are settled for each run
         given = sweep.run.model_dump(exclude_unset=True)
         name = [sweep.name, str(size or sweep.run.model.name)]
         if size is not None:
