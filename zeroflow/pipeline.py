@@ -58,9 +58,6 @@ class View:
     def name_run(self, asked: RunConfig, run: Settled) -> None:
         """Called when `asked` has been settled to `run`."""
 
-    def name_sweep(self, name: str) -> None:
-        """Called when a sweep begins."""
-
     def tags(self) -> dict[str, str]:
         """MLflow tags that lead to this view."""
         return {}
@@ -364,7 +361,6 @@ def sweep(
         RuntimeError: some runs failed; the others are compared.
     """
     sweeps.require_as_started(asked)
-    view.name_sweep(asked.name)
     sweeps.open_group(asked)
     failed = []
     for cell in cells(asked):

@@ -1,6 +1,7 @@
 """The whole flow as a user runs it."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -181,6 +182,13 @@ def test_failed_check_before_training_ends_the_run_in_one_message(
     assert "causality: largest change " in output and "look at the mask of `attend`" in output
     assert "--skip-preflight" in output and "Traceback" not in output
     assert output.count("pre-flight: causality: FAILED") == 1, "it is not tried again"
+    url = flow.environment["PREFECT_API_URL"]
+    runs = api(url, "/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
+    [run] = [run for run in runs if run["name"].endswith(" · blind")]
+    assert run["state"]["message"].startswith("pre-flight: 1 of 7 checks failed")
+    lines = api(url, "/logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}})
+    [error] = [line["message"] for line in lines if line["level"] >= logging.ERROR]
+    assert error == run["state"]["message"], "one paragraph, without a traceback"
     assert not (flow.folder("blind") / "training.json").exists()
     assert not (flow.folder("blind") / "checkpoints").exists()
 

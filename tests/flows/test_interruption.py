@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or orphaned goes on as if nothing had happened."""
 
+import logging
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pipeline import (
     ROOT,
     SMALL_SHAPE,
     Flow,
+    api,
     mlflow_client,
     mlflow_run,
     processes_of,
@@ -35,8 +37,10 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
     process = start_and_wait(flow, step=310)
     refuse_a_second_run_of_the_name(flow)
     interrupt(flow, process, signal.SIGINT, expect=130)
+    assert_shown_as_cancelled(flow, "Ctrl-C")
     process = start_and_wait(flow, step=410)
     interrupt(flow, process, signal.SIGTERM, expect=143)
+    assert_shown_as_cancelled(flow, "a signal")
 
     home = tmp_path / "prefect"
     alone = Flow(flow.cache, base_environment | {"PREFECT_HOME": str(home)})
@@ -103,6 +107,19 @@ def interrupt(
     assert "the same command resumes" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []
     assert newest_step(flow) >= reached
+
+
+def assert_shown_as_cancelled(flow: Flow, cause: str) -> None:
+    """In Prefect, with the step that was saved, and nothing that looks like a crash."""
+    url = flow.environment["PREFECT_API_URL"]
+    runs = api(url, "/flow_runs/filter", sort="START_TIME_DESC")
+    named = [run for run in runs if run["name"].endswith(" · run")]
+    run = next(run for run in named if run["state_type"] != "FAILED")  # the second one was refused
+    message = f"Stopped by {cause}: saved at step {newest_step(flow)}; the same command resumes"
+    assert run["state_type"] == "CANCELLED", run["state"]
+    assert run["state"]["message"].startswith(message)
+    lines = api(url, "/logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}})
+    assert [line["message"] for line in lines if line["level"] >= logging.ERROR] == []
 
 
 def assert_time_is_accounted_for(flow: Flow) -> None:

@@ -311,7 +311,7 @@ def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_fai
     before = server.children_of(sweep)
     states = {name: run["state_type"] for name, run in before.items()}
     assert states == {"there-custom-seed0": "COMPLETED", "there-custom-seed1": "FAILED"}
-    assert before["there-custom-seed1"]["name"] == "there-custom-seed1"
+    assert before["there-custom-seed1"]["name"] == "custom · synthetic · there-custom-seed1"
 
     blocked.unlink()
     # a worker with a limit ends if the process before is still there: "already holding one of"
@@ -353,6 +353,9 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
     assert "stopped; finished work is kept, and the same command resumes" in output
     assert "Traceback" not in output
     assert server.states_of("here")[-2:] == ["Cancelling", "Cancelled"], "and no Crashed"
+    saved = f"saved at step {newest_step(flow, 'here'):,}; Retry resumes from there"
+    assert saved in server.run_named("here")["state"]["message"]
+    assert saved in server.log_of("here") and "Crash" not in server.log_of("here")
     assert newest_step(flow, "here") >= 10
     assert processes_of(flow.cache) == []
 
@@ -368,6 +371,8 @@ def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
     wait_until(lambda: not processes_of(flow.cache))
     assert "Crashed" not in server.states_of("there")
     assert newest_step(flow, "there") >= 10
+    assert f"saved at step {newest_step(flow, 'there'):,}; Retry" in server.log_of("there")
+    assert "Crash" not in server.log_of("there") and "Traceback" not in server.log_of("there")
 
 
 def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Server) -> None:

@@ -5,15 +5,21 @@ from collections.abc import Callable, Iterator
 import pytest
 from pipeline import api
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
-from prefect.states import Failed
 
 from zeroflow.data.hub import HubError
-from zeroflow.orchestration.stages import as_task, is_transient, was_killed, was_remedied
+from zeroflow.orchestration.stages import (
+    Retries,
+    as_task,
+    is_transient,
+    was_killed,
+    was_remedied,
+)
 from zeroflow.reuse import StageResult
 from zeroflow.training.failures import RunIsBusy, TrainingFailed
 
@@ -42,11 +48,7 @@ FOR_GOOD = [
     [(is_transient, HUB_IS_BUSY), (was_killed, KILLED), (was_remedied, REMEDIED)],
 )
 def test_each_stage_retries_what_may_succeed_next_time_and_nothing_else(condition, retried):
-    class Named:
-        name = "a stage"
-
-    errors = [HUB_IS_BUSY, KILLED, REMEDIED, *FOR_GOOD]
-    assert [e for e in errors if condition(Named(), None, Failed(data=e))] == [retried]
+    assert [e for e in [HUB_IS_BUSY, KILLED, REMEDIED, *FOR_GOOD] if condition(e)] == [retried]
 
 
 @pytest.fixture
@@ -56,16 +58,18 @@ def server(prefect_api: str) -> Iterator[str]:
         yield prefect_api
 
 
-def attempts(stage: Callable[[list[int]], object], **retries: object) -> tuple[int, object]:
+def attempts(
+    stage: Callable[[list[int]], object], *retries: object, name: str = "a stage"
+) -> tuple[int, object]:
     """How often a stage is run as a task within a flow, and what comes of it."""
     calls: list[int] = []
-    run = as_task("a stage", stage, **retries)
+    run = as_task(name, stage, *retries)
 
     @flow(name="test of stages", persist_result=False)
     def whole() -> object:
         try:
             return [run(calls)]
-        except Exception as error:
+        except BaseException as error:
             return [error]
 
     [found] = whole()
@@ -83,10 +87,30 @@ def test_check_whose_process_is_killed_is_tried_again_and_one_that_fails_is_not(
         calls.append(1)
         raise ValueError("a wrong setting")
 
-    retries = {"retries": 2, "retry_condition_fn": was_killed}
-    assert attempts(killed_once, **retries) == (2, "passed")
-    count, error = attempts(fails, **retries)
+    retried = Retries(2, was_killed)
+    assert attempts(killed_once, retried) == (2, "passed")
+    count, error = attempts(fails, retried)
     assert count == 1 and isinstance(error, ValueError) and str(error) == "a wrong setting"
+
+
+def test_stage_that_keeps_failing_ends_with_its_own_error_after_its_retries(server):
+    def killed(calls: list[int]) -> str:
+        calls.append(1)
+        raise KILLED
+
+    assert attempts(killed, Retries(2, was_killed)) == (3, KILLED)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), TerminationSignal(15)])
+def test_stage_that_is_stopped_is_cancelled_and_not_crashed(server, stop):
+    def stopped(calls: list[int]) -> str:
+        calls.append(1)
+        raise stop
+
+    name = f"stopped by {type(stop).__name__}"
+    assert attempts(stopped, Retries(2, was_killed), name=name) == (1, stop)
+    [run] = api(server, "/task_runs/filter", task_runs={"name": {"any_": [name]}})
+    assert (run["state_type"], run["state_name"]) == ("CANCELLED", "Cancelled")
 
 
 @pytest.mark.parametrize("reused", [True, False])

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 from uuid import UUID
@@ -13,12 +13,15 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from pydantic import ValidationError
 
 from zeroflow.config import Config
 from zeroflow.markup import LineFormatter
 from zeroflow.orchestration import server
+from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
+from zeroflow.settings.sweep import SweepConfig
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +98,36 @@ def given_settings(asked: Asked) -> dict[str, Any]:
     return asked.anywhere.model_dump(mode="json", exclude_unset=True)
 
 
+def first_name(asked: object) -> str:
+    """Name of a flow run whose settings are not settled yet."""
+    parts: tuple[str | None, ...]
+    match asked:
+        case RunConfig():
+            parts = (asked.model.name, asked.data.name, asked.run_name)
+        case SweepConfig():
+            parts = ("sweep", asked.name)
+        case ProofRun():
+            parts = ("proof", asked.run.run_name)
+        case _:
+            raise TypeError(f"no flow takes {type(asked).__name__}")
+    return " · ".join(part for part in parts if part)
+
+
+def name_at_start(flow: str, config: type[Config]) -> Callable[[], str]:
+    """Return the function that names a flow run of `flow`, whose parameter is a `config`."""
+
+    def name() -> str:
+        [given] = runtime.flow_run.parameters.values()
+        try:
+            return first_name(config.model_validate(given))
+        except ValidationError:
+            return f"{flow} · refused"
+
+    return name
+
+
 def name_flow_run(asked: RunConfig, run: Settled) -> None:
-    """Name and tag the flow run after `run`, so that a retry resumes that run.
+    """Name and tag the flow run after its settled `run`, so that a retry resumes that run.
 
     Args:
         asked: the parameter of the flow.
@@ -107,11 +138,6 @@ def name_flow_run(asked: RunConfig, run: Settled) -> None:
         parameters={"run": given_settings(asked.model_copy(update={"run_name": run.run_name}))},
         tags=sorted({*runtime.flow_run.tags, run.model.name, run.data.data_mode, run.device}),
     )
-
-
-def name_sweep(name: str) -> None:
-    """Name the current flow run after its sweep."""
-    _describe_flow_run(f"sweep · {name}")
 
 
 def _describe_flow_run(name: str, **found: Any) -> None:

@@ -1,14 +1,12 @@
 """Flow runs that this process executes itself: their creation, cancellation, retry and children."""
 
 import contextvars
-import copy
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.exceptions import (
+    CancelledRun,
+    FailedRun,
     ObjectNotFound,
     PrefectHTTPStatusError,
     TerminationSignal,
@@ -28,14 +28,15 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Pending, State
 from prefect.tasks import Task
 
+from zeroflow.orchestration.conclusion import STOPS, observed
 from zeroflow.orchestration.deployments import DEPLOY
-from zeroflow.orchestration.flow_context import Asked, given_settings
+from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
 
 log = logging.getLogger(__name__)
 
-RunFlow = Flow[[Any], Path]
+RunFlow = Flow[[Any], Path | State[Any]]
 
 _ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 
@@ -58,7 +59,7 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
         flow_run = new_flow_run(client, flow, asked, deployment)
         try:
             return _run_here(client, flow, asked, flow_run)
-        except _CancelledHere:
+        except (_CancelledHere, TerminationSignal):
             signal.raise_signal(signal.SIGTERM)
             raise
 
@@ -89,8 +90,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
             client.set_flow_run_state(flow_run.id, Pending(), force=True)
             flow_run = client.read_flow_run(flow_run.id)
         else:
-            place = {"parent_task_run_id": shown.id, "name": name}
-            flow_run = new_flow_run(client, flow, run, size_of(run), **place)
+            flow_run = new_flow_run(client, flow, run, size_of(run), parent_task_run_id=shown.id)
         _run_here(client, flow, run, flow_run)
 
 
@@ -112,26 +112,25 @@ class _CancelledHere(Exception):
 def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: FlowRun) -> Path:
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with _cancelled_by_button(client, flow_run.id) as cancelled:
-        attempt = _Attempt(flow, cancelled)
+    with observed() as ended, _cancelled_by_button(client, flow_run.id) as cancelled:
         try:
-            run_flow(attempt.flow, flow_run=flow_run, parameters={_parameter(flow): asked})
+            run_flow(flow, flow_run=flow_run, parameters={_parameter(flow): asked})
+        except STOPS as stop:  # it came outside the flow's own code
+            ended.error = ended.error or stop
+            _mark_cancelled(client, flow_run.id)
         except Exception as error:
-            if cancelled.is_set():
-                raise _CancelledHere from error
-            if error is not attempt.error:
-                if attempt.result is None and attempt.error is None:
-                    raise
+            if ended.result is None and ended.error is None:
+                raise
+            if not isinstance(error, FailedRun | CancelledRun):
                 log.warning("cannot report to Prefect how the run ended: %s", error)
-        finally:
-            if cancelled.is_set():
-                _mark_cancelled(client, flow_run.id)
-    if attempt.error:
-        if flow_run.deployment_id:
-            attempt.error.add_note("retry: the button on the flow run's page in Prefect")
-        raise attempt.error
-    assert attempt.result is not None
-    return attempt.result
+    if ended.result is not None:
+        return ended.result
+    if cancelled.is_set():
+        raise _CancelledHere
+    assert ended.error is not None
+    if isinstance(ended.error, Exception) and flow_run.deployment_id:
+        ended.error.add_note("retry: the button on the flow run's page in Prefect")
+    raise ended.error
 
 
 def new_flow_run(
@@ -146,6 +145,7 @@ def new_flow_run(
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): given_settings(asked)},
         "state": Pending(),
+        "name": first_name(asked),
         **shown,
     }
     if deployment is None:
@@ -171,30 +171,6 @@ def _parameter(flow: RunFlow) -> str:
     """Name of the flow's only parameter."""
     [name] = flow.parameters.properties
     return name
-
-
-class _Attempt:
-    """A copy of a flow that remembers how its own code ended, even if the server is gone."""
-
-    def __init__(self, flow: RunFlow, cancelled: threading.Event) -> None:
-        self.result: Path | None = None
-        self.error: Exception | None = None
-        self._cancelled, self._function = cancelled, flow.fn
-        body: Any = wraps(flow.fn)(lambda asked: self._run(asked))  # it may also return a state
-        self.flow = copy.copy(flow)
-        self.flow.fn = body
-
-    def _run(self, asked: Asked) -> Path | State:
-        try:
-            self.result = self._function(asked)
-        except TerminationSignal:
-            if not self._cancelled.is_set():
-                raise
-            return Cancelled(message="Cancelled in Prefect.")
-        except Exception as error:
-            self.error = error
-            raise
-        return self.result
 
 
 @contextmanager
@@ -223,13 +199,13 @@ def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterat
 
 
 def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:
-    """Mark the run as cancelled, even if the signal came outside the flow's own code.
+    """Mark a run as cancelled that a signal ended outside the flow's own code.
 
     Prefect would mark it as crashed.
     """
     try:
         state = client.read_flow_run(flow_run_id).state
         if state is None or not (state.is_cancelled() or state.is_completed()):
-            client.set_flow_run_state(flow_run_id, Cancelled(), force=True)
+            client.set_flow_run_state(flow_run_id, Cancelled(message="Stopped."), force=True)
     except Exception as error:
         log.warning("cannot report to Prefect that the run was cancelled: %s", error)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Flow, flow
+from prefect.states import State
 
 from zeroflow import pipeline
-from zeroflow.orchestration.flow_context import logs_delivered
+from zeroflow.orchestration.conclusion import conclude
+from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.flow_runs import run_child
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP
 from zeroflow.orchestration.stages import STAGES, build_part
@@ -19,22 +21,32 @@ from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
 
-VIEW = PrefectView(build_part)
+# `validate_parameters` is off, because wrong settings are reported like every other failure
 
 
-@flow(name=PRETRAIN, persist_result=False)
-def pretrain(run: RunConfig = RunConfig()) -> Path:  # noqa: B008, it is frozen
+@flow(
+    name=PRETRAIN,
+    flow_run_name=name_at_start(PRETRAIN, RunConfig),
+    persist_result=False,
+    validate_parameters=False,
+)
+def pretrain(run: RunConfig = RunConfig()) -> Path | State:  # noqa: B008, it is frozen
     """Turn raw text into a checked model; a run of the same name is resumed.
 
     Returns:
         the path of the run's report.json
     """
-    with logs_delivered():
-        return pipeline.pretrain(run, STAGES, VIEW)
+    view = PrefectView(build_part)
+    return conclude(RunConfig, run, lambda asked: pipeline.pretrain(asked, STAGES, view), view)
 
 
-@flow(name=SWEEP, persist_result=False)
-def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is frozen
+@flow(
+    name=SWEEP,
+    flow_run_name=name_at_start(SWEEP, SweepConfig),
+    persist_result=False,
+    validate_parameters=False,
+)
+def sweep(sweep: SweepConfig = SweepConfig()) -> Path | State:  # noqa: B008, it is frozen
     """Train every combination of the varied settings, one after the other, and compare the runs.
 
     A failed run does not stop the others; a retry, or the same command, resumes it.
@@ -42,19 +54,28 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path:  # noqa: B008, it is froz
     Returns:
         the path of comparison.md
     """
-    with logs_delivered():
-        return pipeline.sweep(sweep, _run_child, STAGES, VIEW)
+    view = PrefectView(build_part)
+
+    def work(asked: SweepConfig) -> Path:
+        return pipeline.sweep(asked, _run_child, STAGES, view)
+
+    return conclude(SweepConfig, sweep, work, view)
 
 
-@flow(name=PROVE_RESUME, persist_result=False)
-def prove_resume(asked: ProofRun = ProofRun()) -> Path:  # noqa: B008, it is frozen
+@flow(
+    name=PROVE_RESUME,
+    flow_run_name=name_at_start(PROVE_RESUME, ProofRun),
+    persist_result=False,
+    validate_parameters=False,
+)
+def prove_resume(asked: ProofRun = ProofRun()) -> Path | State:  # noqa: B008, it is frozen
     """Train undisturbed and killed, and compare every bit.
 
     Returns:
         the path of proof.md
     """
-    with logs_delivered():
-        return pipeline.prove_resume(asked, STAGES, VIEW)
+    view = PrefectView(build_part)
+    return conclude(ProofRun, asked, lambda run: pipeline.prove_resume(run, STAGES, view), view)
 
 
 def _run_child(cell: RunConfig) -> None:
@@ -66,4 +87,6 @@ def _run_child(cell: RunConfig) -> None:
         raise
 
 
-FLOWS: dict[str, Flow[[Any], Path]] = {flow.name: flow for flow in (pretrain, sweep, prove_resume)}
+FLOWS: dict[str, Flow[[Any], Path | State]] = {
+    flow.name: flow for flow in (pretrain, sweep, prove_resume)
+}

@@ -3,15 +3,16 @@
 import logging
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.states import Cancelled, Completed, Failed, State
 
 from zeroflow import pipeline
 from zeroflow.data import parts
 from zeroflow.data.hub import HubError
+from zeroflow.orchestration.conclusion import STOPS, paragraph
 from zeroflow.pipeline import Stages
 from zeroflow.training import recovery
 from zeroflow.training.failures import TrainingFailed
@@ -22,44 +23,61 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_transient(task: Any, task_run: Any, state: State) -> bool:
-    """True if the hub was unreachable or busy, so that another attempt may succeed."""
-    error = _error(state)
+def is_transient(error: BaseException) -> bool:
+    """True if the hub was unreachable or busy."""
     return isinstance(error, HubError) and error.transient
 
 
-def was_remedied(task: Any, task_run: Any, state: State) -> bool:
-    """True if something changed after a failed training, so that a retry may succeed."""
-    error = _error(state)
+def was_remedied(error: BaseException) -> bool:
+    """True if something changed after a failed training."""
     return isinstance(error, TrainingFailed) and error.will_retry
 
 
-def was_killed(task: Any, task_run: Any, state: State) -> bool:
+def was_killed(error: BaseException) -> bool:
     """True if the process of a check was killed, which says nothing about the run."""
-    error = _error(state)
-    if isinstance(error, TrainingFailed) and error.reason == "killed":
-        log.warning("retrying %s: %s", task.name, str(error).splitlines()[0])
-        return True
-    return False
-
-
-def _error(state: State) -> BaseException | None:
-    try:
-        state.result()
-    except BaseException as error:
-        return error
-    return None
+    return isinstance(error, TrainingFailed) and error.reason == "killed"
 
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
 # and would return the path of a folder that has since been deleted.
 _UNCACHED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-_FROM_THE_HUB: dict[str, Any] = {
-    "retries": 3,
-    "retry_delay_seconds": [5, 30, 120],
-    "retry_condition_fn": is_transient,
-}
-_CHECK: dict[str, Any] = {"retries": 2, "retry_condition_fn": was_killed}
+
+
+class Retries(NamedTuple):
+    """Retries of a stage."""
+
+    most: int = 0
+    may_succeed: Callable[[BaseException], bool] = lambda error: False
+    """True if another attempt may succeed after the error."""
+
+    delays: tuple[int, ...] = ()
+    """Seconds before each retry; none for retries at once."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of a Prefect task."""
+
+        def is_retried(task: Any, task_run: Any, state: State) -> bool:
+            error = _outcome(state)
+            if not isinstance(error, BaseException) or not self.may_succeed(error):
+                return False
+            if task_run.run_count > self.most:
+                return False
+            log.warning("retrying the stage %s: %s", task.name, str(error).splitlines()[0])
+            return True
+
+        # Prefect logs a traceback once its own limit is reached, which is therefore one more
+        options = {"retries": self.most + 1, "retry_condition_fn": is_retried}
+        return options | ({"retry_delay_seconds": list(self.delays)} if self.delays else {})
+
+
+_FROM_THE_HUB = Retries(3, is_transient, (5, 30, 120))
+_CHECK = Retries(2, was_killed)
+
+
+def _outcome(state: State) -> Any:
+    """Return what a task has returned or raised."""
+    return state.result(raise_on_failure=False)
 
 
 def _task_name() -> str:
@@ -67,42 +85,57 @@ def _task_name() -> str:
     return str(runtime.task_run.task_name)
 
 
-def as_task(name: str, stage: Callable[P, R], **retries: Any) -> Callable[P, R]:
-    """Wrap a stage as a Prefect task, shown as Reused if nothing had to be done."""
+def as_task(
+    name: str,
+    stage: Callable[P, R],
+    retries: Retries = Retries(),  # noqa: B008, it is frozen
+) -> Callable[P, R]:
+    """Wrap a stage as a Prefect task, shown as Reused if nothing had to be done.
+
+    Its errors and stops are states of the task, and are raised again for the caller.
+    """
 
     @wraps(stage)
     def run(*args: P.args, **kwargs: P.kwargs) -> State:
-        result = stage(*args, **kwargs)
+        try:
+            result = stage(*args, **kwargs)
+        except STOPS as stop:  # for Prefect a crash
+            return Cancelled(message="Stopped.", data=stop)
+        except Exception as error:
+            return Failed(message=paragraph(error), data=error)
         reused = getattr(result, "reused", False)
         return Completed(name="Reused" if reused else None, data=result)
 
-    decorated = task(name=name, task_run_name=_task_name, **_UNCACHED, **retries)(run)
+    options = _UNCACHED | retries.options
+    decorated = task(name=name, task_run_name=_task_name, **options)(run)
 
     @wraps(stage)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = decorated(*args, **kwargs).result()
+        outcome = _outcome(decorated(*args, **kwargs))
+        if isinstance(outcome, BaseException):
+            raise outcome
+        result: R = outcome
         return result
 
     return call
 
 
 build_part = task(
-    name="build part", task_run_name="build {job.path.name}", **_UNCACHED, **_FROM_THE_HUB
+    name="build part", task_run_name="build {job.path.name}", **_UNCACHED, **_FROM_THE_HUB.options
 )(parts.build_part)
 
 STAGES = Stages(
     plan=as_task("plan", pipeline.plan),
-    fetch_tokenizer=as_task("fetch tokenizer", pipeline.fetch_tokenizer, **_FROM_THE_HUB),
+    fetch_tokenizer=as_task("fetch tokenizer", pipeline.fetch_tokenizer, _FROM_THE_HUB),
     build_shards=as_task("build shards", pipeline.build_shards),  # its parts are retried
     build_model=as_task("build model", pipeline.build_model),
-    check_before=as_task("pre-flight", pipeline.check_before, **_CHECK),
+    check_before=as_task("pre-flight", pipeline.check_before, _CHECK),
     train=as_task(
         "train",
         pipeline.train,
-        retries=recovery.MOST_RETRIES,
-        retry_condition_fn=was_remedied,
+        Retries(recovery.MOST_RETRIES, was_remedied),
     ),
-    check_overfit=as_task("overfit check", pipeline.check_overfit, **_CHECK),
+    check_overfit=as_task("overfit check", pipeline.check_overfit, _CHECK),
     write_report=as_task("report", pipeline.write_report),
     prove=as_task("prove resume", pipeline.prove),
     compare=as_task("compare", pipeline.compare),

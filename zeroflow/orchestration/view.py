@@ -14,6 +14,7 @@ from zeroflow.orchestration.parts import part_builders
 from zeroflow.pipeline import View
 from zeroflow.report.pages import Page
 from zeroflow.report.progress import Show
+from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import BuildChoice, RunConfig
 from zeroflow.settings.settled import Settled
 
@@ -27,12 +28,12 @@ class PrefectView(View):
 
     def __init__(self, build_part: Task[[PartJob], BuiltPart]) -> None:
         self._build_part = build_part
+        self.folder: RunFolder | None = None
+        """Folder of the run, once its settings are settled."""
 
     def name_run(self, asked: RunConfig, run: Settled) -> None:
+        self.folder = run.folder
         flow_context.name_flow_run(asked, run)
-
-    def name_sweep(self, name: str) -> None:
-        flow_context.name_sweep(name)
 
     def tags(self) -> dict[str, str]:
         return flow_context.tags()

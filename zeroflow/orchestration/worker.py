@@ -3,16 +3,19 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, State
 
 from zeroflow.model.sizes import SIZES
 from zeroflow.orchestration.deployments import DEPLOYMENTS, set_up
@@ -125,6 +128,7 @@ class Prefect:
         """Stop the worker once its runs have checkpointed, then the server if we started it."""
         for program in reversed(self.programs):
             runs = _flow_runs(program.pid)
+            stopped = [id for run in runs if (id := _flow_run_id(run))]
             for run in runs:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
@@ -133,6 +137,8 @@ class Prefect:
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
+            with temporary_settings({PREFECT_API_URL: self.url}):
+                mark_stopped(stopped)
 
     def _run(self, *arguments: str, wait: float | None = None) -> None:
         program = Program(
@@ -145,6 +151,24 @@ class Prefect:
             program.wait_for_end(wait)
         else:
             self.programs.append(program)
+
+
+def mark_stopped(flow_runs: Sequence[UUID]) -> None:
+    """Mark flow runs as cancelled that were stopped before their own code could do so.
+
+    Their worker has reported them as crashed.
+    """
+    stopped: State[Any] = Cancelled(
+        message="Stopped by the end of `zeroflow ui`: Retry starts it again."
+    )
+    with get_client(sync_client=True) as client:
+        for flow_run in flow_runs:
+            try:
+                state = client.read_flow_run(flow_run).state
+                if state is None or not state.is_final() or state.is_crashed():
+                    client.set_flow_run_state(flow_run, stopped, force=True)
+            except Exception as error:
+                log.warning("cannot report to Prefect that a flow run was stopped: %s", error)
 
 
 def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,3 +195,9 @@ def _flow_runs(pid: int) -> list[psutil.Process]:
             if _ENGINE & {*process.cmdline()}:
                 found.append(process)
     return found
+
+
+def _flow_run_id(process: psutil.Process) -> UUID | None:
+    with suppress(psutil.Error, KeyError, ValueError):
+        return UUID(process.environ()["PREFECT__FLOW_RUN_ID"])
+    return None

@@ -1,0 +1,135 @@
+"""The end of a flow run's own code, as Prefect shows it: a result, a stop, or one paragraph."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import walk_tb
+from typing import TypeVar
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Failed, State
+
+from zeroflow.config import Config
+from zeroflow.orchestration.flow_context import logs_delivered
+from zeroflow.orchestration.view import PrefectView
+from zeroflow.run_folder import RunFolder
+from zeroflow.settings.flags import error_message
+from zeroflow.training import checkpoint
+from zeroflow.training.failures import TrainingStopped
+
+log = logging.getLogger(__name__)
+
+Asked = TypeVar("Asked", bound=Config)
+
+STOPS = (KeyboardInterrupt, SystemExit, TerminationSignal)
+"""Raised in the main thread by Ctrl-C and by signals."""
+
+
+@dataclass
+class Conclusion:
+    """The end of a flow's own code. It is known here even if the server is gone."""
+
+    result: Path | None = None
+    error: BaseException | None = None
+
+
+_current: ContextVar[Conclusion | None] = ContextVar("conclusion", default=None)
+
+
+@contextmanager
+def observed() -> Iterator[Conclusion]:
+    """Yield the conclusion of the flow that is run in the block."""
+    token = _current.set(conclusion := Conclusion())
+    try:
+        yield conclusion
+    finally:
+        _current.reset(token)
+
+
+def conclude(
+    config: type[Asked], given: object, work: Callable[[Asked], Path], view: PrefectView
+) -> Path | State:
+    """Run the code of a flow, and return its result, or the state that its flow run ends in.
+
+    A stop is the state Cancelled and a failure the state Failed, with one paragraph each. Prefect
+    would show a stop as a crash, and a failure as three tracebacks.
+
+    Args:
+        config: class of the flow's parameter.
+        given: the parameter, which may be wrong.
+        view: knows the folder of the run once `work` has settled it.
+    """
+    conclusion = _current.get() or Conclusion()
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_TOLD_ONCE)
+    with logs_delivered():
+        try:
+            asked = config.model_validate(given)
+            conclusion.result = work(asked)
+            return conclusion.result
+        except (*STOPS, TrainingStopped) as stop:
+            conclusion.error = stop
+            message = _stopped(stop, view.folder)
+            log.info("%s", message)
+            return Cancelled(message=message)
+        except Exception as error:
+            conclusion.error = error
+            message = paragraph(error)
+            log.error("%s", message, exc_info=None if is_foreseen(error) else error)
+            return Failed(message=message)
+
+
+def paragraph(error: BaseException) -> str:
+    """Return an error with its notes: what happened, why, and what to change."""
+    message = error_message(error) if isinstance(error, Exception) else repr(error)
+    return "\n".join([message, *getattr(error, "__notes__", ())])
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """True if the message of `error` is meant for the user; otherwise its traceback is needed."""
+    if isinstance(error, OSError) or type(error).__module__.startswith("zeroflow"):
+        return True
+    raised_in = ""
+    for frame, _ in walk_tb(error.__traceback__):
+        raised_in = frame.f_globals.get("__name__", "")
+    by_us = raised_in.startswith(("zeroflow", "pydantic"))
+    return by_us and isinstance(error, ValueError | RuntimeError)
+
+
+def _stopped(stop: BaseException, folder: RunFolder | None) -> str:
+    step = checkpoint.newest_step(folder.checkpoints) if folder else 0
+    kept = f"saved at step {step:,}" if step else "what is finished is kept"
+    again = "Retry" if runtime.deployment.id else "the same command"
+    return f"Stopped by {_cause(stop)}: {kept}; {again} resumes from there."
+
+
+def _cause(stop: BaseException) -> str:
+    with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone
+        state = client.read_flow_run(UUID(runtime.flow_run.id)).state
+        if state and (state.is_cancelling() or state.is_cancelled()):
+            return "Cancel in Prefect"
+    return "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "a signal"
+
+
+class _ToldOnce(logging.Filter):
+    """Drops Prefect's own lines about the end of a stage or run, which repeat ours."""
+
+    _BEGINNINGS = (
+        "Task run failed with ",
+        "Encountered exception during execution",
+        "Engine execution exited with unexpected exception",
+        "Finished in state Failed(",
+        "Finished in state Cancelled(",
+    )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self._BEGINNINGS)
+
+
+_TOLD_ONCE = _ToldOnce()
