@@ -1,6 +1,7 @@
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from tiny import (
     MODEL,
     WORKLOAD,
@@ -26,11 +28,13 @@ from tiny import (
     training_job,
     with_workload,
 )
+from transformers import LlamaForCausalLM
 
 from zeroflow import artifacts
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.model.hugging_face import llama_config
 from zeroflow.model.llama import ModelConfig
-from zeroflow.training import checkpoint, sampling
+from zeroflow.training import checkpoint, sampling, tensor_files
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Clock
@@ -39,6 +43,7 @@ from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.session import Session
 from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.tensor_files import BadTensorFile, TensorFiles
 from zeroflow.training.validation import validation_loss
 
 CONFIG = training_config(steps=6)
@@ -162,7 +167,7 @@ def test_training_killed_while_it_saves_ends_as_an_uninterrupted_one(tmp_path):
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert list(tmp_path.glob(".step-00000003.partial/*.distcp")), "half written"
+    assert list(tmp_path.glob(".step-00000003.partial/*.safetensors")), "half written"
 
     checkpoint.clear_unfinished(tmp_path)
     assert checkpoint.latest(tmp_path) == before and list(tmp_path.iterdir()) == [before]
@@ -219,13 +224,13 @@ def test_checkpoint_that_was_moved_and_linked_is_used_and_its_link_removed(tmp_p
 
 def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp_path, monkeypatch):
     written = threading.Event()
-    write = dcp.save
+    write = tensor_files.write
 
-    def late(tensors, **how):
+    def late(path, tensors):
         assert written.wait(30)
-        return write(tensors, **how)
+        return write(path, tensors)
 
-    monkeypatch.setattr(dcp, "save", late)
+    monkeypatch.setattr(tensor_files, "write", late)
     state = new_state(CONFIG)
     steps = train(state, BATCHES, CONFIG)
     next(steps)
@@ -302,15 +307,14 @@ def test_saving_the_same_step_again_keeps_what_is_there(tmp_path):
 
 
 def tensors_of(path: Path) -> Path:
-    [data] = path.glob("*.distcp")
-    return data
+    return path / "model.safetensors"
 
 
 DAMAGES = {
     "bit flip": lambda path: flip_a_bit(tensors_of(path), 8 * 10_000),
     "truncated": lambda path: os.truncate(tensors_of(path), 10_000),
     "missing": lambda path: tensors_of(path).unlink(),
-    "extra": lambda path: (path / "__1_0.distcp").write_bytes(b"x"),
+    "extra": lambda path: (path / "other.safetensors").write_bytes(b"x"),
     "no manifest": lambda path: (path / artifacts.MANIFEST).unlink(),
 }
 
@@ -372,7 +376,7 @@ def test_checkpoint_of_the_first_format_is_no_damage(tmp_path):
     del manifest["sha256"]
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 1})
     with pytest.raises(
-        CheckpointError, match="format 1, but this version reads 2: resume with the"
+        CheckpointError, match="format 1, but this version reads 2 to 3: resume with the"
     ):
         checkpoint.latest(tmp_path)
     assert path.exists()
@@ -387,8 +391,7 @@ def test_checkpoint_under_another_step_is_set_aside(tmp_path):
 
 def test_checkpoint_without_its_tensors_is_refused(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
-    [data] = path.glob("*.distcp")
-    data.unlink()
+    tensors_of(path).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load_model(path)
 
@@ -412,3 +415,87 @@ def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_pa
     saver.wait()
     with pytest.raises(ValueError, match=r"step-00000005 is beyond the 2 steps of this run"):
         Session(job, Clock(time.time(), device="cpu"))
+
+
+class Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_pickle_planted_in_a_checkpoint_is_never_loaded(tmp_path):
+    path = save(trained(1), tmp_path / "run", keep=1)
+    for name in (".metadata", "state.pt", "model.bin", "__0_0.distcp"):
+        (path / name).write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    checkpoint.load_model(path)
+    load(new_state(CONFIG), path)
+    assert checkpoint.latest(tmp_path / "run") is None, "files that its manifest does not list"
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Planted(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists(), "it would have worked"
+
+
+def test_checkpoint_opens_as_a_model_of_hugging_face(tmp_path):
+    state = trained(2)
+    config = llama_config(MODEL, context=12, end_of_text=0)
+    saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER, config=config)
+    saver.save(state)
+    saver.wait()
+    network = LlamaForCausalLM.from_pretrained(tmp_path / "step-00000002")
+    tokens = BATCHES.micro_batches(7)[0].inputs
+    with torch.no_grad():
+        ours, theirs = state.model(tokens), network(tokens).logits
+    assert torch.allclose(theirs, ours, atol=1e-5)  # fp32 sums in another order
+
+
+def save_as_format_2(state: TrainState, folder: Path) -> Path:
+    path = folder / f"step-{state.step:08d}"
+    with artifacts.new_directory(path) as partial:
+        tensors = checkpoint.state_tensors(state)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
+        facts = {"step": state.step, "model": MODEL.model_dump(), "tokenizer": TOKENIZER}
+        artifacts.seal(partial, facts | {"val_loss": None, "format": 2})
+    return path
+
+
+def test_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(tmp_path, caplog):
+    path = save_as_format_2(trained(3), tmp_path)
+    assert checkpoint.latest(tmp_path) == path
+    resumed = new_state(CONFIG)
+    load(resumed, path)
+    assert "which later versions will not read" in caplog.text
+    for _ in train(resumed, BATCHES, CONFIG):
+        pass
+    assert_equal(tensors(resumed), tensors(trained(6)))
+    logits = checkpoint.load_model(path)(BATCHES.micro_batches(7)[0].inputs)
+    assert torch.equal(logits, trained(3).model(BATCHES.micro_batches(7)[0].inputs))
+
+
+def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):
+    tensor_files.write(tmp_path / "a.safetensors", {"x": torch.zeros(3, 2)})
+    with TensorFiles(tmp_path) as files:
+        with pytest.raises(BadTensorFile, match=r"has x as \[3, 2\] .*needs \[2, 3\]"):
+            files.read_into("x", torch.zeros(2, 3))
+        with pytest.raises(BadTensorFile, match=r"of torch.float32, and .* of torch.int64"):
+            files.read_into("x", torch.zeros(3, 2, dtype=torch.int64))
+        with pytest.raises(BadTensorFile, match="no tensor y"):
+            files.read_into("y", torch.zeros(1))
+
+
+def test_files_are_those_that_the_library_reads_and_their_record_is_true(tmp_path):
+    written = {
+        "scalar": torch.tensor(3.5),
+        "bits": torch.tensor([True, False]),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "half": torch.randn(5, 3, dtype=torch.bfloat16),
+        "across": torch.arange(12.0).view(3, 4).T,
+        "none": torch.empty(0, 4),
+    }
+    record = tensor_files.write(tmp_path / "a.safetensors", written)
+    read = load_file(tmp_path / "a.safetensors")
+    assert_equal(read, written)
+    assert record == artifacts.record(tmp_path / "a.safetensors")

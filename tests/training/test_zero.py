@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 from ranks import SAVED, STAGES, STEPS
+from safetensors import safe_open
 from tiny import MODEL, training_config, with_workload
 
 from zeroflow import artifacts
@@ -127,3 +128,20 @@ def test_checkpoints_hold_the_same_tensors_however_many_wrote_them(together, fol
         for name, weight in of_one.items():
             assert of_stage[name].shape == weight.shape
             assert (of_stage[name] - weight).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_rank_writes_its_half_of_a_checkpoint(together, folder, stage):
+    path = folder / f"stage{stage}" / f"step-{SAVED:08d}"
+    sizes = []
+    for rank in (1, 2):
+        files = [path / f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "state")]
+        sizes.append(sum(file.stat().st_size for file in files))
+    # Tensors are not cut: the larger half has up to one embedding and its two moments more
+    largest = 4 * MODEL.vocab_size * MODEL.hidden_size
+    assert abs(sizes[0] - sizes[1]) <= largest
+    index = artifacts.read_json(path / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == 4 * MODEL.parameters
+    for name, file in index["weight_map"].items():
+        with safe_open(path / file, framework="pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118, not a mapping

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zeroflow import artifacts
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.model.hugging_face import llama_config
 from zeroflow.model.llama import Llama
 
 log = logging.getLogger(__name__)
@@ -24,21 +25,8 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder for --out")
-    shape = model.config
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        rms_norm_eps=shape.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-        # in training, documents follow an end-of-text, so it also serves as the beginning of one
-        bos_token_id=tokenizer.end_of_text,
-        eos_token_id=tokenizer.end_of_text,
+    config = LlamaConfig.from_dict(
+        llama_config(model.config, context=context, end_of_text=tokenizer.end_of_text)
     )
     network = LlamaForCausalLM(config)
     weights = dict(model.state_dict())

@@ -1,25 +1,27 @@
 """Save a TrainState, find the newest intact checkpoint, and load it.
 
-A checkpoint is a directory `step-00000100/`. It holds the tensors as `torch.distributed.checkpoint`
-writes them, which reshards on load, and a manifest with the rest of the state and the sha256 of
-every file: PyTorch's loader misses most flipped bits and returns wrong values without an error. The
-directory gets its name only when all its files are on disk.
+A checkpoint is a directory `step-00000100/`:
+
+    config.json           the model's shape, in Hugging Face's words
+    model*.safetensors    the weights, by Hugging Face's names
+    state*.safetensors    the rest of the state: the optimiser's, and PyTorch's random numbers
+    manifest.json         step and model, and size and sha256 of every file
+
+Transformers opens it as a model. Each rank writes the tensors that it owns, whole, into files of
+its own; any number of ranks reads them at any stage, each the rows that it needs. No file can hold
+code. The directory gets its name only when all its files are on disk.
 """
 
-# torch.distributed.checkpoint takes most of a second to import, so only functions that read or
-# write checkpoints import it
-
 import errno
-import hashlib
 import logging
 import math
 import re
 import shutil
 import threading
-import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import psutil
 import torch
@@ -27,17 +29,25 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from zeroflow import artifacts
+from zeroflow.artifacts import FileRecord, JsonObject
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.records import Record
-from zeroflow.training import zero
+from zeroflow.training import older_checkpoints, tensor_files, zero
 from zeroflow.training.state import TrainState
+from zeroflow.training.tensor_files import SUFFIX, BadTensorFile, TensorFiles
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
 """Every rank has its own random state, but PyTorch stores one value per name, that of rank 0."""
+
+_MODEL = "model."
+"""Prefix of weights among the tensors of the state."""
+
+_OLDEST_FORMAT = 2
+"""Oldest format that is read; see `older_checkpoints`."""
 
 _OVERHEAD_BYTES = 2**20
 """Maximum size of a checkpoint's index, manifest and directory."""
@@ -50,7 +60,7 @@ class CheckpointError(ValueError):
 class CheckpointFacts(Record):
     """The manifest of a checkpoint, besides its files."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
 
     step: int
     model: ModelConfig
@@ -78,8 +88,8 @@ class Saver:
     next checkpoint reuses the memory of the copy, which is pinned for a state on a GPU. If the copy
     would take more than half of the free memory, training waits for the write instead.
 
-    Every rank calls `save`. A sharded state is gathered tensor by tensor and written by rank 0, so
-    the files do not depend on the number of ranks.
+    Every rank calls `save`. A sharded state is gathered tensor by tensor, and each tensor is copied
+    and written by one rank, its owner: a host holds its share of the state and one tensor more.
     """
 
     def __init__(
@@ -88,15 +98,18 @@ class Saver:
         retention: Retention,
         *,
         tokenizer: str,
+        config: JsonObject | None = None,
         on_saved: Callable[[Path], None] = lambda path: None,
     ) -> None:
         """
         Args:
             tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
-            on_saved: called in the writing thread when a checkpoint is complete.
+            config: content of config.json; None for a checkpoint that nobody opens as a model.
+            on_saved: called in rank 0's writing thread when a checkpoint is complete.
         """
         self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
-        self._on_saved = on_saved
+        self._config, self._on_saved = config, on_saved
+        self._group = zero.side_group()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -125,11 +138,12 @@ class Saver:
         if zero.ranks() == 1 and not self._may_copy(tensors):
             self._write(path, tensors, facts)
             return
-        copies = self._copy(tensors)
-        if zero.rank() > 0:
-            return
+        self._copy(tensors)
         self._thread = threading.Thread(
-            target=self._write_aside, args=(path, copies, facts), name="checkpoint", daemon=True
+            target=self._write_aside,
+            args=(path, self._copies, facts),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 
@@ -167,34 +181,87 @@ class Saver:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         return bool(self._copies) or needed < psutil.virtual_memory().available / 2
 
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        owner = _owners(tensors, zero.ranks())
         for name, tensor in tensors.items():
             whole = zero.full_tensor(tensor)
-            if zero.rank() > 0:
+            if zero.rank() != owner[name]:
                 continue
             if name not in self._copies:
                 self._copies[name] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda)
             self._copies[name].copy_(whole, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
-        return self._copies
 
     def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
         try:
             self._write(path, tensors, facts)
-        except BaseException as error:  # CheckpointException is not an Exception
-            self._failure = _as_exception(error)
+        except BaseException as error:
+            self._failure = error
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
-        import torch.distributed.checkpoint as dcp
+        """Write this rank's tensors; rank 0 makes the directory, and completes it in the end."""
+        with ExitStack() as stack:
 
-        with artifacts.new_directory(path) as partial:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
-            artifacts.seal(partial, facts.as_json())
+            def begin() -> Path | None:
+                if zero.rank() > 0:
+                    return None
+                return stack.enter_context(artifacts.new_directory(path))
+
+            [partial, *_] = zero.on_all_ranks(begin, self._group)
+            assert partial is not None
+            written = zero.on_all_ranks(lambda: _write_files(partial, tensors), self._group)
+            if zero.rank() > 0:
+                return
+            if self._config is not None:
+                artifacts.write_json(partial / "config.json", self._config)
+            if zero.ranks() > 1:
+                artifacts.write_json(partial / "model.safetensors.index.json", _index(written))
+            records = {name: file.record for files in written for name, file in files.items()}
+            artifacts.seal(partial, facts.as_json(), records)
         self._on_saved(path)
         retire(self._folder, self._retention)
+
+
+class _Written(NamedTuple):
+    record: FileRecord
+    tensors: list[str]
+    bytes: int
+
+
+def _write_files(folder: Path, tensors: dict[str, Tensor]) -> dict[str, _Written]:
+    """Write weights and the rest of `tensors` into a file each, and describe the files by name."""
+    weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MODEL)}
+    number = f"-{zero.rank() + 1:05d}-of-{zero.ranks():05d}" if zero.ranks() > 1 else ""
+    written = {}
+    for kind, chosen in (("model", weights), ("state", others)):
+        if chosen:
+            name = f"{kind}{number}{SUFFIX}"
+            record = tensor_files.write(folder / name, chosen)
+            size = sum(tensor.nbytes for tensor in chosen.values())
+            written[name] = _Written(record, list(chosen), size)
+    return written
+
+
+def _index(written: list[dict[str, _Written]]) -> JsonObject:
+    """Return Hugging Face's index of the files with weights."""
+    files = {name: file for each in written for name, file in each.items() if "model" in name}
+    return {
+        "metadata": {"total_size": sum(file.bytes for file in files.values())},
+        "weight_map": {tensor: name for name, file in files.items() for tensor in file.tensors},
+    }
+
+
+def _owners(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
+    """Return the rank that copies and writes each tensor, so that all write about as much."""
+    owned, load = {}, [0] * ranks
+    for name in sorted(tensors, key=lambda name: -tensors[name].nbytes):
+        rank = load.index(min(load))
+        owned[name] = rank
+        load[rank] += tensors[name].nbytes
+    return owned
 
 
 def retire(folder: Path, retention: Retention) -> None:
@@ -284,6 +351,12 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
         CheckpointError: the checkpoint's format, model or tokenizer differs.
     """
     facts = _facts(path)
+    if _is_older(path):
+        log.warning(
+            "%s is of format %d, which later versions will not read: the next checkpoint is "
+            "written in format %d",
+            *(path, _OLDEST_FORMAT, CheckpointFacts.FORMAT),
+        )
     _require_same_model(state.model.config, facts.model, path)
     if facts.tokenizer != tokenizer:
         raise CheckpointError(
@@ -291,7 +364,7 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
             f"tokenizer {tokenizer}"
         )
     tensors = state_tensors(state)
-    if not _has(path, _RANDOM_CUDA):
+    if _RANDOM_CUDA not in _names(path):
         tensors.pop(_RANDOM_CUDA, None)  # written by a run on a CPU
     _read(tensors, path)
     torch.set_rng_state(tensors[_RANDOM_CPU])
@@ -311,15 +384,11 @@ def load_model(path: Path) -> Llama:
 
 def digests(path: Path) -> dict[str, str]:
     """Return the sha256 of the bytes of every tensor in a checkpoint, by name."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    found = {}
-    for name, stored in sorted(_stored(path).items()):
-        assert isinstance(stored, TensorStorageMetadata), name
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        _read({name: tensor}, path)
-        found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-    return found
+    if _is_older(path):
+        names = sorted(older_checkpoints.stored(path))
+        return {name: tensor_files.digest(older_checkpoints.read_one(path, name)) for name in names}
+    with TensorFiles(path) as files:
+        return {name: tensor_files.digest(files.read(name)) for name in files}
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -335,48 +404,46 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _read(tensors: dict[str, Tensor], path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException, which no caller catches
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if _is_older(path):
+            older_checkpoints.read(tensors, path)
+            return
+        with TensorFiles(path) as files:
+            for name, tensor in tensors.items():
+                files.read_into(name.removeprefix(_MODEL), tensor)
+    except BadTensorFile as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def _as_exception(error: BaseException) -> BaseException:
-    """Return the OSError inside PyTorch's exception, such as a full disk, or a CheckpointError."""
-    import torch.distributed.checkpoint as dcp
-
-    if isinstance(error, dcp.api.CheckpointException):
-        for wrapped in error.failures.values():
-            cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-            if isinstance(cause, OSError):
-                return cause
-        return CheckpointError(str(error))
-    return error
+def _names(path: Path) -> set[str]:
+    """Return the names of the tensors in a checkpoint."""
+    if _is_older(path):
+        return set(older_checkpoints.stored(path))
+    with TensorFiles(path) as files:
+        return set(files)
 
 
-def _has(path: Path, name: str) -> bool:
-    return name in _stored(path)
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    """Return the metadata of a checkpoint's tensors, by name."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return FileSystemReader(path).read_metadata().state_dict_metadata
+def _is_older(path: Path) -> bool:
+    return _manifest(path)["format"] != CheckpointFacts.FORMAT
 
 
 def _facts(path: Path) -> CheckpointFacts:
-    manifest = artifacts.read_json(path / artifacts.MANIFEST)
-    if (found := manifest["format"]) != CheckpointFacts.FORMAT:
+    return CheckpointFacts.model_validate(_manifest(path))
+
+
+def _manifest(path: Path) -> JsonObject:
+    """
+    Raises:
+        CheckpointError: the format is one that this version does not read.
+    """
+    manifest: JsonObject = artifacts.read_json(path / artifacts.MANIFEST)
+    if (found := manifest["format"]) not in range(_OLDEST_FORMAT, CheckpointFacts.FORMAT + 1):
         raise CheckpointError(
-            f"{path} has checkpoint format {found}, but this version reads "
+            f"{path} has checkpoint format {found}, but this version reads {_OLDEST_FORMAT} to "
             f"{CheckpointFacts.FORMAT}: resume with the version that wrote it, or start over under "
             "another --run-name"
         )
-    return CheckpointFacts.model_validate(manifest)
+    return manifest
 
 
 def _require_signed_format(path: Path) -> None:

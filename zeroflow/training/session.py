@@ -9,6 +9,7 @@ from pathlib import Path
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import count_sample, validation_rows
+from zeroflow.model.hugging_face import llama_config
 from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import Saved, Started
@@ -76,6 +77,9 @@ class Session:
             job.folder.checkpoints,
             job.retention,
             tokenizer=job.tokenizer.fingerprint,
+            config=llama_config(
+                job.model, context=self.context, end_of_text=job.tokenizer.end_of_text
+            ),
             on_saved=self.saved,
         )
         zero.on_rank0(partial(self.saver.require_room, self.state))

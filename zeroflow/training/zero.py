@@ -146,6 +146,32 @@ def on_rank0(make: Callable[[], T]) -> T:
     return result
 
 
+def side_group() -> Any:
+    """Return a group of all ranks for a thread: its exchanges do not mix with those of others."""
+    return dist.new_group(backend="gloo") if ranks() > 1 else None
+
+
+def on_all_ranks(make: Callable[[], T], group: Any) -> list[T]:
+    """Call `make` on every rank, and return the results of all, or raise an error of any, on all.
+
+    Args:
+        group: a `side_group`.
+    """
+    if ranks() == 1:
+        return [make()]
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = make(), None
+    except Exception as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * ranks()
+    dist.all_gather_object(outcomes, outcome, group=group)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
 def mean(tensor: Tensor) -> Tensor:
     """Average `tensor` over the ranks, in place."""
     if ranks() > 1:
@@ -209,6 +235,20 @@ def local_shard(tensor: Tensor) -> Tensor:
     """Return this rank's shard of `tensor`."""
     sharded: Any = tensor
     return sharded.to_local() if _is_sharded(tensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Return the range of rows that this rank's shard of `tensor` has: FSDP2 shards rows."""
+    sharded: Any = tensor
+    rows, begin = len(tensor), 0
+    if _is_sharded(tensor):
+        for dim, placement in enumerate(sharded.placements):
+            if placement.is_shard():
+                assert placement.dim == 0, placement
+                each = -(-rows // sharded.device_mesh.size(dim))  # as torch.chunk
+                begin = min(rows, each * sharded.device_mesh.get_local_rank(dim))
+                rows = min(rows - begin, each)
+    return slice(begin, begin + rows)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
