@@ -54,7 +54,7 @@ def test_disk_that_damages_files_is_caught(state, tmp_path, monkeypatch):
     verified = checkpoint.latest
 
     def damaged(folder):
-        file = next(folder.glob("step-*/*.distcp"))
+        file = next(folder.glob("step-*/*.safetensors"))
         file.write_bytes(file.read_bytes()[:-1])
         return verified(folder)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline import processes_of
+from safetensors.torch import load_file
 
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint
@@ -34,13 +35,10 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by PyTorch's own converter."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    target = path.parent / "all.pt"
-    dcp_to_torch_save(path, target)
-    tensors = torch.load(target, weights_only=True)
-    target.unlink()
+    """All tensors of a checkpoint, by the format's own library."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
     return tensors
 
 
