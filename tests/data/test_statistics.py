@@ -38,7 +38,7 @@ def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
     share = padding / (shards.train.rows * 33)
     assert f"| padding | {padding:,} ({share:.2%})" in page
     assert f"| documents | {shards.train.documents} | {shards.validation.documents} |" in page
-    assert "![tokens of the documents](lengths.png)" in page
+    assert "![histogram of document lengths](lengths.png)" in page
     assert "MB of text/s" in page
     assert any(sample[:20] in document for sample in seen.samples for document in text.texts)
 

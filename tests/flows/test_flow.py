@@ -259,7 +259,7 @@ def test_run_is_compared_with_earlier_ones_of_other_seeds(sample: tuple[Flow, st
         lines = [m | {"loss": m["loss"] + apart} for m in flow.metrics("first") if "loss" in m]
         (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = flow.run("--run-name=another", "--seed=1", "--log-interval=4", *SMALL_SHAPE)
-    assert "comparing the loss with that of first, seed 7, seed 8" in output
+    assert "comparing the loss with earlier runs: first, seed 7, seed 8" in output
     assert "expected loss    in band (3 earlier runs)" in output
     page = (flow.folder("another") / "report.md").read_text()
     assert "| Expected loss | in band (3 earlier runs) |" in page

@@ -59,7 +59,9 @@ def test_law_is_found_again_and_foretells_what_obeys_it():
     assert found.largest.size == "medium"
     assert found.largest.loss == pytest.approx(found.largest.measured)
     medium = outcome("medium")
-    assert found.next_size.size == "4 times the parameters of medium", "no size is larger"
+    assert found.next_size.size == "a model with 4 times the parameters of medium", (
+        "no size is larger"
+    )
     assert found.next_size.flops == 16 * medium.flops
     assert found.next_size.loss == pytest.approx(law(16 * medium.flops))
 
@@ -100,11 +102,11 @@ def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
 def test_what_all_runs_share_is_told_once():
     shown = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
     assert "| seed |" in shown and "| size |" not in shown and "| peak rate |" not in shown
-    assert "The same for all: size tiny, bits per byte none, peak rate 0.001, " in shown
+    assert "Common to all runs: size tiny, bits per byte none, peak rate 0.001, " in shown
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and len(rows) == 4
     alone = text("s", compare([outcome("tiny")]), **NOTHING_ELSE)
-    assert "| size |" in alone and "The same for all" not in alone
+    assert "| size |" in alone and "Common to all runs" not in alone
 
 
 def test_errors_are_those_of_least_squares():
@@ -143,7 +145,7 @@ def test_page_and_pictures_tell_all_of_it(tmp_path):
     drawn = losses_compared(found, SweepFolder(tmp_path))
     shown = text("s", found, pictures=drawn, failed=["s-tiny-seed7"])
     assert "| small-0 | small | " in shown and "**Not finished: s-tiny-seed7**" in shown
-    assert f"C^-{EXPONENT:.4f}" in shown and "Looking back" in shown and "+0.00%" in shown
+    assert f"C^-{EXPONENT:.4f}" in shown and "Test of the law" in shown and "+0.00%" in shown
     assert [path.name for path in drawn] == [
         "loss-by-tokens.png",
         "loss-by-flops.png",

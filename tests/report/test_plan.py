@@ -146,7 +146,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     page = capsys.readouterr().out
     for expected in (
         "plan of medium on 4 x NVIDIA H100 80GB HBM3, ZeRO stage 0, with 80.00 GiB each",
-        " on each of 4 (by its parts)",
+        " on each of 4 (sum of its parts)",
         "feed-forward    830,472,192  61.7%",
         "assuming 52% MFU",
         "stage 3",
@@ -228,7 +228,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     larger = ask(run_name="three", model=SHAPE.replace(num_hidden_layers=4).model_dump())
     planned = plans.offline(larger, gpu=None)
     assert "TFLOP/s, as in 2 earlier runs here" in planned.rate_source
-    assert planned.memory_source == "by its parts"
+    assert planned.memory_source == "sum of its parts"
 
 
 def test_plan_stays_as_it_was_made_when_a_run_goes_on(ask, finish):
@@ -322,5 +322,5 @@ def test_what_a_run_has_already_needs_no_room(ask, finish, monkeypatch):
     for free, enough in ((lacking, True), (lacking - 1, False)):
         monkeypatch.setattr(plans, "free_bytes", lambda folder, free=free: free)
         line = plan_page.disk_line(plans.offline(ask(run_name="one"), gpu=None))
-        assert ("NOT ENOUGH" not in line) is enough and "of it there" in line
+        assert ("NOT ENOUGH" not in line) is enough and " exist" in line
     assert plans.offline(ask(run_name="two"), gpu=None).there_bytes == 0

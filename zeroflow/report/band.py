@@ -1,21 +1,22 @@
-"""Expected training loss of a run, from earlier runs of the same model on the same data.
+"""Expected training loss of a run, based on earlier runs of the same model on the same data.
 
-The steps of a training are cut into 20 equal windows. In each window the run is compared with every
-earlier run over the steps that both of them logged, so that equal losses are equal whatever the
-intervals. The difference from the mean of the earlier runs should be within
+The steps of a training are divided into 20 equal windows. In each window the run is compared with
+every earlier run over the steps that both of them logged, so logging intervals do not matter. The
+difference from the mean of the earlier runs should be within
 
     t · s · √(1 + 1/n)
 
-s is the spread of the n earlier runs, pooled over five neighbouring windows, because a few runs
-hardly determine it. 1/n accounts for the uncertainty of their mean. The band is simultaneous: 95 %
-of all sound runs lie inside it from their first window to their last. t is therefore the quantile
-of Student's t at 1 - 5 %/20.
+s is the standard deviation of the n earlier runs, pooled over five neighbouring windows, because a
+few runs give a poor estimate. 1/n accounts for the uncertainty of their mean. The band is
+simultaneous: 95 % of all normal runs are inside it from their first window to their last. Therefore
+t is the quantile of Student's t at 1 - 5 %/20.
 
-The windows of a run are not independent: a run that is above the others stays above them. Over 32
-seeds of 400 steps, and 24 of 200, windows correlated at 0.6 to 0.7, and hardly less at a distance.
-Five pooled windows therefore count half of their degrees of freedom. The band of 3, 4, 5 or 8 of
-these runs held 93 to 99 % of the others, and that of simulated runs with a correlation of up to
-0.97 held as many. With two earlier runs it would be three times as wide, so there is none.
+The windows of a run are not independent: a run that is above the others stays above them. In 32
+runs of 400 steps, and 24 of 200, with different seeds, windows correlated at 0.6 to 0.7, and
+distant windows hardly less. So five pooled windows count half of their degrees of freedom. The band
+of 3, 4, 5 or 8 of these runs contained 93 to 99 % of the others, and so did the band of simulated
+runs with a correlation of up to 0.97. With two earlier runs the band would be three times as wide,
+so there is none.
 """
 
 import logging
@@ -41,13 +42,13 @@ _WINDOWS = 20
 _POOLED = 5
 
 _FEWEST = 3
-"""Earlier runs that a band needs."""
+"""Number of earlier runs that a band needs."""
 
 _HELD = 0.95
-"""Share of sound runs that lie inside the band everywhere."""
+"""Fraction of normal runs that are inside the band everywhere."""
 
 Losses = npt.NDArray[np.float64]
-"""One loss per step or per window; NaN where there is none."""
+"""One loss per step or per window; NaN for a step or window without one."""
 
 
 class Verdict(Record):
@@ -63,13 +64,13 @@ class Verdict(Record):
     """Difference from the mean of the earlier runs there, in nats per token; positive is above."""
 
     judged: bool = False
-    """True if there is a band, and the run has come far enough to leave it."""
+    """True if there is a band, and the run is long enough to leave it."""
 
     since: int | None = None
     """Tokens at which the run leaves the band; None if it never does."""
 
     until: int | None = None
-    """Tokens at which the run is back in the band; None if it never returns."""
+    """Tokens at which the run returns to the band; None if it never does."""
 
     miss: float = 0.0
     """Largest distance from the nearest edge of the band; positive is above."""
@@ -99,19 +100,19 @@ class Earlier(NamedTuple):
     """Training loss of every logged step in its complete windows; NaN for the other steps."""
 
     def weight(self) -> tuple[int, float]:
-        """Sort key among runs of one seed: steps that it came to, then start time."""
+        """Sort key among runs of one seed: number of steps done, then start time."""
         return int(np.flatnonzero(~np.isnan(self.losses))[-1]), self.began
 
 
 class Expected(NamedTuple):
-    """Losses that are expected of a run, over the steps that it shares with earlier runs."""
+    """Expected losses of a run, over the steps that it shares with earlier runs."""
 
     own: Losses
     """Mean loss of the run in each of its complete windows."""
 
     mean: Losses
     width: Losses
-    """Distance from the mean to either edge of the band; NaN for too few runs."""
+    """Distance from the mean to each edge of the band; NaN for too few runs."""
 
 
 class Band(NamedTuple):
@@ -119,7 +120,7 @@ class Band(NamedTuple):
     """Job of the compared run."""
 
     earlier: tuple[Earlier, ...]
-    """Earlier runs, each with another seed."""
+    """Earlier runs, each with a different seed."""
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -138,9 +139,9 @@ class Band(NamedTuple):
         return self.ends - self.ends[0] / 2
 
     def expected(self, records: Iterable[MetricsRecord]) -> Expected:
-        """Losses that are expected of the run with the logged `records`.
+        """Expected losses of the run with the logged `records`.
 
-        Where it has not come to yet, it is taken to log at its interval.
+        For steps ahead, the run is assumed to log at its interval.
         """
         losses = _complete(self.job, records)
         own = _by_window(losses)
@@ -178,9 +179,10 @@ class Band(NamedTuple):
 def find(job: TrainingJob) -> Band | None:
     """Find the band of the earlier runs in the cache of `job`; None if there are none.
 
-    Earlier runs began before it, with the same model, data, batch, schedule and optimiser;
-    unfinished ones count up to their last window. If several runs share a seed, the one that came
-    furthest counts; of equals, the newest. An extended run is not compared: its schedule changed.
+    Earlier runs started before this one and have the same model, data, batch, schedule and
+    optimiser. Unfinished runs count up to their last window. If several runs share a seed, the
+    longest one counts, or the newest of equal length. An extended run is not compared, because its
+    schedule changed.
     """
     before = _began(job)
     if before is None:
@@ -192,8 +194,8 @@ def find(job: TrainingJob) -> Band | None:
         try:
             run = _earlier(folder, job, before)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            # Written by another version, or damaged: this run must not fail because of it
-            log.debug("run %s is left out of the expected loss: %s", folder.name, error)
+            # Damaged, or written by another version, which must not end this run
+            log.debug("run %s is not part of the expected loss: %s", folder.name, error)
             continue
         if run is not None:
             by_seed[run.seed] = max(run, by_seed.get(run.seed, run), key=Earlier.weight)
@@ -217,7 +219,7 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> Earlier | No
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
-    """Everything that determines the loss curve, except the seed and rounding."""
+    """Everything that determines the loss curve, except seed and rounding."""
     training = job.training
     settings = training.model_dump(exclude={"seed", "workload"})
     # the folder's name contains a fingerprint of corpus, tokenizer and row layout

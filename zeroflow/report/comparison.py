@@ -1,4 +1,4 @@
-"""Comparison of a sweep's runs, and the loss that they predict for a larger model.
+"""Comparison of the runs of a sweep, and the loss that they predict for a larger model.
 
 A power law of the compute, L = A · C^-b, is fitted to the best loss of every size:
 https://arxiv.org/abs/2001.08361
@@ -51,7 +51,7 @@ class Outcome(Sharding):
     """Tokens and validation loss at every validation."""
 
     metrics: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
-    """Last logged values of the metrics that are compared, by key in MLflow."""
+    """Last logged values of the compared metrics, by key in MLflow."""
 
     @property
     def shape(self) -> str:
@@ -63,15 +63,15 @@ class Outcome(Sharding):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def flops(self) -> float:
-        """FLOPs of the whole training; a float, because they may exceed 2^63."""
+        """FLOPs of the whole training; a float, because the number may exceed 2^63."""
         return float(self.flops_per_token) * self.tokens
 
 
 def outcome(cache: Path, name: str) -> Outcome | None:
-    """Return the outcome of run `name`; None if it failed or has not ended.
+    """Return the outcome of run `name`; None if the run failed or has not ended.
 
     Raises:
-        ValueError: its report cannot be read.
+        ValueError: the report of the run cannot be read.
     """
     folder = Cache(cache).run(name)
     report = RunReport.read_if_exists(folder.report)
@@ -114,7 +114,7 @@ class PowerLaw(Record):
     log_a: float
     b: float
     covariance: tuple[tuple[float, ...], ...] | None
-    """Covariance of b and log A; None if the law goes through its two points exactly."""
+    """Covariance of b and log A; None if the law has only two points, which fit exactly."""
 
     points: int
 
@@ -137,7 +137,7 @@ class PowerLaw(Record):
         return math.exp(self.log_a - self.b * math.log(flops))
 
     def factor(self, flops: float) -> float | None:
-        """Factor by which the loss may be larger or smaller, at one standard error of the law."""
+        """Factor for one standard error of the predicted loss, up or down."""
         if self.covariance is None:
             return None
         x = np.array([math.log(flops), 1.0])
@@ -202,18 +202,18 @@ def _predicted(law: PowerLaw, size: str, flops: float, measured: float | None) -
 
 
 _STEP = 4
-"""Factor from the largest size to the next: medium has about four times the parameters of small."""
+"""Factor from the largest size to the next; medium has about four times the parameters of small."""
 
 
 def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
-    """Predict the loss of the next larger size, at the largest size's tokens per parameter."""
+    """Predict the loss of the next larger size, with the tokens per parameter of the largest."""
     last = max(sizes, key=lambda one: one.parameters)
     for name, shape in SIZES.items():
         model = with_vocabulary(shape, last.vocabulary)
         if model.parameters > last.parameters:
             tokens = last.tokens * model.parameters / last.parameters
             return _predicted(law, name, tokens * model.flops_per_token(last.context), None)
-    larger = f"{_STEP} times the parameters of {last.shape}"
+    larger = f"a model with {_STEP} times the parameters of {last.shape}"
     return _predicted(law, larger, _STEP**2 * last.flops, None)
 
 
@@ -221,7 +221,7 @@ _OF_GPUS = ("GPUs", "ZeRO")
 
 
 def page(sweep: str, found: Comparison, *, pictures: Sequence[Path], failed: list[str]) -> Page:
-    """The page of a sweep.
+    """Return the page of a sweep as Markdown.
 
     Args:
         sweep: name of the sweep, the prefix of its runs' names.
@@ -246,7 +246,7 @@ def page(sweep: str, found: Comparison, *, pictures: Sequence[Path], failed: lis
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     if columns["run"] == columns["size"]:
         del columns["size"]
-    # Prefect's page is too narrow for all of them
+    # Columns with equal values go into a sentence: Prefect's page is too narrow for all
     alike = {
         column: cells[0]
         for column, cells in columns.items()
@@ -258,14 +258,14 @@ def page(sweep: str, found: Comparison, *, pictures: Sequence[Path], failed: lis
     begin = code(f"{sweep}-")
     parts: list[Markdown | Picture] = [
         Markdown(f"# Sweep {escaped(sweep)}"),
-        Markdown(f"{len(found.runs)} runs, {spent} of training; their names begin with {begin}."),
+        Markdown(f"{len(found.runs)} runs, {spent} of training. Their names begin with {begin}."),
         table(list(shown), zip(*shown.values(), strict=True), right=right),
     ]
     if alike:
-        parts.append(escaped(f"The same for all: {', '.join(map(' '.join, alike.items()))}."))
+        parts.append(escaped(f"Common to all runs: {', '.join(map(' '.join, alike.items()))}."))
     if failed:
         named = bold(f"Not finished: {', '.join(failed)}")
-        parts.append(Markdown(f"{named}; the same command, or a retry, resumes them."))
+        parts.append(Markdown(f"{named}. Repeat the command, or retry in Prefect, to resume them."))
     parts += [Picture(picture, picture.name) for picture in pictures]
     if sentences := list(_sentences(found)):
         parts += [Markdown("## Power law"), *map(escaped, sentences)]
@@ -283,22 +283,22 @@ def _sentences(found: Comparison) -> Iterable[str]:
         return
     error = "" if law.b_error is None else f" ± {law.b_error:.2g}"
     yield (
-        f"L = {math.exp(law.log_a):.4g} · C^{-law.b:.4f}{error}, C the FLOPs of a training, "
-        f"through the best run of each of {law.points} sizes"
+        f"L = {math.exp(law.log_a):.4g} · C^{-law.b:.4f}{error}, fitted to the best run of each of "
+        f"{law.points} sizes, where C is the number of FLOPs of a training"
         + (
-            "; ± is one standard error."
+            ". ± is one standard error."
             if law.b_error is not None
-            else "; two points give no error."
+            else ". Two points give no error estimate."
         )
     )
     if found.next_size:
         sentence = f"Next size: {_described(found.next_size)}"
-        yield f"{sentence}, at as many tokens per parameter as the largest."
+        yield f"{sentence}, with as many tokens per parameter as the largest size."
     if found.largest and found.largest.measured is not None:
         miss = found.largest.measured / found.largest.loss - 1
         yield (
-            f"Looking back: the smaller sizes alone predict {_described(found.largest)}; the "
-            f"measured loss was {found.largest.measured:.4f}, {miss:+.2%}."
+            f"Test of the law: the smaller sizes alone predict {_described(found.largest)}. The "
+            f"measured loss was {found.largest.measured:.4f}, a difference of {miss:+.2%}."
         )
 
 
@@ -307,4 +307,4 @@ def _described(prediction: Prediction) -> str:
     between = ""
     if factor is not None:
         between = f" ({prediction.loss / factor:.4f} to {prediction.loss * factor:.4f})"
-    return f"{prediction.size} at {prediction.flops:.3g} FLOPs, loss {prediction.loss:.4f}{between}"
+    return f"{prediction.size}, {prediction.flops:.3g} FLOPs: loss {prediction.loss:.4f}{between}"

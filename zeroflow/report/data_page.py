@@ -16,7 +16,7 @@ from zeroflow.run_folder import RunFolder
 
 
 def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Page:
-    """Write data.md, a page about a run's data, with a picture, into its folder."""
+    """Write data.md, a page about a run's data with a picture, into the run's folder."""
     gathered = statistics.gather(shards, tokenizer)
     folder.path.mkdir(parents=True, exist_ok=True)
     pictures.document_lengths(
@@ -48,7 +48,7 @@ def page(
         "Document length": _quantiles(gathered.lengths),
     }
     if gathered.tokens_per_second and gathered.text_bytes_per_second:
-        rows["Built here at"] = (
+        rows["Build speed"] = (
             f"{gathered.tokens_per_second / 1e6:,.2f}M tokens/s, "
             f"{gathered.text_bytes_per_second / 1e6:,.1f} MB of text/s"
         )
@@ -58,7 +58,7 @@ def page(
             Markdown(f"# Data: {escaped(shards.path.name)}"),
             table(("", ""), rows.items()),
             table(("", "training", "validation"), counts),
-            Picture(picture, "tokens of the documents"),
+            Picture(picture, "histogram of document lengths"),
             Markdown("## Beginnings of rows"),
             *map(block, gathered.samples),
         )

@@ -20,7 +20,7 @@ class Picture(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Sections of Markdown and pictures, which lie beside the page."""
+    """Sections of Markdown and pictures; the picture files are next to the page."""
 
     parts: tuple[Markdown | Picture, ...]
 
@@ -30,12 +30,12 @@ class Page(NamedTuple):
 
     @property
     def linked(self) -> Markdown:
-        """The page with pictures by their file names."""
+        """The page with links to the files of its pictures."""
         return self._joined(lambda picture: picture.path.name)
 
     @property
     def embedded(self) -> Markdown:
-        """The page with the pictures in it, for readers without access to the files."""
+        """The page with embedded pictures, for readers without access to the files."""
         return self._joined(_data_uri)
 
     def _joined(self, address: Callable[[Picture], str]) -> Markdown:
@@ -52,7 +52,7 @@ def _data_uri(picture: Picture) -> str:
 
 @contextmanager
 def never_fatal(page: str) -> Iterator[None]:
-    """Log an error of the block instead of raising it: no run ends because of a page."""
+    """Log an error of the block instead of raising it: a page must not end a run."""
     try:
         yield
     except Exception as error:

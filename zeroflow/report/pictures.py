@@ -15,7 +15,7 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import TABLE, MetricsRecord, StepRecord, ValidationRecord
 from zeroflow.units import count, parameter_count
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# Colours of Okabe and Ito, which colour-blind readers can distinguish
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
 
 _DARK = "#444444"
@@ -28,7 +28,7 @@ _STYLES = ("-", "--", "-.", ":")
 _MARKERS = (".", "s", "^", "x")
 
 _MANY = 6
-"""Most lines of a legend; a longer one would cover the curves."""
+"""Maximum number of lines of a legend; a longer one would cover the curves."""
 
 _TRAINING, _VALIDATION = TABLE["loss"], TABLE["val_loss"]
 _LOSS = f"loss ({_TRAINING.unit})"
@@ -55,13 +55,13 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
 def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
     """Draw the run's smoothed loss over the mean of earlier runs and the band around it."""
     own, mean, width = band.expected(records)
-    # In a short run, windows without a common step would break the lines
+    # In a short run, windows without a common step would interrupt the lines
     there = ~np.isnan(mean)
     x, runs = band.middles, count(len(band.runs), "earlier run")
     edged = there & ~np.isnan(width)
     if edged.any():
         edges = ((mean - width)[edged], (mean + width)[edged])
-        label = "95 % of such runs are inside throughout"
+        label = "95 % of such runs stay inside"
         axes.fill_between(x[edged], *edges, color=_GREY, alpha=0.35, linewidth=0, label=label)
     axes.plot(x[there], mean[there], color=_DARK, linestyle="--", label=f"mean of {runs}")
     so_far = ~np.isnan(own)
@@ -83,7 +83,7 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
         by_flops = name == "flops"
         drawn_of = Counter[str]()
         for one in found.runs:
-            # Zero has no place on a logarithmic axis
+            # A logarithmic axis has no zero
             points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
             marker, style = divmod(drawn_of[one.shape], len(_STYLES))
             axes.plot(
@@ -125,7 +125,7 @@ def resume_curves(
     Args:
         kills: steps at which the second was killed.
     """
-    figure, axes = _figure("a killed training over an undisturbed one", "step", _LOSS)
+    figure, axes = _figure("killed and undisturbed training", "step", _LOSS)
     for records, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
         for field, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
             points = [(r.step, getattr(r, field)) for r in records if hasattr(r, field)]
@@ -174,7 +174,7 @@ def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Pat
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Not pyplot, which keeps state and looks for a display
+    # Not pyplot, which has global state and looks for a display
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

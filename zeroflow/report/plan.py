@@ -1,4 +1,4 @@
-"""Prediction of a run before anything is built, and its comparison with the finished run."""
+"""Prediction of a run before anything is built, and comparison with the finished run."""
 
 import math
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class StagePlan(Config):
     total: int
     fits: Room
     micro_batch_rows: int
-    """Rows that would be chosen at this stage if the batch were left open."""
+    """Rows of a micro-batch that would be chosen at this stage by default."""
 
     activation_checkpointing: ActivationCheckpointing
 
@@ -70,26 +70,26 @@ class Plan(Record):
     batch_tokens: int
     stages: tuple[StagePlan, ...]
     predicted: Figures
-    """Predicted figures; the memory is that of each GPU."""
+    """Predicted figures; memory is per GPU."""
 
     rate_source: str
     memory_source: str
     disk_bytes: int
-    """Shards, and the most checkpoints that exist at the same time."""
+    """Bytes of the shards and of the maximum number of checkpoints that exist at the same time."""
 
     there_bytes: int
-    """Bytes of these that a resumed run already has."""
+    """Bytes of these that exist already, for a resumed run."""
 
     free_bytes: int
 
     @property
     def stage(self) -> StagePlan:
-        """The stage that the run uses."""
+        """Memory at the stage that the run uses."""
         return self.stages[self.workload.zero_stage]
 
 
 def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
-    """Plan `asked` without looking up, building or recording anything.
+    """Plan `asked` without making requests, or building or recording anything.
 
     The plan may be for more GPUs than this machine has.
 
@@ -107,7 +107,7 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
 
 
 def load(folder: RunFolder) -> Plan | None:
-    """Load the plan of a run; None if there is none that this version can read."""
+    """Load the plan of a run; None if there is no plan that this version can read."""
     try:
         return Plan.read(folder.plan)
     except (OSError, ValueError):
@@ -126,9 +126,9 @@ def predict(run: Settled, device: Device) -> Plan:
     known = history.known(run.cache_dir, work, planned=(run.run_name, run.schedule.steps))
     rate, source = (known.tokens_per_second, known.source) if known else _rate(run, work, device)
     held = stages[work.zero_stage].total if is_measured(work) else None
-    memory_source = "by its parts"
+    memory_source = "sum of its parts"
     if held is None:
-        memory_source = "unknown for such code on a CPU until one has run here"
+        memory_source = "unknown for such code on a CPU until a run here has been measured"
     if known and known.memory_bytes:
         held, memory_source = known.memory_bytes, known.source
     predicted = Figures(
@@ -138,7 +138,7 @@ def predict(run: Settled, device: Device) -> Plan:
         shard_bytes=expected_bytes(run.shard_config, run.data),
         checkpoint_bytes=checkpoint_bytes(work),
     )
-    # the best one, and the one being written
+    # in addition, the best one and the one being written
     checkpoints = (_kept(run) + 2) * checkpoint_bytes(work)
     return Plan(
         run=run.run_name or None,
@@ -162,20 +162,20 @@ def predict(run: Settled, device: Device) -> Plan:
 
 
 def _rate(run: Settled, work: Workload, device: Device) -> tuple[float | None, str]:
-    """Tokens per second if no such run is known, and the source of the figure."""
+    """Tokens per second without earlier runs, and the source of the figure."""
     alone = work.replace(ranks=1, zero_stage=0)
     rate: float | None
     if work.ranks > 1 and (known := history.known(run.cache_dir, alone)):
         rate, source = known.tokens_per_second, known.source
     else:
         rate, source = expected_tokens_per_second(alone, device)
-    if rate is None or work.ranks == 1 or device.kind == "cpu":  # a CPU's processes share its cores
+    if rate is None or work.ranks == 1 or device.kind == "cpu":  # ranks on a CPU share its cores
         return rate, source
     return rate * work.ranks, f"{source}, times {work.ranks}, not counting communication"
 
 
 def _kept(run: Settled) -> int:
-    """Number of checkpoints that are kept, without the best one."""
+    """Number of checkpoints that are kept, not counting the best one."""
     retention, saves = run.retention, run.cadence.checkpoint
     if not retention.keep_every:
         return retention.keep
@@ -192,12 +192,12 @@ def _there(run: RunConfig) -> int:
             file.stat().st_size for file in job.folder.checkpoints.rglob("*") if file.is_file()
         )
         return saved + row_bytes(job.shards)
-    except (OSError, ValueError):  # a checkpoint was just removed; of another version
+    except (OSError, ValueError):  # a checkpoint was just removed, or is of another version
         return 0
 
 
 def _vocabulary(run: Settled) -> tuple[int, bool]:
-    """Vocabulary without network access, and True if certain. Default for text: Llama's."""
+    """Vocabulary size without network access, and True if certain; for text by default Llama's."""
     config = run.tokenizer
     if config.tokenizer_name == "auto":
         config = config.replace(tokenizer_name=without_hub(run.data))

@@ -1,4 +1,4 @@
-"""A plan as text: log lines, the table of `zeroflow plan`, and a section of the report."""
+"""Texts of a plan: log lines, the table of `zeroflow plan`, and a section of the report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from zeroflow.units import binary, decimal, duration, parameter_count
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
-    """Name, predicted and measured value and miss of a figure, as text."""
+    """Name, predicted value, measured value and miss of a figure, as text."""
     name, text = _FORMS[row.name]
     predicted, measured = (
         "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
@@ -34,7 +34,7 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
     going_on = "resumed" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
-    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is available"
     each = f" on each of {work.ranks}" if work.ranks > 1 else ""
     yield (
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
@@ -75,7 +75,7 @@ def memory_line(plan: Plan) -> str:
     held, all_of_it = binary(plan.predicted.memory_bytes), binary(plan.device.memory_bytes)
     ranks = plan.workload.ranks
     if ranks > 1 and plan.device.kind == "cpu":
-        return f"{held} for each of {ranks}, of {all_of_it} in all ({plan.memory_source})"
+        return f"{held} for each of {ranks}, of {all_of_it} in total ({plan.memory_source})"
     each = f" on each of {ranks}" if ranks > 1 else ""
     return f"{held} of {all_of_it}{each} ({plan.memory_source})"
 
@@ -83,7 +83,7 @@ def memory_line(plan: Plan) -> str:
 def disk_line(plan: Plan) -> str:
     shard_bytes = plan.predicted.shard_bytes or 0
     room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
-    there = f", {decimal(plan.there_bytes)} of it there" if plan.there_bytes else ""
+    there = f", of which {decimal(plan.there_bytes)} exist" if plan.there_bytes else ""
     return (
         f"up to {decimal(shard_bytes)} of shards and {decimal(plan.disk_bytes - shard_bytes)} of "
         f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
@@ -110,7 +110,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> Markdown:
     sources = f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}."
     return Markdown(
         f"## Predicted and measured\n\n{held}\n\n{escaped(sources)}\n\n"
-        f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs a token\n"
+        f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
         f"- Memory by part: {memory}\n"
         f"- Disk: {disk_line(plan)}"
     )
@@ -125,12 +125,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
     yield from _table(("parameters", f"{total:,}", ""), rows)
     yield ""
-    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is there"
+    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is available"
     on_each = " on each" if work.ranks > 1 else ""
     yield from _facts(
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
-            "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M a token at {work.seq_len:,} of context",
+            "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M per token, context {work.seq_len:,}",
             "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
             f"activation recomputation: {work.activation_checkpointing}",
@@ -145,7 +145,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Memory by part for every ZeRO stage; on one device all stages are the same."""
+    """Memory by part for every ZeRO stage; on one device, all stages are the same."""
     stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
     heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]
@@ -153,13 +153,13 @@ def _memory(plan: Plan) -> Iterator[str]:
     rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
-        rows.append(("would choose rows", *(str(s.micro_batch_rows) for s in stages)))
-        rows.append(("and recompute", *(s.activation_checkpointing for s in stages)))
-    title = "memory of each, by ZeRO" if plan.workload.ranks > 1 else "memory by part"
+        rows.append(("default rows", *(str(s.micro_batch_rows) for s in stages)))
+        rows.append(("recomputation", *(s.activation_checkpointing for s in stages)))
+    title = "memory per rank" if plan.workload.ranks > 1 else "memory by part"
     yield from _table((title, *heads), rows)
     if plan.workload.ranks > 1:
-        yield "from stage 1 on, each rank keeps its shard of the fp32 weights; the weights that it"
-        yield "gathers (all of them, or those of two blocks at stage 3) are communication"
+        yield "From stage 1 on, each rank keeps its shard of the fp32 weights. Gathered weights"
+        yield "(all, or at stage 3 those of two blocks) count as communication."
 
 
 def _label(name: str) -> str:
@@ -173,7 +173,7 @@ def _facts(facts: dict[str, str]) -> Iterator[str]:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table: the first column aligned left, the others right."""
+    """Lines of a table; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for name, *cells in (head, *rows):
         right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]

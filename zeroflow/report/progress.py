@@ -29,7 +29,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
-    """Follows the events of a training: an occasional log line, and a bar in a terminal.
+    """Shows the events of a training as an occasional log line, and as a bar in a terminal.
 
     The time left is estimated from the speed of this process, including all pauses.
     """
@@ -69,7 +69,7 @@ class TrainingProgress:
                 self._show(record)
 
     def _show(self, record: StepRecord) -> None:
-        # Without the first step, which is slower than all others: it compiles and warms up
+        # Without the first step, which is the slowest, because it compiles and warms up
         self._first = self._first or record
         step, now = record.step, time.monotonic()
         done = step - self._first.step
@@ -85,9 +85,9 @@ class TrainingProgress:
 
 
 class LossWatch:
-    """Follows the events of a training: draws its loss over that of earlier runs once a minute.
+    """Draws the loss of a training over that of earlier runs, once a minute.
 
-    The first time that the run leaves the band of those runs, it logs a warning.
+    When the run first leaves the band of those runs, it logs a warning.
     """
 
     def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:
@@ -98,7 +98,7 @@ class LossWatch:
         self._job, self._show = job, show
         self._expected = band.find(job)
         if self._expected:
-            log.info("comparing the loss with that of %s", ", ".join(self._expected.runs))
+            log.info("comparing the loss with earlier runs: %s", ", ".join(self._expected.runs))
         self._next = time.monotonic() + _PICTURE_SECONDS
         self._warned = False
 

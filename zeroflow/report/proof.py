@@ -28,7 +28,7 @@ def write(job: TrainingJob, proof: Proof) -> Page:
         series={},
         succeeded=proof.passed,
     )
-    tracker.finish(job.tracking, folder, [], ending)  # the trainings have MLflow runs of their own
+    tracker.finish(job.tracking, folder, [], ending)  # both trainings have their own MLflow runs
     return made
 
 
@@ -44,8 +44,8 @@ def page(job: TrainingJob, proof: Proof) -> Page:
         + (", compiled" if work.compile else "")
         + (", deterministic" if work.deterministic else ""),
         "Killed with SIGKILL": f"{len(proof.kills)} of {proof.kills_asked} requested times",
-        "Numbers compared": f"{proof.numbers:,}: every loss, gradient norm and validation loss, to "
-        "the bit",
+        "Numbers compared": f"{proof.numbers:,}: every loss, gradient norm and validation loss, "
+        "bit for bit",
         "Tensors compared": f"{proof.tensors:,}: weights, optimiser and random state of the last "
         "checkpoint",
         **{f"sha256, {name}": code(digest) for name, digest in proof.sha256.items()},
@@ -60,6 +60,6 @@ def page(job: TrainingJob, proof: Proof) -> Page:
             table(("", ""), rows.items()),
             Picture(job.folder.proof_picture, "losses of both trainings"),
             Markdown("## Kills"),
-            table(("", "aimed at", "came", "last step logged", "resumed from step"), kills),
+            table(("", "aimed at", "killed", "last logged step", "resumed from step"), kills),
         )
     )

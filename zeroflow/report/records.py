@@ -1,4 +1,4 @@
-"""report.json: the results of a finished run, for people and for other programs."""
+"""report.json: results of a finished run, for people and for other programs."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -27,7 +27,7 @@ class CorpusFigures(Record):
     name: str
     revision: str | None
     synthetic_fallback: bool
-    """True if synthetic data stood in for FineWeb-Edu."""
+    """True if synthetic data replaced FineWeb-Edu."""
 
     documents: int
     train_rows: int
@@ -51,41 +51,41 @@ class TimeFigures(Record):
     """Seconds from which tokens per second are computed."""
 
     goodput: float
-    """Fraction of the wall time that trained the model."""
+    """Fraction of the wall time that contributed to the weights."""
 
     seconds: dict[str, float]
     """Seconds by phase."""
 
     shares: dict[str, float]
-    """Shares of the wall time by phase."""
+    """Fractions of the wall time by phase."""
 
     restarts: int
     steps_again: int
-    """Steps that were trained a second time after a restart."""
+    """Number of steps that were trained again after a restart."""
 
 
 class ExpectedLoss(Verdict):
-    """The training loss, compared with that of earlier runs."""
+    """Comparison of the training loss with that of earlier runs."""
 
     verdict: str = "unknown: no earlier run trained in the same way"
-    """The verdict in words."""
+    """Verdict in words."""
 
     runs: tuple[str, ...] = ()
-    """The earlier runs."""
+    """Names of the earlier runs."""
 
 
 class StageFigures(Record):
     reused: bool
-    """True if the last command had nothing to do."""
+    """True if the last command reused the stage's result."""
 
     why: str
 
 
 class Sharding(Record):
-    """How many ranks a run had, and what they sharded."""
+    """Number of ranks of a run, and what they sharded."""
 
     gpus: int = 1
-    """Ranks: each has a GPU of its own, or all share the cores of a CPU."""
+    """Number of ranks. Each has its own GPU, or all share the cores of a CPU."""
 
     zero_stage: Stage = 0
 
@@ -95,12 +95,12 @@ class Sharding(Record):
 
     @property
     def sharding(self) -> "Sharding":
-        """This part of a larger record."""
+        """The fields of this class, without those of a subclass."""
         return Sharding(gpus=self.gpus, zero_stage=self.zero_stage)
 
 
 class WorkloadFigures(Sharding):
-    """The device of a run, and how it was computed."""
+    """Device, number formats and kernels of a run."""
 
     device: str
     """Name of the device."""
@@ -132,13 +132,13 @@ class RunReport(WorkloadFigures):
     """Name of the model's size; custom for another shape."""
 
     parameters: int
-    """Parameters of the model; the tied embedding counts once."""
+    """Number of parameters of the model; the tied embedding counts once."""
 
     steps: int
-    """Optimiser steps of the whole run."""
+    """Number of optimiser steps of the whole run."""
 
     tokens: int
-    """Tokens trained on."""
+    """Number of tokens trained on."""
 
     train_loss: float
     """Loss of the last step, in nats per token."""
@@ -166,13 +166,13 @@ class RunReport(WorkloadFigures):
     """Speed over all steps except the first of each process."""
 
     mfu: float | None
-    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is not known."""
+    """Model FLOPs utilisation, from 0 to 1; None if the peak of the device is unknown."""
 
     peak_memory_bytes: int
     """Peak memory of the rank with the highest peak."""
 
     resume: str
-    """Exactness of a resume of this run."""
+    """Description of how exact a resume of this run is."""
 
     recoveries: list[Entry] = []  # noqa: RUF012, pydantic copies it
     data: CorpusFigures
@@ -187,7 +187,7 @@ class RunReport(WorkloadFigures):
     expected_loss: ExpectedLoss = ExpectedLoss()
     preflight: PreflightResult | None = None
     stages: dict[str, StageFigures] = {}  # noqa: RUF012
-    """Reuse by the last command, by stage."""
+    """Reuse by the last command, for each stage."""
 
     plan: list[Compared] = []  # noqa: RUF012
     """Predicted and measured figures; empty if there was no plan."""

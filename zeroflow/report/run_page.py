@@ -18,7 +18,7 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import count, duration, speed
 
 _LONGEST = 500
-"""Characters of a setting: a list of files may have thousands."""
+"""Maximum number of characters of a setting: a list of files may have thousands."""
 
 
 def page(
@@ -32,12 +32,12 @@ def page(
     """Return the page of a run.
 
     Args:
-        pages: addresses of pages in MLflow, by their subject.
+        pages: addresses of pages in MLflow, by subject.
     """
     folder = settings.folder
     parts: list[Markdown | Picture] = [Markdown(f"# {escaped(report.run)}")]
     if report.data.synthetic_fallback:
-        parts.append(Markdown("> **Synthetic data stood in for FineWeb-Edu.**"))
+        parts.append(Markdown("> **Synthetic data replaced FineWeb-Edu.**"))
     parts += [
         table(("", ""), _facts(report, workload, pages).items()),
         Picture(folder.loss_picture, "loss against tokens"),
@@ -65,7 +65,7 @@ def preflight_section(result: PreflightResult) -> Markdown:
         (check.name, "passed" if check.passed else bold("FAILED"), check.figure, check.sentence)
         for check in result.checks
     )
-    checks = table(("check", "", "found", ""), rows)
+    checks = table(("check", "result", "figure", "meaning"), rows)
     return Markdown(
         f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n{checks}"
     )
@@ -97,9 +97,11 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     if pages:
         facts["MLflow"] = Markdown(", ".join(link(*item) for item in pages.items()))
     if report.entropy is not None:
-        facts["Entropy of the data"] = f"{report.entropy:.4f} nats per token, the least possible"
+        facts["Entropy of the data"] = (
+            f"{report.entropy:.4f} nats per token, the lowest possible loss"
+        )
     if report.mfu is not None:
-        facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs a token"
+        facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs per token"
     return facts
 
 
@@ -120,7 +122,7 @@ def _preflight(result: PreflightResult | None) -> str:
         return "skipped"
     if result.passed:
         return f"passed: {len(result.checks)} checks"
-    return Markdown("**FAILED**, then skipped")
+    return Markdown("**FAILED**, skipped later")
 
 
 def metrics_section(latest: Mapping[str, float]) -> Markdown:
@@ -138,7 +140,7 @@ def _stages_section(stages: Mapping[str, StageFigures]) -> Markdown:
     )
     listed = table(("stage", "", "why"), rows)
     return Markdown(
-        f"## Stages\n\nStages that the last command reused or ran, and why.\n\n{listed}"
+        f"## Stages\n\nThe last command reused or ran each stage for this reason.\n\n{listed}"
     )
 
 
@@ -149,9 +151,9 @@ def _time_section(time: TimeFigures) -> Markdown:
     )
     again = f", {time.steps_again:,} steps trained again" if time.restarts else ""
     return Markdown(
-        f"## Time\n\n{time.goodput:.1%} of {duration(time.wall_seconds)} went into forward, "
-        f"backward and optimiser. Restarts: {time.restarts}{again}. Tokens/s are computed from the "
-        f"{time.training_seconds:,.1f} s of data wait, forward/backward, optimiser, "
+        f"## Time\n\nForward pass, backward pass and optimiser took {time.goodput:.1%} of "
+        f"{duration(time.wall_seconds)}. Restarts: {time.restarts}{again}. Tokens/s are computed "
+        f"from the {time.training_seconds:,.1f} s of data wait, forward/backward, optimiser, "
         f"communication and logging, without the first step of each process.\n\n"
         f"{table(('phase', 'seconds', 'share'), rows, right=' rr')}"
     )

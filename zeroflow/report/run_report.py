@@ -1,4 +1,4 @@
-"""Writes the report of a finished run: report.json, report.md and pictures, also in MLflow."""
+"""Writing the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
-    """A run with the results of its stages."""
+    """A finished run with the results of its stages."""
 
     settings: Settled
     job: TrainingJob
@@ -52,7 +52,7 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
     """Write the report of a finished run into its folder, show it, and add it to MLflow.
 
     Returns:
-        the path of report.json
+        The path of report.json.
     """
     folder = run.settings.folder
     records, time = METRICS.read(folder.metrics), goodput.read(folder)
@@ -185,13 +185,13 @@ def _draw(
     pictures.time_shares(
         {goodput.label(phase): share for phase, share in time.shares.items()},
         run.settings.folder.time_picture,
-        title=f"where {duration(time.wall_seconds)} of training went",
+        title=f"{duration(time.wall_seconds)} of training by phase",
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
 
 
 def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord]) -> str | None:
-    """Add the report to MLflow and return the run's id there; None if that failed."""
+    """Add the report to MLflow; the id of the MLflow run, or None after a failure."""
     folder, tracking = run.settings.folder, run.job.tracking
     ending = tracker.RunEnd(
         files=[

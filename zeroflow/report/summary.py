@@ -1,4 +1,4 @@
-"""Last lines of a run's command: its figures, and the paths of its results."""
+"""Last lines of a run's command: figures, and paths of the results."""
 
 import shlex
 import shutil
@@ -14,7 +14,7 @@ from zeroflow.units import speed
 
 
 def summary(report_file: Path, cache: Path) -> str:
-    """Summarise a run in a few lines: figures, and the paths of its results."""
+    """Return a summary of a run in a few lines: figures, and paths of the results."""
     report = RunReport.read(report_file)
     folder = RunFolder(report_file.parent)
     bpb = f", {report.val_bpb:.3f} bits per byte" if report.val_bpb else ""

@@ -1,4 +1,4 @@
-"""The stages of a sweep around its runs: check, record, compare."""
+"""Stages of a sweep besides its runs: check, record, compare."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ def require_as_started(sweep: SweepConfig) -> None:
         if different := started_otherwise(cell):
             raise ValueError(
                 f"run {cell.run_name} of sweep {sweep.name} was started with {different}: use "
-                "another --sweep-name, or the former setting"
+                "another --sweep-name, or the earlier setting"
             )
 
 
 def open_group(sweep: SweepConfig) -> None:
-    """Record the sweep, and open the MLflow run that is the parent of its runs."""
+    """Record the sweep, and open the MLflow run that is the parent of the sweep's runs."""
     uri, local = location(sweep.run.cache_dir)
     artifacts.write_json(sweep.folder.settings, sweep.model_dump(mode="json"))
     axes = ("sizes", "seeds", "learning_rates", "zero_stages")
@@ -87,5 +87,5 @@ def _members(sweep: SweepConfig) -> list[str]:
 def _sweep_of(folder: RunFolder) -> Any:
     try:
         return artifacts.read_json(folder.settings)["sweep"]
-    except (OSError, ValueError, LookupError):  # written by another version, or damaged
+    except (OSError, ValueError, LookupError):  # damaged, or written by another version
         return None
