@@ -139,7 +139,7 @@ def datasets_map(job: Job) -> Figures:
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(job.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(str(job.tokenizer), trust_remote_code=False)
 
     def tokenize(columns: dict[str, list[str]]) -> Any:
         return tokenizer(columns["text"])

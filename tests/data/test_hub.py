@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,9 +101,11 @@ facts["tokenizer"] = fetch_tokenizer(resolved.tokenizer, text, cache).model_dump
 facts["revision"] = resolved.tokenizer.tokenizer_revision
 """
     repo = llama_tokenizer_repo(gated=True)
+    repo = replace(repo, files=repo.contents | {"tokenizer_code.py": b"raise SystemExit"})
     with Hub([repo]) as hub:
         first = ask(script, hub.url, tmp_path, HF_TOKEN=TOKEN)
         assert not any("safetensors" in path for _, path in hub.requests)
+        assert not any(path.endswith(".py") for _, path in hub.requests), "no code is fetched"
         before = len(hub.requests)
         again = ask(script, hub.url, tmp_path)
         assert len(hub.requests) == before

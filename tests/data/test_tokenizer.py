@@ -7,6 +7,7 @@ import pytest
 from hub import llama_tokenizer_repo
 from hypothesis import given
 from hypothesis import strategies as st
+from public_tokenizers import like_qwen, of_bytes, save
 from tiny import apart_from_reuse, contents, jsonl_corpus
 from tokenizers import Tokenizer
 
@@ -199,6 +200,104 @@ def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, 
         fetch_tokenizer(config, text.corpus, tmp_path / "cache")
     folders = [path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir()]
     assert not folders
+
+
+@pytest.fixture
+def fetched(text, tmp_path):
+    """Fetches the tokenizer in a folder."""
+
+    def fetch(folder: Path):
+        config = TokenizerConfig(tokenizer_name=str(folder))
+        return fetch_tokenizer(config, text.corpus, tmp_path / "cache")
+
+    return fetch
+
+
+@pytest.mark.parametrize(
+    ("config", "special_map", "end"),
+    [
+        (None, {"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        (None, {"eos_token": {"content": "<|im_end|>", "special": True}}, "<|im_end|>"),
+        ({"eos_token": None}, {"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        ({"eos_token": "<|im_end|>"}, {"eos_token": "<|im_start|>"}, "<|im_end|>"),
+        ({}, {}, "<|endoftext|>"),
+    ],
+)
+def test_end_is_taken_from_whichever_file_declares_it(config, special_map, end, fetched, tmp_path):
+    tokenizer = fetched(save(tmp_path / "mine", like_qwen(), config, special_map))
+    assert tokenizer.end_of_text == tokenizer.load().token_to_id(end)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_settings_with_a_byte_order_mark_are_read(encoding, fetched, tmp_path):
+    folder = save(tmp_path / "mine", like_qwen())
+    text = '{"eos_token": "<|im_end|>"}'
+    (folder / "tokenizer_config.json").write_text(text, encoding=encoding)
+    tokenizer = fetched(folder)
+    assert tokenizer.end_of_text == tokenizer.load().token_to_id("<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds a list, where settings by name belong"),
+        ('"x"', "holds str, where settings by name belong"),
+        ('{"eos_token": ', "is not valid JSON"),
+        ('{"eos_token": [2]}', "--end-of-text"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_named(name, content, message, fetched, tmp_path):
+    folder = save(tmp_path / "mine", like_qwen())
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        fetched(folder)
+    assert name in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+def test_tokenizer_with_a_byte_order_mark_is_refused_with_what_to_do(fetched, tmp_path):
+    folder = save(tmp_path / "mine", like_qwen())
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=r"tokenizer.json .* without a byte-order mark"):
+        fetched(folder)
+
+
+def test_dropout_is_switched_off_with_a_warning(fetched, tmp_path, caplog):
+    tokenizer = fetched(save(tmp_path / "mine", of_bytes(), dropout=0.5))
+    assert "leaves out 0.5 of its merges at random (BPE dropout)" in caplog.text
+    words = "The river runs past the old stone bridge"
+    plain = fetched(save(tmp_path / "plain", of_bytes()))
+    assert encode(tokenizer, *[words] * 9) == encode(plain, words) * 9
+    assert tokenizer.load().encode(words).ids == encode(plain, words)[0]
+    digest = artifacts.file_sha256(tokenizer.file)
+    with_dropout = artifacts.fingerprint([digest, tokenizer.end_of_text])
+    assert tokenizer.fingerprint != with_dropout, "shards with random ids are not reused"
+
+
+def test_padding_and_truncation_are_switched_off_without_a_word(fetched, tmp_path, caplog):
+    padded = of_bytes()
+    padded.enable_padding(length=16, pad_id=0, pad_token="<|endoftext|>")
+    padded.enable_truncation(8)
+    tokenizer = fetched(save(tmp_path / "mine", padded))
+    plain = fetched(save(tmp_path / "plain", of_bytes()))
+    texts = ["", "a", "The river runs past the old stone bridge " * 9]
+    assert encode(tokenizer, *texts) == encode(plain, *texts)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_copied_nor_run(fetched, tmp_path):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n\nclass Mine: pass\n"
+    code = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenizer_mine.Mine", None]}}
+    folder = save(tmp_path / "mine", of_bytes(), code)
+    (folder / "tokenizer_mine.py").write_text(evil)
+    tokenizer = fetched(folder)
+    assert "tokenizer_mine.py" not in contents(tokenizer.path)
+
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    with pytest.raises(ValueError, match=r"no tokenizer.json, and the Python code .* is not run"):
+        fetched(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_synthetic_data_takes_no_tokenizer(tmp_path):

@@ -81,10 +81,15 @@ class Encoder(Protocol):
         """
         ...
 
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """The texts that come back from ids, without unknown tokens."""
+        ...
+
 
 class _HuggingFace:
     def __init__(self, file: Path) -> None:
         self._tokenizer = plain(file)
+        self._unknown = unknown_id(self._tokenizer)
 
     def added_tokens(self) -> list[str]:
         return [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
@@ -94,6 +99,10 @@ class _HuggingFace:
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         lengths = np.array([len(part) for part in ids], dtype=np.int64)
         return Encoded(np.concatenate([*ids, np.empty(0, np.int32)]), lengths)
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        known = [[id_ for id_ in text if id_ != self._unknown] for text in ids]
+        return self._tokenizer.decode_batch(known, skip_special_tokens=False)
 
 
 class _Fastokens:
@@ -110,18 +119,43 @@ class _Fastokens:
         offsets = np.frombuffer(ends, np.uint64).astype(np.int64)
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
 
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        # of byte-level tokenizers, for which it is chosen: they have no unknown token
+        return list(self._tokenizer.decode_batch(ids, False))
+
 
 _loaded: dict[tuple[str, EncoderName], Encoder] = {}
 _loading = threading.Lock()
 
 
 def plain(file: Path) -> tokenizers.Tokenizer:
-    """Hugging Face's tokenizer, set to treat special tokens that a text spells out as text."""
+    """Hugging Face's tokenizer, set so that the ids of a text are a function of the text alone.
+
+    Nothing is cut off, padded or drawn at random, and special tokens that a text spells out are
+    text.
+    """
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if dropout(tokenizer):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def dropout(tokenizer: tokenizers.Tokenizer) -> float:
+    """Share of merges that a BPE leaves out at random, so that a text has other ids every time."""
+    return getattr(tokenizer.model, "dropout", None) or 0.0
+
+
+def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id that stands for text outside the vocabulary; None if there is none."""
+    model = tokenizer.model
+    if isinstance(model, tokenizers.models.Unigram):
+        found: int | None = json.loads(model.__getstate__())["unk_id"]
+        return found
+    token = model.unk_token
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 def choose(file: Path) -> tuple[EncoderName, str]:
@@ -143,6 +177,8 @@ def choose(file: Path) -> tuple[EncoderName, str]:
 
 def compare(file: Path) -> tuple[EncoderName, str]:
     """The result of `choose`, computed in this process."""
+    if dropout(tokenizers.Tokenizer.from_file(str(file))):
+        return "tokenizers", f"{_fast_version()} cannot switch off the dropout of merges"
     reference = _HuggingFace(file)
     texts = hard_strings(reference.added_tokens())
     expected = reference.encode(texts)

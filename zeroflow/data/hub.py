@@ -8,7 +8,7 @@ file again from its start.
 import io
 import json
 import re
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,19 +71,22 @@ def model_revision(
 def download(
     name: str,
     revision: str | None,
-    patterns: list[str],
+    wanted: Callable[[str], bool],
     folder: Path,
     *,
     patience: Patience = READING,
 ) -> None:
-    """Fetch the files of a model repository that match `patterns` into `folder`.
+    """Fetch the files of a model repository into `folder`.
+
+    Args:
+        wanted: tells by the path of a file in the repository whether it is fetched.
 
     Raises:
         HubError: the hub refused or failed.
     """
     revision = revision or "main"
     for file in _tree("model", name, revision, patience):
-        if any(fnmatch(file.name, pattern) for pattern in patterns):
+        if wanted(file.name):
             path = folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             with _RemoteFile("model", name, file, revision, patience) as remote:

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +39,8 @@ FORMAT = 2
 
 _LLAMA_VOCAB_SIZE = 128_256
 _TRAINING_BYTES = 32_000_000
-_HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
-_HUB_FILES += ["*.model", "config.json"]
+_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
+_FILES += ["*.model", "config.json"]
 
 
 class TokenizerConfig(Config):
@@ -125,9 +126,10 @@ def resolve_tokenizer(
         return _resolve_auto(config, corpus, cache)
     if name == TRAINED_TOKENIZER or _local(name):
         return ResolvedTokenizer(config, "asked for")
-    if cached := _cached(config, cache):
+    if cached := _cached(config, cache):  # from the hub, or of a folder that is gone
         revision = TokenizerManifest.read(cached).revision
         return ResolvedTokenizer(config.replace(tokenizer_revision=revision), "cached")
+    _refuse_path(name)
     try:
         revision = hub.model_revision(name, config.tokenizer_revision, probe="tokenizer.json")
     except hub.HubError as error:
@@ -193,6 +195,67 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
     return _download(config, cache)
 
 
+def require_copy(tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer's directory is gone or damaged.
+    """
+    if tokenizer.path and TokenizerManifest.verified(tokenizer.path) is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.path} is missing or damaged: run the command of the run "
+            "again, which restores it"
+        )
+
+
+def own_copy(tokenizer: Tokenizer) -> Tokenizer | None:
+    """The tokenizer of a run, from its directory; None if that is gone or damaged."""
+    path = tokenizer.path
+    if path is None or TokenizerManifest.verified(path) is None:
+        return None
+    found = describe_tokenizer(path)
+    return found.replace(reused=True, why="; ".join(filter(None, (reuse.SAME, found.why))))
+
+
+def require_restorable(config: TokenizerConfig, trained: Tokenizer) -> None:
+    """Check that the tokenizer of a trained run is there, or can be made again.
+
+    Raises:
+        ValueError: its directory and the local files that it was copied from are both lost.
+    """
+    name, path = config.tokenizer_name, trained.path
+    if path is None or not _is_local(config) or TokenizerManifest.verified(path):
+        return
+    changed = changed_since(config, trained)
+    if changed or _local(name) is None:
+        state = f"has changed since ({changed})" if changed else "is gone"
+        raise ValueError(
+            f"the tokenizer that the run was trained with, {path}, is missing or damaged, and "
+            f"{name}, which it was copied from, {state}: restore one of them"
+        )
+
+
+def changed_since(config: TokenizerConfig, trained: Tokenizer) -> str:
+    """How a local tokenizer differs from the copy of it that a run was trained with.
+
+    Returns:
+        names of the files that differ; "" if none does, if they are gone, or if it is not local
+    """
+    source = _local(config.tokenizer_name) if _is_local(config) else None
+    if source is None or trained.path is None:
+        return ""
+    now = _digests(_tokenizer_files(source))
+    if (manifest := TokenizerManifest.verified(trained.path)) is None:
+        again = _copy_path(config, source, trained.path.parent)
+        return "" if again.name == trained.path.name else ", ".join(now)
+    before = {file: record.sha256 for file, record in manifest.files.items()}
+    if source.is_file():
+        now = {"tokenizer.json": now[source.name]}
+    elif "tokenizer.json" not in now:
+        before.pop("tokenizer.json")  # made from the others
+    names = sorted({*before, *now})
+    return ", ".join(n for n in names if _is_of_tokenizer(n) and before.get(n) != now.get(n))
+
+
 def describe_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a directory, from its manifest."""
     manifest = TokenizerManifest.read(path)
@@ -237,30 +300,28 @@ def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:
 
     def download(partial: Path) -> None:
         try:
-            hub.download(name, revision, _HUB_FILES, partial)
+            hub.download(name, revision, _is_of_tokenizer, partial)
         except hub.HubError as error:
             raise error.with_remedies(*_remedies(name)) from error
 
     identity = {"tokenizer_revision": revision, "end_of_text": config.end_of_text}
-    path = _cached(config, cache) or _hub_path(config, Cache(cache).tokenizers)
+    if (path := _cached(config, cache)) is None:
+        _refuse_path(name)
+        path = _hub_path(config, Cache(cache).tokenizers)
     return _ensure(path, config, _Origin("fetched", identity, download, revision=revision))
 
 
 def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
-    folder = source if source.is_dir() else source.parent
-    wanted = [source] if source.is_file() else sorted(_tokenizer_files(folder))
-    contents = {p.name: artifacts.file_sha256(p) for p in wanted}
-    fingerprint = artifacts.fingerprint([FORMAT, contents, config.end_of_text])
+    wanted = _tokenizer_files(source)
 
     def copy(partial: Path) -> None:
         for file in wanted:
             target = "tokenizer.json" if file == source else file.name
             shutil.copyfile(file, partial / target)
 
-    short = {file: digest[:12] for file, digest in contents.items()}
+    short = {file: digest[:12] for file, digest in _digests(wanted).items()}
     identity = {"file": short, "end_of_text": config.end_of_text}
-    path = root / f"{_slug(folder.resolve().name)}-{fingerprint}"
-    return _ensure(path, config, _Origin("copied", identity, copy))
+    return _ensure(_copy_path(config, source, root), config, _Origin("copied", identity, copy))
 
 
 def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:
@@ -347,17 +408,23 @@ def _remedies(name: str) -> tuple[str, ...]:
 
 
 def _local(name: str) -> Path | None:
-    """The folder or file called `name`; None for a name on the hub.
-
-    Raises:
-        ValueError: `name` looks like a path, but does not exist.
-    """
+    """The folder or file called `name`; None if there is none, as for names on the hub."""
     path = Path(name).expanduser()
-    if path.exists():
-        return path
+    return path if path.exists() else None
+
+
+def _is_local(config: TokenizerConfig) -> bool:
+    """True if a resolved tokenizer was copied from local files, which may be gone by now."""
+    return config.tokenizer_name != TRAINED_TOKENIZER and config.tokenizer_revision is None
+
+
+def _refuse_path(name: str) -> None:
+    """
+    Raises:
+        ValueError: the name is not one on the hub.
+    """
     if name.endswith(".json") or name.startswith((".", "/", "~")):
         raise ValueError(f"--tokenizer-name {name}: no such file or folder")
-    return None
 
 
 def _slug(name: str) -> str:
@@ -388,5 +455,25 @@ def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
     return newest.parent if newest else None
 
 
-def _tokenizer_files(folder: Path) -> set[Path]:
-    return {path for pattern in _HUB_FILES for path in folder.glob(pattern) if path.is_file()}
+def _copy_path(config: TokenizerConfig, source: Path, root: Path) -> Path:
+    """The directory of the copy of a local tokenizer, named after the contents of its files."""
+    identity = [FORMAT, _digests(_tokenizer_files(source)), config.end_of_text]
+    folder = source if source.is_dir() else source.parent
+    return root / f"{_slug(folder.resolve().name)}-{artifacts.fingerprint(identity)}"
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    return {file.name: artifacts.file_sha256(file) for file in files}
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    """The files of a local tokenizer: those in a folder, or one tokenizer.json of any name."""
+    if source.is_file():
+        return [source]
+    files = (path for path in source.iterdir() if path.is_file())
+    return sorted(path for path in files if _is_of_tokenizer(path.name))
+
+
+def _is_of_tokenizer(file: str) -> bool:
+    """Whether a file of that name belongs to a tokenizer. Code does not: none is ever run."""
+    return not file.endswith(".py") and any(fnmatchcase(file, pattern) for pattern in _FILES)

@@ -1,10 +1,11 @@
 """The directory of a tokenizer: its manifest, and checks of its files."""
 
+import codecs
 import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from pydantic import Field
@@ -19,6 +20,7 @@ from zeroflow.reuse import Fields
 
 log = logging.getLogger(__name__)
 
+_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _USUAL_ENDS = (bpe.END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
 
 
@@ -93,18 +95,24 @@ def seal_tokenizer(
     Raises:
         ValueError: the folder has no tokenizer, or it has no token that ends a document.
     """
+    settings = {file: _settings(folder / file, name) for file in (_CONFIG, _SPECIAL_TOKENS)}
     file = folder / "tokenizer.json"
     if not file.exists():
-        _convert(folder, name)
+        _convert(folder, name, settings[_CONFIG])
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
+        why = "save it as UTF-8 without a byte-order mark" if _has_mark(file) else str(error)
         raise ValueError(
-            f"--tokenizer-name {name}: {file.name} is not a valid tokenizer ({error})"
+            f"--tokenizer-name {name}: {file.name} is not a valid tokenizer ({why})"
         ) from error
-    end_of_text = _end_of_text(folder, tokenizer, name, end_token)
-    _warn_of_special_pieces(tokenizer)
+    end_of_text = _end_of_text(tokenizer, name, end_token or _declared_end(settings, name))
+    _warn_of_dropout(tokenizer, name)
+    _warn_of_special_pieces(encoding.plain(file))
     given = {"revision": revision, "corpus": corpus}
+    depends_on = [artifacts.file_sha256(file), end_of_text]
+    if encoding.dropout(tokenizer):
+        depends_on.append("no dropout")  # an earlier version drew the ids of its shards at random
     manifest = TokenizerManifest(
         identity=identity,
         **{name: value for name, value in given.items() if value is not None},
@@ -113,43 +121,91 @@ def seal_tokenizer(
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         end_of_text=end_of_text,
         asked_end=end_token,
-        fingerprint=artifacts.fingerprint([artifacts.file_sha256(file), end_of_text]),
+        fingerprint=artifacts.fingerprint(depends_on),
         encoder=EncoderChoice.make(folder),
     )
     artifacts.seal(folder, manifest.model_dump(mode="json", exclude_unset=True))
 
 
-def _convert(folder: Path, name: str) -> None:
-    """Write tokenizer.json for a tokenizer in another format.
+def _has_mark(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(3).startswith(
+            (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        )
+
+
+def _settings(file: Path, name: str) -> dict[str, Any]:
+    """The contents of a JSON file of settings; nothing if it does not exist.
 
     Raises:
-        ValueError: transformers cannot convert it.
+        ValueError: it does not hold a JSON object.
+    """
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())  # bytes: a byte-order mark is understood
+    except ValueError as error:
+        raise ValueError(
+            f"--tokenizer-name {name}: {file.name} is not valid JSON ({error}): mend or remove it"
+        ) from error
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else type(content).__name__
+        raise ValueError(
+            f"--tokenizer-name {name}: {file.name} holds {kind}, where settings by name belong, as "
+            'in {"eos_token": "</s>"}: mend or remove it'
+        )
+    return content
+
+
+def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
+    """Write tokenizer.json for a tokenizer that comes in another form.
+
+    Raises:
+        ValueError: transformers cannot convert it, or only with Python code that comes with it.
     """
     from transformers import AutoTokenizer  # slow to import, and rarely needed
 
     try:
-        AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer.save(
             str(folder / "tokenizer.json")
         )
     except Exception as error:
+        if "auto_map" in config:
+            raise ValueError(
+                f"{name} has no tokenizer.json, and the Python code of its own that {_CONFIG} "
+                "names (auto_map) is not run: save it as a tokenizer.json where you trust that "
+                "code, and name that folder"
+            ) from error
         raise ValueError(
             f"{name} has no tokenizer.json, and its files cannot be converted: {error}"
         ) from error
 
 
-def _end_of_text(
-    folder: Path, tokenizer: tokenizers.Tokenizer, name: str, end_token: str | None
-) -> int:
-    """Id of the token that ends documents: the requested, the declared, or a usual one.
+def _declared_end(settings: dict[str, dict[str, Any]], name: str) -> str | None:
+    """The token that the tokenizer's own files name as its end; None if they name none.
+
+    Raises:
+        ValueError: they name something that is not a token.
+    """
+    for file, content in settings.items():
+        declared = content.get("eos_token")
+        token = declared.get("content") if isinstance(declared, dict) else declared
+        if token is not None and not isinstance(token, str):
+            raise ValueError(
+                f"--tokenizer-name {name}: eos_token in {file} is {token!r}, not a token: mend it, "
+                "or name the token with --end-of-text"
+            )
+        if token:
+            return token
+    return None
+
+
+def _end_of_text(tokenizer: tokenizers.Tokenizer, name: str, token: str | None) -> int:
+    """The id of the token that ends documents, or of a usual one if none is named.
 
     Raises:
         ValueError: the vocabulary has no such token.
     """
-    token = end_token
-    settings = folder / "tokenizer_config.json"
-    if token is None and settings.exists():
-        declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        token = declared.get("content") if isinstance(declared, dict) else declared
     candidates = [token] if token else _USUAL_ENDS
     for candidate in candidates:
         if (found := tokenizer.token_to_id(candidate)) is not None:
@@ -160,12 +216,21 @@ def _end_of_text(
     )
 
 
+def _warn_of_dropout(tokenizer: tokenizers.Tokenizer, name: str) -> None:
+    if share := encoding.dropout(tokenizer):
+        log.warning(
+            "%s leaves out %g of its merges at random (BPE dropout), so that a text has other ids "
+            "every time: the dropout is switched off, in training and in exports",
+            name,
+            share,
+        )
+
+
 def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
     """Warn if a text that spells out a special token gets that token's id.
 
     Unigram models contain special tokens as ordinary pieces.
     """
-    tokenizer.encode_special_tokens = True
     special = {n: t.content for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     confused = [
         text
