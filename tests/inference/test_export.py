@@ -1,12 +1,19 @@
 import random
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub import english, llama_tokenizer_repo
+from public_tokenizers import like_llama_2, like_qwen, of_bytes, save
 from tiny import MODEL, jsonl_corpus, lively_model
 
+from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.inference.export import export
+from zeroflow.training import sampling
+from zeroflow.training.sampling import SamplingConfig
 
 MODEL_512 = MODEL.replace(vocab_size=512)
 
@@ -49,6 +56,73 @@ def test_transformers_opens_the_folder_with_the_same_logits_and_ids(tokenizer, t
     assert opened.eos_token_id == tokenizer.end_of_text
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
     assert not (folder / "manifest.json").exists()
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "gpt2 class": lambda folder: save(
+        folder, of_bytes(), {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    ),
+    "qwen class": lambda folder: save(
+        folder,
+        like_qwen(),
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
+    ),
+    "llama class": lambda folder: save(
+        folder, like_llama_2(), {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+    ),
+    "end only in the map": lambda folder: save(
+        folder, like_qwen(), None, {"eos_token": {"content": "<|im_end|>", "special": True}}
+    ),
+    "dropout": lambda folder: save(folder, of_bytes(), dropout=0.5),
+}
+PROMPTS = ["", "The river runs", "x\n\n1234 don't ", "<|im_end|> spelled out </s>"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_gives_the_ids_of_the_shards_and_goes_on_with_a_prompt_as_generate(kind, tmp_path):
+    from transformers import AutoTokenizer, pipeline
+
+    corpus = jsonl_corpus(tmp_path / "a.jsonl", ["any"])
+    config = TokenizerConfig(tokenizer_name=str(KINDS[kind](tmp_path / "tokenizer")))
+    tokenizer = fetch_tokenizer(config, corpus, tmp_path / "cache")
+    model, out = lively_model(MODEL_512), tmp_path / "exported"
+    export(model, tokenizer, out, context=64)
+
+    opened = AutoTokenizer.from_pretrained(out)
+    texts = encoding.hard_strings(["<|im_end|>", "</s>", "<tool_call>"])[::20]
+    flat, lengths = tokenizer.load_encoder().encode(texts)
+    shards = [ids.tolist() for ids in np.split(flat, np.cumsum(lengths)[:-1])]
+    assert opened(texts, add_special_tokens=False)["input_ids"] == shards
+    assert opened(texts)["input_ids"] == [[tokenizer.end_of_text, *ids] for ids in shards]
+
+    pipe = pipeline("text-generation", str(out))
+    greedy = SamplingConfig(temperature=0, tokens=9)
+    for prompt in PROMPTS:
+        theirs = pipe(prompt, do_sample=False, max_new_tokens=9)[0]["generated_text"]
+        ours = sampling.generate(model, tokenizer, prompt, greedy, context=64)
+        assert theirs.lstrip() == ours.lstrip() if not prompt else theirs == ours
+
+    settings = pipe.model.generation_config
+    ends = [settings.eos_token_id, settings.bos_token_id, pipe.model.config.eos_token_id]
+    assert {*ends, opened.eos_token_id, opened.bos_token_id} == {tokenizer.end_of_text}
+    default = SamplingConfig()
+    ours = (default.temperature, default.top_k, default.tokens)
+    assert (settings.temperature, settings.top_k, settings.max_new_tokens) == ours
+
+
+def test_ids_that_are_not_those_of_the_shards_are_refused_and_nothing_is_left(tmp_path):
+    """By an encoder that draws its ids at random, as an earlier version let it."""
+    corpus = jsonl_corpus(tmp_path / "a.jsonl", ["any"])
+    config = TokenizerConfig(tokenizer_name=str(KINDS["dropout"](tmp_path / "tokenizer")))
+    tokenizer = fetch_tokenizer(config, corpus, tmp_path / "cache")
+    random = tokenizer.replace(encoder="fastokens")
+    with pytest.raises(ValueError, match=r"would give other ids to .* cannot be exported"):
+        export(lively_model(MODEL_512), random, tmp_path / "exported", context=64)
+    assert not (tmp_path / "exported").exists()
 
 
 def test_model_of_synthetic_data_is_exported_without_a_tokenizer(tmp_path):

@@ -1,15 +1,29 @@
-"""Export a checkpoint to a folder that plain transformers opens."""
+"""Export a checkpoint to a folder that plain transformers opens.
 
+Whoever opens it gets what training used, without settings of their own: the ids of the shards, one
+end-of-text id, and prompts that begin after an end-of-text, as documents do.
+"""
+
+import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from zeroflow import artifacts
+from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.hugging_face import llama_config
 from zeroflow.model.llama import Llama
+from zeroflow.training.sampling import SamplingConfig
 
 log = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
 
 
 def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
@@ -19,25 +33,138 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
         context: context length in training, in tokens.
 
     Raises:
-        ValueError: `folder` exists and is not empty.
+        ValueError: `folder` exists and is not empty, or transformers would give other ids to a
+            text than those that the model was trained on.
     """
+    if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder for --out")
+    with _all_or_nothing(folder) as partial:
+        _write_model(model, tokenizer, partial, context)
+        if tokenizer.path is not None:
+            _write_tokenizer(tokenizer, partial, context)
+            _require_same_ids(tokenizer, partial)
+    log.info("exported to %s", folder)
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """Yield a folder whose files move into `folder` when the block ends without an error."""
+    partial = folder / _PARTIAL  # inside, as `folder` may be a disk of its own
+    shutil.rmtree(partial, ignore_errors=True)
+    existed = folder.exists()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        partial.rmdir()
+    except BaseException:
+        shutil.rmtree(partial if existed else folder, ignore_errors=True)
+        raise
+
+
+def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int) -> None:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: name a new folder for --out")
-    config = LlamaConfig.from_dict(
-        llama_config(model.config, context=context, end_of_text=tokenizer.end_of_text)
-    )
+    end = tokenizer.end_of_text
+    config = LlamaConfig.from_dict(llama_config(model.config, context=context, end_of_text=end))
     network = LlamaForCausalLM(config)
     weights = dict(model.state_dict())
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     network.load_state_dict(weights, strict=True)
+    sampling = SamplingConfig()  # as `zeroflow generate` samples by default
     network.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        max_new_tokens=sampling.tokens,
+        # ids that only pad the vocabulary and were never trained
+        suppress_tokens=list(range(tokenizer.vocab_size, model.config.vocab_size)) or None,
     )
     network.save_pretrained(folder)
-    if tokenizer.path is not None:
-        for file in tokenizer.path.iterdir():
-            if file.name not in (artifacts.MANIFEST, "config.json"):
-                shutil.copyfile(file, folder / file.name)
-    log.info("exported to %s", folder)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Write a tokenizer.json that is complete, and settings that leave it as it is.
+
+    A tokenizer's own settings may name a class such as GPT2Tokenizer, for which transformers 5
+    builds a pre-tokenizer of that class in place of the one in tokenizer.json.
+    """
+    loaded = tokenizer.load()
+    end, token = tokenizer.end_of_text, loaded.id_to_token(tokenizer.end_of_text)
+    assert token is not None, "its id was looked up by its text"
+    content: dict[str, Any] = json.loads(loaded.to_str())
+    content["post_processor"] = _begin_with(end, token)
+    content["decoder"] = _with_first_space(content["decoder"])
+    artifacts.write_json(folder / "tokenizer.json", content)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token,
+        "eos_token": token,
+        "pad_token": token,
+        "split_special_tokens": True,  # spelled out in a text, they are text
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+    }
+    artifacts.write_json(folder / "tokenizer_config.json", settings)
+
+
+def _begin_with(end: int, token: str) -> dict[str, Any]:
+    """The post-processor that puts an end-of-text before a text, and before each of a pair."""
+    # named by a word of our own, as the token's text may hold characters of the template's syntax
+    name = "end_of_text"
+    first, second = (
+        [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": which, "type_id": 0}}]
+        for which in "AB"
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, *second],
+        "special_tokens": {name: {"id": name, "ids": [end], "tokens": [token]}},
+    }
+
+
+def _with_first_space(decoder: Any) -> Any:
+    """A decoder that keeps the space before the first word.
+
+    transformers' text generation decodes the new tokens by themselves, where that space belongs.
+    """
+    match decoder:
+        case {"type": "Metaspace"}:
+            return decoder | {"prepend_scheme": "never"}
+        case {"type": "Strip"}:
+            return decoder | {"start": 0}
+        case {"type": "Sequence", "decoders": list(decoders)}:
+            return decoder | {"decoders": list(map(_with_first_space, decoders))}
+    return decoder
+
+
+def _require_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """Check that transformers gives the ids of the shards to hard strings.
+
+    Raises:
+        ValueError: it gives others to one of them.
+    """
+    from transformers import AutoTokenizer
+
+    special = [t.content for t in tokenizer.load().get_added_tokens_decoder().values()]
+    texts = encoding.hard_strings(special)
+    flat, lengths = tokenizer.load_encoder().encode(texts)
+    ours = np.split(flat, np.cumsum(lengths)[:-1])
+    opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    theirs = opened(texts, verbose=False)["input_ids"]
+    for text, expected, found in zip(texts, ours, theirs, strict=True):
+        # a document with an end-of-text inside is refused, so no shards hold one
+        if tokenizer.end_of_text in expected:
+            continue
+        if found != [tokenizer.end_of_text, *expected.tolist()]:
+            raise ValueError(
+                f"transformers would give other ids to {text[:60]!r} ({found[1:9]}...) than those "
+                f"of the training data ({expected[:8].tolist()}...), so {tokenizer.name} cannot be "
+                "exported"
+            )

@@ -49,9 +49,12 @@ def generate(
         agree: maps the token that this rank chose to the one that all ranks use.
     """
     loaded = tokenizer.load()
-    ids = [tokenizer.end_of_text, *loaded.encode(prompt, add_special_tokens=False).ids]
-    added = _sample(model, ids, tokenizer, config, context, agree)
-    return loaded.decode(ids[1:] + added, skip_special_tokens=False)
+    ids = loaded.encode(prompt, add_special_tokens=False).ids
+    # a document of the training data begins after an end-of-text
+    added = _sample(model, [tokenizer.end_of_text, *ids], tokenizer, config, context, agree)
+    # decoded together, as a word's space may be added by its neighbour
+    before, text = (loaded.decode(part, skip_special_tokens=True) for part in (ids, ids + added))
+    return prompt + text[len(before) :]
 
 
 @torch.no_grad()
