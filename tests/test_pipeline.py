@@ -1,16 +1,23 @@
 """The pipeline as a notebook calls it, without Prefect."""
 
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub import llama_tokenizer_repo
 from markdown_it import MarkdownIt
-from tiny import SHAPE, jsonl_corpus
+from public_tokenizers import of_bytes, save
+from tiny import SHAPE, contents, jsonl_corpus
 
 import zeroflow
 from zeroflow import Rows, RunConfig, load, pipeline, pretrain
+from zeroflow.inference import trained
 from zeroflow.report.pages import Page
 from zeroflow.settings.run_config import BuildChoice
+from zeroflow.settings.settle import settle
+from zeroflow.training import tracked
 
 TRAINING = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 12}
 TRAINING |= {"validation_tokens": 512, "learning_rate": 1e-2, "sample_tokens": 8}
@@ -44,16 +51,19 @@ def view() -> Broken:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, view: Broken) -> RunConfig:
-    """A run that has been trained on documents that quote markup."""
+    """A run trained on documents that quote markup, with a tokenizer in a folder of its own."""
     folder = tmp_path_factory.mktemp("notebook")
     texts = [f"def {QUOTES[i % len(QUOTES)]} " + "some more words. " * (i % 17) for i in range(600)]
     jsonl_corpus(folder / "quotes.jsonl", texts)
+    (folder / "tokenizer").mkdir()
+    for name, content in llama_tokenizer_repo(vocab_size=512).contents.items():
+        (folder / "tokenizer" / name).write_bytes(content)
     run = RunConfig(
         run_name="mine",
         cache_dir=folder / "cache",
         device="cpu",
         data={"data_mode": "files", "data_path": [str(folder / "quotes.jsonl")]},
-        tokenizer={"tokenizer_name": "train", "vocab_size": 512},
+        tokenizer={"tokenizer_name": str(folder / "tokenizer")},
         skip_preflight=True,
         model=SHAPE.model_dump(),
         training=TRAINING,
@@ -94,13 +104,88 @@ def test_finished_run_returns_at_once_with_its_report(
 
 
 def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> None:
-    trained = load("mine", run.cache_dir)
-    assert trained.generate("def f", tokens=4).startswith("def f")
-    rows = trained.rows("train")
+    loaded = load("mine", run.cache_dir)
+    assert loaded.generate("def f", tokens=4).startswith("def f")
+    rows = loaded.rows("train")
     assert isinstance(rows, Rows) and len(rows) > 0
     assert rows[[0, 1]].shape == (2, 33)
     with pytest.raises(ValueError, match=r"no run other in .*; existing runs: mine"):
         load("other", run.cache_dir)
+
+
+@pytest.fixture
+def source(run: RunConfig, tmp_path: Path) -> Iterator[Path]:
+    """The folder that the run's tokenizer was copied from; put back as it was."""
+    folder = Path(run.tokenizer.tokenizer_name)
+    shutil.copytree(folder, tmp_path / "kept")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", folder)
+
+
+def test_other_tokenizer_in_the_same_folder_is_refused_and_nothing_is_written(
+    run: RunConfig, source: Path
+) -> None:
+    before = contents(run.run_dir)
+    text = load("mine", run.cache_dir).generate("def f", tokens=4, temperature=0)
+    save(source, of_bytes(), {"eos_token": "<|endoftext|>"})
+    longer = run.model_dump(exclude_unset=True) | {"training": TRAINING | {"max_steps": 99}}
+    with pytest.raises(ValueError, match=r"other files in the tokenizer .* \(tokenizer.json, .*\)"):
+        pretrain(RunConfig.model_validate(longer))
+    assert contents(run.run_dir) == before
+    assert load("mine", run.cache_dir).generate("def f", tokens=4, temperature=0) == text
+
+
+def test_run_goes_on_with_its_copy_of_a_tokenizer_that_has_changed_or_is_gone(
+    run: RunConfig, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = load("mine", run.cache_dir).tokenizer
+    save(source, of_bytes(), {"eos_token": "<|endoftext|>"})
+    resumed = RunConfig(run_name="mine", cache_dir=run.cache_dir)
+    assert pretrain(resumed).steps == 12
+    assert "has changed (tokenizer.json, tokenizer_config.json" in caplog.text
+    shutil.rmtree(source)
+    for again in (resumed, run):
+        assert pipeline.fetch_tokenizer(settle(again).run).path == copy.path
+    unnamed = run.model_copy(update={"run_name": None})
+    assert settle(unnamed).run.tokenizer == run.tokenizer, "without asking the hub"
+
+
+def test_copy_that_is_gone_is_made_again_from_the_same_files_only(
+    run: RunConfig, source: Path, tmp_path: Path
+) -> None:
+    copy = load("mine", run.cache_dir).tokenizer
+    assert copy.path is not None
+    kept = tmp_path / "copy"
+    copy.path.rename(kept)
+    with pytest.raises(ValueError, match=r"is missing or damaged: run the command of the run"):
+        load("mine", run.cache_dir)
+    before = contents(run.run_dir)
+    resumed = RunConfig(run_name="mine", cache_dir=run.cache_dir, training={"max_steps": 99})
+    (source / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has changed since \(.*\): restore one of them"):
+        pretrain(resumed)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="is gone: restore one of them"):
+        pretrain(resumed)
+    assert contents(run.run_dir) == before
+    kept.rename(copy.path)
+
+
+def test_checkpoints_of_another_tokenizer_are_refused_before_the_job_is_replaced(
+    run: RunConfig,
+) -> None:
+    job = trained.job(run.cache_dir, "mine")
+    before = contents(run.run_dir)
+    other = job.replace(tokenizer=job.tokenizer.replace(fingerprint="other"))
+    with pytest.raises(ValueError, match="was trained on ids of tokenizer"):
+        tracked.train(other)
+    assert contents(run.run_dir) == before
+
+    other.write(job.folder.job)  # as an earlier version did
+    with pytest.raises(ValueError, match="restore the former files of the tokenizer"):
+        load("mine", run.cache_dir)
+    job.write(job.folder.job)
 
 
 def test_dask_needs_a_flow() -> None:

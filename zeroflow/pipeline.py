@@ -38,7 +38,13 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
-from zeroflow.training.job import TrainingJob, TrainResult, finished, why_trained
+from zeroflow.training.job import (
+    TrainingJob,
+    TrainResult,
+    finished,
+    trained_tokenizer,
+    why_trained,
+)
 from zeroflow.training.ownership import ownership
 
 log = logging.getLogger(__name__)
@@ -114,6 +120,18 @@ def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlemen
 
 
 def fetch_tokenizer(run: Settled) -> Tokenizer:
+    """Ensure that the run's tokenizer is in the cache; a trained run goes on with its copy.
+
+    Raises:
+        ValueError, hub.HubError: there is no such tokenizer.
+    """
+    trained = trained_tokenizer(run.folder)
+    if trained and (copy := tokenizers.own_copy(trained)):
+        if changed := tokenizers.changed_since(run.tokenizer, copy):
+            name = run.tokenizer.tokenizer_name
+            log.warning("%s has changed (%s): the run goes on with its copy", name, changed)
+        log.info("tokenizer reused: %s", copy.path)
+        return copy
     return tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SHAPE, jsonl_corpus
+from tiny import SHAPE, contents, jsonl_corpus
 
 from zeroflow import artifacts, pipeline
 from zeroflow.data import hub
@@ -188,6 +188,18 @@ def test_run_that_never_trained_begins_anew_with_other_settings(ask):
     assert not again.resumes and not ledger.exists()
     assert (again.run.training.seq_len, again.run.training.max_steps) == (128, 5)
     assert settle(ask(run_name="mine")).run == again.run
+
+
+def test_refused_change_of_a_run_that_never_trained_leaves_its_settings(ask):
+    run = settle(ask(run_name="mine")).run
+    before = contents(run.run_dir)
+    wrong = ask(run_name="mine", seed=1, training={"max_steps": 10, "warmup_steps": 99})
+    with pytest.raises(ValueError, match="warmup_steps"):
+        settle(wrong)
+    nowhere = {"data_mode": "files", "data_path": ["/nowhere/*.txt"]}
+    with pytest.raises(ValueError, match="nowhere"):
+        settle(ask(run_name="mine", data=nowhere))
+    assert contents(run.run_dir) == before
 
 
 def test_setting_that_is_changed_and_changed_back_is_what_was_given_last(ask):

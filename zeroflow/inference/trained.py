@@ -6,12 +6,11 @@ from typing import Any
 
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
-from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.data.tokenizer import Tokenizer, require_copy
 from zeroflow.model.llama import Llama
-from zeroflow.run_folder import Cache
 from zeroflow.settings import settle
 from zeroflow.training import checkpoint, sampling
-from zeroflow.training.job import TrainingJob
+from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.sampling import SamplingConfig
 
 
@@ -66,23 +65,20 @@ def load(cache: Path, name: str) -> Trained:
     if newest is None:
         raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
     found = job(cache, name)
-    return Trained(name, checkpoint.load_model(newest), found.tokenizer, found.shards)
+    tokenizer = found.tokenizer
+    checkpoint.require_resumable(newest.parent, found.model, tokenizer=tokenizer.fingerprint)
+    return Trained(name, checkpoint.load_model(newest), tokenizer, found.shards)
 
 
 def job(cache: Path, name: str) -> TrainingJob:
     """Load the training job of run `name`, with paths in `cache`.
 
     Raises:
-        ValueError: there is no such run, or it has no shards yet.
+        ValueError: there is no such run, it has no shards yet, or its tokenizer is gone.
     """
     settings = settle.load(cache, name)
-    file = settings.folder.job
-    if not file.exists():
+    if not settings.folder.job.exists():
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
-    found = TrainingJob.read(file)
-    # The cache may have been moved since the job was written
-    tokenizer = found.tokenizer
-    if tokenizer.path is not None:
-        tokenizer = tokenizer.replace(path=Cache(cache).tokenizers / tokenizer.path.name)
-    shards = found.shards.replace(path=Cache(cache).shards / found.shards.path.name)
-    return found.replace(run_dir=settings.run_dir, tokenizer=tokenizer, shards=shards)
+    found = read_job(settings.folder)
+    require_copy(found.tokenizer)
+    return found

@@ -7,8 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zeroflow import artifacts, reuse
-from zeroflow.data.corpus import resolve_corpus
-from zeroflow.data.tokenizer import resolve_tokenizer
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.tokenizer import (
+    ResolvedTokenizer,
+    changed_since,
+    require_restorable,
+    resolve_tokenizer,
+)
 from zeroflow.device import Device, find_device
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
@@ -22,6 +27,7 @@ from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
+from zeroflow.training.job import trained_tokenizer
 
 
 def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
@@ -49,20 +55,24 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
             f"run {wanted.run_name} was started with {different}: use another --run-name, or the "
             "earlier setting"
         )
+    discarded: RunFolder | None = None
     if recorded and resuming.difference(recorded, wanted):
         # Nothing is trained yet, so the run may start over with other settings
-        _discard_settings(recorded.folder)
+        discarded = recorded.folder
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
     refuse_more_gpus_than_there_are(wanted, device)
     refuse_what_the_device_cannot(wanted, device)  # before anything is looked up
     corpus, corpus_reason = resolve_corpus(wanted.data)
-    tokenizer, tokenizer_reason = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
+    tokenizer, tokenizer_reason = _tokenizer(recorded, wanted, corpus)
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
         run = run.replace(run_name=resuming.default_name(run))
     _ = run.schedule  # raises if its settings contradict each other; nothing is recorded yet
     acquire(run.run_dir)
+    # Nothing is written before this line, so a refusal leaves the run as it was
+    if discarded:
+        _discard_settings(discarded)
     if recorded:
         corpus_reason = tokenizer_reason = "as when the run was started"
     else:
@@ -94,7 +104,7 @@ def started_otherwise(asked: RunConfig) -> str | None:
     recorded = _recorded(asked)
     if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
-    return resuming.difference(recorded, _wanted(recorded, asked)) or None
+    return resuming.difference(recorded, _wanted(recorded, asked)) or _other_files(recorded, asked)
 
 
 def load(cache: Path, name: str) -> Settled:
@@ -124,6 +134,31 @@ def unlike_others(run: Settled) -> str:
 def size_of(asked: RunConfig) -> str:
     """Name of the model's size, taken from the existing run of this name if there is one."""
     return (_recorded(asked) or asked).model.name
+
+
+def _other_files(recorded: Settled, asked: RunConfig) -> str | None:
+    """The local tokenizer that is named again, if its files are not those of the start."""
+    trained, name = trained_tokenizer(recorded.folder), recorded.tokenizer.tokenizer_name
+    if trained is None or asked.tokenizer.tokenizer_name != name:
+        return None
+    changed = changed_since(recorded.tokenizer, trained)
+    return f"other files in the tokenizer {name} ({changed})" if changed else None
+
+
+def _tokenizer(
+    recorded: Settled | None, wanted: RunConfig, corpus: CorpusConfig
+) -> ResolvedTokenizer:
+    """Resolve the tokenizer, except that of a trained run, which goes on with its copy.
+
+    Raises:
+        ValueError: the copy is gone or damaged, and the local files it was made from have changed
+            or are gone as well.
+    """
+    trained = trained_tokenizer(recorded.folder) if recorded else None
+    if trained is None:
+        return resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
+    require_restorable(wanted.tokenizer, trained)
+    return ResolvedTokenizer(wanted.tokenizer, "as when the run was started")
 
 
 def _recorded(asked: RunConfig) -> Settled | None:

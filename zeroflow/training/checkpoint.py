@@ -337,6 +337,38 @@ def newest_step(folder: Path) -> int:
     return max(map(step_of, _all(folder)), default=0)
 
 
+def newest_facts(folder: Path) -> CheckpointFacts | None:
+    """Return the facts of the newest checkpoint whose manifest can be read; None without one.
+
+    Raises:
+        CheckpointError: its format belongs to another version of zeroflow.
+    """
+    found = _newest_readable(folder)
+    return found and found[1]
+
+
+def require_resumable(folder: Path, model: ModelConfig, *, tokenizer: str) -> None:
+    """Refuse to train on from checkpoints of another model or tokenizer.
+
+    Raises:
+        CheckpointError: the format, model or tokenizer of the newest one differs.
+    """
+    if found := _newest_readable(folder):
+        path, facts = found
+        _require_same(facts, path, model, tokenizer)
+
+
+def _newest_readable(folder: Path) -> tuple[Path, CheckpointFacts] | None:
+    for path in reversed(_all(folder)):
+        _require_signed_format(path)
+        try:
+            artifacts.read_signed(path / artifacts.MANIFEST)
+        except artifacts.DamagedArtifact:
+            continue  # `latest` sets it aside
+        return path, _facts(path)
+    return None
+
+
 def step_of(path: Path) -> int:
     return int("".join(filter(str.isdigit, path.name)))
 
@@ -357,12 +389,7 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
             "written in format %d",
             *(path, _OLDEST_FORMAT, CheckpointFacts.FORMAT),
         )
-    _require_same_model(state.model.config, facts.model, path)
-    if facts.tokenizer != tokenizer:
-        raise CheckpointError(
-            f"{path} was trained on ids of tokenizer {facts.tokenizer}, but this run has "
-            f"tokenizer {tokenizer}"
-        )
+    _require_same(facts, path, state.model.config, tokenizer)
     tensors = state_tensors(state)
     if _RANDOM_CUDA not in _names(path):
         tensors.pop(_RANDOM_CUDA, None)  # written by a run on a CPU
@@ -456,10 +483,16 @@ def _require_signed_format(path: Path) -> None:
         _facts(path)
 
 
-def _require_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:
+def _require_same(facts: CheckpointFacts, path: Path, model: ModelConfig, tokenizer: str) -> None:
     for name in ModelConfig.model_fields:
-        if (mine := getattr(ours, name)) != (other := getattr(theirs, name)):
+        if (mine := getattr(model, name)) != (other := getattr(facts.model, name)):
             raise CheckpointError(f"{path} has a model with {name} {other}, this run's has {mine}")
+    if facts.tokenizer != tokenizer:
+        raise CheckpointError(
+            f"{path} was trained on ids of tokenizer {facts.tokenizer}, but this run has "
+            f"tokenizer {tokenizer}: restore the former files of the tokenizer and run the same "
+            "command again, or use another --run-name"
+        )
 
 
 def _all(folder: Path) -> list[Path]:

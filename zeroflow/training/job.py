@@ -140,6 +140,32 @@ class TrainResult(StageResult):
     """Text that the model generated at the last validation."""
 
 
+def read_job(folder: RunFolder) -> TrainingJob:
+    """Read the job of a run, with paths in the cache that holds the run now: it may have moved."""
+    found = TrainingJob.read(folder.job)
+    tokenizer, cache = found.tokenizer, folder.cache
+    if tokenizer.path is not None:
+        tokenizer = tokenizer.replace(path=cache.tokenizers / tokenizer.path.name)
+    shards = found.shards.replace(path=cache.shards / found.shards.path.name)
+    return found.replace(run_dir=folder.path, tokenizer=tokenizer, shards=shards)
+
+
+def trained_tokenizer(folder: RunFolder) -> Tokenizer | None:
+    """The tokenizer that a run was trained with, as its job names it; None without a checkpoint.
+
+    Its directory may be gone.
+
+    Raises:
+        CheckpointError: the checkpoints belong to another version of zeroflow.
+    """
+    facts = checkpoint.newest_facts(folder.checkpoints)
+    if facts is None or not folder.job.exists():
+        return None
+    tokenizer = read_job(folder).tokenizer
+    # an earlier version replaced the job before it refused to resume with another tokenizer
+    return tokenizer if tokenizer.fingerprint == facts.tokenizer else None
+
+
 def finished(job: TrainingJob) -> TrainResult | None:
     """Return the result of the job if it has been trained to its last step."""
     result = read_result(job)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from zeroflow.tracking.tracker import Tracker
+from zeroflow.training import checkpoint
 from zeroflow.training.events import Event, Started
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult, finished
@@ -18,9 +19,14 @@ def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: No
         on_event: called in this process with every new event.
 
     Raises:
+        CheckpointError: the run's checkpoints have another model or tokenizer.
         TrainingFailed: a rank failed; the message has its reason or its last output.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
+    # before the job of the run that wrote them is replaced
+    checkpoint.require_resumable(
+        job.folder.checkpoints, job.model, tokenizer=job.tokenizer.fingerprint
+    )
     job.write(job.folder.job)
     with _tracked(job) as begin:
 
