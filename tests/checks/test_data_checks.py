@@ -1,9 +1,18 @@
 """Checks of the shards."""
 
-from checked import SHARDS, assert_failed, checked_job
-from tiny import jsonl_corpus
+import random
+import re
 
+import pytest
+from checked import SHARDS, assert_failed, checked_job
+from hub import english
+from public_tokenizers import of_bytes, of_words, save
+from tiny import jsonl_corpus
+from tokenizers import Tokenizer, normalizers
+
+from zeroflow import artifacts
 from zeroflow.checks import data_checks
+from zeroflow.checks.check import Check
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.rows import Rows
@@ -29,3 +38,68 @@ def test_ids_of_another_tokenizer_are_caught_by_their_text(text, tmp_path):
     sound = data_checks.text(rows, text.tokenizer)
     assert sound.passed and float(sound.figure.partition("%")[0]) > 95
     assert_failed(data_checks.text(rows, other), "survive", "zeroflow data")
+
+
+@pytest.fixture
+def lost_text(tmp_path):
+    """Builds shards of English with a tokenizer, and checks them."""
+    documents = [english(random.Random(seed)) for seed in range(60)]
+    corpus = jsonl_corpus(tmp_path / "english.jsonl", documents)
+
+    def check(tokenizer: Tokenizer, end: str) -> Check:
+        folder = save(tmp_path / "tokenizer", tokenizer, {"eos_token": end})
+        config = TokenizerConfig(tokenizer_name=str(folder))
+        fetched = fetch_tokenizer(config, corpus, tmp_path)
+        shards = build_shards(SHARDS, corpus, fetched, tmp_path)
+        found = {check.name: check for check in checks_of(tmp_path, shards, fetched)}
+        assert all(check.passed for name, check in found.items() if name != "lost text")
+        return found["lost text"]
+
+    return check
+
+
+def checks_of(folder, shards, tokenizer) -> list[Check]:
+    job = checked_job(folder, shards, tokenizer)
+    return list(data_checks.checks(job.shards, job.tokenizer, job.model))
+
+
+def test_words_outside_the_vocabulary_fail_with_their_share(lost_text, caplog):
+    found = lost_text(of_words("the", "river"), "</s>")
+    assert_failed(found, "characters lost", "the limits are 10% unknown", "--tokenizer-name train")
+    unknown = float(found.figure.split("%")[0])
+    words = re.findall(r"\w+|[^\w\s]+", " ".join(english(random.Random(n)) for n in range(60)))
+    known = sum(word in ("the", "river") for word in words)
+    assert unknown == pytest.approx(100 - 100 * known / len(words), abs=3)
+    early = "do not come back from the ids of"
+    assert any(early in text and "will refuse it" in text for text in caplog.messages)
+
+
+def test_lower_casing_passes_with_a_warning_that_names_its_share(lost_text, caplog):
+    tokenizer = of_bytes()
+    tokenizer.normalizer = normalizers.Lowercase()
+    found = lost_text(tokenizer, "<|endoftext|>")
+    text = "".join(english(random.Random(seed)) for seed in range(60))
+    share = 100 * sum(map(str.isupper, text)) / len(text)
+    assert found.passed and found.warning
+    unknown, lost = (float(share) for share in re.findall(r"([\d.]+)%", found.figure))
+    assert unknown == 0
+    assert lost == pytest.approx(share, abs=0.3)
+    assert any("the pre-flight judges it" in message for message in caplog.messages)
+
+
+def test_text_that_comes_back_whole_passes_without_a_warning(lost_text, caplog):
+    found = lost_text(of_bytes(), "<|endoftext|>")
+    assert found.passed and not found.warning
+    assert re.findall(r"([\d.]+)%", found.figure) == ["0.00", "0.00"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_shards_of_a_version_that_took_no_sample_are_checked_for_unknown_tokens(text, tmp_path):
+    shards = build_shards(SHARDS, *text[:2], tmp_path)
+    for part in shards.part_paths:
+        manifest = artifacts.read_signed(part / artifacts.MANIFEST)
+        assert manifest.pop("returned")
+        artifacts.write_signed(part / artifacts.MANIFEST, manifest)
+    found = data_checks.lost_text(shards, text.tokenizer)
+    assert found.passed and re.findall(r"([\d.]+)%", found.figure) == ["0.00"]
+    assert "an earlier version built the shards" in found.sentence

@@ -18,6 +18,7 @@ ALL_CHECKS = [
     "checksums",
     "token ids",
     "text",
+    "lost text",
     "loss at initialisation",
     "gradients",
     "causality",

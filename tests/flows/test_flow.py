@@ -60,7 +60,7 @@ def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
     report = flow.report("first")
     assert report["status"] == "completed"
     assert report["overfit"]["passed"] and report["overfit"]["loss"] < 0.1
-    assert report["preflight"]["passed"] and len(report["preflight"]["checks"]) == 8
+    assert report["preflight"]["passed"] and len(report["preflight"]["checks"]) == 9
     assert report["val_loss"] < report["first_val_loss"]
     assert report["val_bpb"] > 0
     assert report["data"]["mode"] == "sample"
@@ -149,10 +149,10 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
 
 def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) -> None:
     flow, output = sample
-    assert output.index("pre-flight passed: 8 checks") < output.index("step 0: validation")
+    assert output.index("pre-flight passed: 9 checks") < output.index("step 0: validation")
     assert "pre-flight: gradients: 20 of 20 parameters. They get" in output
     page = (flow.folder("first") / "report.md").read_text()
-    assert "| Pre-flight | passed: 8 checks |" in page
+    assert "| Pre-flight | passed: 9 checks |" in page
     assert "| causality | passed | largest change 0 | " in page
 
 
@@ -293,7 +293,7 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     assert "loss by step:" in output and "Traceback" not in output
     assert flow.report("longer")["steps"] == 16
     page = (flow.folder("longer") / "report.md").read_text()
-    assert "| Pre-flight | passed: 8 checks |" in page, "by the command before"
+    assert "| Pre-flight | passed: 9 checks |" in page, "by the command before"
     assert flow.report("longer")["status"] == "failed"
     assert mlflow_run(flow, "longer").info.status == "FAILED"
 
@@ -309,7 +309,7 @@ def test_generate_prints_text_and_export_opens_in_transformers(
     assert text.startswith("def f") and len(text) > len("def f\n")
     zeroflow(flow, "export", "--run=first", f"--out={out}")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     from zeroflow.inference import trained
 
@@ -319,6 +319,9 @@ def test_generate_prints_text_and_export_opens_in_transformers(
     with torch.no_grad():
         # fp32 on both sides; the order of additions differs
         torch.testing.assert_close(theirs(ids).logits, ours.model(ids), atol=1e-5, rtol=0)
+    greedy = ["--run=first", "--prompt=def f", "--tokens=8", "--temperature=0"]
+    [answer] = pipeline("text-generation", str(out))("def f", do_sample=False, max_new_tokens=8)
+    assert zeroflow(flow, "generate", *greedy) == answer["generated_text"] + "\n"
 
 
 @pytest.mark.slow

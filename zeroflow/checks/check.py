@@ -2,6 +2,8 @@
 
 import logging
 
+from pydantic import Field
+
 from zeroflow.config import Config
 from zeroflow.training import zero
 
@@ -13,6 +15,9 @@ class Check(Config):
 
     name: str
     passed: bool
+    warning: bool = Field(False, exclude_if=lambda value: not value)
+    """True if it passed with something that the user should know."""
+
     figure: str
     """Measured figure, with its unit."""
 

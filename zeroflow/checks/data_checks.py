@@ -5,6 +5,9 @@ To add one, write a function that returns a `Check`, and yield it in `checks`.
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,20 @@ import numpy.typing as npt
 
 from zeroflow import artifacts
 from zeroflow.checks.check import Check, on_every_rank
+from zeroflow.data import encoding
+from zeroflow.data.returned_text import (
+    MOST_LOST,
+    MOST_UNKNOWN,
+    WORTH_A_WARNING,
+    ReturnedText,
+)
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PartManifest, ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 
 _SAMPLED_PARTS = 3
+_SAMPLED_MANIFESTS = 100
 _SAMPLED_ROWS = 256
 _DECODED_ROWS = 16
 _MIN_REENCODED = 0.75
@@ -35,13 +46,14 @@ def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterat
     yield ids
     if ids.passed and tokenizer.path is not None:  # synthetic ids have no text
         yield on_every_rank(text(Rows(shards, "train"), tokenizer))
+        yield on_every_rank(lost_text(shards, tokenizer))
 
 
 def checksums(shards: ShardSet) -> Check:
     """Verify the checksums of a few parts; all parts were verified when built or reused."""
-    numbers = np.unique(np.linspace(0, shards.parts - 1, _SAMPLED_PARTS).astype(int)).tolist()
+    paths = _some_parts(shards, _SAMPLED_PARTS)
     try:
-        parts = (artifacts.verify(shards.part_paths[number]) for number in numbers)
+        parts = map(artifacts.verify, paths)
         files = sum(len(PartManifest.model_validate(part).files) for part in parts)
     except artifacts.DamagedArtifact as damage:
         sentence = f"{damage}: run the same command again to set that part aside and rebuild it"
@@ -49,7 +61,7 @@ def checksums(shards: ShardSet) -> Check:
     return Check(
         name="checksums",
         passed=True,
-        figure=f"{files} files in {len(numbers)} of {shards.parts} parts",
+        figure=f"{files} files in {len(paths)} of {shards.parts} parts",
         sentence="Their checksums match; all parts were verified when the shards were built or "
         "reused",
     )
@@ -96,6 +108,43 @@ def text(rows: Rows, tokenizer: Tokenizer) -> Check:
         )
     figure = f"{share:.1%} of {total:,} ids"
     return Check(name="text", passed=passed, figure=figure, sentence=sentence)
+
+
+def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
+    """Check that few tokens are unknown, and that little text is lost on the way to ids."""
+    rows = _spread(Rows(shards, "train"), _SAMPLED_ROWS)
+    ids = rows[rows != shards.end_of_text]
+    unknown_id = encoding.unknown_id(tokenizer.load())
+    unknown = 0.0 if unknown_id is None else float((ids == unknown_id).mean())
+    manifests = map(PartManifest.read, _some_parts(shards, _SAMPLED_MANIFESTS))
+    samples = [manifest.returned for manifest in manifests if manifest.returned]
+    returned = reduce(add, samples, ReturnedText())
+    lost = returned.lost_share
+    figure = f"{unknown:.2%} of {ids.size:,} tokens unknown"
+    if samples:
+        figure += f", {lost:.2%} of {returned.characters:,} characters lost"
+        sentence = (
+            "Lost characters do not come back when the text is encoded and decoded again; the "
+            f"limits are {MOST_UNKNOWN:.0%} unknown and {MOST_LOST:.0%} lost"
+        )
+    else:
+        sentence = (
+            f"The limit is {MOST_UNKNOWN:.0%}; how much text is lost is not known, because an "
+            "earlier version built the shards"
+        )
+    if warning := max(unknown, lost) >= WORTH_A_WARNING:
+        sentence += (
+            f". The model never sees what {tokenizer.name} leaves out; if the text needs it, use "
+            "another tokenizer, such as --tokenizer-name train"
+        )
+    passed = unknown < MOST_UNKNOWN and lost < MOST_LOST
+    return Check(name="lost text", passed=passed, warning=warning, figure=figure, sentence=sentence)
+
+
+def _some_parts(shards: ShardSet, most: int) -> list[Path]:
+    """Return at most `most` parts, spread evenly from the first to the last."""
+    numbers = np.unique(np.linspace(0, shards.parts - 1, most).astype(int)).tolist()
+    return [shards.part_paths[number] for number in numbers]
 
 
 def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:

@@ -191,7 +191,8 @@ def work(job: PreflightJob, stop: Stop) -> None:
     stopped = False
     for check in checks(job):
         if check.passed:
-            log.info("pre-flight: %s: %s. %s", check.name, check.figure, check.sentence)
+            level = logging.WARNING if check.warning else logging.INFO
+            log.log(level, "pre-flight: %s: %s. %s", check.name, check.figure, check.sentence)
         done.append(check)
         if stopped := stop():
             break

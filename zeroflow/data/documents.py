@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from zeroflow.data import arrays
 from zeroflow.data.arrays import Int64Array
+from zeroflow.data.returned_text import ReturnedText
 
 BATCH_DOCUMENTS = 1000
 """Maximum number of documents in a batch."""
@@ -80,9 +81,12 @@ class TextBatch(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts of documents and lines that were left out while reading."""
+    """Counts of documents and lines that were left out while reading, and a sample of lost text."""
 
     empty: int = 0
+    returned: ReturnedText | None = None
+    """A sample of the text that was encoded and decoded again."""
+
     bad_lines: int = 0
     bad_places: list[str] = field(default_factory=list)
     """Places of the first bad lines, each with the fault."""

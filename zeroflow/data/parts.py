@@ -18,7 +18,8 @@ from zeroflow.data.documents import Tally
 from zeroflow.data.duplicates import SeenTexts
 from zeroflow.data.file_writer import FileWriter
 from zeroflow.data.part_job import BuiltPart, PartJob
-from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, Split
+from zeroflow.data.returned_text import MOST_LOST, WORTH_A_WARNING, ReturnedText
+from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, Split, part_path
 from zeroflow.data.split_writer import SplitWriter
 from zeroflow.data.tokenizing import tokenize
 
@@ -46,8 +47,8 @@ def build_part(job: PartJob) -> BuiltPart:
     start = time.perf_counter()
 
     def write(partial: Path) -> None:
-        facts, records = _write(partial, job)
-        artifacts.seal(partial, {"facts": facts.model_dump(mode="json")}, records)
+        manifest, records = _write(partial, job)
+        artifacts.seal(partial, manifest.model_dump(mode="json", exclude_none=True), records)
 
     try:
         reused = artifacts.build_once(job.path, write)
@@ -60,16 +61,33 @@ def build_part(job: PartJob) -> BuiltPart:
                 "Complete parts are kept",
             ) from error
         raise
-    facts = PartManifest.read(job.path).facts
+    manifest = PartManifest.read(job.path)
+    facts = manifest.facts
     seconds = 0.0 if reused else time.perf_counter() - start
     if not reused:
         tokens = facts.train.document_tokens + facts.validation.document_tokens
         log.info("%s: %s tokens in %.1f s", job.path.name, f"{tokens:,}", seconds)
+        if manifest.returned and job.path == part_path(job.path.parent, 0):
+            _warn_of_loss(manifest.returned, job.tokenizer.name)
     return BuiltPart(facts=facts, seconds=seconds)
 
 
-def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, FileRecord]]:
-    """Write the part's files; its facts, and the manifest's entries for the files of rows."""
+def _warn_of_loss(returned: ReturnedText, tokenizer: str) -> None:
+    """Warn, while later parts are still to be built, of what the pre-flight is going to judge."""
+    if (share := returned.lost_share) >= WORTH_A_WARNING:
+        verdict = "will refuse it" if share >= MOST_LOST else "judges it"
+        log.warning(
+            "%.1f%% of the characters do not come back from the ids of %s, in %s characters of the "
+            "first part: the pre-flight %s",
+            100 * share,
+            tokenizer,
+            f"{returned.characters:,}",
+            verdict,
+        )
+
+
+def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileRecord]]:
+    """Write the part's files; its manifest, and the manifest's entries for the files of rows."""
     tally, duplicates = Tally(), 0
     seen = SeenTexts(job.earlier) if job.corpus.is_text and job.corpus.deduplicate else None
     with FileWriter() as writer, DocumentTable.create(folder) as table:
@@ -102,4 +120,4 @@ def _write(folder: Path, job: PartJob) -> tuple[PartFacts, dict[str, FileRecord]
             bad_lines=tally.bad_lines,
             bad_places=tuple(tally.bad_places),
         )
-    return facts, writer.records()
+    return PartManifest(facts=facts, returned=tally.returned), writer.records()

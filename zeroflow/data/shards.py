@@ -32,6 +32,7 @@ from zeroflow.config import Config
 from zeroflow.data import slices, synthetic
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
+from zeroflow.data.returned_text import ReturnedText
 from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes
 from zeroflow.reuse import StageResult
 
@@ -119,6 +120,10 @@ class PartManifest(Config):
     """manifest.json of a part."""
 
     facts: PartFacts
+    returned: ReturnedText | None = None
+    """A sample of its text, encoded and decoded again. None for synthetic data, and in the parts of
+    earlier versions."""
+
     files: dict[str, FileRecord] = Field(default_factory=dict)
     """Added by `artifacts.seal`."""
 

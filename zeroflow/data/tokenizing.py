@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from zeroflow.data import arrays, synthetic
+from zeroflow.data import arrays, returned_text, synthetic
 from zeroflow.data.arrays import Int64Array, TokenArray
 from zeroflow.data.documents import Tally
 from zeroflow.data.duplicates import hash_texts
@@ -33,6 +33,7 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
     split = map(job.holdout.apply, read_slice(job.corpus, job.piece, tally))
     for read, held_out in read_ahead(split):
         ids, lengths = encoder.encode(read.texts)
+        tally.returned = tally.returned or returned_text.sample(encoder, read.texts)
         _require_valid(job, ids, lengths, read.ids)
         count = len(lengths)
         documents = DocumentColumns(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from zeroflow.checks.check import Check
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.markup import Markdown, block, bold, code, escaped, link, shortened, table
@@ -61,10 +62,7 @@ def page(
 
 def preflight_section(result: PreflightResult) -> Markdown:
     """Return the section about the checks before training."""
-    rows = (
-        (check.name, "passed" if check.passed else bold("FAILED"), check.figure, check.sentence)
-        for check in result.checks
-    )
+    rows = ((check.name, _outcome(check), check.figure, check.sentence) for check in result.checks)
     checks = table(("check", "result", "figure", "meaning"), rows)
     return Markdown(
         f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n{checks}"
@@ -103,6 +101,12 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     if report.mfu is not None:
         facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs per token"
     return facts
+
+
+def _outcome(check: Check) -> Markdown | str:
+    if not check.passed:
+        return bold("FAILED")
+    return bold("passed with a warning") if check.warning else "passed"
 
 
 def _error(report: RunReport) -> str:
