@@ -1,4 +1,4 @@
-"""Prove that resume is exact, seen in Prefect: `python flows/prove_resume.py --kills 5`."""
+"""Prove that resume is exact, as a flow in Prefect: `python flows/prove_resume.py --kills 5`."""
 
 from zeroflow.cli.flow import main
 from zeroflow.orchestration.names import PROVE_RESUME

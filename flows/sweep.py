@@ -6,5 +6,5 @@ from zeroflow.orchestration.names import SWEEP
 if __name__ == "__main__":
     main(SWEEP)
 else:
-    # Deployments of earlier versions name the flow of this file
+    # Deployments of earlier versions refer to the flow in this file
     from zeroflow.orchestration.flows import sweep  # noqa: F401

@@ -22,7 +22,7 @@ def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
     assert known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
     for name in ("NVIDIA L4", "L4", "l4"):
         assert known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
-    with pytest.raises(ValueError, match="any of: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
+    with pytest.raises(ValueError, match="choose from: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
         known_gpu("H100")
     with pytest.raises(ValueError, match="not one of: NVIDIA H200, "):
         known_gpu("Abacus")

@@ -1,4 +1,4 @@
-"""zeroflow: raw web text to a trained, checked and comparable LLaMA-style language model.
+"""zeroflow: from raw web text to a trained, checked and comparable LLaMA-style language model.
 
 from zeroflow import RunConfig, load, pretrain
 
@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # Libraries read these when they are imported. Arrow's own allocator returns pages to the system and
-# requests them again, which took a tenth of the build time.
+# requests them again, which took a tenth of the build time
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zeroflow.inference.trained import Trained as Trained
     from zeroflow.settings.run_config import RunConfig as RunConfig
 
-# Modules of the public names. They are imported at first use: a training process needs few of them.
+# Modules of the public names, imported at first use, because a training process needs few of them
 _PUBLIC = {
     "RunConfig": "zeroflow.settings.run_config",
     "Rows": "zeroflow.data.rows",

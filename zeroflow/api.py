@@ -1,4 +1,4 @@
-"""The public functions: run the pipeline without Prefect, and load its results."""
+"""Public functions: run the pipeline without Prefect, and load its results."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is fr
     the logger `zeroflow`: `logging.basicConfig(level="INFO")` shows it.
 
     Returns:
-        the run's report, as in its report.json
+        The run's report, as in its report.json.
 
     Raises:
         ValueError, HubError: the settings or the input cannot be used.
@@ -31,6 +31,6 @@ def load(name: str, cache_dir: Path | str = DEFAULT_CACHE) -> Trained:
     """Load the newest checkpoint of run `name`, with its tokenizer and shards.
 
     Raises:
-        ValueError: there is no such run in `cache_dir`, or it has no checkpoint yet.
+        ValueError: `cache_dir` has no such run, or the run has no checkpoint yet.
     """
     return trained.load(Path(cache_dir), name)

@@ -1,4 +1,4 @@
-"""Directories that are complete or absent, and the fingerprints that name them."""
+"""Directories that are either complete or absent, and fingerprints for their names."""
 
 import errno
 import hashlib
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WRITE_BYTES = 2**17
-"""Bytes per write. For larger writes, Linux uses larger pages. A virtual machine may have returned
-their memory to its host, and getting it back takes ten times as long."""
+"""Bytes per write. For larger writes, Linux allocates larger pages. A virtual machine may have
+returned their memory to its host, and getting it back takes ten times as long."""
 
 DAMAGED = ".damaged-"
-"""Part of the name of a directory that is set aside."""
+"""Part of the name of a directory that was set aside."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, an exhausted quota and a file at its size limit."""
@@ -44,7 +44,7 @@ _FILES = TypeAdapter(dict[str, FileRecord])
 
 
 class DamagedArtifact(ValueError):
-    """A directory whose files are not those its manifest lists."""
+    """A directory whose files differ from its manifest."""
 
 
 def fingerprint(identity: Any) -> str:
@@ -73,7 +73,7 @@ def read_json(path: Path) -> Any:
     """
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not valid JSON: it was truncated or changed.
+        ValueError: the file is not valid JSON, because it was truncated or changed.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def write_signed(path: Path, content: JsonObject) -> None:
 
 
 def read_signed(path: Path) -> JsonObject:
-    """Read what `write_signed` wrote.
+    """Read a file that `write_signed` wrote.
 
     Raises:
         DamagedArtifact: the file is missing, cannot be read, or was changed.
@@ -97,7 +97,7 @@ def read_signed(path: Path) -> JsonObject:
     try:
         content: JsonObject = read_json(path)
         if content.pop("sha256", None) != _sha256(content):
-            raise ValueError("it was changed")
+            raise ValueError("its content was changed")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DamagedArtifact(f"{path.parent} has no readable {path.name}: {error}") from error
     return content
@@ -149,7 +149,9 @@ def verify(directory: Path) -> JsonObject:
     listed = _FILES.validate_python(manifest["files"])
     found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     if unexpected := found - set(listed) - {MANIFEST}:
-        raise DamagedArtifact(f"{directory} holds files its manifest does not list: {unexpected}")
+        raise DamagedArtifact(
+            f"{directory} has files that its manifest does not list: {unexpected}"
+        )
     for name, facts in listed.items():
         path = directory / name
         if name not in found:
@@ -157,7 +159,7 @@ def verify(directory: Path) -> JsonObject:
         if (size := path.stat().st_size) != facts.bytes:
             raise DamagedArtifact(f"{path} has {size} bytes instead of {facts.bytes}")
         if file_sha256(path) != facts.sha256:
-            raise DamagedArtifact(f"{path} is not what was written: its sha256 differs")
+            raise DamagedArtifact(f"{path} was changed: its sha256 differs")
     return manifest
 
 
@@ -181,11 +183,11 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path, reason: object) -> Path:
-    """Rename a damaged directory, to keep it without ever using it."""
+    """Rename a damaged directory, so that it is kept but never used."""
     number = 1
     while (aside := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
         number += 1
-    log.warning("%s: kept as %s, and not used", reason, aside)
+    log.warning("%s: kept as %s, but not used", reason, aside)
     path.replace(aside)
     return aside
 
@@ -200,7 +202,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
         build: called with a temporary directory if `path` has to be built.
 
     Returns:
-        True if an existing directory was reused
+        True if an existing directory was reused.
     """
     with exclusive(path, waiting_for=f"another process is building {path}"):
         if path.exists():
@@ -216,14 +218,14 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
 
 @contextmanager
 def exclusive(path: Path, *, waiting_for: str = "", timeout_seconds: float = -1) -> Iterator[None]:
-    """Hold the lock that belongs to `path`.
+    """Hold the lock of `path` until the block ends.
 
     Args:
         waiting_for: logged if the lock is not free.
-        timeout_seconds: how long to wait for it; -1 waits forever, 0 not at all.
+        timeout_seconds: maximum time to wait; -1 waits forever, 0 does not wait.
 
     Raises:
-        TimeoutError: another process held it for all of that time.
+        TimeoutError: another process held the lock all that time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))

@@ -17,7 +17,7 @@ class Config(BaseModel):
     )
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated like a new object."""
+        """Return a copy with `changes`, validated like a new object."""
         return type(self).model_validate(
             {name: getattr(self, name) for name in type(self).model_fields} | changes
         )

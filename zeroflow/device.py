@@ -1,4 +1,4 @@
-"""The device that a run computes on, found without opening a CUDA context."""
+"""The device of a run, determined without opening a CUDA context."""
 
 import os
 import platform
@@ -13,15 +13,15 @@ from zeroflow.config import Config
 
 class _Gpu(NamedTuple):
     peak_flops: float
-    """Dense bf16 matrix products, without sparsity."""
+    """FLOP/s of bf16 matrix products, without sparsity."""
 
     gigabytes: int
-    """Advertised memory; NVML reports up to 5 % less if error correction uses some of it."""
+    """Advertised memory in GB; NVML reports up to 5 % less if error correction uses some of it."""
 
     capability: tuple[int, int]
 
 
-# From the vendor's data sheets. The names are whole, as NVML gives them: variants of a chip differ
+# From the vendor's data sheets. Names are complete, as in NVML, because variants of a chip differ
 _GPUS = {
     "NVIDIA H200": _Gpu(989e12, 141, (9, 0)),
     "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80, (9, 0)),
@@ -52,13 +52,13 @@ FP8_CAPABILITY = (8, 9)
 
 
 class Device(Config):
-    """Device that a run computes on."""
+    """Device of a run."""
 
     kind: DeviceKind
     name: str
     memory_bytes: int
     peak_flops: float | None = None
-    """Dense bf16 FLOP/s; None if it is not known for certain."""
+    """Dense bf16 FLOP/s; None if not known for certain."""
 
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; None for a CPU."""
@@ -70,20 +70,20 @@ class Device(Config):
 
     @property
     def compiles(self) -> bool:
-        """True if torch.compile, which uses Triton, can produce faster kernels for the device."""
+        """True if torch.compile, which uses Triton, supports the device."""
         return self.capability is not None and self.capability >= _TRITON_CAPABILITY
 
 
 def gpu_count() -> int:
-    """Number of GPUs that PyTorch sees, from NVML and CUDA_VISIBLE_DEVICES only."""
+    """Return the number of GPUs that PyTorch sees, using only NVML and CUDA_VISIBLE_DEVICES."""
     return torch.cuda.device_count()
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-    """The device to train on, found without opening a CUDA context in this process.
+    """Return the device to train on, without opening a CUDA context in this process.
 
     Raises:
-        ValueError: a GPU was asked for and PyTorch sees none.
+        ValueError: `wanted` is a GPU, but PyTorch sees none.
     """
     if wanted == "cuda" and not gpu_count():
         build = torch.version.cuda or "none: this PyTorch is built for CPUs"
@@ -96,7 +96,7 @@ def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
 
 
 def _first_gpu() -> Device:
-    import pynvml  # present only where a GPU is
+    import pynvml  # needed only with a GPU
 
     pynvml.nvmlInit()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -121,7 +121,7 @@ def _peak_flops(name: str) -> float | None:
 
 
 def known_gpu(wanted: str) -> Device:
-    """Find a GPU by its name, or by a part of the name that is unique.
+    """Return the GPU with this name, or with a name that contains it, if there is only one.
 
     Raises:
         ValueError: no GPU or several match; the message lists the candidates.
@@ -131,7 +131,9 @@ def known_gpu(wanted: str) -> Device:
         found = whole  # so that L4 does not match L40S
     if len(found) != 1:
         names = ", ".join(found or _GPUS)
-        raise ValueError(f"--gpu {wanted} is {'not one of' if not found else 'any of'}: {names}")
+        raise ValueError(
+            f"--gpu {wanted} is {'not one of' if not found else 'ambiguous, choose from'}: {names}"
+        )
     [name] = found
     gpu = _GPUS[name]
     return Device(
@@ -144,6 +146,6 @@ def known_gpu(wanted: str) -> Device:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of `folder`, which need not exist yet."""
+    """Return the free bytes on the disk of `folder`, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free

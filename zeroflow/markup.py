@@ -1,16 +1,16 @@
-"""Text as people see it: Markdown pages, log lines and terminals.
+"""Text for people: Markdown pages, log lines and terminals.
 
-Text of documents, their ids, file names, prompts, samples and messages is data. Control characters
-are shown as escapes, so that no terminal obeys them, and in Markdown each character stands for
-itself. Only a `Markdown` is markup; every other string that is put on a page is escaped.
+Texts and ids of documents, file names, prompts, samples and messages are untrusted. Control
+characters are shown as escapes, so that no terminal executes them, and in Markdown each character
+is shown literally. Only a `Markdown` is markup; every other string on a page is escaped.
 """
 
 import logging
 import re
 from collections.abc import Iterable, Sequence
 
-# All control characters but tab and line feed, the line ends of Unicode, overrides of the direction
-# of writing, and lone surrogates, which cannot be written as UTF-8
+# All control characters except tab and line feed, Unicode's line ends, overrides of the writing
+# direction, and lone surrogates, which cannot be encoded as UTF-8
 _CONTROLS = re.compile(
     r"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -26,23 +26,23 @@ class Markdown(str):
 
 
 def visible(text: str) -> str:
-    """Show control characters as escapes, as JSON does; line ends and tabs stay."""
+    """Return `text` with control characters as escapes, as in JSON; line ends and tabs stay."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(text: str) -> str:
-    """Show `text` in a line: line ends and tabs become spaces."""
+    """Return `text` on one line: line ends and tabs become spaces."""
     return re.sub(r"\r?\n|\t", " ", visible(text))
 
 
 def shortened(text: str, most: int) -> str:
-    """Show `text` in a line of at most `most` characters."""
+    """Return `text` on one line of at most `most` characters."""
     line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def escaped(text: str) -> Markdown:
-    """Format `text` within a line, so that each character stands for itself."""
+    """Return `text` on one line of Markdown that shows each character literally."""
     if isinstance(text, Markdown):
         return text
     return Markdown(_SPECIAL.sub(r"\\\g<0>", one_line(text)))
@@ -53,7 +53,7 @@ def bold(text: str) -> Markdown:
 
 
 def code(text: str) -> Markdown:
-    """Format `text` as code within a line."""
+    """Return `text` as inline code."""
     line = one_line(text)
     ticks = "`" * (_longest_run(line, "`") + 1)
     space = " " if "`" in line[:1] + line[-1:] else ""
@@ -61,18 +61,18 @@ def code(text: str) -> Markdown:
 
 
 def block(text: str) -> Markdown:
-    """Format `text` as a code block that the text itself cannot close."""
+    """Return `text` as a code block that the text itself cannot close."""
     fence = "`" * max(3, _longest_run(text, "`") + 1)
     return Markdown(f"{fence}text\n{visible(text)}\n{fence}")
 
 
 def link(text: str, address: str) -> Markdown:
-    """Format a link to an `address` of our own."""
+    """Return a link to `address`, which must be trusted."""
     return Markdown(f"[{escaped(text)}]({address})")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> Markdown:
-    """Format a table.
+    """Return a table.
 
     Args:
         right: a character for each column; "r" aligns it on the right.

@@ -49,51 +49,51 @@ from zeroflow.training.ownership import ownership
 
 log = logging.getLogger(__name__)
 
-TRAINED = "the run was trained to its last step before"
+TRAINED = "the run is already trained to its last step"
 
 Acquire = Callable[[Path], None]
-"""Claims the directory of a run for this process, or raises `RunIsBusy`."""
+"""Acquires the directory of a run for this process, or raises `RunIsBusy`."""
 
 
 class View:
-    """Display of progress and pages. Here, pages are files of the run, and progress is logged.
+    """Display of progress and pages. Here, pages are files of the run and progress is logged.
 
-    A subclass also shows them elsewhere; see `orchestration.view`.
+    A subclass also shows them elsewhere, see `orchestration.view`.
     """
 
     def name_run(self, asked: RunConfig, run: Settled) -> None:
         """Called when `asked` has been settled to `run`."""
 
     def tags(self) -> dict[str, str]:
-        """MLflow tags that lead to this view."""
+        """MLflow tags that identify this view."""
         return {}
 
     def progress(self, subject: str, run_name: str) -> Show:
-        """Returns a function that receives the fraction done, from 0 to 1, and a line of text."""
+        """Return a function that receives the fraction done, from 0 to 1, and a line of text."""
         return lambda share, text: None
 
     def page(self, page: Page, subject: str, run_name: str) -> None:
         """Show a finished page."""
 
     def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
-        """Returns a function that receives each new version of a PNG file."""
+        """Return a function that receives each new version of a PNG file."""
         return lambda picture: None
 
     def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
         """Return the builders for shard parts.
 
         Raises:
-            ValueError: the settings ask for Dask, which needs a Prefect flow.
+            ValueError: the settings require Dask, which needs a Prefect flow.
         """
         if build.data_runner != "threads":
             raise ValueError(
-                f"--data-runner {build.data_runner} needs a flow (zeroflow pretrain): run one, or "
-                " use --data-runner threads"
+                f"--data-runner {build.data_runner} needs a flow: run zeroflow pretrain, or use "
+                "--data-runner threads"
             )
         return in_threads(build.data_workers)
 
     def gpu_slot(self) -> AbstractContextManager[None]:
-        """Held while the run computes on GPUs."""
+        """Return a context to hold while the run uses GPUs."""
         return nullcontext()
 
 
@@ -103,7 +103,7 @@ LOG_ONLY = View()
 def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
     """Settle `asked` and log the plan of the run, before anything is built.
 
-    The plan is saved in the run's directory and not rewritten while the run is unchanged.
+    The plan is saved in the run's directory, and written again only if the run changes.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.
@@ -136,7 +136,7 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
 
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
-    """Build the rows that the run needs, and write and show the page of its data."""
+    """Build the rows that the run needs; write and show the page about them."""
     with view.builders(run.build) as builders:
         shards = builds.build_shards(
             run.shard_config,
@@ -160,13 +160,13 @@ def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:
 def check_before(
     job: TrainingJob, trained: TrainResult | None, view: View = LOG_ONLY
 ) -> PreflightResult | None:
-    """Run the pre-flight of `job`, unless the same one passed before.
+    """Run the pre-flight checks of `job`, unless the same checks passed before.
 
     Args:
-        trained: result of the job if it is finished, in which case nothing is left to check.
+        trained: result of the job, if it is finished; then nothing needs to be checked.
 
     Returns:
-        None if the job is finished and was never checked
+        None if the job is finished and was never checked.
 
     Raises:
         PreflightFailed: a check failed.
@@ -190,7 +190,7 @@ def train(
     """Train `job` to its last step from its newest checkpoint, and show its progress.
 
     Args:
-        trained: result of the job if it is finished.
+        trained: result of the job, if it is finished.
 
     Raises:
         TrainingFailed: `will_retry` is True if another call may succeed.
@@ -211,7 +211,7 @@ def train(
 
 
 def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY) -> OverfitResult:
-    """Run the overfit check with the settings of `job`, unless the same one passed before.
+    """Run the overfit check with the settings of `job`, unless the same check passed before.
 
     Raises:
         OverfitFailed: the model could not memorise one batch.
@@ -294,7 +294,7 @@ def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Pat
 
 
 class Stages(NamedTuple):
-    """Callables of the stages: plain functions, or wrapped by a decorator."""
+    """The functions of the stages, plain or decorated."""
 
     plan: Callable[[RunConfig, Acquire], Settlement] = plan
     fetch_tokenizer: Callable[[Settled], Tokenizer] = fetch_tokenizer
@@ -333,7 +333,7 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         before = _trained_before(job)
         busy = run.device == "cuda" and before is None
         with view.gpu_slot() if busy else nullcontext():
-            # A pre-flight that is skipped may have run in an earlier command
+            # A pre-flight that is skipped now may have run in an earlier command
             skipped = run.skip_preflight
             checked = (
                 preflight.read(job.folder) if skipped else stages.check_before(job, before, view)
@@ -409,8 +409,8 @@ def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> P
 
 
 def _trained_before(job: TrainingJob) -> TrainResult | None:
-    """The result of a job that is finished, if its last checkpoint is whole."""
+    """The result of a finished job, if its last checkpoint verifies."""
     if finished(job):
-        checkpoint.latest(job.folder.checkpoints)  # sets a damaged one aside
+        checkpoint.latest(job.folder.checkpoints)  # sets damaged checkpoints aside
     result = finished(job)
     return result and result.replace(reused=True, why=TRAINED)

@@ -1,4 +1,4 @@
-"""Typed JSON: whole files, and files of lines that one process appends and others follow.
+"""Typed JSON: whole files, and files to which one process appends lines that others follow.
 
 Data that a run writes and reads back is a `Record`. One class writes and reads it, with a format
 version: a file of a newer format is rejected with an error message instead of being misread.
@@ -46,11 +46,11 @@ class Record(Config):
         return content
 
     def as_json(self) -> JsonObject:
-        """Content as written to the file; NaN and infinity are kept."""
+        """Return the content as it is written to the file; NaN and infinity are kept."""
         return {"format": self.FORMAT} | self.model_dump(mode="json")
 
     def write(self, path: Path) -> None:
-        """Write the file atomically: a reader finds either the old or the new one."""
+        """Write the file atomically: a reader finds either the old or the new content."""
         artifacts.write_json(path, self.as_json())
 
     @classmethod
@@ -68,12 +68,12 @@ class Record(Config):
 
     @classmethod
     def read_if_exists(cls, path: Path) -> Self | None:
-        """Read the file like `read`; None if there is no such file."""
+        """Like `read`, but None if there is no such file."""
         return cls.read(path) if path.exists() else None
 
 
 def omitted() -> Any:
-    """Default of a field that is not written when it is None."""
+    """Default of a field that is not written if it is None."""
     return Field(None, exclude_if=lambda value: value is None)
 
 
@@ -119,7 +119,7 @@ class JsonLines(Generic[R]):
         return self.follow(path).new_records()
 
     def readable(self, path: Path) -> list[R]:
-        """Read the file like `read`, without the lines that cannot be read."""
+        """Like `read`, but without the lines that cannot be read."""
         records = []
         for line in _complete_lines(path):
             try:
@@ -129,7 +129,7 @@ class JsonLines(Generic[R]):
         return records
 
     def keep(self, path: Path, wanted: Callable[[R], bool]) -> None:
-        """Atomically drop lines whose records are not `wanted`, and a half-written line."""
+        """Drop lines whose records are not `wanted`, and a half-written line, atomically."""
         if not path.exists():
             return
         partial = path.with_name(f".{path.name}.partial")
@@ -145,7 +145,7 @@ class JsonLines(Generic[R]):
         """Return a reader of the records that are added to `path`.
 
         Args:
-            from_end: skip the records that are already there.
+            from_end: skip the records that already exist.
         """
         return Tail(self, path, _size(path) if from_end else 0)
 
@@ -161,7 +161,7 @@ class JsonLines(Generic[R]):
             return self._adapter.validate_json(line)
         except ValidationError as error:
             raise ValueError(
-                f"{path} has a line that cannot be read: {_reason(error)}; it begins with "
+                f"{path} has a line that cannot be read: {_reason(error)}. The line begins with "
                 f"{line[:60].decode(errors='replace')!r}"
             ) from error
 

@@ -1,6 +1,6 @@
-"""Passwords in addresses: hidden in whatever is stored or shown.
+"""Passwords in addresses, which are hidden in everything that is stored or shown.
 
-A program gets an address with its password by environment, where `ps` does not list it.
+A program receives an address with a password in its environment, where `ps` does not list it.
 """
 
 import logging
@@ -26,14 +26,14 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def redacted(text: str) -> str:
-    """Return `text` with *** for the login in every address, and for the Hub's tokens."""
+    """Return `text` with *** instead of the login in every address, and of the Hub's tokens."""
     text = _LOGIN.sub(rf"\g<scheme>{_HIDDEN}@", text)
     text = _PARAMETER.sub(rf"\g<name>{_HIDDEN}", text)
     return _HUB_TOKEN.sub(f"hf_{_HIDDEN}", text)
 
 
 def without_login(url: str) -> str:
-    """Return `url` as a link for a browser, which asks for the login itself."""
+    """Return `url` without its login, as a link for a browser, which asks for the login."""
     return _LOGIN.sub(r"\g<scheme>", url)
 
 
@@ -43,7 +43,7 @@ def host(url: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats log records, also their tracebacks, without passwords."""
+    """Formats log records and tracebacks without passwords."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))

@@ -11,7 +11,7 @@ from typing import Self
 
 
 class _Named:
-    """Path in a folder, by its name there."""
+    """Path of a file in a folder."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -30,7 +30,7 @@ class _Folder:
 
 
 class TrackedFolder(_Folder):
-    """The folder of something that is a run in MLflow."""
+    """A folder whose subject, a run or a sweep, is a run in MLflow."""
 
     mlflow = _Named("mlflow.json")
     """Ids of the run in MLflow."""
@@ -42,7 +42,7 @@ class RunFolder(TrackedFolder):
     # Decided before anything is built
     settings = _Named("run.json")
     asked = _Named("asked.json")
-    """Settings that were requested at the start and settled differently: branches, fallbacks."""
+    """Requested settings whose settled value differs, such as a branch or a fallback."""
 
     plan = _Named("plan.json")
 
@@ -66,14 +66,14 @@ class RunFolder(TrackedFolder):
     """One line for each logged step and each validation."""
 
     events = _Named("events.jsonl")
-    """History of the run's processes; lines are only added."""
+    """History of the run's processes; append-only."""
 
     ledger = _Named("ledger.jsonl")
-    """A line for each recovery from a failure."""
+    """One line for each recovery from a failure."""
 
     goodput = _Named("goodput.jsonl")
     alive = _Named("alive")
-    """An empty file, touched whenever a step, a validation or a checkpoint is done."""
+    """Empty file, touched after each step, validation and checkpoint."""
 
     checkpoints = _Named("checkpoints")
 
@@ -98,11 +98,11 @@ class RunFolder(TrackedFolder):
     proof_lock = _Named("proof")
 
     def worker_lock(self, rank: int) -> Path:
-        """Held by a rank, which may outlive the command that launched it."""
+        """Held by a rank, which may run longer than the command that launched it."""
         return self.path / (f"worker-{rank}" if rank else "worker")
 
     def inner(self, name: str) -> Self:
-        """The folder of a run within this one, such as each of the two trainings of a proof."""
+        """The folder of a run inside this one, such as a training of a proof."""
         return type(self)(self.path / name)
 
     @property
@@ -126,7 +126,7 @@ class SweepFolder(TrackedFolder):
 
 
 class Cache(_Folder):
-    """The folder that everything is written to."""
+    """The folder for all output."""
 
     tokenizers = _Named("tokenizers")
     shards = _Named("shards")
@@ -142,7 +142,7 @@ class Cache(_Folder):
     """MLflow's store, used if no server keeps the runs."""
 
     logs = _Named("ui")
-    """Output of the servers and the worker that `zeroflow ui` starts."""
+    """Logs of the servers and the worker that `zeroflow ui` starts."""
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.runs / name)

@@ -1,4 +1,4 @@
-"""A time limit for calls that have none of their own, such as a resolver's or a driver's."""
+"""Time limit for calls without one, such as those of a resolver or a driver."""
 
 import contextvars
 from collections.abc import Callable
@@ -12,13 +12,13 @@ T = TypeVar("T")
 def within(
     seconds: float, call: Callable[[], T], *, late: Callable[[T], object] = lambda result: None
 ) -> T:
-    """Return the result of `call` if it comes in time.
+    """Return the result of `call` if it returns in time.
 
     Args:
         late: called with a result that comes later.
 
     Raises:
-        TimeoutError: it does not come in time.
+        TimeoutError: `call` did not return in time.
     """
     future: Future[T] = Future()
 
@@ -28,7 +28,7 @@ def within(
         except BaseException as error:
             future.set_exception(error)
 
-    # In a copy of this context, which tells Prefect the flow run of a log line
+    # In a copy of this context, where Prefect finds the flow run of a log line
     context = contextvars.copy_context()
     Thread(target=context.run, args=(work,), daemon=True).start()
     try:

@@ -187,7 +187,10 @@ def test_initial_weights_do_not_depend_on_other_parameters():
     ("change", "message"),
     [
         ({"num_attention_heads": 5}, "hidden_size 32 cannot be divided among 5 query heads"),
-        ({"num_attention_heads": 32, "num_key_value_heads": 1}, "heads of 1 features.*even number"),
+        (
+            {"num_attention_heads": 32, "num_key_value_heads": 1},
+            "= 1 features per head.*even number",
+        ),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"hiden_size": 32}, "hiden_size"),

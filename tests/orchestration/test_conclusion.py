@@ -89,7 +89,7 @@ def test_stop_before_the_first_checkpoint_claims_none(server, tmp_path):
         raise KeyboardInterrupt
 
     run = ended(server, {}, stopped, tmp_path)
-    assert "Ctrl-C: what is finished is kept; the same command" in run["state"]["message"]
+    assert "Ctrl-C: finished work is kept; the same command" in run["state"]["message"]
 
 
 def test_failure_of_a_setting_is_one_paragraph_without_a_traceback(server, tmp_path):
@@ -119,7 +119,7 @@ def test_wrong_settings_are_one_paragraph_and_the_run_is_named(server, tmp_path)
 
     run = ended(server, WRONG, never, tmp_path)
     [error] = errors(run)
-    assert error.startswith("synthetic data is token ids and takes no tokenizer: drop ")
+    assert error.startswith("synthetic data is token ids and needs no tokenizer: drop ")
     assert (run["name"], run["state"]["message"]) == ("concluded · refused", error)
 
 

@@ -52,7 +52,9 @@ def test_program_hears_sigint_as_one_started_by_hand(tmp_path):
 
 def test_end_of_a_program_is_told_with_its_last_lines(tmp_path):
     program = start("print('a'); raise SystemExit(3)", tmp_path / "log")
-    with pytest.raises(RuntimeError, match=r"the program has ended with exit code 3; .*log:\na"):
+    with pytest.raises(
+        RuntimeError, match=r"the program has ended with exit code 3\. Last lines of .*log:\na"
+    ):
         program.wait_until(lambda: False, 20)
     with pytest.raises(RuntimeError, match="exit code 3"):
         program.wait_for_end(20)

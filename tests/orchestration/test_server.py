@@ -80,7 +80,7 @@ def test_server_that_is_named_and_does_not_answer_is_an_error_although_another_i
     local = answering(200)
     port = int(local.split(":")[2].split("/")[0])
     gone = server.local_api(free_port())
-    with named(gone), pytest.raises(RuntimeError, match=f"nothing answers at .*{gone}.*unset"):
+    with named(gone), pytest.raises(RuntimeError, match=f"no server answers at .*{gone}.*unset"):
         server.api_in_use(port)
 
 

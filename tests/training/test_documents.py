@@ -107,7 +107,7 @@ def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, cons
     capsys.readouterr()
     assert commands.main(of_run) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "before a roll-back, which left them out:" and "since then:" in table
+    assert table[0] == "before a roll-back, which skipped them:" and "since then:" in table
     assert commands.main([*of_run, "--json"]) == 0
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for mark, at in ((True, 3), (False, 5)):

@@ -141,7 +141,7 @@ def _add_flag(group: Any, setting: Setting) -> None:
     options: dict[str, Any] = {"dest": _destination(setting), "default": None, "help": text}
     kinds = _kinds(field.annotation)
     if bool in kinds:
-        # A setting that is off by default needs no --no- form
+        # A setting that is off by default needs no --no-... flag
         with_no = field.default is None
         options["action"] = argparse.BooleanOptionalAction if with_no else "store_true"
     elif tuple in kinds:
@@ -167,7 +167,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """Plain types in an annotation; the choices of a Literal as a list."""
+    """Types in an annotation; the choices of a Literal are a list."""
     origin = get_origin(annotation)
     if origin is Literal:
         return [list(get_args(annotation))]

@@ -1,4 +1,4 @@
-"""The `zeroflow` command: train, use the results of a run, plan a run, start the interfaces."""
+"""The `zeroflow` command: train, plan a run, use its results, start the user interfaces."""
 
 import json
 import signal
@@ -41,12 +41,12 @@ class _Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `zeroflow` command; those of the flows end this process.
+    """Run the `zeroflow` command; the commands of flows end this process.
 
     Returns:
-        exit code: 0, 1 for a failure, 130 after Ctrl-C
+        Exit code: 0, 1 for a failure, 130 after Ctrl-C.
     """
-    parser = Parser(prog="zeroflow", description="Train language models, and use what was trained.")
+    parser = Parser(prog="zeroflow", description="Train language models and use them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _FLOWS.items():
         flow.add_arguments(name, commands.add_parser(name, help=text))
@@ -80,7 +80,7 @@ def _of_a_run(parser: Parser) -> None:
         "--cache-dir",
         type=Path,
         default=DEFAULT_CACHE,
-        help=f"folder that holds the run. Default: {DEFAULT_CACHE}.",
+        help=f"cache folder of the run. Default: {DEFAULT_CACHE}.",
         metavar="DIR",
     )
 
@@ -143,7 +143,7 @@ def _documents(arguments: Arguments) -> None:
     else:
         lines = _pieces_table(pieces)
         if gone:
-            before = ["before a roll-back, which left them out:", *_pieces_table(gone)]
+            before = ["before a roll-back, which skipped them:", *_pieces_table(gone)]
             lines = [*before, "since then:", *lines]
     show("\n".join(lines))
 
@@ -161,7 +161,7 @@ def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a table as wide as its contents; numbers are right-aligned."""
+    """Lines of a table with columns as wide as their contents; numbers are right-aligned."""
     cells = [list(names), *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = [">" if isinstance(value, int) else "<" for value in rows[0]]
@@ -215,7 +215,7 @@ def _ui(arguments: Arguments) -> None:
     config = UiConfig.model_validate(read_settings(UiConfig, arguments))
     require_writable(config.cache_dir)
     signal.signal(signal.SIGTERM, terminate)
-    with suppress(KeyboardInterrupt, Terminated):  # the normal way to stop it
+    with suppress(KeyboardInterrupt, Terminated):  # the normal way to stop the command
         ui.serve(config)
 
 
@@ -233,19 +233,19 @@ _COMMANDS = (
     ),
     _Command(
         "plan",
-        "predict the needs of a run without starting it",
+        "predict memory, time and disk of a run",
         _plan_arguments,
         _plan,
-        "Parameters, FLOPs, memory, time and disk of a run before it starts. Nothing is looked "
-        "up, built or recorded.",
+        "Predict parameters, FLOPs, memory, time and disk of a run. The command makes no requests, "
+        "and builds and records nothing.",
     ),
     _Command(
         "prove-resume",
-        "train undisturbed and killed, and compare every bit",
+        "prove that a killed training resumes bit for bit",
         _prove_arguments,
         _prove,
-        "Train twice, once undisturbed and once killed repeatedly, and compare every bit. "
-        "Defaults are small: a minute or two on a CPU.",
+        "Train twice, once undisturbed and once with repeated kills, and compare every bit. "
+        "The defaults are small: a minute or two on a CPU.",
     ),
     _Command(
         "prefect-setup",
@@ -258,7 +258,7 @@ _COMMANDS = (
         "start Prefect's and MLflow's user interfaces, and a worker",
         _ui_arguments,
         _ui,
-        "Start Prefect's server with a form for each size, a worker for the runs started there, "
-        "and MLflow. Ctrl-C stops everything.",
+        "Start Prefect's server with a form for each size, a worker for the runs that are started "
+        "there, and MLflow. Ctrl-C stops everything.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Output of a command: log lines and errors; and its end on a signal."""
+"""Output of a command, and its end by a signal."""
 
 import io
 import logging
@@ -42,7 +42,7 @@ def require_writable(folder: Path) -> None:
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
-    """Writes lines to standard output until its reader is gone: a run survives `| head`."""
+    """Writes lines to standard output until its reader exits: a run survives `| head`."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
         if isinstance(sys.exception(), BrokenPipeError):

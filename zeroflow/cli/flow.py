@@ -1,4 +1,4 @@
-"""The command of a flow: read settings, find or start a Prefect server, run, report the result."""
+"""The command of a flow: read settings, find or start a Prefect server, run, print the result."""
 
 import logging
 import shlex
@@ -28,17 +28,17 @@ class _FlowCommand(NamedTuple):
 
     config: type[Config]
     group: str
-    """Heading of the settings that belong to no group, in --help."""
+    """Heading in --help of the settings that belong to no group."""
 
     description: str
     run_of: Callable[[Any], RunConfig]
-    """Returns the settings of the run, or of each run, from the requested ones."""
+    """Returns the settings of the run, or of each run of a sweep, from the requested ones."""
 
     deployment_of: Callable[[Any], str | None]
     """Deployment that the flow run belongs to, so that it can be retried in Prefect."""
 
     ending: Callable[[Path, RunConfig], str]
-    """Returns the last lines, from the result of the flow."""
+    """Returns the last lines to print, from the result of the flow."""
 
 
 def _text_of(page: Path, run: RunConfig) -> str:
@@ -49,7 +49,7 @@ _COMMANDS = {
     PRETRAIN: _FlowCommand(
         RunConfig,
         "run",
-        "Raw text to a trained and checked LLaMA-style language model.\n\n"
+        "Turn raw text into a trained and checked LLaMA-style language model.\n\n"
         "  zeroflow pretrain                    a few minutes on any machine\n"
         "  zeroflow pretrain --size small       on a GPU, FineWeb-Edu\n"
         "  zeroflow pretrain --data-mode files --data-path 'books/*.txt'\n\n"
@@ -65,7 +65,7 @@ _COMMANDS = {
         "compare them.\n\n"
         "  zeroflow sweep --sizes tiny small medium\n"
         "  zeroflow sweep --size tiny --seeds 0 1 2 --max-steps 100\n\n"
-        "All other settings are those of a run, and the same for all. Repeating the command\n"
+        "All other settings are those of a run, and apply to all runs. Repeating the command\n"
         "resumes the sweep, or shows its result.",
         run_of=lambda sweep: sweep.run,
         deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
@@ -74,8 +74,8 @@ _COMMANDS = {
     PROVE_RESUME: _FlowCommand(
         ProofRun,
         "proof",
-        "Train twice, once undisturbed and once killed repeatedly, and compare every bit.\n"
-        "Defaults are small: a minute or two on a CPU.",
+        "Train twice, once undisturbed and once with repeated kills, and compare every bit.\n"
+        "The defaults are small: a minute or two on a CPU.",
         run_of=lambda proof: proof.run,
         deployment_of=lambda proof: None,
         ending=_text_of,
@@ -95,7 +95,7 @@ def add_arguments(flow: str, parser: Parser) -> None:
 
 
 def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a flow's command as a program of its own, and end this process."""
+    """Run a flow's command as a separate program, and end this process."""
     parser = Parser()
     add_arguments(flow, parser)
     run(flow, parser.parse_args(argv))
@@ -120,7 +120,7 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
 
 
 def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
-    # these take seconds to import: after --help and wrong flags
+    # slow to import, so not before --help and errors of flags
     from zeroflow.orchestration import server
     from zeroflow.orchestration.flow_context import silence_console
     from zeroflow.orchestration.flow_runs import run_here
@@ -141,6 +141,6 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
         console.print("stopped; finished work is kept, and the same command resumes from there")
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
-        if not isinstance(error, ValueError):  # the same command would only fail again
+        if not isinstance(error, ValueError):  # after one, the same command would fail again
             error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
         return fail(error, verbose=verbose)

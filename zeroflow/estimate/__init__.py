@@ -1,1 +1,1 @@
-"""Prediction of memory, speed and disk space, and the figures of earlier runs."""
+"""Prediction of memory, speed and disk space, and figures of earlier runs."""

@@ -13,11 +13,11 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
 
 _NEWEST = 5
-"""Number of earlier runs to average. Older ones are ignored: code and drivers change."""
+"""Number of earlier runs to average. Older runs are ignored, because code and drivers change."""
 
 _NEAR = 3.0
-"""Largest ratio of the FLOPs per token of two models that are assumed to reach the same FLOP/s. On
-an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %."""
+"""Two models are assumed to reach the same FLOP/s if the ratio of their FLOPs per token is at most
+this. On an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %."""
 
 
 class Figures(Config):
@@ -25,7 +25,7 @@ class Figures(Config):
 
     tokens_per_second: float | None
     seconds: float | None
-    """Seconds of the steps: data wait, forward/backward, optimiser, communication, logging."""
+    """Seconds of all steps: data wait, forward/backward, optimiser, communication, logging."""
 
     memory_bytes: int | None
     """Peak tensor memory on a GPU; resident set size of the process on a CPU."""
@@ -51,7 +51,7 @@ PLANS: JsonLines[Past] = JsonLines(Past)
 
 
 class Experience(NamedTuple):
-    """Figures expected of a workload from earlier runs."""
+    """Expected figures of a workload, from earlier runs."""
 
     tokens_per_second: float
     memory_bytes: int | None
@@ -61,7 +61,7 @@ class Experience(NamedTuple):
 
 
 def append(cache: Path, past: Past) -> None:
-    """Add a run to the history, unless it is already there with the same number of steps."""
+    """Add a run to the history, unless it is there already with the same number of steps."""
     if any((other.run, other.steps) == (past.run, past.steps) for other in read(cache)):
         return
     PLANS.append(Cache(cache).plans, past)
@@ -75,13 +75,13 @@ def read(cache: Path) -> list[Past]:
 def known(
     cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
 ) -> Experience | None:
-    """Figures of earlier runs of the same workload, or of the nearest other model.
+    """Figures of earlier runs of the same workload, or of the most similar other model.
 
-    For another model, only the FLOP/s are used. None if nothing similar has been run here.
+    For another model, only the FLOP/s are used. None if there was no similar run here.
 
     Args:
-        planned: name and steps of the planned run. It does not predict itself, unless it is
-            being extended.
+        planned: name and steps of the planned run. It is not used for its own prediction,
+            unless it is being extended.
     """
     name, steps = planned
     runs = [

@@ -1,4 +1,4 @@
-"""Memory of a training step, part by part, from a formula."""
+"""Memory of a training step, computed part by part."""
 
 from itertools import count, takewhile
 from typing import Literal, NamedTuple, get_args
@@ -9,10 +9,10 @@ from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
 Room = Literal["yes", "tight", "no"]
-"""Verdict on whether a step fits its device."""
+"""Verdict on the memory of a step: yes, tight or no."""
 
 _USABLE = 0.85
-"""Fraction of a device's memory that is planned for. The rest is for the CUDA context and for
+"""Fraction of a device's memory that a plan may use. The rest is for the CUDA context and for
 memory that the caching allocator cannot use."""
 
 
@@ -21,7 +21,7 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int
-    """Gradients; with one micro-batch per step, only those that freed activations cannot hold."""
+    """Gradients; with one micro-batch per step, the part that exceeds the freed activations."""
 
     moments: int
     """State of the optimiser."""
@@ -34,10 +34,10 @@ class Memory(NamedTuple):
     """Weights gathered from all ranks for use, and gradients of a block in transit."""
 
     checkpoint: int = 0
-    """The copy that is being written to a checkpoint, on a CPU."""
+    """On a CPU, the copy that is being written to a checkpoint."""
 
     program: int = 0
-    """Python and its libraries, on a CPU."""
+    """On a CPU, Python and its libraries."""
 
     @property
     def total(self) -> int:
@@ -47,10 +47,10 @@ class Memory(NamedTuple):
         return self.total <= _USABLE * device.memory_bytes
 
     def room(self, device: Device, ranks: int = 1) -> Room:
-        """Return "tight" if only one GiB is left, which may be enough for the rest.
+        """Return "tight" if less than one GiB is left for the rest, which may be enough.
 
-        Each rank has a GPU of its own; on a CPU they share its memory, and one of them holds the
-        copy for a checkpoint.
+        Each rank has its own GPU. On a CPU all ranks share its memory, and one of them has the copy
+        for a checkpoint.
         """
         others = 0 if device.kind == "cuda" else (ranks - 1) * (self.total - self.checkpoint)
         needed = self.total + others
@@ -62,17 +62,17 @@ class Memory(NamedTuple):
 def memory(work: Workload, device: Device) -> Memory:
     """Return the memory of a rank in a step of `work`.
 
-    Within 2 % of all measurements: on an H100 tiny, small and medium in bf16, fp32 and fp8,
-    compiled and not, with and without recomputation; on two H100s at every ZeRO stage.
+    It is within 2 % of all measurements: on an H100, tiny, small and medium in bf16, fp32 and fp8,
+    compiled and eager, with and without recomputation; on two H100s, every ZeRO stage.
     """
     P, E, V = work.model.parameters, work.model.embedding_parameters, work.model.vocab_size
     gpu, width = device.kind == "cuda", work.dtype.itemsize
     logits = width * work.micro_batch_rows * work.seq_len * V
     chunk = min(logits, logits_bytes(device.memory_bytes if gpu else None))
-    cast = 0 if width == 4 or work.ranks > 1 else 2 * E  # gathered weights are bf16 already
+    cast = 0 if width == 4 or work.ranks > 1 else 2 * E  # gathered weights are already bf16
     loss = chunk + cast + 4 * E
     kept, recomputed = _kept_compiled(work) if work.compile else _kept_eager(work)
-    # A block is recomputed after the loss, in the memory that the loss has freed
+    # Blocks are recomputed after the loss, in the memory that the loss has freed
     kept += max(0, recomputed - chunk - cast)
     if work.document_mask and not work.compile:
         kept += width * work.micro_batch_rows * work.seq_len**2  # the mask, written out
@@ -82,7 +82,7 @@ def memory(work: Workload, device: Device) -> Memory:
     gradients = 4 * P // (shards if work.zero_stage >= 2 else 1)
     return Memory(
         weights=4 * P // shards,
-        # A single micro-batch frees its activations while its gradients are made
+        # The only micro-batch frees its activations while its gradients are computed
         gradients=gradients if work.accumulates else max(0, gradients - kept - loss),
         moments=work.optimizer.state_bytes(work.model) // shards,
         activations=kept,
@@ -98,27 +98,27 @@ _PROGRAM_BYTES = 460 * 2**20
 
 
 def is_measured(work: Workload) -> bool:
-    """True if the formula of `memory` was compared with measurements of this kind of code."""
+    """True if `memory` was compared with measurements of this kind of code."""
     return work.device == "cuda" or not (
         work.compile or work.document_mask or work.precision == "bf16"
     )
 
 
-# Activations. D, M: hidden and intermediate size. L: blocks. A block has two halves, attention and
-# the feed-forward network
+# Activations. D, M: hidden and intermediate size. L: number of blocks. A block has two halves,
+# attention and the feed-forward network
 
 
 def _kept_compiled(work: Workload) -> tuple[int, int]:
-    """Bytes kept for the backward pass by all blocks, and bytes that one block recomputes.
+    """Return the bytes that all blocks keep for the backward pass, and those that one recomputes.
 
-    For every token, a block keeps its input and that of its second half, each also normed; queries,
-    keys and values; queries and keys again after rotation; the output of attention; and
-    both projections of the feed-forward network and their product. In addition, it keeps copies of
-    the matrices that were cast to bf16, or joined, for a product.
+    For every token, a block keeps the inputs of its two halves, before and after the norm; queries,
+    keys and values; queries and keys also after rotation; the output of attention; and both
+    projections of the feed-forward network and their product. In addition, it keeps copies of the
+    matrices that were cast to bf16, or concatenated, for a product.
 
-    In fp8 the normed inputs take one byte per value, and the output of attention is kept in one
-    byte as well as in two, for the backward pass of attention. Queries, keys and values are kept
-    after rotation only. The product in the feed-forward network is recomputed while it is scaled.
+    In fp8 the normed inputs take one byte per value, and the output of attention is kept both in
+    one byte and, for the backward pass of attention, in two. Queries, keys and values are kept
+    only after rotation. The product in the feed-forward network is recomputed while it is scaled.
     """
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -128,7 +128,7 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
         feed_forward = tokens * (D + width * 2 * M)
         others = tokens * (2 * D + width * (3 * D + qkv))
     else:
-        cast = width == 2 and work.ranks == 1  # gathered weights are bf16 already
+        cast = width == 2 and work.ranks == 1  # gathered weights are already bf16
         feed_forward = tokens * width * (D + 3 * M) + width * D * (3 if cast else 2) * M
         others = tokens * width * (4 * D + qkv + rotated)
         others += width * D * (qkv + (D if cast else 0))
@@ -142,13 +142,14 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
 
 
 def _kept_eager(work: Workload) -> tuple[int, int]:
-    """Compute the figures of `_kept_compiled` for unfused kernels, which keep more.
+    """Return the figures of `_kept_compiled` for unfused kernels, which keep more.
 
     A norm also keeps its input, and its result before the scale, in fp32. The feed-forward network
-    keeps the output of silu. Every product keeps the matrices that were copied for it, to cast or
-    to join them. Attention keeps queries and keys after rotation, and the whole projection,
-    because the values are a view of it; in fp32 on a GPU it keeps keys and values repeated for
-    every query head instead. The gradient of the last hidden state is alive at the loss.
+    also keeps the output of silu. Every product keeps the matrices that were copied for it by a
+    cast or concatenation. Attention keeps queries and keys after rotation, and the whole
+    projection, because the values are a view of it; in fp32 on a GPU it keeps keys and values
+    repeated for every query head instead. The gradient of the last hidden state exists during the
+    loss.
     """
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -169,21 +170,20 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
 
 
 def heap(*, accumulates: bool) -> float:
-    """Memory of a CPU process for activations, relative to their bytes: its allocator keeps more.
+    """Return the memory of activations on a CPU, relative to their bytes: its allocator keeps more.
 
-    The factor is larger if the gradients of one micro-batch lie between the activations of the
-    next. With it and the program's own memory, five runs of tiny with one micro-batch per step
-    matched the plan within 2 %, and five with two micro-batches within 5 %.
+    The factor is larger if the gradients of one micro-batch are between the activations of the
+    next. With this factor and the memory of the program, five runs of tiny with one micro-batch per
+    step matched the plan within 2 %, and five with two micro-batches within 5 %.
     """
     return 1.7 if accumulates else 1.2
 
 
 def _communication(work: Workload) -> int:
-    """Weights that a rank gathers, and gradients that it is sending.
+    """Return the bytes of gathered weights and of gradients in transit.
 
     Stages 0 to 2 gather all weights, stage 3 those of two blocks and the embedding. Gradients in
-    transit stay until others follow: those of a block, or of the embedding after any micro-batch
-    except the last.
+    transit are those of a block, or of the embedding after every micro-batch except the last.
     """
     P, E = work.model.parameters, work.model.embedding_parameters
     block = (P - E) // work.model.num_hidden_layers
@@ -195,10 +195,10 @@ def _communication(work: Workload) -> int:
 def largest_micro_batch(
     work: Workload, device: Device, checkpointing: ActivationCheckpointing | None = None
 ) -> tuple[int, ActivationCheckpointing]:
-    """Return the most rows that fit on the device, and the least recomputation that they need.
+    """Return the maximum number of rows that fit on the device, and the recomputation they need.
 
-    The micro-batches and the recomputation of `work` are ignored: both are the result. The step is
-    assumed to accumulate, which takes more memory.
+    The micro-batches and the recomputation of `work` are ignored, because both are the result. The
+    step is assumed to accumulate gradients, which takes more memory.
 
     Args:
         checkpointing: recomputation to use; None for the first kind with which one row fits.
@@ -214,7 +214,7 @@ def largest_micro_batch(
 
         if rows := max(takewhile(fits, count(1)), default=0):
             return rows, kind
-    return 1, kinds[-1]  # the formula may be wrong, so one row is always tried
+    return 1, kinds[-1]  # the prediction may be wrong, so one row is always tried
 
 
 def checkpoint_bytes(work: Workload) -> int:

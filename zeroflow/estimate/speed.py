@@ -1,4 +1,4 @@
-"""Tokens per second before a run, from FLOPs and measured utilisation."""
+"""Prediction of tokens per second from FLOPs and measured utilisation."""
 
 import math
 import time
@@ -16,11 +16,11 @@ _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 
 _ASSUMED_CPU_SHARE = 0.75
-"""Fraction of the matrix-product FLOP/s that a training on a CPU is assumed to reach."""
+"""Assumed FLOP/s of a training on a CPU, as a fraction of those of a matrix product."""
 
 
 def assumed_mfu(work: Workload) -> float:
-    """Return the fraction of bf16 peak that an H100 reached with this number of parameters."""
+    """Return the fraction of the bf16 peak that an H100 reached with this number of parameters."""
     measured = _MEASURED_MFU_FP8 if work.fp8 else _MEASURED_MFU
     if not work.compile:
         measured = _MEASURED_MFU_EAGER
@@ -29,9 +29,9 @@ def assumed_mfu(work: Workload) -> float:
 
 
 def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | None, str]:
-    """Return the rate that one rank is expected to reach, and the source of the figure.
+    """Return the expected tokens per second of one rank, and the source of the figure.
 
-    The rate is None if nothing similar has been measured.
+    The first is None if nothing similar has been measured.
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
@@ -51,7 +51,7 @@ def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | 
     if work.fp8:
         source += f" with fp8 and {usual:.0%} without"
     if work.activation_checkpointing != "none":
-        source += ", less the time of recomputation"
+        source += ", minus the time of recomputation"
     return mfu * device.peak_flops / flops, source
 
 
@@ -67,7 +67,7 @@ def _recomputed_share(work: Workload) -> float:
 
 
 def _measure_cpu_flops(seconds: float = 0.2) -> float:
-    """FLOP/s of fp32 matrix products that the threads of this process sustain."""
+    """Return the sustained FLOP/s of fp32 matrix products with the threads of this process."""
     n = 768
     a, b = torch.rand(n, n), torch.rand(n, n)
     a @ b  # the first one also allocates

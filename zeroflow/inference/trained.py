@@ -27,7 +27,7 @@ class Trained:
 
     @property
     def context(self) -> int:
-        """Tokens of context that the model was trained with."""
+        """Context length in training, in tokens."""
         return self.shards.row_tokens - 1
 
     def rows(self, split: Split) -> Rows:
@@ -35,13 +35,13 @@ class Trained:
         return Rows(self.shards, split)
 
     def generate(self, prompt: str = "", **settings: Any) -> str:
-        """Return `prompt` and its continuation by the model; token ids if it was trained on ids.
+        """Return `prompt` and its continuation; token ids if the model was trained on ids.
 
         Args:
             settings: fields of `SamplingConfig`: tokens, temperature, top_k, seed.
 
         Raises:
-            ValueError: a setting is wrong, or there is a prompt and the model was trained on ids.
+            ValueError: a setting is wrong, or the model was trained on ids and there is a prompt.
         """
         config = SamplingConfig.model_validate(settings)
         if self.tokenizer.path is not None:
@@ -49,7 +49,7 @@ class Trained:
                 self.model, self.tokenizer, prompt, config, context=self.context
             )
         if prompt:
-            raise ValueError(f"run {self.run} was trained on token ids: it takes no prompt")
+            raise ValueError(f"run {self.run} was trained on token ids: drop the prompt")
         ids = sampling.generate_ids(self.model, self.tokenizer, config, context=self.context)
         return " ".join(map(str, ids))
 

@@ -1,1 +1,1 @@
-"""The decoder and its sizes. Nothing here knows about parallelism."""
+"""The decoder and its sizes, independent of parallelism."""

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask: TypeAlias = Tensor | BlockMask | None
-"""Positions that a token may attend to; None is every position up to its own in its row."""
+"""Positions that a token may attend to; None: all positions up to its own in its row."""
 
 # The first of these that supports its inputs is used. They are passed to each call instead of set
 # by PyTorch's global flags, which a compiled graph reads only once. cuDNN is the fastest on Hopper,
@@ -38,10 +38,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **how)
     if mask is not None or q.dtype == torch.float32:
-        # In these cases only one kernel does not write all scores to memory, and it needs a key and
-        # a value for each query head
+        # Here, only one kernel does not write all scores to memory, and it needs a key and a value
+        # for each query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # Text is generated without gradients and at many lengths: cuDNN would plan for each length
+    # Not for generation, which has no gradients and many lengths: cuDNN would plan for each length
     fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
     with sdpa_kernel(_FASTEST if fastest else _DETERMINISTIC, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **how)
@@ -62,7 +62,7 @@ def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
 def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
     """Return the mask of `dense_mask` for flex attention, which skips fully masked blocks.
 
-    Flex attention must be compiled: in eager mode it holds all scores in memory.
+    Flex attention must be compiled: in eager mode it keeps all scores in memory.
     https://arxiv.org/abs/2412.05496
     """
     rows, tokens = documents.shape
@@ -75,7 +75,7 @@ def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
 
 @cache
 def _compiled_block_mask() -> Callable[..., BlockMask]:
-    # Compiled, because eager code holds B·T·T entries in memory; at the first call, because
+    # Compiled, because eager code keeps B·T·T entries in memory; at the first call, because
     # importing torch.compile takes seconds
     return torch.compile(create_block_mask)
 
@@ -84,7 +84,7 @@ def positions_within(documents: Tensor) -> Tensor:
     """Return each token's position in its document, (B, T) int64.
 
     Args:
-        documents: (B, T); a run of equal numbers is a document.
+        documents: (B, T); consecutive equal numbers are a document.
     """
     positions = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)

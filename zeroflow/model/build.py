@@ -1,4 +1,4 @@
-"""The network's full description, from a shape and a vocabulary."""
+"""Complete description of the network, from a shape and a vocabulary."""
 
 import logging
 

@@ -13,7 +13,7 @@ from torch import Tensor
 # T tokens  D features  N features of the product
 
 MULTIPLE = 16
-"""Every side of a product must be a multiple of this."""
+"""Every dimension of a product must be a multiple of this."""
 
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
@@ -25,8 +25,8 @@ _SMALLEST_SCALE = 2.0**-100
 _FAST_OUTPUT, _FAST_GRADIENTS = True, False
 
 WEIGHT_GRADIENT = True
-"""True computes the gradient of the weights in fp8 too, from transposed copies of both factors;
-False computes it in the dtype of the activations."""
+"""If True, the gradient of the weights is computed in fp8 too, from transposed copies of both
+factors; otherwise in the dtype of the activations."""
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ class _ScaledProduct(torch.autograd.Function):
 
 
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the fp32 number to divide values by so that the `largest` just fits in `dtype`.
+    """Return the fp32 divisor with which `largest` just fits in `dtype`.
 
-    A non-finite `largest` makes it non-finite, and the loss as well.
+    It is non-finite if `largest` is, and then the loss is too.
     """
     return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 

@@ -1,8 +1,8 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
 A state dict of `Llama` is also one of `transformers.LlamaForCausalLM` with tied embeddings, so
-export copies tensors and converts nothing. A sharded model would have to place buffers, so
-there are none: `forward` computes the rotary angles.
+export copies tensors without conversion. There are no buffers, which a sharded model would have to
+place: `forward` computes the rotary angles.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ class Shape(Config):
     """Features per token in the residual stream."""
 
     num_hidden_layers: PositiveInt
-    """Decoder blocks."""
+    """Number of decoder blocks."""
 
     num_attention_heads: PositiveInt
-    """Query heads; the number must divide `hidden_size`."""
+    """Number of query heads; it must divide `hidden_size`."""
 
     num_key_value_heads: PositiveInt
-    """Key/value heads; fewer than `num_attention_heads` gives grouped-query attention."""
+    """Number of key/value heads; fewer than `num_attention_heads` is grouped-query attention."""
 
     intermediate_size: PositiveInt
     """Features inside the SwiGLU feed-forward network."""
@@ -49,7 +49,7 @@ class Shape(Config):
 
     @property
     def qkv_size(self) -> int:
-        """Features of queries, keys and values together."""
+        """Total features of queries, keys and values."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @model_validator(mode="after")
@@ -61,8 +61,8 @@ class Shape(Config):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} / {self.num_attention_heads} heads gives heads "
-                f"of {self.head_dim} features: rotary embeddings need an even number"
+                f"hidden_size {self.hidden_size} / {self.num_attention_heads} heads = "
+                f"{self.head_dim} features per head: rotary embeddings need an even number"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -76,7 +76,7 @@ class ModelConfig(Shape):
     """Everything that defines the network."""
 
     vocab_size: PositiveInt
-    """Rows of the embedding: the tokenizer's vocabulary, padded."""
+    """Number of rows of the embedding: the tokenizer's vocabulary, padded."""
 
     rms_norm_eps: PositiveFloat = 1e-5
 
@@ -89,7 +89,7 @@ class ModelConfig(Shape):
 
     @property
     def parameters_by_part(self) -> dict[str, int]:
-        """Count the parameters in closed form. The output head is tied: it is the embedding."""
+        """Number of parameters by part. The output head is the tied embedding."""
         D, M, L, E = (
             self.hidden_size,
             self.intermediate_size,
@@ -144,14 +144,14 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Return `head` of the hidden states (B, T, D) and the output matrix (V, D).
 
-        The default head returns logits (B, T, V). Training passes its loss as the head: the loss
-        computes logits in chunks, and only inside this forward pass does a sharded model hold
-        the whole output matrix.
+        The default head returns logits (B, T, V). Training passes its loss as the head, because
+        the loss computes logits in chunks, and a sharded model has the whole output matrix only
+        inside this forward pass.
 
         Args:
             tokens: ids, (B, T).
-            documents: the number of each token's document within its row, (B, T). Attention then
-                stays within a document and positions restart with it. None: a row is one document.
+            documents: index of each token's document within its row, (B, T). Attention then stays
+                within a document, and positions restart with it. None: each row is one document.
         """
         return (head or linear)(self.model(tokens, documents), self.model.embed_tokens.weight)
 
@@ -189,7 +189,7 @@ class Trunk(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each with a norm before it and a residual around it."""
+    """Attention and feed-forward network, each with a norm before and a residual around it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -272,16 +272,16 @@ def checkpointed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Ten
     Source: https://arxiv.org/abs/1604.06174
     """
     # Called within a block's forward, not wrapped around its module: PyTorch compiles a wrapper
-    # once per block, but a block's forward once for all blocks. The forward pass draws no random
-    # numbers, so there is no random state to preserve
+    # once per block, but a block's forward once for all blocks. The forward pass has no random
+    # numbers, so no random state needs to be preserved
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """Multiply `x` (..., D) by the transposes of `weights` (N, D), concatenated, in `x`'s dtype.
 
-    One product with concatenated matrices is faster than one product with each. Concatenation is
-    free when they are cast to bf16 anyway: it is the same pass over memory.
+    One product with concatenated matrices is faster than separate products. Concatenation is free
+    if they are cast to bf16 anyway, in the same pass over memory.
     """
     cast = [weight.to(x.dtype) for weight in weights]
     return F.linear(x, torch.cat(cast) if len(cast) > 1 else cast[0])
@@ -326,6 +326,6 @@ def initialize(model: Llama, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
-    # In threads: one core takes ten seconds to draw the 1.3 billion numbers of medium
+    # In threads: one core takes ten seconds for the 1.3 billion numbers of medium
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda named: fill(*named), model.named_parameters()))

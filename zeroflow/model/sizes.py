@@ -1,6 +1,6 @@
 """The model sizes and their default settings.
 
-To add one, name it in `SizeName` and give it an entry in `SIZES`: flags, help texts, defaults and
+To add one, add its name to `SizeName` and an entry to `SIZES`. Flags, help texts, defaults and
 Prefect's deployments follow.
 """
 
@@ -12,11 +12,11 @@ from pydantic import PositiveFloat, PositiveInt
 from zeroflow.model.llama import ModelConfig, Shape
 
 NOMINAL_VOCABULARY = 128_256
-"""Llama-3.1's vocabulary. The parameters of a size are counted with it, so that they do not depend
+"""Vocabulary of Llama-3.1. The parameters of a size are counted with it, so that they do not depend
 on the tokenizer."""
 
 VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this many rows, which keeps tensor-core tiles full."""
+"""The rows of the embedding are padded to a multiple of this, which fills tensor-core tiles."""
 
 
 class Size(Shape):
@@ -26,7 +26,7 @@ class Size(Shape):
     """Peak learning rate of the schedule."""
 
     batch_tokens: PositiveInt
-    """Tokens in a global batch."""
+    """Number of tokens in a global batch."""
 
     @property
     def nominal_parameters(self) -> int:

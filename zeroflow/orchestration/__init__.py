@@ -1,1 +1,1 @@
-"""All code that depends on Prefect, besides flows/."""
+"""All code that depends on Prefect, except flows/."""

@@ -1,4 +1,4 @@
-"""The end of a flow run's own code, as Prefect shows it: a result, a stop, or one paragraph."""
+"""End of a flow's own code as Prefect shows it: a result, or one paragraph on a stop or failure."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ STOPS = (KeyboardInterrupt, SystemExit, TerminationSignal)
 
 @dataclass
 class Conclusion:
-    """The end of a flow's own code. It is known here even if the server is gone."""
+    """End of a flow's own code, which is known even if the server is unreachable."""
 
     result: Path | None = None
     error: BaseException | None = None
@@ -44,7 +44,7 @@ _current: ContextVar[Conclusion | None] = ContextVar("conclusion", default=None)
 
 @contextmanager
 def observed() -> Iterator[Conclusion]:
-    """Yield the conclusion of the flow that is run in the block."""
+    """Yield the conclusion of the flow that runs in the block."""
     token = _current.set(conclusion := Conclusion())
     try:
         yield conclusion
@@ -55,14 +55,14 @@ def observed() -> Iterator[Conclusion]:
 def conclude(
     config: type[Asked], given: object, work: Callable[[Asked], Path], view: PrefectView
 ) -> Path | State:
-    """Run the code of a flow, and return its result, or the state that its flow run ends in.
+    """Run the code of a flow; return its result, or the final state of its flow run.
 
-    A stop is the state Cancelled and a failure the state Failed, with one paragraph each. Prefect
+    A stop ends in state Cancelled and a failure in state Failed, with one paragraph each. Prefect
     would show a stop as a crash, and a failure as three tracebacks.
 
     Args:
         config: class of the flow's parameter.
-        given: the parameter, which may be wrong.
+        given: the parameter, which may be invalid.
         view: knows the folder of the run once `work` has settled it.
     """
     conclusion = _current.get() or Conclusion()
@@ -86,13 +86,13 @@ def conclude(
 
 
 def paragraph(error: BaseException) -> str:
-    """Return an error with its notes: what happened, why, and what to change."""
+    """Return the message of an error with its notes: what happened, why, and what to change."""
     message = error_message(error) if isinstance(error, Exception) else repr(error)
     return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """True if the message of `error` is meant for the user; otherwise its traceback is needed."""
+    """True if the message of `error` is written for users; otherwise its traceback is needed."""
     if isinstance(error, OSError) or type(error).__module__.startswith("zeroflow"):
         return True
     raised_in = ""
@@ -104,13 +104,13 @@ def is_foreseen(error: BaseException) -> bool:
 
 def _stopped(stop: BaseException, folder: RunFolder | None) -> str:
     step = checkpoint.newest_step(folder.checkpoints) if folder else 0
-    kept = f"saved at step {step:,}" if step else "what is finished is kept"
+    kept = f"saved at step {step:,}" if step else "finished work is kept"
     again = "Retry" if runtime.deployment.id else "the same command"
     return f"Stopped by {_cause(stop)}: {kept}; {again} resumes from there."
 
 
 def _cause(stop: BaseException) -> str:
-    with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone
+    with suppress(Exception), get_client(sync_client=True) as client:  # it may be unreachable
         state = client.read_flow_run(UUID(runtime.flow_run.id)).state
         if state and (state.is_cancelling() or state.is_cancelled()):
             return "Cancel in Prefect"
@@ -118,7 +118,7 @@ def _cause(stop: BaseException) -> str:
 
 
 class _ToldOnce(logging.Filter):
-    """Drops Prefect's own lines about the end of a stage or run, which repeat ours."""
+    """Drops Prefect's own lines about the end of a stage or run, which duplicate ours."""
 
     _BEGINNINGS = (
         "Task run failed with ",

@@ -1,4 +1,4 @@
-"""Prefect server setup for our deployments: work pool, limit, crash detection."""
+"""Set-up of a Prefect server for our deployments: work pool, limit, crash detection."""
 
 import logging
 import shlex
@@ -32,11 +32,11 @@ SILENCE = timedelta(minutes=15)
 def set_up(silence: timedelta = SILENCE) -> None:
     """Create the work pool, the limit of one GPU job at a time, and an automation.
 
-    The automation marks a flow run as crashed when its process is gone without a final state, so
-    that it can be retried. Existing objects are left unchanged.
+    The automation marks a flow run as crashed if its process disappeared without a final state, so
+    that it can be retried. Existing objects stay unchanged.
 
     Args:
-        silence: time without a heartbeat after which a process counts as gone. After a server
+        silence: time without a heartbeat after which a process is considered gone. After a server
             outage of that length, live runs are shown as crashed until they end.
 
     Raises:
@@ -47,7 +47,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
     if (url := api_in_use()) is None:
         raise RuntimeError(
             f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
-            "start`, or name one in PREFECT_API_URL"
+            "start`, or set PREFECT_API_URL to one"
         )
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         template = ProcessWorker.get_default_base_job_template()

@@ -1,4 +1,4 @@
-"""The current flow run: its name, tags and log, and a server that may be unreachable."""
+"""The current flow run: name, tags, log, and a server that may be unreachable."""
 
 import logging
 import os
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class Asked(Protocol):
-    """The settings that a flow takes as its only parameter."""
+    """Settings that a flow takes as its only parameter."""
 
     @property
     def anywhere(self) -> Config:
-        """Return the same settings with absolute paths, which also hold in a retry."""
+        """Return the same settings with absolute paths, which are also valid in a retry."""
 
 
 _lost = threading.Event()
-"""Set if the server was unreachable when a flow ended."""
+"""Set if the server was unreachable at the end of a flow."""
 
 _to_the_end = ExitStack()
 """Prefect settings for the rest of this process."""
@@ -43,10 +43,10 @@ _to_the_end = ExitStack()
 
 @contextmanager
 def logs_delivered() -> Iterator[None]:
-    """Also send zeroflow's log lines of the block to the log of the current flow run.
+    """Also send the log lines of the block to the log of the current flow run.
 
-    If the server is unreachable at the end, Prefect tries only once to report how the flow ended,
-    instead of retrying for minutes.
+    If the server is unreachable at the end, Prefect reports the end of the flow only once, instead
+    of retrying for minutes.
     """
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
     if any(isinstance(other, APILogHandler) for other in logger.handlers):
@@ -54,7 +54,7 @@ def logs_delivered() -> Iterator[None]:
         return
     handler.setLevel(logging.INFO)
     handler.setFormatter(LineFormatter())
-    if logger.level == logging.NOTSET:  # no command line has set it
+    if logger.level == logging.NOTSET:  # not started by a command, which sets the level
         logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
@@ -67,12 +67,12 @@ def logs_delivered() -> Iterator[None]:
 
 
 def silence_console() -> None:
-    """Keep Prefect's own log lines out of the terminal; the flow run's log has them."""
+    """Hide Prefect's own log lines in the terminal; they are in the log of the flow run."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, PrefectConsoleHandler):
             root.removeHandler(handler)
-    # These loggers fill pages while the server is unreachable
+    # These loggers print pages of errors while the server is unreachable
     for name in ("prefect", "prefect._internal", "asyncio"):
         logging.getLogger(name).handlers = [logging.NullHandler()]
     logging.raiseExceptions = False
@@ -88,13 +88,13 @@ def leave(code: int) -> NoReturn:
 
 
 def tags() -> dict[str, str]:
-    """MLflow tags that lead to the current flow run."""
+    """MLflow tags that identify the current flow run."""
     flow_run_id = runtime.flow_run.id
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
 
 
 def given_settings(asked: Asked) -> dict[str, Any]:
-    """Settings that were given, without defaults, which may be settled differently."""
+    """Settings that were given explicitly, because a retry may settle defaults differently."""
     return asked.anywhere.model_dump(mode="json", exclude_unset=True)
 
 

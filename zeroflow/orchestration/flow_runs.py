@@ -1,4 +1,4 @@
-"""Flow runs that this process executes itself: their creation, cancellation, retry and children."""
+"""Flow runs that this process executes itself: creation, cancellation, retry and children."""
 
 import contextvars
 import logging
@@ -44,16 +44,17 @@ _POLL_SECONDS = 3.0
 
 
 def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
-    """Run `flow` in this process so that Prefect's buttons work as for a worker's runs.
+    """Run `flow` in this process so that Prefect's buttons work as for the runs of a worker.
 
     When the run is cancelled in Prefect, this process gets SIGTERM, and a second one when the flow
     has ended.
 
     Args:
-        deployment: the run belongs to it, if it exists; only then can Prefect retry the run.
+        deployment: deployment of the run, if it exists; Prefect can only retry runs of one.
 
     Returns:
-        the result of the flow, even if the server is gone by then, which is logged as a warning
+        The result of the flow, even if the server is unreachable by then; that is logged as a
+        warning.
     """
     with get_client(sync_client=True) as client:
         flow_run = new_flow_run(client, flow, asked, deployment)
@@ -67,9 +68,9 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
 def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
     """Run `flow` as `run_here` does, as a child of the current flow run.
 
-    A retry of the parent has the same children: a completed one is left alone if its result
-    exists, and the others resume under their own flow runs. Cancelling a child ends only that
-    child, with an exception.
+    A retry of the parent has the same children: a completed child is skipped if its result
+    exists, and the others resume in their own flow runs. Cancelling a child ends only that child,
+    with an exception.
 
     Args:
         finished: True if the result of `run` exists.
@@ -84,7 +85,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
         flow_run = _child_of(client, shown.id)
         state = flow_run.state if flow_run else None
         if state and state.is_completed() and finished:
-            log.info("run %s: completed before", name)
+            log.info("run %s: already completed", name)
             return
         if flow_run and state and state.type in _ENDED_EARLY:
             client.set_flow_run_state(flow_run.id, Pending(), force=True)
@@ -95,7 +96,7 @@ def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
 
 
 def _child_of(client: SyncPrefectClient, task_run: UUID) -> FlowRun | None:
-    """Return the newest flow run that is shown as `task_run`."""
+    """Return the newest flow run that Prefect shows as `task_run`."""
     of_parent = FlowRunFilter(parent_task_run_id={"any_": [task_run]})
     newest = FlowRunSort.EXPECTED_START_TIME_DESC
     found = client.read_flow_runs(flow_run_filter=of_parent, sort=newest, limit=1)
@@ -140,7 +141,7 @@ def new_flow_run(
     deployment: str | None,
     **shown: Any,
 ) -> FlowRun:
-    """Create a flow run in state Pending, which no worker takes; of `deployment` if it exists."""
+    """Create a flow run of `deployment`, if that exists; no worker takes it in state Pending."""
     name = f"{flow.name}/{deployment}"
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): given_settings(asked)},
@@ -159,8 +160,8 @@ def new_flow_run(
         if error.response.status_code != HTTPStatus.CONFLICT:
             raise
         log.warning(
-            "deployment %s is of another version and does not know these settings: this run has "
-            "no Retry button until `%s` renews the deployment",
+            "deployment %s is of another version and does not accept these settings: this run has "
+            "no Retry button until `%s` updates the deployment",
             name,
             DEPLOY,
         )
@@ -199,7 +200,7 @@ def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterat
 
 
 def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:
-    """Mark a run as cancelled that a signal ended outside the flow's own code.
+    """Mark a run as cancelled if a signal ended it outside the flow's own code.
 
     Prefect would mark it as crashed.
     """

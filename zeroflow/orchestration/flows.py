@@ -1,4 +1,4 @@
-"""The flows: the pipeline with its stages as Prefect tasks, shown in Prefect's pages."""
+"""Flows: the pipeline with its stages as Prefect tasks, shown on Prefect's pages."""
 
 import shlex
 import sys
@@ -34,7 +34,7 @@ def pretrain(run: RunConfig = RunConfig()) -> Path | State:  # noqa: B008, it is
     """Turn raw text into a checked model; a run of the same name is resumed.
 
     Returns:
-        the path of the run's report.json
+        The path of the run's report.json.
     """
     view = PrefectView(build_part)
     return conclude(RunConfig, run, lambda asked: pipeline.pretrain(asked, STAGES, view), view)
@@ -52,7 +52,7 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path | State:  # noqa: B008, it
     A failed run does not stop the others; a retry, or the same command, resumes it.
 
     Returns:
-        the path of comparison.md
+        The path of comparison.md.
     """
     view = PrefectView(build_part)
 
@@ -72,7 +72,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path | State:  # noqa: B008, i
     """Train undisturbed and killed, and compare every bit.
 
     Returns:
-        the path of proof.md
+        The path of proof.md.
     """
     view = PrefectView(build_part)
     return conclude(ProofRun, asked, lambda run: pipeline.prove_resume(run, STAGES, view), view)

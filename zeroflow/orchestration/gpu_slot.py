@@ -1,4 +1,4 @@
-"""The slot that keeps two runs off the same GPUs: a concurrency limit of Prefect."""
+"""A slot that prevents two runs from using the same GPUs: a concurrency limit in Prefect."""
 
 import logging
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _SLOT_SECONDS = 5.0
 
 @contextmanager
 def gpu_slot() -> Iterator[None]:
-    """Hold the single slot for GPU jobs, waiting until no other run holds it.
+    """Hold the only slot for GPU jobs; wait while another run holds it.
 
     If the server is unreachable or has no such limit, the run proceeds without the slot.
     """
@@ -26,12 +26,12 @@ def gpu_slot() -> Iterator[None]:
                 raise ConnectionError("its server does not answer")
             _take_slot(held)
         except Exception as error:
-            log.warning("Prefect does not keep other runs off the GPU: %s", error)
+            log.warning("Prefect cannot reserve the GPU for this run: %s", error)
         yield
 
 
 def _take_slot(held: ExitStack) -> None:
-    # Not strict: a lease that is lost with the server would end the training
+    # Not strict: otherwise a lease that is lost with the server would end the training
     try:
         held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
     except TimeoutError:

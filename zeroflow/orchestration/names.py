@@ -11,6 +11,6 @@ SWEEP_DEPLOYMENT = "sizes"
 WORK_POOL = "zeroflow"
 
 GPU_LIMIT = "zeroflow-gpu"
-"""Concurrency limit: concurrent GPU jobs over all runs of the server."""
+"""Limit of concurrent GPU jobs over all runs of the server."""
 
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"

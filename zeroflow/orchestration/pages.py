@@ -50,7 +50,7 @@ class _Live:
         """Create the artifact, or update it if it exists.
 
         Returns:
-            True if that worked
+            True if that worked.
         """
         try:
             if not reachable():
@@ -68,7 +68,7 @@ class _Live:
 
 
 class LivePicture:
-    """A picture on the page of the flow run that is replaced by each new version."""
+    """A picture on the page of the flow run; each new version replaces it."""
 
     def __init__(self, subject: str, run_name: str) -> None:
         self._subject, self._run_name = subject, run_name

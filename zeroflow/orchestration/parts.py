@@ -21,7 +21,7 @@ def part_builders(build_part: Task[[PartJob], BuiltPart], build: BuildChoice) ->
         ValueError: Dask is requested but not installed.
     """
     if build.data_runner == "threads":
-        # Not Prefect's own threads: Ctrl-C would wait for them
+        # Not Prefect's own threads, because Ctrl-C would wait for them
         with in_threads(build.data_workers, build_part) as builders:
             yield builders
         return

@@ -1,4 +1,4 @@
-"""Programs that end when this process does, even if it is killed."""
+"""Programs that end with this process, even if it is killed."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from pathlib import Path
 _LAST_LINES = 15
 
 # The shell starts a watcher and then becomes the program. The watcher ends the program when its
-# standard input closes, which happens however we exit. Not the other way round: a shell's
-# background process ignores SIGINT, the signal that stops Prefect's worker.
+# standard input closes, which happens whenever this process ends. The program must not be the
+# background process: that ignores SIGINT, which stops Prefect's worker.
 _KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
 
 
 class Program:
-    """A running program that Ctrl-C does not reach.
+    """A running program that does not receive Ctrl-C.
 
     Args:
         name: name in messages.
-        log: file for its output, emptied first; None discards the output.
+        log: file for the output, emptied first; None discards the output.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Program:
     def require_running(self) -> None:
         """
         Raises:
-            RuntimeError: it has ended; the message has its last lines.
+            RuntimeError: the program has ended; the message contains its last lines.
         """
         if (code := self._process.poll()) is not None:
             raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
@@ -59,7 +59,8 @@ class Program:
         """Wait until `ready()` is true.
 
         Raises:
-            RuntimeError: the program ended, or the time is up; the message has its last lines.
+            RuntimeError: the program ended, or was not ready in time; the message contains its last
+                lines.
         """
         deadline = time.monotonic() + seconds
         while not ready():
@@ -74,7 +75,7 @@ class Program:
         """Wait for the program to succeed.
 
         Raises:
-            RuntimeError: it failed, or the time is up; the message has its last lines.
+            RuntimeError: the program failed or took too long; the message contains its last lines.
         """
         with suppress(subprocess.TimeoutExpired):
             if self._process.wait(seconds) == 0:
@@ -84,10 +85,10 @@ class Program:
         raise RuntimeError(f"{self.name} took more than {seconds:g} s{self._last_lines()}")
 
     def stop(self, seconds: float) -> bool:
-        """Stop the program, then all remaining children.
+        """Stop the program, then all its remaining children.
 
         Returns:
-            True if the program itself ended in time
+            True if the program itself ended in time.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -105,4 +106,4 @@ class Program:
         if self._log is None:
             return ""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join([f"; the end of {self._log}:", *lines[-_LAST_LINES:]])
+        return "\n".join([f". Last lines of {self._log}:", *lines[-_LAST_LINES:]])

@@ -1,4 +1,4 @@
-"""The Prefect server of a run: an existing one, or one that is started for the run."""
+"""The Prefect server of a run: an existing server, or one that is started for the run."""
 
 import logging
 import os
@@ -32,14 +32,14 @@ def server() -> Iterator[str]:
     """Use the server at PREFECT_API_URL, or one on this machine, or start one for the block.
 
     A server on this machine is expected at the usual port. The server of a run listens on another
-    port, so that no other run comes to depend on it. Prefect's own temporary server is not used:
-    it loses records of short tasks, hangs on Ctrl-C and outlives a killed flow.
+    port, so that no other run can depend on it. Prefect's own temporary server is not used: it
+    loses records of short tasks, hangs on Ctrl-C and keeps running after a killed flow.
 
     Yields:
-        the address of its user interface
+        The address of its user interface.
 
     Raises:
-        RuntimeError: the server at PREFECT_API_URL, or the one started, does not answer.
+        RuntimeError: the server at PREFECT_API_URL, or the started one, does not answer.
     """
     if url := api_in_use():
         with temporary_settings({PREFECT_API_URL: url}):
@@ -76,7 +76,7 @@ def api_in_use(port: int = USUAL_PORT) -> str | None:
     if url := PREFECT_API_URL.value():
         if not answers(url):
             raise RuntimeError(
-                f"nothing answers at PREFECT_API_URL {url}: start that server, or unset the "
+                f"no server answers at PREFECT_API_URL {url}: start that server, or unset the "
                 "variable to let the run start its own server"
             )
         return url
@@ -116,7 +116,7 @@ def _started(port: int, url: str) -> Iterator[None]:
         _wait_for(server, url)
         yield
     finally:
-        # Deliver queued events now: Prefect would retry for a minute once the server is gone
+        # Deliver queued events now: after the server has stopped, Prefect would retry for a minute
         EventsWorker.drain_all()
         APILogWorker.drain_all()
         if not server.stop(STOP_SECONDS):

@@ -1,4 +1,4 @@
-"""Stages of the pipeline as Prefect tasks, with their names, states and retries."""
+"""Stages of the pipeline as Prefect tasks: names, states and retries."""
 
 import logging
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def was_remedied(error: BaseException) -> bool:
 
 
 def was_killed(error: BaseException) -> bool:
-    """True if the process of a check was killed, which says nothing about the run."""
+    """True if the process of a check was killed, so the check has no result."""
     return isinstance(error, TrainingFailed) and error.reason == "killed"
 
 
@@ -51,7 +51,7 @@ class Retries(NamedTuple):
     """True if another attempt may succeed after the error."""
 
     delays: tuple[int, ...] = ()
-    """Seconds before each retry; none for retries at once."""
+    """Seconds before each retry; empty for immediate retries."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Retries(NamedTuple):
             log.warning("retrying the stage %s: %s", task.name, str(error).splitlines()[0])
             return True
 
-        # Prefect logs a traceback once its own limit is reached, which is therefore one more
+        # Prefect logs a traceback when its own limit is reached, so that limit is one more
         options = {"retries": self.most + 1, "retry_condition_fn": is_retried}
         return options | ({"retry_delay_seconds": list(self.delays)} if self.delays else {})
 
@@ -76,7 +76,7 @@ _CHECK = Retries(2, was_killed)
 
 
 def _outcome(state: State) -> Any:
-    """Return what a task has returned or raised."""
+    """Return the result or the exception of a task."""
     return state.result(raise_on_failure=False)
 
 
@@ -90,16 +90,16 @@ def as_task(
     stage: Callable[P, R],
     retries: Retries = Retries(),  # noqa: B008, it is frozen
 ) -> Callable[P, R]:
-    """Wrap a stage as a Prefect task, shown as Reused if nothing had to be done.
+    """Wrap a stage as a Prefect task; its state is Reused if nothing had to be done.
 
-    Its errors and stops are states of the task, and are raised again for the caller.
+    Errors and stops become states of the task, and are raised again for the caller.
     """
 
     @wraps(stage)
     def run(*args: P.args, **kwargs: P.kwargs) -> State:
         try:
             result = stage(*args, **kwargs)
-        except STOPS as stop:  # for Prefect a crash
+        except STOPS as stop:  # Prefect would show a crash
             return Cancelled(message="Stopped.", data=stop)
         except Exception as error:
             return Failed(message=paragraph(error), data=error)

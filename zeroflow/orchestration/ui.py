@@ -1,4 +1,4 @@
-"""Prefect's and MLflow's user interfaces and a worker, started and stopped together."""
+"""The user interfaces of Prefect and MLflow and a worker, started and stopped together."""
 
 import logging
 import socket
@@ -28,11 +28,11 @@ _POLL_SECONDS = 0.5
 
 
 class UiConfig(Config):
-    """The user interfaces. Both servers listen on this machine's loopback only."""
+    """User interfaces. Both servers listen on the loopback interface only."""
 
     prefect_port: int = Field(4200, ge=1, le=65535)
-    """Port of Prefect's server. An existing server there, or at PREFECT_API_URL, is used and left
-    running."""
+    """Port of Prefect's server. An existing server there, or at PREFECT_API_URL, is used, and keeps
+    running afterwards."""
 
     mlflow_port: int = Field(PORT, ge=1, le=65535)
     """Port of MLflow's server."""
@@ -52,14 +52,14 @@ class UiConfig(Config):
 
 
 def serve(config: UiConfig) -> None:
-    """Run both servers until one of the programs ends or this process is interrupted.
+    """Run both servers until one of them ends or this process is interrupted.
 
     Raises:
         ValueError: a port is taken.
         RuntimeError: a program ended or did not start; the message has its last lines.
     """
     from zeroflow.orchestration import server
-    from zeroflow.orchestration.worker import Prefect  # takes seconds to import
+    from zeroflow.orchestration.worker import Prefect  # slow to import
 
     logs = Cache(config.cache_dir).logs
     logs.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def serve(config: UiConfig) -> None:
         _require_free(config.prefect_port, "--prefect-port")
     if not is_server(location(config.cache_dir)[0]):
         _require_free(config.mlflow_port, "--mlflow-port")
-    log.info("starting; logs are in %s", logs)
+    log.info("starting the servers; their logs are in %s", logs)
     try:
         prefect.start_server()
         mlflow = viewer(config.cache_dir, config.mlflow_port)

@@ -1,4 +1,4 @@
-"""Prefect's server with our deployments, and a worker that runs them."""
+"""Prefect's server with our deployments, and a worker that executes their runs."""
 
 import logging
 import os
@@ -46,12 +46,12 @@ _SAVE_SECONDS = 150.0
 
 
 class Prefect:
-    """Prefect's server with the deployments, and a worker that runs them one at a time.
+    """Prefect's server with our deployments, and a worker that executes one run at a time.
 
     Args:
-        cache: folder that the deployments write to unless their form names another.
-        port: port of the server, which is used if it exists and started otherwise;
-            PREFECT_API_URL takes precedence.
+        cache: default folder that runs write to; the form of a run can set another.
+        port: port of the server, which is started if it does not run; PREFECT_API_URL takes
+            precedence.
         logs: folder for the output of the programs.
 
     Raises:
@@ -77,7 +77,7 @@ class Prefect:
         """Wait for the server, set it up, deploy, and start the worker.
 
         Raises:
-            RuntimeError: one of these failed; the message has its last lines.
+            RuntimeError: one of these failed; the message contains its last lines.
         """
         for server in self.programs:
             server.wait_until(partial(answers, self.url), START_SECONDS)
@@ -91,7 +91,7 @@ class Prefect:
     def require_running(self) -> None:
         """
         Raises:
-            RuntimeError: a program ended; the message has its last lines.
+            RuntimeError: a program ended; the message contains its last lines.
         """
         for program in list(self.programs):
             try:
@@ -125,7 +125,7 @@ class Prefect:
         return path
 
     def stop(self) -> None:
-        """Stop the worker once its runs have checkpointed, then the server if we started it."""
+        """Stop the worker after its runs have saved checkpoints, then the server if it is ours."""
         for program in reversed(self.programs):
             runs = _flow_runs(program.pid)
             stopped = [id for run in runs if (id := _flow_run_id(run))]
@@ -133,7 +133,7 @@ class Prefect:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
                     run.terminate()
-            # Wait, because a worker kills its runs when it is stopped
+            # Wait first: a worker that is stopped kills its runs
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)

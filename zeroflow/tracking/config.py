@@ -1,4 +1,4 @@
-"""Name, tags and location of a run in MLflow."""
+"""Name, tags and location of an MLflow run."""
 
 import os
 from pathlib import Path
@@ -35,13 +35,13 @@ class TrackingConfig(Record):
     """Tracking URI without its password; `address` returns the one to open."""
 
     folder: Path | None
-    """Folder of the SQLite file and the artifacts; None if a server keeps them."""
+    """Folder of the SQLite file and the artifacts; None if a server stores them."""
 
     run_name: str
     tags: dict[str, str]
     params: dict[str, str]
     dataset: Dataset | None
-    """Rows that the run trains on; None for a sweep."""
+    """The rows that the run trains on; None for a sweep."""
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
@@ -79,5 +79,5 @@ def _sqlite_uri(path: Path) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """True if an MLflow server keeps the runs, False if it only shows a store."""
+    """True if an MLflow server stores the runs; False if the URI is a store."""
     return uri.startswith(("http://", "https://"))

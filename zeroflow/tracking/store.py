@@ -23,7 +23,7 @@ _OPEN_SECONDS = 20.0
 _COLOUR = "mlflow.runColor"
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 
 class RunIds(Record):
@@ -36,7 +36,7 @@ class RunIds(Record):
 
 
 def run_ids(folder: TrackedFolder) -> RunIds | None:
-    """The ids of the MLflow run, if one was opened."""
+    """Ids of the MLflow run; None if none was opened."""
     try:
         return RunIds.read_if_exists(folder.mlflow)
     except ValueError as error:
@@ -45,7 +45,7 @@ def run_ids(folder: TrackedFolder) -> RunIds | None:
 
 
 def forget(folder: TrackedFolder) -> None:
-    """Make the next tracker open a new MLflow run."""
+    """Delete the ids, so that the next tracker opens a new MLflow run."""
     folder.mlflow.unlink(missing_ok=True)
 
 
@@ -95,7 +95,7 @@ def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
         ids = RunIds(run_id=run.info.run_id, experiment_id=experiment_id, uri=config.uri)
         ids.write(folder.mlflow)
     run_id = run.info.run_id
-    # A run that was extended has other tags
+    # The tags of an extended run have changed
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in config.tags.items()])
     if not run.data.params:
         _describe(client, run_id, config)
@@ -155,7 +155,7 @@ def _follow_move(folder: Path, experiment: Any) -> None:
 
 
 def _next_colour(client: Any, experiment_id: str) -> str:
-    """Colour after that of the newest run. MLflow's own, a hash of the id, repeats too soon."""
+    """Colour after that of the newest run. MLflow's own colours, hashes of ids, repeat too soon."""
     newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
     colour = newest[0].data.tags.get(_COLOUR) if newest else None
     if colour not in _COLOURS:
@@ -165,7 +165,7 @@ def _next_colour(client: Any, experiment_id: str) -> str:
 
 @contextmanager
 def _store_lock(folder: Path) -> Iterator[None]:
-    """Lock the store: processes creating its SQLite tables at the same time would corrupt them."""
+    """Lock the store: processes that create its SQLite tables at the same time corrupt them."""
     folder.mkdir(parents=True, exist_ok=True)
     with artifacts.exclusive(
         folder / "store", waiting_for="another process is opening MLflow's store"
@@ -174,20 +174,20 @@ def _store_lock(folder: Path) -> Iterator[None]:
 
 
 def _existing(client: Any, run_id: str) -> Any | None:
-    """Return the MLflow run; None if the store has no run of this id, or a deleted one."""
+    """Return the MLflow run; None if the store has no run of this id, or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise  # a server that does not answer has not lost the run
+            raise  # a server that does not answer may still have the run
         return None
     return run if run.info.lifecycle_stage == "active" else None
 
 
 def _describe(client: Any, run_id: str, config: TrackingConfig) -> None:
-    """Add dataset and params. Params come last, so a run with params has both."""
+    """Add dataset and params. Params come last, so that a run with params also has its dataset."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     if config.dataset is not None:

@@ -1,12 +1,12 @@
-"""Delivers a run to MLflow without making the training wait.
+"""Delivery of a run to MLflow, without making the training wait.
 
-One experiment holds one MLflow run for each zeroflow run. By default runs are written straight to
-SQLite under `<cache>/mlflow/`; an MLflow server only shows them.
+One experiment has one MLflow run for each zeroflow run. By default, runs are written directly to
+SQLite under `<cache>/mlflow/`, and an MLflow server only shows them.
 
-Points come from the run's metrics.jsonl. Only points after the last step that MLflow has of a curve
-are sent, so MLflow gets whatever it missed with the next successful delivery: later in the
-training, at its end, with the report, or when the same command runs again. MLflow cannot delete
-points: for steps that are trained again after a roll-back, it keeps the first values.
+Points come from the run's metrics.jsonl. Only points after the last step of a curve in MLflow are
+sent. So the next successful delivery sends everything that is missing: later in the training, at
+its end, with the report, or when the same command runs again. MLflow cannot delete points, so for
+steps that are trained again after a roll-back, it keeps the first values.
 """
 
 import contextvars
@@ -28,7 +28,7 @@ _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0
 _CLOSE_SECONDS = 30.0
 _BATCH_METRICS = 1000
-"""Most points that MLflow accepts in one request."""
+"""Maximum number of points that MLflow accepts in one request."""
 
 
 class Point(NamedTuple):
@@ -42,9 +42,9 @@ class Point(NamedTuple):
 
 
 class Tracker:
-    """Follows a run and delivers its points to MLflow, in a separate thread.
+    """Delivers the points of a run to MLflow in a separate thread.
 
-    Whatever happens to MLflow, training continues and waits only briefly at its end.
+    If MLflow fails, training continues, and waits only briefly at its end.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Tracker:
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = self._failing = False
-        # In a copy of this context, which tells Prefect the flow run of a log line
+        # In a copy of this context, where Prefect finds the flow run of a log line
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._deliver,), name="mlflow", daemon=True
@@ -69,14 +69,14 @@ class Tracker:
         self._thread.start()
 
     def close(self, status: str) -> None:
-        """Send what is left and end the MLflow run as FINISHED, FAILED or KILLED."""
+        """Send the remaining points and end the MLflow run as FINISHED, FAILED or KILLED."""
         self._status = status
         self._closing.set()
         self._thread.join(_CLOSE_SECONDS)
         if not self._delivered:
             log.log(
                 logging.INFO if self._failing else logging.WARNING,  # which has been said
-                "MLflow at %s did not accept the last metrics; they are kept in %s, and delivered "
+                "MLflow at %s did not accept the last metrics; they are in %s, and are delivered "
                 "with the report or when the same command runs again",
                 self._config.uri,
                 self._folder.path,
@@ -103,7 +103,7 @@ class Tracker:
                     log.info("MLflow at %s is back and has all metrics", self._config.uri)
                 self._failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
-                run = None  # only a newly opened run knows which points have arrived
+                run = None  # a newly opened run reads which points have arrived
                 if not self._failing:
                     log.warning(
                         "MLflow at %s failed; training goes on, and MLflow gets what it missed "
@@ -117,7 +117,7 @@ class Tracker:
 
 
 class RunEnd(NamedTuple):
-    """Data that is added to an MLflow run at its end."""
+    """Data to add to an MLflow run at its end."""
 
     files: list[Path]
     figures: dict[str, float]
@@ -145,7 +145,7 @@ def finish(
     """Add the `ending` of a run, and all `points` that MLflow lacks.
 
     Returns:
-        the run id; None, with a warning, if MLflow cannot be written
+        The run id; None, after a warning, if MLflow cannot be written.
     """
     try:
         run = _MlflowRun(config, folder)
@@ -155,7 +155,7 @@ def finish(
             run.attach(file)
         run.end("FINISHED" if ending.succeeded else "FAILED")
         return run.run_id
-    except Exception as error:  # the run itself is done and on disk
+    except Exception as error:  # the run itself is complete and on disk
         log.warning(
             "the report could not be added to MLflow at %s; the same command tries again: %s",
             config.uri,
@@ -181,7 +181,7 @@ def close_group(
     """Attach `files` and figures to the run that `open_group` opened, and end it."""
     try:
         run = _MlflowRun(TrackingConfig.read(folder.tracking), folder)
-        # A sweep has no steps. The current time serves as one: it grows when runs are added
+        # A sweep has no steps, so the current time is used: it increases when runs are added
         now = time.time()
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
         for file in files:
@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 class _MlflowRun:
-    """An MLflow run, open for one thread; must not be used after an error."""
+    """An MLflow run, open for one thread; it must not be used after an error."""
 
     def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:
         self._uri, self._folder = address(config.folder), folder
@@ -216,10 +216,10 @@ class _MlflowRun:
         )
 
     def send(self, candidates: Iterable[Point]) -> None:
-        """Send the points after the last step of their key, so that no step appears twice.
+        """Send the points after the last step of their curve, so that no step appears twice.
 
-        A point that arrived but whose response was lost is sent again with the same time. MLflow
-        treats both as one point.
+        If the response to a delivered point was lost, the point is sent again with the same time,
+        and MLflow treats both as one point.
         """
         from mlflow.entities import Metric
 
@@ -235,7 +235,7 @@ class _MlflowRun:
         self._last_step = last
 
     def measure_machine(self) -> None:
-        """Send the load of this machine. The monitor's own thread would end with the server."""
+        """Send the load of this machine; the monitor's own thread would end with the server."""
         self._monitor.collect_metrics()
         self._monitor.publish_metrics(self._monitor.aggregate_metrics())
 

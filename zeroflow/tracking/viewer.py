@@ -1,4 +1,4 @@
-"""MLflow's server, which shows the runs, and links to its pages."""
+"""MLflow's server, which shows the runs, and addresses of its pages."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ from zeroflow.tracking.store import open_store, run_ids
 
 _ADDRESS_FILE = "address.json"
 
-# Not sorted by time, because MLflow would then hide the runs of a sweep below it, also in charts
+# Not sorted by time, because MLflow would then hide the runs of a sweep below it, even in charts
 _CHARTS = (
     "runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&orderByKey=metrics.%60loss%2Fval%60&orderByAsc=true"
 )
 
 _LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
-"""Options that cut the server's memory to a sixth."""
+"""Options that reduce the server's memory to a sixth."""
 
 _HOSTS = {"MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1,127.0.0.1:*,localhost,localhost:*"}
 """Names of the server that requests may use, unless the user has set others. MLflow's default also
@@ -39,7 +39,7 @@ class Viewer(NamedTuple):
     address: str
     experiment_id: str
     command: list[str] | None = None
-    """Command that starts it; None for a server that MLFLOW_TRACKING_URI names."""
+    """Command that starts it; None for the server at MLFLOW_TRACKING_URI."""
 
     environment: dict[str, str] | None = None
     """Environment of the command."""
@@ -50,9 +50,9 @@ class Viewer(NamedTuple):
 
 
 def viewer(cache: Path, port: int) -> Viewer:
-    """Return the viewer for the runs of `cache`, whose store is created if it does not exist.
+    """Return the viewer for the runs of `cache`; the store is created if it does not exist.
 
-    From then on, runs link to pages on `port`.
+    From now on, runs link to pages on `port`.
     """
     uri, folder = location(cache)
     _, experiment_id = open_store(folder)
@@ -69,7 +69,7 @@ def viewer(cache: Path, port: int) -> Viewer:
 
 
 def links(folder: RunFolder) -> dict[str, str]:
-    """Pages of MLflow's server, by subject; none for a run that is not in MLflow."""
+    """Addresses of pages of MLflow's server, by subject; empty for a run that is not in MLflow."""
     if (ids := run_ids(folder)) is None:
         return {}
     uri, store = location(folder.cache.path)
@@ -87,5 +87,5 @@ def local_address(port: int) -> str:
 
 
 def charts_page(address: str, experiment_id: str) -> str:
-    """Address of the page that draws all runs in one chart."""
+    """Address of the page with all runs in one chart."""
     return f"{address}/#/experiments/{experiment_id}/{_CHARTS}"
