@@ -1,7 +1,7 @@
-"""Measure for how long a checkpoint halts training: written in the background, or waited for.
+"""Measure how long a checkpoint stalls training, written in the background or synchronously.
 
-One process saves the same state in turn in both ways. The steps that run beside the writing are
-timed as well.
+One process saves the same state alternately in both ways. It also times steps that run during a
+background write.
 """
 
 import argparse
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def measure(task: Task, folder: Path, saves: int) -> Figures:
-    """Time `saves` saves of either kind into `folder`, after one that allocates the copy."""
+    """Time `saves` saves of each kind into `folder`, after one that allocates the copy."""
     [rows] = task.rows
     config = training_config(task, rows)
     state = new_state(config)
@@ -59,7 +59,7 @@ def measure(task: Task, folder: Path, saves: int) -> Figures:
             beside.append(seconds(step))
         writing.append(written[-1] - begun)
         saver.wait()
-        log.info("waited for: %.2f s, in the background: %.3f s", waited_for[-1], stalls[-1])
+        log.info("synchronous: %.2f s, in the background: %.3f s", waited_for[-1], stalls[-1])
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {
         "gb": size / 1e9,
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rows", type=int, default=2, help="rows of a step (2)")
-    parser.add_argument("--saves", type=int, default=3, help="saves of either kind (3)")
+    parser.add_argument("--saves", type=int, default=3, help="saves of each kind (3)")
     parser.add_argument("--folder", type=Path, help="folder to write to (a temporary one)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
@@ -124,14 +124,14 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     log.info(
-        "%s on %s, %.2f GB (predicted %.2f): training halts for %.3f s (the first time %.2f s), "
-        "and for %.2f s where the save is waited for: %.1f %%",
+        "%s on %s, %.2f GB (predicted %.2f): training stalls for %.3f s (first save: %.2f s), "
+        "compared with %.2f s for a synchronous save: %.1f %%",
         *(arguments.size, device.name, found["gb"], checkpoint_bytes(workload) / 1e9),
         *(statistics.median(found["stalls"]), found["first_seconds"]),
         *(statistics.median(found["waited_for"]), 100 * found["stall_share"]),
     )
     log.info(
-        "a step takes %.3f s alone and %.3f s beside the writing, which takes %.1f s",
+        "a step takes %.3f s alone and %.3f s during the write, which takes %.1f s",
         *(found["step_alone"], found["step_beside"], statistics.median(found["writing"])),
     )
 

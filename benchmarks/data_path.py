@@ -1,8 +1,8 @@
 """Compare pipelines from Parquet text to packed rows of tokens on disk.
 
-Every contender gets the same files, tokenizer and cores, and runs in a process of its own, once on
-the text and once on the text repeated. The difference is its steady state; what the first run takes
-beyond that is start-up. See benchmarks/README.md for the method.
+Every contender gets the same files, tokenizer and cores, and runs in a separate process, once on
+the text and once on several copies of it. The difference is its steady state, and the rest of the
+first run is start-up. See benchmarks/README.md for the method.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Job(NamedTuple):
     """Input of a contender."""
 
     text: Path
-    """Folder that holds Parquet files only."""
+    """Folder with Parquet files only."""
 
     tokenizer: Path
     """Folder with tokenizer.json and tokenizer_config.json."""
@@ -58,14 +58,14 @@ class Job(NamedTuple):
 class Contender(NamedTuple):
     run: Callable[[Job], Figures]
     packages: tuple[str, ...]
-    """Packages it needs; the version of the first one is shown."""
+    """Required packages; the version of the first one is shown."""
 
 
 # Text to rows on disk
 
 
 def fetch(job: Job) -> Figures:
-    """Copy the tokenizer and compare its fast ids with Hugging Face's: once for each tokenizer."""
+    """Copy the tokenizer and compare its fast encoder with Hugging Face's, once per tokenizer."""
     _fetched(job)
     return {}
 
@@ -81,7 +81,7 @@ def _fetched(job: Job) -> tuple[Any, Any]:
 
 
 def build_ours(job: Job) -> Any:
-    """Build all of the text: limits are set so high that nothing is left out."""
+    """Build the whole text: limits are high enough that nothing is left out."""
     from zeroflow.data.build import build_shards
     from zeroflow.data.builders import in_threads
     from zeroflow.data.shards import ShardConfig
@@ -96,17 +96,17 @@ def build_ours(job: Job) -> Any:
 def ours(job: Job) -> Figures:
     """Resolve, fetch and build as a run does: fingerprints, validation, checksums, syncs.
 
-    `ours` finds the tokenizer in the cache, as every run but the first does; `ours_first` does not.
+    `ours` finds the tokenizer in the cache, like every run except the first; `ours_first` does not.
     """
     shards = build_ours(job)
     return {"tokens": shards.train.document_tokens + shards.validation.document_tokens}
 
 
 def datatrove(job: Job) -> Figures:
-    """`ParquetReader` to `DocumentTokenizer`, with one task per core, as its example says.
+    """`ParquetReader` to `DocumentTokenizer`, with one task per core, as in its example.
 
-    Metadata columns are not read and documents are not shuffled, both in its favour. Its readers
-    cut the .ds files into windows, so rows need no second pass.
+    In its favour, metadata columns are not read and documents are not shuffled. Its readers cut the
+    .ds files into windows, so rows need no second pass.
     """
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import ParquetReader
@@ -133,8 +133,8 @@ def datatrove(job: Job) -> Figures:
 def datasets_map(job: Job) -> Figures:
     """The recipe of transformers' run_clm.py: `tokenize`, then `group_texts`, both with `map`.
 
-    As there, it stores attention_mask and labels too, drops the rest of every 1,000 documents, and
-    leaves special tokens to the tokenizer.
+    As in the recipe, it also stores attention_mask and labels, drops the incomplete row at the end
+    of every 1,000 documents, and leaves special tokens to the tokenizer.
     """
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -161,8 +161,8 @@ def datasets_map(job: Job) -> Figures:
 def nanogpt(job: Job) -> Figures:
     """prepare.py of nanoGPT: `map` to ids, then 1,024 pieces into one memory-mapped file.
 
-    Changed: batches of 1,000 through `tokenizers`, where it has tiktoken's GPT-2 document by
-    document, and uint32, as the vocabulary needs.
+    Two changes: batches of 1,000 with `tokenizers` instead of single documents with tiktoken's
+    GPT-2, and uint32, which the vocabulary needs.
     """
     import numpy as np
     from datasets import load_dataset
@@ -206,7 +206,7 @@ def script(job: Job) -> Figures:
     return {"tokens": flat.size}
 
 
-# Tokenizer libraries alone
+# Tokenizer libraries only
 
 
 def tokenizers(job: Job) -> Figures:
@@ -231,7 +231,7 @@ def fastokens(job: Job) -> Figures:
 
 
 def _encode_twice(job: Job, encode: Callable[[list[str]], int]) -> Figures:
-    """Encode twice, as libraries remember words that they have met."""
+    """Encode twice, because libraries cache words."""
     batches = list(_texts(job.text))
     started = time.perf_counter()
     tokens = sum(map(encode, batches))
@@ -288,12 +288,12 @@ LIBRARIES = {
 READS = {"reads": Contender(reads, ("zeroflow", "torch"))}
 CONTENDERS = PATHS | LIBRARIES | READS
 PREPARED = {"ours": "fetch", "reads": "fetch"}
-"""Steps before the clock starts: a tokenizer is fetched once, not with every build."""
+"""Preparation that is not timed: a tokenizer is fetched once, not for every build."""
 
 STEPS = {"fetch": Contender(fetch, ("zeroflow",))}
 
 
-# What contenders share
+# Shared by contenders
 
 
 def _texts(folder: Path) -> Iterator[list[str]]:
@@ -310,7 +310,7 @@ def _end_of_text(folder: Path) -> str:
 
 
 def _hugging_face(folder: Path) -> tuple[Any, int]:
-    """The tokenizer, with special tokens in a document read as text, and the end-of-text id."""
+    """The tokenizer, set to treat special tokens in a document as text, and the end-of-text id."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -326,13 +326,13 @@ class ContenderFailed(Exception):
 
 
 def measure(name: str, job: Job) -> Figures:
-    """Run a contender in a process of its own, and add what it took to its own figures.
+    """Run a contender in a separate process, and add time and memory to its own figures.
 
-    Peak memory and CPU time are of the process and its children together; memory that they share is
-    counted once. `busy_elsewhere` is the number of cores that other programs kept busy meanwhile.
+    Peak memory and CPU time are totals of the process and its children; shared memory is counted
+    once. `busy_elsewhere` is the number of cores that other programs used at the same time.
     """
     environment = os.environ | {
-        "HF_HOME": str(job.out / "hub"),  # nothing cached by an earlier run
+        "HF_HOME": str(job.out / "hub"),  # no cache of an earlier run
         "HF_HUB_OFFLINE": "1",
         "RAYON_NUM_THREADS": str(job.threads),
     }
@@ -360,7 +360,7 @@ def measure(name: str, job: Job) -> Figures:
 
 
 def _busy_seconds() -> float:
-    """CPU time of all programs on the machine, and what the hypervisor kept."""
+    """CPU time of all programs on the machine, including time stolen by the hypervisor."""
     import psutil
 
     times = psutil.cpu_times()
@@ -368,7 +368,7 @@ def _busy_seconds() -> float:
 
 
 def _waited_seconds() -> float:
-    """CPU time of ended children, and of theirs if they waited for them."""
+    """CPU time of ended children, and of their children if they waited for them."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -408,7 +408,7 @@ class _Sampler:
                 try:
                     times = member.cpu_times()
                     self._cpu[member.pid] = times.user + times.system
-                    # a process without children reports its own high-water mark, which is exact
+                    # a process without children reports its exact peak itself
                     used += member.memory_full_info().pss if len(family) > 1 else 0
                 except psutil.Error:
                     continue  # it has just ended
@@ -429,7 +429,7 @@ def text_bytes(folder: Path) -> int:
 
 
 def lay_out(files: list[Path], folder: Path, repeat: int) -> Path:
-    """Copy the files `repeat` times: some contenders would take links to one file for one file."""
+    """Copy the files `repeat` times: some contenders would treat links to one file as one file."""
     folder.mkdir()
     for number in range(repeat):
         for index, file in enumerate(files):
@@ -459,8 +459,8 @@ def report(results: dict[str, Any]) -> str:
     paths = {name: facts for name, facts in measured.items() if name in PATHS}
     sections = [
         f"{machine['cpu']}, {machine['threads']} cores, Python {machine['python']}; {text_mb:.1f} "
-        f"MB of text in {results['files']} files, and {many} that; rows of {ROW_TOKENS:,} tokens; "
-        f"median of {results['rounds']}\n"
+        f"MB of text in {results['files']} files, and {many} as much; rows of {ROW_TOKENS:,} "
+        f"tokens; median of {results['rounds']}\n"
     ]
     if paths:
         head = ["", "version", "s", f"s, {many}", "start-up s", "steady s", "Mtok/s", "MB/s"]
@@ -521,7 +521,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure every contender asked for; one that cannot run has its reason under `absent`."""
+    """Measure the requested contenders; if one cannot run, `absent` has the reason."""
     pattern = Path(arguments.text)
     pattern = pattern / "**" / "*.parquet" if pattern.is_dir() else pattern
     files = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
@@ -530,8 +530,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     texts = {"once": lay_out(files, folder / "once", 1)}
     texts["repeated"] = lay_out(files, folder / "repeated", arguments.repeat)
     found = {name: _presence(CONTENDERS[name]) for name in arguments.only}
-    for _, name, part in product(range(arguments.rounds), found, texts):  # rounds outermost:
-        facts = found[name]  # a busy minute of a shared machine does not hit one contender alone
+    # Rounds outermost, so that a busy minute of a shared machine does not affect one contender only
+    for _, name, part in product(range(arguments.rounds), found, texts):
+        facts = found[name]
         if "absent" in facts or (part == "repeated" and name not in PATHS):
             continue
         out = Path(tempfile.mkdtemp(dir=folder))
@@ -549,7 +550,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, facts in found.items():
         for part in texts:
             if runs := facts.get(f"{part}_rounds"):
-                # The median, as the steady state is a difference: one lucky run would distort it
+                # The median: the steady state is a difference, which one fast run would distort
                 in_order = sorted(runs, key=lambda figures: figures["seconds"])
                 facts[part] = in_order[(len(runs) - 1) // 2]
         if name in PATHS and "absent" not in facts:
@@ -572,7 +573,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _presence(contender: Contender) -> dict[str, Any]:
-    """The contender's version, and under `absent` what it lacks."""
+    """The contender's version, and under `absent` the missing packages."""
     package = contender.packages[0]
     if lacking := [name for name in contender.packages if find_spec(name) is None]:
         return {"version": package, "absent": f"not installed: {', '.join(lacking)}"}
@@ -600,7 +601,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     if arguments.repeat < 2:
-        parser.error("--repeat has to be 2 or more: the steady state is a difference")
+        parser.error("--repeat must be 2 or more, because the steady state is a difference")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:

@@ -1,9 +1,9 @@
-"""Show how a read from the Hugging Face Hub ends when something fails: fault, outcome, seconds.
+"""Show the outcome of a read from the Hugging Face Hub for each kind of failure, and its time.
 
     python benchmarks/hub_faults.py [--patience reading]
 
-The hub is a stand-in on loopback with the faults of `tests/helpers/faults.py`. `reading` is the
-patience of a run, with which the table takes more than twenty minutes.
+The hub is a test server on loopback with the faults of `tests/helpers/faults.py`. With `reading`,
+the patience of a run, the table takes more than twenty minutes.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Compare the loss curves of one training that is computed in several ways.
 
-plain is what the formulas say: fp32, eager, attention and cross-entropy written out. fast is what a
-run does on the device by default, and fp8 the same with --fp8. All start from the same weights and
-read the same rows of the sample, the source files of Python's standard library, in the same order.
+`plain` follows the formulas: fp32, eager, with attention and cross-entropy written out. `fast` is
+the default of a run on the device, and `fp8` adds --fp8. All start from the same weights and read
+the same rows of the sample, the source files of Python's standard library, in the same order.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from zeroflow.training.workload import Workload
 log = logging.getLogger(__name__)
 
 _SHOWN = 6
-"""Steps shown in the table."""
+"""Number of steps in the table."""
 
 _WINDOWS = 20
-"""A curve is smoothed over its length divided by this."""
+"""A curve is smoothed over a window of its length divided by this."""
 
 Figures = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Work(NamedTuple):
     """Model, settings and rows of a training."""
 
     training: TrainingConfig
-    """A run's default settings on the device."""
+    """Default settings of a run on the device."""
 
     shards: ShardSet
 
@@ -66,7 +66,7 @@ class Work(NamedTuple):
         return self.training.replace(workload=self.training.workload.replace(**how))
 
 
-# The ways
+# The ways to compute it
 
 
 def plain(work: Work) -> Iterator[Tensor]:
@@ -123,7 +123,7 @@ def measure(way: str, work: Work) -> Figures:
     gc.collect()
     torch.compiler.reset()
     started = time.perf_counter()
-    losses = torch.stack(list(WAYS[way](work))).tolist()  # the only wait for the device
+    losses = torch.stack(list(WAYS[way](work))).tolist()  # waits for the device only once
     return {"losses": losses, "seconds": time.perf_counter() - started}
 
 
@@ -137,7 +137,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     return None
 
 
-# What is trained
+# The training
 
 
 def prepare(
@@ -181,15 +181,15 @@ def prepare(
     return Work(training, shards)
 
 
-# Comparing
+# Comparison
 
 
 def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
-    """Train in every way that the device can; the others have their reason under `absent`."""
+    """Train in every way that the device supports; `absent` has the reasons for the others."""
     absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
     if ways[0] in absent:
         raise ValueError(
-            f"{ways[0]}, which the others are compared with, cannot run: {absent[ways[0]]}"
+            f"{ways[0]}, the reference of the comparison, cannot run: {absent[ways[0]]}"
         )
     runs = {}
     for way in ways:
@@ -208,13 +208,13 @@ def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -
 
 
 def smoothed(losses: list[float]) -> npt.NDArray[np.float64]:
-    """Mean over the window that ends at each step, from the first full window on."""
+    """Mean over the window that ends at each step, starting with the first full window."""
     window = max(1, len(losses) // _WINDOWS)
     return np.convolve(losses, np.full(window, 1 / window), "valid")
 
 
 def differences(runs: dict[str, Figures]) -> dict[str, Figures]:
-    """Differences of every way's smoothed curve from that of the first, in nats."""
+    """Differences of the smoothed curves from the first one, in nats."""
     first = smoothed(next(iter(runs.values()))["losses"])
     found = {}
     for way, facts in runs.items():
@@ -259,7 +259,7 @@ def report(results: Figures) -> str:
 
 
 def draw(results: Figures, file: Path) -> None:
-    """Draw the curves, and below them their differences from the first."""
+    """Draw the curves, and below them their differences from the first one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained", facecolor="white")
@@ -283,13 +283,13 @@ def draw(results: Figures, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="compared with the first"
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the reference"
     )
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the optimiser (1000)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (1000)")
     parser.add_argument("--tokens-per-step", type=int, default=4096, help="(4096)")
     parser.add_argument("--context", type=int, default=512, help="(512)")
-    parser.add_argument("--rows", type=int, help="rows of a micro-batch (all of a step)")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch (those of a step)")
     parser.add_argument(
         "--learning-rate", type=float, default=1e-3, help="peak learning rate (1e-3)"
     )

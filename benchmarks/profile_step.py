@@ -1,6 +1,7 @@
-"""Show where the time of a training step goes: by family of kernels, and the longest kernels.
+"""Show the time of a training step by family of kernels, and the longest kernels.
 
-On a GPU, times are of its kernels; on a CPU, of PyTorch's operations less those that they call.
+Times are those of kernels on a GPU, and on a CPU those of PyTorch's operations without the
+operations that they call.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from zeroflow.device import Device
 from zeroflow.model.sizes import SIZES
 
 # The first match counts. Inductor names a fused kernel after everything in it, even the cast to fp8
-# or the attention that it only prepares, so its kernels are matched before those.
+# or the attention that it only prepares, so its kernels are matched first
 FAMILIES = (
     ("cross-entropy", r"cross_entropy|log_?softmax|nll_?loss|logsumexp|aten::(amax|exp_|log)$"),
     ("optimiser", r"adam|multi_tensor|lpnorm|foreach|optimizer"),
@@ -50,7 +51,7 @@ FAMILIES = (
 class Kernel(NamedTuple):
     name: str
     start: float
-    """Microseconds; 0 for an operation on a CPU, whose start is not recorded."""
+    """Start in microseconds; 0 for an operation on a CPU, whose start is not recorded."""
 
     duration: float
     count: int = 1
@@ -62,7 +63,7 @@ def family(name: str) -> str:
 
 
 def profile_steps(step: Step, task: Task, steps: int) -> tuple[list[Kernel], float]:
-    """Profile `steps` steps: what ran, and the microseconds from first to last."""
+    """Profile `steps` steps: their kernels, and the microseconds from the first to the last."""
     device, batches = task.workload.device, task.batches(task.rows[0])
     for number in range(3):
         step(batches[number])
@@ -88,7 +89,7 @@ def profile_steps(step: Step, task: Task, steps: int) -> tuple[list[Kernel], flo
 
 
 def _gpu_kernels(trace: profile) -> Iterator[Kernel]:
-    """Kernels of the exported trace, which tells them from annotations on the GPU's time line."""
+    """Kernels of the exported trace, where they differ from annotations on the GPU's time line."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file = Path(folder, "trace.json")
         trace.export_chrome_trace(str(file))
@@ -137,7 +138,7 @@ def report(figures: dict[str, Any], device: Device, task: Task) -> str:
         f"{work.seq_len:,} per step in micro-batches of {task.rows[0]}; "
         f"vocabulary {task.vocab_size:,}",
         "",
-        f"a step: busy {figures['busy_ms']:.2f} ms of {figures['span_ms']:.2f} ms; "
+        f"per step: busy {figures['busy_ms']:.2f} ms of {figures['span_ms']:.2f} ms; "
         f"peak {figures['peak_gb']:.1f} GB",
         "",
         "| family | ms | share % |",
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, help="rows of a step (one micro-batch)")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch (12; 4 on a CPU)")
     parser.add_argument("--ours", default="ours", help="settings, such as ours:compile=false")
-    parser.add_argument("--fp8", action="store_true", help="multiply in fp8")
+    parser.add_argument("--fp8", action="store_true", help="matrix products in fp8")
     parser.add_argument("--steps", type=int, default=3, help="steps to profile (3)")
     parser.add_argument("--top", type=int, default=20, help="kernels to list by name (20)")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -171,7 +172,7 @@ def main() -> None:
     arguments.rows, arguments.batch_rows = [rows], arguments.batch_rows or rows
     arguments.windows = arguments.seconds = 1  # not used here
     if arguments.steps < 1:
-        parser.error(f"--steps {arguments.steps}: at least 1 is needed")
+        parser.error(f"--steps {arguments.steps}: use 1 or more")
     try:
         name, settings = parse_contender(arguments.ours)
         if name != "ours":

@@ -1,7 +1,7 @@
 """Compare trainers by the tokens per second of a training step on one device.
 
-Every contender trains the same shape on the same random tokens, with the same rows in a step of the
-optimiser, in a process of its own. See benchmarks/README.md for the method.
+Every contender trains the same shape on the same random tokens, with the same number of rows per
+optimiser step, in a separate process. See benchmarks/README.md for the method.
 """
 
 import argparse
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _BATCHES = 4
 _GAIN = 1.02
-"""Least speed-up with which the search doubles the rows once more; less is noise."""
+"""Minimum speed-up for which the search doubles the rows again; less is noise."""
 
 _LEARNING_RATE = 1e-4
 _NO_END = -1
@@ -68,23 +68,23 @@ class Task(Config):
     size: str
     vocab_size: PositiveInt
     workload: Workload
-    """With the whole batch in one micro-batch; `rows` are tried instead."""
+    """Workload with the whole batch in one micro-batch; the benchmark replaces that by `rows`."""
 
     rows: tuple[PositiveInt, ...]
-    """Rows of a micro-batch to try, in this order."""
+    """Numbers of rows of a micro-batch to try, in this order."""
 
     windows: PositiveInt
     seconds: PositiveFloat
-    """Length of a window."""
+    """Length of a window in seconds."""
 
     def batches(self, rows: int) -> list[list[MicroBatch]]:
-        """Some batches of random tokens in micro-batches of `rows`, pinned for a GPU."""
+        """A few batches of random tokens in micro-batches of `rows` rows, pinned for a GPU."""
         work = self.workload
         random = np.random.default_rng(0)
         shape = (_BATCHES, work.batch_rows // rows, rows, work.seq_len + 1)
         tokens = random.integers(self.vocab_size, size=shape, dtype=np.int32)
         end = _NO_END
-        if work.document_mask:  # rows hold documents of random lengths
+        if work.document_mask:  # rows consist of documents of random lengths
             end = self.vocab_size - 1
             tokens[random.random(shape) < 1 / _DOCUMENT_TOKENS] = end
         options = {"document_mask": work.document_mask, "pin": work.device == "cuda"}
@@ -158,10 +158,10 @@ def _hugging_face(task: Task) -> nn.Module:
 
 
 def torchtitan(task: Task, rows: int) -> Step:
-    """0.2's Llama 3 as its trainer runs one GPU: blocks and loss compiled apart, the rest eager.
+    """Llama 3 of version 0.2, run like its trainer on one GPU: only blocks and loss are compiled.
 
-    Its head is tied here. From 0.3 on it only has attention masked by document, which is other
-    work.
+    Its head is tied here. From version 0.3 on it only has attention masked by document, which is a
+    different workload.
     """
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.llama3.model.args import TransformerModelArgs
@@ -190,7 +190,7 @@ def torchtitan(task: Task, rows: int) -> Step:
 
 
 def litgpt(task: Task, rows: int) -> Step:
-    """As in its pretrain.py: compiled as a whole, cross-entropy in chunks of 128 outside."""
+    """As in its pretrain.py: compiled as a whole, with eager cross-entropy in chunks of 128."""
     from litgpt.config import Config as GptConfig
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
@@ -227,7 +227,7 @@ def _common_step(
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     if count != task.workload.model.parameters:
-        raise ValueError(f"{count:,} parameters where ours are {task.workload.model.parameters:,}")
+        raise ValueError(f"{count:,} parameters, but ours has {task.workload.model.parameters:,}")
     with torch.no_grad():
         for parameter in parameters:
             if parameter.dim() > 1:
@@ -260,7 +260,7 @@ def _common_step(
 class Contender(NamedTuple):
     build: Callable[[Task, int], Step]
     packages: tuple[str, ...]
-    """Packages it needs; the version of the first one is shown."""
+    """Required packages; the version of the first one is shown."""
 
     install: str = ""
     """pip requirement."""
@@ -281,21 +281,21 @@ CONTENDERS = {
 }
 
 
-# Measuring, in the contender's process
+# Measurement, in the contender's process
 
 
 def measure(contender: str, task: Task) -> Iterator[Figures]:
-    """Yield figures for every micro-batch tried, until memory is out or the gain is noise."""
+    """Yield figures for every micro-batch, until memory runs out or the gain is noise."""
     fastest = 0.0
     for rows in task.rows:
         if fastest:
             gc.collect()
-            torch.compiler.reset()  # else the next shape is compiled as a dynamic one
+            torch.compiler.reset()  # otherwise the next shape is compiled as a dynamic one
             if task.workload.device == "cuda":
                 torch.cuda.empty_cache()
         try:
             figures = _measure_rows(CONTENDERS[contender].build, task, rows)
-        except Exception as error:  # compilers wrap it in errors of their own
+        except Exception as error:  # compilers wrap out-of-memory errors in their own
             if "out of memory" not in str(error).lower():
                 raise
             yield {"rows": rows, "failed": "out of memory"}
@@ -314,7 +314,7 @@ def _measure_rows(build: Callable[[Task, int], Step], task: Task, rows: int) -> 
     started = time.perf_counter()
     first_loss = float(step(batches[0]))
     first_step = time.perf_counter() - started
-    step(batches[1])  # some things are allocated or recorded in the second step only
+    step(batches[1])  # some memory is allocated, and graphs are recorded, only in the second step
     wait(device)
 
     def seconds_a_step(steps: int) -> float:
@@ -326,7 +326,7 @@ def _measure_rows(build: Callable[[Task, int], Step], task: Task, rows: int) -> 
         return (time.perf_counter() - started) / steps
 
     steps = math.ceil(task.seconds / seconds_a_step(1))
-    steps = math.ceil(task.seconds / seconds_a_step(steps))  # warm by now
+    steps = math.ceil(task.seconds / seconds_a_step(steps))  # now the device is warm
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     busy, used = _busy_elsewhere(), time.process_time()
@@ -351,7 +351,7 @@ def _measure_rows(build: Callable[[Task, int], Step], task: Task, rows: int) -> 
 
 
 def _busy_elsewhere() -> float:
-    """CPU seconds of all other programs on the machine, and what the hypervisor kept."""
+    """CPU seconds of all other programs on the machine, including time stolen by the hypervisor."""
     import psutil
 
     times = psutil.cpu_times()
@@ -365,7 +365,7 @@ def wait(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory: of tensors on a GPU, of the process on a CPU."""
+    """Peak memory of tensors on a GPU, or of the process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -373,7 +373,7 @@ def peak_bytes(device: str) -> int:
 
 
 def matmul(task: Task) -> Figures:
-    """TFLOP/s of one large matrix product: of ten, and sustained, when the chip is hot."""
+    """TFLOP/s of a large matrix product: over ten products, and sustained, when the chip is hot."""
     device, n = task.workload.device, _MATMUL[task.workload.device]
     dtype = torch.bfloat16 if task.workload.precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -393,9 +393,9 @@ def matmul(task: Task) -> Figures:
 
 
 def run(contender: str, given: str, file: str) -> None:
-    """Entry point of the contender's process; `file` is written after every trial.
+    """Entry point of the contender's process; it writes `file` after every trial.
 
-    So the trials before a failure remain.
+    So the trials before a failure are kept.
     """
     task = Task.model_validate_json(given)
     torch.manual_seed(0)
@@ -405,19 +405,20 @@ def run(contender: str, given: str, file: str) -> None:
         Path(file).write_text(json.dumps(trials))
 
 
-# Comparing
+# Comparison
 
 
 def compare(arguments: argparse.Namespace, device: Device) -> Figures:
-    """Measure every contender asked for; one that cannot run has its reason under `absent`."""
+    """Measure the requested contenders; if one cannot run, `absent` has the reason."""
     anchor = asked_task(arguments, arguments.sizes[0], {})
     anchors = [try_in_process("matmul", anchor, arguments.limit)]
     runs: list[Figures] = [
         {"size": size, "contender": asked} | _presence(parse_contender(asked)[0], device)
         for size, asked in product(arguments.sizes, arguments.contenders)
     ]
-    for _, facts in product(range(arguments.rounds), runs):  # rounds outermost: a slow minute
-        if "absent" not in facts and "failed" not in facts:  # does not hit one contender alone
+    # Rounds outermost, so that a slow minute does not affect one contender only
+    for _, facts in product(range(arguments.rounds), runs):
+        if "absent" not in facts and "failed" not in facts:
             _try_once_more(facts, arguments, device)
             log.info("%s, %s: %s", facts["size"], facts["contender"], _outcome(facts))
     anchors.append(try_in_process("matmul", anchor, arguments.limit))
@@ -430,14 +431,14 @@ def compare(arguments: argparse.Namespace, device: Device) -> Figures:
             "system": platform.platform(),
         },
         "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
-        "mfu": "(6 N + 6 L D T) FLOPs a token / dense bf16 peak, N with the tied head once",
+        "mfu": "(6 N + 6 L D T) FLOPs per token / dense bf16 peak, N with the tied head once",
         "matmul": [anchor["trials"][0] for anchor in anchors if anchor["trials"]],
         "runs": runs,
     }
 
 
 def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device) -> None:
-    """Measure a contender once more: first the search, then more windows at the best rows."""
+    """Measure a contender again: first the search, later more windows with the best rows."""
     name, settings = parse_contender(facts["contender"])
     task = asked_task(arguments, facts["size"], settings)
     best = facts.get("best")
@@ -465,7 +466,7 @@ def _try_once_more(facts: Figures, arguments: argparse.Namespace, device: Device
     best["spread"] = (max(best["windows"]) - min(best["windows"])) / median
     flops = task.workload.flops_per_token * best["tokens_per_second"]
     best["tflops"] = flops / 1e12
-    if device.peak_flops and task.workload.precision == "bf16":  # whose peak it is
+    if device.peak_flops and task.workload.precision == "bf16":  # the peak is that of bf16
         best["mfu"] = flops / device.peak_flops
 
 
@@ -473,7 +474,7 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
     """Name and settings: `ours:compile=false,document_mask=true`.
 
     Raises:
-        ValueError: there is no such contender, or it takes no settings.
+        ValueError: there is no such contender, or it has no settings.
     """
     name, _, settings = asked.partition(":")
     if name not in CONTENDERS:
@@ -485,7 +486,7 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
 
 
 def asked_task(arguments: argparse.Namespace, size: str, settings: dict[str, str]) -> Task:
-    """The task on the command line, with the `settings` of a contender."""
+    """The task that the command line defines, with the `settings` of a contender."""
     workload = {
         "device": arguments.device,
         "device_name": find_device(arguments.device).name,
@@ -494,10 +495,10 @@ def asked_task(arguments: argparse.Namespace, size: str, settings: dict[str, str
         "micro_batch_rows": arguments.batch_rows,
         "accumulate": 1,
         "precision": arguments.precision,
-        "compile": arguments.device == "cuda",  # a run's default
+        "compile": arguments.device == "cuda",  # the default of a run
     }
     if fixed := workload.keys() & settings.keys() - {"precision", "compile"}:
-        raise ValueError(f"{', '.join(fixed)}: the same for every contender, drop it")
+        raise ValueError(f"{', '.join(fixed)}: must be the same for every contender, drop it")
     return Task(
         size=size,
         vocab_size=arguments.vocab_size,
@@ -509,10 +510,10 @@ def asked_task(arguments: argparse.Namespace, size: str, settings: dict[str, str
 
 
 def check(task: Task, device: Device) -> None:
-    """Require a task that the device can compute.
+    """Check that the device can compute the task.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the device cannot.
     """
     for rows in task.rows:
         if task.workload.batch_rows % rows:
@@ -531,7 +532,7 @@ def doublings(number: int) -> list[int]:
 
 
 def _presence(name: str, device: Device) -> Figures:
-    """The contender's version, and under `absent` the reason why it cannot run."""
+    """The contender's version, and under `absent` the reason if it cannot run."""
     contender = CONTENDERS[name]
     if contender.needs_gpu and device.kind != "cuda":
         return {"version": "", "absent": "needs a GPU"}
@@ -547,7 +548,7 @@ def _presence(name: str, device: Device) -> Figures:
 
 
 def try_in_process(name: str, task: Task, limit: float) -> Figures:
-    """Run a contender in a process of its own: its trials, and under `failed` why it ended."""
+    """Run a contender in a separate process: its trials, and under `failed` the last error."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file, output = Path(folder, "trials.json"), Path(folder, "output.txt")
         environment = os.environ | {
@@ -641,7 +642,7 @@ def report(results: Figures) -> str:
         f"{settings['batch_rows']} rows per step; median of "
         f"{settings['rounds'] * settings['windows']} windows\n\n"
         f"{table}\n"
-        f"Matrix product of {anchor_n}, TFLOP/s in a burst / sustained, before and after all: "
+        f"Matrix product of {anchor_n}, TFLOP/s in a burst / sustained, before and after: "
         f"{anchors}\n\n"
         f"MFU = {results['mfu']}: {_peak(device)}\n\n" + "\n".join(notes)
     )
@@ -738,7 +739,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="repetitions of all contenders (1)")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of a window (3)")
     parser.add_argument(
-        "--limit", type=float, default=600.0, help="most seconds for a contender (600)"
+        "--limit", type=float, default=600.0, help="maximum seconds for a contender (600)"
     )
     parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/train_speed"))
     arguments = parser.parse_args()
@@ -752,10 +753,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the contender as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its cleanup ends the contender
     results = compare(arguments, device)
     if not any("best" in facts for facts in results["runs"]):
-        sys.exit("nothing was measured: earlier figures are kept")
+        sys.exit("nothing was measured, so earlier figures are kept")
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2) + "\n"
     (arguments.out / "train_speed.json").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Measure what each ZeRO stage costs and saves: tokens per second and memory, beside one GPU.
+"""Measure tokens per second and memory of each ZeRO stage, compared with one GPU.
 
-Every rank trains as many rows per step as the one GPU, so that two GPUs make twice the tokens per
-second if communication costs nothing. The stages run one after another in the same processes.
+Every rank trains as many rows per step as the single GPU, so two GPUs reach twice the tokens per
+second if communication takes no time. The stages run one after another in the same processes.
 """
 
 import argparse
@@ -48,13 +48,13 @@ class StagesJob(RankJob):
 
 
 def measure(job: StagesJob, stage: Stage) -> Figures:
-    """Speed and memory of a stage, over windows of as many steps as take `seconds`."""
+    """Speed and memory of a stage, measured in windows of `seconds`."""
     [rows] = job.task.rows
     work = job.training.workload.replace(zero_stage=stage)
     config = job.training.replace(workload=work)
     batches = job.task.batches(rows)
     gc.collect()
-    torch.compiler.reset()  # else blocks that are sharded differently are compiled as dynamic ones
+    torch.compiler.reset()  # otherwise differently sharded blocks are compiled as dynamic ones
     state = new_state(config)
     if work.device == "cuda":
         torch.cuda.empty_cache()

@@ -247,7 +247,7 @@ def test_curves_are_told_and_drawn_beside_the_first(trained, tmp_path):
     loss_curves.draw(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(
-        ValueError, match="fp8, which the others are compared with, cannot run: --fp8 needs"
+        ValueError, match="fp8, the reference of the comparison, cannot run: --fp8 needs"
     ):
         loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings)
     assert loss_curves.obstacle("fp8", trained, H100) is None

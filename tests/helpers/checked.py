@@ -1,4 +1,4 @@
-"""Jobs for the pre-flight checks, and what a failed check says."""
+"""Jobs for the pre-flight checks, and assertions on failed checks."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def checked_job(folder: Path, shards: ShardSet, tokenizer: Tokenizer) -> Trainin
 
 
 def assert_failed(check: Check, *words: str) -> None:
-    """Check that `check` failed, and that each of `words` is in what it says."""
+    """Assert that `check` failed, and that each of `words` is in its figure or sentence."""
     assert not check.passed, check
     for word in words:
         assert word in f"{check.figure}. {check.sentence}", check

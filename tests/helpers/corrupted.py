@@ -1,6 +1,6 @@
 """The training program with planted faults.
 
-Memory that turns a weight into no number, once, and a clock that is set by days all the time.
+Memory that turns a weight into NaN once, and a clock that jumps by days.
 """
 
 import itertools

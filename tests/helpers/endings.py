@@ -1,4 +1,4 @@
-"""How a run ended: with the same bits as another, and with no process left."""
+"""Assertions on the end of a run: the same bits as another run, and no process left."""
 
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by the format's own library."""
+    """Return all tensors of a checkpoint, read by the format's own library."""
     tensors: dict[str, torch.Tensor] = {}
     for file in path.glob("*.safetensors"):
         tensors |= load_file(file)

@@ -1,6 +1,6 @@
-"""What can go wrong between a reader and the hub, and what must come of it.
+"""Faults between a reader and the hub, and the expected outcomes.
 
-One list for the test and for the table of `benchmarks/hub_faults.py`.
+The test and the table of `benchmarks/hub_faults.py` share the list.
 """
 
 import random
@@ -26,34 +26,34 @@ CONTENT = random.Random(0).randbytes(300_000)
 REPO = Repo("dataset", DATASET, {FILE: CONTENT})
 
 BEFORE = slice(1_000, 2_000)
-"""Read while all is well: what troubles begin after."""
+"""Range that is read before the fault begins."""
 
 READ = slice(100_000, 200_000)
 
 NOBODY = "http://127.0.0.1:9"
-"""The discard port: nobody listens there."""
+"""The discard port, where no server listens."""
 
 
 class Trouble(NamedTuple):
     name: str
 
     faults: tuple[Fault | None, ...] = (None,)
-    """Of one request after the other, the last for all that follow."""
+    """Faults of consecutive requests; the last one applies to all that follow."""
 
     says: str = ""
-    """Part of the failure's message; a read that has none succeeds."""
+    """Part of the failure's message; empty if the read succeeds."""
 
     transient: bool = True
 
     endpoint: str = ""
-    """Asked in place of the hub, from the first read on."""
+    """Address that replaces the hub's after the first read."""
 
     away_seconds: float = 0.0
-    """How long the hub is gone after the first read; its port stays the same."""
+    """Seconds for which the hub is stopped after the first read; it returns at the same port."""
 
     @property
     def patience(self) -> Patience:
-        """Little where it is all used up; much where a slow machine must not use it up."""
+        """Small if the read should use it up; large if even a slow machine must not."""
         return hurried(0.3 if self.says else 10.0)
 
 
@@ -130,7 +130,7 @@ TROUBLES = [
 
 
 def hurried(seconds: float) -> Patience:
-    """Like READING, for those who cannot wait."""
+    """Return a version of READING with shorter times, for tests."""
     return Patience(
         seconds,
         tries=20,
@@ -143,14 +143,14 @@ def hurried(seconds: float) -> Patience:
 
 
 def longest(patience: Patience, n_bytes: int) -> float:
-    """Seconds that a request for so many bytes may take, as `Patience` states it."""
+    """Return the maximum seconds of a request for `n_bytes`, as documented in `Patience`."""
     last = 2 * patience.stall_seconds + patience.window_seconds
     return patience.seconds + last + n_bytes / patience.slow_bytes_per_second
 
 
 @contextmanager
 def asking(url: str) -> Iterator[pytest.MonkeyPatch]:
-    """The hub is at `url`, whatever HF_ENDPOINT was at import; there is no proxy and no token."""
+    """Use the hub at `url`, whatever HF_ENDPOINT was at import, without proxy and token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", url)
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -159,7 +159,7 @@ def asking(url: str) -> Iterator[pytest.MonkeyPatch]:
         patch.setenv("NO_PROXY", "*")
         patch.delenv("HF_TOKEN", raising=False)
         if getproxies():
-            close_session()  # it may have learnt of one
+            close_session()  # an open session may have a proxy
         yield patch
 
 
@@ -170,7 +170,7 @@ def one_after_the_other(faults: tuple[Fault | None, ...]) -> Iterator[Fault | No
 
 
 def meet(trouble: Trouble, patience: Patience | None = None) -> Outcome:
-    """Read `READ` of `FILE` while `trouble` lasts."""
+    """Read the range `READ` of `FILE` under the faults of `trouble`."""
     patience = patience or trouble.patience
     with ExitStack() as stack:
         hub = stack.enter_context(Hub([REPO]))
@@ -204,7 +204,7 @@ def meet(trouble: Trouble, patience: Patience | None = None) -> Outcome:
 
 
 def leave(hub: Hub, seconds: float, stack: ExitStack) -> None:
-    """End a hub, and begin another at its port so many seconds later."""
+    """Stop a hub, and start another at its port after `seconds`."""
     port = int(hub.url.rpartition(":")[2])
     hub.__exit__()
     if seconds == FOR_EVER:

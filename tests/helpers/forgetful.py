@@ -1,4 +1,4 @@
-"""The training program with a planted fault: random numbers that no checkpoint holds."""
+"""The training program with a planted fault: random numbers that no checkpoint contains."""
 
 import random
 

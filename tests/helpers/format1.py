@@ -1,4 +1,4 @@
-"""What a run left in its folder before format 2, cut to what is read; paths are made relative."""
+"""Files of a run before format 2, reduced to the parts that are read; paths are relative."""
 
 from typing import Any
 

@@ -1,10 +1,10 @@
-"""A small stand-in for the Hugging Face Hub on loopback, and repositories to put on it.
+"""A small replacement of the Hugging Face Hub on loopback, and repositories for it.
 
     with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
         ...  # run something with HF_ENDPOINT=hub.url
 
-`huggingface_hub` and `datasets` read HF_ENDPOINT when they are imported: set it before, or in a
-process of its own.
+`huggingface_hub` and `datasets` read HF_ENDPOINT when they are imported, so set it before, or use a
+separate process.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TOKEN = "hf_test"
-"""The one access token that opens gated repositories."""
+"""The only access token that opens gated repositories."""
 
 BEGIN_OF_TEXT, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -54,10 +54,10 @@ class Repo:
     """Owner and name: `meta-llama/Llama-3.1-8B`."""
 
     files: Mapping[str, bytes] | Path
-    """Contents by path within the repository, or a folder that holds them."""
+    """Contents by path within the repository, or a folder with the files."""
 
     gated: bool = False
-    """Its files need `TOKEN`; its description and list of files do not, as on the Hub."""
+    """True if its files need `TOKEN`; its description and list of files do not, as on the Hub."""
 
     @cached_property
     def contents(self) -> dict[str, bytes]:
@@ -68,7 +68,7 @@ class Repo:
 
     @cached_property
     def oids(self) -> dict[str, str]:
-        """What git calls each file's contents."""
+        """Git's hash of the contents of each file."""
         return {
             path: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             for path, data in self.contents.items()
@@ -76,7 +76,7 @@ class Repo:
 
     @cached_property
     def sha(self) -> str:
-        """The revision: equal contents have equal revisions."""
+        """The revision; equal contents have equal revisions."""
         return hashlib.sha1(json.dumps(self.oids).encode()).hexdigest()
 
     def info(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Repo:
         }
 
     def tree(self, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
-        """Files and folders below `folder`; none if there is no such folder."""
+        """Files and folders below `folder`; empty if there is no such folder."""
         root = PurePosixPath(folder)
         entries = {}
         for path, data in self.contents.items():
@@ -112,32 +112,32 @@ class Repo:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer. For a slow one, let the hook sleep."""
+    """Fault of one answer. For a slow answer, let the hook sleep."""
 
     status: int | None = None
-    """Answered in place of the real answer, with no body."""
+    """Status to send instead of the real answer, without a body."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Added to the answer's own, which they replace where the names are equal."""
+    """Headers to add to the answer; they replace its own headers of the same name."""
 
     drop_after_bytes: int | None = None
-    """Hang up after so many bytes of the body; Content-Length still tells the whole length."""
+    """Close the connection after this many bytes of the body; Content-Length is the full length."""
 
     stall_after_bytes: int | None = None
-    """Send no more after so many bytes of the body, until the hub closes."""
+    """Stop sending after this many bytes of the body, until the hub closes."""
 
     truncate_to_bytes: int | None = None
-    """The body is only so long, and Content-Length agrees with it."""
+    """Length of a truncated body; Content-Length agrees with it."""
 
     bytes_per_second: float | None = None
-    """Let the body trickle."""
+    """Speed of the body."""
 
     ignore_range: bool = False
-    """Answer with the whole file, as some proxies make a server do."""
+    """Answer with the whole file, as servers do behind some proxies."""
 
 
 class Hub:
-    """Serves `repos` for as long as the `with` block lasts; then even open connections end."""
+    """Serves `repos` within the `with` block; at its end, open connections are closed."""
 
     token = TOKEN
 
@@ -148,7 +148,7 @@ class Hub:
         self.fault: Callable[[str, str, Message], Fault | None] | None = None
         """Called with method, path and headers (in any case) before each answer."""
         self.page_entries = 1000
-        """Files and folders in one page of a list."""
+        """Maximum number of files and folders in one page of a list."""
         self._server = _Server(self, port)
 
     @property
@@ -182,13 +182,13 @@ class _Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         super().server_close()
         self.closed.set()
-        # A client that keeps its connection would otherwise go on being served.
+        # Otherwise a client that keeps its connection would still be served
         for connection in list(self.connections):
-            with suppress(OSError):  # the client may have been faster
+            with suppress(OSError):  # the client may have closed the connection first
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # Clients that stop reading half-way are part of the tests; a mistake in a hook is not.
+        # Clients that stop reading half-way are part of the tests; errors in a hook are not
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -213,7 +213,7 @@ def _error(status: int, code: str, message: str) -> _Answer:
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each body waits 40 ms for the headers to be acknowledged
+    disable_nagle_algorithm = True  # otherwise each body waits 40 ms for the headers' ACK
 
     API = re.compile(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
     FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -222,7 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         path, _, query = self.path.partition("?")
         hub.requests.append((self.command, unquote(path)))
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))  # or it begins the next request
+        # Read the body, which would otherwise be taken for the next request
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = hub.fault(self.command, unquote(path), self.headers) if hub.fault else None
         fault = fault or Fault()
         if fault.ignore_range:
@@ -233,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: see `Hub.requests`."""
+        """Log nothing; see `Hub.requests`."""
 
     def _answer(self, path: str, query: str) -> _Answer:
         if match := self.API.fullmatch(path):
@@ -246,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         repo = self.server.hub.repos.get((kind, name))
         if repo is None:
-            # The Hub does not tell strangers whether a repository exists.
+            # Without a login, the Hub does not reveal whether a repository exists
             status = 404 if "Authorization" in self.headers else 401
             return _error(status, "RepoNotFound", "Repository not found")
         if revision is not None and unquote(revision) not in ("main", repo.sha):
@@ -284,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _Answer(200, body, headers)
         if asked[1]:
             first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
-        else:  # bytes=-N are the last N
+        else:  # bytes=-N requests the last N bytes
             first, last = max(len(body) - int(asked[2]), 0), len(body) - 1
         if first > last:
             return _Answer(416, b"", headers | {"Content-Range": f"bytes */{len(body)}"})
@@ -325,7 +326,7 @@ _SYLLABLES = ["ka", "ro", "mi", "ten", "sul", "ba", "ne", "lor", "vi", "dan"]
 
 
 def english(rng: random.Random) -> str:
-    """A few hundred words that a tiny model can learn: each subject has verbs of its own."""
+    """Return a few hundred words that a tiny model can learn: each subject has its own verbs."""
     sentences = []
     for _ in range(rng.randint(20, 40)):
         subject = rng.randrange(len(_SUBJECTS))
@@ -339,7 +340,7 @@ def english(rng: random.Random) -> str:
 
 
 def fineweb_edu_repo(documents: int = 400, files: int = 2, seed: int = 0) -> Repo:
-    """FineWeb-Edu in small: `documents` in `files` files of `sample-10BT`, and 10 in `default`."""
+    """A small FineWeb-Edu: `documents` in `files` files of `sample-10BT`, and 10 in `default`."""
     rng = random.Random(seed)
     cuts = [documents * file // files for file in range(files + 1)]
     samples = {
@@ -399,10 +400,10 @@ def _row(rng: random.Random) -> dict[str, Any]:
 def llama_tokenizer_repo(
     name: str = "meta-llama/Llama-3.1-8B", vocab_size: int = 512, gated: bool = True
 ) -> Repo:
-    """A tokenizer built like Llama 3's, in small: bytes, then merges, then two special tokens.
+    """A small tokenizer with the structure of Llama 3's: bytes, merges, two special tokens.
 
-    `vocab_size` is met exactly; what `english` writes has pairs enough for 1,024. Like Llama's,
-    it puts `BEGIN_OF_TEXT` before every text unless told not to.
+    Its vocabulary has exactly `vocab_size` tokens; texts of `english` have enough pairs for 1,024.
+    Like Llama's, it adds `BEGIN_OF_TEXT` before every text by default.
     """
     special = [BEGIN_OF_TEXT, END_OF_TEXT]
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))

@@ -1,4 +1,4 @@
-"""Records as a training logs them, with plain values for all that a test does not look at."""
+"""Records as a training logs them, with defaults for fields that a test does not check."""
 
 from typing import Any
 

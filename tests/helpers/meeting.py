@@ -1,4 +1,4 @@
-"""Ranks that meet again and again, until what `fate` says happens to the last of them."""
+"""Ranks that synchronise repeatedly until the last one has the failure called `fate`."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The flow as a user starts it, and what to ask of it and of Prefect's server."""
+"""The flow as a user starts it, and queries to its files and to Prefect's server."""
 
 import json
 import re
@@ -34,13 +34,13 @@ CHECKED_SHAPE = [
     "--sample-tokens=8",
 ]
 SMALL_SHAPE = [*CHECKED_SHAPE, "--skip-preflight"]
-"""For tests of something else: the pre-flight takes some seconds."""
+"""For tests of other things, because the pre-flight takes some seconds."""
 
 
 def started(
     command: list[str], environment: dict[str, str], folder: Path = ROOT
 ) -> "subprocess.Popen[str]":
-    """A program in `folder`, with all that it says in its standard output."""
+    """Start a program in `folder`; its standard output also has its error output."""
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -54,7 +54,7 @@ def started(
 
 @dataclass
 class Flow:
-    """`python flows/pretrain.py`, or another `program` in `folder`, with a cache of its own."""
+    """`python flows/pretrain.py`, or another `program` in `folder`, with its own cache."""
 
     cache: Path
     environment: dict[str, str]
@@ -66,7 +66,7 @@ class Flow:
         return started(command, self.environment, self.folder_of_program)
 
     def run(self, *flags: str, expect: int = 0) -> str:
-        """The output of the flow, which has to end with exit code `expect`."""
+        """Run the flow, which must end with exit code `expect`, and return its output."""
         process = self.start(*flags)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == expect, output
@@ -83,7 +83,7 @@ class Flow:
         return [json.loads(line) for line in lines]
 
     def wait_for_step(self, name: str, step: int, process: "subprocess.Popen[str]") -> None:
-        """Return once the training of run `name` has logged `step`."""
+        """Wait until the training of run `name` has logged `step`."""
         path = self.folder(name) / "events.jsonl"
         while process.poll() is None:
             if path.exists() and any(s >= step for s in logged_steps(path.read_text())):
@@ -93,7 +93,7 @@ class Flow:
 
 
 class Ui:
-    """`zeroflow ui` on free ports, with a Prefect of its own below the cache."""
+    """`zeroflow ui` on free ports, with its own Prefect database in the cache."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Ui:
         return [*self.program, "ui", f"--cache-dir={self.cache}", *flags]
 
     def start(self) -> str:
-        """The output until everything is there."""
+        """Start it, and return its output until everything is ready."""
         self.process = started(self.command, self.environment, self.folder)
         assert self.process.stdout is not None
         said = ""
@@ -124,11 +124,11 @@ class Ui:
         pytest.fail(f"it ended:\n{said}")
 
     def programs(self) -> list[psutil.Process]:
-        """All that it has started."""
+        """All programs that it has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self, *, expect: int) -> str:
-        """What it said at its end, which leaves nothing behind."""
+        """End it, check that no program is left, and return the rest of its output."""
         programs = self.programs()
         output, _ = self.process.communicate(timeout=200)
         assert self.process.returncode == expect, output
@@ -159,7 +159,7 @@ def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 def api(url: str, path: str, **body: Any) -> Any:
-    """What Prefect's server answers to a POST."""
+    """Return the answer of Prefect's server to a POST request."""
     request = urllib.request.Request(
         f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -168,7 +168,7 @@ def api(url: str, path: str, **body: Any) -> Any:
 
 
 def processes_of(cache: Path) -> list[psutil.Process]:
-    """Training processes that were started for runs in `cache`."""
+    """Return the training processes of runs in `cache`."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -180,7 +180,7 @@ def processes_of(cache: Path) -> list[psutil.Process]:
 
 
 def rank_of(cache: Path) -> psutil.Process:
-    """The process that trains."""
+    """Return the process that trains."""
     ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
     return max(ranks, key=lambda process: process.create_time())
 

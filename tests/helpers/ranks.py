@@ -1,4 +1,4 @@
-"""What ranks do at every stage of ZeRO, in one start of them; `test_zero` reads what they say."""
+"""Program of ranks that run every ZeRO stage in one start; `test_zero` reads their results."""
 
 import math
 from collections import Counter
@@ -36,13 +36,14 @@ class Validation(ArrayRows):
 
 
 ROWS = np.random.default_rng(0).integers(1, MODEL.vocab_size, (5, 13)).view(Validation)
-"""With micro-batches of two rows, one of two ranks has three rows and the other two."""
+"""Number of rows with which, at two rows per micro-batch, one of two ranks has three and the
+other two."""
 
 
 class Shares:
-    """Four rows a step, each a micro-batch, of which every rank has its share.
+    """Four rows per step, each a micro-batch, divided among the ranks.
 
-    In the last two most is padding: ranks have more or fewer targets.
+    The last two are mostly padding, so that ranks have different numbers of targets.
     """
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
@@ -54,7 +55,7 @@ class Shares:
 
 
 def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[str, float]]:
-    """What is said of the next `steps` steps."""
+    """Return the metrics of the next `steps` steps."""
     return [
         {
             "loss": metrics.loss.item(),
@@ -66,14 +67,14 @@ def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[
 
 
 def looked_at(state: TrainState) -> dict[str, Any]:
-    """What does not train, and comes in between."""
+    """Return results that do not train: validation and samples between steps."""
     tokenizer = Tokenizer(
         path=None, name="ids", vocab_size=MODEL.vocab_size, end_of_text=END, fingerprint=TOKENIZER
     )
     return {
         "validation": validation_loss(state.model, ROWS, np.arange(len(ROWS)), WORKLOAD).mean,
         "sample": sampling.generate_ids(
-            # ranks that would each choose for itself take the choice of the first
+            # with different seeds, all ranks must use the choice of rank 0
             *(state.model, tokenizer, SamplingConfig(tokens=6, seed=zero.rank())),
             context=12,
             agree=lambda token: zero.on_rank0(lambda: token),
@@ -96,7 +97,7 @@ def loaded(config: TrainingConfig, folder: Path) -> TrainState:
 
 
 def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, Any]:
-    """A training with a checkpoint in it, and what goes on from it and from that of one rank."""
+    """Return results of a training, of its resume, and of a resume from one rank's checkpoint."""
     state = new_state(config)
     found: dict[str, Any] = {"begun": trained(state, config, SAVED)}
     found |= looked_at(state)
@@ -115,7 +116,7 @@ def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, An
 
 
 def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
-    """How often weights are gathered and gradients scattered in a step."""
+    """Return how often a step gathers weights and scatters gradients."""
     calls: Counter[str] = Counter()
 
     class Counted(TorchDispatchMode):
@@ -132,7 +133,7 @@ def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
 
 
 def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
-    """A step in which the last rank's loss is no number; whether any weight has changed."""
+    """Run a step with a NaN loss on the last rank; return whether any weight has changed."""
     parameters = [p for _, p in zero.named_parameters(state.model)]
     before = [zero.local_shard(p).clone() for p in parameters]
     if zero.rank() == zero.ranks() - 1:

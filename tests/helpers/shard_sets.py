@@ -1,4 +1,4 @@
-"""Small shard sets, and what they hold, read by plain pyarrow."""
+"""Small shard sets, and their contents as plain pyarrow reads them."""
 
 import hashlib
 from pathlib import Path
@@ -28,20 +28,20 @@ def synthetic_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def table_of(shards: ShardSet) -> list[dict]:
-    """The table of documents, with the number of the part each line is of."""
+    """Return the table of documents, with the number of the part of each line."""
     tables = [document_table.read(path).to_pylist() for path in shards.part_paths]
     return [line | {"part": part} for part, table in enumerate(tables) for line in table]
 
 
 def rows_of(path: Path, split: str) -> np.ndarray:
-    """All rows of a split of a part, read by plain pyarrow."""
+    """Return all rows of a split of a part, read by plain pyarrow."""
     files = sorted(path.glob(f"{split}-*.arrow"))
     tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
     return np.array([row for table in tables for row in table["tokens"].to_pylist()])
 
 
 def documents_of(shards: ShardSet) -> dict[str, list[int]]:
-    """The ids of every document, put together from its pieces."""
+    """Return the ids of every document, joined from its pieces."""
     found: dict[str, list[int]] = {}
     rows = {
         (part, split): rows_of(path, split)

@@ -1,4 +1,4 @@
-"""The smallest of everything that still is the real thing, for tests all over."""
+"""Tiny real objects for all tests: models, corpora, rows, jobs."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from zeroflow.training.workload import Workload
 
 Result = TypeVar("Result", bound=StageResult)
 
-torch.set_num_threads(1)  # such small matrices only wait for a second thread
+torch.set_num_threads(1)  # more threads slow down such small matrices
 
 SHAPE = Shape(
     hidden_size=32,
@@ -38,7 +38,7 @@ SHAPE = Shape(
 )
 MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
 NO_END = -1
-"""An end-of-text id that no row of random ids holds."""
+"""An end-of-text id that does not occur in rows of random ids."""
 
 DEVICES = [
     "cpu",
@@ -64,11 +64,11 @@ class Text(NamedTuple):
     corpus: CorpusConfig
     tokenizer: Tokenizer
     texts: list[str]
-    """By number: document d7 is texts[7]."""
+    """Texts by number: document d7 is texts[7]."""
 
 
 def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> TrainingConfig:
-    """Settings of a short training; `changes` replace any of them, also in its workload."""
+    """Return settings of a short training; `changes` replace fields of it or of its workload."""
     of_workload = {name: changes.pop(name) for name in Workload.model_fields if name in changes}
     settings: dict[str, Any] = {
         "seed": 0,
@@ -79,7 +79,7 @@ def training_config(*, steps: int = 6, peak: float = 1e-2, **changes: Any) -> Tr
 
 
 def with_workload(config: TrainingConfig, **changes: Any) -> TrainingConfig:
-    """`config` with `changes` of its workload."""
+    """Return `config` with `changes` of its workload."""
     return config.replace(workload=config.workload.replace(**changes))
 
 
@@ -89,7 +89,7 @@ def training_job(
     tokenizer: Tokenizer,
     training: TrainingConfig,
 ) -> TrainingJob:
-    """A job in `run_dir`, which is made, that nobody tracks."""
+    """Return a job without tracking in `run_dir`, which is created."""
     run_dir.mkdir(exist_ok=True)
     return TrainingJob(
         run_dir=run_dir,
@@ -111,7 +111,7 @@ def training_job(
 
 
 def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
-    """A model whose weights are ten times larger than fresh ones, so that its logits spread."""
+    """Return a model with ten times larger weights than fresh ones, so that its logits vary."""
     model = Llama(config)
     initialize(model, seed)
     with torch.no_grad():
@@ -122,13 +122,13 @@ def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
 
 
 class ArrayRows(np.ndarray):
-    """An array in place of `Rows`: `array.view(ArrayRows)`."""
+    """An array that replaces `Rows`: `array.view(ArrayRows)`."""
 
     end_of_text = NO_END
 
 
 class RandomBatches:
-    """Micro-batches of random ids that are a function of the step, like the real ones."""
+    """Micro-batches of random ids that depend only on the step, like the real ones."""
 
     def __init__(self, *, rows: int = 2, tokens: int = 12, accumulate: int = 1) -> None:
         self._shape, self._accumulate = (rows, tokens + 1), accumulate
@@ -143,7 +143,7 @@ class RandomBatches:
 
 
 def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
-    """`texts` as documents d0, d1, ... of one .jsonl file, as a resolved corpus."""
+    """Return a resolved corpus: one .jsonl file with `texts` as documents d0, d1, ..."""
     lines = (json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -151,22 +151,22 @@ def jsonl_corpus(file: Path, texts: list[str]) -> CorpusConfig:
 
 
 def files_corpus(*paths: str, **settings: Any) -> CorpusConfig:
-    """Files as a resolved corpus."""
+    """Return a resolved corpus of files."""
     return resolve_corpus(CorpusConfig(data_mode="files", data_path=paths, **settings)).corpus
 
 
 def read_files(*paths: Path, **settings: Any) -> list[Document]:
-    """The documents of files."""
+    """Return the documents of files."""
     return list(read_documents(files_corpus(*map(str, paths), **settings)))
 
 
 def as_jsonl(rows: list[dict[str, str]]) -> bytes:
-    """What a .jsonl file of these rows holds."""
+    """Return the content of a .jsonl file with these rows."""
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
 
 
 def synthetic_rows(cache: Path) -> tuple[ShardSet, Tokenizer]:
-    """A few rows of synthetic data."""
+    """Return a few rows of synthetic data and their tokenizer."""
     corpus = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
     tokenizer = fetch_tokenizer(config, corpus, cache)
@@ -175,11 +175,11 @@ def synthetic_rows(cache: Path) -> tuple[ShardSet, Tokenizer]:
 
 
 def apart_from_reuse(result: Result) -> Result:
-    """The result, however a command came by it."""
+    """Return the result without the fields that depend on reuse."""
     return result.replace(reused=False, why="")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` by its relative path."""
+    """Return the contents of every file below `folder`, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

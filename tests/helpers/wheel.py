@@ -1,4 +1,4 @@
-"""The package as a wheel, in an environment of its own."""
+"""The package as a wheel in a separate environment."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from pipeline import ROOT
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of what it is made of: a build leaves files behind."""
+    """Build the wheel from a copy of its sources, because a build leaves files behind."""
     source = folder / "source"
     source.mkdir(parents=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -29,15 +29,15 @@ def install(wheel: Path, folder: Path) -> Path:
     """Install `wheel` in a new environment at `folder`, which also sees the packages of this one.
 
     Returns:
-        the folder of its programs
+        The folder of its programs.
     """
     venv.create(folder, symlinks=True)
     programs = folder / "bin"
     python = str(programs / "python")
     _run(sys.executable, *_PIP, f"--python={python}", "install", str(wheel), *_PLAIN)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    # a folder that is named in a .pth gives its packages, and its own .pth files are not read: they
-    # would show the package as it is in the working tree
+    # A folder in a .pth file provides its packages, but its own .pth files are not read. They would
+    # add the package of the working tree
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     return programs
 
