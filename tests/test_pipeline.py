@@ -15,7 +15,6 @@ import zeroflow
 from zeroflow import Rows, RunConfig, load, pipeline, pretrain
 from zeroflow.inference import trained
 from zeroflow.report.pages import Page
-from zeroflow.settings.run_config import BuildChoice
 from zeroflow.settings.settle import settle
 from zeroflow.training import tracked
 
@@ -186,11 +185,6 @@ def test_checkpoints_of_another_tokenizer_are_refused_before_the_job_is_replaced
     with pytest.raises(ValueError, match="restore the former files of the tokenizer"):
         load("mine", run.cache_dir)
     job.write(job.folder.job)
-
-
-def test_dask_needs_a_flow() -> None:
-    with pytest.raises(ValueError, match="--data-runner dask needs a flow"):
-        pipeline.View().builders(BuildChoice(data_runner="dask"))
 
 
 def test_public_names_are_documented() -> None:

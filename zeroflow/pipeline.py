@@ -6,8 +6,8 @@ progress and pages are shown (`View`): in the package's flows, stages are Prefec
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,9 @@ from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.checks.resume import Proof, ProofConfig, ResumeInexact
 from zeroflow.data import build as builds
 from zeroflow.data import tokenizer as tokenizers
-from zeroflow.data.builders import Builders, in_threads
+from zeroflow.data.builders import Builders, BuildPart, in_threads
+from zeroflow.data.on_dask import on_dask
+from zeroflow.data.parts import build_part
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model import build as models
@@ -79,18 +81,9 @@ class View:
         """Return a function that receives each new version of a PNG file."""
         return lambda picture: None
 
-    def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
-        """Return the builders for shard parts.
-
-        Raises:
-            ValueError: the settings require Dask, which needs a Prefect flow.
-        """
-        if build.data_runner != "threads":
-            raise ValueError(
-                f"--data-runner {build.data_runner} needs a flow: run zeroflow pretrain, or use "
-                "--data-runner threads"
-            )
-        return in_threads(build.data_workers)
+    def part_builder(self, build: BuildPart) -> BuildPart:
+        """Return `build`, which may also show each part that it builds."""
+        return build
 
     def gpu_slot(self) -> AbstractContextManager[None]:
         """Return a context to hold while the run uses GPUs."""
@@ -137,7 +130,7 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
     """Build the rows that the run needs; write and show the page about them."""
-    with view.builders(run.build) as builders:
+    with part_builders(run.build, view) as builders:
         shards = builds.build_shards(
             run.shard_config,
             run.data,
@@ -151,6 +144,16 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
         page = data_page.write_data(shards, tokenizer, run.folder)
         view.page(page, "data", run.run_name)
     return shards
+
+
+@contextmanager
+def part_builders(choice: BuildChoice, view: View) -> Iterator[Builders]:
+    """Threads that build parts, or wait while Dask workers build them."""
+    with ExitStack() as stack:
+        build: BuildPart = build_part
+        if choice.data_runner == "dask":
+            build = stack.enter_context(on_dask(choice.data_workers, choice.dask_address))
+        yield stack.enter_context(in_threads(choice.data_workers, view.part_builder(build)))
 
 
 def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:

@@ -39,7 +39,8 @@ def sample(
 ) -> tuple[Flow, str]:
     """A finished run on the sample, and what it printed.
 
-    It was trained by the wheel of the package, in an environment and a folder of its own.
+    It was trained by the wheel of the package, in an environment and a folder of its own, and its
+    shards were built by a Dask worker.
     """
     folder = tmp_path_factory.mktemp("sample")
     environment = base_environment | {"PREFECT_API_URL": prefect_api}
@@ -50,7 +51,9 @@ def sample(
     (folder / "empty").mkdir()
     installed = Flow(flow.cache, elsewhere, program, folder / "empty")
     prompt = "--sample-prompt=def a\n```\n| b"
-    output = installed.run("--run-name=first", "--log-interval=4", prompt, *CHECKED_SHAPE)
+    dask = ["--data-runner=dask", "--data-workers=1"]
+    output = installed.run("--run-name=first", "--log-interval=4", prompt, *dask, *CHECKED_SHAPE)
+    assert "part-00000: " in output
     assert not list((folder / "empty").iterdir())
     return flow, output
 

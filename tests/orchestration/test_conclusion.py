@@ -19,7 +19,7 @@ from prefect.states import Cancelled, Completed, Crashed, Pending, Running
 from zeroflow.orchestration import conclusion, worker
 from zeroflow.orchestration.conclusion import conclude, is_foreseen
 from zeroflow.orchestration.flow_context import name_at_start
-from zeroflow.orchestration.stages import as_task, build_part
+from zeroflow.orchestration.stages import as_task
 from zeroflow.orchestration.view import PrefectView
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
@@ -36,7 +36,7 @@ def server(prefect_api: str) -> Iterator[str]:
 
 def ended(server: str, given: Any, stage: Callable[[], Path], folder: Path) -> dict[str, Any]:
     """The flow run of a flow whose only stage is `stage`, with its log."""
-    view = PrefectView(build_part)
+    view = PrefectView()
     view.folder = RunFolder(folder)
 
     @flow(

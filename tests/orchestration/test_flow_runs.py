@@ -1,7 +1,6 @@
 """Parts of the data built as tasks, by threads and by Dask workers, against a real server."""
 
 import base64
-import json
 import subprocess
 import sys
 import threading
@@ -28,24 +27,23 @@ BUILD = """
 import sys
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 
+from zeroflow import pipeline
 from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.parts import build_part
 from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.orchestration.parts import part_builders
+from zeroflow.orchestration.view import PrefectView
 from zeroflow.settings.run_config import BuildChoice
 
 slices.SLICE_BYTES = 15_000
-build_one = task(name="build part")(build_part)
 
 
 @flow(name="parts")
 def build(config, text, tokenizer, cache, choice):
-    with part_builders(build_one, choice) as builders:
+    with pipeline.part_builders(choice, PrefectView()) as builders:
         return build_shards(config, text, tokenizer, cache, builders=builders)
 
 
@@ -90,8 +88,8 @@ def test_parts_built_by_several_workers_are_those_of_one(
         assert contents(mine) == contents(theirs)
     [run] = api(prefect_api, "/flow_runs/filter", sort="START_TIME_DESC", limit=1)
     tasks = api(prefect_api, "/task_runs/filter", task_runs={"flow_run_id": {"any_": [run["id"]]}})
-    states = [task["state_name"] for task in tasks if task["name"].startswith("build part")]
-    assert states == ["Completed"] * alone.parts, json.dumps(states)
+    states = {task["name"]: task["state_name"] for task in tasks}
+    assert states == {f"build {part.name}": "Completed" for part in alone.part_paths}
 
 
 def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):

@@ -39,10 +39,11 @@ class Builders(NamedTuple):
     """Cancels the parts that are queued."""
 
 
+BuildPart = Callable[[PartJob], BuiltPart]
+
+
 @contextmanager
-def in_threads(
-    count: int, build: Callable[[PartJob], BuiltPart] = build_part
-) -> Iterator[Builders]:
+def in_threads(count: int, build: BuildPart = build_part) -> Iterator[Builders]:
     """Builders with `count` threads and one part in the queue, so that no thread waits for work.
 
     The threads end with the program: Ctrl-C waits neither for a part nor for a hub that does not

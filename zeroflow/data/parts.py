@@ -61,15 +61,21 @@ def build_part(job: PartJob) -> BuiltPart:
                 "Complete parts are kept",
             ) from error
         raise
-    manifest = PartManifest.read(job.path)
-    facts = manifest.facts
-    seconds = 0.0 if reused else time.perf_counter() - start
-    if not reused:
-        tokens = facts.train.document_tokens + facts.validation.document_tokens
-        log.info("%s: %s tokens in %.1f s", job.path.name, f"{tokens:,}", seconds)
-        if manifest.returned and job.path == part_path(job.path.parent, 0):
-            _warn_of_loss(manifest.returned, job.tokenizer.name)
-    return BuiltPart(facts=facts, seconds=seconds)
+    facts = PartManifest.read(job.path).facts
+    built = BuiltPart(facts=facts, seconds=0.0 if reused else time.perf_counter() - start)
+    log_part(job, built)
+    return built
+
+
+def log_part(job: PartJob, built: BuiltPart) -> None:
+    """Log the tokens and seconds of a part that was built, wherever that was."""
+    if not built.seconds:
+        return  # it existed already
+    tokens = built.facts.train.document_tokens + built.facts.validation.document_tokens
+    log.info("%s: %s tokens in %.1f s", job.path.name, f"{tokens:,}", built.seconds)
+    returned = PartManifest.read(job.path).returned
+    if returned and job.path == part_path(job.path.parent, 0):
+        _warn_of_loss(returned, job.tokenizer.name)
 
 
 def _warn_of_loss(returned: ReturnedText, tokenizer: str) -> None:

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from prefect import runtime
@@ -17,11 +17,13 @@ from prefect.states import Cancelled, Failed, State
 
 from zeroflow.config import Config
 from zeroflow.orchestration.flow_context import logs_delivered
-from zeroflow.orchestration.view import PrefectView
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.flags import error_message
 from zeroflow.training import checkpoint
 from zeroflow.training.failures import TrainingStopped
+
+if TYPE_CHECKING:
+    from zeroflow.orchestration.view import PrefectView
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def observed() -> Iterator[Conclusion]:
 
 
 def conclude(
-    config: type[Asked], given: object, work: Callable[[Asked], Path], view: PrefectView
+    config: type[Asked], given: object, work: Callable[[Asked], Path], view: "PrefectView"
 ) -> Path | State:
     """Run the code of a flow; return its result, or the final state of its flow run.
 

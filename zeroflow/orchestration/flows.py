@@ -13,7 +13,7 @@ from zeroflow.orchestration.conclusion import conclude
 from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.flow_runs import run_child
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP
-from zeroflow.orchestration.stages import STAGES, build_part
+from zeroflow.orchestration.stages import STAGES
 from zeroflow.orchestration.view import PrefectView
 from zeroflow.report import sweep as sweeps
 from zeroflow.settings import flags
@@ -36,7 +36,7 @@ def pretrain(run: RunConfig = RunConfig()) -> Path | State:  # noqa: B008, it is
     Returns:
         The path of the run's report.json.
     """
-    view = PrefectView(build_part)
+    view = PrefectView()
     return conclude(RunConfig, run, lambda asked: pipeline.pretrain(asked, STAGES, view), view)
 
 
@@ -54,7 +54,7 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path | State:  # noqa: B008, it
     Returns:
         The path of comparison.md.
     """
-    view = PrefectView(build_part)
+    view = PrefectView()
 
     def work(asked: SweepConfig) -> Path:
         return pipeline.sweep(asked, _run_child, STAGES, view)
@@ -74,7 +74,7 @@ def prove_resume(asked: ProofRun = ProofRun()) -> Path | State:  # noqa: B008, i
     Returns:
         The path of proof.md.
     """
-    view = PrefectView(build_part)
+    view = PrefectView()
     return conclude(ProofRun, asked, lambda run: pipeline.prove_resume(run, STAGES, view), view)
 
 

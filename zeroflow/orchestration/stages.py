@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Failed, State
 
 from zeroflow import pipeline
-from zeroflow.data import parts
+from zeroflow.data.builders import BuildPart
 from zeroflow.data.hub import HubError
 from zeroflow.orchestration.conclusion import STOPS, paragraph
 from zeroflow.pipeline import Stages
@@ -120,9 +120,12 @@ def as_task(
     return call
 
 
-build_part = task(
-    name="build part", task_run_name="build {job.path.name}", **_UNCACHED, **_FROM_THE_HUB.options
-)(parts.build_part)
+def part_task(build: BuildPart) -> BuildPart:
+    """Wrap the function that builds a part as a Prefect task, which is named after the part."""
+    options = _UNCACHED | _FROM_THE_HUB.options
+    decorated = task(name="build part", task_run_name="build {job.path.name}", **options)
+    return decorated(build)
+
 
 STAGES = Stages(
     plan=as_task("plan", pipeline.plan),

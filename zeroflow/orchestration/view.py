@@ -4,30 +4,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from prefect.tasks import Task
-
-from zeroflow.data.builders import Builders
-from zeroflow.data.part_job import BuiltPart, PartJob
+from zeroflow.data.builders import BuildPart
 from zeroflow.orchestration import flow_context, pages
 from zeroflow.orchestration.gpu_slot import gpu_slot
-from zeroflow.orchestration.parts import part_builders
+from zeroflow.orchestration.stages import part_task
 from zeroflow.pipeline import View
 from zeroflow.report.pages import Page
 from zeroflow.report.progress import Show
 from zeroflow.run_folder import RunFolder
-from zeroflow.settings.run_config import BuildChoice, RunConfig
+from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
 
 
 class PrefectView(View):
-    """Shows a run on the page of its flow run.
+    """Shows a run on the page of its flow run."""
 
-    Args:
-        build_part: task that builds a part of a shard set.
-    """
-
-    def __init__(self, build_part: Task[[PartJob], BuiltPart]) -> None:
-        self._build_part = build_part
+    def __init__(self) -> None:
         self.folder: RunFolder | None = None
         """Folder of the run, once its settings are settled."""
 
@@ -47,8 +39,8 @@ class PrefectView(View):
     def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
         return pages.LivePicture(subject, run_name)
 
-    def builders(self, build: BuildChoice) -> AbstractContextManager[Builders]:
-        return part_builders(self._build_part, build)
+    def part_builder(self, build: BuildPart) -> BuildPart:
+        return part_task(build)
 
     def gpu_slot(self) -> AbstractContextManager[None]:
         return gpu_slot()

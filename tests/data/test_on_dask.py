@@ -1,0 +1,50 @@
+"""Parts built by Dask workers: the same bytes, and failures told as they are."""
+
+import pytest
+from pipeline import free_port
+from tiny import apart_from_reuse, contents
+
+from zeroflow.data.build import build_shards
+from zeroflow.data.builders import in_threads
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.on_dask import on_dask
+from zeroflow.data.shards import ShardConfig
+
+ROWS = ShardConfig(seq_len=32, train_rows=10, validation_rows=1)
+
+
+def test_shards_of_a_dask_worker_are_those_of_a_thread_and_its_failures_come_as_they_are(
+    text, tmp_path
+):
+    alone = build_shards(ROWS, *text[:2], tmp_path / "alone")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nno JSON\n')
+    bad = CorpusConfig(data_mode="files", data_path=(str(tmp_path / "bad.jsonl"),))
+    with on_dask(1, None) as build, in_threads(1, build) as builders:
+        by_dask = build_shards(ROWS, *text[:2], tmp_path / "dask", builders=builders)
+        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2"):
+            corpus = resolve_corpus(bad).corpus
+            build_shards(ROWS, corpus, text.tokenizer, tmp_path / "bad", builders=builders)
+    assert apart_from_reuse(by_dask) == apart_from_reuse(alone).replace(path=by_dask.path)
+    for mine, theirs in zip(by_dask.part_paths, alone.part_paths, strict=True):
+        assert contents(mine) == contents(theirs)
+
+
+def test_no_worker_is_started_where_there_is_nothing_to_build(text, tmp_path):
+    """The address is that of nobody."""
+    build_shards(ROWS, *text[:2], tmp_path)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with on_dask(1, address) as build, in_threads(1, build) as builders:
+        assert build_shards(ROWS, *text[:2], tmp_path, builders=builders).reused
+
+
+def test_scheduler_that_is_not_there_is_named(text, tmp_path, monkeypatch):
+    import dask
+
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        on_dask(1, address) as build,
+        in_threads(1, build) as builders,
+        pytest.raises(ValueError, match=f"--dask-address {address}: no Dask scheduler answers"),
+    ):
+        build_shards(ROWS, *text[:2], tmp_path, builders=builders)
