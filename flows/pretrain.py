@@ -1,5 +1,12 @@
 """Raw text to a trained and checked model: `python flows/pretrain.py --size tiny`."""
 
+import sys
+
+from zeroflow.cli.first_line import announce
+
+if __name__ == "__main__":
+    announce(sys.argv[1:])
+
 from zeroflow.cli.flow import main
 from zeroflow.orchestration.names import PRETRAIN
 

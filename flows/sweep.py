@@ -1,5 +1,12 @@
 """Compare sizes, seeds, rates or ZeRO stages: `python flows/sweep.py --sizes tiny small`."""
 
+import sys
+
+from zeroflow.cli.first_line import announce
+
+if __name__ == "__main__":
+    announce(sys.argv[1:])
+
 from zeroflow.cli.flow import main
 from zeroflow.orchestration.names import SWEEP
 

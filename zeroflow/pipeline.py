@@ -29,7 +29,7 @@ from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.pages import Page, Picture, never_fatal
-from zeroflow.report.progress import LossWatch, Show, TrainingProgress
+from zeroflow.report.progress import CheckProgress, LossWatch, Show, TrainingProgress
 from zeroflow.report.run_report import Finished
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
@@ -48,6 +48,7 @@ from zeroflow.training.job import (
     why_trained,
 )
 from zeroflow.training.ownership import ownership
+from zeroflow.training.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def train(
     watch = LossWatch(job, view.live_picture("loss", job.run_dir.name))
     with TrainingProgress(view.progress("training", job.run_dir.name)) as progress:
 
-        def follow(event: Event) -> None:
+        def follow(event: Event | Pulse) -> None:
             progress(event)
             watch(event)
 
@@ -219,15 +220,15 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
     Raises:
         OverfitFailed: the model could not memorise one batch.
     """
-    result = overfit.check(
-        OverfitJob(
-            run_dir=job.run_dir,
-            training=job.training,
-            shards=job.shards,
-            limits=limits,
-            compile_cache=job.compile_cache,
-        )
+    check = OverfitJob(
+        run_dir=job.run_dir,
+        training=job.training,
+        shards=job.shards,
+        limits=limits,
+        compile_cache=job.compile_cache,
     )
+    with CheckProgress("overfit check", view.progress("overfit check", job.run_dir.name)) as shown:
+        result = overfit.check(check, shown)
     with never_fatal("picture of the overfit check"):
         drawn = job.folder.overfit_picture
         pictures.overfit_curve(result.curve, drawn, limit=limits.overfit_loss)

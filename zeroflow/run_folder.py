@@ -73,7 +73,7 @@ class RunFolder(TrackedFolder):
 
     goodput = _Named("goodput.jsonl")
     alive = _Named("alive")
-    """Empty file, touched after each step, validation and checkpoint."""
+    """Newest pulse of rank 0, rewritten while it works."""
 
     checkpoints = _Named("checkpoints")
 

@@ -1,13 +1,17 @@
 """What a person is told while a training goes on."""
 
+import io
 import logging
 import time
 
 import pytest
 from logged import step_record, validation_record
+from rich.console import Console
 
-from zeroflow.report.progress import TrainingProgress
+from zeroflow.report import progress as progress_module
+from zeroflow.report.progress import CheckProgress, TrainingProgress
 from zeroflow.training.events import Metrics, Saved, Started
+from zeroflow.training.pulse import Pulse
 
 
 @pytest.fixture
@@ -53,6 +57,49 @@ def test_speed_of_a_resumed_training_is_that_of_its_own_process(passed):
         progress(logged(61, at=1000.0))
         progress(logged(71, at=1010.0))
     assert "ETA 29 s" in shown[-1], "1 s a step, whatever came before"
+
+
+def test_bar_moves_with_every_step_and_within_a_validation(passed, monkeypatch):
+    monkeypatch.setattr(progress_module, "console", Console(force_terminal=True, width=80))
+    shown = []
+    with TrainingProgress(lambda share, text: shown.append(text)) as progress:
+        progress(started())
+        progress(Pulse("validation", 16, 32))
+        assert bar(progress) == ("validation", 16, 32, "16/32 after step 0")
+        progress(logged(1, at=60.0))
+        progress(Pulse("training", 2, 100))
+        assert bar(progress) == ("step 2/100", 2, 100, "loss 4.9900  640 tokens/s")
+        progress(Pulse("text sample", 5, 48))
+        assert bar(progress) == ("text sample", 5, 48, "5/48 after step 2")
+    assert shown[0] == "validation: 16/32 after step 0"
+
+
+def test_bar_with_loss_speed_and_time_left_fits_into_80_columns(passed):
+    progress = TrainingProgress()
+    progress(started(steps=20_000))
+    progress(logged(1, at=0.0))
+    progress(logged(12_345, at=99_999.0, rate=1_234_567.0))
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(progress._bar.get_renderable())
+    [line] = screen.file.getvalue().splitlines()
+    assert line.startswith("step 12345/20000 ━") and line.rstrip().endswith("ETA 17 h 13 min")
+
+
+def bar(progress):
+    [task] = progress._bar.tasks
+    return task.description, task.completed, task.total, task.fields["text"]
+
+
+def test_check_tells_how_far_it_is_when_the_log_has_been_silent(passed, caplog):
+    caplog.set_level(logging.INFO, logger="zeroflow")
+    shown = []
+    with CheckProgress("overfit check", lambda share, text: shown.append(share)) as progress:
+        for step in range(1, 31):
+            passed[0] += 1
+            progress(Pulse("overfit check", step, 40, f"loss {4 - step / 10:.4f}"))
+            progress(Pulse("something else", 1, 2))
+    assert caplog.messages == ["overfit check: step 16/40  loss 2.4000"]
+    assert shown == [step / 40 for step in range(1, 31)]
 
 
 def test_log_has_a_line_now_and_then_and_the_last_step_always(passed, caplog):

@@ -25,10 +25,11 @@ from zeroflow.reuse import CheckResult, Identity
 from zeroflow.training import rank_program, zero
 from zeroflow.training.batching import micro_batch
 from zeroflow.training.config import TrainingConfig
-from zeroflow.training.events import EVENTS, Done, Stopped
+from zeroflow.training.events import EVENTS, Done, Event, Stopped
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import BatchSource, train
+from zeroflow.training.pulse import Pulse, PulseWriter
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
@@ -89,7 +90,9 @@ class FixedBatch(NamedTuple):
         return [self.batch]
 
 
-def check(job: OverfitJob) -> OverfitResult:
+def check(
+    job: OverfitJob, on_event: Callable[[Event | Pulse], None] = lambda event: None
+) -> OverfitResult:
     """Run the check in its own ranks, unless the same check has passed before.
 
     Raises:
@@ -104,7 +107,7 @@ def check(job: OverfitJob) -> OverfitResult:
     launch(
         "zeroflow.checks.overfit",
         job.folder.overfit_job,
-        lambda event: None,
+        on_event,
         ranks=job.training.workload.ranks,
         compile_cache=job.compile_cache,
     )
@@ -117,8 +120,12 @@ def overfit(
     config: TrainingConfig,
     limits: OverfitConfig,
     stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> OverfitResult | None:
     """Train `state` until its loss is below the limit, and return the verdict.
+
+    Args:
+        on_step: called after each step with its number and its loss.
 
     Returns:
         None if `stop` returned True after a step.
@@ -129,6 +136,7 @@ def overfit(
         if stop():
             return None
         curve.append(metrics.loss.item())
+        on_step(len(curve), curve[-1])
         if curve[-1] < limits.overfit_loss:
             break
     optimizer = config.workload.optimizer
@@ -215,7 +223,14 @@ def work(job: OverfitJob, stop: Stop) -> None:
     rank_program.make_deterministic()
     state = new_state(config)
     batch = fixed_batch(Rows(job.shards, "train"), config.workload)
-    result = overfit(state, batch, config, job.limits, stop)
+    pulses = PulseWriter(job.folder.alive)
+
+    def show(step: int, loss: float) -> None:
+        if zero.rank() == 0:
+            total = job.limits.overfit_steps
+            pulses(Pulse("overfit check", step, total, f"loss {loss:.4f}"))
+
+    result = overfit(state, batch, config, job.limits, stop, show)
     if zero.rank() > 0:
         return
     if result is None:

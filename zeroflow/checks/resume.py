@@ -24,6 +24,7 @@ from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS
 from zeroflow.training.ownership import exclusive
+from zeroflow.training.pulse import Pulse
 from zeroflow.training.tracked import train
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class ResumeInexact(RuntimeError):
 def prove(
     job: TrainingJob,
     config: ProofConfig,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[Event | Pulse], None] = lambda event: None,
 ) -> Proof:
     """Train `job` undisturbed and with kills, in subdirectories, and compare the results.
 
@@ -142,11 +143,11 @@ def _side(job: TrainingJob, name: str) -> TrainingJob:
     return job.replace(run_dir=job.folder.inner(name).path, tracking=tracking)
 
 
-def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event], None]) -> float:
+def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event | Pulse], None]) -> float:
     """Train to the end; return the start-up time of the ranks in seconds."""
     start_up = 0.0
 
-    def follow(event: Event) -> None:
+    def follow(event: Event | Pulse) -> None:
         nonlocal start_up
         if isinstance(event, Started) and (ranks := kills.ranks_of(job)):
             start_up = event.time - ranks[0].create_time()
@@ -160,7 +161,7 @@ def _train_killed(
     job: TrainingJob,
     chosen: list[Interval],
     random: Random,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event | Pulse], None],
 ) -> list[Kill]:
     """Train to the end, killing a rank at a random time in each of the `chosen` intervals.
 

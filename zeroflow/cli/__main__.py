@@ -1,6 +1,6 @@
 """The `zeroflow` command: `python -m zeroflow.cli`."""
 
-from zeroflow.cli.commands import entry
+from zeroflow.cli.program import entry
 
 if __name__ == "__main__":
     entry()

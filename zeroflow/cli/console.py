@@ -10,8 +10,7 @@ from typing import (
     TextIO,
 )
 
-from rich.logging import RichHandler
-
+from zeroflow.cli.first_line import TIME
 from zeroflow.markup import LineFormatter, visible
 from zeroflow.report.progress import console
 from zeroflow.settings.flags import error_message
@@ -51,22 +50,26 @@ class _LineHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
+class _TerminalHandler(logging.Handler):
+    """Prints lines above the live progress bar, without columns: the terminal wraps them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record))
+
+
 def show(text: str) -> None:
     """Print `text`; in a terminal, control characters as escapes."""
-    console.print(visible(text) if console.is_terminal else text, markup=False)
+    console.print(visible(text) if console.is_terminal else text)
 
 
 def log_to_console(*, verbose: bool) -> None:
     """Log plain lines to standard output; in a terminal, above the live progress bar."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may have an encoding without our characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_level=False, show_path=False, markup=False)
-        handler.setFormatter(LineFormatter("%(message)s"))
-    else:
-        handler = _LineHandler(sys.stdout)
-        handler.setFormatter(LineFormatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler: logging.Handler = (
+        _TerminalHandler() if console.is_terminal else _LineHandler(sys.stdout)
+    )
+    handler.setFormatter(LineFormatter("%(asctime)s  %(message)s", TIME))
     logger = logging.getLogger("zeroflow")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)

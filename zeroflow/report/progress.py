@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from zeroflow.report import band, pictures
 from zeroflow.report.pages import never_fatal
 from zeroflow.training.events import Event, Metrics, Started
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
+from zeroflow.training.pulse import Pulse
 from zeroflow.units import duration, speed
 
 log = logging.getLogger(__name__)
@@ -22,36 +23,30 @@ _LOG_SECONDS = 15.0
 
 _PICTURE_SECONDS = 60.0
 
+_BAR_WIDTH = 16
+"""Characters of the live bar, with which loss, speed and time left fit into 80."""
+
 Show = Callable[[float, str], None]
 """Receives the fraction done, from 0 to 1, and a line of text."""
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-class TrainingProgress:
-    """Shows the events of a training as an occasional log line, and as a bar in a terminal.
+class _Display:
+    """Shows how far a phase is: a live bar in a terminal, a line in the log now and then."""
 
-    The time left is estimated from the speed of this process, including all pauses.
-    """
-
-    def __init__(self, show: Show = lambda share, text: None) -> None:
-        """
-        Args:
-            show: called for every logged step.
-        """
+    def __init__(self, phase: str, show: Show) -> None:
         self._show_elsewhere = show
-        self._steps, self._logged = 0, 0.0
-        self._first: StepRecord | None = None
+        self._logged = time.monotonic()
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
+            BarColumn(_BAR_WIDTH),
+            TextColumn("{task.fields[text]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=None)
+        self._task = self._bar.add_task(f"{phase}: starting", total=None, text="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -60,28 +55,87 @@ class TrainingProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def __call__(self, event: Event) -> None:
+    def move(self, label: str, done: int, total: int, text: str) -> None:
+        """Move the bar.
+
+        Args:
+            label: text on its left.
+            text: text on its right.
+        """
+        self._bar.update(self._task, description=label, completed=done, total=total, text=text)
+
+    def tell(self, share: float, line: str, *, log_it: bool = False) -> None:
+        """Show `line` elsewhere, and log it if asked to, or if the log has been silent."""
+        self._show_elsewhere(share, line)
+        now = time.monotonic()
+        if now - self._logged > _LOG_SECONDS or log_it:
+            log.info("%s", line)
+            self._logged = now
+
+
+class TrainingProgress(_Display):
+    """Follows the events of a training.
+
+    The bar moves with every step. Loss, speed and the time left come with the logged steps. The
+    time left is estimated from the speed of this process, including all pauses.
+    """
+
+    def __init__(self, show: Show = lambda share, text: None) -> None:
+        """
+        Args:
+            show: called for every logged step, and during a validation.
+        """
+        super().__init__("training", show)
+        self._step, self._steps = 0, 0
+        self._first: StepRecord | None = None
+        self._text = ""
+
+    def __call__(self, event: Event | Pulse) -> None:
         match event:
             case Started():
-                self._steps = event.steps
-                self._bar.update(self._task, total=self._steps, completed=event.step)
+                self._step, self._steps = event.step, event.steps
+                self._move()
+            case Pulse(phase="training"):
+                self._step = event.done
+                self._move()
+            case Pulse() if self._steps:
+                place = f"{event.done}/{event.total} after step {self._step}"
+                self.move(event.phase, event.done, event.total, place)
+                self.tell(self._step / self._steps, f"{event.phase}: {place}")
             case Metrics(record=StepRecord() as record):
                 self._show(record)
+
+    def _move(self) -> None:
+        self.move(f"step {self._step}/{self._steps}", self._step, self._steps, self._text)
 
     def _show(self, record: StepRecord) -> None:
         # Without the first step, which is the slowest, because it compiles and warms up
         self._first = self._first or record
-        step, now = record.step, time.monotonic()
+        step = record.step
         done = step - self._first.step
         pace = (record.time - self._first.time) / done if done else None
         left = f"  ETA {duration(pace * (self._steps - step))}" if pace else ""
         rate = f"  {speed(record.tokens_per_second)}" if record.tokens_per_second else ""
-        text = f"step {step}/{self._steps}  loss {record.loss:.4f}{rate}{left}"
-        self._bar.update(self._task, completed=step, description=text)
-        self._show_elsewhere(step / self._steps, text)
-        if now - self._logged > _LOG_SECONDS or step == self._steps:
-            log.info("%s", text)
-            self._logged = now
+        self._text = f"loss {record.loss:.4f}{rate}{left}"
+        self._step = max(self._step, step)
+        self._move()
+        line = f"step {step}/{self._steps}  {self._text}"
+        at_an_end = record is self._first or step == self._steps
+        self.tell(step / self._steps, line, log_it=at_an_end)
+
+
+class CheckProgress(_Display):
+    """Follows the pulses of a check."""
+
+    def __init__(self, check: str, show: Show = lambda share, text: None) -> None:
+        super().__init__(check, show)
+        self._check = check
+
+    def __call__(self, event: Event | Pulse) -> None:
+        if isinstance(event, Pulse) and event.phase == self._check:
+            step = f"step {event.done}/{event.total}"
+            self.move(f"{self._check}: {step}", event.done, event.total, event.text)
+            self.tell(event.done / event.total, f"{self._check}: {step}  {event.text}")
 
 
 class LossWatch:
@@ -102,7 +156,7 @@ class LossWatch:
         self._next = time.monotonic() + _PICTURE_SECONDS
         self._warned = False
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event | Pulse) -> None:
         if not isinstance(event, Metrics) or time.monotonic() < self._next:
             return
         records = METRICS.read(self._job.folder.metrics)

@@ -17,6 +17,7 @@ from zeroflow.training.environment import rank_environment
 from zeroflow.training.events import EVENTS, Done, Event, Failed, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.processes import rank_processes
+from zeroflow.training.pulse import Pulse, PulseReader
 
 _POLL_SECONDS = 0.2
 
@@ -30,7 +31,7 @@ _REPORT_BYTES = 2**20
 def launch(
     module: str,
     job_file: Path,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event | Pulse], None],
     *,
     ranks: int = 1,
     hang_seconds: int | None = None,
@@ -44,6 +45,7 @@ def launch(
 
     Args:
         job_file: in the folder of the run.
+        on_event: called with every new event, and with the newest pulse as it changes.
         hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
         compile_cache: folder for compiled code, unless the environment names one; None leaves it
             to PyTorch.
@@ -69,11 +71,12 @@ def _run(
     module: str,
     job_file: Path,
     environments: Sequence[dict[str, str]],
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event | Pulse], None],
     hang_seconds: int | None,
 ) -> None:
     folder = RunFolder(job_file.parent)
     events = EVENTS.follow(folder.events, from_end=True)
+    pulses = PulseReader(folder.alive)
     last: Event | None = None
 
     def follow() -> None:
@@ -82,6 +85,8 @@ def _run(
             if not isinstance(last, Failed):  # later events are consequences of the first failure
                 last = event
             on_event(event)
+        if pulse := pulses.new():
+            on_event(pulse)
 
     heartbeat = Heartbeat(folder.alive)
     with rank_processes(module, job_file, environments) as ranks:

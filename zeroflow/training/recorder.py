@@ -13,6 +13,7 @@ from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.loop import StepMetrics
 from zeroflow.training.metrics import METRICS, Meter, MetricsRecord, StepRecord
+from zeroflow.training.pulse import Pulse, PulseWriter
 from zeroflow.training.state import TrainState
 from zeroflow.training.validation import ValidationLoss
 
@@ -32,6 +33,7 @@ class Recorder:
         """
         self._job, self._ledger = job, ledger
         self.meter = Meter(job, ledger.account)
+        self._pulses = PulseWriter(job.folder.alive)
         # A killed process logged steps after its last checkpoint, which are trained again
         zero.on_rank0(lambda: METRICS.keep(job.folder.metrics, lambda r: 0 < step >= r.step))
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=_readings(self.records()))
@@ -43,6 +45,11 @@ class Recorder:
     def event(self, event: Event) -> None:
         if zero.rank() == 0:
             EVENTS.append(self._job.folder.events, event)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Show the launcher how far `phase` is."""
+        if zero.rank() == 0:
+            self._pulses(Pulse(phase, done, total))
 
     def alive(self) -> None:
         """Signal to the launcher that the training makes progress."""

@@ -19,6 +19,7 @@ from zeroflow.training import checkpoint, tracked
 from zeroflow.training.events import Event
 from zeroflow.training.failures import FailureReason, TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult
+from zeroflow.training.pulse import Pulse
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
     return planned.replace(training=planned.training.replace(workload=workload), skips=skips)
 
 
-def train(planned: TrainingJob, on_event: Callable[[Event], None]) -> TrainResult:
+def train(planned: TrainingJob, on_event: Callable[[Event | Pulse], None]) -> TrainResult:
     """Train with the changes of the ledger, and add an entry for a failure that has a remedy.
 
     Raises:

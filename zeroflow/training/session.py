@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 
 from zeroflow.data.batches import Prefetcher
@@ -119,8 +120,8 @@ class Session:
             self.validate()
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
             self.clock.enter("logging")
-            self.recorder.alive()
             step, stopping = self.state.step, stop()
+            self.recorder.progress("training", step, steps)
             last = step == steps
             if step % cadence.log == 0 or step == 1 or last:
                 alarms = self.recorder.step(self.state, metrics)
@@ -149,6 +150,7 @@ class Session:
             self.held_out,
             self.held_out_ids,
             self.job.training.workload,
+            partial(self.recorder.progress, "validation"),
         )
         gc.collect()
         self.val_loss = (self.state.step, loss.mean)
@@ -161,15 +163,21 @@ class Session:
 
     def sample(self) -> str:
         job, model = self.job, self.state.model
+        tokens = count(1)
+
+        def agree(token: int) -> int:
+            self.recorder.progress("text sample", next(tokens), job.sampling.tokens)
+            return _of_rank0(token)
+
         if job.tokenizer.path is None:
             ids = sampling.generate_ids(
-                model, job.tokenizer, job.sampling, context=self.context, agree=_of_rank0
+                model, job.tokenizer, job.sampling, context=self.context, agree=agree
             )
             return " ".join(map(str, ids))
         return sampling.generate(
             *(model, job.tokenizer, job.prompt, job.sampling),
             context=self.context,
-            agree=_of_rank0,
+            agree=agree,
         )
 
     def save(self) -> None:

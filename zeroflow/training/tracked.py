@@ -10,13 +10,16 @@ from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult, finished
 from zeroflow.training.launch import launch
 from zeroflow.training.metrics import METRICS, points
+from zeroflow.training.pulse import Pulse
 
 
-def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
+def train(
+    job: TrainingJob, on_event: Callable[[Event | Pulse], None] = lambda event: None
+) -> TrainResult:
     """Train the job in its own ranks from its newest checkpoint, and log to MLflow.
 
     Args:
-        on_event: called in this process with every new event.
+        on_event: called in this process with every new event and pulse.
 
     Raises:
         CheckpointError: the run's checkpoints have another model or tokenizer.
@@ -30,7 +33,7 @@ def train(job: TrainingJob, on_event: Callable[[Event], None] = lambda event: No
     job.write(job.folder.job)
     with _tracked(job) as begin:
 
-        def follow(event: Event) -> None:
+        def follow(event: Event | Pulse) -> None:
             if isinstance(event, Started):
                 begin()
             on_event(event)

@@ -1,6 +1,7 @@
 """Loss on held-out rows."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,9 +29,17 @@ class ValidationLoss(NamedTuple):
 
 @torch.no_grad()
 def validation_loss(
-    model: Llama, rows: Rows, chosen: Int64Array, workload: Workload
+    model: Llama,
+    rows: Rows,
+    chosen: Int64Array,
+    workload: Workload,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationLoss:
-    """Return the loss over the `chosen` rows. All ranks take part."""
+    """Return the loss over the `chosen` rows. All ranks take part.
+
+    Args:
+        on_batch: called after each batch with the number of rows that are done, and of all.
+    """
     size = workload.micro_batch_rows
     device = model.model.embed_tokens.weight.device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
@@ -45,6 +54,7 @@ def validation_loss(
         valid = (padded.targets != IGNORED).sum(dim=1).to(device)
         row_sums = (losses, valid, losses**2, losses * valid, valid**2)
         sums += torch.stack([row_sum.sum() for row_sum in row_sums])
+        on_batch(min(start + size * zero.ranks(), len(chosen)), len(chosen))
     return _estimate(zero.mean(sums) * zero.ranks(), len(chosen))
 
 

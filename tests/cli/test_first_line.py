@@ -1,0 +1,54 @@
+"""A sign of life before the libraries that take seconds to import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipeline import ROOT
+
+IMPORTED = "raise SystemExit('torch is imported')"
+
+
+def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[str, str]:
+    """What a command prints to its two outputs before it imports PyTorch, at which it ends."""
+    (tmp_path / "torch.py").write_text(IMPORTED)
+    path = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["flows/pretrain.py", "--size", "tiny"],
+        ["flows/sweep.py"],
+        ["flows/prove_resume.py"],
+        ["-m", "zeroflow.cli", "pretrain"],
+        ["-m", "zeroflow.cli", "ui"],
+    ],
+)
+def test_command_speaks_before_it_imports_anything_large(tmp_path, base_environment, command):
+    output, errors = said(tmp_path, base_environment, *command)
+    assert errors.endswith("torch is imported\n")
+    assert output[8:] == "  starting: importing PyTorch and Prefect\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["flows/pretrain.py", "--help"],
+        ["-m", "zeroflow.cli", "sweep", "-h"],
+        ["-m", "zeroflow.cli", "plan", "--json"],
+    ],
+)
+def test_help_and_output_for_pipes_have_no_first_line(tmp_path, base_environment, command):
+    output, errors = said(tmp_path, base_environment, *command)
+    assert errors.endswith("torch is imported\n") and output == ""

@@ -1,0 +1,64 @@
+"""Progress of rank 0 within a run's `alive` file, which it rewrites while it works.
+
+Events are kept, and would grow by a line for every step. A pulse replaces the one before it, so it
+can be written at every step, and needs nothing from the device.
+"""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+_SECONDS = 0.1
+"""Least time between two pulses: more often than a person can see, and seldom enough for a network
+file system."""
+
+
+class Pulse(NamedTuple):
+    """How far a phase is."""
+
+    phase: str
+    """Such as training, validation or overfit check."""
+
+    done: int
+    total: int
+    text: str = ""
+    """More about it, such as the loss."""
+
+
+class PulseWriter:
+    """Writes the pulses of rank 0."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._next = file, 0.0
+
+    def __call__(self, pulse: Pulse) -> None:
+        """Write `pulse`, unless another was written just now; the last one of a phase always."""
+        now = time.monotonic()
+        if now >= self._next or pulse.done == pulse.total:
+            self._file.write_text(json.dumps(pulse), encoding="utf-8")
+            self._next = now + _SECONDS
+
+
+class PulseReader:
+    """Reads the pulses that are written from now on."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._last = self._text()
+
+    def new(self) -> Pulse | None:
+        """Return the newest pulse; None if it was returned before."""
+        text = self._text()
+        if text == self._last:
+            return None
+        self._last = text
+        with suppress(ValueError, TypeError):  # it is being written
+            return Pulse(*json.loads(text))
+        return None
+
+    def _text(self) -> str:
+        with suppress(OSError):
+            return self._file.read_text(encoding="utf-8")
+        return ""
