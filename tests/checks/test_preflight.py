@@ -67,10 +67,10 @@ def test_sound_job_passes_every_check_once(job):
 
 def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
     before = preflight.check(job)
-    monkeypatch.setattr(torch, "__version__", "99.0")
+    monkeypatch.setattr(torch, "__version__", "99.0.0")
     again = preflight.check(job)
     installed = before.identity["torch"]
-    assert again.why == f"the earlier one has torch {installed} instead of 99.0"
+    assert again.why == f"the earlier one has torch {installed} instead of 99.0.0"
     fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
     third = preflight.check(job.replace(training=fewer))
     assert "has training.micro_batch_rows 4 instead of 2, training.accumulate 2 inst" in third.why

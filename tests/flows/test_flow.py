@@ -156,7 +156,7 @@ def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) 
     assert "pre-flight: gradients: 20 of 20 parameters. They get" in output
     page = (flow.folder("first") / "report.md").read_text()
     assert "| Pre-flight | passed: 9 checks |" in page
-    assert "| causality | passed | largest change 0 | " in page
+    assert "| causality | passed | earlier logits change by 0 | " in page
 
 
 def test_why_each_stage_ran_is_logged_and_reported(sample: tuple[Flow, str]) -> None:
@@ -182,7 +182,8 @@ def test_failed_check_before_training_ends_the_run_in_one_message(
     flow.environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{before}"}
     output = flow.run("--run-name=blind", "--data-mode=synthetic", *CHECKED_SHAPE, expect=1)
     assert "error: pre-flight: 1 of 7 checks failed, so nothing was trained" in output
-    assert "causality: largest change " in output and "look at the mask of `attend`" in output
+    assert "causality: earlier logits change by " in output
+    assert "look at the mask of `attend`" in output
     assert "--skip-preflight" in output and "Traceback" not in output
     assert output.count("pre-flight: causality: FAILED") == 1, "it is not tried again"
     url = flow.environment["PREFECT_API_URL"]
