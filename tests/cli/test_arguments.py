@@ -39,6 +39,8 @@ RUNS = [
             "bad_lines_limit": 3,
             "deduplicate": True,
             "data_revision": "abc",
+            "validation_path": ("c.txt",),
+            "validation_revision": "fed",
         },
         tokenizer={
             "tokenizer_name": "train",
