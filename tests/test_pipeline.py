@@ -187,5 +187,33 @@ def test_checkpoints_of_another_tokenizer_are_refused_before_the_job_is_replaced
     job.write(job.folder.job)
 
 
+def test_complete_run_is_shown_when_its_text_is_gone_and_rebuilds_nothing_from_other_text(
+    run: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    [text] = map(Path, run.data.data_path)
+    content = text.read_bytes()
+    for change, problem in (
+        (text.unlink, "matches no file"),
+        (lambda: jsonl_corpus(text, ["x"]), "changed"),
+    ):
+        change()
+        with caplog.at_level(logging.WARNING, logger="zeroflow"):
+            assert pretrain(run).steps == 12
+        assert f"{problem}" in caplog.messages[0] and "Run mine is complete" in caplog.messages[0]
+        caplog.clear()
+    more = run.replace(training=TRAINING | {"max_steps": 13})
+    with pytest.raises(ValueError, match="files of the corpus have changed"):
+        pretrain(more)
+    [part] = load("mine", run.cache_dir).shards.part_paths
+    rows = next(part.glob("*.arrow"))
+    sound = rows.read_bytes()
+    rows.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="files of the corpus have changed"):
+        pretrain(run)
+    rows.write_bytes(sound)
+    text.write_bytes(content)
+    assert pretrain(run).steps == 12
+
+
 def test_public_names_are_documented() -> None:
     assert all(getattr(zeroflow, name).__doc__ for name in zeroflow.__all__)

@@ -155,6 +155,7 @@ class _Build:
                     if facts := existing_part(job.path):
                         self.facts.append(facts)
                         continue
+                    self._planner.require_text()
                     self._explain(missing)
                     under_way.append((missing, self._builders.start(job)))
                 self._start_following(under_way)

@@ -121,6 +121,7 @@ class PartPlanner:
 
     def _new(self, identity: ShardIdentity) -> ShardPlan:
         corpus, layout = self.corpus, self._layout
+        self.require_text()
         plan = ShardPlan(
             identity=identity,
             tokenizer=self._tokenizer.name,
@@ -136,6 +137,16 @@ class PartPlanner:
         )
         plan.write(self.path)
         return plan
+
+    def require_text(self) -> None:
+        """Check that the text to read is that of the corpus's revision.
+
+        Raises:
+            ValueError: its files are gone or have changed.
+        """
+        for corpus in (self.corpus, self.corpus.validation):
+            if corpus and corpus.data_revision:
+                corpus.source.require_revision(corpus.data_revision)
 
     def job(self, number: int) -> PartJob | None:
         """The job of part `number`; None if the corpus has fewer parts."""

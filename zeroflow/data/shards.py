@@ -181,7 +181,10 @@ def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
     train = config.train_rows * row / (part * (1 - held_out))
     validation = config.validation_rows * row / (part * held_out)
     wanted = math.ceil(max(train, validation)) * part
-    available = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
+    try:
+        available = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
+    except ValueError:  # the text of a complete run may be gone
+        available = math.inf
     return int(min(wanted, available) * np.dtype(config.token_type).itemsize)
 
 

@@ -335,6 +335,7 @@ def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokeniz
 
     def train(partial: Path) -> None:
         log.info("training a BPE of %d tokens on %s", config.vocab_size, corpus.name)
+        corpus.source.require_revision(str(corpus.data_revision))
         texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
         bpe.train_bpe(texts, config.vocab_size).save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": bpe.END_OF_TEXT}

@@ -97,12 +97,15 @@ def offline(asked: RunConfig, *, gpu: str | None) -> Plan:
         gpu: name of a GPU; None for the device of this machine.
 
     Raises:
-        ValueError: settings contradict each other, the device or the number of GPUs.
+        ValueError: settings contradict each other, the device or the number of GPUs, or there are
+            no such files.
     """
     if gpu and asked.device == "cpu":
         raise ValueError("--gpu and --device cpu: drop one of them")
     device = known_gpu(gpu) if gpu else find_device(asked.device)
     refuse_a_plan_for_no_gpu(asked, device)
+    if asked.data.data_mode == "files":
+        asked.data.source.files("")  # raises if there are none
     return predict(sketch(asked, device), device)
 
 

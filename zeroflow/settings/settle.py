@@ -3,11 +3,12 @@
 They are stored in the run's `run.json`, so that the run is always resumed with the same settings.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from zeroflow import artifacts, reuse
-from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
 from zeroflow.data.tokenizer import (
     ResolvedTokenizer,
     changed_since,
@@ -27,7 +28,9 @@ from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
-from zeroflow.training.job import trained_tokenizer
+from zeroflow.training.job import TrainResult, trained_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
@@ -63,7 +66,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     device = find_device(wanted.device)
     refuse_more_gpus_than_there_are(wanted, device)
     refuse_what_the_device_cannot(wanted, device)  # before anything is looked up
-    corpus, corpus_reason = resolve_corpus(wanted.data)
+    corpus, corpus_reason = _resolved(wanted, recorded)
     tokenizer, tokenizer_reason = _tokenizer(recorded, wanted, corpus)
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
@@ -83,6 +86,26 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
     return Settlement(run, device, recorded is not None, corpus_reason, tokenizer_reason)
+
+
+def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
+    """Return the corpus of the run. The text of a complete run may be gone or changed.
+
+    Raises:
+        ValueError, hub.HubError: as `resolve_corpus` does.
+    """
+    try:
+        return resolve_corpus(wanted.data)
+    except (OSError, ValueError) as error:
+        if recorded is None or wanted.data != recorded.data or not _is_complete(wanted):
+            raise
+        log.warning("%s. Run %s is complete and does not need it", error, wanted.run_name)
+        return ResolvedCorpus(wanted.data, "as the run was started")
+
+
+def _is_complete(wanted: RunConfig) -> bool:
+    result = TrainResult.read_if_exists(wanted.folder.training)
+    return result is not None and result.steps == wanted.training.max_steps
 
 
 def sketch(asked: RunConfig, device: Device) -> Settled:

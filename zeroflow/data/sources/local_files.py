@@ -24,6 +24,10 @@ _pinned: dict[Path, _PinnedFile] = {}
 """State of each file when this process computed its digest for a revision."""
 
 
+_revisions: dict["LocalSource", str] = {}
+"""Revision of each source when this process computed it last."""
+
+
 class LocalSource(Source):
     """Files on this machine; their revision is a digest of names and contents."""
 
@@ -35,6 +39,7 @@ class LocalSource(Source):
 
     def pin(self, revision: str | None) -> str:
         _paths.cache_clear()  # files may have been added since
+        _revisions.pop(self, None)
         digest = hashlib.sha256()
         for name, path in _paths(self).items():
             content = artifacts.file_sha256(path)
@@ -46,7 +51,12 @@ class LocalSource(Source):
                 f"the files of the corpus have changed: their digest is {found}, but the run was "
                 f"started with {revision}. Restore the files, or use another --run-name"
             )
+        _revisions[self] = found
         return found
+
+    def require_revision(self, revision: str) -> None:
+        if _revisions.get(self) != revision:
+            self.pin(revision)
 
     def files(self, revision: str) -> list[CorpusFile]:
         return [CorpusFile(name=n, size=path.stat().st_size) for n, path in _paths(self).items()]
@@ -61,6 +71,8 @@ class LocalSource(Source):
         return str(self.path(file))
 
     def digests(self) -> dict[str, str]:
+        if self not in _revisions:  # the text of a complete run may be gone
+            return {}
         paths = _paths(self).items()
         return {name: _pinned[path].sha256[:12] for name, path in paths if path in _pinned}
 

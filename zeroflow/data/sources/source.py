@@ -70,6 +70,13 @@ class Source(Storage, ABC):
         """The digest of each file by name, if the revision is computed from them."""
         return {}
 
+    def require_revision(self, revision: str) -> None:
+        """Check that the content of all files is that of `revision`, unless `pin` did so before.
+
+        Raises:
+            ValueError: there are no files, or they differ.
+        """
+
     @abstractmethod
     def require_unchanged(self, file: CorpusFile) -> None:
         """Check that a file still has the content of the revision.
