@@ -1,4 +1,8 @@
+import logging
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -154,18 +158,42 @@ def test_reader_of_json_meets_the_old_file_or_the_new_one(tmp_path):
     with pytest.raises(TypeError):
         artifacts.write_json(path, {"text": "new", "bad": object()})
     assert artifacts.read_json(path) == {"text": "é"}
+    assert list(path.parent.iterdir()) == [path], "nothing is left over"
 
 
-def test_lock_that_another_holds_is_waited_for_only_so_long(tmp_path):
-    path = tmp_path / "thing"
-    with (
-        artifacts.exclusive(path, waiting_for="nobody"),
-        pytest.raises(TimeoutError),
-        artifacts.exclusive(path, waiting_for="the other", timeout_seconds=0.05),
-    ):
-        pytest.fail("two hold the lock")
-    with artifacts.exclusive(path, waiting_for="nobody", timeout_seconds=0):
-        assert not path.exists()
+def test_lock_has_one_holder_and_is_waited_for_if_wanted(tmp_path, caplog):
+    path, order = tmp_path / "thing", []
+
+    def second() -> None:
+        with artifacts.exclusive(path, waiting_for="the first"):
+            order.append("second")
+
+    with caplog.at_level(logging.INFO), artifacts.exclusive(path, waiting_for=None):
+        with pytest.raises(BlockingIOError), artifacts.exclusive(path, waiting_for=None):
+            pytest.fail("two hold the lock")
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        while "waiting: the first" not in caplog.messages:
+            time.sleep(0.01)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+
+
+def test_writers_that_share_a_process_id_write_whole_files(tmp_path):
+    """As in two containers: here they are threads."""
+    path, together = tmp_path / "plan.json", threading.Barrier(8)
+
+    def write(number: int) -> None:
+        together.wait()
+        for _ in range(40):
+            artifacts.write_json(path, [number] * 2000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    content = artifacts.read_json(path)
+    assert len(content) == 2000 and len(set(content)) == 1
+    assert list(tmp_path.iterdir()) == [path], "nothing is left over"
 
 
 def test_file_that_is_no_json_is_told(tmp_path):

@@ -1,19 +1,20 @@
 """Directories that are either complete or absent, and fingerprints for their names."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
-from filelock import FileLock
 from pydantic import JsonValue, TypeAdapter
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ DAMAGED = ".damaged-"
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, an exhausted quota and a file at its size limit."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 JsonObject = dict[str, JsonValue]
 
@@ -60,13 +63,18 @@ def file_sha256(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write `content`; a reader finds either the old or the new file, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # Not named by the process id, which another container may also have
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -217,29 +225,45 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
 
 
 @contextmanager
-def exclusive(path: Path, *, waiting_for: str = "", timeout_seconds: float = -1) -> Iterator[None]:
+def exclusive(path: Path, *, waiting_for: str | None) -> Iterator[None]:
     """Hold the lock of `path` until the block ends.
 
+    It is a lock of the kernel only. Locks that are files with a process id fail between containers,
+    where another process may have the same id.
+
     Args:
-        waiting_for: logged if the lock is not free.
-        timeout_seconds: maximum time to wait; -1 waits forever, 0 does not wait.
+        waiting_for: logged if the lock is not free; None does not wait.
 
     Raises:
-        TimeoutError: another process held the lock all that time.
+        BlockingIOError: another process holds the lock, and this one does not wait.
+        OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with path.with_name(f".{path.name}.lock").open("ab") as file:
+        try:
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting_for is None:
+                raise
+            log.info("waiting: %s", waiting_for)
+            _lock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            _lock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: IO[bytes], operation: int) -> None:
     try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
-        if not timeout_seconds:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
-        log.info("waiting: %s", waiting_for)
-        lock.acquire(timeout=timeout_seconds)
-    try:
-        yield
-    finally:
-        lock.release()
+        raise OSError(
+            error.errno,
+            f"the file system of {file.name} has no locks ({os.strerror(error.errno)}), which "
+            "keep two processes from writing the same files: name a --cache-dir on another one",
+        ) from error
 
 
 def _sha256(content: Any) -> str:

@@ -18,8 +18,8 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(artifacts.exclusive(lock, timeout_seconds=0))
-        except TimeoutError as error:
+            held.enter_context(artifacts.exclusive(lock, waiting_for=None))
+        except BlockingIOError as error:
             raise RunIsBusy(f"{busy}: wait until it ends, or use another --run-name") from error
         yield
 
