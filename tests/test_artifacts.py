@@ -1,4 +1,6 @@
+import errno
 import logging
+import os
 import random
 import threading
 import time
@@ -194,6 +196,17 @@ def test_writers_that_share_a_process_id_write_whole_files(tmp_path):
     content = artifacts.read_json(path)
     assert len(content) == 2000 and len(set(content)) == 1
     assert list(tmp_path.iterdir()) == [path], "nothing is left over"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EMFILE, "ulimit -n"), (errno.EROFS, "--cache-dir"), (errno.EACCES, "permissions")],
+)
+def test_system_error_says_what_failed_where_and_what_to_change(number, remedy):
+    message = artifacts.explained(OSError(number, os.strerror(number), "cache/runs"))
+    assert message.startswith(f"{os.strerror(number)}: cache/runs: ") and remedy in message
+    assert artifacts.explained(OSError(number, "our own message")) == "our own message"
+    assert artifacts.explained(TimeoutError()) == "TimeoutError"
 
 
 def test_file_that_is_no_json_is_told(tmp_path):

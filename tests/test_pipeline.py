@@ -105,6 +105,8 @@ def test_finished_run_returns_at_once_with_its_report(
 def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> None:
     loaded = load("mine", run.cache_dir)
     assert loaded.generate("def f", tokens=4).startswith("def f")
+    with pytest.raises(ValueError, match=r"the prompt def .udcff is not UTF-8"):
+        loaded.generate("def \udcff")
     rows = loaded.rows("train")
     assert isinstance(rows, Rows) and len(rows) > 0
     assert rows[[0, 1]].shape == (2, 33)

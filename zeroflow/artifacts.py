@@ -32,6 +32,17 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
+_OPEN_FILES = "raise the limit of open files, as with `ulimit -n 65536`"
+_PERMISSIONS = "change its permissions, or name another --cache-dir if it is in the cache"
+
+_REMEDIES = {
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: "name another --cache-dir",
+}
+
 JsonObject = dict[str, JsonValue]
 
 
@@ -48,6 +59,16 @@ _FILES = TypeAdapter(dict[str, FileRecord])
 
 class DamagedArtifact(ValueError):
     """A directory whose files differ from its manifest."""
+
+
+def explained(error: OSError) -> str:
+    """Return what failed and where, and for the usual causes what to change."""
+    if not error.strerror or not error.errno:
+        return str(error) or type(error).__name__
+    message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if error.errno in _REMEDIES and os.strerror(error.errno) in message:
+        return f"{message}: {_REMEDIES[error.errno]}"
+    return message  # also one of our own
 
 
 def fingerprint(identity: Any) -> str:

@@ -25,6 +25,14 @@ class Markdown(str):
     __slots__ = ()
 
 
+def is_utf8(text: str) -> bool:
+    """Return False for text with lone surrogates: Python makes them of arguments in other codes."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def visible(text: str) -> str:
     """Return `text` with control characters as escapes, as in JSON; line ends and tabs stay."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

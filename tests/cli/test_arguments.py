@@ -1,6 +1,7 @@
 """Settings as flags of a command line, and back."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,12 @@ def test_pattern_that_the_shell_has_replaced_is_refused_in_a_line():
         read("--data-mode=files", "--data-path", *names)
     assert len(str(no.value)) < 300
     assert len(read("--data-mode=files", "--data-path", *names[:1000]).data.data_path) == 1000
+
+
+@pytest.mark.parametrize("flag", ["--sample-prompt", "--data-path", "--cache-dir", "--end-of-text"])
+def test_argument_that_is_not_utf8_is_refused_by_its_flag(flag):
+    with pytest.raises(ValueError, match=rf"^{flag} a.udcffb is not UTF-8"):
+        read(flag, os.fsdecode(b"a\xffb"))
 
 
 def test_unknown_flag_is_refused(capsys):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from shard_sets import SMALL, SYNTHETIC, rows_of, synthetic_tokenizer, table_of
@@ -18,6 +20,16 @@ def test_reader_finds_rows_in_any_file_and_order(shards):
         assert np.array_equal(rows[ids], expected[ids])
         ends = np.array([len(rows) - 1, 0])
         assert np.array_equal(rows[ends], expected[ends])
+
+
+def test_any_number_of_shards_can_be_read_at_once(shards):
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = held()
+    rows = [Rows(shards, split) for split in SPLITS for _ in range(20)]
+    assert held() == before
+    assert all(np.array_equal(one[np.arange(3)], rows[0][np.arange(3)]) for one in rows[:20])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from zeroflow.settings.run_config import RunConfig
         ({"training": {"batch_size": "0"}}, "--batch-size: .* greater than 0 .found '0'"),
         ({"training": {"seq_len": 1}}, "--seq-len: .* greater than or equal to 2"),
         ({"run_name": "a/b"}, "--run-name: .*'a/b'"),
+        ({"data": {"data_path": ["a", 3]}}, "^--data-path: .* .found 3"),
         ({"model": {"hidden_size": 32}}, "^a custom shape also needs num_hidden_layers"),
         ({"data": {"data_mode": "files"}}, "^data_mode files needs data_path"),
     ],

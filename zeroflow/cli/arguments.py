@@ -18,6 +18,7 @@ from typing import (
 
 from pydantic import BaseModel
 
+from zeroflow.markup import is_utf8, visible
 from zeroflow.settings.flags import Setting, help_text, settings
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -102,13 +103,18 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
     """Return the settings given on the command line, nested like `config`.
 
     Raises:
-        ValueError: a setting has thousands of values.
+        ValueError: a value is not UTF-8, or there are thousands.
     """
     values: dict[str, Any] = {}
     for setting in settings(config):
         given = getattr(arguments, _destination(setting))
         if given is None:
             continue
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and not is_utf8(value):
+                raise ValueError(
+                    f"{setting.flag} {visible(value)} is not UTF-8: encode or rename it so"
+                )
         if isinstance(given, list) and len(given) > _MOST_VALUES:
             first = Path(given[0])
             raise ValueError(

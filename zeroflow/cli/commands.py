@@ -119,8 +119,9 @@ def _data(arguments: Arguments) -> None:
 
     job = trained.job(arguments.cache_dir, arguments.run)
     page = data_page.write_data(job.shards, job.tokenizer, job.folder)
-    show(page.linked)
-    show(f"{job.folder.data_page}")
+    show(f"{page.linked}\n")
+    if job.folder.data_page.exists():
+        show(f"{job.folder.data_page}")
 
 
 def _documents_arguments(parser: Parser) -> None:

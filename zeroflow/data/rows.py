@@ -39,7 +39,11 @@ class Rows:
 
 
 def _map(file: Path) -> RowArray:
-    """The (rows, row_tokens) array of one Arrow file, without a copy."""
-    column = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
+    """The (rows, row_tokens) array of one Arrow file, without a copy.
+
+    The file is closed, its memory stays mapped: a large set has more files than may be open.
+    """
+    with pa.memory_map(str(file)) as content:
+        column = pa.ipc.open_file(content).get_batch(0).column(0)
     flat = column.flatten().to_numpy(zero_copy_only=True)
     return flat.reshape(-1, column.type.list_size)

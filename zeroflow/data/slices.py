@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from pydantic import NonNegativeInt
 
+from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig, document_file, list_files
 from zeroflow.data.documents import Document, Tally, TextBatch, regroup
-from zeroflow.data.formats.file import UNREADABLE, CorpusFile, is_compressed
+from zeroflow.data.formats.file import UNREADABLE, CorpusFile, DocumentFile, is_compressed
 
 SLICE_BYTES = 2**25
 """Approximate text of a slice. A killed build loses the slices in progress, some seconds of work
@@ -117,11 +118,16 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
             if isinstance(error, UnicodeDecodeError) and source.skips_undecodable:
                 continue
             source.require_unchanged(listed)  # raises a better explanation if the file changed
-            raise ValueError(f"{file.place} cannot be read: {error}") from error
+            raise _unreadable(file, error) from error
         except ValueError:
             source.require_unchanged(listed)
             raise
         source.require_unchanged(listed)
+
+
+def _unreadable(file: DocumentFile, error: Exception) -> ValueError:
+    why = artifacts.explained(error) if isinstance(error, OSError) else str(error)
+    return ValueError(f"{file.place} cannot be read: {why}")
 
 
 def _text_bytes(corpus: CorpusConfig, file: CorpusFile) -> int:
@@ -142,5 +148,5 @@ def _cut(corpus: CorpusConfig, listed: CorpusFile) -> list[Slice]:
         corpus.source.require_unchanged(listed)
         cuts = corpus.source.format_of(file.name).cuts(file, SLICE_BYTES)
     except UNREADABLE as error:
-        raise ValueError(f"{file.place} cannot be read: {error}") from error
+        raise _unreadable(file, error) from error
     return [Slice(files=(listed,), start=start, stop=stop) for start, stop in pairwise(cuts)]

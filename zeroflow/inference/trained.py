@@ -7,6 +7,7 @@ from typing import Any
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
+from zeroflow.markup import is_utf8, visible
 from zeroflow.model.llama import Llama
 from zeroflow.settings import settle
 from zeroflow.training import checkpoint, sampling
@@ -44,6 +45,8 @@ class Trained:
             ValueError: a setting is wrong, or the model was trained on ids and there is a prompt.
         """
         config = SamplingConfig.model_validate(settings)
+        if not is_utf8(prompt):
+            raise ValueError(f"the prompt {visible(prompt)} is not UTF-8: encode it so")
         if self.tokenizer.path is not None:
             return sampling.generate(
                 self.model, self.tokenizer, prompt, config, context=self.context

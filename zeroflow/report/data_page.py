@@ -1,9 +1,11 @@
 """The page of a run's data: data.md."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 
+from zeroflow import artifacts
 from zeroflow.data import statistics
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.shards import ShardSet, SplitCounts
@@ -14,16 +16,24 @@ from zeroflow.report import pictures
 from zeroflow.report.pages import Page, Picture
 from zeroflow.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 
 def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Page:
-    """Write data.md, a page about a run's data with a picture, into the run's folder."""
+    """Write data.md, a page about a run's data with a picture, into the run's folder.
+
+    If nothing can be written there, the page is only returned.
+    """
     gathered = statistics.gather(shards, tokenizer)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    pictures.document_lengths(
-        gathered.lengths, folder.lengths_picture, row_tokens=shards.row_tokens
-    )
     made = page(shards, gathered, tokenizer, picture=folder.lengths_picture)
-    made.write(folder.data_page)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        pictures.document_lengths(
+            gathered.lengths, folder.lengths_picture, row_tokens=shards.row_tokens
+        )
+        made.write(folder.data_page)
+    except OSError as error:
+        log.warning("cannot write the page of the data: %s", artifacts.explained(error))
     return made
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from zeroflow import artifacts
 from zeroflow.markup import shortened
 
 _LONGEST = 200
@@ -97,11 +98,13 @@ def flags(config: BaseModel) -> list[str]:
 
 def error_message(error: Exception) -> str:
     """Return the message of an error, with settings named by their flags."""
+    if isinstance(error, OSError):
+        return artifacts.explained(error)
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
     lines = []
     for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
+        names = [part for part in problem["loc"] if isinstance(part, str)]  # not a place in a list
         message = problem["msg"].removeprefix("Value error, ")
         if names and problem["type"] != "value_error":
             flag = "--" + names[-1].replace("_", "-")

@@ -73,8 +73,7 @@ def message(error: Exception, run_dir: Path) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return f"{type(error).__name__}: {error}"
     if error.errno not in artifacts.NO_ROOM or error.strerror != os.strerror(error.errno):
-        # another kind of error, or one with our own message
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return artifacts.explained(error)
     return (
         f"{error.strerror}, writing to {error.filename or run_dir}: free some space, raise the "
         "limit or move the cache (--cache-dir); existing checkpoints are kept, and the same "

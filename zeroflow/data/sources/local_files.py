@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 from zeroflow import artifacts
 from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.sources.source import Source
+from zeroflow.markup import is_utf8
 
 
 class _PinnedFile(NamedTuple):
@@ -120,7 +121,7 @@ class LocalFiles(LocalSource):
             found |= {Path(os.path.normpath(path)): path for path in _matching(pattern)}
         first: dict[Path, Path] = {}
         for name in sorted(found):
-            if not _is_utf8(str(name)):
+            if not is_utf8(str(name)):
                 encoded = os.fsencode(name)
                 raise ValueError(f"--data-path: the name of {encoded!r} is not UTF-8: rename it")
             known = first.setdefault(found[name].resolve(), name)
@@ -150,13 +151,6 @@ def _matching(pattern: str) -> list[Path]:
         example = plain / "*.jsonl"
         raise ValueError(f"--data-path {pattern} is a folder: name its files, as in {example}")
     raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 @dataclass(frozen=True)
