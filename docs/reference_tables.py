@@ -1,12 +1,12 @@
 """Write the generated tables of docs/reference/: `make reference`.
 
-A page holds its prose and, between two comments, tables that are made from the code:
+A page has prose and, between two comments, tables that are generated from the code:
 
     <!-- table: run -->
     ...
     <!-- end -->
 
-`tests/test_reference.py` fails when a table is not what the code says.
+`tests/test_reference.py` fails if a table is not up to date.
 """
 
 import json
@@ -41,27 +41,27 @@ _FIELDS = ("field", "type", "meaning")
 
 
 def main() -> None:
-    """Bring every page up to date."""
+    """Update every page."""
     for page in sorted(PAGES.glob("*.md")):
         page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def updated(page: str) -> str:
-    """`page` with its tables as they are now.
+    """Return `page` with updated tables.
 
     Raises:
-        KeyError: it names a table that does not exist.
+        KeyError: the page has a table that does not exist.
     """
     return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
 
 
 def names(page: str) -> list[str]:
-    """The tables that `page` holds."""
+    """Return the names of the tables of `page`."""
     return [found[2] for found in _TABLE.finditer(page)]
 
 
 def _settings(config: type[BaseModel], title: str, *, but: str = "") -> str:
-    """A section for `config` and for each group in it, except for the group `but`."""
+    """Return a section for `config` and for each group in it, except for the group `but`."""
     schema = config.model_json_schema()
     sections = []
     for path, group in _groups(schema, schema, ()):
@@ -89,13 +89,13 @@ def _groups(
 
 
 def _free() -> str:
-    """The settings that may change when a run is resumed."""
+    """Return the settings that may change when a run is resumed."""
     names = (s.flag for s in flags.settings(RunConfig) if ".".join(s.path) in resuming.FREE)
     return fill(", ".join(f"`{name}`" for name in names) + ".", 110, break_on_hyphens=False)
 
 
 def _cells(field: dict[str, Any]) -> tuple[str, str, str]:
-    """Type, default and meaning of a setting, by its JSON schema."""
+    """Return type, default and meaning of a setting, from its JSON schema."""
     meaning, _, otherwise = _line(field).partition("Default: ")
     if "const" in field:
         return f"`{field['const']}`", "", meaning
@@ -110,7 +110,7 @@ def _cells(field: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _type(field: dict[str, Any]) -> str:
-    """Such as "integer > 0", "`auto`, `cpu` or `cuda`", "one or more names"."""
+    """Return a type as text, such as "integer > 0" or "`auto`, `cpu` or `cuda`"."""
     kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
     [kind] = kinds
     if kind["type"] == "array":
@@ -129,7 +129,7 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def _metrics() -> str:
-    """Every metric: its field, its curve in MLflow, and against what it is drawn there."""
+    """Return the table of metrics: field, label, unit, curve in MLflow, and its x axis."""
     rows = []
     for field, metric in metrics.TABLE.items():
         keys = {metric.key: "steps"}
@@ -143,7 +143,7 @@ def _metrics() -> str:
 
 
 def _records(*kinds: type[BaseModel]) -> str:
-    """A table of the fields of each kind of record, under its docstring."""
+    """Return a table of the fields of each kind of record, under its docstring."""
     sections = []
     for kind in kinds:
         schema = kind.model_json_schema(mode="serialization")
@@ -156,7 +156,7 @@ def _records(*kinds: type[BaseModel]) -> str:
 def _fields(
     schema: dict[str, Any], record: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, ...]]:
-    """A row for each field; those of a record within the record by their path."""
+    """Return a row for each field; fields of nested records are named by their path."""
     for name, field in record["properties"].items():
         kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
         path, [inner] = f"{prefix}{name}", kinds
