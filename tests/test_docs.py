@@ -26,6 +26,7 @@ from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.training import hosts
 from zeroflow.training.sampling import SamplingConfig
 
 DOCS = ROOT / "docs"
@@ -52,10 +53,10 @@ SCRIPTS = {
 }
 """Scripts of the working tree, and the commands that take the same flags."""
 
-FOREIGN = {"--no", "--no-deps"}
-"""The beginning of `--no-...`, and flags of pip."""
+FOREIGN = {"--no", "--no-deps", "--ntasks-per-node"}
+"""The beginning of `--no-...`, and flags of pip and srun."""
 
-OTHER_PROGRAMS = {".", "cd", "git", "hf", "pip"}
+OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "pip", "srun"}
 
 
 def name(page: Path) -> str:
@@ -182,6 +183,7 @@ def known_flags() -> set[str]:
             )
             commands.main([command, "--help"])
     said += [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py")]
+    said.append(hosts.command("m", Path("job.json"), nodes=2, ranks=2))
     return FOREIGN.union(*(re.findall(r"--[a-z][\w-]*", text) for text in said))
 
 

@@ -222,7 +222,7 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
     """
     check = OverfitJob(
         run_dir=job.run_dir,
-        training=job.training,
+        training=job.training.on_one_machine,
         shards=job.shards,
         limits=limits,
         compile_cache=job.compile_cache,

@@ -54,6 +54,9 @@ class RunFolder(TrackedFolder):
     preflight = _Named("preflight.json")
     preflight_job = _Named("preflight-job.json")
     preflight_checkpoint = _Named("preflight-checkpoint")
+    stop = _Named("stop")
+    """Exists while the ranks of several machines are asked to stop."""
+
     training = _Named("training.json")
     """Result of a training that reached its last step."""
 

@@ -590,3 +590,20 @@ def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
     for run in (first, far, third):
         (run.run_dir / "run.json").write_text("[]")
     assert "are unknown" in unlike_others(twin)
+
+
+def test_ranks_are_those_of_all_machines_and_a_check_runs_on_those_of_one(ask, rows):
+    asked = ask(training={"nodes": 2, "gpus": 2, "zero_stage": 1, "batch_tokens": 4096})
+    settled = settle(asked)
+    job = training_job(settled, with_vocabulary(SIZES["tiny"], 500), rows, TOKENS, tags={})
+    work = job.training.workload
+    assert (work.ranks, work.nodes) == (4, 2)
+    assert (
+        settled.run.train_tokens
+        == settled.run.training.max_steps * 4096
+        == work.batch_tokens * (settled.run.training.max_steps)
+    )
+    alone = job.training.on_one_machine.workload
+    assert (alone.ranks, alone.nodes, alone.rank_rows) == (2, 1, work.rank_rows)
+    on_one = settle(ask(training={"nodes": 1, "gpus": 4}, run_name=settled.run.run_name))
+    assert on_one.resumes and on_one.run.batch_rows == settled.run.batch_rows

@@ -111,7 +111,7 @@ def _check(job: TrainingJob, identity: Identity) -> PreflightResult:
 def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
     job = PreflightJob(
         run_dir=now.run_dir,
-        training=now.training,
+        training=now.training.on_one_machine,
         shards=now.shards,
         tokenizer=now.tokenizer,
         identity=identity,
@@ -122,7 +122,7 @@ def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
             "zeroflow.checks.preflight",
             job.folder.preflight_job,
             lambda event: None,
-            ranks=now.training.workload.ranks,
+            ranks=job.training.workload.ranks,
             compile_cache=now.compile_cache,
         )
     finally:

@@ -17,6 +17,7 @@ FREE = {"cache_dir", "device", "sweep"} | {
         "batch_size",  # with grad_accum_steps and gpus: only their product affects the mathematics
         "grad_accum_steps",
         "gpus",
+        "nodes",
         "zero_stage",
         "validate_every",
         "checkpoint_every",
@@ -46,8 +47,8 @@ def identity(run: RunConfig) -> dict[str, str]:
 
 def default_name(run: Settled) -> str:
     """Deterministic name for the settings; it begins with size and corpus."""
-    gpus, stage = run.training.gpus, run.training.zero_stage
-    sharded = f"-{gpus}gpus-zero{stage}" if gpus > 1 else ""
+    ranks, stage = run.ranks, run.training.zero_stage
+    sharded = f"-{ranks}gpus-zero{stage}" if ranks > 1 else ""
     digest = artifacts.fingerprint(identity(run))[:6]
     return f"{run.model.name}-{run.data.name}-{digest}{sharded}"
 
@@ -96,11 +97,12 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
     training, model = groups.get("training", {}), groups.get("model", {})
-    gpus = recorded.training.gpus or 1
+    before = (recorded.training.gpus or 1, recorded.training.nodes)
+    now = (training.get("gpus", before[0]), training.get("nodes", before[1]))
     split = {"batch_size", "grad_accum_steps"} & set(training)
-    if split or training.get("gpus", gpus) != gpus:
+    if split or now != before:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
-    if training.get("gpus") == 1:
+    if now == (1, 1):
         base["training"]["zero_stage"] = None
     if {"size", "hidden_size"} & set(model):
         base["model"] = {}

@@ -101,6 +101,10 @@ class TrainingChoice(Config):
     """Number of GPUs of this machine to train on; with device cpu, of processes that share its
     cores. Default: 1."""
 
+    nodes: PositiveInt = 1
+    """Number of machines to train on, each with as many GPUs, which share the cache folder. The log
+    has the command that starts the ranks of each machine; see the guide to several machines."""
+
     zero_stage: Stage | None = None
     """ZeRO stage, which decides what several GPUs shard: 0 nothing, 1 optimiser state and weights,
     2 also gradients, 3 weights even while they are in use. Default: 0."""
@@ -302,6 +306,7 @@ class RunConfig(Config):
             for name, field in _WORKLOAD_FIELDS.items()
             if (value := getattr(self.training, name)) is not None
         }
+        given["ranks"] = self.training.nodes * given.get("ranks", 1)
         place = {"device": device.kind, "device_name": device.name}
         whole = {"model": model, "optimizer": self.optimizer, **place, **given, **settled}
         return Workload.model_validate(whole)
@@ -318,7 +323,8 @@ _WORKLOAD_FIELDS = {
 
 def of_workload(workload: Workload) -> Fields:
     """Training settings that give `workload`."""
-    return {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
+    settings = {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
+    return settings | {"gpus": workload.ranks // workload.nodes}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

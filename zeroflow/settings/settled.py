@@ -55,7 +55,7 @@ class Settled(RunConfig):
     @property
     def ranks(self) -> int:
         """Number of ranks that train together."""
-        return self.training.gpus
+        return self.training.nodes * self.training.gpus
 
     @property
     def tags(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Training settings that the ranks read."""
 
+from typing import Self
+
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from zeroflow.config import Config
@@ -24,6 +26,11 @@ class TrainingConfig(Config):
     @property
     def steps(self) -> int:
         return self.schedule.steps
+
+    @property
+    def on_one_machine(self) -> Self:
+        """The same on the ranks of one machine, with as many rows for each."""
+        return self.replace(workload=self.workload.on_one_machine)
 
     @property
     def identity(self) -> Identity:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import ownership, zero
+from zeroflow.training import hosts, ownership, zero
 from zeroflow.training.environment import rank_environment
 from zeroflow.training.events import EVENTS, Done, Event, Failed, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
@@ -34,6 +34,7 @@ def launch(
     on_event: Callable[[Event | Pulse], None],
     *,
     ranks: int = 1,
+    nodes: int = 1,
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
@@ -45,6 +46,7 @@ def launch(
 
     Args:
         job_file: in the folder of the run.
+        nodes: number of machines. If there are several, their users start the ranks; see `hosts`.
         on_event: called with every new event, and with the newest pulse as it changes.
         hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
         compile_cache: folder for compiled code, unless the environment names one; None leaves it
@@ -58,6 +60,9 @@ def launch(
     folder = RunFolder(job_file.parent)
     busy = f"another process is working on run {folder.name}"
     with ownership.exclusive(folder.launch_lock, busy):
+        if nodes > 1:
+            _follow_hosts(module, job_file, on_event, nodes, ranks, hang_seconds)
+            return
         rendezvous = zero.rendezvous_file(folder.path)
         shared = rank_environment(compile_cache)
         environments = [shared | zero.environment(rank, ranks, rendezvous) for rank in range(ranks)]
@@ -75,24 +80,11 @@ def _run(
     hang_seconds: int | None,
 ) -> None:
     folder = RunFolder(job_file.parent)
-    events = EVENTS.follow(folder.events, from_end=True)
-    pulses = PulseReader(folder.alive)
-    last: Event | None = None
-
-    def follow() -> None:
-        nonlocal last
-        for event in events.new_records():
-            if not isinstance(last, Failed):  # later events are consequences of the first failure
-                last = event
-            on_event(event)
-        if pulse := pulses.new():
-            on_event(pulse)
-
-    heartbeat = Heartbeat(folder.alive)
+    progress = _Progress(folder, on_event)
     with rank_processes(module, job_file, environments) as ranks:
         while None in (codes := ranks.exit_codes()):
-            follow()
-            if hang_seconds and heartbeat.seconds_since_last() > hang_seconds:
+            progress.follow()
+            if hang_seconds and progress.seconds_since_last() > hang_seconds:
                 ranks.kill()
                 raise TrainingFailed(
                     f"{module} made no progress for {hang_seconds} s and was killed", "hang"
@@ -101,8 +93,66 @@ def _run(
                 codes = ranks.end_after_failure(folder.checkpoints)
                 break
             time.sleep(_POLL_SECONDS)
-    follow()
-    _require_good_end(module, codes, last, folder, ranks.last_output)
+    progress.follow()
+    _require_good_end(module, codes, progress.last, folder, ranks.last_output)
+
+
+def _follow_hosts(
+    module: str,
+    job_file: Path,
+    on_event: Callable[[Event | Pulse], None],
+    nodes: int,
+    ranks: int,
+    hang_seconds: int | None,
+) -> None:
+    """Follow the ranks of several machines to their end.
+
+    Torchrun restarts them after a failure, whatever it is. So a failure without a remedy of its own
+    counts as a kill: it enters the ledger, and the next call follows the restarted ranks.
+    """
+    progress = _Progress(RunFolder(job_file.parent), on_event)
+
+    def ended() -> bool:
+        progress.follow()
+        return isinstance(progress.last, Done | Stopped | Failed)
+
+    with hosts.announced(module, job_file, nodes=nodes, ranks=ranks, ended=ended):
+        while not ended():
+            begun = progress.last is not None  # machines may be joined hours later
+            if hang_seconds and begun and progress.seconds_since_last() > hang_seconds:
+                raise TrainingFailed(
+                    f"the ranks of {nodes} machines made no progress for {hang_seconds} s", "hang"
+                )
+            time.sleep(_POLL_SECONDS)
+    match progress.last:
+        case Failed() as failure:
+            own = failure.reason in ("out of memory", "diverged")
+            reason = failure.reason if own else "killed"
+            raise TrainingFailed(failure.message, reason, failure.step)
+        case Stopped() as stopped:
+            raise TrainingStopped(stopped.message)
+
+
+class _Progress:
+    """Events of a launch, and the time since its ranks last showed that they live."""
+
+    def __init__(self, folder: RunFolder, on_event: Callable[[Event | Pulse], None]) -> None:
+        self._events = EVENTS.follow(folder.events, from_end=True)
+        self._pulses, self._heartbeat = PulseReader(folder.alive), Heartbeat(folder.alive)
+        self._on_event = on_event
+        self.last: Event | None = None
+        """The first failure, otherwise the last event."""
+
+    def follow(self) -> None:
+        for event in self._events.new_records():
+            if not isinstance(self.last, Failed):  # what follows are consequences of the first
+                self.last = event
+            self._on_event(event)
+        if pulse := self._pulses.new():
+            self._on_event(pulse)
+
+    def seconds_since_last(self) -> float:
+        return self._heartbeat.seconds_since_last()
 
 
 def _require_good_end(

@@ -30,14 +30,21 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
 
     A failure is reported in events.jsonl, because an exit code cannot give the reason.
     """
+    zero.take_place()
     rank = int(os.environ.get("RANK", "0"))
-    log_to_parent(rank)
     job_file = Path(sys.argv[1])
-    job = job_type.read(job_file)
     watch = WATCH_PARENT in sys.argv[2:]
-    request = StopRequest(watch_parent=watch, ranks=job.training.workload.ranks)
     folder = RunFolder(job_file.parent)
+    if watch:
+        log_to_parent(rank)
+    else:
+        log_to_terminal(rank)
+    job = job_type.read(job_file)
+    ranks = job.training.workload.ranks
+    looks = rank == 0 and not watch  # at the file, as one rank is enough
+    request = StopRequest(watch_parent=watch, ranks=ranks, file=folder.stop if looks else None)
     try:
+        _require_ranks(ranks, job_file)
         waiting_for = f"ranks of an earlier command in {folder.path} to finish and save"
         with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
             if rank == 0:
@@ -58,6 +65,28 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
+
+
+def _require_ranks(wanted: int, job_file: Path) -> None:
+    """
+    Raises:
+        ValueError: torchrun or Slurm started another number of ranks than the job has.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != wanted:
+        raise ValueError(
+            f"{started} ranks were started, and {job_file} is of {wanted}: start as many as its "
+            "--nodes times --gpus, or run the command of the run again with other numbers"
+        )
+
+
+def log_to_terminal(rank: int) -> None:
+    """Log like a program of its own, as under torchrun: INFO and above for rank 0."""
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format=f"%(asctime)s  {f'rank {rank}: ' if rank else ''}%(message)s",
+        datefmt="%H:%M:%S",
+    )
 
 
 def log_to_parent(rank: int) -> None:

@@ -7,6 +7,8 @@
    flow's process was killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
 3. After each step the ranks agree whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
+   Ranks on several machines are not children of the flow: it asks them by the file `stop` in the
+   run's folder.
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
 
@@ -18,6 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from zeroflow.training import zero
 
@@ -33,20 +36,22 @@ _ORPHAN_SECONDS = 600.0
 class StopRequest:
     """Request to stop this rank; true once a request has arrived."""
 
-    def __init__(self, *, watch_parent: bool, ranks: int = 1) -> None:
+    def __init__(self, *, watch_parent: bool, ranks: int = 1, file: Path | None = None) -> None:
         """
         Args:
             watch_parent: treat the end of standard input as a request.
+            file: exists when a flow asks the ranks of several machines to stop; None looks at none.
         """
         self._since: float | None = None
         self._ranks = ranks
+        self._file = file
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         if watch_parent:
             threading.Thread(target=self._wait_for_parent, daemon=True).start()
 
     def __bool__(self) -> bool:
-        return self._since is not None
+        return self._since is not None or (self._file is not None and self._file.exists())
 
     def _on_signal(self, number: int, frame: object) -> None:
         # A scheduler signals all processes at once: the rank gets a signal and loses its parent at

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from zeroflow.tracking.tracker import Tracker
 from zeroflow.training import checkpoint
-from zeroflow.training.events import Event, Started
+from zeroflow.training.events import Event, Failed
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult, finished
 from zeroflow.training.launch import launch
@@ -34,7 +34,8 @@ def train(
     with _tracked(job) as begin:
 
         def follow(event: Event | Pulse) -> None:
-            if isinstance(event, Started):
+            # On several machines, ranks may have started before they are followed
+            if not isinstance(event, Failed | Pulse):
                 begin()
             on_event(event)
 
@@ -43,6 +44,7 @@ def train(
             job.folder.job,
             follow,
             ranks=job.training.workload.ranks,
+            nodes=job.training.workload.nodes,
             hang_seconds=job.hang_seconds,
             compile_cache=job.compile_cache,
         )
@@ -63,6 +65,8 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
 
     def begin() -> None:
         nonlocal tracker
+        if tracker:
+            return
         metrics = METRICS.follow(job.folder.metrics)
         tracker = Tracker(job.tracking, job.folder, lambda: points(metrics.new_records()))
 

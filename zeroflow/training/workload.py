@@ -3,7 +3,7 @@
 from typing import Any, Self, get_args
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from zeroflow.config import Config
 from zeroflow.data.batches import BatchShape, largest_divisor
@@ -29,6 +29,9 @@ class Workload(Config):
 
     ranks: PositiveInt = 1
     """Processes that train together, each on its own GPU or sharing the cores of a CPU."""
+
+    nodes: PositiveInt = Field(1, exclude_if=lambda nodes: nodes == 1)
+    """Machines that the ranks are spread over evenly; left out of files if it is one."""
 
     zero_stage: Stage = 0
     """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
@@ -120,7 +123,13 @@ class Workload(Config):
         if self.ranks == 1:
             return self.device_name
         times = "processes on one" if self.device == "cpu" else "x"
-        return f"{self.ranks} {times} {self.device_name}, ZeRO stage {self.zero_stage}"
+        machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        return f"{self.ranks} {times} {self.device_name}{machines}, ZeRO stage {self.zero_stage}"
+
+    @property
+    def on_one_machine(self) -> Self:
+        """The same step on the ranks of one machine, with as many rows for each."""
+        return self.replace(ranks=self.ranks // self.nodes, nodes=1)
 
     @property
     def flops_per_token(self) -> int:

@@ -76,18 +76,51 @@ def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
     }
 
 
+def take_place() -> None:
+    """Take the place among the ranks that torchrun, or srun alone, gives by the environment.
+
+    Call it before anything touches a GPU. Kubernetes' training operators start torchrun.
+
+    Sources: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables and
+        https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
+    """
+    place = os.environ
+    if "RANK" not in place and "SLURM_STEP_ID" in place and "SLURM_LAUNCH_NODE_IPADDR" in place:
+        place |= {
+            "RANK": place["SLURM_PROCID"],
+            "WORLD_SIZE": place["SLURM_NTASKS"],
+            "LOCAL_RANK": place["SLURM_LOCALID"],
+            "MASTER_ADDR": place.get("MASTER_ADDR", place["SLURM_LAUNCH_NODE_IPADDR"]),
+            # Jobs on one host must not meet at the same port
+            "MASTER_PORT": place.get("MASTER_PORT", str(20000 + int(place["SLURM_JOB_ID"]) % 9973)),
+        }
+    if _RENDEZVOUS in place or "LOCAL_RANK" not in place:
+        return
+    local = int(place["LOCAL_RANK"])
+    visible = place.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        place["CUDA_VISIBLE_DEVICES"] = str(local)
+    elif local < len(devices := visible.split(",")) > 1:  # srun may have chosen one already
+        place["CUDA_VISIBLE_DEVICES"] = devices[local].strip()
+
+
 @contextmanager
 def process_group(device: DeviceKind) -> Iterator[None]:
-    """Join the process group that the environment describes, until all ranks leave the block."""
+    """Join the process group that the environment describes, until all ranks leave the block.
+
+    Ranks of one machine meet in a file of our launcher, those that torchrun or Slurm started at the
+    address that these give.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield
         return
+    file = os.environ.get(_RENDEZVOUS)
     # Gloo as well, if there are GPUs: ranks exchange numbers and objects in host memory, which
     # NCCL cannot send, and no rank should have to wait for its GPU
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.FileStore(os.environ[_RENDEZVOUS], world_size),
+        store=dist.FileStore(file, world_size) if file else None,
         rank=int(os.environ["RANK"]),
         world_size=world_size,
         timeout=_TIMEOUT,
