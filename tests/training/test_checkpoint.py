@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from tiny import (
     training_job,
     with_workload,
 )
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import LlamaForCausalLM
 
 from zeroflow import artifacts
@@ -473,6 +475,24 @@ def test_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(tmp_path, ca
     assert_equal(tensors(resumed), tensors(trained(6)))
     logits = checkpoint.load_model(path)(BATCHES.micro_batches(7)[0].inputs)
     assert torch.equal(logits, trained(3).model(BATCHES.micro_batches(7)[0].inputs))
+
+
+def test_index_of_an_earlier_version_runs_no_code(tmp_path):
+    path = save_as_format_2(trained(1), tmp_path / "checkpoints")
+    index = path / ".metadata"
+    sound = dcp.FileSystemReader(path).read_metadata()
+    planted = [dataclasses.replace(sound, planner_data=Planted(tmp_path / "ran"))]
+    as_bytes = sound.state_dict_metadata | {"skipped": BytesStorageMetadata()}
+    planted.append(dataclasses.replace(sound, state_dict_metadata=as_bytes))
+    for metadata, name in zip(planted, ("Path.touch", "BytesStorageMetadata"), strict=True):
+        index.write_bytes(pickle.dumps(metadata))
+        for read in (lambda: load(new_state(CONFIG), path), lambda: checkpoint.load_model(path)):
+            with pytest.raises(ValueError, match=rf"metadata cannot be read: .*{name}.* run code"):
+                read()
+    assert not (tmp_path / "ran").exists()
+    index.write_bytes(pickle.dumps(sound)[:-50])
+    with pytest.raises(ValueError, match=r"metadata cannot be read"):
+        checkpoint.load_model(path)
 
 
 def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):

@@ -4,19 +4,77 @@ Its index is a pickle, which could run code when it is read: only the few classe
 let through.
 """
 
+import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-
-def stored(path: Path) -> dict[str, Any]:
-    """Return the metadata of a checkpoint's tensors, by name."""
+if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
 
-    return FileSystemReader(path).read_metadata().state_dict_metadata
+_INDEX = ".metadata"
+
+# Without BytesStorageMetadata: PyTorch unpickles the bytes that it describes, whatever they hold
+_CLASSES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata"),
+    )
+}
+_CLASSES |= {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+}
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Return the metadata of a checkpoint's tensors, by name.
+
+    Raises:
+        ValueError: the index cannot be read, or holds something else.
+    """
+    index = _index(path).state_dict_metadata
+    assert isinstance(index, dict)
+    return index
+
+
+def _index(path: Path) -> Any:
+    try:
+        with (path / _INDEX).open("rb") as file:
+            return _Unpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise ValueError(f"{path / _INDEX} cannot be read: {error}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads an index. Nothing else can be in it, and no code is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which is in no index and could run code: use a checkpoint "
+            "from another source"
+        )
+
+
+def _reader(path: Path) -> "FileSystemReader":
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            metadata = _index(path)
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(path)
 
 
 def read(tensors: dict[str, Tensor], path: Path) -> None:
@@ -27,9 +85,10 @@ def read(tensors: dict[str, Tensor], path: Path) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    stored(path)  # its errors are of one line
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            dcp.load(tensors, storage_reader=_reader(path), no_dist=True)
     except dcp.api.CheckpointException as error:  # a BaseException, which no caller catches
         raise ValueError(f"{path} cannot be read: {error}") from error
 
