@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub import english
 from hypothesis import settings
-from pipeline import Flow, free_port, wait_until_healthy
+from pipeline import LOGINS, Flow, free_port
 from tiny import Text, jsonl_corpus
 
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
@@ -47,24 +47,42 @@ def base_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     }
 
 
+SERVER = """
+import sys
+from zeroflow.orchestration import server
+port = int(sys.argv[1])
+api = server.own_api(port)
+with server._started(port, api):
+    print(api.login, flush=True)
+    sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="session")
 def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
-    """Address of a real Prefect server."""
+    """Address of a real Prefect server, started as by a run.
+
+    This process has its login as a setting of Prefect, and the flows that tests start find it in
+    the home that they share with the server.
+    """
+    from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+
     port = free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
     server = subprocess.Popen(
-        [*command, "--port", str(port)],
-        env=base_environment | {"PREFECT_SERVER_API_PORT": str(port)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", SERVER, str(port)],
+        env=base_environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    try:
-        wait_until_healthy(url, server)
+    assert server.stdout is not None
+    login = server.stdout.readline().strip()
+    assert login, "the Prefect server ended"
+    url = f"http://127.0.0.1:{port}/api"
+    LOGINS[url] = login
+    with temporary_settings({PREFECT_API_AUTH_STRING: login}):
         yield url
-    finally:
-        server.terminate()
-        server.wait(20)
+    server.communicate(timeout=60)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"config", "artifacts", "markup", "redaction", "time_limit", "units"},
+    {"redaction", "time_limit"},
+    {"config", "artifacts", "markup", "units"},
     {"records"},
     {"device", "reuse", "run_folder"},
     {"model", "data"},

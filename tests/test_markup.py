@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from hypothesis import given
@@ -113,3 +114,14 @@ def test_visible_json_is_the_same_json(text):
 def test_log_line_has_no_control_characters():
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "%s\nand", ("\x1b[2J.txt",), None)
     assert LineFormatter("%(message)s").format(record) == "\\u001b[2J.txt\nand"
+
+
+def test_log_line_and_its_traceback_have_no_password():
+    address = "http://me:s3cret@box"
+    try:
+        raise ConnectionError(address)
+    except ConnectionError:
+        place = ("x", logging.ERROR, "x.py", 1)
+        record = logging.LogRecord(*place, "at %s", (address,), sys.exc_info())
+    text = LineFormatter("%(message)s").format(record)
+    assert "s3cret" not in text and text.count("http://***@box") == 2

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from pydantic import JsonValue, TypeAdapter
 
@@ -96,6 +96,13 @@ def write_json(path: Path, content: Any) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def create_private(path: Path) -> BinaryIO:
+    """Create an empty file that only this user can read, in place of an earlier one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,8 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
+from zeroflow.redaction import redacted
+
 # All control characters except tab and line feed, Unicode's line ends, overrides of the writing
 # direction, and lone surrogates, which cannot be encoded as UTF-8
 _CONTROLS = re.compile(
@@ -103,7 +105,7 @@ def _longest_run(text: str, character: str) -> int:
 
 
 class LineFormatter(logging.Formatter):
-    """Formats log lines without control characters."""
+    """Formats log lines without control characters and passwords."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return redacted(visible(super().format(record)))

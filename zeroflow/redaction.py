@@ -3,7 +3,6 @@
 A program receives an address with a password in its environment, where `ps` does not list it.
 """
 
-import logging
 import re
 from urllib.parse import urlsplit
 
@@ -40,10 +39,3 @@ def without_login(url: str) -> str:
 def host(url: str) -> str:
     """Return the host and port of `url`."""
     return urlsplit(url).netloc.rpartition("@")[2]
-
-
-class RedactingFormatter(logging.Formatter):
-    """Formats log records and tracebacks without passwords."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))

@@ -1,5 +1,6 @@
 """The flow as a user starts it, and queries to its files and to Prefect's server."""
 
+import base64
 import json
 import re
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,9 @@ class Ui:
         for line in self.process.stdout:
             said += line
             if "Ctrl-C stops everything" in line:
+                [login] = (self.cache / "prefect" / "zeroflow").glob("login-*")
+                LOGINS[f"{self.prefect}/api"] = self.login = login.read_text().strip()
+                headers.cache_clear()  # it may have been started before
                 return said
         pytest.fail(f"it ended:\n{said}")
 
@@ -158,13 +163,31 @@ def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
     pytest.fail("the Prefect server does not answer")
 
 
-def api(url: str, path: str, **body: Any) -> Any:
-    """Return the answer of Prefect's server to a POST request."""
+LOGINS: dict[str, str] = {}
+"""Logins of Prefect's servers, by the address of their API."""
+
+
+def api(url: str, path: str, *content: Any, method: str = "POST", **fields: Any) -> Any:
+    """Return the answer of Prefect's server to a request with `content`, or with an object of `fields`."""
+    [body] = content or [fields]
     request = urllib.request.Request(
-        f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}{path}", json.dumps(body).encode(), headers(url), method=method
     )
     with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+        return json.loads(response.read() or "null")
+
+
+@lru_cache
+def headers(url: str) -> dict[str, str]:
+    """Headers with the login of a server, and with its token for requests that change something."""
+    asked = {"Content-Type": "application/json"}
+    if (login := LOGINS.get(url)) is None:
+        return asked
+    asked["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    token = urllib.request.Request(f"{url}/csrf-token?client=tests", headers=asked)
+    with urllib.request.urlopen(token, timeout=30) as response:
+        asked["Prefect-Csrf-Token"] = json.load(response)["token"]
+    return asked | {"Prefect-Csrf-Client": "tests"}
 
 
 def processes_of(cache: Path) -> list[psutil.Process]:

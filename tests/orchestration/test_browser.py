@@ -96,7 +96,12 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     run = {"cache_dir": str(both.cache), "model": SHAPE, "training": TRAINING}
     run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
     filled = urllib.parse.quote(json.dumps({"run": run}))
-    page.goto(f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}")
+    form = f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}"
+    page.goto(form)
+    page.get_by_placeholder("admin:pass").fill(both.login)
+    page.get_by_role("button", name="Login").click()
+    page.wait_for_url("**/deployments/**")
+    page.goto(form)
     name = field(page, "Run Name")
     name.get_by_text("A run of the same name is resumed").wait_for()
     name.get_by_role("button", name="str").click()

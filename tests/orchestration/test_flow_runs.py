@@ -8,7 +8,7 @@ import time
 import warnings
 
 import pytest
-from pipeline import api, free_port
+from pipeline import LOGINS, api, free_port
 from tiny import apart_from_reuse, contents
 
 from zeroflow.data import slices
@@ -17,6 +17,7 @@ from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.markup import Markdown
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
 from zeroflow.orchestration import pages, server
+from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.deployments import set_up
 from zeroflow.orchestration.flow_runs import new_flow_run
 from zeroflow.orchestration.gpu_slot import gpu_slot
@@ -75,7 +76,9 @@ def test_parts_built_by_several_workers_are_those_of_one(
     settings = [part.model_dump_json() for part in (config, *text[:2])]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "build.py"), *settings, str(cache), runner],
-        env=base_environment | {"PREFECT_API_URL": prefect_api, "HOME": str(tmp_path)},
+        env=base_environment
+        | Api(prefect_api, LOGINS[prefect_api]).environment
+        | {"HOME": str(tmp_path)},
         cwd=tmp_path,
         text=True,
         capture_output=True,
@@ -146,8 +149,9 @@ def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
 
 
 def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import temporary_settings
 
+    settings = Api(prefect_api, LOGINS[prefect_api]).settings
     entered: list[str] = []
     said: list[str] = []
     # not caplog, which Prefect's own set-up of logging takes away
@@ -156,10 +160,10 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
     )
 
     def second() -> None:
-        with temporary_settings({PREFECT_API_URL: prefect_api}), gpu_slot():
+        with temporary_settings(settings), gpu_slot():
             entered.append("second")
 
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
+    with temporary_settings(settings):
         set_up()
         thread = threading.Thread(target=second)
         with gpu_slot():

@@ -1,5 +1,6 @@
 """Which Prefect server is used, beside servers on loopback that answer as they are told."""
 
+import base64
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,22 +9,46 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from pipeline import free_port
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    temporary_settings,
+)
 
-from zeroflow.orchestration import server
+from zeroflow import artifacts
+from zeroflow.orchestration import access, server
+from zeroflow.orchestration.access import Api
 
-Answering = Callable[[int], str]
+Answering = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path):
+    """A home of Prefect's without logins, and settings without one."""
+    with temporary_settings({PREFECT_HOME: tmp_path}, restore_defaults={PREFECT_API_AUTH_STRING}):
+        yield tmp_path
 
 
 @pytest.fixture
 def answering() -> Iterator[Answering]:
-    """Starts a server whose /api/health has the given status; returns the address of its API."""
+    """Starts a server whose /api/health has the given status; returns the address of its API.
+
+    If it has a login, it asks for that elsewhere.
+    """
     started = []
 
-    def start(status: int) -> str:
+    def start(status: int, login: str | None = None) -> str:
+        expected = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
+
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(status if self.path == "/api/health" else HTTPStatus.NOT_FOUND)
+                found = HTTPStatus.OK if self.path == "/api/admin/version" else HTTPStatus.NOT_FOUND
+                if self.path == "/api/health":
+                    found = HTTPStatus(status)
+                elif expected and self.headers["Authorization"] != expected:
+                    found = HTTPStatus.UNAUTHORIZED
+                self.send_response(found)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
@@ -70,10 +95,10 @@ def test_server_that_is_named_comes_before_one_on_this_machine(answering):
     local, elsewhere = answering(200), answering(200)
     port = int(local.split(":")[2].split("/")[0])
     with named(None):
-        assert server.api_in_use(port) == local == server.local_api(port)
+        assert server.api_in_use(port) == Api(local) == Api(server.local_api(port))
         assert server.api_in_use(free_port()) is None
     with named(elsewhere):
-        assert server.api_in_use(port) == elsewhere
+        assert server.api_in_use(port) == Api(elsewhere)
 
 
 def test_server_that_is_named_and_does_not_answer_is_an_error_although_another_is_there(answering):
@@ -95,6 +120,65 @@ def test_block_uses_the_named_server_and_starts_none(answering, monkeypatch):
         assert PREFECT_API_URL.value() == url
 
 
-@pytest.mark.parametrize("api", ["http://host:4200/api", "http://host:4200/api/"])
-def test_user_interface_lies_beside_the_api(api):
-    assert server.ui_address(api) == "http://host:4200"
+@pytest.mark.parametrize("url", ["http://host:4200/api", "http://host:4200/api/"])
+def test_user_interface_lies_beside_the_api(url):
+    assert Api(url).page == "http://host:4200"
+
+
+def test_login_comes_from_the_file_of_the_server_or_from_prefects_settings(answering, home):
+    url = answering(200, "me:s3cret")
+    port = int(url.split(":")[2].split("/")[0])
+    with named(None):
+        assert server.api_in_use(port) is None, "it is somebody else's"
+        with temporary_settings({PREFECT_API_AUTH_STRING: "me:s3cret"}):
+            assert server.api_in_use(port) == Api(url, "me:s3cret")
+        file = home / "zeroflow" / f"login-{port}"
+        with artifacts.create_private(file) as output:
+            output.write(b"me:s3cret\n")
+        assert server.api_in_use(port) == Api(url, "me:s3cret")
+        with temporary_settings({PREFECT_API_AUTH_STRING: "me:another"}):
+            assert server.api_in_use(port) == Api(url, "me:s3cret")
+    with named(url):
+        assert server.api_in_use() == Api(url, "me:s3cret")
+        file.write_text("of a server that was killed")
+        with pytest.raises(
+            RuntimeError, match=f"server at .*{url} asks for a login: .*AUTH_STRING"
+        ):
+            server.api_in_use()
+
+
+def test_password_in_the_address_of_a_server_is_used_and_not_shown(answering):
+    url = answering(200, "me:s3cret").replace("http://", "http://me:s3cret@")
+    with named(url):
+        api = server.api_in_use()
+        assert api is not None and api.url == url and "s3cret" not in api.page
+    gone = f"http://me:s3cret@127.0.0.1:{free_port()}/api"
+    with named(gone), pytest.raises(RuntimeError) as error:
+        server.api_in_use()
+    assert "s3cret" not in str(error.value) and "***@127.0.0.1" in str(error.value)
+
+
+def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monkeypatch):
+    first, second = (server.own_api(4321) for _ in range(2))
+    assert first.login != second.login and len(str(first.login)) > 30
+    environment = access.protected(first)
+    assert environment["PREFECT_SERVER_API_AUTH_STRING"] == first.login
+    [file] = (home / "zeroflow").iterdir()
+    assert file.read_text().strip() == first.login and file.stat().st_mode & 0o077 == 0
+    assert first.shown_login == f"in {file}", "as this is no terminal"
+    access.forget(first)
+    assert not file.exists()
+
+    monkeypatch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "https://mine.example")
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:chosen")
+    with temporary_settings():  # reads the environment again
+        assert server.own_api(4321).login == "me:chosen"
+        environment = access.protected(server.own_api(4321))
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "https://mine.example"
+    assert environment["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] == "https://mine.example"
+
+
+def test_home_that_cannot_be_written_is_named(home):
+    (home / "zeroflow").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot write to .*: set PREFECT_HOME"):
+        access.protected(server.own_api(4321))

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,13 @@ def both(tmp_path: Path, base_environment: dict[str, str]) -> Iterator[Ui]:
 def test_everything_is_there_and_ends_together(both: Ui) -> None:
     said = both.start()
     assert f"Prefect UI        {both.prefect}" in said
+    [file] = (both.cache / "prefect" / "zeroflow").iterdir()
+    assert f"  its login       in {file}" in said and both.login not in said
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{both.prefect}/api/admin/version")
+    assert not any(both.login in word for one in both.programs() for word in one.cmdline())
+    logs = list((both.cache / "ui").glob("*.log"))
+    assert len(logs) == 4 and {log.stat().st_mode & 0o077 for log in [file, *logs]} == {0}
     charts = f"{both.mlflow}/#/experiments/1/runs?compareRunsMode=CHART"
     assert f"loss of all runs  {charts}" in said
     deployments = api(f"{both.prefect}/api", "/deployments/filter")
@@ -59,6 +67,7 @@ def test_everything_is_there_and_ends_together(both: Ui) -> None:
 
     both.process.send_signal(signal.SIGINT)
     both.end(expect=0)
+    assert not file.exists()
 
 
 def deployments_of(both: Ui) -> dict[str, Any]:
@@ -79,24 +88,13 @@ def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restar
     runs += [there["sizes"]["parameters"]["sweep"]["run"]]
     assert {run["cache_dir"] for run in runs} == {str(both.cache)}
     assert there["small"]["parameters"]["run"]["model"] == {"size": "small"}
-    small, tiny = (
-        f"{both.prefect}/api/deployments/{there[name]['id']}" for name in ("small", "tiny")
-    )
+    small, tiny = (f"/deployments/{there[name]['id']}" for name in ("small", "tiny"))
     [example] = there["small"]["schedules"]
-    switched = urllib.request.Request(
-        f"{small}/schedules/{example['id']}",
-        json.dumps({"active": True}).encode(),
-        {"Content-Type": "application/json"},
-        method="PATCH",
-    )
-    urllib.request.urlopen(switched).close()
+    prefect = f"{both.prefect}/api"
+    api(prefect, f"{small}/schedules/{example['id']}", method="PATCH", active=True)
     for deployment in (small, tiny):
-        request = urllib.request.Request(
-            f"{deployment}/schedules",
-            json.dumps([{"schedule": {"cron": "0 4 * * *"}, "active": True}]).encode(),
-            {"Content-Type": "application/json"},
-        )
-        urllib.request.urlopen(request).close()
+        schedule = {"schedule": {"cron": "0 4 * * *"}, "active": True}
+        api(prefect, f"{deployment}/schedules", [schedule])
     mine = ("0 4 * * *", True)
     for _ in range(600):
         planned = api(f"{both.prefect}/api", "/flow_runs/filter")
@@ -140,7 +138,7 @@ def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
     api(f"{both.prefect}/api", f"/flow_runs/{flow_run}/set_state", state=retry, force=True)
     state("Retrying", "Rerunning", "Running")
     both.process.send_signal(signal.SIGINT)
-    assert "starting Prefect's worker again" in both.end(expect=0)
+    assert "restarting Prefect's worker" in both.end(expect=0)
 
 
 @pytest.mark.slow

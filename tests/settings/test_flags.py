@@ -35,4 +35,5 @@ def test_message_about_a_long_value_is_short():
 
 def test_message_of_another_error_is_its_message_or_at_least_its_kind():
     assert error_message(ValueError("no room")) == "no room"
+    assert error_message(ValueError("ws://me:s3cret@box")) == "ws://***@box"
     assert error_message(TimeoutError()) == "TimeoutError"

@@ -12,10 +12,10 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from zeroflow.orchestration.names import AUTOMATION, GPU_LIMIT, PRETRAIN, WORK_POOL
-from zeroflow.orchestration.server import USUAL_PORT, api_in_use, ui_address
+from zeroflow.orchestration.server import USUAL_PORT, api_in_use
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ def set_up(silence: timedelta = SILENCE) -> None:
     """
     from prefect.workers.process import ProcessWorker  # its import sets up logging
 
-    if (url := api_in_use()) is None:
+    if (api := api_in_use()) is None:
         raise RuntimeError(
             f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
             "start`, or set PREFECT_API_URL to one"
         )
-    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+    with temporary_settings(api.settings), get_client(sync_client=True) as client:
         template = ProcessWorker.get_default_base_job_template()
         pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
         with suppress(ObjectAlreadyExists):
@@ -64,7 +64,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
         else:
             client.create_automation(automation)
     minutes = silence / timedelta(minutes=1)
-    log.info("Prefect at %s has", ui_address(url))
+    log.info("Prefect at %s has", api.page)
     log.info("  work pool   %s", WORK_POOL)
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)

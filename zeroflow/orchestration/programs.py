@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from zeroflow.artifacts import create_private
+from zeroflow.redaction import redacted
+
 _LAST_LINES = 15
 
 # The shell starts a watcher and then becomes the program. The watcher ends the program when its
@@ -21,7 +24,8 @@ class Program:
 
     Args:
         name: name in messages.
-        log: file for the output, emptied first; None discards the output.
+        environment: where a login belongs; all users of the machine can read the command.
+        log: file for the output, emptied first, for this user only; None discards the output.
     """
 
     def __init__(
@@ -33,7 +37,7 @@ class Program:
         log: Path | None = None,
     ) -> None:
         self.name, self._log = name, log
-        with (log or Path(os.devnull)).open("wb") as output:
+        with create_private(log) if log else Path(os.devnull).open("wb") as output:
             self._process = subprocess.Popen(
                 ["sh", "-c", _KEPT, "kept", *command],
                 stdin=subprocess.PIPE,
@@ -105,5 +109,5 @@ class Program:
     def _last_lines(self) -> str:
         if self._log is None:
             return ""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = redacted(self._log.read_text(encoding="utf-8", errors="replace")).splitlines()
         return "\n".join([f". Last lines of {self._log}:", *lines[-_LAST_LINES:]])

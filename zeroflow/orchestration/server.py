@@ -1,7 +1,6 @@
 """The Prefect server of a run: an existing server, or one that is started for the run."""
 
 import logging
-import os
 import socket
 import sys
 import urllib.error
@@ -11,12 +10,16 @@ from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from zeroflow.orchestration import access
+from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.programs import Program
+from zeroflow.redaction import redacted, without_login
 
 log = logging.getLogger(__name__)
 
@@ -41,60 +44,75 @@ def server() -> Iterator[str]:
     Raises:
         RuntimeError: the server at PREFECT_API_URL, or the started one, does not answer.
     """
-    if url := api_in_use():
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield ui_address(url)
+    if api := api_in_use():
+        with temporary_settings(api.settings):
+            yield api.page
         return
     port = _free_port()
-    url = local_api(port)
-    with _started(port, url), temporary_settings({PREFECT_API_URL: url}):
-        yield ui_address(url)
+    api = own_api(port)
+    with _started(port, api), temporary_settings(api.settings):
+        yield api.page
 
 
-def start_server(port: int, log_file: Path | None = None) -> Program:
-    """Start a Prefect server on this machine's loopback."""
+def start_server(api: Api, log_file: Path | None = None) -> Program:
+    """Start the server of `api`, see `own_api`, on this machine's loopback."""
+    port = str(urlsplit(api.url).port)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    environment = os.environ | {
-        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for its server
+    environment = access.protected(api) | {
+        "PREFECT_SERVER_API_PORT": port,  # where the UI looks for its server
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
     return Program(
-        "Prefect's server",
-        [*command, "--port", str(port)],
-        environment=environment,
-        log=log_file,
+        "Prefect's server", [*command, "--port", port], environment=environment, log=log_file
     )
 
 
-def api_in_use(port: int = USUAL_PORT) -> str | None:
+def stop_server(server: Program, api: Api) -> None:
+    access.forget(api)
+    if not server.stop(STOP_SECONDS):
+        log.warning("%s did not stop in %d s: killed", server.name, STOP_SECONDS)
+
+
+def api_in_use(port: int = USUAL_PORT) -> Api | None:
     """Return the API of the server at PREFECT_API_URL, or of one on this machine, or None.
 
     Raises:
-        RuntimeError: the server at PREFECT_API_URL does not answer.
+        RuntimeError: the server at PREFECT_API_URL does not answer, or asks for another login.
     """
     if url := PREFECT_API_URL.value():
         if not answers(url):
             raise RuntimeError(
-                f"no server answers at PREFECT_API_URL {url}: start that server, or unset the "
-                "variable to let the run start its own server"
+                f"no server answers at PREFECT_API_URL {redacted(url)}: start that server, or "
+                "unset the variable to let the run start its own server"
             )
-        return url
+        if (api := access.with_login(url)) is None:
+            raise RuntimeError(
+                f"the server at PREFECT_API_URL {redacted(url)} asks for a login: set it in "
+                "PREFECT_API_AUTH_STRING, or unset PREFECT_API_URL to let the run start its own "
+                "server"
+            )
+        return api
     url = local_api(port)
-    return url if answers(url) else None
+    if not answers(url):
+        return None
+    if (api := access.with_login(url)) is None:
+        log.info("not used: the Prefect server on port %d, which asks for another login", port)
+    return api
+
+
+def own_api(port: int) -> Api:
+    """The API of a server that is to be started on this machine, with a login of its own."""
+    return Api(local_api(port), access.new_login())
 
 
 def local_api(port: int) -> str:
     return f"http://127.0.0.1:{port}/api"
 
 
-def ui_address(api_url: str) -> str:
-    return api_url.removesuffix("/").removesuffix("/api")
-
-
 def answers(api_url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5):
+        with urllib.request.urlopen(f"{without_login(api_url).rstrip('/')}/health", timeout=5):
             return True
     except urllib.error.HTTPError as error:
         return error.code != HTTPStatus.NOT_FOUND  # it may require authentication
@@ -109,18 +127,18 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _started(port: int, url: str) -> Iterator[None]:
+def _started(port: int, api: Api) -> Iterator[None]:
     log.info("starting a Prefect server for this run on port %d", port)
-    server = start_server(port)
+    server = start_server(api)
     try:
-        _wait_for(server, url)
+        _wait_for(server, api.url)
+        log.info("login of the Prefect UI: %s", api.shown_login)
         yield
     finally:
         # Deliver queued events now: after the server has stopped, Prefect would retry for a minute
         EventsWorker.drain_all()
         APILogWorker.drain_all()
-        if not server.stop(STOP_SECONDS):
-            log.warning("the Prefect server did not stop in %d s", STOP_SECONDS)
+        stop_server(server, api)
 
 
 def _wait_for(server: Program, url: str) -> None:

@@ -74,11 +74,15 @@ def serve(config: UiConfig) -> None:
         mlflow = viewer(config.cache_dir, config.mlflow_port)
         with _shown(mlflow, logs) as programs:
             prefect.start_worker()
-            log.info("Prefect UI        %s/deployments", prefect.address)
+            log.info("Prefect UI        %s/deployments", prefect.api.page)
+            if prefect.api.login:
+                log.info("  its login       %s", prefect.api.shown_login)
             log.info("MLflow UI         %s", mlflow.address)
+            if mlflow.command:
+                log.info("  it answers to   %s, without a login", mlflow.hosts)
             log.info("loss of all runs  %s", mlflow.charts)
             if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
-                log.info("in the shell, set       PREFECT_API_URL=%s", prefect.url)
+                log.info("in the shell, set       PREFECT_API_URL=%s", prefect.api.url)
             log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
             while True:
                 prefect.require_running()

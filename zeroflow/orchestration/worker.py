@@ -14,7 +14,7 @@ import psutil
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 from prefect.states import Cancelled, State
 
 from zeroflow.model.sizes import SIZES
@@ -26,9 +26,9 @@ from zeroflow.orchestration.server import (
     STOP_SECONDS,
     answers,
     api_in_use,
-    local_api,
+    own_api,
     start_server,
-    ui_address,
+    stop_server,
 )
 
 log = logging.getLogger(__name__)
@@ -60,18 +60,14 @@ class Prefect:
 
     def __init__(self, port: int, cache: Path, logs: Path) -> None:
         found = api_in_use(port)
-        self.url, self.to_be_started = found or local_api(port), found is None
+        self.api, self.to_be_started = found or own_api(port), found is None
         self.programs: list[Program] = []
-        self._port, self._cache, self._logs = port, cache.absolute(), logs
-
-    @property
-    def address(self) -> str:
-        """Address of the user interface."""
-        return ui_address(self.url)
+        self._server: Program | None = None
+        self._cache, self._logs = cache.absolute(), logs
 
     def start_server(self) -> None:
         if self.to_be_started:
-            self.programs.append(start_server(self._port, self._logs / "prefect.log"))
+            self._server = start_server(self.api, self._logs / "prefect.log")
 
     def start_worker(self) -> None:
         """Wait for the server, set it up, deploy, and start the worker.
@@ -79,9 +75,9 @@ class Prefect:
         Raises:
             RuntimeError: one of these failed; the message contains its last lines.
         """
-        for server in self.programs:
-            server.wait_until(partial(answers, self.url), START_SECONDS)
-        with temporary_settings({PREFECT_API_URL: self.url}):
+        if self._server:
+            self._server.wait_until(partial(answers, self.api.url), START_SECONDS)
+        with temporary_settings(self.api.settings):
             set_up()
             deployments = self._write_deployments()
         deploy = ("deploy", "--all", "--prefect-file", str(deployments))
@@ -93,6 +89,8 @@ class Prefect:
         Raises:
             RuntimeError: a program ended; the message contains its last lines.
         """
+        if self._server:
+            self._server.require_running()
         for program in list(self.programs):
             try:
                 program.require_running()
@@ -137,14 +135,16 @@ class Prefect:
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
-            with temporary_settings({PREFECT_API_URL: self.url}):
+            with temporary_settings(self.api.settings):
                 mark_stopped(stopped)
+        if self._server:
+            stop_server(self._server, self.api)
 
     def _run(self, *arguments: str, wait: float | None = None) -> None:
         program = Program(
             f"prefect {arguments[0]}",
             [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
-            environment=os.environ | {"PREFECT_API_URL": self.url, "DO_NOT_TRACK": "1"},
+            environment=os.environ | self.api.environment | {"DO_NOT_TRACK": "1"},
             log=self._logs / f"{arguments[0]}.log",
         )
         if wait:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from zeroflow import artifacts
 from zeroflow.markup import shortened
+from zeroflow.redaction import redacted
 
 _LONGEST = 200
 """Characters of a value in an error message."""
@@ -97,11 +98,11 @@ def flags(config: BaseModel) -> list[str]:
 
 
 def error_message(error: Exception) -> str:
-    """Return the message of an error, with settings named by their flags."""
+    """Return the message of an error without passwords, with settings named by their flags."""
     if isinstance(error, OSError):
-        return artifacts.explained(error)
+        return redacted(artifacts.explained(error))
     if not isinstance(error, ValidationError):
-        return str(error) or type(error).__name__
+        return redacted(str(error)) or type(error).__name__
     lines = []
     for problem in error.errors():
         names = [part for part in problem["loc"] if isinstance(part, str)]  # not a place in a list
@@ -110,4 +111,4 @@ def error_message(error: Exception) -> str:
             flag = "--" + names[-1].replace("_", "-")
             message = f"{flag}: {message} (found {shortened(repr(problem['input']), _LONGEST)})"
         lines.append(message)
-    return "\n".join(lines)
+    return redacted("\n".join(lines))

@@ -22,9 +22,11 @@ _CHARTS = (
 _LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
 """Options that reduce the server's memory to a sixth."""
 
-_HOSTS = {"MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1,127.0.0.1:*,localhost,localhost:*"}
-"""Names of the server that requests may use, unless the user has set others. MLflow's default also
-admits private networks. A page of another origin may not change anything, by default."""
+_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
+
+_CHECKED = {_HOSTS: "127.0.0.1,127.0.0.1:*,localhost,localhost:*"}
+"""Host names that requests may use, unless the user has set others: MLflow's default also admits
+private networks. By default, a page of another origin may not change anything."""
 
 
 class _Address(Record):
@@ -43,6 +45,11 @@ class Viewer(NamedTuple):
 
     environment: dict[str, str] | None = None
     """Environment of the command."""
+
+    @property
+    def hosts(self) -> str:
+        """Host names that it answers to."""
+        return (self.environment or {}).get(_HOSTS, "")
 
     @property
     def charts(self) -> str:
@@ -64,7 +71,7 @@ def viewer(cache: Path, port: int) -> Viewer:
     command += ["--port", str(port), "--workers", "1"]
     # Not an argument: `ps` would show its password to all users of the machine
     store = {"MLFLOW_BACKEND_STORE_URI": address(folder)}
-    environment = _HOSTS | os.environ | _LEAN | store
+    environment = _CHECKED | os.environ | _LEAN | store
     return Viewer(local_address(port), experiment_id, command, environment)
 
 

@@ -1,0 +1,141 @@
+"""Access to Prefect's servers. Those that we start ask for a login, which our processes know.
+
+Prefect's own default lets any page in a browser, and any user of this machine, create a deployment
+with a shell step and have a worker run it. Our servers ask for a login that is random for each
+start, answer only pages of their own, and expect a token with each change.
+"""
+
+import base64
+import os
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_KEY,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
+    get_current_settings,
+)
+
+from zeroflow import artifacts
+from zeroflow.redaction import without_login
+
+_LOOPBACK = {"127.0.0.1", "localhost"}
+
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+
+
+class Api(NamedTuple):
+    """A Prefect API, and the login that its server asks for."""
+
+    url: str
+    login: str | None = None
+    """None for a server without one, or one that Prefect's own settings open."""
+
+    @property
+    def settings(self) -> dict[Any, str]:
+        """Prefect's settings for this process."""
+        login = {PREFECT_API_AUTH_STRING: self.login} if self.login else {}
+        return {PREFECT_API_URL: self.url, **login}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same for a program that we start; not as arguments, which `ps` shows to everyone."""
+        return {setting.name: value for setting, value in self.settings.items()}
+
+    @property
+    def page(self) -> str:
+        """Address of the user interface."""
+        return without_login(self.url).removesuffix("/").removesuffix("/api")
+
+    @property
+    def shown_login(self) -> str:
+        """The login in a terminal; otherwise where it is, as others may read our output."""
+        if self.login and sys.stdout.isatty():
+            return self.login
+        file = login_file(self.url)
+        return f"in {file if file and file.exists() else PREFECT_API_AUTH_STRING.name}"
+
+
+def login_file(url: str) -> Path | None:
+    """File with the login of a server on this machine, for other processes of this user."""
+    parts = urlsplit(url)
+    if parts.hostname not in _LOOPBACK:
+        return None
+    return Path(PREFECT_HOME.value()) / "zeroflow" / f"login-{parts.port}"
+
+
+def new_login() -> str:
+    """Return a login for a server that we start; the user's own comes first."""
+    chosen: str | None = PREFECT_SERVER_API_AUTH_STRING.value()
+    return chosen or f"zeroflow:{secrets.token_urlsafe(24)}"
+
+
+def protected(api: Api) -> dict[str, str]:
+    """Return the environment of a server for `api`, and write its login for other processes.
+
+    What the user has set for Prefect's servers comes first.
+
+    Raises:
+        ValueError: nothing can be written to PREFECT_HOME.
+    """
+    file, page = login_file(api.url), urlsplit(api.page)
+    assert file is not None and api.login is not None, "our servers are on this machine"
+    try:
+        with artifacts.create_private(file) as output:
+            output.write(f"{api.login}\n".encode())
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a folder that "
+            "can be written"
+        ) from error
+    origins = (f"{page.scheme}://{host}:{page.port}" for host in sorted(_LOOPBACK))
+    ours = {
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins),
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+    }
+    users = get_current_settings().to_environment_variables(exclude_unset=True)
+    return ours | users | os.environ | {"PREFECT_SERVER_API_AUTH_STRING": api.login}
+
+
+def forget(api: Api) -> None:
+    """Remove the login of a server that has ended."""
+    if file := login_file(api.url):
+        file.unlink(missing_ok=True)
+
+
+def with_login(url: str) -> Api | None:
+    """Return the API at `url` with the login that opens it; None if no known one does."""
+    known = [PREFECT_API_AUTH_STRING.value(), None]
+    if (file := login_file(url)) and file.exists():
+        known.insert(0, file.read_text(encoding="utf-8").strip())
+    opened = (login for login in dict.fromkeys(known) if not _refuses(url, login))
+    return next((Api(url, login) for login in opened), None)
+
+
+def _refuses(url: str, login: str | None) -> bool:
+    headers, parts = dict(PREFECT_CLIENT_CUSTOM_HEADERS.value()), urlsplit(url)
+    if parts.username:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    if login:
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    elif key := PREFECT_API_KEY.value():
+        headers["Authorization"] = f"Bearer {key}"
+    address = f"{without_login(url).rstrip('/')}/admin/version"
+    request = urllib.request.Request(address, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code in _REFUSED
+    except (OSError, ValueError):
+        return False  # Prefect's client may reach it, with certificates of its own
