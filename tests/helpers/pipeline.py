@@ -168,7 +168,7 @@ LOGINS: dict[str, str] = {}
 
 
 def api(url: str, path: str, *content: Any, method: str = "POST", **fields: Any) -> Any:
-    """Return the answer of Prefect's server to a request with `content`, or with an object of `fields`."""
+    """Return the answer of Prefect's server to a request with `content`, or with `fields`."""
     [body] = content or [fields]
     request = urllib.request.Request(
         f"{url}{path}", json.dumps(body).encode(), headers(url), method=method
