@@ -230,8 +230,9 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
     with CheckProgress("overfit check", view.progress("overfit check", job.run_dir.name)) as shown:
         result = overfit.check(check, shown)
     with never_fatal("picture of the overfit check"):
-        drawn = job.folder.overfit_picture
-        pictures.overfit_curve(result.curve, drawn, limit=limits.overfit_loss)
+        drawn, least = job.folder.overfit_picture, result.least_loss
+        limit = limits.overfit_loss + least
+        pictures.overfit_curve(result.curve, drawn, limit=limit, least=least)
         view.page(Page((Picture(drawn, "overfit"),)), "overfit", job.run_dir.name)
     if not result.passed:
         raise OverfitFailed(result)

@@ -44,6 +44,27 @@ def test_initial_loss_is_as_expected_of_wide_models_with_any_seed(seed):
     assert model_checks.initial_loss(new_state(config), batch).passed
 
 
+@pytest.mark.parametrize("vocab_size", [128, 384])
+@pytest.mark.parametrize(
+    ("hidden", "layers", "intermediate"), [(1024, 1, 64), (320, 1, 1), (2048, 1, 1), (1024, 3, 8)]
+)
+def test_initial_loss_is_as_expected_of_odd_shapes_and_not_of_weights_of_the_wrong_scale(
+    hidden, layers, intermediate, vocab_size
+):
+    odd = MODEL.replace(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        vocab_size=vocab_size,
+    )
+    config = training_config(model=odd, seq_len=64, micro_batch_rows=1)
+    batch = model_checks.random_batch(config.workload, seed=0)
+    state = new_state(config)
+    assert model_checks.initial_loss(state, batch).passed
+    state.model = lively_model(odd)
+    assert_failed(model_checks.initial_loss(state, batch), "`initialize`")
+
+
 def test_weights_of_the_wrong_scale_are_caught(state):
     state.model = lively_model()
     assert_failed(model_checks.initial_loss(state, BATCH), "ln V = 5.545", "`initialize`")

@@ -2,12 +2,14 @@ import format1
 import numpy as np
 import pytest
 import torch
+from checked import assert_failed
 from tiny import MODEL, NO_END, ArrayRows, synthetic_rows, training_config, with_workload
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.optimizers.adamw import AdamW
 from zeroflow.training.state import TrainState, new_state
@@ -81,6 +83,64 @@ def test_labels_that_change_at_every_step_are_caught():
     assert not result.passed and "not below 0.1" in result.reason
 
 
+END = 9
+"""The end of text of the rows below."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "document_mask", "least"),
+    [
+        # After the same three tokens the two rows have 4 and 5: two of six targets are a coin toss
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], False, 2 * np.log(2) / 6),
+        # The second row has seen another token before, so nothing is ambiguous
+        ([[1, 2, 3, 4], [6, 2, 3, 5]], False, 0),
+        # The same contexts, in documents of their own at different places: after 1 comes 2, 3 or 4
+        ([[1, 2, END, 1, 3], [END, 1, 4, END, 7]], True, 3 * np.log(3) / 8),
+        ([[1, 2, END, 1, 3], [END, 1, 4, END, 7]], False, 0),
+        # A token repeated is one context: after 1 comes 1, 1 or 2
+        ([[1, 1, 1, 2]], False, (2 * np.log(3 / 2) + np.log(3)) / 3),
+        # Padding is no target
+        ([[1, 2, END, END, END], [1, 2, END, END, END]], True, 0),
+    ],
+)
+def test_least_loss_is_the_entropy_of_what_follows_equal_contexts(rows, document_mask, least):
+    batch = to_micro_batch(np.array(rows), end_of_text=END, document_mask=document_mask)
+    assert checks.least_loss(batch) == pytest.approx(least)
+
+
+AMBIGUOUS = np.array([[1, n, END, 2, 10 + n % 3, END, 1, 20 + n, END] for n in range(4)])
+"""Documents of two tokens: the second is a guess, under a document mask."""
+
+
+@pytest.fixture
+def ambiguous() -> tuple[FixedBatch, TrainingConfig, float]:
+    batch = to_micro_batch(AMBIGUOUS, end_of_text=END, document_mask=True)
+    config = training_config(
+        steps=200, peak=1e-2, optimizer=AdamW(beta2=0.95), document_mask=True, seq_len=8
+    )
+    return FixedBatch(batch), config, checks.least_loss(batch)
+
+
+def test_sound_model_passes_on_a_batch_that_no_model_can_memorise(ambiguous):
+    batches, config, least = ambiguous
+    assert least > 5 * LIMITS.overfit_loss
+    result = checks.overfit(new_state(config), batches, config, LIMITS, least=least)
+    assert result.passed and least < result.loss < least + LIMITS.overfit_loss
+    assert result.least_loss == least
+    assert f"the least possible is {least:.4f}" in result.reason
+
+
+def test_model_that_does_not_reach_the_least_loss_fails(ambiguous):
+    batches, config, least = ambiguous
+    deaf = new_state(config)
+    for block in deaf.model.model.layers:  # every token is a guess without its context
+        block.self_attn.forward = lambda x, *others: x * 0
+        block.mlp.forward = lambda x: x * 0
+    result = checks.overfit(deaf, batches, config, LIMITS, least=least)
+    assert not result.passed and result.loss > least + LIMITS.overfit_loss
+    assert f"not below {least + 0.1:.4g} (the least possible is {least:.4f})" in result.reason
+
+
 def test_check_ends_after_a_step_when_asked_to():
     answers = iter([False, False, True])
     state = new_state(CONFIG)
@@ -113,6 +173,24 @@ def test_batch_is_the_beginning_of_the_first_rows():
     workload = checks.settings(with_workload(of_run, seq_len=8), LIMITS).workload
     [only] = checks.fixed_batch(rows[:1, :9], workload).micro_batches(5)
     assert only.inputs.tolist() == rows[:1, :8].tolist()
+
+
+class EndedRows(ArrayRows):
+    end_of_text = END
+
+
+def test_batch_leaves_out_rows_of_padding_and_the_pre_flight_finds_that_there_are_only_those():
+    padding, text = [END] * 9, [1, 2, 3, END, 4, 5, 6, 7, END]
+    half = [1, 2, END, *[END] * 6]
+    rows = np.array([padding, padding, half, padding, text, half, half, text]).view(EndedRows)
+    config = training_config(seq_len=8)
+    workload = checks.settings(config, LIMITS).workload
+    [batch] = checks.fixed_batch(rows, workload).micro_batches(0)
+    assert batch.inputs.tolist() == [row[:-1] for row in (text, text, half, half)]
+    check = checks.batch_check(rows, config)
+    # Both kinds come twice, and differ after "1, 2": 3 or the end
+    assert check.passed and check.figure == f"{4 * np.log(2) / 20:.4f} nats"
+    assert_failed(checks.batch_check(rows[:2], config), "nothing but padding")
 
 
 def test_failure_message_has_the_reason_and_the_curve():

@@ -23,6 +23,7 @@ ALL_CHECKS = [
     "gradients",
     "causality",
     "documents",
+    "overfit batch",
     "micro-batch",
     "checkpoint",
 ]

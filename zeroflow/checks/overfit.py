@@ -2,11 +2,15 @@
 
 It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop.
 A partly frozen model can still overfit a batch, so gradients must also have moved every parameter.
-The check runs in its own ranks: `-m zeroflow.checks.overfit JOB.json`.
+The loss is judged by its distance from the least possible one: where different tokens follow equal
+contexts, no model can tell which comes. The check runs in its own ranks:
+`-m zeroflow.checks.overfit JOB.json`.
 """
 
 import logging
+import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,8 +21,9 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from zeroflow import artifacts, reuse
+from zeroflow.checks.check import Check
 from zeroflow.config import Config
-from zeroflow.data.batches import MicroBatch
+from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.reuse import CheckResult, Identity
@@ -38,6 +43,7 @@ from zeroflow.training.workload import Workload
 log = logging.getLogger("zeroflow.checks.overfit")
 
 _ROWS = 4
+_CANDIDATES = 64
 _CONTEXT = 64
 _WARMUP_STEPS = 5
 
@@ -49,7 +55,7 @@ class OverfitConfig(Config):
     """Maximum number of steps."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Loss that the check must reach, in nats per token."""
+    """Loss that the check must reach, in nats per token above the least possible."""
 
 
 class OverfitJob(RankJob):
@@ -71,6 +77,9 @@ class OverfitResult(CheckResult):
     reason: str
     curve: list[float]
     """Loss of every step."""
+
+    least_loss: float = 0.0
+    """Least loss that a model can reach on the batch."""
 
 
 class OverfitFailed(RuntimeError):
@@ -121,15 +130,19 @@ def overfit(
     limits: OverfitConfig,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    *,
+    least: float = 0.0,
 ) -> OverfitResult | None:
     """Train `state` until its loss is below the limit, and return the verdict.
 
     Args:
         on_step: called after each step with its number and its loss.
+        least: least loss that a model can reach on the batches.
 
     Returns:
         None if `stop` returned True after a step.
     """
+    limit = limits.overfit_loss + least
     before = {name: parameter.detach().clone() for name, parameter in _parameters(state)}
     curve: list[float] = []
     for metrics in islice(train(state, batches, config), limits.overfit_steps):
@@ -137,7 +150,7 @@ def overfit(
             return None
         curve.append(metrics.loss.item())
         on_step(len(curve), curve[-1])
-        if curve[-1] < limits.overfit_loss:
+        if curve[-1] < limit:
             break
     optimizer = config.workload.optimizer
     idle = [
@@ -145,11 +158,12 @@ def overfit(
         for name, parameter in _parameters(state)
         if not optimizer.has_moved(state.optimizer, parameter, before[name])
     ]
-    reached = min(curve) < limits.overfit_loss
+    reached = min(curve) < limit
     if not reached:
+        of_which = f" (the least possible is {least:.4f})" if least else ""
         reason = (
             f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
-            f"{len(curve)} steps, not below {limits.overfit_loss}: gradients, optimiser or labels "
+            f"{len(curve)} steps, not below {limit:.4g}{of_which}: gradients, optimiser or labels "
             "are broken, or --overfit-steps is too low for this model"
         )
     elif idle:
@@ -158,13 +172,63 @@ def overfit(
             "from the loss"
         )
     else:
-        reason = f"loss {curve[-1]:.4f} after {len(curve)} steps"
+        reason = f"loss {curve[-1]:.4f} after {len(curve)} steps{beyond(least)}"
     return OverfitResult(
         passed=reached and not idle,
         loss=min(curve),
         steps=len(curve),
         reason=reason,
         curve=curve,
+        least_loss=least,
+    )
+
+
+def beyond(least: float | None) -> str:
+    """Return the end of a sentence about a loss: the least possible one, unless that is 0."""
+    return f", the least possible is {least:.4f}" if least else ""
+
+
+def least_loss(batch: MicroBatch) -> float:
+    """Return the least mean loss that our models can reach on `batch`, in nats per token.
+
+    That is the entropy of the targets of equal contexts. A context is what attention sees of a row:
+    its tokens so far, or those of the token's own document. Positions add nothing, as they are
+    counted from the same place. One token repeated is one context, however often it comes: the
+    attention to equal values is that value.
+    """
+    following: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    documents = batch.documents if batch.documents is not None else batch.inputs * 0
+    rows = zip(batch.inputs.tolist(), batch.targets.tolist(), documents.tolist(), strict=True)
+    for tokens, targets, numbers in rows:
+        for place, target in enumerate(targets):
+            if target != IGNORED:
+                context = tokens[numbers.index(numbers[place]) : place + 1]
+                different = context if len(set(context)) > 1 else context[:1]
+                following[tuple(different)][target] += 1
+    nats = sum(
+        count * math.log(counts.total() / count)
+        for counts in following.values()
+        for count in counts.values()
+    )
+    return nats / max(1, batch.valid)
+
+
+def batch_check(rows: Rows, training: TrainingConfig) -> Check:
+    """Pre-flight check: the batch of the check after training has something to learn."""
+    workload = settings(training, OverfitConfig()).workload
+    [batch] = fixed_batch(rows, workload).micro_batches(0)
+    least = least_loss(batch)
+    sentence = (
+        f"This is the least loss that a model can reach on the {batch.valid} targets of the "
+        f"overfit check; fresh weights begin at about {math.log(workload.model.vocab_size):.1f}"
+    )
+    if not batch.valid:
+        sentence = (
+            f"The first {_CANDIDATES} rows begin with nothing but padding, so the overfit check "
+            "has nothing to learn: look at `zeroflow data`"
+        )
+    return Check(
+        name="overfit batch", passed=batch.valid > 0, figure=f"{least:.4f} nats", sentence=sentence
     )
 
 
@@ -184,9 +248,11 @@ def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
 
 
 def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
-    """Return a batch made of the beginnings of the first training rows."""
-    first = rows[np.arange(min(workload.micro_batch_rows, len(rows)))]
-    return FixedBatch(micro_batch(first[:, : workload.seq_len + 1], rows, workload))
+    """Return a batch made of the beginnings of those first training rows with the least padding."""
+    first = rows[np.arange(min(_CANDIDATES, len(rows)))][:, : workload.seq_len + 1]
+    targets = (micro_batch(first, rows, workload).targets != IGNORED).sum(dim=1).numpy()
+    fullest = np.argsort(-targets, kind="stable")[: workload.micro_batch_rows]
+    return FixedBatch(micro_batch(first[fullest], rows, workload))
 
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -222,7 +288,8 @@ def work(job: OverfitJob, stop: Stop) -> None:
     config = settings(job.training, job.limits)
     rank_program.make_deterministic()
     state = new_state(config)
-    batch = fixed_batch(Rows(job.shards, "train"), config.workload)
+    batches = fixed_batch(Rows(job.shards, "train"), config.workload)
+    least = least_loss(batches.batch)
     pulses = PulseWriter(job.folder.alive)
 
     def show(step: int, loss: float) -> None:
@@ -230,7 +297,7 @@ def work(job: OverfitJob, stop: Stop) -> None:
             total = job.limits.overfit_steps
             pulses(Pulse("overfit check", step, total, f"loss {loss:.4f}"))
 
-    result = overfit(state, batch, config, job.limits, stop, show)
+    result = overfit(state, batches, config, job.limits, stop, show, least=least)
     if zero.rank() > 0:
         return
     if result is None:

@@ -5,7 +5,8 @@ train. A check that fails ends the run before its first step. A micro-batch that
 memory is halved first, as training would do. The checks run in their own ranks:
 `-m zeroflow.checks.preflight JOB.json`.
 
-The checks themselves are in `data_checks`, `model_checks` and `step_checks`.
+The checks themselves are in `data_checks`, `model_checks` and `step_checks`; the one of the overfit
+check's batch is in `overfit`.
 """
 
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from zeroflow import artifacts, reuse
-from zeroflow.checks import data_checks, model_checks, step_checks
+from zeroflow.checks import data_checks, model_checks, overfit, step_checks
 from zeroflow.checks.check import Check, on_every_rank
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
@@ -177,6 +178,8 @@ def checks(job: PreflightJob) -> Iterator[Check]:
     state = new_state(job.training)
     yield from map(on_every_rank, model_checks.checks(state, job.training))
     rows = Rows(job.shards, "train") if data_is_sound else None
+    if rows is not None:
+        yield on_every_rank(overfit.batch_check(rows, job.training))
     folder, tokenizer = job.folder.preflight_checkpoint, job.tokenizer.fingerprint
     yield from map(
         on_every_rank, step_checks.checks(state, job.training, rows, folder, tokenizer=tokenizer)

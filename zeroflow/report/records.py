@@ -20,6 +20,8 @@ class OverfitFigures(Record):
     """Lowest loss that the check reached."""
 
     steps: int
+    least_loss: float | None = omitted()
+    """Least loss that a model can reach on the batch of the check; None in older files."""
 
 
 class CorpusFigures(Record):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from zeroflow.checks.check import Check
+from zeroflow.checks.overfit import beyond
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.markup import Markdown, block, bold, code, escaped, link, shortened, table
@@ -88,7 +89,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Speed": f"{speed(report.tokens_per_second)} on {workload.devices}, {workload.arithmetic}",
         "Pre-flight": _preflight(report.preflight),
         "Overfit check": f"{'passed' if overfit.passed else 'FAILED'}: loss {overfit.loss:.4f} "
-        f"after {overfit.steps} steps",
+        f"after {overfit.steps} steps{beyond(overfit.least_loss)}",
         "Resume": report.resume,
         "Checkpoint": code(str(report.checkpoint)),
     }

@@ -95,7 +95,12 @@ def _gather(
         val_bpb=trained.val_bpb,
         validated=trained.validated,
         entropy=shards.entropy,
-        overfit=OverfitFigures(passed=overfit.passed, loss=overfit.loss, steps=overfit.steps),
+        overfit=OverfitFigures(
+            passed=overfit.passed,
+            loss=overfit.loss,
+            steps=overfit.steps,
+            least_loss=overfit.least_loss,
+        ),
         tokens_per_second=trained.tokens_per_second,
         mfu=trained.mfu,
         peak_memory_bytes=trained.peak_memory_bytes,
