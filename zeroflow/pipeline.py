@@ -6,7 +6,7 @@ progress and pages are shown (`View`): in the package's flows, stages are Prefec
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
+from zeroflow.report.outcome import Status
 from zeroflow.report.pages import Page, Picture, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, Show, TrainingProgress
 from zeroflow.report.run_report import Finished
@@ -40,6 +41,7 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
+from zeroflow.training.failures import TrainingStopped
 from zeroflow.training.job import (
     TrainingJob,
     TrainResult,
@@ -49,10 +51,16 @@ from zeroflow.training.job import (
 )
 from zeroflow.training.ownership import ownership
 from zeroflow.training.pulse import Pulse
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
 TRAINED = "the run is already trained to its last step"
+
+
+class RunCancelled(RuntimeError):
+    """A run of a sweep was cancelled; its finished work is kept."""
+
 
 Acquire = Callable[[Path], None]
 """Acquires the directory of a run for this process, or raises `RunIsBusy`."""
@@ -286,13 +294,16 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
     return file
 
 
-def compare(sweep: SweepConfig, failed: list[str], view: View = LOG_ONLY) -> Path:
+def compare(sweep: SweepConfig, ended: Mapping[str, Status], view: View = LOG_ONLY) -> Path:
     """Write and show the comparison of a sweep's runs.
+
+    Args:
+        ended: how the runs of this command ended that did not complete.
 
     Returns:
         the path of comparison.md
     """
-    page = sweeps.compare(sweep, failed=failed)
+    page = sweeps.compare(sweep, ended)
     with never_fatal("comparison"):
         view.page(page, "comparison", sweep.name)
     return sweep.folder.comparison_page
@@ -314,7 +325,7 @@ class Stages(NamedTuple):
         [Prepared, PreflightResult | None, TrainResult, OverfitResult, View], Path
     ] = write_report
     prove: Callable[[TrainingJob, ProofConfig, View], Path] = prove
-    compare: Callable[[SweepConfig, list[str], View], Path] = compare
+    compare: Callable[[SweepConfig, Mapping[str, Status], View], Path] = compare
 
 
 PLAIN = Stages()
@@ -374,31 +385,50 @@ def sweep(
 ) -> Path:
     """Train every combination of the varied settings, one after the other, and compare the runs.
 
-    A failed run does not stop the others; repeating the call resumes it.
+    A run that fails or is cancelled does not stop the others; repeating the call resumes it.
 
     Returns:
         the path of comparison.md
 
     Raises:
         ValueError: a run of the sweep was already trained with other settings.
-        RuntimeError: some runs failed; the others are compared.
+        RuntimeError: some runs failed or were stopped; all are compared as far as they came.
     """
     sweeps.require_as_started(asked)
     sweeps.open_group(asked)
-    failed = []
-    for cell in cells(asked):
-        try:
-            run_one(cell)
-        except Exception as error:  # one failure must not stop the sweep
-            log.error("run %s failed: %s", cell.run_name, error_message(error))
-            for note in getattr(error, "__notes__", ()):
-                log.error("%s", note)
-            failed.append(str(cell.run_name))
-    page = stages.compare(asked, failed, view)
-    if failed:
-        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-        raise RuntimeError(f"{runs} failed, see {page}: {', '.join(failed)}")
+    ended: dict[str, Status] = {}
+    try:
+        for cell in cells(asked):
+            try:
+                run_one(cell)
+            except Exception as error:  # one failure must not stop the sweep
+                ended[str(cell.run_name)] = _ended(cell, error)
+        page = stages.compare(asked, ended, view)
+    except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
+        sweeps.abandon(asked, ended)
+        raise
+    _require_no_failure(ended, page)
     return page
+
+
+def _ended(cell: RunConfig, error: Exception) -> Status:
+    """Log why a run of a sweep did not complete, and return its status."""
+    if isinstance(error, RunCancelled):
+        log.warning("run %s was cancelled; the same command resumes it", cell.run_name)
+        return "cancelled"
+    log.error("run %s failed: %s", cell.run_name, error_message(error))
+    for note in getattr(error, "__notes__", ()):
+        log.error("%s", note)
+    return "stopped" if isinstance(error, TrainingStopped) else "failed"
+
+
+def _require_no_failure(ended: Mapping[str, Status], page: Path) -> None:
+    found = []
+    for status, words in (("failed", "failed"), ("stopped", "stopped early")):
+        if names := [name for name, how in ended.items() if how == status]:
+            found.append(f"{count(len(names), 'run')} {words}: {', '.join(names)}")
+    if found:
+        raise RuntimeError(f"{'; '.join(found)}; see {page}")
 
 
 def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> Prepared:

@@ -26,8 +26,8 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     assert "1 run failed" in ended.stderr and "s-custom-seed1" in ended.stderr
     [alone] = re.findall(r"retry: (.* flows/pretrain.py .*)", ended.stdout)
     page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
-    assert "| custom-seed0 | custom | " in page
-    assert "**Not finished: s-custom-seed1**" in page
+    assert "| custom-seed0 | completed | custom | " in page
+    assert "**Not completed: s-custom-seed1 (failed)**" in page
     kept = json.loads((flow.cache / "sweeps" / "s" / "comparison.json").read_text())
     assert [one["run"] for one in kept["runs"]] == ["s-custom-seed0"]
 

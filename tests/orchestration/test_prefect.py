@@ -293,7 +293,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
         name: (run["id"], run["run_count"]) for name, run in server.children_of(sweep).items()
     } == {name: (run["id"], run["run_count"]) for name, run in children.items()}
     page = (flow.cache / "sweeps" / "alone" / "comparison.md").read_text()
-    assert "Not finished" not in page
+    assert "Not completed" not in page
     assert all(f"| custom-seed{seed} | " in page for seed in (0, 1))
 
 

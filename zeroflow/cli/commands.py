@@ -14,6 +14,7 @@ from zeroflow.cli.console import (
     Terminated,
     fail,
     log_to_console,
+    page_text,
     require_writable,
     show,
     terminate,
@@ -119,7 +120,7 @@ def _data(arguments: Arguments) -> None:
 
     job = trained.job(arguments.cache_dir, arguments.run)
     page = data_page.write_data(job.shards, job.tokenizer, job.folder)
-    show(f"{page.linked}\n")
+    show(f"{page_text(page.linked)}\n")
     if job.folder.data_page.exists():
         show(f"{job.folder.data_page}")
 
@@ -197,7 +198,7 @@ def _prove(arguments: Arguments) -> None:
     asked = ProofRun.model_validate(read_settings(ProofRun, arguments))
     require_writable(asked.run.cache_dir)
     page = pipeline.prove_resume(asked)
-    show(f"{page.read_text(encoding='utf-8')}\n{page}")
+    show(f"{page_text(page.read_text(encoding='utf-8'))}\n\n{page}")
 
 
 def _prefect_setup(arguments: Arguments) -> None:

@@ -62,6 +62,13 @@ def show(text: str) -> None:
     console.print(visible(text) if console.is_terminal else text)
 
 
+def page_text(markdown: str) -> str:
+    """Return a page as text for standard output."""
+    from zeroflow.report.page_text import as_text  # its parser takes a while to import
+
+    return as_text(markdown, console.width if console.is_terminal else None)
+
+
 def log_to_console(*, verbose: bool) -> None:
     """Log plain lines to standard output; in a terminal, above the live progress bar."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may have an encoding without our characters

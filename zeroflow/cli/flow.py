@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
-from zeroflow.cli.console import Terminated, fail, log_to_console, require_writable, show, terminate
+from zeroflow.cli.console import (
+    Terminated,
+    fail,
+    log_to_console,
+    page_text,
+    require_writable,
+    show,
+    terminate,
+)
 from zeroflow.config import Config
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
 from zeroflow.report.progress import console
@@ -42,7 +50,7 @@ class _FlowCommand(NamedTuple):
 
 
 def _text_of(page: Path, run: RunConfig) -> str:
-    return page.read_text(encoding="utf-8")
+    return f"\n{page_text(page.read_text(encoding='utf-8'))}\n\n{page}"
 
 
 _COMMANDS = {

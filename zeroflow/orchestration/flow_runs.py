@@ -31,6 +31,7 @@ from prefect.tasks import Task
 from zeroflow.orchestration.conclusion import STOPS, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
+from zeroflow.pipeline import RunCancelled
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
 
@@ -103,7 +104,7 @@ def _child_of(client: SyncPrefectClient, task_run: UUID) -> FlowRun | None:
     return found[0] if found else None
 
 
-class _CancelledHere(Exception):
+class _CancelledHere(RunCancelled):
     """The flow run was cancelled in Prefect while this process executed it."""
 
     def __str__(self) -> str:

@@ -1,151 +1,53 @@
-"""Comparison of the runs of a sweep, and the loss that they predict for a larger model.
-
-A power law of the compute, L = A · C^-b, is fitted to the best loss of every size:
-https://arxiv.org/abs/2001.08361
-"""
+"""Comparison of the runs of a sweep, and the loss that they predict for a larger model."""
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import computed_field
 
-from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.records import Record
-from zeroflow.report.pages import Page, Picture
-from zeroflow.report.records import RunReport, Sharding
-from zeroflow.run_folder import Cache
-from zeroflow.settings.settle import load
-from zeroflow.training import metrics
-from zeroflow.training.metrics import METRICS, TABLE, Metric, ValidationRecord
-from zeroflow.units import binary, duration, parameter_count, speed
+from zeroflow.report.outcome import Measure, Outcome
+from zeroflow.report.power_law import Interval, PowerLaw
 
 
-class Outcome(Sharding):
-    """Outcome of one run."""
+class Mean(NamedTuple):
+    """A figure of several runs that differ in their seeds only."""
 
-    run: str
-    size: str
-    seed: int
-    learning_rate: float
-    parameters: int
-    vocabulary: int
-    context: int
-    flops_per_token: int
-    tokens: int
-    val_loss: float
-    """Nats per token."""
+    mean: float
+    deviation: float
+    """Standard deviation of a run."""
 
-    val_bpb: float | None
-    tokens_per_second: float | None
-    seconds: float
-    """Training seconds from which tokens per second are computed."""
 
-    peak_memory_bytes: int
-    """Peak memory of each GPU."""
+def _mean(values: Sequence[float]) -> Mean:
+    return Mean(float(np.mean(values)), float(np.std(values, ddof=1)))
 
-    curve: tuple[tuple[int, float], ...]
-    """Tokens and validation loss at every validation."""
 
-    metrics: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
-    """Last logged values of the compared metrics, by key in MLflow."""
+class Group(NamedTuple):
+    """Runs that differ in their seeds only."""
+
+    name: str
+    runs: tuple[Outcome, ...]
 
     @property
-    def shape(self) -> str:
-        """Name of the size; a custom shape is identified by its number of parameters."""
-        if self.size in SIZES:
-            return self.size
-        return f"{self.size} of {parameter_count(self.parameters)} parameters"
+    def completed(self) -> tuple[Outcome, ...]:
+        return tuple(one for one in self.runs if one.status == "completed")
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def flops(self) -> float:
-        """FLOPs of the whole training; a float, because the number may exceed 2^63."""
-        return float(self.flops_per_token) * self.tokens
-
-
-def outcome(cache: Path, name: str) -> Outcome | None:
-    """Return the outcome of run `name`; None if the run failed or has not ended.
-
-    Raises:
-        ValueError: the report of the run cannot be read.
-    """
-    folder = Cache(cache).run(name)
-    report = RunReport.read_if_exists(folder.report)
-    if report is None or report.status != "completed":
-        return None
-    settings = load(cache, name)
-    vocabulary = report.tokenizer.vocab_size
-    model = with_vocabulary(settings.model.shape, vocabulary)
-    context = settings.shard_config.seq_len
-    records = METRICS.read(folder.metrics)
-    validations = [record for record in records if isinstance(record, ValidationRecord)]
-    latest = metrics.latest(records)
-    return Outcome(
-        **dict(report.sharding),
-        run=name,
-        size=report.size,
-        seed=settings.seed,
-        learning_rate=settings.schedule.peak,
-        parameters=report.parameters,
-        vocabulary=vocabulary,
-        context=context,
-        flops_per_token=model.flops_per_token(context),
-        tokens=report.tokens,
-        val_loss=report.val_loss,
-        val_bpb=report.val_bpb,
-        tokens_per_second=report.tokens_per_second,
-        seconds=report.time.training_seconds,
-        peak_memory_bytes=report.peak_memory_bytes,
-        curve=tuple((record.tokens, record.val_loss) for record in validations),
-        metrics={m.key: latest[m.key] for m in _COMPARED if m.key in latest},
-    )
-
-
-_COMPARED = [metric for metric in TABLE.values() if metric.compared]
-
-
-class PowerLaw(Record):
-    """log L = log A - b · log C, by least squares."""
-
-    log_a: float
-    b: float
-    covariance: tuple[tuple[float, ...], ...] | None
-    """Covariance of b and log A; None if the law has only two points, which fit exactly."""
-
-    points: int
-
-    @classmethod
-    def fitted(cls, flops: Sequence[float], losses: Sequence[float]) -> Self | None:
-        """Fit the law; None for fewer than two different amounts of compute."""
-        x, y = np.log(np.array(flops)), np.log(np.array(losses))
-        if len(set(flops)) < 2:
+    def mean(self, measure: Measure) -> Mean | None:
+        """Mean over the completed runs; None for fewer than two of them, or of other data."""
+        values = [getattr(one, measure) for one in self.completed]
+        if len(values) < 2 or None in values:
             return None
-        (slope, log_a), *_ = np.polyfit(x, y, 1, full=True)
-        covariance = None
-        if len(x) > 2:
-            design = np.stack([x, np.ones_like(x)], axis=1)
-            variance = float(((y - design @ [slope, log_a]) ** 2).sum() / (len(x) - 2))
-            spread = variance * np.linalg.inv(design.T @ design)
-            covariance = tuple(map(tuple, spread.tolist()))
-        return cls(log_a=float(log_a), b=-float(slope), covariance=covariance, points=len(x))
+        return _mean(values)
 
-    def loss(self, flops: float) -> float:
-        return math.exp(self.log_a - self.b * math.log(flops))
-
-    def factor(self, flops: float) -> float | None:
-        """Factor for one standard error of the predicted loss, up or down."""
-        if self.covariance is None:
-            return None
-        x = np.array([math.log(flops), 1.0])
-        return math.exp(math.sqrt(max(0.0, float(x @ np.array(self.covariance) @ x))))
-
-    @property
-    def b_error(self) -> float | None:
-        return None if self.covariance is None else math.sqrt(max(0.0, self.covariance[0][0]))
+    def curve(self, measure: Measure) -> list[tuple[int, Mean]]:
+        """Mean over the completed runs at every number of tokens at which all were validated."""
+        curves = [dict(one.points(measure)) for one in self.completed]
+        if len(curves) < 2:
+            return []
+        common = sorted(set.intersection(*map(set, curves)))
+        return [(tokens, _mean([curve[tokens] for curve in curves])) for tokens in common]
 
 
 class Prediction(Record):
@@ -154,7 +56,9 @@ class Prediction(Record):
     size: str
     flops: float
     loss: float
-    factor: float | None
+    interval: Interval | None
+    """Interval that should hold 95 % of such trainings; None for too few points."""
+
     measured: float | None
     """Best measured loss of that size; None if it was not trained."""
 
@@ -163,6 +67,9 @@ class Comparison(Record):
     """The runs of a sweep: comparison.json."""
 
     runs: list[Outcome]
+    measure: Measure = "val_loss"
+    """Field that is compared: bits per byte if tokenizers differ."""
+
     law: PowerLaw | None
     """Law fitted to all sizes; None for fewer than two."""
 
@@ -172,32 +79,68 @@ class Comparison(Record):
     largest: Prediction | None
     """Prediction for the largest size, by the law of the smaller ones."""
 
+    @property
+    def groups(self) -> list[Group]:
+        """The runs in their order, those that differ in their seeds only together."""
+        together: dict[tuple[str, ...], list[Outcome]] = {}
+        for one in self.runs:
+            key = (one.setting, one.shape) if one.setting else (one.run,)
+            together.setdefault(key, []).append(one)
+        return [Group(_name(runs), tuple(runs)) for runs in together.values()]
+
+    @property
+    def mixes_tokenizers(self) -> bool:
+        return len({one.tokenizer for one in self.runs}) > 1
+
+
+def _name(runs: list[Outcome]) -> str:
+    """Name of runs without their seed, if they are named by it."""
+    names = {one.run.replace(f"-seed{one.seed}", "") for one in runs}
+    return names.pop() if len(names) == 1 else f"{runs[0].run} and {len(runs) - 1} more"
+
 
 def compare(outcomes: Iterable[Outcome]) -> Comparison:
-    """Fit the law to the best run of every size, and predict from it."""
+    """Fit the law to the best completed run of every size, and predict from it.
 
-    def order(one: Outcome) -> tuple[int, float]:
-        return one.parameters, math.inf if math.isnan(one.val_loss) else one.val_loss
+    Losses of different tokenizers are not comparable: then all runs are compared by bits per byte.
+    """
+    runs = list(outcomes)
+    measure: Measure = "val_bpb" if len({one.tokenizer for one in runs}) > 1 else "val_loss"
 
-    found = sorted(outcomes, key=order)
+    def value(one: Outcome) -> float:
+        found = getattr(one, measure)
+        return math.inf if found is None or math.isnan(found) else float(found)
+
+    found = sorted(runs, key=lambda one: (one.parameters, value(one)))
     best: dict[str, Outcome] = {}
     for one in found:
-        if math.isfinite(one.val_loss):
+        if math.isfinite(value(one)) and one.status == "completed":
             best.setdefault(one.shape, one)
     sizes = sorted(best.values(), key=lambda one: one.flops)
-    law = _law(sizes)
-    before = _law(sizes[:-1]) if len(sizes) > 2 else None
-    largest = before and _predicted(before, sizes[-1].shape, sizes[-1].flops, sizes[-1].val_loss)
-    return Comparison(runs=found, law=law, next_size=law and _next(law, sizes), largest=largest)
+    points = [(one.flops, value(one)) for one in sizes]
+    law, before = _law(points), _law(points[:-1]) if len(points) > 2 else None
+    largest = before and _predicted(before, sizes[-1].shape, *points[-1])
+    return Comparison(
+        runs=found,
+        measure=measure,
+        law=law,
+        next_size=law and _next(law, sizes),
+        largest=largest,
+    )
 
 
-def _law(sizes: list[Outcome]) -> PowerLaw | None:
-    return PowerLaw.fitted([one.flops for one in sizes], [one.val_loss for one in sizes])
+def _law(points: list[tuple[float, float]]) -> PowerLaw | None:
+    flops, losses = zip(*points, strict=True) if points else ((), ())
+    return PowerLaw.fitted(flops, losses)
 
 
 def _predicted(law: PowerLaw, size: str, flops: float, measured: float | None) -> Prediction:
     return Prediction(
-        size=size, flops=flops, loss=law.loss(flops), factor=law.factor(flops), measured=measured
+        size=size,
+        flops=flops,
+        loss=law.loss(flops),
+        interval=law.interval(flops),
+        measured=measured,
     )
 
 
@@ -215,96 +158,3 @@ def _next(law: PowerLaw, sizes: list[Outcome]) -> Prediction:
             return _predicted(law, name, tokens * model.flops_per_token(last.context), None)
     larger = f"a model with {_STEP} times the parameters of {last.shape}"
     return _predicted(law, larger, _STEP**2 * last.flops, None)
-
-
-_OF_GPUS = ("GPUs", "ZeRO")
-
-
-def page(sweep: str, found: Comparison, *, pictures: Sequence[Path], failed: list[str]) -> Page:
-    """Return the page of a sweep as Markdown.
-
-    Args:
-        sweep: name of the sweep, the prefix of its runs' names.
-        failed: names of the runs that failed.
-    """
-    columns = {
-        "run": [one.run.removeprefix(f"{sweep}-") for one in found.runs],
-        "size": [one.size for one in found.runs],
-        **{metric.label: [_cell(metric, one) for one in found.runs] for metric in _COMPARED},
-        "seed": [str(one.seed) for one in found.runs],
-        "GPUs": [str(one.ranks) for one in found.runs],
-        "ZeRO": ["none" if one.ranks == 1 else str(one.zero_stage) for one in found.runs],
-        "peak rate": [f"{one.learning_rate:g}" for one in found.runs],
-        "parameters": [parameter_count(one.parameters) for one in found.runs],
-        "tokens": [parameter_count(one.tokens) for one in found.runs],
-        "FLOPs": [f"{one.flops:.3g}" for one in found.runs],
-        "hours": [f"{one.seconds / 3600:.3g}" for one in found.runs],
-        "tokens/s": [speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.runs],
-        "memory": [binary(one.peak_memory_bytes) for one in found.runs],
-    }
-    if all(one.ranks == 1 for one in found.runs):
-        columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
-    if columns["run"] == columns["size"]:
-        del columns["size"]
-    # Columns with equal values go into a sentence: Prefect's page is too narrow for all
-    alike = {
-        column: cells[0]
-        for column, cells in columns.items()
-        if len(cells) > 1 and len(set(cells)) == 1 and column != TABLE["val_loss"].label
-    }
-    shown = {column: cells for column, cells in columns.items() if column not in alike}
-    right = "".join(" " if column in ("run", "size") else "r" for column in shown)
-    spent = duration(sum(one.seconds for one in found.runs))
-    begin = code(f"{sweep}-")
-    parts: list[Markdown | Picture] = [
-        Markdown(f"# Sweep {escaped(sweep)}"),
-        Markdown(f"{len(found.runs)} runs, {spent} of training. Their names begin with {begin}."),
-        table(list(shown), zip(*shown.values(), strict=True), right=right),
-    ]
-    if alike:
-        parts.append(escaped(f"Common to all runs: {', '.join(map(' '.join, alike.items()))}."))
-    if failed:
-        named = bold(f"Not finished: {', '.join(failed)}")
-        parts.append(Markdown(f"{named}. Repeat the command, or retry in Prefect, to resume them."))
-    parts += [Picture(picture, picture.name) for picture in pictures]
-    if sentences := list(_sentences(found)):
-        parts += [Markdown("## Power law"), *map(escaped, sentences)]
-    return Page(tuple(parts))
-
-
-def _cell(metric: Metric, one: Outcome) -> str:
-    value = one.metrics.get(metric.key)
-    return "none" if value is None else format(value, metric.form)
-
-
-def _sentences(found: Comparison) -> Iterable[str]:
-    law = found.law
-    if law is None:
-        return
-    error = "" if law.b_error is None else f" ± {law.b_error:.2g}"
-    yield (
-        f"L = {math.exp(law.log_a):.4g} · C^{-law.b:.4f}{error}, fitted to the best run of each of "
-        f"{law.points} sizes, where C is the number of FLOPs of a training"
-        + (
-            ". ± is one standard error."
-            if law.b_error is not None
-            else ". Two points give no error estimate."
-        )
-    )
-    if found.next_size:
-        sentence = f"Next size: {_described(found.next_size)}"
-        yield f"{sentence}, with as many tokens per parameter as the largest size."
-    if found.largest and found.largest.measured is not None:
-        miss = found.largest.measured / found.largest.loss - 1
-        yield (
-            f"Test of the law: the smaller sizes alone predict {_described(found.largest)}. The "
-            f"measured loss was {found.largest.measured:.4f}, a difference of {miss:+.2%}."
-        )
-
-
-def _described(prediction: Prediction) -> str:
-    factor = prediction.factor
-    between = ""
-    if factor is not None:
-        between = f" ({prediction.loss / factor:.4f} to {prediction.loss * factor:.4f})"
-    return f"{prediction.size}, {prediction.flops:.3g} FLOPs: loss {prediction.loss:.4f}{between}"

@@ -1,27 +1,28 @@
 """Curves of a run as PNG files, readable on light and dark pages."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from zeroflow.colours import DISTINCT, OKABE_ITO
 from zeroflow.data.arrays import Int64Array
 from zeroflow.report.band import Band
-from zeroflow.report.comparison import Comparison
+from zeroflow.report.comparison import Comparison, Group
+from zeroflow.report.outcome import Measure, Outcome
 from zeroflow.run_folder import SweepFolder
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import TABLE, MetricsRecord, StepRecord, ValidationRecord
 from zeroflow.units import count, parameter_count
 
-# Colours of Okabe and Ito, which colour-blind readers can distinguish
-_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#888888"
+_BLUE, _ORANGE, *_ = OKABE_ITO
+
+_GREY = "#888888"
 
 _DARK = "#444444"
 """Colour that is readable on grey."""
-
-_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#D55E00")
 
 _STYLES = ("-", "--", "-.", ":")
 
@@ -69,48 +70,94 @@ def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
     axes.plot(x[so_far], own[so_far], color=_BLUE, marker=".", label=label)
 
 
+Scale = Callable[[Outcome], float]
+"""Returns the x of a token of a run."""
+
+
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
-    """Draw validation loss of every run against tokens, FLOPs and hours, with the power law."""
+    """Draw validation loss of every run against tokens, FLOPs and hours, with the power law.
+
+    Runs that differ in their seeds only are faint, with their mean over them.
+    """
+    axis_labels: dict[str, tuple[str, Scale]] = {
+        "tokens": ("tokens", lambda one: 1.0),
+        "flops": ("training compute (FLOPs)", lambda one: one.flops_per_token),
+        "hours": ("training time (hours)", _hours_of_a_token),
+    }
     drawn = []
-    shapes = list(dict.fromkeys(one.shape for one in found.runs))
-    for name, label, scale in (
-        ("tokens", "tokens", lambda one: 1.0),
-        ("flops", "training compute (FLOPs)", lambda one: one.flops_per_token),
-        ("hours", "training time (hours)", lambda one: one.seconds / one.tokens / 3600),
-    ):
+    for name, (label, scale) in axis_labels.items():
         title = f"validation loss by {label.partition(' (')[0]}"
-        figure, axes = _figure(title, label, _LOSS)
+        loss = TABLE[found.measure].label if found.measure == "val_bpb" else _LOSS
+        figure, axes = _figure(title, label, loss)
         by_flops = name == "flops"
-        drawn_of = Counter[str]()
-        for one in found.runs:
-            # A logarithmic axis has no zero
-            points = [(t * scale(one), loss) for t, loss in one.curve if t or not by_flops]
-            marker, style = divmod(drawn_of[one.shape], len(_STYLES))
-            axes.plot(
-                [x for x, _ in points],
-                [loss for _, loss in points],
-                color=_COLOURS[shapes.index(one.shape) % len(_COLOURS)],
-                linestyle=_STYLES[style],
-                marker=_MARKERS[marker % len(_MARKERS)],
-                label=one.run,
-            )
-            drawn_of[one.shape] += 1
+        for number, group in enumerate(found.groups):
+            # Zero has no place on a logarithmic axis
+            _draw_group(axes, group, found.measure, scale, number, after=0 if by_flops else -1)
         if by_flops:
             axes.set_xscale("log")
-        if by_flops and found.law is not None:
-            ends = [one.flops for one in found.runs]
-            ends += [found.next_size.flops] if found.next_size else []
-            span = np.geomspace(min(ends), max(ends), 50)
-            law = [found.law.loss(flops) for flops in span]
-            axes.plot(span, law, color=_GREY, linestyle=":", label=f"C^{-found.law.b:.3f}")
-        if len(found.runs) <= _MANY:
-            axes.legend(fontsize="small")
-        else:
-            height = max(4, 0.2 * len(found.runs))
-            figure.set_size_inches(10, height)
+            _draw_law(axes, found)
+        lines = len(axes.get_legend_handles_labels()[1])
+        if lines > _MANY:
+            figure.set_size_inches(10, max(4, 0.2 * lines))
             figure.legend(loc="outside right upper", fontsize="small")
+        elif lines:
+            axes.legend(fontsize="small")
         drawn.append(_save(figure, folder.loss_picture(name)))
     return drawn
+
+
+def _hours_of_a_token(one: Outcome) -> float:
+    return 1 / one.tokens_per_second / 3600 if one.tokens_per_second else 0.0
+
+
+def _draw_group(
+    axes: Any, group: Group, measure: Measure, scale: Scale, number: int, *, after: int
+) -> None:
+    """Draw runs that differ in their seeds only, in a colour and a style of their own.
+
+    Args:
+        number: number of the group in the picture.
+        after: tokens after which points are drawn.
+    """
+    style, colour = divmod(number, len(DISTINCT))
+    look = {"color": DISTINCT[colour], "linestyle": _STYLES[style % len(_STYLES)]}
+    mean = [(tokens, value) for tokens, value in group.curve(measure) if tokens > after]
+    for marker, one in enumerate(group.runs):
+        points = [(tokens, value) for tokens, value in one.points(measure) if tokens > after]
+        ended = "" if one.status == "completed" else f" ({one.status})"
+        shown = {"marker": _MARKERS[marker % len(_MARKERS)], "label": f"{one.run}{ended}"}
+        faint = {"alpha": 0.35, "linewidth": 0.8}
+        axes.plot(
+            [tokens * scale(one) for tokens, _ in points],
+            [value for _, value in points],
+            **look,
+            **(faint if mean else shown),
+        )
+    if mean:
+        each = fmean(map(scale, group.completed))
+        x, y = [tokens * each for tokens, _ in mean], np.array([value for _, value in mean])
+        low, high = y[:, 0] - y[:, 1], y[:, 0] + y[:, 1]
+        axes.fill_between(x, low, high, color=DISTINCT[colour], alpha=0.15, linewidth=0)
+        label = f"{group.name}: mean of {count(len(group.completed), 'seed')}"
+        axes.plot(x, y[:, 0], **look, marker=".", label=label)
+
+
+def _draw_law(axes: Any, found: Comparison) -> None:
+    """Draw the power law to the next size, and the interval of its predictions."""
+    if (law := found.law) is None:
+        return
+    ends = [*law.flops, *([found.next_size.flops] if found.next_size else [])]
+    span = np.geomspace(min(ends), max(ends), 25).tolist()
+    floor = f"{law.floor:.3g} + " if law.has_floor else ""
+    label = f"{floor}A · C^{-law.b:.3f}"
+    axes.plot(span, [law.loss(flops) for flops in span], color=_GREY, linestyle=":", label=label)
+    edges = [edge for flops in span if (edge := law.interval(flops))]
+    if edges:
+        limits = axes.get_ylim()  # a wide interval must not flatten the curves
+        low, high = zip(*edges, strict=True)
+        label = "95 % of such trainings"
+        axes.fill_between(span, low, high, color=_GREY, alpha=0.15, linewidth=0, label=label)
+        axes.set_ylim(limits)
 
 
 def resume_curves(

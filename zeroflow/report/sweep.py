@@ -1,10 +1,15 @@
 """Stages of a sweep besides its runs: check, record, compare."""
 
+import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from zeroflow import artifacts
-from zeroflow.report import comparison, pictures
-from zeroflow.report.pages import Page
+from zeroflow.report import comparison, comparison_page, pictures
+from zeroflow.report.comparison import Comparison
+from zeroflow.report.outcome import Status, outcome
+from zeroflow.report.pages import Page, never_fatal
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import started_otherwise
@@ -12,10 +17,13 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location
 
+log = logging.getLogger(__name__)
+
 
 def finished(cell: RunConfig) -> bool:
     """True if the run has completed, according to its report."""
-    return comparison.outcome(cell.cache_dir, str(cell.run_name)) is not None
+    found = outcome(cell.cache_dir, str(cell.run_name))
+    return found is not None and found.status == "completed"
 
 
 def require_as_started(sweep: SweepConfig) -> None:
@@ -48,32 +56,68 @@ def open_group(sweep: SweepConfig) -> None:
     tracker.open_group(config, sweep.folder)
 
 
-def compare(sweep: SweepConfig, *, failed: list[str]) -> Page:
-    """Write comparison.md and comparison.json about the sweep's finished runs, also to MLflow.
+def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
+    """Write comparison.md and comparison.json about all runs that have a loss, also to MLflow.
 
-    Runs that an earlier command trained are included.
+    Runs that an earlier command trained are included. The run of the sweep in MLflow is ended.
 
-    Raises:
-        ValueError: no run has finished.
+    Args:
+        ended: how the runs of this command ended that did not complete.
     """
-    cache, where = sweep.run.cache_dir, sweep.folder
-    outcomes = [one for name in _members(sweep) if (one := comparison.outcome(cache, name))]
-    if not outcomes:
-        raise ValueError(f"no run of sweep {sweep.name} has finished: {', '.join(failed)}")
-    found = comparison.compare(outcomes)
-    drawn = pictures.losses_compared(found, where)
-    page = comparison.page(sweep.name, found, pictures=drawn, failed=failed)
-    page.write(where.comparison_page)
-    found.write(where.comparison)
-    law = {"sweep/exponent": found.law.b} if found.law else {}
-    best = min(one.val_loss for one in outcomes)
+    where = sweep.folder
+    try:
+        found, unfinished = _gather(sweep, ended)
+        drawn = pictures.losses_compared(found, where) if found.runs else []
+        page = comparison_page.page(sweep.name, found, pictures=drawn, unfinished=unfinished)
+        page.write(where.comparison_page)
+        found.write(where.comparison)
+    except Exception:
+        tracker.close_group(where, [], {}, status="FAILED")
+        raise
+    failed = "failed" in unfinished.values()
     tracker.close_group(
         where,
         [where.comparison_page, where.comparison, *drawn],
-        {"sweep/val_best": best} | law,
-        failed=bool(failed),
+        _figures(found),
+        status="FAILED" if failed else "KILLED" if unfinished else "FINISHED",
     )
     return page
+
+
+def abandon(sweep: SweepConfig, ended: Mapping[str, Status]) -> None:
+    """Compare the runs of a sweep that is interrupted, as far as they came."""
+    with never_fatal("comparison"):
+        compare(sweep, ended)
+
+
+def _gather(sweep: SweepConfig, ended: Mapping[str, Status]) -> tuple[Comparison, dict[str, str]]:
+    """Compare the runs that have a loss; also return the status of all that are not completed."""
+    cache, outcomes, unfinished = sweep.run.cache_dir, [], {}
+    for name in _members(sweep):
+        try:
+            found = outcome(cache, name)
+        except (OSError, ValueError, LookupError) as error:  # of another version, or damaged
+            log.warning("run %s is left out of the comparison: %s", name, error)
+            found = None
+        if found is None:
+            unfinished[name] = ended.get(name, "without a loss")
+        elif found.status != "completed":
+            found = found.replace(status=ended.get(name, found.status))
+            unfinished[name] = found.status
+        if found:
+            outcomes.append(found)
+    return comparison.compare(outcomes), unfinished
+
+
+def _figures(found: Comparison) -> dict[str, float]:
+    """Figures of the sweep in MLflow."""
+    completed = [one for one in found.runs if one.status == "completed"]
+    losses = {"bpb_best": [one.val_bpb for one in completed if one.val_bpb is not None]}
+    if not found.mixes_tokenizers:
+        losses["best"] = [one.val_loss for one in completed]
+    finite = {name: [x for x in values if math.isfinite(x)] for name, values in losses.items()}
+    best = {f"sweep/val_{name}": min(values) for name, values in finite.items() if values}
+    return best | ({"sweep/exponent": found.law.b} if found.law else {})
 
 
 def _members(sweep: SweepConfig) -> list[str]:

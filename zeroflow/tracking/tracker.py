@@ -168,7 +168,8 @@ def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
     """Open the MLflow run of a sweep, the `PARENT` of its runs."""
     try:
         config.write(folder.tracking)
-        open_run(config, folder)
+        client, run_id = open_run(config, folder)
+        client.update_run(run_id, "RUNNING")  # it may have ended before
     except Exception as error:  # the comparison of its runs does not need it
         log.warning(
             "MLflow at %s does not show the runs as one sweep: %s", config.uri, _reason(error)
@@ -176,9 +177,13 @@ def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
 
 
 def close_group(
-    folder: SweepFolder, files: list[Path], figures: dict[str, float], *, failed: bool
+    folder: SweepFolder, files: list[Path], figures: dict[str, float], *, status: str
 ) -> None:
-    """Attach `files` and figures to the run that `open_group` opened, and end it."""
+    """Attach `files` and figures to the run that `open_group` opened, and end it.
+
+    Args:
+        status: FINISHED, FAILED or KILLED.
+    """
     try:
         run = _MlflowRun(TrackingConfig.read(folder.tracking), folder)
         # A sweep has no steps, so the current time is used: it increases when runs are added
@@ -186,7 +191,7 @@ def close_group(
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
         for file in files:
             run.attach(file)
-        run.end("FAILED" if failed else "FINISHED")
+        run.end(status)
     except Exception as error:  # the comparison is on disk
         log.warning("the comparison could not be added to MLflow: %s", _reason(error))
 

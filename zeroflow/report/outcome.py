@@ -1,0 +1,159 @@
+"""Outcome of a run, whether it was completed or not, for the comparison of a sweep."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import computed_field
+
+from zeroflow import artifacts
+from zeroflow.model.sizes import SIZES
+from zeroflow.report.records import RunReport, Sharding
+from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.settings import resuming
+from zeroflow.settings.settle import load
+from zeroflow.settings.settled import Settled
+from zeroflow.training import goodput, metrics, ownership
+from zeroflow.training.events import EVENTS, Failed
+from zeroflow.training.failures import RunIsBusy
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.metrics import METRICS, TABLE, ValidationRecord
+from zeroflow.units import parameter_count
+
+Status = Literal["completed", "failed", "cancelled", "stopped", "running"]
+"""failed: the training or a check failed. stopped: it ended for another reason than its last step,
+an error or a request in Prefect."""
+
+Measure = Literal["val_loss", "val_bpb"]
+"""Field of a validation that is compared."""
+
+COMPARED = [metric for metric in TABLE.values() if metric.compared]
+
+
+class Outcome(Sharding):
+    """Outcome of one run so far."""
+
+    run: str
+    status: Status = "completed"
+    size: str
+    seed: int
+    setting: str = ""
+    """Fingerprint of all settings but the seed."""
+
+    learning_rate: float
+    parameters: int
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer."""
+
+    vocabulary: int
+    context: int
+    flops_per_token: int
+    tokens: int
+    """Tokens trained on until the last validation."""
+
+    val_loss: float
+    """Last validation loss, in nats per token."""
+
+    val_bpb: float | None
+    tokens_per_second: float | None
+    seconds: float
+    """Training seconds from which tokens per second are computed."""
+
+    peak_memory_bytes: int
+    """Peak memory of each GPU."""
+
+    curve: tuple[tuple[int, float], ...]
+    """Tokens and validation loss at every validation."""
+
+    bpb_curve: tuple[tuple[int, float], ...] = ()
+    """Tokens and bits per byte at every validation; empty for data that is not text."""
+
+    metrics: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
+    """Last logged values of the compared metrics, by key in MLflow."""
+
+    @property
+    def shape(self) -> str:
+        """Name of the size; a custom shape is identified by its number of parameters."""
+        if self.size in SIZES:
+            return self.size
+        return f"{self.size} of {parameter_count(self.parameters)} parameters"
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole training; a float, because the number may exceed 2^63."""
+        return float(self.flops_per_token) * self.tokens
+
+    def points(self, measure: Measure) -> tuple[tuple[int, float], ...]:
+        """Tokens and value of `measure` at every validation."""
+        return self.curve if measure == "val_loss" else self.bpb_curve
+
+
+def outcome(cache: Path, name: str) -> Outcome | None:
+    """Return the outcome of run `name` so far; None if it has no validation loss.
+
+    Raises:
+        OSError, ValueError: its files cannot be read.
+    """
+    folder = Cache(cache).run(name)
+    if not folder.job.exists():
+        return None
+    job, settings = TrainingJob.read(folder.job).replace(run_dir=folder.path), load(cache, name)
+    records = METRICS.read(folder.metrics)
+    # By step, not by line: a file that was cut and joined by hand may have a step twice
+    by_step = {record.step: record for record in records if isinstance(record, ValidationRecord)}
+    if not by_step:
+        return None
+    validations = [by_step[step] for step in sorted(by_step)]
+    report = RunReport.read_if_exists(folder.report)
+    work, account, latest = job.training.workload, goodput.read(folder), metrics.latest(records)
+    last, counted = validations[-1], account.steps * work.batch_tokens
+    # Files of older versions have their peak memory in the report only
+    peak = latest.get(TABLE["peak_memory_mib"].key, 0) * 2**20
+    return Outcome(
+        gpus=work.ranks,
+        zero_stage=work.zero_stage,
+        run=name,
+        status=_status(job, report),
+        size=settings.model.name,
+        seed=settings.seed,
+        setting=_all_but_the_seed(settings),
+        learning_rate=settings.schedule.peak,
+        parameters=job.model.parameters,
+        tokenizer=job.tokenizer.fingerprint,
+        vocabulary=job.tokenizer.vocab_size,
+        context=work.seq_len,
+        flops_per_token=work.flops_per_token,
+        tokens=last.tokens,
+        val_loss=last.val_loss,
+        val_bpb=last.val_bpb,
+        tokens_per_second=counted / account.training if counted else None,
+        seconds=account.training,
+        peak_memory_bytes=report.peak_memory_bytes if report else round(peak),
+        curve=tuple((record.tokens, record.val_loss) for record in validations),
+        bpb_curve=tuple((r.tokens, r.val_bpb) for r in validations if r.val_bpb is not None),
+        metrics={m.key: latest[m.key] for m in COMPARED if m.key in latest},
+    )
+
+
+def _status(job: TrainingJob, report: RunReport | None) -> Status:
+    if report and report.steps == job.training.steps:  # not that of a run that was extended since
+        return report.status
+    if _is_running(job.folder):
+        return "running"
+    failed = any(isinstance(event, Failed) for event in EVENTS.read(job.folder.events)[-1:])
+    return "failed" if failed else "stopped"
+
+
+def _is_running(folder: RunFolder) -> bool:
+    try:
+        with ownership.exclusive(folder.owner_lock, f"run {folder.name} is running"):
+            return False
+    except RunIsBusy:
+        return True
+
+
+def _all_but_the_seed(settings: Settled) -> str:
+    named = resuming.compared(settings.model_dump(mode="json"))
+    sharding = {"gpus": settings.training.gpus, "zero_stage": settings.training.zero_stage}
+    others = {name: str(value) for name, value in named.items() if name != "seed"}
+    return artifacts.fingerprint(others | sharding)
