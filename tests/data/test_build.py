@@ -177,7 +177,7 @@ def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monke
     for shards in (first, newer):
         (shards.path / PLAN).unlink()
     why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
-    assert first.path.name in why and newer.path.name in why and "is unknown" in why
+    assert first.path.name in why and newer.path.name in why and "unknown: no record" in why
 
 
 def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
