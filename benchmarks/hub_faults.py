@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "tests/helpers")]
 
-from faults import CONTENT, READ, TROUBLES, longest, meet  # noqa: E402
+from faults import CONTENT, READ, TROUBLES, hurried, longest, meet  # noqa: E402
 
 from zeroflow.data.hub import READING  # noqa: E402
 
@@ -20,11 +20,11 @@ from zeroflow.data.hub import READING  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patience", choices=["hurried", "reading"], default="hurried")
-    hurried = parser.parse_args().patience == "hurried"
+    quick = parser.parse_args().patience == "hurried"
     out = sys.stdout.write
     out("| fault | outcome | requests | seconds | at most |\n|---|---|---|---|---|\n")
     for trouble in TROUBLES:
-        patience = trouble.patience if hurried else READING
+        patience = hurried(0.3 if trouble.says else 10.0) if quick else READING
         data, error, seconds, requests = meet(trouble, patience)
         again = "transient" if error and error.transient else "final"
         outcome = f"{again}: {error.cause}" if error else "read"

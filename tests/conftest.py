@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hub import english
 from hypothesis import settings
+from patience import HANG_SECONDS
 from pipeline import LOGINS, Flow, free_port
 from tiny import Text, jsonl_corpus
 
@@ -82,7 +83,7 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
     LOGINS[url] = login
     with temporary_settings({PREFECT_API_AUTH_STRING: login}):
         yield url
-    server.communicate(timeout=60)
+    server.communicate(timeout=HANG_SECONDS)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from patience import HANG_SECONDS
 from pipeline import ROOT
 
 from zeroflow.cli import arguments, commands
@@ -310,6 +311,6 @@ def test_page_runs(page, tmp_path, base_environment, prefect_api):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=HANG_SECONDS,
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"

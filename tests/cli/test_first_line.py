@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANG_SECONDS
 from pipeline import ROOT
 
 IMPORTED = "raise SystemExit('torch is imported')"
@@ -20,7 +21,7 @@ def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[st
         env=environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     return ended.stdout, ended.stderr
 

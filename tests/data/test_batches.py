@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from patience import HANG_SECONDS
 from tiny import ArrayRows
 
 from zeroflow.data.batches import (
@@ -155,7 +156,9 @@ def test_next_batch_is_made_while_the_one_before_is_used():
     for step in (3, 4, 5, 0, 1, 6):
         [batch] = ahead.micro_batches(step)
         asked.append(int(batch.inputs))
-        while step != 6 and made.get(timeout=60) != step + 1:  # nobody has asked for that yet
+        while (
+            step != 6 and made.get(timeout=HANG_SECONDS) != step + 1
+        ):  # nobody has asked for that yet
             pass
     assert asked == [3, 4, 5, 0, 1, 6]
     with pytest.raises(OSError, match="cannot be read"):

@@ -4,6 +4,8 @@ import sys
 import threading
 from concurrent.futures import CancelledError
 
+from patience import HANG_SECONDS
+
 from zeroflow.data import builders as builders_module
 from zeroflow.data.builders import in_threads
 from zeroflow.data.part_job import BuiltPart
@@ -23,7 +25,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
 
     def build_part(job):
         threads.add(threading.current_thread())
-        together.wait(timeout=60)
+        together.wait(timeout=HANG_SECONDS)
         return job
 
     jobs = list(map(part_of_nothing, range(9)))
@@ -32,7 +34,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
         assert [ending() for ending in endings] == jobs
     assert len(threads) == 3
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=HANG_SECONDS)
         assert not thread.is_alive()
 
 
@@ -54,7 +56,7 @@ def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
     assert [thread is threads[0] for thread in threads] == [True, True, False, False, False]
     assert threads[3] is threads[2] is not threads[4]
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=HANG_SECONDS)
         assert not thread.is_alive()
 
 
@@ -95,7 +97,11 @@ with builders.in_threads(2, stuck) as who:
     ending()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        cwd=tmp_path,
     )
     assert done.returncode == -signal.SIGINT, done.stderr
 
@@ -106,13 +112,13 @@ def test_parts_that_wait_are_not_begun_once_they_are_given_up():
     def build_part(job):
         begun.append(job)
         going_on.set()
-        given_up.wait(timeout=60)
+        given_up.wait(timeout=HANG_SECONDS)
         return job
 
     jobs = list(map(part_of_nothing, range(3)))
     with in_threads(1, build_part) as builders:
         first, *others = [builders.start(job) for job in jobs]
-        going_on.wait(timeout=60)
+        going_on.wait(timeout=HANG_SECONDS)
         builders.give_up()
         given_up.set()
         assert first() == jobs[0] and begun == jobs[:1]

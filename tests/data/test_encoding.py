@@ -8,6 +8,7 @@ import pytest
 from hub import llama_tokenizer_repo
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import HANG_SECONDS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from zeroflow.data import encoding
@@ -86,7 +87,7 @@ for ask in (encoding.choose, encoding.compare):
 print(*peaks)
 """
     command = [sys.executable, "-c", code, str(llama)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     before, chosen, compared = map(float, done.stdout.split())
     assert chosen - before < 5 < 20 < compared - chosen
 

@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 
+from patience import HANG_SECONDS
 from shard_sets import SMALL
 
 
@@ -33,7 +34,7 @@ build_shards(
         [sys.executable, "-c", code, *settings],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         cwd=tmp_path,
     )
     assert done.returncode == -signal.SIGINT, done.stderr

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faults import (
+    CALM,
     CONTENT,
     DATASET,
     FILE,
@@ -20,20 +21,20 @@ from faults import (
     REPO,
     TROUBLES,
     Trouble,
+    VirtualTime,
     answers,
     asking,
-    hurried,
-    longest,
     meet,
 )
 from hub import TOKEN, Fault, Hub, Repo, fineweb_edu_repo, llama_tokenizer_repo
 
 from zeroflow.data import hub as hubs
+from zeroflow.data import hub_requests
 from zeroflow.data.hub import HubError, HubFile, Patience
 
-HURRIED = replace(hurried(10), tries=2)
-MARGIN_SECONDS = 5.0
-"""For a machine that does other things too."""
+TWICE = replace(CALM, tries=2)
+IMPATIENT = replace(TWICE, stall_seconds=0.25)
+"""For a hub that says nothing at all."""
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -55,12 +56,23 @@ def hub(tokenizer: Repo, fineweb_edu: Repo) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
+    """Seconds that requests have waited between their tries."""
+    clock = VirtualTime()
+    monkeypatch.setattr(hub_requests, "time", clock)
+    return clock
+
+
 def always(fault: Fault) -> Callable[[str, str, Message], Fault]:
     return lambda method, path, headers: fault
 
 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
-def test_read_lives_through_or_says_what_happened_in_time(trouble: Trouble):
+def test_read_lives_through_or_says_what_happened_in_time(
+    trouble: Trouble, request: pytest.FixtureRequest
+):
+    clock = VirtualTime() if trouble.is_about_time else request.getfixturevalue("clock")
     outcome = meet(trouble)
     if trouble.says:
         assert outcome.error is not None
@@ -73,23 +85,23 @@ def test_read_lives_through_or_says_what_happened_in_time(trouble: Trouble):
     else:
         assert outcome.error is None
         assert outcome.data == CONTENT[READ]
-    assert outcome.seconds < longest(trouble.patience, READ.stop - READ.start) + MARGIN_SECONDS
+    assert clock.now < trouble.patience.seconds
 
 
-def is_of_tokenizer(name: str) -> bool:
-    return name.startswith("tokenizer") or name.endswith(".model")
+def of_tokenizer(file: str) -> bool:
+    return file.startswith("tokenizer") or file.endswith(".model")
 
 
-OPERATIONS: dict[str, Callable[[Path], object]] = {
-    "dataset_revision": lambda _: hubs.dataset_revision(FINEWEB_EDU, patience=HURRIED),
-    "model_revision": lambda _: hubs.model_revision(
-        LLAMA, None, probe="tokenizer.json", patience=HURRIED
+OPERATIONS: dict[str, Callable[[Path, Patience], object]] = {
+    "dataset_revision": lambda _, patience: hubs.dataset_revision(FINEWEB_EDU, patience=patience),
+    "model_revision": lambda _, patience: hubs.model_revision(
+        LLAMA, None, probe="tokenizer.json", patience=patience
     ),
-    "dataset_files": lambda _: hubs.dataset_files(
-        FINEWEB_EDU, "sample-10BT", revision="main", patience=HURRIED
+    "dataset_files": lambda _, patience: hubs.dataset_files(
+        FINEWEB_EDU, "sample-10BT", revision="main", patience=patience
     ),
-    "download": lambda folder: hubs.download(
-        LLAMA, None, is_of_tokenizer, folder, patience=HURRIED
+    "download": lambda folder, patience: hubs.download(
+        LLAMA, None, of_tokenizer, folder, patience=patience
     ),
 }
 REFUSALS = {
@@ -107,21 +119,21 @@ REFUSALS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_every_question_ends_in_time_and_says_what_the_hub_answered(
-    operation: str, refusal: str, hub: Hub, tmp_path: Path
+    operation: str, refusal: str, hub: Hub, tmp_path: Path, clock: VirtualTime
 ):
     fault, says, transient = REFUSALS[refusal]
     hub.fault = always(fault)
-    started = time.monotonic()
     with pytest.raises(HubError) as failed:
-        OPERATIONS[operation](tmp_path)
+        OPERATIONS[operation](tmp_path, IMPATIENT if refusal == "stalled" else TWICE)
     assert says in failed.value.cause
     assert failed.value.transient == transient
-    assert time.monotonic() - started < longest(HURRIED, 0) + MARGIN_SECONDS
+    assert len(hub.requests) == (2 if transient and refusal != "limited" else 1)
+    assert clock.now < TWICE.seconds
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_question_is_asked_again_when_the_first_answers_fail(
-    operation: str, hub: Hub, tmp_path: Path
+    operation: str, hub: Hub, tmp_path: Path, clock: VirtualTime
 ):
     seen: dict[str, int] = {}
 
@@ -130,22 +142,23 @@ def test_every_question_is_asked_again_when_the_first_answers_fail(
         return answers(503) if seen[path] == 1 else None
 
     hub.fault = first_fails
-    OPERATIONS[operation](tmp_path)
+    OPERATIONS[operation](tmp_path, TWICE)
     assert min(seen.values()) > 1
 
 
-def test_question_is_given_up_within_seconds_when_nobody_answers():
+def test_question_is_given_up_within_seconds_when_nobody_answers(clock: VirtualTime):
     with asking(NOBODY), pytest.raises(HubError) as failed:
         hubs.dataset_revision(DATASET)
     assert failed.value.cause.startswith("the hub cannot be reached (127.0.0.1:9 refuses")
     assert f"({hubs.QUESTION.tries} tries in " in failed.value.cause
+    assert clock.now < hubs.QUESTION.seconds
 
 
 def test_answer_that_never_begins_is_given_up(hub: Hub):
     hub.fault = lambda method, path, headers: time.sleep(60)
-    hurried_more = replace(HURRIED, tries=1)
+    once = replace(IMPATIENT, tries=1)
     with pytest.raises(HubError, match=r"no answer came within|no byte came from"):
-        hubs.dataset_revision(DATASET, patience=hurried_more)
+        hubs.dataset_revision(DATASET, patience=once)
 
 
 def test_offline_mode_is_said_and_not_tried_again(hub: Hub):
@@ -161,7 +174,7 @@ def test_malformed_token_is_refused_without_being_shown(hub: Hub):
         with asking(hub.url) as patch:
             patch.setattr("huggingface_hub.get_token", lambda token=token: token)
             with pytest.raises(HubError, match="HF_TOKEN") as failed:
-                hubs.dataset_revision(FINEWEB_EDU, patience=HURRIED)
+                hubs.dataset_revision(FINEWEB_EDU, patience=TWICE)
         assert not failed.value.transient
         assert "cret" not in str(failed.value)
 
@@ -196,7 +209,7 @@ def test_token_goes_to_the_hub_and_not_to_where_it_sends_on(hub: Hub):
 
 def test_storage_out_of_reach_is_named(hub: Hub):
     hub.fault = always(Fault(302, {"Location": f"{NOBODY}/file"}))
-    file = hubs.open_file(DATASET, HubFile(FILE, 9), revision=REPO.sha, patience=HURRIED)
+    file = hubs.open_file(DATASET, HubFile(FILE, 9), revision=REPO.sha, patience=TWICE)
     with pytest.raises(HubError, match=r"127\.0\.0\.1:9 refuses connections"):
         file.read(9)
 
@@ -246,7 +259,7 @@ def parquet_hub() -> Hub:
     return Hub([Repo("dataset", DATASET, {"a.parquet": out.getvalue()})])
 
 
-def open_parquet(hub: Hub, patience: Patience = HURRIED) -> pq.ParquetFile:
+def open_parquet(hub: Hub, patience: Patience = TWICE) -> pq.ParquetFile:
     size = len(hub.repos["dataset", DATASET].contents["a.parquet"])
     file = HubFile("a.parquet", size)
     remote = hubs.open_file(DATASET, file, revision="main", patience=patience)
@@ -355,7 +368,7 @@ def test_download_is_the_files_that_match_and_no_others(hub: Hub, tokenizer: Rep
     hub.fault = lambda method, path, headers: (
         Fault(drop_after_bytes=5_000) if "/resolve/" in path else None
     )
-    hubs.download(LLAMA, tokenizer.sha, is_of_tokenizer, tmp_path, patience=HURRIED)
+    hubs.download(LLAMA, tokenizer.sha, of_tokenizer, tmp_path, patience=TWICE)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         name: tokenizer.contents[name] for name in ("tokenizer.json", "tokenizer_config.json")
     }

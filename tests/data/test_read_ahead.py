@@ -1,8 +1,7 @@
 import threading
-import time
 from itertools import islice
 
-import pytest
+from patience import wait_until
 
 from zeroflow.data.read_ahead import read_ahead
 
@@ -15,8 +14,4 @@ def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
     ahead = read_ahead(endless())
     assert list(islice(ahead, 5)) == [1] * 5
     ahead.close()
-    for _ in range(100):
-        if not any(thread.name == "read-ahead" for thread in threading.enumerate()):
-            return
-        time.sleep(0.05)
-    pytest.fail("the thread is still alive")
+    wait_until(lambda: not any(t.name == "read-ahead" for t in threading.enumerate()))

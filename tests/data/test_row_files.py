@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from patience import HANG_SECONDS
 from shard_sets import ALL
 from tiny import contents
 
@@ -44,6 +45,6 @@ def test_arrow_takes_the_systems_memory_whatever_is_imported_first():
     code += "sys.exit(pa.default_memory_pool().backend_name)"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=HANG_SECONDS
     )
     assert done.stderr.splitlines()[-1] == "system"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api, mlflow_client, mlflow_run
 from wheel import build_wheel, install
 
@@ -143,7 +144,8 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
     steps = [b["step"] - a["step"] for a, b in pairwise([first, *trained])]
     taken = [128 * n / line["tokens_per_second"] for n, line in zip(steps, trained, strict=True)]
     # the logging of the last step comes after its line
-    assert sum(taken) == pytest.approx(seconds, rel=0.2) and sum(taken) <= seconds
+    last = spent["seconds"]["logging"]
+    assert seconds - last <= sum(taken) * (1 + 1e-6) and sum(taken) <= seconds
     assert (
         "time of the training: " in output
         and "![share of the wall time" in (flow.folder("first") / "report.md").read_text()
@@ -353,7 +355,7 @@ def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str])
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(120) == 0
+    assert process.wait(HANG_SECONDS) == 0
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,12 @@ def test_contradictory_settings_fail_before_anything_is_built(
 def zeroflow(flow: Flow, *arguments: str) -> str:
     command = [sys.executable, "-m", "zeroflow.cli", *arguments, f"--cache-dir={flow.cache}"]
     ended = subprocess.run(
-        command, cwd=ROOT, env=flow.environment, capture_output=True, text=True, timeout=120
+        command,
+        cwd=ROOT,
+        env=flow.environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from endings import assert_same_end, wait_until_gone
+from patience import HANG_SECONDS
 from pipeline import (
     ROOT,
     SMALL_SHAPE,
@@ -24,7 +25,7 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, goodput, recovery
 from zeroflow.training.job import TrainingJob
 
-STEPS = 600
+STEPS = 1000  # enough that none is at its end when it is stopped
 # The last flag of a name counts
 RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-interval=10"]
 RUN += ["--checkpoint-every=100", "--validate-every=150", "--skip-preflight"]
@@ -102,7 +103,7 @@ def interrupt(
 ) -> None:
     reached = max(line["step"] for line in flow.metrics("run"))
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == expect, output
     assert "the same command resumes" in output and "Traceback" not in output
     assert processes_of(flow.cache) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from endings import assert_same_end
+from patience import HANG_SECONDS
 from pipeline import ROOT, SMALL_SHAPE, Flow
 
 from zeroflow import artifacts
@@ -48,7 +49,7 @@ class OlderFlow(Flow):
 
     def run_older(self, script: str, *flags: str, expect: int = 0) -> str:
         process = self.older(script, *flags)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == expect, output
         return output
 
@@ -64,7 +65,7 @@ def test_older_cache_is_reused_resumed_to_the_same_bits_and_read(
     process = flow.older("flows/pretrain.py", *STOPPED)
     flow.wait_for_step("stopped", 230, process)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=HANG_SECONDS)
     made = everything_built(flow.cache)
 
     undisturbed = OlderFlow(tmp_path / "undisturbed", flow.environment)

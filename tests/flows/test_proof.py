@@ -6,6 +6,7 @@ import sys
 
 import mlflow
 import pytest
+from patience import HANG_SECONDS
 from pipeline import CHECKED_SHAPE, ROOT, Flow, api
 
 from zeroflow import artifacts
@@ -20,7 +21,12 @@ RUN += ["--kill-seed=2"]  # while it starts up and while it validates
 def test_flow_proves_resume_and_shows_it_everywhere(flow: Flow, prefect_api: str) -> None:
     command = [sys.executable, "flows/prove_resume.py", f"--cache-dir={flow.cache}", *RUN]
     ended = subprocess.run(
-        command, cwd=ROOT, env=flow.environment, capture_output=True, text=True, timeout=240
+        command,
+        cwd=ROOT,
+        env=flow.environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = artifacts.read_json(flow.folder("mine") / "proof.json")

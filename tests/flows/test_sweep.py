@@ -6,6 +6,7 @@ import sys
 
 import mlflow
 import pytest
+from patience import HANG_SECONDS
 from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api
 
 
@@ -20,7 +21,12 @@ def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
     command = [sys.executable, "flows/sweep.py", f"--cache-dir={flow.cache}", "--sweep-name=s"]
     command += [*SMALL_SHAPE, "--data-mode=synthetic", "--seeds", "0", "1"]
     ended = subprocess.run(
-        command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=280
+        command,
+        cwd=ROOT,
+        env=flow.environment,
+        text=True,
+        capture_output=True,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "1 run failed" in ended.stderr and "s-custom-seed1" in ended.stderr
@@ -62,7 +68,12 @@ def test_stages_of_zero_are_trained_checked_and_compared(flow: Flow) -> None:
     command += [*CHECKED_SHAPE, "--data-mode=synthetic", "--device=cpu", "--gpus=2"]
     command += ["--batch-size=1", "--zero-stages", "0", "3"]
     ended = subprocess.run(
-        command, cwd=ROOT, env=flow.environment, text=True, capture_output=True, timeout=400
+        command,
+        cwd=ROOT,
+        env=flow.environment,
+        text=True,
+        capture_output=True,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 processes on one x86_64 CPU" in ended.stdout or "aarch64" in ended.stdout

@@ -1,10 +1,9 @@
 """Assertions on the end of a run: the same bits as another run, and no process left."""
 
-import time
 from pathlib import Path
 
-import pytest
 import torch
+from patience import wait_until
 from pipeline import processes_of
 from safetensors.torch import load_file
 
@@ -43,8 +42,4 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_until_gone(cache: Path) -> None:
-    for _ in range(600):
-        if not processes_of(cache):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"still running: {processes_of(cache)}")
+    wait_until(lambda: not processes_of(cache), "the end of all processes")

@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+from patience import HANG_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,7 @@ class Flow:
     def run(self, *flags: str, expect: int = 0) -> str:
         """Run the flow, which must end with exit code `expect`, and return its output."""
         process = self.start(*flags)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == expect, output
         return output
 
@@ -135,9 +136,9 @@ class Ui:
     def end(self, *, expect: int) -> str:
         """End it, check that no program is left, and return the rest of its output."""
         programs = self.programs()
-        output, _ = self.process.communicate(timeout=200)
+        output, _ = self.process.communicate(timeout=HANG_SECONDS)
         assert self.process.returncode == expect, output
-        _, left = psutil.wait_procs(programs, timeout=10)
+        _, left = psutil.wait_procs(programs, timeout=HANG_SECONDS)
         assert not left
         return output
 
@@ -153,14 +154,15 @@ def free_port() -> int:
 
 
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
-    for _ in range(600):
+    def answers() -> bool:
         assert server.poll() is None, "the Prefect server ended"
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1):
-                return
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return True
         except OSError:
-            time.sleep(0.2)
-    pytest.fail("the Prefect server does not answer")
+            return False
+
+    wait_until(answers, "an answer of the Prefect server")
 
 
 LOGINS: dict[str, str] = {}
@@ -173,7 +175,7 @@ def api(url: str, path: str, *content: Any, method: str = "POST", **fields: Any)
     request = urllib.request.Request(
         f"{url}{path}", json.dumps(body).encode(), headers(url), method=method
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=HANG_SECONDS) as response:
         return json.loads(response.read() or "null")
 
 
@@ -185,7 +187,7 @@ def headers(url: str) -> dict[str, str]:
         return asked
     asked["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     token = urllib.request.Request(f"{url}/csrf-token?client=tests", headers=asked)
-    with urllib.request.urlopen(token, timeout=30) as response:
+    with urllib.request.urlopen(token, timeout=HANG_SECONDS) as response:
         asked["Prefect-Csrf-Token"] = json.load(response)["token"]
     return asked | {"Prefect-Csrf-Client": "tests"}
 

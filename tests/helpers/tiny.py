@@ -96,7 +96,7 @@ def training_job(
         training=with_workload(training, seq_len=shards.row_tokens - 1),
         cadence=Cadence(log=1, validate_=10, checkpoint=10),
         retention=Retention(keep=1),
-        hang_seconds=60,
+        hang_seconds=3600,
         roll_back_spikes=False,
         shards=shards,
         validation_rows=2,

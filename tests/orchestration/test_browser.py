@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from logged import step_record
+from patience import wait_until
 from pipeline import Ui, api, logged_steps
 
 from zeroflow.run_folder import Cache
@@ -82,11 +83,7 @@ def flow_run(both: Ui) -> dict[str, Any]:
 
 
 def wait_for(page: Any, both: Ui, *states: str) -> None:
-    for _ in range(240):
-        if flow_run(both)["state_type"] in states:
-            return
-        page.wait_for_timeout(500)
-    pytest.fail(f"the run is {flow_run(both)['state_type']} and not {states}")
+    wait_until(lambda: flow_run(both)["state_type"] in states, " or ".join(states))
 
 
 def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, page: Any) -> None:
@@ -120,10 +117,7 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
             break
 
     events = both.cache / "runs" / "by-hand" / "events.jsonl"
-    for _ in range(240):
-        if events.exists() and logged_steps(events.read_text()):
-            break
-        page.wait_for_timeout(500)
+    wait_until(lambda: events.exists() and logged_steps(events.read_text()))
     asked = flow_run(both)
     assert asked["name"] == "custom · synthetic · by-hand"
     assert {"custom", "synthetic", "cpu"} <= {*asked["tags"]}

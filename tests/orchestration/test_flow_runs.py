@@ -4,10 +4,10 @@ import base64
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import pytest
+from patience import HANG_SECONDS, wait_until
 from pipeline import LOGINS, api, free_port
 from tiny import apart_from_reuse, contents
 
@@ -82,7 +82,7 @@ def test_parts_built_by_several_workers_are_those_of_one(
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     together = ShardSet.model_validate_json((cache / "built.json").read_text())
@@ -168,14 +168,9 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
         thread = threading.Thread(target=second)
         with gpu_slot():
             thread.start()
-            for _ in range(300):
-                if any("another run uses the GPU" in line for line in said):
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.fail("the second one does not wait")
+            wait_until(lambda: any("another run uses the GPU" in line for line in said))
             assert not entered
-        thread.join(120)
+        thread.join(HANG_SECONDS)
     assert entered == ["second"]
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+from patience import HANG_SECONDS, wait_until
 from pipeline import (
     ROOT,
     SMALL_SHAPE,
@@ -78,7 +79,7 @@ class Server:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_SECONDS,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
@@ -143,14 +144,6 @@ class Server:
         return "\n".join(line["message"] for line in api(self.url, "/logs/filter", logs=of_run))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.2)
-    pytest.fail("it did not come about in two minutes")
-
-
 def newest_step(flow: Flow, name: str) -> int:
     newest = checkpoint.latest(flow.folder(name) / "checkpoints")
     assert newest is not None
@@ -191,7 +184,7 @@ def worker(server: Server) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(HANG_SECONDS)
 
 
 @pytest.fixture
@@ -224,7 +217,7 @@ def test_failed_run_of_the_shell_is_retried_by_a_worker_as_the_same_run(
     process = flow.start("--run-name=run", *RUN)
     flow.wait_for_step("run", 130, process)
     kill_until_given_up(flow, process)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1
     assert "retry: the button on the flow run's page in Prefect" in output
     assert f"retry: {shlex.join(map(str, process.args))}" in output
@@ -266,7 +259,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
     process = started([sys.executable, "flows/sweep.py", *flags], flow.environment)
     flow.wait_for_step("alone-custom-seed0", 130, process)
     kill_until_given_up(flow, process)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, output
     assert output.count("retry: the button on the flow run's page") == 2, "the run's, the sweep's"
     sweep = server.sweep_named("alone")
@@ -334,7 +327,7 @@ def test_cancelled_run_of_a_sweep_ends_alone(flow: Flow, server: Server) -> None
     for name in ("off-custom-seed0", "off-custom-seed1"):
         flow.wait_for_step(name, 10, process)
         server.press("cancel", server.run_named(name))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, output
     assert "run off-custom-seed0 failed: it was cancelled in Prefect" in output
     for name in ("off-custom-seed0", "off-custom-seed1"):
@@ -348,7 +341,7 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
     process = flow.start("--run-name=here", *ENDLESS)
     flow.wait_for_step("here", 10, process)
     server.press("cancel", server.run_named("here"))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143, output
     assert "stopped; finished work is kept, and the same command resumes" in output
     assert "Traceback" not in output
@@ -406,13 +399,13 @@ def test_server_that_is_lost_costs_the_run_nothing_and_is_told_if_it_comes_back(
         flow.wait_for_step("back", 10, process)
         server.kill()
         server.start()
-        assert process.wait(120) == 0
+        assert process.wait(HANG_SECONDS) == 0
         assert server.run_named("back")["state_type"] == "COMPLETED"
 
         process = flow.start("--run-name=lost", *RUN)
         flow.wait_for_step("lost", 10, process)
         server.kill()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, output
         assert "cannot report to Prefect how the run ended" in output
         assert "run lost is complete" in output and "Traceback" not in output

@@ -4,7 +4,6 @@ import json
 import signal
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from patience import HANG_SECONDS, wait_until
 from pipeline import Ui, api
 from tiny import SHAPE
 from wheel import build_wheel, install
@@ -59,7 +59,7 @@ def test_everything_is_there_and_ends_together(both: Ui) -> None:
 
     # a second one uses Prefect's server, and finds MLflow's port taken
     second = subprocess.run(
-        both.command, env=both.environment, text=True, capture_output=True, timeout=120
+        both.command, env=both.environment, text=True, capture_output=True, timeout=HANG_SECONDS
     )
     assert second.returncode == 1
     assert f"port {both.ports['mlflow']} is taken" in second.stderr
@@ -96,13 +96,11 @@ def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restar
         schedule = {"schedule": {"cron": "0 4 * * *"}, "active": True}
         api(prefect, f"{deployment}/schedules", [schedule])
     mine = ("0 4 * * *", True)
-    for _ in range(600):
-        planned = api(f"{both.prefect}/api", "/flow_runs/filter")
-        if {run["deployment_id"] for run in planned} == {there[n]["id"] for n in ("small", "tiny")}:
-            break
-        time.sleep(0.2)
-    else:
-        pytest.fail("Prefect schedules nothing")
+    scheduled = {there[name]["id"] for name in ("small", "tiny")}
+    runs = "/flow_runs/filter"
+    wait_until(
+        lambda: {run["deployment_id"] for run in api(f"{both.prefect}/api", runs)} == scheduled
+    )
     both.process.send_signal(signal.SIGINT)
     both.end(expect=0)
 
@@ -126,12 +124,11 @@ def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
     flow_run = api(f"{both.prefect}/api", path, parameters={"run": run})["id"]
 
     def state(*wanted: str) -> None:
-        for _ in range(600):
+        def there() -> bool:
             [found] = api(f"{both.prefect}/api", "/flow_runs/filter")
-            if found["state_name"] in wanted:
-                return
-            time.sleep(0.2)
-        pytest.fail(f"{found['state_name']} and not {wanted}")
+            return found["state_name"] in wanted
+
+        wait_until(there, " or ".join(wanted))
 
     state("Running")
     retry = {"type": "SCHEDULED", "name": "AwaitingRetry"}
@@ -159,12 +156,13 @@ def test_wheel_serves_deploys_and_trains_anywhere(
         run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
         path = f"/deployments/{deployments_of(both)['custom']['id']}/create_flow_run"
         api(f"{both.prefect}/api", path, parameters={"run": run})
-        for _ in range(600):
+
+        def ended() -> str | None:
             [found] = api(f"{both.prefect}/api", "/flow_runs/filter")
-            if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
-                break
-            time.sleep(0.2)
-        assert found["state_type"] == "COMPLETED", found["state"]
+            state: str = found["state_type"]
+            return state if state in ("COMPLETED", "FAILED", "CRASHED") else None
+
+        assert wait_until(ended) == "COMPLETED"
         assert (both.cache / "runs" / "anywhere" / "report.json").exists()
     finally:
         both.process.send_signal(signal.SIGINT)

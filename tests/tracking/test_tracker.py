@@ -6,10 +6,9 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from logged import step_record, validation_record
+from patience import wait_until
 from pipeline import free_port
 
 from zeroflow.run_folder import Cache, RunFolder
@@ -100,7 +100,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for(self._answers)
+        wait_until(self._answers)
 
     def kill(self) -> None:
         """With its workers, as by a power cut."""
@@ -143,14 +143,6 @@ def server(tmp_path, monkeypatch) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail("waited too long")
 
 
 def logged(step: int, **values: float | None) -> StepRecord:
@@ -251,7 +243,7 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
     # the killed process was ahead of its checkpoint, and its steps come again later
     METRICS.keep(mine.metrics, lambda record: record.step <= 1)
     tracker = follow(config, mine)
-    wait_for(lambda: the_run(config, mine).info.status == "RUNNING")
+    wait_until(lambda: the_run(config, mine).info.status == "RUNNING")
     record(mine, range(2, 6), time=BEGAN + 100)
     validate(mine, range(2, 6), 2.0)
     tracker.close("FINISHED")
@@ -310,14 +302,14 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     going, ending = follow(remote, mine), follow(remote, ended)
     record(mine, range(1, 4))
     record(ended, range(1, 3))
-    wait_for(lambda: arrived(remote, mine) == 3 and arrived(remote, ended) == 2)
+    wait_until(lambda: arrived(remote, mine) == 3 and arrived(remote, ended) == 2)
 
     server.kill()
     with no_connection_of_this_thread():
         record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
-    wait_for(lambda: told("failed; training goes on") == 2 + told("is back and has all"))
+    wait_until(lambda: told("failed; training goes on") == 2 + told("is back and has all"))
     came_back = told("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
@@ -327,7 +319,7 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     assert finish(remote, ended, succeeded=True) is None
 
     server.start()
-    wait_for(lambda: told("is back and has all") > came_back)
+    wait_until(lambda: told("is back and has all") > came_back)
     assert history(remote, mine, "loss/train") == losses(*range(1, 8)), "during the run"
     record(mine, range(8, 10))
     going.close("FINISHED")

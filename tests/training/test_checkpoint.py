@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from patience import HANG_SECONDS
 from safetensors.torch import load_file
 from tiny import (
     MODEL,
@@ -167,7 +168,7 @@ def test_training_killed_while_it_saves_ends_as_an_uninterrupted_one(tmp_path):
         target=save_and_be_killed, args=(tmp_path,)
     )
     process.start()
-    process.join(120)
+    process.join(HANG_SECONDS)
     assert process.exitcode == -signal.SIGKILL
     assert list(tmp_path.glob(".step-00000003.partial/*.safetensors")), "half written"
 

@@ -26,17 +26,19 @@ def booking(step: int, time: float, *, ended: bool = False, began: float | None 
 
 
 def test_phases_add_up_to_the_time_since_the_launch(tmp_path):
-    clock = begun(time.time() - 5)
+    created = time.time()
+    clock = begun(created - 5)
     step = ("data", "forward_backward", "optimizer", "data", "logging")
     for phase in (*step, *step):
         clock.enter(phase)
         time.sleep(0.01)
     account = PhaseLedger(RunFolder(tmp_path), clock).book(2, first=True)
+    passed = time.time() - created
     # one sleeps no shorter than asked for; the two clocks differ by less than a second
-    assert account.seconds["start"] == pytest.approx(5, abs=1)
+    assert 4 < account.seconds["start"] < 6 + passed
     assert account.seconds["data"] >= 0.02 and account.seconds["optimizer"] >= 0.01
     assert account.seconds["first_step"] >= 0.04 and account.seconds["logging"] >= 0.02
-    assert account.wall == pytest.approx(time.time() - clock.began, abs=1)
+    assert 4 + account.seconds["first_step"] < account.wall < 6 + passed
     assert sum(account.shares.values()) == pytest.approx(1)
     assert set(account.seconds) == set(PHASES)
     assert goodput.read(RunFolder(tmp_path)).seconds == account.seconds
@@ -53,15 +55,12 @@ class SlowBatches(RandomBatches):
 
 
 def test_slow_source_of_batches_is_seen_as_data_wait():
-    def seconds(batches: RandomBatches) -> dict[str, float]:
-        config, clock = training_config(steps=10), begun()
-        for _ in train(new_state(config), batches, config, clock.enter):
-            clock.enter("logging")
-        clock.settle()
-        return clock.seconds
-
-    fast, slow = seconds(RandomBatches()), seconds(SlowBatches())
-    assert slow["data"] >= 9 * 0.02 and slow["data"] > 5 * fast["data"]
+    config, clock = training_config(steps=10), begun()
+    for _ in train(new_state(config), SlowBatches(), config, clock.enter):
+        clock.enter("logging")
+    clock.settle()
+    slow = clock.seconds
+    assert slow["data"] >= 9 * 0.02, "it sleeps for each of nine steps"
     assert slow["forward_backward"] > 0 and slow["optimizer"] > 0
 
 

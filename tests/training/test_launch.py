@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from meeting import PIDS
+from patience import HANG_SECONDS, wait_until
 from tiny import training_config
 
 from zeroflow.run_folder import RunFolder
@@ -77,10 +78,10 @@ def test_rank_whose_parent_is_gone_before_it_has_met_the_others_does_not_wait(jo
         env=os.environ | told,
         stdin=subprocess.PIPE,
     )
-    wait_for(lambda: list(job_file.parent.glob(".worker-1.lock")))
+    wait_until(lambda: list(job_file.parent.glob(".worker-1.lock")))
     assert rank.stdin is not None
     rank.stdin.close()
-    assert rank.wait(60) == 1
+    assert rank.wait(HANG_SECONDS) == 1
 
 
 def test_rank_that_fails_ends_the_others_and_says_why(job_file):
@@ -110,21 +111,13 @@ def test_ranks_whose_parent_is_killed_stop_together(job_file):
     command = "import sys; from pathlib import Path; from zeroflow.training.launch import launch; "
     command += "f = Path(sys.argv[1]); launch('meeting', f, lambda event: None, ranks=2)"
     parent = subprocess.Popen([sys.executable, "-c", command, str(job_file)])
-    wait_for(lambda: RunFolder(folder).events.exists())
+    wait_until(lambda: RunFolder(folder).events.exists())
     parent.kill()
     parent.wait()
     pids = pids_of(folder)
-    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
     events = EVENTS.read(RunFolder(folder).events)
     assert [event.event for event in events] == ["started", "stopped"]
-
-
-def wait_for(there) -> None:
-    for _ in range(1200):
-        if there():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come within a minute")
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import logging
 import os
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 
 from zeroflow.training import processes as processes_module
 from zeroflow.training.processes import RankProcesses
@@ -32,8 +33,7 @@ def started(script: str, *arguments: str) -> RankProcesses:
 def test_rank_0_logs_everything_and_others_log_warnings(rank, caplog):
     caplog.set_level(logging.DEBUG, logger="zeroflow")
     ranks = started(SAYS, str(rank))
-    while ranks.exit_codes() == [None]:
-        time.sleep(0.05)
+    wait_until(lambda: ranks.exit_codes() != [None])
     ranks.read_to_end()
     heard = [(record.levelname, record.getMessage()) for record in caplog.records]
     if rank:
@@ -45,16 +45,28 @@ def test_rank_0_logs_everything_and_others_log_warnings(rank, caplog):
     assert "printed" in ranks.last_output
 
 
+ENDS_WITH_A_FILE = """
+import sys, time
+from pathlib import Path
+
+if sys.argv[1] == "1":
+    sys.exit(1)
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+"""
+
+
 @pytest.mark.parametrize(("writing", "code"), [(True, 0), (False, None)])
 def test_rank_that_writes_a_checkpoint_is_waited_for(
     writing, code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """It ends when a file is there, long after the others would have been killed."""
     monkeypatch.setattr(processes_module, "_GRACE_SECONDS", 0.2)
+    end = tmp_path / "end"
     if writing:
         (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
-    script = "import sys, time; rank = int(sys.argv[1]); time.sleep(1.5 - 1.5 * rank); exit(rank)"
-    ranks = started(script, "0", "1")
-    while ranks.exit_codes()[1] is None:
-        time.sleep(0.01)
+        threading.Timer(1.0, end.touch).start()
+    ranks = started(ENDS_WITH_A_FILE, str(end), "1")
+    wait_until(lambda: ranks.exit_codes()[1] is not None)
     assert ranks.end_after_failure(tmp_path / "checkpoints") == [code, 1]
     assert None not in ranks.exit_codes()
