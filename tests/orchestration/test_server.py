@@ -9,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from pipeline import free_port
+from prefect.context import use_profile
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_HOME,
+    Profile,
     temporary_settings,
 )
 
@@ -89,6 +91,26 @@ def test_server_that_wants_a_login_is_one_and_another_program_is_none(answering,
 def test_nothing_answers_on_a_free_port_or_at_no_address():
     assert not server.answers(server.local_api(free_port()))
     assert not server.answers("no address")
+
+
+def test_address_that_is_not_that_of_an_api_is_refused_with_the_right_one(answering):
+    url = answering(200)
+    for given in (url.removesuffix("/api"), url.removesuffix("api")):
+        with named(given), pytest.raises(ValueError, match=rf"lacks its end: set it to {url}$"):
+            server.api_in_use()
+    for given in ("127.0.0.1:4200/api", "no address"):
+        with named(given), pytest.raises(ValueError, match=rf"{given} is not an address such as"):
+            server.api_in_use()
+
+
+def test_profile_that_names_a_server_is_named_with_the_way_out():
+    gone = server.local_api(free_port())
+    mine = Profile(name="mine", settings={PREFECT_API_URL: gone})
+    with (
+        use_profile(mine, override_environment_variables=True),
+        pytest.raises(RuntimeError, match=r"profile mine.*prefect config unset PREFECT_API_URL"),
+    ):
+        server.api_in_use()
 
 
 def test_server_that_is_named_comes_before_one_on_this_machine(answering):

@@ -19,6 +19,7 @@ from zeroflow.cli.console import (
     show,
     terminate,
 )
+from zeroflow.cli.prefect_settings import importing_prefect
 from zeroflow.markup import one_line, shortened, visible
 from zeroflow.orchestration.names import PRETRAIN, SWEEP
 from zeroflow.orchestration.ui import UiConfig
@@ -202,7 +203,8 @@ def _prove(arguments: Arguments) -> None:
 
 
 def _prefect_setup(arguments: Arguments) -> None:
-    from zeroflow.orchestration import deployments
+    with importing_prefect():
+        from zeroflow.orchestration import deployments
 
     deployments.set_up()
 
@@ -217,6 +219,8 @@ def _ui(arguments: Arguments) -> None:
     config = UiConfig.model_validate(read_settings(UiConfig, arguments))
     require_writable(config.cache_dir)
     signal.signal(signal.SIGTERM, terminate)
+    with importing_prefect():
+        from zeroflow.orchestration import server as _  # noqa: F401, its errors are explained here
     with suppress(KeyboardInterrupt, Terminated):  # the normal way to stop the command
         ui.serve(config)
 

@@ -19,6 +19,7 @@ from zeroflow.cli.console import (
     show,
     terminate,
 )
+from zeroflow.cli.prefect_settings import importing_prefect
 from zeroflow.config import Config
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
 from zeroflow.report.progress import console
@@ -129,10 +130,14 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
 
 def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
     # slow to import, so not before --help and errors of flags
-    from zeroflow.orchestration import server
-    from zeroflow.orchestration.flow_context import silence_console
-    from zeroflow.orchestration.flow_runs import run_here
-    from zeroflow.orchestration.flows import FLOWS
+    try:
+        with importing_prefect():
+            from zeroflow.orchestration import server
+            from zeroflow.orchestration.flow_context import silence_console
+            from zeroflow.orchestration.flow_runs import run_here
+            from zeroflow.orchestration.flows import FLOWS
+    except ValueError as error:
+        raise SystemExit(fail(error, verbose=verbose, code=2)) from None
 
     if not verbose:
         silence_console()

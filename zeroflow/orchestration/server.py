@@ -1,6 +1,7 @@
 """The Prefect server of a run: an existing server, or one that is started for the run."""
 
 import logging
+import os
 import socket
 import sys
 import urllib.error
@@ -12,6 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from prefect.context import get_settings_context
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -79,13 +81,11 @@ def api_in_use(port: int = USUAL_PORT) -> Api | None:
 
     Raises:
         RuntimeError: the server at PREFECT_API_URL does not answer, or asks for another login.
+        ValueError: PREFECT_API_URL is not the address of an API.
     """
     if url := PREFECT_API_URL.value():
         if not answers(url):
-            raise RuntimeError(
-                f"no server answers at PREFECT_API_URL {redacted(url)}: start that server, or "
-                "unset the variable to let the run start its own server"
-            )
+            raise _no_server(url)
         if (api := access.with_login(url)) is None:
             raise RuntimeError(
                 f"the server at PREFECT_API_URL {redacted(url)} asks for a login: set it in "
@@ -99,6 +99,25 @@ def api_in_use(port: int = USUAL_PORT) -> Api | None:
     if (api := access.with_login(url)) is None:
         log.info("not used: the Prefect server on port %d, which asks for another login", port)
     return api
+
+
+def _no_server(url: str) -> Exception:
+    """The error about PREFECT_API_URL, where no server answers."""
+    name, shown, place = PREFECT_API_URL.name, redacted(url), ""
+    unset = "unset the variable"
+    profile = get_settings_context().profile
+    if name not in os.environ and PREFECT_API_URL in profile.settings:
+        place = f" (set in Prefect's profile {profile.name})"
+        unset = f"remove it with `prefect config unset {name}`"
+    if urlsplit(url).scheme not in ("http", "https"):
+        return ValueError(f"{name} {shown}{place} is not an address such as {local_api(4200)}")
+    api = f"{url.rstrip('/')}/api"
+    if answers(api):
+        return ValueError(f"{name} {shown}{place} lacks its end: set it to {redacted(api)}")
+    return RuntimeError(
+        f"no server answers at {name} {shown}{place}: start that server, or {unset} to let the run "
+        "start its own server"
+    )
 
 
 def own_api(port: int) -> Api:

@@ -1,0 +1,40 @@
+"""Prefect's settings, which Prefect reads when it is imported."""
+
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from zeroflow.markup import shortened
+
+_LONGEST = 100
+"""Characters of a value in an error message."""
+
+
+@contextmanager
+def importing_prefect() -> Iterator[None]:
+    """Explain errors of the block, which imports Prefect.
+
+    Raises:
+        ValueError: Prefect's settings are wrong.
+    """
+    try:
+        yield
+    except (ValidationError, tomllib.TOMLDecodeError) as error:
+        home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+        profiles = os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")
+        raise ValueError(
+            f"Prefect's settings are wrong: {_problem(error)}. They come from variables that begin "
+            f"with PREFECT_ and from {profiles}: correct them there"
+        ) from error
+
+
+def _problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"a file is not TOML ({error})"
+    [first, *_] = error.errors()  # the others follow from it
+    name, found = ".".join(map(str, first["loc"])), shortened(repr(first["input"]), _LONGEST)
+    return f"{name} of {error.title}: {first['msg']} (found {found})"
