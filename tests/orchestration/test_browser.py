@@ -34,12 +34,10 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 64,
 }
+FIRST = {"seq_len": 32, "max_steps": 1500, "learning_rate": 1e-2}
 TRAINING = {
-    "seq_len": 32,
     "batch_size": 4,
     "grad_accum_steps": 1,
-    "max_steps": 1500,
-    "learning_rate": 1e-2,
     "validation_tokens": 512,
     "validate_every": 1500,
     "checkpoint_every": 1500,
@@ -90,8 +88,8 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     named = {"name": {"any_": ["custom"]}}
     [deployment] = api(f"{both.prefect}/api", "/deployments/filter", deployments=named)
     # filled in as by "Copy to new run", but for what is typed below
-    run = {"cache_dir": str(both.cache), "model": SHAPE, "training": TRAINING}
-    run |= {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
+    run = FIRST | {"cache_dir": str(both.cache), "model": SHAPE, "training": TRAINING}
+    run |= {"data_mode": "synthetic", "tokenizer": {"vocab_size": 512}}
     filled = urllib.parse.quote(json.dumps({"run": run}))
     form = f"{both.prefect}/deployments/deployment/{deployment['id']}/run?parameters={filled}"
     page.goto(form)
@@ -99,14 +97,16 @@ def test_run_is_started_from_the_form_watched_cancelled_and_retried(both: Ui, pa
     page.get_by_role("button", name="Login").click()
     page.wait_for_url("**/deployments/**")
     page.goto(form)
-    name = field(page, "Run Name")
-    name.get_by_text("A run of the same name is resumed").wait_for()
-    name.get_by_role("button", name="str").click()
+    name = field(page, "Run to start or resume")
+    name.get_by_text("An existing run of this name is resumed").wait_for()
     name.locator("textarea, input").last.fill("by-hand")
+    field(page, "Context length").get_by_text("At least 2.").wait_for()
+    assert page.get_by_text("Seed (Optional)").count() == 0, "its group is folded"
+    field(page, "Other settings").get_by_role("button", name="Set", exact=True).click()
     seed = field(page, "Seed").locator("input").last
     seed.fill("-1")
     page.get_by_role("button", name="Submit").click()
-    refused = "'run.seed'. Failure reason: -1 is less than the minimum of 0"
+    refused = "'run.other.seed'. Failure reason: -1 is less than the minimum of 0"
     page.get_by_text(refused).first.wait_for()
     assert api(f"{both.prefect}/api", "/flow_runs/filter") == []
     seed.fill("7")

@@ -85,9 +85,9 @@ def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restar
     both.start()
     there = deployments_of(both)
     runs = [there[name]["parameters"]["run"] for name in SIZES]
-    runs += [there["sizes"]["parameters"]["sweep"]["run"]]
+    runs += [there["sizes"]["parameters"]["sweep"]]
     assert {run["cache_dir"] for run in runs} == {str(both.cache)}
-    assert there["small"]["parameters"]["run"]["model"] == {"size": "small"}
+    assert there["small"]["parameters"]["run"]["size"] == "small"
     small, tiny = (f"/deployments/{there[name]['id']}" for name in ("small", "tiny"))
     [example] = there["small"]["schedules"]
     prefect = f"{both.prefect}/api"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from zeroflow.report import progress as progress_module
 from zeroflow.report.progress import CheckProgress, TrainingProgress
-from zeroflow.training.events import Metrics, Saved, Started
+from zeroflow.training.events import Done, Metrics, Saved, Started
 from zeroflow.training.pulse import Pulse
 
 
@@ -72,6 +72,17 @@ def test_bar_moves_with_every_step_and_within_a_validation(passed, monkeypatch):
         progress(Pulse("text sample", 5, 48))
         assert bar(progress) == ("text sample", 5, 48, "5/48 after step 2")
     assert shown[0] == "validation: 16/32 after step 0"
+
+
+def test_last_line_elsewhere_is_that_of_the_last_step(passed):
+    shown = []
+    with TrainingProgress(lambda share, text: shown.append((share, text))) as progress:
+        progress(started(steps=10))
+        progress(logged(10, at=60.0))
+        progress(Pulse("validation", 32, 32))
+        progress(Done(time=61.0, step=10))
+    last = (1.0, "step 10/10  loss 4.9000  640 tokens/s")
+    assert shown == [last, (0.999, "validation: 32/32 after step 10"), last]
 
 
 def test_bar_with_loss_speed_and_time_left_fits_into_80_columns(passed):

@@ -16,6 +16,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Failed, State
 
 from zeroflow.config import Config
+from zeroflow.orchestration import form
 from zeroflow.orchestration.flow_context import logs_delivered
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.flags import error_message
@@ -72,7 +73,7 @@ def conclude(
         logging.getLogger(name).addFilter(_TOLD_ONCE)
     with logs_delivered():
         try:
-            asked = config.model_validate(given)
+            asked = form.read(config, given)
             conclusion.result = work(asked)
             return conclusion.result
         except (*STOPS, TrainingStopped) as stop:

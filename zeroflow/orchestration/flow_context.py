@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from zeroflow.config import Config
 from zeroflow.markup import LineFormatter
-from zeroflow.orchestration import server
+from zeroflow.orchestration import form, server
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
@@ -95,7 +95,7 @@ def tags() -> dict[str, str]:
 
 def given_settings(asked: Asked) -> dict[str, Any]:
     """Settings that were given explicitly, because a retry may settle defaults differently."""
-    return asked.anywhere.model_dump(mode="json", exclude_unset=True)
+    return form.filled(asked.anywhere)
 
 
 def first_name(asked: object) -> str:
@@ -119,7 +119,7 @@ def name_at_start(flow: str, config: type[Config]) -> Callable[[], str]:
     def name() -> str:
         [given] = runtime.flow_run.parameters.values()
         try:
-            return first_name(config.model_validate(given))
+            return first_name(form.read(config, given))
         except ValidationError:
             return f"{flow} · refused"
 

@@ -3,12 +3,14 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import Flow, flow
 from prefect.states import State
+from pydantic import WithJsonSchema
 
 from zeroflow import pipeline
+from zeroflow.orchestration import form
 from zeroflow.orchestration.conclusion import conclude
 from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.flow_runs import run_child
@@ -21,6 +23,10 @@ from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
 
+RunForm = Annotated[RunConfig, WithJsonSchema(form.schema(RunConfig))]
+SweepForm = Annotated[SweepConfig, WithJsonSchema(form.schema(SweepConfig))]
+"""Parameters of the flows that have deployments."""
+
 # `validate_parameters` is off, because wrong settings are reported like every other failure
 
 
@@ -30,7 +36,7 @@ from zeroflow.settings.sweep import SweepConfig
     persist_result=False,
     validate_parameters=False,
 )
-def pretrain(run: RunConfig = RunConfig()) -> Path | State:  # noqa: B008, it is frozen
+def pretrain(run: RunForm) -> Path | State:
     """Turn raw text into a checked model; a run of the same name is resumed.
 
     Returns:
@@ -46,7 +52,7 @@ def pretrain(run: RunConfig = RunConfig()) -> Path | State:  # noqa: B008, it is
     persist_result=False,
     validate_parameters=False,
 )
-def sweep(sweep: SweepConfig = SweepConfig()) -> Path | State:  # noqa: B008, it is frozen
+def sweep(sweep: SweepForm) -> Path | State:
     """Train every combination of the varied settings, one after the other, and compare the runs.
 
     A failed run does not stop the others; a retry, or the same command, resumes it.
@@ -68,7 +74,7 @@ def sweep(sweep: SweepConfig = SweepConfig()) -> Path | State:  # noqa: B008, it
     persist_result=False,
     validate_parameters=False,
 )
-def prove_resume(asked: ProofRun = ProofRun()) -> Path | State:  # noqa: B008, it is frozen
+def prove_resume(asked: ProofRun) -> Path | State:
     """Train undisturbed and killed, and compare every bit.
 
     Returns:

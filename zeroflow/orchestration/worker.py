@@ -19,7 +19,7 @@ from prefect.states import Cancelled, State
 
 from zeroflow.model.sizes import SIZES
 from zeroflow.orchestration.deployments import DEPLOYMENTS, set_up
-from zeroflow.orchestration.names import SWEEP, WORK_POOL
+from zeroflow.orchestration.names import WORK_POOL
 from zeroflow.orchestration.programs import Program
 from zeroflow.orchestration.server import (
     START_SECONDS,
@@ -111,13 +111,8 @@ class Prefect:
                 with suppress(ObjectNotFound):
                     client.read_deployment_by_name(f"{flow}/{deployment['name']}")
                     deployment.pop("schedules", None)  # the deployment keeps its existing ones
-                parameters = deployment["parameters"]
-                run = (
-                    parameters["sweep"].setdefault("run", {})
-                    if flow == SWEEP
-                    else parameters["run"]
-                )
-                run["cache_dir"] = str(self._cache)
+                [form] = deployment["parameters"].values()
+                form["cache_dir"] = str(self._cache)
         path = (self._logs / DEPLOYMENTS.name).absolute()
         path.write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
         return path
@@ -180,7 +175,7 @@ def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "name": size,
             "description": f"Train and check the {size} model.",
             "tags": ["pretrain", size],
-            "parameters": {"run": {"model": {"size": size}}},
+            "parameters": {"run": {"size": size}},
         }
         for size in SIZES
     }

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from zeroflow.report import band, pictures
 from zeroflow.report.pages import never_fatal
-from zeroflow.training.events import Event, Metrics, Started
+from zeroflow.training.events import Done, Event, Metrics, Started
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.training.pulse import Pulse
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 _LOG_SECONDS = 15.0
 
 _PICTURE_SECONDS = 60.0
+
+_ALMOST = 0.999
+"""Share that is done while the last step is validated."""
 
 _BAR_WIDTH = 16
 """Characters of the live bar, with which loss, speed and time left fit into 80."""
@@ -88,7 +91,7 @@ class TrainingProgress(_Display):
         super().__init__("training", show)
         self._step, self._steps = 0, 0
         self._first: StepRecord | None = None
-        self._text = ""
+        self._text = self._line = ""
 
     def __call__(self, event: Event | Pulse) -> None:
         match event:
@@ -101,9 +104,12 @@ class TrainingProgress(_Display):
             case Pulse() if self._steps:
                 place = f"{event.done}/{event.total} after step {self._step}"
                 self.move(event.phase, event.done, event.total, place)
-                self.tell(self._step / self._steps, f"{event.phase}: {place}")
+                share = min(self._step / self._steps, _ALMOST)
+                self.tell(share, f"{event.phase}: {place}")
             case Metrics(record=StepRecord() as record):
                 self._show(record)
+            case Done() if self._line:
+                self._show_elsewhere(1.0, self._line)
 
     def _move(self) -> None:
         self.move(f"step {self._step}/{self._steps}", self._step, self._steps, self._text)
@@ -119,9 +125,9 @@ class TrainingProgress(_Display):
         self._text = f"loss {record.loss:.4f}{rate}{left}"
         self._step = max(self._step, step)
         self._move()
-        line = f"step {step}/{self._steps}  {self._text}"
+        self._line = f"step {step}/{self._steps}  {self._text}"
         at_an_end = record is self._first or step == self._steps
-        self.tell(step / self._steps, line, log_it=at_an_end)
+        self.tell(step / self._steps, self._line, log_it=at_an_end)
 
 
 class CheckProgress(_Display):

@@ -1,0 +1,184 @@
+"""The form of a flow in Prefect: first what most people set, then the groups, folded.
+
+Prefect makes the form from the JSON schema of the flow's parameter. Its form has no folded parts,
+but of several kinds of a value it shows only the chosen one, and each group is such a choice:
+between its defaults and its settings. An empty field is not sent, so a form gives only what was
+filled in.
+
+As on the command line, a setting is found by its own name, wherever it stands in the form.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, create_model
+from pydantic_core import to_jsonable_python
+
+from zeroflow.config import Config
+from zeroflow.settings.flags import Setting, help_text, settings
+
+Settings = TypeVar("Settings", bound=Config)
+
+_TITLES = {
+    "run_name": "Run to start or resume",  # not Run Name, which Prefect asks for as well
+    "sweep_name": "Sweep to start or resume",
+    "sizes": "Model sizes",
+    "seeds": "Seeds",
+    "learning_rates": "Learning rates",
+    "zero_stages": "ZeRO stages",
+    "data_mode": "Data",
+    "data_path": "Files",
+    "dataset": "Dataset",
+    "size": "Model size",
+    "max_steps": "Steps",
+    "seq_len": "Context length",
+    "learning_rate": "Learning rate",
+}
+"""Settings that are shown before the groups, in this order, and their titles."""
+
+_LAST = ("cache_dir",)
+"""Settings that are shown after the groups."""
+
+_OTHER = "other"
+"""Group of the settings that belong to none."""
+
+_GROUPS = {"model": "Custom shape", "build": "Building of shards", "overfit": "Overfit check"}
+"""Titles of groups, where their names say too little."""
+
+_LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "maxLength", "pattern")
+
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
+
+
+def schema(config: type[Config]) -> dict[str, Any]:
+    """Return the JSON schema of the form of `config`."""
+    first = [setting for setting in settings(config) if setting.path[-1] in _TITLES]
+    first.sort(key=lambda setting: [*_TITLES].index(setting.path[-1]))
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings(config):
+        if setting.path[-1] not in (*_TITLES, *_LAST):
+            groups.setdefault(_group(setting), []).append(setting)
+    groups[_OTHER] = groups.pop(_OTHER)
+    shown = {setting.path[-1]: _field(setting) for setting in first}
+    shown |= {name: _folded(name, inner) for name, inner in groups.items()}
+    shown |= {s.path[-1]: _field(s) for s in settings(config) if s.path[-1] in _LAST}
+    summary = (config.__doc__ or "").strip().split("\n\n")[0]
+    return _object(shown) | {"title": config.__name__, "description": summary}
+
+
+def read(config: type[Settings], given: object) -> Settings:
+    """Return the settings of a form, or of a flow that was called with them.
+
+    Raises:
+        pydantic.ValidationError: the settings are wrong.
+    """
+    if isinstance(given, config) or not isinstance(given, Mapping):
+        return config.model_validate(given)
+    nested: dict[str, Any] = {}
+    _place(given, {setting.path[-1]: setting.path for setting in settings(config)}, nested)
+    return config.model_validate(nested)
+
+
+def filled(asked: BaseModel) -> dict[str, Any]:
+    """Return the form of `asked`, filled in with the settings that it was given."""
+    form: dict[str, Any] = {}
+    for setting in settings(type(asked)):
+        value: Any = asked
+        for name in setting.path:
+            value = getattr(value, name) if value and name in value.model_fields_set else None
+        if value is not None:
+            name = setting.path[-1]
+            place = form if name in (*_TITLES, *_LAST) else form.setdefault(_group(setting), {})
+            place[name] = to_jsonable_python(value)
+    return form
+
+
+def _place(
+    given: Mapping[str, Any], paths: dict[str, tuple[str, ...]], into: dict[str, Any]
+) -> None:
+    """Put each setting of `given` into `into` at its path, without those that are None."""
+    for name, value in given.items():
+        if name in paths:
+            if value is not None:
+                *groups, last = paths[name]
+                target = into
+                for group in groups:
+                    target = target.setdefault(group, {})
+                target[last] = value
+        elif isinstance(value, Mapping):
+            _place(value, paths, into)
+        elif value is not None:
+            into[name] = value  # refused by name
+
+
+def _group(setting: Setting) -> str:
+    """Name of the group of a setting in the form."""
+    return setting.path[-2] if len(setting.path) > 1 and setting.path[-2] != "run" else _OTHER
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object, with the order of its properties, which Prefect sorts."""
+    ordered = {
+        name: {**field, "position": position}
+        for position, (name, field) in enumerate(properties.items())
+    }
+    return {"type": "object", "properties": ordered}
+
+
+def _folded(name: str, group: list[Setting]) -> dict[str, Any]:
+    """Return the schema of a group: nothing at first, and its settings when they are chosen."""
+    fields = _object({setting.path[-1]: _field(setting) for setting in group})["properties"]
+    # The limits stand beside the kinds: within one, a value beyond them would only be "not valid
+    # under any of the given schemas"
+    shown = {
+        name: {key: value for key, value in field.items() if key not in _LIMITS}
+        for name, field in fields.items()
+    }
+    return {
+        "title": _GROUPS.get(name, f"{name.capitalize()} settings"),
+        "description": " ".join(setting.flag for setting in group),
+        "anyOf": [
+            {"type": "null", "title": "Defaults"},
+            {"type": "object", "title": "Set", "properties": shown},
+        ],
+        "properties": fields,
+    }
+
+
+def _field(setting: Setting) -> dict[str, Any]:
+    """Return the schema of a setting, without a default: an empty field is not sent."""
+    name, kind = setting.path[-1], _kind(setting)
+    title = _TITLES.get(name, setting.flag[2:].replace("-", " ").capitalize())
+    parts = (help_text(setting.field), _bounds(kind), f"Flag: {setting.flag}.")
+    return kind | {"title": title, "description": " ".join(part for part in parts if part)}
+
+
+def _kind(setting: Setting) -> dict[str, Any]:
+    """Return the schema of the values of a setting, in the simplest form."""
+    name = setting.path[-1]
+    definition: Any = {name: (setting.field.annotation, setting.field)}
+    model: Any = create_model("Form", **definition)
+    field = model.model_json_schema()["properties"][name]
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+    if choices := [kind["const"] for kind in kinds if "const" in kind]:
+        return {"type": "string", "enum": choices}
+    kept = ("type", "format", "enum", "items", *_LIMITS)
+    kind = {key: value for key, value in kinds[0].items() if key in kept}
+    if kind["type"] == "integer" and (above := kind.pop("exclusiveMinimum", None)) is not None:
+        kind["minimum"] = above + 1
+    if kind["type"] == "boolean" and setting.field.default is None:  # neither on nor off
+        return {"anyOf": [{"type": "null", "title": "Default"}, kind | {"title": "Set"}]}
+    return kind
+
+
+def _bounds(kind: dict[str, Any]) -> str:
+    """Return the limits of a value as a sentence, which may be empty."""
+    limits = [f"{words} {kind[limit]:,}" for limit, words in _BOUNDS.items() if limit in kind]
+    if "pattern" in kind:
+        limits = ["letters, digits, dots, dashes and underscores", f"at most {kind['maxLength']}"]
+    return f"{', '.join(limits).capitalize()}." if limits else ""
