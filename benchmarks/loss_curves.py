@@ -50,6 +50,22 @@ _WINDOWS = 20
 Figures = dict[str, Any]
 
 
+class Task(NamedTuple):
+    """Data of a training and its batches."""
+
+    vocab_size: int
+    """Vocabulary size of the tokenizer."""
+
+    context: int
+    rows: int
+    """Rows of a micro-batch."""
+
+    accumulate: int
+    """Micro-batches of a step."""
+
+    seed: int
+
+
 class Work(NamedTuple):
     """Model, settings and rows of a training."""
 
@@ -144,40 +160,29 @@ def prepare(
     corpus: CorpusConfig,
     cache: Path,
     device: Device,
-    *,
     size: str,
-    vocab_size: int,
-    context: int,
-    rows: int,
-    accumulate: int,
-    steps: int,
-    learning_rate: float,
-    seed: int,
+    task: Task,
+    schedule: Schedule,
 ) -> Work:
     """Prepare a training on `corpus`; tokenizer and shards are kept in `cache`."""
     corpus = resolve_corpus(corpus).corpus
-    asked = TokenizerConfig(vocab_size=vocab_size)
+    asked = TokenizerConfig(vocab_size=task.vocab_size)
     tokenizer = fetch_tokenizer(resolve_tokenizer(asked, corpus, cache).tokenizer, corpus, cache)
     gpu = device.kind == "cuda"
     workload = Workload(
         device=device.kind,
         device_name=device.name,
         model=with_vocabulary(SIZES[size], tokenizer.vocab_size),
-        seq_len=context,
-        micro_batch_rows=rows,
-        accumulate=accumulate,
+        seq_len=task.context,
+        micro_batch_rows=task.rows,
+        accumulate=task.accumulate,
         precision="bf16" if gpu else "fp32",
         compile=gpu,
     )
-    training = TrainingConfig(
-        seed=seed,
-        workload=workload,
-        schedule=Schedule(
-            name="cosine", peak=learning_rate, warmup_steps=min(steps // 10, 50), steps=steps
-        ),
-    )
-    config = ShardConfig(seq_len=context, train_rows=steps * rows * accumulate, validation_rows=1)
-    shards = build_shards(config, corpus, tokenizer, cache, seed=seed)
+    training = TrainingConfig(seed=task.seed, workload=workload, schedule=schedule)
+    train_rows = schedule.steps * task.rows * task.accumulate
+    config = ShardConfig(seq_len=task.context, train_rows=train_rows, validation_rows=1)
+    shards = build_shards(config, corpus, tokenizer, cache, seed=task.seed)
     return Work(training, shards)
 
 
@@ -314,14 +319,20 @@ def main() -> None:
         CorpusConfig(data_mode="sample"),
         arguments.cache_dir,
         device,
-        size=arguments.size,
-        vocab_size=arguments.vocab_size,
-        context=arguments.context,
-        rows=rows,
-        accumulate=step_rows // rows,
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
+        arguments.size,
+        Task(
+            arguments.vocab_size,
+            arguments.context,
+            rows=rows,
+            accumulate=step_rows // rows,
+            seed=arguments.seed,
+        ),
+        Schedule(
+            name="cosine",
+            peak=arguments.learning_rate,
+            warmup_steps=min(arguments.steps // 10, 50),
+            steps=arguments.steps,
+        ),
     )
     try:
         results = compare(arguments.ways, trained, device, vars(arguments))

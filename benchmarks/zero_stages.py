@@ -20,7 +20,7 @@ import torch
 from train_speed import Figures, Task, peak_bytes, training_config, wait
 
 from zeroflow import artifacts
-from zeroflow.device import find_device
+from zeroflow.device import Device, find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
@@ -109,6 +109,57 @@ def of_ranks(task: Task, ranks: int, stages: tuple[Stage, ...], folder: Path) ->
     return found
 
 
+def compared(task: Task, arguments: argparse.Namespace, device: Device) -> list[Figures]:
+    """Figures of one GPU and of each stage on several, with predicted memory and scaling."""
+    stages = tuple(arguments.stages or STAGES)
+    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+        [alone] = of_ranks(task, 1, (0,), Path(folder))["found"]
+    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+        several = of_ranks(task, arguments.gpus, stages, Path(folder))["found"]
+    for figures in (alone, *several):
+        how = {"ranks": figures["ranks"], "zero_stage": figures["stage"]}
+        planned = memory(task.workload.replace(**how), device)
+        figures |= {"size": task.size, "rows": task.rows[0], "planned": planned._asdict()}
+        figures["scaling"] = figures["tokens_per_second"] / (
+            figures["ranks"] * alone["tokens_per_second"]
+        )
+        what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "one GPU"
+        log.info(
+            "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, predicted %s",
+            *(task.size, figures["ranks"], device.name, what),
+            f"{figures['tokens_per_second']:,.0f}",
+            100 * figures["scaling"],
+            binary(figures["memory"]),
+            binary(planned.total),
+        )
+    return [alone, *several]
+
+
+def asked_task(arguments: argparse.Namespace, number: int, device: Device) -> Task:
+    """The task of the size with this number on the command line."""
+    rows = arguments.rows[number] if arguments.rows else 1
+    workload = Workload(
+        device=device.kind,
+        device_name=device.name,
+        model=with_vocabulary(SIZES[arguments.sizes[number]], arguments.vocab_size),
+        seq_len=arguments.seq_len,
+        micro_batch_rows=rows,
+        accumulate=arguments.accumulate,
+        precision=arguments.precision or ("bf16" if device.has_bf16 else "fp32"),
+        fp8=arguments.fp8,
+        compile=device.compiles and not arguments.no_compile,
+        activation_checkpointing=arguments.recompute,
+    )
+    return Task(
+        size=arguments.sizes[number],
+        vocab_size=arguments.vocab_size,
+        workload=workload,
+        rows=(rows,),
+        windows=arguments.windows,
+        seconds=arguments.seconds,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
@@ -139,51 +190,9 @@ def main() -> None:
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     device = find_device(arguments.device or "auto")
-    stages = tuple(arguments.stages or STAGES)
     results = []
-    for number, size in enumerate(arguments.sizes):
-        rows = arguments.rows[number] if arguments.rows else 1
-        workload = Workload(
-            device=device.kind,
-            device_name=device.name,
-            model=with_vocabulary(SIZES[size], arguments.vocab_size),
-            seq_len=arguments.seq_len,
-            micro_batch_rows=rows,
-            accumulate=arguments.accumulate,
-            precision=arguments.precision or ("bf16" if device.has_bf16 else "fp32"),
-            fp8=arguments.fp8,
-            compile=device.compiles and not arguments.no_compile,
-            activation_checkpointing=arguments.recompute,
-        )
-        task = Task(
-            size=size,
-            vocab_size=arguments.vocab_size,
-            workload=workload,
-            rows=(rows,),
-            windows=arguments.windows,
-            seconds=arguments.seconds,
-        )
-        with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-            [alone] = of_ranks(task, 1, (0,), Path(folder))["found"]
-        with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-            shared = of_ranks(task, arguments.gpus, stages, Path(folder))["found"]
-        for figures in (alone, *shared):
-            how = {"ranks": figures["ranks"], "zero_stage": figures["stage"]}
-            planned = memory(workload.replace(**how), device)
-            figures |= {"size": size, "rows": rows, "planned": planned._asdict()}
-            figures["scaling"] = figures["tokens_per_second"] / (
-                figures["ranks"] * alone["tokens_per_second"]
-            )
-            results.append(figures)
-            what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "one GPU"
-            log.info(
-                "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, predicted %s",
-                *(size, figures["ranks"], device.name, what),
-                f"{figures['tokens_per_second']:,.0f}",
-                100 * figures["scaling"],
-                binary(figures["memory"]),
-                binary(planned.total),
-            )
+    for number in range(len(arguments.sizes)):
+        results += compared(asked_task(arguments, number, device), arguments, device)
     if arguments.json:
         facts = {"device": device.name, "torch": torch.__version__, "results": results}
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from zeroflow.device import Device, known_gpu
 from zeroflow.estimate.memory import checkpoint_bytes
 from zeroflow.model import fp8
 from zeroflow.model.sizes import SIZES, with_vocabulary
+from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload
 
 torch.set_num_threads(1)  # such small matrices only wait for a second thread
@@ -206,14 +207,9 @@ def trained(tmp_path) -> loss_curves.Work:
         CorpusConfig(data_mode="synthetic"),
         tmp_path,
         DEVICE,
-        size="tiny",
-        vocab_size=300,
-        context=32,
-        rows=2,
-        accumulate=2,
-        steps=6,
-        learning_rate=1e-3,
-        seed=0,
+        "tiny",
+        loss_curves.Task(vocab_size=300, context=32, rows=2, accumulate=2, seed=0),
+        Schedule(name="cosine", peak=1e-3, warmup_steps=0, steps=6),
     )
 
 

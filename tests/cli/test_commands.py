@@ -75,6 +75,6 @@ def test_wrong_setting_is_refused_by_its_flag(console, capsys, tmp_path):
 def test_table_of_documents_keeps_a_line_for_each_whatever_their_ids():
     piece = Piece(row=0, part=0, offset=0, document="", url="", start=0, tokens=9, words="words")
     ids = ("a\nb", "\x1b[2J", "\udc80", "d3")
-    _, *lines = commands._pieces_table([piece._replace(document=name) for name in ids])
+    _, *lines = commands.pieces_table([piece._replace(document=name) for name in ids])
     assert len(lines) == len(ids) and len({line.index("words") for line in lines}) == 1
     assert "a b" in lines[0] and "\\u001b[2J" in lines[1] and "\\udc80" in lines[2]

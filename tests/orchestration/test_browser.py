@@ -168,5 +168,5 @@ def add_a_sweep(cache: Path) -> list[str]:
         folder = Cache(cache).run(name)
         folder.path.mkdir()
         records = [step_record(step, 9.0 - step) for step in range(1, 4)]
-        tracker._MlflowRun(config, folder).send(points(records))
+        tracker.MlflowRun(config, folder).send(points(records))
     return names

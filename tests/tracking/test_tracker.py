@@ -1,7 +1,6 @@
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,67 +18,16 @@ from logged import step_record, validation_record
 from patience import wait_until
 from pipeline import free_port
 
-from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.run_folder import RunFolder
 from zeroflow.tracking import store, tracker
 from zeroflow.tracking.config import TrackingConfig, database, location
-from zeroflow.tracking.store import RunIds, _existing, run_ids
+from zeroflow.tracking.store import run_ids
 from zeroflow.tracking.tracker import Tracker
 from zeroflow.tracking.viewer import links, viewer
 from zeroflow.training.metrics import METRICS, StepRecord, points
 from zeroflow.training.recovery import LEDGER, Entry
 
 BEGAN = 1_700_000_000.0
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Wait for as long as a busy machine needs, and no longer than it must."""
-    monkeypatch.setattr(tracker, "_CLOSE_SECONDS", 300.0)
-    monkeypatch.setattr(tracker, "_FLUSH_SECONDS", 0.05)
-    monkeypatch.setattr(tracker, "_RETRY_SECONDS", 0.05)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-@pytest.fixture(scope="session")
-def tables(tmp_path_factory) -> Path:
-    """A database with MLflow's tables, which take it seconds to create."""
-    from mlflow.tracking import MlflowClient
-
-    path = database(tmp_path_factory.mktemp("store"))
-    MlflowClient(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch, tables) -> TrackingConfig:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    uri, folder = location(tmp_path)
-    assert folder is not None
-    folder.mkdir()
-    shutil.copy(tables, database(folder))
-    return TrackingConfig(
-        uri=uri,
-        folder=folder,
-        run_name="mine",
-        tags={"size": "tiny"},
-        params={"seed": "7", "long": "x" * 9000},
-        dataset={"name": "sample", "digest": "abc", "source": "sample@1"},
-    )
-
-
-@pytest.fixture
-def mine(tmp_path):
-    return begun(tmp_path, "mine")
-
-
-def begun(cache: Path, name: str) -> RunFolder:
-    folder = Cache(cache).run(name)
-    folder.path.mkdir(parents=True)
-    return folder
-
-
-HARD = "a?b#c%20d [e]&f=ä"
-"""A folder's name with all that has a meaning in an address."""
 
 
 class Server:
@@ -175,18 +123,6 @@ def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=
         succeeded=succeeded,
     )
     return tracker.finish(config, folder, points(METRICS.read(folder.metrics)), ending)
-
-
-def client(config: TrackingConfig):
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(config.uri)
-
-
-def the_run(config: TrackingConfig, folder: RunFolder):
-    ids = run_ids(folder)
-    assert ids is not None
-    return client(config).get_run(ids.run_id)
 
 
 def history(config: TrackingConfig, folder: RunFolder, key: str) -> list[tuple[int, float]]:
@@ -338,26 +274,9 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     assert len(kept) > 4 and not any(b"s3cret" in content for content in kept)
 
 
-def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch, tmp_path):
-    from mlflow.tracking import MlflowClient
-
-    first = tracker._MlflowRun(config, mine)
-    look, answers = MlflowClient.get_experiment_by_name, iter([None])  # the other is not there yet
-    monkeypatch.setattr(
-        MlflowClient,
-        "get_experiment_by_name",
-        lambda self, name: next(answers, look(self, name)),
-    )
-    other = begun(tmp_path, "other")
-    second = tracker._MlflowRun(config, other)
-    runs = [the_run(config, folder).info for folder in (mine, other)]
-    assert [run.run_id for run in runs] == [first.run_id, second.run_id]
-    assert runs[0].experiment_id == runs[1].experiment_id
-
-
 def test_points_whose_answer_was_lost_are_there_once(config, mine):
     """Two writers that both believe nothing has arrived."""
-    first, second = (tracker._MlflowRun(config, mine) for _ in range(2))
+    first, second = (tracker.MlflowRun(config, mine) for _ in range(2))
     records = [logged(step) for step in range(1, 1200)]  # several batches
     first.send(points(records[:700]))
     second.send(points(records))
@@ -368,7 +287,7 @@ def test_points_whose_answer_was_lost_are_there_once(config, mine):
 def test_steps_of_less_than_a_gflop_are_one_point(config, mine):
     records = [logged(step, flops=step * 4 * 10**8) for step in range(1, 9)]
     for some in (records[:3], records[2:]):
-        tracker._MlflowRun(config, mine).send(points(some))
+        tracker.MlflowRun(config, mine).send(points(some))
     found = client(config).get_metric_history(
         the_run(config, mine).info.run_id, "loss/train_by_gflops"
     )
@@ -379,20 +298,6 @@ def test_record_of_the_run_that_was_cut_costs_nothing(config, mine):
     record(mine, range(1, 4))
     mine.mlflow.write_text('{"run_id": "')
     assert finish(config, mine, succeeded=True)
-    assert history(config, mine, "loss/train") == losses(1, 2, 3)
-
-
-def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, mine):
-    from mlflow.exceptions import MlflowException
-
-    run = tracker._MlflowRun(config, mine)
-    away = config.replace(uri=f"http://127.0.0.1:{free_port()}", folder=None)
-    with pytest.raises(MlflowException, match="refused"):
-        _existing(client(away), run.run_id)
-    assert tracker._MlflowRun(config, mine).run_id == run.run_id
-    client(config).delete_run(run.run_id)
-    record(mine, range(1, 4))
-    assert finish(config, mine, succeeded=True) != run.run_id
     assert history(config, mine, "loss/train") == losses(1, 2, 3)
 
 
@@ -429,7 +334,7 @@ def test_store_that_is_no_database_is_given_up_at_once(config, mine, caplog, mon
 
 
 def test_server_that_does_not_answer_is_given_up(config, mine, caplog, monkeypatch):
-    monkeypatch.setattr(store, "_OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(store, "OPEN_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -451,66 +356,3 @@ def test_experiment_that_was_deleted_is_restored_by_the_command_that_is_named(co
     assert name == "MLFLOW_TRACKING_URI"
     client(config.replace(uri=uri)).restore_experiment(command[-1])
     assert finish(config, mine, succeeded=True) == run
-
-
-def test_artifacts_follow_a_cache_that_moves(config, tmp_path):
-    from mlflow.tracking._tracking_service import utils
-
-    def attach(cache: Path, name: str) -> TrackingConfig:
-        uri, folder = location(cache)
-        moved = config.replace(uri=uri, folder=folder)
-        file = tmp_path / name
-        file.write_text("content")
-        tracker._MlflowRun(moved, Cache(cache).run("mine")).attach(file)
-        return moved
-
-    old, new = tmp_path / HARD / "old", tmp_path / HARD / "new"
-    begun(old, "mine")
-    (old / "mlflow").mkdir()
-    shutil.copy(database(config.folder), database(old / "mlflow"))
-    attach(old, "before.txt")
-    old.rename(new)
-    utils._artifact_repos_cache.clear()  # as in the process of the next command
-    moved = attach(new, "after.txt")
-    assert not old.exists()
-    folder = new / "mlflow" / "artifacts"
-    assert {file.name for file in folder.rglob("*.txt")} == {"before.txt", "after.txt"}
-    run = the_run(moved, Cache(new).run("mine")).info
-    shown = client(moved).list_artifacts(run.run_id)
-    assert {file.path for file in shown} == {"before.txt", "after.txt"}
-
-
-def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    uri, folder = location(tmp_path)
-    assert folder == tmp_path / "mlflow" and uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
-    assert links(Cache(tmp_path).run("mine")) == {}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert location(tmp_path) == ("http://127.0.0.1:5000", None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, mine, tmp_path):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    RunIds(run_id="r", experiment_id="1", uri="").write(mine.mlflow)
-    page = links(mine)["this run"]
-    assert page == "http://127.0.0.1:5000/#/experiments/1/runs/r"
-    shown = viewer(tmp_path, 5077)
-    assert shown.command is not None
-    pages = links(mine)
-    assert pages["this run"].startswith("http://127.0.0.1:5077/")
-    assert pages["loss of all runs"] == shown.charts
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
-    assert links(mine)["this run"].startswith("http://box:80/#/")
-
-
-def test_runs_that_follow_each_other_have_colours_of_their_own(config, tmp_path):
-    colours = []
-    for number in range(7):
-        other = begun(tmp_path, f"run-{number}")
-        tracker._MlflowRun(config, other)
-        colours.append(the_run(config, other).data.tags["mlflow.runColor"])
-        group = begun(tmp_path, f"group-{number}")  # has no curve that would need one
-        tracker._MlflowRun(config.replace(dataset=None), group)
-        assert "mlflow.runColor" not in the_run(config, group).data.tags
-    assert len({*colours[:6]}) == 6 and colours[6] == colours[0]

@@ -64,7 +64,7 @@ def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
 
 
 def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, monkeypatch):
-    monkeypatch.setattr(processes_module, "_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(processes_module, "GRACE_SECONDS", 1.0)
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: none, 1: -9") as failure:
         meet(job_file, "killed while others are frozen")
     assert failure.value.reason == "killed"

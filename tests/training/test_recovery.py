@@ -92,7 +92,7 @@ def test_killed_training_goes_on_until_it_gets_nowhere(job):
 def test_another_command_begins_to_count_anew(job, monkeypatch):
     checkpoint_at(job, 10)
     assert fail(job, "killed") and fail(job, "killed")
-    monkeypatch.setattr(recovery, "_PROCESS", recovery._PROCESS + 1)
+    monkeypatch.setattr(recovery, "PROCESS", recovery.PROCESS + 1)
     assert fail(job, "killed"), "though its process may have the same id, as in a container"
 
 

@@ -144,14 +144,14 @@ def _documents(arguments: Arguments) -> None:
         objects = (piece._asdict() | {"left_out": mark} for piece, mark in marked)
         lines = [visible(json.dumps(item, ensure_ascii=False)) for item in objects]
     else:
-        lines = _pieces_table(pieces)
+        lines = pieces_table(pieces)
         if gone:
-            before = ["before a roll-back, which skipped them:", *_pieces_table(gone)]
+            before = ["before a roll-back, which skipped them:", *pieces_table(gone)]
             lines = [*before, "since then:", *lines]
     show("\n".join(lines))
 
 
-def _pieces_table(pieces: Sequence["Piece"]) -> list[str]:
+def pieces_table(pieces: Sequence["Piece"]) -> list[str]:
     shown = [
         piece._replace(
             document=one_line(piece.document),

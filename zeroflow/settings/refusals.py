@@ -15,7 +15,7 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
     default = TrainingChoice.model_fields["validation_fraction"].default
     if asked.data.validation_path and asked.training.validation_fraction != default:
         raise ValueError(
-            "--validation-fraction does nothing with --validation-path, which names the text to "
+            "--validation-fraction has no effect with --validation-path, which names the text to "
             "validate on: drop one of them"
         )
     tokenizer = asked.tokenizer

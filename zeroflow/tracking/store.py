@@ -18,7 +18,7 @@ from zeroflow.tracking.config import EXPERIMENT, TrackingConfig, address, databa
 
 log = logging.getLogger(__name__)
 
-_OPEN_SECONDS = 20.0
+OPEN_SECONDS = 20.0
 
 _COLOUR = "mlflow.runColor"
 
@@ -57,12 +57,12 @@ def open_store(folder: Path | None) -> tuple[Any, str]:
 
     Raises:
         Exception: the store cannot be opened. A server or database that does not answer is given
-            up after `_OPEN_SECONDS`, a local store at once.
+            up after `OPEN_SECONDS`, a local store at once.
     """
     if folder is not None:
         with _store_lock(folder):
             return _opened(folder)
-    return within(_OPEN_SECONDS, partial(_opened, None))
+    return within(OPEN_SECONDS, partial(_opened, None))
 
 
 def _opened(folder: Path | None) -> tuple[Any, str]:
@@ -88,7 +88,7 @@ def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
 
     client, experiment_id = open_store(config.folder)
     ids = run_ids(folder)
-    run = _existing(client, ids.run_id) if ids else None
+    run = existing(client, ids.run_id) if ids else None
     if run is None:
         colour = {_COLOUR: _next_colour(client, experiment_id)} if config.dataset else {}
         run = client.create_run(experiment_id, run_name=config.run_name, tags=colour)
@@ -173,7 +173,7 @@ def _store_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _existing(client: Any, run_id: str) -> Any | None:
+def existing(client: Any, run_id: str) -> Any | None:
     """Return the MLflow run; None if the store has no run of this id, or it was deleted."""
     from mlflow.exceptions import MlflowException
 

@@ -24,9 +24,9 @@ from zeroflow.tracking.store import open_run
 
 log = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 5.0
-_RETRY_SECONDS = 10.0
-_CLOSE_SECONDS = 30.0
+FLUSH_SECONDS = 5.0
+RETRY_SECONDS = 10.0
+CLOSE_SECONDS = 30.0
 _BATCH_METRICS = 1000
 """Maximum number of points that MLflow accepts in one request."""
 
@@ -72,7 +72,7 @@ class Tracker:
         """Send the remaining points and end the MLflow run as FINISHED, FAILED or KILLED."""
         self._status = status
         self._closing.set()
-        self._thread.join(_CLOSE_SECONDS)
+        self._thread.join(CLOSE_SECONDS)
         if not self._delivered:
             log.log(
                 logging.INFO if self._failing else logging.WARNING,  # which has been said
@@ -84,13 +84,13 @@ class Tracker:
 
     def _deliver(self) -> None:
         waiting: list[Point] = []
-        run: _MlflowRun | None = None
+        run: MlflowRun | None = None
         while True:
-            closing = self._closing.wait(_RETRY_SECONDS if self._failing else _FLUSH_SECONDS)
+            closing = self._closing.wait(RETRY_SECONDS if self._failing else FLUSH_SECONDS)
             try:
                 waiting += self._new_points()
                 if run is None:
-                    run = _MlflowRun(self._config, self._folder)
+                    run = MlflowRun(self._config, self._folder)
                     run.begin()
                 run.send(waiting)
                 waiting.clear()
@@ -148,7 +148,7 @@ def finish(
         The run id; None, after a warning, if MLflow cannot be written.
     """
     try:
-        run = _MlflowRun(config, folder)
+        run = MlflowRun(config, folder)
         run.send(points)
         run.send(ending.points(time.time()))
         for file in ending.files:
@@ -185,7 +185,7 @@ def close_group(
         status: FINISHED, FAILED or KILLED.
     """
     try:
-        run = _MlflowRun(TrackingConfig.read(folder.tracking), folder)
+        run = MlflowRun(TrackingConfig.read(folder.tracking), folder)
         # A sweep has no steps, so the current time is used: it increases when runs are added
         now = time.time()
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
@@ -201,7 +201,7 @@ def _reason(error: Exception) -> str:
     return redacted((str(error) or type(error).__name__).splitlines()[0])
 
 
-class _MlflowRun:
+class MlflowRun:
     """An MLflow run, open for one thread; it must not be used after an error."""
 
     def __init__(self, config: TrackingConfig, folder: TrackedFolder) -> None:

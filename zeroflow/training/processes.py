@@ -27,7 +27,7 @@ and the text follow."""
 _STOP_SECONDS = 120.0
 """Time for a rank to finish its step and save."""
 
-_GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0
 """Time for the other ranks to end after one has failed."""
 
 _POLL_SECONDS = 0.2
@@ -85,7 +85,7 @@ class RankProcesses:
         began = time.monotonic()
         while None in (codes := self.exit_codes()):
             writing = checkpoint.unfinished(checkpoints)
-            if time.monotonic() - began > (_STOP_SECONDS if writing else _GRACE_SECONDS):
+            if time.monotonic() - began > (_STOP_SECONDS if writing else GRACE_SECONDS):
                 break
             time.sleep(_POLL_SECONDS)
         self.kill()

@@ -32,7 +32,7 @@ _IN_VAIN = 3
 
 _ROLLBACKS = 3
 _FIRST_WAIT_SECONDS = 2.0
-_PROCESS = secrets.randbits(48)
+PROCESS = secrets.randbits(48)
 """Identifies this process. A pid does not: in a container it may be the same at every start."""
 
 
@@ -124,7 +124,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
     newest = checkpoint.newest_step(now.folder.checkpoints)
     entry = Entry(
         time=time.time(),
-        process=_PROCESS,
+        process=PROCESS,
         reason=failure.reason,
         step=newest,
         message=str(failure).split("\n")[0],
@@ -181,7 +181,7 @@ def _in_vain(ledger: list[Entry], step: int) -> int:
     """Count this process's latest consecutive starts without a newer checkpoint."""
     count = 0
     for entry in reversed(ledger):
-        mine = entry.process == _PROCESS and entry.reason in ("killed", "hang")
+        mine = entry.process == PROCESS and entry.reason in ("killed", "hang")
         if not mine or entry.step != step:
             break
         count += 1

@@ -1,0 +1,83 @@
+from contextlib import nullcontext
+
+import pytest
+
+from zeroflow.device import find_device, known_gpu
+from zeroflow.settings import refusals
+from zeroflow.settings.run_config import RunConfig
+
+
+def run(**settings) -> RunConfig:
+    return RunConfig.model_validate(settings)
+
+
+def refused(message: str | None):
+    return pytest.raises(ValueError, match=message) if message else nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"tokenizer_name": "gpt2"}, None),
+        ({"tokenizer_name": "train", "vocab_size": 500}, None),
+        ({"tokenizer_name": "auto", "vocab_size": 500}, None),
+        ({"tokenizer_name": "gpt2", "vocab_size": 500}, "--vocab-size has no effect .*gpt2"),
+        ({"tokenizer_name": "gpt2", "end_of_text": "</s>"}, None),
+        ({"tokenizer_name": "train", "end_of_text": "</s>"}, "--end-of-text has no effect"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message):
+    with refused(message):
+        refusals.refuse_what_does_nothing(run(tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, None),
+        ({"training": {"gpus": 2, "zero_stage": 3}}, None),
+        ({"training": {"zero_stage": 3}}, "--zero-stage 3 .*has one: add --gpus"),
+        ({"training": {"fp8": True}}, "--fp8 needs a GPU"),
+    ],
+    ids=str,
+)
+def test_what_a_cpu_cannot_do_is_refused(settings, message):
+    with refused(message):
+        refusals.refuse_what_the_device_cannot(run(device="cpu", **settings), find_device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "message"),
+    [
+        (4, 1, None),
+        (4, 4, None),
+        (2, 4, "--gpus 4, but PyTorch sees 2: use fewer"),
+    ],
+)
+def test_more_gpus_than_the_machine_has_are_refused(there, asked, message, monkeypatch):
+    monkeypatch.setattr(refusals, "gpu_count", lambda: there)
+    with refused(message):
+        refusals.refuse_more_gpus_than_there_are(run(training={"gpus": asked}), known_gpu("L4"))
+
+
+def test_processes_of_a_cpu_need_no_gpus():
+    refusals.refuse_more_gpus_than_there_are(
+        run(device="cpu", training={"gpus": 8}), find_device("cpu")
+    )
+    with refused("sees none: --device cpu uses 8 processes"):
+        refusals.refuse_more_gpus_than_there_are(run(training={"gpus": 8}), find_device("cpu"))
+
+
+def test_plan_for_several_gpus_names_one_where_the_machine_has_none():
+    several = run(training={"gpus": 4})
+    refusals.refuse_a_plan_for_no_gpu(several, known_gpu("L4"))
+    refusals.refuse_a_plan_for_no_gpu(several.replace(device="cpu"), find_device("cpu"))
+    with refused("--gpus 4, but this machine has none: name one with --gpu"):
+        refusals.refuse_a_plan_for_no_gpu(several, find_device("cpu"))
+
+
+def test_stages_are_varied_over_several_gpus_only():
+    refusals.refuse_stages_of_one_gpu(run(training={"gpus": 2}))
+    with refused("--zero-stages needs several GPUs: add --gpus"):
+        refusals.refuse_stages_of_one_gpu(run())
