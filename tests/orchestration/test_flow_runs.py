@@ -1,6 +1,5 @@
 """Parts of the data built as tasks, by threads and by Dask workers, against a real server."""
 
-import base64
 import subprocess
 import sys
 import threading
@@ -14,14 +13,12 @@ from tiny import apart_from_reuse, contents
 from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.markup import Markdown
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
 from zeroflow.orchestration import pages, server
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.deployments import set_up
 from zeroflow.orchestration.flow_runs import new_flow_run
 from zeroflow.orchestration.gpu_slot import gpu_slot
-from zeroflow.report.pages import Page
 from zeroflow.settings.run_config import RunConfig
 
 BUILD = """
@@ -134,20 +131,6 @@ def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_
     assert unknown.deployment_id is None
 
 
-def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    url = f"http://127.0.0.1:{free_port()}/api"
-    with (
-        temporary_settings({PREFECT_API_URL: url}),
-        caplog.at_level("WARNING"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
-        pages.publish(Page((Markdown("# page"),)), "report", "mine")
-    assert any("cannot show the report in Prefect" in m for m in caplog.messages)
-
-
 def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
     from prefect.settings import temporary_settings
 
@@ -185,62 +168,3 @@ def test_gpu_is_used_although_prefect_is_away(caplog):
     ):
         raise ZeroDivisionError
     assert any("cannot reserve the GPU" in m for m in caplog.messages)
-
-
-def test_progress_that_cannot_be_shown_is_one_warning(caplog):
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    url = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: url}):
-        show = pages.ProgressBar("training", "mine")
-        for share in (0.5, 0.6, 1.0, 1.0):
-            show(share, "step")
-    assert len(caplog.messages) == 1
-    assert "cannot show progress of training in Prefect" in caplog.text
-
-
-def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
-    from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    def shown() -> tuple[float, str]:
-        kept = api(prefect_api, "/artifacts/latest/filter")
-        [page] = [page for page in kept if page["key"] == "shards-progress-own-name"]
-        return page["data"], page["description"]
-
-    @flow(name="shows")
-    def shows() -> None:
-        show = pages.ProgressBar("shards", "Own.name")
-        show(0.123, "first")
-        show(0.5, "too soon")
-        assert shown() == (12.3, "shards: first")
-        show(1.0, "last")
-        assert shown() == (100, "shards: last")
-
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
-        shows()
-
-
-def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
-    from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    def shown() -> list[str]:
-        kept = api(
-            prefect_api, "/artifacts/filter", artifacts={"key": {"any_": ["loss-live-drawn"]}}
-        )
-        return [page["data"] for page in kept]
-
-    picture = tmp_path / "loss.png"
-
-    @flow(name="draws")
-    def draws() -> None:
-        show = pages.LivePicture("loss", "drawn")
-        for content in (b"first", b"second"):
-            picture.write_bytes(content)
-            show(picture)
-            data = base64.b64encode(content).decode()
-            assert shown() == [f"![loss](data:image/png;base64,{data})"]
-
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
-        draws()

@@ -1,0 +1,96 @@
+import base64
+import warnings
+
+from pipeline import api, free_port
+
+from zeroflow.markup import Markdown
+from zeroflow.orchestration import pages
+from zeroflow.report.pages import Page
+
+
+def test_page_that_cannot_be_shown_is_a_warning_only(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        caplog.at_level("WARNING"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of Prefect: a page outside of a run
+        pages.publish(Page((Markdown("# page"),)), "report", "mine")
+    assert any("cannot show the report in Prefect" in m for m in caplog.messages)
+
+
+def test_progress_that_cannot_be_shown_is_one_warning(caplog):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        show = pages.ProgressBar("training", "mine")
+        for share in (0.5, 0.6, 1.0, 1.0):
+            show(share, "step")
+    assert len(caplog.messages) == 1
+    assert "cannot show progress of training in Prefect" in caplog.text
+
+
+def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> tuple[float, str]:
+        kept = api(prefect_api, "/artifacts/latest/filter")
+        [page] = [page for page in kept if page["key"] == "shards-progress-own-name"]
+        return page["data"], page["description"]
+
+    @flow(name="shows")
+    def shows() -> None:
+        show = pages.ProgressBar("shards", "Own.name")
+        show(0.123, "first")
+        show(0.5, "too soon")
+        assert shown() == (12.3, "shards: first")
+        show(1.0, "last")
+        assert shown() == (100, "shards: last")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        shows()
+
+
+def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def shown() -> list[str]:
+        kept = api(
+            prefect_api, "/artifacts/filter", artifacts={"key": {"any_": ["loss-live-drawn"]}}
+        )
+        return [page["data"] for page in kept]
+
+    picture = tmp_path / "loss.png"
+
+    @flow(name="draws")
+    def draws() -> None:
+        show = pages.LivePicture("loss", "drawn")
+        for content in (b"first", b"second"):
+            picture.write_bytes(content)
+            show(picture)
+            data = base64.b64encode(content).decode()
+            assert shown() == [f"![loss](data:image/png;base64,{data})"]
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        draws()
+
+
+def test_page_is_shown_under_a_key_that_prefect_accepts(prefect_api):
+    from prefect import flow
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    @flow(name="publishes")
+    def publishes() -> None:
+        pages.publish(Page((Markdown("# page of ä"),)), "Report", "Own.name_ä")
+
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        publishes()
+    kept = api(prefect_api, "/artifacts/latest/filter")
+    [page] = [page for page in kept if page["description"] == "Report of Own.name_ä"]
+    assert page["key"] == "report-own-name" and page["data"].strip() == "# page of ä"
