@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import warnings
 
 import pytest
 from patience import HANG_SECONDS, wait_until
@@ -14,7 +13,7 @@ from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.orchestration import gpu_slot as gpu_slot_module
-from zeroflow.orchestration import pages, server
+from zeroflow.orchestration import server
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.deployments import set_up
 from zeroflow.orchestration.flow_runs import new_flow_run

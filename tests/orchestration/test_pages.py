@@ -1,10 +1,11 @@
 import base64
 import warnings
 
-from pipeline import api, free_port
+from pipeline import LOGINS, api, free_port
 
 from zeroflow.markup import Markdown
 from zeroflow.orchestration import pages
+from zeroflow.orchestration.access import Api
 from zeroflow.report.pages import Page
 
 
@@ -36,7 +37,7 @@ def test_progress_that_cannot_be_shown_is_one_warning(caplog):
 
 def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
     from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import temporary_settings
 
     def shown() -> tuple[float, str]:
         kept = api(prefect_api, "/artifacts/latest/filter")
@@ -52,13 +53,13 @@ def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
         show(1.0, "last")
         assert shown() == (100, "shards: last")
 
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
+    with temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings):
         shows()
 
 
 def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
     from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import temporary_settings
 
     def shown() -> list[str]:
         kept = api(
@@ -77,19 +78,19 @@ def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
             data = base64.b64encode(content).decode()
             assert shown() == [f"![loss](data:image/png;base64,{data})"]
 
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
+    with temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings):
         draws()
 
 
 def test_page_is_shown_under_a_key_that_prefect_accepts(prefect_api):
     from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import temporary_settings
 
     @flow(name="publishes")
     def publishes() -> None:
         pages.publish(Page((Markdown("# page of ä"),)), "Report", "Own.name_ä")
 
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
+    with temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings):
         publishes()
     kept = api(prefect_api, "/artifacts/latest/filter")
     [page] = [page for page in kept if page["description"] == "Report of Own.name_ä"]

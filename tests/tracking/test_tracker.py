@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from logged import step_record, validation_record
+from mlflow_runs import HARD, begun, client, the_run
 from patience import wait_until
 from pipeline import free_port
 

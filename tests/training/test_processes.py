@@ -61,7 +61,7 @@ def test_rank_that_writes_a_checkpoint_is_waited_for(
     writing, code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It ends when a file is there, long after the others would have been killed."""
-    monkeypatch.setattr(processes_module, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(processes_module, "GRACE_SECONDS", 0.2)
     end = tmp_path / "end"
     if writing:
         (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
