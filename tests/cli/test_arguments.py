@@ -57,6 +57,7 @@ RUNS = [
             "grad_accum_steps": 3,
             "batch_tokens": 384,
             "max_steps": 50,
+            "nodes": 2,
             "learning_rate": 1.5e-4,
             "warmup_steps": 4,
             "schedule": "wsd",

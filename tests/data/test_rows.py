@@ -51,4 +51,3 @@ def test_ids_up_to_the_highest_are_kept_in_either_type(token_type, vocab_size, t
     ]
     assert rows.ravel().tolist() == tokens[: rows.size]
     assert shards.entropy == synthetic.entropy_rate(vocab_size)
-    assert shards.validation_bytes_per_token is None

@@ -34,11 +34,24 @@ def assert_same_end(stopped: Path, undisturbed: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint, read by the format's own library."""
+    """Return all tensors of a checkpoint, read by the libraries of its format."""
+    if list(path.glob("*.distcp")):
+        return _read_format_2(path)
     tensors: dict[str, torch.Tensor] = {}
     for file in path.glob("*.safetensors"):
         tensors |= load_file(file)
     return tensors
+
+
+def _read_format_2(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors, read by PyTorch's own converter, with the names of today's files."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = path.parent / "all.pt"
+    dcp_to_torch_save(path, target)
+    tensors: dict[str, torch.Tensor] = torch.load(target, weights_only=True)
+    target.unlink()
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def wait_until_gone(cache: Path) -> None:

@@ -60,8 +60,8 @@ SLURM = {
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "0"}),
         (SLURM, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"}),
         # a flow within a job of Slurm: its ranks are those of our launcher
-        (SLURM | zero.environment(0, 1, Path("r")), {"RANK": "0", "WORLD_SIZE": "1"}),
-        (SLURM | zero.environment(1, 2, Path("r")), {"RANK": "1", "CUDA_VISIBLE_DEVICES": "1"}),
+        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}),
+        (SLURM | {"ZEROFLOW_RENDEZVOUS": "r", "RANK": "1"}, {"RANK": "1", "MASTER_ADDR": None}),
     ],
 )
 def test_rank_takes_its_place_from_torchrun_and_from_slurm(monkeypatch, given, expected):

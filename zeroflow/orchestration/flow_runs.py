@@ -28,7 +28,7 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Pending, State
 from prefect.tasks import Task
 
-from zeroflow.orchestration.conclusion import STOPS, observed
+from zeroflow.orchestration.conclusion import STOPS, Conclusion, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
 from zeroflow.pipeline import RunCancelled
@@ -114,7 +114,7 @@ class _CancelledHere(RunCancelled):
 def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: FlowRun) -> Path:
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with observed() as ended, _cancelled_by_button(client, flow_run.id) as cancelled:
+    with observed() as ended, _cancelled_by_button(client, flow_run.id, ended) as cancelled:
         try:
             run_flow(flow, flow_run=flow_run, parameters={_parameter(flow): asked})
         except STOPS as stop:  # it came outside the flow's own code
@@ -176,7 +176,9 @@ def _parameter(flow: RunFlow) -> str:
 
 
 @contextmanager
-def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterator[threading.Event]:
+def _cancelled_by_button(
+    client: SyncPrefectClient, flow_run_id: UUID, conclusion: Conclusion
+) -> Iterator[threading.Event]:
     """Send this process SIGTERM once the flow run is being cancelled, and set the event.
 
     Prefect itself signals only the processes of its workers.
@@ -187,6 +189,8 @@ def _cancelled_by_button(client: SyncPrefectClient, flow_run_id: UUID) -> Iterat
         while not ended.wait(_POLL_SECONDS):
             with suppress(Exception):  # the server is unreachable
                 state = client.read_flow_run(flow_run_id).state
+                if conclusion.error is not None:  # a stop, which is shown as Cancelled too
+                    return
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     cancelled.set()
                     os.kill(os.getpid(), signal.SIGTERM)
