@@ -122,7 +122,7 @@ def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlemen
 
 
 def fetch_tokenizer(run: Settled) -> Tokenizer:
-    """Ensure that the run's tokenizer is in the cache; a trained run goes on with its copy.
+    """Ensure that the run's tokenizer is in the cache; a trained run keeps its copy.
 
     Raises:
         ValueError, hub.HubError: there is no such tokenizer.

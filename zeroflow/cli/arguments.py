@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
             self.usage = f"%(prog)s {''.join(needed)}[settings]"
 
     def _meant(self, unknown: str, given: Sequence[str]) -> str:
-        """What is wrong with an argument that no flag takes."""
+        """Return the error message for an argument that no flag takes."""
         flags = list(self._option_string_actions)
         if unknown.startswith("--"):
             name = unknown.partition("=")[0]

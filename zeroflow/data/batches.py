@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """How the rows of a global batch are split."""
+    """Split of the rows of a global batch."""
 
     accumulate: int
     """Micro-batches of each rank."""

@@ -1,8 +1,8 @@
 """Choice of the text that is held out for validation.
 
-A document's id decides, so that a document is on the same side whatever else the corpus holds and
-whoever builds the shards. Where ids repeat, the text decides. A corpus of few documents may give
-the end of its longest document.
+The id of a document decides, so the choice does not depend on the rest of the corpus or on the
+builder of the shards. If ids repeat, the text decides. In a corpus of few documents, the end of the
+longest document may be held out.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from zeroflow.data.duplicates import hash_texts
 from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes, read_documents
 
 FEW_DOCUMENTS = 1000
-"""A corpus of at least this many documents is left to chance: about `validation_fraction` of the
-documents is held out. A smaller one is measured, and the share is exact."""
+"""In a corpus of at least this many documents, about `validation_fraction` of the documents is held
+out. A smaller corpus is measured, and the fraction is exact."""
 
 _SOME_ROWS = 4
-"""Rows that are held out at least, as a loss over less says nothing, if that is at most
+"""Minimum number of held-out rows, because the loss of fewer is too noisy, if they are at most
 `_MOST_OF_A_SMALL_CORPUS` of the text."""
 
 _MOST_OF_A_SMALL_CORPUS = 0.2
 
 _NEAR = 1000
-"""Characters in which a cut looks for the end of a line or of a word."""
+"""Number of characters within which a cut looks for the end of a line or word."""
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -41,7 +41,7 @@ class Tail(Config):
     """The end of a document, held out while the rest of the document is trained on."""
 
     text_position: float
-    """Position of the document by its text, so that copies of it are cut alike."""
+    """Position of the document by its text, so that copies of it are cut in the same way."""
 
     characters: PositiveInt
 
@@ -50,10 +50,10 @@ class Holdout(Config):
     """The rule by which documents are held out."""
 
     by: Literal["id", "text"] = "id"
-    """What gives a document its position."""
+    """Source of a document's position."""
 
     below: float
-    """Documents whose position is lower are held out."""
+    """Documents with a lower position are held out."""
 
     longest: NonNegativeInt | None = None
     """Documents with more characters are not held out; None for no limit. One document could
@@ -62,7 +62,7 @@ class Holdout(Config):
     tail: Tail | None = None
 
     def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
-        """Return the documents, one of them cut if the rule has a tail, and which are held out."""
+        """Return the documents, one cut if the rule has a tail, and True for held-out ones."""
         positions = self.positions(batch.ids.to_pylist(), batch.texts)
         held_out = positions < self.below
         if self.longest is not None:
@@ -99,9 +99,9 @@ class _Measured(NamedTuple):
 
 
 def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) -> Holdout:
-    """Return the rule for a resolved corpus of which `fraction` is to be held out.
+    """Return the rule that holds out `fraction` of a resolved corpus.
 
-    The first `FEW_DOCUMENTS` documents are read, which for a small corpus are all.
+    It reads the first `FEW_DOCUMENTS` documents, which are all documents of a small corpus.
     """
     if not corpus.is_text:
         return Holdout(below=fraction)
@@ -125,7 +125,7 @@ def _measured(corpus: CorpusConfig) -> Iterator[_Measured]:
 
 
 def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
-    """Return the rule that holds out its fraction of the characters, or a few rows."""
+    """Return the rule that holds out the fraction of the characters, or a few rows."""
     fraction = rule.below
     total = sum(document.characters for document in documents)
     rows = _SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN
@@ -151,7 +151,7 @@ def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdo
 def _cut(
     batch: TextBatch, held_out: BoolArray, cut: list[int], characters: int
 ) -> tuple[TextBatch, BoolArray]:
-    """Return the batch with the documents at `cut` in two: a beginning, and an end held out."""
+    """Return the batch with the documents at `cut` split into a beginning and a held-out end."""
     documents: list[Document] = []
     chosen: list[bool] = []
     for place, document in enumerate(batch.documents()):
@@ -164,7 +164,7 @@ def _cut(
 
 
 def _halves(text: str, at: int) -> tuple[str, str]:
-    """Cut `text` near `at`: at the end of a line or of a word if one is near."""
+    """Split `text` near `at`, at the end of a line or word if there is one nearby."""
     for separator in ("\n", " "):
         near = text.find(separator, at, at + min(_NEAR, (len(text) - at) // 2)) + 1
         if near:

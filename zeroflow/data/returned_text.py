@@ -1,7 +1,7 @@
-"""How much of a text comes back from its ids.
+"""Fraction of a text that is lost by encoding and decoding it.
 
-A tokenizer may have no token for parts of a text, or change it first: lower-case it, remove
-accents, join white space. A model never sees what is lost in this way.
+A tokenizer may have no token for parts of a text, or change the text first: lower-case it, remove
+accents, merge white space. A model never sees the lost text.
 """
 
 from collections import Counter
@@ -13,16 +13,16 @@ from zeroflow.config import Config
 from zeroflow.data.encoding import Encoder
 
 WORTH_A_WARNING = 0.001
-"""Share of lost characters, or of unknown tokens, from which on a warning is given."""
+"""Fraction of lost characters, or of unknown tokens, from which on there is a warning."""
 
 # Measured on 400 English texts: a tokenizer like BERT's, which lower-cases, joins white space and
-# adds spaces around punctuation, loses 12 % of the characters; lower-casing alone, 4 %. 30,000
-# whole words leave 2.6 % of the tokens unknown, and 5 % in the classic benchmarks of words.
+# adds spaces around punctuation, loses 12 % of the characters; lower-casing alone, 4 %. With 30,000
+# whole words, 2.6 % of the tokens are unknown, and 5 % in the classic word-level benchmarks
 MOST_LOST = 0.25
-"""Share of lost characters that no run should train on: whole words are missing."""
+"""Maximum fraction of lost characters; above it, whole words are missing."""
 
 MOST_UNKNOWN = 0.1
-"""Share of unknown tokens that no run should train on."""
+"""Maximum fraction of unknown tokens."""
 
 _EXCERPTS = 64
 _EXCERPT_CHARACTERS = 2000
@@ -34,7 +34,7 @@ class ReturnedText(Config):
     characters: NonNegativeInt = 0
 
     lost: NonNegativeInt = 0
-    """Characters that are missing afterwards, or were added."""
+    """Number of characters that are missing afterwards, or were added."""
 
     @property
     def lost_share(self) -> float:
@@ -61,7 +61,7 @@ def sample(encoder: Encoder, texts: list[str]) -> ReturnedText:
 
 
 def lost_characters(text: str, returned: str) -> int:
-    """How many characters of `text` are missing in `returned`, or how many more it has.
+    """Return the number of characters of `text` that `returned` lacks, or has in addition.
 
     The order is not compared, as no tokenizer is known to change it.
     """

@@ -235,10 +235,10 @@ def require_restorable(config: TokenizerConfig, trained: Tokenizer) -> None:
 
 
 def changed_since(config: TokenizerConfig, trained: Tokenizer) -> str:
-    """How a local tokenizer differs from the copy of it that a run was trained with.
+    """Difference of a local tokenizer from the copy that a run was trained with.
 
     Returns:
-        names of the files that differ; "" if none does, if they are gone, or if it is not local
+        Names of the files that differ; "" if none does, if they are missing, or if it is not local.
     """
     source = _local(config.tokenizer_name) if _is_local(config) else None
     if source is None or trained.path is None:
@@ -476,5 +476,5 @@ def _tokenizer_files(source: Path) -> list[Path]:
 
 
 def _is_of_tokenizer(file: str) -> bool:
-    """Whether a file of that name belongs to a tokenizer. Code does not: none is ever run."""
+    """True if a file of this name belongs to a tokenizer; code does not, as it is never run."""
     return not file.endswith(".py") and any(fnmatchcase(file, pattern) for pattern in _FILES)

@@ -1,7 +1,7 @@
 """Export a checkpoint to a folder that plain transformers opens.
 
-Whoever opens it gets what training used, without settings of their own: the ids of the shards, one
-end-of-text id, and prompts that begin after an end-of-text, as documents do.
+The folder reproduces the training without further settings: the ids of the shards, one end-of-text
+id, and prompts that begin after an end of text, as documents do.
 """
 
 import json
@@ -49,7 +49,7 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
     """Yield a folder whose files move into `folder` when the block ends without an error."""
-    partial = folder / _PARTIAL  # inside, as `folder` may be a disk of its own
+    partial = folder / _PARTIAL  # inside, as `folder` may be on another disk than its parent
     shutil.rmtree(partial, ignore_errors=True)
     existed = folder.exists()
     partial.mkdir(parents=True)
@@ -88,7 +88,7 @@ def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write a tokenizer.json that is complete, and settings that leave it as it is.
+    """Write a complete tokenizer.json, and settings that do not change it.
 
     A tokenizer's own settings may name a class such as GPT2Tokenizer, for which transformers 5
     builds a pre-tokenizer of that class in place of the one in tokenizer.json.

@@ -77,7 +77,7 @@ def job(cache: Path, name: str) -> TrainingJob:
     """Load the training job of run `name`, with paths in `cache`.
 
     Raises:
-        ValueError: there is no such run, it has no shards yet, or its tokenizer is gone.
+        ValueError: there is no such run, it has no shards yet, or its tokenizer is missing.
     """
     settings = settle.load(cache, name)
     if not settings.folder.job.exists():

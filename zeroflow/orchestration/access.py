@@ -1,8 +1,8 @@
-"""Access to Prefect's servers. Those that we start ask for a login, which our processes know.
+"""Access to Prefect's servers. Servers that we start require a login, which our processes know.
 
 Prefect's own default lets any page in a browser, and any user of this machine, create a deployment
-with a shell step and have a worker run it. Our servers ask for a login that is random for each
-start, answer only pages of their own, and expect a token with each change.
+with a shell step, which a worker would run. Our servers require a login that is random for each
+start, answer only requests of their own pages, and require a token for each change.
 """
 
 import base64

@@ -113,7 +113,7 @@ def _hours_of_a_token(one: Outcome) -> float:
 def _draw_group(
     axes: Any, group: Group, measure: Measure, scale: Scale, number: int, *, after: int
 ) -> None:
-    """Draw runs that differ in their seeds only, in a colour and a style of their own.
+    """Draw runs that differ only in their seeds, in the same colour and style.
 
     Args:
         number: number of the group in the picture.

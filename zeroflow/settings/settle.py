@@ -171,11 +171,11 @@ def _other_files(recorded: Settled, asked: RunConfig) -> str | None:
 def _tokenizer(
     recorded: Settled | None, wanted: RunConfig, corpus: CorpusConfig
 ) -> ResolvedTokenizer:
-    """Resolve the tokenizer, except that of a trained run, which goes on with its copy.
+    """Resolve the tokenizer; a trained run keeps its copy.
 
     Raises:
-        ValueError: the copy is gone or damaged, and the local files it was made from have changed
-            or are gone as well.
+        ValueError: the copy is missing or damaged, and the local files it was made from are
+            missing too, or have changed.
     """
     trained = trained_tokenizer(recorded.folder) if recorded else None
     if trained is None:

@@ -121,7 +121,7 @@ def _experiment(client: Any, folder: Path | None) -> str:
 
 
 def _deleted(experiment_id: str, folder: Path | None) -> str:
-    """How to restore the experiment."""
+    """Return the error message, with the command that restores the experiment."""
     store = f"MLFLOW_TRACKING_URI={shlex.quote(address(folder))} " if folder else ""
     return (
         f"its experiment {EXPERIMENT} is deleted; this command restores it: {store}"

@@ -22,7 +22,7 @@ PORT = 29400
 """Port of the first machine at which the machines meet; torchrun's default."""
 
 _MOST_RESTARTS = 20
-"""How often torchrun starts the ranks again. Each resumes from the newest checkpoint."""
+"""Maximum number of restarts by torchrun. Each resumes from the newest checkpoint."""
 
 _STOP_SECONDS = 120.0
 """Time for the ranks to finish their step and save."""

@@ -107,8 +107,8 @@ def _follow_hosts(
 ) -> None:
     """Follow the ranks of several machines to their end.
 
-    Torchrun restarts them after a failure, whatever it is. So a failure without a remedy of its own
-    counts as a kill: it enters the ledger, and the next call follows the restarted ranks.
+    Torchrun restarts the ranks after any failure. So a failure without its own remedy counts as a
+    kill: it is added to the ledger, and the next call follows the restarted ranks.
     """
     progress = _Progress(RunFolder(job_file.parent), on_event)
 

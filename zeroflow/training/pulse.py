@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SECONDS = 0.1
-"""Least time between two pulses: more often than a person can see, and seldom enough for a network
+"""Minimum time between two pulses: short enough for a smooth bar, and long enough for a network
 file system."""
 
 
 class Pulse(NamedTuple):
-    """How far a phase is."""
+    """Progress of a phase."""
 
     phase: str
-    """Such as training, validation or overfit check."""
+    """Name of the phase, such as training, validation or overfit check."""
 
     done: int
     total: int
     text: str = ""
-    """More about it, such as the loss."""
+    """Additional text, such as the loss."""
 
 
 class PulseWriter:

@@ -21,10 +21,10 @@ from zeroflow.training.workload import Workload
 
 class ValidationLoss(NamedTuple):
     mean: float
-    """Over all valid targets, in nats per token."""
+    """Mean over all valid targets, in nats per token."""
 
     standard_error: float | None
-    """Of the mean, over rows as the sampled units; None for one row."""
+    """Standard error of the mean, with rows as sampled units; None for one row."""
 
 
 @torch.no_grad()
