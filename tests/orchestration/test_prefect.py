@@ -18,21 +18,24 @@ import psutil
 import pytest
 from patience import HANG_SECONDS, wait_until
 from pipeline import (
+    LOGINS,
     ROOT,
     SMALL_SHAPE,
     Flow,
     api,
     free_port,
+    headers,
     logged_steps,
     processes_of,
     rank_of,
     started,
     wait_until_healthy,
 )
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings, temporary_settings
 
 from zeroflow.cli import arguments
 from zeroflow.config import Config
+from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.deployments import SILENCE, WORK_POOL, set_up
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
@@ -46,16 +49,26 @@ RUN += ["--checkpoint-every=100", "--validate-every=150"]
 ENDLESS = [*RUN, "--max-steps=100000", "--checkpoint-every=100000", "--validate-every=100000"]
 
 
+LOGIN = "team:s3cret"
+
+
 class Server:
-    """A Prefect server with a database of its own, which can be killed and started again."""
+    """A Prefect server of the user's own, as the docs say how to protect it.
+
+    It has a database of its own, and can be killed and started again.
+    """
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}/api"
+        LOGINS[self.url] = LOGIN
         self.environment = environment | {
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": self.url,
+            "PREFECT_API_AUTH_STRING": LOGIN,
             "PREFECT_SERVER_API_PORT": str(port),
+            "PREFECT_SERVER_API_AUTH_STRING": LOGIN,
+            "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         }
 
     def start(self) -> None:
@@ -135,7 +148,10 @@ class Server:
 
     def states_of(self, name: str) -> list[str]:
         query = f"flow_run_id={self.run_named(name)['id']}"
-        with urllib.request.urlopen(f"{self.url}/flow_run_states/?{query}") as answer:
+        asked = urllib.request.Request(
+            f"{self.url}/flow_run_states/?{query}", headers=headers(self.url)
+        )
+        with urllib.request.urlopen(asked) as answer:
             states = json.load(answer)
         return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
 
@@ -364,12 +380,13 @@ def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
     wait_until(lambda: not processes_of(flow.cache))
     assert "Crashed" not in server.states_of("there")
     assert newest_step(flow, "there") >= 10
-    assert f"saved at step {newest_step(flow, 'there'):,}; Retry" in server.log_of("there")
+    kept = f"saved at step {newest_step(flow, 'there'):,}; Retry"
+    wait_until(lambda: kept in server.log_of("there"))  # lines are sent after the state
     assert "Crash" not in server.log_of("there") and "Traceback" not in server.log_of("there")
 
 
 def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Server) -> None:
-    with temporary_settings({PREFECT_API_URL: server.url}):
+    with temporary_settings(Api(server.url, LOGIN).settings):
         set_up(silence=timedelta(seconds=60))  # on a slow machine, to step 10
     try:
         process = flow.start("--run-name=killed", *ENDLESS)
