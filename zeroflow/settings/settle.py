@@ -51,6 +51,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         asked = asked.model_copy(update={"data": anywhere})
     if before := _recorded(asked):
         acquire(before.run_dir)
+    # Read again under the lock: another process may have changed or discarded the settings
     recorded = _recorded(asked)
     wanted = _wanted(recorded, asked)
     if different := started_otherwise(asked):
@@ -65,7 +66,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
     refuse_more_gpus_than_there_are(wanted, device)
-    refuse_what_the_device_cannot(wanted, device)  # before anything is looked up
+    refuse_what_the_device_cannot(wanted, device)  # before requests to the hub
     corpus, corpus_reason = _resolved(wanted, recorded)
     tokenizer, tokenizer_reason = _tokenizer(recorded, wanted, corpus)
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
