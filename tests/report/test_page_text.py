@@ -64,9 +64,14 @@ def test_html_needs_no_other_file_and_runs_nothing(tmp_path):
         table(HEAD, ROWS),
         escaped("![x](http://elsewhere/x.png) <script>alert(1)</script>"),
     )
-    html = as_html(Page(parts).embedded, "run <first>")
+    Page(parts).write(tmp_path / "report.md")
+    html = as_html(tmp_path / "report.md", "run <first>")
     data = base64.b64encode(b"\x89PNG loss").decode()
     assert f'<img src="data:image/png;base64,{data}" alt="loss"' in html
     assert "<title>run &lt;first&gt;</title>" in html and "<td>s|mall</td>" in html
+    above = tmp_path / "inner" / "page.md"
+    above.parent.mkdir()
+    above.write_text("![x](../loss.png) ![x](gone.png)")
+    assert "data:image" not in as_html(above, "x").partition("<body>")[2], "only from its folder"
     assert html.count("<img") == 1 and "<script" not in html and "<b>" not in html
     assert "default-src 'none'" in html

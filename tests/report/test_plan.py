@@ -259,9 +259,6 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
     assert planned is not None
     page = plan_page.section(planned, held)
     assert "| speed |" in page and "| 1,000 tokens/s |" in page and "| training |" in page
-    logged = plans.metrics(held)
-    assert logged["plan/tokens_per_second_measured"] == 1000.0
-    assert {f"plan/{row.name}_miss_percent" for row in held} <= set(logged)
 
 
 def test_miss_is_known_only_where_both_are():

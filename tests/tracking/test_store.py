@@ -82,14 +82,14 @@ def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path)
 
 def test_runs_that_follow_each_other_have_colours_of_their_own(config, tmp_path):
     colours = []
-    for number in range(7):
+    for number in range(11):
         other = begun(tmp_path, f"run-{number}")
         open_run(config, other)
         colours.append(the_run(config, other).data.tags["mlflow.runColor"])
         group = begun(tmp_path, f"group-{number}")  # has no curve that would need one
         open_run(config.replace(dataset=None), group)
         assert "mlflow.runColor" not in the_run(config, group).data.tags
-    assert len({*colours[:6]}) == 6 and colours[6] == colours[0]
+    assert len({*colours[:10]}) == 10 and colours[10] == colours[0]
 
 
 def test_run_that_was_extended_has_its_new_tags_and_its_first_params(config, mine):

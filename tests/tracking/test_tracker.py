@@ -110,16 +110,15 @@ def validate(folder: RunFolder, steps: range, loss: float) -> None:
         METRICS.append(folder.metrics, validation_record(step, loss, time=BEGAN + 100))
 
 
-def follow(config: TrackingConfig, folder: RunFolder) -> Tracker:
+def follow(config: TrackingConfig, folder: RunFolder, *files: Path) -> Tracker:
     records = METRICS.follow(folder.metrics)
-    return Tracker(config, folder, lambda: points(records.new_records()))
+    return Tracker(config, folder, lambda: points(records.new_records()), files)
 
 
 def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=()) -> str | None:
     ending = tracker.RunEnd(
-        files=list(files),
-        figures={"overfit/steps": 9},
-        step=5,
+        files=files,
+        pages={"page.html": "<p>loss</p>"},
         series={"overfit/loss": [3.0, 2.0, 1.0]},
         succeeded=succeeded,
     )
@@ -210,13 +209,32 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
         done = finish(config, mine, succeeded=False, files=[attached])
         assert done == run.info.run_id
     assert sorted(history(config, mine, "overfit/loss")) == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert history(config, mine, "overfit/steps") == [(5, 9.0)]
     assert history(config, mine, "loss/train") == losses(1, 2, 3, 4, 5)
     assert the_run(config, mine).info.status == "FAILED"
     assert the_run(config, mine).data.tags["recoveries"] == "2"
     files = [file.path for file in client(config).list_artifacts(done)]
-    assert sorted(files) == ["ledger.jsonl", "report.md"]
+    assert sorted(files) == ["ledger.jsonl", "page.html", "report.md"]
     assert (config.folder / "artifacts").exists()
+
+
+def test_files_are_there_while_the_run_is_trained_and_follow_their_changes(config, mine):
+    def attached(name: str) -> str | None:
+        run = the_run(config, mine).info if run_ids(mine) else None
+        if run is None or name not in {
+            file.path for file in client(config).list_artifacts(run.run_id)
+        }:
+            return None
+        return Path(client(config).download_artifacts(run.run_id, name)).read_text()
+
+    mine.settings.write_text("{}")
+    tracker = follow(config, mine, mine.settings, mine.loss_picture)
+    wait_until(lambda: attached("run.json") == "{}")
+    assert attached("loss.png") is None
+    for drawn in ("first", "second, and longer"):
+        mine.loss_picture.write_text(drawn)
+        wait_until(lambda drawn=drawn: attached("loss.png") == drawn)
+    assert the_run(config, mine).info.status == "RUNNING"
+    tracker.close("FINISHED")
 
 
 def test_server_that_dies_is_told_everything_once_it_is_back(

@@ -9,12 +9,17 @@ def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, mine, tmp_
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     RunIds(run_id="r", experiment_id="1", uri="").write(mine.mlflow)
     page = links(mine)["this run"]
-    assert page == "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    training = "workflowType=machine_learning"
+    assert page == f"http://127.0.0.1:5000/#/experiments/1/runs/r?{training}"
     shown = viewer(tmp_path, 5077)
     assert shown.command is not None
     pages = links(mine)
     assert pages["this run"].startswith("http://127.0.0.1:5077/")
     assert pages["loss of all runs"] == shown.charts
+    assert shown.runs.startswith("http://127.0.0.1:5077/#/experiments/1/runs?")
+    for opened in (*pages.values(), shown.runs):
+        assert training in opened, "else MLflow opens its pages about language applications"
+    assert all("loss%2Fval_bpb" in opened for opened in (shown.charts, shown.runs))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
     assert links(mine)["this run"].startswith("http://box:80/#/")
 

@@ -77,7 +77,7 @@ def serve(config: UiConfig) -> None:
             log.info("Prefect UI        %s/deployments", prefect.api.page)
             if prefect.api.login:
                 log.info("  its login       %s", prefect.api.shown_login)
-            log.info("MLflow UI         %s", mlflow.address)
+            log.info("MLflow UI         %s", mlflow.runs)
             if mlflow.command:
                 log.info("  it answers to   %s, without a login", mlflow.hosts)
             log.info("loss of all runs  %s", mlflow.charts)

@@ -1,14 +1,18 @@
 """Markdown pages for readers other than a Markdown viewer: HTML, and text for a terminal."""
 
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from zeroflow.markup import Markdown
+from zeroflow.report.pages import data_uri
 
 _BULLET = "- "
+
+_OWN_PICTURE = re.compile(r"[\w-]+\.png")
 
 # Nothing but the page itself: pictures are in it, and text of documents cannot load anything
 _HTML = """<!doctype html>
@@ -21,6 +25,8 @@ _HTML = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 60em; margin: 1.5em; }}
 table {{ border-collapse: collapse; }}
+thead:not(:has(th:not(:empty))) {{ display: none; }}
+td:first-child {{ white-space: nowrap; }}
 th, td {{ border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left; vertical-align: top; }}
 pre {{ background: #f4f4f4; padding: 0.6em; white-space: pre-wrap; }}
 img {{ max-width: 100%; }}
@@ -32,9 +38,21 @@ img {{ max-width: 100%; }}
 """
 
 
-def as_html(markdown: Markdown, title: str) -> str:
-    """Return a page as one HTML file, which needs no other file and no network."""
-    return _HTML.format(title=escape(title), body=_parser().render(markdown))
+def as_html(page: Path, title: str) -> str:
+    """Return a written page as one HTML file, which needs no other file and no network.
+
+    Its pictures, which lie beside it, are embedded. Text of documents on it is escaped, so all
+    pictures are our own.
+    """
+    parser = _parser()
+    tokens = parser.parse(page.read_text(encoding="utf-8"))
+    for child in (child for token in tokens for child in token.children or ()):
+        name = str(child.attrGet("src"))
+        is_ours = child.type == "image" and _OWN_PICTURE.fullmatch(name)
+        if is_ours and (picture := page.parent / name).exists():
+            child.attrSet("src", data_uri(picture))
+    body = parser.renderer.render(tokens, parser.options, {})
+    return _HTML.format(title=escape(title), body=body)
 
 
 def as_text(markdown: str, width: int | None = None) -> str:

@@ -36,7 +36,7 @@ class Page(NamedTuple):
     @property
     def embedded(self) -> Markdown:
         """The page with embedded pictures, for readers without access to the files."""
-        return self._joined(_data_uri)
+        return self._joined(lambda picture: data_uri(picture.path))
 
     def _joined(self, address: Callable[[Picture], str]) -> Markdown:
         sections = (
@@ -46,8 +46,9 @@ class Page(NamedTuple):
         return Markdown("\n\n".join(sections))
 
 
-def _data_uri(picture: Picture) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.path.read_bytes()).decode()}"
+def data_uri(picture: Path) -> str:
+    """Address that contains a PNG file."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 @contextmanager

@@ -242,5 +242,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, format="png")
-    return path
+    """Write the picture; a reader finds either the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    return partial.replace(path)

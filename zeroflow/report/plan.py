@@ -1,7 +1,6 @@
 """Prediction of a run before anything is built, and comparison with the finished run."""
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import computed_field
@@ -274,13 +273,3 @@ def hold(
         )
         for name in Figures.model_fields
     ]
-
-
-def metrics(compared: Sequence[Compared]) -> dict[str, float]:
-    """Metrics for MLflow: each miss in percent."""
-    found: dict[str, float | None] = {}
-    for row in compared:
-        miss = None if row.miss is None else 100 * row.miss
-        of_row = {"predicted": row.predicted, "measured": row.measured, "miss_percent": miss}
-        found |= {f"plan/{row.name}_{kind}": value for kind, value in of_row.items()}
-    return {key: value for key, value in found.items() if value is not None}

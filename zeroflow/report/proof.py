@@ -4,6 +4,7 @@ from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
 from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.report import pictures
+from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, Picture
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
@@ -22,13 +23,14 @@ def write(job: TrainingJob, proof: Proof) -> Page:
     made = page(job, proof)
     made.write(folder.proof_page)
     ending = tracker.RunEnd(
-        files=[folder.proof_page, picture, folder.proof],
-        figures={"proof/passed": float(proof.passed), "proof/kills": len(proof.kills)},
-        step=proof.steps,
+        files=[picture, folder.proof],
+        pages={"proof.html": as_html(folder.proof_page, f"proof of resume: {folder.name}")},
         series={},
         succeeded=proof.passed,
     )
-    tracker.finish(job.tracking, folder, [], ending)  # both trainings have their own MLflow runs
+    result = {"proof": "passed" if proof.passed else "failed", "kills": str(len(proof.kills))}
+    tracking = job.tracking.replace(tags=job.tracking.tags | result)
+    tracker.finish(tracking, folder, [], ending)  # both trainings have their own MLflow runs
     return made
 
 

@@ -11,6 +11,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.report import band, pictures, plan_page, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
+from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
 from zeroflow.report.records import (
     CorpusFigures,
@@ -200,15 +201,14 @@ def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord])
     folder, tracking = run.settings.folder, run.job.tracking
     ending = tracker.RunEnd(
         files=[
-            *(folder.report_page, folder.loss_picture, folder.time_picture),
-            *(folder.overfit_picture, folder.settings, folder.data_page, folder.lengths_picture),
+            *(folder.loss_picture, folder.time_picture, folder.overfit_picture),
+            *(folder.settings, folder.lengths_picture),
         ],
-        figures={
-            "loss/val_final": report.val_loss,
-            "overfit/steps": report.overfit.steps,
-            **plans.metrics(report.plan),
+        pages={
+            page.with_suffix(".html").name: as_html(page, f"{report.run}: {page.stem}")
+            for page in (folder.report_page, folder.data_page)
+            if page.exists()
         },
-        step=report.steps,
         series={"overfit/loss": run.overfit.curve},
         succeeded=report.overfit.passed,
     )

@@ -9,6 +9,7 @@ from zeroflow import artifacts
 from zeroflow.report import comparison, comparison_page, pictures
 from zeroflow.report.comparison import Comparison
 from zeroflow.report.outcome import Status, outcome
+from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings.run_config import RunConfig
@@ -72,12 +73,13 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
         page.write(where.comparison_page)
         found.write(where.comparison)
     except Exception:
-        tracker.close_group(where, [], {}, status="FAILED")
+        tracker.close_group(where, status="FAILED")
         raise
     failed = "failed" in unfinished.values()
     tracker.close_group(
         where,
-        [where.comparison_page, where.comparison, *drawn],
+        [where.comparison, *drawn],
+        {"comparison.html": as_html(where.comparison_page, f"sweep {sweep.name}")},
         _figures(found),
         status="FAILED" if failed else "KILLED" if unfinished else "FINISHED",
     )

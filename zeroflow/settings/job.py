@@ -7,10 +7,18 @@ from zeroflow.model.llama import ModelConfig
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled, Settlement
-from zeroflow.tracking.config import DESCRIPTION, PARENT, TrackingConfig, location
+from zeroflow.tracking.config import (
+    COMMIT,
+    DESCRIPTION,
+    PARENT,
+    SOURCE,
+    TrackingConfig,
+    location,
+)
 from zeroflow.tracking.store import run_ids
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import parameter_count
+from zeroflow.versions import git_commit, versions
 
 
 def _description(run: Settled, model: ModelConfig) -> str:
@@ -21,6 +29,21 @@ def _description(run: Settled, model: ModelConfig) -> str:
         f"{escaped(run.data.name)}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
         f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
     )
+
+
+def _version_tags() -> dict[str, str]:
+    """MLflow tags about the code that trains."""
+    tags = {f"version.{name}": number for name, number in versions().items()}
+    if commit := git_commit():
+        # MLflow shows the second one as a link, which takes no "+changes"
+        tags |= {"git_commit": commit, SOURCE: "zeroflow", COMMIT: commit.partition("+")[0]}
+    return tags
+
+
+def _shape(model: ModelConfig) -> dict[str, str]:
+    """Numbers of the model as MLflow params, also where the settings name only its size."""
+    numbers = model.model_dump() | {"parameters": model.parameters}
+    return {f"model.{name}": str(number) for name, number in numbers.items()}
 
 
 def _group_tags(run: Settled) -> dict[str, str]:
@@ -55,11 +78,12 @@ def training_job(
             "tokenizer": tokenizer.name,
             "device": settled.device.name,
             "parameters": str(model.parameters),
+            **_version_tags(),
             DESCRIPTION: _description(run, model),
             **_group_tags(run),
             **tags,
         },
-        params={name: str(value) for name, value in leaves(run)},
+        params={name: str(value) for name, value in leaves(run)} | _shape(model),
         dataset={
             "name": run.data.name,
             "digest": shards.path.name.rsplit("-", 1)[-1],

@@ -14,6 +14,7 @@ EXPERIMENT = "zeroflow"
 _VARIABLE = "MLFLOW_TRACKING_URI"
 
 DESCRIPTION, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+SOURCE, COMMIT = "mlflow.source.name", "mlflow.source.git.commit"
 """Tags that MLflow's pages show."""
 
 PORT = 5000

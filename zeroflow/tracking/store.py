@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
+from zeroflow.colours import DISTINCT
 from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
 from zeroflow.time_limit import within
@@ -22,8 +23,7 @@ OPEN_SECONDS = 20.0
 
 _COLOUR = "mlflow.runColor"
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
+_COLOURS = tuple(colour.lower() for colour in DISTINCT)
 
 
 class RunIds(Record):

@@ -13,8 +13,9 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from zeroflow.redaction import redacted
@@ -52,12 +53,15 @@ class Tracker:
         config: TrackingConfig,
         folder: RunFolder,
         new_points: Callable[[], Iterable[Point]],
+        files: Sequence[Path] = (),
     ) -> None:
         """
         Args:
             new_points: returns the points that were added since the last call.
+            files: attached to the run once they exist, and again whenever they change.
         """
         self._config, self._folder, self._new_points = config, folder, new_points
+        self._files = files
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = self._failing = False
@@ -94,6 +98,7 @@ class Tracker:
                     run.begin()
                 run.send(waiting)
                 waiting.clear()
+                run.show(self._files)
                 if closing:
                     run.end(self._status)
                     self._delivered = True
@@ -119,12 +124,9 @@ class Tracker:
 class RunEnd(NamedTuple):
     """Data to add to an MLflow run at its end."""
 
-    files: list[Path]
-    figures: dict[str, float]
-    """Final values, by key."""
-
-    step: int
-    """Step of the final values."""
+    files: Sequence[Path]
+    pages: Mapping[str, str]
+    """HTML by file name: MLflow shows no pictures in Markdown."""
 
     series: dict[str, list[float]]
     """Values over steps 1, 2, ..., by key."""
@@ -132,8 +134,6 @@ class RunEnd(NamedTuple):
     succeeded: bool
 
     def points(self, time: float) -> Iterable[Point]:
-        for key, value in self.figures.items():
-            yield Point(key, value, self.step, time)
         for key, values in self.series.items():
             for number, value in enumerate(values, 1):
                 yield Point(key, value, number, time)
@@ -151,8 +151,7 @@ def finish(
         run = MlflowRun(config, folder)
         run.send(points)
         run.send(ending.points(time.time()))
-        for file in ending.files:
-            run.attach(file)
+        run.add(ending.files, ending.pages)
         run.end("FINISHED" if ending.succeeded else "FAILED")
         return run.run_id
     except Exception as error:  # the run itself is complete and on disk
@@ -177,9 +176,14 @@ def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
 
 
 def close_group(
-    folder: SweepFolder, files: list[Path], figures: dict[str, float], *, status: str
+    folder: SweepFolder,
+    files: Sequence[Path] = (),
+    pages: Mapping[str, str] = MappingProxyType({}),
+    figures: Mapping[str, float] = MappingProxyType({}),
+    *,
+    status: str,
 ) -> None:
-    """Attach `files` and figures to the run that `open_group` opened, and end it.
+    """Attach files, pages and figures to the run that `open_group` opened, and end it.
 
     Args:
         status: FINISHED, FAILED or KILLED.
@@ -189,8 +193,7 @@ def close_group(
         # A sweep has no steps, so the current time is used: it increases when runs are added
         now = time.time()
         run.send(Point(key, value, int(now), now) for key, value in figures.items())
-        for file in files:
-            run.attach(file)
+        run.add(files, pages)
         run.end(status)
     except Exception as error:  # the comparison is on disk
         log.warning("the comparison could not be added to MLflow: %s", _reason(error))
@@ -209,6 +212,7 @@ class MlflowRun:
         self._client, self.run_id = open_run(config, folder)
         latest = self._client.get_run(self.run_id).data.to_proto().metrics
         self._last_step = {metric.key: metric.step for metric in latest}
+        self._shown: dict[Path, int] = {}
 
     def begin(self) -> None:
         """Show the run as RUNNING, and prepare `measure_machine`."""
@@ -243,6 +247,21 @@ class MlflowRun:
         """Send the load of this machine; the monitor's own thread would end with the server."""
         self._monitor.collect_metrics()
         self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+
+    def show(self, files: Iterable[Path]) -> None:
+        """Attach the files that are new or have changed since the last call."""
+        for file in files:
+            changed = file.stat().st_mtime_ns if file.exists() else None
+            if changed is not None and changed != self._shown.get(file):
+                self.attach(file)
+                self._shown[file] = changed
+
+    def add(self, files: Iterable[Path], pages: Mapping[str, str]) -> None:
+        """Attach files, and HTML pages by their names."""
+        for file in files:
+            self.attach(file)
+        for name, html in pages.items():
+            self._client.log_text(self.run_id, html, name)
 
     def attach(self, file: Path) -> None:
         """Add a file; one that could not be made is left out."""

@@ -133,7 +133,7 @@ _NATS = "nats per token"
 TABLE = {
     "loss": Metric("loss/train", "training loss", _NATS, ".4f", by_compute=True),
     "val_loss": Metric("loss/val", "validation loss", _NATS, ".4f", by_compute=True, compared=True),
-    "val_bpb": Metric("loss/val_bpb", "bits per byte", "", ".4f", compared=True),
+    "val_bpb": Metric("loss/val_bpb", "bits per byte", "", ".4f", by_compute=True, compared=True),
     "val_error": Metric("loss/val_standard_error", "standard error of the validation loss", _NATS),
     "lr": Metric("optim/learning_rate", "learning rate"),
     "grad_norm": Metric("optim/grad_norm", "gradient norm"),

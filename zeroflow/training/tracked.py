@@ -68,7 +68,9 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
         if tracker:
             return
         metrics = METRICS.follow(job.folder.metrics)
-        tracker = Tracker(job.tracking, job.folder, lambda: points(metrics.new_records()))
+        folder = job.folder
+        files = (folder.settings, folder.lengths_picture, folder.loss_picture)
+        tracker = Tracker(job.tracking, folder, lambda: points(metrics.new_records()), files)
 
     try:
         yield begin

@@ -1,0 +1,50 @@
+"""Versions of the code that trains: packages, and the commit of this one."""
+
+import json
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from platform import python_version
+
+_PACKAGES = ("zeroflow", "torch", "tokenizers", "pyarrow", "numpy")
+
+_GIT_SECONDS = 10
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that decides the numbers of a run, by its name."""
+    found = {"python": python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # from a source tree that is not installed
+            continue
+    return found
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of this package, with "+changes" if files have changed since; None if unknown."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():  # another repository may be further up
+        return _installed_commit()
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(
+            command, cwd=checkout, capture_output=True, check=True, text=True, timeout=_GIT_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):  # git is missing, or does not trust the folder
+        return None
+    return done.stdout.strip() or None
+
+
+def _installed_commit() -> str | None:
+    """Commit that pip installed from a repository."""
+    try:
+        recorded = distribution("zeroflow").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    found = json.loads(recorded or "{}").get("vcs_info", {}).get("commit_id")
+    return str(found) if found else None
