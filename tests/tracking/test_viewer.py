@@ -20,6 +20,8 @@ def test_links_lead_to_where_the_viewer_was_last_started(monkeypatch, mine, tmp_
     for opened in (*pages.values(), shown.runs):
         assert training in opened, "else MLflow opens its pages about language applications"
     assert all("loss%2Fval_bpb" in opened for opened in (shown.charts, shown.runs))
+    (tmp_path / "mlflow" / "address.json").write_text("{")
+    assert links(mine)["this run"].startswith("http://127.0.0.1:5000/")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://box:80")
     assert links(mine)["this run"].startswith("http://box:80/#/")
 

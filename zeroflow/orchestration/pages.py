@@ -17,6 +17,7 @@ from prefect.client.schemas.actions import (
     ArtifactUpdate,
 )
 
+from zeroflow.markup import escaped
 from zeroflow.orchestration.flow_context import reachable
 from zeroflow.report.pages import Page, Picture
 
@@ -32,8 +33,11 @@ def publish(page: Page, subject: str, run_name: str) -> None:
     try:
         if not reachable():
             raise ConnectionError("its server does not answer")  # Prefect would retry for a minute
-        key = _key(subject, run_name)
-        create_markdown_artifact(page.embedded, key=key, description=f"{subject} of {run_name}")
+        create_markdown_artifact(
+            page.embedded,
+            key=_key(subject, run_name),
+            description=escaped(f"{subject} of {run_name}"),  # Prefect shows it as Markdown
+        )
     except Exception as error:
         log.warning("cannot show the %s in Prefect: %s", subject, error)
 
@@ -81,7 +85,7 @@ class LivePicture:
             lambda: create_markdown_artifact(
                 page.embedded,
                 key=_key(f"{self._subject}-live", self._run_name),
-                description=f"{self._subject} of {self._run_name} while it is trained",
+                description=escaped(f"{self._subject} of {self._run_name} while it is trained"),
             ),
             lambda shown: _update_artifact(shown, page.embedded),
         )

@@ -1,5 +1,6 @@
 """MLflow's server, which shows the runs, and addresses of its pages."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from zeroflow.redaction import without_login
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import PORT, address, is_server, location
 from zeroflow.tracking.store import open_store, run_ids
+
+log = logging.getLogger(__name__)
 
 _ADDRESS_FILE = "address.json"
 
@@ -87,12 +90,20 @@ def links(folder: RunFolder) -> dict[str, str]:
         return {}
     uri, store = location(folder.cache.path)
     server = without_login(address(store)) if is_server(uri) else local_address(PORT)
-    if store is not None and (noted := store / _ADDRESS_FILE).exists():
-        server = _Address.read(noted).address
+    if store is not None and (noted := _noted_address(store / _ADDRESS_FILE)):
+        server = noted.address
     return {
         "this run": _page(server, ids.experiment_id, f"runs/{ids.run_id}"),
         "loss of all runs": charts_page(server, ids.experiment_id),
     }
+
+
+def _noted_address(file: Path) -> _Address | None:
+    try:
+        return _Address.read_if_exists(file)
+    except ValueError as error:  # a run that is complete does not fail because of its links
+        log.warning("the links to MLflow may be wrong until `zeroflow ui` runs: %s", error)
+        return None
 
 
 def local_address(port: int) -> str:
