@@ -44,8 +44,9 @@ def test_everything_is_there_and_ends_together(both: Ui) -> None:
     assert not any(both.login in word for one in both.programs() for word in one.cmdline())
     logs = list((both.cache / "ui").glob("*.log"))
     assert len(logs) == 4 and {log.stat().st_mode & 0o077 for log in [file, *logs]} == {0}
-    charts = f"{both.mlflow}/#/experiments/1/runs?compareRunsMode=CHART"
-    assert f"loss of all runs  {charts}" in said
+    runs = f"{both.mlflow}/#/experiments/1/runs?workflowType=machine_learning"
+    assert f"MLflow UI         {runs}&order" in said
+    assert f"loss of all runs  {runs}&compareRunsMode=CHART" in said
     deployments = api(f"{both.prefect}/api", "/deployments/filter")
     assert {deployment["name"] for deployment in deployments} >= SIZES
     [schedule] = [schedule for deployment in deployments for schedule in deployment["schedules"]]
