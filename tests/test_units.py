@@ -50,3 +50,4 @@ def test_speed_that_was_not_measured_is_unknown():
 
 def test_one_of_a_thing_is_singular():
     assert [count(n, "row") for n in (0, 1, 2048)] == ["0 rows", "1 row", "2,048 rows"]
+    assert [count(n, "try", "tries") for n in (1, 2)] == ["1 try", "2 tries"]

@@ -34,6 +34,6 @@ def speed(tokens_per_second: float | None) -> str:
     return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s"
 
 
-def count(number: int, noun: str) -> str:
-    """Number with a noun whose plural ends in s, such as 1 row or 1,024 rows."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Number with a noun, such as 1 row or 1,024 rows. The plural ends in s if none is given."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -177,6 +177,15 @@ def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) 
     assert "| causality | passed | earlier logits change by 0 | " in page
 
 
+def test_one_of_a_thing_is_singular_in_all_that_is_told(sample: tuple[Flow, str]) -> None:
+    flow, output = sample
+    pages = [path.read_text() for path in flow.folder("first").glob("*.md")]
+    things = "checks|documents|duplicates|epochs|files|micro-batches|parts|rows|runs|steps"
+    assert " 1 part " in output and len(pages) >= 2
+    for text in (output, *pages):
+        assert re.findall(rf"(?<![\d.,])1 (?:{things})\b", text) == []
+
+
 def test_why_each_stage_ran_is_logged_and_reported(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     stages = flow.report("first")["stages"]

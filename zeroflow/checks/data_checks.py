@@ -26,6 +26,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PartManifest, ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
+from zeroflow.units import count
 
 _SAMPLED_PARTS = 3
 _SAMPLED_MANIFESTS = 100
@@ -61,7 +62,7 @@ def checksums(shards: ShardSet) -> Check:
     return Check(
         name="checksums",
         passed=True,
-        figure=f"{files} files in {len(paths)} of {shards.parts} parts",
+        figure=f"{count(files, 'file')} in {len(paths)} of {count(shards.parts, 'part')}",
         sentence="Their checksums match; all parts were verified when the shards were built or "
         "reused",
     )

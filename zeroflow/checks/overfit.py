@@ -39,6 +39,7 @@ from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
+from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.checks.overfit")
 
@@ -163,16 +164,16 @@ def overfit(
         of_which = f" (the least possible is {least:.4f})" if least else ""
         reason = (
             f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
-            f"{len(curve)} steps, not below {limit:.4g}{of_which}: gradients, optimiser or labels "
-            "are broken, or --overfit-steps is too low for this model"
+            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}: gradients, optimiser "
+            "or labels are broken, or --overfit-steps is too low for this model"
         )
     elif idle:
         reason = (
-            f"gradients did not change {_count(idle)}, for example {idle[0]}: frozen, or detached "
-            "from the loss"
+            f"gradients did not change {count(len(idle), 'parameter')}, for example {idle[0]}: "
+            "frozen, or detached from the loss"
         )
     else:
-        reason = f"loss {curve[-1]:.4f} after {len(curve)} steps{beyond(least)}"
+        reason = f"loss {curve[-1]:.4f} after {count(len(curve), 'step')}{beyond(least)}"
     return OverfitResult(
         passed=reached and not idle,
         loss=min(curve),
@@ -257,10 +258,6 @@ def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
 
 def _parameters(state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
     return zero.named_parameters(state.model)
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} parameter{'' if len(names) == 1 else 's'}"
 
 
 def _fingerprint(job: OverfitJob) -> str:

@@ -31,6 +31,7 @@ from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.launch import launch
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
+from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
@@ -58,8 +59,8 @@ class PreflightFailed(RuntimeError):
         failed = [check for check in result.checks if not check.passed]
         lines = "\n".join(f"  {check.name}: {check.figure}. {check.sentence}" for check in failed)
         super().__init__(
-            f"pre-flight: {len(failed)} of {len(result.checks)} checks failed, so nothing was "
-            f"trained:\n{lines}\n--skip-preflight trains without the checks"
+            f"pre-flight: {len(failed)} of {count(len(result.checks), 'check')} failed, so nothing "
+            f"was trained:\n{lines}\n--skip-preflight trains without the checks"
         )
         self.result = result
 

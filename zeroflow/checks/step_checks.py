@@ -22,6 +22,7 @@ from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
 from zeroflow.training.state import TrainState
+from zeroflow.units import count
 
 
 def checks(
@@ -55,7 +56,7 @@ def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
     begin = time.monotonic()
     metrics = train_step(state, batches.micro_batches(0), config)
     loss, grad_norm = metrics.loss.item(), metrics.grad_norm.item()
-    figure = f"{work.micro_batch_rows} rows x {rows.row_tokens - 1:,} tokens fit"
+    figure = f"{count(work.micro_batch_rows, 'row')} x {rows.row_tokens - 1:,} tokens fit"
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         figure += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB"

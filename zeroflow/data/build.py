@@ -32,6 +32,7 @@ from zeroflow.data.slices import CHARACTERS_PER_TOKEN
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def build_shards(
     shards = _describe(path, build.facts, tokenizer, config)
     shards = shards.replace(reused=not build.built, why=build.why)
     if build.built:  # a corpus that ended early has not reported 100 %
-        show(1.0, f"{shards.parts:,} parts, {shards.train.rows:,} rows to train on")
+        show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
     _log(shards, config, build.built, named=corpus.validation is not None)
     return shards
 
@@ -177,7 +178,7 @@ class _Build:
             return reuse.SAME
         parts, reasons = len(self.facts), "; ".join(self._reasons.values())
         reused = parts - self.built
-        return f"{reused} of {parts} parts reused: {reasons}" if reused else reasons
+        return f"{reused} of {count(parts, 'part')} reused: {reasons}" if reused else reasons
 
     def _start_following(self, under_way: deque[tuple[Path, Ending]]) -> None:
         """Start as many further parts as the builders can work on at once."""
@@ -312,23 +313,22 @@ def _describe(
 
 def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> None:
     log.info(
-        "shards %s (%d of %d parts reused): %s training rows and %s validation rows of %s tokens, "
-        "from %s documents: %s",
+        "shards %s (%d of %s reused): %s and %s of %s tokens, from %s: %s",
         "built" if built else "reused",
         shards.parts - built,
-        shards.parts,
-        f"{shards.train.rows:,}",
-        f"{shards.validation.rows:,}",
+        count(shards.parts, "part"),
+        count(shards.train.rows, "training row"),
+        count(shards.validation.rows, "validation row"),
         f"{shards.row_tokens:,}",
-        f"{shards.documents:,}",
+        count(shards.documents, "document"),
         shards.path,
     )
     left_out = {
-        "empty documents": shards.empty_documents,
-        "duplicates": shards.duplicates,
-        "bad lines": shards.bad_lines,
+        "empty document": shards.empty_documents,
+        "duplicate": shards.duplicates,
+        "bad line": shards.bad_lines,
     }
-    if some := ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count):
+    if some := ", ".join(count(number, what) for what, number in left_out.items() if number):
         log.info("left out: %s", some)
     if shards.train.rows < config.train_rows:
         log.warning(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from zeroflow.data.hub_errors import HubError, explain_silence, from_status
 from zeroflow.redaction import host
 from zeroflow.time_limit import within
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Effort:
         self._started = time.monotonic()
 
     def __str__(self) -> str:
-        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        tries = count(self.tries, "try", "tries")
         return f"{tries} in {time.monotonic() - self._started:.1f} s"
 
     def left(self) -> float:

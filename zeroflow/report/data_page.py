@@ -15,6 +15,7 @@ from zeroflow.markup import Markdown, block, code, escaped, table
 from zeroflow.report import pictures
 from zeroflow.report.pages import Page, Picture
 from zeroflow.run_folder import RunFolder
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def page(
         "Parts": Markdown(
             f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in {code(str(shards.path))}"
         ),
-        "Left out": f"{shards.empty_documents:,} empty, {shards.duplicates:,} duplicates, "
-        f"{shards.bad_lines:,} bad lines",
+        "Left out": f"{shards.empty_documents:,} empty, {count(shards.duplicates, 'duplicate')}, "
+        f"{count(shards.bad_lines, 'bad line')}",
         "Document length": _quantiles(gathered.lengths),
     }
     if gathered.tokens_per_second and gathered.text_bytes_per_second:

@@ -6,7 +6,7 @@ from typing import Any
 from zeroflow.markup import Markdown, escaped, table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
-from zeroflow.units import binary, decimal, duration, parameter_count
+from zeroflow.units import binary, count, decimal, duration, parameter_count
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
@@ -40,12 +40,12 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
         f"(vocabulary {work.model.vocab_size:,}{assumed})"
     )
-    plural = "es" if choice.grad_accum_steps > 1 else ""
+    micro_batches = count(choice.grad_accum_steps, "micro-batch", "micro-batches")
     yield (
-        f"training: {choice.max_steps:,} steps x {choice.batch_tokens:,} tokens = "
-        f"{run.train_tokens:,} tokens; {choice.grad_accum_steps} micro-batch{plural} of "
-        f"{choice.batch_size} rows of {work.seq_len}{each}; peak learning rate "
-        f"{choice.learning_rate:g}, {choice.warmup_steps} warm-up steps, {choice.schedule}"
+        f"training: {count(choice.max_steps, 'step')} x {choice.batch_tokens:,} tokens = "
+        f"{run.train_tokens:,} tokens; {micro_batches} of "
+        f"{count(choice.batch_size, 'row')} of {work.seq_len}{each}; peak learning rate "
+        f"{choice.learning_rate:g}, {count(choice.warmup_steps, 'warm-up step')}, {choice.schedule}"
     )
     compiled = "compiled" if choice.compile else "not compiled"
     older = ""
@@ -131,9 +131,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         {
             "vocabulary": f"{work.model.vocab_size:,}{assumed}",
             "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M per token, context {work.seq_len:,}",
-            "tokens": f"{plan.tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}",
-            "micro-batches": f"{work.accumulate} of {work.micro_batch_rows} rows{on_each}, "
-            f"activation recomputation: {work.activation_checkpointing}",
+            "tokens": f"{plan.tokens:,} in {count(plan.steps, 'step')} of {plan.batch_tokens:,}",
+            "micro-batches": f"{work.accumulate} of {count(work.micro_batch_rows, 'row')}{on_each}"
+            f", activation recomputation: {work.activation_checkpointing}",
             "arithmetic": f"{work.arithmetic}, {'' if work.compile else 'not '}compiled",
             "time": time_line(plan),
             "memory": memory_line(plan),

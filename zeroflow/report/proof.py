@@ -9,6 +9,7 @@ from zeroflow.report.pages import Page, Picture
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS
+from zeroflow.units import count
 
 
 def write(job: TrainingJob, proof: Proof) -> Page:
@@ -41,7 +42,7 @@ def page(job: TrainingJob, proof: Proof) -> Page:
         "Result": Markdown(
             f"{bold('passed' if proof.passed else 'FAILED')}: {escaped(proof.reason)}"
         ),
-        "Trained twice": f"{proof.steps:,} steps, {work.model.parameters:,} parameters, on "
+        "Trained twice": f"{count(proof.steps, 'step')}, {work.model.parameters:,} parameters, on "
         f"{work.device} in {work.arithmetic}"
         + (", compiled" if work.compile else "")
         + (", deterministic" if work.deterministic else ""),

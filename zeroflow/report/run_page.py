@@ -65,9 +65,8 @@ def preflight_section(result: PreflightResult) -> Markdown:
     """Return the section about the checks before training."""
     rows = ((check.name, _outcome(check), check.figure, check.sentence) for check in result.checks)
     checks = table(("check", "result", "figure", "meaning"), rows)
-    return Markdown(
-        f"## Pre-flight\n\n{len(result.checks)} checks in {result.seconds:.1f} s.\n\n{checks}"
-    )
+    checked = count(len(result.checks), "check")
+    return Markdown(f"## Pre-flight\n\n{checked} in {result.seconds:.1f} s.\n\n{checks}")
 
 
 def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> dict[str, str]:
@@ -75,9 +74,9 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     facts = {
         "Model": f"{report.size}, {report.parameters:,} parameters",
         "Data": f"{data.name}, revision {data.revision or 'none'}, "
-        f"{data.documents:,} documents, {data.epochs:.2f} epochs",
+        f"{count(data.documents, 'document')}, {data.epochs:.2f} epochs",
         "Tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens",
-        "Trained": f"{report.steps:,} steps, {report.tokens:,} tokens",
+        "Trained": f"{count(report.steps, 'step')}, {report.tokens:,} tokens",
         "Training loss": f"{report.train_loss:.4f}",
         "Expected loss": report.expected_loss.verdict,
         "Validation loss": f"{report.first_val_loss:.4f} → {report.val_loss:.4f}{_error(report)} "
@@ -89,7 +88,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Speed": f"{speed(report.tokens_per_second)} on {workload.devices}, {workload.arithmetic}",
         "Pre-flight": _preflight(report.preflight),
         "Overfit check": f"{'passed' if overfit.passed else 'FAILED'}: loss {overfit.loss:.4f} "
-        f"after {overfit.steps} steps{beyond(overfit.least_loss)}",
+        f"after {count(overfit.steps, 'step')}{beyond(overfit.least_loss)}",
         "Resume": report.resume,
         "Checkpoint": code(str(report.checkpoint)),
     }
@@ -126,7 +125,7 @@ def _preflight(result: PreflightResult | None) -> str:
     if result is None:
         return "skipped"
     if result.passed:
-        return f"passed: {len(result.checks)} checks"
+        return f"passed: {count(len(result.checks), 'check')}"
     return Markdown("**FAILED**, skipped later")
 
 
@@ -154,7 +153,7 @@ def _time_section(time: TimeFigures) -> Markdown:
         (goodput.label(phase), f"{time.seconds[phase]:,.1f}", f"{share:.1%}")
         for phase, share in time.shares.items()
     )
-    again = f", {time.steps_again:,} steps trained again" if time.restarts else ""
+    again = f", {count(time.steps_again, 'step')} trained again" if time.restarts else ""
     return Markdown(
         f"## Time\n\nForward pass, backward pass and optimiser took {time.goodput:.1%} of "
         f"{duration(time.wall_seconds)}. Restarts: {time.restarts}{again}. Tokens/s are computed "

@@ -10,7 +10,7 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import DEFAULT_CACHE
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput
-from zeroflow.units import speed
+from zeroflow.units import count, speed
 
 
 def summary(report_file: Path, cache: Path) -> str:
@@ -28,10 +28,10 @@ def summary(report_file: Path, cache: Path) -> str:
         f"run {report.run} is complete",
         f"  validation loss  {report.first_val_loss:.4f} -> {report.val_loss:.4f}{floor}{bpb}",
         *band,
-        f"  trained          {report.steps:,} steps, {report.tokens:,} tokens, "
+        f"  trained          {count(report.steps, 'step')}, {report.tokens:,} tokens, "
         f"{speed(report.tokens_per_second)}{mfu}",
         f"  time             {goodput.summary(time.shares, time.wall_seconds)}",
-        f"  overfit check    passed: loss {overfit.loss:.4f} after {overfit.steps} steps",
+        f"  overfit check    passed: loss {overfit.loss:.4f} after {count(overfit.steps, 'step')}",
         f"  report           {folder.report_page}",
         f"  checkpoint       {report.checkpoint}",
         f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",

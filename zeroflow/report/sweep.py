@@ -17,6 +17,7 @@ from zeroflow.settings.settle import started_otherwise
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def open_group(sweep: SweepConfig) -> None:
         uri=uri,
         folder=local,
         run_name=sweep.name,
-        tags={"sweep": sweep.name, DESCRIPTION: f"Sweep of {len(cells(sweep))} runs"},
+        tags={"sweep": sweep.name, DESCRIPTION: f"Sweep of {count(len(cells(sweep)), 'run')}"},
         params={name: " ".join(map(str, values)) for name, values in varied.items()},
         dataset=None,
     )

@@ -17,16 +17,17 @@ from zeroflow.tracking.config import (
 )
 from zeroflow.tracking.store import run_ids
 from zeroflow.training.job import TrainingJob
-from zeroflow.units import parameter_count
+from zeroflow.units import count, parameter_count
 from zeroflow.versions import git_commit, versions
 
 
 def _description(run: Settled, model: ModelConfig) -> str:
     """Run description, which MLflow shows as Markdown."""
     choice = run.training
+    steps = count(choice.max_steps, "step")
     return (
         f"{run.model.name}, {parameter_count(model.parameters)} parameters, on "
-        f"{escaped(run.data.name)}: {choice.max_steps:,} steps of {choice.batch_tokens:,} tokens "
+        f"{escaped(run.data.name)}: {steps} of {choice.batch_tokens:,} tokens "
         f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
     )
 

@@ -20,7 +20,7 @@ from zeroflow.training.events import Event
 from zeroflow.training.failures import FailureReason, TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.pulse import Pulse
-from zeroflow.units import decimal
+from zeroflow.units import count, decimal
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
             if workload.micro_batch_rows > 1:
                 half = workload.split(workload.micro_batch_rows // 2)
                 action = (
-                    f"micro-batches of {half.micro_batch_rows} rows instead of "
+                    f"micro-batches of {count(half.micro_batch_rows, 'row')} instead of "
                     f"{workload.micro_batch_rows}, {half.accumulate} per step, with the same rows "
                     f"in the same order; {resumes}"
                 )
