@@ -102,7 +102,7 @@ def create_private(path: Path) -> BinaryIO:
     """Create an empty file that only this user can read, in place of an earlier one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b")
 
 
 def read_json(path: Path) -> Any:

@@ -5,6 +5,14 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 
+def flag(setting: str) -> str:
+    """The command-line flag of a setting, named as in `training.learning_rate`."""
+    *groups, name = setting.split(".")
+    if name == "name" and groups:  # the name of an optimiser is chosen by --optimizer
+        name = groups[-1]
+    return "--" + name.replace("_", "-")
+
+
 class Config(BaseModel):
     """Frozen, typed settings that reject unknown names."""
 

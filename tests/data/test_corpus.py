@@ -56,10 +56,10 @@ def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_mode": "files"}, "data_mode files needs data_path"),
-        ({"data_mode": "sample", "data_path": ("x",)}, "add --data-mode files"),
-        ({"data_mode": "hub"}, "data_mode hub needs dataset"),
-        ({"data_mode": "files", "data_path": ("x",), "dataset": "a/b"}, "add --data-mode hub"),
+        ({"data_mode": "files"}, "--data-mode files needs --data-path"),
+        ({"data_mode": "sample", "data_path": ("x",)}, "use --data-mode files"),
+        ({"data_mode": "hub"}, "--data-mode hub needs --dataset"),
+        ({"data_mode": "files", "data_path": ("x",), "dataset": "a/b"}, "use --data-mode hub"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -300,7 +300,7 @@ def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str
     flow, _ = sample
     other = [flag for flag in SMALL_SHAPE if not flag.startswith("--learning-rate")]
     output = flow.run("--run-name=first", "--learning-rate=0.5", *other, expect=1)
-    assert "training.learning_rate 0.01, now it is 0.5" in output
+    assert "--learning-rate 0.01, now it is 0.5" in output
     assert "Traceback" not in output
 
 
@@ -385,8 +385,8 @@ def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str])
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data-mode=files"], "needs data_path"),
-        (["--hidden-size=32"], "needs num_hidden_layers"),
+        (["--data-mode=files"], "needs --data-path"),
+        (["--hidden-size=32"], "needs --num-hidden-layers"),
         (["--seq-len=1"], "--seq-len: Input should be greater than or equal to 2"),
         (["--max-steps=ten"], "--max-steps"),
         (["--data-mode=synthetic", "--tokenizer-name=gpt2"], "needs no tokenizer"),

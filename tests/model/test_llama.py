@@ -186,7 +186,7 @@ def test_initial_weights_do_not_depend_on_other_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 5}, "hidden_size 32 cannot be divided among 5 query heads"),
+        ({"num_attention_heads": 5}, "--hidden-size 32 cannot be divided among 5 query heads"),
         (
             {"num_attention_heads": 32, "num_key_value_heads": 1},
             "= 1 features per head.*even number",

@@ -68,6 +68,17 @@ def test_end_of_a_program_is_told_with_its_last_lines(tmp_path):
     assert program.stop(HANG_SECONDS)
 
 
+def test_last_lines_are_told_where_no_file_has_them():
+    """As of the Prefect server of a run; what is told does not move the place of the next line."""
+    code = "import sys; print('a', flush=True); sys.stdin.read(); print('b'); sys.exit('it broke')"
+    program = Program("it", [sys.executable, "-c", code], environment=os.environ)
+    with pytest.raises(RuntimeError, match=r"^it was not ready within 0 s\. Its last lines:"):
+        program.wait_until(lambda: False, 0)
+    message = r"^it has ended with exit code 1\. Its last lines:\na\nb\nit broke$"
+    with pytest.raises(RuntimeError, match=message):
+        program.wait_until(lambda: False, HANG_SECONDS)
+
+
 def test_program_that_takes_too_long_is_ended(tmp_path):
     program = start(WAITS, tmp_path / "log")
     with pytest.raises(RuntimeError, match=r"the program took more than 0\.5 s"):

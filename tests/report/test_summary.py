@@ -119,6 +119,12 @@ def test_commands_can_be_given_as_they_are_to_a_shell(tmp_path, folder):
     ]
 
 
+def test_text_is_not_offered_where_the_model_knows_token_ids_only(tmp_path):
+    data = report().data.replace(mode="synthetic", name="synthetic")
+    found = lines(tmp_path, report(data=data))
+    assert "text" not in found and "transformers" in found
+
+
 def test_folder_that_is_the_default_is_not_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = lines(DEFAULT_CACHE, report())

@@ -231,7 +231,7 @@ def test_sweep_of_the_name_with_other_settings_is_refused_before_anything_is_cha
     more = first.model_copy(update={"sizes": ("tiny", "small")})
     sweep_report.require_as_started(more)
     other = {**given, "training": {"learning_rate": 0.5}}
-    with pytest.raises(ValueError, match="s-tiny of sweep s was started with"):
+    with pytest.raises(ValueError, match="s-tiny of sweep s was trained with"):
         sweep_report.require_as_started(
             SweepConfig(sweep_name="s", sizes=("small", "tiny"), run=other)
         )

@@ -1,5 +1,8 @@
 """The defaults of a training, by size and device."""
 
+import math
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,18 +65,24 @@ def test_tokens_of_a_step_are_those_of_its_rows_whatever_is_given(
 @given(
     gpus=st.integers(1, 8),
     rows=st.integers(1, 600),
+    rest=st.sampled_from([0, 0, 0, 7]),
     seq_len=st.sampled_from([1000, 2048]),
     batch_size=counts,
+    grad_accum_steps=counts,
 )
-def test_batch_that_is_given_in_tokens_is_split_evenly_or_refused(gpus, rows, seq_len, batch_size):
-    asked = {"gpus": gpus, "batch_tokens": rows * seq_len, "batch_size": batch_size}
-    possible = rows % gpus == 0 and rows // gpus % (batch_size or 1) == 0
-    if not possible:
-        with pytest.raises(ValueError, match=r"rows of"):
-            filled(H200, seq_len=seq_len, **asked)
-        return
-    choice = filled(H200, seq_len=seq_len, **asked)
-    assert choice.batch_size * choice.grad_accum_steps * gpus == rows
+def test_batch_that_is_given_in_tokens_is_split_evenly_or_refused_with_one_that_is(
+    gpus, rows, rest, seq_len, batch_size, grad_accum_steps
+):
+    counted = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps, "gpus": gpus}
+    unit = math.prod(count or 1 for count in counted.values())
+    possible = rows == unit if batch_size and grad_accum_steps else rows % unit == 0
+    tokens = rows * seq_len + rest
+    if rest or not possible:
+        with pytest.raises(ValueError, match=r"use .*\d+$") as refused:
+            filled(H200, seq_len=seq_len, batch_tokens=tokens, **counted)
+        tokens = int(re.findall(r"\d+", str(refused.value))[-1])
+    choice = filled(H200, seq_len=seq_len, batch_tokens=tokens, **counted)
+    assert choice.batch_size * choice.grad_accum_steps * gpus * seq_len == tokens
 
 
 def test_cpu_trains_for_minutes_with_a_lower_rate_for_its_small_batches():

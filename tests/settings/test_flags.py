@@ -1,10 +1,19 @@
 """Settings by the names of their flags."""
 
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from pipeline import ROOT
 from pydantic import ValidationError
 
+from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
+from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.sweep import SweepConfig
 
 
 @pytest.mark.parametrize(
@@ -14,8 +23,8 @@ from zeroflow.settings.run_config import RunConfig
         ({"training": {"seq_len": 1}}, "--seq-len: .* greater than or equal to 2"),
         ({"run_name": "a/b"}, "--run-name: .*'a/b'"),
         ({"data": {"data_path": ["a", 3]}}, "^--data-path: .* .found 3"),
-        ({"model": {"hidden_size": 32}}, "^a custom shape also needs num_hidden_layers"),
-        ({"data": {"data_mode": "files"}}, "^data_mode files needs data_path"),
+        ({"model": {"hidden_size": 32}}, "^a custom shape also needs --num-hidden-layers"),
+        ({"data": {"data_mode": "files"}}, "^--data-mode files needs --data-path"),
     ],
 )
 def test_message_is_in_the_words_of_the_command_line(given, message):
@@ -37,3 +46,38 @@ def test_message_of_another_error_is_its_message_or_at_least_its_kind():
     assert error_message(ValueError("no room")) == "no room"
     assert error_message(ValueError("ws://me:s3cret@box")) == "ws://***@box"
     assert error_message(TimeoutError()) == "TimeoutError"
+
+
+NAMES = {
+    setting.path[-1]
+    for config in (RunConfig, SweepConfig, ProofRun)
+    for setting in flags.settings(config)
+    if "_" in setting.path[-1]
+}
+
+
+def messages(file: Path) -> Iterator[str]:
+    """Texts of the errors that `file` raises, and of its lines in the log."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Raise) and node.exc:
+            parts = [node.exc]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            parts = [*node.args] if node.func.attr in LOGGING else []
+        for part in parts:
+            yield from (
+                text.value
+                for text in ast.walk(part)
+                if isinstance(text, ast.Constant) and isinstance(text.value, str)
+            )
+
+
+LOGGING = {"info", "warning", "error", "add_note"}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "zeroflow").rglob("*.py")), ids=lambda file: file.stem
+)
+def test_messages_name_a_setting_by_its_flag(file):
+    named = re.compile(rf"(?<![\w.])({'|'.join(sorted(NAMES))})(?!\w)")
+    assert not [text for text in messages(file) if named.search(text)]

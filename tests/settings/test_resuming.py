@@ -91,9 +91,9 @@ def test_preflight_is_skipped_by_the_command_that_says_so():
     [
         ({"device": "cpu"}, ""),
         ({"training": {"seq_len": 64, "max_steps": 40, "gpus": 2}}, ""),
-        ({"training": {"seq_len": 64, "max_steps": 10}}, "training.max_steps 20, now it is 10"),
-        ({"training": {"seq_len": 32, "max_steps": 20}}, "training.seq_len 64, now it is 32"),
-        ({"seed": 9}, "seed 0, now it is 9"),
+        ({"training": {"seq_len": 64, "max_steps": 10}}, "--max-steps 20, now it is 10"),
+        ({"training": {"seq_len": 32, "max_steps": 20}}, "--seq-len 64, now it is 32"),
+        ({"seed": 9}, "--seed 0, now it is 9"),
     ],
 )
 def test_difference_is_the_first_setting_that_may_not_change(change, found):

@@ -19,7 +19,7 @@ def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
     assert choice.shape == SHAPE and choice.name == "custom"
     assert ModelChoice().shape == SIZES["tiny"] and ModelChoice().name == "tiny"
     assert ModelChoice(size="medium").shape == SIZES["medium"]
-    with pytest.raises(ValidationError, match="needs num_key_value_heads, intermediate_size"):
+    with pytest.raises(ValidationError, match="needs --num-key-value-heads, --intermediate-size"):
         ModelChoice(**SHAPE.model_dump(exclude={"num_key_value_heads", "intermediate_size"}))
     with pytest.raises(ValidationError, match="size tiny and a custom shape"):
         ModelChoice(size="tiny", hidden_size=32)

@@ -159,22 +159,22 @@ def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change)
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"seed": 1}, "seed 0, now it is 1"),
-        ({"training": {"learning_rate": 0.1}}, "training.learning_rate 0.001, now it is 0.1"),
-        ({"training": {"seq_len": 128}}, "training.seq_len 256, now it is 128"),
-        ({"training": {"schedule": "wsd"}}, "training.schedule cosine, now it is wsd"),
-        ({"training": {"precision": "bf16"}}, "training.precision fp32, now it is bf16"),
-        ({"training": {"fp8": True}}, "training.fp8 False, now it is True"),
-        ({"training": {"max_steps": 9}}, "training.max_steps 10, now it is 9"),
-        ({"model": {"size": "small"}}, "model.size tiny, now it is small"),
-        ({"tokenizer": {"vocab_size": 400}}, "tokenizer.vocab_size 32768, now it is 400"),
-        ({"optimizer": {"weight_decay": 0.0}}, "optimizer.weight_decay 0.1, now it is 0.0"),
+        ({"seed": 1}, "--seed 0, now it is 1"),
+        ({"training": {"learning_rate": 0.1}}, "--learning-rate 0.001, now it is 0.1"),
+        ({"training": {"seq_len": 128}}, "--seq-len 256, now it is 128"),
+        ({"training": {"schedule": "wsd"}}, "--schedule cosine, now it is wsd"),
+        ({"training": {"precision": "bf16"}}, "--precision fp32, now it is bf16"),
+        ({"training": {"fp8": True}}, "--fp8 False, now it is True"),
+        ({"training": {"max_steps": 9}}, "--max-steps 10, now it is 9"),
+        ({"model": {"size": "small"}}, "--size tiny, now it is small"),
+        ({"tokenizer": {"vocab_size": 400}}, "--vocab-size 32768, now it is 400"),
+        ({"optimizer": {"weight_decay": 0.0}}, "--weight-decay 0.1, now it is 0.0"),
     ],
 )
 def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field):
     start = ask(run_name="mine", training={"max_steps": 10})
     before = trained(start)
-    with pytest.raises(ValueError, match=f"run mine was started with {field}"):
+    with pytest.raises(ValueError, match=f"run mine was trained with {field}"):
         settle(ask(run_name="mine", **change))
     assert load(before.cache_dir, "mine") == before
 
@@ -194,7 +194,7 @@ def test_refused_change_of_a_run_that_never_trained_leaves_its_settings(ask):
     run = settle(ask(run_name="mine")).run
     before = contents(run.run_dir)
     wrong = ask(run_name="mine", seed=1, training={"max_steps": 10, "warmup_steps": 99})
-    with pytest.raises(ValueError, match="warmup_steps"):
+    with pytest.raises(ValueError, match="--warmup-steps"):
         settle(wrong)
     nowhere = {"data_mode": "files", "data_path": ["/nowhere/*.txt"]}
     with pytest.raises(ValueError, match="nowhere"):
@@ -237,7 +237,7 @@ def test_size_of_a_run_is_what_it_was_started_with(ask):
 def test_run_that_was_extended_refuses_the_steps_it_was_started_with(ask):
     trained(ask(run_name="mine", training={"max_steps": 10}))
     settle(ask(run_name="mine", training={"max_steps": 20}))
-    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 10"):
+    with pytest.raises(ValueError, match=r"--max-steps 20, now it is 10"):
         settle(ask(run_name="mine", training={"max_steps": 10}))
 
 
@@ -253,7 +253,7 @@ def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeyp
     (first.run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
     named = asked.replace(run_name=first.run.run_name)
     assert settle(named).run == first.run == settle(asked).run
-    with pytest.raises(ValueError, match="data_mode synthetic, now it is sample"):
+    with pytest.raises(ValueError, match="--data-mode synthetic, now it is sample"):
         settle(named.replace(data={"data_mode": "sample"}))
 
 
@@ -287,7 +287,9 @@ def test_setting_that_would_do_nothing_is_refused(ask, settings, message):
 
 def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
     settle(ask(run_name="mine"))
-    with pytest.raises(ValueError, match=r"batch_tokens 512 are 2 rows .* not batch_size 3 x"):
+    with pytest.raises(
+        ValueError, match=r"--batch-tokens 512 gives 2 rows .* with --batch-size 3 x"
+    ):
         settle(ask(run_name="mine", training={"batch_size": 3, "grad_accum_steps": 1}))
 
 
@@ -297,7 +299,7 @@ def test_run_goes_on_with_more_steps_and_remembers_them(ask):
     assert more.training.max_steps == 20
     changed = {name for name, value in leaves(more) if dict(leaves(first))[name] != value}
     assert changed == {"training.max_steps"}
-    with pytest.raises(ValueError, match=r"training.max_steps 20, now it is 15"):
+    with pytest.raises(ValueError, match=r"--max-steps 20, now it is 15"):
         settle(ask(run_name="mine", training={"max_steps": 15}))
 
 
@@ -410,15 +412,27 @@ def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_tokens": 850}, "850 is not a multiple of seq_len 100: use 800"),
-        ({"batch_tokens": 50}, "50 is not a multiple of seq_len 100: use 100"),
-        ({"batch_tokens": 800, "batch_size": 3}, "8 rows of 100, which is not batch_size 3 x"),
-        ({"batch_tokens": 800, "batch_size": 16}, "8 rows of 100, which is not batch_size 16 x"),
-        ({"batch_tokens": 800, "grad_accum_steps": 3}, "8 rows of 100, which is not batch_size"),
-        ({"batch_tokens": 800, "grad_accum_steps": 16}, "8 rows of 100, which is not batch_size"),
+        ({"batch_tokens": 850}, "850 is not a multiple of --seq-len 100: use 800"),
+        ({"batch_tokens": 50}, "50 is not a multiple of --seq-len 100: use 100"),
+        (
+            {"batch_tokens": 800, "batch_size": 3},
+            "8 rows of 100, which do not agree with --batch-size 3",
+        ),
+        (
+            {"batch_tokens": 800, "batch_size": 16},
+            "8 rows of 100, which do not agree with --batch-size 16",
+        ),
+        (
+            {"batch_tokens": 800, "grad_accum_steps": 3},
+            "8 rows of 100, which do not agree with --grad-accum-steps",
+        ),
+        (
+            {"batch_tokens": 800, "grad_accum_steps": 16},
+            "8 rows of 100, which do not agree with --grad-accum-steps",
+        ),
         (
             {"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 4},
-            "not batch_size 4 x grad_accum_steps 4: drop one of the three",
+            "with --batch-size 4 x --grad-accum-steps 4: drop one of them",
         ),
         ({"warmup_steps": 10, "max_steps": 10}, "10 warm-up steps leave none of 10 steps"),
     ],
@@ -502,10 +516,10 @@ def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, 
     monkeypatch.setattr(settle_module, "resolve_corpus", fetch)
     with pytest.raises(ValueError, match="--precision is fp32: drop one"):
         settle(ask(device="auto", training={"fp8": True, "precision": "fp32"}))
-    with pytest.raises(ValueError, match="multiples of 16, but seq_len is 1000: change it"):
+    with pytest.raises(ValueError, match="multiples of 16, but --seq-len is 1000: change it"):
         settle(ask(device="auto", training={"fp8": True, "seq_len": 1000}))
     odd = SHAPE.model_dump() | {"intermediate_size": 72}
-    with pytest.raises(ValueError, match="but intermediate_size is 72: change it"):
+    with pytest.raises(ValueError, match="but --intermediate-size is 72: change it"):
         settle(ask(device="auto", model=odd, training={"fp8": True}))
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: known_gpu("RTX 3090"))
     with pytest.raises(ValueError, match=r"8\.9 or more, such as .*RTX 3090 has 8\.6: train on"):

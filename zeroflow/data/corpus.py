@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
 from zeroflow.data import hub
 from zeroflow.data.formats import registry
 from zeroflow.data.formats.file import CorpusFile, DocumentFile
@@ -91,18 +91,18 @@ class CorpusConfig(Config):
     @model_validator(mode="after")
     def _settings_belong_to_the_mode(self) -> Self:
         if self.data_mode == "files" and not self.data_path:
-            raise ValueError("data_mode files needs data_path: name files or globs")
+            raise ValueError("--data-mode files needs --data-path: name files or globs")
         if self.data_path and self.data_mode != "files":
             raise ValueError(
-                f"data_path is read in data_mode files only, not in {self.data_mode}: "
-                "add --data-mode files"
+                f"--data-path is read with --data-mode files only, not with {self.data_mode}: "
+                "use --data-mode files, or drop it"
             )
         if self.data_mode == "hub" and not self.dataset:
-            raise ValueError("data_mode hub needs dataset: name one, as owner/name")
+            raise ValueError("--data-mode hub needs --dataset: name one, as owner/name")
         if (self.dataset or self.dataset_config) and self.data_mode != "hub":
             raise ValueError(
-                f"dataset is read in data_mode hub only, not in {self.data_mode}: "
-                "add --data-mode hub"
+                f"{'--dataset' if self.dataset else '--dataset-config'} is read with --data-mode "
+                f"hub only, not with {self.data_mode}: use --data-mode hub, or drop it"
             )
         return self
 
@@ -169,7 +169,7 @@ class CorpusConfig(Config):
             default = type(self).model_fields[name].default
             if self.data_mode not in modes and getattr(self, name) != default:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} has no effect with --data-mode {self.data_mode}, "
+                    f"{flag(name)} has no effect with --data-mode {self.data_mode}, "
                     f"only with {', '.join(modes)}: drop one of them"
                 )
 
@@ -239,7 +239,8 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
         synthetic = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
         return ResolvedCorpus(synthetic, f"SYNTHETIC FALLBACK, no real text: {error}")
     remedies = ["`hf auth login` if it asks for an account"]
-    remedies += ["`--data-mode sample` to work without the hub"]
+    instead = ", without --dataset," if corpus.data_mode == "hub" else ""
+    remedies += [f"`--data-mode sample`{instead} to work without the hub"]
     if corpus.data_mode == "fineweb":
         remedies += ["`--allow-synthetic-fallback` to train on synthetic data instead"]
     raise error.with_remedies(*remedies) from error

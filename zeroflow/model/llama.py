@@ -56,12 +56,12 @@ class Shape(Config):
     def _heads_fit(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} cannot be divided among "
+                f"--hidden-size {self.hidden_size} cannot be divided among "
                 f"{self.num_attention_heads} query heads"
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} / {self.num_attention_heads} heads = "
+                f"--hidden-size {self.hidden_size} / {self.num_attention_heads} heads = "
                 f"{self.head_dim} features per head: rotary embeddings need an even number"
             )
         if self.num_attention_heads % self.num_key_value_heads:

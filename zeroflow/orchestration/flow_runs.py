@@ -28,6 +28,7 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Pending, State
 from prefect.tasks import Task
 
+from zeroflow.orchestration import server
 from zeroflow.orchestration.conclusion import STOPS, Conclusion, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
@@ -130,7 +131,8 @@ def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: 
     if cancelled.is_set():
         raise _CancelledHere
     assert ended.error is not None
-    if isinstance(ended.error, Exception) and flow_run.deployment_id:
+    has_button = flow_run.deployment_id and server.outlives_the_run()
+    if has_button and isinstance(ended.error, Exception):
         ended.error.add_note("retry: the button on the flow run's page in Prefect")
     raise ended.error
 

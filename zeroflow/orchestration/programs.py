@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,8 @@ class Program:
     Args:
         name: name in messages.
         environment: where a login belongs; all users of the machine can read the command.
-        log: file for the output, emptied first, for this user only; None discards the output.
+        log: file for the output, emptied first, for this user only. None keeps the output until
+            this process ends, for messages.
     """
 
     def __init__(
@@ -37,15 +39,15 @@ class Program:
         log: Path | None = None,
     ) -> None:
         self.name, self._log = name, log
-        with create_private(log) if log else Path(os.devnull).open("wb") as output:
-            self._process = subprocess.Popen(
-                ["sh", "-c", _KEPT, "kept", *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env=environment,
-            )
+        self._output = create_private(log) if log else tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            ["sh", "-c", _KEPT, "kept", *command],
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=self._output,
+            start_new_session=True,
+            env=environment,
+        )
 
     @property
     def pid(self) -> int:
@@ -107,7 +109,8 @@ class Program:
             self._process.wait()
 
     def _last_lines(self) -> str:
-        if self._log is None:
-            return ""
-        lines = redacted(self._log.read_text(encoding="utf-8", errors="replace")).splitlines()
-        return "\n".join([f". Last lines of {self._log}:", *lines[-_LAST_LINES:]])
+        # At a place of its own: the program writes on where its file stands
+        size = os.fstat(self._output.fileno()).st_size
+        content = os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+        source = f"Last lines of {self._log}" if self._log else "Its last lines"
+        return "\n".join([f". {source}:", *redacted(content).splitlines()[-_LAST_LINES:]])

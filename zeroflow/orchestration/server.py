@@ -31,6 +31,9 @@ START_SECONDS = 120.0
 
 STOP_SECONDS = 20.0
 
+_started_here: set[str] = set()
+"""APIs of the servers that end with a run of this process."""
+
 
 @contextmanager
 def server() -> Iterator[str]:
@@ -120,6 +123,11 @@ def _no_server(url: str) -> Exception:
     )
 
 
+def outlives_the_run() -> bool:
+    """True if the server in use stays after the run, so that its pages and buttons are of use."""
+    return PREFECT_API_URL.value() not in _started_here
+
+
 def own_api(port: int) -> Api:
     """The API of a server that is to be started on this machine, with a login of its own."""
     return Api(local_api(port), access.new_login())
@@ -149,15 +157,25 @@ def _free_port() -> int:
 def _started(port: int, api: Api) -> Iterator[None]:
     log.info("starting a Prefect server for this run on port %d", port)
     server = start_server(api)
+    _started_here.add(api.url)
     try:
         _wait_for(server, api.url)
         log.info("login of the Prefect UI: %s", api.shown_login)
         yield
+        _warn_if_ended(server)
     finally:
+        _started_here.discard(api.url)
         # Deliver queued events now: after the server has stopped, Prefect would retry for a minute
         EventsWorker.drain_all()
         APILogWorker.drain_all()
         stop_server(server, api)
+
+
+def _warn_if_ended(server: Program) -> None:
+    try:
+        server.require_running()
+    except RuntimeError as error:
+        log.warning("%s", error)
 
 
 def _wait_for(server: Program, url: str) -> None:

@@ -23,6 +23,7 @@ def summary(report_file: Path, cache: Path) -> str:
     overfit, time, expected = report.overfit, report.time, report.expected_loss
     band = [f"  expected loss    {expected.verdict}"] if expected.runs else []
     of_run = f"--run {report.run}{_flag(cache)}"
+    text = [f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'"]
     lines = [
         "",
         f"run {report.run} is complete",
@@ -34,7 +35,7 @@ def summary(report_file: Path, cache: Path) -> str:
         f"  overfit check    passed: loss {overfit.loss:.4f} after {count(overfit.steps, 'step')}",
         f"  report           {folder.report_page}",
         f"  checkpoint       {report.checkpoint}",
-        f"  text             {_program('zeroflow')} generate {of_run} --prompt '...'",
+        *(text if report.data.mode != "synthetic" else []),
         f"  transformers     {_program('zeroflow')} export {of_run} --out DIR",
         f"  both UIs         {_program('zeroflow')} ui{_flag(cache)}",
         *(f"  {what:16} {page}" for what, page in links(folder).items()),

@@ -36,7 +36,7 @@ def require_as_started(sweep: SweepConfig) -> None:
     for cell in cells(sweep):
         if different := started_otherwise(cell):
             raise ValueError(
-                f"run {cell.run_name} of sweep {sweep.name} was started with {different}: use "
+                f"run {cell.run_name} of sweep {sweep.name} was trained with {different}: use "
                 "another --sweep-name, or the earlier setting"
             )
 

@@ -1,5 +1,7 @@
 """Defaults that depend on the model's size and the device."""
 
+import math
+
 from zeroflow.data.batches import largest_divisor
 from zeroflow.device import Device
 from zeroflow.estimate.memory import largest_micro_batch
@@ -77,8 +79,7 @@ def _split(
     """
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is not None:
-        wanted = _rank_rows(choice.batch_tokens, nominal)
-        return _exact_split(choice, wanted, fits, nominal)
+        return _exact_split(choice, _exact_rows(choice, nominal), fits)
     wanted = max(1, round(usual_tokens / nominal.seq_len / nominal.ranks))
     if rows and accumulate:
         return rows, accumulate
@@ -95,38 +96,42 @@ def _split(
     return round(wanted / accumulate), accumulate
 
 
-def _rank_rows(batch_tokens: int, nominal: Workload) -> int:
-    """Number of rows of a step on each rank."""
-    seq_len, ranks = nominal.seq_len, nominal.ranks
-    rows, rest = divmod(batch_tokens, seq_len)
+def _exact_rows(choice: TrainingChoice, nominal: Workload) -> int:
+    """Number of rows of a step on each rank that give exactly `batch_tokens`.
+
+    Raises:
+        ValueError: the numbers contradict each other; the message has one that does not.
+    """
+    tokens, seq_len, ranks = choice.batch_tokens, nominal.seq_len, nominal.ranks
+    assert tokens is not None
+    counts = {"--batch-size": choice.batch_size, "--grad-accum-steps": choice.grad_accum_steps}
+    given = {name: count for name, count in counts.items() if count}
+    unit = seq_len * ranks * math.prod(given.values())
+    possible = unit if len(given) == 2 else max(1, tokens // unit) * unit
+    if tokens == possible:
+        return tokens // (seq_len * ranks)
+    rows, rest = divmod(tokens, seq_len)
     if rest:
         raise ValueError(
-            f"batch_tokens {batch_tokens} is not a multiple of seq_len {seq_len}: "
-            f"use {max(1, rows) * seq_len}"
+            f"--batch-tokens {tokens} is not a multiple of --seq-len {seq_len}: use {possible}"
         )
-    share, rest = divmod(rows, ranks)
-    if rest:
+    if rows % ranks:
         raise ValueError(
             f"{ranks} GPUs cannot share the {rows} rows of a step evenly: use a number of GPUs "
-            f"that divides them, or, for a new run, batch_tokens {max(1, share) * ranks * seq_len}"
+            f"that divides them, or, for a new run, --batch-tokens {possible}"
         )
-    return share
+    of_each = f" for each of {ranks} GPUs" if ranks > 1 else ""
+    asked = " x ".join(f"{name} {count}" for name, count in given.items())
+    raise ValueError(
+        f"--batch-tokens {tokens} gives {rows // ranks} rows of {seq_len}{of_each}, which do not "
+        f"agree with {asked}: drop one of them, or, for a new run, use --batch-tokens {possible}"
+    )
 
 
-def _exact_split(
-    choice: TrainingChoice, wanted: int, fits: int, nominal: Workload
-) -> tuple[int, int]:
+def _exact_split(choice: TrainingChoice, wanted: int, fits: int) -> tuple[int, int]:
     """Return rows per micro-batch and micro-batches per step that give exactly `wanted` rows."""
-    rows, accumulate, rest = choice.batch_size, choice.grad_accum_steps, 0
-    if rows is None:
-        share, rest = divmod(wanted, accumulate or 1)
-        rows = share if accumulate else largest_divisor(wanted, fits)
-    accumulate = accumulate or wanted // rows
-    if rest or rows * accumulate != wanted:
-        of_each = f" for each of {nominal.ranks} GPUs" if nominal.ranks > 1 else ""
-        raise ValueError(
-            f"batch_tokens {choice.batch_tokens} are {wanted} rows of {nominal.seq_len}{of_each}, "
-            f"which is not batch_size {rows} x grad_accum_steps {max(1, accumulate)}: drop one of "
-            "the three"
-        )
-    return rows, accumulate
+    accumulate = choice.grad_accum_steps
+    rows = choice.batch_size or (
+        wanted // accumulate if accumulate else largest_divisor(wanted, fits)
+    )
+    return rows, wanted // rows

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from zeroflow import artifacts
+from zeroflow.config import flag
 from zeroflow.markup import shortened
 from zeroflow.redaction import redacted
 
@@ -24,9 +25,7 @@ class Setting(NamedTuple):
 
     @property
     def flag(self) -> str:
-        # the field `name` of an optimiser has the flag --optimizer
-        name = self.path[-2] if self.path[-1] == "name" else self.path[-1]
-        return "--" + name.replace("_", "-")
+        return flag(".".join(self.path))
 
 
 def settings(config: type[BaseModel]) -> Iterator[Setting]:
@@ -108,7 +107,7 @@ def error_message(error: Exception) -> str:
         names = [part for part in problem["loc"] if isinstance(part, str)]  # not a place in a list
         message = problem["msg"].removeprefix("Value error, ")
         if names and problem["type"] != "value_error":
-            flag = "--" + names[-1].replace("_", "-")
-            message = f"{flag}: {message} (found {shortened(repr(problem['input']), _LONGEST)})"
+            found = shortened(repr(problem["input"]), _LONGEST)
+            message = f"{flag(names[-1])}: {message} (found {found})"
         lines.append(message)
     return redacted("\n".join(lines))

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from zeroflow import artifacts, reuse
+from zeroflow.config import flag
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
@@ -123,5 +124,5 @@ def difference(recorded: RunConfig, run: RunConfig) -> str:
             continue
         if name == "training.max_steps" and now[name] > before[name]:
             continue  # more steps extend a run
-        return f"{name} {before[name]}, now it is {now[name]}"
+        return f"{flag(name)} {before[name]}, now it is {now[name]}"
     return ""

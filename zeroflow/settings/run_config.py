@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from zeroflow.checks.overfit import OverfitConfig
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
@@ -71,10 +71,10 @@ class ModelChoice(Config):
         if len(missing) < len(given):
             if self.size is not None:
                 raise ValueError(
-                    f"size {self.size} and a custom shape exclude each other: drop one of them"
+                    f"--size {self.size} and a custom shape exclude each other: drop one of them"
                 )
             if missing:
-                raise ValueError(f"a custom shape also needs {', '.join(missing)}")
+                raise ValueError(f"a custom shape also needs {', '.join(map(flag, missing))}")
             Shape(**given)
         return self
 
@@ -230,9 +230,7 @@ class BuildChoice(Config):
     @model_validator(mode="after")
     def _address_belongs_to_dask(self) -> Self:
         if self.dask_address and self.data_runner != "dask":
-            raise ValueError(
-                "dask_address is used only with data_runner dask: add --data-runner dask"
-            )
+            raise ValueError("--dask-address is used only with --data-runner dask: add that")
         return self
 
 

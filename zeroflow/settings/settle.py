@@ -56,7 +56,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     wanted = _wanted(recorded, asked)
     if different := started_otherwise(asked):
         raise ValueError(
-            f"run {wanted.run_name} was started with {different}: use another --run-name, or the "
+            f"run {wanted.run_name} was trained with {different}: use another --run-name, or the "
             "earlier setting"
         )
     discarded: RunFolder | None = None

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from zeroflow import artifacts
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.refusals import refuse_stages_of_one_gpu
@@ -50,14 +50,14 @@ class SweepConfig(Config):
         }
         for name, given in fixed.items():
             if given:
-                flag = name.replace("_", "-")
-                raise ValueError(f"a sweep sets --{flag} of its runs: drop it")
+                raise ValueError(f"a sweep sets {flag(name)} of its runs: drop it")
         if self.zero_stages:
             refuse_stages_of_one_gpu(run)
         for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
+                listed = ", ".join(map(str, values))
+                raise ValueError(f"{flag(name)} has a value twice: {listed}")
         return self
 
     @property

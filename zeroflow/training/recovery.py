@@ -164,8 +164,8 @@ def advice(now: TrainingJob, failure: TrainingFailed) -> str:
             return (
                 "Micro-batches of one row with all activations recomputed do not fit. Weights, "
                 f"gradients and the optimiser's state alone take {size}: shard them over more GPUs "
-                "with --zero-stage 3, or use a smaller size, a lower --seq-len or a device with "
-                "more memory"
+                "with --zero-stage 3, or use a device with more memory, or, under another "
+                "--run-name, a smaller --size or a lower --seq-len"
             )
         case "diverged":
             return (

@@ -29,7 +29,7 @@ class Schedule(Config):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up steps leave none of {self.steps} steps: "
-                "lower warmup_steps or raise max_steps"
+                "lower --warmup-steps or raise --max-steps"
             )
         return self
 

@@ -45,7 +45,7 @@ def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: in
         raise Diverged(
             f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
             f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row with a non-finite "
-            "loss or gradient: lower --learning-rate or lengthen --warmup-steps",
+            "loss or gradient",
             state.step,
         )
 

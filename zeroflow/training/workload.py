@@ -180,10 +180,10 @@ class Workload(Config):
         if self.precision == "fp32":
             raise ValueError("--fp8 needs bf16, but --precision is fp32: drop one of them")
         sides = {
-            "hidden_size": self.model.hidden_size,
-            "intermediate_size": self.model.intermediate_size,
+            "--hidden-size": self.model.hidden_size,
+            "--intermediate-size": self.model.intermediate_size,
             "the joined size of queries, keys and values": self.model.qkv_size,
-            "seq_len": self.seq_len,
+            "--seq-len": self.seq_len,
         }
         for name, side in sides.items():
             if side % fp8.MULTIPLE:

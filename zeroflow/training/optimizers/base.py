@@ -14,7 +14,7 @@ from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import zero
 
@@ -35,9 +35,10 @@ class OptimizerConfig(Config, ABC):
     @classmethod
     def _no_setting_of_another(cls, given: Any) -> Any:
         if isinstance(given, dict) and (foreign := given.keys() - cls.model_fields):
-            flag = f"--{min(foreign)}".replace("_", "-")
             name = cls.model_fields["name"].default
-            raise ValueError(f"{flag} has no effect with --optimizer {name}: drop one of them")
+            raise ValueError(
+                f"{flag(min(foreign))} has no effect with --optimizer {name}: drop one of them"
+            )
         return given
 
     @abstractmethod
