@@ -249,12 +249,14 @@ def reads(job: Job) -> Figures:
     import numpy as np
 
     from zeroflow.data.batches import Batches, BatchShape
+    from zeroflow.data.order import Order, Segment
     from zeroflow.data.rows import Rows
 
     rows = Rows(build_ours(job), "train")
     random = np.random.default_rng(0)
     ids = random.integers(len(rows), size=(100_000, _READ_ROWS))
-    batches = Batches(rows, BatchShape(1, 1, _READ_ROWS), seed=0)
+    order = Order([Segment(batch=0, rows=len(rows))], batch_rows=_READ_ROWS, seed=0)
+    batches = Batches(rows, BatchShape(1, 1, _READ_ROWS), order)
     rows_read = _READ_ROWS * _repetitions(lambda i: rows[ids[i % len(ids)]], time.process_time)
     fed = _repetitions(batches.micro_batches, time.perf_counter)
     return {

@@ -1,11 +1,8 @@
 import queue
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from patience import HANG_SECONDS
 from tiny import ArrayRows
 
@@ -15,54 +12,19 @@ from zeroflow.data.batches import (
     BatchShape,
     MicroBatch,
     Prefetcher,
-    Skip,
-    permute,
-    row_ids,
     to_micro_batch,
 )
+from zeroflow.data.order import Order, Segment
 
 ROWS = (np.arange(23)[:, None] * 100 + np.arange(5)).view(ArrayRows)
 """23 rows of 5 tokens, each token different; what Batches needs of `Rows` an array has as well."""
 
 
 def batches(*, accumulate: int, ranks: int, micro: int, rank: int = 0, seed: int = 7) -> Batches:
-    return Batches(ROWS, BatchShape(accumulate, ranks, micro), seed=seed, rank=rank)
-
-
-@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@example(size=1, key=0)
-@example(size=2, key=1)
-@example(size=4096, key=1)
-@example(size=4097, key=1)
-def test_permutation_visits_every_place_once(size, key):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
-
-
-def test_permutation_of_a_place_needs_no_others():
-    size = 10**12
-    places = np.array([0, 1, 5 * 10**11, size - 1])
-    together = permute(places, size, key=3)
-    assert together.tolist() == [int(permute(places[i : i + 1], size, key=3)[0]) for i in range(4)]
-    assert len(set(together.tolist())) == 4 and together.max() < size
-
-
-def test_permutation_sends_a_place_anywhere_alike():
-    size, keys = 10, 1000
-    visits = np.stack([permute(np.arange(size), size, key) for key in range(keys)])
-    for place in range(size):
-        counts = np.bincount(visits[:, place], minlength=size)
-        # binomial with mean 100 and deviation 9.5: five of them
-        assert abs(counts - keys / size).max() < 48
-
-
-@pytest.mark.parametrize("size", [1, 2, 23, 100, 1000])
-def test_every_row_comes_once_an_epoch_in_another_order_each_time(size):
-    ids = row_ids(np.arange(3 * size), size, seed=5).reshape(3, size)
-    for epoch in ids:
-        assert sorted(epoch.tolist()) == list(range(size))
-    if size >= 23:
-        assert all(not np.array_equal(a, b) for a, b in pairwise(ids))
-        assert not np.array_equal(ids[0], row_ids(np.arange(size), size, seed=6))
+    shape = BatchShape(accumulate, ranks, micro)
+    whole = [Segment(batch=0, rows=len(ROWS))]
+    order = Order(whole, batch_rows=accumulate * ranks * micro, seed=seed)
+    return Batches(ROWS, shape, order, rank=rank)
 
 
 # global batches of 1, 6, 12, 23, 30 rows out of 23: also larger than an epoch
@@ -130,17 +92,6 @@ def test_documents_of_a_row_are_numbered_with_their_ends():
     batch = to_micro_batch(rows, end_of_text=end, document_mask=True)
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 2, 2]]
     assert to_micro_batch(rows, end_of_text=end).documents is None
-
-
-def test_skipped_window_is_left_out_and_nothing_else_moves():
-    def order(skips, steps=6):
-        batches = Batches(ROWS, BatchShape(2, 1, 2), seed=3, skips=skips)
-        return [batches.row_ids(step).ravel().tolist() for step in range(steps)]
-
-    plain = order((), steps=12)
-    assert order([Skip(step=2, batches=3)]) == plain[:2] + plain[5:9]
-    both = [Skip(step=2, batches=3), Skip(step=4, batches=1)]
-    assert order(both) == plain[:2] + plain[5:7] + plain[8:10]
 
 
 def test_next_batch_is_made_while_the_one_before_is_used():

@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+from shard_sets import SYNTHETIC, synthetic_tokenizer
 
 from zeroflow.data import synthetic
+from zeroflow.data.build import build_shards
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardConfig
 
 
 def take(count: int, *, vocab_size: int = 400, seed: int = 0):
@@ -37,7 +41,7 @@ def test_ids_are_spread_over_the_whole_vocabulary():
     assert np.diff(used).max() < 128_256 / 50
 
 
-def test_entropy_is_that_of_the_tokens():
+def test_loss_of_the_chain_is_the_entropy_of_its_tokens():
     vocab_size = 400
     stream = np.concatenate(take(4000, vocab_size=vocab_size)).astype(np.int64)
     pairs = np.bincount(stream[:-1] * vocab_size + stream[1:], minlength=vocab_size**2)
@@ -46,5 +50,29 @@ def test_entropy_is_that_of_the_tokens():
     seen = pairs > 0
     measured = -(joint[seen] * np.log((joint / np.maximum(given, 1e-12))[seen])).sum()
     # a million tokens: sampling deviates by 0.001, counting 1,300 kinds of pair adds as much
-    assert measured == pytest.approx(synthetic.entropy_rate(vocab_size), abs=0.005)
+    assert measured == pytest.approx(synthetic.chain_loss(stream[None], vocab_size), abs=0.005)
     assert measured < 0.3 * np.log(synthetic.ALPHABET)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_entropy_of_packed_rows_is_the_loss_of_the_true_chain_on_them(packing, tmp_path):
+    config = ShardConfig(seq_len=64, train_rows=20_000, validation_rows=1, packing=packing)
+    shards = build_shards(config, SYNTHETIC, synthetic_tokenizer(400), tmp_path)
+    rows = Rows(shards, "train")
+    tokens = rows[np.arange(len(rows))].astype(np.int64)
+    before, after = tokens[:, :-1].ravel(), tokens[:, 1:].ravel()
+    pairs = np.zeros((400, 400))
+    np.add.at(pairs, (before, after), 1)
+    pairs[399, 399] = 0  # padding
+    # The four most frequent successors of a token have these probabilities
+    successors = np.argsort(-pairs[:399, :399], axis=1)[:, :4]
+    chain = np.zeros((400, 400))
+    np.put_along_axis(chain[:399], successors, (255 / 256) * synthetic.SUCCESSORS, axis=1)
+    chain[:399, 399] = 1 / 256
+    chain[399, np.unique(before[before < 399])] = 1 / 256  # an alphabet of 256 tokens
+    loss = -(pairs[pairs > 0] * np.log(chain[pairs > 0])).sum() / pairs.sum()
+    assert shards.entropy == pytest.approx(loss, abs=0.001), "1.6M draws of deviation 0.9"
+    # Half of the documents begin with a row if packed by length, where no token predicts them
+    stream = np.concatenate(take(4000)).astype(np.int64)
+    lower = synthetic.chain_loss(stream[None], 400) - shards.entropy
+    assert (lower > 0.005) == (packing == "best-fit")

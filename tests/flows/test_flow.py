@@ -17,7 +17,7 @@ from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api, mlflow_client,
 from wheel import build_wheel, install
 
 from zeroflow.cli import commands
-from zeroflow.data.batches import Skip
+from zeroflow.data.order import Skip
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import goodput
 from zeroflow.training.recovery import LEDGER, Entry

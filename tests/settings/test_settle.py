@@ -298,9 +298,23 @@ def test_run_goes_on_with_more_steps_and_remembers_them(ask):
     more = settle(ask(run_name="mine", training={"max_steps": 20})).run
     assert more.training.max_steps == 20
     changed = {name for name, value in leaves(more) if dict(leaves(first))[name] != value}
-    assert changed == {"training.max_steps"}
+    intervals = {"training.validate_every", "training.checkpoint_every"}
+    assert changed == {"training.max_steps", *intervals}
     with pytest.raises(ValueError, match=r"--max-steps 20, now it is 15"):
         settle(ask(run_name="mine", training={"max_steps": 15}))
+
+
+def test_intervals_of_an_extended_run_are_those_of_its_steps_unless_they_were_chosen(ask):
+    trained(ask(run_name="mine", training={"max_steps": 100}))
+
+    def intervals(**training: int) -> tuple[int, int]:
+        run = settle(ask(run_name="mine", training=training)).run
+        return run.training.validate_every, run.training.checkpoint_every
+
+    assert intervals(max_steps=100) == (50, 20)
+    assert intervals(max_steps=200) == intervals(max_steps=200) == (100, 40)
+    assert intervals(max_steps=400, checkpoint_every=40) == (200, 40)
+    assert intervals(max_steps=800, validate_every=7) == (7, 40), "40 was chosen"
 
 
 def test_setting_that_is_not_given_again_is_taken_from_the_run(ask):

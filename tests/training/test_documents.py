@@ -12,8 +12,8 @@ from tiny import contents
 
 from zeroflow.cli import commands
 from zeroflow.data import slices
-from zeroflow.data.batches import Batches, BatchShape, Skip
 from zeroflow.data.build import build_shards
+from zeroflow.data.order import Skip
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import fetch_tokenizer
 from zeroflow.inference.trained import job as load_job
@@ -21,6 +21,7 @@ from zeroflow.model.build import build_model
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
+from zeroflow.training import batching
 from zeroflow.training.documents import documents_left_out, documents_of_step
 from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
@@ -56,7 +57,7 @@ def begin(job: TrainingJob, step: int) -> None:
 
 def trained_on(job: TrainingJob, step: int) -> list[int]:
     """Rows whose tokens training reads for `step`, from 1."""
-    batches = Batches(Rows(job.shards, "train"), BatchShape(2, 1, 2), seed=0, skips=job.skips)
+    batches = batching.batches(Rows(job.shards, "train"), job.training, job.order)
     ids = batches.row_ids(step - 1).flatten()
     inputs = [row for batch in batches.micro_batches(step - 1) for row in batch.inputs.tolist()]
     assert inputs == Rows(job.shards, "train")[ids][:, :-1].tolist()
@@ -122,16 +123,25 @@ def test_step_that_a_run_does_not_have_is_refused(text, tmp_path, step):
         documents_of_step(load_job(tmp_path, "mine"), step)
 
 
-def test_steps_before_a_run_was_extended_had_the_rows_there_were(text, tmp_path, small_parts):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_steps_before_a_run_was_extended_had_the_rows_there_were(
+    text, tmp_path, small_parts, recorded
+):
+    """Older versions recorded no segments, and permuted all rows anew from then on."""
     short = prepared(text, tmp_path, steps=6)
     begin(short, 0)
+    (short.folder.checkpoints / "step-00000004").mkdir(parents=True)
     longer = prepared(text, tmp_path, steps=100)
     begin(longer, 4)
     assert longer.shards.parts > short.shards.parts
+    assert [segment.batch for segment in longer.segments] == [0, 4]
+    if not recorded:
+        longer = longer.replace(segments=())
+        longer.write(longer.folder.job)
     for step, job in ((4, short), (5, longer), (100, longer)):
         rows = [piece.row for piece in documents_of_step(load_job(tmp_path, "mine"), step)]
         assert list(dict.fromkeys(rows)) == trained_on(job, step)
-    assert trained_on(short, 4) != trained_on(longer, 4), "so it matters"
+    assert recorded == (trained_on(short, 4) == trained_on(longer, 4))
 
 
 @contextmanager

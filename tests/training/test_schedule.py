@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from zeroflow.training.schedule import Schedule, ScheduleName, decays
+from zeroflow.training.schedule import Earlier, Schedule, ScheduleName, decays
 
 
 @st.composite
@@ -58,6 +58,47 @@ def test_wsd_is_constant_then_linear_over_the_last_fifth():
     assert set(values[10:801]) == {3.0}
     for step in range(800, 1000):
         assert values[step] == pytest.approx(3.0 * (1000 - step) / 200)
+
+
+@st.composite
+def extended_schedules(draw: st.DrawFn) -> Schedule:
+    before = draw(schedules())
+    since = draw(st.integers(1, before.steps))
+    steps = before.steps + draw(st.integers(1, 400))
+    return before.replace(steps=steps, before=Earlier(schedule=before, steps=since))
+
+
+@given(extended_schedules())
+def test_extended_schedule_keeps_what_was_and_comes_to_what_it_would_be_without_a_jump(schedule):
+    before, plain = schedule.before, schedule.replace(before=None)
+    values, since = rates(schedule), before.steps
+    assert values[:since] == rates(before.schedule)[:since]
+    if since < schedule.warmup_steps:
+        assert values == rates(plain)
+        return
+    warm = since + schedule.warmup_steps
+    assert values[warm:] == rates(plain)[warm:]
+    assert all(value > 0 for value in values)
+    if schedule.warmup_steps:
+        most = schedule.peak / schedule.warmup_steps
+        # also where the second decay falls while the rate still rises
+        rises = [b - a for a, b in pairwise(values[since - 1 : warm + 1])]
+        assert all(rise <= most * (1 + 1e-9) for rise in rises)
+
+
+def test_wsd_that_is_extended_before_its_decay_does_not_change_its_rate():
+    before = Schedule(name="wsd", peak=3.0, warmup_steps=10, steps=100)
+    later = before.replace(steps=200, before=Earlier(schedule=before, steps=80))
+    assert rates(later) == rates(before.replace(steps=200))
+
+
+def test_schedule_that_was_not_extended_is_stored_as_before():
+    plain = Schedule(name="cosine", peak=1.0, warmup_steps=1, steps=9)
+    assert plain.model_dump() == {"name": "cosine", "peak": 1.0, "warmup_steps": 1, "steps": 9}
+    later = plain.replace(steps=20, before=Earlier(schedule=plain, steps=9))
+    again = later.replace(steps=30, before=Earlier(schedule=later, steps=20))
+    assert Schedule.model_validate_json(again.model_dump_json()) == again
+    assert rates(again)[:20] == rates(later)
 
 
 def test_help_describes_every_schedule():

@@ -11,14 +11,16 @@ import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
 
 from zeroflow import artifacts
-from zeroflow.data.batches import Batches, MicroBatch, Skip
-from zeroflow.training import checkpoint
+from zeroflow.data.batches import Batches, MicroBatch
+from zeroflow.data.order import Skip
+from zeroflow.training import checkpoint, session
 from zeroflow.training.__main__ import work
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.failures import Diverged
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import Cadence, TrainingJob, finished
 from zeroflow.training.stopping import Stop
+from zeroflow.training.validation import ValidationLoss
 
 STEPS = 12
 
@@ -82,7 +84,8 @@ def test_training_logs_validates_and_saves_as_often_as_it_is_told(undisturbed):
     lines = read(job.folder.metrics)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]
-    assert saved(job) == [4, 8, 12] == [event["step"] for event in events(job, "saved")]
+    # at step 6 with the lowest validation loss until then
+    assert saved(job) == [4, 6, 8, 12] == [event["step"] for event in events(job, "saved")]
     assert [event["steps"] for event in events(job, "started")] == [STEPS]
     assert read(job.folder.events)[-1]["event"] == "done"
     assert job.folder.alive.exists()
@@ -98,13 +101,16 @@ def test_training_logs_validates_and_saves_as_often_as_it_is_told(undisturbed):
 
 def test_validation_loss_is_kept_with_the_checkpoint_of_its_step_alone(undisturbed):
     job = undisturbed
-    of_last = [line["val_loss"] for line in read(job.folder.metrics) if "val_loss" in line][-1]
+    *_, of_step_6, of_last = (
+        line["val_loss"] for line in read(job.folder.metrics) if "val_loss" in line
+    )
     manifests = {
         step: artifacts.read_json(job.folder.checkpoints / f"step-{step:08d}" / "manifest.json")
         for step in saved(job)
     }
     assert {step: found["val_loss"] for step, found in manifests.items()} == {
         4: None,
+        6: of_step_6,
         8: None,
         12: of_last,
     }
@@ -132,13 +138,28 @@ def test_lines_after_the_newest_checkpoint_are_logged_again_and_once(job):
     assert [event["step"] for event in events(job, "started")] == [0, 4]
 
 
-def broken_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses are not finite from that step on, as the batches claim to hold no target."""
+def test_state_with_the_lowest_validation_loss_is_saved_and_stays(job, monkeypatch):
+    losses = iter([2.0, 3.0, 3.5, 4.0])  # at steps 0, 5, 10 and the last
+    monkeypatch.setattr(
+        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None)
+    )
+    every_5 = job.replace(
+        cadence=Cadence(log=2, validate_=5, checkpoint=4), retention=Retention(keep=1)
+    )
+    train(every_5, after(6))
+    assert saved(job) == [5, 6]
+    train(every_5)
+    assert saved(job) == [5, STEPS], "not step 10, whose loss is not the lowest, nor untrained ones"
+
+
+def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, *, to: int = STEPS) -> None:
+    """Losses are not finite in those steps, as the batches claim to hold no target."""
     micro_batches = Batches.micro_batches
 
     def broken(batches: Batches, number: int) -> list[MicroBatch]:
         found = micro_batches(batches, number)
-        return [batch._replace(valid=0) for batch in found] if number >= step - 1 else found
+        is_broken = step - 1 <= number < to
+        return [batch._replace(valid=0) for batch in found] if is_broken else found
 
     monkeypatch.setattr(Batches, "micro_batches", broken)
 
@@ -154,6 +175,33 @@ def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_s
     assert [line["step"] for line in trained_lines(job)] == [1, 2]
     assert saved(job) == [], "no state whose update was skipped"
     assert sum("no update" in r.getMessage() for r in caplog.records) == 6
+
+
+@pytest.mark.parametrize(("log", "checkpoint", "found"), [(10, 12, 10), (12, 9, 9)])
+def test_six_skipped_updates_between_logged_steps_end_the_training_when_the_host_looks(
+    job, monkeypatch, log, checkpoint, found
+):
+    broken_from(3, monkeypatch, to=8)
+    cadence = Cadence(log=log, validate_=12, checkpoint=checkpoint)
+    with pytest.raises(Diverged, match=rf"step {found} has loss \d.*gradient: 6") as failure:
+        train(job.replace(cadence=cadence))
+    assert failure.value.step == found and saved(job) == []
+
+
+def test_five_skipped_updates_in_a_row_are_tolerated_and_so_are_more_that_are_not_in_a_row(
+    job, monkeypatch
+):
+    micro_batches = Batches.micro_batches
+
+    def broken(batches: Batches, number: int) -> list[MicroBatch]:
+        found = micro_batches(batches, number)
+        is_broken = number + 1 in (2, 3, 4, 5, 6, 8, 9)
+        return [batch._replace(valid=0) for batch in found] if is_broken else found
+
+    monkeypatch.setattr(Batches, "micro_batches", broken)
+    train(job)
+    assert finished(job) is not None
+    assert read(job.folder.metrics)[-2]["skipped_updates"] == 7
 
 
 def test_update_that_is_not_finite_in_the_last_step_is_no_end(job, monkeypatch):

@@ -20,6 +20,7 @@ from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
+from zeroflow.data.rows import Rows
 from zeroflow.data.shards import (
     PartFacts,
     PartManifest,
@@ -42,6 +43,9 @@ FORMAT = 4
 _OLDER_FORMATS = (3,)
 """Formats that are read but not written any more. In format 3, a corpus of few documents was held
 out from by whole documents."""
+
+_ENTROPY_TOKENS = 2**22
+"""Number of tokens of synthetic data whose entropy is computed."""
 
 OnPart = Callable[[float, str], None]
 """Called with the fraction that is done, from 0 to 1, and a line that describes the progress."""
@@ -297,7 +301,7 @@ def _describe(
                 f"bytes of text, none is left for {split}: give more text, change "
                 "--validation-fraction, or name text to validate on with --validation-path"
             )
-    return ShardSet(
+    shards = ShardSet(
         path=path,
         parts=len(facts),
         row_tokens=config.layout.row_tokens,
@@ -307,8 +311,14 @@ def _describe(
         empty_documents=sum(part.empty_documents for part in facts),
         duplicates=sum(part.duplicates for part in facts),
         bad_lines=sum(part.bad_lines for part in facts),
-        entropy=synthetic.entropy_rate(tokenizer.vocab_size) if tokenizer.path is None else None,
+        entropy=None,
     )
+    if tokenizer.path is not None:
+        return shards
+    rows = Rows(shards, "train")
+    count = min(len(rows), max(1, _ENTROPY_TOKENS // rows.row_tokens))
+    spread = rows[np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)]
+    return shards.replace(entropy=synthetic.chain_loss(spread, tokenizer.vocab_size))
 
 
 def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> None:

@@ -151,7 +151,7 @@ class ShardSet(StageResult):
     duplicates: NonNegativeInt
     bad_lines: NonNegativeInt
     entropy: float | None
-    """Lowest possible loss in nats per token, if the entropy of the source is known."""
+    """Loss of the true source on the training rows, in nats per token, if the source is known."""
 
     @property
     def documents(self) -> int:

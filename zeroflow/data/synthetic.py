@@ -2,8 +2,7 @@
 
 The ids are a Markov chain over a small alphabet: every token has four successors with probabilities
 1/2, 1/4, 1/8 and 1/8. A document ends with constant probability, and a new one starts with a random
-token. One token of context is all the information there is, so no model can reach a loss below
-`entropy_rate`.
+token. So the last token says all that the chain knows about the next one.
 """
 
 import math
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zeroflow.data.arrays import TokenArray
+from zeroflow.data.arrays import RowArray, TokenArray
 
 SUCCESSORS = np.array([0.5, 0.25, 0.125, 0.125])
 _WHICH = np.arange(len(SUCCESSORS))
@@ -33,14 +32,25 @@ def alphabet_size(vocab_size: int) -> int:
     return min(ALPHABET, vocab_size - 1)
 
 
-def entropy_rate(vocab_size: int) -> float:
-    """Lowest possible mean loss in nats per token, given at least one token of context."""
+def chain_loss(rows: RowArray, vocab_size: int) -> float:
+    """Mean loss of the true chain on packed `rows`, in nats per token.
+
+    It is not the entropy rate of the chain: the first token of a row is no target, and where short
+    documents are packed into rows, half of the documents start there. A model can get a little
+    lower only by what packing by length gives away about the ends of documents.
+    """
+    ends = rows == vocab_size - 1
+    before, after = ends[:, :-1], ends[:, 1:]
+    starts, stops, steps = (
+        int(np.count_nonzero(kind)) for kind in (before & ~after, ~before & after, ~before & ~after)
+    )
     successors = -float(SUCCESSORS @ np.log(SUCCESSORS))
-    end = END_PROBABILITY
-    within = -end * math.log(end) - (1 - end) * math.log(1 - end) + (1 - end) * successors
-    start = math.log(alphabet_size(vocab_size))
-    share_of_ends = end / (1 + end)  # a document has 1/end tokens on average, plus its end
-    return (1 - share_of_ends) * within + share_of_ends * start
+    nats = (
+        starts * math.log(alphabet_size(vocab_size))
+        - stops * math.log(END_PROBABILITY)
+        + steps * (successors - math.log(1 - END_PROBABILITY))
+    )
+    return nats / (starts + stops + steps)
 
 
 class SyntheticBlock(NamedTuple):

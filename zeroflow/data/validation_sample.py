@@ -13,7 +13,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from zeroflow.config import Config
 from zeroflow.data import document_table
 from zeroflow.data.arrays import Int64Array
-from zeroflow.data.batches import IGNORED, permute, to_micro_batch
+from zeroflow.data.batches import IGNORED, to_micro_batch
+from zeroflow.data.order import permute
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PartManifest, ShardSet
 from zeroflow.data.token_bytes import token_bytes

@@ -9,6 +9,7 @@ from zeroflow.device import Precision
 from zeroflow.records import Record, omitted
 from zeroflow.report.band import Verdict
 from zeroflow.report.plan import Compared
+from zeroflow.training.extension import Extension
 from zeroflow.training.recovery import Entry
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import Stage
@@ -34,6 +35,14 @@ class CorpusFigures(Record):
     documents: int
     train_rows: int
     epochs: float
+    """Rows read, with repetitions, divided by the number of rows to train on."""
+
+    covered: float | None = omitted()
+    """Fraction of these rows that were read at least once; None in older files."""
+
+    repeated: float | None = omitted()
+    """Fraction of these rows that were read more than once; None in older files."""
+
     path: Path
     """Folder of the shards."""
 
@@ -161,7 +170,7 @@ class RunReport(WorkloadFigures):
     """Final validation loss in bits per byte of text; None for data that is not text."""
 
     entropy: float | None
-    """Lowest possible loss in nats per token; None if it is unknown."""
+    """Loss of a model that knows the source of the data, in nats per token; None if unknown."""
 
     overfit: OverfitFigures
     tokens_per_second: float | None
@@ -190,6 +199,9 @@ class RunReport(WorkloadFigures):
     preflight: PreflightResult | None = None
     stages: dict[str, StageFigures] = {}  # noqa: RUF012
     """Reuse by the last command, for each stage."""
+
+    extensions: list[Extension] | None = omitted()
+    """The learning rate where the run was extended to more steps; None if it was not."""
 
     plan: list[Compared] = []  # noqa: RUF012
     """Predicted and measured figures; empty if there was no plan."""

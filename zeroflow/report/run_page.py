@@ -10,10 +10,11 @@ from zeroflow.markup import Markdown, block, bold, code, escaped, link, shortene
 from zeroflow.report import plan_page
 from zeroflow.report.pages import Page, Picture
 from zeroflow.report.plan import Plan
-from zeroflow.report.records import RunReport, StageFigures, TimeFigures
+from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
 from zeroflow.training import goodput
+from zeroflow.training.extension import Extension
 from zeroflow.training.metrics import TABLE
 from zeroflow.training.recovery import Entry
 from zeroflow.training.workload import Workload
@@ -74,7 +75,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     facts = {
         "Model": f"{report.size}, {report.parameters:,} parameters",
         "Data": f"{data.name}, revision {data.revision or 'none'}, "
-        f"{count(data.documents, 'document')}, {data.epochs:.2f} epochs",
+        f"{count(data.documents, 'document')}, {data.epochs:.2f} epochs{_coverage(data)}",
         "Tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens",
         "Trained": f"{count(report.steps, 'step')}, {report.tokens:,} tokens",
         "Training loss": f"{report.train_loss:.4f}",
@@ -89,6 +90,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Pre-flight": _preflight(report.preflight),
         "Overfit check": f"{'passed' if overfit.passed else 'FAILED'}: loss {overfit.loss:.4f} "
         f"after {count(overfit.steps, 'step')}{beyond(overfit.least_loss)}",
+        **_extended(report.extensions or ()),
         "Resume": report.resume,
         "Checkpoint": code(str(report.checkpoint)),
     }
@@ -96,11 +98,25 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         facts["MLflow"] = Markdown(", ".join(link(*item) for item in pages.items()))
     if report.entropy is not None:
         facts["Entropy of the data"] = (
-            f"{report.entropy:.4f} nats per token, the lowest possible loss"
+            f"{report.entropy:.4f} nats per token, the loss of a model that knows the source"
         )
     if report.mfu is not None:
         facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs per token"
     return facts
+
+
+def _coverage(data: CorpusFigures) -> str:
+    if data.covered is None or data.repeated is None:
+        return ""
+    return (
+        f": {data.covered:.1%} of the {data.train_rows:,} rows to train on were read, "
+        f"{data.repeated:.1%} more than once"
+    )
+
+
+def _extended(extensions: Iterable[Extension]) -> dict[str, str]:
+    found = "; ".join(map(str, extensions))
+    return {"Extension": found} if found else {}
 
 
 def _outcome(check: Check) -> Markdown | str:

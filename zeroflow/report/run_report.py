@@ -28,6 +28,7 @@ from zeroflow.tracking import tracker
 from zeroflow.tracking.store import run_ids
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, metrics, recovery
+from zeroflow.training.extension import extensions
 from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.metrics import METRICS, MetricsRecord
@@ -120,6 +121,7 @@ def _gather(
         expected_loss=_expected_loss(expected, records),
         preflight=run.checked and run.checked.replace(identity=None),
         stages=_stages(run),
+        extensions=list(extensions(job.training.schedule)) or None,
         plan=plans.hold(settings, job, shards, trained, time.training),
         metrics=metrics.latest(records),
         mlflow_run_id=ids and ids.run_id,
@@ -128,6 +130,8 @@ def _gather(
 
 def _corpus(run: Finished) -> CorpusFigures:
     settings, shards = run.settings, run.shards
+    now = recovery.applied(run.job, recovery.read(settings.folder))
+    coverage = now.order.coverage(run.trained.steps)
     return CorpusFigures(
         mode=settings.data.data_mode,
         name=settings.data.name,
@@ -135,7 +139,9 @@ def _corpus(run: Finished) -> CorpusFigures:
         synthetic_fallback=settings.fell_back,
         documents=shards.documents,
         train_rows=shards.train.rows,
-        epochs=run.job.training.workload.batch_rows * run.trained.steps / shards.train.rows,
+        epochs=coverage.epochs,
+        covered=coverage.covered,
+        repeated=coverage.repeated,
         path=shards.path,
     )
 

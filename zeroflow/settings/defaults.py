@@ -32,6 +32,14 @@ def nominal_workload(run: RunConfig, device: Device) -> Workload:
     )
 
 
+def validate_every(steps: int, *, gpu: bool) -> int:
+    return 250 if gpu else max(1, steps // 2)
+
+
+def checkpoint_every(steps: int) -> int:
+    return max(1, min(250, steps // 5))
+
+
 def fill(run: RunConfig, device: Device) -> SettledTraining:
     """Return the training settings of `run`, with a default for every value that is None.
 
@@ -59,8 +67,8 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
         "learning_rate": choice.learning_rate or peak,
         "warmup_steps": warmup if choice.warmup_steps is None else choice.warmup_steps,
         "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
-        "validate_every": choice.validate_every or (250 if gpu else max(1, steps // 2)),
-        "checkpoint_every": choice.checkpoint_every or max(1, min(250, steps // 5)),
+        "validate_every": choice.validate_every or validate_every(steps, gpu=gpu),
+        "checkpoint_every": choice.checkpoint_every or checkpoint_every(steps),
         "log_interval": choice.log_interval or (10 if gpu else 5),
         "sample_prompt": prompt if choice.sample_prompt is None else choice.sample_prompt,
     }

@@ -16,6 +16,7 @@ from zeroflow.tracking.config import (
     location,
 )
 from zeroflow.tracking.store import run_ids
+from zeroflow.training.extension import extended
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import count, parameter_count
 from zeroflow.versions import git_commit, versions
@@ -93,7 +94,7 @@ def training_job(
     )
     training = run.training_config(model, settled.device)
     bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
-    return TrainingJob(
+    job = TrainingJob(
         run_dir=run.run_dir,
         training=training,
         cadence=run.cadence,
@@ -109,3 +110,4 @@ def training_job(
         compile_cache=Cache(run.cache_dir.resolve()).compiled,
         peak_flops=training.workload.ranks * peak if bf16 and peak else None,
     )
+    return extended(job)

@@ -24,7 +24,7 @@ from zeroflow.settings.refusals import (
     refuse_what_does_nothing,
     refuse_what_the_device_cannot,
 )
-from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
@@ -193,8 +193,31 @@ def _recorded(asked: RunConfig) -> Settled | None:
 
 def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
     """Merge `asked` over the recorded settings of the run."""
-    wanted = resuming.merged(recorded, asked, _asked_at_start(recorded)) if recorded else asked
+    if recorded is None:
+        return asked.replace(model=asked.model.settled)
+    wanted = resuming.merged(recorded, asked, _asked_at_start(recorded))
+    wanted = wanted.replace(training=_with_intervals_for_more_steps(recorded, asked, wanted))
     return wanted.replace(model=wanted.model.settled)
+
+
+def _with_intervals_for_more_steps(
+    recorded: Settled, asked: RunConfig, wanted: RunConfig
+) -> TrainingChoice:
+    """Leave those intervals open that had the default for the recorded number of steps."""
+    before, training = recorded.training, wanted.training
+    if (training.max_steps or 0) <= before.max_steps:
+        return training
+    gpu = recorded.device == "cuda"
+    usual = {
+        "validate_every": defaults.validate_every(before.max_steps, gpu=gpu),
+        "checkpoint_every": defaults.checkpoint_every(before.max_steps),
+    }
+    unasked = {
+        name: None
+        for name, steps in usual.items()
+        if getattr(asked.training, name) is None and getattr(before, name) == steps
+    }
+    return training.replace(**unasked)
 
 
 def _asked_at_start(recorded: Settled) -> dict[str, object]:

@@ -1,30 +1,30 @@
 """The batches of a workload, made from the rows of a shard set."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from zeroflow.data.batches import Batches, MicroBatch, Skip, to_micro_batch
+from zeroflow.data.batches import Batches, MicroBatch, to_micro_batch
+from zeroflow.data.order import Order, Segment
 from zeroflow.data.rows import Rows
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.workload import Workload
 
 
-def batches(rows: Rows, config: TrainingConfig, skips: Sequence[Skip] = ()) -> Batches:
+def batches(rows: Rows, config: TrainingConfig, order: Order | None = None) -> Batches:
     """Return the training batches of this rank.
 
     Args:
-        skips: windows of the data to skip.
+        order: None for that of a run that reads all rows from the beginning and skips none.
     """
+    whole = [Segment(batch=0, rows=len(rows))]
     return Batches(
         rows,
         config.workload.batch_shape,
-        seed=config.seed,
+        order or Order(whole, batch_rows=config.workload.batch_rows, seed=config.seed),
         rank=zero.rank(),
-        skips=skips,
         document_mask=config.workload.document_mask,
         pin=config.workload.device == "cuda",
     )

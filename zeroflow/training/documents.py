@@ -1,10 +1,11 @@
 """The documents of a training step, recovered from the run's job and history."""
 
+import numpy as np
+
 from zeroflow.data import provenance
-from zeroflow.data.batches import Skip
+from zeroflow.data.order import Segment, Skip
 from zeroflow.data.provenance import Piece
 from zeroflow.data.rows import Rows
-from zeroflow.training import batching
 from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
 
@@ -32,22 +33,22 @@ def documents_left_out(job: TrainingJob, step: int) -> list[Piece]:
 
 
 def _pieces(job: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piece]:
-    config = job.training
-    if not 1 <= step <= config.steps:
-        raise ValueError(
-            f"run {job.run_dir.name} has no step {step}: its steps are 1 to {config.steps}"
-        )
-    shards = job.shards.replace(parts=_parts_read(job, step))
-    rows = batching.batches(Rows(shards, "train"), config, skips).row_ids(step - 1)
-    return provenance.pieces(shards, job.tokenizer, rows.flatten())
+    steps = job.training.steps
+    if not 1 <= step <= steps:
+        raise ValueError(f"run {job.run_dir.name} has no step {step}: its steps are 1 to {steps}")
+    job = job.replace(skips=skips, segments=job.segments or _segment_of_older_run(job, step))
+    rows = job.order.rows(np.array([step - 1]))
+    return provenance.pieces(job.shards, job.tokenizer, rows.flatten())
 
 
-def _parts_read(job: TrainingJob, step: int) -> int:
-    """Return the number of parts read by the process that trained `step`.
+def _segment_of_older_run(job: TrainingJob, step: int) -> tuple[Segment, ...]:
+    """Return the only segment, with the rows read by the process that trained `step`.
 
-    An extended run reads more parts, which changes the order of rows from then on. If several
-    processes trained the step, the last one counts: it replaced the work of the others.
+    Older versions recorded no segments: a run that was extended read its rows in another order from
+    then on. If several processes trained the step, the last one counts: it replaced the work of the
+    others.
     """
     events = EVENTS.read(job.folder.events)
     read = [e.parts for e in events if isinstance(e, Started) and e.step < step]
-    return read[-1] if read else job.shards.parts
+    parts = read[-1] if read else job.shards.parts
+    return (Segment(batch=0, rows=len(Rows(job.shards.replace(parts=parts), "train"))),)

@@ -44,7 +44,7 @@ class Monitor:
     def __init__(self, *, entropy: float | None, earlier: Sequence[Reading] = ()) -> None:
         """
         Args:
-            entropy: lowest possible loss in nats per token, if known.
+            entropy: loss of a model that knows the source of the data, if that is known.
             earlier: readings of the previous steps of a resumed run.
         """
         self._floor = _TOO_GOOD if entropy is None else min(_TOO_GOOD, 0.9 * entropy)

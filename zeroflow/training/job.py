@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import PositiveInt, model_validator
 
 from zeroflow.config import Config
-from zeroflow.data.batches import Skip
+from zeroflow.data.order import Order, Segment, Skip
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.data.validation_sample import SampleCounts
@@ -48,7 +48,7 @@ class RankJob(Record):
 class TrainingJob(RankJob):
     """Job of the ranks of a training."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
 
     cadence: Cadence
     retention: Retention
@@ -58,6 +58,10 @@ class TrainingJob(RankJob):
     roll_back_spikes: bool
     skips: tuple[Skip, ...] = ()
     """Windows of the data to skip."""
+
+    segments: tuple[Segment, ...] = ()
+    """Segments of the data of a run that was extended to more rows; empty for one segment of all
+    rows, as in files of older formats."""
 
     shards: ShardSet
     validation_rows: PositiveInt
@@ -73,6 +77,17 @@ class TrainingJob(RankJob):
     peak_flops: float | None
     """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None, and no MFU,
     if it is unknown or the run is in fp32."""
+
+    @property
+    def order(self) -> Order:
+        """The rows of every step."""
+        training, rows = self.training, self.shards.train.rows
+        return Order(
+            self.segments or [Segment(batch=0, rows=rows)],
+            batch_rows=training.workload.batch_rows,
+            seed=training.seed,
+            skips=self.skips,
+        )
 
     # Files written before format 2
 

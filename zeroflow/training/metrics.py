@@ -181,7 +181,7 @@ class Meter:
         Args:
             account: time account of the run so far.
         """
-        self._job, self._work = job, job.training.workload
+        self._job, self._work, self._order = job, job.training.workload, job.order
         self._last = (account.steps, account.training)
 
     def step(
@@ -204,7 +204,7 @@ class Meter:
             grad_norm=metrics.grad_norm.item(),
             update_ratio=optimizer.update_ratio(state.optimizer).item(),
             skipped_updates=int(state.skipped[1]),
-            first_epoch=step * self._work.batch_rows <= self._job.shards.train.rows,
+            first_epoch=self._order.is_first_epoch(step),
             tokens_per_second=rate,
             peak_memory_mib=peak_memory_bytes(self._job) / 2**20,
             goodput=dict(account.shares),

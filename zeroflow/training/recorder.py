@@ -12,7 +12,7 @@ from zeroflow.training.goodput import PhaseLedger
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.loop import StepMetrics
-from zeroflow.training.metrics import METRICS, Meter, MetricsRecord, StepRecord
+from zeroflow.training.metrics import METRICS, Meter, MetricsRecord, StepRecord, ValidationRecord
 from zeroflow.training.pulse import Pulse, PulseWriter
 from zeroflow.training.state import TrainState
 from zeroflow.training.validation import ValidationLoss
@@ -41,6 +41,11 @@ class Recorder:
     def records(self) -> list[MetricsRecord]:
         """Return all records so far."""
         return METRICS.read(self._job.folder.metrics)
+
+    def lowest_validation_loss(self) -> float:
+        """Return the lowest validation loss of trained weights so far, or infinity."""
+        losses = (r.val_loss for r in self.records() if isinstance(r, ValidationRecord) and r.step)
+        return min(filter(math.isfinite, losses), default=math.inf)
 
     def event(self, event: Event) -> None:
         if zero.rank() == 0:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from zeroflow.data.batches import Skip
+from zeroflow.data.order import Skip
 from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import checkpoint, tracked

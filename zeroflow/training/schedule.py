@@ -10,12 +10,16 @@ from typing import Literal, NamedTuple, Self
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zeroflow.config import Config
+from zeroflow.records import omitted
 
 ScheduleName = Literal["cosine", "wsd"]
 
 
 class Schedule(Config):
-    """Linear warm-up to `peak`, then a decay to 0 at `steps`."""
+    """Linear warm-up to `peak`, then a decay to 0 at `steps`.
+
+    A run that was extended warms up a second time, from its last learning rate to the decay.
+    """
 
     name: ScheduleName
     """Shape of the decay."""
@@ -23,6 +27,8 @@ class Schedule(Config):
     peak: PositiveFloat
     warmup_steps: NonNegativeInt
     steps: PositiveInt
+    before: "Earlier | None" = omitted()
+    """Schedule until the run was extended; None if it was not."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -37,7 +43,28 @@ class Schedule(Config):
         """Return the learning rate of step `step`, counted from 0; positive for every step."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        return _DECAYS[self.name].learning_rate(self, self.steps - step)
+        decayed = _DECAYS[self.name].learning_rate(self, self.steps - step)
+        before = self.before
+        if before is None or before.steps < self.warmup_steps:
+            return decayed
+        if step < before.steps:
+            return before.schedule.learning_rate(step)
+        if (warm := step - before.steps + 1) >= self.warmup_steps:
+            return decayed
+        # Re-warming: https://arxiv.org/abs/2403.08763
+        last = before.schedule.learning_rate(before.steps - 1)
+        return last + (decayed - last) * warm / self.warmup_steps
+
+
+class Earlier(Config):
+    """Schedule of the first steps of a run that was extended."""
+
+    schedule: Schedule
+    steps: PositiveInt
+    """Number of steps that were trained with it."""
+
+
+Schedule.model_rebuild()
 
 
 class _Decay(NamedTuple):

@@ -7,6 +7,9 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import count_sample, validation_rows
@@ -20,33 +23,35 @@ from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, train
 from zeroflow.training.metrics import StepRecord, ValidationRecord, peak_memory_bytes
 from zeroflow.training.recorder import Recorder
-from zeroflow.training.state import TrainState, new_state
+from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss
 
 log = logging.getLogger("zeroflow.training")
 
 _MOST_SKIPPED = 5
-"""Maximum consecutive skipped updates; after one more, the run rolls back to its newest
-checkpoint."""
+"""Maximum consecutive skipped updates; after one more, the run rolls back to its newest checkpoint.
+They are counted on the device, and read when a step is logged, validated or saved."""
 
 _STEPS_TO_COMPILE = 3
 """Number of first steps of a process in which everything is compiled."""
 
 
-def require_healthy(state: TrainState, metrics: StepMetrics, *, most_skipped: int) -> None:
-    """Check that at most `most_skipped` consecutive updates have been skipped.
+def require_healthy(step: int, metrics: StepMetrics, skipped: Tensor, *, most: int) -> None:
+    """Check that at most `most` consecutive updates have been skipped; waits for the device.
+
+    Args:
+        skipped: the number of consecutive skipped updates.
 
     Raises:
         Diverged: more have been skipped.
     """
-    in_a_row = int(state.skipped[0])
-    if in_a_row > most_skipped:
+    if (in_a_row := int(skipped)) > most:
         raise Diverged(
-            f"step {state.step} has loss {metrics.loss.item()} and gradient norm "
-            f"{metrics.grad_norm.item()}, the last of {in_a_row} steps in a row with a non-finite "
-            "loss or gradient",
-            state.step,
+            f"step {step} has loss {metrics.loss.item()} and gradient norm "
+            f"{metrics.grad_norm.item()}; consecutive steps with a non-finite loss or gradient: "
+            f"{in_a_row}",
+            step,
         )
 
 
@@ -87,6 +92,10 @@ class Session:
         self.val_loss: tuple[int, float] | None = None
         """Step and loss of the last validation."""
 
+        self.lowest_val_loss = zero.on_rank0(self.recorder.lowest_validation_loss)
+        self.most_skipped = torch.zeros_like(self.state.skipped[0])
+        """Largest number of consecutive skipped updates in this process, on the device."""
+
         self.recorder.event(
             Started(
                 time=time.time(),
@@ -107,7 +116,7 @@ class Session:
 
     @cached_property
     def batches(self) -> Prefetcher:
-        made = batching.batches(self.train_rows, self.job.training, self.job.skips)
+        made = batching.batches(self.train_rows, self.job.training, self.job.order)
         return Prefetcher(made.micro_batches)
 
     def run(self, stop: Stop) -> bool:
@@ -122,17 +131,20 @@ class Session:
             self.clock.enter("logging")
             step, stopping = self.state.step, stop()
             self.recorder.progress("training", step, steps)
+            self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped[0])
             last = step == steps
-            if step % cadence.log == 0 or step == 1 or last:
-                alarms = self.recorder.step(self.state, metrics)
-                require_healthy(self.state, metrics, most_skipped=_MOST_SKIPPED)
-                if alarms and self.job.roll_back_spikes:
-                    raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
-            if step % cadence.validate_ == 0 or last:
-                self.validate()
+            logs = step % cadence.log == 0 or step == 1 or last
+            validates = step % cadence.validate_ == 0 or last
+            saves = step % cadence.checkpoint == 0 or last
+            alarms = self.recorder.step(self.state, metrics) if logs else []
+            if logs or validates or saves:
+                require_healthy(step, metrics, self.most_skipped, most=_MOST_SKIPPED)
+            if alarms and self.job.roll_back_spikes:
+                raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
+            is_best = validates and self.validate()
             if last:
-                require_healthy(self.state, metrics, most_skipped=0)
-            if step % cadence.checkpoint == 0 or last or stopping:
+                require_healthy(step, metrics, self.state.skipped[0], most=0)
+            if saves or is_best or stopping:
                 self.save()
             if stopping and not last:
                 self.saver.wait()
@@ -141,7 +153,8 @@ class Session:
         self.write_result()
         return True
 
-    def validate(self) -> None:
+    def validate(self) -> bool:
+        """Validate, and return True if the loss is the lowest one so far of trained weights."""
         self.clock.enter("validation")
         if self.val_loss is None:  # the first validation compiles the model for its own shape
             self.settled_from = max(self.settled_from, self.state.step + 1)
@@ -160,6 +173,10 @@ class Session:
             self.state.step, loss, sample, self.held_out_counts.bytes_per_token
         )
         log.info("step %d: validation loss %.4f; sample: %r", self.state.step, loss.mean, sample)
+        if self.state.step == 0 or not loss.mean < self.lowest_val_loss:
+            return False
+        self.lowest_val_loss = loss.mean
+        return True
 
     def sample(self) -> str:
         job, model = self.job, self.state.model
@@ -182,9 +199,9 @@ class Session:
 
     def save(self) -> None:
         self.clock.enter("checkpoint")
-        if self.state.skipped[0]:
+        if self.state.skipped[0] or self.most_skipped > _MOST_SKIPPED:
             if zero.rank() == 0:
-                log.warning("step %d: not saved, because its update was skipped", self.state.step)
+                log.warning("step %d: not saved, because updates were skipped", self.state.step)
             return
         step, loss = self.val_loss or (0, None)
         self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
