@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from endings import assert_same_end
 from patience import HANG_SECONDS
-from pipeline import ROOT, SMALL_SHAPE, Flow
+from pipeline import LOGINS, ROOT, SMALL_SHAPE, Flow
 
 from zeroflow import artifacts
 
@@ -38,10 +38,11 @@ class OlderFlow(Flow):
     tree: Path
 
     def older(self, script: str, *flags: str) -> "subprocess.Popen[str]":
+        login = LOGINS[self.environment["PREFECT_API_URL"]]  # which that version does not find
         return subprocess.Popen(
             [sys.executable, script, f"--cache-dir={self.cache}", *flags],
             cwd=self.tree,
-            env=self.environment | {"PYTHONPATH": str(self.tree)},
+            env=self.environment | {"PYTHONPATH": str(self.tree), "PREFECT_API_AUTH_STRING": login},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
