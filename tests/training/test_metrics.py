@@ -46,6 +46,7 @@ def test_keys_of_mlflow_are_those_of_all_versions():
         "loss/val",
         "loss/val_by_tokens",
         "loss/val_bpb",
+        "loss/val_bpb_by_tokens",
         "optim/learning_rate",
         "optim/grad_norm",
         "optim/update_ratio",
