@@ -76,7 +76,9 @@ def test_older_cache_is_reused_resumed_to_the_same_bits_and_read(
     output = flow.run(*STOPPED)
     assert "tokenizer reused" in output and "shards reused" in output
     assert "resumed at step" in output
-    assert_same_end(flow.folder("stopped"), undisturbed.folder("stopped"))
+    # The older version validated on the first held-out rows, this one on a sample of them
+    but = ("val_loss",)
+    assert_same_end(flow.folder("stopped"), undisturbed.folder("stopped"), but=but)
 
     output = flow.run("--run-name=finished", *TRAINED)
     assert "run finished is complete" in output and "training the model" not in output
