@@ -19,13 +19,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from zeroflow.estimate.history import Past
-from zeroflow.markup import Markdown, table
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.records import RunReport
 from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.text.markup import Markdown, table
 from zeroflow.training import events, metrics
 from zeroflow.training.goodput import Booking
 from zeroflow.training.job import TrainResult

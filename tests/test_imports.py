@@ -21,8 +21,8 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
-    {"redaction", "time_limit"},
-    {"colours", "config", "artifacts", "markup", "units", "versions"},
+    {"text"},
+    {"config", "artifacts", "units"},
     {"records"},
     {"device", "reuse", "run_folder"},
     {"model", "data"},

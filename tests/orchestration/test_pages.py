@@ -3,10 +3,10 @@ import warnings
 
 from pipeline import LOGINS, api, free_port
 
-from zeroflow.markup import Markdown
 from zeroflow.orchestration import pages
 from zeroflow.orchestration.access import Api
 from zeroflow.report.pages import Page
+from zeroflow.text.markup import Markdown
 
 
 def test_page_that_cannot_be_shown_is_a_warning_only(caplog):

@@ -2,9 +2,9 @@
 
 import base64
 
-from zeroflow.markup import Markdown, block, bold, code, escaped, link, table
 from zeroflow.report.page_text import as_html, as_text
 from zeroflow.report.pages import Page, Picture
+from zeroflow.text.markup import Markdown, block, bold, code, escaped, link, table
 
 HEAD = ("run", "loss", "what was found")
 ROWS = [("s|mall", "3.25", "a*b_c"), ("tiny", "10.5", "<b>x</b>")]

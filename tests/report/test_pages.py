@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from zeroflow.markup import Markdown, block
 from zeroflow.report.pages import Page, Picture, never_fatal
+from zeroflow.text.markup import Markdown, block
 
 
 def test_our_pictures_are_put_into_a_page_and_those_that_a_text_names_are_not(tmp_path):

@@ -18,8 +18,8 @@ from typing import (
 
 from pydantic import BaseModel
 
-from zeroflow.markup import is_utf8, visible
 from zeroflow.settings.flags import Setting, help_text, settings
+from zeroflow.text.markup import is_utf8, visible
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

@@ -20,11 +20,11 @@ from zeroflow.cli.console import (
     terminate,
 )
 from zeroflow.cli.prefect_settings import importing_prefect
-from zeroflow.markup import one_line, shortened, visible
 from zeroflow.orchestration.names import PRETRAIN, SWEEP
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
+from zeroflow.text.markup import one_line, shortened, visible
 from zeroflow.training.sampling import SamplingConfig
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import (
 )
 
 from zeroflow.cli.first_line import TIME
-from zeroflow.markup import LineFormatter, visible
 from zeroflow.report.progress import console
 from zeroflow.settings.flags import error_message
+from zeroflow.text.markup import LineFormatter, visible
 
 
 class Terminated(SystemExit):

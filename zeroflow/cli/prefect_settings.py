@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from zeroflow.markup import shortened
+from zeroflow.text.markup import shortened
 
 _LONGEST = 100
 """Characters of a value in an error message."""

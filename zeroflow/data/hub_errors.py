@@ -10,8 +10,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from zeroflow import redaction
-from zeroflow.redaction import redacted
+from zeroflow.text import redaction
+from zeroflow.text.redaction import redacted
 
 
 class HubError(RuntimeError):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from zeroflow.data.hub_errors import HubError, explain_silence, from_status
-from zeroflow.redaction import host
-from zeroflow.time_limit import within
+from zeroflow.data.time_limit import within
+from zeroflow.text.redaction import host
 from zeroflow.units import count
 
 log = logging.getLogger(__name__)

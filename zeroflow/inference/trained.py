@@ -7,9 +7,9 @@ from typing import Any
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
-from zeroflow.markup import is_utf8, visible
 from zeroflow.model.llama import Llama
 from zeroflow.settings import settle
+from zeroflow.text.markup import is_utf8, visible
 from zeroflow.training import checkpoint, sampling
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.sampling import SamplingConfig

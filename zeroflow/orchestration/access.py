@@ -27,7 +27,7 @@ from prefect.settings import (
 )
 
 from zeroflow import artifacts
-from zeroflow.redaction import without_login
+from zeroflow.text.redaction import without_login
 
 _LOOPBACK = {"127.0.0.1", "localhost"}
 

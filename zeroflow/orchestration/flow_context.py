@@ -16,12 +16,12 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from pydantic import ValidationError
 
 from zeroflow.config import Config
-from zeroflow.markup import LineFormatter
 from zeroflow.orchestration import form, server
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.text.markup import LineFormatter
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from prefect.client.schemas.actions import (
     ArtifactUpdate,
 )
 
-from zeroflow.markup import escaped
 from zeroflow.orchestration.flow_context import reachable
 from zeroflow.report.pages import Page, Picture
+from zeroflow.text.markup import escaped
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zeroflow.artifacts import create_private
-from zeroflow.redaction import redacted
+from zeroflow.text.redaction import redacted
 
 _LAST_LINES = 15
 

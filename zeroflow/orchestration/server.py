@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from zeroflow.orchestration import access
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.programs import Program
-from zeroflow.redaction import redacted, without_login
+from zeroflow.text.redaction import redacted, without_login
 
 log = logging.getLogger(__name__)
 

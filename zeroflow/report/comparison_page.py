@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.report.comparison import Comparison, Group, Mean, Prediction
 from zeroflow.report.outcome import COMPARED, Measure, Outcome
 from zeroflow.report.pages import Page, Picture
 from zeroflow.report.power_law import PowerLaw
+from zeroflow.text.markup import Markdown, bold, code, escaped, table
 from zeroflow.training.metrics import TABLE, Metric
 from zeroflow.units import binary, count, duration, parameter_count, speed
 

@@ -11,10 +11,10 @@ from zeroflow.data.arrays import Int64Array
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.markup import Markdown, block, code, escaped, table
 from zeroflow.report import pictures
 from zeroflow.report.pages import Page, Picture
 from zeroflow.run_folder import RunFolder
+from zeroflow.text.markup import Markdown, block, code, escaped, table
 from zeroflow.units import count
 
 log = logging.getLogger(__name__)

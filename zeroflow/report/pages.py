@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow.markup import Markdown
+from zeroflow.text.markup import Markdown
 
 log = logging.getLogger(__name__)
 

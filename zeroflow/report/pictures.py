@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from zeroflow.colours import DISTINCT, OKABE_ITO
 from zeroflow.data.arrays import Int64Array
 from zeroflow.report.band import Band
 from zeroflow.report.comparison import Comparison, Group
 from zeroflow.report.outcome import Measure, Outcome
 from zeroflow.run_folder import SweepFolder
+from zeroflow.tracking.colours import DISTINCT, OKABE_ITO
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import TABLE, MetricsRecord, StepRecord, ValidationRecord
 from zeroflow.units import count, parameter_count

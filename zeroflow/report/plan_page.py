@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from zeroflow.markup import Markdown, escaped, table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
+from zeroflow.text.markup import Markdown, escaped, table
 from zeroflow.units import binary, count, decimal, duration, parameter_count
 
 

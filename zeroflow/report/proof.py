@@ -2,10 +2,10 @@
 
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
-from zeroflow.markup import Markdown, bold, code, escaped, table
 from zeroflow.report import pictures
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, Picture
+from zeroflow.text.markup import Markdown, bold, code, escaped, table
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS

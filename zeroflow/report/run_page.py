@@ -6,13 +6,13 @@ from zeroflow.checks.check import Check
 from zeroflow.checks.overfit import beyond
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
-from zeroflow.markup import Markdown, block, bold, code, escaped, link, shortened, table
 from zeroflow.report import plan_page
 from zeroflow.report.pages import Page, Picture
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
+from zeroflow.text.markup import Markdown, block, bold, code, escaped, link, shortened, table
 from zeroflow.training import goodput
 from zeroflow.training.extension import Extension
 from zeroflow.training.metrics import TABLE

@@ -10,8 +10,8 @@ from pydantic_core import PydanticUndefined
 
 from zeroflow import artifacts
 from zeroflow.config import flag
-from zeroflow.markup import shortened
-from zeroflow.redaction import redacted
+from zeroflow.text.markup import shortened
+from zeroflow.text.redaction import redacted
 
 _LONGEST = 200
 """Characters of a value in an error message."""

@@ -2,11 +2,12 @@
 
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.markup import escaped
 from zeroflow.model.llama import ModelConfig
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled, Settlement
+from zeroflow.settings.versions import git_commit, versions
+from zeroflow.text.markup import escaped
 from zeroflow.tracking.config import (
     COMMIT,
     DESCRIPTION,
@@ -19,7 +20,6 @@ from zeroflow.tracking.store import run_ids
 from zeroflow.training.extension import extended
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import count, parameter_count
-from zeroflow.versions import git_commit, versions
 
 
 def _description(run: Settled, model: ModelConfig) -> str:

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from zeroflow.config import Config
 from zeroflow.records import Record
-from zeroflow.redaction import redacted
 from zeroflow.run_folder import Cache
+from zeroflow.text.redaction import redacted
 
 EXPERIMENT = "zeroflow"
 

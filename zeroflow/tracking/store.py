@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from zeroflow import artifacts
-from zeroflow.colours import DISTINCT
+from zeroflow.data.time_limit import within
 from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
-from zeroflow.time_limit import within
+from zeroflow.tracking.colours import DISTINCT
 from zeroflow.tracking.config import EXPERIMENT, TrackingConfig, address, database
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from zeroflow.redaction import redacted
 from zeroflow.run_folder import RunFolder, SweepFolder, TrackedFolder
+from zeroflow.text.redaction import redacted
 from zeroflow.tracking.config import TrackingConfig, address
 from zeroflow.tracking.store import open_run
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow.records import Record
-from zeroflow.redaction import without_login
 from zeroflow.run_folder import RunFolder
+from zeroflow.text.redaction import without_login
 from zeroflow.tracking.config import PORT, address, is_server, location
 from zeroflow.tracking.store import open_store, run_ids
 

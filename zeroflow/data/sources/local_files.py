@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 from zeroflow import artifacts
 from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.sources.source import Source
-from zeroflow.markup import is_utf8
+from zeroflow.text.markup import is_utf8
 
 
 class _PinnedFile(NamedTuple):

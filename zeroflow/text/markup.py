@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
-from zeroflow.redaction import redacted
+from zeroflow.text.redaction import redacted
 
 # All control characters except tab and line feed, Unicode's line ends, overrides of the writing
 # direction, and lone surrogates, which cannot be encoded as UTF-8

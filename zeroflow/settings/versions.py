@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 @cache
 def git_commit() -> str | None:
     """Commit of this package, with "+changes" if files have changed since; None if unknown."""
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # another repository may be further up
         return _installed_commit()
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]

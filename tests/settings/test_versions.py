@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from zeroflow import versions
+from zeroflow.settings import versions
 
 
 def test_versions_are_those_that_run():
@@ -19,13 +19,13 @@ def test_commit_is_that_of_the_checkout_and_of_no_other_repository(tmp_path, mon
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit_of(checkout: Path) -> str | None:
-        monkeypatch.setattr(versions, "__file__", str(checkout / "zeroflow" / "versions.py"))
+        monkeypatch.setattr(versions, "__file__", str(checkout / "zeroflow" / "settings" / "versions.py"))
         versions.git_commit.cache_clear()
         return versions.git_commit()
 
     git("init", "--quiet")
-    code = tmp_path / "zeroflow" / "versions.py"
-    code.parent.mkdir()
+    code = tmp_path / "zeroflow" / "settings" / "versions.py"
+    code.parent.mkdir(parents=True)
     code.write_text("")
     assert commit_of(tmp_path) is None, "nothing is committed"
     git("add", ".")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from zeroflow.markup import (
+from zeroflow.text.markup import (
     LineFormatter,
     Markdown,
     block,

@@ -1,6 +1,6 @@
 import pytest
 
-from zeroflow.redaction import host, redacted, without_login
+from zeroflow.text.redaction import host, redacted, without_login
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Text for people: markup that is escaped, and passwords that are hidden."""
