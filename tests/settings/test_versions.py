@@ -19,7 +19,8 @@ def test_commit_is_that_of_the_checkout_and_of_no_other_repository(tmp_path, mon
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit_of(checkout: Path) -> str | None:
-        monkeypatch.setattr(versions, "__file__", str(checkout / "zeroflow" / "settings" / "versions.py"))
+        place = checkout / "zeroflow" / "settings" / "versions.py"
+        monkeypatch.setattr(versions, "__file__", str(place))
         versions.git_commit.cache_clear()
         return versions.git_commit()
 
