@@ -76,7 +76,7 @@ def test_products_in_8_bits_are_refused_only_where_they_are_asked_for():
     in_fp8.require_fp8(H100)
     with pytest.raises(ValueError, match="the device is a CPU"):
         in_fp8.require_fp8(cpu)
-    with pytest.raises(ValueError, match="multiples of 16, but seq_len is 12"):
+    with pytest.raises(ValueError, match="multiples of 16, but --seq-len is 12"):
         in_fp8.replace(seq_len=12).require_fp8(H100)
 
 
