@@ -37,7 +37,7 @@ class Broken(pipeline.View):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def page(self, page: Page, subject: str, run_name: str) -> None:
+    def page(self, page: Page, subject: str) -> None:
         assert page.embedded
         self.asked.append(subject)
         raise ConnectionError("nobody is there")

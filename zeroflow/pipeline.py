@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from zeroflow import reuse
 from zeroflow.checks import overfit, preflight, resume
 from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, OverfitResult
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
@@ -55,8 +56,6 @@ from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
-TRAINED = "the run is already trained to its last step"
-
 
 class RunCancelled(RuntimeError):
     """A run of a sweep was cancelled; its finished work is kept."""
@@ -73,20 +72,23 @@ class View:
     """
 
     def name_run(self, asked: RunConfig, run: Settled) -> None:
-        """Called when `asked` has been settled to `run`."""
+        """Called when `asked` has been settled to `run`, which is shown from now on."""
+
+    def name_sweep(self, sweep: SweepConfig) -> None:
+        """Called when `sweep` begins, which is shown from now on."""
 
     def tags(self) -> dict[str, str]:
         """MLflow tags that identify this view."""
         return {}
 
-    def progress(self, subject: str, run_name: str) -> Show:
+    def progress(self, subject: str) -> Show:
         """Return a function that receives the fraction done, from 0 to 1, and a line of text."""
         return lambda share, text: None
 
-    def page(self, page: Page, subject: str, run_name: str) -> None:
+    def page(self, page: Page, subject: str) -> None:
         """Show a finished page."""
 
-    def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
+    def live_picture(self, subject: str) -> Callable[[Path], None]:
         """Return a function that receives each new version of a PNG file."""
         return lambda picture: None
 
@@ -147,11 +149,11 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
             run.cache_dir,
             seed=run.seed,
             builders=builders,
-            show=view.progress("shards", run.run_name),
+            show=view.progress("shards"),
         )
     with never_fatal("page of the data"):
         page = data_page.write_data(shards, tokenizer, run.folder)
-        view.page(page, "data", run.run_name)
+        view.page(page, "data")
     return shards
 
 
@@ -183,14 +185,11 @@ def check_before(
     Raises:
         PreflightFailed: a check failed.
     """
-    if before := preflight.known(job):
-        return before
-    if trained:
-        result = preflight.read(job.folder)
-        return result and result.replace(reused=True, why=TRAINED)
-    result = preflight.check(job)
+    result = preflight.check(job, trained=trained is not None)
+    if result is None or result.reused:
+        return result
     with never_fatal("page of the pre-flight"):
-        view.page(Page((run_page.preflight_section(result),)), "preflight", job.run_dir.name)
+        view.page(Page((run_page.preflight_section(result),)), "preflight")
     if not result.passed:
         raise PreflightFailed(result)
     return result
@@ -210,10 +209,10 @@ def train(
     """
     if trained:
         return trained
+    watch = LossWatch(job, view.live_picture("loss"))
     why = why_trained(job, partial(unlike_others, run))
     log.info("training the model: %s", why)
-    watch = LossWatch(job, view.live_picture("loss", job.run_dir.name))
-    with TrainingProgress(view.progress("training", job.run_dir.name)) as progress:
+    with TrainingProgress(view.progress("training")) as progress:
 
         def follow(event: Event | Pulse) -> None:
             progress(event)
@@ -235,13 +234,13 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
         limits=limits,
         compile_cache=job.compile_cache,
     )
-    with CheckProgress("overfit check", view.progress("overfit check", job.run_dir.name)) as shown:
+    with CheckProgress("overfit check", view.progress("overfit check")) as shown:
         result = overfit.check(check, shown)
     with never_fatal("picture of the overfit check"):
         drawn, least = job.folder.overfit_picture, result.least_loss
         limit = limits.overfit_loss + least
         pictures.overfit_curve(result.curve, drawn, limit=limit, least=least)
-        view.page(Page((Picture(drawn, "overfit"),)), "overfit", job.run_dir.name)
+        view.page(Page((Picture(drawn, "overfit"),)), "overfit")
     if not result.passed:
         raise OverfitFailed(result)
     return result
@@ -270,7 +269,7 @@ def write_report(
     settlement, shards, job = prepared
     return run_report.write(
         Finished(settlement.run, job, shards, checked, trained, learned),
-        lambda page: view.page(page, "report", settlement.run.run_name),
+        lambda page: view.page(page, "report"),
     )
 
 
@@ -287,7 +286,7 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
         found: Proof = resume.prove(job, config, progress)
     page = proof.write(job, found)
     with never_fatal("proof"):
-        view.page(page, "proof", job.run_dir.name)
+        view.page(page, "proof")
     file = job.folder.proof_page
     if not found.passed:
         raise ResumeInexact(f"resume is not exact here: {found.reason}\nreport: {file}")
@@ -305,7 +304,7 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status], view: View = LOG_ON
     """
     page = sweeps.compare(sweep, ended)
     with never_fatal("comparison"):
-        view.page(page, "comparison", sweep.name)
+        view.page(page, "comparison")
     return sweep.folder.comparison_page
 
 
@@ -394,6 +393,7 @@ def sweep(
         ValueError: a run of the sweep was already trained with other settings.
         RuntimeError: some runs failed or were stopped; all are compared as far as they came.
     """
+    view.name_sweep(asked)
     sweeps.require_as_started(asked)
     sweeps.open_group(asked)
     ended: dict[str, Status] = {}
@@ -448,4 +448,4 @@ def _trained_before(job: TrainingJob) -> TrainResult | None:
     if finished(job):
         checkpoint.latest(job.folder.checkpoints)  # sets damaged checkpoints aside
     result = finished(job)
-    return result and result.replace(reused=True, why=TRAINED)
+    return result and result.replace(reused=True, why=reuse.TRAINED)

@@ -18,6 +18,7 @@ Identity = JsonObject
 
 SAME = "it exists and verifies, and has the same settings and source"
 PASSED = "the same check passed before"
+TRAINED = "the run is already trained to its last step"
 NOTHING = "none exists yet"
 FIRST = "the run has no earlier one"
 

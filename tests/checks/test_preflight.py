@@ -44,7 +44,15 @@ def job(text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
     return checked_job(tmp_path, build_shards(SHARDS, *text[:2], tmp_path), text.tokenizer)
 
 
+def reused(job: TrainingJob) -> str:
+    """Why the earlier result counts, without a new check."""
+    result = preflight.check(job, trained=True)
+    assert result is not None and result.reused
+    return result.why
+
+
 def test_sound_job_passes_every_check_once(job):
+    assert preflight.check(job, trained=True) is None, "a finished run is not checked afterwards"
     result = preflight.check(job)
     assert [check.name for check in result.checks if check.name in CHECKS] == CHECKS
     assert all(check.passed and check.figure and check.sentence for check in result.checks)
@@ -57,13 +65,13 @@ def test_sound_job_passes_every_check_once(job):
 
     assert result.why == "the run has no earlier one"
     same = result.replace(reused=True, why=reuse.PASSED)
-    assert preflight.known(job) == same
+    assert preflight.check(job) == same
     longer = job.training.replace(schedule=job.training.schedule.replace(steps=99))
-    assert preflight.known(job.replace(training=longer)) == same
+    assert preflight.check(job.replace(training=longer)) == same
     elsewhere = with_workload(job.training, device_name="another CPU")
-    assert preflight.known(job.replace(training=elsewhere)) is None
+    assert reused(job.replace(training=elsewhere)) == reuse.TRAINED
     fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
-    assert preflight.known(job.replace(training=fewer)) is None
+    assert reused(job.replace(training=fewer)) == reuse.TRAINED
 
 
 def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
@@ -90,9 +98,9 @@ def test_micro_batch_that_does_not_fit_is_halved_as_in_training(job, monkeypatch
     assert result.passed and "2 rows x 32 tokens fit" in result.checks[-2].figure
     [entry] = recovery.read(job.folder)
     assert entry.micro_batch_rows == 2 and "instead of 4" in entry.action
-    trained = recovery.applied(job, [entry]).training.workload
+    trained = recovery.current(job).training.workload
     assert (trained.micro_batch_rows, trained.accumulate) == (2, 4)
-    assert preflight.known(job).checks == result.checks
+    assert preflight.check(job).checks == result.checks
 
 
 def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
@@ -101,7 +109,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
 
     monkeypatch.setattr(step_checks, "train_step", without_room)
     result = preflight.check(job)
-    assert not result.passed and preflight.known(job) is None
+    assert not result.passed and reused(job) == reuse.TRAINED
     actions = [entry.action for entry in recovery.read(job.folder)]
     assert len(actions) == 3 and "recomputes" in actions[-1]
     message = str(PreflightFailed(result))
@@ -142,5 +150,4 @@ def test_checks_that_passed_in_format_1_are_not_repeated(tmp_path, monkeypatch):
     job = TrainingJob.model_validate(format1.JOB).replace(run_dir=tmp_path)
     passed = {"passed": True, "job": format1.PREFLIGHT, "seconds": 1.5, "checks": []}
     artifacts.write_json(job.folder.preflight, passed)
-    known = preflight.known(job)
-    assert known is not None and known.reused
+    assert reused(job) == reuse.PASSED

@@ -207,7 +207,11 @@ def finish(ask, shards):
             peak_memory_bytes=600 * 2**20,
             sample="",
         )
-        return plans.hold(run, job, shards, result, run.train_tokens / rate)
+        planned = plans.load(run.folder)
+        assert planned is not None
+        past = plans.past(planned, job, result, run.train_tokens / rate)
+        history.append(run.cache_dir, past)
+        return plans.compared(past)
 
     return make
 

@@ -126,7 +126,7 @@ def test_steps_that_are_trained_again_are_those_of_before_the_extension(make):
 def test_extension_after_an_extension_and_after_a_window_that_was_skipped(make):
     train(make(SHORT), stop_after=5)
     failure = recovery.TrainingFailed("it diverged", "diverged", 7)
-    entry = recovery.remedy(make(SHORT), failure, [])
+    entry = recovery.remedy(make(SHORT), failure)
     assert entry is not None and (entry.skip.step, entry.skip.batches) == (5, 2)
     job = make(LONG)
     LEDGER.append(job.folder.ledger, entry)
@@ -135,7 +135,7 @@ def test_extension_after_an_extension_and_after_a_window_that_was_skipped(make):
     longer.write(longer.folder.job)
     longest = make(2 * LONG)
     assert [segment.batch for segment in longest.segments] == [0, 7], "nothing was trained between"
-    now = recovery.applied(longest, recovery.read(longest.folder))
+    now = recovery.current(longest)
     read = now.order.rows(np.arange(15)).ravel().tolist()
     skipped = make(SHORT, "other").order.rows(np.arange(5, 7)).ravel().tolist()
     assert len(set(read)) == len(read) and not set(skipped) & set(read)

@@ -42,16 +42,14 @@ def job(tmp_path: Path) -> TrainingJob:
 
 def fail(job: TrainingJob, reason: str, step: int | None = None) -> recovery.Entry | None:
     """What is done about a failure, noted in the ledger."""
-    ledger = recovery.read(job.folder)
-    now = recovery.applied(job, ledger)
-    entry = recovery.remedy(now, TrainingFailed("it failed", reason, step), ledger)
+    entry = recovery.remedy(job, TrainingFailed("it failed", reason, step))
     if entry:
         LEDGER.append(job.folder.ledger, entry)
     return entry
 
 
 def rows_of(job: TrainingJob, steps: range) -> list[list[int]]:
-    now = recovery.applied(job, recovery.read(job.folder))
+    now = recovery.current(job)
     batches = batching.batches(Rows(job.shards, "train"), now.training, now.order)
     return [batches.row_ids(step).ravel().tolist() for step in steps]
 
@@ -64,7 +62,7 @@ def test_out_of_memory_halves_micro_batches_then_computes_again_then_gives_up(jo
     before = rows_of(job, range(3))
     seen = []
     while fail(job, "out of memory"):
-        now = recovery.applied(job, recovery.read(job.folder)).training.workload
+        now = recovery.current(job).training.workload
         seen.append((now.micro_batch_rows, now.accumulate, now.activation_checkpointing))
         assert rows_of(job, range(3)) == before, "the same rows in the same order"
     assert seen == [(3, 4, "none"), (1, 12, "none"), (1, 12, "full")]
@@ -76,7 +74,7 @@ def test_out_of_memory_with_one_row_and_selective_recomputation_recomputes_every
     entry = fail(job, "out of memory")
     assert entry is not None and entry.activation_checkpointing
     assert entry.action.startswith("recomputes all activations")
-    now = recovery.applied(job, recovery.read(job.folder)).training.workload
+    now = recovery.current(job).training.workload
     assert now.activation_checkpointing == "full"
     assert fail(job, "out of memory") is None
 

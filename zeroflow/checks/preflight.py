@@ -65,29 +65,31 @@ class PreflightFailed(RuntimeError):
         self.result = result
 
 
-def known(job: TrainingJob) -> PreflightResult | None:
-    """Return the earlier result if the same job passed on the same kind of device."""
-    found = read(job.folder)
-    same = found is not None and found.passed and found.job == _fingerprint(_identity(job))
-    return found.replace(reused=True, why=reuse.PASSED) if found and same else None
-
-
 def read(folder: RunFolder) -> PreflightResult | None:
     """Return the result of a run's pre-flight; None if there was none."""
     return PreflightResult.read_if_exists(folder.preflight)
 
 
-def check(job: TrainingJob) -> PreflightResult:
-    """Check the job in separate ranks.
+def check(job: TrainingJob, *, trained: bool = False) -> PreflightResult | None:
+    """Check the job in separate ranks, unless the same job passed on the same kind of device.
 
     If the ranks run out of memory, a smaller micro-batch is added to the run's ledger, as training
     would do, and the checks run again. So training starts with a micro-batch that fits.
 
+    Args:
+        trained: the job is finished; then its earlier result counts, whatever was checked.
+
+    Returns:
+        None if the job is finished and was never checked.
+
     Raises:
         TrainingFailed: a rank failed for another reason than running out of memory.
     """
-    identity = _identity(job)
-    before = read(job.folder)
+    identity, before = _identity(job), read(job.folder)
+    if before and before.passed and before.job == _fingerprint(identity):
+        return before.replace(reused=True, why=reuse.PASSED)
+    if trained:
+        return before and before.replace(reused=True, why=reuse.TRAINED)
     why = reuse.since(identity, before)
     log.info("running the pre-flight checks: %s", why)
     return _check(job, identity).replace(why=why)
@@ -95,18 +97,16 @@ def check(job: TrainingJob) -> PreflightResult:
 
 def _check(job: TrainingJob, identity: Identity) -> PreflightResult:
     while True:
-        ledger = recovery.read(job.folder)
-        now = recovery.applied(job, ledger)
         try:
-            return _launched(now, identity)
+            return _launched(recovery.current(job), identity)
         except RunIsBusy:
             raise
         except TrainingFailed as failure:
             if failure.reason != "out of memory":
                 failure.add_advice("the pre-flight checks failed, so nothing was trained")
                 raise
-            if (entry := recovery.remedy(now, failure, ledger)) is None:
-                return _does_not_fit(now, failure, identity)
+            if (entry := recovery.remedy(job, failure)) is None:
+                return _does_not_fit(job, failure, identity)
             recovery.note(job.folder, entry)
 
 
@@ -135,11 +135,11 @@ def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
     return result
 
 
-def _does_not_fit(now: TrainingJob, failure: TrainingFailed, identity: Identity) -> PreflightResult:
-    sentence = f"{recovery.advice(now, failure)} ({str(failure).splitlines()[0]})"
+def _does_not_fit(job: TrainingJob, failure: TrainingFailed, identity: Identity) -> PreflightResult:
+    sentence = f"{recovery.advice(job, failure)} ({str(failure).splitlines()[0]})"
     check = Check(name="micro-batch", passed=False, figure="1 row does not fit", sentence=sentence)
     result = _result(identity, [check], seconds=0.0)
-    result.write(now.folder.preflight)
+    result.write(job.folder.preflight)
     return result
 
 

@@ -14,6 +14,7 @@ from zeroflow.report.progress import Show
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
+from zeroflow.settings.sweep import SweepConfig
 
 
 class PrefectView(View):
@@ -23,21 +24,26 @@ class PrefectView(View):
         self.folder: RunFolder | None = None
         """Folder of the run, once its settings are settled."""
 
+        self._name = ""
+
     def name_run(self, asked: RunConfig, run: Settled) -> None:
-        self.folder = run.folder
+        self.folder, self._name = run.folder, run.run_name
         flow_context.name_flow_run(asked, run)
+
+    def name_sweep(self, sweep: SweepConfig) -> None:
+        self._name = sweep.name
 
     def tags(self) -> dict[str, str]:
         return flow_context.tags()
 
-    def progress(self, subject: str, run_name: str) -> Show:
-        return pages.ProgressBar(subject, run_name)
+    def progress(self, subject: str) -> Show:
+        return pages.ProgressBar(subject, self._name)
 
-    def page(self, page: Page, subject: str, run_name: str) -> None:
-        pages.publish(page, subject, run_name)
+    def page(self, page: Page, subject: str) -> None:
+        pages.publish(page, subject, self._name)
 
-    def live_picture(self, subject: str, run_name: str) -> Callable[[Path], None]:
-        return pages.LivePicture(subject, run_name)
+    def live_picture(self, subject: str) -> Callable[[Path], None]:
+        return pages.LivePicture(subject, self._name)
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         return part_task(build)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import computed_field
 
 from zeroflow.config import Config
-from zeroflow.data.shards import ShardSet, expected_bytes, row_bytes
+from zeroflow.data.shards import expected_bytes, row_bytes
 from zeroflow.data.tokenizer import (
     expected_vocab_size,
     without_hub,
@@ -30,7 +30,6 @@ from zeroflow.settings.refusals import refuse_a_plan_for_no_gpu
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
 from zeroflow.settings.settled import Settled
-from zeroflow.training import recovery
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import STAGES, Stage
@@ -236,40 +235,36 @@ class Compared(Record):
         return self.measured / self.predicted - 1
 
 
-def hold(
-    run: RunConfig,
-    job: TrainingJob,
-    shards: ShardSet,
-    trained: TrainResult,
-    training_seconds: float,
-) -> list[Compared]:
-    """Compare a finished run with its plan, and record both for later plans.
+def past(plan: Plan, job: TrainingJob, trained: TrainResult, training_seconds: float) -> Past:
+    """Return the predicted and measured figures of a finished run, for later plans.
 
     Args:
+        job: the job as it was trained.
         training_seconds: seconds from which tokens per second are computed.
     """
-    plan = load(run.folder)
-    if plan is None:
-        return []  # started by a version without plans
     measured = Figures(
         tokens_per_second=trained.tokens_per_second,
         seconds=training_seconds,
         memory_bytes=trained.peak_memory_bytes,
-        shard_bytes=row_bytes(shards),
+        shard_bytes=row_bytes(job.shards),
         checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
     )
-    now = recovery.applied(job, recovery.read(run.folder)).training
-    past = Past(
-        run=run.folder.name,
+    return Past(
+        run=job.folder.name,
         steps=trained.steps,
-        workload=now.workload,
+        workload=job.training.workload,
         predicted=plan.predicted,
         measured=measured,
     )
-    history.append(run.cache_dir, past)
+
+
+def compared(past: Past) -> list[Compared]:
+    """Return each figure of a plan, predicted and measured."""
     return [
         Compared(
-            name=name, predicted=getattr(plan.predicted, name), measured=getattr(measured, name)
+            name=name,
+            predicted=getattr(past.predicted, name),
+            measured=getattr(past.measured, name),
         )
         for name in Figures.model_fields
     ]

@@ -1,13 +1,15 @@
 """Writing the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.shards import ShardSet
+from zeroflow.estimate import history
+from zeroflow.estimate.history import Past
 from zeroflow.report import band, pictures, plan_page, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
@@ -25,13 +27,14 @@ from zeroflow.report.records import (
 )
 from zeroflow.settings.settled import Settled
 from zeroflow.tracking import tracker
-from zeroflow.tracking.store import run_ids
+from zeroflow.tracking.store import RunIds, run_ids
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, metrics, recovery
 from zeroflow.training.extension import extensions
 from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.metrics import METRICS, MetricsRecord
+from zeroflow.training.recovery import Entry
 from zeroflow.units import duration
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,21 @@ class Finished(NamedTuple):
     overfit: OverfitResult
 
 
+class Logs(NamedTuple):
+    """What the training left in the run's folder."""
+
+    job: TrainingJob
+    """The job as it was trained, with the changes of the ledger."""
+
+    recoveries: list[Entry]
+    metrics: Sequence[MetricsRecord]
+    last_metrics: Mapping[str, float]
+    """Last logged value of every metric, by its key in MLflow."""
+
+    time: Account
+    mlflow: RunIds | None
+
+
 def write(run: Finished, show: Callable[[Page], None]) -> Path:
     """Write the report of a finished run into its folder, show it, and add it to MLflow.
 
@@ -57,31 +75,38 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
         The path of report.json.
     """
     folder = run.settings.folder
-    records, time = METRICS.read(folder.metrics), goodput.read(folder)
-    expected = band.find(run.job)
-    report = _gather(run, records, time, expected)
+    expected, plan = band.find(run.job), plans.load(folder)
+    logs = _read(run)
+    past = plans.past(plan, logs.job, run.trained, logs.time.training) if plan else None
+    report = _gather(run, logs, expected, past)
     _log(report)
     report.write(folder.report)  # first: pages may fail, and MLflow may be slow or unreachable
     with never_fatal("report"):
-        _draw(run, report, records, expected)
+        _draw(run, report, logs.metrics, expected)
         page = run_page.page(
-            report,
-            run.settings,
-            run.job.training.workload,
-            plan=plans.load(folder),
-            pages=links(folder),
+            report, run.settings, run.job.training.workload, plan=plan, pages=links(folder)
         )
         page.write(folder.report_page)
         show(page)
-    report.replace(mlflow_run_id=_publish(run, report, records)).write(folder.report)
+    report.replace(mlflow_run_id=_record(run, report, logs, past)).write(folder.report)
     return folder.report
 
 
-def _gather(
-    run: Finished, records: Sequence[MetricsRecord], time: Account, expected: Band | None
-) -> RunReport:
+def _read(run: Finished) -> Logs:
+    folder = run.settings.folder
+    records = METRICS.read(folder.metrics)
+    return Logs(
+        job=recovery.current(run.job),
+        recoveries=recovery.read(folder),
+        metrics=records,
+        last_metrics=metrics.latest(records),
+        time=goodput.read(folder),
+        mlflow=run_ids(folder),
+    )
+
+
+def _gather(run: Finished, logs: Logs, expected: Band | None, past: Past | None) -> RunReport:
     settings, job, shards, _, trained, overfit = run
-    ids = run_ids(settings.folder)
     return RunReport(
         **dict(WorkloadFigures.of(job.training.workload)),
         status="completed" if overfit.passed else "failed",
@@ -107,8 +132,8 @@ def _gather(
         mfu=trained.mfu,
         peak_memory_bytes=trained.peak_memory_bytes,
         resume=settings.resume_promise,
-        recoveries=recovery.read(settings.folder),
-        data=_corpus(run),
+        recoveries=logs.recoveries,
+        data=_corpus(run, logs.job),
         tokenizer=TokenizerFigures(
             name=job.tokenizer.name,
             revision=settings.tokenizer.tokenizer_revision,
@@ -117,21 +142,20 @@ def _gather(
         ),
         checkpoint=trained.checkpoint,
         sample=trained.sample,
-        time=_time(time),
-        expected_loss=_expected_loss(expected, records),
+        time=_time(logs.time),
+        expected_loss=_expected_loss(expected, logs.metrics),
         preflight=run.checked and run.checked.replace(identity=None),
         stages=_stages(run),
         extensions=list(extensions(job.training.schedule)) or None,
-        plan=plans.hold(settings, job, shards, trained, time.training),
-        metrics=metrics.latest(records),
-        mlflow_run_id=ids and ids.run_id,
+        plan=plans.compared(past) if past else [],
+        metrics=logs.last_metrics,
+        mlflow_run_id=logs.mlflow and logs.mlflow.run_id,
     )
 
 
-def _corpus(run: Finished) -> CorpusFigures:
+def _corpus(run: Finished, job: TrainingJob) -> CorpusFigures:
     settings, shards = run.settings, run.shards
-    now = recovery.applied(run.job, recovery.read(settings.folder))
-    coverage = now.order.coverage(run.trained.steps)
+    coverage = job.order.coverage(run.trained.steps)
     return CorpusFigures(
         mode=settings.data.data_mode,
         name=settings.data.name,
@@ -202,8 +226,12 @@ def _draw(
     )
 
 
-def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord]) -> str | None:
-    """Add the report to MLflow; the id of the MLflow run, or None after a failure."""
+def _record(run: Finished, report: RunReport, logs: Logs, past: Past | None) -> str | None:
+    """Add the run to the history of the cache, and its report to MLflow.
+
+    Returns:
+        The id of the MLflow run; None after a failure.
+    """
     folder, tracking = run.settings.folder, run.job.tracking
     ending = tracker.RunEnd(
         files=[
@@ -218,5 +246,8 @@ def _publish(run: Finished, report: RunReport, records: Sequence[MetricsRecord])
         series={"overfit/loss": run.overfit.curve},
         succeeded=report.overfit.passed,
     )
+    if past:
+        history.append(run.settings.cache_dir, past)
+    points = metrics.points(logs.metrics)
     tags = tracking.tags | {"expected_loss": report.expected_loss.verdict}
-    return tracker.finish(tracking.replace(tags=tags), folder, metrics.points(records), ending)
+    return tracker.finish(tracking.replace(tags=tags), folder, points, ending)

@@ -97,8 +97,7 @@ def _segments(before: TrainingJob, planned: TrainingJob, step: int) -> tuple[Seg
     recorded, rows = before.segments or (whole,), planned.shards.train.rows
     if rows <= recorded[-1].rows or planned.shards.path.name != before.shards.path.name:
         return before.segments
-    now = recovery.applied(before, recovery.read(planned.folder))
-    batch = int(now.order.batches(np.array([step]))[0])
+    batch = int(recovery.current(before).order.batches(np.array([step]))[0])
     earlier = [segment for segment in recorded if segment.batch < batch]
     return (*earlier, Segment(batch=batch, rows=rows))
 

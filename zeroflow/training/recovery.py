@@ -74,13 +74,13 @@ def read(folder: RunFolder) -> list[Entry]:
     return LEDGER.read(folder.ledger)
 
 
-def applied(planned: TrainingJob, ledger: list[Entry]) -> TrainingJob:
-    """Return the job with all changes of the ledger.
+def current(planned: TrainingJob) -> TrainingJob:
+    """Return the job with all changes of its run's ledger.
 
     The rows of a batch stay the same, except for skipped windows. The split into micro-batches and
     the activation recomputation may change.
     """
-    workload = planned.training.workload
+    ledger, workload = read(planned.folder), planned.training.workload
     for entry in ledger:
         if entry.micro_batch_rows and entry.micro_batch_rows < workload.micro_batch_rows:
             workload = workload.split(entry.micro_batch_rows)
@@ -97,15 +97,13 @@ def train(planned: TrainingJob, on_event: Callable[[Event | Pulse], None]) -> Tr
         TrainingFailed: `will_retry` is True if another call may succeed.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
-    ledger = read(planned.folder)
-    now = applied(planned, ledger)
-    _back_off(ledger)
+    _back_off(read(planned.folder))
     try:
-        return tracked.train(now, on_event)
+        return tracked.train(current(planned), on_event)
     except TrainingFailed as failure:
-        entry = remedy(now, failure, ledger)
+        entry = remedy(planned, failure)
         if entry is None:
-            failure.add_advice(advice(now, failure))
+            failure.add_advice(advice(planned, failure))
             raise
         log.warning("training failed (%s): %s", entry.reason, entry.message)
         note(planned.folder, entry)
@@ -119,9 +117,10 @@ def note(folder: RunFolder, entry: Entry) -> None:
     log.warning("%s", entry.action)
 
 
-def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> Entry | None:
-    """Return an entry that may remedy `failure` of the job `now`; None if no remedy is left."""
-    newest = checkpoint.newest_step(now.folder.checkpoints)
+def remedy(planned: TrainingJob, failure: TrainingFailed) -> Entry | None:
+    """Return an entry that may remedy `failure` of a job; None if no remedy is left."""
+    ledger = read(planned.folder)
+    newest = checkpoint.newest_step(planned.folder.checkpoints)
     entry = Entry(
         time=time.time(),
         process=PROCESS,
@@ -136,7 +135,7 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
             # Ranks whose parent was killed may still be writing a checkpoint
             return entry.replace(action=f"{resumes}, or a later one that is being saved")
         case "out of memory":
-            workload = now.training.workload
+            workload = current(planned).training.workload
             if workload.micro_batch_rows > 1:
                 half = workload.split(workload.micro_batch_rows // 2)
                 action = (
@@ -155,12 +154,12 @@ def remedy(now: TrainingJob, failure: TrainingFailed, ledger: list[Entry]) -> En
     return None
 
 
-def advice(now: TrainingJob, failure: TrainingFailed) -> str:
+def advice(planned: TrainingJob, failure: TrainingFailed) -> str:
     """Return advice for the user if no remedy is left for `failure`; may be empty."""
     match failure.reason:
         case "out of memory":
-            state = now.training.workload.optimizer.state_bytes(now.model)
-            size = decimal(8 * now.model.parameters + state)
+            state = planned.training.workload.optimizer.state_bytes(planned.model)
+            size = decimal(8 * planned.model.parameters + state)
             return (
                 "Micro-batches of one row with all activations recomputed do not fit. Weights, "
                 f"gradients and the optimiser's state alone take {size}: shard them over more GPUs "
