@@ -136,6 +136,7 @@ def test_line_that_cannot_be_read_is_named_with_its_file_and_skipped_on_demand(
     assert reason in str(error.value) and line[:20] in str(error.value)
     assert "\n" not in str(error.value)
     assert LINES.readable(path) == [End()]
+    assert LINES.readable(path, most_bytes=10**6) == [End()]
 
 
 class Figures(Record):

@@ -82,16 +82,18 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write `content` as `write_bytes` does."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_bytes(path, memoryview(f"{text}\n".encode()))
+
+
+def write_bytes(path: Path, content: memoryview) -> None:
     """Write `content`; a reader finds either the old or the new file, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not named by the process id, which another container may also have
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_recorded(partial, content)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -118,10 +118,14 @@ class JsonLines(Generic[R]):
         """
         return self.follow(path).new_records()
 
-    def readable(self, path: Path) -> list[R]:
-        """Like `read`, but without the lines that cannot be read."""
+    def readable(self, path: Path, *, most_bytes: int | None = None) -> list[R]:
+        """Like `read`, but without the lines that cannot be read.
+
+        Args:
+            most_bytes: read only so many bytes at the end of the file, and no half line there.
+        """
         records = []
-        for line in _complete_lines(path):
+        for line in _complete_lines(path, most_bytes):
             try:
                 records.append(self._adapter.validate_json(line))
             except ValidationError:
@@ -183,8 +187,16 @@ class Tail(Generic[R]):
         return [self._kind.parse(line, self._path) for line in complete.split(b"\n") if line]
 
 
-def _complete_lines(path: Path) -> Iterator[bytes]:
-    content = path.read_bytes() if path.exists() else b""
+def _complete_lines(path: Path, most_bytes: int | None = None) -> Iterator[bytes]:
+    if not path.exists():
+        return iter(())
+    with path.open("rb") as file:
+        if most_bytes is not None and file.seek(0, os.SEEK_END) > most_bytes:
+            file.seek(-most_bytes, os.SEEK_END)
+            file.readline()  # its beginning may be cut off
+        else:
+            file.seek(0)
+        content = file.read()
     return filter(None, content.rpartition(b"\n")[0].split(b"\n"))
 
 

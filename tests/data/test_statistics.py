@@ -5,7 +5,7 @@ import pytest
 
 from zeroflow.data import build_times, document_table, statistics
 from zeroflow.data.build import build_shards
-from zeroflow.data.build_times import read_build_times
+from zeroflow.data.build_times import last_build_times
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
@@ -29,6 +29,21 @@ def test_lengths_are_those_of_whole_documents(shards, text):
     assert seen.lengths.sum() == shards.train.document_tokens
 
 
+def test_tables_and_build_times_of_some_parts_are_enough(small_pieces, text, tmp_path, monkeypatch):
+    shards = build_shards(CONFIG, *text[:2], tmp_path)
+    monkeypatch.setattr(statistics, "_MOST_TABLES", 3)
+    monkeypatch.setattr(build_times, "_MOST_BYTES", 200)
+    assert len(last_build_times(shards.path)) < shards.parts
+    last = shards.parts - 1
+    assert shards.some_parts(3)[0] == 0 and shards.some_parts(3)[-1] == last
+    for number in set(range(shards.parts)) - set(shards.some_parts(3)):
+        (shards.part(number) / document_table.FILE).unlink()
+    seen = statistics.gather(shards, text.tokenizer)
+    assert seen.parts == 3 and 0 < len(seen.lengths) < shards.train.documents
+    page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
+    assert "(in 3 of the parts)" in page
+
+
 def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
     seen = statistics.gather(shards, text.tokenizer)
     page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
@@ -46,7 +61,7 @@ def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
 def test_rate_is_of_parts_that_were_built_here_only(shards, text):
     again = build_shards(CONFIG, *text[:2], shards.path.parents[1])
     assert again.reused
-    assert len(read_build_times(shards.path)) == shards.parts, "reading is no building"
+    assert len(last_build_times(shards.path)) == shards.parts, "reading is no building"
     (shards.path / build_times.FILE).unlink()
     seen = statistics.gather(shards, text.tokenizer)
     assert seen.tokens_per_second is None

@@ -51,7 +51,7 @@ def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterat
 
 
 def checksums(shards: ShardSet) -> Check:
-    """Verify the checksums of a few parts; all parts were verified when built or reused."""
+    """Verify the checksums of a few parts; all were verified when built or first reused."""
     paths = _some_parts(shards, _SAMPLED_PARTS)
     try:
         parts = map(artifacts.verify, paths)
@@ -63,7 +63,7 @@ def checksums(shards: ShardSet) -> Check:
         name="checksums",
         passed=True,
         figure=f"{count(files, 'file')} in {len(paths)} of {count(shards.parts, 'part')}",
-        sentence="Their checksums match; all parts were verified when the shards were built or "
+        sentence="Their checksums match; all parts were verified when they were built or first "
         "reused",
     )
 
@@ -144,8 +144,7 @@ def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
 
 def _some_parts(shards: ShardSet, most: int) -> list[Path]:
     """Return at most `most` parts, spread evenly from the first to the last."""
-    numbers = np.unique(np.linspace(0, shards.parts - 1, most).astype(int)).tolist()
-    return [shards.part_paths[number] for number in numbers]
+    return [shards.part(number) for number in shards.some_parts(most)]
 
 
 def _spread(rows: Rows, most: int) -> npt.NDArray[np.integer[Any]]:

@@ -6,29 +6,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 import numpy as np
 from pydantic import NonNegativeInt
 
 from zeroflow import artifacts, reuse
-from zeroflow.data import slices, synthetic
+from zeroflow.data import known_parts, slices, synthetic
 from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
+from zeroflow.data.known_parts import KnownParts
+from zeroflow.data.part_counts import PartCounts
 from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import (
-    PartFacts,
-    PartManifest,
-    ShardConfig,
-    ShardSet,
-    SplitCounts,
-    part_path,
-)
+from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, ShardConfig, ShardSet, part_path
 from zeroflow.data.slices import CHARACTERS_PER_TOKEN
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
@@ -63,7 +56,8 @@ def build_shards(
 ) -> ShardSet:
     """Ensure that `<cache>/shards/` has the rows that `config` asks for.
 
-    Parts that exist are verified and reused. A corpus that is too small gives all its rows.
+    Parts that exist are verified, of a large set some of them, and reused; see `known_parts`. A
+    corpus that is too small gives all its rows.
 
     Args:
         corpus: a resolved corpus.
@@ -91,7 +85,7 @@ def build_shards(
     with nullcontext(builders) if builders else in_threads(1) as chosen:
         build = _Build(planner, config, chosen, show)
         build.run()
-    shards = _describe(path, build.facts, tokenizer, config)
+    shards = _describe(path, build.counts, tokenizer, config)
     shards = shards.replace(reused=not build.built, why=build.why)
     if build.built:  # a corpus that ended early has not reported 100 %
         show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
@@ -144,8 +138,8 @@ class _Build:
         self, planner: PartPlanner, config: ShardConfig, builders: Builders, show: OnPart
     ) -> None:
         self._planner, self._config, self._builders, self._show = planner, config, builders, show
-        self.facts: list[PartFacts] = []
-        """Facts of parts 0, 1, ..., up to the first that does not exist."""
+        self.counts = PartCounts.none()
+        """Counts of parts 0, 1, ..., up to the first that does not exist."""
         self.built = 0
         """Number of parts that this run built; the others were reused."""
         self._reasons: dict[Path, str] = {}
@@ -153,12 +147,18 @@ class _Build:
 
     def run(self) -> None:
         begun = time.monotonic()
+        known = KnownParts(self._planner.path, self._config.train_rows, self._validation_rows)
         with _waited_for(self._builders) as under_way:
-            while not self._is_enough() and (job := self._planner.job(len(self.facts))):
+            while not self._is_enough():
+                if not under_way and len(lines := known.after(self.counts)):
+                    self.counts.extend(lines)
+                    continue
+                if not (job := self._planner.job(len(self.counts))):
+                    break
                 if not under_way:
                     missing = job.path if job.path.exists() else self._planner.path
                     if facts := existing_part(job.path):
-                        self.facts.append(facts)
+                        self._add(facts)
                         continue
                     self._planner.require_text()
                     self._explain(missing)
@@ -170,24 +170,28 @@ class _Build:
                     raise done
                 self._explain(missing)
                 self.built += 1
-                self.facts.append(done.facts)
-                note_build(self._planner.path, len(self.facts) - 1, done)
-                _refuse_bad_lines(self.facts, self._planner.corpus)
+                self._add(done.facts)
+                note_build(self._planner.path, len(self.counts) - 1, done)
+                _refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
                 self._show(*self._progress(time.monotonic() - begun))
-        _refuse_bad_lines(self.facts, self._planner.corpus)
+        _refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
+
+    def _add(self, facts: PartFacts) -> None:
+        self.counts.append(facts)
+        known_parts.complete_page(self._planner.path, len(self.counts))
 
     @property
     def why(self) -> str:
         if not self.built:
             return reuse.SAME
-        parts, reasons = len(self.facts), "; ".join(self._reasons.values())
+        parts, reasons = len(self.counts), "; ".join(self._reasons.values())
         reused = parts - self.built
         return f"{reused} of {count(parts, 'part')} reused: {reasons}" if reused else reasons
 
     def _start_following(self, under_way: deque[tuple[Path, Ending]]) -> None:
         """Start as many further parts as the builders can work on at once."""
         limit = min(self._builders.at_once, self._missing_parts()) - len(under_way)
-        for job in self._planner.absent_from(len(self.facts) + len(under_way), limit=limit):
+        for job in self._planner.absent_from(len(self.counts) + len(under_way), limit=limit):
             under_way.append((self._planner.path, self._builders.start(job)))
 
     def _explain(self, missing: Path) -> None:
@@ -201,10 +205,10 @@ class _Build:
     def _lack(self) -> str:
         """The reason why the next part, which is needed, does not exist."""
         planner, path = self._planner, self._planner.path
-        if self.facts:
+        if len(self.counts):
             config, (train, validation) = self._config, self._rows()
             return (
-                f"parts 1 to {len(self.facts)} have {train:,} of {config.train_rows:,} rows to "
+                f"parts 1 to {len(self.counts)} have {train:,} of {config.train_rows:,} rows to "
                 f"train on, {validation:,} of {self._validation_rows:,} to validate on"
             )
         if planner.begun_before:
@@ -214,8 +218,7 @@ class _Build:
 
     def _rows(self) -> tuple[int, int]:
         """Training and validation rows of the parts so far."""
-        train = sum(part.train.rows for part in self.facts)
-        return train, sum(part.validation.rows for part in self.facts)
+        return self.counts.total("train_rows"), self.counts.total("validation_rows")
 
     def _is_enough(self) -> bool:
         train, validation = self._rows()
@@ -228,7 +231,7 @@ class _Build:
 
     def _missing_parts(self) -> int:
         """The number of parts that are still needed, estimated from those that exist."""
-        config, count = self._config, len(self.facts)
+        config, count = self._config, len(self.counts)
         if count:
             train, validation = (rows / count for rows in self._rows())
         else:
@@ -246,7 +249,7 @@ class _Build:
         missing = 0 if self._is_enough() else self._missing_parts()
         share = min(1.0, train / config.train_rows, (validation + 1) / (self._validation_rows + 1))
         left = f"  ETA {missing * seconds / self.built:,.0f} s" if missing else ""
-        return share, f"part {len(self.facts)}  {train:,} of {config.train_rows:,} rows{left}"
+        return share, f"part {len(self.counts)}  {train:,} of {config.train_rows:,} rows{left}"
 
 
 @contextmanager
@@ -279,23 +282,24 @@ _BAD_PLACES = 10
 """Places of bad lines in an error message."""
 
 
-def _refuse_bad_lines(facts: list[PartFacts], corpus: CorpusConfig) -> None:
+def _refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> None:
     """Check the sum over parts: each slice was read with the whole limit."""
-    bad = sum(part.bad_lines for part in facts)
+    bad = counts.total("bad_lines")
     if bad > corpus.bad_lines_limit:
-        places = "\n  ".join([place for part in facts for place in part.bad_places][:_BAD_PLACES])
+        numbers = np.flatnonzero(counts.column("bad_lines"))[:_BAD_PLACES].tolist()
+        found = (PartManifest.read(part_path(path, number)).facts for number in numbers)
+        places = "\n  ".join([place for part in found for place in part.bad_places][:_BAD_PLACES])
         raise ValueError(
             f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
         )
 
 
 def _describe(
-    path: Path, facts: list[PartFacts], tokenizer: Tokenizer, config: ShardConfig
+    path: Path, counts: PartCounts, tokenizer: Tokenizer, config: ShardConfig
 ) -> ShardSet:
-    train = reduce(add, (part.train for part in facts), SplitCounts())
-    validation = reduce(add, (part.validation for part in facts), SplitCounts())
-    for split, counts in (("train", train), ("validation", validation)):
-        if not counts.rows:
+    train, validation = (counts.split(split) for split in SPLITS)
+    for split, found in (("train", train), ("validation", validation)):
+        if not found.rows:
             raise ValueError(
                 f"the corpus is too small: of its {train.text_bytes + validation.text_bytes:,} "
                 f"bytes of text, none is left for {split}: give more text, change "
@@ -303,21 +307,21 @@ def _describe(
             )
     shards = ShardSet(
         path=path,
-        parts=len(facts),
+        parts=len(counts),
         row_tokens=config.layout.row_tokens,
         end_of_text=tokenizer.end_of_text,
         train=train,
         validation=validation,
-        empty_documents=sum(part.empty_documents for part in facts),
-        duplicates=sum(part.duplicates for part in facts),
-        bad_lines=sum(part.bad_lines for part in facts),
+        empty_documents=counts.total("empty_documents"),
+        duplicates=counts.total("duplicates"),
+        bad_lines=counts.total("bad_lines"),
         entropy=None,
     )
     if tokenizer.path is not None:
         return shards
     rows = Rows(shards, "train")
-    count = min(len(rows), max(1, _ENTROPY_TOKENS // rows.row_tokens))
-    spread = rows[np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)]
+    some = min(len(rows), max(1, _ENTROPY_TOKENS // rows.row_tokens))
+    spread = rows[np.linspace(0, len(rows), some, endpoint=False).astype(np.int64)]
     return shards.replace(entropy=synthetic.chain_loss(spread, tokenizer.vocab_size))
 
 

@@ -10,6 +10,9 @@ from zeroflow.records import JsonLines, Record
 
 FILE = "builds.jsonl"
 
+_MOST_BYTES = 2**18
+"""Bytes of the file that are read: some thousand lines."""
+
 
 class BuildTime(Record):
     """A line of builds.jsonl."""
@@ -41,6 +44,6 @@ def note_build(path: Path, number: int, built: BuiltPart) -> None:
     BUILD_TIMES.append(path / FILE, build_time)
 
 
-def read_build_times(path: Path) -> list[BuildTime]:
-    """The lines of the set at `path`; a line cut short by a killed process is skipped."""
-    return BUILD_TIMES.readable(path / FILE)
+def last_build_times(path: Path) -> list[BuildTime]:
+    """The last lines of the set at `path`; a line cut short by a killed process is skipped."""
+    return BUILD_TIMES.readable(path / FILE, most_bytes=_MOST_BYTES)

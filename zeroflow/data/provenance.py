@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from zeroflow import artifacts
-from zeroflow.data import document_table
+from zeroflow.data import document_table, part_counts
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import PartManifest, ShardSet
+from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 
 _FIRST_TOKENS = 24
@@ -51,15 +51,15 @@ def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Int64Array) -> list[Pie
         Raises:
             DamagedArtifact: a table cannot be read.
     """
-    counts = [PartManifest.read(path).facts.train.rows for path in shards.part_paths]
+    counts = part_counts.of(shards).column("train_rows")
     ends = np.cumsum(counts)
     part_of = np.searchsorted(ends, rows, side="right")
     found: dict[int, list[Piece]] = {row: [] for row in rows.tolist()}
     contents, decode = Rows(shards, "train"), tokenizer.decoder()
     for part in np.unique(part_of).tolist():
-        first = int(ends[part]) - counts[part]
+        first = int(ends[part] - counts[part])
         here = rows[part_of == part]
-        for line in _lines(shards.part_paths[part], here - first):
+        for line in _lines(shards.part(part), here - first):
             row, offset, length = first + line["row"], line["offset"], line["tokens"]
             beginning = contents[np.array([row])][0, offset : offset + min(length, _FIRST_TOKENS)]
             ids = [token for token in beginning.tolist() if token != shards.end_of_text]

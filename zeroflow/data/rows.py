@@ -1,49 +1,54 @@
 """Access to the rows of a shard set."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
+from zeroflow.data import part_counts
 from zeroflow.data.arrays import Int64Array, RowArray
-from zeroflow.data.shards import ShardSet, Split
+from zeroflow.data.shard_file import ShardFile
+from zeroflow.data.shards import ShardSet, Split, rows_path
+
+_OPEN_FILES = 128
+"""Files of a split that are kept open; a large set has more files than may be open."""
 
 
 class Rows:
-    """The rows of one split, memory-mapped: `rows[ids]` gives (len(ids), row_tokens) integers."""
+    """The rows of one split: `rows[ids]` reads (len(ids), row_tokens) integers, and no others."""
 
     def __init__(self, shards: ShardSet, split: Split) -> None:
-        files = [file for path in shards.part_paths for file in sorted(path.glob(f"{split}-*"))]
-        if not files:
+        """
+        Raises:
+            DamagedArtifact: a part is missing or damaged.
+        """
+        counts = part_counts.of(shards)
+        rows, each = counts.column(f"{split}_rows"), counts.column(f"{split}_file_rows")
+        self._shards, self._split = shards, split
+        self._ends = np.cumsum(rows)
+        self._starts, self._file_rows = self._ends - rows, each
+        if not len(self):
             raise FileNotFoundError(f"{shards.path} has no shard of split {split}")
-        self._shards = [_map(file) for file in files]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self._starts = self._ends - [len(shard) for shard in self._shards]
         self.end_of_text = shards.end_of_text
-
-    @property
-    def row_tokens(self) -> int:
-        return self._shards[0].shape[1]
+        self._open = lru_cache(_OPEN_FILES)(ShardFile)
+        first = self._open(self._file(int(np.argmax(rows > 0)), 0))
+        self.row_tokens, self._type = first.row_tokens, first.dtype
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, ids: Int64Array) -> RowArray:
-        shard_ids = np.searchsorted(self._ends, ids, side="right")
-        places = (ids - self._starts[shard_ids]).tolist()
-        first = self._shards[0]
-        out = np.empty((len(places), first.shape[1]), dtype=first.dtype)
-        for i, (shard, place) in enumerate(zip(shard_ids.tolist(), places, strict=True)):
-            out[i] = self._shards[shard][place]
+        """
+        Raises:
+            DamagedArtifact: a file is missing or damaged.
+        """
+        parts = np.searchsorted(self._ends, ids, side="right")
+        files, places = np.divmod(ids - self._starts[parts], self._file_rows[parts])
+        out = np.empty((len(ids), self.row_tokens), dtype=self._type)
+        found = zip(parts.tolist(), files.tolist(), places.tolist(), out, strict=True)
+        for part, file, place, row in found:
+            self._open(self._file(part, file)).read_into(place, row)
         return out
 
-
-def _map(file: Path) -> RowArray:
-    """The (rows, row_tokens) array of one Arrow file, without a copy.
-
-    The file is closed, its memory stays mapped: a large set has more files than may be open.
-    """
-    with pa.memory_map(str(file)) as content:
-        column = pa.ipc.open_file(content).get_batch(0).column(0)
-    flat = column.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(-1, column.type.list_size)
+    def _file(self, part: int, number: int) -> Path:
+        return rows_path(self._shards.part(part), self._split, number)

@@ -3,6 +3,7 @@
 A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
 
     plan.json        settings, source, files of the corpus, and the slice of each part
+    counts-00000.arrow ...  counts of 512 parts each, so that not every part is looked at
     builds.jsonl     a line with the build time of each part that was built here
     part-00000/ ...  one part for each slice, complete or absent:
         train-00000.arrow ...       rows to train on
@@ -159,7 +160,14 @@ class ShardSet(StageResult):
 
     @property
     def part_paths(self) -> list[Path]:
-        return [part_path(self.path, number) for number in range(self.parts)]
+        return [self.part(number) for number in range(self.parts)]
+
+    def part(self, number: int) -> Path:
+        return part_path(self.path, number)
+
+    def some_parts(self, most: int) -> list[int]:
+        """At most `most` numbers of parts, spread evenly from the first to the last."""
+        return sorted(set(np.linspace(0, self.parts - 1, most).astype(int).tolist()))
 
 
 def part_path(path: Path, number: int) -> Path:
@@ -186,8 +194,3 @@ def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
     except ValueError:  # the text of a complete run may be gone
         available = math.inf
     return int(min(wanted, available) * np.dtype(config.token_type).itemsize)
-
-
-def row_bytes(shards: ShardSet) -> int:
-    """Disk space of the rows of all parts that the run reads."""
-    return sum(file.stat().st_size for part in shards.part_paths for file in part.glob("*.arrow"))

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from zeroflow.data import document_table
 from zeroflow.data.arrays import Int64Array
-from zeroflow.data.build_times import read_build_times
+from zeroflow.data.build_times import last_build_times
 from zeroflow.data.corpus import CorpusIdentity
 from zeroflow.data.part_plan import ShardPlan
 from zeroflow.data.rows import Rows
@@ -16,6 +16,9 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 
 _SAMPLES = 3
+_MOST_TABLES = 64
+"""Parts whose tables of documents are read; together they have some million documents."""
+
 _SAMPLE_TOKENS = 80
 
 
@@ -25,13 +28,16 @@ class ShardStatistics(NamedTuple):
 
     tokenizer: str
     lengths: Int64Array
-    """Length of every training document in tokens, its end of text included."""
+    """Length of the training documents of `parts` in tokens, their ends of text included."""
+
+    parts: int
+    """Number of parts, spread evenly, whose documents are in `lengths`."""
 
     samples: list[str]
     """Decoded beginnings of a few rows spread over the training split."""
 
     tokens_per_second: float | None
-    """Build speed on this machine; None if no part was built here."""
+    """Speed of the last builds on this machine; None if no part was built here."""
 
     text_bytes_per_second: float | None
 
@@ -39,12 +45,14 @@ class ShardStatistics(NamedTuple):
 def gather(shards: ShardSet, tokenizer: Tokenizer) -> ShardStatistics:
     """Statistics of a shard set, from its plan, its tables and a few of its rows."""
     plan = ShardPlan.read(shards.path)
-    times = [line for line in read_build_times(shards.path) if line.part < shards.parts]
+    times = [line for line in last_build_times(shards.path) if line.part < shards.parts]
+    numbers = shards.some_parts(_MOST_TABLES)
     seconds = sum(line.seconds for line in times)
     return ShardStatistics(
         source=plan.identity.corpus,
         tokenizer=plan.tokenizer,
-        lengths=np.concatenate([_document_lengths(path) for path in shards.part_paths]),
+        lengths=np.concatenate([_document_lengths(shards.part(number)) for number in numbers]),
+        parts=len(numbers),
         samples=_samples(Rows(shards, "train"), tokenizer),
         tokens_per_second=sum(line.tokens for line in times) / seconds if times else None,
         text_bytes_per_second=sum(line.text_bytes for line in times) / seconds if times else None,

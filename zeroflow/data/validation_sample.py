@@ -74,17 +74,17 @@ def count_sample(shards: ShardSet, tokenizer: Tokenizer, count: int) -> SampleCo
 
 def _pool(shards: ShardSet, count: int) -> _Pool:
     rows = 0
-    for number, path in enumerate(shards.part_paths, start=1):
-        rows += PartManifest.read(path).facts.validation.rows
+    for number in range(shards.parts):
+        rows += PartManifest.read(shards.part(number)).facts.validation.rows
         if rows >= count:
-            return _Pool(number, rows)
+            return _Pool(number + 1, rows)
     return _Pool(shards.parts, rows)
 
 
 def _documents(shards: ShardSet, chosen: Int64Array, parts: int) -> int:
     """Return the number of documents in the `chosen` validation rows, which lie in the parts."""
     first, found = 0, 0
-    for path in shards.part_paths[:parts]:
+    for path in map(shards.part, range(parts)):
         table = document_table.read(path, ["split", "row", "start"])
         held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
         rows = table["row"].to_numpy()[held_out] + first

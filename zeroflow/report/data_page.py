@@ -56,7 +56,8 @@ def page(
         ),
         "Left out": f"{shards.empty_documents:,} empty, {count(shards.duplicates, 'duplicate')}, "
         f"{count(shards.bad_lines, 'bad line')}",
-        "Document length": _quantiles(gathered.lengths),
+        "Document length": _quantiles(gathered.lengths)
+        + (f" (in {gathered.parts} of the parts)" if gathered.parts < shards.parts else ""),
     }
     if gathered.tokens_per_second and gathered.text_bytes_per_second:
         rows["Build speed"] = (

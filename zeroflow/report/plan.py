@@ -6,7 +6,8 @@ from typing import ClassVar
 from pydantic import computed_field
 
 from zeroflow.config import Config
-from zeroflow.data.shards import expected_bytes, row_bytes
+from zeroflow.data.part_counts import row_bytes
+from zeroflow.data.shards import expected_bytes
 from zeroflow.data.tokenizer import (
     expected_vocab_size,
     without_hub,

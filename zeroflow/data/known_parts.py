@@ -1,0 +1,103 @@
+"""The parts of a set that its pages of counts list, and a limit on how much of them is verified.
+
+Parts that no page lists yet are verified completely. Of those in pages, each start reads and
+verifies up to `VERIFIED_BYTES`: all of a small set, and another stretch of a large one each time.
+Reading every byte of a set of a million parts would take hours.
+"""
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from zeroflow import artifacts
+from zeroflow.data import part_counts
+from zeroflow.data.arrays import Int64Array
+from zeroflow.data.part_counts import COLUMNS, PartCounts
+from zeroflow.data.parts import existing_part
+from zeroflow.data.shards import part_path
+from zeroflow.units import count, decimal
+
+log = logging.getLogger(__name__)
+
+VERIFIED_BYTES = 2**33
+"""Some seconds of reading and hashing."""
+
+_PART = "part-"
+
+
+class KnownParts:
+    """The lines of the parts in pages that are there, as far as a run needs them."""
+
+    def __init__(self, path: Path, train_rows: int, validation_rows: int) -> None:
+        """
+        Args:
+            train_rows: rows that the run needs.
+            validation_rows: rows that the run needs.
+        """
+        self._needed = train_rows, validation_rows
+        self._path, self._lines = path, part_counts.pages(path)
+        self._lines = self._lines[: self._enough(PartCounts.none(), self._lines)]
+        self._sound = _present(path, len(self._lines))
+        self._verify_some()
+
+    def after(self, counted: PartCounts) -> Int64Array:
+        """The lines of the parts after those `counted`, up to an unsound one, and not too many."""
+        begin = len(counted)
+        unsound = np.flatnonzero(~self._sound[begin:])
+        end = begin + int(unsound[0]) if len(unsound) else len(self._lines)
+        lines = self._lines[begin:end]
+        return lines[: self._enough(counted, lines)]
+
+    def _enough(self, counted: PartCounts, lines: Int64Array) -> int:
+        """The number of `lines` that the run needs besides those `counted`; all if it needs more"""
+        enough = 0
+        for name, needed in zip(("train_rows", "validation_rows"), self._needed, strict=True):
+            rows = counted.total(name) + np.cumsum(lines[:, COLUMNS.index(name)])
+            if counted.total(name) < needed:
+                enough = max(enough, int(np.searchsorted(rows, needed)) + 1)
+        return min(enough, len(lines))
+
+    def _verify_some(self) -> None:
+        parts, sizes = len(self._lines), self._lines[:, COLUMNS.index("row_bytes")]
+        if not parts:
+            return
+        first = 0 if sizes.sum() <= VERIFIED_BYTES else secrets.randbelow(parts)
+        order = (first + np.arange(parts)) % parts
+        chosen = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), VERIFIED_BYTES + 1)))]
+        for number in chosen[self._sound[chosen]].tolist():
+            self._sound[number] = existing_part(part_path(self._path, number)) is not None
+        if len(chosen) < parts:
+            log.info(
+                "%s of %s verified (%s), beginning with %s; the others when they were built or "
+                "first reused",
+                *(f"{len(chosen):,}", count(parts, "part"), decimal(int(sizes[chosen].sum()))),
+                part_path(self._path, first).name,
+            )
+
+
+def complete_page(path: Path, parts: int) -> None:
+    """Write the page that the last of the first `parts` parts completes, if any."""
+    number, rest = divmod(parts, part_counts.PAGE_PARTS)
+    if rest:
+        return
+    try:
+        part_counts.write_page(path, number - 1)
+    except OSError as error:  # without it, the next start looks at its parts again
+        log.warning("cannot write the counts of the parts: %s", artifacts.explained(error))
+
+
+def _present(path: Path, parts: int) -> npt.NDArray[np.bool_]:
+    """Whether each of the first parts is there, from one list of the folder."""
+    present = np.zeros(parts, bool)
+    if not parts:
+        return present
+    with os.scandir(path) as entries:
+        for entry in entries:
+            number = entry.name.removeprefix(_PART)
+            if entry.name.startswith(_PART) and number.isdigit() and int(number) < parts:
+                present[int(number)] = True
+    return present
