@@ -12,8 +12,8 @@ from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is frozen
     """Run the whole pipeline, from raw text to a trained and checked model with a report.
 
-    A run of the same name is resumed; a finished one returns at once. Progress is logged to
-    the logger `zeroflow`: `logging.basicConfig(level="INFO")` shows it.
+    A run of the same name is resumed; a finished one returns immediately. Progress is logged to the
+    logger `zeroflow`; `logging.basicConfig(level="INFO")` shows it.
 
     Returns:
         The run's report, as in its report.json.

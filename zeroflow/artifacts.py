@@ -20,9 +20,11 @@ from pydantic import JsonValue, TypeAdapter
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+"""File that completes a directory: it lists the other files with their sizes and sha256."""
+
 WRITE_BYTES = 2**17
-"""Bytes per write. For larger writes, Linux allocates larger pages. A virtual machine may have
-returned their memory to its host, and getting it back takes ten times as long."""
+"""Bytes per write. For larger writes, Linux allocates larger pages. If a virtual machine has
+returned their memory to its host, getting it back takes ten times as long."""
 
 DAMAGED = ".damaged-"
 """Part of the name of a directory that was set aside."""
@@ -31,6 +33,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, an exhausted quota and a file at its size limit."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""Errors of a file system that does not support locks."""
 
 _OPEN_FILES = "raise the limit of open files, as with `ulimit -n 65536`"
 _PERMISSIONS = "change its permissions, or name another --cache-dir if it is in the cache"
@@ -62,17 +65,17 @@ class DamagedArtifact(ValueError):
 
 
 def explained(error: OSError) -> str:
-    """Return what failed and where, and for the usual causes what to change."""
+    """Return a message with the failure and the file, and for common causes what to change."""
     if not error.strerror or not error.errno:
         return str(error) or type(error).__name__
     message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if error.errno in _REMEDIES and os.strerror(error.errno) in message:
         return f"{message}: {_REMEDIES[error.errno]}"
-    return message  # also one of our own
+    return message  # our own messages already say what to change
 
 
 def fingerprint(identity: Any) -> str:
-    """12 hex digits that identify `identity`, any JSON value, independent of its key order."""
+    """Return 12 hex digits that identify a JSON value, independent of its key order."""
     return _sha256(identity)[:12]
 
 
@@ -90,7 +93,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_bytes(path: Path, content: memoryview) -> None:
     """Write `content`; a reader finds either the old or the new file, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by the process id, which another container may also have
+    # The name is random: a process id may also exist in another container that shares the folder
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         write_recorded(partial, content)

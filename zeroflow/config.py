@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 def flag(setting: str) -> str:
-    """The command-line flag of a setting, named as in `training.learning_rate`."""
+    """Return the flag of a setting, such as --learning-rate for `training.learning_rate`."""
     *groups, name = setting.split(".")
     if name == "name" and groups:  # the name of an optimiser is chosen by --optimizer
         name = groups[-1]

@@ -21,7 +21,7 @@ class _Gpu(NamedTuple):
     capability: tuple[int, int]
 
 
-# From the vendor's data sheets. Names are complete, as in NVML, because variants of a chip differ
+# From the vendor's data sheets. Names are the full names in NVML, because variants of a chip differ
 _GPUS = {
     "NVIDIA H200": _Gpu(989e12, 141, (9, 0)),
     "NVIDIA H100 80GB HBM3": _Gpu(989e12, 80, (9, 0)),

@@ -1,8 +1,8 @@
-"""The stages of a run, chained: plain functions that do not depend on Prefect.
+"""The stages of a run and the chain that calls them: plain functions, independent of Prefect.
 
 A stage finds its own finished work on disk, so calling the pipeline again with the same settings
-resumes where it stopped. The caller decides how each stage is called (`Stages`) and where its
-progress and pages are shown (`View`): in the package's flows, stages are Prefect tasks.
+resumes where it stopped. The caller decides how each stage is called (`Stages`) and where progress
+and pages are shown (`View`). In the package's flows, stages are Prefect tasks.
 """
 
 import logging
@@ -82,22 +82,22 @@ class View:
         return {}
 
     def progress(self, subject: str) -> Show:
-        """Return a function that receives the fraction done, from 0 to 1, and a line of text."""
+        """Return a function to call with the fraction done, from 0 to 1, and a line of text."""
         return lambda share, text: None
 
     def page(self, page: Page, subject: str) -> None:
         """Show a finished page."""
 
     def live_picture(self, subject: str) -> Callable[[Path], None]:
-        """Return a function that receives each new version of a PNG file."""
+        """Return a function to call with each new version of a PNG file."""
         return lambda picture: None
 
     def part_builder(self, build: BuildPart) -> BuildPart:
-        """Return `build`, which may also show each part that it builds."""
+        """Return `build`, or a function that also shows each part that it builds."""
         return build
 
     def gpu_slot(self) -> AbstractContextManager[None]:
-        """Return a context to hold while the run uses GPUs."""
+        """Return a context to stay in while the run uses GPUs."""
         return nullcontext()
 
 
@@ -107,7 +107,8 @@ LOG_ONLY = View()
 def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
     """Settle `asked` and log the plan of the run, before anything is built.
 
-    The plan is saved in the run's directory, and written again only if the run changes.
+    The plan is saved in the run's directory. It is replaced only if the run has changed, so that
+    measurements are compared with the prediction made before the run.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.
@@ -133,14 +134,14 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
     if trained and (copy := tokenizers.own_copy(trained)):
         if changed := tokenizers.changed_since(run.tokenizer, copy):
             name = run.tokenizer.tokenizer_name
-            log.warning("%s has changed (%s): the run goes on with its copy", name, changed)
+            log.warning("%s has changed (%s): the run uses its own copy", name, changed)
         log.info("tokenizer reused: %s", copy.path)
         return copy
     return tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
 
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
-    """Build the rows that the run needs; write and show the page about them."""
+    """Build the shards that the run needs, and write and show the page about them."""
     with part_builders(run.build, view) as builders:
         shards = builds.build_shards(
             run.shard_config,
@@ -159,7 +160,7 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
 
 @contextmanager
 def part_builders(choice: BuildChoice, view: View) -> Iterator[Builders]:
-    """Threads that build parts, or wait while Dask workers build them."""
+    """Yield threads that build parts, or that wait while Dask workers build them."""
     with ExitStack() as stack:
         build: BuildPart = build_part
         if choice.data_runner == "dask":
@@ -177,7 +178,7 @@ def check_before(
     """Run the pre-flight checks of `job`, unless the same checks passed before.
 
     Args:
-        trained: result of the job, if it is finished; then nothing needs to be checked.
+        trained: result of the job if it is finished; then no check is run.
 
     Returns:
         None if the job is finished and was never checked.
@@ -198,10 +199,10 @@ def check_before(
 def train(
     job: TrainingJob, run: Settled, trained: TrainResult | None, view: View = LOG_ONLY
 ) -> TrainResult:
-    """Train `job` to its last step from its newest checkpoint, and show its progress.
+    """Train `job` from its newest checkpoint to its last step, and show its progress.
 
     Args:
-        trained: result of the job, if it is finished.
+        trained: result of the job if it is finished; it is returned unchanged.
 
     Raises:
         TrainingFailed: `will_retry` is True if another call may succeed.
@@ -274,13 +275,13 @@ def write_report(
 
 
 def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
-    """Train `job` undisturbed and killed, compare every bit, and write and show a page about it.
+    """Train `job` undisturbed and with kills, compare every bit, and write and show the result.
 
     Returns:
         the path of proof.md
 
     Raises:
-        ResumeInexact: the proof failed; its page says how.
+        ResumeInexact: the two runs differ; the page shows where.
     """
     with TrainingProgress() as progress:
         found: Proof = resume.prove(job, config, progress)
@@ -297,7 +298,7 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status], view: View = LOG_ON
     """Write and show the comparison of a sweep's runs.
 
     Args:
-        ended: how the runs of this command ended that did not complete.
+        ended: status of each run of this command that did not complete.
 
     Returns:
         the path of comparison.md
@@ -348,7 +349,7 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         before = _trained_before(job)
         busy = run.device == "cuda" and before is None
         with view.gpu_slot() if busy else nullcontext():
-            # A pre-flight that is skipped now may have run in an earlier command
+            # If the pre-flight is skipped now, an earlier command may still have run it
             skipped = run.skip_preflight
             checked = (
                 preflight.read(job.folder) if skipped else stages.check_before(job, before, view)
@@ -363,13 +364,13 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
 
 
 def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:
-    """Prove that resume is exact: train undisturbed and killed, and compare every bit.
+    """Prove that resume is exact: train undisturbed and with kills, and compare every bit.
 
     Returns:
         the path of proof.md
 
     Raises:
-        ResumeInexact: the proof failed; its page says how.
+        ResumeInexact: the two runs differ; the page shows where.
     """
     with ownership() as acquire:
         prepared = prepare(settings(asked.run), acquire, stages, view)
@@ -391,7 +392,7 @@ def sweep(
 
     Raises:
         ValueError: a run of the sweep was already trained with other settings.
-        RuntimeError: some runs failed or were stopped; all are compared as far as they came.
+        RuntimeError: some runs failed or were stopped; the comparison has the steps that they did.
     """
     view.name_sweep(asked)
     sweeps.require_as_started(asked)
@@ -401,7 +402,7 @@ def sweep(
         for cell in cells(asked):
             try:
                 run_one(cell)
-            except Exception as error:  # one failure must not stop the sweep
+            except Exception as error:  # the sweep continues with the next run
                 ended[str(cell.run_name)] = _ended(cell, error)
         page = stages.compare(asked, ended, view)
     except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
@@ -444,7 +445,7 @@ def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> P
 
 
 def _trained_before(job: TrainingJob) -> TrainResult | None:
-    """The result of a finished job, if its last checkpoint verifies."""
+    """Return the result of a finished job if its last checkpoint verifies."""
     if finished(job):
         checkpoint.latest(job.folder.checkpoints)  # sets damaged checkpoints aside
     result = finished(job)

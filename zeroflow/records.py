@@ -1,4 +1,4 @@
-"""Typed JSON: whole files, and files to which one process appends lines that others follow.
+"""Typed JSON: whole files, and files to which one process appends lines while others read them.
 
 Data that a run writes and reads back is a `Record`. One class writes and reads it, with a format
 version: a file of a newer format is rejected with an error message instead of being misread.
@@ -58,7 +58,7 @@ class Record(Config):
         """
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not valid JSON, of a newer format or of something else.
+            ValueError: it is not valid JSON, has a newer format, or is not this kind of record.
         """
         content = artifacts.read_json(path)
         try:
@@ -73,7 +73,7 @@ class Record(Config):
 
 
 def omitted() -> Any:
-    """Default of a field that is not written if it is None."""
+    """Return the default of a field that is left out of the file if it is None."""
     return Field(None, exclude_if=lambda value: value is None)
 
 
@@ -114,7 +114,7 @@ class JsonLines(Generic[R]):
         """Return the records of all complete lines; a killed process may leave half a line.
 
         Raises:
-            ValueError: a line is not valid JSON, of a newer format or of something else.
+            ValueError: a line is not valid JSON, has a newer format, or is not this kind of record.
         """
         return self.follow(path).new_records()
 
@@ -159,7 +159,7 @@ class JsonLines(Generic[R]):
             path: file of the line, for the error message.
 
         Raises:
-            ValueError: the line is not valid JSON, of a newer format or of something else.
+            ValueError: it is not valid JSON, has a newer format, or is not this kind of record.
         """
         try:
             return self._adapter.validate_json(line)
@@ -177,7 +177,7 @@ class Tail(Generic[R]):
         self._kind, self._path, self._position = kind, path, position
 
     def new_records(self) -> list[R]:
-        """Records of the lines that were completed since the last call."""
+        """Return the records of the lines that were completed since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -201,7 +201,7 @@ def _complete_lines(path: Path, most_bytes: int | None = None) -> Iterator[bytes
 
 
 def _end_of_lines(file: RawIOBase, size: int) -> int:
-    """Bytes of the complete lines in the first `size` bytes of `file`, which may be growing."""
+    """Return the length of the complete lines within the first `size` bytes of a growing `file`."""
     if size:
         file.seek(size - 1)
         if file.read(1) != b"\n":
@@ -215,7 +215,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: ValidationError) -> str:
-    """All errors on one line."""
+    """Return all errors on one line."""
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         where = ".".join(map(str, problem["loc"]))

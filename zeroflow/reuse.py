@@ -1,4 +1,4 @@
-"""Reasons for running a stage although a similar result exists: the settings that differ."""
+"""Reasons why a stage ran although a similar result exists: the settings that differ."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ PASSED = "the same check passed before"
 TRAINED = "the run is already trained to its last step"
 NOTHING = "none exists yet"
 FIRST = "the run has no earlier one"
+"""Reasons of stages that were reused, and of stages that ran for the first time."""
 
 _NAMED = 4
 """Number of differences that are named; the others are counted."""
@@ -62,10 +63,11 @@ def damaged(path: Path) -> str:
 
 
 def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[str, Fields | None]:
-    """Read the fields of the other folders in `root`, newest first.
+    """Read the fields of the folders in `root`, newest first.
 
     Args:
         read: reads the fields of a folder.
+        but: folder to leave out.
 
     Returns:
         Fields by folder name; None if they cannot be read, as in folders of an older version.
@@ -79,7 +81,7 @@ def existing(root: Path, read: Callable[[Path], Fields], *, but: Path) -> dict[s
 
 
 def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
-    """Reason why none of `there` can be reused: the differences of the most similar one."""
+    """Return why none of `there` can be reused: the differences of the most similar one."""
     known = {name: fields for name, fields in there.items() if fields is not None}
     if not there:
         return NOTHING
@@ -91,7 +93,7 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
 
 
 def since(wanted: Fields, before: CheckResult | None) -> str:
-    """Reason why the earlier check of a run cannot be reused."""
+    """Return why the earlier check of a run cannot be reused."""
     if before is None:
         return FIRST
     if before.identity is None:
@@ -102,7 +104,7 @@ def since(wanted: Fields, before: CheckResult | None) -> str:
 
 
 def changes(wanted: Fields, found: Fields) -> str:
-    """Differences between the fields `found` and those `wanted`, as text."""
+    """Return the differences between the fields `found` and the fields `wanted`, as text."""
     different = list(_differences(wanted, found))
     if not different:
         return "differs in its name only"
@@ -113,7 +115,7 @@ def changes(wanted: Fields, found: Fields) -> str:
 
 
 def flat(fields: Fields, prefix: str = "") -> Fields:
-    """All single values by full name, such as training.seq_len."""
+    """Return all values of nested `fields` by their full names, such as training.seq_len."""
     found: dict[str, object] = {}
     for name, value in fields.items():
         deeper = isinstance(value, Mapping)
@@ -143,7 +145,7 @@ def _differences(wanted: Fields, found: Fields) -> Iterator[Difference]:
 
 
 def _value(fields: Fields, name: str) -> Any:
-    """Value of a field; None if it is missing, such as a setting of another kind of source."""
+    """Return the value of a field; None if it is missing, such as a setting of another source."""
     value = fields.get(name)
     return None if value == {} else value
 

@@ -30,7 +30,7 @@ class _Folder:
 
 
 class TrackedFolder(_Folder):
-    """A folder whose subject, a run or a sweep, is a run in MLflow."""
+    """The folder of a run or a sweep, each of which is a run in MLflow."""
 
     mlflow = _Named("mlflow.json")
     """Ids of the run in MLflow."""
@@ -39,7 +39,7 @@ class TrackedFolder(_Folder):
 class RunFolder(TrackedFolder):
     """The folder of a run."""
 
-    # Decided before anything is built
+    # Written before anything is built
     settings = _Named("run.json")
     asked = _Named("asked.json")
     """Requested settings whose settled value differs, such as a branch or a fallback."""
@@ -76,7 +76,7 @@ class RunFolder(TrackedFolder):
 
     goodput = _Named("goodput.jsonl")
     alive = _Named("alive")
-    """Newest pulse of rank 0, rewritten while it works."""
+    """Newest pulse of rank 0; rewritten whenever rank 0 makes progress."""
 
     checkpoints = _Named("checkpoints")
 
@@ -93,19 +93,19 @@ class RunFolder(TrackedFolder):
 
     # Locks, for `artifacts.exclusive`
     owner_lock = _Named("owner")
-    """Held by the command that works on the run, from its first file to its last."""
+    """Locked by the command that works on the run, from its first file to its last."""
 
     launch_lock = _Named("launch")
-    """Held while ranks are launched and watched."""
+    """Locked while ranks are launched and watched."""
 
     proof_lock = _Named("proof")
 
     def worker_lock(self, rank: int) -> Path:
-        """Held by a rank, which may run longer than the command that launched it."""
+        """Return the lock of a rank, which may outlive the command that launched it."""
         return self.path / (f"worker-{rank}" if rank else "worker")
 
     def inner(self, name: str) -> Self:
-        """The folder of a run inside this one, such as a training of a proof."""
+        """Return the folder of a run inside this one, such as one of the two runs of a proof."""
         return type(self)(self.path / name)
 
     @property
@@ -124,7 +124,7 @@ class SweepFolder(TrackedFolder):
     comparison_page = _Named("comparison.md")
 
     def loss_picture(self, axis: str) -> Path:
-        """Loss of all runs against `axis`."""
+        """Return the picture of the losses of all runs against `axis`."""
         return self.path / f"loss-by-{axis}.png"
 
 
@@ -139,10 +139,10 @@ class Cache(_Folder):
     """Predicted and measured figures of earlier runs."""
 
     compiled = _Named("compile")
-    """Compiled code."""
+    """Code that torch.compile and Triton have compiled on this machine."""
 
     mlflow = _Named("mlflow")
-    """MLflow's store, used if no server keeps the runs."""
+    """MLflow's store, used unless MLFLOW_TRACKING_URI names another."""
 
     logs = _Named("ui")
     """Logs of the servers and the worker that `zeroflow ui` starts."""
@@ -154,5 +154,5 @@ class Cache(_Folder):
         return SweepFolder(self.sweeps / name)
 
     def existing_runs(self) -> Iterator[RunFolder]:
-        """All runs, sorted by name; a run that has just begun may have no files yet."""
+        """Return all runs, sorted by name; a run that has just begun may have no files yet."""
         return (RunFolder(path) for path in sorted(self.runs.glob("*")) if path.is_dir())

@@ -2,24 +2,24 @@
 
 
 def parameter_count(parameters: int) -> str:
-    """Parameters as text, such as 317.6M or 34,976."""
+    """Return a number of parameters as text, such as 317.6M or 34,976."""
     return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
 
 
 def binary(size: int) -> str:
-    """Memory as text, such as 37.44 GiB or 512 MiB."""
+    """Return an amount of memory as text, such as 37.44 GiB or 512 MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def decimal(size: int) -> str:
-    """File size as text, such as 16.14 GB, 552 MB or 0.6 MB."""
+    """Return a file size as text, such as 16.14 GB, 552 MB or 0.6 MB."""
     if size >= 1e9:
         return f"{size / 1e9:,.2f} GB"
     return f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Duration as text, such as 42 s, 3 min 5 s, 2 h 10 min or 4 d 3 h."""
+    """Return a duration as text, such as 42 s, 3 min 5 s, 2 h 10 min or 4 d 3 h."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     left = round(seconds)
     parts: list[str] = []
@@ -35,5 +35,5 @@ def speed(tokens_per_second: float | None) -> str:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """Number with a noun, such as 1 row or 1,024 rows. The plural ends in s if none is given."""
+    """Return a number with a noun, such as 1 row or 1,024 rows; the default plural adds an s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -264,7 +264,7 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
         record(mine, range(4, 8))
         record(ended, range(3, 6))
     # a server that is busy may have made them wait before
-    wait_until(lambda: told("failed; training goes on") == 2 + told("is back and has all"))
+    wait_until(lambda: told("failed; training continues") == 2 + told("is back and has all"))
     came_back = told("is back and has all")
     with no_connection_of_this_thread():
         ending.close("FINISHED")
@@ -327,7 +327,7 @@ def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
     record(mine, range(1, 2))
     follow(dead, mine).close("FINISHED")
     assert finish(dead, mine, succeeded=True) is None
-    for words in ("failed; training goes on", "could not be added"):
+    for words in ("failed; training continues", "could not be added"):
         assert sum(words in message for message in warnings(caplog)) == 1, words
     assert len(warnings(caplog)) == 2
     assert run_ids(mine) is None

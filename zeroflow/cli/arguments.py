@@ -24,13 +24,15 @@ from zeroflow.text.markup import is_utf8, visible
 Settings = TypeVar("Settings", bound=BaseModel)
 
 _MOST_VALUES = 1000
-"""Values of a setting. Prefect takes at most 512 KB of parameters, and every page shows them."""
+"""Maximum number of values of a setting. Prefect accepts at most 512 KB of parameters, and its
+pages show all of them."""
 
 _ALIASES = {"size": ["--model-size"]}
+"""Other flags of a setting, by its name."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of many flags: it shows a usage of one line, and says which flag was meant."""
+    """A parser for many flags: its usage is one line, and it suggests a flag for a misspelt one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)  # a misspelt flag is an error
@@ -46,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse `args`, all of which have to be known: the name is argparse's."""
+        """Parse `args`; unlike argparse's own method, exit with an error if one is unknown."""
         given = list(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
@@ -57,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n`{self.prog} --help` shows what it takes\n")
 
     def _shorten_usage(self) -> None:
-        """Name the flags that have to be given only, unless there are commands to choose from."""
+        """Show only the required flags in the usage; a parser of commands keeps its own usage."""
         if self._subparsers is None:
             needed = [
                 f"{action.option_strings[0]} {action.metavar or action.dest.upper()} "
@@ -113,12 +115,12 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, str) and not is_utf8(value):
                 raise ValueError(
-                    f"{setting.flag} {visible(value)} is not UTF-8: encode or rename it so"
+                    f"{setting.flag} {visible(value)} is not UTF-8: encode or rename it as UTF-8"
                 )
         if isinstance(given, list) and len(given) > _MOST_VALUES:
             first = Path(given[0])
             raise ValueError(
-                f"{setting.flag} names {len(given):,} files, as the shell has replaced a pattern: "
+                f"{setting.flag} has {len(given):,} files, because the shell expanded a pattern: "
                 f"quote it, as in {setting.flag} '{first.parent / ('*' + first.suffix)}'"
             )
         target = values
@@ -173,7 +175,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """Types in an annotation; the choices of a Literal are a list."""
+    """Return the types in an annotation; the choices of a Literal are returned as a list."""
     origin = get_origin(annotation)
     if origin is Literal:
         return [list(get_args(annotation))]

@@ -164,7 +164,7 @@ def pieces_table(pieces: Sequence["Piece"]) -> list[str]:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a table with columns as wide as their contents; numbers are right-aligned."""
+    """Return the lines of a table with columns as wide as their content; numbers align right."""
     cells = [list(names), *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = [">" if isinstance(value, int) else "<" for value in rows[0]]
@@ -239,15 +239,15 @@ _COMMANDS = (
     ),
     _Command(
         "plan",
-        "predict memory, time and disk of a run",
+        "predict memory, time and disk space of a run",
         _plan_arguments,
         _plan,
-        "Predict parameters, FLOPs, memory, time and disk of a run. The command makes no requests, "
-        "and builds and records nothing.",
+        "Predict parameters, FLOPs, memory, time and disk space of a run. The command makes no "
+        "network requests, and builds and records nothing.",
     ),
     _Command(
         "prove-resume",
-        "prove that a killed training resumes bit for bit",
+        "prove that training that was killed resumes bit for bit",
         _prove_arguments,
         _prove,
         "Train twice, once undisturbed and once with repeated kills, and compare every bit. "

@@ -1,4 +1,4 @@
-"""Output of a command, and its end by a signal."""
+"""Output of a command, and its reaction to SIGTERM."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ class Terminated(SystemExit):
 
 
 def terminate(number: int, frame: object) -> None:
-    """Handle SIGTERM like Ctrl-C. Prefect sends it again once the flow run has ended."""
+    """Handle SIGTERM like Ctrl-C. Prefect raises it again when the flow run has ended."""
     raise Terminated(128 + number)
 
 
@@ -41,7 +41,7 @@ def require_writable(folder: Path) -> None:
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
-    """Writes lines to standard output until its reader exits: a run survives `| head`."""
+    """Writes lines to standard output; if its reader exits, as in `| head`, the run continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
         if isinstance(sys.exception(), BrokenPipeError):
@@ -71,7 +71,7 @@ def page_text(markdown: str) -> str:
 
 def log_to_console(*, verbose: bool) -> None:
     """Log plain lines to standard output; in a terminal, above the live progress bar."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may have an encoding without our characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack some of our characters
         sys.stdout.reconfigure(errors="backslashreplace")
     handler: logging.Handler = (
         _TerminalHandler() if console.is_terminal else _LineHandler(sys.stdout)

@@ -1,4 +1,4 @@
-"""The first line of a command, printed before its libraries are imported, which takes seconds."""
+"""The first line of a command, printed before the libraries are imported, which takes seconds."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ def announce(arguments: Sequence[str]) -> None:
     """Print that a command is starting, unless it only prints its help.
 
     Args:
-        arguments: those of the command.
+        arguments: arguments of the command.
     """
     if not {"-h", "--help"} & {*arguments}:
         sys.stdout.write(f"{time.strftime(TIME)}  starting: importing PyTorch and Prefect\n")

@@ -1,4 +1,4 @@
-"""Prefect's settings, which Prefect reads when it is imported."""
+"""Explanation of wrong Prefect settings, which Prefect reads when it is imported."""
 
 import os
 import tomllib
@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from zeroflow.text.markup import shortened
 
 _LONGEST = 100
-"""Characters of a value in an error message."""
+"""Maximum number of characters of a value in an error message."""
 
 
 @contextmanager
 def importing_prefect() -> Iterator[None]:
-    """Explain errors of the block, which imports Prefect.
+    """Explain wrong settings that an import of Prefect in the block finds.
 
     Raises:
         ValueError: Prefect's settings are wrong.
@@ -35,6 +35,6 @@ def importing_prefect() -> Iterator[None]:
 def _problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"a file is not TOML ({error})"
-    [first, *_] = error.errors()  # the others follow from it
+    [first, *_] = error.errors()  # one wrong value causes several errors
     name, found = ".".join(map(str, first["loc"])), shortened(repr(first["input"]), _LONGEST)
     return f"{name} of {error.title}: {first['msg']} (found {found})"

@@ -1,11 +1,11 @@
-"""The program `zeroflow`: its first line, and then its command."""
+"""Entry point of the program `zeroflow`: prints the first line, then runs the command."""
 
 import sys
 
 from zeroflow.cli.first_line import announce
 
 _LONG = {"pretrain", "sweep", "prove-resume", "ui"}
-"""Commands that log what they do; the output of the others is for pipes."""
+"""Commands that print log lines. The output of the others is for other programs."""
 
 
 def entry() -> None:

@@ -1,1 +1,1 @@
-"""Models of finished runs: load, generate, export."""
+"""Loading trained models, generating text and exporting."""

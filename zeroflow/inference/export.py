@@ -1,7 +1,7 @@
-"""Export a checkpoint to a folder that plain transformers opens.
+"""Export of a model to a folder that `transformers` opens.
 
-The folder reproduces the training without further settings: the ids of the shards, one end-of-text
-id, and prompts that begin after an end of text, as documents do.
+Without further settings, the folder behaves as in training: it gives the token ids of the shards,
+has the same end-of-text id, and begins prompts after an end-of-text token, as documents do.
 """
 
 import json
@@ -24,6 +24,7 @@ from zeroflow.training.sampling import SamplingConfig
 log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+"""Folder for files of an export that is not complete yet."""
 
 
 def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
@@ -33,8 +34,8 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
         context: context length in training, in tokens.
 
     Raises:
-        ValueError: `folder` exists and is not empty, or transformers would give other ids to a
-            text than those that the model was trained on.
+        ValueError: `folder` exists and is not empty, or transformers would encode a text to other
+            ids than those that the model was trained on.
     """
     if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder for --out")
@@ -49,7 +50,7 @@ def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) ->
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
     """Yield a folder whose files move into `folder` when the block ends without an error."""
-    partial = folder / _PARTIAL  # inside, as `folder` may be on another disk than its parent
+    partial = folder / _PARTIAL  # not beside `folder`, which may be on another disk than its parent
     shutil.rmtree(partial, ignore_errors=True)
     existed = folder.exists()
     partial.mkdir(parents=True)
@@ -90,8 +91,8 @@ def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int)
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write a complete tokenizer.json, and settings that do not change it.
 
-    A tokenizer's own settings may name a class such as GPT2Tokenizer, for which transformers 5
-    builds a pre-tokenizer of that class in place of the one in tokenizer.json.
+    The original settings may name a class such as GPT2Tokenizer. transformers 5 would then use the
+    pre-tokenizer of that class instead of the one in tokenizer.json.
     """
     loaded = tokenizer.load()
     end, token = tokenizer.end_of_text, loaded.id_to_token(tokenizer.end_of_text)
@@ -105,7 +106,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "bos_token": token,
         "eos_token": token,
         "pad_token": token,
-        "split_special_tokens": True,  # spelled out in a text, they are text
+        "split_special_tokens": True,  # special tokens spelled out in a text are encoded as text
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
@@ -114,8 +115,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
 
 
 def _begin_with(end: int, token: str) -> dict[str, Any]:
-    """The post-processor that puts an end-of-text before a text, and before each of a pair."""
-    # named by a word of our own, as the token's text may hold characters of the template's syntax
+    """Return the post-processor that adds an end-of-text token before a text, or each of a pair."""
+    # The template has its own name for the token, whose text may contain characters of its syntax
     name = "end_of_text"
     first, second = (
         [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": which, "type_id": 0}}]
@@ -130,9 +131,9 @@ def _begin_with(end: int, token: str) -> dict[str, Any]:
 
 
 def _with_first_space(decoder: Any) -> Any:
-    """A decoder that keeps the space before the first word.
+    """Return a decoder that keeps the space before the first word.
 
-    transformers' text generation decodes the new tokens by themselves, where that space belongs.
+    `transformers` decodes a continuation without its prompt, so the space must be kept.
     """
     match decoder:
         case {"type": "Metaspace"}:
@@ -145,10 +146,10 @@ def _with_first_space(decoder: Any) -> Any:
 
 
 def _require_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """Check that transformers gives the ids of the shards to hard strings.
+    """Check that transformers encodes difficult strings to the same ids as the shards have.
 
     Raises:
-        ValueError: it gives others to one of them.
+        ValueError: the ids of a string differ.
     """
     from transformers import AutoTokenizer
 
@@ -159,7 +160,7 @@ def _require_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
     opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     theirs = opened(texts, verbose=False)["input_ids"]
     for text, expected, found in zip(texts, ours, theirs, strict=True):
-        # a document with an end-of-text inside is refused, so no shards hold one
+        # A document whose ids contain the end-of-text id is refused, so shards have none
         if tokenizer.end_of_text in expected:
             continue
         if found != [tokenizer.end_of_text, *expected.tolist()]:

@@ -32,7 +32,7 @@ class Trained:
         return self.shards.row_tokens - 1
 
     def rows(self, split: Split) -> Rows:
-        """The packed rows of a split, memory-mapped: `rows[ids]` gives (len(ids), T + 1) ids."""
+        """Return the rows of a split, memory-mapped; `rows[ids]` has shape (len(ids), T + 1)."""
         return Rows(self.shards, split)
 
     def generate(self, prompt: str = "", **settings: Any) -> str:
@@ -46,7 +46,7 @@ class Trained:
         """
         config = SamplingConfig.model_validate(settings)
         if not is_utf8(prompt):
-            raise ValueError(f"the prompt {visible(prompt)} is not UTF-8: encode it so")
+            raise ValueError(f"the prompt {visible(prompt)} is not UTF-8: encode it as UTF-8")
         if self.tokenizer.path is not None:
             return sampling.generate(
                 self.model, self.tokenizer, prompt, config, context=self.context

@@ -38,8 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **how)
     if mask is not None or q.dtype == torch.float32:
-        # Here, only one kernel does not write all scores to memory, and it needs a key and a value
-        # for each query head
+        # For these inputs, only the memory-efficient kernel keeps the scores out of memory, and it
+        # needs a key and a value for each query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # Not for generation, which has no gradients and many lengths: cuDNN would plan for each length
     fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
@@ -75,8 +75,8 @@ def block_mask(documents: Tensor, _: torch.dtype) -> BlockMask:
 
 @cache
 def _compiled_block_mask() -> Callable[..., BlockMask]:
-    # Compiled, because eager code keeps B·T·T entries in memory; at the first call, because
-    # importing torch.compile takes seconds
+    # Compiled, because eager code keeps B·T·T entries in memory. Compiled at the first call,
+    # because importing torch.compile takes seconds
     return torch.compile(create_block_mask)
 
 
@@ -84,7 +84,7 @@ def positions_within(documents: Tensor) -> Tensor:
     """Return each token's position in its document, (B, T) int64.
 
     Args:
-        documents: (B, T); consecutive equal numbers are a document.
+        documents: (B, T); consecutive positions with equal numbers are one document.
     """
     positions = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)

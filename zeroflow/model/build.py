@@ -1,4 +1,4 @@
-"""Complete description of the network, from a shape and a vocabulary."""
+"""The configuration of the network, from its shape and the vocabulary."""
 
 import logging
 
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def build_model(shape: Shape, vocab_size: int, folder: RunFolder) -> ModelConfig:
-    """Return the network for a tokenizer of `vocab_size` tokens and record it in model.json.
+    """Return the configuration for a tokenizer of `vocab_size` tokens, and write it to model.json.
 
-    The training process initialises the weights from the seed.
+    No weights are created here: each training process initialises them from the seed.
     """
     config = with_vocabulary(shape, vocab_size)
     facts = {

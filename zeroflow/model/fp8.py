@@ -1,7 +1,8 @@
-"""`llama.linear` with products in fp8, for GPUs that support them.
+"""`llama.linear` with matrix products in fp8, for GPUs that support them.
 
 Activations and weights are rounded to e4m3, gradients to e5m2, as in
-https://arxiv.org/abs/2209.05433. Each is scaled by its current largest value.
+https://arxiv.org/abs/2209.05433. Scales follow from the largest absolute value of the current
+tensor.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 MULTIPLE = 16
 """Every dimension of a product must be a multiple of this."""
 
+# e4m3 has more precision, e5m2 more range, which gradients need
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
 _SMALLEST_SCALE = 2.0**-100
@@ -84,7 +86,7 @@ class _ScaledProduct(torch.autograd.Function):
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fp32 divisor with which `largest` just fits in `dtype`.
 
-    It is non-finite if `largest` is, and then the loss is too.
+    If `largest` is non-finite, so is the divisor, and then the loss.
     """
     return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 

@@ -1,4 +1,4 @@
-"""The model's shape in the words of Hugging Face's config.json."""
+"""The model's configuration in the format of Hugging Face's config.json."""
 
 from pydantic import JsonValue
 
@@ -10,8 +10,8 @@ def llama_config(shape: ModelConfig, *, context: int, end_of_text: int) -> dict[
 
     Args:
         context: context length in training, in tokens.
-        end_of_text: id that ends documents. In training a document follows one, so it also serves
-            as the beginning of a text.
+        end_of_text: id that ends documents. In training every document follows one, so the id is
+            also used as the beginning of a text.
     """
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,8 +1,8 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
 A state dict of `Llama` is also one of `transformers.LlamaForCausalLM` with tied embeddings, so
-export copies tensors without conversion. There are no buffers, which a sharded model would have to
-place: `forward` computes the rotary angles.
+export copies tensors without conversion. The model has no buffers, which sharding would have to
+handle: `forward` computes the rotary angles.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class ModelConfig(Shape):
     rms_norm_eps: PositiveFloat = 1e-5
 
     rope_theta: PositiveFloat = 500_000.0
-    """Base of the rotary wavelengths."""
+    """Base of the wavelengths of the rotary embedding."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -108,7 +108,7 @@ class ModelConfig(Shape):
         return sum(self.parameters_by_part.values())
 
     def flops_per_token(self, context: int) -> int:
-        """Floating-point operations of one token's forward and backward pass at `context` tokens.
+        """Return the FLOPs of one token's forward and backward pass at `context` tokens.
 
         6·N for the matrices, where N counts the tied head once, and 6·L·D·T for causal attention,
         half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
@@ -271,17 +271,17 @@ def checkpointed(function: Callable[..., Tensor], *inputs: Tensor | Mask) -> Ten
 
     Source: https://arxiv.org/abs/1604.06174
     """
-    # Called within a block's forward, not wrapped around its module: PyTorch compiles a wrapper
-    # once per block, but a block's forward once for all blocks. The forward pass has no random
-    # numbers, so no random state needs to be preserved
+    # Called within a block's forward method instead of wrapping the module: PyTorch would compile
+    # each wrapper separately, but compiles the forward method once for all blocks. The forward pass
+    # uses no random numbers, so no random state needs to be preserved
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """Multiply `x` (..., D) by the transposes of `weights` (N, D), concatenated, in `x`'s dtype.
 
-    One product with concatenated matrices is faster than separate products. Concatenation is free
-    if they are cast to bf16 anyway, in the same pass over memory.
+    One product with concatenated matrices is faster than separate products. When weights are cast
+    to bf16, concatenating them costs nothing extra: both happen in the same pass over memory.
     """
     cast = [weight.to(x.dtype) for weight in weights]
     return F.linear(x, torch.cat(cast) if len(cast) > 1 else cast[0])

@@ -67,7 +67,7 @@ SIZES: dict[SizeName, Size] = {  # from the smallest to the largest
 
 
 def with_vocabulary(shape: Shape, vocab_size: int) -> ModelConfig:
-    """Return the network of `shape` for a tokenizer of `vocab_size` tokens, padded up."""
+    """Return the configuration of `shape` for a tokenizer of `vocab_size` tokens, padded up."""
     padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return ModelConfig(**shape.model_dump(include=set(Shape.model_fields)), vocab_size=padded)
 

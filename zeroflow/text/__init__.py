@@ -1,1 +1,1 @@
-"""Text for people: markup that is escaped, and passwords that are hidden."""
+"""Text that is shown to people: escaping of markup, hiding of passwords."""

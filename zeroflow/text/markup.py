@@ -1,8 +1,9 @@
-"""Text for people: Markdown pages, log lines and terminals.
+"""Escaping of text for Markdown pages, log lines and terminals.
 
 Texts and ids of documents, file names, prompts, samples and messages are untrusted. Control
 characters are shown as escapes, so that no terminal executes them, and in Markdown each character
-is shown literally. Only a `Markdown` is markup; every other string on a page is escaped.
+is shown literally. Only strings of type `Markdown` are markup; every other string on a page is
+escaped.
 """
 
 import logging
@@ -28,7 +29,7 @@ class Markdown(str):
 
 
 def is_utf8(text: str) -> bool:
-    """Return False for text with lone surrogates: Python makes them of arguments in other codes."""
+    """Return False for text with lone surrogates, which Python uses for undecodable arguments."""
     try:
         return text.encode() is not None
     except UnicodeEncodeError:
@@ -105,7 +106,7 @@ def _longest_run(text: str, character: str) -> int:
 
 
 class LineFormatter(logging.Formatter):
-    """Formats log lines without control characters and passwords."""
+    """Formats log lines with control characters escaped and passwords hidden."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(visible(super().format(record)))

@@ -1,12 +1,14 @@
-"""Passwords in addresses, which are hidden in everything that is stored or shown.
+"""Hiding of passwords and tokens in everything that is stored or shown.
 
-A program receives an address with a password in its environment, where `ps` does not list it.
+Programs receive an address with a password only through their environment, because `ps` shows the
+command lines of all users.
 """
 
 import re
 from urllib.parse import urlsplit
 
 _HIDDEN = "***"
+"""Replaces a login or a token."""
 
 _LOGIN = re.compile(
     r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)

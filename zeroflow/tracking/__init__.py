@@ -1,1 +1,1 @@
-"""MLflow tracking that never makes training wait."""
+"""Tracking in MLflow, which training never waits for."""

@@ -10,6 +10,7 @@ from zeroflow.run_folder import Cache
 from zeroflow.text.redaction import redacted
 
 EXPERIMENT = "zeroflow"
+"""Name of the MLflow experiment of all runs."""
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -46,19 +47,23 @@ class TrackingConfig(Record):
 
 
 def location(cache: Path) -> tuple[str, Path | None]:
-    """Tracking URI without its password, and its local folder: SQLite in the cache.
+    """Return the tracking URI without its password, and the local folder of the store.
 
-    MLFLOW_TRACKING_URI comes first; then there is no folder.
+    If MLFLOW_TRACKING_URI is set, it is used and the folder is None. Otherwise the store is a
+    SQLite file in the cache.
     """
     folder = None if os.environ.get(_VARIABLE) else Cache(cache.resolve()).mlflow
     return redacted(address(folder)), folder
 
 
 def address(folder: Path | None) -> str:
-    """Tracking URI of the store in `folder`, or MLFLOW_TRACKING_URI, which may hold a password.
+    """Return the tracking URI to open, which may contain a password.
+
+    Args:
+        folder: folder of a local store; None for the one at MLFLOW_TRACKING_URI.
 
     Raises:
-        ValueError: neither is given.
+        ValueError: `folder` is None, and MLFLOW_TRACKING_URI is not set.
     """
     if folder is not None:
         return _sqlite_uri(database(folder))
@@ -74,11 +79,12 @@ def database(folder: Path) -> Path:
 def _sqlite_uri(path: Path) -> str:
     if "?" not in str(path):
         return f"sqlite:///{path}"
-    # SQLAlchemy takes what follows ? for options, and SQLite itself decodes a file: URI. With the
-    # driver's name, as MLflow would create a folder named file: for sqlite:///file:
+    # SQLAlchemy reads the text after ? as options, so the path is given as a file: URI, which
+    # SQLite decodes. The driver is named because MLflow would create a folder `file:` for
+    # sqlite:///file:
     return f"sqlite+pysqlite:///file:{quote(str(path))}?uri=true"
 
 
 def is_server(uri: str) -> bool:
-    """True if an MLflow server stores the runs; False if the URI is a store."""
+    """Return True if `uri` is the address of an MLflow server, False if it is that of a store."""
     return uri.startswith(("http://", "https://"))

@@ -20,8 +20,10 @@ from zeroflow.tracking.config import EXPERIMENT, TrackingConfig, address, databa
 log = logging.getLogger(__name__)
 
 OPEN_SECONDS = 20.0
+"""Time in which a server or database must answer."""
 
 _COLOUR = "mlflow.runColor"
+"""Tag that MLflow's pages read."""
 
 _COLOURS = tuple(colour.lower() for colour in DISTINCT)
 
@@ -36,7 +38,7 @@ class RunIds(Record):
 
 
 def run_ids(folder: TrackedFolder) -> RunIds | None:
-    """Ids of the MLflow run; None if none was opened."""
+    """Return the ids of the MLflow run; None if none has been created yet."""
     try:
         return RunIds.read_if_exists(folder.mlflow)
     except ValueError as error:
@@ -56,8 +58,8 @@ def open_store(folder: Path | None) -> tuple[Any, str]:
         folder: folder of the store; None for the one at MLFLOW_TRACKING_URI.
 
     Raises:
-        Exception: the store cannot be opened. A server or database that does not answer is given
-            up after `OPEN_SECONDS`, a local store at once.
+        Exception: the store cannot be opened. For a server or database that does not answer, this
+            takes `OPEN_SECONDS`.
     """
     if folder is not None:
         with _store_lock(folder):
@@ -75,7 +77,7 @@ def _opened(folder: Path | None) -> tuple[Any, str]:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # Its ten tries take two minutes, and log a traceback each
+    # The default, ten retries, takes two minutes and logs a traceback for each
     utils.MAX_RETRY_COUNT = 2
     logging.getLogger(utils.__name__).setLevel(logging.CRITICAL)
     client = MlflowClient(address(folder))
@@ -103,7 +105,7 @@ def open_run(config: TrackingConfig, folder: TrackedFolder) -> tuple[Any, str]:
 
 
 def _experiment(client: Any, folder: Path | None) -> str:
-    """Id of the experiment, which is created if it does not exist."""
+    """Return the id of the experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(EXPERIMENT):
@@ -117,7 +119,7 @@ def _experiment(client: Any, folder: Path | None) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # another process was faster
+        return client.get_experiment_by_name(EXPERIMENT).experiment_id  # created by another process
 
 
 def _deleted(experiment_id: str, folder: Path | None) -> str:
@@ -155,7 +157,10 @@ def _follow_move(folder: Path, experiment: Any) -> None:
 
 
 def _next_colour(client: Any, experiment_id: str) -> str:
-    """Colour after that of the newest run. MLflow's own colours, hashes of ids, repeat too soon."""
+    """Return the colour after that of the newest run.
+
+    MLflow derives colours from a hash of the run id, so neighbouring runs may get the same colour.
+    """
     newest = client.search_runs([experiment_id], f"tags.`{_COLOUR}` LIKE '#%'", max_results=1)
     colour = newest[0].data.tags.get(_COLOUR) if newest else None
     if colour not in _COLOURS:
@@ -165,7 +170,7 @@ def _next_colour(client: Any, experiment_id: str) -> str:
 
 @contextmanager
 def _store_lock(folder: Path) -> Iterator[None]:
-    """Lock the store: processes that create its SQLite tables at the same time corrupt them."""
+    """Lock the store: two processes that create its tables at the same time would corrupt it."""
     folder.mkdir(parents=True, exist_ok=True)
     with artifacts.exclusive(
         folder / "store", waiting_for="another process is opening MLflow's store"

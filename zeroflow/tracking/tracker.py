@@ -1,12 +1,12 @@
-"""Delivery of a run to MLflow, without making the training wait.
+"""Delivery of a run's data to MLflow in a separate thread, so that training never waits.
 
 One experiment has one MLflow run for each zeroflow run. By default, runs are written directly to
 SQLite under `<cache>/mlflow/`, and an MLflow server only shows them.
 
-Points come from the run's metrics.jsonl. Only points after the last step of a curve in MLflow are
-sent. So the next successful delivery sends everything that is missing: later in the training, at
-its end, with the report, or when the same command runs again. MLflow cannot delete points, so for
-steps that are trained again after a roll-back, it keeps the first values.
+Points are read from the run's metrics.jsonl. Only points after the last step of a curve in MLflow
+are sent. So the next successful delivery sends everything that is missing: later during training,
+at its end, with the report, or when the same command runs again. MLflow cannot delete points, so it
+keeps the first values of steps that are trained again after a roll-back.
 """
 
 import contextvars
@@ -26,8 +26,14 @@ from zeroflow.tracking.store import open_run
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
+"""Time between deliveries."""
+
 RETRY_SECONDS = 10.0
+"""Time between deliveries while MLflow fails."""
+
 CLOSE_SECONDS = 30.0
+"""Maximum time to wait for the last delivery at the end of training."""
+
 _BATCH_METRICS = 1000
 """Maximum number of points that MLflow accepts in one request."""
 
@@ -45,7 +51,7 @@ class Point(NamedTuple):
 class Tracker:
     """Delivers the points of a run to MLflow in a separate thread.
 
-    If MLflow fails, training continues, and waits only briefly at its end.
+    If MLflow fails, training continues, and waits at most `CLOSE_SECONDS` at its end.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class Tracker:
         self._closing = threading.Event()
         self._status = "KILLED"
         self._delivered = self._failing = False
-        # In a copy of this context, where Prefect finds the flow run of a log line
+        # In a copy of this context, from which Prefect knows which flow run a log line belongs to
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._deliver,), name="mlflow", daemon=True
@@ -79,7 +85,8 @@ class Tracker:
         self._thread.join(CLOSE_SECONDS)
         if not self._delivered:
             log.log(
-                logging.INFO if self._failing else logging.WARNING,  # which has been said
+                # Not a second warning: the failure itself has been logged as one
+                logging.INFO if self._failing else logging.WARNING,
                 "MLflow at %s did not accept the last metrics; they are in %s, and are delivered "
                 "with the report or when the same command runs again",
                 self._config.uri,
@@ -108,11 +115,11 @@ class Tracker:
                     log.info("MLflow at %s is back and has all metrics", self._config.uri)
                 self._failing = False
             except Exception as error:  # any failure of MLflow, its store or its server
-                run = None  # a newly opened run reads which points have arrived
+                run = None  # opening the run again reads which points have arrived
                 if not self._failing:
                     log.warning(
-                        "MLflow at %s failed; training goes on, and MLflow gets what it missed "
-                        "once it works: %s",
+                        "MLflow at %s failed; training continues, and the missing data is sent "
+                        "when MLflow works again: %s",
                         self._config.uri,
                         _reason(error),
                     )
@@ -200,7 +207,7 @@ def close_group(
 
 
 def _reason(error: Exception) -> str:
-    """First line of the error without passwords; MLflow's may go on with a query or a page."""
+    """Return the first line without passwords; further lines may be a query or an HTML page."""
     return redacted((str(error) or type(error).__name__).splitlines()[0])
 
 
@@ -264,7 +271,7 @@ class MlflowRun:
             self._client.log_text(self.run_id, html, name)
 
     def attach(self, file: Path) -> None:
-        """Add a file; one that could not be made is left out."""
+        """Attach a file if it exists: a picture that could not be drawn is left out."""
         if file.exists():
             self._client.log_artifact(self.run_id, str(file))
 

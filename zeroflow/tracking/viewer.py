@@ -1,4 +1,4 @@
-"""MLflow's server, which shows the runs, and addresses of its pages."""
+"""MLflow's server, which shows the runs, and the addresses of its pages."""
 
 import logging
 import os
@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 _ADDRESS_FILE = "address.json"
 
 _TRAINING = "workflowType=machine_learning"
-"""Without it MLflow opens its pages about language applications, which have no curves."""
+"""Selects the pages for model training. By default, MLflow opens those for language applications,
+which have no curves."""
 
-# Sorted by bits per byte, as losses depend on the tokenizer. Not by time, because MLflow would then
-# hide the runs of a sweep below it, even in charts
+# Sorted by bits per byte, because losses depend on the tokenizer. Sorted by time, MLflow would fold
+# the runs of a sweep under the sweep, even in charts
 _SORTED = "orderByKey=metrics.%60loss%2Fval_bpb%60&orderByAsc=true"
 
 _LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
@@ -52,7 +53,7 @@ class Viewer(NamedTuple):
 
     @property
     def hosts(self) -> str:
-        """Host names that it answers to."""
+        """Host names for which the server answers requests."""
         return (self.environment or {}).get(_HOSTS, "")
 
     @property
@@ -68,7 +69,7 @@ class Viewer(NamedTuple):
 def viewer(cache: Path, port: int) -> Viewer:
     """Return the viewer for the runs of `cache`; the store is created if it does not exist.
 
-    From now on, runs link to pages on `port`.
+    The address is recorded, so that runs link to pages on `port` from now on.
     """
     uri, folder = location(cache)
     _, experiment_id = open_store(folder)
@@ -85,7 +86,7 @@ def viewer(cache: Path, port: int) -> Viewer:
 
 
 def links(folder: RunFolder) -> dict[str, str]:
-    """Addresses of pages of MLflow's server, by subject; empty for a run that is not in MLflow."""
+    """Return links to MLflow's pages by subject; empty for a run that is not in MLflow."""
     if (ids := run_ids(folder)) is None:
         return {}
     uri, store = location(folder.cache.path)
@@ -101,7 +102,7 @@ def links(folder: RunFolder) -> dict[str, str]:
 def _noted_address(file: Path) -> _Address | None:
     try:
         return _Address.read_if_exists(file)
-    except ValueError as error:  # a run that is complete does not fail because of its links
+    except ValueError as error:  # a complete run must not fail because of a link
         log.warning("the links to MLflow may be wrong until `zeroflow ui` runs: %s", error)
         return None
 
@@ -111,7 +112,7 @@ def local_address(port: int) -> str:
 
 
 def charts_page(address: str, experiment_id: str) -> str:
-    """Address of the page with all runs in one chart."""
+    """Return the address of the page with all runs in one chart."""
     return _page(address, experiment_id, "runs", "compareRunsMode=CHART", _SORTED)
 
 
