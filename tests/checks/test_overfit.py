@@ -127,7 +127,7 @@ def test_sound_model_passes_on_a_batch_that_no_model_can_memorise(ambiguous):
     result = checks.overfit(new_state(config), batches, config, LIMITS, least=least)
     assert result.passed and least < result.loss < least + LIMITS.overfit_loss
     assert result.least_loss == least
-    assert f"the least possible is {least:.4f}" in result.reason
+    assert f"the lowest possible is {least:.4f}" in result.reason
 
 
 def test_model_that_does_not_reach_the_least_loss_fails(ambiguous):
@@ -138,7 +138,7 @@ def test_model_that_does_not_reach_the_least_loss_fails(ambiguous):
         block.mlp.forward = lambda x: x * 0
     result = checks.overfit(deaf, batches, config, LIMITS, least=least)
     assert not result.passed and result.loss > least + LIMITS.overfit_loss
-    assert f"not below {least + 0.1:.4g} (the least possible is {least:.4f})" in result.reason
+    assert f"not below {least + 0.1:.4g} (the lowest possible is {least:.4f})" in result.reason
 
 
 def test_check_ends_after_a_step_when_asked_to():
@@ -190,7 +190,7 @@ def test_batch_leaves_out_rows_of_padding_and_the_pre_flight_finds_that_there_ar
     check = checks.batch_check(rows, config)
     # Both kinds come twice, and differ after "1, 2": 3 or the end
     assert check.passed and check.figure == f"{4 * np.log(2) / 20:.4f} nats"
-    assert_failed(checks.batch_check(rows[:2], config), "nothing but padding")
+    assert_failed(checks.batch_check(rows[:2], config), "begin with padding only")
 
 
 def test_failure_message_has_the_reason_and_the_curve():

@@ -45,7 +45,7 @@ def test_overfit_check_shows_its_loss_from_step_1_and_the_limit(tmp_path, figure
 def test_overfit_check_shows_the_least_possible_loss_of_its_batch(tmp_path, figures):
     pictures.overfit_curve([4.0, 0.3], tmp_path / "overfit.png", limit=0.316, least=0.216)
     levels = {x.get_label(): x.get_ydata()[0] for x in figures[0].axes[0].lines[1:]}
-    assert levels == {"limit 0.316": 0.316, "least possible 0.216": 0.216}
+    assert levels == {"limit 0.316": 0.316, "lowest possible 0.216": 0.216}
 
 
 def test_bars_are_as_long_as_their_shares_and_what_trains_has_a_colour_of_its_own(

@@ -163,7 +163,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
         (["--gpu=H100"], "--gpu H100 is ambiguous, choose from: "),
         (["--gpus=0"], "--gpus: Input should be greater than 0"),
         (["--gpus=2"], "this machine has none: name one with --gpu"),
-        (["--zero-stage=2"], "--zero-stage 2 shards state over several GPUs, and the run has one"),
+        (["--zero-stage=2"], "--zero-stage 2 shards state across several GPUs, but the run"),
         (["--gpu=NVIDIA L4", "--device=cpu"], "--gpu and --device cpu: drop one of them"),
     ],
 )

@@ -394,7 +394,7 @@ def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
     assert settle(ask(device="auto", training={"gpus": 2})).run.training.gpus == 2
     with pytest.raises(ValueError, match="--gpus 3, but PyTorch sees 2: use fewer"):
         settle(ask(device="auto", training={"gpus": 3}))
-    with pytest.raises(ValueError, match="--zero-stage 1 shards state over several GPUs"):
+    with pytest.raises(ValueError, match="--zero-stage 1 shards state across several GPUs"):
         settle(ask(training={"zero_stage": 1}))
 
 

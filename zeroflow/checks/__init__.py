@@ -1,1 +1,1 @@
-"""Checks of a training: the pre-flight before it, the overfit check after it, the resume proof."""
+"""Checks: pre-flight before training, overfit check after it, proof that resume is exact."""

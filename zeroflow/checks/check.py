@@ -1,4 +1,4 @@
-"""The outcome of a pre-flight check."""
+"""The result of a pre-flight check."""
 
 import logging
 
@@ -16,7 +16,7 @@ class Check(Config):
     name: str
     passed: bool
     warning: bool = Field(False, exclude_if=lambda value: not value)
-    """True if it passed with something that the user should know."""
+    """True if the check passed, but found something that the user should know."""
 
     figure: str
     """Measured figure, with its unit."""
@@ -26,7 +26,7 @@ class Check(Config):
 
 
 def on_every_rank(check: Check) -> Check:
-    """Return `check`, failed if it failed on any rank. Every rank calls this at the same place."""
+    """Return `check`, as failed if it failed on any rank. All ranks must call this together."""
     passed_on_rank0 = zero.on_rank0(lambda: check.passed)
     if not check.passed and (zero.rank() == 0 or passed_on_rank0):  # one warning, not one per rank
         log.warning("pre-flight: %s: FAILED, %s. %s", check.name, check.figure, check.sentence)

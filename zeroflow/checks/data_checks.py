@@ -28,13 +28,15 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
 from zeroflow.units import count
 
+# Sample sizes, with which the checks take a second or two
 _SAMPLED_PARTS = 3
 _SAMPLED_MANIFESTS = 100
 _SAMPLED_ROWS = 256
 _DECODED_ROWS = 16
+
 _MIN_REENCODED = 0.75
-"""Fraction of ids that must survive decoding and encoding. The tokenizer's own ids do, except where
-a document is cut; ids of another tokenizer rarely do."""
+"""Fraction of ids that must be the same after decoding and encoding. A tokenizer's own ids are,
+except where a document is cut; ids of another tokenizer rarely are."""
 
 
 def checks(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Iterator[Check]:
@@ -69,7 +71,7 @@ def checksums(shards: ShardSet) -> Check:
 
 
 def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Check:
-    """Check that sampled ids are in the vocabulary of tokenizer and model."""
+    """Check that sampled ids are in the vocabularies of tokenizer and model."""
     limit = min(tokenizer.vocab_size, model.vocab_size)
     splits: tuple[Split, ...] = ("train", "validation")
     ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
@@ -112,7 +114,7 @@ def text(rows: Rows, tokenizer: Tokenizer) -> Check:
 
 
 def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
-    """Check that few tokens are unknown, and that little text is lost on the way to ids."""
+    """Check that few tokens are unknown, and that little text is lost by encoding."""
     rows = _spread(Rows(shards, "train"), _SAMPLED_ROWS)
     ids = rows[rows != shards.end_of_text]
     unknown_id = encoding.unknown_id(tokenizer.load())
@@ -125,8 +127,8 @@ def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
     if samples:
         figure += f", {lost:.2%} of {returned.characters:,} characters lost"
         sentence = (
-            "Lost characters do not come back when the text is encoded and decoded again; the "
-            f"limits are {MOST_UNKNOWN:.0%} unknown and {MOST_LOST:.0%} lost"
+            "Lost characters are missing or changed after encoding and decoding; the limits are "
+            f"{MOST_UNKNOWN:.0%} unknown and {MOST_LOST:.0%} lost"
         )
     else:
         sentence = (

@@ -1,4 +1,4 @@
-"""Killing a training at chosen moments: the choice of the moments, and the thread that kills."""
+"""Kills of training processes: the choice of the moments, and the thread that kills."""
 
 import itertools
 import threading
@@ -17,20 +17,21 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import ValidationRecord
 
 Target = Literal["start-up", "training", "saving", "validation"]
-"""Activity of a training that a kill aims at."""
+"""What training is doing when it is killed."""
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 _POLL_SECONDS = 0.001
+"""Time between looks at the events: short, because a save may take milliseconds."""
 
 
 class Interval(NamedTuple):
-    """The time between two milestones of a training."""
+    """The time between two milestones of training."""
 
     target: Target
     step: int
     after: str
-    """Kind of the milestone at its beginning, which belongs to `step`."""
+    """Kind of the milestone at which the interval begins; its step is `step`."""
 
     seconds: float
 
@@ -44,14 +45,14 @@ class _Milestone(NamedTuple):
 
 
 def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
-    """Return the intervals of a training that was not killed, in order, with their durations."""
+    """Return the intervals of undisturbed training, in order, with their durations."""
     found = [Interval("start-up", 0, "", start_up_seconds)]
     ended_by: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
     begins: list[_Milestone] = []
     for milestone in _milestones(events):
         if target := ended_by.get(milestone.kind):
             before = begins[-1]
-            if target == "saving":  # in the background, while later steps are trained
+            if target == "saving":  # runs in the background, while later steps are trained
                 before = next(m for m in reversed(begins) if m.step == milestone.step)
             seconds = max(0.0, milestone.time - before.time)
             found.append(Interval(target, before.step, before.kind, seconds))
@@ -63,9 +64,9 @@ def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
 def choose(found: list[Interval], *, kills: int, seed: int, last: int) -> list[Interval]:
     """Choose an interval for each of `kills` kills: all targets in turn, spread over the steps.
 
-    The steps up to `last` are divided into `kills` equal ranges, with one kill in each, or soon
-    after it if the range has no interval of the target. So each resume starts from a different
-    checkpoint.
+    The steps up to `last` are divided into `kills` equal ranges. There is one kill in each range,
+    or in a later one if the range has no interval of the target. So resumes start from different
+    checkpoints.
     """
     random = Random(seed)
     turns = (target for _ in itertools.count() for target in random.sample(TARGETS, len(TARGETS)))
@@ -92,11 +93,10 @@ def killer(
 ) -> Iterator[threading.Event]:
     """Kill a rank of `job` in a thread, `seconds` after the beginning of `interval`.
 
-    A start-up may be faster than the measured one. Then the rank is killed at the end of the
-    start-up.
+    If the start-up is faster than the measured one, the rank is killed when the start-up ends.
 
     Args:
-        turn: number of the kill; it chooses the rank, so that all ranks are killed in turn.
+        turn: number of the kill, which selects the rank, so that each rank is killed in turn.
 
     Yields:
         An event that is set once the rank is killed.
@@ -152,14 +152,14 @@ def ranks_of(job: TrainingJob) -> list[psutil.Process]:
 
 
 def moment(job: TrainingJob, events: list[Event]) -> str:
-    """Describe the moment of a kill, from the events and files of the killed training."""
+    """Describe the moment of a kill, from the events and files of the killed process."""
     milestones = _milestones(events)
     if not milestones:
         return "while starting up"
     if steps := checkpoint.unfinished(job.folder.checkpoints):
         return f"with the checkpoint of step {steps[0]} half written"
     done = {
-        "started": "having started at step {}",
+        "started": "just after the start at step {}",
         "loss": "after step {}",
         "val_loss": "after the validation of step {}",
         "saved": "after the checkpoint of step {}",
@@ -182,7 +182,7 @@ def _milestones(events: Iterable[Event]) -> list[_Milestone]:
 
 
 def _reaches(event: Event, interval: Interval) -> bool:
-    """True if `interval` begins with `event`, or is before the checkpoint that was resumed."""
+    """Return True if `interval` begins with `event`, or began before the resumed checkpoint."""
     milestone = _milestone(event)
     if milestone is None or milestone.step < interval.step:
         return False

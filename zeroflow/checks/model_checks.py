@@ -1,4 +1,4 @@
-"""Pre-flight checks of the model's functions on fresh weights, which they do not change.
+"""Pre-flight checks of the model on freshly initialised weights, which they do not change.
 
 To add one, write a function that returns a `Check`, and yield it in `checks`.
 """
@@ -28,15 +28,15 @@ _WINDOW = 32
 memory."""
 
 _COMPILED_TOLERANCE = {24: 1e-3, 8: 5e-2, 4: 0.25}
-"""Largest difference that rounding explains, relative to the norm of the logits, by the significand
-bits of the factors. Fused kernels round in fewer places. With 4 bits, compiled and eager models
-of 4 and 24 layers were 0.09 and 0.12 apart, and 0.13 and 0.18 from fp32."""
+"""Largest difference that rounding can explain, relative to the norm of the logits, by the number
+of significand bits of the factors: fused kernels round in fewer places. With 4 bits, compiled and
+eager models of 4 and 24 layers differed by 0.09 and 0.12, and from fp32 by 0.13 and 0.18."""
 
 
 def checks(state: TrainState, config: TrainingConfig) -> Iterator[Check]:
     """Yield each check in turn, on random ids."""
-    # A small batch is enough for eager code. Compiled code depends on the shape, so the run's shape
-    # is used: then training finds the compiled code in the cache
+    # A small batch is enough for eager code. Compiled code depends on the shape, so the shape of
+    # the run is used: this is the code that trains, and training finds it in the cache
     work = config.workload
     shape = work
     if not work.compile:
@@ -63,11 +63,11 @@ def random_batch(workload: Workload, *, seed: int) -> MicroBatch:
 def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
     """Compare the loss of fresh weights with its expected value.
 
-    After the last norm a hidden state has D features of size 1, so logits have variance
-    s² = D · std². By the mean of a log-normal, that adds s²/2 to ln V. The logit of the input token
-    is an exception: the head is tied, and as far as the blocks leave the token's embedding in the
-    hidden state, it grows up to D · std. In a wide model of one block that adds another nat or
-    more. So this logit is measured, and limited to what fresh weights can give.
+    After the last norm a hidden state has D features of size 1, so logits have variance s² = D ·
+    std². Their exponentials are log-normal, which adds s²/2 to ln V. The logit of the input token
+    is an exception: the head is tied, so the part of the token's embedding that remains in the
+    hidden state raises it, up to D · std. In a wide model of one block this adds a nat or more.
+    Therefore this logit is measured, and limited to what fresh weights can give.
 
     The mean loss of N tokens with a vocabulary of V has a standard error of at most s/√N + s/√V.
     The tolerance is five standard errors, plus 0.05 for rounding and approximation.
@@ -93,7 +93,7 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
 
 
 def _own_logits(state: TrainState, batch: MicroBatch) -> Tensor:
-    """Return the logit of each input token at its own place, (B, T)."""
+    """Return the logit of each input token at its own position, (B, T)."""
     device = state.model.model.embed_tokens.weight.device
     ids = batch.inputs.to(device)
 
@@ -132,9 +132,9 @@ def _reached(parameter: Tensor) -> bool:
 
 
 def causality(state: TrainState, batch: MicroBatch) -> Check:
-    """Change the tokens from one position on and check that earlier logits stay the same."""
+    """Change the tokens from one position on, and check that earlier logits stay the same."""
     context = batch.inputs.shape[1]
-    # Not at the edge of a kernel's block: a mask may be wrong only within a block
+    # Not a multiple of a kernel's block size: a mask may be wrong only within a block
     place = min(context // 2 + 3, context - 1)
     changed = batch.inputs.clone()
     changed[:, place:] = _others(changed[:, place:], state)

@@ -1,10 +1,10 @@
-"""Check after a training: fresh weights must be able to overfit one fixed batch.
+"""Check after training: fresh weights must be able to overfit one fixed batch.
 
-It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop.
-A partly frozen model can still overfit a batch, so gradients must also have moved every parameter.
-The loss is judged by its distance from the least possible one: where different tokens follow equal
-contexts, no model can tell which comes. The check runs in its own ranks:
-`-m zeroflow.checks.overfit JOB.json`.
+It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop. A
+partly frozen model can still overfit a batch, so gradients must also have changed every parameter.
+The limit is relative to the lowest possible loss, which is above 0 if different tokens follow equal
+contexts: no model can predict which one comes. The check runs in its own ranks: `-m
+zeroflow.checks.overfit JOB.json`.
 """
 
 import logging
@@ -45,18 +45,22 @@ log = logging.getLogger("zeroflow.checks.overfit")
 
 _ROWS = 4
 _CANDIDATES = 64
+"""Training rows from which the rows of the batch are chosen."""
+
 _CONTEXT = 64
+"""Maximum context: with 4 rows, even tiny memorises the batch in about 30 steps."""
+
 _WARMUP_STEPS = 5
 
 
 class OverfitConfig(Config):
-    """Check after the training that the model can overfit one fixed batch."""
+    """Check after training that the model can overfit one fixed batch."""
 
     overfit_steps: PositiveInt = 150
     """Maximum number of steps."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
-    """Loss that the check must reach, in nats per token above the least possible."""
+    """Loss that the check must reach, in nats per token above the lowest possible loss."""
 
 
 class OverfitJob(RankJob):
@@ -69,7 +73,7 @@ class OverfitJob(RankJob):
 
 
 class OverfitResult(CheckResult):
-    """The contents of overfit.json."""
+    """Contents of overfit.json."""
 
     loss: float
     """Lowest loss of the curve."""
@@ -80,7 +84,7 @@ class OverfitResult(CheckResult):
     """Loss of every step."""
 
     least_loss: float = 0.0
-    """Least loss that a model can reach on the batch."""
+    """Lowest loss that a model can reach on the batch."""
 
 
 class OverfitFailed(RuntimeError):
@@ -134,11 +138,11 @@ def overfit(
     *,
     least: float = 0.0,
 ) -> OverfitResult | None:
-    """Train `state` until its loss is below the limit, and return the verdict.
+    """Train `state` until its loss is below the limit, and return the result.
 
     Args:
         on_step: called after each step with its number and its loss.
-        least: least loss that a model can reach on the batches.
+        least: lowest loss that a model can reach on the batches.
 
     Returns:
         None if `stop` returned True after a step.
@@ -161,7 +165,7 @@ def overfit(
     ]
     reached = min(curve) < limit
     if not reached:
-        of_which = f" (the least possible is {least:.4f})" if least else ""
+        of_which = f" (the lowest possible is {least:.4f})" if least else ""
         reason = (
             f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
             f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}: gradients, optimiser "
@@ -185,17 +189,17 @@ def overfit(
 
 
 def beyond(least: float | None) -> str:
-    """Return the end of a sentence about a loss: the least possible one, unless that is 0."""
-    return f", the least possible is {least:.4f}" if least else ""
+    """Return the end of a sentence about a loss: the lowest possible loss, unless that is 0."""
+    return f", the lowest possible is {least:.4f}" if least else ""
 
 
 def least_loss(batch: MicroBatch) -> float:
-    """Return the least mean loss that our models can reach on `batch`, in nats per token.
+    """Return the lowest mean loss that our models can reach on `batch`, in nats per token.
 
-    That is the entropy of the targets of equal contexts. A context is what attention sees of a row:
-    its tokens so far, or those of the token's own document. Positions add nothing, as they are
-    counted from the same place. One token repeated is one context, however often it comes: the
-    attention to equal values is that value.
+    This is the entropy of the targets that follow equal contexts. A context is the part of a row
+    that a position attends to: the tokens so far, or those of its own document. A context that
+    repeats one token counts as that token alone, for any number of repetitions, because attention
+    over equal values returns that value.
     """
     following: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     documents = batch.documents if batch.documents is not None else batch.inputs * 0
@@ -215,18 +219,18 @@ def least_loss(batch: MicroBatch) -> float:
 
 
 def batch_check(rows: Rows, training: TrainingConfig) -> Check:
-    """Pre-flight check: the batch of the check after training has something to learn."""
+    """Pre-flight check that the batch of the overfit check has something to learn."""
     workload = settings(training, OverfitConfig()).workload
     [batch] = fixed_batch(rows, workload).micro_batches(0)
     least = least_loss(batch)
     sentence = (
-        f"This is the least loss that a model can reach on the {batch.valid} targets of the "
+        f"This is the lowest loss that a model can reach on the {batch.valid} targets of the "
         f"overfit check; fresh weights begin at about {math.log(workload.model.vocab_size):.1f}"
     )
     if not batch.valid:
         sentence = (
-            f"The first {_CANDIDATES} rows begin with nothing but padding, so the overfit check "
-            "has nothing to learn: look at `zeroflow data`"
+            f"The first {_CANDIDATES} rows begin with padding only, so the overfit check has "
+            "nothing to learn: look at `zeroflow data`"
         )
     return Check(
         name="overfit batch", passed=batch.valid > 0, figure=f"{least:.4f} nats", sentence=sentence
@@ -236,8 +240,8 @@ def batch_check(rows: Rows, training: TrainingConfig) -> Check:
 def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
     """Return the run's training settings with one small batch and a constant learning rate.
 
-    The learning rate of the run suits batches of millions of tokens, so the check uses its own. It
-    decreases with the width, within usual limits: https://arxiv.org/abs/2203.03466
+    The learning rate of the run is chosen for batches of up to millions of tokens, so the check has
+    its own. It decreases with the width, within usual limits: https://arxiv.org/abs/2203.03466
     """
     # The check runs only the first half of these steps, so it ends before the decay
     steps = 2 * limits.overfit_steps + _WARMUP_STEPS
@@ -249,7 +253,10 @@ def settings(training: TrainingConfig, limits: OverfitConfig) -> TrainingConfig:
 
 
 def fixed_batch(rows: Rows, workload: Workload) -> FixedBatch:
-    """Return a batch made of the beginnings of those first training rows with the least padding."""
+    """Return a batch of the beginnings of those training rows that have the least padding.
+
+    Only the first rows of the split are considered.
+    """
     first = rows[np.arange(min(_CANDIDATES, len(rows)))][:, : workload.seq_len + 1]
     targets = (micro_batch(first, rows, workload).targets != IGNORED).sum(dim=1).numpy()
     fullest = np.argsort(-targets, kind="stable")[: workload.micro_batch_rows]
@@ -265,7 +272,7 @@ def _fingerprint(job: OverfitJob) -> str:
 
 
 def _identity(job: OverfitJob) -> Identity:
-    """Return everything that decides the outcome; the length of the training does not."""
+    """Return everything that affects the result. The number of steps of the run does not."""
     config = settings(job.training, job.limits)
     return {
         "model": job.model.model_dump(mode="json"),

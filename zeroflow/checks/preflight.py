@@ -1,12 +1,12 @@
-"""Checks before a training. They take seconds and may save hours of a broken run.
+"""Checks before training. They take seconds and can save hours of a broken run.
 
-They use the run's own model, data, device, precision and compile settings, and the functions that
-train. A check that fails ends the run before its first step. A micro-batch that does not fit in
-memory is halved first, as training would do. The checks run in their own ranks:
-`-m zeroflow.checks.preflight JOB.json`.
+They use the run's own model, data, device, precision and compile settings, and call the functions
+of training. A check that fails ends the run before its first step. A micro-batch that does not fit
+in memory is halved first, as during training. The checks run in their own ranks: `-m
+zeroflow.checks.preflight JOB.json`.
 
-The checks themselves are in `data_checks`, `model_checks` and `step_checks`; the one of the overfit
-check's batch is in `overfit`.
+The checks are in `data_checks`, `model_checks` and `step_checks`; the check of the overfit check's
+batch is in `overfit`.
 """
 
 import logging
@@ -37,12 +37,12 @@ log = logging.getLogger("zeroflow.checks.preflight")
 
 
 class PreflightJob(RankJob):
-    """Job of the ranks of a pre-flight. Its micro-batches have the shape of the run's."""
+    """Job of the ranks of a pre-flight, with micro-batches of the same shape as in training."""
 
     shards: ShardSet
     tokenizer: Tokenizer
     identity: Identity
-    """Everything that decides the outcome."""
+    """Everything that affects the result."""
 
 
 class PreflightResult(CheckResult):
@@ -71,13 +71,14 @@ def read(folder: RunFolder) -> PreflightResult | None:
 
 
 def check(job: TrainingJob, *, trained: bool = False) -> PreflightResult | None:
-    """Check the job in separate ranks, unless the same job passed on the same kind of device.
+    """Run the checks of `job` in separate ranks, unless it passed before on the same kind of device.
 
-    If the ranks run out of memory, a smaller micro-batch is added to the run's ledger, as training
-    would do, and the checks run again. So training starts with a micro-batch that fits.
+    If the ranks run out of memory, a smaller micro-batch is recorded in the run's ledger, as during
+    training, and the checks run again. So training starts with a micro-batch that fits.
 
     Args:
-        trained: the job is finished; then its earlier result counts, whatever was checked.
+        trained: True if the job is finished. Then the earlier result is returned, even if the inputs
+            of the checks have changed.
 
     Returns:
         None if the job is finished and was never checked.
@@ -128,7 +129,7 @@ def _launched(now: TrainingJob, identity: Identity) -> PreflightResult:
             compile_cache=now.compile_cache,
         )
     finally:
-        # a killed rank does not remove it
+        # A rank that was killed has not removed it
         shutil.rmtree(job.folder.preflight_checkpoint, ignore_errors=True)
     result = read(job.folder)
     assert result is not None, "rank 0 writes it before it exits"
@@ -158,7 +159,7 @@ def _fingerprint(identity: Identity) -> str:
 
 
 def _identity(job: TrainingJob) -> Identity:
-    """Return everything that decides the outcome; the length of the training does not."""
+    """Return everything that affects the result. The number of steps of the run does not."""
     return {
         "model": job.model.model_dump(mode="json"),
         "training": job.training.identity,
@@ -171,7 +172,7 @@ def _identity(job: TrainingJob) -> Identity:
 
 
 def checks(job: PreflightJob) -> Iterator[Check]:
-    """Yield each check in turn, with its outcome over all ranks."""
+    """Yield each check in turn, with its result over all ranks."""
     data_is_sound = True
     for check in data_checks.checks(job.shards, job.tokenizer, job.model):
         data_is_sound = data_is_sound and check.passed

@@ -1,8 +1,8 @@
-"""Proof that a training that is killed repeatedly ends with the same bits as an undisturbed one.
+"""Proof that a run that is killed repeatedly ends with the same bits as an undisturbed run.
 
-The same job is trained twice, in separate directories: once undisturbed, and once with a rank
-killed by SIGKILL at random moments and the training resumed from the newest checkpoint each time.
-Every logged number and every tensor of the last checkpoint must be the same.
+The same job is trained twice, in separate directories: once undisturbed, and once with kills.
+There, a rank is killed by SIGKILL at random moments, and training resumes from the newest
+checkpoint each time. Every logged number and every tensor of the last checkpoint must be the same.
 """
 
 import hashlib
@@ -30,37 +30,37 @@ from zeroflow.training.tracked import train
 log = logging.getLogger(__name__)
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
-"""Names of the directories of the two trainings, inside the directory of the run."""
+"""Names of the two training runs, and of their directories inside the directory of the proof."""
 
 _QUANTITIES = ("loss", "grad_norm", "val_loss")
 
 
 class ProofConfig(Config):
-    """Settings of the test of resume."""
+    """Settings of the proof that resume is exact."""
 
     kills: PositiveInt = 5
-    """Number of times to kill the training with SIGKILL."""
+    """Number of times to kill training with SIGKILL."""
 
     kill_seed: NonNegativeInt = 0
-    """Seed of the moments of the kills."""
+    """Seed of the random moments of the kills."""
 
 
 class Kill(Config):
-    """One kill of the training."""
+    """One kill of the training process."""
 
     aimed_at: Target
     moment: str
-    """Description of the moment, from the events and files of the training."""
+    """Description of the moment, from the events and files of the run."""
 
     step: NonNegativeInt
     """Last step that was logged before the kill."""
 
     resumed_at: NonNegativeInt
-    """Step from which the training was resumed; 0 for the beginning."""
+    """Step from which training resumed; 0 for the beginning."""
 
 
 class Mismatch(Config):
-    """The first value that differs, in both trainings; "" if a training does not have it."""
+    """The first value that differs, in both runs; "" if a run does not have it."""
 
     step: int
     quantity: str
@@ -71,7 +71,7 @@ class Mismatch(Config):
 
 
 class Proof(Record):
-    """Result of a proof and extent of the test: contents of proof.json."""
+    """Result of a proof, and what was compared: contents of proof.json."""
 
     passed: bool
     reason: str
@@ -86,11 +86,11 @@ class Proof(Record):
     """Number of tensors of weights, optimiser and random state that were compared by sha256."""
 
     sha256: dict[str, str]
-    """For each training, a sha256 over the sha256 of all tensors."""
+    """For each run, a sha256 over the sha256 of all tensors."""
 
 
 class ResumeInexact(RuntimeError):
-    """The killed training ended with other bits than the undisturbed one."""
+    """The killed run ended with other bits than the undisturbed run."""
 
 
 def prove(
@@ -103,12 +103,12 @@ def prove(
     The directories of an earlier proof are removed.
 
     Args:
-        on_event: called with every new event of both trainings.
+        on_event: called with every new event of both runs.
 
     Raises:
         ValueError: losses are not logged at every step, or there are too few steps.
-        TrainingFailed: a training failed for another reason than a kill, or another proof is
-            running in this directory.
+        TrainingFailed: training failed for another reason than a kill, or another proof is running
+            in this directory.
     """
     if job.cadence.log != 1:
         raise ValueError(
@@ -166,10 +166,10 @@ def _train_killed(
     """Train to the end, killing a rank at a random time in each of the `chosen` intervals.
 
     Returns:
-        The kills; fewer than `chosen` if the training ended early.
+        The kills; fewer than `chosen` if training ended early.
 
     Raises:
-        TrainingFailed: the training failed before a kill.
+        TrainingFailed: training failed before a kill.
     """
     done: list[Kill] = []
     for interval in chosen:
@@ -177,7 +177,7 @@ def _train_killed(
         with kills.killer(job, interval, seconds, turn=len(done)) as killed:
             try:
                 train(job, on_event)
-                break  # the training ended before the interval began
+                break  # training ended before the interval began
             except TrainingFailed:
                 if not killed.is_set():
                     raise
@@ -200,10 +200,10 @@ _Found = dict[tuple[int, str], str]
 
 
 def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], asked: int) -> Proof:
-    """Compare two finished trainings of one job.
+    """Compare two finished runs of one job.
 
     Args:
-        done: kills of the second training.
+        done: kills of the second run.
         asked: requested number of kills.
     """
     numbers, numbers_killed = _numbers(undisturbed), _numbers(killed)
@@ -214,9 +214,9 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], ask
     if difference:
         reason = _explanation(difference, done)
     elif not done:
-        reason = "the training ended before it could be killed: raise --max-steps"
+        reason = "training ended before it could be killed: raise --max-steps"
     else:
-        reason = f"the training was killed {len(done)} times and ended with the same bits"
+        reason = f"training was killed {len(done)} times and ended with the same bits"
     return Proof(
         passed=not difference and bool(done),
         reason=reason,
@@ -237,7 +237,7 @@ def _numbers(job: TrainingJob) -> _Found:
         for quantity in _QUANTITIES:
             if (number := getattr(record, quantity, None)) is not None:
                 key, value = (record.step, quantity), float(number).hex()
-                # A step that is logged twice counts as a difference
+                # A step that is logged twice is a difference
                 found[key] = f"{found[key]} and {value}" if key in found else value
     return found
 
@@ -262,13 +262,13 @@ def _explanation(difference: Mismatch, done: list[Kill]) -> str:
     ours, theirs = (value or "missing" for value in (difference.undisturbed, difference.killed))
     found = (
         f"step {difference.step} is the first that differs: {difference.quantity} is {ours} in the "
-        f"undisturbed training and {theirs} in the killed one"
+        f"undisturbed run and {theirs} in the killed run"
     )
     resumed = [kill.resumed_at for kill in done if kill.resumed_at]
     if difference.step <= min(resumed, default=difference.step):
         return (
-            f"{found}. No resume took place before this step, so on this machine the same steps "
-            "give different results each time, even without kills"
+            f"{found}. Training had not resumed before this step, so on this machine the same "
+            "steps give different results each time, even without kills"
         )
     return (
         f"{found}. The checkpoint lacks something that training changes, such as the state of a "

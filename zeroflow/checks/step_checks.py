@@ -43,14 +43,14 @@ def checks(
 def micro_batch(state: TrainState, config: TrainingConfig, rows: Rows) -> Check:
     """Train one step of the run's shape and report its memory.
 
-    Two micro-batches are enough: the second adds to the gradients of the first, and later ones
-    need no more memory.
+    At most two micro-batches are used: the second adds to the gradients of the first, and further
+    ones need no more memory.
     """
     work = config.workload
     few = config.replace(workload=work.replace(accumulate=min(2, work.accumulate)))
     batches = batching.batches(rows, few)
     on_gpu = work.device == "cuda"
-    if on_gpu:  # fragmented memory, cached since earlier checks, would count as used
+    if on_gpu:  # fragments that the allocator keeps from earlier checks would count as used
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
@@ -107,9 +107,9 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return everything that training changes.
+    """Return all tensors that training changes.
 
-    The list is independent of `checkpoint`, so that a tensor that is missing there is detected.
+    `checkpoint` is not asked for the list, so that a tensor that it forgets is detected.
     """
     tensors = {"skipped": state.skipped}
     for name, parameter in zero.named_parameters(state.model):

@@ -193,13 +193,13 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float, least: float 
 
     Args:
         limit: loss that the check had to reach.
-        least: least loss that a model can reach on the batch.
+        least: lowest loss that a model can reach on the batch.
     """
     figure, axes = _figure("overfit check: loss of one fixed batch", "step", _LOSS)
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:.4g}")
     if least:
-        axes.axhline(least, color=_GREY, linestyle=":", label=f"least possible {least:.4g}")
+        axes.axhline(least, color=_GREY, linestyle=":", label=f"lowest possible {least:.4g}")
     axes.legend()
     return _save(figure, path)
 

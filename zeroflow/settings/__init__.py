@@ -1,1 +1,1 @@
-"""Settings of a run, as requested and as settled."""
+"""Settings of a run: as requested, and as settled, with every default resolved."""

@@ -11,15 +11,20 @@ from zeroflow.settings.settled import SettledTraining
 from zeroflow.training.workload import Workload
 
 TOKENS_PER_PARAMETER = 20
-"""Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
+"""Training tokens per parameter, as in Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
 _CPU_BATCH_TOKENS = 512
 
 _CPU_STEPS = 200
+"""Steps of a run on a CPU: with this batch, tiny takes a few minutes on two cores."""
 
 
 def nominal_workload(run: RunConfig, device: Device) -> Workload:
-    """Workload of one row with the nominal vocabulary and the defaults of the device."""
+    """Return the workload of one row with the nominal vocabulary and the defaults of the device.
+
+    The vocabulary is nominal so that defaults do not depend on the tokenizer, which may not be
+    known yet.
+    """
     choice = run.training
     return run.workload(
         with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
@@ -55,8 +60,8 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
     work = nominal.replace(**batch, activation_checkpointing=checkpointing)
     budget = TOKENS_PER_PARAMETER * work.model.parameters
     steps = choice.max_steps or (-(-budget // work.batch_tokens) if gpu else _CPU_STEPS)
-    # A third on a CPU, because batches are small. Loss of tiny on the sample after 200 steps of 512
-    # tokens: 7.65 at 3e-3, 7.14 at 1e-3
+    # A third on a CPU, because batches are small: after 200 steps of 512 tokens on the sample, tiny
+    # had a loss of 7.65 at 3e-3, and of 7.14 at 1e-3
     peak = size.learning_rate / (1 if gpu else 3)
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if run.data.data_mode == "sample" else "The "
@@ -98,17 +103,17 @@ def _split(
     rows = largest_divisor(wanted, fits)
     if 4 * rows >= fits:
         return rows, wanted // rows
-    # The default batch may have a few rows more, to keep the GPU busy: 683 rows, a prime number,
-    # become 18 micro-batches of 38 rows
+    # A micro-batch below a quarter of what fits would leave the GPU idle, so the default batch
+    # changes by a few rows instead: 683 rows, a prime number, become 18 micro-batches of 38 rows
     accumulate = -(-wanted // fits)
     return round(wanted / accumulate), accumulate
 
 
 def _exact_rows(choice: TrainingChoice, nominal: Workload) -> int:
-    """Number of rows of a step on each rank that give exactly `batch_tokens`.
+    """Return the number of rows of a step on each rank that give exactly `batch_tokens`.
 
     Raises:
-        ValueError: the numbers contradict each other; the message has one that does not.
+        ValueError: the numbers contradict each other; the message suggests one that fits.
     """
     tokens, seq_len, ranks = choice.batch_tokens, nominal.seq_len, nominal.ranks
     assert tokens is not None

@@ -14,11 +14,11 @@ from zeroflow.text.markup import shortened
 from zeroflow.text.redaction import redacted
 
 _LONGEST = 200
-"""Characters of a value in an error message."""
+"""Maximum number of characters of a value in an error message."""
 
 
 class Setting(NamedTuple):
-    """A single setting of a settings class, with its path."""
+    """A single setting of a settings class, with its path through the groups."""
 
     path: tuple[str, ...]
     field: FieldInfo
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: type[BaseModel]) -> Iterator[Setting]:
-    """Yield every single setting of `config`, with groups unfolded, except its `no_flags`."""
+    """Yield every setting of `config` and of the groups in it, except those in its `no_flags`."""
     no_flags = getattr(config, "no_flags", ())
     for setting in _leaves(config, ()):
         if ".".join(setting.path) not in no_flags:
@@ -45,7 +45,7 @@ def _leaves(config: type[BaseModel], path: tuple[str, ...]) -> Iterator[Setting]
 
 
 def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of `config`; if it is abstract, those of all its subclasses."""
+    """Return the fields of `config`, or those of all its subclasses if it is abstract."""
     if not isabstract(config):
         return config.model_fields
     kinds = config.__subclasses__()
@@ -54,7 +54,7 @@ def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
-    """Merge the fields called `name` of the `kinds` of `config`, with all their help texts."""
+    """Merge the field `name` of several `kinds` of `config` into one that has all help texts."""
     fields = {
         kind.model_fields["name"].default: kind.model_fields[name]
         for kind in kinds
@@ -70,7 +70,7 @@ def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) ->
 
 
 def help_text(field: FieldInfo) -> str:
-    """The description of a setting, with its default."""
+    """Return the description of a setting, with its default."""
     text = " ".join((field.description or "").split())
     if field.default in (None, "", (), False, PydanticUndefined):
         return text

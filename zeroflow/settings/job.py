@@ -23,7 +23,7 @@ from zeroflow.units import count, parameter_count
 
 
 def _description(run: Settled, model: ModelConfig) -> str:
-    """Run description, which MLflow shows as Markdown."""
+    """Return the description of the run, which MLflow shows as Markdown."""
     choice = run.training
     steps = count(choice.max_steps, "step")
     return (
@@ -34,22 +34,22 @@ def _description(run: Settled, model: ModelConfig) -> str:
 
 
 def _version_tags() -> dict[str, str]:
-    """MLflow tags about the code that trains."""
+    """Return MLflow tags about the code that trains."""
     tags = {f"version.{name}": number for name, number in versions().items()}
     if commit := git_commit():
-        # MLflow shows the second one as a link, which takes no "+changes"
+        # MLflow makes a link of COMMIT, which must not contain "+changes"
         tags |= {"git_commit": commit, SOURCE: "zeroflow", COMMIT: commit.partition("+")[0]}
     return tags
 
 
 def _shape(model: ModelConfig) -> dict[str, str]:
-    """Numbers of the model as MLflow params, also where the settings name only its size."""
+    """Return the numbers of the model as MLflow params; the settings may have only its size."""
     numbers = model.model_dump() | {"parameters": model.parameters}
     return {f"model.{name}": str(number) for name, number in numbers.items()}
 
 
 def _group_tags(run: Settled) -> dict[str, str]:
-    """MLflow tags that make the run a child of its sweep."""
+    """Return the MLflow tags that make the run a child of its sweep."""
     if run.sweep is None:
         return {}
     group = run_ids(Cache(run.cache_dir).sweep(run.sweep))
@@ -67,7 +67,7 @@ def training_job(
     """Return the job that the ranks of a settled run receive.
 
     Args:
-        tags: tags of the MLflow run, besides those that follow from the settings.
+        tags: additional tags of the MLflow run.
     """
     run = settled.run
     uri, folder = location(run.cache_dir)

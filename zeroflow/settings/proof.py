@@ -13,7 +13,9 @@ from zeroflow.reuse import flat
 from zeroflow.settings.run_config import ModelChoice, RunConfig
 
 _STEPS = 60
+"""Default number of steps: enough for several checkpoints and validations between kills."""
 
+# Defaults that make both training runs take about a minute on a CPU
 _SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -25,10 +27,11 @@ _SHAPE = {
 _SMALL = {"seq_len": 64, "validation_tokens": 4096}
 
 _BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
+"""Settings that define the batch. If any is given, the batch has no default here."""
 
 
 class ProofRun(Config):
-    """A run to prove resume for, and the settings of the proof."""
+    """Settings of the proof, and of the run whose resume it tests."""
 
     proof: ProofConfig = ProofConfig()
     run: RunConfig = RunConfig()
@@ -38,7 +41,7 @@ class ProofRun(Config):
         "run.skip_preflight",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
     )
-    """Settings of what a proof has not."""
+    """Settings that do not apply to a proof."""
 
     @property
     def anywhere(self) -> Self:
@@ -50,7 +53,7 @@ def settings(asked: RunConfig) -> RunConfig:
     """Return the settings of the run that a proof trains; the defaults are small and fast.
 
     Raises:
-        ValueError: a setting does not apply to a proof, or the name is that of a real run.
+        ValueError: a setting does not apply to a proof, or a training run has this name.
     """
     if asked.overfit != OverfitConfig():
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
@@ -68,9 +71,8 @@ def settings(asked: RunConfig) -> RunConfig:
             training["batch_tokens"] = 8 * (given.get("seq_len") or _SMALL["seq_len"])
         asked = asked.replace(model=ModelChoice(**_SHAPE))
     if find_device(asked.device).kind == "cuda":
-        training["deterministic"] = (
-            True  # without it, results differ between runs even without kills
-        )
+        # Otherwise results on a GPU differ between runs, even without kills
+        training["deterministic"] = True
     if asked.data == CorpusConfig():
         asked = asked.replace(data=CorpusConfig(data_mode="synthetic"))
         if asked.tokenizer == TokenizerConfig():

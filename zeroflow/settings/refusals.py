@@ -15,19 +15,20 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
     default = TrainingChoice.model_fields["validation_fraction"].default
     if asked.data.validation_path and asked.training.validation_fraction != default:
         raise ValueError(
-            "--validation-fraction has no effect with --validation-path, which names the text to "
-            "validate on: drop one of them"
+            "--validation-fraction has no effect with --validation-path, which sets the text for "
+            "validation: drop one of them"
         )
     tokenizer = asked.tokenizer
     trained = tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER)
     if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:
         raise ValueError(
             f"--vocab-size has no effect with --tokenizer-name {tokenizer.tokenizer_name}, which "
-            "has its own: drop it, or use --tokenizer-name train"
+            "has its own vocabulary: drop it, or use --tokenizer-name train"
         )
     if tokenizer.end_of_text and tokenizer.tokenizer_name == TRAINED_TOKENIZER:
         raise ValueError(
-            "--end-of-text has no effect with --tokenizer-name train, which has its own: drop it"
+            "--end-of-text has no effect with --tokenizer-name train, which has its own end token: "
+            "drop it"
         )
 
 
@@ -40,7 +41,7 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
     nominal.require_fp8(device)
     if nominal.zero_stage and nominal.ranks == 1:
         raise ValueError(
-            f"--zero-stage {nominal.zero_stage} shards state over several GPUs, and the run has "
+            f"--zero-stage {nominal.zero_stage} shards state across several GPUs, but the run has "
             "one: add --gpus, or drop it"
         )
 
@@ -77,5 +78,5 @@ def refuse_stages_of_one_gpu(run: RunConfig) -> None:
     if (run.training.gpus or 1) == 1:
         raise ValueError(
             "--zero-stages needs several GPUs: add --gpus, such as --gpus 2. With --device cpu, "
-            "processes take their place"
+            "processes stand in for GPUs"
         )

@@ -1,4 +1,4 @@
-"""Settings that may change when a run is resumed, and the merge of new and recorded ones."""
+"""Resuming a run: settings that may change, and the merge of requested with recorded settings."""
 
 from pathlib import Path
 
@@ -37,17 +37,17 @@ FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 ADDED = {"data.validation_revision": None}
-"""Settings that names of earlier versions did not know, with their defaults: at these, a run keeps
-the name that it had."""
+"""Settings that were added later, with their defaults. They are part of a run's default name only
+if they differ from the default, so that the names of existing runs stay the same."""
 
 
 def identity(run: RunConfig) -> dict[str, str]:
-    """Settings that distinguish runs; the default name contains their fingerprint."""
+    """Return the settings that distinguish runs; the default name contains their fingerprint."""
     return {name: str(value) for name, value in compared(run.model_dump()).items()}
 
 
 def default_name(run: Settled) -> str:
-    """Deterministic name for the settings; it begins with size and corpus."""
+    """Return a deterministic name for the settings; it begins with size and corpus."""
     ranks, stage = run.ranks, run.training.zero_stage
     sharded = f"-{ranks}gpus-zero{stage}" if ranks > 1 else ""
     digest = artifacts.fingerprint(identity(run))[:6]
@@ -55,7 +55,7 @@ def default_name(run: Settled) -> str:
 
 
 def compared(settings: Fields) -> Fields:
-    """Reduce settings, as in run.json, to those that distinguish runs."""
+    """Return those of `settings`, as in run.json, that distinguish runs."""
     named = {"run_name", *FREE}
     return {
         name: value
@@ -65,7 +65,7 @@ def compared(settings: Fields) -> Fields:
 
 
 def given(config: BaseModel) -> dict[str, object]:
-    """Settings that were given explicitly and are not None, nested."""
+    """Return the settings that were given explicitly and are not None, nested."""
     found: dict[str, object] = {}
     for name in config.model_fields_set:
         value = getattr(config, name)
@@ -77,7 +77,7 @@ def given(config: BaseModel) -> dict[str, object]:
 
 
 def without(settings: dict[str, object], before: dict[str, object]) -> dict[str, object]:
-    """Entries of `settings` that are missing in `before` or have another value there."""
+    """Return the entries of `settings` that are missing in `before` or have another value there."""
     new: dict[str, object] = {}
     for name, value in settings.items():
         known = before.get(name)
@@ -95,12 +95,15 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
         at_start: settings whose settled value differs from the value requested at the start,
             such as a commit instead of a branch. If requested again, they keep the settled value.
     """
+    # Settings that the command repeats from the start are not overrides: for them, the recorded
+    # settled value stays
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
     training, model = groups.get("training", {}), groups.get("model", {})
     before = (recorded.training.gpus or 1, recorded.training.nodes)
     now = (training.get("gpus", before[0]), training.get("nodes", before[1]))
     split = {"batch_size", "grad_accum_steps"} & set(training)
+    # The global batch is fixed, so a change of one factor reopens the others
     if split or now != before:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
     if now == (1, 1):
@@ -117,7 +120,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
 
 
 def difference(recorded: RunConfig, run: RunConfig) -> str:
-    """First setting that differs and may not change, with both values; "" if there is none."""
+    """Return the first setting that differs and may not change, with both values; "" if none."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
     for name in before:
         if name in FREE or before[name] == now.get(name):

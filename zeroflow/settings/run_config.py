@@ -98,16 +98,17 @@ class TrainingChoice(Config):
     """Training. Defaults depend on the device and the size, and are logged."""
 
     gpus: PositiveInt | None = None
-    """Number of GPUs of this machine to train on; with device cpu, of processes that share its
-    cores. Default: 1."""
+    """Number of GPUs of each machine to train on; with device cpu, number of processes that share
+    its cores. Default: 1."""
 
     nodes: PositiveInt = 1
-    """Number of machines to train on, each with as many GPUs, which share the cache folder. The log
-    has the command that starts the ranks of each machine; see the guide to several machines."""
+    """Number of machines to train on. Each has the same number of GPUs, and all share the cache
+    folder. The log has the command that starts the ranks on each machine; see the guide to several
+    machines."""
 
     zero_stage: Stage | None = None
-    """ZeRO stage, which decides what several GPUs shard: 0 nothing, 1 optimiser state and weights,
-    2 also gradients, 3 weights even while they are in use. Default: 0."""
+    """ZeRO stage: what is sharded across GPUs. 0: nothing. 1: optimiser state and weights. 2: also
+    gradients. 3: weights also while they are in use. Default: 0."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
@@ -163,8 +164,8 @@ class TrainingChoice(Config):
     """Held-out tokens per validation. Default: 8K on a CPU, 1M on a GPU."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Fraction of the text that is held out for validation: whole documents, and the end of one
-    where there are few."""
+    """Fraction of the text that is held out for validation: whole documents, or the end of one
+    document if the corpus has few."""
 
     token_type: Literal["int32", "uint16"] = "int32"
     """Integer type of the shards; uint16 takes half the space, for vocabularies up to 65,536."""
@@ -192,22 +193,22 @@ class TrainingChoice(Config):
     cost in speed. Kernels on a CPU are always deterministic."""
 
     activation_checkpointing: ActivationCheckpointing | None = None
-    """Recompute activations in the backward pass, which saves memory and takes time: selective
+    """Recompute activations in the backward pass, which saves memory and costs time: selective
     recomputes those within the feed-forward networks, full recomputes all. Default: the first of
-    none, selective and full with which a row fits."""
+    none, selective and full with which one row fits in memory."""
 
     on_spike: Literal["report", "roll-back"] = "report"
     """Reaction to an unusual loss, gradient norm or update: log a warning, or roll back to the
     newest checkpoint and skip the data since."""
 
     hang_seconds: PositiveInt = 3600
-    """Seconds without a finished step after which a training is considered hung and restarted."""
+    """Seconds without a finished step after which training is considered hung and is restarted."""
 
     log_interval: PositiveInt | None = None
     """Steps between logged losses. Default: 5 on a CPU, 10 on a GPU."""
 
     sample_prompt: str | None = None
-    """Prompt of the text sample at each validation. Default: one that suits the data."""
+    """Prompt of the text sample at each validation. Default: a prompt that suits the data."""
 
     sample_tokens: PositiveInt = 48
     """Length of the text sample in tokens."""
@@ -230,7 +231,7 @@ class BuildChoice(Config):
     @model_validator(mode="after")
     def _address_belongs_to_dask(self) -> Self:
         if self.dask_address and self.data_runner != "dask":
-            raise ValueError("--dask-address is used only with --data-runner dask: add that")
+            raise ValueError("--dask-address needs --data-runner dask: add it")
         return self
 
 
@@ -242,7 +243,7 @@ class RunConfig(Config):
     that the same command resumes the run."""
 
     sweep: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
-    """Sweep that the run belongs to; MLflow groups runs by it."""
+    """Sweep that the run belongs to; MLflow groups the runs of a sweep."""
 
     cache_dir: Path = DEFAULT_CACHE
     """Folder for all output: tokenizers, shards, runs, mlflow."""
@@ -297,7 +298,7 @@ class RunConfig(Config):
         """Return the workload of a step that these settings define.
 
         Args:
-            settled: fields of the workload that have no value here, or should have another.
+            settled: values of workload fields that are None here, or that replace the value here.
         """
         given = {
             field: value
@@ -320,13 +321,13 @@ _WORKLOAD_FIELDS = {
 
 
 def of_workload(workload: Workload) -> Fields:
-    """Training settings that give `workload`."""
+    """Return the training settings that give `workload`."""
     settings = {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
     return settings | {"gpus": workload.ranks // workload.nodes}
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every single setting as ("group.name", value)."""
+    """Yield every setting as ("group.name", value)."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):

@@ -1,6 +1,7 @@
-"""Decides the open settings of a run once, and records them.
+"""Settling: every setting that is left open gets a value once, which is recorded.
 
-They are stored in the run's `run.json`, so that the run is always resumed with the same settings.
+The settings are stored in the run's `run.json`, so that the run always resumes with the same ones,
+although a default may depend on the device, the Hub or the version of zeroflow.
 """
 
 import logging
@@ -34,9 +35,12 @@ log = logging.getLogger(__name__)
 
 
 def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
-    """Decide the open settings of `asked`, name the run, and record the result in its run.json.
+    """Give every open setting of `asked` a value, name the run, and record all in its run.json.
 
     Recorded settings of a run of the same name take precedence over defaults.
+
+    The order matters: all refusals come before the first write, so that a refused command leaves an
+    existing run unchanged. Checks that need no network come before requests to the Hub.
 
     Args:
         acquire: called with the run's directory before anything in it changes; raises an error if
@@ -51,7 +55,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         asked = asked.model_copy(update={"data": anywhere})
     if before := _recorded(asked):
         acquire(before.run_dir)
-    # Read again under the lock: another process may have changed or discarded the settings
+    # Read again under the lock: before it, another process may have changed or discarded them
     recorded = _recorded(asked)
     wanted = _wanted(recorded, asked)
     if different := started_otherwise(asked):
@@ -61,7 +65,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         )
     discarded: RunFolder | None = None
     if recorded and resuming.difference(recorded, wanted):
-        # Nothing is trained yet, so the run may start over with other settings
+        # The run has no checkpoint yet, so it may start over with other settings
         discarded = recorded.folder
         recorded, wanted = None, _wanted(None, asked)
     device = find_device(wanted.device)
@@ -80,9 +84,13 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     if recorded:
         corpus_reason = tokenizer_reason = "as when the run was started"
     else:
+        # Only now is the default name known. If a run of this name exists, because the command is
+        # repeated or runs twice, its recorded settings take precedence
         named = asked.model_copy(update={"run_name": run.run_name})
         if _recorded(named):
-            return settle(named, acquire)  # the run exists: the command is repeated, or runs twice
+            return settle(named, acquire)
+        # What the user asked for is kept beside the settled value, so that repeating the same
+        # request, such as a branch that has moved since, is not taken for a change
         otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
@@ -90,7 +98,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
 
 
 def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
-    """Return the corpus of the run. The text of a complete run may be gone or changed.
+    """Resolve the corpus of the run. The text of a complete run may be missing or changed.
 
     Raises:
         ValueError, hub.HubError: as `resolve_corpus` does.
@@ -110,7 +118,7 @@ def _is_complete(wanted: RunConfig) -> bool:
 
 
 def sketch(asked: RunConfig, device: Device) -> Settled:
-    """Decide the open settings of `asked` that depend on the device; look up and record nothing.
+    """Settle the settings of `asked` that depend on the device; make no requests, record nothing.
 
     Recorded settings of a run of the same name take precedence over defaults.
 
@@ -124,7 +132,7 @@ def sketch(asked: RunConfig, device: Device) -> Settled:
 
 
 def started_otherwise(asked: RunConfig) -> str | None:
-    """First requested setting that the trained run does not allow to change; None without one."""
+    """Return the first requested setting that the trained run does not allow; None if there is none."""
     recorded = _recorded(asked)
     if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
@@ -146,7 +154,7 @@ def load(cache: Path, name: str) -> Settled:
 
 
 def unlike_others(run: Settled) -> str:
-    """The setting in which `run` differs from the most similar run of the cache, as a sentence."""
+    """Return how `run` differs from the most similar run of the cache, in words."""
 
     def read(folder: Path) -> Fields:
         return resuming.compared(artifacts.read_json(RunFolder(folder).settings))
@@ -156,12 +164,12 @@ def unlike_others(run: Settled) -> str:
 
 
 def size_of(asked: RunConfig) -> str:
-    """Name of the model's size, taken from the existing run of this name if there is one."""
+    """Return the name of the model's size, from the existing run of this name if there is one."""
     return (_recorded(asked) or asked).model.name
 
 
 def _other_files(recorded: Settled, asked: RunConfig) -> str | None:
-    """The local tokenizer that is named again, if its files are not those of the start."""
+    """Describe the change of a local tokenizer that `asked` names again; None if there is none."""
     trained, name = trained_tokenizer(recorded.folder), recorded.tokenizer.tokenizer_name
     if trained is None or asked.tokenizer.tokenizer_name != name:
         return None
@@ -175,8 +183,8 @@ def _tokenizer(
     """Resolve the tokenizer; a trained run keeps its copy.
 
     Raises:
-        ValueError: the copy is missing or damaged, and the local files it was made from are
-            missing too, or have changed.
+        ValueError: the copy is missing or damaged, and the files it was copied from are missing
+            too, or have changed.
     """
     trained = trained_tokenizer(recorded.folder) if recorded else None
     if trained is None:
@@ -203,7 +211,10 @@ def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
 def _with_intervals_for_more_steps(
     recorded: Settled, asked: RunConfig, wanted: RunConfig
 ) -> TrainingChoice:
-    """Leave those intervals open that had the default for the recorded number of steps."""
+    """Reopen the intervals that had the default for the recorded number of steps.
+
+    They then get the default for the larger number of steps.
+    """
     before, training = recorded.training, wanted.training
     if (training.max_steps or 0) <= before.max_steps:
         return training
@@ -226,7 +237,7 @@ def _asked_at_start(recorded: Settled) -> dict[str, object]:
 
 
 def _filled(wanted: RunConfig, device: Device) -> Settled:
-    """Return `wanted` with every default that depends on device and size.
+    """Return `wanted` with all defaults that depend on device and size filled in.
 
     Raises:
         ValueError: the numbers of rows and tokens in a step contradict each other.

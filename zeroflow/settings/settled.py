@@ -1,4 +1,4 @@
-"""Settled settings of a run: every value that training reads is set."""
+"""Settled settings of a run: every setting that training reads has a value."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from zeroflow.training.zero import Stage
 
 
 class SettledTraining(TrainingChoice):
-    """Training settings with a value for every setting that may be left open."""
+    """Training settings without open values."""
 
     gpus: PositiveInt = 1
     zero_stage: Stage = 0
@@ -39,10 +39,10 @@ class SettledTraining(TrainingChoice):
 
 
 class Settled(RunConfig):
-    """All settled settings that define a run: contents of `run.json`."""
+    """All settings that define a run, settled: contents of `run.json`."""
 
     run_name: str
-    """Empty in a sketch, which makes no requests."""
+    """Empty in a `settle.sketch`, which has no name before the Hub is asked."""
 
     device: Literal["cpu", "cuda"]
     training: SettledTraining
@@ -139,7 +139,7 @@ class Settled(RunConfig):
         """Description of how exact a resume of this run is."""
         promise = _promise_of_one(self)
         if self.ranks > 1:
-            promise += "; with another number of GPUs the order of sums differs"
+            promise += "; with another number of GPUs the order of summation differs"
         return promise
 
 
@@ -155,7 +155,7 @@ def _promise_of_one(run: Settled) -> str:
 
 
 class Settlement(NamedTuple):
-    """Settled settings of a run, with reasons."""
+    """Settled settings of a run, with the reasons for choices that depend on the outside world."""
 
     run: Settled
     device: Device

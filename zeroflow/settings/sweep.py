@@ -15,7 +15,7 @@ from zeroflow.training.zero import Stage
 
 
 class SweepConfig(Config):
-    """Axes of a sweep; every combination of values is a run."""
+    """Axes of a sweep. Every combination of values is one run."""
 
     sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
     """Name of the sweep. An existing sweep of this name is resumed, and values can be added to it.
@@ -28,7 +28,7 @@ class SweepConfig(Config):
     """Seeds. Default: the seed of the run."""
 
     learning_rates: tuple[PositiveFloat, ...] = ()
-    """Peak learning rates. Default: that of the run, or of each size."""
+    """Peak learning rates. Default: the learning rate of the run, or that of each size."""
 
     zero_stages: tuple[Stage, ...] = ()
     """ZeRO stages, for several GPUs. Default: the stage of the run."""
@@ -57,12 +57,12 @@ class SweepConfig(Config):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 listed = ", ".join(map(str, values))
-                raise ValueError(f"{flag(name)} has a value twice: {listed}")
+                raise ValueError(f"{flag(name)} lists a value twice: {listed}")
         return self
 
     @property
     def name(self) -> str:
-        # without defaults, because a new setting would otherwise rename every sweep
+        # Defaults are left out, so that adding a setting does not rename existing sweeps
         given = self.model_dump(
             mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
         )

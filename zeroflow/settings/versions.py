@@ -1,4 +1,4 @@
-"""Versions of the code that trains: packages, and the commit of this one."""
+"""Versions of the code that trains: packages, and the commit of zeroflow."""
 
 import json
 import subprocess
@@ -10,11 +10,12 @@ from platform import python_version
 _PACKAGES = ("zeroflow", "torch", "tokenizers", "pyarrow", "numpy")
 
 _GIT_SECONDS = 10
+"""Timeout of git, which may wait for a slow network file system."""
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Version of Python and of every package that decides the numbers of a run, by its name."""
+    """Return the versions of Python and of every package that affects the numbers of a run."""
     found = {"python": python_version()}
     for package in _PACKAGES:
         try:
@@ -26,7 +27,9 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of this package, with "+changes" if files have changed since; None if unknown."""
+    """Return the commit of this package, with "+changes" if files have changed since; None if
+    unknown.
+    """
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # another repository may be further up
         return _installed_commit()
@@ -41,7 +44,7 @@ def git_commit() -> str | None:
 
 
 def _installed_commit() -> str | None:
-    """Commit that pip installed from a repository."""
+    """Return the commit from which pip installed the package."""
     try:
         recorded = distribution("zeroflow").read_text("direct_url.json")
     except PackageNotFoundError:
