@@ -132,7 +132,7 @@ def sketch(asked: RunConfig, device: Device) -> Settled:
 
 
 def started_otherwise(asked: RunConfig) -> str | None:
-    """Return the first requested setting that the trained run does not allow; None if there is none."""
+    """Return the first requested setting that the trained run does not allow; None if none."""
     recorded = _recorded(asked)
     if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
         return None
