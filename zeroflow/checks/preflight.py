@@ -71,14 +71,14 @@ def read(folder: RunFolder) -> PreflightResult | None:
 
 
 def check(job: TrainingJob, *, trained: bool = False) -> PreflightResult | None:
-    """Run the checks of `job` in separate ranks, unless it passed before on the same kind of device.
+    """Run the checks of `job` in separate ranks, unless they passed before on this kind of device.
 
     If the ranks run out of memory, a smaller micro-batch is recorded in the run's ledger, as during
     training, and the checks run again. So training starts with a micro-batch that fits.
 
     Args:
-        trained: True if the job is finished. Then the earlier result is returned, even if the inputs
-            of the checks have changed.
+        trained: True if the job is finished. Then the earlier result is returned, even if inputs of
+            the checks have changed.
 
     Returns:
         None if the job is finished and was never checked.
