@@ -12,7 +12,7 @@ from public_tokenizers import of_bytes, save
 from tiny import SHAPE, contents, jsonl_corpus
 
 import zeroflow
-from zeroflow import Rows, RunConfig, load, pipeline, pretrain
+from zeroflow import Rows, RunConfig, artifacts, load, pipeline, pretrain
 from zeroflow.inference import trained
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
@@ -215,6 +215,35 @@ def test_complete_run_is_shown_when_its_text_is_gone_and_rebuilds_nothing_from_o
     rows.write_bytes(sound)
     text.write_bytes(content)
     assert pretrain(run).steps == 12
+
+
+def test_complete_run_of_a_gpu_is_shown_on_a_machine_without_one(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    """Its records say that it was trained on a GPU; only what is left to do needs one."""
+    cache = tmp_path / "elsewhere"
+    shutil.copytree(run.cache_dir, cache)
+    here = run.replace(cache_dir=cache, device="auto")
+    folder, place = here.folder, {"device": "cuda", "device_name": "NVIDIA L4"}
+    settings, job, overfit = map(artifacts.read_json, (folder.settings, folder.job, folder.overfit))
+    artifacts.write_json(folder.settings, settings | {"device": "cuda"})
+    job["training"]["workload"] |= place
+    artifacts.write_json(folder.job, job)
+    overfit["identity"]["training"]["compute"]["device"] = "cuda"
+    overfit["job"] = artifacts.fingerprint(list(overfit["identity"].values()))
+    artifacts.write_json(folder.overfit, overfit)
+    for device in ("cuda", "cpu"):
+        assert settle(here.replace(device=device)).run.device == "cuda"
+    report = pretrain(here)
+    assert (report.status, report.device) == ("completed", "NVIDIA L4")
+    assert artifacts.read_json(folder.settings)["device"] == "cuda"
+
+    more = here.replace(training=TRAINING | {"max_steps": 13})
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        pretrain(more)
+    shutil.rmtree(folder.checkpoints)
+    with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
+        pretrain(here)
 
 
 def test_public_names_are_documented() -> None:

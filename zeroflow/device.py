@@ -145,6 +145,11 @@ def known_gpu(wanted: str) -> Device:
     )
 
 
+def gpu_elsewhere(name: str) -> Device:
+    """Return a GPU that this machine need not have; if it is not listed, only its name is known."""
+    return known_gpu(name) if name in _GPUS else Device(kind="cuda", name=name, memory_bytes=0)
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of `folder`, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -24,6 +24,7 @@ from zeroflow.data.on_dask import on_dask
 from zeroflow.data.parts import build_part
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.device import find_device
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
@@ -347,6 +348,8 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         prepared = prepare(asked, acquire, stages, view)
         run, job = prepared.settlement.run, prepared.job
         before = _trained_before(job)
+        if before is None:
+            find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
         busy = run.device == "cuda" and before is None
         with view.gpu_slot() if busy else nullcontext():
             # If the pre-flight is skipped now, an earlier command may still have run it

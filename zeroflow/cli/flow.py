@@ -24,10 +24,11 @@ from zeroflow.config import Config
 from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
 from zeroflow.report.progress import console
 from zeroflow.report.summary import summary
-from zeroflow.settings.proof import ProofRun
+from zeroflow.report.sweep import require_as_started
+from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import size_of
-from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.settle import require_possible, size_of
+from zeroflow.settings.sweep import SweepConfig, cells
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class _FlowCommand(NamedTuple):
     run_of: Callable[[Any], RunConfig]
     """Returns the settings of the run, or of each run of a sweep, from the requested ones."""
 
+    runs_of: Callable[[Any], list[RunConfig]]
+    """Returns the settings of every run, complete."""
+
     deployment_of: Callable[[Any], str | None]
     """Deployment that the flow run belongs to, so that it can be retried in Prefect."""
 
@@ -52,6 +56,11 @@ class _FlowCommand(NamedTuple):
 
 def _text_of(page: Path, run: RunConfig) -> str:
     return f"\n{page_text(page.read_text(encoding='utf-8'))}\n\n{page}"
+
+
+def _cells(sweep: SweepConfig) -> list[RunConfig]:
+    require_as_started(sweep)
+    return cells(sweep)
 
 
 _COMMANDS = {
@@ -64,6 +73,7 @@ _COMMANDS = {
         "  zeroflow pretrain --data-mode files --data-path 'books/*.txt'\n\n"
         "Repeating the command resumes the run, or shows its result.",
         run_of=lambda run: run,
+        runs_of=lambda run: [run],
         deployment_of=size_of,
         ending=lambda report, run: summary(report, run.cache_dir),
     ),
@@ -77,6 +87,7 @@ _COMMANDS = {
         "All other settings are those of a run, and apply to all runs. Repeating the command\n"
         "resumes the sweep, or shows its result.",
         run_of=lambda sweep: sweep.run,
+        runs_of=_cells,
         deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
         ending=_text_of,
     ),
@@ -86,6 +97,7 @@ _COMMANDS = {
         "Train twice, once undisturbed and once with repeated kills, and compare every bit.\n"
         "The defaults are small: a minute or two on a CPU.",
         run_of=lambda proof: proof.run,
+        runs_of=lambda proof: [settings(proof.run)],
         deployment_of=lambda proof: None,
         ending=_text_of,
     ),
@@ -111,7 +123,7 @@ def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(flow: str, arguments: Namespace) -> NoReturn:
-    """Run a flow's command and end this process.
+    """Run a flow's command and end this process. What can be refused at once is, before Prefect.
 
     The exit code is 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -121,6 +133,12 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
     except ValueError as error:
         raise SystemExit(fail(error, verbose=verbose, code=2)) from None
     log_to_console(verbose=verbose)
+    try:
+        require_writable(command.run_of(asked).cache_dir)
+        for each in command.runs_of(asked):
+            require_possible(each)
+    except (OSError, ValueError) as error:
+        raise SystemExit(fail(error, verbose=verbose)) from None
     code = _run(flow, command, asked, verbose=verbose)
 
     from zeroflow.orchestration.flow_context import leave
@@ -143,7 +161,6 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
         silence_console()
     signal.signal(signal.SIGTERM, terminate)
     try:
-        require_writable(command.run_of(asked).cache_dir)
         with server.server() as address:
             log.info("Prefect UI: %s", address)
             made = run_here(FLOWS[flow], asked, deployment=command.deployment_of(asked))

@@ -107,6 +107,25 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
     return sum(_text_bytes(corpus, file) for file in files)
 
 
+def require_readable(corpus: CorpusConfig) -> None:
+    """Check the user's own files of a corpus, which need not be resolved, in a moment.
+
+    Names are checked, and the beginning of the first file is read.
+
+    Raises:
+        ValueError: there are no such files, or the first one is not what its name and the settings
+            say.
+    """
+    if validation := corpus.validation:
+        require_readable(validation)
+    if corpus.data_mode != "files":
+        return
+    unread = corpus.replace(data_revision=corpus.data_revision or "unread")
+    first, *_ = list_files(unread)
+    if corpus.source.format_of(first.name).can_be_cut or _text_bytes(corpus, first) <= SLICE_BYTES:
+        next(_read_files(unread, Slice(files=(first,)), Tally()), None)
+
+
 def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[TextBatch]:
     source = corpus.source
     for listed in piece.files:

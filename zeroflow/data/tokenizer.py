@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import tokenizers
@@ -23,7 +24,12 @@ from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.documents import Document
 from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.data.slices import read_documents
-from zeroflow.data.tokenizer_files import EncoderChoice, TokenizerManifest, seal_tokenizer
+from zeroflow.data.tokenizer_files import (
+    EncoderChoice,
+    TokenizerManifest,
+    inspect_tokenizer,
+    seal_tokenizer,
+)
 from zeroflow.reuse import Fields, StageResult
 from zeroflow.run_folder import Cache
 
@@ -169,6 +175,31 @@ def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool
     return _LLAMA_VOCAB_SIZE, False
 
 
+def known_vocab_size(config: TokenizerConfig, cache: Path) -> int | None:
+    """The most that the vocabulary size can be, without a request; None if that is unknown.
+
+    Raises:
+        ValueError: there is no such file or folder, or no tokenizer in it.
+    """
+    name = config.tokenizer_name
+    if name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER):
+        return config.vocab_size
+    if source := _local(name):
+        copied = TokenizerManifest.verified(_copy_path(config, source, Cache(cache).tokenizers))
+        return copied.vocab_size if copied else _inspected(config, source)
+    if path := _cached(config, cache):
+        return TokenizerManifest.read(path).vocab_size
+    _refuse_path(name)
+    return None
+
+
+def _inspected(config: TokenizerConfig, source: Path) -> int:
+    """Vocabulary size of a local tokenizer, whose files are checked as for a copy in the cache."""
+    with TemporaryDirectory() as folder:
+        _copy_files(source, Path(folder))
+        return inspect_tokenizer(Path(folder), config.tokenizer_name, config.end_of_text)
+
+
 def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Tokenizer:
     """Ensure that the resolved tokenizer is under `<cache>/tokenizers/`.
 
@@ -312,16 +343,16 @@ def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:
 
 
 def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
-    wanted = _tokenizer_files(source)
-
-    def copy(partial: Path) -> None:
-        for file in wanted:
-            target = "tokenizer.json" if file == source else file.name
-            shutil.copyfile(file, partial / target)
-
-    short = {file: digest[:12] for file, digest in _digests(wanted).items()}
+    short = {file: digest[:12] for file, digest in _digests(_tokenizer_files(source)).items()}
     identity = {"file": short, "end_of_text": config.end_of_text}
-    return _ensure(_copy_path(config, source, root), config, _Origin("copied", identity, copy))
+    origin = _Origin("copied", identity, lambda folder: _copy_files(source, folder))
+    return _ensure(_copy_path(config, source, root), config, origin)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for file in _tokenizer_files(source):
+        target = "tokenizer.json" if file == source else file.name
+        shutil.copyfile(file, folder / target)
 
 
 def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:

@@ -95,6 +95,42 @@ def seal_tokenizer(
     Raises:
         ValueError: the folder has no tokenizer, or it has no token that ends a document.
     """
+    tokenizer, end_of_text = _load(folder, name, end_token)
+    _warn_of_dropout(tokenizer, name)
+    file = folder / "tokenizer.json"
+    _warn_of_special_pieces(encoding.plain(file))
+    given = {"revision": revision, "corpus": corpus}
+    depends_on = [artifacts.file_sha256(file), end_of_text]
+    if encoding.dropout(tokenizer):
+        depends_on.append("no dropout")  # an earlier version drew the ids of its shards at random
+    manifest = TokenizerManifest(
+        identity=identity,
+        **{name: value for name, value in given.items() if value is not None},
+        name=name,
+        vocab_size=_vocab_size(tokenizer),
+        end_of_text=end_of_text,
+        asked_end=end_token,
+        fingerprint=artifacts.fingerprint(depends_on),
+        encoder=EncoderChoice.make(folder),
+    )
+    artifacts.seal(folder, manifest.model_dump(mode="json", exclude_unset=True))
+
+
+def inspect_tokenizer(folder: Path, name: str, end_token: str | None) -> int:
+    """Return the vocabulary size of the tokenizer in `folder`, as its manifest would have it.
+
+    Raises:
+        ValueError: as `seal_tokenizer` does.
+    """
+    tokenizer, _ = _load(folder, name, end_token)
+    return _vocab_size(tokenizer)
+
+
+def _load(folder: Path, name: str, end_token: str | None) -> tuple[tokenizers.Tokenizer, int]:
+    """Load a tokenizer and the id that ends documents.
+
+    tokenizer.json is written first if the tokenizer comes in another form.
+    """
     settings = {file: _settings(folder / file, name) for file in (_CONFIG, _SPECIAL_TOKENS)}
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -106,25 +142,12 @@ def seal_tokenizer(
         raise ValueError(
             f"--tokenizer-name {name}: {file.name} is not a valid tokenizer ({why})"
         ) from error
-    end_of_text = _end_of_text(tokenizer, name, end_token or _declared_end(settings, name))
-    _warn_of_dropout(tokenizer, name)
-    _warn_of_special_pieces(encoding.plain(file))
-    given = {"revision": revision, "corpus": corpus}
-    depends_on = [artifacts.file_sha256(file), end_of_text]
-    if encoding.dropout(tokenizer):
-        depends_on.append("no dropout")  # an earlier version drew the ids of its shards at random
-    manifest = TokenizerManifest(
-        identity=identity,
-        **{name: value for name, value in given.items() if value is not None},
-        name=name,
-        # one more than the highest id, as a vocabulary may have gaps
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        end_of_text=end_of_text,
-        asked_end=end_token,
-        fingerprint=artifacts.fingerprint(depends_on),
-        encoder=EncoderChoice.make(folder),
-    )
-    artifacts.seal(folder, manifest.model_dump(mode="json", exclude_unset=True))
+    return tokenizer, _end_of_text(tokenizer, name, end_token or _declared_end(settings, name))
+
+
+def _vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """Return one more than the highest id, as a vocabulary may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _has_mark(file: Path) -> bool:

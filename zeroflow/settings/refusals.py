@@ -1,6 +1,13 @@
 """Checks for settings that contradict each other or the device, before any work is done."""
 
-from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
+import numpy as np
+
+from zeroflow.data.tokenizer import (
+    SYNTHETIC_TOKENIZER,
+    TRAINED_TOKENIZER,
+    TokenizerConfig,
+    known_vocab_size,
+)
 from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
@@ -44,6 +51,29 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
             f"--zero-stage {nominal.zero_stage} shards state across several GPUs, but the run has "
             "one: add --gpus, or drop it"
         )
+
+
+def refuse_ids_beyond_the_token_type(run: RunConfig, tokenizer: TokenizerConfig) -> None:
+    """
+    Args:
+        tokenizer: the tokenizer of the run, which need not be in the cache.
+
+    Raises:
+        ValueError: its ids do not fit the integer type of the shards, or its files are not those of
+            a tokenizer.
+    """
+    size = known_vocab_size(tokenizer, run.cache_dir)
+    kind = run.training.token_type
+    highest = int(np.iinfo(kind).max)
+    if size is None or size - 1 <= highest:
+        return
+    if tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER):
+        found = f"--vocab-size {size} gives ids up to {size - 1:,}"
+        remedy = f"use --token-type int32, or at most --vocab-size {highest + 1}"
+    else:
+        found = f"{tokenizer.tokenizer_name} has ids up to {size - 1:,}"
+        remedy = "use --token-type int32"
+    raise ValueError(f"{found}, and --token-type {kind} holds ids up to {highest:,}: {remedy}")
 
 
 def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:

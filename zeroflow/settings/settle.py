@@ -7,20 +7,25 @@ although a default may depend on the device, the Hub or the version of zeroflow.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from zeroflow import artifacts, reuse
+from zeroflow.checks.overfit import OverfitResult
+from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
 from zeroflow.data.tokenizer import (
     ResolvedTokenizer,
+    Tokenizer,
     changed_since,
     require_restorable,
     resolve_tokenizer,
 )
-from zeroflow.device import Device, find_device
+from zeroflow.device import Device, find_device, gpu_elsewhere
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
 from zeroflow.settings.refusals import (
+    refuse_ids_beyond_the_token_type,
     refuse_more_gpus_than_there_are,
     refuse_what_does_nothing,
     refuse_what_the_device_cannot,
@@ -29,7 +34,7 @@ from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
-from zeroflow.training.job import TrainResult, trained_tokenizer
+from zeroflow.training.job import TrainResult, read_job, trained_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,33 +55,16 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         ValueError: settings contradict each other, the device, or the existing run of this name.
         hub.HubError: the hub is needed, but refused the request or could not be reached.
     """
-    refuse_what_does_nothing(asked)
-    if (anywhere := asked.data.anywhere) != asked.data:  # the run may be resumed in another folder
-        asked = asked.model_copy(update={"data": anywhere})
+    asked = _anywhere(asked)
     if before := _recorded(asked):
         acquire(before.run_dir)
     # Read again under the lock: before it, another process may have changed or discarded them
-    recorded = _recorded(asked)
-    wanted = _wanted(recorded, asked)
-    if different := started_otherwise(asked):
-        raise ValueError(
-            f"run {wanted.run_name} was trained with {different}: use another --run-name, or the "
-            "earlier setting"
-        )
-    discarded: RunFolder | None = None
-    if recorded and resuming.difference(recorded, wanted):
-        # The run has no checkpoint yet, so it may start over with other settings
-        discarded = recorded.folder
-        recorded, wanted = None, _wanted(None, asked)
-    device = find_device(wanted.device)
-    refuse_more_gpus_than_there_are(wanted, device)
-    refuse_what_the_device_cannot(wanted, device)  # before requests to the hub
+    wanted, recorded, discarded, device = _looked_up(asked)
     corpus, corpus_reason = _resolved(wanted, recorded)
     tokenizer, tokenizer_reason = _tokenizer(recorded, wanted, corpus)
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
         run = run.replace(run_name=resuming.default_name(run))
-    _ = run.schedule  # raises if its settings contradict each other; nothing is recorded yet
     acquire(run.run_dir)
     # Nothing is written before this line, so a refusal leaves the run as it was
     if discarded:
@@ -97,6 +85,74 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     return Settlement(run, device, recorded is not None, corpus_reason, tokenizer_reason)
 
 
+def require_possible(asked: RunConfig) -> None:
+    """Check a run as far as its settings and the files of this machine show.
+
+    That takes a moment, makes no request and writes nothing. `settle` begins with the same checks.
+
+    Raises:
+        ValueError: settings contradict each other, the device, or the existing run of this name, or
+            a file that they name cannot be used.
+    """
+    _looked_up(_anywhere(asked))
+
+
+class _Found(NamedTuple):
+    """The run that is asked for, as far as settings, device and records show."""
+
+    wanted: RunConfig
+    """The requested settings, merged over the recorded ones."""
+
+    recorded: Settled | None
+    discarded: RunFolder | None
+    """Folder of a run that has trained nothing, and whose settings others replace."""
+
+    device: Device
+
+
+def _looked_up(asked: RunConfig) -> _Found:
+    """
+    Raises:
+        ValueError: as `require_possible` does.
+    """
+    recorded = _recorded(asked)
+    wanted = _wanted(recorded, asked)
+    if different := started_otherwise(asked):
+        raise ValueError(
+            f"run {wanted.run_name} was trained with {different}: use another --run-name, or the "
+            "earlier setting"
+        )
+    discarded: RunFolder | None = None
+    if recorded and resuming.difference(recorded, wanted):
+        # The run has no checkpoint yet, so it may start over with other settings
+        discarded = recorded.folder
+        recorded, wanted = None, _wanted(None, asked)
+    if recorded and _is_complete(recorded, wanted):  # then any machine can show its result
+        return _Found(wanted, recorded, discarded, _device_of(recorded))
+    device = find_device(wanted.device)
+    refuse_more_gpus_than_there_are(wanted, device)
+    refuse_what_the_device_cannot(wanted, device)
+    _ = _filled(wanted, device).schedule  # raises if its settings contradict each other
+    if not _needs_no_text(recorded, wanted):
+        slices.require_readable(wanted.data)
+    if trained := _trained_tokenizer(recorded):
+        require_restorable(wanted.tokenizer, trained)
+    else:
+        refuse_ids_beyond_the_token_type(wanted, wanted.tokenizer)
+    return _Found(wanted, recorded, discarded, device)
+
+
+def _anywhere(asked: RunConfig) -> RunConfig:
+    """Return `asked` with absolute paths, as the run may be resumed in another folder.
+
+    Raises:
+        ValueError: a setting has no effect.
+    """
+    refuse_what_does_nothing(asked)
+    anywhere = asked.data.anywhere
+    return asked if anywhere == asked.data else asked.model_copy(update={"data": anywhere})
+
+
 def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
     """Resolve the corpus of the run. The text of a complete run may be missing or changed.
 
@@ -106,15 +162,37 @@ def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
     try:
         return resolve_corpus(wanted.data)
     except (OSError, ValueError) as error:
-        if recorded is None or wanted.data != recorded.data or not _is_complete(wanted):
+        if not _needs_no_text(recorded, wanted):
             raise
         log.warning("%s. Run %s is complete and does not need it", error, wanted.run_name)
         return ResolvedCorpus(wanted.data, "as the run was started")
 
 
-def _is_complete(wanted: RunConfig) -> bool:
+def _needs_no_text(recorded: Settled | None, wanted: RunConfig) -> bool:
+    return recorded is not None and wanted.data == recorded.data and _is_trained(wanted)
+
+
+def _is_trained(wanted: RunConfig) -> bool:
     result = TrainResult.read_if_exists(wanted.folder.training)
     return result is not None and result.steps == wanted.training.max_steps
+
+
+def _is_complete(recorded: Settled, wanted: RunConfig) -> bool:
+    """True if the run is trained and checked as requested, so that its device is not needed."""
+    learned = OverfitResult.read_if_exists(wanted.folder.overfit)
+    return (
+        _is_trained(wanted)
+        and wanted.folder.job.exists()
+        and learned is not None
+        and learned.passed
+        and wanted.overfit == recorded.overfit
+    )
+
+
+def _device_of(recorded: Settled) -> Device:
+    """Return the device that a run was trained on, which this machine need not have."""
+    work = read_job(recorded.folder).training.workload
+    return find_device("cpu") if work.device == "cpu" else gpu_elsewhere(work.device_name)
 
 
 def sketch(asked: RunConfig, device: Device) -> Settled:
@@ -186,11 +264,17 @@ def _tokenizer(
         ValueError: the copy is missing or damaged, and the files it was copied from are missing
             too, or have changed.
     """
-    trained = trained_tokenizer(recorded.folder) if recorded else None
-    if trained is None:
-        return resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
-    require_restorable(wanted.tokenizer, trained)
-    return ResolvedTokenizer(wanted.tokenizer, "as when the run was started")
+    if trained := _trained_tokenizer(recorded):
+        require_restorable(wanted.tokenizer, trained)
+        return ResolvedTokenizer(wanted.tokenizer, "as when the run was started")
+    resolved = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
+    if resolved.tokenizer.tokenizer_name != wanted.tokenizer.tokenizer_name:  # it was auto
+        refuse_ids_beyond_the_token_type(wanted, resolved.tokenizer)
+    return resolved
+
+
+def _trained_tokenizer(recorded: Settled | None) -> Tokenizer | None:
+    return trained_tokenizer(recorded.folder) if recorded else None
 
 
 def _recorded(asked: RunConfig) -> Settled | None:

@@ -208,4 +208,7 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
 
 
 def read_result(job: TrainingJob) -> TrainResult | None:
-    return TrainResult.read_if_exists(job.folder.training)
+    """Read the result of a job, with the checkpoint's path now: the cache may have moved."""
+    if (result := TrainResult.read_if_exists(job.folder.training)) is None:
+        return None
+    return result.replace(checkpoint=job.folder.checkpoints / result.checkpoint.name)

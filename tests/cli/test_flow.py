@@ -1,0 +1,76 @@
+"""Commands of flows that are refused at once, before Prefect is imported or its server started."""
+
+from pathlib import Path
+
+import pytest
+from public_tokenizers import of_bytes, save
+
+from zeroflow.cli import commands
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import settle
+
+FILES = "--data-mode=files"
+SAMPLE = "--data-mode=sample"
+IDS = "--data-mode=synthetic"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with texts and tokenizers, good and bad ones."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_text("words of a text\n")
+    (tmp_path / "array.json").write_text('[{"text": "one"}]')
+    (tmp_path / "other.jsonl").write_text('{"words": "one"}\n')
+    (tmp_path / "empty.txt.gz").touch()
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "endless").mkdir()
+    save(tmp_path / "endless", of_bytes(), {})
+    return tmp_path
+
+
+SYNTHETIC = {"data_mode": "synthetic"}
+
+REFUSED = [
+    ("pretrain", [FILES, "--data-path=none.txt"], "none.txt matches no file in "),
+    ("pretrain", [FILES, "--data-path=picture.png"], "picture.png: unknown kind of file"),
+    ("pretrain", [FILES, "--data-path=array.json"], "array.json begins one JSON array"),
+    ("pretrain", [FILES, "--data-path=other.jsonl"], "line 1 has no text in field 'text'"),
+    ("pretrain", [FILES, "--data-path=empty.txt.gz"], "empty.txt.gz cannot be read: it is empty"),
+    ("pretrain", [FILES, "--data-path=good.txt", "--validation-path=no*.txt"], "matches no file"),
+    ("pretrain", [SAMPLE, "--tokenizer-name=./none"], "--tokenizer-name ./none: no such file"),
+    ("pretrain", [SAMPLE, "--tokenizer-name=broken"], "tokenizer.json is not a valid tokenizer"),
+    ("pretrain", [SAMPLE, "--tokenizer-name=endless", "--end-of-text=<x>"], "has no token <x>"),
+    (
+        "pretrain",
+        [SAMPLE, "--token-type=uint16", "--vocab-size=100000"],
+        "--vocab-size 100000 gives ids up to 99,999, and --token-type uint16 holds",
+    ),
+    ("pretrain", [SAMPLE, "--batch-tokens=500"], "is not a multiple of --seq-len 256: use 256"),
+    ("pretrain", [SAMPLE, "--warmup-steps=500"], "lower --warmup-steps or raise --max-steps"),
+    ("pretrain", [SAMPLE, "--device=cuda"], "--device cuda, but PyTorch sees no GPU"),
+    ("pretrain", [SAMPLE, "--text-column=words"], "--text-column has no effect"),
+    ("pretrain", [IDS, "--run-name=mine", "--seed=2"], "--seed 1, now it is 2: use another --run"),
+    ("sweep", [IDS, "--sweep-name=s", "--seeds=1", "--max-steps=9"], "use another --sweep-name"),
+    ("pretrain", [SAMPLE, "--cache-dir=good.txt"], "name another --cache-dir"),
+    ("sweep", [FILES, "--data-path=none.txt", "--seeds", "0", "1"], "matches no file"),
+    ("sweep", [SAMPLE, "--batch-tokens=500", "--sizes", "tiny", "small"], "--seq-len 256"),
+]
+
+
+@pytest.mark.parametrize(("command", "flags", "message"), REFUSED)
+def test_what_settings_and_files_show_to_be_wrong_is_refused_before_prefect_starts(
+    folder: Path, console: None, capsys: pytest.CaptureFixture[str], command, flags, message
+) -> None:
+    for name in ("mine", "s-tiny-seed1"):
+        started = RunConfig(run_name=name, cache_dir="cache", seed=1, data=SYNTHETIC)
+        (settle(started).run.folder.checkpoints / "step-00000001").mkdir(parents=True)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, "--cache-dir=cache", *flags])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and message in said.err
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert said.out == "", "nothing was started"
+    assert sorted(folder.rglob("*")) == before
