@@ -191,7 +191,7 @@ def check_before(
     if result is None or result.reused:
         return result
     with never_fatal("page of the pre-flight"):
-        view.page(Page((run_page.preflight_section(result),)), "preflight")
+        view.page(Page(run_page.preflight_section(result)), "preflight")
     if not result.passed:
         raise PreflightFailed(result)
     return result

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from zeroflow.report.pages import Page, Picture, never_fatal
-from zeroflow.text.markup import Markdown, block
+from zeroflow.report.pages import Block, Page, Picture, Table, never_fatal
+from zeroflow.text.markup import Markdown, bold
 
 
 def test_our_pictures_are_put_into_a_page_and_those_that_a_text_names_are_not(tmp_path):
@@ -15,13 +15,22 @@ def test_our_pictures_are_put_into_a_page_and_those_that_a_text_names_are_not(tm
         (tmp_path / name).write_bytes(name.encode() * 100)
     text = "![x](loss.png) ![x](secret.png) ![x](gone.png)"
     drawn = [Picture(tmp_path / name, name[:4]) for name in ("loss.png", "time.png")]
-    page = Page((Markdown("# é"), *drawn, block(text)))
+    page = Page((Markdown("# é"), *drawn, Block(text)))
     found = re.findall(r"\]\(data:image/png;base64,([^)]+)\)", page.embedded)
     assert [base64.b64decode(data) for data in found] == [b"loss.png" * 100, b"time.png" * 100]
     assert page.embedded.endswith(f"\n{text}\n```")
     page.write(tmp_path / "page.md")
     linked = f"# é\n\n![loss](loss.png)\n\n![time](time.png)\n\n```text\n{text}\n```\n"
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == linked
+
+
+def test_table_of_a_page_shows_text_literally_and_markup_as_such():
+    table = Table(("", "loss"), [("*a|b*", bold("4.2"))], right=" r")
+    assert Page((table,)).linked.splitlines() == [
+        "|  | loss |",
+        "| --- | ---: |",
+        r"| \*a\|b\* | **4.2** |",
+    ]
 
 
 def test_page_that_fails_is_a_warning(tmp_path, caplog):

@@ -8,17 +8,17 @@ from zeroflow import artifacts, pipeline
 from zeroflow.cli import commands
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import ShardConfig, ShardSet
+from zeroflow.data.shards import ShardConfig, ShardSet, row_bytes
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.device import Device
 from zeroflow.estimate import history
+from zeroflow.estimate.history import Figures, Past
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.training.job import TrainResult
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -191,27 +191,24 @@ def finish(ask, shards):
         model = with_vocabulary(run.model.shape, tokenizer.vocab_size)
         job = training_job(settled, model, shards, tokenizer, tags={})
         artifacts.write_json(run.folder.job, job.model_dump(mode="json"))
-        saved = job.folder.checkpoints / "step-00000010"
-        saved.mkdir(parents=True, exist_ok=True)
-        (saved / "tensors").write_bytes(bytes(12 * model.parameters))
-        result = TrainResult(
-            checkpoint=saved,
-            steps=10,
-            tokens=run.train_tokens,
-            train_loss=1.0,
-            val_loss=1.0,
-            val_bpb=None,
-            first_val_loss=2.0,
-            tokens_per_second=rate,
-            mfu=None,
-            peak_memory_bytes=600 * 2**20,
-            sample="",
-        )
         planned = plans.load(run.folder)
         assert planned is not None
-        past = plans.past(planned, job, result, run.train_tokens / rate)
+        measured = Figures(
+            tokens_per_second=rate,
+            seconds=run.train_tokens / rate,
+            memory_bytes=600 * 2**20,
+            shard_bytes=row_bytes(shards),
+            checkpoint_bytes=12 * model.parameters,
+        )
+        past = Past(
+            run=name,
+            steps=10,
+            workload=job.training.workload,
+            predicted=planned.predicted,
+            measured=measured,
+        )
         history.append(run.cache_dir, past)
-        return plans.compared(past)
+        return plans.compared(planned.predicted, measured)
 
     return make
 

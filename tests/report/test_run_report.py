@@ -3,6 +3,7 @@ import json
 import pytest
 
 from zeroflow.report import run_page
+from zeroflow.report.pages import Page
 from zeroflow.report.records import RunReport
 
 OLD = """{
@@ -61,7 +62,7 @@ def test_report_before_plans_stages_and_bands_is_read(tmp_path):
 
 def test_page_shows_the_metrics_of_the_table(report):
     values = {"loss/train": 6.2251, "optim/grad_norm": 0.695336, "perf/tokens_per_second": 25938.4}
-    section = run_page.metrics_section(values)
+    section = Page(run_page.metrics_section(values)).linked
     assert section.splitlines()[4:] == [
         "| training loss | 6.2251 nats per token |",
         "| gradient norm | 0.6953 |",

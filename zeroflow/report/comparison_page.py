@@ -6,9 +6,9 @@ from pathlib import Path
 
 from zeroflow.report.comparison import Comparison, Group, Mean, Prediction
 from zeroflow.report.outcome import COMPARED, Measure, Outcome
-from zeroflow.report.pages import Page, Picture
+from zeroflow.report.pages import Page, Part, Picture, Table
 from zeroflow.report.power_law import PowerLaw
-from zeroflow.text.markup import Markdown, bold, code, escaped, table
+from zeroflow.text.markup import Markdown, bold, code, escaped
 from zeroflow.training.metrics import TABLE, Metric
 from zeroflow.units import binary, count, duration, parameter_count, speed
 
@@ -32,7 +32,7 @@ def page(
         unfinished: status of every run that is not completed, also of those without a loss.
     """
     spent = duration(sum(one.seconds for one in found.runs))
-    parts: list[Markdown | Picture] = [
+    parts: list[Part] = [
         Markdown(f"# Sweep {escaped(sweep)}"),
         Markdown(
             f"{count(len(found.runs), 'run')}, {spent} of training. "
@@ -59,7 +59,7 @@ def page(
     return Page(tuple(parts))
 
 
-def _runs_section(sweep: str, found: Comparison) -> Iterator[Markdown]:
+def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
     """The table of all runs, and what they have in common."""
     if not found.runs:
         return
@@ -92,7 +92,7 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Markdown]:
     }
     shown = {column: cells for column, cells in columns.items() if column not in alike}
     right = "".join(" " if column in _TEXT else "r" for column in shown)
-    yield table(list(shown), zip(*shown.values(), strict=True), right=right)
+    yield Table(list(shown), list(zip(*shown.values(), strict=True)), right)
     if alike:
         yield escaped(f"Common to all runs: {', '.join(map(' '.join, alike.items()))}.")
 
@@ -102,7 +102,7 @@ def _cell(metric: Metric, one: Outcome) -> str:
     return "none" if value is None else format(value, metric.form)
 
 
-def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Markdown]:
+def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Part]:
     """The table of means over seeds, if there are any."""
     several = [group for group in groups if group.mean("val_loss")]
     if not several:
@@ -118,7 +118,7 @@ def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Markdown]:
         for group in several
     ]
     head = ("runs", "seeds", *(TABLE[measure].label for measure in measures))
-    yield table(head, rows, right=" rrr")
+    yield Table(head, rows, right=" rrr")
     yield escaped("± is the standard deviation of a run; only completed runs count.")
 
 

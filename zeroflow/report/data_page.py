@@ -12,9 +12,9 @@ from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import pictures
-from zeroflow.report.pages import Page, Picture
+from zeroflow.report.pages import Block, Page, Picture, Table
 from zeroflow.run_folder import RunFolder
-from zeroflow.text.markup import Markdown, block, code, escaped, table
+from zeroflow.text.markup import Markdown, code, escaped
 from zeroflow.units import count
 
 log = logging.getLogger(__name__)
@@ -64,15 +64,15 @@ def page(
             f"{gathered.tokens_per_second / 1e6:,.2f}M tokens/s, "
             f"{gathered.text_bytes_per_second / 1e6:,.1f} MB of text/s"
         )
-    counts = zip(_COUNTS, _counts(shards.train), _counts(shards.validation), strict=True)
+    splits = _counts(shards.train), _counts(shards.validation)
     return Page(
         (
             Markdown(f"# Data: {escaped(shards.path.name)}"),
-            table(("", ""), rows.items()),
-            table(("", "training", "validation"), counts),
+            Table(("", ""), rows.items()),
+            Table(("", "training", "validation"), list(zip(_COUNTS, *splits, strict=True))),
             Picture(picture, "histogram of document lengths"),
             Markdown("## Beginnings of rows"),
-            *map(block, gathered.samples),
+            *map(Block, gathered.samples),
         )
     )
 

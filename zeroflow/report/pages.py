@@ -2,12 +2,12 @@
 
 import base64
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow.text.markup import Markdown
+from zeroflow.text.markup import Markdown, block, table
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +19,28 @@ class Picture(NamedTuple):
     subject: str
 
 
-class Page(NamedTuple):
-    """Sections of Markdown and pictures; the picture files are next to the page."""
+class Table(NamedTuple):
+    """A table on a page; text in it that is not `Markdown` is escaped."""
 
-    parts: tuple[Markdown | Picture, ...]
+    head: Sequence[str]
+    rows: Collection[Sequence[str]]
+    right: str = ""
+    """A character for each column; "r" aligns it on the right."""
+
+
+class Block(NamedTuple):
+    """Lines on a page that are shown as they are, such as a sample."""
+
+    text: str
+
+
+Part = Markdown | Table | Block | Picture
+
+
+class Page(NamedTuple):
+    """Parts of a page, which become Markdown when it is written; its pictures are next to it."""
+
+    parts: tuple[Part, ...]
 
     def write(self, path: Path) -> None:
         """Write the page into the folder of its pictures."""
@@ -39,11 +57,19 @@ class Page(NamedTuple):
         return self._joined(lambda picture: data_uri(picture.path))
 
     def _joined(self, address: Callable[[Picture], str]) -> Markdown:
-        sections = (
-            f"![{part.subject}]({address(part)})" if isinstance(part, Picture) else part.strip()
-            for part in self.parts
-        )
-        return Markdown("\n\n".join(sections))
+        return Markdown("\n\n".join(_markdown(part, address) for part in self.parts))
+
+
+def _markdown(part: Part, address: Callable[[Picture], str]) -> str:
+    match part:
+        case Picture():
+            return f"![{part.subject}]({address(part)})"
+        case Table():
+            return table(part.head, part.rows, right=part.right)
+        case Block():
+            return block(part.text)
+        case Markdown():
+            return part.strip()
 
 
 def data_uri(picture: Path) -> str:

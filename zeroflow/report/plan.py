@@ -14,7 +14,7 @@ from zeroflow.data.tokenizer import (
 )
 from zeroflow.device import Device, find_device, free_bytes, known_gpu
 from zeroflow.estimate import history
-from zeroflow.estimate.history import Figures, Past
+from zeroflow.estimate.history import Figures
 from zeroflow.estimate.memory import (
     Room,
     checkpoint_bytes,
@@ -31,7 +31,7 @@ from zeroflow.settings.refusals import refuse_a_plan_for_no_gpu
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import sketch
 from zeroflow.settings.settled import Settled
-from zeroflow.training.job import TrainingJob, TrainResult
+from zeroflow.training.job import TrainingJob
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import STAGES, Stage
 
@@ -236,36 +236,9 @@ class Compared(Record):
         return self.measured / self.predicted - 1
 
 
-def past(plan: Plan, job: TrainingJob, trained: TrainResult, training_seconds: float) -> Past:
-    """Return the predicted and measured figures of a finished run, for later plans.
-
-    Args:
-        job: the job as it was trained.
-        training_seconds: seconds from which tokens per second are computed.
-    """
-    measured = Figures(
-        tokens_per_second=trained.tokens_per_second,
-        seconds=training_seconds,
-        memory_bytes=trained.peak_memory_bytes,
-        shard_bytes=row_bytes(job.shards),
-        checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
-    )
-    return Past(
-        run=job.folder.name,
-        steps=trained.steps,
-        workload=job.training.workload,
-        predicted=plan.predicted,
-        measured=measured,
-    )
-
-
-def compared(past: Past) -> list[Compared]:
+def compared(predicted: Figures, measured: Figures) -> list[Compared]:
     """Return each figure of a plan, predicted and measured."""
     return [
-        Compared(
-            name=name,
-            predicted=getattr(past.predicted, name),
-            measured=getattr(past.measured, name),
-        )
+        Compared(name=name, predicted=getattr(predicted, name), measured=getattr(measured, name))
         for name in Figures.model_fields
     ]

@@ -4,8 +4,8 @@ from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
 from zeroflow.report import pictures
 from zeroflow.report.page_text import as_html
-from zeroflow.report.pages import Page, Picture
-from zeroflow.text.markup import Markdown, bold, code, escaped, table
+from zeroflow.report.pages import Page, Picture, Table
+from zeroflow.text.markup import Markdown, bold, code, escaped
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS
@@ -53,16 +53,16 @@ def page(job: TrainingJob, proof: Proof) -> Page:
         "checkpoint",
         **{f"sha256, {name}": code(digest) for name, digest in proof.sha256.items()},
     }
-    kills = (
+    kills = [
         tuple(map(str, (number, kill.aimed_at, kill.moment, kill.step, kill.resumed_at)))
         for number, kill in enumerate(proof.kills, 1)
-    )
+    ]
     return Page(
         (
             Markdown(f"# Proof of resume: {escaped(job.run_dir.name)}"),
-            table(("", ""), rows.items()),
+            Table(("", ""), rows.items()),
             Picture(job.folder.proof_picture, "losses of both trainings"),
             Markdown("## Kills"),
-            table(("", "aimed at", "killed", "last logged step", "resumed from step"), kills),
+            Table(("", "aimed at", "killed", "last logged step", "resumed from step"), kills),
         )
     )

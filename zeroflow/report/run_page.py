@@ -7,12 +7,12 @@ from zeroflow.checks.overfit import beyond
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.report import plan_page
-from zeroflow.report.pages import Page, Picture
+from zeroflow.report.pages import Block, Page, Part, Picture, Table
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
-from zeroflow.text.markup import Markdown, block, bold, code, escaped, link, shortened, table
+from zeroflow.text.markup import Markdown, bold, code, escaped, link, shortened
 from zeroflow.training import goodput
 from zeroflow.training.extension import Extension
 from zeroflow.training.metrics import TABLE
@@ -38,36 +38,38 @@ def page(
         pages: addresses of pages in MLflow, by subject.
     """
     folder = settings.folder
-    parts: list[Markdown | Picture] = [Markdown(f"# {escaped(report.run)}")]
+    parts: list[Part] = [Markdown(f"# {escaped(report.run)}")]
     if report.data.synthetic_fallback:
         parts.append(Markdown("> **Synthetic data replaced FineWeb-Edu.**"))
     parts += [
-        table(("", ""), _facts(report, workload, pages).items()),
+        Table(("", ""), _facts(report, workload, pages).items()),
         Picture(folder.loss_picture, "loss against tokens"),
         Picture(folder.overfit_picture, "loss of the overfit check"),
-        metrics_section(report.metrics),
-        _stages_section(report.stages),
+        *metrics_section(report.metrics),
+        *_stages_section(report.stages),
     ]
     if report.preflight:
-        parts.append(preflight_section(report.preflight))
+        parts += preflight_section(report.preflight)
     parts += [
-        _time_section(report.time),
+        *_time_section(report.time),
         Picture(folder.time_picture, "share of the wall time by phase"),
     ]
     if plan:
         parts.append(plan_page.section(plan, report.plan))
     if report.recoveries:
-        parts.append(_recoveries_section(report.recoveries))
-    parts += [Markdown("## Sample"), block(report.sample), _settings_section(settings)]
+        parts += _recoveries_section(report.recoveries)
+    parts += [Markdown("## Sample"), Block(report.sample), *_settings_section(settings)]
     return Page(tuple(parts))
 
 
-def preflight_section(result: PreflightResult) -> Markdown:
+def preflight_section(result: PreflightResult) -> tuple[Part, ...]:
     """Return the section about the checks before training."""
-    rows = ((check.name, _outcome(check), check.figure, check.sentence) for check in result.checks)
-    checks = table(("check", "result", "figure", "meaning"), rows)
-    checked = count(len(result.checks), "check")
-    return Markdown(f"## Pre-flight\n\n{checked} in {result.seconds:.1f} s.\n\n{checks}")
+    rows = [(check.name, _outcome(check), check.figure, check.sentence) for check in result.checks]
+    return (
+        Markdown("## Pre-flight"),
+        Markdown(f"{count(len(rows), 'check')} in {result.seconds:.1f} s."),
+        Table(("check", "result", "figure", "meaning"), rows),
+    )
 
 
 def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> dict[str, str]:
@@ -145,45 +147,49 @@ def _preflight(result: PreflightResult | None) -> str:
     return Markdown("**FAILED**, skipped later")
 
 
-def metrics_section(latest: Mapping[str, float]) -> Markdown:
-    rows = (
+def metrics_section(latest: Mapping[str, float]) -> tuple[Part, ...]:
+    rows = [
         (metric.label, metric.text(latest[metric.key]))
         for metric in TABLE.values()
         if metric.key in latest
-    )
-    return Markdown(f"## Last logged\n\n{table(('metric', 'value'), rows)}")
+    ]
+    return Markdown("## Last logged"), Table(("metric", "value"), rows)
 
 
-def _stages_section(stages: Mapping[str, StageFigures]) -> Markdown:
-    rows = (
+def _stages_section(stages: Mapping[str, StageFigures]) -> tuple[Part, ...]:
+    rows = [
         (name, "reused" if stage.reused else "ran", stage.why) for name, stage in stages.items()
-    )
-    listed = table(("stage", "", "why"), rows)
-    return Markdown(
-        f"## Stages\n\nThe last command reused or ran each stage for this reason.\n\n{listed}"
+    ]
+    return (
+        Markdown("## Stages"),
+        Markdown("The last command reused or ran each stage for this reason."),
+        Table(("stage", "", "why"), rows),
     )
 
 
-def _time_section(time: TimeFigures) -> Markdown:
-    rows = (
+def _time_section(time: TimeFigures) -> tuple[Part, ...]:
+    rows = [
         (goodput.label(phase), f"{time.seconds[phase]:,.1f}", f"{share:.1%}")
         for phase, share in time.shares.items()
-    )
+    ]
     again = f", {count(time.steps_again, 'step')} trained again" if time.restarts else ""
-    return Markdown(
-        f"## Time\n\nForward pass, backward pass and optimiser took {time.goodput:.1%} of "
-        f"{duration(time.wall_seconds)}. Restarts: {time.restarts}{again}. Tokens/s are computed "
-        f"from the {time.training_seconds:,.1f} s of data wait, forward/backward, optimiser, "
-        f"communication and logging, without the first step of each process.\n\n"
-        f"{table(('phase', 'seconds', 'share'), rows, right=' rr')}"
+    return (
+        Markdown("## Time"),
+        Markdown(
+            f"Forward pass, backward pass and optimiser took {time.goodput:.1%} of "
+            f"{duration(time.wall_seconds)}. Restarts: {time.restarts}{again}. Tokens/s are "
+            f"computed from the {time.training_seconds:,.1f} s of data wait, forward/backward, "
+            "optimiser, communication and logging, without the first step of each process."
+        ),
+        Table(("phase", "seconds", "share"), rows, right=" rr"),
     )
 
 
-def _recoveries_section(recoveries: Iterable[Entry]) -> Markdown:
-    rows = ((f"{entry.step:,}", entry.reason, entry.action) for entry in recoveries)
-    return Markdown(f"## Recoveries\n\n{table(('from step', 'failure', 'action'), rows)}")
+def _recoveries_section(recoveries: Iterable[Entry]) -> tuple[Part, ...]:
+    rows = [(f"{entry.step:,}", entry.reason, entry.action) for entry in recoveries]
+    return Markdown("## Recoveries"), Table(("from step", "failure", "action"), rows)
 
 
-def _settings_section(settings: Settled) -> Markdown:
-    rows = ((name, shortened(str(value), _LONGEST)) for name, value in leaves(settings))
-    return Markdown(f"## Settings\n\n{table(('setting', 'value'), rows)}")
+def _settings_section(settings: Settled) -> tuple[Part, ...]:
+    rows = [(name, shortened(str(value), _LONGEST)) for name, value in leaves(settings)]
+    return Markdown("## Settings"), Table(("setting", "value"), rows)

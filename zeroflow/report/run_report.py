@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
-from zeroflow.data.shards import ShardSet
+from zeroflow.data.shards import ShardSet, row_bytes
 from zeroflow.estimate import history
-from zeroflow.estimate.history import Past
+from zeroflow.estimate.history import Figures, Past
 from zeroflow.report import band, pictures, plan_page, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
+from zeroflow.report.plan import Plan
 from zeroflow.report.records import (
     CorpusFigures,
     ExpectedLoss,
@@ -56,6 +57,9 @@ class Finished(NamedTuple):
 class Logs(NamedTuple):
     """What the training left in the run's folder."""
 
+    plan: Plan | None
+    """None if it was started by a version without plans."""
+
     job: TrainingJob
     """The job as it was trained, with the changes of the ledger."""
 
@@ -65,7 +69,12 @@ class Logs(NamedTuple):
     """Last logged value of every metric, by its key in MLflow."""
 
     time: Account
+    measured: Figures
+    """Measured figures, to compare with the plan."""
+
     mlflow: RunIds | None
+    pages: Mapping[str, str]
+    """Addresses of pages in MLflow, by subject."""
 
 
 def write(run: Finished, show: Callable[[Page], None]) -> Path:
@@ -75,37 +84,44 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
         The path of report.json.
     """
     folder = run.settings.folder
-    expected, plan = band.find(run.job), plans.load(folder)
+    expected = band.find(run.job)
     logs = _read(run)
-    past = plans.past(plan, logs.job, run.trained, logs.time.training) if plan else None
-    report = _gather(run, logs, expected, past)
+    report = _gather(run, logs, expected)
     _log(report)
     report.write(folder.report)  # first: pages may fail, and MLflow may be slow or unreachable
     with never_fatal("report"):
         _draw(run, report, logs.metrics, expected)
-        page = run_page.page(
-            report, run.settings, run.job.training.workload, plan=plan, pages=links(folder)
-        )
+        workload = run.job.training.workload
+        page = run_page.page(report, run.settings, workload, plan=logs.plan, pages=logs.pages)
         page.write(folder.report_page)
         show(page)
-    report.replace(mlflow_run_id=_record(run, report, logs, past)).write(folder.report)
+    report.replace(mlflow_run_id=_record(run, report, logs)).write(folder.report)
     return folder.report
 
 
 def _read(run: Finished) -> Logs:
-    folder = run.settings.folder
-    records = METRICS.read(folder.metrics)
+    folder, trained = run.settings.folder, run.trained
+    plan, records, time = plans.load(folder), METRICS.read(folder.metrics), goodput.read(folder)
     return Logs(
+        plan=plan,
         job=recovery.current(run.job),
         recoveries=recovery.read(folder),
         metrics=records,
         last_metrics=metrics.latest(records),
-        time=goodput.read(folder),
+        time=time,
         mlflow=run_ids(folder),
+        pages=links(folder),
+        measured=Figures(
+            tokens_per_second=trained.tokens_per_second,
+            seconds=time.training,
+            memory_bytes=trained.peak_memory_bytes,
+            shard_bytes=row_bytes(run.shards),
+            checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
+        ),
     )
 
 
-def _gather(run: Finished, logs: Logs, expected: Band | None, past: Past | None) -> RunReport:
+def _gather(run: Finished, logs: Logs, expected: Band | None) -> RunReport:
     settings, job, shards, _, trained, overfit = run
     return RunReport(
         **dict(WorkloadFigures.of(job.training.workload)),
@@ -147,7 +163,7 @@ def _gather(run: Finished, logs: Logs, expected: Band | None, past: Past | None)
         preflight=run.checked and run.checked.replace(identity=None),
         stages=_stages(run),
         extensions=list(extensions(job.training.schedule)) or None,
-        plan=plans.compared(past) if past else [],
+        plan=plans.compared(logs.plan.predicted, logs.measured) if logs.plan else [],
         metrics=logs.last_metrics,
         mlflow_run_id=logs.mlflow and logs.mlflow.run_id,
     )
@@ -226,7 +242,7 @@ def _draw(
     )
 
 
-def _record(run: Finished, report: RunReport, logs: Logs, past: Past | None) -> str | None:
+def _record(run: Finished, report: RunReport, logs: Logs) -> str | None:
     """Add the run to the history of the cache, and its report to MLflow.
 
     Returns:
@@ -246,7 +262,14 @@ def _record(run: Finished, report: RunReport, logs: Logs, past: Past | None) -> 
         series={"overfit/loss": run.overfit.curve},
         succeeded=report.overfit.passed,
     )
-    if past:
+    if logs.plan:
+        past = Past(
+            run=report.run,
+            steps=report.steps,
+            workload=logs.job.training.workload,
+            predicted=logs.plan.predicted,
+            measured=logs.measured,
+        )
         history.append(run.settings.cache_dir, past)
     points = metrics.points(logs.metrics)
     tags = tracking.tags | {"expected_loss": report.expected_loss.verdict}
