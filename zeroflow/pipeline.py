@@ -18,6 +18,7 @@ from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, Ov
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.checks.resume import Proof, ProofConfig, ResumeInexact
 from zeroflow.data import build as builds
+from zeroflow.data import statistics
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.builders import Builders, BuildPart, in_threads
 from zeroflow.data.on_dask import on_dask
@@ -154,7 +155,8 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
             show=view.progress("shards"),
         )
     with never_fatal("page of the data"):
-        page = data_page.write_data(shards, tokenizer, run.folder)
+        gathered = statistics.gather(shards, tokenizer)
+        page = data_page.write_data(shards, gathered, tokenizer, run.folder)
         view.page(page, "data")
     return shards
 

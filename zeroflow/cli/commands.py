@@ -116,11 +116,13 @@ def _export(arguments: Arguments) -> None:
 
 
 def _data(arguments: Arguments) -> None:
+    from zeroflow.data import statistics
     from zeroflow.inference import trained
     from zeroflow.report import data_page
 
     job = trained.job(arguments.cache_dir, arguments.run)
-    page = data_page.write_data(job.shards, job.tokenizer, job.folder)
+    gathered = statistics.gather(job.shards, job.tokenizer)
+    page = data_page.write_data(job.shards, gathered, job.tokenizer, job.folder)
     show(f"{page_text(page.linked)}\n")
     if job.folder.data_page.exists():
         show(f"{job.folder.data_page}")

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from zeroflow import artifacts
-from zeroflow.data import statistics
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
@@ -20,12 +19,13 @@ from zeroflow.units import count
 log = logging.getLogger(__name__)
 
 
-def write_data(shards: ShardSet, tokenizer: Tokenizer, folder: RunFolder) -> Page:
+def write_data(
+    shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, folder: RunFolder
+) -> Page:
     """Write data.md, a page about a run's data with a picture, into the run's folder.
 
     If nothing can be written there, the page is only returned.
     """
-    gathered = statistics.gather(shards, tokenizer)
     made = page(shards, gathered, tokenizer, picture=folder.lengths_picture)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
