@@ -70,27 +70,25 @@ def training_job(
         tags: additional tags of the MLflow run.
     """
     run = settled.run
+    params = {name: str(value) for name, value in leaves(run)} | _shape(model)
+    all_tags = {
+        **run.tags,
+        "tokenizer": tokenizer.name,
+        "device": settled.device.name,
+        "parameters": str(model.parameters),
+        **_version_tags(),
+        DESCRIPTION: _description(run, model),
+        **_group_tags(run),
+        **tags,
+    }
+    dataset = {
+        "name": run.data.name,
+        "digest": shards.path.name.rsplit("-", 1)[-1],
+        "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
+    }
     uri, folder = location(run.cache_dir)
     tracked = TrackingConfig(
-        uri=uri,
-        folder=folder,
-        run_name=run.run_name,
-        tags={
-            **run.tags,
-            "tokenizer": tokenizer.name,
-            "device": settled.device.name,
-            "parameters": str(model.parameters),
-            **_version_tags(),
-            DESCRIPTION: _description(run, model),
-            **_group_tags(run),
-            **tags,
-        },
-        params={name: str(value) for name, value in leaves(run)} | _shape(model),
-        dataset={
-            "name": run.data.name,
-            "digest": shards.path.name.rsplit("-", 1)[-1],
-            "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
-        },
+        uri=uri, folder=folder, run_name=run.run_name, tags=all_tags, params=params, dataset=dataset
     )
     training = run.training_config(model, settled.device)
     bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
