@@ -8,7 +8,8 @@ from zeroflow import artifacts, pipeline
 from zeroflow.cli import commands
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.shards import ShardConfig, ShardSet, row_bytes
+from zeroflow.data.part_counts import row_bytes
+from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 from zeroflow.device import Device
 from zeroflow.estimate import history

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.checks.preflight import PreflightResult
-from zeroflow.data.shards import ShardSet, row_bytes
+from zeroflow.data.part_counts import row_bytes
+from zeroflow.data.shards import ShardSet
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
 from zeroflow.report import band, pictures, plan_page, run_page
