@@ -54,8 +54,8 @@ SCRIPTS = {
 }
 """Scripts of the working tree, and the commands that take the same flags."""
 
-FOREIGN = {"--no", "--no-deps", "--ntasks-per-node"}
-"""The beginning of `--no-...`, and flags of pip and srun."""
+FOREIGN = {"--no", "--no-deps", "--ntasks-per-node", "--local-addr", "--fqdn"}
+"""The beginning of `--no-...`, and flags of pip, srun, torchrun and hostname."""
 
 OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "pip", "srun"}
 
@@ -184,7 +184,8 @@ def known_flags() -> set[str]:
             )
             commands.main([command, "--help"])
     said += [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py")]
-    said.append(hosts.command("m", Path("job.json"), nodes=2, ranks=2))
+    gang = hosts.Gang("m", Path("job.json"), nodes=2, min_nodes=2, ranks=2)
+    said.append(" ".join(gang.command("first")))
     return FOREIGN.union(*(re.findall(r"--[a-z][\w-]*", text) for text in said))
 
 

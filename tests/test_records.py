@@ -184,3 +184,15 @@ def test_file_that_is_something_else_is_named(content, tmp_path):
     with pytest.raises(ValueError, match=r"report.json") as error:
         Figures.read(path)
     assert "\n" not in str(error.value)
+
+
+def test_file_that_is_replaced_is_read_from_its_beginning(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for n in (1, 2, 3):
+        LINES.append(path, Step(n=n))
+    tail = LINES.follow(path)
+    assert len(tail.new_records()) == 3
+    LINES.keep(path, lambda step: step.n == 1)
+    for n in (2, 3, 4):
+        LINES.append(path, Step(n=n))
+    assert tail.new_records() == [Step(n=n) for n in (1, 2, 3, 4)]

@@ -171,16 +171,24 @@ class JsonLines(Generic[R]):
 
 
 class Tail(Generic[R]):
-    """Follows a growing file from the line that starts at byte `position`."""
+    """Follows a growing file from the line that starts at byte `position`.
+
+    A file that is replaced, as by `keep`, is read from its beginning.
+    """
 
     def __init__(self, kind: JsonLines[R], path: Path, position: int) -> None:
         self._kind, self._path, self._position = kind, path, position
+        self._file = path.stat().st_ino if path.exists() else None
 
     def new_records(self) -> list[R]:
         """Return the records of the lines that were completed since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_ino
+            if self._file not in (None, found):
+                self._position = 0
+            self._file = found
             file.seek(self._position)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._position += len(complete) + len(newline)

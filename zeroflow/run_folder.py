@@ -57,6 +57,9 @@ class RunFolder(TrackedFolder):
     stop = _Named("stop")
     """Exists while the ranks of several machines are asked to stop."""
 
+    pause = _Named("pause")
+    """Exists while the ranks of several machines wait for a new job after a failure."""
+
     training = _Named("training.json")
     """Result of a training that reached its last step."""
 
@@ -77,6 +80,12 @@ class RunFolder(TrackedFolder):
     goodput = _Named("goodput.jsonl")
     alive = _Named("alive")
     """Newest pulse of rank 0; rewritten whenever rank 0 makes progress."""
+
+    beats = _Named("beats")
+    """Signs of life of the machines of a training, a file for each."""
+
+    logs = _Named("logs")
+    """Output of the ranks of several machines, a file for each."""
 
     checkpoints = _Named("checkpoints")
 

@@ -90,6 +90,7 @@ RUNS = [
             "max_grad_norm": 0.5,
         },
         build={"data_workers": 3, "data_runner": "dask", "dask_address": "tcp://a:1"},
+        hosts={"min_nodes": 1},
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
         skip_preflight=True,
     ),

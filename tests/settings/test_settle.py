@@ -53,6 +53,7 @@ def test_synthetic_run_has_nothing_left_open(ask):
     run = settled.run
     open_ones = {
         "build.dask_address",
+        "hosts.min_nodes",
         "sweep",
         "data.dataset",
         "data.dataset_config",
@@ -636,3 +637,13 @@ def test_ranks_are_those_of_all_machines_and_a_check_runs_on_those_of_one(ask, r
     assert (alone.ranks, alone.nodes, alone.rank_rows) == (2, 1, work.rank_rows)
     on_one = settle(ask(training={"nodes": 1, "gpus": 4}, run_name=settled.run.run_name))
     assert on_one.resumes and on_one.run.batch_rows == settled.run.batch_rows
+
+
+def test_fewer_machines_have_to_share_the_rows_of_a_step_evenly(ask):
+    training = {"nodes": 4, "gpus": 2, "seq_len": 64, "batch_tokens": 64 * 24}
+    run = settle(ask(training=training, hosts={"min_nodes": 3})).run
+    assert run.hosts.min_nodes == 3
+    with pytest.raises(ValueError, match=r"6 ranks of 3 machines.* 16 rows .*--batch-tokens 1536"):
+        settle(ask(training=training | {"batch_tokens": 64 * 16}, hosts={"min_nodes": 2}))
+    with pytest.raises(ValueError, match="--min-nodes 4 is not less than --nodes 4"):
+        settle(ask(training=training, hosts={"min_nodes": 4}))

@@ -1,34 +1,37 @@
-"""Ranks of several machines: two agents of torchrun on this one, each with a rank."""
+"""Ranks of several machines: two network namespaces, each with an agent of torchrun and a rank."""
 
 import os
-import shlex
-import socket
+import queue
+import re
+import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from endings import read_tensors
+from patience import wait_until
 from tiny import MODEL, synthetic_rows, training_config, training_job
+from two_hosts import Host, two_hosts
 
-from zeroflow.training import hosts, tracked, zero
+from zeroflow.training import recovery, tracked, zero
 from zeroflow.training.events import Event, Metrics
-from zeroflow.training.failures import TrainingFailed, TrainingStopped
+from zeroflow.training.failures import TrainingStopped
+from zeroflow.training.host_watch import SILENT_SECONDS
+from zeroflow.training.hosts import Gang
 from zeroflow.training.job import Cadence, TrainingJob
-from zeroflow.training.metrics import METRICS
+from zeroflow.training.metrics import METRICS, StepRecord
 
-STEPS = 40
+STEPS = 200
 
 
 def test_command_starts_the_ranks_of_one_machine_with_torchrun():
-    words = shlex.split(
-        hosts.command("zeroflow.training", Path("/c/runs/a b/job.json"), nodes=2, ranks=8)
-    )
+    gang = Gang("zeroflow.training", Path("/c/runs/a b/job.json"), nodes=2, min_nodes=2, ranks=8)
+    words = gang.command("first")
     assert words[0] == "env" and words[2] == "torchrun"
     assert words[-3:] == ["-m", "zeroflow.training", "/c/runs/a b/job.json"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-id=a b"} < set(words)
@@ -83,42 +86,60 @@ def job_of_two(folder: Path, cache: Path, *, nodes: int) -> TrainingJob:
     model = MODEL.replace(vocab_size=tokenizer.vocab_size)
     training = training_config(steps=STEPS, ranks=2, zero_stage=2, nodes=nodes, model=model)
     job = training_job(folder, shards, tokenizer, training)
-    return job.replace(cadence=Cadence(log=1, validate_=20, checkpoint=5))
+    return job.replace(cadence=Cadence(log=1, validate_=100, checkpoint=20))
+
+
+class Agents:
+    """Agents of torchrun on two hosts, each started by the command that the log has."""
+
+    def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], *, min_nodes: int = 2) -> None:
+        self._hosts = hosts
+        gang = Gang("zeroflow.training", job.folder.job, nodes=2, min_nodes=min_nodes, ranks=2)
+        _, setting, _, *words = gang.command(hosts[0].name)
+        self._command = [sys.executable, "-m", "torch.distributed.run", *words]
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([setting.split("=")])
+        self.running: dict[int, subprocess.Popen] = {}
+
+    def start(self, number: int) -> None:
+        self.running[number] = subprocess.Popen(
+            [*self._hosts[number].prefix, *self._command],
+            env=self._environment,
+            start_new_session=True,
+        )
+
+    def processes(self, number: int) -> list[psutil.Process]:
+        """Agent, its ranks, and their children."""
+        agent = psutil.Process(self.running[number].pid)
+        return [agent, *agent.children(recursive=True)]
+
+    def kill_all(self, number: int) -> None:
+        if self.running[number].poll() is None:
+            for process in self.processes(number):
+                process.kill()
+        self.running.pop(number).wait()
+
+    def end(self) -> None:
+        for number in list(self.running):
+            self.kill_all(number)
 
 
 @contextmanager
-def agents(job: TrainingJob) -> Iterator[list[subprocess.Popen]]:
-    """Two agents, as two machines would start them by the command that the log has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
-    line = hosts.command("zeroflow.training", job.folder.job, nodes=2, ranks=2)
-    _, setting, _, *words = shlex.split(line)
-    words = [endpoint if "endpoint" in word else word for word in words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([setting.split("=")])
-    while not job.folder.job.exists():
-        time.sleep(0.05)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *words],
-            env=environment,
-            start_new_session=True,
-        )
-        for _ in range(2)
-    ]
+def agents(job: TrainingJob, hosts: tuple[Host, Host], **settings) -> Iterator[Agents]:
+    """Two agents, one on each host."""
+    started = Agents(job, hosts, **settings)
+    wait_until(job.folder.job.exists, "the job")
     try:
+        for number in (0, 1):
+            started.start(number)
         yield started
     finally:
-        for agent in started:
-            for process in [*psutil.Process(agent.pid).children(recursive=True), agent]:
-                process.kill()
-            agent.wait()
+        started.end()
 
 
-def in_thread(function) -> threading.Thread:
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    return thread
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as made:
+        yield made
 
 
 def end_of(job: TrainingJob) -> tuple[list[float], dict]:
@@ -127,47 +148,85 @@ def end_of(job: TrainingJob) -> tuple[list[float], dict]:
     return losses, read_tensors(checkpoint)
 
 
-def retried(job: TrainingJob, watch) -> list[str]:
-    """Train to the end as a flow's retries do, while torchrun restarts the ranks; the failures."""
-    failures = []
-    while True:
-        try:
-            tracked.train(job, watch)
-            return failures
-        except TrainingFailed as failure:
-            failures.append(failure.reason)
-            assert len(failures) < 5  # ranks may miss each other at a restart
+def lose_torchrun(started: Agents) -> None:
+    """Kill an agent only; its rank has to end by itself."""
+    [_, *ranks] = started.processes(1)
+    started.running.pop(1).kill()
+    _, left = psutil.wait_procs(ranks, timeout=20)
+    assert not left
+
+
+def lose_host(started: Agents) -> None:
+    """Let a host fall silent, which closes no connection."""
+    for process in started.processes(1):
+        process.suspend()
+    [_, rank, *_] = started.processes(0)
+    rank.wait(SILENT_SECONDS + 30)
+    started.kill_all(1)
+
+
+def lose_rank(started: Agents) -> None:
+    [_, rank, *_] = started.processes(1)
+    rank.kill()
+
+
+def is_asked_to_end(process: psutil.Process) -> bool:
+    """True if SIGTERM waits for a suspended process."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = re.findall(r"(?:Shd|Sig)Pnd:\s+(\w+)", status)
+    return any(int(signals, 16) >> (signal.SIGTERM - 1) & 1 for signals in pending)
+
+
+class Trouble:
+    """Watches a training, and does something to its hosts when a step is reached."""
+
+    def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], **settings) -> None:
+        self.job, self.hosts, self.settings = job, hosts, settings
+        self.reached = queue.Queue()
+        self._thread = ThreadPoolExecutor(1)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Metrics):
+            self.reached.put(event.step)
+
+    def wait_for(self, step: int) -> None:
+        while self.reached.get(timeout=300) < step:
+            pass
+        while not self.reached.empty():
+            self.reached.get()
+
+    def do(self, script: Callable[[Agents], None]) -> Future[None]:
+        def run() -> None:
+            with agents(self.job, self.hosts, **self.settings) as started:
+                script(started)
+
+        return self._thread.submit(run)
 
 
 @pytest.mark.slow
-def test_two_machines_end_with_the_bits_of_one_although_a_rank_is_killed(tmp_path):
+def test_two_hosts_end_with_the_bits_of_one_although_ranks_agents_and_hosts_die(tmp_path, hosts):
     alone = job_of_two(tmp_path / "alone", tmp_path / "cache", nodes=1)
     tracked.train(alone)
 
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
-    killed = threading.Event()
+    trouble = Trouble(job, hosts)
 
-    def kill_one() -> None:
-        with agents(job) as (_, second):
-            seen.wait(300)
-            [rank] = psutil.Process(second.pid).children()
-            rank.kill()
-            killed.set()
-            ended.wait(300)
+    def script(started: Agents) -> None:
+        for step, lose in ((25, lose_torchrun), (65, lose_rank), (105, lose_host)):
+            trouble.wait_for(step)
+            lose(started)
+            if 1 not in started.running:
+                started.start(1)
+        assert [agent.wait(300) for agent in started.running.values()] == [0, 0]
 
-    seen, ended = threading.Event(), threading.Event()
-
-    def watch(event: Event) -> None:
-        if isinstance(event, Metrics) and event.step >= 12:
-            seen.set()
-
-    thread = in_thread(kill_one)
-    try:
-        reasons = retried(job, watch)
-        assert set(reasons) == {"killed"} and killed.is_set()
-    finally:
-        ended.set()
-        thread.join(60)
+    done = trouble.do(script)
+    recovery.train(job, trouble)
+    done.result(60)
+    ledger = recovery.read(job.folder)
+    assert [entry.reason for entry in ledger] == ["killed"] * 3
+    assert [entry.step >= least for entry, least in zip(ledger, (20, 60, 100), strict=True)]
+    names = {path.name.partition("-rank-")[0] for path in job.folder.logs.glob("*-rank-?.log")}
+    assert names == {host.name for host in hosts}
     losses, tensors = end_of(job)
     expected, expected_tensors = end_of(alone)
     assert losses == expected
@@ -176,24 +235,57 @@ def test_two_machines_end_with_the_bits_of_one_although_a_rank_is_killed(tmp_pat
 
 
 @pytest.mark.slow
-def test_flow_that_is_interrupted_stops_the_ranks_of_all_machines_with_a_checkpoint(tmp_path):
+def test_training_goes_on_with_the_host_that_is_left_and_again_with_both(tmp_path, hosts):
+    job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2).replace(min_nodes=1)
+    workload = job.training.workload
+    trouble = Trouble(job, hosts, min_nodes=1)
+
+    def script(started: Agents) -> None:
+        trouble.wait_for(25)
+        started.kill_all(1)
+        trouble.wait_for(30)  # alone
+        [_, rank, *_] = started.processes(0)
+        rank.suspend()  # it would reach its last step before the other host is there
+        started.start(1)
+        wait_until(lambda: is_asked_to_end(rank), "the other host")
+        rank.resume()
+        assert [agent.wait(300) for agent in started.running.values()] == [0, 0]
+
+    done = trouble.do(script)
+    recovery.train(job, trouble)
+    done.result(60)
+    records = [r for r in METRICS.read(job.folder.metrics) if isinstance(r, StepRecord)]
+    assert [r.step for r in records] == list(range(1, STEPS + 1)), "each step once"
+    assert {r.tokens - r.step * workload.batch_tokens for r in records} == {0}
+    output = (job.folder.logs / "first-rank-0.log").read_text()
+    assert "training on 1 machine of 2" in output
+    assert output.count("resumed at step") >= 2
+
+    alone = job_of_two(tmp_path / "alone", tmp_path / "cache", nodes=1)
+    tracked.train(alone)
+    losses, expected = end_of(job)[0], end_of(alone)[0]
+    assert losses[:20] == expected[:20]
+    assert losses == pytest.approx(expected, rel=1e-3), "the same rows, summed in another order"
+
+
+@pytest.mark.slow
+def test_flow_that_is_interrupted_stops_the_ranks_of_all_machines_with_a_checkpoint(
+    tmp_path, hosts
+):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
     job = job.replace(cadence=Cadence(log=1, validate_=10**6, checkpoint=10**6))
-    codes: list[int] = []
-
-    def run_agents() -> None:
-        with agents(job) as started:
-            codes.extend(agent.wait(300) for agent in started)
 
     def interrupt(event: Event) -> None:
         if isinstance(event, Metrics) and event.step == 3:
             raise KeyboardInterrupt
 
-    thread = in_thread(run_agents)
+    def script(started: Agents) -> None:
+        assert [agent.wait(300) for agent in started.running.values()] == [0, 0]
+
+    done = Trouble(job, hosts).do(script)
     with pytest.raises((KeyboardInterrupt, TrainingStopped)):
         tracked.train(job, interrupt)
-    thread.join(300)
-    assert codes == [0, 0]
+    done.result(300)
     [checkpoint] = job.folder.checkpoints.glob("step-*")
     assert 3 <= int(checkpoint.name[5:]) < STEPS
     assert not job.folder.stop.exists()

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from zeroflow.training import zero
 from zeroflow.training.events import EVENTS, Event, Started
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.job import RankJob
-from zeroflow.training.launch import Heartbeat, launch
+from zeroflow.training.launch import launch
 from zeroflow.training.processes import WATCH_PARENT
 
 
@@ -118,40 +117,6 @@ def test_ranks_whose_parent_is_killed_stop_together(job_file):
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
     events = EVENTS.read(RunFolder(folder).events)
     assert [event.event for event in events] == ["started", "stopped"]
-
-
-@pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that have passed, by the clock that cannot be set."""
-    seconds = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
-    return seconds
-
-
-@pytest.mark.parametrize("days", [0, 1000, -1000])
-def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path, passed, days):
-    alive = tmp_path / "alive"
-    heartbeat = Heartbeat(alive)
-    for number in range(3):
-        passed[0] += 50
-        assert heartbeat.seconds_since_last() == 50
-        touch(alive, time.time() + 86_400 * days * number)
-        assert heartbeat.seconds_since_last() == 0
-
-
-@pytest.mark.parametrize("days", [0, 1000, -1000])
-def test_file_that_is_not_touched_is_none(tmp_path, passed, days):
-    alive = tmp_path / "alive"
-    touch(alive, time.time() + 86_400 * days)
-    heartbeat = Heartbeat(alive)
-    assert heartbeat.seconds_since_last() == 0
-    passed[0] += 500
-    assert heartbeat.seconds_since_last() == 500
-
-
-def touch(file: Path, when: float) -> None:
-    file.touch()
-    os.utime(file, (when, when))
 
 
 def test_rank_that_ends_without_disk_space_is_reported_as_such(tmp_path, monkeypatch):

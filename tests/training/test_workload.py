@@ -87,3 +87,13 @@ def test_workload_of_format_1_is_read():
     assert Workload.model_validate_json(read.model_dump_json()) == read
     gpus = format1.WORKLOAD | {"device": "NVIDIA H200", "gpus": 4}
     assert Workload.model_validate(gpus).devices == "4 x NVIDIA H200, ZeRO stage 0"
+
+
+def test_step_on_fewer_machines_has_the_same_rows_in_micro_batches_that_are_not_larger():
+    planned = WORKLOAD.replace(ranks=8, nodes=4, micro_batch_rows=3, accumulate=2)
+    fewer = planned.on_machines(3)
+    assert (fewer.ranks, fewer.nodes) == (6, 3)
+    assert fewer.batch_rows == planned.batch_rows == 48
+    assert (fewer.micro_batch_rows, fewer.accumulate) == (2, 4)
+    with pytest.raises(ValueError, match="10 ranks of 5 machines cannot share the 48 rows"):
+        planned.on_machines(5)

@@ -97,6 +97,7 @@ def training_job(
         training=training,
         cadence=run.cadence,
         retention=run.retention,
+        min_nodes=run.hosts.min_nodes,
         hang_seconds=run.training.hang_seconds,
         roll_back_spikes=run.training.on_spike == "roll-back",
         shards=shards,

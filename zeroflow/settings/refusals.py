@@ -1,5 +1,7 @@
 """Checks for settings that contradict each other or the device, before any work is done."""
 
+import math
+
 import numpy as np
 
 from zeroflow.data.tokenizer import (
@@ -11,6 +13,7 @@ from zeroflow.data.tokenizer import (
 from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
+from zeroflow.settings.settled import Settled
 
 
 def refuse_what_does_nothing(asked: RunConfig) -> None:
@@ -74,6 +77,28 @@ def refuse_ids_beyond_the_token_type(run: RunConfig, tokenizer: TokenizerConfig)
         found = f"{tokenizer.tokenizer_name} has ids up to {size - 1:,}"
         remedy = "use --token-type int32"
     raise ValueError(f"{found}, and --token-type {kind} holds ids up to {highest:,}: {remedy}")
+
+
+def refuse_machines_that_cannot_share(run: Settled) -> None:
+    """
+    Raises:
+        ValueError: the ranks of --min-nodes machines, or of more, cannot share a step's rows.
+    """
+    least, nodes, each = run.hosts.min_nodes, run.training.nodes, run.training.gpus
+    if least is None:
+        return
+    if not least < nodes:
+        raise ValueError(
+            f"--min-nodes {least} is not less than --nodes {nodes}: add --nodes, or drop it"
+        )
+    if uneven := [n for n in range(least, nodes) if run.batch_rows % (n * each)]:
+        unit = math.lcm(*(n * each for n in range(least, nodes + 1)))
+        tokens = -(-run.batch_rows // unit) * unit * run.training.seq_len
+        raise ValueError(
+            f"the {uneven[0] * each} ranks of {uneven[0]} machines cannot share the "
+            f"{run.batch_rows} rows of a step evenly: raise --min-nodes, or, for a new run, use "
+            f"--batch-tokens {tokens}"
+        )
 
 
 def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:

@@ -8,7 +8,7 @@ from zeroflow import artifacts, reuse
 from zeroflow.config import flag
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
-from zeroflow.settings.run_config import BuildChoice, RunConfig, leaves
+from zeroflow.settings.run_config import BuildChoice, HostsChoice, RunConfig, leaves
 from zeroflow.settings.settled import Settled
 
 # Settings that may change when a run is resumed, because they do not affect the weights
@@ -33,6 +33,7 @@ FREE = {"cache_dir", "device", "sweep"} | {
     )
 }
 FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
+FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 

@@ -235,6 +235,14 @@ class BuildChoice(Config):
         return self
 
 
+class HostsChoice(Config):
+    """Machines of a training with --nodes. These settings do not change its result."""
+
+    min_nodes: PositiveInt | None = None
+    """Number of machines with which the training goes on if others are gone, with the same rows in
+    each step. Default: all of --nodes."""
+
+
 class RunConfig(Config):
     """All settings that define a run."""
 
@@ -262,6 +270,7 @@ class RunConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     build: BuildChoice = BuildChoice()
     training: TrainingChoice = TrainingChoice()
+    hosts: HostsChoice = HostsChoice()
     optimizer: AnyOptimizer = DEFAULT
     overfit: OverfitConfig = OverfitConfig()
 

@@ -26,6 +26,7 @@ from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
 from zeroflow.settings.refusals import (
     refuse_ids_beyond_the_token_type,
+    refuse_machines_that_cannot_share,
     refuse_more_gpus_than_there_are,
     refuse_what_does_nothing,
     refuse_what_the_device_cannot,
@@ -328,9 +329,11 @@ def _filled(wanted: RunConfig, device: Device) -> Settled:
     """
     training = defaults.fill(wanted, device)
     groups = {name: getattr(wanted, name) for name in RunConfig.model_fields}
-    return Settled.model_validate(
+    run = Settled.model_validate(
         groups | {"run_name": wanted.run_name or "", "device": device.kind, "training": training}
     )
+    refuse_machines_that_cannot_share(run)
+    return run
 
 
 def _discard_settings(folder: RunFolder) -> None:

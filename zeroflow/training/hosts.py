@@ -3,7 +3,8 @@
 Torch elastic gathers the machines, restarts all ranks if one fails, and ends them if too few
 machines are left: https://docs.pytorch.org/docs/stable/elastic/run.html. The flow neither starts
 nor ends them. It follows the run's events and asks the ranks to stop by a file, so it may run on
-any machine that shares the run's folder.
+any machine that shares the run's folder. On each machine, `host_watch` ends ranks that would wait
+for others forever.
 """
 
 import logging
@@ -11,10 +12,16 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from zeroflow.run_folder import RunFolder
+from zeroflow.training import ownership
+from zeroflow.training.events import Done, Event, Failed, Started, Stopped
+from zeroflow.training.failures import FailureReason, TrainingFailed, TrainingStopped
+from zeroflow.training.following import Progress
+from zeroflow.training.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -27,58 +34,198 @@ _MOST_RESTARTS = 20
 _STOP_SECONDS = 120.0
 """Time for the ranks to finish their step and save."""
 
+_REJOIN_SECONDS = 90.0
+"""Time in which ranks start again that saved and ended because another machine joined them."""
 
-def command(module: str, job_file: Path, *, nodes: int, ranks: int) -> str:
-    """Return the shell command that starts the ranks of one machine, the same on each.
+_POLL_SECONDS = 0.2
 
-    Args:
-        nodes: number of machines.
-        ranks: number of ranks on all of them.
-    """
-    words = [
-        # Torchrun's own store outlives a restart, and ranks would find addresses of dead ones in it
-        "env",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        "torchrun",
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={ranks // nodes}",
-        f"--max-restarts={_MOST_RESTARTS}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={socket.getfqdn()}:{PORT}",
-        f"--rdzv-id={job_file.parent.name}",
-        "-m",
-        module,
-        str(job_file.absolute()),
-    ]
-    return shlex.join(words)
+
+class Gang(NamedTuple):
+    """The ranks of several machines."""
+
+    module: str
+    """Module of the ranks' program."""
+
+    job_file: Path
+    """In the folder of the run."""
+
+    nodes: int
+    """Number of machines."""
+
+    min_nodes: int
+    """Number of machines with which the ranks go on if others are gone."""
+
+    ranks: int
+    """Number of ranks on all machines."""
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.job_file.parent)
+
+    @property
+    def ranks_of_each(self) -> int:
+        """Number of ranks on one machine."""
+        return self.ranks // self.nodes
+
+    def command(self, first: str) -> list[str]:
+        """Return the command that starts the ranks of one machine, the same on each.
+
+        Args:
+            first: name or address of the machine where they meet.
+        """
+        least = "" if self.min_nodes == self.nodes else f"{self.min_nodes}:"
+        return [
+            # Torchrun's own store outlives a restart, and has addresses of dead ranks
+            "env",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            "torchrun",
+            f"--nnodes={least}{self.nodes}",
+            f"--nproc-per-node={self.ranks_of_each}",
+            f"--max-restarts={_MOST_RESTARTS}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={first}:{PORT}",
+            f"--rdzv-id={self.folder.name}",
+            "-m",
+            self.module,
+            str(self.job_file.absolute()),
+        ]
+
+
+Ended = Callable[[], bool]
+"""Returns True if the ranks have reported that they ended."""
+
+Held = Callable[[], bool] | None
+"""Returns True as long as a scheduler has the machines or waits for them; None without one."""
+
+Launcher = Callable[[Gang, Ended], AbstractContextManager[Held]]
+"""Brings the machines of a gang. If the block is left early, it ends the ranks."""
 
 
 @contextmanager
-def announced(
-    module: str, job_file: Path, *, nodes: int, ranks: int, ended: Callable[[], bool]
-) -> Iterator[None]:
-    """Log the command of each machine, and ask the ranks to stop if the block is left early.
-
-    Args:
-        ended: returns True if the ranks have reported that they ended.
-    """
-    stop = RunFolder(job_file.parent).stop
-    stop.unlink(missing_ok=True)
+def by_hand(gang: Gang, ended: Ended) -> Iterator[Held]:
+    """Log the command of each machine, and ask the ranks to stop if the block is left early."""
     log.info(
         "waiting for the ranks of %d machines. Run on each of them, in an environment with "
         "zeroflow:\n  %s",
-        nodes,
-        command(module, job_file, nodes=nodes, ranks=ranks),
+        gang.nodes,
+        shlex.join(gang.command(socket.getfqdn())),
     )
+    with asked_to_stop(gang.folder, ended):
+        yield None
+
+
+@contextmanager
+def asked_to_stop(folder: RunFolder, ended: Ended) -> Iterator[None]:
+    """Ask the ranks to save and stop if the block is left early, and wait for that.
+
+    After a failure they end at once, and those that torchrun starts wait for the next job.
+    """
+    folder.stop.unlink(missing_ok=True)
+    folder.pause.unlink(missing_ok=True)
     try:
         yield
+    except TrainingFailed:
+        folder.pause.touch()
+        raise
     except BaseException:
         if not ended():
             log.info("asking the ranks of all machines to save a checkpoint and stop")
-            stop.touch()
+            folder.stop.touch()
             until = time.monotonic() + _STOP_SECONDS
             while not ended() and time.monotonic() < until:
-                time.sleep(0.2)
+                time.sleep(_POLL_SECONDS)
         raise
     finally:
-        stop.unlink(missing_ok=True)
+        folder.stop.unlink(missing_ok=True)
+
+
+def follow(
+    gang: Gang,
+    launcher: Launcher,
+    on_event: Callable[[Event | Pulse], None],
+    on_restart: Callable[[TrainingFailed], None],
+    *,
+    hang_seconds: int,
+) -> None:
+    """Follow the ranks of several machines to their end, through restarts.
+
+    Args:
+        on_event: called with every new event, and with the newest pulse as it changes.
+        on_restart: called with every failure after which the ranks are started again as they were;
+            may raise it.
+        hang_seconds: time without a heartbeat after which ranks are ended.
+
+    Raises:
+        RunIsBusy: another process follows the ranks of this run.
+        TrainingFailed: a rank failed, and would fail again without a change of the job.
+        TrainingStopped: the ranks were stopped from outside.
+    """
+    busy = f"another process is working on run {gang.folder.name}"
+    with ownership.exclusive(gang.folder.launch_lock, busy):
+        attempts = _Attempts(on_event)
+        progress = Progress(gang.folder, attempts)
+
+        def ended() -> bool:
+            progress.follow()
+            return isinstance(progress.last, Done | Stopped)
+
+        with launcher(gang, ended) as held:
+            while True:
+                is_held = held() if held else None  # asked first: events come before the end
+                progress.follow()
+                attempts.report(on_restart)
+                if isinstance(progress.last, Done):
+                    return
+                if isinstance(progress.last, Stopped):
+                    if not (attempts.may_rejoin(gang) if is_held is None else is_held):
+                        raise TrainingStopped(progress.last.message)
+                elif is_held is False:
+                    raise TrainingFailed(
+                        f"the machines of run {gang.folder.name} are gone", "killed"
+                    )
+                elif attempts.running and progress.seconds_since_last() > hang_seconds:
+                    raise TrainingFailed(f"no rank made progress for {hang_seconds} s", "hang")
+                time.sleep(_POLL_SECONDS)
+
+
+class _Attempts:
+    """Attempts of the ranks: from a start to the next failure or end."""
+
+    def __init__(self, on_event: Callable[[Event | Pulse], None]) -> None:
+        self._on_event = on_event
+        self._failures: list[TrainingFailed] = []
+        self._begun = False
+        self._stopped = 0.0
+        self.running = False
+
+    def __call__(self, event: Event | Pulse) -> None:
+        self._on_event(event)
+        match event:
+            case Pulse() | Done():
+                return
+            case Started() if self.running:
+                self._note("the ranks ended without an error message, as if killed", "killed")
+            case Failed() if event.reason in ("out of memory", "diverged") or not self._begun:
+                self._note(event.message, event.reason, event.step)
+            case Failed() if self.running:  # the other ranks report the consequences
+                self._note(event.message, "killed")
+            case Stopped():
+                self._stopped = time.monotonic()
+        self.running = not isinstance(event, Failed | Stopped)
+        self._begun |= self.running
+
+    def report(self, on_restart: Callable[[TrainingFailed], None]) -> None:
+        """Report new failures; raise one after which a restart does not help."""
+        failures, self._failures = self._failures, []
+        for failure in failures:
+            if failure.reason != "killed":
+                raise failure
+            on_restart(failure)
+
+    def may_rejoin(self, gang: Gang) -> bool:
+        """Return True if the ranks may have stopped because another machine joins them."""
+        waited = time.monotonic() - self._stopped
+        return gang.min_nodes < gang.nodes and waited < _REJOIN_SECONDS
+
+    def _note(self, message: str, reason: FailureReason, step: int | None = None) -> None:
+        self._failures.append(TrainingFailed(message, reason, step))

@@ -52,6 +52,9 @@ class TrainingJob(RankJob):
 
     cadence: Cadence
     retention: Retention
+    min_nodes: PositiveInt | None = omitted()
+    """Number of machines with which the training goes on if others are gone; None for all."""
+
     hang_seconds: PositiveInt
     """Time without a finished step, validation or checkpoint after which the ranks are killed."""
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import hosts, ownership, zero
+from zeroflow.training import ownership, zero
 from zeroflow.training.environment import rank_environment
-from zeroflow.training.events import EVENTS, Done, Event, Failed, Stopped
+from zeroflow.training.events import Done, Event, Failed, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
+from zeroflow.training.following import Progress
 from zeroflow.training.processes import rank_processes
-from zeroflow.training.pulse import Pulse, PulseReader
+from zeroflow.training.pulse import Pulse
 
 _POLL_SECONDS = 0.2
 
@@ -34,7 +35,6 @@ def launch(
     on_event: Callable[[Event | Pulse], None],
     *,
     ranks: int = 1,
-    nodes: int = 1,
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
@@ -46,7 +46,6 @@ def launch(
 
     Args:
         job_file: in the folder of the run.
-        nodes: number of machines. If there are several, their users start the ranks; see `hosts`.
         on_event: called with every new event, and with the newest pulse as it changes.
         hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
         compile_cache: folder for compiled code, unless the environment names one; None leaves it
@@ -60,9 +59,6 @@ def launch(
     folder = RunFolder(job_file.parent)
     busy = f"another process is working on run {folder.name}"
     with ownership.exclusive(folder.launch_lock, busy):
-        if nodes > 1:
-            _follow_hosts(module, job_file, on_event, nodes, ranks, hang_seconds)
-            return
         rendezvous = zero.rendezvous_file(folder.path)
         shared = rank_environment(compile_cache)
         environments = [shared | zero.environment(rank, ranks, rendezvous) for rank in range(ranks)]
@@ -80,7 +76,7 @@ def _run(
     hang_seconds: int | None,
 ) -> None:
     folder = RunFolder(job_file.parent)
-    progress = _Progress(folder, on_event)
+    progress = Progress(folder, on_event)
     with rank_processes(module, job_file, environments) as ranks:
         while None in (codes := ranks.exit_codes()):
             progress.follow()
@@ -95,64 +91,6 @@ def _run(
             time.sleep(_POLL_SECONDS)
     progress.follow()
     _require_good_end(module, codes, progress.last, folder, ranks.last_output)
-
-
-def _follow_hosts(
-    module: str,
-    job_file: Path,
-    on_event: Callable[[Event | Pulse], None],
-    nodes: int,
-    ranks: int,
-    hang_seconds: int | None,
-) -> None:
-    """Follow the ranks of several machines to their end.
-
-    Torchrun restarts the ranks after any failure. So a failure without its own remedy counts as a
-    kill: it is added to the ledger, and the next call follows the restarted ranks.
-    """
-    progress = _Progress(RunFolder(job_file.parent), on_event)
-
-    def ended() -> bool:
-        progress.follow()
-        return isinstance(progress.last, Done | Stopped | Failed)
-
-    with hosts.announced(module, job_file, nodes=nodes, ranks=ranks, ended=ended):
-        while not ended():
-            begun = progress.last is not None  # machines may be joined hours later
-            if hang_seconds and begun and progress.seconds_since_last() > hang_seconds:
-                raise TrainingFailed(
-                    f"the ranks of {nodes} machines made no progress for {hang_seconds} s", "hang"
-                )
-            time.sleep(_POLL_SECONDS)
-    match progress.last:
-        case Failed() as failure:
-            own = failure.reason in ("out of memory", "diverged")
-            reason = failure.reason if own else "killed"
-            raise TrainingFailed(failure.message, reason, failure.step)
-        case Stopped() as stopped:
-            raise TrainingStopped(stopped.message)
-
-
-class _Progress:
-    """Events of a launch, and the time since its ranks last showed that they live."""
-
-    def __init__(self, folder: RunFolder, on_event: Callable[[Event | Pulse], None]) -> None:
-        self._events = EVENTS.follow(folder.events, from_end=True)
-        self._pulses, self._heartbeat = PulseReader(folder.alive), Heartbeat(folder.alive)
-        self._on_event = on_event
-        self.last: Event | None = None
-        """The first failure, otherwise the last event."""
-
-    def follow(self) -> None:
-        for event in self._events.new_records():
-            if not isinstance(self.last, Failed):  # what follows are consequences of the first
-                self.last = event
-            self._on_event(event)
-        if pulse := self._pulses.new():
-            self._on_event(pulse)
-
-    def seconds_since_last(self) -> float:
-        return self._heartbeat.seconds_since_last()
 
 
 def _require_good_end(
@@ -190,19 +128,3 @@ def _require_good_end(
     raise TrainingFailed(
         f"{ended} without an error message; killed, or out of memory?{output}", "killed"
     )
-
-
-class Heartbeat:
-    """Watches the file that ranks touch, using this process's monotonic clock.
-
-    File times are compared only with each other, so changes of the system clock have no effect.
-    """
-
-    def __init__(self, alive: Path) -> None:
-        self._file, self._seen, self._since = alive, 0, time.monotonic()
-
-    def seconds_since_last(self) -> float:
-        touched = self._file.stat().st_mtime_ns if self._file.exists() else 0
-        if touched != self._seen:
-            self._seen, self._since = touched, time.monotonic()
-        return time.monotonic() - self._since

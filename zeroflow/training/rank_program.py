@@ -12,12 +12,15 @@ import torch
 
 from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import failures, zero
+from zeroflow.training import failures, host_watch, zero
 from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.failures import Diverged
-from zeroflow.training.job import RankJob
+from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.processes import LOG_MARK, WATCH_PARENT
 from zeroflow.training.stopping import Stop, StopRequest
+from zeroflow.units import count
+
+log = logging.getLogger("zeroflow.training")
 
 Job = TypeVar("Job", bound=RankJob)
 
@@ -40,6 +43,8 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     else:
         log_to_terminal(rank)
     job = job_type.read(job_file)
+    if job.training.workload.nodes > 1:
+        job = _among_hosts(job_type, job_file, rank)
     ranks = job.training.workload.ranks
     looks = rank == 0 and not watch  # at the file, as one rank is enough
     request = StopRequest(watch_parent=watch, ranks=ranks, file=folder.stop if looks else None)
@@ -65,6 +70,38 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
+
+
+def _among_hosts(job_type: type[Job], job_file: Path, rank: int) -> Job:
+    """Prepare a rank of several machines, and return the newest job."""
+    folder = RunFolder(job_file.parent)
+    host_watch.log_to_file(folder, rank)
+    host_watch.choose_interface()
+    host_watch.wait_for_job(folder)
+
+    def end(why: str) -> None:
+        EVENTS.append(folder.events, Failed(message=why, reason="killed", rank=rank))
+        log.error("%s", why)
+        os._exit(1)  # the main thread may wait forever
+
+    host_watch.watch(folder, end)
+    return on_machines_that_are_there(job_type.read(job_file))
+
+
+def on_machines_that_are_there(job: Job) -> Job:
+    """Return the job for the started ranks, if it may be trained on fewer machines than planned."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    planned = job.training.workload
+    if not isinstance(job, TrainingJob) or job.min_nodes is None or started == planned.ranks:
+        return job
+    nodes, rest = divmod(started, planned.ranks // planned.nodes)
+    if rest or not job.min_nodes <= nodes <= planned.nodes:
+        return job
+    there = count(nodes, "machine")
+    log.warning("training on %s of %d, with the same batches", there, planned.nodes)
+    peak = job.peak_flops and job.peak_flops * started / planned.ranks
+    training = job.training.replace(workload=planned.on_machines(nodes))
+    return job.replace(training=training, peak_flops=peak)
 
 
 def _require_ranks(wanted: int, job_file: Path) -> None:

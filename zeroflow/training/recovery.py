@@ -15,7 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from zeroflow.data.order import Skip
 from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import checkpoint, tracked
+from zeroflow.training import checkpoint, hosts, tracked
 from zeroflow.training.events import Event
 from zeroflow.training.failures import FailureReason, TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -90,25 +90,43 @@ def current(planned: TrainingJob) -> TrainingJob:
     return planned.replace(training=planned.training.replace(workload=workload), skips=skips)
 
 
-def train(planned: TrainingJob, on_event: Callable[[Event | Pulse], None]) -> TrainResult:
+def train(
+    planned: TrainingJob,
+    on_event: Callable[[Event | Pulse], None],
+    launcher: hosts.Launcher = hosts.by_hand,
+) -> TrainResult:
     """Train with the changes of the ledger, and add an entry for a failure that has a remedy.
+
+    Args:
+        launcher: brings the machines, if there are several. Restarts of their ranks are also added.
 
     Raises:
         TrainingFailed: `will_retry` is True if another call may succeed.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     _back_off(read(planned.folder))
+
+    def note_restart(failure: TrainingFailed) -> None:
+        entry = remedy(planned, failure)
+        if entry is None:
+            raise failure
+        _note_failure(planned.folder, entry)
+
     try:
-        return tracked.train(current(planned), on_event)
+        return tracked.train(current(planned), on_event, launcher=launcher, on_restart=note_restart)
     except TrainingFailed as failure:
         entry = remedy(planned, failure)
         if entry is None:
             failure.add_advice(advice(planned, failure))
             raise
-        log.warning("training failed (%s): %s", entry.reason, entry.message)
-        note(planned.folder, entry)
+        _note_failure(planned.folder, entry)
         failure.will_retry = True
         raise
+
+
+def _note_failure(folder: RunFolder, entry: Entry) -> None:
+    log.warning("training failed (%s): %s", entry.reason, entry.message)
+    note(folder, entry)
 
 
 def note(folder: RunFolder, entry: Entry) -> None:

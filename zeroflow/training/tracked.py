@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from zeroflow.tracking.tracker import Tracker
-from zeroflow.training import checkpoint
+from zeroflow.training import checkpoint, hosts
 from zeroflow.training.events import Event, Failed
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult, finished
@@ -14,12 +14,19 @@ from zeroflow.training.pulse import Pulse
 
 
 def train(
-    job: TrainingJob, on_event: Callable[[Event | Pulse], None] = lambda event: None
+    job: TrainingJob,
+    on_event: Callable[[Event | Pulse], None] = lambda event: None,
+    *,
+    launcher: hosts.Launcher = hosts.by_hand,
+    on_restart: Callable[[TrainingFailed], None] = lambda failure: None,
 ) -> TrainResult:
     """Train the job in its own ranks from its newest checkpoint, and log to MLflow.
 
     Args:
         on_event: called in this process with every new event and pulse.
+        launcher: brings the machines, if there are several.
+        on_restart: called with every failure of ranks on several machines after which they are
+            started again; may raise it.
 
     Raises:
         CheckpointError: the run's checkpoints have another model or tokenizer.
@@ -39,15 +46,25 @@ def train(
                 begin()
             on_event(event)
 
-        launch(
-            "zeroflow.training",
-            job.folder.job,
-            follow,
-            ranks=job.training.workload.ranks,
-            nodes=job.training.workload.nodes,
-            hang_seconds=job.hang_seconds,
-            compile_cache=job.compile_cache,
-        )
+        workload = job.training.workload
+        if workload.nodes > 1:
+            gang = hosts.Gang(
+                "zeroflow.training",
+                job.folder.job,
+                nodes=workload.nodes,
+                min_nodes=job.min_nodes or workload.nodes,
+                ranks=workload.ranks,
+            )
+            hosts.follow(gang, launcher, follow, on_restart, hang_seconds=job.hang_seconds)
+        else:
+            launch(
+                "zeroflow.training",
+                job.folder.job,
+                follow,
+                ranks=workload.ranks,
+                hang_seconds=job.hang_seconds,
+                compile_cache=job.compile_cache,
+            )
     if (result := finished(job)) is None:
         raise TrainingFailed(f"training ended without a result in {job.folder.training}")
     return result

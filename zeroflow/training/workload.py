@@ -131,6 +131,23 @@ class Workload(Config):
         """The same step on the ranks of one machine, with as many rows for each."""
         return self.replace(ranks=self.ranks // self.nodes, nodes=1)
 
+    def on_machines(self, nodes: int) -> Self:
+        """Return the step with the same global batch on `nodes` machines.
+
+        Raises:
+            ValueError: their ranks cannot share its rows evenly.
+        """
+        ranks = self.ranks // self.nodes * nodes
+        rows, left = divmod(self.batch_rows, ranks)
+        if left:
+            raise ValueError(
+                f"{ranks} ranks of {nodes} machines cannot share the {self.batch_rows} rows of a "
+                "step evenly: raise --min-nodes, or, for a new run, use another --batch-tokens"
+            )
+        return self.replace(ranks=ranks, nodes=nodes, accumulate=1, micro_batch_rows=rows).split(
+            self.micro_batch_rows
+        )
+
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward and backward pass."""
