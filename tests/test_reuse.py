@@ -30,6 +30,9 @@ def test_many_differences_are_counted_and_long_values_cut():
     wanted, found = ({f"field{n}": value for n in range(9)} for value in ("a" * 99, "b"))
     told = reuse.changes(wanted, found)
     assert told.count("instead of") == 4 and told.endswith(", 5 more differences")
+    assert reuse.changes({f"field{n}": n for n in range(5)}, {}).endswith(", 1 more difference")
+    one = reuse.changes({"file": {"a.txt": "1f"}}, {})
+    assert one == "has file none instead of 1 entry"
     assert f"field0 b instead of {'a' * 47}..." in told
 
 

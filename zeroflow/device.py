@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from zeroflow.config import Config
+from zeroflow.units import count
 
 
 class _Gpu(NamedTuple):
@@ -89,7 +90,7 @@ def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
         build = torch.version.cuda or "none: this PyTorch is built for CPUs"
         raise ValueError(f"--device cuda, but PyTorch sees no GPU (CUDA of PyTorch: {build})")
     if wanted == "cpu" or not gpu_count():
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} CPU, {count(torch.get_num_threads(), 'thread')}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device(kind="cpu", name=name, memory_bytes=memory)
     return _first_gpu()

@@ -1,17 +1,19 @@
 """Reasons why a stage ran although a similar result exists: the settings that differ."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
 from zeroflow.artifacts import DAMAGED, JsonObject
+from zeroflow.config import flag
 from zeroflow.records import Record, omitted
+from zeroflow.units import count
 
 Fields = Mapping[str, Any]
-"""Inputs that a result depends on, by readable names. If a value is itself a mapping, its differing
-entries are named."""
+"""Inputs that a result depends on, by readable names; settings are named by their flags. If a
+value is itself a mapping, its differing entries are named."""
 
 Identity = JsonObject
 """`Fields` of a checked object, as stored."""
@@ -92,7 +94,15 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
     return f"{subject} {changes(wanted, known[name])}"
 
 
-def since(wanted: Fields, before: CheckResult | None) -> str:
+def by_flag(fields: Fields, settings: Iterable[str]) -> Fields:
+    """The same fields; those that are called like one of the `settings` are named by its flag."""
+    names = {*settings}
+    return {flag(name) if name in names else name: value for name, value in fields.items()}
+
+
+def since(
+    wanted: Fields, before: CheckResult | None, named: Callable[[str], str] = lambda field: field
+) -> str:
     """Return why the earlier check of a run cannot be reused."""
     if before is None:
         return FIRST
@@ -100,7 +110,11 @@ def since(wanted: Fields, before: CheckResult | None) -> str:
         return "the inputs of the earlier check are unknown: an older version did not record them"
     if not before.passed and flat(wanted) == flat(before.identity):
         return "the earlier one failed"
-    return f"the earlier one {changes(flat(wanted), flat(before.identity))}"
+    now, then = (
+        {named(field): value for field, value in flat(fields).items()}
+        for fields in (wanted, before.identity)
+    )
+    return f"the earlier one {changes(now, then)}"
 
 
 def changes(wanted: Fields, found: Fields) -> str:
@@ -110,7 +124,7 @@ def changes(wanted: Fields, found: Fields) -> str:
         return "differs in its name only"
     named = [f"{d.field} {_shown(d.found)} instead of {_shown(d.wanted)}" for d in different]
     if (more := len(named) - _NAMED) > 0:
-        named = [*named[:_NAMED], f"{more} more differences"]
+        named = [*named[:_NAMED], count(more, "more difference")]
     return f"has {', '.join(named)}"
 
 
@@ -153,7 +167,7 @@ def _value(fields: Fields, name: str) -> Any:
 def _shown(value: Any) -> str:
     text = "none" if value is None else str(value)
     if isinstance(value, Mapping):
-        text = f"{len(value)} entries"
+        text = count(len(value), "entry", "entries")
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

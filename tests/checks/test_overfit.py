@@ -222,7 +222,7 @@ def test_check_is_repeated_only_for_a_stated_reason(job):
 
     stricter = job.replace(limits=LIMITS.replace(overfit_steps=1))
     changed, after = checks.check(stricter), checks.check(stricter)
-    assert not changed.passed and "limits.overfit_steps 80 instead of 1" in changed.why
+    assert not changed.passed and "--overfit-steps 80 instead of 1" in changed.why
     assert (after.reused, after.why) == (False, "the earlier one failed")
 
     record = artifacts.read_json(job.folder.overfit)

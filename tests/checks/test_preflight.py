@@ -82,7 +82,7 @@ def test_check_that_is_repeated_says_what_changed(job, monkeypatch):
     assert again.why == f"the earlier one has torch {installed} instead of 99.0.0"
     fewer = with_workload(job.training, micro_batch_rows=2, accumulate=4)
     third = preflight.check(job.replace(training=fewer))
-    assert "has training.micro_batch_rows 4 instead of 2, training.accumulate 2 inst" in third.why
+    assert "has --batch-size 4 instead of 2, --grad-accum-steps 2 inst" in third.why
 
 
 def test_micro_batch_that_does_not_fit_is_halved_as_in_training(job, monkeypatch):

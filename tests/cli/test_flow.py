@@ -48,7 +48,7 @@ REFUSED = [
         "--vocab-size 100000 gives ids up to 99,999, and --token-type uint16 holds",
     ),
     ("pretrain", [SAMPLE, "--batch-tokens=500"], "is not a multiple of --seq-len 256: use 256"),
-    ("pretrain", [SAMPLE, "--warmup-steps=500"], "lower --warmup-steps or raise --max-steps"),
+    ("pretrain", [SAMPLE, "--warmup-steps=500"], "--warmup-steps 500 leaves none of 200 steps"),
     ("pretrain", [SAMPLE, "--device=cuda"], "--device cuda, but PyTorch sees no GPU"),
     ("pretrain", [SAMPLE, "--text-column=words"], "--text-column has no effect"),
     ("pretrain", [IDS, "--run-name=mine", "--seed=2"], "--seed 1, now it is 2: use another --run"),

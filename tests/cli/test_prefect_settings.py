@@ -22,7 +22,7 @@ def test_wrong_level_of_logging_ends_a_command_in_one_line_with_its_place(tmp_pa
         text=True,
     )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    said = ended.stderr.splitlines()[-1]
+    [said] = ended.stderr.splitlines()  # and nothing of Prefect before it
     assert said.startswith("error: Prefect's settings are wrong: level of LoggingSettings: ")
     assert "(found 'BANANA')" in said and f"{tmp_path}/profiles.toml: correct them" in said
 

@@ -35,7 +35,7 @@ def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tm
     # the run that needs few reads few, whatever has come since
     again = build_shards(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(few)
-    lacking = f"parts 1 to {few.parts} have {few.train.rows} of 400 rows to train on, "
+    lacking = f"{few.parts} existing part: {few.train.rows} of 400 rows to train on, "
     assert more.why.startswith(f"{few.parts} of {more.parts} parts reused: {lacking}")
     assert contents(few.path) == after
 
@@ -130,10 +130,10 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"seq_len": 33}, "seq_len 32 instead of 33"),
-        ({"validation_fraction": 0.5}, "validation_fraction 0.1 instead of 0.5"),
-        ({"token_type": "uint16"}, "token_type int32 instead of uint16"),
-        ({"packing": "concat"}, "packing best-fit instead of concat"),
+        ({"seq_len": 33}, "--seq-len 32 instead of 33"),
+        ({"validation_fraction": 0.5}, "--validation-fraction 0.1 instead of 0.5"),
+        ({"token_type": "uint16"}, "--token-type int32 instead of uint16"),
+        ({"packing": "concat"}, "--packing best-fit instead of concat"),
     ],
 )
 def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
@@ -166,7 +166,7 @@ def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_p
     near = build_shards(SMALL, *text[:2], tmp_path)
     build_shards(far, *text[:2], tmp_path)
     why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why
-    assert f"the most similar of 2, {near.path.name}, has seq_len 32 instead of 16" in why
+    assert f"the most similar of 2, {near.path.name}, has --seq-len 32 instead of 16" in why
 
 
 def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):

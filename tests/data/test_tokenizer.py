@@ -153,7 +153,7 @@ def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
     other = jsonl_corpus(tmp_path / "other.jsonl", ["something else"])
     first, larger, third = trained(text.corpus, 300), trained(text.corpus, 301), trained(other, 300)
     assert len({first.path, larger.path, third.path}) == 3
-    assert larger.why == f"{first.path.name} has vocab_size 300 instead of 301"
+    assert larger.why == f"{first.path.name} has --vocab-size 300 instead of 301"
     revisions = f"revision {text.corpus.data_revision} instead of {other.data_revision}"
     assert third.why.startswith(f"the most similar of 2, {first.path.name}, has {revisions}, file ")
 
@@ -187,7 +187,7 @@ def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_fold
     tokenizer = fetch_tokenizer(config, text.corpus, llama.path.parent.parent)
     assert tokenizer.end_of_text == tokenizer.load().token_to_id("<|begin_of_text|>")
     assert tokenizer.path != llama.path and tokenizer.fingerprint != llama.fingerprint
-    assert tokenizer.why == f"{llama.path.name} has end_of_text none instead of <|begin_of_text|>"
+    assert tokenizer.why == f"{llama.path.name} has --end-of-text none instead of <|begin_of_text|>"
 
 
 def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, tmp_path):

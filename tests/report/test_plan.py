@@ -136,7 +136,7 @@ def test_what_does_not_fit_on_one_gpu_fits_on_eight(tmp_path):
 
 
 def test_rows_that_gpus_cannot_share_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 GPUs cannot share the 128 rows of a step evenly"):
+    with pytest.raises(ValueError, match="3 GPUs cannot share a step of 128 rows evenly"):
         on_gpus(3, "tiny", tmp_path, batch_tokens=2**18)
 
 

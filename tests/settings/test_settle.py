@@ -364,7 +364,7 @@ def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_
     assert (one.training.gpus, one.training.zero_stage) == (1, 0)
     assert one.batch_rows == 2 and one.training.batch_size == 2
     assert one.shard_config == two.shard_config
-    with pytest.raises(ValueError, match="3 GPUs cannot share the 2 rows of a step evenly"):
+    with pytest.raises(ValueError, match="3 GPUs cannot share a step of 2 rows evenly"):
         settle(ask(run_name="mine", training={"gpus": 3}))
 
 
@@ -431,25 +431,30 @@ def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
         ({"batch_tokens": 50}, "50 is not a multiple of --seq-len 100: use 100"),
         (
             {"batch_tokens": 800, "batch_size": 3},
-            "8 rows of 100, which do not agree with --batch-size 3",
+            "8 rows of 100, not --batch-size 3",
         ),
         (
             {"batch_tokens": 800, "batch_size": 16},
-            "8 rows of 100, which do not agree with --batch-size 16",
+            "8 rows of 100, not --batch-size 16",
         ),
         (
             {"batch_tokens": 800, "grad_accum_steps": 3},
-            "8 rows of 100, which do not agree with --grad-accum-steps",
+            "8 rows of 100, not --grad-accum-steps",
         ),
         (
             {"batch_tokens": 800, "grad_accum_steps": 16},
-            "8 rows of 100, which do not agree with --grad-accum-steps",
+            "8 rows of 100, not --grad-accum-steps",
         ),
         (
             {"batch_tokens": 800, "batch_size": 4, "grad_accum_steps": 4},
-            "with --batch-size 4 x --grad-accum-steps 4: drop one of them",
+            ", not --batch-size 4 x --grad-accum-steps 4: drop one of them",
         ),
-        ({"warmup_steps": 10, "max_steps": 10}, "10 warm-up steps leave none of 10 steps"),
+        ({"warmup_steps": 10, "max_steps": 10}, "--warmup-steps 10 leaves none of 10 steps"),
+        ({"warmup_steps": 1, "max_steps": 1}, "leaves none of 1 step: lower it or raise"),
+        (
+            {"batch_tokens": 100, "batch_size": 2},
+            "gives 1 row of 100, not --batch-size 2",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_before_anything_is_recorded(
@@ -610,10 +615,10 @@ def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
     first = settle(ask(seed=1)).run
     assert unlike_others(first) == "none exists yet"
     far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run
-    assert "training.max_steps 200 instead of 9" in unlike_others(far)
-    assert "training.learning_rate 0.001 instead of 0.5" in unlike_others(far)
+    assert "--max-steps 200 instead of 9" in unlike_others(far)
+    assert "--learning-rate 0.001 instead of 0.5" in unlike_others(far)
     third = settle(ask(seed=3)).run
-    told = f"the most similar of 2, {first.run_name}, has seed 1 instead of 3"
+    told = f"the most similar of 2, {first.run_name}, has --seed 1 instead of 3"
     assert unlike_others(third) == told
     twin = settle(ask(seed=3, run_name="twin")).run
     assert f"{third.run_name}, differs in its name only" in unlike_others(twin)

@@ -416,7 +416,7 @@ def test_checkpoint_of_a_longer_run_is_refused_before_anything_is_trained(tmp_pa
     saver = Saver(job.folder.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
     saver.save(state)
     saver.wait()
-    with pytest.raises(ValueError, match=r"step-00000005 is beyond the 2 steps of this run"):
+    with pytest.raises(ValueError, match=r"step-00000005 is beyond --max-steps 2 of this run"):
         Session(job, Clock(time.time(), device="cpu"))
 
 

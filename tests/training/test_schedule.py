@@ -108,5 +108,5 @@ def test_help_describes_every_schedule():
 
 @pytest.mark.parametrize("warmup_steps", [10, 11])
 def test_warm_up_that_leaves_no_step_is_refused(warmup_steps):
-    with pytest.raises(ValidationError, match=f"{warmup_steps} warm-up steps leave none of 10"):
+    with pytest.raises(ValidationError, match=f"--warmup-steps {warmup_steps} leaves none of 10"):
         Schedule(name="cosine", peak=1.0, warmup_steps=warmup_steps, steps=10)

@@ -4,10 +4,31 @@ import logging
 
 from pydantic import Field
 
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
+from zeroflow.model.llama import Shape
 from zeroflow.training import zero
+from zeroflow.training.workload import Workload
 
 log = logging.getLogger("zeroflow.checks.preflight")
+
+
+_SETTINGS = {*Shape.model_fields, *Workload.model_fields} | {
+    *("seed", "learning_rate", "z_loss", "fp8", "overfit_steps", "overfit_loss", "vocab_size")
+}
+"""Fields of a check's identity that are settings of the same name."""
+
+_RENAMED = {"ranks": "gpus", "micro_batch_rows": "batch_size", "accumulate": "grad_accum_steps"}
+
+
+def named(field: str) -> str:
+    """The flag of a field of a check's identity, such as training.seed; otherwise the field."""
+    *groups, name = field.split(".")
+    if groups[-1:] == ["optimizer"]:
+        return flag(f"optimizer.{name}")
+    if (not groups and name not in ("learning_rate", "seed")) or "schedule" in groups:
+        return field  # of the check, not of the run
+    name = _RENAMED.get(name, name)
+    return flag(name) if name in _SETTINGS | {*_RENAMED.values()} else field
 
 
 class Check(Config):

@@ -77,7 +77,7 @@ def token_ids(shards: ShardSet, tokenizer: Tokenizer, model: ModelConfig) -> Che
     ids = np.concatenate([_spread(Rows(shards, split), _SAMPLED_ROWS) for split in splits])
     lowest, highest = int(ids.min()), int(ids.max())
     passed = lowest >= 0 and highest < limit
-    sentence = f"Found in {len(ids)} sampled rows; the vocabulary has {limit:,} tokens"
+    sentence = f"Found in {count(len(ids), 'sampled row')}; the vocabulary has {limit:,} tokens"
     if not passed:
         sentence += (
             f": the rows were made with a tokenizer other than {tokenizer.name} or are damaged; "

@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from zeroflow import artifacts, reuse
-from zeroflow.checks.check import Check
+from zeroflow.checks.check import Check, named
 from zeroflow.config import Config
 from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
@@ -115,7 +115,7 @@ def check(
     before = OverfitResult.read_if_exists(job.folder.overfit)
     if before and before.passed and before.job == _fingerprint(job):
         return before.replace(reused=True, why=reuse.PASSED)
-    why = reuse.since(_identity(job), before)
+    why = reuse.since(_identity(job), before, named)
     log.info("running the overfit check: %s", why)
     job.write(job.folder.overfit_job)
     launch(
@@ -224,8 +224,9 @@ def batch_check(rows: Rows, training: TrainingConfig) -> Check:
     [batch] = fixed_batch(rows, workload).micro_batches(0)
     least = least_loss(batch)
     sentence = (
-        f"This is the lowest loss that a model can reach on the {batch.valid} targets of the "
-        f"overfit check; fresh weights begin at about {math.log(workload.model.vocab_size):.1f}"
+        "This is the lowest loss that a model can reach on the overfit check's "
+        f"{count(batch.valid, 'target')}; fresh weights begin at about "
+        f"{math.log(workload.model.vocab_size):.1f}"
     )
     if not batch.valid:
         sentence = (

@@ -18,7 +18,7 @@ import torch
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks import data_checks, model_checks, overfit, step_checks
-from zeroflow.checks.check import Check, on_every_rank
+from zeroflow.checks.check import Check, named, on_every_rank
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def check(job: TrainingJob, *, trained: bool = False) -> PreflightResult | None:
         return before.replace(reused=True, why=reuse.PASSED)
     if trained:
         return before and before.replace(reused=True, why=reuse.TRAINED)
-    why = reuse.since(identity, before)
+    why = reuse.since(identity, before, named)
     log.info("running the pre-flight checks: %s", why)
     return _check(job, identity).replace(why=why)
 
@@ -210,7 +210,8 @@ def work(job: PreflightJob, stop: Stop) -> None:
     result = _result(job.identity, done, seconds=time.monotonic() - begin)
     result.write(job.folder.preflight)
     verdict = "passed" if result.passed else "FAILED"
-    log.info("pre-flight %s: %d checks in %.1f s", verdict, len(done), result.seconds)
+    found = count(len(done), "check")
+    log.info("pre-flight %s: %s in %.1f s", verdict, found, result.seconds)
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 

@@ -26,6 +26,7 @@ from zeroflow.training.metrics import METRICS
 from zeroflow.training.ownership import exclusive
 from zeroflow.training.pulse import Pulse
 from zeroflow.training.tracked import train
+from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,8 @@ def prove(
         )
     if config.kills >= job.training.steps:
         raise ValueError(
-            f"{config.kills} kills need more than {job.training.steps} steps: raise --max-steps "
-            "or lower --kills"
+            f"--kills {config.kills} needs more than {count(job.training.steps, 'step')}: raise "
+            "--max-steps or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
     with exclusive(job.folder.proof_lock, f"another proof is running in {job.folder.name}"):
@@ -216,7 +217,7 @@ def compare(undisturbed: TrainingJob, killed: TrainingJob, done: list[Kill], ask
     elif not done:
         reason = "training ended before it could be killed: raise --max-steps"
     else:
-        reason = f"training was killed {len(done)} times and ended with the same bits"
+        reason = f"training was killed {count(len(done), 'time')} and ended with the same bits"
     return Proof(
         passed=not difference and bool(done),
         reason=reason,

@@ -98,7 +98,7 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
         passed = not lost and state.step == step
         sentence = f"Saving and loading took {time.monotonic() - begin:.1f} s and changed no bit"
         if not passed:
-            what = f"{len(lost)} tensors, such as {lost[0]}" if lost else "the step"
+            what = f"{count(len(lost), 'tensor')}, such as {lost[0]}" if lost else "the step"
             sentence = f"Saving and loading changed {what}: look at `checkpoint` and at the disk"
         found = Check(name="checkpoint", passed=passed, figure=size, sentence=sentence)
     zero.is_any(False)  # a barrier: every rank has read the checkpoint

@@ -1,9 +1,11 @@
 """Explanation of wrong Prefect settings, which Prefect reads when it is imported."""
 
+import io
 import os
+import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,7 +23,13 @@ def importing_prefect() -> Iterator[None]:
     Raises:
         ValueError: Prefect's settings are wrong.
     """
+    said = io.StringIO()
     try:
+        with redirect_stderr(said):  # Prefect prints pages about an error that is explained below
+            from zeroflow.orchestration import access
+
+            access.read_settings()
+        sys.stderr.write(said.getvalue())
         yield
     except (ValidationError, tomllib.TOMLDecodeError) as error:
         home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))

@@ -207,9 +207,10 @@ class _Build:
         planner, path = self._planner, self._planner.path
         if len(self.counts):
             config, (train, validation) = self._config, self._rows()
+            existing = count(len(self.counts), "existing part")
             return (
-                f"parts 1 to {len(self.counts)} have {train:,} of {config.train_rows:,} rows to "
-                f"train on, {validation:,} of {self._validation_rows:,} to validate on"
+                f"{existing}: {train:,} of {config.train_rows:,} rows "
+                f"to train on, {validation:,} of {self._validation_rows:,} to validate on"
             )
         if planner.begun_before:
             return f"an earlier build of {path.name} stopped before its first part was complete"
@@ -290,7 +291,7 @@ def _refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> N
         found = (PartManifest.read(part_path(path, number)).facts for number in numbers)
         places = "\n  ".join([place for part in found for place in part.bad_places][:_BAD_PLACES])
         raise ValueError(
-            f"{bad} bad lines, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
+            f"{count(bad, 'bad line')}, --bad-lines-limit {corpus.bad_lines_limit}:\n  {places}"
         )
 
 

@@ -7,14 +7,14 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from zeroflow import artifacts
+from zeroflow import artifacts, reuse
 from zeroflow.config import Config
 from zeroflow.data import synthetic
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, list_files
 from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.holdout import EVERYTHING, NOTHING, Holdout, choose_holdout
 from zeroflow.data.part_job import PartJob
-from zeroflow.data.shards import Layout, part_path
+from zeroflow.data.shards import Layout, ShardConfig, part_path
 from zeroflow.data.slices import Slice, all_slices, plan_slices
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
@@ -22,6 +22,8 @@ from zeroflow.reuse import Fields
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
+
+_SETTINGS = {*ShardConfig.model_fields, *CorpusConfig.model_fields, "seed", "vocab_size"}
 
 
 class ShardIdentity(Config):
@@ -78,13 +80,14 @@ class ShardPlan(Config):
         artifacts.write_signed(path / PLAN, self.model_dump(mode="json"))
 
     def fields(self) -> Fields:
-        """Everything that the set depends on, by the names of the settings."""
+        """Everything that the set depends on; settings are named by their flags."""
         corpus, layout = self.identity.corpus, self.identity.layout.model_dump()
         seq_len = layout.pop("row_tokens") - 1
         local = corpus["source"] in ("files", "sample")
         files = self.digests or ("unknown" if local else {})
         rest = self.identity.model_dump(exclude={"corpus", "layout"})
-        return {"seq_len": seq_len, **layout, **corpus, "file": files, **rest}
+        fields = {"seq_len": seq_len, **layout, **corpus, "file": files, **rest}
+        return reuse.by_flag(fields, _SETTINGS)
 
 
 class PartPlanner:

@@ -397,7 +397,7 @@ def _ensure(path: Path, config: TokenizerConfig, origin: _Origin) -> Tokenizer:
     """Ensure that the tokenizer exists at `path` and verifies; make it otherwise."""
     identity = {"tokenizer_name": config.tokenizer_name, "format": FORMAT, **origin.identity}
     others = reuse.existing(path.parent, _recorded_identity, but=path)
-    why = reuse.damaged(path) if path.exists() else reuse.nearest(identity, others)
+    why = reuse.damaged(path) if path.exists() else reuse.nearest(_by_flag(identity), others)
 
     def build(partial: Path) -> None:
         log.info("making tokenizer: %s", why)
@@ -425,7 +425,11 @@ def _recorded_identity(path: Path) -> Fields:
     identity = TokenizerManifest.read(path).identity
     if identity is None:
         raise ValueError(f"{path} has no record of what it depends on")
-    return identity
+    return _by_flag(identity)
+
+
+def _by_flag(identity: Fields) -> Fields:
+    return reuse.by_flag(identity, {*TokenizerConfig.model_fields, *CorpusConfig.model_fields})
 
 
 # Directories and files

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
 from zeroflow.model.attention import Mask, attend, dense_mask, positions_within
+from zeroflow.units import count
 
 # B batch  T tokens  D hidden size  H query heads  K key/value heads  E features per head
 # M intermediate size of the feed-forward network  V vocabulary
@@ -61,8 +62,8 @@ class Shape(Config):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"--hidden-size {self.hidden_size} / {self.num_attention_heads} heads = "
-                f"{self.head_dim} features per head: rotary embeddings need an even number"
+                f"--hidden-size {self.hidden_size} / {count(self.num_attention_heads, 'head')} = "
+                f"{count(self.head_dim, 'feature')} per head: rotary embeddings need an even number"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

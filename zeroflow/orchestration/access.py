@@ -34,6 +34,14 @@ _LOOPBACK = {"127.0.0.1", "localhost"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
+def read_settings() -> None:
+    """
+    Raises:
+        ValidationError, TOMLDecodeError: Prefect's settings are wrong.
+    """
+    get_current_settings()
+
+
 class Api(NamedTuple):
     """A Prefect API, and the login that its server asks for."""
 

@@ -111,7 +111,7 @@ def _coverage(data: CorpusFigures) -> str:
     if data.covered is None or data.repeated is None:
         return ""
     return (
-        f": {data.covered:.1%} of the {data.train_rows:,} rows to train on were read, "
+        f": {data.covered:.1%} of {count(data.train_rows, 'row')} to train on were read, "
         f"{data.repeated:.1%} more than once"
     )
 

@@ -9,6 +9,7 @@ from zeroflow.model.sizes import NOMINAL_VOCABULARY, nearest_size, with_vocabula
 from zeroflow.settings.run_config import RunConfig, TrainingChoice, of_workload
 from zeroflow.settings.settled import SettledTraining
 from zeroflow.training.workload import Workload
+from zeroflow.units import count
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter, as in Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
@@ -117,8 +118,8 @@ def _exact_rows(choice: TrainingChoice, nominal: Workload) -> int:
     """
     tokens, seq_len, ranks = choice.batch_tokens, nominal.seq_len, nominal.ranks
     assert tokens is not None
-    counts = {"--batch-size": choice.batch_size, "--grad-accum-steps": choice.grad_accum_steps}
-    given = {name: count for name, count in counts.items() if count}
+    sizes = {"--batch-size": choice.batch_size, "--grad-accum-steps": choice.grad_accum_steps}
+    given = {name: size for name, size in sizes.items() if size}
     unit = seq_len * ranks * math.prod(given.values())
     possible = unit if len(given) == 2 else max(1, tokens // unit) * unit
     if tokens == possible:
@@ -130,14 +131,14 @@ def _exact_rows(choice: TrainingChoice, nominal: Workload) -> int:
         )
     if rows % ranks:
         raise ValueError(
-            f"{ranks} GPUs cannot share the {rows} rows of a step evenly: use a number of GPUs "
-            f"that divides them, or, for a new run, --batch-tokens {possible}"
+            f"{ranks} GPUs cannot share a step of {count(rows, 'row')} evenly: use a number of "
+            f"GPUs that divides it, or, for a new run, --batch-tokens {possible}"
         )
     of_each = f" for each of {ranks} GPUs" if ranks > 1 else ""
-    asked = " x ".join(f"{name} {count}" for name, count in given.items())
+    asked = " x ".join(f"{name} {size}" for name, size in given.items())
     raise ValueError(
-        f"--batch-tokens {tokens} gives {rows // ranks} rows of {seq_len}{of_each}, which do not "
-        f"agree with {asked}: drop one of them, or, for a new run, use --batch-tokens {possible}"
+        f"--batch-tokens {tokens} gives {count(rows // ranks, 'row')} of {seq_len}{of_each}, not "
+        f"{asked}: drop one of them, or, for a new run, use --batch-tokens {possible}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks.overfit import OverfitResult
+from zeroflow.config import flag
 from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
 from zeroflow.data.tokenizer import (
@@ -236,10 +237,13 @@ def unlike_others(run: Settled) -> str:
     """Return how `run` differs from the most similar run of the cache, in words."""
 
     def read(folder: Path) -> Fields:
-        return resuming.compared(artifacts.read_json(RunFolder(folder).settings))
+        return by_flag(artifacts.read_json(RunFolder(folder).settings))
+
+    def by_flag(settings: Fields) -> Fields:
+        return {flag(name): value for name, value in resuming.compared(settings).items()}
 
     others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
-    return reuse.nearest(resuming.compared(run.model_dump(mode="json")), others)
+    return reuse.nearest(by_flag(run.model_dump(mode="json")), others)
 
 
 def size_of(asked: RunConfig) -> str:

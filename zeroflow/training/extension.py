@@ -16,6 +16,7 @@ from zeroflow.data.order import Segment
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.schedule import Earlier, Schedule
+from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.training")
 
@@ -46,7 +47,8 @@ class Extension(Config):
     def __str__(self) -> str:
         rate = f"the learning rate stays at {self.next:.3g}"
         if self.next > _JUMP * self.last:
-            how = f"rises within {self.warmup_steps} steps" if self.warmup_steps else "jumps"
+            within = f"rises within {count(self.warmup_steps, 'step')}"
+            how = within if self.warmup_steps else "jumps"
             rate = f"the learning rate {how} from {self.last:.3g} to {self.next:.3g}"
         return (
             f"extended at step {self.step:,} from {self.planned:,} to {self.steps:,} steps: {rate}"
@@ -121,6 +123,6 @@ def _log(before: TrainingJob, planned: TrainingJob, schedule: Schedule) -> None:
     if planned.cadence != before.cadence:
         cadence = planned.cadence
         log.info(
-            "intervals from now on: a validation every %d steps, a checkpoint every %d",
-            *(cadence.validate_, cadence.checkpoint),
+            "intervals from now on: a validation every %s, a checkpoint every %s",
+            *(count(steps, "step") for steps in (cadence.validate_, cadence.checkpoint)),
         )

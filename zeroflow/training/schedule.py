@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zeroflow.config import Config
 from zeroflow.records import omitted
+from zeroflow.units import count
 
 ScheduleName = Literal["cosine", "wsd"]
 
@@ -34,8 +35,8 @@ class Schedule(Config):
     def _warmup_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"{self.warmup_steps} warm-up steps leave none of {self.steps} steps: "
-                "lower --warmup-steps or raise --max-steps"
+                f"--warmup-steps {self.warmup_steps} leaves none of {count(self.steps, 'step')}: "
+                "lower it or raise --max-steps"
             )
         return self
 

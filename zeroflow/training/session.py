@@ -72,8 +72,8 @@ class Session:
             checkpoint.load(self.state, newest, tokenizer=job.tokenizer.fingerprint)
             if self.state.step > job.training.steps:
                 raise ValueError(
-                    f"{newest} is beyond the {job.training.steps} steps of this run: move it away, "
-                    "or raise --max-steps"
+                    f"{newest} is beyond --max-steps {job.training.steps} of this run: move it "
+                    "away, or raise --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
         self.ledger = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
