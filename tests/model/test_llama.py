@@ -189,7 +189,7 @@ def test_initial_weights_do_not_depend_on_other_parameters():
         ({"num_attention_heads": 5}, "--hidden-size 32 cannot be divided among 5 query heads"),
         (
             {"num_attention_heads": 32, "num_key_value_heads": 1},
-            "= 1 features per head.*even number",
+            "= 1 feature per head.*even number",
         ),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),

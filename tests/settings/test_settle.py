@@ -289,7 +289,7 @@ def test_setting_that_would_do_nothing_is_refused(ask, settings, message):
 def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
     settle(ask(run_name="mine"))
     with pytest.raises(
-        ValueError, match=r"--batch-tokens 512 gives 2 rows .* with --batch-size 3 x"
+        ValueError, match=r"--batch-tokens 512 gives 2 rows .* not --batch-size 3 x"
     ):
         settle(ask(run_name="mine", training={"batch_size": 3, "grad_accum_steps": 1}))
 
