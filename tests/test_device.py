@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeroflow.device import find_device, known_gpu
+from zeroflow.device import find_device, gpus_named, known_gpu
 
 
 def test_cpu_is_found_without_a_peak():
@@ -22,10 +22,21 @@ def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
     assert known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
     for name in ("NVIDIA L4", "L4", "l4"):
         assert known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
-    with pytest.raises(ValueError, match="choose from: NVIDIA H100 80GB HBM3, NVIDIA H100 NVL"):
-        known_gpu("H100")
     with pytest.raises(ValueError, match="not one of: NVIDIA H200, "):
         known_gpu("Abacus")
+
+
+def test_most_common_gpu_of_a_name_comes_first():
+    assert known_gpu("H100").name == "NVIDIA H100 80GB HBM3"
+    assert gpus_named("h100") == ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe"]
+
+
+def test_gpu_that_is_not_known_has_the_memory_that_is_given():
+    device = known_gpu("Abacus", 48)
+    assert (device.name, device.memory_bytes, device.peak_flops) == ("Abacus", 48 * 2**30, None)
+    assert device.has_bf16
+    with pytest.raises(ValueError, match="--memory-gb -1: give the memory of the GPU in GB"):
+        known_gpu("Abacus", -1)
 
 
 def test_tables_of_gpus_say_what_their_generation_can():

@@ -204,13 +204,13 @@ def test_complete_run_is_shown_when_its_text_is_gone_and_rebuilds_nothing_from_o
         assert f"{problem}" in caplog.messages[0] and "Run mine is complete" in caplog.messages[0]
         caplog.clear()
     more = run.replace(training=TRAINING | {"max_steps": 13})
-    with pytest.raises(ValueError, match="files of the corpus have changed"):
+    with pytest.raises(ValueError, match="files of --data-path have changed"):
         pretrain(more)
     [part] = load("mine", run.cache_dir).shards.part_paths
     rows = next(part.glob("*.arrow"))
     sound = rows.read_bytes()
     rows.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="files of the corpus have changed"):
+    with pytest.raises(ValueError, match="files of --data-path have changed"):
         pretrain(run)
     rows.write_bytes(sound)
     text.write_bytes(content)

@@ -51,6 +51,9 @@ _TRITON_CAPABILITY = (7, 0)
 FP8_CAPABILITY = (8, 9)
 """Compute capability of Ada; Hopper has (9, 0)."""
 
+ASSUMED_CAPABILITY = (9, 0)
+"""Compute capability of a GPU of which only name and memory are known: it refuses no precision."""
+
 
 class Device(Config):
     """Device of a run."""
@@ -73,6 +76,27 @@ class Device(Config):
     def compiles(self) -> bool:
         """True if torch.compile, which uses Triton, supports the device."""
         return self.capability is not None and self.capability >= _TRITON_CAPABILITY
+
+
+class Load(Config):
+    """Programs that use the cores of this machine."""
+
+    average: float
+    """Programs that ran or waited for a core, on average over the last minute."""
+
+    cores: int
+
+    @property
+    def share(self) -> float:
+        """Fraction of the cores that one more program gets, with a thread for each core."""
+        return self.cores / (self.cores + self.average)
+
+    def __str__(self) -> str:
+        return f"load average now {self.average:.1f} on {self.cores} cores"
+
+
+def find_load() -> Load:
+    return Load(average=os.getloadavg()[0], cores=torch.get_num_threads())
 
 
 def gpu_count() -> int:
@@ -121,29 +145,37 @@ def _peak_flops(name: str) -> float | None:
     return _GPUS[name].peak_flops if name in _GPUS else None
 
 
-def known_gpu(wanted: str) -> Device:
-    """Return the GPU with this name, or with a name that contains it, if there is only one.
+def gpus_named(wanted: str) -> list[str]:
+    """Return the known GPUs whose names are or contain `wanted`, the most common one first."""
+    found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
+    whole = [name for name in found if f" {name}".casefold().endswith(f" {wanted.casefold()}")]
+    return whole or found  # so that L4 does not match L40S
+
+
+def known_gpu(wanted: str, memory_gb: float | None = None) -> Device:
+    """Return the most common GPU with this name, or one that is not known, with `memory_gb`.
 
     Raises:
-        ValueError: no GPU or several match; the message lists the candidates.
+        ValueError: the GPU is not known, and its memory is not given; or it has no memory.
     """
-    found = [name for name in _GPUS if wanted.casefold() in name.casefold()]
-    if whole := [name for name in found if f" {name}".casefold().endswith(f" {wanted.casefold()}")]:
-        found = whole  # so that L4 does not match L40S
-    if len(found) != 1:
-        names = ", ".join(found or _GPUS)
-        raise ValueError(
-            f"--gpu {wanted} is {'not one of' if not found else 'ambiguous, choose from'}: {names}"
+    if memory_gb is not None and memory_gb <= 0:
+        raise ValueError(f"--memory-gb {memory_gb:g}: give the memory of the GPU in GB, as in 48")
+    memory = None if memory_gb is None else int(memory_gb * 2**30)
+    if found := gpus_named(wanted):
+        gpu = _GPUS[found[0]]
+        return Device(
+            kind="cuda",
+            name=found[0],
+            memory_bytes=memory or gpu.gigabytes * 2**30,
+            peak_flops=gpu.peak_flops,
+            capability=gpu.capability,
         )
-    [name] = found
-    gpu = _GPUS[name]
-    return Device(
-        kind="cuda",
-        name=name,
-        memory_bytes=gpu.gigabytes * 2**30,
-        peak_flops=gpu.peak_flops,
-        capability=gpu.capability,
-    )
+    if memory is None:
+        raise ValueError(
+            f"--gpu {wanted} is not one of: {', '.join(_GPUS)}. For another GPU, give its memory "
+            "too, as in --memory-gb 48"
+        )
+    return Device(kind="cuda", name=wanted, memory_bytes=memory, capability=ASSUMED_CAPABILITY)
 
 
 def gpu_elsewhere(name: str) -> Device:

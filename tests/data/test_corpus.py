@@ -41,7 +41,7 @@ def test_files_that_have_changed_since_are_refused(tmp_path):
     pinned = files_corpus(str(tmp_path / "a.txt"))
     assert resolve_corpus(pinned).corpus == pinned
     (tmp_path / "a.txt").write_text("two")
-    with pytest.raises(ValueError, match="the files of the corpus have changed"):
+    with pytest.raises(ValueError, match="the files of --data-path have changed"):
         resolve_corpus(pinned)
 
 

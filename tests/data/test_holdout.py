@@ -165,10 +165,27 @@ def test_files_to_validate_on_are_never_trained_on_and_leave_the_corpus_whole(te
     assert shards.train.text_bytes == train.stat().st_size
 
     held_out.write_text("other text")
-    with pytest.raises(ValueError, match="the files of the corpus have changed"):
+    with pytest.raises(ValueError, match="the files of --validation-path have changed"):
         resolve_corpus(corpus)
     changed = files_corpus(str(train), validation_path=(str(held_out),))
     assert build_shards(ALL, changed, text.tokenizer, tmp_path).path != shards.path
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none.txt", "--validation-path .*none.txt matches no file"),
+        ("folder", "--validation-path .*folder is a folder"),
+        ("link.txt", "--validation-path: .*link.txt is a link to nowhere"),
+    ],
+)
+def test_errors_about_files_to_validate_on_name_their_flag(text, tmp_path, name, problem):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    train = tmp_path / "train.txt"
+    train.write_text(text.texts[0])
+    with pytest.raises(ValueError, match=problem):
+        files_corpus(str(train), validation_path=(str(tmp_path / name),))
 
 
 def test_search_for_validation_rows_ends_where_files_are_named(small_pieces, text, tmp_path):

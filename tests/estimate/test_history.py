@@ -5,7 +5,8 @@ import pytest
 from tiny import MODEL
 
 from zeroflow.estimate import history
-from zeroflow.estimate.history import Figures, Past
+from zeroflow.estimate.history import SAME_MARGINS, Figures, Past
+from zeroflow.estimate.speed import Rate
 from zeroflow.run_folder import Cache
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.optimizers.adamw import AdamW
@@ -33,8 +34,9 @@ NOTHING = Figures(
 )
 
 
-ONE = (100.0, 1000, "from 1 earlier run here")
-BOTH = (150.0, 1200, "from 2 earlier runs here")
+ON_GPU = SAME_MARGINS["cuda"]
+ONE = (Rate.around([100.0], ON_GPU), 1000, "from 1 earlier run here", 1)
+BOTH = (Rate.around([100.0, 200.0], ON_GPU), 1200, "from 2 earlier runs here", 2)
 
 
 def past(run: str, rate: float, *, memory: int = 1000, **changes) -> Past:
@@ -60,7 +62,7 @@ def test_old_runs_are_forgotten(tmp_path):
     for number in range(8):
         history.append(tmp_path, past(f"run {number}", float(number)))
     known = history.known(tmp_path, WORK)
-    assert known is not None and known.tokens_per_second == 5.0, "of runs 3 to 7"
+    assert known is not None and known.rate.expected == 5.0, "of runs 3 to 7"
 
 
 def test_another_model_says_how_many_flops_are_reached(tmp_path):
@@ -70,7 +72,7 @@ def test_another_model_says_how_many_flops_are_reached(tmp_path):
     known = history.known(tmp_path, WORK)
     assert known is not None and known.memory_bytes is None
     expected = 100 * wide.flops_per_token(128) / MODEL.flops_per_token(128)
-    assert known.tokens_per_second == pytest.approx(expected), "the nearest in size"
+    assert known.rate.expected == pytest.approx(expected), "the nearest in size"
     assert "1 earlier run here" in known.source
 
 
@@ -116,4 +118,5 @@ def test_line_of_format_1_is_read(tmp_path):
     Cache(tmp_path).plans.write_text(json.dumps(format1.PAST) + "\n")
     job = TrainingJob.model_validate(format1.JOB)
     known = history.known(tmp_path, job.training.workload)
-    assert known == (28430.212804924948, 480882688, "from 1 earlier run here")
+    assert known is not None and known.rate.expected == 28430.212804924948
+    assert known[1:] == (480882688, "from 1 earlier run here", 1)

@@ -7,7 +7,7 @@ from tiny import MODEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from zeroflow.device import Device, known_gpu
+from zeroflow.device import Device, Load, known_gpu
 from zeroflow.estimate.memory import (
     Memory,
     checkpoint_bytes,
@@ -16,7 +16,7 @@ from zeroflow.estimate.memory import (
     largest_micro_batch,
     memory,
 )
-from zeroflow.estimate.speed import assumed_mfu, expected_tokens_per_second
+from zeroflow.estimate.speed import assumed_mfu, expected_speed
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training.loss import cross_entropy_sum
@@ -45,7 +45,8 @@ def planned(model: ModelConfig, device: Device = H100, **changes: Any) -> Memory
 
 
 def rate(model: ModelConfig, device: Device = H100, **changes: Any) -> tuple[float | None, str]:
-    return expected_tokens_per_second(workload(model, device, **changes), device)
+    speed, source = expected_speed(workload(model, device, **changes), device)
+    return speed and speed.expected, source
 
 
 def test_rate_on_a_known_gpu_is_a_share_of_its_peak():
@@ -101,8 +102,22 @@ def test_rate_in_fp8_is_not_predicted_for_code_that_is_not_compiled():
 
 
 def test_rate_on_a_cpu_is_measured():
-    expected, source = rate(MODEL, CPU)
-    assert expected is not None and expected > 0 and "measured" in source
+    speed, source = expected_speed(workload(MODEL, CPU), CPU)
+    assert speed is not None and 0 < speed.low < speed.expected < speed.high
+    assert "measured now" in source
+
+
+def test_small_model_gets_less_of_a_cpu_than_a_large_one():
+    shares = [int(rate(model, CPU)[1].partition("%")[0]) for model in (MODEL, llama("tiny"))]
+    assert shares == [2, 75]
+
+
+def test_busy_cpu_may_become_faster():
+    work, busy = workload(MODEL, CPU), Load(average=6, cores=2)
+    assert busy.share == 0.25
+    alone, now = (expected_speed(work, CPU, load).rate for load in (None, busy))
+    assert alone is not None and now is not None
+    assert now.high / now.expected == pytest.approx(4 * alone.high / alone.expected)
 
 
 def fitting(size: str, gigabytes: int, *kind: str, **changes: Any) -> tuple[int, str]:
@@ -221,7 +236,7 @@ def test_rate_of_fp8_is_beside_the_one_without_which_is_higher_for_small_models(
         gains.append(fp8 / bf16)
         with_it, without = (assumed_mfu(workload(llama(size), fp8=on)) for on in (True, False))
         assert f"assuming {with_it:.0%} MFU" in source
-        assert source.endswith(f"with fp8 and {without:.0%} without")
+        assert f"with fp8 and {without:.0%} without" in source
     assert gains == sorted(gains) and gains[0] < 1 < gains[-1]
 
 

@@ -176,7 +176,12 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def _plan_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--gpu", help="plan for this GPU instead of this machine's device", metavar="NAME"
+        "--gpu",
+        help="plan for this GPU instead of this machine's device; a part of its name is enough",
+        metavar="NAME",
+    )
+    parser.add_argument(
+        "--memory-gb", type=float, help="memory of a GPU that is not a known one", metavar="GB"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings(parser, RunConfig, "run")
@@ -186,7 +191,7 @@ def _plan(arguments: Arguments) -> None:
     from zeroflow.report import plan, plan_page
 
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
-    planned = plan.offline(asked, gpu=arguments.gpu)
+    planned = plan.forecast(asked, gpu=arguments.gpu, memory_gb=arguments.memory_gb)
     shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
     show(shown)
 
@@ -244,8 +249,8 @@ _COMMANDS = (
         "predict memory, time and disk space of a run",
         _plan_arguments,
         _plan,
-        "Predict parameters, FLOPs, memory, time and disk space of a run. The command makes no "
-        "network requests, and builds and records nothing.",
+        "Predict parameters, FLOPs, memory, time and disk space of the run that the same flags "
+        "would start. The command may ask the Hub, and builds and records nothing.",
     ),
     _Command(
         "prove-resume",

@@ -21,8 +21,15 @@ from zeroflow.data.part_counts import PartCounts
 from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, ShardConfig, ShardSet, part_path
-from zeroflow.data.slices import CHARACTERS_PER_TOKEN
+from zeroflow.data.shards import (
+    SPLITS,
+    PartFacts,
+    PartManifest,
+    ShardConfig,
+    ShardSet,
+    part_path,
+    part_tokens,
+)
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache
@@ -236,7 +243,9 @@ class _Build:
         if count:
             train, validation = (rows / count for rows in self._rows())
         else:
-            rows = slices.SLICE_BYTES / (config.layout.row_tokens * CHARACTERS_PER_TOKEN)
+            planner = self._planner
+            tokens = part_tokens(planner.corpus, planner.tokenizer.vocab_size)
+            rows = tokens / config.layout.row_tokens
             share = config.validation_fraction
             train, validation = rows * (1 - share), rows * share
         total = max(

@@ -88,6 +88,9 @@ class CorpusConfig(Config):
     """Settings that may change when a run is resumed: the revision decides whether the text is the
     same."""
 
+    files_flag: ClassVar[str] = "--data-path"
+    """The flag that names the files, in error messages."""
+
     @model_validator(mode="after")
     def _settings_belong_to_the_mode(self) -> Self:
         if self.data_mode == "files" and not self.data_path:
@@ -130,7 +133,7 @@ class CorpusConfig(Config):
             case "hub":
                 return HubDataset(str(self.dataset), self.dataset_config)
             case "files":
-                return LocalFiles(self.data_path)
+                return LocalFiles(self.data_path, self.files_flag)
             case "sample":
                 return StandardLibrary()
             case "synthetic":
@@ -150,7 +153,7 @@ class CorpusConfig(Config):
         """The corpus of `validation_path`; None where a part of this one is held out."""
         if not self.validation_path:
             return None
-        return CorpusConfig(
+        return _ValidationCorpus(
             data_mode="files",
             data_path=self.validation_path,
             data_revision=self.validation_revision,
@@ -172,6 +175,12 @@ class CorpusConfig(Config):
                     f"{flag(name)} has no effect with --data-mode {self.data_mode}, "
                     f"only with {', '.join(modes)}: drop one of them"
                 )
+
+
+class _ValidationCorpus(CorpusConfig):
+    """The files of `validation_path`, as a corpus."""
+
+    files_flag: ClassVar[str] = "--validation-path"
 
 
 def _absolute(pattern: str) -> str:

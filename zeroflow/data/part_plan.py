@@ -106,8 +106,8 @@ class PartPlanner:
         *,
         seed: int,
     ) -> None:
-        self.path, self.corpus = path, corpus
-        self._tokenizer, self._layout, self._seed = tokenizer, identity.layout, seed
+        self.path, self.corpus, self.tokenizer = path, corpus, tokenizer
+        self._layout, self._seed = identity.layout, seed
         self.begun_before = (path / PLAN).exists()
         """True if a plan existed: an earlier build was stopped, or its parts are damaged."""
         self.plan = self._known(identity) or self._new(identity)
@@ -127,7 +127,7 @@ class PartPlanner:
         self.require_text()
         plan = ShardPlan(
             identity=identity,
-            tokenizer=self._tokenizer.name,
+            tokenizer=self.tokenizer.name,
             digests=corpus.source.digests() if corpus.is_text else {},
             holdout=NOTHING
             if corpus.validation
@@ -160,7 +160,7 @@ class PartPlanner:
             path=part_path(self.path, number),
             piece=piece,
             corpus=self.corpus.validation if piece.held_out else self.corpus,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             layout=self._layout,
             holdout=EVERYTHING if piece.held_out else self.plan.holdout,
             seed=self._seed,

@@ -30,11 +30,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from zeroflow import artifacts
 from zeroflow.artifacts import FileRecord
 from zeroflow.config import Config
-from zeroflow.data import slices, synthetic
+from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.packing import PackingName
 from zeroflow.data.returned_text import ReturnedText
-from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes
+from zeroflow.data.slices import bytes_per_token, local_text_bytes
+from zeroflow.data.synthetic import PART_TOKENS
 from zeroflow.reuse import StageResult
 
 Split = Literal["train", "validation"]
@@ -180,17 +181,32 @@ def rows_path(part: Path, split: Split, number: int) -> Path:
     return part / f"{split}-{number:05d}.arrow"
 
 
-def expected_bytes(config: ShardConfig, corpus: CorpusConfig) -> int:
-    """Predicted disk space of the rows: a whole number of parts, or the whole corpus."""
-    part = slices.SLICE_BYTES / CHARACTERS_PER_TOKEN
-    if not corpus.is_text:
-        part = synthetic.PART_TOKENS
-    held_out, row = config.validation_fraction, config.layout.row_tokens
-    train = config.train_rows * row / (part * (1 - held_out))
-    validation = config.validation_rows * row / (part * held_out)
-    wanted = math.ceil(max(train, validation)) * part
+def part_tokens(corpus: CorpusConfig, vocab_size: int) -> float:
+    """Approximate number of tokens of a part."""
+    return slices.SLICE_BYTES / bytes_per_token(vocab_size) if corpus.is_text else PART_TOKENS
+
+
+def expected_bytes(config: ShardConfig, corpus: CorpusConfig, vocab_size: int) -> int:
+    """Predicted disk space of the rows: a whole number of parts, or the whole corpus.
+
+    Args:
+        vocab_size: vocabulary of the tokenizer, which decides how much text a token holds.
+    """
+    text, part = bytes_per_token(vocab_size), part_tokens(corpus, vocab_size)
+    held_out = 0.0 if corpus.validation else config.validation_fraction
+    row = config.layout.row_tokens
+    parts = math.ceil(config.train_rows * row / (part * (1 - held_out)))
+    if held_out:
+        parts = max(parts, math.ceil(config.validation_rows * row / (part * held_out)))
+    tokens = min(parts * part, _available_bytes(corpus) / text)
+    if corpus.validation:  # all of its files are built
+        named = _available_bytes(corpus.validation)
+        tokens += 0 if math.isinf(named) else named / text
+    return int(tokens * np.dtype(config.token_type).itemsize)
+
+
+def _available_bytes(corpus: CorpusConfig) -> float:
     try:
-        available = local_text_bytes(corpus) / CHARACTERS_PER_TOKEN
+        return local_text_bytes(corpus)
     except ValueError:  # the text of a complete run may be gone
-        available = math.inf
-    return int(min(wanted, available) * np.dtype(config.token_type).itemsize)
+        return math.inf

@@ -23,7 +23,8 @@ from zeroflow.data import bpe, encoding, hub
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.documents import Document
 from zeroflow.data.encoding import Encoder, EncoderName
-from zeroflow.data.slices import read_documents
+from zeroflow.data.hub_requests import QUESTION, READING, Patience
+from zeroflow.data.slices import local_text_bytes, read_documents
 from zeroflow.data.tokenizer_files import (
     EncoderChoice,
     TokenizerManifest,
@@ -45,6 +46,14 @@ FORMAT = 2
 
 _LLAMA_VOCAB_SIZE = 128_256
 _TRAINING_BYTES = 32_000_000
+
+_ENOUGH_BYTES_PER_TOKEN = 120
+"""Bytes of text with which a trained vocabulary becomes as large as requested: English prose needed
+60 for each of 32,768 tokens, Python code 120."""
+
+_SHORT_BYTES = 4_000_000
+"""Text that a tokenizer is trained on in about two seconds."""
+
 _FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
 _FILES += ["*.model", "config.json"]
 
@@ -164,15 +173,52 @@ def without_hub(corpus: CorpusConfig) -> str:
     return TRAINED_TOKENIZER if corpus.data_mode == "sample" else LLAMA_TOKENIZER
 
 
-def expected_vocab_size(config: TokenizerConfig, cache: Path) -> tuple[int, bool]:
-    """Vocabulary size of a resolved tokenizer before it is fetched, and True if it is certain."""
-    if config.tokenizer_name == SYNTHETIC_TOKENIZER:
-        return config.vocab_size, True
-    if config.tokenizer_name == TRAINED_TOKENIZER:
-        return config.vocab_size, False  # a small text gives fewer tokens
-    if not _local(config.tokenizer_name) and (path := _cached(config, cache)):
-        return describe_tokenizer(path).vocab_size, True
-    return _LLAMA_VOCAB_SIZE, False
+class Vocabulary(NamedTuple):
+    """Vocabulary of a tokenizer that need not be in the cache yet."""
+
+    size: int
+    is_certain: bool
+    source: str
+    """Where the size is from."""
+
+
+def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Vocabulary:
+    """Vocabulary of a resolved tokenizer, before it is fetched.
+
+    Nothing is added to the cache. Files that are not there are read for their size only.
+
+    Raises:
+        ValueError: the files contain no tokenizer.
+    """
+    name, root = config.tokenizer_name, Cache(cache).tokenizers
+    if name == SYNTHETIC_TOKENIZER:
+        return Vocabulary(config.vocab_size, True, "as asked for")
+    if name == TRAINED_TOKENIZER:
+        return _expected_of_training(config, corpus, root)
+    if source := _local(name):
+        return Vocabulary(_local_size(config, source, root), True, f"as in {name}")
+    if path := _cached(config, cache):
+        return Vocabulary(TokenizerManifest.read(path).vocab_size, True, "of the cached tokenizer")
+    assumed = Vocabulary(_LLAMA_VOCAB_SIZE, False, "assumed, as Llama-3.1's")
+    if not config.tokenizer_revision:
+        return assumed  # the hub did not answer
+    try:
+        size = _inspected(config, _downloading(config, patience=QUESTION))
+    except hub.HubError as error:
+        return assumed._replace(source=f"{assumed.source}: {error.subject}: {error.cause}")
+    return Vocabulary(size, True, f"as in {name} on the Hugging Face Hub")
+
+
+def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Vocabulary:
+    """Vocabulary of a tokenizer that is trained on the corpus; a small text has fewer tokens."""
+    asked = config.vocab_size
+    if manifest := TokenizerManifest.verified(_trained_path(config, corpus, root)):
+        return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer")
+    if local_text_bytes(corpus) > min(_ENOUGH_BYTES_PER_TOKEN * asked, _SHORT_BYTES):
+        return Vocabulary(asked, False, "as asked for; the tokenizer is trained first")
+    size = _trained(config, corpus).get_vocab_size()
+    short = f", as the text is too short for {asked:,}" if size < asked else ""
+    return Vocabulary(size, True, f"the tokenizer is trained first{short}")
 
 
 def known_vocab_size(config: TokenizerConfig, cache: Path) -> int | None:
@@ -185,18 +231,24 @@ def known_vocab_size(config: TokenizerConfig, cache: Path) -> int | None:
     if name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER):
         return config.vocab_size
     if source := _local(name):
-        copied = TokenizerManifest.verified(_copy_path(config, source, Cache(cache).tokenizers))
-        return copied.vocab_size if copied else _inspected(config, source)
+        return _local_size(config, source, Cache(cache).tokenizers)
     if path := _cached(config, cache):
         return TokenizerManifest.read(path).vocab_size
     _refuse_path(name)
     return None
 
 
-def _inspected(config: TokenizerConfig, source: Path) -> int:
+def _local_size(config: TokenizerConfig, source: Path, root: Path) -> int:
     """Vocabulary size of a local tokenizer, whose files are checked as for a copy in the cache."""
+    if copied := TokenizerManifest.verified(_copy_path(config, source, root)):
+        return copied.vocab_size
+    return _inspected(config, lambda folder: _copy_files(source, folder))
+
+
+def _inspected(config: TokenizerConfig, make: Callable[[Path], None]) -> int:
+    """Vocabulary size of a tokenizer whose files `make` writes into a folder."""
     with TemporaryDirectory() as folder:
-        _copy_files(source, Path(folder))
+        make(Path(folder))
         return inspect_tokenizer(Path(folder), config.tokenizer_name, config.end_of_text)
 
 
@@ -326,20 +378,29 @@ class _Origin(NamedTuple):
     corpus: CorpusIdentity | None = None
 
 
-def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:
-    name, revision = config.tokenizer_name, config.tokenizer_revision
+def _downloading(config: TokenizerConfig, patience: Patience = READING) -> Callable[[Path], None]:
+    """A function that fetches the files of a tokenizer from the hub into a folder."""
+    name = config.tokenizer_name
 
     def download(partial: Path) -> None:
         try:
-            hub.download(name, revision, _is_of_tokenizer, partial)
+            hub.download(
+                name, config.tokenizer_revision, _is_of_tokenizer, partial, patience=patience
+            )
         except hub.HubError as error:
             raise error.with_remedies(*_remedies(name)) from error
 
+    return download
+
+
+def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:
+    name, revision = config.tokenizer_name, config.tokenizer_revision
     identity = {"tokenizer_revision": revision, "end_of_text": config.end_of_text}
     if (path := _cached(config, cache)) is None:
         _refuse_path(name)
         path = _hub_path(config, Cache(cache).tokenizers)
-    return _ensure(path, config, _Origin("fetched", identity, download, revision=revision))
+    origin = _Origin("fetched", identity, _downloading(config), revision=revision)
+    return _ensure(path, config, origin)
 
 
 def _copy(config: TokenizerConfig, source: Path, root: Path) -> Tokenizer:
@@ -357,18 +418,10 @@ def _copy_files(source: Path, folder: Path) -> None:
 
 def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokenizer:
     text = corpus_identity(corpus)
-    depends_on = {
-        "format": FORMAT,
-        "corpus": text,
-        "vocab_size": config.vocab_size,
-        "bytes": _TRAINING_BYTES,
-    }
 
     def train(partial: Path) -> None:
         log.info("training a BPE of %d tokens on %s", config.vocab_size, corpus.name)
-        corpus.source.require_revision(str(corpus.data_revision))
-        texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
-        bpe.train_bpe(texts, config.vocab_size).save(str(partial / "tokenizer.json"))
+        _trained(config, corpus).save(str(partial / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": bpe.END_OF_TEXT}
         artifacts.write_json(partial / "tokenizer_config.json", settings)
 
@@ -378,9 +431,27 @@ def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokeniz
         "file": corpus.source.digests(),
         "training_bytes": _TRAINING_BYTES,
     }
+    origin = _Origin("trained", identity, train, corpus=text)
+    return _ensure(_trained_path(config, corpus, root), config, origin)
+
+
+def _trained(config: TokenizerConfig, corpus: CorpusConfig) -> tokenizers.Tokenizer:
+    """A tokenizer that is trained on the first text of a resolved corpus."""
+    corpus.source.require_revision(str(corpus.data_revision))
+    texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
+    return bpe.train_bpe(texts, config.vocab_size)
+
+
+def _trained_path(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Path:
+    """The directory of a trained tokenizer, named after all that it depends on."""
+    depends_on = {
+        "format": FORMAT,
+        "corpus": corpus_identity(corpus),
+        "vocab_size": config.vocab_size,
+        "bytes": _TRAINING_BYTES,
+    }
     fingerprint = artifacts.fingerprint(depends_on)
-    path = root / f"bpe-{config.vocab_size}-{corpus.name}-{fingerprint}"
-    return _ensure(path, config, _Origin("trained", identity, train, corpus=text))
+    return root / f"bpe-{config.vocab_size}-{corpus.name}-{fingerprint}"
 
 
 def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 import math
 from pathlib import Path
-from statistics import fmean
 from typing import ClassVar, NamedTuple
 
 from zeroflow.config import Config
+from zeroflow.device import DeviceKind
+from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ModelConfig
 from zeroflow.records import JsonLines, Record
 from zeroflow.run_folder import Cache
@@ -18,6 +19,13 @@ _NEWEST = 5
 _NEAR = 3.0
 """Two models are assumed to reach the same FLOP/s if the ratio of their FLOPs per token is at most
 this. On an H100, tiny reached 18 % of the peak, and small, with 13 times the FLOPs, 42 %."""
+
+SAME_MARGINS: dict[DeviceKind, tuple[float, float]] = {"cuda": (0.9, 1.1), "cpu": (0.6, 1.5)}
+"""Range of the speed relative to that of earlier runs of the same workload. The cores of a CPU may
+have been busy with other programs."""
+
+_OTHER_MARGINS: dict[DeviceKind, tuple[float, float]] = {"cuda": (0.6, 1.6), "cpu": (0.3, 3.0)}
+"""The same for runs of another model, at equal FLOP/s."""
 
 
 class Figures(Config):
@@ -53,11 +61,13 @@ PLANS: JsonLines[Past] = JsonLines(Past)
 class Experience(NamedTuple):
     """Expected figures of a workload, from earlier runs."""
 
-    tokens_per_second: float
+    rate: Rate
     memory_bytes: int | None
     """None if only other models or batches have been run."""
 
     source: str
+    runs: int
+    """Number of runs that the rate rests on."""
 
 
 def append(cache: Path, past: Past) -> None:
@@ -92,9 +102,10 @@ def known(
     if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-_NEWEST:]:
         memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
         return Experience(
-            fmean(_rate(past) for past in same),
+            Rate.around(list(map(_rate, same)), SAME_MARGINS[workload.device]),
             max(memory, default=None),
             f"from {_count(same)} here",
+            len(same),
         )
 
     def distance(past: Past) -> float:
@@ -109,12 +120,14 @@ def known(
     near = [
         past for past in alike if (past.workload.model, past.workload.seq_len) == _shape(nearest)
     ][-_NEWEST:]
-    flops = fmean(_rate(past) * past.workload.flops_per_token for past in near)
+    reached = [_rate(past) * past.workload.flops_per_token for past in near]
+    flops = Rate.around(reached, _OTHER_MARGINS[workload.device])
     size = f"{parameter_count(nearest.model.parameters)} parameters"
     return Experience(
-        flops / workload.flops_per_token,
+        flops.times(1 / workload.flops_per_token),
         None,
-        f"{flops / 1e12:.3g} TFLOP/s, as in {_count(near)} here of a model with {size}",
+        f"{flops.expected / 1e12:.3g} TFLOP/s, as in {_count(near)} here of a model with {size}",
+        len(near),
     )
 
 

@@ -2,11 +2,15 @@
 
 import math
 import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
-from zeroflow.device import Device
+from zeroflow.config import Config
+from zeroflow.device import Device, Load
 from zeroflow.training.workload import Workload
 
 # Utilisation by parameters, measured on an H100: tiny with a vocabulary of 32,768, then tiny, small
@@ -15,8 +19,45 @@ _MEASURED_MFU = {15e6: 0.28, 46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
 _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 
-_ASSUMED_CPU_SHARE = 0.75
-"""Assumed FLOP/s of a training on a CPU, as a fraction of those of a matrix product."""
+# FLOP/s of a training on a CPU, relative to those of a matrix product, by parameters: the best of
+# ten measurements on two cores that other programs used too, with torch 2.13; 15M on idle cores
+_MEASURED_CPU_SHARE = {35e3: 0.02, 164e3: 0.08, 1e6: 0.2, 5.2e6: 0.5, 15e6: 0.75}
+
+_CPU_RANGE = (0.25, 1.3)
+"""Range of the speed on a CPU, relative to the expected one. Other programs slowed a training by
+four, and the matrix product that it was compared with less."""
+
+_GPU_RANGE = (0.6, 1.2)
+"""The same on a GPU, whose utilisation is that of an H100."""
+
+
+class Rate(Config):
+    """Tokens per second, and the range to expect."""
+
+    low: float
+    expected: float
+    high: float
+
+    @classmethod
+    def around(cls, rates: Sequence[float], margins: tuple[float, float]) -> Self:
+        """Return the mean of measured rates, with margins around the lowest and the highest."""
+        below, above = margins
+        return cls(low=below * min(rates), expected=fmean(rates), high=above * max(rates))
+
+    def times(self, factor: float) -> Self:
+        return self.replace(
+            low=factor * self.low, expected=factor * self.expected, high=factor * self.high
+        )
+
+
+class Speed(NamedTuple):
+    """Expected speed of a workload."""
+
+    rate: Rate | None
+    """None if nothing similar has been measured."""
+
+    source: str
+    """What the figure rests on, or why there is none."""
 
 
 def assumed_mfu(work: Workload) -> float:
@@ -24,26 +65,34 @@ def assumed_mfu(work: Workload) -> float:
     measured = _MEASURED_MFU_FP8 if work.fp8 else _MEASURED_MFU
     if not work.compile:
         measured = _MEASURED_MFU_EAGER
-    sizes = [math.log(parameters) for parameters in measured]
-    return float(np.interp(math.log(work.model.parameters), sizes, list(measured.values())))
+    return _between(measured, work.model.parameters)
 
 
-def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | None, str]:
-    """Return the expected tokens per second of one rank, and the source of the figure.
+def _between(measured: Mapping[float, float], parameters: int) -> float:
+    """Interpolate figures that were measured by the number of parameters."""
+    sizes = [math.log(size) for size in measured]
+    return float(np.interp(math.log(parameters), sizes, list(measured.values())))
 
-    The first is None if nothing similar has been measured.
+
+def expected_speed(work: Workload, device: Device, load: Load | None = None) -> Speed:
+    """Return the expected speed of one rank, without earlier runs.
+
+    Args:
+        load: other programs on the cores of a CPU, which slow down what is measured now.
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
-        measured = _measure_cpu_flops()
-        source = f"{_ASSUMED_CPU_SHARE:.0%} of {measured / 1e9:.0f} GFLOP/s measured now"
-        return _ASSUMED_CPU_SHARE * measured / flops, source
+        measured, share = _measure_cpu_flops(), _between(_MEASURED_CPU_SHARE, work.model.parameters)
+        rate = Rate.around([share * measured / flops], _CPU_RANGE)
+        if load:  # it may end
+            rate = rate.replace(high=rate.high / load.share)
+        return Speed(rate, f"{share:.0%} of {measured / 1e9:.0f} GFLOP/s measured now")
     if device.peak_flops is None:
-        return None, f"the peak of {device.name} is not known"
+        return Speed(None, f"the peak of {device.name} is not known")
     if work.precision == "fp32":
-        return None, f"the peak of {device.name} is known only in bf16"
+        return Speed(None, f"the peak of {device.name} is known only in bf16")
     if work.fp8 and not work.compile:
-        return None, "fp8 was measured only with compiled code"
+        return Speed(None, "fp8 was measured only with compiled code")
     mfu, usual = assumed_mfu(work), assumed_mfu(work.replace(fp8=False, compile=True))
     source = f"assuming {mfu:.0%} MFU, as measured on an H100 at this size"
     if not work.compile:
@@ -52,7 +101,8 @@ def expected_tokens_per_second(work: Workload, device: Device) -> tuple[float | 
         source += f" with fp8 and {usual:.0%} without"
     if work.activation_checkpointing != "none":
         source += ", minus the time of recomputation"
-    return mfu * device.peak_flops / flops, source
+    source += f"; {device.name} has a peak of {device.peak_flops / 1e12:.0f} TFLOP/s"
+    return Speed(Rate.around([mfu * device.peak_flops / flops], _GPU_RANGE), source)
 
 
 def _recomputed_share(work: Workload) -> float:

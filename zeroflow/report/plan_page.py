@@ -34,11 +34,10 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
     going_on = "resumed" if settled.resumes else "new"
     yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
-    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is available"
     each = f" on each of {work.ranks}" if work.ranks > 1 else ""
     yield (
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
-        f"(vocabulary {work.model.vocab_size:,}{assumed})"
+        f"(vocabulary {_vocabulary(plan)})"
     )
     micro_batches = count(choice.grad_accum_steps, "micro-batch", "micro-batches")
     yield (
@@ -62,11 +61,29 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"disk: {disk_line(plan)}"
 
 
+def _vocabulary(plan: Plan) -> str:
+    size = f"{plan.workload.model.vocab_size:,}"
+    return f"{size}, {plan.vocabulary_source}" if plan.vocabulary_source else size
+
+
 def time_line(plan: Plan) -> str:
-    rate, seconds = plan.predicted.tokens_per_second, plan.predicted.seconds
-    if rate is None or seconds is None:
+    """Time of the steps that remain, as a range, and what it rests on."""
+    rate, done = plan.rate, plan.steps_done
+    if done >= plan.steps:
+        return f"nothing remains of {count(plan.steps, 'step')}"
+    if rate is None:
         return f"unknown, {plan.rate_source}"
-    return f"about {duration(seconds)} of training at {rate:,.0f} tokens/s ({plan.rate_source})"
+    tokens = plan.tokens * (plan.steps - done) / plan.steps
+    remains = f" for steps {done + 1:,} to {plan.steps:,}" if done else ""
+    slow, usual, fast = (duration(tokens / each) for each in (rate.low, rate.expected, rate.high))
+    return (
+        f"about {usual} of training{remains}, {fast} to {slow}, at {rate.low:,.0f} to "
+        f"{rate.high:,.0f} tokens/s ({_rests_on(plan)})"
+    )
+
+
+def _rests_on(plan: Plan) -> str:
+    return f"{plan.rate_source}; {plan.load}" if plan.load else plan.rate_source
 
 
 def memory_line(plan: Plan) -> str:
@@ -82,11 +99,12 @@ def memory_line(plan: Plan) -> str:
 
 def disk_line(plan: Plan) -> str:
     shard_bytes = plan.predicted.shard_bytes or 0
+    checkpoints = decimal(plan.disk_bytes - shard_bytes)
     room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
     there = f", of which {decimal(plan.there_bytes)} exist" if plan.there_bytes else ""
     return (
-        f"up to {decimal(shard_bytes)} of shards and {decimal(plan.disk_bytes - shard_bytes)} of "
-        f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
+        f"about {decimal(shard_bytes)} of shards and up to {checkpoints} of checkpoints{there}; "
+        f"{decimal(plan.free_bytes)} are free{room}"
     )
 
 
@@ -107,7 +125,8 @@ def section(plan: Plan, compared: Sequence[Compared]) -> Markdown:
     held = table(("", "predicted", "measured", "miss"), map(cells, compared), right=" rrr")
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
-    sources = f"Speed and time: {plan.rate_source}. Memory: {plan.memory_source}."
+    low_to_high = f" {plan.rate.low:,.0f} to {plan.rate.high:,.0f} tokens/s," if plan.rate else ""
+    sources = f"Speed and time:{low_to_high} {_rests_on(plan)}. Memory: {plan.memory_source}."
     return Markdown(
         f"## Predicted and measured\n\n{held}\n\n{escaped(sources)}\n\n"
         f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
@@ -120,16 +139,18 @@ def _lines(plan: Plan) -> Iterator[str]:
     work, device = plan.workload, plan.device
     each = " each" if work.ranks > 1 and device.kind == "cuda" else ""
     yield f"plan of {plan.size} on {work.devices}, with {binary(device.memory_bytes)}{each}"
+    yield from plan.notes
     yield ""
     total = sum(plan.parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
     yield from _table(("parameters", f"{total:,}", ""), rows)
     yield ""
-    assumed = "" if plan.vocabulary_is_certain else ", assumed until the tokenizer is available"
     on_each = " on each" if work.ranks > 1 else ""
+    choices = {"data": plan.data, "tokenizer": plan.tokenizer}
     yield from _facts(
-        {
-            "vocabulary": f"{work.model.vocab_size:,}{assumed}",
+        {name: f"{choice.name} ({choice.reason})" for name, choice in choices.items() if choice}
+        | {
+            "vocabulary": _vocabulary(plan),
             "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M per token, context {work.seq_len:,}",
             "tokens": f"{plan.tokens:,} in {count(plan.steps, 'step')} of {plan.batch_tokens:,}",
             "micro-batches": f"{work.accumulate} of {count(work.micro_batch_rows, 'row')}{on_each}"

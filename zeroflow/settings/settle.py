@@ -14,18 +14,21 @@ from zeroflow.checks.overfit import OverfitResult
 from zeroflow.config import flag
 from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
+from zeroflow.data.hub_errors import HubError
 from zeroflow.data.tokenizer import (
     ResolvedTokenizer,
     Tokenizer,
     changed_since,
     require_restorable,
     resolve_tokenizer,
+    without_hub,
 )
 from zeroflow.device import Device, find_device, gpu_elsewhere
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
 from zeroflow.settings.refusals import (
+    refuse_a_plan_for_no_gpu,
     refuse_ids_beyond_the_token_type,
     refuse_machines_that_cannot_share,
     refuse_more_gpus_than_there_are,
@@ -61,19 +64,14 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     if before := _recorded(asked):
         acquire(before.run_dir)
     # Read again under the lock: before it, another process may have changed or discarded them
-    wanted, recorded, discarded, device = _looked_up(asked)
-    corpus, corpus_reason = _resolved(wanted, recorded)
-    tokenizer, tokenizer_reason = _tokenizer(recorded, wanted, corpus)
-    run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
-    if not run.run_name:
-        run = run.replace(run_name=resuming.default_name(run))
+    found = _looked_up(asked, _own_device)
+    settlement = _decided(found, _resolve(found))
+    run = settlement.run
     acquire(run.run_dir)
     # Nothing is written before this line, so a refusal leaves the run as it was
-    if discarded:
-        _discard_settings(discarded)
-    if recorded:
-        corpus_reason = tokenizer_reason = "as when the run was started"
-    else:
+    if found.discarded:
+        _discard_settings(found.discarded)
+    if not settlement.resumes:
         # Only now is the default name known. If a run of this name exists, because the command is
         # repeated or runs twice, its recorded settings take precedence
         named = asked.model_copy(update={"run_name": run.run_name})
@@ -84,7 +82,35 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
-    return Settlement(run, device, recorded is not None, corpus_reason, tokenizer_reason)
+    return settlement
+
+
+def foresee(asked: RunConfig, gpu: Device | None = None) -> Settlement:
+    """Settle `asked` as a run would, and record nothing.
+
+    If a run needs something from the Hub that cannot be read now, it is assumed to be available,
+    and the reason says so.
+
+    Args:
+        gpu: a GPU of another machine to plan for; None for the device of this machine.
+
+    Raises:
+        ValueError: settings contradict each other, the device, or the existing run of this name.
+    """
+
+    def device_of(wanted: RunConfig) -> Device:
+        device = gpu or find_device(wanted.device)
+        refuse_a_plan_for_no_gpu(wanted, device)
+        return device
+
+    def decide(asked: RunConfig) -> Settlement:
+        found = _looked_up(asked, device_of)
+        return _decided(found, _assume(found, elsewhere=gpu is not None))
+
+    asked = _anywhere(asked)
+    settlement = decide(asked)
+    named = asked.model_copy(update={"run_name": settlement.run.run_name})
+    return decide(named) if not asked.run_name and _recorded(named) else settlement
 
 
 def require_possible(asked: RunConfig) -> None:
@@ -96,7 +122,7 @@ def require_possible(asked: RunConfig) -> None:
         ValueError: settings contradict each other, the device, or the existing run of this name, or
             a file that they name cannot be used.
     """
-    _looked_up(_anywhere(asked))
+    _looked_up(_anywhere(asked), _own_device)
 
 
 class _Found(NamedTuple):
@@ -112,8 +138,11 @@ class _Found(NamedTuple):
     device: Device
 
 
-def _looked_up(asked: RunConfig) -> _Found:
+def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _Found:
     """
+    Args:
+        device_of: returns the device for the merged settings, or refuses them.
+
     Raises:
         ValueError: as `require_possible` does.
     """
@@ -131,8 +160,7 @@ def _looked_up(asked: RunConfig) -> _Found:
         recorded, wanted = None, _wanted(None, asked)
     if recorded and _is_complete(recorded, wanted):  # then any machine can show its result
         return _Found(wanted, recorded, discarded, _device_of(recorded))
-    device = find_device(wanted.device)
-    refuse_more_gpus_than_there_are(wanted, device)
+    device = device_of(wanted)
     refuse_what_the_device_cannot(wanted, device)
     _ = _filled(wanted, device).schedule  # raises if its settings contradict each other
     if not _needs_no_text(recorded, wanted):
@@ -142,6 +170,74 @@ def _looked_up(asked: RunConfig) -> _Found:
     else:
         refuse_ids_beyond_the_token_type(wanted, wanted.tokenizer)
     return _Found(wanted, recorded, discarded, device)
+
+
+def _own_device(wanted: RunConfig) -> Device:
+    """Return the device of this machine.
+
+    Raises:
+        ValueError: the machine has no such device, or fewer than the run asks for.
+    """
+    device = find_device(wanted.device)
+    refuse_more_gpus_than_there_are(wanted, device)
+    return device
+
+
+class _Text(NamedTuple):
+    """Corpus and tokenizer of a run, with the reasons for them."""
+
+    corpus: ResolvedCorpus
+    tokenizer: ResolvedTokenizer
+
+
+def _decided(found: _Found, text: _Text) -> Settlement:
+    """Give every open setting a value, and name the run."""
+    wanted, recorded, _, device = found
+    (corpus, corpus_reason), (tokenizer, tokenizer_reason) = text
+    run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
+    if not run.run_name:
+        run = run.replace(run_name=resuming.default_name(run))
+    if recorded:
+        corpus_reason = tokenizer_reason = "as when the run was started"
+    return Settlement(run, device, recorded is not None, corpus_reason, tokenizer_reason)
+
+
+def _resolve(found: _Found) -> _Text:
+    """Ask the Hub for what the run needs from it.
+
+    Raises:
+        ValueError, hub.HubError: as `settle` does.
+    """
+    wanted, recorded, _, _ = found
+    corpus = _resolved(wanted, recorded)
+    return _Text(corpus, _tokenizer(recorded, wanted, corpus.corpus))
+
+
+def _assume(found: _Found, *, elsewhere: bool) -> _Text:
+    """Resolve as `_resolve` does, and assume that what the Hub does not provide now is available.
+
+    Args:
+        elsewhere: also assume this where a run would fall back to what this machine has.
+    """
+    wanted, recorded, _, _ = found
+    data, tokens = wanted.data, wanted.tokenizer
+    try:
+        corpus = _resolved(wanted, recorded)
+    except HubError as error:
+        corpus = ResolvedCorpus(data, f"assumed to be available; here, {error.cause}")
+    fell_back = data.data_mode in ("auto", "fineweb") and corpus.corpus.data_mode != "fineweb"
+    if elsewhere and fell_back:
+        reason = f"assumed for another machine; here, {corpus.reason}"
+        corpus = ResolvedCorpus(data.replace(data_mode="fineweb"), reason)
+    try:
+        tokenizer = _tokenizer(recorded, wanted, corpus.corpus)
+    except HubError as error:
+        tokenizer = ResolvedTokenizer(tokens, f"assumed to be available; here, {error.cause}")
+    usual = without_hub(corpus.corpus)
+    if elsewhere and tokens.tokenizer_name == "auto" and tokenizer[0].tokenizer_name != usual:
+        reason = f"assumed for another machine; here, {tokenizer.reason}"
+        tokenizer = ResolvedTokenizer(tokens.replace(tokenizer_name=usual), reason)
+    return _Text(corpus, tokenizer)
 
 
 def _anywhere(asked: RunConfig) -> RunConfig:
@@ -195,20 +291,6 @@ def _device_of(recorded: Settled) -> Device:
     """Return the device that a run was trained on, which this machine need not have."""
     work = read_job(recorded.folder).training.workload
     return find_device("cpu") if work.device == "cpu" else gpu_elsewhere(work.device_name)
-
-
-def sketch(asked: RunConfig, device: Device) -> Settled:
-    """Settle the settings of `asked` that depend on the device; make no requests, record nothing.
-
-    Recorded settings of a run of the same name take precedence over defaults.
-
-    Raises:
-        ValueError: settings contradict each other.
-    """
-    refuse_what_does_nothing(asked)
-    wanted = _wanted(_recorded(asked), asked)
-    refuse_what_the_device_cannot(wanted, device)
-    return _filled(wanted, device)
 
 
 def started_otherwise(asked: RunConfig) -> str | None:

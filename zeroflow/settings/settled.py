@@ -42,7 +42,6 @@ class Settled(RunConfig):
     """All settings that define a run, settled: contents of `run.json`."""
 
     run_name: str
-    """Empty in a `settle.sketch`, which has no name before the Hub is asked."""
 
     device: Literal["cpu", "cuda"]
     training: SettledTraining

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sysconfig
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -34,6 +34,11 @@ class LocalSource(Source):
 
     is_local = True
 
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The files, in error messages."""
+
     @abstractmethod
     def find(self) -> dict[str, Path]:
         """The path of each file by its name in the corpus, in reading order."""
@@ -49,8 +54,8 @@ class LocalSource(Source):
         found = digest.hexdigest()[:16]
         if revision not in (None, found):
             raise ValueError(
-                f"the files of the corpus have changed: their digest is {found}, but the run was "
-                f"started with {revision}. Restore the files, or use another --run-name"
+                f"{self.title} have changed: their digest is {found}, but the run was started "
+                f"with {revision}. Restore the files, or use another --run-name"
             )
         _revisions[self] = found
         return found
@@ -107,6 +112,13 @@ class LocalFiles(LocalSource):
     patterns: tuple[str, ...]
     """Paths or globs."""
 
+    flag: str = field(default="--data-path", compare=False)
+    """The setting that named them."""
+
+    @property
+    def title(self) -> str:
+        return f"the files of {self.flag}"
+
     def find(self) -> dict[str, Path]:
         """The files sorted by name; names are relative to the common folder of all files.
 
@@ -118,39 +130,38 @@ class LocalFiles(LocalSource):
         """
         found: dict[Path, Path] = {}
         for pattern in self.patterns:
-            found |= {Path(os.path.normpath(path)): path for path in _matching(pattern)}
+            found |= {Path(os.path.normpath(path)): path for path in self._matching(pattern)}
         first: dict[Path, Path] = {}
         for name in sorted(found):
             if not is_utf8(str(name)):
                 encoded = os.fsencode(name)
-                raise ValueError(f"--data-path: the name of {encoded!r} is not UTF-8: rename it")
+                raise ValueError(f"{self.flag}: the name of {encoded!r} is not UTF-8: rename it")
             known = first.setdefault(found[name].resolve(), name)
             if self.format_of(str(known)) is not self.format_of(str(name)):
                 raise ValueError(
-                    f"--data-path: {known} and {name} are the same file, and their names are of "
+                    f"{self.flag}: {known} and {name} are the same file, and their names are of "
                     "different kinds: give only one of them"
                 )
         names = first.values()
         common = Path(os.path.commonpath([name.parent for name in names]))
         return dict(sorted((name.relative_to(common).as_posix(), found[name]) for name in names))
 
-
-def _matching(pattern: str) -> list[Path]:
-    plain = Path(pattern).expanduser()
-    matched = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
-    paths = [path.absolute() for path in matched]
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise ValueError(
-                f"--data-path: {path} is a link to {path.readlink()}, which does not exist: "
-                "restore the file, or remove the link"
-            )
-    if files := [path for path in paths if path.is_file()]:
-        return files
-    if plain.is_dir():
-        example = plain / "*.jsonl"
-        raise ValueError(f"--data-path {pattern} is a folder: name its files, as in {example}")
-    raise ValueError(f"--data-path {pattern} matches no file in {Path.cwd()}")
+    def _matching(self, pattern: str) -> list[Path]:
+        plain = Path(pattern).expanduser()
+        matched = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
+        paths = [path.absolute() for path in matched]
+        for path in paths:
+            if path.is_symlink() and not path.exists():
+                raise ValueError(
+                    f"{self.flag}: {path} is a link to {path.readlink()}, which does not exist: "
+                    "restore the file, or remove the link"
+                )
+        if files := [path for path in paths if path.is_file()]:
+            return files
+        if plain.is_dir():
+            example = plain / "*.jsonl"
+            raise ValueError(f"{self.flag} {pattern} is a folder: name its files, as in {example}")
+        raise ValueError(f"{self.flag} {pattern} matches no file in {Path.cwd()}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,7 @@ class StandardLibrary(LocalSource):
 
     has_columns = False
     skips_undecodable = True  # the library's tests contain files that are invalid on purpose
+    title = "the files of Python's standard library"
 
     def find(self) -> dict[str, Path]:
         library = Path(sysconfig.get_path("stdlib"))
