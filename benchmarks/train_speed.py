@@ -35,8 +35,10 @@ from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import Device, find_device
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
+from zeroflow.training import kernels
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
+from zeroflow.training.rank_program import make_deterministic
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
 from zeroflow.training.workload import Workload
@@ -106,8 +108,24 @@ def training_config(task: Task, rows: int) -> TrainingConfig:
 
 
 def ours(task: Task, rows: int) -> Step:
-    """`new_state` and `train_step`, as a run calls them."""
+    """`new_state` and `train_step` with the fastest kernels, as a run calls them."""
     config = training_config(task, rows)
+    if config.workload.deterministic:
+        make_deterministic()
+    with tempfile.TemporaryDirectory(prefix="zeroflow-kernels-") as folder:
+        chosen = kernels.choose(config.workload, Path(folder), z_loss=config.z_loss)
+    return _our_step(config.replace(kernels=chosen))
+
+
+def ours_plain(task: Task, rows: int) -> Step:
+    """`ours` with kernels of PyTorch alone."""
+    config = training_config(task, rows)
+    if config.workload.deterministic:
+        make_deterministic()
+    return _our_step(config)
+
+
+def _our_step(config: TrainingConfig) -> Step:
     state = new_state(config)
     return lambda micro_batches: train_step(state, micro_batches, config).loss
 
@@ -272,6 +290,7 @@ _LIGER = ("liger_kernel", "triton", "transformers")
 _TORCHTITAN = ("torchtitan", "tyro", "tensorboard", "triton")
 CONTENDERS = {
     "ours": Contender(ours, ("torch",)),
+    "ours_plain": Contender(ours_plain, ("torch",)),
     "hf_compiled": Contender(hf_compiled, ("transformers",)),
     "hf_eager": Contender(hf_eager, ("transformers",)),
     "liger": Contender(liger, _LIGER, "liger-kernel", needs_gpu=True),
@@ -479,8 +498,8 @@ def parse_contender(asked: str) -> tuple[str, dict[str, str]]:
     name, _, settings = asked.partition(":")
     if name not in CONTENDERS:
         raise ValueError(f"{name} is not a contender: choose from {', '.join(CONTENDERS)}")
-    if settings and name != "ours":
-        raise ValueError(f"{asked}: only ours takes settings")
+    if settings and not name.startswith("ours"):
+        raise ValueError(f"{asked}: only ours and ours_plain take settings")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
     return name, {key: value for key, _, value in pairs}
 

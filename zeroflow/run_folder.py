@@ -150,6 +150,9 @@ class Cache(_Folder):
     compiled = _Named("compile")
     """Code that torch.compile and Triton have compiled on this machine."""
 
+    kernels = _Named("kernels")
+    """Kernels that were the fastest on this machine, by shape."""
+
     mlflow = _Named("mlflow")
     """MLflow's store, used unless MLFLOW_TRACKING_URI names another."""
 

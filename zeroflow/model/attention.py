@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,25 +10,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from zeroflow.model import hopper
+
 Mask: TypeAlias = Tensor | BlockMask | None
 """Positions that a token may attend to; None: all positions up to its own in its row."""
 
+AttentionKernel = Literal["cudnn", "flash", "flash4"]
+"""Kernels of causal attention: those of PyTorch, and that of `hopper.py`."""
+
 # The first of these that supports its inputs is used. They are passed to each call instead of set
-# by PyTorch's global flags, which a compiled graph reads only once. cuDNN is the fastest on Hopper,
-# but its backward pass is not deterministic
-_FASTEST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-_DETERMINISTIC = _FASTEST[1:]
+# by PyTorch's global flags, which a compiled graph reads only once. The backward pass of cuDNN is
+# not deterministic
+_DETERMINISTIC = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *_DETERMINISTIC]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, kernel: AttentionKernel = "cudnn"
+) -> Tensor:
     """Return the attention (B, H, T, E) of queries (B, H, T, E) to keys and values (B, K, T, E).
 
     With K < H it is grouped-query attention.
+
+    Args:
+        kernel: for training in bf16 on a GPU without a mask.
     """
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
@@ -37,13 +42,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     how: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, **how)
+    # Generation, which has no gradients, has many lengths: cuDNN would plan for each length
+    trains = torch.is_grad_enabled()
     if mask is not None or q.dtype == torch.float32:
         # For these inputs, only the memory-efficient kernel keeps the scores out of memory, and it
         # needs a key and a value for each query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # Not for generation, which has no gradients and many lengths: cuDNN would plan for each length
-    fastest = torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
-    with sdpa_kernel(_FASTEST if fastest else _DETERMINISTIC, set_priority=True):
+    elif trains and kernel == "flash4":
+        return hopper.attend(q, k, v)
+    fastest = trains and kernel == "cudnn" and not torch.are_deterministic_algorithms_enabled()
+    with sdpa_kernel(_CUDNN_FIRST if fastest else _DETERMINISTIC, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **how)
 
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zeroflow.config import Config
-from zeroflow.model.attention import Mask, attend, dense_mask, positions_within
+from zeroflow.model.attention import (
+    AttentionKernel,
+    Mask,
+    attend,
+    dense_mask,
+    positions_within,
+)
 from zeroflow.units import count
 
 # B batch  T tokens  D hidden size  H query heads  K key/value heads  E features per head
@@ -164,6 +170,10 @@ Linear = Callable[..., Tensor]
 """`linear`, or another implementation of it."""
 
 
+FusedFeedForward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`hopper.swiglu`, which takes the place of `swiglu`."""
+
+
 class Trunk(nn.Module):
     """Embedding, decoder blocks and final norm: everything below the output head."""
 
@@ -224,6 +234,7 @@ class Attention(nn.Module):
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.heads = E, (H, K, K)
         self.linear: Linear = linear
+        self.kernel: AttentionKernel = "cudnn"
         self.q_proj = nn.Linear(D, H * E, bias=False)
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
@@ -233,7 +244,8 @@ class Attention(nn.Module):
         qkv = self.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, E)
         q, k, v = heads.split(self.heads, dim=1)
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)  # (B, H, T, E)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = attend(q, k, v, mask, self.kernel)  # (B, H, T, E)
         return self.linear(y.transpose(1, 2).flatten(2), self.o_proj.weight)  # (B, T, D)
 
 
@@ -244,13 +256,16 @@ class FeedForward(nn.Module):
         super().__init__()
         D, M = config.hidden_size, config.intermediate_size
         self.linear: Linear = linear
+        self.fused: FusedFeedForward | None = None
         self.gate_proj = nn.Linear(D, M, bias=False)
         self.up_proj = nn.Linear(D, M, bias=False)
         self.down_proj = nn.Linear(M, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.linear(x, self.gate_proj.weight, self.up_proj.weight).chunk(2, dim=-1)
-        return self.linear(F.silu(gate) * up, self.down_proj.weight)
+        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if self.fused is not None:
+            return self.fused(x, gate, up, down)
+        return swiglu(x, gate, up, down, self.linear)
 
 
 class RMSNorm(nn.Module):
@@ -286,6 +301,12 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """
     cast = [weight.to(x.dtype) for weight in weights]
     return F.linear(x, torch.cat(cast) if len(cast) > 1 else cast[0])
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, product: Linear = linear) -> Tensor:
+    """Return the feed-forward network of `x` (..., D) with weights (M, D), (M, D) and (D, M)."""
+    gated, linear_part = product(x, gate, up).chunk(2, dim=-1)
+    return product(F.silu(gated) * linear_part, down)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from zeroflow.estimate.memory import largest_micro_batch
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, nearest_size, with_vocabulary
 from zeroflow.settings.run_config import RunConfig, TrainingChoice, of_workload
 from zeroflow.settings.settled import SettledTraining
+from zeroflow.training import kernels
 from zeroflow.training.workload import Workload
 from zeroflow.units import count
 
@@ -27,9 +28,13 @@ def nominal_workload(run: RunConfig, device: Device) -> Workload:
     known yet.
     """
     choice = run.training
+    free = kernels.determinism_is_free(
+        run.model.shape, device, document_mask=choice.document_mask, fp8=choice.fp8
+    )
     return run.workload(
         with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
         device,
+        deterministic=free if choice.deterministic is None else choice.deterministic,
         seq_len=choice.seq_len or (2048 if device.kind == "cuda" else 256),
         precision=choice.precision or ("bf16" if device.has_bf16 else "fp32"),
         compile=device.compiles if choice.compile is None else choice.compile,

@@ -188,9 +188,11 @@ class TrainingChoice(Config):
     keep_every: PositiveInt | None = None
     """Also keep checkpoints at multiples of this many steps. Default: none."""
 
-    deterministic: bool = False
-    """Use only deterministic kernels, so that an interrupted run ends with the same bits, at some
-    cost in speed. Kernels on a CPU are always deterministic."""
+    deterministic: bool | None = None
+    """Use only deterministic kernels, so that an interrupted run ends with the same bits. Default:
+    yes on Hopper GPUs with zeroflow[hopper], if they have a deterministic kernel for the attention
+    of the model, where it costs about 1 % of the speed; elsewhere no, as it costs 3-10 %. Kernels
+    on a CPU are always deterministic."""
 
     activation_checkpointing: ActivationCheckpointing | None = None
     """Recompute activations in the backward pass, which saves memory and costs time: selective

@@ -2,10 +2,11 @@
 
 from typing import Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from zeroflow.config import Config
 from zeroflow.reuse import Identity
+from zeroflow.training.kernels import Kernels
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload
 
@@ -22,6 +23,9 @@ class TrainingConfig(Config):
     """Weight of (log Z)² in the loss."""
 
     schedule: Schedule
+
+    kernels: Kernels = Field(Kernels(), exclude=True)
+    """Kernels that the ranks choose as they start; not in files."""
 
     @property
     def steps(self) -> int:

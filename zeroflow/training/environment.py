@@ -23,8 +23,14 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
     user = dict(os.environ)
     if compile_cache is not None:
         # By default PyTorch uses a temporary folder, which may be gone after a reboot
-        names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        names = {
+            "TORCHINDUCTOR_CACHE_DIR": "inductor",
+            "TRITON_CACHE_DIR": "triton",
+            "QUACK_CACHE_DIR": "quack",
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash-attention",
+        }
         defaults |= {name: str(compile_cache / folder) for name, folder in names.items()}
+        defaults["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
         if not Path(cache_from_source(torch.__file__)).exists():
             # A container image may contain no bytecode and forbid writing any. Then every rank
             # would compile PyTorch's sources at its start

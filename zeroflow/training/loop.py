@@ -12,7 +12,7 @@ from zeroflow.model.llama import Llama
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Phase
-from zeroflow.training.loss import cross_entropy_sum
+from zeroflow.training.loss import LossKernel, cross_entropy_sum
 from zeroflow.training.state import TrainState
 
 
@@ -32,9 +32,11 @@ class BatchSource(Protocol):
     def micro_batches(self, step: int) -> list[MicroBatch]: ...
 
 
-def loss_sum(model: Llama, batch: MicroBatch, z_loss: float = 0.0) -> Tensor:
+def loss_sum(
+    model: Llama, batch: MicroBatch, z_loss: float = 0.0, kernel: LossKernel = "chunks"
+) -> Tensor:
     """Return the loss summed over the valid targets of `batch`, a scalar on the model's device."""
-    return forward(model, batch, partial(cross_entropy_sum, z_loss=z_loss))
+    return forward(model, batch, partial(cross_entropy_sum, z_loss=z_loss, kernel=kernel))
 
 
 def forward(model: Llama, batch: MicroBatch, loss_of: Callable[..., Tensor]) -> Tensor:
@@ -75,7 +77,7 @@ def train_step(
     targets = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-        loss = loss_sum(state.model, batch, config.z_loss) / targets
+        loss = loss_sum(state.model, batch, config.z_loss, config.kernels.loss) / targets
         zero.before_backward(state.model, work.zero_stage, last=left == 0)
         loss.backward()
         losses.append(loss.detach())  # no .item(): it would wait for the GPU

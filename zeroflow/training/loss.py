@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,16 @@ from torch.autograd.function import once_differentiable
 from zeroflow.data.batches import IGNORED
 from zeroflow.device import BF16_CAPABILITY
 
+LossKernel = Literal["chunks", "scaled_exp"]
+"""Ways to compute the loss: by this module, and by `hopper_loss.py`."""
+
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    kernel: LossKernel = "chunks",
 ) -> Tensor:
     """Return the sum over the valid targets of -log p + z_loss · (log Z)², a scalar in fp32.
 
@@ -30,7 +37,15 @@ def cross_entropy_sum(
         targets: ids, (B, T); `IGNORED` targets do not count.
         z_loss: keeps Z, the softmax's denominator, near 1: https://arxiv.org/abs/2204.02311,
             section 5.
+        kernel: "scaled_exp" cannot add a z-loss, and needs bf16.
     """
+    if kernel == "scaled_exp":
+        from zeroflow.training.hopper_loss import ScaledExpCrossEntropySum
+
+        total: Tensor = ScaledExpCrossEntropySum.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), _held_at_once(hidden)
+        )
+        return total
     loss: Tensor = _CrossEntropySum.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
     return loss
 

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch
 
 from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import failures, host_watch, zero
+from zeroflow.training import failures, host_watch, kernels, zero
 from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.failures import Diverged
 from zeroflow.training.job import RankJob, TrainingJob
@@ -55,7 +56,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
             if rank == 0:
                 zero.remove_stale_rendezvous(folder.path)
             with zero.process_group(job.training.workload.device):
-                work(job, lambda: zero.is_any(bool(request)))
+                work(_with_kernels(job, folder), lambda: zero.is_any(bool(request)))
     except Exception as error:
         failure = Failed(
             message=failures.message(error, folder.path),
@@ -102,6 +103,15 @@ def on_machines_that_are_there(job: Job) -> Job:
     peak = job.peak_flops and job.peak_flops * started / planned.ranks
     training = job.training.replace(workload=planned.on_machines(nodes))
     return job.replace(training=training, peak_flops=peak)
+
+
+def _with_kernels(job: Job, folder: RunFolder) -> Job:
+    """Return the job with the fastest kernels, the same on all ranks."""
+    training = job.training
+    choose = partial(
+        kernels.choose, training.workload, folder.cache.kernels, z_loss=training.z_loss
+    )
+    return job.replace(training=training.replace(kernels=zero.on_rank0(choose)))
 
 
 def _require_ranks(wanted: int, job_file: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zeroflow.model import hopper
 from zeroflow.model.attention import block_mask
 from zeroflow.model.llama import Block, Llama, initialize
 from zeroflow.training import zero
@@ -41,6 +42,9 @@ def new_state(config: TrainingConfig) -> TrainState:
         assert isinstance(block, Block)
         block.activation_checkpointing = work.activation_checkpointing
         block.self_attn.linear = block.mlp.linear = work.linear
+        block.self_attn.kernel = config.kernels.attention
+        if config.kernels.feed_forward == "fused":
+            block.mlp.fused = hopper.swiglu
         if work.compile:
             # Training has one shape. By default PyTorch would compile for symbolic sizes as soon
             # as it sees a second shape, such as that of a validation

@@ -1,0 +1,67 @@
+"""The choice of kernels."""
+
+import logging
+
+import pytest
+import torch
+from tiny import WORKLOAD
+
+from zeroflow.device import known_gpu
+from zeroflow.model.sizes import SIZES
+from zeroflow.training import kernels
+from zeroflow.training.kernels import Choice, Kernels, fastest
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [
+        ({"cudnn": 2.0, "flash": 3.0, "flash4": 1.8}, "flash4"),
+        ({"cudnn": 2.0, "flash": 1.5, "flash4": 1.8}, "flash"),
+        ({"cudnn": 2.0, "flash": 1.99}, "cudnn"),  # within the noise
+        ({"cudnn": 2.0, "flash4": None}, "cudnn"),  # it failed
+        ({"flash": 2.0}, "flash"),
+    ],
+)
+def test_fastest_kernel_is_chosen_unless_the_difference_is_noise(milliseconds, expected):
+    assert fastest(milliseconds) == expected
+
+
+def test_cpu_has_no_choice_and_measures_nothing(tmp_path):
+    assert kernels.choose(WORKLOAD, tmp_path, z_loss=0.0) == Kernels()
+    assert not list(tmp_path.iterdir())
+
+
+def test_choice_is_read_back_as_it_was_written(tmp_path):
+    choice = Choice(
+        kernels=Kernels(attention="flash"),
+        milliseconds={"attention": {"cudnn": 2.0, "flash": 1.5}, "loss": {"chunks": 3.0}},
+    )
+    choice.write(tmp_path / "kernels.json")
+    assert Choice.read(tmp_path / "kernels.json") == choice
+
+
+def test_determinism_is_not_free_where_its_kernels_are_missing(monkeypatch):
+    shape, sides = SIZES["small"], {"document_mask": False, "fp8": False}
+    hopper, ampere = known_gpu("H200"), known_gpu("L4")
+    assert kernels.determinism_is_free(shape, hopper, **sides) == kernels.has_extra()
+    monkeypatch.setattr(kernels, "has_extra", lambda: True)  # of packages for GPUs only
+    assert kernels.determinism_is_free(shape, hopper, **sides)
+    assert not kernels.determinism_is_free(shape, ampere, **sides)
+    assert not kernels.determinism_is_free(SIZES["tiny"], hopper, **sides), "heads of 32"
+    for side in sides:
+        assert not kernels.determinism_is_free(shape, hopper, **{**sides, side: True})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_second_choice_for_a_shape_is_read_instead_of_measured(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    work = WORKLOAD.replace(device="cuda", precision="bf16")
+    first = kernels.choose(work, tmp_path, z_loss=0.0)
+    assert "were measured in" in caplog.text
+    caplog.clear()
+    assert kernels.choose(work, tmp_path, z_loss=0.0) == first
+    assert "were measured in" not in caplog.text and "attention: " in caplog.text
+    assert len(list(tmp_path.iterdir())) == 1
+    kernels.choose(work.replace(deterministic=True), tmp_path, z_loss=0.0)
+    assert len(list(tmp_path.iterdir())) == 2, "a deterministic run has its own choice"

@@ -1,0 +1,258 @@
+"""The choice among kernels that compute the same: measured for the run's shapes, then remembered.
+
+Which kernel is the fastest depends on the GPU, the shape and the versions. The candidates are timed
+when a run first needs them on a machine, and the choice is kept in the cache, so that all later
+processes of the run compute with the same kernels.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeroflow import artifacts
+from zeroflow.config import Config
+from zeroflow.device import Device
+from zeroflow.model import hopper
+from zeroflow.model.attention import AttentionKernel, attend
+from zeroflow.model.llama import FusedFeedForward, Shape, swiglu
+from zeroflow.records import Record
+from zeroflow.training.loss import LossKernel, cross_entropy_sum
+from zeroflow.training.workload import Workload
+
+log = logging.getLogger(__name__)
+
+EXTRA = "zeroflow[hopper]"
+"""The requirement that installs `_PACKAGES`."""
+
+_PACKAGES = ("flash-attn-4", "quack-kernels")
+_MODULES = ("flash_attn.cute", "quack")
+_HOPPER = (9, 0)
+"""Compute capability of Hopper, the only one that all of the kernels support."""
+
+_ROUNDS, _WARM_UP = 10, 3
+_MAX_LOSS_TOKENS = 32_768
+"""Number of tokens that the loss is timed with; it works in chunks, so more tell nothing new."""
+
+_GAIN = 1.01
+"""A kernel other than the default has to be faster by this factor: less is noise."""
+
+FeedForwardKernel = Literal["separate", "fused"]
+"""SwiGLU as a pass over memory of its own, and that of `hopper.py`."""
+
+
+class Kernels(Config):
+    """Kernels of a training step; the defaults need no package besides PyTorch."""
+
+    attention: AttentionKernel = "cudnn"
+    feed_forward: FeedForwardKernel = "separate"
+    loss: LossKernel = "chunks"
+
+
+class Choice(Record):
+    """The kernels that were the fastest for a shape, in a file of the cache."""
+
+    kernels: Kernels
+    milliseconds: dict[str, dict[str, float | None]]
+    """Time of the forward and backward pass by part of the model and kernel; None if it failed."""
+
+
+class Contest(NamedTuple):
+    """Kernels that compute the same part of the model; the first is the default."""
+
+    part: str
+    candidates: dict[str, Callable[[], Tensor]]
+    """Each returns a tensor to differentiate."""
+
+    inputs: tuple[Tensor, ...]
+
+
+def choose(work: Workload, folder: Path, *, z_loss: float) -> Kernels:
+    """Return the fastest kernels for the shapes of `work` on this GPU, deterministic if it is.
+
+    The defaults, if the device is no GPU or computes in fp32. The first call for a shape measures,
+    which takes some 20 s, and writes its result to `folder`; later calls read it.
+    """
+    if work.device != "cuda" or work.precision == "fp32":
+        return Kernels()
+    on_hopper = torch.cuda.get_device_capability() == _HOPPER
+    extra = on_hopper and has_extra()
+    if on_hopper and not extra:
+        log.info("faster kernels for this GPU: pip install '%s'", EXTRA)
+    path = folder / f"kernels-{artifacts.fingerprint(_identity(work, extra, z_loss))}.json"
+    if not path.exists():
+        measured = measure(_contests(work, extra=extra, z_loss=z_loss))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        folder.mkdir(parents=True, exist_ok=True)
+        measured.write(path)
+    choice = Choice.read(path)
+    log.info("kernels: %s", "; ".join(f"{part}: {_text(ms)}" for part, ms in _parts(choice)))
+    return choice.kernels
+
+
+def determinism_is_free(shape: Shape, device: Device, *, document_mask: bool, fp8: bool) -> bool:
+    """Return True if deterministic kernels are about as fast as any on `device`.
+
+    That was measured where FlashAttention-4 computes the attention; fp8 was not.
+    """
+    in_use = shape.head_dim in hopper.HEAD_DIMS and not document_mask and not fp8
+    return in_use and device.capability == _HOPPER and has_extra()
+
+
+def has_extra() -> bool:
+    """Return True if the packages of `EXTRA` are installed."""
+    return all(_is_installed(module) for module in _MODULES)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that contains the module
+        return False
+
+
+def _identity(work: Workload, extra: bool, z_loss: float) -> list[Any]:
+    """Everything that the times depend on, besides the machine, whose cache it is."""
+    versions = [importlib.metadata.version(name) for name in _PACKAGES] if extra else []
+    return [
+        *(torch.cuda.get_device_name(), torch.__version__, *versions),
+        *(work.model.model_dump(), work.micro_batch_rows, work.seq_len),
+        *(work.fp8, work.compile, work.deterministic, work.document_mask, z_loss > 0),
+    ]
+
+
+def measure(contests: Iterable[Contest]) -> Choice:
+    """Time all candidates and choose the fastest of each contest."""
+    started = time.monotonic()
+    times: dict[str, dict[str, float | None]] = {}
+    for contest in contests:
+        times[contest.part] = _times(contest)
+    log.info("kernels were measured in %.1f s", time.monotonic() - started)
+    chosen = {part: fastest(measured) for part, measured in times.items()}
+    return Choice(kernels=Kernels.model_validate(chosen), milliseconds=times)
+
+
+def fastest(milliseconds: dict[str, float | None]) -> str:
+    """Return the fastest kernel; the first one, unless another is clearly faster."""
+    default, *others = milliseconds
+    known = {name: ms for name in others if (ms := milliseconds[name]) is not None}
+    best = min(known, key=known.__getitem__, default=default)
+    time_of_default = milliseconds[default]
+    if best == default or (time_of_default is not None and known[best] * _GAIN > time_of_default):
+        return default
+    return best
+
+
+def _times(contest: Contest) -> dict[str, float | None]:
+    """Return the median milliseconds of each candidate, timed in turn so that all see one clock."""
+    samples: dict[str, list[float]] = {}
+    for name, run in contest.candidates.items():
+        try:
+            for _ in range(_WARM_UP):
+                _milliseconds(run, contest.inputs)
+            samples[name] = []
+        except Exception as error:
+            if name == next(iter(contest.candidates)):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            log.warning("the kernel %s of %s cannot be used: %s", name, contest.part, reason)
+    for _ in range(_ROUNDS):
+        for name, taken in samples.items():
+            taken.append(_milliseconds(contest.candidates[name], contest.inputs))
+    medians = {name: statistics.median(taken) for name, taken in samples.items()}
+    return {name: medians.get(name) for name in contest.candidates}
+
+
+def _milliseconds(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    y = run()
+    torch.autograd.grad(y, inputs, torch.ones_like(y))
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest]:
+    """Yield the contests that `work` can decide; one at a time holds its tensors."""
+    if not work.document_mask:
+        yield _attention(work, extra=extra)
+    if extra and not work.fp8:
+        yield _feed_forward(work)
+    if extra and not z_loss and hopper.supports_loss(work.model.vocab_size, work.model.hidden_size):
+        yield _loss(work)
+
+
+def _attention(work: Workload, *, extra: bool) -> Contest:
+    model = work.model
+    H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    joined = _random(work, work.micro_batch_rows, work.seq_len, H + 2 * K, E)
+    kernels: list[AttentionKernel] = ["flash"] if work.deterministic else ["cudnn", "flash"]
+    if extra and E in hopper.HEAD_DIMS:
+        kernels.append("flash4")
+
+    def run(kernel: AttentionKernel) -> Tensor:
+        q, k, v = joined.transpose(1, 2).split((H, K, K), dim=1)
+        return attend(q, k, v, kernel=kernel)
+
+    return Contest("attention", {name: partial(run, name) for name in kernels}, (joined,))
+
+
+def _feed_forward(work: Workload) -> Contest:
+    D, M = work.model.hidden_size, work.model.intermediate_size
+    x = _random(work, work.micro_batch_rows, work.seq_len, D)
+    weights = [_random(work, *shape, dtype=torch.float32) for shape in ((M, D), (M, D), (D, M))]
+
+    def run(function: FusedFeedForward) -> Callable[[], Tensor]:
+        compiled = torch.compile(function, dynamic=False) if work.compile else function
+        return lambda: compiled(x, *weights)
+
+    candidates = {"separate": run(swiglu), "fused": run(hopper.swiglu)}
+    return Contest("feed_forward", candidates, (x, *weights))
+
+
+def _loss(work: Workload) -> Contest:
+    tokens = min(_MAX_LOSS_TOKENS, work.micro_batch_rows * work.seq_len)
+    hidden = _random(work, 1, tokens, work.model.hidden_size)
+    matrix = _random(work, work.model.vocab_size, work.model.hidden_size, dtype=torch.float32)
+    targets = torch.zeros(1, tokens, dtype=torch.int64, device=work.device)
+    kernels: tuple[LossKernel, ...] = ("chunks", "scaled_exp")
+    return Contest(
+        "loss",
+        {
+            name: partial(cross_entropy_sum, hidden, matrix, targets, kernel=name)
+            for name in kernels
+        },
+        (hidden, matrix),
+    )
+
+
+def _random(work: Workload, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    # Of its own generator: PyTorch's random state is part of a checkpoint
+    generator = torch.Generator(work.device).manual_seed(0)
+    made = torch.randn(*shape, device=work.device, dtype=dtype, generator=generator)
+    return made.mul_(0.02).requires_grad_()
+
+
+def _parts(choice: Choice) -> list[tuple[str, dict[str, float | None]]]:
+    return [(part.replace("_", "-"), measured) for part, measured in choice.milliseconds.items()]
+
+
+def _text(milliseconds: dict[str, float | None]) -> str:
+    chosen = fastest(milliseconds)
+    others = [
+        f"{name} {'failed' if ms is None else f'{ms:.2f}'}"
+        for name, ms in milliseconds.items()
+        if name != chosen
+    ]
+    beside = f" ({', '.join(others)})" if others else ""
+    return f"{chosen} {milliseconds[chosen]:.2f} ms{beside}"
