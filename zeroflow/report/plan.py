@@ -255,9 +255,10 @@ def _with_load(known: Experience, work: Workload, device: Device, load: Load | N
         return Speed(rate, source)
     rate = rate.replace(low=load.share * rate.low)
     if known.runs < _ENOUGH_RUNS:
-        now = expected_speed(work, device, load)
+        now = expected_speed(work, device)
         assert now.rate is not None, "every CPU can be measured"
-        rate = rate.replace(low=min(rate.low, now.rate.low), high=max(rate.high, now.rate.high))
+        usual = now.rate.expected
+        rate = rate.replace(low=min(rate.low, usual), high=max(rate.high, usual))
         source += f"; {now.source}"
     return Speed(rate, source)
 

@@ -70,7 +70,7 @@ def time_line(plan: Plan) -> str:
     """Time of the steps that remain, as a range, and what it rests on."""
     rate, done = plan.rate, plan.steps_done
     if done >= plan.steps:
-        return f"nothing remains of {count(plan.steps, 'step')}"
+        return f"none is left, as all {count(plan.steps, 'step')} are trained"
     if rate is None:
         return f"unknown, {plan.rate_source}"
     tokens = plan.tokens * (plan.steps - done) / plan.steps
