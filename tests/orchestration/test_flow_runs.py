@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 from patience import HANG_SECONDS, wait_until
@@ -131,6 +132,7 @@ def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_
 
 
 def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
+    from prefect import flow
     from prefect.settings import temporary_settings
 
     settings = Api(prefect_api, LOGINS[prefect_api]).settings
@@ -141,9 +143,19 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
         gpu_slot_module.log, "info", lambda text, *values: said.append(text % values)
     )
 
-    def second() -> None:
-        with temporary_settings(settings), gpu_slot():
+    @flow(name="uses the GPU")
+    def uses() -> None:
+        with gpu_slot():
             entered.append("second")
+
+    def second() -> None:
+        with temporary_settings(settings):
+            uses()
+
+    def shown() -> dict[str, Any]:
+        flows = {"name": {"any_": ["uses the GPU"]}}
+        [run] = api(prefect_api, "/flow_runs/filter", flows=flows) or [{}]
+        return run
 
     with temporary_settings(settings):
         set_up()
@@ -151,9 +163,12 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
         with gpu_slot():
             thread.start()
             wait_until(lambda: any("another run uses the GPU" in line for line in said))
+            wait_until(lambda: shown()["state_name"] == "Waiting")
+            assert "another run uses the GPU" in shown()["state"]["message"]
             assert not entered
         thread.join(HANG_SECONDS)
     assert entered == ["second"]
+    assert (shown()["state_name"], shown()["run_count"]) == ("Completed", 1)
 
 
 def test_gpu_is_used_although_prefect_is_away(caplog):

@@ -24,6 +24,11 @@ DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 DEPLOY = f"prefect deploy --all --prefect-file {shlex.quote(str(DEPLOYMENTS))}"
 """The command that makes the deployments, or renews those of another version."""
 
+_POOL = (
+    "Runs wait here, in state Late, until a worker takes them. `zeroflow ui` starts a worker, and "
+    "writes into the state of each run why it waits."
+)
+
 # Five of Prefect's heartbeats, one every 180 s. At 90 s, a server that was away for 120 s marked
 # live runs as crashed.
 SILENCE = timedelta(minutes=15)
@@ -51,7 +56,12 @@ def set_up(silence: timedelta = SILENCE) -> None:
         )
     with temporary_settings(api.settings), get_client(sync_client=True) as client:
         template = ProcessWorker.get_default_base_job_template()
-        pool = WorkPoolCreate(name=WORK_POOL, type="process", base_job_template=template)
+        pool = WorkPoolCreate(
+            name=WORK_POOL,
+            description=_POOL,
+            type="process",
+            base_job_template=template,
+        )
         with suppress(ObjectAlreadyExists):
             client.create_work_pool(pool)
         with suppress(ObjectAlreadyExists):

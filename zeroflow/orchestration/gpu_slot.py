@@ -6,12 +6,15 @@ from contextlib import ExitStack, contextmanager
 
 from prefect.concurrency.sync import concurrency
 
+from zeroflow.orchestration import waiting
 from zeroflow.orchestration.flow_context import reachable
 from zeroflow.orchestration.names import GPU_LIMIT
 
 log = logging.getLogger(__name__)
 
 _SLOT_SECONDS = 5.0
+
+_REASON = f"another run uses the GPU (limit {GPU_LIMIT} in Prefect)"
 
 
 @contextmanager
@@ -35,8 +38,6 @@ def _take_slot(held: ExitStack) -> None:
     try:
         held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
     except TimeoutError:
-        log.info(
-            "waiting: another run uses the GPU (limit %s in Prefect)",
-            GPU_LIMIT,
-        )
-        held.enter_context(concurrency(GPU_LIMIT, strict=False))
+        log.info("waiting: %s", _REASON)
+        with waiting.shown(f"Waiting: {_REASON}."):
+            held.enter_context(concurrency(GPU_LIMIT, strict=False))

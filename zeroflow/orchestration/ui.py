@@ -86,6 +86,7 @@ def serve(config: UiConfig) -> None:
             log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
             while True:
                 prefect.require_running()
+                prefect.explain_states()
                 for program in programs:
                     program.require_running()
                 time.sleep(_POLL_SECONDS)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,6 +19,7 @@ from prefect.settings import temporary_settings
 from prefect.states import Cancelled, State
 
 from zeroflow.model.sizes import SIZES
+from zeroflow.orchestration import waiting
 from zeroflow.orchestration.deployments import DEPLOYMENTS, set_up
 from zeroflow.orchestration.names import WORK_POOL
 from zeroflow.orchestration.programs import Program
@@ -40,6 +42,8 @@ _WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
 # Prefect 3.8.8: a worker with a limit fails with this if a run is retried while its process, which
 # has reported the end of the run, is still exiting.
 _RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
+
+_LOOK_SECONDS = 5.0
 
 _SAVE_SECONDS = 150.0
 """Time for a training to write a checkpoint, with a margin."""
@@ -64,6 +68,8 @@ class Prefect:
         self.programs: list[Program] = []
         self._server: Program | None = None
         self._cache, self._logs = cache.absolute(), logs
+        self._told: dict[UUID, str] = {}
+        self._next_look = 0.0
 
     def start_server(self) -> None:
         if self.to_be_started:
@@ -100,6 +106,17 @@ class Prefect:
                 log.info("restarting Prefect's worker: a run was retried before its end")
                 self.programs.remove(program)
                 self._run(*_WORKER)
+
+    def explain_states(self) -> None:
+        """Write into the states of flow runs why they wait or were stopped, every few seconds."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        try:
+            with temporary_settings(self.api.settings):
+                waiting.explain(self._told)
+        except Exception as error:  # of a server that is busy or gone; the runs do not need it
+            log.debug("cannot explain the states of flow runs: %s", error)
 
     def _write_deployments(self) -> Path:
         """Write prefect.yaml's deployments for this cache; schedules set in Prefect are kept."""

@@ -1,0 +1,111 @@
+"""Reasons in the states of flow runs, on a real server whose runs nobody executes."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pipeline import LOGINS
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.settings import temporary_settings
+from prefect.states import Cancelled, Cancelling, Late, Pending, Running, Scheduled, State
+
+from zeroflow.orchestration import waiting
+from zeroflow.orchestration.access import Api
+from zeroflow.orchestration.deployments import set_up
+from zeroflow.orchestration.names import WORK_POOL
+
+
+@flow(name="queued")
+def queued() -> None: ...
+
+
+@pytest.fixture
+def client(prefect_api: str) -> Iterator[SyncPrefectClient]:
+    with (
+        temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings),
+        get_client(sync_client=True) as client,
+    ):
+        set_up()
+        yield client
+        client.update_work_pool(WORK_POOL, WorkPoolUpdate(is_paused=False))
+        for run in client.read_flow_runs():
+            client.delete_flow_run(run.id)
+
+
+class Runs:
+    """Flow runs of a deployment in our work pool."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self.client = client
+        self.deployment = client.create_deployment(
+            flow_id=client.create_flow(queued), name="tiny", work_pool_name=WORK_POOL
+        )
+
+    def new(self, name: str, state: State[Any]) -> UUID:
+        create = self.client.create_flow_run_from_deployment
+        return create(self.deployment, name=name, state=state).id
+
+    def state(self, run: UUID) -> State[Any]:
+        state = self.client.read_flow_run(run).state
+        assert state is not None
+        return state
+
+    def message(self, run: UUID) -> str | None:
+        return self.state(run).message
+
+
+def test_queued_run_says_why_it_waits(client, caplog):
+    runs, told = Runs(client), {}
+    ago, ahead = (datetime.now(UTC) + timedelta(minutes=n) for n in (-1, 60))
+    new = runs.new("new", Scheduled(scheduled_time=ago))
+    late = runs.new("late", Late(scheduled_time=ago))
+    later = runs.new("later", Scheduled(scheduled_time=ahead))
+    taken = runs.new("taken", Pending())
+
+    def said(*, of: UUID = late) -> str | None:
+        waiting.explain(told)
+        assert runs.state(later).name == "Scheduled" and runs.message(later) is None
+        return runs.message(of)
+
+    assert said() == "Waiting: the worker is busy with taken."
+    assert said(of=new) == said() and runs.state(new).name == "Late"
+    assert runs.state(late).state_details.scheduled_time == ago
+    assert runs.state(taken).name == "Pending"
+
+    client.update_work_pool(WORK_POOL, WorkPoolUpdate(concurrency_limit=1))
+    assert said() == "Waiting: the concurrency limit of the work pool, 1, is reached, by taken."
+    client.update_work_pool(WORK_POOL, WorkPoolUpdate(concurrency_limit=9))
+    client.set_flow_run_state(taken, Cancelled(), force=True)
+    assert str(said()).startswith(f"Waiting: no worker of the work pool {WORK_POOL} is online; ")
+    client.update_work_pool(WORK_POOL, WorkPoolUpdate(is_paused=True))
+    assert said() == f"Waiting: the work pool {WORK_POOL} is paused; resume it on its page."
+
+    before = len(client.read_flow_run_states(late))
+    assert said() and len(client.read_flow_run_states(late)) == before, "written once"
+    assert len(told) == 2
+
+
+def test_run_that_a_worker_took_meanwhile_is_left_to_it(client):
+    runs = Runs(client)
+    run = client.read_flow_run(runs.new("mine", Scheduled(scheduled_time=datetime.now(UTC))))
+    client.set_flow_run_state(run.id, Pending(), force=True)
+    waiting._explain(client, run, "Waiting: no reason.", {})
+    assert runs.state(run.id).name == "Pending"
+
+
+def test_cancelled_run_of_a_worker_keeps_the_message_of_its_own_end(client):
+    runs = Runs(client)
+    own = "Stopped by Cancel in Prefect: saved at step 7; Retry resumes from there."
+    stopped, never_begun = runs.new("stopped", Running()), runs.new("never begun", Pending())
+    for run, messages in ((stopped, [own]), (never_begun, [])):
+        client.set_flow_run_state(run, Cancelling(), force=True)
+        for message in [*messages, "Flow run was cancelled successfully."]:
+            client.set_flow_run_state(run, Cancelled(message=message))
+    assert runs.message(stopped) == "Flow run was cancelled successfully.", "Prefect's worker"
+    waiting.explain({})
+    assert runs.message(stopped) == own
+    assert runs.message(never_begun) == "Flow run was cancelled successfully."

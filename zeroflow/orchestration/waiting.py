@@ -1,0 +1,151 @@
+"""Reasons in the states of flow runs that Prefect leaves without one: why a run waits or stopped.
+
+A state with its message is at the top of a flow run's page.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import (
+    FlowRun,
+    FlowRunPolicy,
+    StateType,
+    WorkerStatus,
+    WorkPool,
+)
+from prefect.states import Cancelled, Late, Running, State
+
+from zeroflow.orchestration.flow_context import reachable
+from zeroflow.orchestration.names import WORK_POOL
+
+log = logging.getLogger(__name__)
+
+_BUSY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+
+_DUE = timedelta(seconds=5)
+"""Time after its start at which a flow run waits; a worker looks for runs every 15 s."""
+
+_RECENT = timedelta(hours=1)
+
+_OF_A_WORKER = "Flow run was cancelled successfully."
+"""Message of Prefect's worker, which replaces that of the flow's own end."""
+
+
+@contextmanager
+def shown(reason: str) -> Iterator[None]:
+    """Show in the state of the current flow run that it waits during the block, and why."""
+    _show_running(Running(name="Waiting", message=reason))
+    try:
+        yield
+    finally:
+        _show_running(Running())
+
+
+def _show_running(state: State[Any]) -> None:
+    """Set a state of type Running, which a run that is being cancelled does not take."""
+    if not (found := runtime.flow_run.id):
+        return
+    flow_run = UUID(found)
+    try:
+        if not reachable():
+            raise ConnectionError("its server does not answer")
+        with get_client(sync_client=True) as client:
+            # Prefect would count the state as another start of the run
+            client.update_flow_run(flow_run, empirical_policy=FlowRunPolicy(resuming=True))
+            client.set_flow_run_state(flow_run, state)
+            client.update_flow_run(flow_run, empirical_policy=FlowRunPolicy())
+    except Exception as error:  # the reason is also in the log
+        log.warning("cannot show in Prefect why the run waits: %s", error)
+
+
+def explain(told: dict[UUID, str]) -> None:
+    """Write the reasons into the states of runs of our work pool, and log new ones.
+
+    Args:
+        told: the reason that was logged for each run; updated.
+    """
+    with get_client(sync_client=True) as client:
+        pool = client.read_work_pool(WORK_POOL)
+        for run in _runs(client, [StateType.SCHEDULED], expected_start_time=_until(_DUE)):
+            if reason := _reason(client, pool, run):
+                _explain(client, run, f"Waiting: {reason}.", told)
+        since = FlowRunFilterEndTime(after_=datetime.now(UTC) - _RECENT)
+        for run in _runs(client, [StateType.CANCELLED], end_time=since):
+            _restore(client, run)
+
+
+def _until(age: timedelta) -> FlowRunFilterExpectedStartTime:
+    return FlowRunFilterExpectedStartTime(before_=datetime.now(UTC) - age)
+
+
+def _runs(client: SyncPrefectClient, types: Sequence[StateType], **more: Any) -> list[FlowRun]:
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=state, **more),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[WORK_POOL])),
+    )
+
+
+def _reason(client: SyncPrefectClient, pool: WorkPool, run: FlowRun) -> str | None:
+    """Return why no worker executes a run whose time has come; None if one may take it now."""
+    assert run.work_queue_id is not None, "runs of a work pool are in one of its queues"
+    queue = client.read_work_queue(run.work_queue_id)
+    if pool.is_paused:
+        return f"the work pool {pool.name} is paused; resume it on its page"
+    if queue.is_paused:
+        return f"the work queue {queue.name} is paused; resume it on its page"
+    running = _runs(client, _BUSY)
+    busy = " and ".join(run.name for run in running) or "another run"
+    assert run.state is not None
+    if run.state.name == "AwaitingConcurrencySlot":
+        return f"the concurrency limit of its deployment is reached, by {busy}"
+    limits = [(pool.concurrency_limit, "work pool"), (queue.concurrency_limit, "work queue")]
+    for limit, what in limits:
+        if limit is not None and len(running) >= limit:
+            return f"the concurrency limit of the {what}, {limit}, is reached, by {busy}"
+    if running:
+        return f"the worker is busy with {busy}"
+    workers = client.read_workers_for_work_pool(pool.name)
+    if all(worker.status != WorkerStatus.ONLINE for worker in workers):
+        return f"no worker of the work pool {pool.name} is online; `zeroflow ui` starts one"
+    return None
+
+
+def _explain(client: SyncPrefectClient, run: FlowRun, message: str, told: dict[UUID, str]) -> None:
+    state = run.state
+    assert state is not None
+    if state.message != message:
+        later: State[Any] = Late(scheduled_time=state.state_details.scheduled_time, message=message)
+        if state.name == "Scheduled":
+            client.set_flow_run_state(run.id, later)  # refused if a worker has taken the run
+        else:
+            kept = later.model_copy(update={"name": state.name})
+            client.set_flow_run_state(run.id, kept, force=True)
+    if told.get(run.id) != message:
+        told[run.id] = message
+        log.info("%s: %s", run.name, message)
+
+
+def _restore(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Put back the message of a run that ended itself, and that its worker then reported."""
+    if run.state is None or run.state.message != _OF_A_WORKER:
+        return
+    states = [state for state in client.read_flow_run_states(run.id) if state.is_cancelled()]
+    own = [s.message for s in states if s.message and s.message != _OF_A_WORKER]
+    if own:
+        client.set_flow_run_state(run.id, Cancelled(message=own[-1]), force=True)
