@@ -184,7 +184,7 @@ def test_checkpoints_of_another_tokenizer_are_refused_before_the_job_is_replaced
     assert contents(run.run_dir) == before
 
     other.write(job.folder.job)  # as an earlier version did
-    with pytest.raises(ValueError, match="restore the former files of the tokenizer"):
+    with pytest.raises(ValueError, match="restore the earlier files of the tokenizer"):
         load("mine", run.cache_dir)
     job.write(job.folder.job)
 

@@ -162,7 +162,7 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
     last = spent["seconds"]["logging"]
     assert seconds - last <= sum(taken) * (1 + 1e-6) and sum(taken) <= seconds
     assert (
-        "time of the training: " in output
+        "time of training: " in output
         and "![share of the wall time" in (flow.folder("first") / "report.md").read_text()
     )
 

@@ -260,7 +260,7 @@ def test_checkpoint_that_does_not_fit_is_refused_before_it_is_begun(tmp_path, mo
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
-    with pytest.raises(OSError, match=r"a checkpoint takes \d.* MB and .* has room for 0.0 MB"):
+    with pytest.raises(OSError, match=r"a checkpoint takes \d.* MB, but .* has room for 0.0 MB"):
         saver.save(trained(1))
     assert list(tmp_path.iterdir()) == []
 
@@ -357,7 +357,8 @@ def test_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path, chan
     other = new_state(with_workload(CONFIG, model=MODEL.replace(**change)))
     before = tensors(other)
     [(name, value)] = change.items()
-    with pytest.raises(CheckpointError, match=f"a model with {name} .*, this run's has {value}"):
+    both = f"a model with {name} .*, but the model of this run has {value}"
+    with pytest.raises(CheckpointError, match=both):
         load(other, path)
     assert_equal(tensors(other), before)
 
@@ -501,7 +502,7 @@ def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):
     with TensorFiles(tmp_path) as files:
         with pytest.raises(BadTensorFile, match=r"has x as \[3, 2\] .*needs \[2, 3\]"):
             files.read_into("x", torch.zeros(2, 3))
-        with pytest.raises(BadTensorFile, match=r"of torch.float32, and .* of torch.int64"):
+        with pytest.raises(BadTensorFile, match=r"of torch.float32, but .* of torch.int64"):
             files.read_into("x", torch.zeros(3, 2, dtype=torch.int64))
         with pytest.raises(BadTensorFile, match="no tensor y"):
             files.read_into("y", torch.zeros(1))

@@ -39,7 +39,7 @@ def test_compiling_is_timed_and_a_second_time_in_mid_run_is_a_warning_with_its_r
         settled = True
         layer(torch.randn(6, 8))
         [warning] = warnings()
-        assert "recompiled in mid-run: Recompiling function forward" in warning
+        assert "recompiled during the run: Recompiling function forward" in warning
         assert "size mismatch at index 0. expected" in warning and "\n" not in warning
         clock.settle()
         assert clock.seconds["compile"] > compiled

@@ -25,9 +25,9 @@ def work(job: TrainingJob, stop: Stop) -> None:
     try:
         ended = session.run(stop)
     finally:
-        session.saver.wait()  # the next process resumes from what is being written
+        session.saver.wait()  # the next process resumes from the checkpoint that is being written
     account = session.ledger.book(session.state.step, ended=True)
-    log.info("wall time of the training: %s", goodput.summary(account.shares, account.wall))
+    log.info("wall time of training: %s", goodput.summary(account.shares, account.wall))
     step = session.state.step
     if ended:
         session.recorder.event(Done(time=time.time(), step=step))

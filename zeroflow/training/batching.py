@@ -17,7 +17,7 @@ def batches(rows: Rows, config: TrainingConfig, order: Order | None = None) -> B
     """Return the training batches of this rank.
 
     Args:
-        order: None for that of a run that reads all rows from the beginning and skips none.
+        order: order of the rows; None for a run that was not extended and skips no data.
     """
     whole = [Segment(batch=0, rows=len(rows))]
     return Batches(

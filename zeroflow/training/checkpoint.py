@@ -2,14 +2,15 @@
 
 A checkpoint is a directory `step-00000100/`:
 
-    config.json           the model's shape, in Hugging Face's words
+    config.json           the model's configuration, in the format of Hugging Face
     model*.safetensors    the weights, by Hugging Face's names
-    state*.safetensors    the rest of the state: the optimiser's, and PyTorch's random numbers
+    state*.safetensors    the rest of the state: optimiser and PyTorch's random state
     manifest.json         step and model, and size and sha256 of every file
 
-Transformers opens it as a model. Each rank writes the tensors that it owns, whole, into files of
-its own; any number of ranks reads them at any stage, each the rows that it needs. No file can hold
-code. The directory gets its name only when all its files are on disk.
+`transformers` opens it as a model. Each tensor is written whole by one rank, its owner; each rank
+writes its own files. Because tensors are whole, any number of ranks can read them at any ZeRO
+stage, each rank only the rows of its shard. No file can contain code. The directory gets its name
+when all its files are on disk.
 """
 
 import errno
@@ -41,7 +42,8 @@ from zeroflow.units import decimal
 log = logging.getLogger(__name__)
 
 _RANDOM_CPU, _RANDOM_CUDA = "random.cpu.rank0", "random.cuda.rank0"
-"""Every rank has its own random state, but PyTorch stores one value per name, that of rank 0."""
+"""Names of the random states. Only that of rank 0 is stored: a step uses no random numbers, and a
+checkpoint must not depend on the number of ranks."""
 
 _MODEL = "model."
 """Prefix of weights among the tensors of the state."""
@@ -58,7 +60,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointFacts(Record):
-    """The manifest of a checkpoint, besides its files."""
+    """The manifest of a checkpoint, without the list of files."""
 
     FORMAT: ClassVar[int] = 3
 
@@ -85,11 +87,13 @@ class Saver:
     """Writes checkpoints of a state into a folder, in a background thread.
 
     Training waits until the previous write has ended and the state is copied to host memory. The
-    next checkpoint reuses the memory of the copy, which is pinned for a state on a GPU. If the copy
-    would take more than half of the free memory, training waits for the write instead.
+    next checkpoint reuses the memory of the copy, because allocating pinned memory takes seconds.
+    On one rank, if the copy would take more than half of the free memory, training waits for the
+    write instead.
 
-    Every rank calls `save`. A sharded state is gathered tensor by tensor, and each tensor is copied
-    and written by one rank, its owner: a host holds its share of the state and one tensor more.
+    Every rank calls `save`. A sharded state is gathered one tensor at a time, and each tensor is
+    copied and written by one rank, its owner. So a host needs memory for the tensors that its ranks
+    own, and a device for one gathered tensor.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class Saver:
         """
         Args:
             tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
-            config: content of config.json; None for a checkpoint that nobody opens as a model.
+            config: content of config.json; None if no one will open the checkpoint as a model.
             on_saved: called in rank 0's writing thread when a checkpoint is complete.
         """
         self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
@@ -115,7 +119,7 @@ class Saver:
         self._failure: BaseException | None = None
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
-        """Start writing `state` as `folder/step-N`. Does nothing if that exists.
+        """Start writing `state` as `folder/step-N`. Does nothing if it exists.
 
         Args:
             val_loss: validation loss of this state, if it was measured.
@@ -172,7 +176,7 @@ class Saver:
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"a checkpoint takes {decimal(needed)} and {self._folder} has room for "
+                f"a checkpoint takes {decimal(needed)}, but {self._folder} has room for "
                 f"{decimal(free)}: free some space or move the cache (--cache-dir); existing "
                 "checkpoints are kept, and the same command resumes from the newest",
             )
@@ -185,7 +189,7 @@ class Saver:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         owner = _owners(tensors, zero.ranks())
         for name, tensor in tensors.items():
-            whole = zero.full_tensor(tensor)
+            whole = zero.full_tensor(tensor)  # a collective: all ranks call it in the same order
             if zero.rank() != owner[name]:
                 continue
             if name not in self._copies:
@@ -201,7 +205,7 @@ class Saver:
             self._failure = error
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
-        """Write this rank's tensors; rank 0 makes the directory, and completes it in the end."""
+        """Write this rank's tensors. Rank 0 also creates the directory, and seals it at the end."""
         with ExitStack() as stack:
 
             def begin() -> Path | None:
@@ -231,7 +235,7 @@ class _Written(NamedTuple):
 
 
 def _write_files(folder: Path, tensors: dict[str, Tensor]) -> dict[str, _Written]:
-    """Write weights and the rest of `tensors` into a file each, and describe the files by name."""
+    """Write one file of weights and one of the other tensors; return the files by name."""
     weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MODEL)}
     number = f"-{zero.rank() + 1:05d}-of-{zero.ranks():05d}" if zero.ranks() > 1 else ""
@@ -255,7 +259,11 @@ def _index(written: list[dict[str, _Written]]) -> JsonObject:
 
 
 def _owners(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
-    """Return the rank that copies and writes each tensor, so that all write about as much."""
+    """Return the rank that copies and writes each tensor, with similar amounts for all ranks.
+
+    Tensors are assigned from the largest to the smallest, each to the rank with the least so far.
+    All ranks compute the same result without communication.
+    """
     owned, load = {}, [0] * ranks
     for name in sorted(tensors, key=lambda name: -tensors[name].nbytes):
         rank = load.index(min(load))
@@ -280,7 +288,7 @@ def retire(folder: Path, retention: Retention) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():  # someone moved it elsewhere
+    if path.is_symlink():  # the user moved the checkpoint elsewhere and left a link
         path.unlink()
     else:
         shutil.rmtree(path)
@@ -325,7 +333,7 @@ def latest(folder: Path) -> Path | None:
         try:
             _require_signed_format(path)
             if (step := artifacts.verify(path)["step"]) != step_of(path):
-                raise artifacts.DamagedArtifact(f"{path} holds step {step}")
+                raise artifacts.DamagedArtifact(f"{path} has the state of step {step}")
             return path
         except artifacts.DamagedArtifact as damage:
             artifacts.set_aside(path, damage)
@@ -333,12 +341,12 @@ def latest(folder: Path) -> Path | None:
 
 
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest complete checkpoint, damaged or not; 0 without one."""
+    """Return the step of the newest checkpoint, without verifying it; 0 if there is none."""
     return max(map(step_of, _all(folder)), default=0)
 
 
 def newest_facts(folder: Path) -> CheckpointFacts | None:
-    """Return the facts of the newest checkpoint whose manifest can be read; None without one.
+    """Return the facts of the newest checkpoint with a readable manifest; None if there is none.
 
     Raises:
         CheckpointError: its format belongs to another version of zeroflow.
@@ -348,10 +356,10 @@ def newest_facts(folder: Path) -> CheckpointFacts | None:
 
 
 def require_resumable(folder: Path, model: ModelConfig, *, tokenizer: str) -> None:
-    """Refuse to train on from checkpoints of another model or tokenizer.
+    """Check that training can resume from the newest checkpoint in `folder`, if there is one.
 
     Raises:
-        CheckpointError: the format, model or tokenizer of the newest one differs.
+        CheckpointError: its format, model or tokenizer differs.
     """
     if found := _newest_readable(folder):
         path, facts = found
@@ -385,14 +393,14 @@ def load(state: TrainState, path: Path, *, tokenizer: str) -> None:
     facts = _facts(path)
     if _is_older(path):
         log.warning(
-            "%s is of format %d, which later versions will not read: the next checkpoint is "
+            "%s has format %d, which later versions will not read: the next checkpoint is "
             "written in format %d",
             *(path, _OLDEST_FORMAT, CheckpointFacts.FORMAT),
         )
     _require_same(facts, path, state.model.config, tokenizer)
     tensors = state_tensors(state)
     if _RANDOM_CUDA not in _names(path):
-        tensors.pop(_RANDOM_CUDA, None)  # written by a run on a CPU
+        tensors.pop(_RANDOM_CUDA, None)  # the checkpoint was written on a CPU
     _read(tensors, path)
     torch.set_rng_state(tensors[_RANDOM_CPU])
     if _RANDOM_CUDA in tensors:
@@ -419,7 +427,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return every tensor of the state by a name that is the same for any number of ranks."""
+    """Return all tensors of the state by name; names do not depend on the number of ranks."""
     tensors = {_RANDOM_CPU: torch.get_rng_state(), "skipped": state.skipped}
     if state.skipped.is_cuda:
         tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state()
@@ -474,7 +482,7 @@ def _manifest(path: Path) -> JsonObject:
 
 
 def _require_signed_format(path: Path) -> None:
-    """Refuse a manifest of format 1: it has no checksum, so it would look damaged."""
+    """Refuse a manifest of format 1. It has no checksum, so it would be set aside as damaged."""
     try:
         manifest = artifacts.read_json(path / artifacts.MANIFEST)
     except (OSError, ValueError):
@@ -486,11 +494,13 @@ def _require_signed_format(path: Path) -> None:
 def _require_same(facts: CheckpointFacts, path: Path, model: ModelConfig, tokenizer: str) -> None:
     for name in ModelConfig.model_fields:
         if (mine := getattr(model, name)) != (other := getattr(facts.model, name)):
-            raise CheckpointError(f"{path} has a model with {name} {other}, this run's has {mine}")
+            raise CheckpointError(
+                f"{path} has a model with {name} {other}, but the model of this run has {mine}"
+            )
     if facts.tokenizer != tokenizer:
         raise CheckpointError(
             f"{path} was trained on ids of tokenizer {facts.tokenizer}, but this run has "
-            f"tokenizer {tokenizer}: restore the former files of the tokenizer and run the same "
+            f"tokenizer {tokenizer}: restore the earlier files of the tokenizer and run the same "
             "command again, or use another --run-name"
         )
 

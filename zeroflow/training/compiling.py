@@ -1,4 +1,4 @@
-"""Monitoring of torch.compile during a training: time and recompilations."""
+"""Monitoring of torch.compile during training: compile time and recompilations."""
 
 import logging
 from collections.abc import Callable
@@ -11,11 +11,11 @@ log = logging.getLogger(__name__)
 def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
     """Count compilation as its own phase in `clock`, and log recompilations as warnings.
 
-    A recompilation in mid-run means that a step had a new shape or setting, and takes minutes.
-    The warnings contain PyTorch's log of the reasons, which TORCH_LOGS turns on or off if set.
+    A recompilation during a run means that a step had a new shape or setting, and it can take
+    minutes. The warnings contain the reasons that PyTorch logs, unless TORCH_LOGS disables them.
 
     Args:
-        is_settled: returns True once everything should be compiled.
+        is_settled: returns True when no more compilation is expected.
     """
     import torch._dynamo  # takes a second to import; only compiled models need it
 
@@ -34,7 +34,7 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Passes PyTorch's reasons for a recompilation to the log of the run."""
+    """Copies PyTorch's reasons for a recompilation to the log of the run."""
 
     def __init__(self, is_settled: Callable[[], bool]) -> None:
         super().__init__()
@@ -42,4 +42,4 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._is_settled():
-            log.warning("recompiled in mid-run: %s", " ".join(record.getMessage().split()))
+            log.warning("recompiled during the run: %s", " ".join(record.getMessage().split()))

@@ -12,7 +12,7 @@ from zeroflow.training.workload import Workload
 
 
 class TrainingConfig(Config):
-    """The mathematics of a training, with the workload of each step."""
+    """Everything that defines the mathematics of training, with the workload of a step."""
 
     seed: NonNegativeInt
     """Seed of the weights and of the order of the rows."""
@@ -33,12 +33,12 @@ class TrainingConfig(Config):
 
     @property
     def on_one_machine(self) -> Self:
-        """The same on the ranks of one machine, with as many rows for each."""
+        """The same settings for the ranks of one machine, with the same rows per rank."""
         return self.replace(workload=self.workload.on_one_machine)
 
     @property
     def identity(self) -> Identity:
-        """Settings that decide the outcome of a check, besides model and schedule."""
+        """Settings that affect the result of a check, besides model and schedule."""
         return {
             "seed": self.seed,
             **self.workload.in_format_1,

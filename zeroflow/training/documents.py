@@ -1,4 +1,4 @@
-"""The documents of a training step, recovered from the run's job and history."""
+"""The documents of a training step, computed from the run's job and history."""
 
 import numpy as np
 
@@ -42,11 +42,10 @@ def _pieces(job: TrainingJob, step: int, skips: tuple[Skip, ...]) -> list[Piece]
 
 
 def _segment_of_older_run(job: TrainingJob, step: int) -> tuple[Segment, ...]:
-    """Return the only segment, with the rows read by the process that trained `step`.
+    """Return one segment with the rows that the process that trained `step` read.
 
-    Older versions recorded no segments: a run that was extended read its rows in another order from
-    then on. If several processes trained the step, the last one counts: it replaced the work of the
-    others.
+    Older versions recorded no segments: after an extension, a run read all rows in a new order. If
+    several processes trained the step, the last one counts, because its result replaced the others.
     """
     events = EVENTS.read(job.folder.events)
     read = [e.parts for e in events if isinstance(e, Started) and e.step < step]

@@ -1,4 +1,4 @@
-"""Environment variables of the ranks: allocator, caches of compiled code, time of the launch."""
+"""Environment variables of the ranks: allocator, caches of compiled code, launch time."""
 
 import os
 import time
@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 
 LAUNCHED = "ZEROFLOW_LAUNCHED"
-"""Environment variable with the time of the launch, from which a rank counts its start-up."""
+"""Environment variable with the launch time, at which the start-up of a rank begins."""
 
 
 def rank_environment(compile_cache: Path | None) -> dict[str, str]:
     """Return the environment that all ranks share. Variables that the user has set take precedence.
 
     Args:
-        compile_cache: folder for compiled code; None leaves that to PyTorch.
+        compile_cache: folder for compiled code; None for PyTorch's default.
     """
-    # glibc returns every large tensor to the kernel when it is freed, and the kernel maps the
-    # next one page by page, which takes a fifth of a step on a CPU. With huge pages it is less
+    # glibc returns every large tensor to the kernel when it is freed, and the kernel maps the next
+    # one page by page. This takes a fifth of a step on a CPU, and less with huge pages
     defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     user = dict(os.environ)
     if compile_cache is not None:
-        # By default PyTorch uses a temporary folder, which may be gone after a reboot
+        # By default, PyTorch and the kernels use temporary folders, which a reboot may delete
         names = {
             "TORCHINDUCTOR_CACHE_DIR": "inductor",
             "TRITON_CACHE_DIR": "triton",
@@ -32,8 +32,8 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
         defaults |= {name: str(compile_cache / folder) for name, folder in names.items()}
         defaults["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
         if not Path(cache_from_source(torch.__file__)).exists():
-            # A container image may contain no bytecode and forbid writing any. Then every rank
-            # would compile PyTorch's sources at its start
+            # A container image may contain no bytecode and forbid writing it. Then every rank would
+            # compile PyTorch's Python sources whenever it starts
             user.pop("PYTHONDONTWRITEBYTECODE", None)
             defaults["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
     return defaults | user | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}

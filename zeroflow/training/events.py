@@ -18,10 +18,10 @@ class Started(Record):
     time: float
     step: int
     steps: int
-    """Number of steps of the whole training."""
+    """Number of steps of the whole run."""
 
     parts: int
-    """Number of parts of the shards that it reads; an extended run reads more."""
+    """Number of parts of the shards that the process reads; an extended run reads more."""
 
 
 class Saved(Record):
@@ -98,7 +98,7 @@ class Failed(Record):
     reason: FailureReason
     rank: int = 0
     step: int | None = None
-    """Step at which the training diverged."""
+    """Step at which training diverged."""
 
 
 class Done(Record):
@@ -115,3 +115,4 @@ Event = Annotated[
 ]
 
 EVENTS: JsonLines[Event] = JsonLines(Event)
+"""events.jsonl."""

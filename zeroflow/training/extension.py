@@ -1,8 +1,8 @@
-"""Training a run for more steps than it was planned for.
+"""Extension of a run to more steps than planned.
 
-Two facts are recorded in the run's job: the schedule until then, so that the learning rate rises
-from its last value instead of jumping, and the rows read until then, so that those that were not
-read come first.
+The run's job records two facts about the steps before the extension: their schedule, so that the
+learning rate rises from its last value instead of jumping, and the rows that they read, so that
+rows that were not read come first.
 """
 
 import logging
@@ -21,6 +21,7 @@ from zeroflow.units import count
 log = logging.getLogger("zeroflow.training")
 
 _JUMP = 1.05
+"""Ratio of learning rates above which an extension is said to raise the rate."""
 
 
 class Extension(Config):
@@ -72,17 +73,17 @@ def extensions(schedule: Schedule) -> Iterator[Extension]:
 
 
 def extended(planned: TrainingJob) -> TrainingJob:
-    """Return the job of a run with what is recorded of its steps so far.
+    """Return `planned` with the recorded schedule and segments of the steps so far.
 
-    If it has more steps or rows than the recorded job, it is extended at its newest checkpoint, and
-    the log says what that does.
+    If `planned` has more steps or rows than the recorded job, the run is extended at its newest
+    checkpoint, and the consequences are logged.
 
     Raises:
         ValueError: the recorded job cannot be read.
     """
     step = checkpoint.newest_step(planned.folder.checkpoints)
     if not step or not planned.folder.job.exists():
-        return planned  # nothing is trained
+        return planned  # nothing has been trained yet
     before = read_job(planned.folder)
     segments, schedule = _segments(before, planned, step), planned.training.schedule
     if schedule.steps > before.training.steps:
@@ -99,6 +100,7 @@ def _segments(before: TrainingJob, planned: TrainingJob, step: int) -> tuple[Seg
     recorded, rows = before.segments or (whole,), planned.shards.train.rows
     if rows <= recorded[-1].rows or planned.shards.path.name != before.shards.path.name:
         return before.segments
+    # In the order of `before`, skips included: a roll-back shifts the batches of later steps
     batch = int(recovery.current(before).order.batches(np.array([step]))[0])
     earlier = [segment for segment in recorded if segment.batch < batch]
     return (*earlier, Segment(batch=batch, rows=rows))
@@ -110,13 +112,13 @@ def _log(before: TrainingJob, planned: TrainingJob, schedule: Schedule) -> None:
     if extension.next > _JUMP * extension.last:
         log.warning(
             "the learning rate had decayed to %.3g, so the loss may rise before it falls again; "
-            "runs with --schedule wsd do not rise if they are extended before the decay, the "
-            "last 20 %% of their steps",
+            "with --schedule wsd the rate stays the same if a run is extended before its decay, "
+            "the last 20 %% of the steps",
             extension.last,
         )
     if (rows := planned.shards.train.rows) > before.shards.train.rows:
         log.info(
-            "%s rows to train on instead of %s: those that this epoch has not read come first",
+            "%s training rows instead of %s: rows that this epoch has not read yet come first",
             f"{rows:,}",
             f"{before.shards.train.rows:,}",
         )

@@ -1,4 +1,4 @@
-"""Failures of a training, and their report by a rank."""
+"""Failures of training, and the messages with which a rank reports them."""
 
 import os
 from pathlib import Path
@@ -24,12 +24,12 @@ class TrainingFailed(RuntimeError):
     ) -> None:
         """
         Args:
-            step: step at which the training diverged.
+            step: step at which training diverged.
         """
         super().__init__(message)
         self.reason, self.step = reason, step
         self.will_retry = False
-        """True if a change of settings may let another start succeed."""
+        """True if another start, perhaps with changed settings, may succeed."""
 
     def add_advice(self, advice: str) -> None:
         if advice:
@@ -41,7 +41,7 @@ class RunIsBusy(TrainingFailed):
 
 
 class TrainingStopped(RuntimeError):
-    """A training stopped cleanly on request."""
+    """Training stopped cleanly on request."""
 
 
 class Diverged(FloatingPointError):
@@ -62,7 +62,7 @@ def reason(error: Exception) -> FailureReason:
 
 
 def message(error: Exception, run_dir: Path) -> str:
-    """Return the message for the user about a rank's error."""
+    """Return the message about a rank's error that the user sees."""
     if isinstance(error, Diverged | ValueError):
         return str(error)
     if any(lack in str(error) for lack in _NO_COMPILER):

@@ -1,8 +1,8 @@
-"""Wall time of a training, divided into phases; every moment belongs to exactly one phase.
+"""Wall time of training, divided into phases; every moment belongs to exactly one phase.
 
 A process adds the seconds of its phases to `goodput.jsonl` at every logged step and checkpoint, so
-a killed process leaves at most its last few steps unaccounted. Over all processes of a run and the
-time between them, the phases add up to the wall time of the training.
+a killed process loses the record of at most its last few steps. Over all processes of a run and the
+time between them, the phases add up to the wall time of training.
 """
 
 import time
@@ -17,6 +17,7 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.units import duration
 
 _SHOWN = 5
+"""Number of phases in the summary."""
 
 Name = TypeVar("Name", bound=str)
 
@@ -42,11 +43,10 @@ restarts: from the death of a process to the launch of the next, plus the lost s
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 GOOD: tuple[Phase, ...] = ("forward_backward", "optimizer")
-"""Phases that train the model. The others are overhead."""
+"""Phases that count as goodput. The others are overhead."""
 
 TRAINING: tuple[Phase, ...] = ("data", *GOOD, "communication", "logging")
-"""Phases of a step. Tokens per second are computed from their seconds, without the first step of
-each process."""
+"""Phases from which tokens per second are computed, without the first step of each process."""
 
 
 class Booking(Record):
@@ -76,9 +76,9 @@ class Clock:
     """The current phase of the process and the seconds of all phases.
 
     The host queues work ahead of the GPU, so a phase ends when the device reaches its end. Every
-    change of phase records an event in the stream, without waiting; `settle` reads the events. So
-    data preparation that overlaps with computation takes no time, and if the loop waits for the
-    device, that time belongs to the phase that the device executes.
+    change of phase records an event in the stream, without waiting; `settle` reads the events.
+    Therefore data preparation that overlaps with computation counts as no time, and time in which
+    the loop waits for the device belongs to the phase that the device executes.
     """
 
     def __init__(self, began: float, *, device: Literal["cpu", "cuda"]) -> None:
@@ -109,7 +109,7 @@ class Clock:
         self._marks[-1][1].wait()
         now = time.perf_counter()
         spans = [(phase, end.since(begin)) for (phase, begin), (_, end) in pairwise(self._marks)]
-        # Events only give the proportions: their seconds may not add up to the host's
+        # Events give only the proportions: their sum may differ from the seconds of the host
         scale = (now - self._settled) / (sum(seconds for _, seconds in spans) or 1.0)
         for phase, seconds in spans:
             self.seconds[phase] += scale * seconds
@@ -152,13 +152,13 @@ class Account:
     def __init__(self, bookings: Iterable[Booking] = ()) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.restarts = 0
-        """Number of processes that resumed after one that had not exited cleanly."""
+        """Number of processes that resumed after another had not exited cleanly."""
 
         self.steps_again = 0
         """Number of steps trained again because a process resumed from an earlier checkpoint."""
 
         self.steps = 0
-        """Number of steps, without the first step of each process."""
+        """Number of trained steps, without the first step of each process."""
 
         self._step, self._is_first = 0, True
         self._bookings: list[Booking] = []
@@ -198,8 +198,9 @@ class Account:
         restarts = self.seconds["restarts"]
         if not last.ended:
             self.restarts += 1
-            # The wall clock may have been set back
+            # 0 if the wall clock was set back
             restarts += max(0.0, began - last.time)
+        # The time of steps that are trained again did not contribute to the weights
         while self._bookings and self._bookings[-1].step > first.step:
             restarts += sum(self._bookings.pop().seconds.values())
         self.seconds = dict.fromkeys(PHASES, 0.0) | {"restarts": restarts}
@@ -218,7 +219,7 @@ class Account:
 
 
 class PhaseLedger:
-    """Account of a run, with the bookings of this process."""
+    """Account of a run, to which this process adds its own seconds."""
 
     def __init__(self, folder: RunFolder, clock: Clock, *, kept: bool = True) -> None:
         """

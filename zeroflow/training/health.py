@@ -7,15 +7,26 @@ from statistics import median
 from typing import NamedTuple
 
 _WINDOW = 50
+"""Number of earlier logged steps with which a step is compared."""
+
 _ENOUGH = 10
+"""Number of earlier logged steps below which nothing is compared."""
+
 _SIGMAS = 6.0
 _NORMAL = 1.4826
 """Standard deviation of a normal distribution, in median absolute deviations."""
 
 _LOSS_RISE = 0.3
+"""A loss is unusual only if it exceeds the median by more than this, in nats."""
+
 _NORM_FACTOR = 3.0
+"""A gradient norm is unusual only if it exceeds this multiple of the median."""
+
 _UPDATE_RATIO, _RATIO_FACTOR = 0.1, 3.0
+"""An update ratio is unusual if it exceeds the first number, and its median times the second."""
+
 _TOO_GOOD = 0.5
+"""Loss in nats per token that no model reaches on text that it reads for the first time."""
 
 
 class Reading(NamedTuple):
@@ -34,11 +45,11 @@ class Monitor:
     """Compares every logged step with the steps before it.
 
     Loss and gradient norm raise an alarm if they exceed the median of a window by six robust
-    standard deviations and also by a clear absolute margin. While the window contains the fast drop
-    at the beginning, its deviation is too large to detect anything, so the update ratio has an
-    absolute limit. It also has a relative limit, because small matrices at a high learning rate
-    change by a tenth in a healthy training. A loss that is too low in the first epoch means that
-    targets leak into the inputs.
+    standard deviations and also by a fixed margin. At the beginning the loss drops so fast that the
+    deviation in the window is too large to detect anything. Therefore the update ratio has an
+    absolute limit, and also a relative one, because in healthy training with a high learning rate
+    small matrices change by a tenth. A loss that is too low in the first epoch means that targets
+    leak into the inputs.
     """
 
     def __init__(self, *, entropy: float | None, earlier: Sequence[Reading] = ()) -> None:

@@ -1,4 +1,5 @@
-"""A training step, and a loop that yields after each step so that the caller can log and save."""
+"""The training step, and a loop that yields after each step, so that its caller can log and
+save."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,7 +41,7 @@ def loss_sum(
 
 
 def forward(model: Llama, batch: MicroBatch, loss_of: Callable[..., Tensor]) -> Tensor:
-    """Return `loss_of` the hidden states, the output matrix and the `targets` of `batch`."""
+    """Run the model on `batch`, and return `loss_of(hidden states, output matrix, targets)`."""
     device = model.model.embed_tokens.weight.device
     on_device = partial(Tensor.to, device=device, non_blocking=True)
     head = partial(loss_of, targets=on_device(batch.targets))
@@ -73,7 +74,7 @@ def train_step(
     learning_rate = config.schedule.learning_rate(state.step)
     optimizer.set_learning_rate(state.optimizer, learning_rate)
     # The backward pass averages gradients over ranks, which may have different numbers of valid
-    # targets. Dividing by the mean number gives the average over all targets
+    # targets. Dividing by the mean number of targets per rank gives the mean over all targets
     targets = zero.total(sum(batch.valid for batch in micro_batches)) / zero.ranks()
     losses = []
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
@@ -88,11 +89,12 @@ def train_step(
     enter("optimizer")
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimizer.max_grad_norm)
     grad_norm = zero.full_tensor(norm)
+    # The norm is non-finite if any gradient is
     non_finite = ~torch.isfinite(loss + grad_norm)
     optimizer.step(state.optimizer, skip=non_finite)
     state.optimizer.zero_grad()
     state.skipped += non_finite
-    state.skipped[0] *= non_finite
+    state.skipped[0] *= non_finite  # the current sequence ends with a finite step
     state.step += 1
     return StepMetrics(loss, grad_norm, learning_rate)
 

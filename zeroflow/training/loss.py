@@ -25,11 +25,11 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Return the sum over the valid targets of -log p + z_loss · (log Z)², a scalar in fp32.
 
-    The logits, hidden states times output matrix, are computed for a chunk of tokens at a time and
-    overwritten with their gradient: this takes `logits_bytes` of memory instead of three times
-    B·T·V·4. The forward pass computes the gradients too, so the backward pass recomputes nothing:
-    https://arxiv.org/abs/2410.10989, section 3.2. The gradient of the matrix is accumulated over
-    the chunks in fp32.
+    The logits, hidden states times output matrix, are computed for one chunk of tokens at a time
+    and overwritten with their gradient. This takes `logits_bytes` of memory instead of three times
+    B·T·V·4 bytes. The forward pass also computes the gradients, so the backward pass recomputes
+    nothing: https://arxiv.org/abs/2410.10989, section 3.2. The gradient of the output matrix is
+    accumulated over the chunks in fp32.
 
     Args:
         hidden: hidden states, (B, T, D); logits have their dtype.
@@ -78,7 +78,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # In place: autograd frees the saved tensors afterwards, so there is no second backward pass
+        # In place, because autograd frees the saved tensors and never runs this backward pass again
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
 
@@ -110,7 +110,7 @@ def _to_losses_and_gradients(
     valid = targets != IGNORED
     rows, columns = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
     of_targets, largest = exact[rows, columns], exact.amax(dim=1)
-    # In place and with one exponential per logit; logsumexp would need a copy and a second one
+    # In place, with one exponential per logit; logsumexp would need a copy and a second exponential
     sums = exact.sub_(largest[:, None]).exp_().sum(dim=1)
     log_z = largest + sums.log()
     losses.copy_((log_z - of_targets + z_loss * log_z**2) * valid)
@@ -139,7 +139,8 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 def logits_bytes(gpu_memory: int | None) -> int:
     """Return the bytes of logits that the loss keeps in memory at once.
 
-    Large chunks are faster on a GPU, because each reads and writes the gradient of the matrix.
+    Large chunks are faster on a GPU, because every chunk reads and writes the whole gradient of the
+    output matrix.
 
     Args:
         gpu_memory: bytes of the GPU; None on a CPU.

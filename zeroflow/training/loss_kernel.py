@@ -10,7 +10,7 @@ from torch import Tensor
 from zeroflow.data.batches import IGNORED
 
 _BLOCK = 32_768
-"""Maximum number of logits that a program holds at once."""
+"""Maximum number of logits that one Triton program has in registers at once."""
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""The logged numbers of a training: their table, records and measurement.
+"""The metrics of training: their table, records and measurement.
 
-To log another number, add a field to a record, a line to `TABLE` and its expression to `Meter`.
-MLflow, the report, the plots and the table of a sweep read this table.
+To add a metric, add a field to a record, a line to `TABLE` and the expression that measures it to
+`Meter`. MLflow, the report, the plots and the table of a sweep use this table.
 """
 
 import time
@@ -60,8 +60,8 @@ class StepRecord(_Logged):
     """True as long as no row has been read twice."""
 
     tokens_per_second: float | None
-    """Speed since the last logged step; None if no step since then counts, as the first step of a
-    process does not."""
+    """Speed since the last logged step. The first step of a process does not count; None if there
+    is no other."""
 
     peak_memory_mib: float | None = None
     """Highest peak memory of any rank, in MiB; None in files of older versions."""
@@ -80,8 +80,7 @@ class ValidationRecord(_Logged):
     """Mean over the held-out targets, in nats per token."""
 
     val_error: float | None = omitted()
-    """Standard error of val_loss, as another sample of held-out rows would differ; None in files of
-    older versions."""
+    """Standard error of val_loss over samples of held-out rows; None in files of older versions."""
 
     val_bpb: float | None
     """The same loss in bits per byte of text; None for data that is not text."""
@@ -119,10 +118,10 @@ class Metric:
     """Format of a value, as in `format(value, form)`."""
 
     by_compute: bool = False
-    """True also plots it against tokens and FLOPs."""
+    """True to plot it also against tokens and FLOPs."""
 
     compared: bool = False
-    """True adds a column to the table that compares the runs of a sweep."""
+    """True to add a column to the table that compares the runs of a sweep."""
 
     def text(self, value: float) -> str:
         return f"{value:{self.form}} {self.unit}".rstrip()
@@ -174,7 +173,7 @@ def _values(record: MetricsRecord) -> Iterator[tuple[str, Metric, float]]:
 
 
 class Meter:
-    """Measures the logged numbers. All ranks call it, because some numbers combine all ranks."""
+    """Measures the metrics. All ranks call it, because some metrics combine all ranks."""
 
     def __init__(self, job: TrainingJob, account: Account) -> None:
         """
@@ -187,10 +186,10 @@ class Meter:
     def step(
         self, state: TrainState, metrics: StepMetrics, account: Account, rate: float | None
     ) -> StepRecord:
-        """Return the record of the step just done; waits for the device.
+        """Return the record of the last step. Waits for the device.
 
         Args:
-            account: time account of the run until now.
+            account: time account of the run so far.
             rate: tokens per second since the last logged step.
         """
         step, optimizer = state.step, self._work.optimizer
@@ -216,7 +215,7 @@ class Meter:
     ) -> ValidationRecord:
         """
         Args:
-            bytes_per_token: of the tokens that were scored; None for data that is not text.
+            bytes_per_token: bytes of text per scored token; None for data that is not text.
         """
         return ValidationRecord(
             step=step,
@@ -240,7 +239,7 @@ class Meter:
         return self.tokens_per_second(account.steps - steps, account.training - seconds)
 
     def tokens_per_second(self, steps: int, seconds: float) -> float | None:
-        """Return the speed; None if no step counts, as the first step of a process does not."""
+        """Return the speed; None if `steps`, which exclude first steps of processes, is 0."""
         return self.tokens(steps) / seconds if steps else None
 
     def mfu(self, tokens_per_second: float | None) -> float | None:

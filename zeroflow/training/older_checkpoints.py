@@ -1,7 +1,7 @@
-"""Tensors of checkpoints of format 2, as `torch.distributed.checkpoint` wrote them.
+"""Reads checkpoints of format 2, which `torch.distributed.checkpoint` wrote.
 
-Its index is a pickle, which could run code when it is read: only the few classes of an index are
-let through.
+The index of such a checkpoint is a pickle, and reading a pickle can run code. Therefore only the
+few classes that an index needs are allowed.
 """
 
 import pickle
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _INDEX = ".metadata"
 
-# Without BytesStorageMetadata: PyTorch unpickles the bytes that it describes, whatever they hold
+# BytesStorageMetadata is left out: PyTorch unpickles the bytes that it describes, which may be code
 _CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -37,7 +37,7 @@ def stored(path: Path) -> dict[str, Any]:
     """Return the metadata of a checkpoint's tensors, by name.
 
     Raises:
-        ValueError: the index cannot be read, or holds something else.
+        ValueError: the index cannot be read, or contains another class.
     """
     index = _index(path).state_dict_metadata
     assert isinstance(index, dict)
@@ -53,15 +53,15 @@ def _index(path: Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads an index. Nothing else can be in it, and no code is run."""
+    """Reads an index, and refuses every class that an index does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _CLASSES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
-            f"it names {module}.{name}, which is in no index and could run code: use a checkpoint "
-            "from another source"
+            f"it contains {module}.{name}, which no index needs and which could run code: use a "
+            "checkpoint from another source"
         )
 
 
@@ -85,11 +85,11 @@ def read(tensors: dict[str, Tensor], path: Path) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    stored(path)  # its errors are of one line
+    stored(path)  # checked first, because its errors fit on one line
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # no process group
             dcp.load(tensors, storage_reader=_reader(path), no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException, which no caller catches
+    except dcp.api.CheckpointException as error:  # a BaseException, which callers do not catch
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

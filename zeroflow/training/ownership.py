@@ -11,7 +11,7 @@ from zeroflow.training.failures import RunIsBusy
 
 @contextmanager
 def exclusive(lock: Path, busy: str) -> Iterator[None]:
-    """Hold `lock` until the block ends, or fail at once.
+    """Hold `lock` until the block ends, or fail immediately.
 
     Raises:
         RunIsBusy: another process holds the lock; the message begins with `busy`.
@@ -28,8 +28,8 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
 def ownership() -> Iterator[Callable[[Path], None]]:
     """Yield a function that gives this process ownership of a run's directory until the block ends.
 
-    It raises `RunIsBusy` if another process owns the directory. However a process ends, its
-    directories are released.
+    It raises `RunIsBusy` if another process owns the directory. The kernel releases the locks of a
+    process that ends, even if it is killed.
     """
     with ExitStack() as held:
         owned: set[Path] = set()

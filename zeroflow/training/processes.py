@@ -18,11 +18,11 @@ from zeroflow.training import checkpoint
 log = logging.getLogger(__name__)
 
 WATCH_PARENT = "--watch-parent"
-"""Argument that makes a rank stop when its parent dies."""
+"""Argument with which a rank stops when its parent dies."""
 
 LOG_MARK = "\x1e"
-"""Prefix of a line that a rank logs, to distinguish it from other output. A digit for the level
-and the text follow."""
+"""First character of a line that a rank logs, to distinguish it from other output. It is followed
+by a digit for the level, and the text."""
 
 _STOP_SECONDS = 120.0
 """Time for a rank to finish its step and save."""
@@ -33,6 +33,7 @@ GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
 _LAST_LINES = 20
+"""Number of output lines in an error message."""
 
 
 class RankProcesses:
@@ -49,7 +50,9 @@ class RankProcesses:
         """Start the next rank."""
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # never written to: it closes when this process dies
+            # Never written to. The kernel closes it when this process dies, also after SIGKILL, and
+            # the rank notices
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -58,7 +61,7 @@ class RankProcesses:
             env=environment,
         )
         self._processes.append(process)
-        # In a copy of this context: Prefect uses it to assign log lines to a flow run
+        # In a copy of this context, from which Prefect knows which flow run a log line belongs to
         context = contextvars.copy_context()
         reader = threading.Thread(target=context.run, args=(self._log, process), daemon=True)
         reader.start()
@@ -149,7 +152,7 @@ def rank_processes(
 ) -> Iterator[RankProcesses]:
     """Run `python -m module job_file` as a rank for each of `environments` until the block ends.
 
-    However the block ends, also by Ctrl-C or SIGTERM, no process of a rank remains.
+    No process of a rank remains after the block, even if Ctrl-C or SIGTERM ended it.
     """
     ranks = RankProcesses()
     try:

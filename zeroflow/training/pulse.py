@@ -1,7 +1,7 @@
-"""Progress of rank 0 within a run's `alive` file, which it rewrites while it works.
+"""Pulses: the progress of rank 0, in the run's file `alive`, which rank 0 rewrites.
 
-Events are kept, and would grow by a line for every step. A pulse replaces the one before it, so it
-can be written at every step, and needs nothing from the device.
+An event for every step would make events.jsonl long. A pulse replaces the one before it, so it can
+be written at every step. It contains nothing that has to be read from the device.
 """
 
 import json
@@ -34,7 +34,7 @@ class PulseWriter:
         self._file, self._next = file, 0.0
 
     def __call__(self, pulse: Pulse) -> None:
-        """Write `pulse`, unless another was written just now; the last one of a phase always."""
+        """Write `pulse`, unless one was just written; the last of a phase is always written."""
         now = time.monotonic()
         if now >= self._next or pulse.done == pulse.total:
             self._file.write_text(json.dumps(pulse), encoding="utf-8")
@@ -54,7 +54,7 @@ class PulseReader:
         if text == self._last:
             return None
         self._last = text
-        with suppress(ValueError, TypeError):  # it is being written
+        with suppress(ValueError, TypeError):  # the file is being written
             return Pulse(*json.loads(text))
         return None
 

@@ -1,4 +1,4 @@
-"""Writing the progress of a training to metrics.jsonl and events.jsonl."""
+"""Writes the progress of training to metrics.jsonl and events.jsonl."""
 
 import logging
 import math
@@ -29,12 +29,13 @@ class Recorder:
     def __init__(self, job: TrainingJob, ledger: PhaseLedger, *, step: int) -> None:
         """
         Args:
-            step: step that the training resumes from; 0 at the beginning.
+            step: step that training resumes from; 0 at the beginning.
         """
         self._job, self._ledger = job, ledger
         self.meter = Meter(job, ledger.account)
         self._pulses = PulseWriter(job.folder.alive)
-        # A killed process logged steps after its last checkpoint, which are trained again
+        # A killed process may have logged steps after its last checkpoint. They are trained again,
+        # and each step must have one record
         zero.on_rank0(lambda: METRICS.keep(job.folder.metrics, lambda r: 0 < step >= r.step))
         self._monitor = Monitor(entropy=job.shards.entropy, earlier=_readings(self.records()))
 
@@ -52,20 +53,20 @@ class Recorder:
             EVENTS.append(self._job.folder.events, event)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Show the launcher how far `phase` is."""
+        """Report the progress of `phase` to the launcher."""
         if zero.rank() == 0:
             self._pulses(Pulse(phase, done, total))
 
     def alive(self) -> None:
-        """Signal to the launcher that the training makes progress."""
+        """Signal to the launcher that training makes progress."""
         if zero.rank() == 0:
             self._job.folder.alive.touch()
 
     def step(self, state: TrainState, metrics: StepMetrics) -> list[str]:
-        """Log the step just done. Reading its loss waits for the device.
+        """Log the step that was just trained. Reading its loss waits for the device.
 
         Returns:
-            Alarms: descriptions of everything unusual about the step.
+            Descriptions of everything unusual about the step.
         """
         step, loss, grad_norm = state.step, metrics.loss.item(), metrics.grad_norm.item()
         account = self._ledger.book(step)

@@ -50,9 +50,9 @@ def generate(
     """
     loaded = tokenizer.load()
     ids = loaded.encode(prompt, add_special_tokens=False).ids
-    # a document of the training data begins after an end-of-text
+    # Documents of the training data begin after an end-of-text token
     added = _sample(model, [tokenizer.end_of_text, *ids], tokenizer, config, context, agree)
-    # decoded together, as a word's space may be added by its neighbour
+    # Decoded together with the prompt: a decoder may add a space depending on the token before
     before, text = (loaded.decode(part, skip_special_tokens=True) for part in (ids, ids + added))
     return prompt + text[len(before) :]
 
@@ -78,7 +78,7 @@ def _sample(
     context: int,
     agree: Callable[[int], int],
 ) -> list[int]:
-    """Return the ids that follow `ids`, without the end of text."""
+    """Return the ids that follow `ids`, without the end-of-text token."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     added: list[int] = []
@@ -86,7 +86,7 @@ def _sample(
     with torch.compiler.set_stance("force_eager"):
         while len(added) < config.tokens:
             window = torch.tensor([(ids + added)[-context:]], device=device)
-            # without the ids that pad the vocabulary, which were never trained
+            # Without the ids that pad the vocabulary, which were never trained
             logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
             token = agree(_choose(logits, config, generator))
             if token == tokenizer.end_of_text:

@@ -1,6 +1,6 @@
 """Learning rate as a function of the step.
 
-To add a schedule, name it in `ScheduleName` and add its decay to `_DECAYS`.
+To add a schedule, add its name to `ScheduleName` and its decay to `_DECAYS`.
 """
 
 import math
@@ -19,7 +19,8 @@ ScheduleName = Literal["cosine", "wsd"]
 class Schedule(Config):
     """Linear warm-up to `peak`, then a decay to 0 at `steps`.
 
-    A run that was extended warms up a second time, from its last learning rate to the decay.
+    A run that was extended warms up a second time: from its last learning rate to that of the new
+    decay.
     """
 
     name: ScheduleName
@@ -29,7 +30,7 @@ class Schedule(Config):
     warmup_steps: NonNegativeInt
     steps: PositiveInt
     before: "Earlier | None" = omitted()
-    """Schedule until the run was extended; None if it was not."""
+    """Schedule before the run was extended; None if it was not."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

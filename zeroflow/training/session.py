@@ -1,4 +1,4 @@
-"""One rank's part of a training: from the newest checkpoint to the end, or until stopped."""
+"""Training on one rank: from the newest checkpoint to the last step, or until stopped."""
 
 import gc
 import logging
@@ -31,20 +31,20 @@ log = logging.getLogger("zeroflow.training")
 
 _MOST_SKIPPED = 5
 """Maximum consecutive skipped updates; after one more, the run rolls back to its newest checkpoint.
-They are counted on the device, and read when a step is logged, validated or saved."""
+The count is on the device, and is read when a step is logged, validated or saved."""
 
 _STEPS_TO_COMPILE = 3
-"""Number of first steps of a process in which everything is compiled."""
+"""Number of steps at the start of a process in which compilation is expected."""
 
 
 def require_healthy(step: int, metrics: StepMetrics, skipped: Tensor, *, most: int) -> None:
-    """Check that at most `most` consecutive updates have been skipped; waits for the device.
+    """Check that at most `most` consecutive updates were skipped. Waits for the device.
 
     Args:
-        skipped: the number of consecutive skipped updates.
+        skipped: number of consecutive skipped updates, on the device.
 
     Raises:
-        Diverged: more have been skipped.
+        Diverged: more updates were skipped.
     """
     if (in_a_row := int(skipped)) > most:
         raise Diverged(
@@ -56,14 +56,14 @@ def require_healthy(step: int, metrics: StepMetrics, skipped: Tensor, *, most: i
 
 
 class Session:
-    """A training in progress on one rank."""
+    """Training in progress on one rank."""
 
     def __init__(self, job: TrainingJob, clock: Clock) -> None:
         self.job, self.clock = job, clock
         self.train_rows = Rows(job.shards, "train")
         self.held_out = Rows(job.shards, "validation")
         self.held_out_ids = validation_rows(job.shards, job.validation_rows)
-        self.held_out_counts = zero.on_rank0(  # which loads the tokenizer
+        self.held_out_counts = zero.on_rank0(  # on one rank only: it loads the tokenizer
             partial(count_sample, job.shards, job.tokenizer, job.validation_rows)
         )
         self.state = new_state(job.training)
@@ -88,6 +88,7 @@ class Session:
             ),
             on_saved=self.saved,
         )
+        # Before the first step, so that a full disk costs no training
         zero.on_rank0(partial(self.saver.require_room, self.state))
         self.val_loss: tuple[int, float] | None = None
         """Step and loss of the last validation."""
@@ -105,7 +106,7 @@ class Session:
             )
         )
         self.settled_from = self.state.step + _STEPS_TO_COMPILE
-        """Step from which nothing should be compiled."""
+        """Step from which a compilation is unexpected and logged as a warning."""
 
         if job.training.workload.compile:
             compiling.watch(clock, is_settled=lambda: self.state.step >= self.settled_from)
@@ -120,15 +121,17 @@ class Session:
         return Prefetcher(made.micro_batches)
 
     def run(self, stop: Stop) -> bool:
-        """Train to the last step and return True, or return False after `stop` asked to stop."""
+        """Train to the last step and return True; return False if `stop` ended training earlier."""
         cadence, steps = self.job.cadence, self.job.training.steps
-        # A garbage collection would stall the host in the middle of a step, at a different step on
-        # each rank. Instead, `validate` collects on all ranks at the same time
+        # An automatic garbage collection stalls the host in the middle of a step, and each rank at
+        # a different step, so that all wait for each in turn. `validate` collects on all ranks at
+        # the same time instead
         gc.disable()
         if self.state.step == 0:
             self.validate()
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
             self.clock.enter("logging")
+            # Every rank must call `stop` at every step: the ranks exchange their requests
             step, stopping = self.state.step, stop()
             self.recorder.progress("training", step, steps)
             self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped[0])
@@ -139,6 +142,7 @@ class Session:
             alarms = self.recorder.step(self.state, metrics) if logs else []
             if logs or validates or saves:
                 require_healthy(step, metrics, self.most_skipped, most=_MOST_SKIPPED)
+            # All health checks come before the save, so that no checkpoint has a diverged state
             if alarms and self.job.roll_back_spikes:
                 raise Diverged(f"step {step} has {'; '.join(alarms)}", step)
             is_best = validates and self.validate()
@@ -154,7 +158,7 @@ class Session:
         return True
 
     def validate(self) -> bool:
-        """Validate, and return True if the loss is the lowest one so far of trained weights."""
+        """Validate, and return True if the loss is the lowest so far, excluding that of step 0."""
         self.clock.enter("validation")
         if self.val_loss is None:  # the first validation compiles the model for its own shape
             self.settled_from = max(self.settled_from, self.state.step + 1)
@@ -208,7 +212,7 @@ class Session:
         self.ledger.book(self.state.step)
 
     def saved(self, path: Path) -> None:
-        """Report a complete checkpoint; called by the writing thread."""
+        """Report a complete checkpoint. Called in the writing thread."""
         step = checkpoint.step_of(path)
         self.recorder.event(Saved(time=time.time(), step=step, path=str(path)))
         self.recorder.alive()
@@ -246,7 +250,7 @@ class Session:
 def _of_rank0(token: int) -> int:
     """Return the token that rank 0 chose.
 
-    Ranks may round differently and choose different tokens. A rank that ended its text earlier
-    would leave the others waiting.
+    Ranks may round differently and choose different tokens. If one rank ended its text earlier, the
+    others would wait forever for its part of the next forward pass.
     """
     return zero.on_rank0(lambda: token)

@@ -34,7 +34,8 @@ def new_state(config: TrainingConfig) -> TrainState:
     random state, which is part of a checkpoint, is seeded as well.
     """
     work = config.workload
-    # A sharded model is moved to the device block by block, because the whole model may not fit
+    # A model that will be sharded starts on the CPU, because the whole model may not fit on the
+    # device: `zero.shard` moves it block by block
     with torch.device(work.device if work.ranks == 1 else "cpu"):
         model = Llama(work.model, work.dtype)
     initialize(model, config.seed)
@@ -46,8 +47,9 @@ def new_state(config: TrainingConfig) -> TrainState:
         if config.kernels.feed_forward == "fused":
             block.mlp.fused = hopper.swiglu
         if work.compile:
-            # Training has one shape. By default PyTorch would compile for symbolic sizes as soon
-            # as it sees a second shape, such as that of a validation
+            # Each block separately: all blocks share one compiled graph, so the compile time does
+            # not grow with their number. Training has one shape, but by default PyTorch compiles
+            # for symbolic sizes when it sees a second shape, such as that of a validation
             block.compile(dynamic=False)
     if work.compile:
         model.model.norm.compile(dynamic=False)

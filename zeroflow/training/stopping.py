@@ -1,14 +1,14 @@
-"""Stopping a training: on SIGTERM, on Ctrl-C, or after the death of the parent process.
+"""How training stops: on SIGTERM, on Ctrl-C, or after the death of the parent process.
 
 1. The flow's process turns SIGTERM into an exception, as Python does with SIGINT for Ctrl-C
    (`cli.console.terminate`). The exception reaches `launch`, which closes the standard input of the
-   ranks and waits at most two minutes until they have ended (`processes`).
-2. A rank has a `StopRequest`. It is set by the end of standard input, which also comes if the
-   flow's process was killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
-3. After each step the ranks agree whether any of them has a request. If so, they save
+   ranks and waits at most two minutes for them to end (`processes`).
+2. Each rank has a `StopRequest`. It is set when standard input ends, which also happens if the
+   flow's process is killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
+3. After each step the ranks check together whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
-   Ranks on several machines are not children of the flow: it asks them by the file `stop` in the
-   run's folder.
+   Ranks on several machines are not children of the flow, which creates the file `stop` in the
+   run's folder instead.
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
 
@@ -25,22 +25,23 @@ from pathlib import Path
 from zeroflow.training import zero
 
 Stop = Callable[[], bool]
-"""Returns True if any rank was asked to stop. Every rank must call it at the same place."""
+"""Returns True if any rank was asked to stop. All ranks must call it together."""
 
 _SAME_REQUEST_SECONDS = 1.0
+"""Signals within this time of the first one count as the same request."""
 
 _ORPHAN_SECONDS = 600.0
 """Time for orphaned ranks to finish their step and save."""
 
 
 class StopRequest:
-    """Request to stop this rank; true once a request has arrived."""
+    """Request to stop this rank. It is true after a request has arrived."""
 
     def __init__(self, *, watch_parent: bool, ranks: int = 1, file: Path | None = None) -> None:
         """
         Args:
             watch_parent: treat the end of standard input as a request.
-            file: exists when a flow asks the ranks of several machines to stop; None looks at none.
+            file: file that a flow creates to stop the ranks of several machines; None for no file.
         """
         self._since: float | None = None
         self._ranks = ranks
@@ -54,9 +55,9 @@ class StopRequest:
         return self._since is not None or (self._file is not None and self._file.exists())
 
     def _on_signal(self, number: int, frame: object) -> None:
-        # A scheduler signals all processes at once: the rank gets a signal and loses its parent at
-        # the same time, which counts as one request. A later signal comes from a user who does not
-        # want to wait for the checkpoint
+        # A scheduler signals all processes at once, so a rank gets a signal and loses its parent at
+        # the same time. This is one request. A later signal comes from a user who does not want to
+        # wait for the checkpoint
         if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
         self._since = self._since or time.monotonic()
@@ -66,8 +67,9 @@ class StopRequest:
             pass
         self._since = self._since or time.monotonic()
         if self._ranks > 1:
-            # The main thread may wait forever for a rank that has died, and no parent is left to
-            # notice. End this rank, after time to save if all ranks have joined the process group
+            # The main thread may wait forever for a rank that has died, and there is no parent to
+            # end it. So this thread ends the rank, and allows time to save if all ranks have joined
+            # the process group
             if zero.ranks() == self._ranks:
                 time.sleep(_ORPHAN_SECONDS)
             os._exit(1)  # sys.exit would only end this thread

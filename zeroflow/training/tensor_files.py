@@ -1,4 +1,4 @@
-"""Tensors in files of the safetensors format: raw bytes behind a JSON header, no code.
+"""Files in the safetensors format: a JSON header, then the raw bytes of tensors.
 
 Source: https://huggingface.co/docs/safetensors/index#format
 """
@@ -30,20 +30,22 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Types of the format by types of PyTorch."""
+"""Names of data types in the format, by PyTorch's types."""
 
 _ALIGNMENT = 8
+"""The data must begin at a multiple of this, so that 64-bit numbers can be mapped into memory."""
 
 
 class BadTensorFile(ValueError):
-    """A file is not in the format, or does not hold the tensor that is asked for."""
+    """A file has another format, or does not contain the requested tensor."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write `tensors` in one pass and return the file's entry in a manifest.
 
-    Each tensor is hashed while it is written, and copied from its device when its turn comes. The
-    library's own writer would need a copy of all of them, and the hash a second pass.
+    Each tensor is copied from its device when it is written, and hashed at the same time. The
+    writer of the safetensors library would need all tensors in host memory at once, and the hash
+    would need a second pass over the file.
     """
     header = _header(tensors)
     digest, size = hashlib.sha256(header), len(header)
@@ -60,7 +62,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers requires
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -85,7 +87,7 @@ def _write_all(file: Any, content: memoryview) -> None:
 
 
 class TensorFiles:
-    """The tensors in all files of a folder, by name. Only what is asked for is read."""
+    """The tensors in all files of a folder, by name. A tensor is read when it is requested."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -126,11 +128,13 @@ class TensorFiles:
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy a tensor, or this rank's shard of it, into `target`.
 
+        For a sharded target, only the rows of the shard are read from the file.
+
         Raises:
             BadTensorFile: there is no such tensor, or it has another shape or type.
         """
         local = zero.local_shard(target)
-        if not target.dim():  # which has no slices
+        if not target.dim():  # safetensors cannot slice a scalar
             stored = self.read(name)
             shape, found = list(stored.shape), stored
         else:
@@ -138,7 +142,7 @@ class TensorFiles:
             shape, found = piece.get_shape(), piece[zero.local_rows(target)]
         if shape != list(target.shape) or found.dtype != local.dtype:
             raise BadTensorFile(
-                f"{self._folder} has {name} as {shape} of {found.dtype}, and the run needs "
+                f"{self._folder} has {name} as {shape} of {found.dtype}, but the run needs "
                 f"{list(target.shape)} of {local.dtype}"
             )
         local.copy_(found)

@@ -38,17 +38,17 @@ def validation_loss(
     """Return the loss over the `chosen` rows. All ranks take part.
 
     Args:
-        on_batch: called after each batch with the number of rows that are done, and of all.
+        on_batch: called after each batch with the number of finished rows and of all rows.
     """
     size = workload.micro_batch_rows
     device = model.model.embed_tokens.weight.device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    # All ranks do the same number of forward passes: with a sharded model, each pass needs all
-    # ranks
+    # Every rank does the same number of forward passes, because a pass of a sharded model gathers
+    # weights from all ranks
     for start in range(0, len(chosen), size * zero.ranks()):
         mine = start + size * zero.rank()
         batch = micro_batch(rows[chosen[mine : mine + size]], rows, workload)
-        # Always the same shape: a compiled model would be recompiled for a smaller last batch
+        # The last batch is padded to the same shape: a compiled model would be recompiled for it
         padded = _padded(batch, size)
         losses = forward(model, padded, token_losses).double().sum(dim=1)
         valid = (padded.targets != IGNORED).sum(dim=1).to(device)

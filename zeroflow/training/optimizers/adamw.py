@@ -45,7 +45,7 @@ class AdamW(OptimizerConfig):
             lr=learning_rate,
             betas=(self.beta1, self.beta2),
             eps=self.epsilon,
-            fused=True,  # on a CPU too: one pass over memory
+            fused=True,  # one pass over memory, also on a CPU
         )
         for parameter in (*decayed, *plain):
             optimizer.state[parameter] = {
@@ -56,7 +56,7 @@ class AdamW(OptimizerConfig):
         return optimizer
 
     def step(self, optimizer: Optimizer, *, skip: Tensor) -> None:
-        # The fused kernels read these attributes: PyTorch's GradScaler skips a step with them
+        # The fused kernels read these attributes, with which PyTorch's GradScaler skips steps
         fused: Any = optimizer
         fused.grad_scale, fused.found_inf = None, skip.float()
         optimizer.step()
@@ -65,7 +65,7 @@ class AdamW(OptimizerConfig):
         group = optimizer.param_groups[0]
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            # Bias corrections scale the result, not the matrices: fewer passes over memory
+            # Bias corrections are applied to the norm, not the matrices, to save passes over memory
             root = (1 - self.beta2 ** state["step"]).sqrt()
             update = zero.local_shard(state["exp_avg_sq"]).sqrt().add_(self.epsilon * root)
             torch.div(zero.local_shard(state["exp_avg"]), update, out=update)

@@ -22,8 +22,8 @@ from zeroflow.training import zero
 class OptimizerConfig(Config, ABC):
     """The optimiser."""
 
-    # One class for settings and behaviour. The state is in the PyTorch optimiser that `build`
-    # returns, in `state[parameter]`: tensors by name, which a checkpoint stores unchanged.
+    # The class has settings and behaviour. The state is in the PyTorch optimiser that `build`
+    # returns: `state[parameter]` maps names to tensors, which a checkpoint stores unchanged
 
     name: str
     """Optimiser that updates the weights. Default: adamw."""
@@ -52,8 +52,8 @@ class OptimizerConfig(Config, ABC):
     def build(self, model: nn.Module, learning_rate: float) -> Optimizer:
         """Return the optimiser of all parameters of `model`, with its state allocated.
 
-        PyTorch's optimisers allocate in the first step. Here, a model that does not fit fails
-        before any data is read, and a checkpoint can be loaded into the state right away.
+        PyTorch's optimisers allocate their state in the first step. Allocating it here lets a model
+        that does not fit fail before any data is read, and a checkpoint be loaded into the state.
         """
 
     @abstractmethod
@@ -61,8 +61,9 @@ class OptimizerConfig(Config, ABC):
         """Update weights and state from the gradients, unless `skip` is true.
 
         Args:
-            skip: a bool on the device. Reading it would stall the device, so the device makes the
-                decision. If true, gradients may be non-finite, and no bit may change.
+            skip: a bool on the device. The host must not read it, because that would stall the
+                device. If true, gradients may be non-finite, and no bit of weights or state may
+                change.
         """
 
     @abstractmethod
@@ -79,8 +80,8 @@ class OptimizerConfig(Config, ABC):
     def update_ratio(self, optimizer: Optimizer) -> Tensor:
         """Return the largest norm of a matrix's last update over the norm of its weights.
 
-        It is about 1e-3 in a healthy training; 0.1 destroys the model within a few steps. The
-        result is on the device.
+        It is about 1e-3 in healthy training; 0.1 destroys the model within a few steps. The result
+        is on the device.
         """
         updates, weights = [], []
         for parameter, update in self.last_updates(optimizer):
@@ -93,8 +94,8 @@ class OptimizerConfig(Config, ABC):
     def has_moved(self, optimizer: Optimizer, parameter: nn.Parameter, before: Tensor) -> bool:
         """Return True if gradients have changed `parameter`, whose earlier value is `before`.
 
-        Weight decay alone changes it too, but leaves the state at zero. Override this for an
-        optimiser whose state does not start at zero.
+        Weight decay alone also changes a parameter, but leaves its state at zero. An optimiser
+        whose state does not start at zero must override this method.
         """
         kept = (value for value in optimizer.state[parameter].values() if value.dim())
         reached = any(zero.full_tensor(value).any() for value in kept)

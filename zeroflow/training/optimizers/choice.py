@@ -1,4 +1,4 @@
-"""Available optimisers, found in the modules of this package."""
+"""The available optimisers, which are found in the modules of this package."""
 
 import pkgutil
 from importlib import import_module
@@ -18,6 +18,7 @@ for _module in pkgutil.iter_modules(optimizers.__path__):
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     kind.model_fields["name"].default: kind for kind in OptimizerConfig.__subclasses__()
 }
+"""Optimisers by name."""
 
 
 def _name(given: Any) -> Any:
@@ -27,7 +28,7 @@ def _name(given: Any) -> Any:
 
 
 class _ByName:
-    """Tells pydantic to choose the class by the setting `name`, or the default without one."""
+    """Makes pydantic choose the class by the setting `name`; without a name, the default."""
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         kinds = {name: handler.generate_schema(kind) for name, kind in OPTIMIZERS.items()}
