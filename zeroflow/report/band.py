@@ -1,6 +1,6 @@
 """Expected training loss of a run, based on earlier runs of the same model on the same data.
 
-The steps of a training are divided into 20 equal windows. In each window the run is compared with
+The steps of the run are divided into 20 equal windows. In each window the run is compared with
 every earlier run over the steps that both of them logged, so logging intervals do not matter. The
 difference from the mean of the earlier runs should be within
 
@@ -13,10 +13,10 @@ t is the quantile of Student's t at 1 - 5 %/20.
 
 The windows of a run are not independent: a run that is above the others stays above them. In 32
 runs of 400 steps, and 24 of 200, with different seeds, windows correlated at 0.6 to 0.7, and
-distant windows hardly less. So five pooled windows count half of their degrees of freedom. The band
-of 3, 4, 5 or 8 of these runs contained 93 to 99 % of the others, and so did the band of simulated
-runs with a correlation of up to 0.97. With two earlier runs the band would be three times as wide,
-so there is none.
+distant windows at hardly less. So five pooled windows count with half of their degrees of freedom.
+The band of 3, 4, 5 or 8 of these runs contained 93 to 99 % of the others, and so did the band of
+simulated runs with a correlation of up to 0.97. A band of two earlier runs would be three times as
+wide, so at least three are needed.
 """
 
 import logging
@@ -40,12 +40,13 @@ log = logging.getLogger(__name__)
 _WINDOWS = 20
 
 _POOLED = 5
+"""Number of neighbouring windows whose standard deviations are pooled."""
 
 _FEWEST = 3
-"""Number of earlier runs that a band needs."""
+"""Minimum number of earlier runs for a band."""
 
 _HELD = 0.95
-"""Fraction of normal runs that are inside the band everywhere."""
+"""Fraction of normal runs that are inside the band in all windows."""
 
 Losses = npt.NDArray[np.float64]
 """One loss per step or per window; NaN for a step or window without one."""
@@ -91,7 +92,7 @@ def _side(apart: float) -> str:
 
 
 class Earlier(NamedTuple):
-    """An earlier run of the same training."""
+    """An earlier run with the same model, data and settings."""
 
     name: str
     seed: int
@@ -139,9 +140,9 @@ class Band(NamedTuple):
         return self.ends - self.ends[0] / 2
 
     def expected(self, records: Iterable[MetricsRecord]) -> Expected:
-        """Expected losses of the run with the logged `records`.
+        """Return the expected losses of the run with the logged `records`.
 
-        For steps ahead, the run is assumed to log at its interval.
+        The run is assumed to log its remaining steps at its interval.
         """
         losses = _complete(self.job, records)
         own = _by_window(losses)
@@ -155,7 +156,7 @@ class Band(NamedTuple):
         return Expected(own, np.nan_to_num(own) - mean, width)
 
     def verdict(self, records: Iterable[MetricsRecord]) -> Verdict:
-        """Verdict on the run so far, from its logged `records`."""
+        """Return the verdict on the run so far, from its logged `records`."""
         own, mean, width = self.expected(records)
         apart = own - mean
         beyond = np.sign(apart) * np.maximum(np.abs(apart) - width, 0)
@@ -177,12 +178,12 @@ class Band(NamedTuple):
 
 
 def find(job: TrainingJob) -> Band | None:
-    """Find the band of the earlier runs in the cache of `job`; None if there are none.
+    """Return the band of the earlier runs in the cache of `job`; None if there are none.
 
     Earlier runs started before this one and have the same model, data, batch, schedule and
-    optimiser. Unfinished runs count up to their last window. If several runs share a seed, the
-    longest one counts, or the newest of equal length. An extended run is not compared, because its
-    schedule changed.
+    optimiser. Unfinished runs count up to their last complete window. Of several runs with the same
+    seed, the longest counts, or the newest of those with equal length. An extended run is not
+    compared, because its schedule changed.
     """
     before = _began(job)
     if before is None:
@@ -194,7 +195,7 @@ def find(job: TrainingJob) -> Band | None:
         try:
             run = _earlier(folder, job, before)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            # Damaged, or written by another version, which must not end this run
+            # The earlier run is damaged, or of another version. That must not end this run
             log.debug("run %s is not part of the expected loss: %s", folder.name, error)
             continue
         if run is not None:
@@ -219,16 +220,16 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> Earlier | No
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:
-    """Everything that determines the loss curve, except seed and rounding."""
+    """Return everything that determines the loss curve, except seed and rounding."""
     training = job.training
     settings = training.model_dump(exclude={"seed", "workload"})
-    # the folder's name contains a fingerprint of corpus, tokenizer and row layout
+    # The name of the folder contains a fingerprint of corpus, tokenizer and row layout
     data = (job.shards.path.name, job.shards.parts)
     return (settings, training.workload.mathematics, *data)
 
 
 def _began(job: TrainingJob) -> float | None:
-    """Start time of training, infinite if not started; None if its number of steps was changed."""
+    """Return the start time of training, infinite if not started; None for an extended run."""
     starts = [event for event in EVENTS.read(job.folder.events) if isinstance(event, Started)]
     if any(start.steps != job.training.steps for start in starts):
         return None
@@ -236,12 +237,12 @@ def _began(job: TrainingJob) -> float | None:
 
 
 def _windows(steps: int) -> npt.NDArray[np.int64]:
-    """Window of every step."""
+    """Return the window of every step."""
     return (np.arange(1, steps + 1) * _WINDOWS - 1) // steps
 
 
 def _complete(job: TrainingJob, records: Iterable[MetricsRecord]) -> Losses:
-    """Training loss by step; NaN for steps that were not logged and those of an open window."""
+    """Return the training loss by step; NaN for steps not logged, or in an incomplete window."""
     losses = np.full(job.training.steps, np.nan)
     last = 0
     for record in records:
@@ -253,7 +254,7 @@ def _complete(job: TrainingJob, records: Iterable[MetricsRecord]) -> Losses:
 
 
 def _by_window(losses: Losses) -> Losses:
-    """Mean of the losses in every window."""
+    """Return the mean of the losses in every window."""
     there = ~np.isnan(losses)
     windows = _windows(len(losses))[there]
     counts = np.bincount(windows, minlength=_WINDOWS)
@@ -262,7 +263,7 @@ def _by_window(losses: Losses) -> Losses:
 
 
 def _spread(curves: npt.NDArray[np.float64]) -> tuple[Losses, Losses]:
-    """Mean of the curves (one per row), and the half-width of the band for one more."""
+    """Return the mean of the curves (one per row), and the half-width of the band around it."""
     runs = np.count_nonzero(~np.isnan(curves), axis=0)
     mean = np.nansum(curves, axis=0) / np.where(runs, runs, np.nan)
     squares = np.nansum((curves - mean) ** 2, axis=0)

@@ -13,11 +13,11 @@ from zeroflow.report.power_law import Interval, PowerLaw
 
 
 class Mean(NamedTuple):
-    """A figure of several runs that differ in their seeds only."""
+    """A figure of several runs that differ only in their seeds."""
 
     mean: float
     deviation: float
-    """Standard deviation of a run."""
+    """Standard deviation of a single run."""
 
 
 def _mean(values: Sequence[float]) -> Mean:
@@ -25,7 +25,7 @@ def _mean(values: Sequence[float]) -> Mean:
 
 
 class Group(NamedTuple):
-    """Runs that differ in their seeds only."""
+    """Runs that differ only in their seeds."""
 
     name: str
     runs: tuple[Outcome, ...]
@@ -35,14 +35,14 @@ class Group(NamedTuple):
         return tuple(one for one in self.runs if one.status == "completed")
 
     def mean(self, measure: Measure) -> Mean | None:
-        """Mean over the completed runs; None for fewer than two of them, or of other data."""
+        """Return the mean over the completed runs; None for fewer than two, or without values."""
         values = [getattr(one, measure) for one in self.completed]
         if len(values) < 2 or None in values:
             return None
         return _mean(values)
 
     def curve(self, measure: Measure) -> list[tuple[int, Mean]]:
-        """Mean over the completed runs at every number of tokens at which all were validated."""
+        """Return the mean over the completed runs at each token count at which all validated."""
         curves = [dict(one.points(measure)) for one in self.completed]
         if len(curves) < 2:
             return []
@@ -51,13 +51,13 @@ class Group(NamedTuple):
 
 
 class Prediction(Record):
-    """Loss that the law predicts for a training."""
+    """Loss that the law predicts for a run."""
 
     size: str
     flops: float
     loss: float
     interval: Interval | None
-    """Interval that should hold 95 % of such trainings; None for too few points."""
+    """Interval that should contain 95 % of such runs; None for too few points."""
 
     measured: float | None
     """Best measured loss of that size; None if it was not trained."""
@@ -81,7 +81,7 @@ class Comparison(Record):
 
     @property
     def groups(self) -> list[Group]:
-        """The runs in their order, those that differ in their seeds only together."""
+        """The runs in their order, grouped with those that differ only in their seeds."""
         together: dict[tuple[str, ...], list[Outcome]] = {}
         for one in self.runs:
             key = (one.setting, one.shape) if one.setting else (one.run,)
@@ -94,7 +94,7 @@ class Comparison(Record):
 
 
 def _name(runs: list[Outcome]) -> str:
-    """Name of runs without their seed, if they are named by it."""
+    """Return the common name of the runs, without a seed in it."""
     names = {one.run.replace(f"-seed{one.seed}", "") for one in runs}
     return names.pop() if len(names) == 1 else f"{runs[0].run} and {len(runs) - 1} more"
 
@@ -102,7 +102,8 @@ def _name(runs: list[Outcome]) -> str:
 def compare(outcomes: Iterable[Outcome]) -> Comparison:
     """Fit the law to the best completed run of every size, and predict from it.
 
-    Losses of different tokenizers are not comparable: then all runs are compared by bits per byte.
+    If the runs have different tokenizers, they are compared by bits per byte, because losses per
+    token are not comparable.
     """
     runs = list(outcomes)
     measure: Measure = "val_bpb" if len({one.tokenizer for one in runs}) > 1 else "val_loss"

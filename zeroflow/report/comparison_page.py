@@ -13,7 +13,11 @@ from zeroflow.training.metrics import TABLE, Metric
 from zeroflow.units import binary, count, duration, parameter_count, speed
 
 _OF_GPUS = ("GPUs", "ZeRO")
+"""Columns that are left out if every run has one GPU."""
+
 _TEXT = ("run", "status", "size")
+"""Columns that are aligned on the left."""
+
 _ALWAYS = (TABLE["val_loss"].label,)
 """Columns that are shown even if all of their values are the same."""
 
@@ -29,7 +33,7 @@ def page(
 
     Args:
         sweep: name of the sweep, the prefix of its runs' names.
-        unfinished: status of every run that is not completed, also of those without a loss.
+        unfinished: status of every run that is not completed, including runs without a loss.
     """
     spent = duration(sum(one.seconds for one in found.runs))
     parts: list[Part] = [
@@ -84,7 +88,7 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
     if columns["run"] == columns["size"]:
         del columns["size"]
-    # Columns with equal values go into a sentence: Prefect's page is too narrow for all
+    # Columns with equal values become a sentence: Prefect's page is too narrow for all columns
     alike = {
         column: cells[0]
         for column, cells in columns.items()
@@ -131,24 +135,23 @@ def _sentences(found: Comparison, law: PowerLaw) -> Iterator[str]:
     floor = f"{law.floor:.4g} + " if law.has_floor else ""
     yield (
         f"L = {floor}{math.exp(law.log_a):.4g} · C^{-law.b:.4f}, fitted to the best completed run "
-        f"of each of {law.points} sizes, where L is in {unit}, and C is the number of FLOPs of a "
-        "training."
+        f"of each of {law.points} sizes. L is the loss in {unit}, C the number of FLOPs of a run."
     )
     if not law.has_floor:
         yield (
-            "The floor that the loss approaches could not be fitted: that takes four sizes. Far "
+            "The floor that the loss approaches could not be fitted, which needs four sizes. Far "
             "from these sizes, the loss will be higher than this law predicts."
         )
     if law.freedom < 1:
         yield "Two sizes give no error estimate."
     else:
         yield (
-            f"Intervals should hold 95 % of such trainings, by Student's t with "
+            f"Intervals should contain 95 % of such runs, by Student's t with "
             f"{count(law.freedom, 'degree')} of freedom."
         )
     if found.next_size:
         sentence = f"Next size: {_described(found.next_size)}"
-        yield f"{sentence}, with as many tokens per parameter as the largest size."
+        yield f"{sentence}, with the same number of tokens per parameter as the largest size."
     if found.largest and found.largest.measured is not None:
         miss = found.largest.measured / found.largest.loss - 1
         yield (

@@ -24,7 +24,7 @@ def write_data(
 ) -> Page:
     """Write data.md, a page about a run's data with a picture, into the run's folder.
 
-    If nothing can be written there, the page is only returned.
+    If the folder is read-only, the page is only returned.
     """
     made = page(shards, gathered, tokenizer, picture=folder.lengths_picture)
     try:
@@ -44,7 +44,7 @@ def page(
     """Return the page.
 
     Args:
-        picture: the picture of document lengths.
+        picture: file of the picture of document lengths.
     """
     source = ", ".join(f"{name} {value}" for name, value in gathered.source.items() if value)
     rows = {
@@ -54,7 +54,8 @@ def page(
         "Parts": Markdown(
             f"{shards.parts}, rows of {shards.row_tokens:,} tokens, in {code(str(shards.path))}"
         ),
-        "Left out": f"{shards.empty_documents:,} empty, {count(shards.duplicates, 'duplicate')}, "
+        "Left out": f"{count(shards.empty_documents, 'empty document')}, "
+        f"{count(shards.duplicates, 'duplicate')}, "
         f"{count(shards.bad_lines, 'bad line')}",
         "Document length": _quantiles(gathered.lengths)
         + (f" (in {gathered.parts} of the parts)" if gathered.parts < shards.parts else ""),

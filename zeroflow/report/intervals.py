@@ -8,10 +8,10 @@ import numpy as np
 
 @cache
 def student(share: float, freedom: float) -> float:
-    """Half-width of the interval that holds `share` of Student's t distribution.
+    """Return the half-width of the interval that contains `share` of Student's t distribution.
 
-    With t = √f · tan θ, the density is proportional to cos^(f-1) θ, which is summed here. Accurate
-    to four digits.
+    With t = √f · tan θ, the density is proportional to cos^(f-1) θ, which is integrated numerically
+    here, to four digits. SciPy would be a large dependency for one function.
 
     Args:
         freedom: degrees of freedom, any number from 1 on.

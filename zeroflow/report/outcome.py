@@ -1,4 +1,4 @@
-"""Outcome of a run, whether it was completed or not, for the comparison of a sweep."""
+"""Outcome of a run of a sweep, completed or not, for the comparison."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,13 +20,14 @@ from zeroflow.training.metrics import METRICS, TABLE, ValidationRecord
 from zeroflow.units import parameter_count
 
 Status = Literal["completed", "failed", "cancelled", "stopped", "running"]
-"""failed: the training or a check failed. stopped: it ended for another reason than its last step,
-an error or a request in Prefect."""
+"""failed: training or a check failed. cancelled: on request in Prefect. stopped: ended for another
+reason before the last step."""
 
 Measure = Literal["val_loss", "val_bpb"]
 """Field of a validation that is compared."""
 
 COMPARED = [metric for metric in TABLE.values() if metric.compared]
+"""Metrics in the table of a sweep."""
 
 
 class Outcome(Sharding):
@@ -37,7 +38,7 @@ class Outcome(Sharding):
     size: str
     seed: int
     setting: str = ""
-    """Fingerprint of all settings but the seed."""
+    """Fingerprint of all settings except the seed."""
 
     learning_rate: float
     parameters: int
@@ -80,11 +81,11 @@ class Outcome(Sharding):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def flops(self) -> float:
-        """FLOPs of the whole training; a float, because the number may exceed 2^63."""
+        """FLOPs of training so far; a float, because the number may exceed 2^63."""
         return float(self.flops_per_token) * self.tokens
 
     def points(self, measure: Measure) -> tuple[tuple[int, float], ...]:
-        """Tokens and value of `measure` at every validation."""
+        """Return the tokens and the value of `measure` at every validation."""
         return self.curve if measure == "val_loss" else self.bpb_curve
 
 
@@ -99,7 +100,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         return None
     job, settings = TrainingJob.read(folder.job).replace(run_dir=folder.path), load(cache, name)
     records = METRICS.read(folder.metrics)
-    # By step, not by line: a file that was cut and joined by hand may have a step twice
+    # By step, because a file that a user has edited may have a step twice
     by_step = {record.step: record for record in records if isinstance(record, ValidationRecord)}
     if not by_step:
         return None
@@ -136,7 +137,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
 
 
 def _status(job: TrainingJob, report: RunReport | None) -> Status:
-    if report and report.steps == job.training.steps:  # not that of a run that was extended since
+    if report and report.steps == job.training.steps:  # else the run was extended after the report
         return report.status
     if _is_running(job.folder):
         return "running"

@@ -1,4 +1,4 @@
-"""Markdown pages for readers other than a Markdown viewer: HTML, and text for a terminal."""
+"""Conversion of Markdown pages to HTML, and to text for a terminal."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,9 @@ from zeroflow.report.pages import data_uri
 _BULLET = "- "
 
 _OWN_PICTURE = re.compile(r"[\w-]+\.png")
+"""Address of a picture beside the page."""
 
-# Nothing but the page itself: pictures are in it, and text of documents cannot load anything
+# The policy allows only embedded pictures, so that text of documents cannot load anything
 _HTML = """<!doctype html>
 <html lang="en">
 <head>
@@ -39,10 +40,10 @@ img {{ max-width: 100%; }}
 
 
 def as_html(page: Path, title: str) -> str:
-    """Return a written page as one HTML file, which needs no other file and no network.
+    """Return a page as a single HTML file, which needs no other file and no network.
 
-    Its pictures, which lie beside it, are embedded. Text of documents on it is escaped, so all
-    pictures are our own.
+    Pictures beside the page are embedded. Text of documents is escaped when the page is written,
+    so it cannot refer to a picture.
     """
     parser = _parser()
     tokens = parser.parse(page.read_text(encoding="utf-8"))
@@ -59,8 +60,8 @@ def as_text(markdown: str, width: int | None = None) -> str:
     """Return a page as plain text, without its pictures.
 
     Args:
-        width: columns of the terminal. A wider table is cut into several, each with the first
-            column; None cuts none.
+        width: columns of the terminal. A wider table is split into several, each with the first
+            column; None for no limit.
     """
     blocks: list[str] = []
     rows: list[list[str]] = []
@@ -86,7 +87,7 @@ def as_text(markdown: str, width: int | None = None) -> str:
                 text = before + _inline(token).strip()
                 if before and blocks and blocks[-1].startswith(before):
                     blocks[-1] += f"\n{text}"
-                elif text:  # a picture alone has none
+                elif text:  # empty for a picture
                     blocks.append(text)
                 before = ""
             case "heading_close" if blocks:
@@ -119,12 +120,12 @@ def _inline(token: Token) -> str:
 def _tables(
     rows: Sequence[Sequence[str]], right: Sequence[bool], width: int | None
 ) -> Iterator[str]:
-    """Yield a table as aligned columns, cut where it is wider than `width`.
+    """Yield a table as aligned columns, split into several if it is wider than `width`.
 
-    A column that is too wide by itself stays where it is.
+    A column that is too wide by itself does not start a new table.
     """
     if not any(rows[0]):
-        rows = rows[1:]  # a table of facts has no heads
+        rows = rows[1:]  # a table of facts has an empty header
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

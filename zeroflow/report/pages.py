@@ -1,4 +1,4 @@
-"""Pages of a run: Markdown with pictures, on disk and elsewhere."""
+"""Pages about a run: Markdown with pictures."""
 
 import base64
 import logging
@@ -73,7 +73,7 @@ def _markdown(part: Part, address: Callable[[Picture], str]) -> str:
 
 
 def data_uri(picture: Path) -> str:
-    """Address that contains a PNG file."""
+    """Return an address that contains the whole PNG file."""
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 

@@ -25,11 +25,13 @@ _DARK = "#444444"
 """Colour that is readable on grey."""
 
 _STYLES = ("-", "--", "-.", ":")
+"""Line styles, used in turn when the colours of a picture repeat."""
 
 _MARKERS = (".", "s", "^", "x")
+"""Markers of runs with the same colour."""
 
 _MANY = 6
-"""Maximum number of lines of a legend; a longer one would cover the curves."""
+"""Maximum number of lines of a legend inside the axes; a longer one would cover the curves."""
 
 _TRAINING, _VALIDATION = TABLE["loss"], TABLE["val_loss"]
 _LOSS = f"loss ({_TRAINING.unit})"
@@ -56,7 +58,7 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
 def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
     """Draw the run's smoothed loss over the mean of earlier runs and the band around it."""
     own, mean, width = band.expected(records)
-    # In a short run, windows without a common step would interrupt the lines
+    # Windows without a common step, as in short runs, are left out, so that lines are not broken
     there = ~np.isnan(mean)
     x, runs = band.middles, count(len(band.runs), "earlier run")
     edged = there & ~np.isnan(width)
@@ -71,13 +73,13 @@ def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
 
 
 Scale = Callable[[Outcome], float]
-"""Returns the x of a token of a run."""
+"""Returns the length of one token of a run on the x axis."""
 
 
 def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
-    """Draw validation loss of every run against tokens, FLOPs and hours, with the power law.
+    """Draw the validation loss of every run against tokens, FLOPs and hours, with the power law.
 
-    Runs that differ in their seeds only are faint, with their mean over them.
+    Runs that differ only in their seeds are drawn faintly, under their mean.
     """
     axis_labels: dict[str, tuple[str, Scale]] = {
         "tokens": ("tokens", lambda one: 1.0),
@@ -91,7 +93,7 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
         figure, axes = _figure(title, label, loss)
         by_flops = name == "flops"
         for number, group in enumerate(found.groups):
-            # Zero has no place on a logarithmic axis
+            # A logarithmic axis has no zero
             _draw_group(axes, group, found.measure, scale, number, after=0 if by_flops else -1)
         if by_flops:
             axes.set_xscale("log")
@@ -117,7 +119,7 @@ def _draw_group(
 
     Args:
         number: number of the group in the picture.
-        after: tokens after which points are drawn.
+        after: points up to this number of tokens are not drawn.
     """
     style, colour = divmod(number, len(DISTINCT))
     look = {"color": DISTINCT[colour], "linestyle": _STYLES[style % len(_STYLES)]}
@@ -143,7 +145,7 @@ def _draw_group(
 
 
 def _draw_law(axes: Any, found: Comparison) -> None:
-    """Draw the power law to the next size, and the interval of its predictions."""
+    """Draw the power law up to the next size, with its prediction interval."""
     if (law := found.law) is None:
         return
     ends = [*law.flops, *([found.next_size.flops] if found.next_size else [])]
@@ -153,9 +155,9 @@ def _draw_law(axes: Any, found: Comparison) -> None:
     axes.plot(span, [law.loss(flops) for flops in span], color=_GREY, linestyle=":", label=label)
     edges = [edge for flops in span if (edge := law.interval(flops))]
     if edges:
-        limits = axes.get_ylim()  # a wide interval must not flatten the curves
+        limits = axes.get_ylim()  # restored below: a wide interval would flatten the curves
         low, high = zip(*edges, strict=True)
-        label = "95 % of such trainings"
+        label = "95 % of such runs"
         axes.fill_between(span, low, high, color=_GREY, alpha=0.15, linewidth=0, label=label)
         axes.set_ylim(limits)
 
@@ -167,12 +169,12 @@ def resume_curves(
     *,
     kills: list[int],
 ) -> Path:
-    """Draw the losses of an undisturbed and a killed training, the second dashed over the first.
+    """Draw the losses of an undisturbed run, and dashed over them those of a killed run.
 
     Args:
-        kills: steps at which the second was killed.
+        kills: steps at which the second run was killed.
     """
-    figure, axes = _figure("killed and undisturbed training", "step", _LOSS)
+    figure, axes = _figure("losses of the undisturbed and the killed run", "step", _LOSS)
     for records, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
         for field, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
             points = [(r.step, getattr(r, field)) for r in records if hasattr(r, field)]
@@ -205,7 +207,7 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float, least: float 
 
 
 def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
-    """Draw a bar for each phase of the wall time; the `good` ones have another colour."""
+    """Draw a bar for each phase of the wall time; `good` phases have another colour."""
     figure, axes = _figure(title, "share of the wall time (%)", "")
     names, percent = list(shares), [100 * share for share in shares.values()]
     bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
@@ -228,11 +230,11 @@ def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Pat
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Not pyplot, which has global state and looks for a display
+    # pyplot is not used: it has global state and looks for a display
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # With a margin: on a dark page, the picture is a white box
+    # With a margin, because on a dark page the picture is a white box
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(7, 4), dpi=110, layout=layout, facecolor="white")
     axes = figure.subplots()
@@ -242,7 +244,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write the picture; a reader finds either the old or the new one."""
+    """Write the picture atomically: a reader finds either the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png")
     return partial.replace(path)

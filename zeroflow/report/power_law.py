@@ -2,9 +2,9 @@
 
     L = E + A · C^-b
 
-E is the loss that no compute removes: https://arxiv.org/abs/2203.15556. Three parameters need four
-sizes at least; through fewer, the law has no floor: https://arxiv.org/abs/2001.08361. Relative
-errors of the losses are least squares.
+E is the loss that no compute removes: https://arxiv.org/abs/2203.15556. Fitting three parameters
+needs at least four sizes; with fewer, the law has no floor: https://arxiv.org/abs/2001.08361. The
+fit minimises the squares of the relative errors of the losses.
 """
 
 import math
@@ -18,14 +18,17 @@ from zeroflow.records import Record
 from zeroflow.report.intervals import student
 
 _FEWEST_WITH_FLOOR = 4
+"""Minimum number of sizes for a law with a floor."""
 
 _HELD = 0.95
+"""Fraction of runs that a prediction interval should contain."""
 
 _FLOORS = 400
-"""Floors that are tried, between 0 and the lowest loss."""
+"""Number of floors that are tried, between 0 and the lowest loss."""
 
 _WIDEST = 3.0
-"""Largest factor between the predicted loss and an edge of its interval, as its logarithm."""
+"""Largest distance from the predicted loss to an edge of its interval, as the log of their
+ratio."""
 
 _HALVINGS = 25
 """Steps of the search for an edge."""
@@ -77,24 +80,24 @@ class PowerLaw(Record):
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom: sizes that are more than the law has parameters."""
+        """Degrees of freedom: number of sizes minus number of parameters."""
         return self.points - (3 if self.has_floor else 2)
 
     def loss(self, flops: float) -> float:
         return self.floor + math.exp(self.log_a - self.b * math.log(flops))
 
     def interval(self, flops: float) -> Interval | None:
-        """Losses of which one of 20 trainings of `flops` would miss; None without an error.
+        """Return the 95 % prediction interval at `flops`; None without degrees of freedom.
 
-        These are the losses that the law would fit together with its own points as well as
-        Student's t allows. For a law without a floor, that is the usual prediction interval.
+        It contains every loss that fits the law together with its own points as well as Student's t
+        allows. For a law without a floor, this is the usual prediction interval.
         """
         if self.freedom < 1:
             return None
         x, known = np.log(np.array([*self.flops, flops])), np.array(self.losses)
         floors = _floors(known) if self.has_floor else np.zeros(1)
         before = _fits(x[:-1], known, floors)[0].min()
-        # The last term is rounding, where the law fits exactly
+        # The last term allows for rounding if the law fits its points exactly
         limit = before * (1 + student(_HELD, self.freedom) ** 2 / self.freedom) + 1e-12
 
         def edge(side: int) -> float:
@@ -112,17 +115,17 @@ class PowerLaw(Record):
 
 
 def _floors(losses: Array) -> Array:
-    """Floors to try; the last is so close to the lowest loss that it stands for it."""
+    """Return the floors to try: from 0 to just below the lowest loss."""
     return losses.min() * np.linspace(0, 0.999, _FLOORS)
 
 
 def _fits(x: Array, losses: Array, floors: Array) -> tuple[Array, Array, Array]:
-    """Fit a line of log(L - E) over `x`, for each floor E.
+    """Fit a line to log(L - E) over `x`, for each floor E.
 
-    A point's weight is the square of (L - E) / L, which makes its error relative to L.
+    The weight of a point is the square of (L - E) / L, which makes its error relative to L.
 
     Returns:
-        sum of squared errors, log A and slope, by floor
+        Sum of squared errors, log A and slope, for each floor.
     """
     above = losses - floors[:, None]  # (floors, points)
     possible = np.all(above > 0, axis=-1)

@@ -1,4 +1,4 @@
-"""Progress of a training for its user: log lines, a live bar in a terminal, and the loss curve."""
+"""Display of the progress of training: log lines, a live bar in a terminal, the loss curve."""
 
 import logging
 import time
@@ -20,14 +20,16 @@ from zeroflow.units import duration, speed
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 15.0
+"""Minimum time between progress lines in the log."""
 
 _PICTURE_SECONDS = 60.0
+"""Minimum time between two drawings of the loss curve."""
 
 _ALMOST = 0.999
-"""Share that is done while the last step is validated."""
+"""Fraction shown while the last step is validated."""
 
 _BAR_WIDTH = 16
-"""Characters of the live bar, with which loss, speed and time left fit into 80."""
+"""Width of the live bar in characters, so that loss, speed and time left fit into 80 columns."""
 
 Show = Callable[[float, str], None]
 """Receives the fraction done, from 0 to 1, and a line of text."""
@@ -36,7 +38,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class _Display:
-    """Shows how far a phase is: a live bar in a terminal, a line in the log now and then."""
+    """Shows the progress of a phase: a live bar in a terminal, and occasional lines in the log."""
 
     def __init__(self, phase: str, show: Show) -> None:
         self._show_elsewhere = show
@@ -62,13 +64,13 @@ class _Display:
         """Move the bar.
 
         Args:
-            label: text on its left.
-            text: text on its right.
+            label: text to the left of the bar.
+            text: text to the right of the bar.
         """
         self._bar.update(self._task, description=label, completed=done, total=total, text=text)
 
     def tell(self, share: float, line: str, *, log_it: bool = False) -> None:
-        """Show `line` elsewhere, and log it if asked to, or if the log has been silent."""
+        """Show `line` elsewhere. Log it if `log_it`, or if nothing was logged for a while."""
         self._show_elsewhere(share, line)
         now = time.monotonic()
         if now - self._logged > _LOG_SECONDS or log_it:
@@ -77,9 +79,9 @@ class _Display:
 
 
 class TrainingProgress(_Display):
-    """Follows the events of a training.
+    """Shows the progress of training from its events.
 
-    The bar moves with every step. Loss, speed and the time left come with the logged steps. The
+    The bar moves with every step. Loss, speed and the time left change with every logged step. The
     time left is estimated from the speed of this process, including all pauses.
     """
 
@@ -115,7 +117,7 @@ class TrainingProgress(_Display):
         self.move(f"step {self._step}/{self._steps}", self._step, self._steps, self._text)
 
     def _show(self, record: StepRecord) -> None:
-        # Without the first step, which is the slowest, because it compiles and warms up
+        # Without the first step, which is slow because it compiles and warms up
         self._first = self._first or record
         step = record.step
         done = step - self._first.step
@@ -131,7 +133,7 @@ class TrainingProgress(_Display):
 
 
 class CheckProgress(_Display):
-    """Follows the pulses of a check."""
+    """Shows the progress of a check from its pulses."""
 
     def __init__(self, check: str, show: Show = lambda share, text: None) -> None:
         super().__init__(check, show)
@@ -145,9 +147,9 @@ class CheckProgress(_Display):
 
 
 class LossWatch:
-    """Draws the loss of a training over that of earlier runs, once a minute.
+    """Draws the training loss over that of earlier runs, once a minute.
 
-    When the run first leaves the band of those runs, it logs a warning.
+    It logs a warning when the run first leaves the band of those runs.
     """
 
     def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:

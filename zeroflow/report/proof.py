@@ -25,13 +25,13 @@ def write(job: TrainingJob, proof: Proof) -> Page:
     made.write(folder.proof_page)
     ending = tracker.RunEnd(
         files=[picture, folder.proof],
-        pages={"proof.html": as_html(folder.proof_page, f"proof of resume: {folder.name}")},
+        pages={"proof.html": as_html(folder.proof_page, f"proof of {folder.name}")},
         series={},
         succeeded=proof.passed,
     )
     result = {"proof": "passed" if proof.passed else "failed", "kills": str(len(proof.kills))}
     tracking = job.tracking.replace(tags=job.tracking.tags | result)
-    tracker.finish(tracking, folder, [], ending)  # both trainings have their own MLflow runs
+    tracker.finish(tracking, folder, [], ending)  # each of the two runs has its own MLflow run
     return made
 
 

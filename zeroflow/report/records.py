@@ -22,7 +22,7 @@ class OverfitFigures(Record):
 
     steps: int
     least_loss: float | None = omitted()
-    """Least loss that a model can reach on the batch of the check; None in older files."""
+    """Lowest loss that a model can reach on the batch of the check; None in older files."""
 
 
 class CorpusFigures(Record):
@@ -35,13 +35,13 @@ class CorpusFigures(Record):
     documents: int
     train_rows: int
     epochs: float
-    """Rows read, with repetitions, divided by the number of rows to train on."""
+    """Number of rows read, with repetitions, divided by the number of training rows."""
 
     covered: float | None = omitted()
-    """Fraction of these rows that were read at least once; None in older files."""
+    """Fraction of the training rows that were read at least once; None in older files."""
 
     repeated: float | None = omitted()
-    """Fraction of these rows that were read more than once; None in older files."""
+    """Fraction of the training rows that were read more than once; None in older files."""
 
     path: Path
     """Folder of the shards."""
@@ -55,7 +55,7 @@ class TokenizerFigures(Record):
 
 
 class TimeFigures(Record):
-    """Wall time of the training by phase."""
+    """Wall time of training by phase."""
 
     wall_seconds: float
     training_seconds: float
@@ -93,7 +93,7 @@ class StageFigures(Record):
 
 
 class Sharding(Record):
-    """Number of ranks of a run, and what they sharded."""
+    """Number of ranks of a run, and their ZeRO stage."""
 
     gpus: int = 1
     """Number of ranks. Each has its own GPU, or all share the cores of a CPU."""
@@ -201,7 +201,7 @@ class RunReport(WorkloadFigures):
     """Reuse by the last command, for each stage."""
 
     extensions: list[Extension] | None = omitted()
-    """The learning rate where the run was extended to more steps; None if it was not."""
+    """Extensions of the run to more steps; None if there were none."""
 
     plan: list[Compared] = []  # noqa: RUF012
     """Predicted and measured figures; empty if there was no plan."""

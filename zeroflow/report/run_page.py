@@ -21,7 +21,7 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import count, duration, speed
 
 _LONGEST = 500
-"""Maximum number of characters of a setting: a list of files may have thousands."""
+"""Maximum number of characters of a setting, which may be a list of thousands of files."""
 
 
 def page(
@@ -144,7 +144,7 @@ def _preflight(result: PreflightResult | None) -> str:
         return "skipped"
     if result.passed:
         return f"passed: {count(len(result.checks), 'check')}"
-    return Markdown("**FAILED**, skipped later")
+    return Markdown("**FAILED**, and skipped by a later command")
 
 
 def metrics_section(latest: Mapping[str, float]) -> tuple[Part, ...]:

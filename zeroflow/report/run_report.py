@@ -1,4 +1,4 @@
-"""Writing the report of a finished run: report.json, report.md and pictures, also to MLflow."""
+"""Writes the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ class Finished(NamedTuple):
 
 
 class Logs(NamedTuple):
-    """What the training left in the run's folder."""
+    """Records of training in the run's folder."""
 
     plan: Plan | None
     """None if it was started by a version without plans."""
@@ -89,7 +89,8 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
     logs = _read(run)
     report = _gather(run, logs, expected)
     _log(report)
-    report.write(folder.report)  # first: pages may fail, and MLflow may be slow or unreachable
+    # Before the pages, which may fail, and before MLflow, which may be slow or unreachable
+    report.write(folder.report)
     with never_fatal("report"):
         _draw(run, report, logs.metrics, expected)
         workload = run.job.training.workload

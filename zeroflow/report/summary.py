@@ -1,4 +1,4 @@
-"""Last lines of a run's command: figures, and paths of the results."""
+"""The last lines that a run's command prints: figures, and paths of the results."""
 
 import shlex
 import shutil
@@ -48,7 +48,7 @@ def _flag(cache: Path) -> str:
 
 
 def _program(name: str) -> str:
-    """Shell command for a program of this environment."""
+    """Return the shell command for a program of this environment."""
     path = Path(sys.executable).parent / name
     if shutil.which(name) or not path.exists():
         return name

@@ -1,4 +1,4 @@
-"""Stages of a sweep besides its runs: check, record, compare."""
+"""The steps of a sweep apart from its runs: check, record, compare."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def finished(cell: RunConfig) -> bool:
-    """True if the run has completed, according to its report."""
+    """Return True if the run has completed, according to its report."""
     found = outcome(cell.cache_dir, str(cell.run_name))
     return found is not None and found.status == "completed"
 
@@ -59,12 +59,12 @@ def open_group(sweep: SweepConfig) -> None:
 
 
 def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
-    """Write comparison.md and comparison.json about all runs that have a loss, also to MLflow.
+    """Compare all runs that have a loss in comparison.md and comparison.json, also in MLflow.
 
-    Runs that an earlier command trained are included. The run of the sweep in MLflow is ended.
+    Runs that an earlier command trained are included. The MLflow run of the sweep is ended.
 
     Args:
-        ended: how the runs of this command ended that did not complete.
+        ended: status of each run of this command that did not complete.
     """
     where = sweep.folder
     try:
@@ -88,7 +88,7 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
 
 
 def abandon(sweep: SweepConfig, ended: Mapping[str, Status]) -> None:
-    """Compare the runs of a sweep that is interrupted, as far as they came."""
+    """Compare the runs of an interrupted sweep with the steps that they did."""
     with never_fatal("comparison"):
         compare(sweep, ended)
 
@@ -99,7 +99,7 @@ def _gather(sweep: SweepConfig, ended: Mapping[str, Status]) -> tuple[Comparison
     for name in _members(sweep):
         try:
             found = outcome(cache, name)
-        except (OSError, ValueError, LookupError) as error:  # of another version, or damaged
+        except (OSError, ValueError, LookupError) as error:  # damaged, or of another version
             log.warning("run %s is left out of the comparison: %s", name, error)
             found = None
         if found is None:
@@ -113,7 +113,7 @@ def _gather(sweep: SweepConfig, ended: Mapping[str, Status]) -> tuple[Comparison
 
 
 def _figures(found: Comparison) -> dict[str, float]:
-    """Figures of the sweep in MLflow."""
+    """Return the figures of the sweep that MLflow shows."""
     completed = [one for one in found.runs if one.status == "completed"]
     losses = {"bpb_best": [one.val_bpb for one in completed if one.val_bpb is not None]}
     if not found.mixes_tokenizers:
@@ -124,7 +124,7 @@ def _figures(found: Comparison) -> dict[str, float]:
 
 
 def _members(sweep: SweepConfig) -> list[str]:
-    """Names of all runs of the sweep, including those of earlier commands."""
+    """Return the names of all runs of the sweep, including those of earlier commands."""
     asked = [str(cell.run_name) for cell in cells(sweep)]
     there = Cache(sweep.run.cache_dir).existing_runs()
     earlier = [folder.name for folder in there if _sweep_of(folder) == sweep.name]
