@@ -34,7 +34,7 @@ def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
 def test_fast_encoder_is_chosen_where_it_agrees_on_every_hard_string(llama):
     name, reason = encoding.choose(llama)
     assert name == "fastokens"
-    assert f"the same ids for {len(encoding.hard_strings(SPECIAL))} hard strings" in reason
+    assert f"the same ids for {len(encoding.hard_strings(SPECIAL))} test strings" in reason
 
 
 def test_hard_strings_hold_what_tells_tokenizers_apart():

@@ -111,7 +111,7 @@ REFUSALS = {
     "busy": (answers(503), "answers 503", True),
     "limited": (answers(429, Retry_After="600"), "asks to wait 600 s", True),
     "stalled": (Fault(stall_after_bytes=0), "no ", True),
-    "broken": (Fault(drop_after_bytes=1), "broke off", True),
+    "broken": (Fault(drop_after_bytes=1), "was lost", True),
     "no JSON": (Fault(truncate_to_bytes=1), "the answer is not JSON", True),
 }
 

@@ -141,7 +141,7 @@ TROUBLES = [
     Trouble("504 always", (answers(504),), "answers 504"),
     Trouble("dropped half-way once", (Fault(drop_after_bytes=50_000), None)),
     Trouble("dropped at every 30 kB", (Fault(drop_after_bytes=30_000),)),
-    Trouble("dropped at once, always", (Fault(drop_after_bytes=0),), "broke off"),
+    Trouble("dropped at once, always", (Fault(drop_after_bytes=0),), "was lost"),
     Trouble("truncated body once", (Fault(truncate_to_bytes=50_000), None)),
     Trouble("empty body always", (Fault(truncate_to_bytes=0),), "ended after 0 of 100,000"),
     Trouble("stall once", (Fault(stall_after_bytes=50_000), None)),

@@ -1,5 +1,8 @@
 """Limits on the memory that the C library keeps after it was freed; only glibc has these calls.
 
+Without these limits, a process keeps much of the memory that it has freed: glibc returns memory to
+the system from the end of a pool only, and many threads have a pool of their own.
+
 Source: mallopt(3), malloc_trim(3), https://man7.org/linux/man-pages/man3/mallopt.3.html
 """
 
@@ -10,15 +13,16 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def give_back() -> None:
-    """Return free memory to the system, such as the 70 MB that loading a vocabulary leaves."""
+    """Return freed memory to the system, such as the 70 MB that loading a vocabulary leaves."""
     if trim := _function("malloc_trim"):
         trim(0)
 
 
 def share_arenas(count: int) -> None:
-    """Limit the memory pools that threads allocate from; by default there are 8 for each core.
+    """Limit the number of memory pools of all threads; the default is 8 for each core.
 
-    A thread cannot use memory that is free in the pool of another thread.
+    Memory that is free in one pool cannot be used by threads of another pool. So with fewer pools
+    the process needs less memory, at the cost of threads that wait for each other's allocations.
     """
     if mallopt := _function("mallopt"):
         mallopt(_M_ARENA_MAX, count)

@@ -1,6 +1,6 @@
-"""Arrays of the data path: numpy types, and Arrow arrays made without pandas.
+"""Array types of the data path, and functions that create Arrow arrays without pandas.
 
-`pa.array` would make the same arrays, but it imports pandas, which takes a third of a second.
+`pa.array` would create the same arrays, but it imports pandas, which takes a third of a second.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """An Arrow array of integers; nothing is copied if `values` already have the type."""
+    """Return an Arrow array of integers; nothing is copied if `values` already have the type."""
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
     return pa.Array.from_buffers(kind, len(values), [None, buffer])
 
@@ -56,10 +56,10 @@ def byte_lengths(values: pa.StringArray) -> Int64Array:
 
 
 def well_formed(text: str) -> tuple[str, int]:
-    """`text` without lone surrogates, and its length in UTF-8 bytes.
+    """Return `text` without lone surrogates, and its length in UTF-8 bytes.
 
-    JSON can contain half of a UTF-16 pair. It is not a character and cannot be encoded as UTF-8,
-    so U+FFFD replaces it.
+    JSON can contain one half of a UTF-16 surrogate pair. It is not a character and cannot be
+    encoded as UTF-8, so it is replaced by U+FFFD.
     """
     try:
         return text, len(text) if text.isascii() else len(text.encode())

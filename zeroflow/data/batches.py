@@ -1,6 +1,6 @@
-"""Batch t as a pure function of (seed, t): no loader state, nothing to save or restore.
+"""Batches of rows. Batch t is a pure function of (seed, t), so there is no loader state to save.
 
-`order` decides on the rows of the global batch of a step. Ranks and micro-batches only split it.
+`order` determines the rows of the global batch of a step. Ranks and micro-batches only split them.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,10 @@ class MicroBatch(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """Split of the rows of a global batch."""
+    """How the rows of a global batch are split."""
 
     accumulate: int
-    """Micro-batches of each rank."""
+    """Number of micro-batches of each rank."""
 
     ranks: int
     micro_batch_rows: int
@@ -59,7 +59,7 @@ class Batches:
     ) -> None:
         """
         Args:
-            order: for global batches of this shape.
+            order: order of the rows, for global batches of this shape.
             document_mask: number the documents of each row, so that attention can stay within them.
             pin: put the tensors into pinned memory, from which a GPU copies while it computes.
         """
@@ -120,7 +120,7 @@ def to_micro_batch(
     inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
     targets[padding] = IGNORED
     arrays = [inputs, targets]
-    if document_mask:  # an end of text belongs to the document that it ends
+    if document_mask:  # an end-of-text token belongs to the document that it ends
         arrays.append(ends[:, :-1].cumsum(axis=1, dtype=np.int32) - ends[:, :-1])
     tensors = [torch.from_numpy(array) for array in arrays]
     if pin:

@@ -15,7 +15,7 @@ _SPLIT = (
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens, fewer where the text has too few pairs."""
+    """Return a tokenizer of at most `vocab_size` tokens; fewer if the text has too few pairs."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

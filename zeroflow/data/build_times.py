@@ -11,7 +11,7 @@ from zeroflow.records import JsonLines, Record
 FILE = "builds.jsonl"
 
 _MOST_BYTES = 2**18
-"""Bytes of the file that are read: some thousand lines."""
+"""Number of bytes at the end of the file that are read: some thousand lines."""
 
 
 class BuildTime(Record):
@@ -30,7 +30,7 @@ BUILD_TIMES: JsonLines[BuildTime] = JsonLines(BuildTime)
 
 
 def note_build(path: Path, number: int, built: BuiltPart) -> None:
-    """Note that part `number` of the set at `path` was built, unless it existed already."""
+    """Record that part `number` of the set at `path` was built, unless it existed already."""
     if not built.seconds:
         return
     both = built.facts.train + built.facts.validation
@@ -45,5 +45,5 @@ def note_build(path: Path, number: int, built: BuiltPart) -> None:
 
 
 def last_build_times(path: Path) -> list[BuildTime]:
-    """The last lines of the set at `path`; a line cut short by a killed process is skipped."""
+    """Return the last lines of the set at `path`; a line that a killed process left is skipped."""
     return BUILD_TIMES.readable(path / FILE, most_bytes=_MOST_BYTES)

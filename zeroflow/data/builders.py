@@ -1,4 +1,4 @@
-"""Builders of the parts of a shard set: threads of this process, or any other `Builders`."""
+"""Builders of the parts of a shard set: the interface, and threads of this process."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ from zeroflow.data.part_job import BuiltPart, PartJob
 from zeroflow.data.parts import build_part
 
 THREAD_PARTS = 8
-"""Parts that a thread builds before a new thread replaces it. The tokenizer's library keeps a cache
-of words for each thread. Over eight parts that cache saves time, and does not yet reach its full
-size of 150 MB."""
+"""Number of parts that a thread builds before a new thread replaces it. The tokenizer library keeps
+a cache of words for each thread. During eight parts the cache saves time, and does not reach its
+full size of 150 MB."""
 
 _WAIT_SECONDS = 0.5
-"""Timeout of a wait for a part, which is then repeated. Python handles a signal that arrives just
-before a wait only when that wait ends: without a timeout, such a Ctrl-C would have no effect."""
+"""Timeout of a wait for a part, which is then repeated. If a signal arrives just before a wait,
+Python handles it only when the wait ends. Without a timeout, such a Ctrl-C would have no effect."""
 
 T = TypeVar("T")
 
@@ -44,17 +44,17 @@ BuildPart = Callable[[PartJob], BuiltPart]
 
 @contextmanager
 def in_threads(count: int, build: BuildPart = build_part) -> Iterator[Builders]:
-    """Builders with `count` threads and one part in the queue, so that no thread waits for work.
+    """Yield builders with `count` threads, and one more part in the queue, so that none is idle.
 
-    The threads end with the program: Ctrl-C waits neither for a part nor for a hub that does not
-    answer. After a part has failed, those in the queue are cancelled.
+    The threads are daemons: after Ctrl-C the program ends without waiting for a part, or for a hub
+    that does not answer. After a part has failed, queued parts are cancelled.
     """
     work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-    failures: list[BaseException] = []  # after the first, no part is started
+    failures: list[BaseException] = []  # if there is one, no further part is started
 
     def start(job: PartJob) -> Ending:
         end: SimpleQueue[BuiltPart | BaseException] = SimpleQueue()
-        context = copy_context()  # Prefect finds the flow run of a task in it
+        context = copy_context()  # from which Prefect knows the flow run
 
         def run() -> None:
             try:
@@ -97,9 +97,9 @@ def _take(queue: SimpleQueue[T]) -> T:
 
 
 def outcome(wait: Callable[[], BuiltPart | BaseException]) -> BuiltPart | Exception:
-    """The part that `wait` returns, or the exception that it returns or raises.
+    """Return the part that `wait` returns, or the exception that it returns or raises.
 
-    The exception is returned, not raised, because the caller may not need this part.
+    An exception is returned instead of raised, because the caller may not need this part.
     """
     try:
         end = wait()

@@ -23,8 +23,8 @@ from zeroflow.data.token_batches import DocumentColumns
 FILE = "documents.parquet"
 
 MOST_NAME_BYTES = 2**30
-"""Limit on the bytes of the ids, or of the URLs, of lines that are written at once: the offsets of
-an Arrow array are 32-bit."""
+"""Maximum number of bytes of ids, or of URLs, in lines that are written at once, because the
+offsets of an Arrow array have 32 bits."""
 
 SCHEMA = pa.schema(
     [
@@ -51,7 +51,7 @@ class DocumentTable:
     @contextmanager
     def create(cls, part: Path) -> Iterator[Self]:
         with (
-            pa.OSFile(str(part / FILE), "wb") as sink,  # a full disk does not prevent its closing
+            pa.OSFile(str(part / FILE), "wb") as sink,  # can be closed even if the disk is full
             pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer,
         ):
             yield cls(writer)

@@ -1,4 +1,4 @@
-"""Documents of text, single and in batches of columns."""
+"""Documents of text: single documents, and batches in columns."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -17,9 +17,9 @@ BATCH_DOCUMENTS = 1000
 """Maximum number of documents in a batch."""
 
 BATCH_BYTES = 2**20
-"""A batch is complete once it has this many characters. Both limits are large enough to make the
-overhead per batch negligible, and small enough that the eight batches in flight between reader,
-tokenizer and packing take little memory."""
+"""Number of characters that complete a batch. Both limits are large enough to make the overhead per
+batch negligible, and small enough that the eight batches between reader, tokenizer and packing take
+little memory."""
 
 _PLACES = 10
 """Maximum number of bad lines whose place is recorded."""
@@ -98,7 +98,7 @@ class Tally:
 
 
 def regroup(batches: Iterable[TextBatch]) -> Iterator[TextBatch]:
-    """The same documents in batches of about equal size, across the borders of files.
+    """Yield the same documents in batches of about equal size, across the borders of files.
 
     Otherwise a corpus of many small files would give batches of one document.
     """

@@ -11,7 +11,7 @@ from zeroflow.data import document_table
 
 
 def hash_texts(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each text; a corpus of 10^8 texts has a collision in 1 case of 3,700."""
+    """Return a 64-bit hash of each text; 10^8 texts collide with a probability of 1 in 3,700."""
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
@@ -22,7 +22,7 @@ class SeenTexts:
     def __init__(self, earlier: Iterable[Path]) -> None:
         """
         Args:
-            earlier: preceding parts, whose tables hold the hashes.
+            earlier: preceding parts, whose tables contain the hashes.
         """
         columns = [
             document_table.read(part, ["text_hash"]).column(0).to_numpy() for part in earlier

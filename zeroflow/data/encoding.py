@@ -1,7 +1,7 @@
-"""Text to token ids, with the fastest library that gives the same ids as Hugging Face's.
+"""Encoding of text with the fastest library that gives the same ids as Hugging Face's.
 
-`choose` compares the libraries for a tokenizer on a few thousand hard strings. If a document spells
-out a special token, every encoder treats it as text, and never gives the special token's id.
+`choose` compares the libraries for a tokenizer on a few thousand difficult strings. If a document
+spells out a special token, every encoder treats it as text, and never returns the id of that token.
 """
 
 import json
@@ -30,6 +30,8 @@ EncoderName = Literal["fastokens", "tokenizers"]
 _FUZZED = 3000
 """Number of random strings to compare."""
 
+# Building blocks of difficult strings: white space, control and combining characters, and texts on
+# which pre-tokenizers have differed
 _WHITESPACE = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2009\u200b\u2028\u2029\u202f\u3000\ufeff"
 _OTHERS = "\x00\x01\x7f\u0301\u0308\u200d\ufe0f\ufffd\U0001f600\U0001f468\U0001f3fd\U0010ffff"
 _PIECES = (
@@ -75,14 +77,14 @@ class Encoded(NamedTuple):
 
 class Encoder(Protocol):
     def encode(self, texts: list[str]) -> Encoded:
-        """Ids of all `texts`, without special tokens; a text must not contain lone surrogates.
+        """Return the ids of `texts`, which must not contain lone surrogates; no special tokens.
 
         Several threads may call this. The fast library keeps a cache of words for each thread.
         """
         ...
 
     def decode(self, ids: list[list[int]]) -> list[str]:
-        """The texts that come back from ids, without unknown tokens."""
+        """Return the decoded texts, without unknown tokens."""
         ...
 
 
@@ -108,7 +110,7 @@ class _HuggingFace:
 class _Fastokens:
     def __init__(self, file: Path) -> None:
         # One thread per call: several parts are built at once, each in a thread that calls this
-        # library, and more threads within a call would mostly wait for each other
+        # library, and additional threads would mostly wait for each other
         os.environ["FASTOKENS_BPE_THREADS"] = "1"
         self._tokenizer = fastokens.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
@@ -120,7 +122,7 @@ class _Fastokens:
         return Encoded(np.frombuffer(ids, np.int32), offsets[1:] - offsets[:-1])
 
     def decode(self, ids: list[list[int]]) -> list[str]:
-        # of byte-level tokenizers, for which it is chosen: they have no unknown token
+        # This library is chosen only for byte-level tokenizers, which have no unknown token
         return list(self._tokenizer.decode_batch(ids, False))
 
 
@@ -129,10 +131,10 @@ _loading = threading.Lock()
 
 
 def plain(file: Path) -> tokenizers.Tokenizer:
-    """Hugging Face's tokenizer, set so that the ids of a text are a function of the text alone.
+    """Load Hugging Face's tokenizer, configured so that the ids of a text depend on the text only.
 
-    Nothing is cut off, padded or drawn at random, and special tokens that a text spells out are
-    text.
+    Truncation, padding and dropout are off, and special tokens that a text spells out are encoded
+    as text.
     """
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
@@ -144,12 +146,12 @@ def plain(file: Path) -> tokenizers.Tokenizer:
 
 
 def dropout(tokenizer: tokenizers.Tokenizer) -> float:
-    """Share of merges that a BPE leaves out at random, so that a text has other ids every time."""
+    """Return the share of merges that a BPE skips at random, which makes ids non-deterministic."""
     return getattr(tokenizer.model, "dropout", None) or 0.0
 
 
 def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The id that stands for text outside the vocabulary; None if there is none."""
+    """Return the id that replaces text outside the vocabulary; None if there is none."""
     model = tokenizer.model
     if isinstance(model, tokenizers.models.Unigram):
         found: int | None = json.loads(model.__getstate__())["unk_id"]
@@ -159,12 +161,12 @@ def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
 
 
 def choose(file: Path) -> tuple[EncoderName, str]:
-    """The encoder for a tokenizer.json, and the reason for the choice.
+    """Return the encoder for a tokenizer.json, and the reason for the choice.
 
-    The comparison runs in a child process: otherwise this process would keep the memory of both
+    The comparison runs in a child process. Otherwise this process would keep the memory of both
     libraries, and a tokenizer that crashes the fast library would end it.
     """
-    # the same module path, so that the child imports the same modules
+    # The child must import the same modules as this process
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -176,9 +178,9 @@ def choose(file: Path) -> tuple[EncoderName, str]:
 
 
 def compare(file: Path) -> tuple[EncoderName, str]:
-    """The result of `choose`, computed in this process."""
+    """Return the result of `choose`, computed in this process."""
     if dropout(tokenizers.Tokenizer.from_file(str(file))):
-        return "tokenizers", f"{_fast_version()} cannot switch off the dropout of merges"
+        return "tokenizers", f"{_fast_version()} cannot disable the dropout of merges"
     reference = _HuggingFace(file)
     texts = hard_strings(reference.added_tokens())
     expected = reference.encode(texts)
@@ -193,8 +195,8 @@ def compare(file: Path) -> tuple[EncoderName, str]:
     if not np.array_equal(found.lengths, expected.lengths) or not np.array_equal(
         found.ids, expected.ids
     ):
-        return "tokenizers", f"{fast} gives different ids for some of {len(texts)} hard strings"
-    return "fastokens", f"{fast} gives the same ids for {len(texts)} hard strings"
+        return "tokenizers", f"{fast} gives different ids for some of {len(texts)} test strings"
+    return "fastokens", f"{fast} gives the same ids for {len(texts)} test strings"
 
 
 def _fast_version() -> str:
@@ -202,26 +204,26 @@ def _fast_version() -> str:
 
 
 def load(file: Path, name: EncoderName) -> Encoder:
-    """The encoder called `name` for a tokenizer.json.
+    """Return the encoder called `name` for a tokenizer.json.
 
     It stays in memory, because a vocabulary of 128,000 tokens takes most of a second to load.
     """
     key = (artifacts.file_sha256(file), name)
     with _loading:
         if key not in _loaded:
-            _loaded.clear()  # only one is used at a time, and each takes 150 MB
+            _loaded.clear()  # a process uses one at a time, and each takes 150 MB
             _loaded[key] = _Fastokens(file) if name == "fastokens" else _HuggingFace(file)
             allocator.give_back()
         return _loaded[key]
 
 
 def hard_strings(special: list[str]) -> list[str]:
-    """Strings on which tokenizers are known to differ, and random mixtures of them.
+    """Return strings on which tokenizers are known to differ, and random mixtures of them.
 
-    They are the same on every call.
+    The strings are the same on every call.
 
     Args:
-        special: the tokenizer's special tokens, as a text may spell them out.
+        special: the tokenizer's special tokens, which a text may spell out.
     """
     rng = random.Random(0)
     texts = ["", *_PIECES, *_WHITESPACE, *_OTHERS, "a\ufffdb", "\x00" * 99]
@@ -243,7 +245,7 @@ def hard_strings(special: list[str]) -> list[str]:
 
 
 def _scripts() -> list[str]:
-    """Runs of 64 neighbouring characters from all over Unicode."""
+    """Return runs of 64 neighbouring characters, spread over Unicode."""
     starts = [
         *range(0x80, 0x3000, 0x40),
         *range(0x3000, 0xD800, 0x400),

@@ -11,9 +11,9 @@ from zeroflow.artifacts import FileRecord
 
 
 class FileWriter:
-    """Writes files in a thread, and computes their entries in the manifest while it writes.
+    """Writes files in a thread, and computes their manifest entries at the same time.
 
-    The thread ends with the program: Ctrl-C does not wait for the disk.
+    The thread is a daemon, so the program does not wait for the disk after Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class FileWriter:
         return future
 
     def records(self) -> dict[str, FileRecord]:
-        """Wait until all files are written; their entries in the manifest by name.
+        """Wait until all files are written, and return their manifest entries by name.
 
         Raises:
             OSError: a file could not be written.

@@ -1,8 +1,10 @@
 """Choice of the text that is held out for validation.
 
-The id of a document decides, so the choice does not depend on the rest of the corpus or on the
-builder of the shards. If ids repeat, the text decides. In a corpus of few documents, the end of the
-longest document may be held out.
+A hash of its id decides whether a document is held out. So the choice does not depend on the rest
+of the corpus, and parts can be built in any order by any number of processes. If ids repeat, the
+hash of the text is used instead, because otherwise all documents with one id would be on the same
+side. In a corpus of few documents, the end of the longest document may be held out: no choice of
+whole documents would be near the fraction.
 """
 
 import hashlib
@@ -22,12 +24,12 @@ from zeroflow.data.duplicates import hash_texts
 from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes, read_documents
 
 FEW_DOCUMENTS = 1000
-"""In a corpus of at least this many documents, about `validation_fraction` of the documents is held
-out. A smaller corpus is measured, and the fraction is exact."""
+"""Number of documents from which on about `validation_fraction` of the documents is held out. A
+smaller corpus is measured first, and the fraction of its characters is exact."""
 
 _SOME_ROWS = 4
-"""Minimum number of held-out rows, because the loss of fewer is too noisy, if they are at most
-`_MOST_OF_A_SMALL_CORPUS` of the text."""
+"""Minimum number of held-out rows, because the loss of fewer is too noisy. Fewer are held out if
+these would be more than `_MOST_OF_A_SMALL_CORPUS` of the text."""
 
 _MOST_OF_A_SMALL_CORPUS = 0.2
 
@@ -38,10 +40,10 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class Tail(Config):
-    """The end of a document, held out while the rest of the document is trained on."""
+    """The end of a document that is held out. The rest of the document is used for training."""
 
     text_position: float
-    """Position of the document by its text, so that copies of it are cut in the same way."""
+    """Position of the document, by the hash of its text, so that all copies are cut equally."""
 
     characters: PositiveInt
 
@@ -50,19 +52,21 @@ class Holdout(Config):
     """The rule by which documents are held out."""
 
     by: Literal["id", "text"] = "id"
-    """Source of a document's position."""
+    """Whether the position of a document is a hash of its id or of its text."""
 
     below: float
     """Documents with a lower position are held out."""
 
     longest: NonNegativeInt | None = None
-    """Documents with more characters are not held out; None for no limit. One document could
-    otherwise be most of the text."""
+    """Documents with more characters are not held out; None for no limit. Otherwise a single long
+    document could make the held-out fraction much too large."""
 
     tail: Tail | None = None
 
     def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
-        """Return the documents, one cut if the rule has a tail, and True for held-out ones."""
+        """Return the documents, one of them cut in two if the rule has a tail, and a mask of those
+        that are held out.
+        """
         positions = self.positions(batch.ids.to_pylist(), batch.texts)
         held_out = positions < self.below
         if self.longest is not None:
@@ -81,7 +85,7 @@ EVERYTHING = Holdout(below=2)
 
 
 def holdout_positions(ids: Iterable[bytes]) -> npt.NDArray[np.float64]:
-    """Position of each document in [0, 1], a hash of its id; the lowest are held out."""
+    """Return the position of each document in [0, 1], a hash of its id; the lowest are held out."""
     digests = b"".join(hashlib.sha256(i).digest()[:8] for i in ids)
     return np.frombuffer(digests, ">u8") / 2.0**64
 
@@ -101,7 +105,8 @@ class _Measured(NamedTuple):
 def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) -> Holdout:
     """Return the rule that holds out `fraction` of a resolved corpus.
 
-    It reads the first `FEW_DOCUMENTS` documents, which are all documents of a small corpus.
+    This reads the first `FEW_DOCUMENTS` documents: all documents of a small corpus, and enough of a
+    large one to see whether ids repeat.
     """
     if not corpus.is_text:
         return Holdout(below=fraction)
@@ -110,6 +115,7 @@ def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) ->
     rule = Holdout(by="id" if len(ids) == len(documents) else "text", below=fraction)
     if len(documents) < FEW_DOCUMENTS:
         return _of_few(documents, rule, row_tokens)
+    # A document longer than the whole held-out text would exceed the fraction by itself
     share = fraction * local_text_bytes(corpus)
     return rule.replace(longest=None if math.isinf(share) else int(share))
 
@@ -125,7 +131,12 @@ def _measured(corpus: CorpusConfig) -> Iterator[_Measured]:
 
 
 def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
-    """Return the rule that holds out the fraction of the characters, or a few rows."""
+    """Return the rule that holds out the fraction of the characters, and at least a few rows.
+
+    Documents are taken in order of position until the next one would exceed the wanted number of
+    characters. If less than half of it was reached, the end of the longest remaining document is
+    held out in addition.
+    """
     fraction = rule.below
     total = sum(document.characters for document in documents)
     rows = _SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN

@@ -1,8 +1,8 @@
 """The Hugging Face Hub: revisions, lists of files, and files that are read on demand.
 
-This module makes every request itself. The timeouts of the hub's libraries range from none to half
-an hour, their exceptions change between versions, and after a lost connection `datasets` reads a
-file again from its start.
+This module makes all requests itself, because the timeouts of the hub's libraries range from none
+to half an hour, their exceptions change between versions, and after a lost connection `datasets`
+reads a file again from its start.
 """
 
 import io
@@ -24,11 +24,12 @@ READ_AHEAD_BYTES = 2**20
 """Bytes to request when a small read continues where the last one ended."""
 
 SKIP_BYTES = 16 * 2**20
-"""Bytes that are read and discarded, at most, if a server answers a range with the whole file."""
+"""Maximum number of bytes that are discarded if a server answers a range with the whole file."""
 
 _PEEK_BYTES = 8192
+"""Number of bytes that `readline` looks at in advance."""
 
-# The `datasets` library reads from these files which of a repository's files make up a subset
+# Files from which the `datasets` library reads which files of a repository make up a subset
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
@@ -79,7 +80,7 @@ def download(
     """Fetch the files of a model repository into `folder`.
 
     Args:
-        wanted: tells by the path of a file in the repository whether it is fetched.
+        wanted: returns True if the file with this path in the repository should be fetched.
 
     Raises:
         HubError: the hub refused or failed.
@@ -104,8 +105,8 @@ def dataset_files(
     """
     files = {file.name: file for file in _tree("dataset", dataset, revision, patience)}
     with TemporaryDirectory() as temporary:
-        # `datasets` knows the rules, but its network code has its own timeouts and errors. So it
-        # gets a folder with the repository's file names, all empty
+        # The `datasets` library has the rules, but its network code has its own timeouts and
+        # errors. So it is given a local folder with empty files of the same names
         folder = Path(temporary).resolve()
         for file in files.values():
             path = folder / file.name
@@ -120,7 +121,7 @@ def dataset_files(
 def open_file(
     dataset: str, file: HubFile, *, revision: str, patience: Patience = READING
 ) -> io.RawIOBase:
-    """A file of a dataset that is read over the network on demand; opening makes no request.
+    """Return a file of a dataset that is read over the network on demand, without a request.
 
     A read makes one request for exactly its bytes, which suits Parquet: pass the file to
     `pyarrow.parquet.ParquetFile(..., pre_buffer=True)`. Consecutive small reads, such as lines,
@@ -162,7 +163,7 @@ def _tree(kind: str, name: str, revision: str, patience: Patience) -> list[HubFi
 
 
 def _ask(path: str, subject: str, patience: Patience) -> tuple[Any, str]:
-    """The hub's answer to a question, and the address of the next page; empty after the last."""
+    """Return the hub's answer, and the address of the next page; "" after the last page."""
     from huggingface_hub import constants
 
     def attempt(effort: Effort) -> tuple[Any, str]:
@@ -248,7 +249,7 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def peek(self, size: int = 0, /) -> bytes:
-        """The next bytes, without a change of position; `readline` needs it to read blocks."""
+        """Return the next bytes without changing the position, for `readline`."""
         return self._bytes(self._position + _PEEK_BYTES)
 
     def _bytes(self, end: int) -> bytes:
@@ -283,7 +284,7 @@ class _RemoteFile(io.RawIOBase):
                     got.extend(chunk[skip:])
                     skip = max(skip - len(chunk), 0)
                     effort.kept = len(got)
-                    if len(got) > end - first:  # the server sends the whole file, which may be long
+                    if len(got) > end - first:  # the server sends more than the requested range
                         del got[end - first :]
                         return
             if len(got) < end - first:
@@ -294,7 +295,7 @@ class _RemoteFile(io.RawIOBase):
         return bytes(got)
 
     def _bytes_before(self, start: int, response: Any, subject: str) -> int:
-        """Bytes of an answer that precede byte `start`; checks that the answer is of this file.
+        """Check that the answer belongs to this file; return how many bytes precede byte `start`.
 
         Raises:
             HubError: the file has changed, or the answer is not the range that was requested.
@@ -310,7 +311,7 @@ class _RemoteFile(io.RawIOBase):
             cause = f"the file has changed since it was listed ({int(size):,} bytes)"
             raise HubError(subject, cause, transient=False)
         if whole and start > SKIP_BYTES:
-            cause = "the server answers a range with the whole file (200 in place of 206)"
+            cause = "the server answers a range with the whole file (200 instead of 206)"
             raise HubError(subject, cause, transient=False)
         if not whole and not re.match(rf"bytes {start}-", said):
             cause = f"the answer contains other bytes than requested ({said or 'no Content-Range'})"
@@ -326,7 +327,7 @@ def _file_url(kind: str, repository: str, revision: str, name: str) -> str:
 
 
 def _etag(response: Any) -> str:
-    """The ETag of the file's content, from the hub; the storage that it redirects to has others."""
+    """Return the ETag that the hub gives the file; the storage it redirects to has another one."""
     for each in [*response.history, response]:
         if linked := each.headers.get("X-Linked-ETag"):
             return linked.removeprefix("W/").strip('"')

@@ -31,12 +31,12 @@ class HubError(RuntimeError):
         """`transient`: True if the same call may succeed later."""
         self.remedies = remedies
         self.retry_after = retry_after
-        """Seconds that the hub asked to wait before the next request, if it did."""
+        """Seconds to wait before the next request, if the hub asked for that."""
         ways = "".join(f"\n  - {remedy}" for remedy in remedies)
         super().__init__(f"{subject}: {cause}" + (f". What can be done:{ways}" if ways else ""))
 
     def __reduce__(self) -> Any:
-        """For pickle, for example from a Dask worker: it passes positional arguments only."""
+        """Support pickle, such as from a Dask worker, which passes positional arguments only."""
         return partial(
             type(self),
             transient=self.transient,
@@ -55,9 +55,10 @@ class HubError(RuntimeError):
 
 
 def explain(error: BaseException, subject: str) -> HubError:
-    """Explain an exception of the hub's libraries by its status and cause, not by its class.
+    """Explain an exception of the hub's libraries by its status and cause.
 
-    The classes change between versions, and some report a 503 as FileNotFoundError.
+    Its class is ignored: the classes change between versions, and some report a 503 as
+    FileNotFoundError.
     """
     for cause in _chain(error):
         response: Any = getattr(cause, "response", None)
@@ -73,10 +74,10 @@ def explain(error: BaseException, subject: str) -> HubError:
 
 
 def explain_silence(error: BaseException, subject: str, url: str, limit: float) -> HubError:
-    """Explain why no answer came, or why it broke off.
+    """Explain why no answer came, or why the answer ended early.
 
     Args:
-        limit: seconds without a byte after which the request was given up.
+        limit: seconds without a byte after which the request was cancelled.
     """
     chain = list(_chain(error))
     host = redaction.host(_asked_last(chain) or url)
@@ -99,19 +100,19 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
         cause = f"the hub cannot be reached (the name {host} is not resolved)"
     elif found(ConnectionRefusedError):
         cause = f"the hub cannot be reached ({host} refuses connections)"
-    elif isinstance(error, TimeoutError):  # raised by `within`, which does not know the address
+    elif isinstance(error, TimeoutError):  # from `within`, without the address
         cause = f"no answer came within {limit:.1f} s"
     elif found(TimeoutError) or "Timeout" in names:
         cause = f"no byte came from {host} for {limit:.1f} s"
     elif found(ConnectionError) or "Protocol" in names or "ReadError" in names:
-        cause = f"the connection to {host} broke off"
+        cause = f"the connection to {host} was lost"
     else:
         return explain(error, subject)
     return HubError(subject, cause, transient=True)
 
 
 def _asked_last(chain: list[BaseException]) -> str:
-    """The address of the failed request; the hub may have redirected to it."""
+    """Return the address of the failed request, which may be one that the hub redirected to."""
     for cause in chain:
         with suppress(AttributeError, RuntimeError):  # no such attribute, or never set
             return str(cause.request.url)  # type: ignore[attr-defined]

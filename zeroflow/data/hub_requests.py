@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _WORTH_A_LINE_SECONDS = 1.0
-"""Waits at least this long are logged; nobody notices a shorter one."""
+"""Waits of at least this duration are logged."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Patience:
     """Limits on the time and the tries of a request."""
 
     seconds: float
-    """A try may start within this many seconds. A request for n bytes ends within
+    """Time within which tries may start. A request for n bytes ends within
     `seconds + 2 * stall_seconds + window_seconds + n / slow_bytes_per_second`."""
 
     tries: int
@@ -36,7 +36,7 @@ class Patience:
     """Seconds to wait for an answer, and for each further byte of it."""
 
     slow_bytes_per_second: float = 32 * 1024
-    """A slower answer is cancelled, and requested again from where it stopped."""
+    """Minimum speed. A slower answer is cancelled, and the rest of it is requested again."""
 
     window_seconds: float = 10.0
     """Seconds that an answer may be slow before it is cancelled."""
@@ -46,24 +46,24 @@ class Patience:
     every try."""
 
     longest_wait_seconds: float = 15.0
-    """Limit of the doubling. A Retry-After of the hub takes precedence; if it is longer than the
-    rest of `seconds`, the request fails at once."""
+    """Maximum wait. A Retry-After of the hub takes precedence; if it is longer than the rest of
+    `seconds`, the request fails immediately."""
 
 
 ANSWER_SECONDS = 5.0
 """Seconds that the hub may take to answer a question about a repository."""
 
 QUESTION = Patience(ANSWER_SECONDS, tries=3, stall_seconds=ANSWER_SECONDS, first_wait_seconds=0.25)
-"""For requests that decide whether a run uses the hub: a person is waiting."""
+"""For requests that decide whether a run uses the hub. It is short, because the user is waiting."""
 
 READING = Patience(120.0, tries=20, stall_seconds=20.0)
-"""For requests that a run depends on: long enough for a restart of the hub or of a router."""
+"""For requests that a run depends on. It is long enough for a restart of the hub or of a router."""
 
 
 class Effort:
-    """The tries and seconds that a request has used, compared with its patience.
+    """The tries and the time that a request has used so far.
 
-    Received bytes extend the time; otherwise a large read could not survive many short breaks.
+    Received bytes extend the time, so that a large read survives many short interruptions.
     """
 
     def __init__(self, patience: Patience) -> None:
@@ -92,7 +92,7 @@ class Effort:
         wait = failure.retry_after
         if wait is None:
             doubled = self.patience.first_wait_seconds * 2 ** (self._without_progress - 1)
-            # Not the shared generator: training seeds it and depends on its sequence
+            # Not Python's shared generator: training seeds it and depends on its sequence
             share = random.SystemRandom().uniform(0.5, 1)
             wait = share * min(doubled, self.patience.longest_wait_seconds)
         return wait if wait < self.left() else None
@@ -139,9 +139,9 @@ def answer(
 
     limit = effort.patience.stall_seconds
     headers |= {"User-Agent": "zeroflow", "Accept-Encoding": "identity"}
-    # Not `build_hf_headers`: it first requests a list from the hub, with its own timeouts
+    # `build_hf_headers` is not used: it first requests a list from the hub, with its own timeouts
     if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
-        if not (token.isascii() and token.isprintable()):  # the client's error would print it
+        if not (token.isascii() and token.isprintable()):  # the client's error would contain it
             raise HubError(subject, "the token is malformed: see HF_TOKEN", transient=False)
         headers["Authorization"] = f"Bearer {token}"
 
@@ -170,7 +170,7 @@ def body(response: Any, subject: str, effort: Effort) -> Iterator[bytes]:
     """The pieces of an answer's body in the order in which they arrive.
 
     Raises:
-        HubError: the answer broke off, or is slower than the patience allows.
+        HubError: the answer ended early, or is slower than the patience allows.
     """
     patience = effort.patience
     began, heard = time.monotonic(), 0

@@ -1,8 +1,8 @@
-"""The parts of a set that its pages of counts list, and a limit on how much of them is verified.
+"""The parts that the pages of counts of a set list, and the verification of some of them.
 
-Parts that no page lists yet are verified completely. Of those in pages, each start reads and
-verifies up to `VERIFIED_BYTES`: all of a small set, and another stretch of a large one each time.
-Reading every byte of a set of a million parts would take hours.
+Parts that no page lists yet are verified completely. Of the parts in pages, each start of a run
+verifies up to `VERIFIED_BYTES`: all parts of a small set, and a different section of a large set
+each time. Reading every byte of a set of a million parts would take hours.
 """
 
 import logging
@@ -24,13 +24,13 @@ from zeroflow.units import count, decimal
 log = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 2**33
-"""Some seconds of reading and hashing."""
+"""Maximum number of bytes to verify at a start; they take some seconds to read and hash."""
 
 _PART = "part-"
 
 
 class KnownParts:
-    """The lines of the parts in pages that are there, as far as a run needs them."""
+    """The counts of those parts in pages that exist and that a run needs."""
 
     def __init__(self, path: Path, train_rows: int, validation_rows: int) -> None:
         """
@@ -45,7 +45,7 @@ class KnownParts:
         self._verify_some()
 
     def after(self, counted: PartCounts) -> Int64Array:
-        """The lines of the parts after those `counted`, up to an unsound one, and not too many."""
+        """Return the lines of the needed parts after `counted`, up to the first damaged part."""
         begin = len(counted)
         unsound = np.flatnonzero(~self._sound[begin:])
         end = begin + int(unsound[0]) if len(unsound) else len(self._lines)
@@ -53,7 +53,7 @@ class KnownParts:
         return lines[: self._enough(counted, lines)]
 
     def _enough(self, counted: PartCounts, lines: Int64Array) -> int:
-        """The number of `lines` that the run needs besides those `counted`; all if it needs more"""
+        """Return how many of `lines` the run needs in addition to those `counted`."""
         enough = 0
         for name, needed in zip(("train_rows", "validation_rows"), self._needed, strict=True):
             rows = counted.total(name) + np.cumsum(lines[:, COLUMNS.index(name)])
@@ -72,7 +72,7 @@ class KnownParts:
             self._sound[number] = existing_part(part_path(self._path, number)) is not None
         if len(chosen) < parts:
             log.info(
-                "%s of %s verified (%s), beginning with %s; the others when they were built or "
+                "%s of %s verified (%s), beginning with %s; the others were verified when built or "
                 "first reused",
                 *(f"{len(chosen):,}", count(parts, "part"), decimal(int(sizes[chosen].sum()))),
                 part_path(self._path, first).name,
@@ -80,18 +80,18 @@ class KnownParts:
 
 
 def complete_page(path: Path, parts: int) -> None:
-    """Write the page that the last of the first `parts` parts completes, if any."""
+    """Write a page of counts if the first `parts` parts end with a complete page."""
     number, rest = divmod(parts, part_counts.PAGE_PARTS)
     if rest:
         return
     try:
         part_counts.write_page(path, number - 1)
-    except OSError as error:  # without it, the next start looks at its parts again
+    except OSError as error:  # without the page, the next start reads its parts one by one
         log.warning("cannot write the counts of the parts: %s", artifacts.explained(error))
 
 
 def _present(path: Path, parts: int) -> npt.NDArray[np.bool_]:
-    """Whether each of the first parts is there, from one list of the folder."""
+    """Return which of the first parts exist, from a single listing of the folder."""
     present = np.zeros(parts, bool)
     if not parts:
         return present

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def on_dask(workers: int, address: str | None) -> Iterator[Callable[[PartJob], BuiltPart]]:
-    """A function that builds a part on a Dask worker, for calls from many threads.
+    """Yield a function that builds a part on a Dask worker; many threads may call it.
 
-    Only the job and its result travel: a worker needs the package and the cache folder, and knows
-    nothing of the run or of Prefect. No worker is started before there is a part to build.
+    Only the job and its result are sent: a worker needs the package and the cache folder, but
+    neither the run nor Prefect. Workers are started when the first part is built.
 
     Args:
         workers: processes on this machine, if no `address` is given.
@@ -33,7 +33,7 @@ def on_dask(workers: int, address: str | None) -> Iterator[Callable[[PartJob], B
             with starting:
                 if not clients:
                     clients.append(stack.enter_context(_client(workers, address)))
-            # Each attempt has its own key: Dask would return the failure of the one before
+            # Each attempt has its own key. For a known key, Dask would return the earlier failure
             key = f"{job.path.name}-{uuid4().hex}"
             built: BuiltPart = clients[0].submit(build_part, job, key=key).result()
             log_part(job, built)
@@ -48,7 +48,7 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
     Raises:
         ValueError: Dask is not installed, or no scheduler answers at `address`.
     """
-    # By default it logs a dozen lines for each worker
+    # By default Dask logs a dozen lines for each worker
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
     try:
         from distributed import Client, LocalCluster  # an extra of the package
@@ -56,7 +56,8 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
         raise ValueError(
             f"--data-runner dask needs a package ({error}): pip install 'zeroflow[dask]'"
         ) from error
-    # Closed, not left: the thread that leaves a client has to be the one that entered it
+    # `closing` instead of the client's own context, which must be left by the thread that entered
+    # it
     with ExitStack() as stack:
         if address is None:
             address = stack.enter_context(

@@ -1,12 +1,12 @@
 """The rows of each global batch: a pure function of the seed and the step.
 
 Training reads an endless sequence of global batches. It visits the rows in the order of a keyed
-permutation, a new one every epoch. A batch may span two epochs, so every row is used exactly once
-per epoch, whatever the batch size.
+permutation, with a new key for every epoch. A batch may span two epochs, so every row is used
+exactly once per epoch, for any batch size.
 
-A run that is extended may read more rows. From that batch on a new segment of the sequence begins:
-first a permutation of the rows that the current epoch has not read yet, old and new ones, then
-whole epochs of all rows. So no row is read twice before all are read once.
+A run that is extended may read more rows. With the first batch after the extension, a new segment
+of the sequence begins: first a permutation of all rows that the current epoch has not read yet, old
+and new, then whole epochs of all rows. So no row is read twice before all are read once.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _ROUNDS = 6
 """Rounds of the Feistel network. With a random round function, four rounds cannot be distinguished
 from a random permutation: Luby & Rackoff 1988, https://doi.org/10.1137/0217022"""
 
-_U64 = np.uint64
+_U64 = np.uint64  # its arithmetic wraps around, as the hash functions need
 
 _AT_ONCE = 2**22
 """Number of positions whose rows are counted at once."""
@@ -40,17 +40,17 @@ class Skip(Config):
 
 
 class Segment(Config):
-    """The rows that a run reads from a global batch on."""
+    """A section of the sequence of batches in which a run reads the same set of rows."""
 
     batch: NonNegativeInt
-    """First global batch, counted from 0; skipped ones count too."""
+    """First global batch of the section, counted from 0; skipped batches count too."""
 
     rows: PositiveInt
-    """Number of rows that are read: the first ones of the shards."""
+    """Number of rows: the first ones of the shards."""
 
 
 class Coverage(NamedTuple):
-    """How much of the rows a run has read."""
+    """Which fraction of the rows a run has read."""
 
     epochs: float
     """Rows read, with repetitions, divided by the number of rows."""
@@ -75,9 +75,9 @@ class Order:
     ) -> None:
         """
         Args:
-            segments: by ascending batch; the first one begins at batch 0.
-            batch_rows: rows of a global batch.
-            skips: in the order in which they were decided on.
+            segments: segments by ascending batch; the first begins at batch 0.
+            batch_rows: number of rows of a global batch.
+            skips: windows to skip, in the order in which they were recorded.
         """
         self._size, self._key = batch_rows, _mix(seed)
         self._windows: list[tuple[int, int]] = []
@@ -89,8 +89,9 @@ class Order:
         self._begins = np.array([stretch.begin for stretch in self._stretches])
 
     def batches(self, steps: Int64Array) -> Int64Array:
-        """Numbers of the global batches that `steps`, counted from 0, read."""
+        """Return the numbers of the global batches that `steps`, counted from 0, read."""
         batches = steps.copy()
+        # In ascending order: each window moves the later batches behind it
         for begin, end in self._windows:
             batches[batches >= begin] += end - begin
         return batches
@@ -104,7 +105,7 @@ class Order:
         """Count the rows that the first `steps` steps read."""
         rows = self._stretches[-1].rows
         epochs = steps * self._size / rows
-        if self.is_first_epoch(steps):  # there may be many rows, and none was read again
+        if self.is_first_epoch(steps):  # the count is known without looking at the rows
             return Coverage(epochs, covered=epochs, repeated=0.0)
         times = np.zeros(rows, np.uint32)
         at_once = max(1, _AT_ONCE // self._size)
@@ -128,10 +129,11 @@ class Order:
         return int(self.batches(np.array([step]))[0])
 
     def _skip(self, skip: Skip) -> None:
-        """Add the batches that the steps of `skip` read under the windows so far.
+        """Add the batches that the steps of `skip` read with the windows so far.
 
-        Between the first and the last of them there are only these and skipped ones. So windows
-        never overlap, and one that was skipped stays skipped, whatever step a run goes back to.
+        The range from the first to the last of them contains only these batches and batches that
+        are skipped already, so earlier windows within it are merged into the new one. A batch that
+        was skipped stays skipped, even if a later roll-back goes back to an earlier step.
         """
         begin, last = self._batch(skip.step), self._batch(skip.step + skip.batches - 1)
         others = [(b, e) for b, e in self._windows if e <= begin or b > last]
@@ -156,7 +158,7 @@ class Order:
         return rows
 
     def _rows_of_stretch(self, positions: Int64Array, number: int) -> Int64Array:
-        """The rows at `positions` of a stretch, if it went on for ever."""
+        """Return the rows at `positions` of a stretch, as if no other stretch followed."""
         stretch = self._stretches[number]
         first = stretch.left + stretch.new
         places = positions - stretch.begin
@@ -164,6 +166,7 @@ class Order:
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
+            # A key of its own for every epoch of every stretch
             key = _mix(self._key + epoch + (number << 32))
             if epoch:
                 of_epoch = places[chosen] - first - (epoch - 1) * stretch.rows
@@ -173,9 +176,10 @@ class Order:
         return rows
 
     def _unread(self, places: Int64Array, number: int) -> Int64Array:
-        """Rows that the epoch in which a stretch begins has not read, by their `places` among them.
+        """Return rows that the epoch in which a stretch begins has not read, by their `places`.
 
-        First come those that the stretch before would have read next, then the new ones.
+        The places begin with the rows that the stretch before would have read next, followed by the
+        new rows.
         """
         stretch = self._stretches[number]
         old = places < stretch.left
@@ -191,18 +195,19 @@ class _Stretch(NamedTuple):
     begin: int
     rows: int
     left: int
-    """Number of old rows that the current epoch has not read at `begin`."""
+    """Number of old rows that the current epoch has not read yet at `begin`."""
 
     new: int
     """Number of rows that the segment before did not have."""
 
 
 def permute(places: Int64Array, size: int, key: int) -> Int64Array:
-    """The images of `places` under a keyed permutation of range(size).
+    """Return the images of `places` under a keyed permutation of range(size).
 
-    Each place costs O(1) time and memory: no list is shuffled. A Feistel network permutes the
-    smallest even number of bits that holds `size`, and is applied again until its result is below
-    `size`: Black & Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9
+    Each place takes O(1) time and memory, because no list is shuffled. A Feistel network permutes
+    the numbers with the smallest even number of bits that can represent `size`. It is applied again
+    until its result is below `size`: Black & Rogaway 2002,
+    https://doi.org/10.1007/3-540-45760-7_9
     """
     half = _U64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (_U64(1) << half) - _U64(1)

@@ -1,9 +1,9 @@
-"""Packing documents into rows of one length. Pure numpy.
+"""Packing of documents into rows of one length.
 
 Documents are packed window by window; the rows of a window depend on its documents only. No token
-is lost: a short row is padded with end-of-text ids. Documents are never empty, so an end of text is
-padding exactly if it follows another one, and a document begins after every end of text. The ids
-alone mark the documents of a row.
+is lost, and a short row is padded with end-of-text ids. Because documents are never empty, an
+end-of-text id is padding exactly if it follows another one. So the ids alone show where the
+documents of a row begin, and no mask needs to be stored.
 """
 
 from bisect import bisect_left, insort
@@ -34,7 +34,7 @@ class Pieces(NamedTuple):
     """Number of rows of the whole window."""
 
     def select(self, first: int, end: int) -> "Pieces":
-        """The pieces of documents `first` to `end`, which are numbered from 0."""
+        """Return the pieces of documents `first` to `end`, with documents numbered from 0."""
         chosen = slice(*np.searchsorted(self.document, (first, end)))
         return self._replace(
             document=self.document[chosen] - first,
@@ -46,7 +46,7 @@ class Pieces(NamedTuple):
 
 
 def concatenate(lengths: Int64Array, row_tokens: int) -> Pieces:
-    """Join documents of `lengths` tokens end to end, and cut the stream into rows.
+    """Join documents of `lengths` tokens end to end, and cut the result into rows.
 
     Source: Brown et al. 2020, appendix B, https://arxiv.org/abs/2005.14165
     """
@@ -67,13 +67,13 @@ def concatenate(lengths: Int64Array, row_tokens: int) -> Pieces:
 
 
 def best_fit(lengths: Int64Array, row_tokens: int) -> Pieces:
-    """Put each document of `lengths` tokens, longest first, into the fullest row that can take it.
+    """Put each document of `lengths` tokens, longest first, into the fullest row with room for it.
 
-    Only documents longer than a row are cut: into full rows and a rest that is packed like a
-    document. If the rest is only an end of text, it begins a row; after another document it would
-    be read as padding.
+    Only documents longer than a row are cut: into full rows and a remainder that is packed like a
+    document. If the remainder is only an end-of-text id, it is placed at the beginning of a row,
+    because after another document it would be taken for padding.
 
-        Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
+    Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
     """
     full = (lengths - 1) // row_tokens  # a document of exactly one row is not cut
     counts = full + 1
@@ -125,10 +125,10 @@ def lay_out(
 
     Args:
         tokens: document i is `tokens[begins[i] : ends[i]]`, without its end of text.
-        rows: filled with ends of text, which are those of the documents and the padding.
+        rows: filled with end-of-text ids, so that the ends of documents and padding are in place.
     """
-    # Slices of memoryviews: copying a numpy slice releases the GIL, and with several builder
-    # threads this one would have to wait for it again at every piece
+    # Memoryviews instead of numpy slices: numpy releases the GIL for every copy, and with several
+    # builder threads this thread would have to wait for it after every piece
     target, source = rows.reshape(-1).data, tokens.astype(rows.dtype, copy=False).data
     first = begins[pieces.document] + pieces.start
     last = np.minimum(first + pieces.tokens, ends[pieces.document])

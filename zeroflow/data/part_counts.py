@@ -1,8 +1,8 @@
-"""Counts of the parts of a shard set, and the pages from which they are read at once.
+"""Counts of the parts of a shard set, stored in pages.
 
-`counts-00000.arrow` has the counts of parts 0 to 511, and so on: one page for each 512 complete
-parts. So a set of a million parts is opened without a look into each of its folders. A page follows
-from its parts. It may be deleted, and any process may write it.
+A page has the counts of 512 complete parts: `counts-00000.arrow` those of parts 0 to 511, and so
+on. With pages, a set of a million parts is opened without reading a file in each of its folders. A
+page is computed from its parts, so it may be deleted, and any process may write it.
 """
 
 import hashlib
@@ -33,13 +33,14 @@ from zeroflow.data.shards import (
 log = logging.getLogger(__name__)
 
 PAGE_PARTS = 512
-"""Parts of a page. A build that was killed verifies up to as many parts again, some 17 GB."""
+"""Number of parts of a page. After a killed build, up to this many parts, some 17 GB, are verified
+again."""
 
 _FORMAT = "1"
 
 _LEFT_OUT = ("empty_documents", "duplicates", "bad_lines")
 _STORED = ("train_file_rows", "validation_file_rows", "row_bytes")
-"""Rows of the first file of each split, and so of all files but the last; and bytes of all."""
+"""Number of rows in each file of a split except the last, and total size of the files."""
 
 COLUMNS = (
     *(f"{split}_{name}" for split in SPLITS for name in SplitCounts.model_fields),
@@ -50,12 +51,12 @@ _PLACE = {name: place for place, name in enumerate(COLUMNS)}
 
 
 class PartCounts:
-    """Counts of parts 0, 1, ...; grows in constant time."""
+    """Counts of parts 0, 1, ...; adding a part takes constant time on average."""
 
     def __init__(self, table: Int64Array) -> None:
         """
         Args:
-            table: a line with `COLUMNS` for each part.
+            table: one line with `COLUMNS` for each part.
         """
         self._table, self._parts = table, len(table)
         self._total = table.sum(axis=0)
@@ -93,7 +94,7 @@ class PartCounts:
 
 
 def pages(path: Path, parts: int | None = None) -> Int64Array:
-    """The lines of the pages of the set at `path`, from part 0 to the first that is in none.
+    """Return the lines of the pages of the set at `path`, up to the first part without a page.
 
     Args:
         parts: read only the lines of these first parts; None for all.
@@ -106,7 +107,7 @@ def pages(path: Path, parts: int | None = None) -> Int64Array:
         except FileNotFoundError:
             break
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            log.warning("%s cannot be read (%s): its parts are looked at one by one", page, error)
+            log.warning("%s cannot be read (%s): reading its parts one by one", page, error)
             break
     return np.concatenate([*found, np.zeros((0, len(COLUMNS)), np.int64)])[:parts]
 
@@ -125,7 +126,7 @@ def write_page(path: Path, number: int) -> None:
 
 
 def of(shards: ShardSet) -> PartCounts:
-    """The counts of all parts of a set; parts without a page are looked at one by one.
+    """Return the counts of all parts of a set; parts without a page are read one by one.
 
     Raises:
         DamagedArtifact: a part is missing or damaged.
@@ -141,7 +142,7 @@ def row_bytes(shards: ShardSet) -> int:
 
 
 def stored(path: Path, number: int) -> Int64Array:
-    """The line of a part, from its manifest and the heads of its first files.
+    """Return the line of a part, from its manifest and the headers of its first files.
 
     Raises:
         DamagedArtifact: the part is missing or damaged.
@@ -176,7 +177,7 @@ def _read(page: Path) -> Int64Array:
     with pa.ipc.open_file(pa.py_buffer(page.read_bytes())) as reader:
         batch, facts = reader.get_batch(0), reader.schema.metadata or {}
     if facts.get(b"format") != _FORMAT.encode():
-        raise DamagedArtifact("its format is another one")
+        raise DamagedArtifact("it has another format")
     lines = np.stack([batch.column(name).to_numpy() for name in COLUMNS], axis=1)
     sha256 = hashlib.sha256(np.ascontiguousarray(lines).tobytes()).hexdigest()
     if len(lines) != PAGE_PARTS or facts.get(b"sha256") != sha256.encode():

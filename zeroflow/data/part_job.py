@@ -26,7 +26,7 @@ class PartJob(Config):
     """Seed of synthetic data."""
 
     earlier: tuple[Path, ...] = ()
-    """Parts whose texts are duplicates if they occur in this part."""
+    """Earlier parts. A text of this part that also occurs in one of them is a duplicate."""
 
 
 class BuiltPart(Config):

@@ -1,4 +1,4 @@
-"""Building of one part of a shard set: a slice of the corpus is tokenised, packed and written.
+"""Building one part of a shard set: tokenise a slice of the corpus, pack it, and write the files.
 
 A part depends on its slice and the settings, and on other parts only if duplicates are left out.
 So parts can be built in any order by any number of processes, and a killed build loses only the
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def existing_part(path: Path) -> PartFacts | None:
-    """The facts of a part that exists and verifies; otherwise None."""
+    """Return the facts of a part that exists and verifies; otherwise None."""
     if not path.exists():
         return None
     try:
@@ -68,9 +68,9 @@ def build_part(job: PartJob) -> BuiltPart:
 
 
 def log_part(job: PartJob, built: BuiltPart) -> None:
-    """Log the tokens and seconds of a part that was built, wherever that was."""
+    """Log the tokens and seconds of a part that was built here or on a worker."""
     if not built.seconds:
-        return  # it existed already
+        return  # the part existed already
     tokens = built.facts.train.document_tokens + built.facts.validation.document_tokens
     log.info("%s: %s tokens in %.1f s", job.path.name, f"{tokens:,}", built.seconds)
     returned = PartManifest.read(job.path).returned
@@ -79,21 +79,20 @@ def log_part(job: PartJob, built: BuiltPart) -> None:
 
 
 def _warn_of_loss(returned: ReturnedText, tokenizer: str) -> None:
-    """Warn, while later parts are still to be built, of what the pre-flight is going to judge."""
+    """Warn about lost text after the first part, long before the pre-flight check of it."""
     if (share := returned.lost_share) >= WORTH_A_WARNING:
-        verdict = "will refuse it" if share >= MOST_LOST else "judges it"
         log.warning(
-            "%.1f%% of the characters do not come back from the ids of %s, in %s characters of the "
-            "first part: the pre-flight %s",
+            "%.1f%% of the characters are lost by encoding and decoding with %s, in a sample of %s "
+            "characters of the first part; the pre-flight fails at %.0f%%",
             100 * share,
             tokenizer,
             f"{returned.characters:,}",
-            verdict,
+            100 * MOST_LOST,
         )
 
 
 def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileRecord]]:
-    """Write the part's files; its manifest, and the manifest's entries for the files of rows."""
+    """Write the part's files; return its manifest, and the entries of the files with rows."""
     tally, duplicates = Tally(), 0
     seen = SeenTexts(job.earlier) if job.corpus.is_text and job.corpus.deduplicate else None
     with FileWriter() as writer, DocumentTable.create(folder) as table:
@@ -115,8 +114,8 @@ def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileReco
                 batch = batch.choose(new)
             held_out = batch.documents.held_out
             splits["train"].add(batch.choose(~held_out))
-            # a copy: these few documents wait long for a full window, and a view would keep the
-            # whole batch in memory
+            # A copy, because these few documents wait long for a full window, and a view would keep
+            # the whole batch in memory
             splits["validation"].add(batch.choose(held_out).copy())
         facts = PartFacts(
             train=splits["train"].finish(),

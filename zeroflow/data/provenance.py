@@ -1,4 +1,4 @@
-"""Documents of given rows: traces a batch of a run back to its texts."""
+"""Provenance of rows: the documents that given rows contain."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 
 _FIRST_TOKENS = 24
+"""Number of tokens of a piece that are shown as text."""
 
 
 class Piece(NamedTuple):
@@ -44,12 +45,12 @@ class Piece(NamedTuple):
 
 
 def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Int64Array) -> list[Piece]:
-    """The pieces of documents in each of the training `rows`, in the order of `rows`.
+    """Return the pieces of documents in each of the training `rows`, in the order of `rows`.
 
     Only the tables of parts that contain one of the rows are read.
 
-        Raises:
-            DamagedArtifact: a table cannot be read.
+    Raises:
+        DamagedArtifact: a table cannot be read.
     """
     counts = part_counts.of(shards).column("train_rows")
     ends = np.cumsum(counts)

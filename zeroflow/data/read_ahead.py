@@ -1,4 +1,4 @@
-"""Read-ahead: a thread that runs ahead of an iterator."""
+"""Read-ahead: a thread that produces the items of an iterator in advance."""
 
 import queue
 import threading
@@ -8,11 +8,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _ITEMS = 3
-"""Number of items ahead: enough for a slow read, and few enough to take little memory."""
+"""Number of items in advance: enough to bridge a slow read, and few enough to take little
+memory."""
 
 
 def read_ahead(source: Iterator[T]) -> Iterator[T]:
-    """The items of `source`, produced by a thread.
+    """Yield the items of `source`, which a thread produces.
 
     The thread waits for disk or network while the caller computes. It ends with this iterator, or
     with the program.

@@ -1,4 +1,4 @@
-"""The Arrow files with the rows of a split."""
+"""Writes the rows of a split to Arrow files: the shards."""
 
 import mmap
 import threading
@@ -15,24 +15,24 @@ from zeroflow.data.file_writer import FileWriter
 from zeroflow.data.shards import Layout, Split, rows_path
 
 SHARD_TOKENS = 2**22
-"""Tokens in a file: 16 MB of int32, which are laid out in memory before they are written."""
+"""Number of tokens in a file: 16 MB of int32, which are laid out in memory before being written."""
 
 _IPC_FRAME_BYTES = 2**12
 """Upper limit on the size of an Arrow file's schema and footer."""
 
 
 class _Buffers(threading.local):
-    """The memory in which a thread lays rows out, reused for every part.
+    """The memory in which a thread lays out rows; it is reused for every part.
 
-    It is mapped from the system, which provides pages as they are filled, and gets them back when
-    the thread ends. An allocator would keep such large blocks.
+    It is mapped directly from the system, which provides pages when they are filled and takes them
+    back when the thread ends. An allocator would keep such large blocks.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, mmap.mmap] = {}
 
     def take(self, purpose: str, size: int) -> mmap.mmap:
-        """At least `size` bytes with arbitrary content; the same memory for the same purpose."""
+        """Return at least `size` bytes with arbitrary content; the same memory for each purpose."""
         kept = self._kept.get(purpose)
         if kept is None or len(kept) < size:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -51,7 +51,7 @@ class RowFiles:
     ) -> None:
         """
         Args:
-            spare_rows: room for rows beyond those of a file. If `append` needs more, it copies all.
+            spare_rows: room for more rows than a file has. If `append` needs more, it copies all.
         """
         self._part, self._split, self._layout, self._writer = part, split, layout, writer
         self._file_rows = max(1, SHARD_TOKENS // layout.row_tokens)
@@ -96,10 +96,10 @@ class RowFiles:
         self._rows[: self._filled] = self._rows[rows : rows + self._filled].copy()
 
     def _serialize(self, batch: pa.RecordBatch) -> memoryview:
-        """An Arrow file with `batch`, valid until the next call.
+        """Return the content of an Arrow file with `batch`, valid until the next call.
 
-        Arrow does not write the file itself: an interrupt would be raised in Python code that Arrow
-        calls.
+        The file itself is written without Arrow: an interrupt would be raised in Python code that
+        Arrow calls.
         """
         size = pa.ipc.get_record_batch_size(batch) + _IPC_FRAME_BYTES
         memory = _buffers.take(f"{self._split} file", size)

@@ -11,11 +11,11 @@ from zeroflow.data.shard_file import ShardFile
 from zeroflow.data.shards import ShardSet, Split, rows_path
 
 _OPEN_FILES = 128
-"""Files of a split that are kept open; a large set has more files than may be open."""
+"""Maximum number of open files of a split; a large set has more files than a process may open."""
 
 
 class Rows:
-    """The rows of one split: `rows[ids]` reads (len(ids), row_tokens) integers, and no others."""
+    """The rows of one split; `rows[ids]` reads only these rows, (len(ids), row_tokens) integers."""
 
     def __init__(self, shards: ShardSet, split: Split) -> None:
         """

@@ -1,7 +1,7 @@
-"""Reading single rows of an Arrow file of a shard set.
+"""Reads single rows of an Arrow file of a shard set.
 
-Rows are read, not mapped: around a row of 8 KB that is not in memory yet, Linux maps and reads
-hundreds of KB ahead, and a mapped file on a server that fails ends the process without a message.
+The files are not mapped into memory. Around a mapped row of 8 KB, Linux reads hundreds of KB, and
+if a file server fails, access to a mapped file ends the process without a message.
 
 Source: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
 """
@@ -19,11 +19,11 @@ from zeroflow.data.arrays import RowArray
 _MAGIC = b"ARROW1\0\0"
 _CONTINUATION = b"\xff\xff\xff\xff"
 _HEAD_BYTES = 2**12
-"""Enough for the magic, the schema and the record batch's metadata."""
+"""Maximum size of magic, schema and metadata of the record batch."""
 
 
 class ShardFile:
-    """An open file. It is closed with its last reference, so that threads may share it."""
+    """An open file. It is closed when its last reference is gone, so threads may share it."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -97,8 +97,7 @@ def _message(head: bytes, begin: int) -> tuple[bytes, int]:
 def _rows_and_body(batch: bytes) -> tuple[int, int]:
     """Return the rows and the bytes of a record batch, from its FlatBuffers metadata.
 
-    The column is not nullable, so the first buffer with bytes, at the beginning of the body, is
-    that of its values.
+    The column is not nullable, so the body begins with the buffer of its values.
     """
     (message,) = struct.unpack_from("<I", batch, 0)
     header = _field(batch, message, 2)
@@ -109,7 +108,7 @@ def _rows_and_body(batch: bytes) -> tuple[int, int]:
 
 
 def _field(content: bytes, table: int, number: int) -> int:
-    """Return the position of a table's field; it is absent if it has its default, as no rows do."""
+    """Return the position of a table's field. A field with the default value, 0 rows, is absent."""
     (back,) = struct.unpack_from("<i", content, table)
     (place,) = struct.unpack_from("<H", content, table - back + 4 + 2 * number)
     if not place:

@@ -1,4 +1,4 @@
-"""Packing and writing of the documents of one split of a part."""
+"""Packs and writes the documents of one split of a part."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from zeroflow.data.token_batches import TokenBatch, concatenate
 WINDOW_DOCUMENTS = 2000
 
 WINDOW_TOKENS = (2**20, 2**21)
-"""A window of documents is packed once it has `WINDOW_DOCUMENTS` documents and the first number of
-tokens, or the second number of tokens. Best-fit needs many documents to choose from; with these
-limits a window fits in memory, whether it consists of books or of tweets."""
+"""A window of documents is packed when it has `WINDOW_DOCUMENTS` documents and the first number of
+tokens, or when it has the second number of tokens. Best fit needs many documents to choose from,
+and with these limits a window of books or of tweets fits in memory."""
 
 
 class SplitWriter:
@@ -35,7 +35,7 @@ class SplitWriter:
         self._split, self._layout, self._end_of_text = split, layout, end_of_text
         self._table = table
         self._pack = packing.PACKINGS[layout.packing]
-        # best-fit fills rows almost completely, so a window rarely needs twice its tokens in rows
+        # Best fit fills rows almost completely, so a window rarely needs rows of twice its tokens
         spare_rows = 2 * WINDOW_TOKENS[1] // layout.row_tokens
         self._rows = RowFiles(part, split, layout, writer, spare_rows=spare_rows)
         self._window: list[TokenBatch] = []
@@ -56,7 +56,7 @@ class SplitWriter:
             self._close_window()
 
     def finish(self) -> SplitCounts:
-        """Write the rest; the counts of everything written."""
+        """Write the remaining documents, and return the counts of everything written."""
         if self._window:
             self._close_window()
         self._rows.write_rest()

@@ -16,15 +16,18 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 
 _SAMPLES = 3
+"""Number of rows whose beginning is shown."""
+
 _MOST_TABLES = 64
-"""Parts whose tables of documents are read; together they have some million documents."""
+"""Maximum number of parts whose tables are read; together they have about a million documents."""
 
 _SAMPLE_TOKENS = 80
+"""Number of tokens of a row that are shown."""
 
 
 class ShardStatistics(NamedTuple):
     source: CorpusIdentity
-    """Source, revision and the like, as in plan.json."""
+    """Settings that identify the corpus, such as source and revision, as in plan.json."""
 
     tokenizer: str
     lengths: Int64Array

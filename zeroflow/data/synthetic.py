@@ -1,8 +1,8 @@
-"""Synthetic data: seeded token ids with an easily learnt structure and a known entropy.
+"""Synthetic data: seeded token ids with a structure that is easy to learn and a known entropy.
 
 The ids are a Markov chain over a small alphabet: every token has four successors with probabilities
 1/2, 1/4, 1/8 and 1/8. A document ends with constant probability, and a new one starts with a random
-token. So the last token says all that the chain knows about the next one.
+token. So the distribution of the next token depends only on the last token.
 """
 
 import math
@@ -13,31 +13,37 @@ import numpy as np
 from zeroflow.data.arrays import RowArray, TokenArray
 
 SUCCESSORS = np.array([0.5, 0.25, 0.125, 0.125])
+"""Probabilities of the successors of a token."""
+
 _WHICH = np.arange(len(SUCCESSORS))
+
 END_PROBABILITY = 1 / 256
+"""Probability that a document ends after a token; documents have 256 tokens on average."""
+
 ALPHABET = 256
+"""Maximum number of tokens in use."""
 
 BLOCK_DOCUMENTS = 1024
-"""Documents of a block, which is generated from one seed."""
+"""Number of documents of a block, which is generated from one seed."""
 
 PART_BLOCKS = 8
-"""Blocks in a part of a shard set."""
+"""Number of blocks in a part of a shard set."""
 
 PART_TOKENS = PART_BLOCKS * BLOCK_DOCUMENTS / END_PROBABILITY
 """Average number of tokens of a part."""
 
 
 def alphabet_size(vocab_size: int) -> int:
-    """Number of tokens in use; the last id of the vocabulary ends a document."""
+    """Return the number of tokens in use; the last id of the vocabulary ends a document."""
     return min(ALPHABET, vocab_size - 1)
 
 
 def chain_loss(rows: RowArray, vocab_size: int) -> float:
-    """Mean loss of the true chain on packed `rows`, in nats per token.
+    """Return the mean loss of the true chain on packed `rows`, in nats per token.
 
-    It is not the entropy rate of the chain: the first token of a row is no target, and where short
-    documents are packed into rows, half of the documents start there. A model can get a little
-    lower only by what packing by length gives away about the ends of documents.
+    It differs from the entropy rate of the chain: the first token of a row is not a target, and
+    with short documents, many documents start there. A model can be slightly better than the chain,
+    because packing by length reveals something about the ends of documents.
     """
     ends = rows == vocab_size - 1
     before, after = ends[:, :-1], ends[:, 1:]
@@ -62,9 +68,9 @@ class SyntheticBlock(NamedTuple):
 
 
 def generate_block(vocab_size: int, seed: int, block: int) -> SyntheticBlock:
-    """Block number `block`: documents `block` * BLOCK_DOCUMENTS and following."""
+    """Return block number `block`, whose first document is number `block` * BLOCK_DOCUMENTS."""
     size, end_of_text = alphabet_size(vocab_size), vocab_size - 1
-    # Ids spread over the whole vocabulary, so that the whole range of the embedding is used
+    # The ids are spread over the vocabulary, so that rows from the whole embedding are used
     ids = np.linspace(0, end_of_text, size, endpoint=False).astype(np.int32)
     chain = np.random.default_rng([seed, 0])  # the same for all blocks
     successors = np.stack(
@@ -72,7 +78,7 @@ def generate_block(vocab_size: int, seed: int, block: int) -> SyntheticBlock:
     )
     random = np.random.default_rng([seed, 1, block])
     lengths = random.geometric(END_PROBABILITY, size=(BLOCK_DOCUMENTS,))
-    # all documents advance together, step by step; states beyond a document's end are unused
+    # All documents advance together, step by step; states beyond the end of a document are unused
     states = np.empty((lengths.max(), BLOCK_DOCUMENTS), dtype=np.int64)
     states[0] = random.integers(size, size=BLOCK_DOCUMENTS)
     choices = random.choice(_WHICH, size=states.shape, p=SUCCESSORS)

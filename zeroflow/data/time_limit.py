@@ -1,4 +1,4 @@
-"""Time limit for calls without one, such as those of a resolver or a driver."""
+"""Time limit for calls that have none, such as those of a resolver or a database driver."""
 
 import contextvars
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def within(
     """Return the result of `call` if it returns in time.
 
     Args:
-        late: called with a result that comes later.
+        late: called with a result that comes after the time limit.
 
     Raises:
         TimeoutError: `call` did not return in time.
@@ -28,7 +28,7 @@ def within(
         except BaseException as error:
             future.set_exception(error)
 
-    # In a copy of this context, where Prefect finds the flow run of a log line
+    # In a copy of this context, from which Prefect knows which flow run a log line belongs to
     context = contextvars.copy_context()
     Thread(target=context.run, args=(work,), daemon=True).start()
     try:

@@ -14,8 +14,8 @@ from zeroflow.data.arrays import Int64Array, TokenArray
 class DocumentColumns(NamedTuple):
     """Ids, URLs and lengths of documents, in columns.
 
-    `ids` and `urls` may contain entries of other documents as well; `places` maps each document to
-    its entry. So documents are selected from a batch without copying strings.
+    `ids` and `urls` may also contain entries of other documents; `places` maps each document to its
+    entry. So documents are selected from a batch without copying strings.
     """
 
     ids: pa.BinaryArray

@@ -1,4 +1,4 @@
-"""Bytes of text that a token stands for."""
+"""Number of bytes of text that a token represents."""
 
 import re
 
@@ -10,13 +10,14 @@ from zeroflow.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _ANCHOR = "a"
-"""A token's text can depend on its place: the first of a text may lose its space."""
+"""Text before a token whose bytes are counted: at the beginning of a text, a decoder may remove the
+space of a token."""
 
 
 def token_bytes(tokenizer: Tokenizer, ids: Int64Array) -> Int64Array:
-    """Return the UTF-8 bytes of text that each id adds to a text; 0 for the end of text.
+    """Return the number of UTF-8 bytes that each id adds to a text; 0 for the end-of-text id.
 
-    The sum over a document is the size of its text where the tokenizer keeps all of the text.
+    If the tokenizer loses no text, the sum over a document is the size of its text.
     """
     loaded = tokenizer.load()
     unique, places = np.unique(ids, return_inverse=True)

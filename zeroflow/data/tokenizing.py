@@ -1,4 +1,4 @@
-"""The tokenised documents of a slice: encoded from text, or generated as token ids."""
+"""Tokenised documents of a slice: encoded from text, or generated as token ids."""
 
 from collections.abc import Iterator
 
@@ -46,7 +46,7 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
             lengths + 1,
         )
         batch = TokenBatch(documents, ids, np.cumsum(lengths) - lengths)
-        if not lengths.all():  # a tokenizer may give no token for a text
+        if not lengths.all():  # a tokenizer may encode a text to no tokens
             tally.empty += int((lengths == 0).sum())
             batch = batch.choose(lengths > 0)
         yield batch
@@ -55,9 +55,9 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
 def _require_valid(
     job: PartJob, ids: TokenArray, lengths: Int64Array, documents: pa.BinaryArray
 ) -> None:
-    """Check that all ids are in the vocabulary, and that none is the end of text.
+    """Check that all ids are in the vocabulary, and that none is the end-of-text id.
 
-    In rows, ends of text separate the documents, so a document must not contain one.
+    In rows, end-of-text ids separate the documents, so a document must not contain one.
     """
     end_of_text, vocab_size = job.tokenizer.end_of_text, job.tokenizer.vocab_size
     highest = ids.max(initial=0)

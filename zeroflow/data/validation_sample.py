@@ -1,8 +1,8 @@
-"""The held-out rows that every run on a shard set validates on.
+"""The held-out rows on which every run with a shard set validates.
 
-Packing puts full rows of long documents first, so the first rows of a split do not represent it.
-The sample is drawn with a fixed key from the first parts that hold enough rows: it is the same for
-every run and model on the set, however many parts a run reads.
+Packing puts full rows of long documents first, so the first rows of a split are not representative.
+The sample is drawn with a fixed key from the first parts that have enough rows. So it is the same
+for every run and model with this set, even if a run reads more parts.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from zeroflow.data.token_bytes import token_bytes
 from zeroflow.data.tokenizer import Tokenizer
 
 _KEY = 0
+"""Key of the permutation; changing it would make losses of runs incomparable."""
 
 
 class SampleCounts(Config):
@@ -28,10 +29,10 @@ class SampleCounts(Config):
 
     rows: PositiveInt
     documents: NonNegativeInt
-    """Documents of which at least one token lies in the sample."""
+    """Number of documents with at least one token in the sample."""
 
     tokens: PositiveInt
-    """Targets, those that are scored: without padding and the first token of each row."""
+    """Number of scored targets, which exclude padding and the first token of each row."""
 
     text_bytes: NonNegativeInt | None
     """UTF-8 bytes of exactly these tokens; None for synthetic data."""
@@ -49,7 +50,7 @@ class _Pool(NamedTuple):
 
 
 def validation_rows(shards: ShardSet, count: int) -> Int64Array:
-    """Return the numbers of the rows of the sample: `count`, or all if there are fewer.
+    """Return the numbers of the rows of the sample: `count` rows, or all if there are fewer.
 
     A larger sample of the same parts contains the smaller one.
     """
@@ -82,7 +83,7 @@ def _pool(shards: ShardSet, count: int) -> _Pool:
 
 
 def _documents(shards: ShardSet, chosen: Int64Array, parts: int) -> int:
-    """Return the number of documents in the `chosen` validation rows, which lie in the parts."""
+    """Return the number of documents in the `chosen` validation rows of the first `parts` parts."""
     first, found = 0, 0
     for path in map(shards.part, range(parts)):
         table = document_table.read(path, ["split", "row", "start"])

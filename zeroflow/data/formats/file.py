@@ -1,4 +1,4 @@
-"""A file of documents: opening and decompressing it."""
+"""Files of documents: opening and decompressing them."""
 
 import io
 import lzma
@@ -15,6 +15,7 @@ from zeroflow.config import Config
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+"""Suffixes of compressed files."""
 
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # Arrow's names
 _READ_BYTES = 2**20
@@ -80,7 +81,7 @@ class DocumentFile:
         return self.storage.open(self.file, self.revision)
 
     def open_decompressed(self) -> IO[bytes]:
-        if self.is_compressed and not self.file.size:  # Arrow would decompress it to nothing
+        if self.is_compressed and not self.file.size:  # Arrow would read an empty text
             raise EOFError("it is empty: compressed, even an empty file has some bytes")
         stored = self.open()
         suffix = Path(self.name).suffix.lower()

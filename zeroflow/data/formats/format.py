@@ -9,7 +9,7 @@ from zeroflow.data.formats.file import DocumentFile
 
 
 class Format(ABC):
-    """Reader of one kind of file, whole or a part at a time."""
+    """Reader for one kind of file. It reads a whole file, or a part of it."""
 
     description: ClassVar[str]
     """Description of the kind of file, for help texts."""

@@ -42,8 +42,9 @@ def _documents(
     with file.open_decompressed() as stream:
         position, number, seen = start, 0, False
         if position:
-            # Skip to the first line that begins in this part: a line that spans the cut belongs to
-            # the previous part. One byte earlier, as a line may begin exactly here, after a newline
+            # Skip to the first line that begins in this part, because a line that spans the cut
+            # belongs to the previous part. Start one byte earlier: if that byte is a newline, a
+            # line begins exactly at the cut
             stream.seek(position - 1)
             position += len(stream.readline()) - 1
         while stop is None or position < stop:
@@ -54,7 +55,7 @@ def _documents(
                 continue
             if not seen and not start and content.startswith(b"["):
                 raise ValueError(
-                    f"{file.place} begins one JSON array, but a line for each document is needed: "
+                    f"{file.place} begins with a JSON array, but must have one line per document: "
                     "convert it to lines, as in jq -c '.[]' FILE.json > FILE.jsonl"
                 )
             seen = True

@@ -70,7 +70,7 @@ def _open(file: DocumentFile) -> pq.ParquetFile:
     content: Any
     footer, remote = None, file.path is None
     if file.is_compressed:
-        # A reader of Parquet begins at the end, and a compressed stream cannot seek there
+        # A Parquet reader begins at the end of the file, and a compressed stream cannot seek there
         with file.open_decompressed() as stream:
             content = pa.BufferReader(stream.read())
     elif remote:
@@ -80,7 +80,7 @@ def _open(file: DocumentFile) -> pq.ParquetFile:
     return pq.ParquetFile(
         content,
         metadata=footer,
-        memory_map=False,  # reading a mapped file that was truncated meanwhile is a bus error
+        memory_map=False,  # if a mapped file is truncated meanwhile, reading it is a bus error
         pre_buffer=remote,  # one request for all columns of a row group
         page_checksum_verification=True,
     )
@@ -96,7 +96,7 @@ def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
     """The name of the text column.
 
     Raises:
-        ValueError: there is not exactly one such column, or it does not hold text.
+        ValueError: there is not exactly one such column, or it does not contain text.
     """
     present = opened.schema_arrow.names
     if present.count(file.text_column) != 1:
@@ -115,7 +115,7 @@ def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
 
 
 def _other_columns(file: DocumentFile, opened: pq.ParquetFile) -> list[str]:
-    """The file's columns for ids and URLs, as far as present."""
+    """Return those of the columns `id` and `url` that the file has."""
     present = opened.schema_arrow.names
     for name in ("id", "url"):
         if present.count(name) > 1:
@@ -126,7 +126,7 @@ def _other_columns(file: DocumentFile, opened: pq.ParquetFile) -> list[str]:
 
 
 def _rows_at_once(footer: pq.FileMetaData, groups: range, column: str) -> int:
-    """Rows in a batch: fewer if documents are long, as eight batches are in memory at once."""
+    """Return the rows of a batch: fewer if documents are long, as eight batches are in memory."""
     rows = sum(footer.row_group(group).num_rows for group in groups)
     size = sum(_column_bytes(footer.row_group(group), column) for group in groups)
     return max(1, min(documents.BATCH_DOCUMENTS, documents.BATCH_BYTES * rows // max(1, size)))

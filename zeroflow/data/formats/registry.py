@@ -13,6 +13,7 @@ FORMATS: dict[str, Format] = {
     ".jsonl": JsonLinesFormat(),
     ".parquet": ParquetFormat(),
 }
+"""Formats by suffix."""
 
 _ALIASES = {".json": ".jsonl", ".ndjson": ".jsonl", ".py": ".txt"}  # .py: files of the sample
 
