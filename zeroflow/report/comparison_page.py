@@ -64,7 +64,7 @@ def page(
 
 
 def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
-    """The table of all runs, and what they have in common."""
+    """Yield the table of all runs, and a sentence about what they have in common."""
     if not found.runs:
         return
     columns: dict[str, list[str]] = {
@@ -107,7 +107,7 @@ def _cell(metric: Metric, one: Outcome) -> str:
 
 
 def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Part]:
-    """The table of means over seeds, if there are any."""
+    """Yield the table of means over seeds, if any setting has several."""
     several = [group for group in groups if group.mean("val_loss")]
     if not several:
         return
@@ -123,7 +123,7 @@ def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Part]:
     ]
     head = ("runs", "seeds", *(TABLE[measure].label for measure in measures))
     yield Table(head, rows, right=" rrr")
-    yield escaped("± is the standard deviation of a run; only completed runs count.")
+    yield escaped("± is the standard deviation of a single run; only completed runs count.")
 
 
 def _mean_cell(mean: Mean | None) -> str:

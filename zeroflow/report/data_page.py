@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def write_data(
     shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, folder: RunFolder
 ) -> Page:
-    """Write data.md, a page about a run's data with a picture, into the run's folder.
+    """Write data.md, the page about a run's data, and its picture into the run's folder.
 
     If the folder is read-only, the page is only returned.
     """

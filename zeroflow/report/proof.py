@@ -59,9 +59,9 @@ def page(job: TrainingJob, proof: Proof) -> Page:
     ]
     return Page(
         (
-            Markdown(f"# Proof of resume: {escaped(job.run_dir.name)}"),
+            Markdown(f"# Proof that resume is exact: {escaped(job.run_dir.name)}"),
             Table(("", ""), rows.items()),
-            Picture(job.folder.proof_picture, "losses of both trainings"),
+            Picture(job.folder.proof_picture, "losses of both runs"),
             Markdown("## Kills"),
             Table(("", "aimed at", "killed", "last logged step", "resumed from step"), kills),
         )

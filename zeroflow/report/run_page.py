@@ -111,7 +111,7 @@ def _coverage(data: CorpusFigures) -> str:
     if data.covered is None or data.repeated is None:
         return ""
     return (
-        f": {data.covered:.1%} of {count(data.train_rows, 'row')} to train on were read, "
+        f": {data.covered:.1%} of {count(data.train_rows, 'training row')} were read, "
         f"{data.repeated:.1%} more than once"
     )
 
@@ -162,7 +162,7 @@ def _stages_section(stages: Mapping[str, StageFigures]) -> tuple[Part, ...]:
     ]
     return (
         Markdown("## Stages"),
-        Markdown("The last command reused or ran each stage for this reason."),
+        Markdown("Whether the last command reused or ran each stage, and why."),
         Table(("stage", "", "why"), rows),
     )
 
