@@ -1,1 +1,1 @@
-"""All code that depends on Prefect, except flows/."""
+"""All code that depends on Prefect, except the scripts in flows/."""

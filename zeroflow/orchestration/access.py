@@ -1,8 +1,8 @@
-"""Access to Prefect's servers. Servers that we start require a login, which our processes know.
+"""Access to Prefect's servers. Servers that we start require a login, which our processes find.
 
-Prefect's own default lets any page in a browser, and any user of this machine, create a deployment
-with a shell step, which a worker would run. Our servers require a login that is random for each
-start, answer only requests of their own pages, and require a token for each change.
+By default, Prefect lets any page in a browser, and any user of this machine, create a deployment
+with a shell step, which a worker would run. Servers that we start require a login that is random
+for each start, answer requests of their own pages only, and require a token for each change.
 """
 
 import base64
@@ -47,7 +47,7 @@ class Api(NamedTuple):
 
     url: str
     login: str | None = None
-    """None for a server without one, or one that Prefect's own settings open."""
+    """None for a server without a login, or if the login is in Prefect's own settings."""
 
     @property
     def settings(self) -> dict[Any, str]:
@@ -57,7 +57,7 @@ class Api(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The same for a program that we start; not as arguments, which `ps` shows to everyone."""
+        """The same as environment variables of a program; `ps` would show arguments to everyone."""
         return {setting.name: value for setting, value in self.settings.items()}
 
     @property
@@ -67,7 +67,7 @@ class Api(NamedTuple):
 
     @property
     def shown_login(self) -> str:
-        """The login in a terminal; otherwise where it is, as others may read our output."""
+        """The login, or its place if our output is not a terminal: others may read the output."""
         if self.login and sys.stdout.isatty():
             return self.login
         file = login_file(self.url)
@@ -75,7 +75,7 @@ class Api(NamedTuple):
 
 
 def login_file(url: str) -> Path | None:
-    """File with the login of a server on this machine, for other processes of this user."""
+    """Return the file with the login of a server on this machine, for processes of this user."""
     parts = urlsplit(url)
     if parts.hostname not in _LOOPBACK:
         return None
@@ -83,7 +83,7 @@ def login_file(url: str) -> Path | None:
 
 
 def new_login() -> str:
-    """Return a login for a server that we start; the user's own comes first."""
+    """Return a login for a server that we start: the user's own if it is set, else a random one."""
     chosen: str | None = PREFECT_SERVER_API_AUTH_STRING.value()
     return chosen or f"zeroflow:{secrets.token_urlsafe(24)}"
 
@@ -91,10 +91,10 @@ def new_login() -> str:
 def protected(api: Api) -> dict[str, str]:
     """Return the environment of a server for `api`, and write its login for other processes.
 
-    What the user has set for Prefect's servers comes first.
+    Settings of the user for Prefect's servers take precedence.
 
     Raises:
-        ValueError: nothing can be written to PREFECT_HOME.
+        ValueError: PREFECT_HOME is not writable.
     """
     file, page = login_file(api.url), urlsplit(api.page)
     assert file is not None and api.login is not None, "our servers are on this machine"
@@ -103,8 +103,8 @@ def protected(api: Api) -> dict[str, str]:
             output.write(f"{api.login}\n".encode())
     except OSError as error:
         raise ValueError(
-            f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a folder that "
-            "can be written"
+            f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a writable "
+            "folder"
         ) from error
     origins = (f"{page.scheme}://{host}:{page.port}" for host in sorted(_LOOPBACK))
     ours = {
@@ -122,7 +122,7 @@ def forget(api: Api) -> None:
 
 
 def with_login(url: str) -> Api | None:
-    """Return the API at `url` with the login that opens it; None if no known one does."""
+    """Return the API at `url` with the login that it accepts; None if it accepts no known login."""
     known = [PREFECT_API_AUTH_STRING.value(), None]
     if (file := login_file(url)) and file.exists():
         known.insert(0, file.read_text(encoding="utf-8").strip())
@@ -146,4 +146,4 @@ def _refuses(url: str, login: str | None) -> bool:
     except urllib.error.HTTPError as error:
         return error.code in _REFUSED
     except (OSError, ValueError):
-        return False  # Prefect's client may reach it, with certificates of its own
+        return False  # Prefect's client may still reach it, with its own certificates

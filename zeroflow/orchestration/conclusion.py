@@ -1,4 +1,4 @@
-"""End of a flow's own code as Prefect shows it: a result, or one paragraph on a stop or failure."""
+"""The end of a flow's own code as Prefect shows it: a result, a stop, or a failure."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ STOPS = (KeyboardInterrupt, SystemExit, TerminationSignal)
 
 @dataclass
 class Conclusion:
-    """End of a flow's own code, which is known even if the server is unreachable."""
+    """The end of a flow's own code. It is known even if the server is unreachable."""
 
     result: Path | None = None
     error: BaseException | None = None
@@ -60,13 +60,13 @@ def conclude(
 ) -> Path | State:
     """Run the code of a flow; return its result, or the final state of its flow run.
 
-    A stop ends in state Cancelled and a failure in state Failed, with one paragraph each. Prefect
-    would show a stop as a crash, and a failure as three tracebacks.
+    A stop ends in state Cancelled and a failure in state Failed, each with one paragraph. By
+    default, Prefect would show a stop as a crash, and a failure as three tracebacks.
 
     Args:
         config: class of the flow's parameter.
         given: the parameter, which may be invalid.
-        view: knows the folder of the run once `work` has settled it.
+        view: view of the run, which has its folder when `work` has settled the run.
     """
     conclusion = _current.get() or Conclusion()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
@@ -89,13 +89,13 @@ def conclude(
 
 
 def paragraph(error: BaseException) -> str:
-    """Return the message of an error with its notes: what happened, why, and what to change."""
+    """Return the message of an error, followed by its notes."""
     message = error_message(error) if isinstance(error, Exception) else repr(error)
     return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """True if the message of `error` is written for users; otherwise its traceback is needed."""
+    """Return True if the message of `error` is written for users, so no traceback is needed."""
     if isinstance(error, OSError) or type(error).__module__.startswith("zeroflow"):
         return True
     raised_in = ""
@@ -121,7 +121,7 @@ def _cause(stop: BaseException) -> str:
 
 
 class _ToldOnce(logging.Filter):
-    """Drops Prefect's own lines about the end of a stage or run, which duplicate ours."""
+    """Drops Prefect's own log lines about the end of a stage or run, which repeat ours."""
 
     _BEGINNINGS = (
         "Task run failed with ",

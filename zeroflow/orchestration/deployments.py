@@ -22,26 +22,26 @@ log = logging.getLogger(__name__)
 DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 
 DEPLOY = f"prefect deploy --all --prefect-file {shlex.quote(str(DEPLOYMENTS))}"
-"""The command that makes the deployments, or renews those of another version."""
+"""The command that creates the deployments, or updates those of another version."""
 
 _POOL = (
     "Runs wait here, in state Late, until a worker takes them. `zeroflow ui` starts a worker, and "
     "writes into the state of each run why it waits."
 )
 
-# Five of Prefect's heartbeats, one every 180 s. At 90 s, a server that was away for 120 s marked
-# live runs as crashed.
+# Five of Prefect's heartbeats, which come every 180 s. With 90 s, a server that was unavailable for
+# 120 s marked live runs as crashed
 SILENCE = timedelta(minutes=15)
 
 
 def set_up(silence: timedelta = SILENCE) -> None:
     """Create the work pool, the limit of one GPU job at a time, and an automation.
 
-    The automation marks a flow run as crashed if its process disappeared without a final state, so
-    that it can be retried. Existing objects stay unchanged.
+    The automation marks a flow run as crashed if its process has ended without a final state, so
+    that the run can be retried. An existing work pool or limit is not changed.
 
     Args:
-        silence: time without a heartbeat after which a process is considered gone. After a server
+        silence: time without a heartbeat after which a process is considered dead. After a server
             outage of that length, live runs are shown as crashed until they end.
 
     Raises:
@@ -78,7 +78,7 @@ def set_up(silence: timedelta = SILENCE) -> None:
     log.info("  work pool   %s", WORK_POOL)
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
-    log.info("to make the deployments there: %s", DEPLOY)
+    log.info("command that creates the deployments there: %s", DEPLOY)
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:
@@ -86,7 +86,7 @@ def _crash_detection(silence: timedelta) -> AutomationCore:
     ends = ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut")
     return AutomationCore(
         name=AUTOMATION,
-        description="Made by `zeroflow prefect-setup`.",
+        description="Created by `zeroflow prefect-setup`.",
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={"prefect.resource.role": "flow", "prefect.resource.name": PRETRAIN},

@@ -1,4 +1,4 @@
-"""The current flow run: name, tags, log, and a server that may be unreachable."""
+"""The current flow run: its name, tags and log, while its server may be unreachable."""
 
 import logging
 import os
@@ -45,16 +45,16 @@ _to_the_end = ExitStack()
 def logs_delivered() -> Iterator[None]:
     """Also send the log lines of the block to the log of the current flow run.
 
-    If the server is unreachable at the end, Prefect reports the end of the flow only once, instead
-    of retrying for minutes.
+    If the server is unreachable at the end, Prefect tries to report the end of the flow only once,
+    instead of for minutes.
     """
     logger, handler = logging.getLogger("zeroflow"), APILogHandler()
     if any(isinstance(other, APILogHandler) for other in logger.handlers):
-        yield  # the parent's handler sends each line to the innermost run
+        yield  # the handler of the parent run sends each line to the innermost run
         return
     handler.setLevel(logging.INFO)
     handler.setFormatter(LineFormatter())
-    if logger.level == logging.NOTSET:  # not started by a command, which sets the level
+    if logger.level == logging.NOTSET:  # in a worker; a command has set the level
         logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
@@ -79,7 +79,7 @@ def silence_console() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; at once if the server is gone, because Prefect would retry for minutes."""
+    """End this process; immediately if the server is lost, as Prefect would retry for minutes."""
     if _lost.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -88,18 +88,18 @@ def leave(code: int) -> NoReturn:
 
 
 def tags() -> dict[str, str]:
-    """MLflow tags that identify the current flow run."""
+    """Return the MLflow tags that identify the current flow run."""
     flow_run_id = runtime.flow_run.id
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
 
 
 def given_settings(asked: Asked) -> dict[str, Any]:
-    """Settings that were given explicitly, because a retry may settle defaults differently."""
+    """Return only the settings that were given explicitly: a retry settles the defaults itself."""
     return form.filled(asked.anywhere)
 
 
 def first_name(asked: object) -> str:
-    """Name of a flow run whose settings are not settled yet."""
+    """Return the name of a flow run whose settings are not settled yet."""
     parts: tuple[str | None, ...]
     match asked:
         case RunConfig():
@@ -151,6 +151,6 @@ def _describe_flow_run(name: str, **found: Any) -> None:
 
 
 def reachable() -> bool:
-    """True if the server in use answers, or if no server is set."""
+    """Return True if the server in use answers, or if no server is set."""
     url = PREFECT_API_URL.value()
     return url is None or server.answers(url)

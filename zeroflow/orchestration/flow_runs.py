@@ -43,20 +43,21 @@ RunFlow = Flow[[Any], Path | State[Any]]
 _ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 
 _POLL_SECONDS = 3.0
+"""Time between two looks for a cancellation in Prefect."""
 
 
 def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
-    """Run `flow` in this process so that Prefect's buttons work as for the runs of a worker.
+    """Run `flow` in this process, with the same buttons in Prefect as for the runs of a worker.
 
     When the run is cancelled in Prefect, this process gets SIGTERM, and a second one when the flow
     has ended.
 
     Args:
-        deployment: deployment of the run, if it exists; Prefect can only retry runs of one.
+        deployment: deployment that the run belongs to, if it exists: Prefect can retry only runs of
+            a deployment.
 
     Returns:
-        The result of the flow, even if the server is unreachable by then; that is logged as a
-        warning.
+        The result of the flow. If the server is unreachable by then, a warning is logged.
     """
     with get_client(sync_client=True) as client:
         flow_run = new_flow_run(client, flow, asked, deployment)
@@ -70,9 +71,9 @@ def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
 def run_child(flow: RunFlow, run: RunConfig, *, finished: bool) -> None:
     """Run `flow` as `run_here` does, as a child of the current flow run.
 
-    A retry of the parent has the same children: a completed child is skipped if its result
-    exists, and the others resume in their own flow runs. Cancelling a child ends only that child,
-    with an exception.
+    A retry of the parent has the same children: a completed child is skipped if its result exists,
+    and the others resume in their own flow runs. Cancelling a child in Prefect ends only that
+    child, and raises an exception here.
 
     Args:
         finished: True if the result of `run` exists.
@@ -118,7 +119,7 @@ def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: 
     with observed() as ended, _cancelled_by_button(client, flow_run.id, ended) as cancelled:
         try:
             run_flow(flow, flow_run=flow_run, parameters={_parameter(flow): asked})
-        except STOPS as stop:  # it came outside the flow's own code
+        except STOPS as stop:  # raised outside the flow's own code
             ended.error = ended.error or stop
             _mark_cancelled(client, flow_run.id)
         except Exception as error:
@@ -144,7 +145,7 @@ def new_flow_run(
     deployment: str | None,
     **shown: Any,
 ) -> FlowRun:
-    """Create a flow run of `deployment`, if that exists; no worker takes it in state Pending."""
+    """Create a flow run, of `deployment` if it exists. In state Pending, no worker picks it up."""
     name = f"{flow.name}/{deployment}"
     given: dict[str, Any] = {
         "parameters": {_parameter(flow): given_settings(asked)},
@@ -163,8 +164,8 @@ def new_flow_run(
         if error.response.status_code != HTTPStatus.CONFLICT:
             raise
         log.warning(
-            "deployment %s is of another version and does not accept these settings: this run has "
-            "no Retry button until `%s` updates the deployment",
+            "deployment %s was created by another version and does not accept these settings: this "
+            "run has no Retry button until `%s` updates the deployment",
             name,
             DEPLOY,
         )
@@ -172,7 +173,7 @@ def new_flow_run(
 
 
 def _parameter(flow: RunFlow) -> str:
-    """Name of the flow's only parameter."""
+    """Return the name of the flow's only parameter."""
     [name] = flow.parameters.properties
     return name
 
@@ -181,9 +182,9 @@ def _parameter(flow: RunFlow) -> str:
 def _cancelled_by_button(
     client: SyncPrefectClient, flow_run_id: UUID, conclusion: Conclusion
 ) -> Iterator[threading.Event]:
-    """Send this process SIGTERM once the flow run is being cancelled, and set the event.
+    """Send this process SIGTERM when the flow run is being cancelled in Prefect, and set the event.
 
-    Prefect itself signals only the processes of its workers.
+    Prefect itself signals only processes that its workers have started.
     """
     cancelled, ended = threading.Event(), threading.Event()
 
@@ -191,7 +192,9 @@ def _cancelled_by_button(
         while not ended.wait(_POLL_SECONDS):
             with suppress(Exception):  # the server is unreachable
                 state = client.read_flow_run(flow_run_id).state
-                if conclusion.error is not None:  # a stop, which is shown as Cancelled too
+                if (
+                    conclusion.error is not None
+                ):  # stopped already, which is also shown as Cancelled
                     return
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     cancelled.set()
@@ -209,7 +212,7 @@ def _cancelled_by_button(
 def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     """Mark a run as cancelled if a signal ended it outside the flow's own code.
 
-    Prefect would mark it as crashed.
+    By default, Prefect would mark it as crashed.
     """
     try:
         state = client.read_flow_run(flow_run_id).state

@@ -1,4 +1,4 @@
-"""Flows: the pipeline with its stages as Prefect tasks, shown on Prefect's pages."""
+"""The flows: the pipeline with its stages as Prefect tasks."""
 
 import shlex
 import sys
@@ -75,7 +75,7 @@ def sweep(sweep: SweepForm) -> Path | State:
     validate_parameters=False,
 )
 def prove_resume(asked: ProofRun) -> Path | State:
-    """Train undisturbed and killed, and compare every bit.
+    """Train undisturbed and with kills, and compare every bit.
 
     Returns:
         The path of proof.md.

@@ -1,11 +1,11 @@
-"""The form of a flow in Prefect: first what most people set, then the groups, folded.
+"""The form of a flow in Prefect: first the most common settings, then the others in folded groups.
 
-Prefect makes the form from the JSON schema of the flow's parameter. Its form has no folded parts,
-but of several kinds of a value it shows only the chosen one, and each group is such a choice:
-between its defaults and its settings. An empty field is not sent, so a form gives only what was
-filled in.
+Prefect creates the form from the JSON schema of the flow's parameter. Its forms have no folded
+sections. But for a value of several types, only the chosen type is shown. So each group is such a
+value: either its defaults or its settings. An empty field is not sent, so Prefect receives only
+what was filled in.
 
-As on the command line, a setting is found by its own name, wherever it stands in the form.
+As on the command line, a setting is identified by its own name, independent of its group.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from zeroflow.settings.flags import Setting, help_text, settings
 Settings = TypeVar("Settings", bound=Config)
 
 _TITLES = {
-    "run_name": "Run to start or resume",  # not Run Name, which Prefect asks for as well
+    "run_name": "Run to start or resume",  # not "Run name", which is the title of a Prefect field
     "sweep_name": "Sweep to start or resume",
     "sizes": "Model sizes",
     "seeds": "Seeds",
@@ -43,7 +43,7 @@ _OTHER = "other"
 """Group of the settings that belong to none."""
 
 _GROUPS = {"model": "Custom shape", "build": "Building of shards", "overfit": "Overfit check"}
-"""Titles of groups, where their names say too little."""
+"""Titles of groups whose names are not clear enough."""
 
 _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "maxLength", "pattern")
 
@@ -85,7 +85,7 @@ def read(config: type[Settings], given: object) -> Settings:
 
 
 def filled(asked: BaseModel) -> dict[str, Any]:
-    """Return the form of `asked`, filled in with the settings that it was given."""
+    """Return the form of `asked`, filled in with the settings that were given explicitly."""
     form: dict[str, Any] = {}
     for setting in settings(type(asked)):
         value: Any = asked
@@ -113,16 +113,16 @@ def _place(
         elif isinstance(value, Mapping):
             _place(value, paths, into)
         elif value is not None:
-            into[name] = value  # refused by name
+            into[name] = value  # unknown: validation will refuse it by name
 
 
 def _group(setting: Setting) -> str:
-    """Name of the group of a setting in the form."""
+    """Return the name of the group of a setting in the form."""
     return setting.path[-2] if len(setting.path) > 1 and setting.path[-2] != "run" else _OTHER
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object, with the order of its properties, which Prefect sorts."""
+    """Return the schema of an object, with the positions by which Prefect sorts its properties."""
     ordered = {
         name: {**field, "position": position}
         for position, (name, field) in enumerate(properties.items())
@@ -131,10 +131,10 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folded(name: str, group: list[Setting]) -> dict[str, Any]:
-    """Return the schema of a group: nothing at first, and its settings when they are chosen."""
+    """Return the schema of a group, which shows no settings until the user chooses to set them."""
     fields = _object({setting.path[-1]: _field(setting) for setting in group})["properties"]
-    # The limits stand beside the kinds: within one, a value beyond them would only be "not valid
-    # under any of the given schemas"
+    # The limits are next to the types instead of within one. Otherwise, the error for a value out
+    # of bounds would only be "not valid under any of the given schemas"
     shown = {
         name: {key: value for key, value in field.items() if key not in _LIMITS}
         for name, field in fields.items()

@@ -1,4 +1,4 @@
-"""A slot that prevents two runs from using the same GPUs: a concurrency limit in Prefect."""
+"""The slot of a run that uses GPUs: a concurrency limit in Prefect, so that runs take turns."""
 
 import logging
 from collections.abc import Iterator
@@ -13,13 +13,14 @@ from zeroflow.orchestration.names import GPU_LIMIT
 log = logging.getLogger(__name__)
 
 _SLOT_SECONDS = 5.0
+"""Time to wait for the slot before a log line says that the run is waiting."""
 
 _REASON = f"another run uses the GPU (limit {GPU_LIMIT} in Prefect)"
 
 
 @contextmanager
 def gpu_slot() -> Iterator[None]:
-    """Hold the only slot for GPU jobs; wait while another run holds it.
+    """Hold the only slot for GPU jobs until the block ends; wait while another run holds it.
 
     If the server is unreachable or has no such limit, the run proceeds without the slot.
     """
@@ -34,7 +35,7 @@ def gpu_slot() -> Iterator[None]:
 
 
 def _take_slot(held: ExitStack) -> None:
-    # Not strict: otherwise a lease that is lost with the server would end the training
+    # Not strict: if the server is lost, so is the lease, and that must not end the training
     try:
         held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""Names that Prefect's server knows."""
+"""Names of our objects on Prefect's server."""
 
 PRETRAIN = "pretrain"
 SWEEP = "sweep"

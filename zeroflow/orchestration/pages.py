@@ -24,12 +24,14 @@ from zeroflow.text.markup import escaped
 log = logging.getLogger(__name__)
 
 _BAR_SECONDS = 5.0
+"""Minimum time between two updates of a progress bar."""
 
 _BAR_RETRY_SECONDS = 60.0
+"""The same after a failed update."""
 
 
 def publish(page: Page, subject: str, run_name: str) -> None:
-    """Show a page on that of the flow run. Failures are only logged: it is also on disk."""
+    """Show `page` on the flow run's page. A failure is only logged, because the page is on disk."""
     try:
         if not reachable():
             raise ConnectionError("its server does not answer")  # Prefect would retry for a minute
@@ -43,7 +45,7 @@ def publish(page: Page, subject: str, run_name: str) -> None:
 
 
 class _Live:
-    """An updated artifact on the flow run's page; repeated failures give one warning."""
+    """An artifact on the flow run's page that is updated. Consecutive failures log one warning."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -79,7 +81,7 @@ class LivePicture:
         self._live = _Live(f"the picture of {subject}")
 
     def __call__(self, picture: Path) -> None:
-        # Markdown, because Prefect prints the whole data URI of an image artifact over its page
+        # As Markdown, because for an image artifact, Prefect also prints the whole data URI
         page = Page((Picture(picture, self._subject),))
         self._live.put(
             lambda: create_markdown_artifact(
@@ -117,6 +119,6 @@ class ProgressBar:
 
 
 def _key(subject: str, run_name: str) -> str:
-    """Key of an artifact: lower-case letters, digits and dashes."""
+    """Return the key of an artifact, which has lower-case letters, digits and dashes."""
     lower = f"{subject}-{run_name}".lower()
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")

@@ -13,10 +13,12 @@ from zeroflow.artifacts import create_private
 from zeroflow.text.redaction import redacted
 
 _LAST_LINES = 15
+"""Number of output lines in an error message."""
 
-# The shell starts a watcher and then becomes the program. The watcher ends the program when its
-# standard input closes, which happens whenever this process ends. The program must not be the
-# background process: that ignores SIGINT, which stops Prefect's worker.
+# The shell starts a watcher in the background and then becomes the program (exec). The watcher
+# kills the program when its standard input closes, which happens whenever this process ends. The
+# program must not be the background process, because a shell's background processes ignore SIGINT,
+# with which Prefect's worker is stopped
 _KEPT = 'exec 3<&0; (read -r _ <&3; kill $$) & exec "$@" </dev/null 3<&-'
 
 
@@ -25,9 +27,9 @@ class Program:
 
     Args:
         name: name in messages.
-        environment: where a login belongs; all users of the machine can read the command.
-        log: file for the output, emptied first, for this user only. None keeps the output until
-            this process ends, for messages.
+        environment: environment variables, such as a login: all users can read the command line.
+        log: file for the output, which is emptied first and only this user can read; None for a
+            temporary file.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class Program:
             self._process.wait()
 
     def _last_lines(self) -> str:
-        # At a place of its own: the program writes on where its file stands
+        # pread does not move the file position, at which the program continues to write
         size = os.fstat(self._output.fileno()).st_size
         content = os.pread(self._output.fileno(), size, 0).decode(errors="replace")
         source = f"Last lines of {self._log}" if self._log else "Its last lines"

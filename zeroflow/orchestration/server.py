@@ -26,22 +26,26 @@ from zeroflow.text.redaction import redacted, without_login
 log = logging.getLogger(__name__)
 
 USUAL_PORT = 4200
+"""Prefect's default port."""
 
 START_SECONDS = 120.0
+"""Maximum time for a program to start."""
 
 STOP_SECONDS = 20.0
+"""Maximum time for a program to stop by itself."""
 
 _started_here: set[str] = set()
-"""APIs of the servers that end with a run of this process."""
+"""APIs of servers that this process started for a run and stops at its end."""
 
 
 @contextmanager
 def server() -> Iterator[str]:
     """Use the server at PREFECT_API_URL, or one on this machine, or start one for the block.
 
-    A server on this machine is expected at the usual port. The server of a run listens on another
-    port, so that no other run can depend on it. Prefect's own temporary server is not used: it
-    loses records of short tasks, hangs on Ctrl-C and keeps running after a killed flow.
+    A server on this machine is expected at the usual port. A server that is started for a run
+    listens on another port, so that no other run comes to depend on it. Prefect's own temporary
+    server is not used: it loses records of short tasks, hangs on Ctrl-C and keeps running if the
+    flow is killed.
 
     Yields:
         The address of its user interface.
@@ -100,12 +104,12 @@ def api_in_use(port: int = USUAL_PORT) -> Api | None:
     if not answers(url):
         return None
     if (api := access.with_login(url)) is None:
-        log.info("not used: the Prefect server on port %d, which asks for another login", port)
+        log.info("the Prefect server on port %d asks for another login, so it is not used", port)
     return api
 
 
 def _no_server(url: str) -> Exception:
-    """The error about PREFECT_API_URL, where no server answers."""
+    """Return the error for a PREFECT_API_URL at which no server answers."""
     name, shown, place = PREFECT_API_URL.name, redacted(url), ""
     unset = "unset the variable"
     profile = get_settings_context().profile
@@ -116,7 +120,7 @@ def _no_server(url: str) -> Exception:
         return ValueError(f"{name} {shown}{place} is not an address such as {local_api(4200)}")
     api = f"{url.rstrip('/')}/api"
     if answers(api):
-        return ValueError(f"{name} {shown}{place} lacks its end: set it to {redacted(api)}")
+        return ValueError(f"{name} {shown}{place} lacks /api at its end: set it to {redacted(api)}")
     return RuntimeError(
         f"no server answers at {name} {shown}{place}: start that server, or {unset} to let the run "
         "start its own server"
@@ -124,12 +128,12 @@ def _no_server(url: str) -> Exception:
 
 
 def outlives_the_run() -> bool:
-    """True if the server in use stays after the run, so that its pages and buttons are of use."""
+    """Return True if the server in use keeps running after the run, so that its buttons work."""
     return PREFECT_API_URL.value() not in _started_here
 
 
 def own_api(port: int) -> Api:
-    """The API of a server that is to be started on this machine, with a login of its own."""
+    """Return the API of a server to start on this machine, with its own login."""
     return Api(local_api(port), access.new_login())
 
 
@@ -165,7 +169,7 @@ def _started(port: int, api: Api) -> Iterator[None]:
         _warn_if_ended(server)
     finally:
         _started_here.discard(api.url)
-        # Deliver queued events now: after the server has stopped, Prefect would retry for a minute
+        # Send queued events now: after the server has stopped, Prefect would retry for a minute
         EventsWorker.drain_all()
         APILogWorker.drain_all()
         stop_server(server, api)

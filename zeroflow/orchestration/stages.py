@@ -29,7 +29,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def was_remedied(error: BaseException) -> bool:
-    """True if something changed after a failed training."""
+    """True if training failed, and the next attempt has other settings or may succeed as it is."""
     return isinstance(error, TrainingFailed) and error.will_retry
 
 
@@ -39,7 +39,7 @@ def was_killed(error: BaseException) -> bool:
 
 
 # A stage finds its own finished work on disk. Prefect's cache would miss a change inside zeroflow,
-# and would return the path of a folder that has since been deleted.
+# and could return the path of a folder that has been deleted since
 _UNCACHED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
@@ -66,13 +66,16 @@ class Retries(NamedTuple):
             log.warning("retrying the stage %s: %s", task.name, str(error).splitlines()[0])
             return True
 
-        # Prefect logs a traceback when its own limit is reached, so that limit is one more
+        # Prefect logs a traceback when its own limit is reached, so its limit is one higher
         options = {"retries": self.most + 1, "retry_condition_fn": is_retried}
         return options | ({"retry_delay_seconds": list(self.delays)} if self.delays else {})
 
 
 _FROM_THE_HUB = Retries(3, is_transient, (5, 30, 120))
+"""Retries of stages that read from the Hub, in addition to the retries of single requests."""
+
 _CHECK = Retries(2, was_killed)
+"""Retries of checks. A check that has failed is not retried, because it would fail again."""
 
 
 def _outcome(state: State) -> Any:
@@ -81,7 +84,7 @@ def _outcome(state: State) -> Any:
 
 
 def _task_name() -> str:
-    """Name of the task, used for its run as well; Prefect would append random digits."""
+    """Return the name of the task as the name of its run; Prefect would append random letters."""
     return str(runtime.task_run.task_name)
 
 
@@ -99,7 +102,7 @@ def as_task(
     def run(*args: P.args, **kwargs: P.kwargs) -> State:
         try:
             result = stage(*args, **kwargs)
-        except STOPS as stop:  # Prefect would show a crash
+        except STOPS as stop:  # otherwise Prefect would show a crash
             return Cancelled(message="Stopped.", data=stop)
         except Exception as error:
             return Failed(message=paragraph(error), data=error)
@@ -130,7 +133,7 @@ def part_task(build: BuildPart) -> BuildPart:
 STAGES = Stages(
     plan=as_task("plan", pipeline.plan),
     fetch_tokenizer=as_task("fetch tokenizer", pipeline.fetch_tokenizer, _FROM_THE_HUB),
-    build_shards=as_task("build shards", pipeline.build_shards),  # its parts are retried
+    build_shards=as_task("build shards", pipeline.build_shards),  # each part has its own retries
     build_model=as_task("build model", pipeline.build_model),
     check_before=as_task("pre-flight", pipeline.check_before, _CHECK),
     train=as_task(

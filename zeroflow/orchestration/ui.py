@@ -1,4 +1,4 @@
-"""The user interfaces of Prefect and MLflow and a worker, started and stopped together."""
+"""Starts and stops the servers of Prefect and MLflow and a worker together."""
 
 import logging
 import socket
@@ -31,8 +31,8 @@ class UiConfig(Config):
     """User interfaces. Both servers listen on the loopback interface only."""
 
     prefect_port: int = Field(4200, ge=1, le=65535)
-    """Port of Prefect's server. An existing server there, or at PREFECT_API_URL, is used, and keeps
-    running afterwards."""
+    """Port of Prefect's server. If a server already runs there or at PREFECT_API_URL, it is used,
+    and keeps running afterwards."""
 
     mlflow_port: int = Field(PORT, ge=1, le=65535)
     """Port of MLflow's server."""
@@ -82,7 +82,7 @@ def serve(config: UiConfig) -> None:
                 log.info("  it answers to   %s, without a login", mlflow.hosts)
             log.info("loss of all runs  %s", mlflow.charts)
             if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
-                log.info("in the shell, set       PREFECT_API_URL=%s", prefect.api.url)
+                log.info("for runs from a shell, set PREFECT_API_URL=%s", prefect.api.url)
             log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
             while True:
                 prefect.require_running()
@@ -119,8 +119,8 @@ def _require_free(port: int, flag: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"port {port} is taken ({error.strerror}): stop what listens there, or name another "
-            f"{flag}"
+            f"port {port} is taken ({error.strerror}): stop the program that listens there, or set "
+            f"another {flag}"
         ) from error
 
 

@@ -36,17 +36,18 @@ from zeroflow.orchestration.server import (
 log = logging.getLogger(__name__)
 
 _ENGINE = {"prefect.engine", "prefect.flow_engine"}
+"""Modules in the command line of a process that executes a flow run."""
 
 _WORKER = ("worker", "start", "--pool", WORK_POOL, "--limit", "1")
 
-# Prefect 3.8.8: a worker with a limit fails with this if a run is retried while its process, which
-# has reported the end of the run, is still exiting.
+# Prefect 3.8.8: a worker with a limit fails with this error if a run is retried while the process
+# of its last attempt is still exiting
 _RETRIED_TOO_SOON = "this borrower is already holding one of this CapacityLimiter's tokens"
 
 _LOOK_SECONDS = 5.0
 
 _SAVE_SECONDS = 150.0
-"""Time for a training to write a checkpoint, with a margin."""
+"""Time for a run to write a checkpoint and end, with a margin."""
 
 
 class Prefect:
@@ -103,7 +104,7 @@ class Prefect:
             except RuntimeError as error:
                 if _RETRIED_TOO_SOON not in str(error):
                     raise
-                log.info("restarting Prefect's worker: a run was retried before its end")
+                log.info("restarting Prefect's worker, which failed when a run was retried early")
                 self.programs.remove(program)
                 self._run(*_WORKER)
 
@@ -119,7 +120,7 @@ class Prefect:
             log.debug("cannot explain the states of flow runs: %s", error)
 
     def _write_deployments(self) -> Path:
-        """Write prefect.yaml's deployments for this cache; schedules set in Prefect are kept."""
+        """Write the deployments of prefect.yaml for this cache, without overwriting schedules."""
         plan = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))
         plan["deployments"] = _with_every_size(plan["deployments"])
         with get_client(sync_client=True) as client:
@@ -127,7 +128,7 @@ class Prefect:
                 flow = deployment["entrypoint"].rpartition(".")[2]
                 with suppress(ObjectNotFound):
                     client.read_deployment_by_name(f"{flow}/{deployment['name']}")
-                    deployment.pop("schedules", None)  # the deployment keeps its existing ones
+                    deployment.pop("schedules", None)  # an existing deployment keeps its schedules
                 [form] = deployment["parameters"].values()
                 form["cache_dir"] = str(self._cache)
         path = (self._logs / DEPLOYMENTS.name).absolute()
@@ -143,7 +144,7 @@ class Prefect:
                 log.info("asking the flow run in process %d to save and stop", run.pid)
                 with suppress(psutil.NoSuchProcess):
                     run.terminate()
-            # Wait first: a worker that is stopped kills its runs
+            # Wait before stopping the worker, which would kill its runs
             psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
             if not program.stop(STOP_SECONDS):
                 log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
@@ -166,12 +167,12 @@ class Prefect:
 
 
 def mark_stopped(flow_runs: Sequence[UUID]) -> None:
-    """Mark flow runs as cancelled that were stopped before their own code could do so.
+    """Mark flow runs as cancelled that were stopped before their own code could report it.
 
     Their worker has reported them as crashed.
     """
     stopped: State[Any] = Cancelled(
-        message="Stopped by the end of `zeroflow ui`: Retry starts it again."
+        message="Stopped by the end of `zeroflow ui`: Retry resumes it."
     )
     with get_client(sync_client=True) as client:
         for flow_run in flow_runs:
@@ -184,7 +185,7 @@ def mark_stopped(flow_runs: Sequence[UUID]) -> None:
 
 
 def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the `deployments`, and one like `custom` for each size that has none."""
+    """Return `deployments`, plus one like `custom` for each size that has none."""
     named = {deployment["name"]: deployment for deployment in deployments}
     sizes = {
         size: named["custom"]
@@ -200,7 +201,7 @@ def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _flow_runs(pid: int) -> list[psutil.Process]:
-    """Processes of flow runs below process `pid`."""
+    """Return the processes of flow runs among the descendants of process `pid`."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
