@@ -164,5 +164,5 @@ def test_end_of_the_ui_marks_what_it_stopped_and_nothing_else(server):
         worker.mark_stopped(ids)
         states = [client.read_flow_run(id).state for id in ids]
     assert [state.type.value for state in states] == [*["CANCELLED"] * 3, "COMPLETED", "CANCELLED"]
-    assert all("Retry starts it again" in state.message for state in states[:3])
+    assert all("Retry resumes it" in state.message for state in states[:3])
     assert states[-1].message == "saved at step 5"

@@ -29,7 +29,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def was_remedied(error: BaseException) -> bool:
-    """True if training failed, and the next attempt has other settings or may succeed as it is."""
+    """Return True if training failed, and another attempt may succeed."""
     return isinstance(error, TrainingFailed) and error.will_retry
 
 
