@@ -52,7 +52,7 @@ FP8_CAPABILITY = (8, 9)
 """Compute capability of Ada; Hopper has (9, 0)."""
 
 ASSUMED_CAPABILITY = (9, 0)
-"""Compute capability of a GPU of which only name and memory are known: it refuses no precision."""
+"""Compute capability that is assumed for an unknown GPU, so that no precision is refused."""
 
 
 class Device(Config):
@@ -79,16 +79,16 @@ class Device(Config):
 
 
 class Load(Config):
-    """Programs that use the cores of this machine."""
+    """Load of this machine by other programs."""
 
     average: float
-    """Programs that ran or waited for a core, on average over the last minute."""
+    """Load average of the last minute: programs that run or wait for a core."""
 
     cores: int
 
     @property
     def share(self) -> float:
-        """Fraction of the cores that one more program gets, with a thread for each core."""
+        """Expected fraction of the cores for one more program that has a thread for each core."""
         return self.cores / (self.cores + self.average)
 
     def __str__(self) -> str:
@@ -153,7 +153,7 @@ def gpus_named(wanted: str) -> list[str]:
 
 
 def known_gpu(wanted: str, memory_gb: float | None = None) -> Device:
-    """Return the most common GPU with this name, or one that is not known, with `memory_gb`.
+    """Return the most common GPU with this name, or an unknown GPU with `memory_gb`.
 
     Raises:
         ValueError: the GPU is not known, and its memory is not given; or it has no memory.
@@ -179,7 +179,7 @@ def known_gpu(wanted: str, memory_gb: float | None = None) -> Device:
 
 
 def gpu_elsewhere(name: str) -> Device:
-    """Return a GPU that this machine need not have; if it is not listed, only its name is known."""
+    """Return a GPU of any machine; if it is not in our list, only its name is known."""
     return known_gpu(name) if name in _GPUS else Device(kind="cuda", name=name, memory_bytes=0)
 
 

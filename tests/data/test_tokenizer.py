@@ -164,7 +164,7 @@ def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
     monkeypatch.setattr("zeroflow.data.tokenizer.version", lambda name: "99.0")
     again, installed = fetch_tokenizer(config, text.corpus, tmp_path), version("fastokens")
     assert again.reused and again.why.endswith(
-        f"the encoders are compared again: fastokens is 99.0, was {installed}"
+        f"the encoders were compared again, because fastokens is 99.0 instead of {installed}"
     )
     monkeypatch.setattr("zeroflow.data.tokenizer.FORMAT", 3)
     newer = fetch_tokenizer(config, text.corpus, tmp_path)
@@ -241,8 +241,8 @@ def test_settings_with_a_byte_order_mark_are_read(encoding, fetched, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a list, where settings by name belong"),
-        ('"x"', "holds str, where settings by name belong"),
+        ("[]", "contains a list instead of settings by name"),
+        ('"x"', "contains str instead of settings by name"),
         ('{"eos_token": ', "is not valid JSON"),
         ('{"eos_token": [2]}', "--end-of-text"),
     ],
@@ -265,7 +265,7 @@ def test_tokenizer_with_a_byte_order_mark_is_refused_with_what_to_do(fetched, tm
 
 def test_dropout_is_switched_off_with_a_warning(fetched, tmp_path, caplog):
     tokenizer = fetched(save(tmp_path / "mine", of_bytes(), dropout=0.5))
-    assert "leaves out 0.5 of its merges at random (BPE dropout)" in caplog.text
+    assert "skips 0.5 of its merges at random (BPE dropout)" in caplog.text
     words = "The river runs past the old stone bridge"
     plain = fetched(save(tmp_path / "plain", of_bytes()))
     assert encode(tokenizer, *[words] * 9) == encode(plain, words) * 9
@@ -295,7 +295,9 @@ def test_code_that_comes_with_a_tokenizer_is_neither_copied_nor_run(fetched, tmp
     assert "tokenizer_mine.py" not in contents(tokenizer.path)
 
     (folder / "tokenizer.json").rename(folder / "vocab.json")
-    with pytest.raises(ValueError, match=r"no tokenizer.json, and the Python code .* is not run"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer.json, and its own Python code, .* is not run"
+    ):
         fetched(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -96,7 +96,10 @@ def test_nothing_answers_on_a_free_port_or_at_no_address():
 def test_address_that_is_not_that_of_an_api_is_refused_with_the_right_one(answering):
     url = answering(200)
     for given in (url.removesuffix("/api"), url.removesuffix("api")):
-        with named(given), pytest.raises(ValueError, match=rf"lacks /api at its end: set it to {url}$"):
+        with (
+            named(given),
+            pytest.raises(ValueError, match=rf"lacks /api at its end: set it to {url}$"),
+        ):
             server.api_in_use()
     for given in ("127.0.0.1:4200/api", "no address"):
         with named(given), pytest.raises(ValueError, match=rf"{given} is not an address such as"):

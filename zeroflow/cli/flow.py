@@ -123,7 +123,9 @@ def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(flow: str, arguments: Namespace) -> NoReturn:
-    """Run a flow's command and end this process. What can be refused at once is, before Prefect.
+    """Run a flow's command and end this process.
+
+    Wrong settings and files are refused before Prefect is imported, which takes seconds.
 
     The exit code is 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -147,7 +149,7 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
 
 
 def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
-    # slow to import, so not before --help and errors of flags
+    # Imported only now, because it is slow: --help and errors in flags do not need it
     try:
         with importing_prefect():
             from zeroflow.orchestration import server

@@ -1,4 +1,4 @@
-"""Building the parts of a shard set that a run needs."""
+"""Builds the parts of a shard set that a run needs."""
 
 import logging
 import math
@@ -38,17 +38,17 @@ from zeroflow.units import count
 log = logging.getLogger(__name__)
 
 FORMAT = 4
-"""Version of the files' format. It is part of the fingerprint: a new version means a new set."""
+"""Version of the format of the files. It is part of the fingerprint: a new version has new sets."""
 
 _OLDER_FORMATS = (3,)
-"""Formats that are read but not written any more. In format 3, a corpus of few documents was held
-out from by whole documents."""
+"""Formats that are read, but no longer written. In format 3, only whole documents were held out,
+also in a corpus of few documents."""
 
 _ENTROPY_TOKENS = 2**22
 """Number of tokens of synthetic data whose entropy is computed."""
 
 OnPart = Callable[[float, str], None]
-"""Called with the fraction that is done, from 0 to 1, and a line that describes the progress."""
+"""Called with the fraction done, from 0 to 1, and a line that describes the progress."""
 
 
 def build_shards(
@@ -63,14 +63,14 @@ def build_shards(
 ) -> ShardSet:
     """Ensure that `<cache>/shards/` has the rows that `config` asks for.
 
-    Parts that exist are verified, of a large set some of them, and reused; see `known_parts`. A
-    corpus that is too small gives all its rows.
+    Existing parts are verified (in a large set, some of them; see `known_parts`) and reused. If the
+    corpus is too small, the set has all its rows.
 
     Args:
         corpus: a resolved corpus.
         seed: seed of synthetic data.
-        builders: what builds the parts; None for a thread of this process. The number of parts
-            built at once never exceeds the number that the run is likely to need.
+        builders: builders of the parts; None for one thread of this process. The number of parts
+            that are built at once never exceeds the number that the run is likely to need.
         show: called after each part.
 
     Raises:
@@ -101,7 +101,7 @@ def build_shards(
 
 
 def _set_to_use(stem: Path, newest: ShardIdentity) -> tuple[Path, ShardIdentity]:
-    """Return the set of the newest format, or else one of an older format that is in use."""
+    """Return the set of the newest format; if there is none, a usable set of an older format."""
     known = [newest, *(newest.replace(format=older) for older in _OLDER_FORMATS)]
     paths = [stem.with_name(f"{stem.name}-{identity.fingerprint}") for identity in known]
     if (paths[0] / PLAN).exists():
@@ -139,7 +139,7 @@ def _documents_identity(corpus: CorpusConfig, tokenizer: Tokenizer, seed: int) -
 
 
 class _Build:
-    """A build: the parts that exist so far, and the reasons for building others."""
+    """A build in progress: the counts of existing parts, and the reasons for building others."""
 
     def __init__(
         self, planner: PartPlanner, config: ShardConfig, builders: Builders, show: OnPart
@@ -148,7 +148,7 @@ class _Build:
         self.counts = PartCounts.none()
         """Counts of parts 0, 1, ..., up to the first that does not exist."""
         self.built = 0
-        """Number of parts that this run built; the others were reused."""
+        """Number of parts that this build has built; the others were reused."""
         self._reasons: dict[Path, str] = {}
         """Reasons for building parts, by the damaged part, or by the set if parts were absent."""
 
@@ -210,7 +210,7 @@ class _Build:
         log.info("building shards: %s", self._reasons[missing])
 
     def _lack(self) -> str:
-        """The reason why the next part, which is needed, does not exist."""
+        """Return why the next part, which is needed, does not exist."""
         planner, path = self._planner, self._planner.path
         if len(self.counts):
             config, (train, validation) = self._config, self._rows()
@@ -234,11 +234,11 @@ class _Build:
 
     @property
     def _validation_rows(self) -> int:
-        """Rows to look for in the corpus: none where it is not held out from."""
+        """Validation rows to take from the corpus: none if there are separate files for them."""
         return 0 if self._planner.corpus.validation else self._config.validation_rows
 
     def _missing_parts(self) -> int:
-        """The number of parts that are still needed, estimated from those that exist."""
+        """Estimate the number of parts that are still needed from those that exist."""
         config, count = self._config, len(self.counts)
         if count:
             train, validation = (rows / count for rows in self._rows())
@@ -254,7 +254,7 @@ class _Build:
         return max(1, math.ceil(total) - count)
 
     def _progress(self, seconds: float) -> tuple[float, str]:
-        """The fraction of the rows that exist, and a line with the estimated time left."""
+        """Return the fraction of the rows that exist, and a line with the estimated time left."""
         config, (train, validation) = self._config, self._rows()
         missing = 0 if self._is_enough() else self._missing_parts()
         share = min(1.0, train / config.train_rows, (validation + 1) / (self._validation_rows + 1))
@@ -264,10 +264,10 @@ class _Build:
 
 @contextmanager
 def _waited_for(builders: Builders) -> Iterator[deque[tuple[Path, Ending]]]:
-    """Parts that are being built, each with the path that was missing.
+    """Yield the queue of parts that are being built, each with the path that was missing.
 
-    At the end of the block, parts that are not needed any more are waited for, and their failures
-    are ignored. After an interrupt, none is waited for.
+    At the end of the block, wait for parts that are no longer needed, and ignore their failures.
+    After an interrupt, do not wait.
     """
     under_way: deque[tuple[Path, Ending]] = deque()
     try:
@@ -289,11 +289,11 @@ def _recorded_fields(path: Path) -> Fields:
 
 
 _BAD_PLACES = 10
-"""Places of bad lines in an error message."""
+"""Maximum number of bad lines whose place is in an error message."""
 
 
 def _refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> None:
-    """Check the sum over parts: each slice was read with the whole limit."""
+    """Check the limit for all parts together: each slice was read with the full limit."""
     bad = counts.total("bad_lines")
     if bad > corpus.bad_lines_limit:
         numbers = np.flatnonzero(counts.column("bad_lines"))[:_BAD_PLACES].tolist()
@@ -312,8 +312,8 @@ def _describe(
         if not found.rows:
             raise ValueError(
                 f"the corpus is too small: of its {train.text_bytes + validation.text_bytes:,} "
-                f"bytes of text, none is left for {split}: give more text, change "
-                "--validation-fraction, or name text to validate on with --validation-path"
+                f"bytes of text, none is left for {split}: add text, change --validation-fraction, "
+                "or set text for validation with --validation-path"
             )
     shards = ShardSet(
         path=path,
@@ -365,12 +365,12 @@ def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> N
 
 
 def _log_validation(shards: ShardSet, config: ShardConfig, *, named: bool) -> None:
-    """Log what is held out, where it is not what a reader expects."""
+    """Log the amount of held-out text if it differs from the settings."""
     train, held_out = shards.train.document_tokens, shards.validation.document_tokens
     share = held_out / (train + held_out)
     if shards.validation.rows < config.validation_rows:
         log.info(
-            "the validation text has %s of the %s rows of --validation-tokens: all are used",
+            "the validation text has only %s of the %s rows of --validation-tokens: all are used",
             f"{shards.validation.rows:,}",
             f"{config.validation_rows:,}",
         )

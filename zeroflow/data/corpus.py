@@ -1,7 +1,7 @@
-"""The corpus of a run: its settings, as given and resolved.
+"""The corpus of a run: its settings, and how they are resolved.
 
 `resolve_corpus` chooses a mode for `auto` and pins the revision, so that the settings determine the
-text. A resolved corpus is a list of files of one source, or synthetic token ids.
+text. A resolved corpus is a list of files from one source, or synthetic token ids.
 """
 
 import glob
@@ -47,10 +47,10 @@ class CorpusConfig(Config):
     data_path: tuple[str, ...] = Field((), description=f"Files or globs: {registry.described()}.")
 
     validation_path: tuple[str, ...] = ()
-    """Files or globs of your own to validate on, instead of a fraction of the corpus."""
+    """Files or globs of your own text for validation, instead of a fraction of the corpus."""
 
     text_column: str = "text"
-    """Field of .jsonl lines or column of .parquet files that holds the text."""
+    """Field of .jsonl lines or column of .parquet files that contains the text."""
 
     bad_lines_limit: NonNegativeInt = 0
     """Number of .jsonl lines without valid JSON or text that may be skipped; they are counted and
@@ -77,7 +77,7 @@ class CorpusConfig(Config):
         "deduplicate": ("auto", "fineweb", "hub", "files", "sample"),
         "allow_synthetic_fallback": ("auto", "fineweb"),
     }
-    """Modes that read a setting. With another mode it is refused, as it has no effect."""
+    """Modes that read a setting. With another mode, the setting is refused, as it has no effect."""
 
     free: ClassVar[tuple[str, ...]] = (
         "data_path",
@@ -85,8 +85,8 @@ class CorpusConfig(Config):
         "allow_synthetic_fallback",
         "bad_lines_limit",
     )
-    """Settings that may change when a run is resumed: the revision decides whether the text is the
-    same."""
+    """Settings that may change when a run is resumed, because the revision shows whether the text
+    is the same."""
 
     files_flag: ClassVar[str] = "--data-path"
     """The flag that names the files, in error messages."""
@@ -97,15 +97,15 @@ class CorpusConfig(Config):
             raise ValueError("--data-mode files needs --data-path: name files or globs")
         if self.data_path and self.data_mode != "files":
             raise ValueError(
-                f"--data-path is read with --data-mode files only, not with {self.data_mode}: "
+                f"--data-path is used only with --data-mode files, not with {self.data_mode}: "
                 "use --data-mode files, or drop it"
             )
         if self.data_mode == "hub" and not self.dataset:
             raise ValueError("--data-mode hub needs --dataset: name one, as owner/name")
         if (self.dataset or self.dataset_config) and self.data_mode != "hub":
             raise ValueError(
-                f"{'--dataset' if self.dataset else '--dataset-config'} is read with --data-mode "
-                f"hub only, not with {self.data_mode}: use --data-mode hub, or drop it"
+                f"{'--dataset' if self.dataset else '--dataset-config'} is used only with "
+                f"--data-mode hub, not with {self.data_mode}: use --data-mode hub, or drop it"
             )
         return self
 
@@ -150,7 +150,7 @@ class CorpusConfig(Config):
 
     @property
     def validation(self) -> "CorpusConfig | None":
-        """The corpus of `validation_path`; None where a part of this one is held out."""
+        """The corpus of `validation_path`; None if a fraction of this corpus is held out."""
         if not self.validation_path:
             return None
         return _ValidationCorpus(
@@ -184,7 +184,7 @@ class _ValidationCorpus(CorpusConfig):
 
 
 def _absolute(pattern: str) -> str:
-    """Make a path or glob absolute; characters of the working directory are no wildcards."""
+    """Make a path or glob absolute; special characters of the working directory are escaped."""
     path = Path(pattern).expanduser()
     if path.is_absolute() or path.exists():
         return str(path.absolute())
@@ -192,11 +192,11 @@ def _absolute(pattern: str) -> str:
 
 
 _LONGEST_NAME = 70
-"""Characters of a name; with those around it, it is the name of a run, of at most 100."""
+"""Maximum number of characters: the name of a run contains it, and has at most 100 characters."""
 
 
 def _as_name(text: str) -> str:
-    """Reduce `text` to what may be part of a run's name: `en (v2)` becomes `en-v2`."""
+    """Replace characters that may not be in the name of a run: `en (v2)` becomes `en-v2`."""
     words = re.split(r"[^A-Za-z0-9._-]+", text)
     return "-".join(word for word in words if word)[:_LONGEST_NAME].strip("-")
 
@@ -212,7 +212,7 @@ def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
 
     Raises:
         hub.HubError: the mode needs the hub, which refused or could not be reached.
-        ValueError: the mode is files, and none matches or they differ from `data_revision`.
+        ValueError: there are no such files, or they differ from `data_revision`.
     """
     if not corpus.is_text:
         return ResolvedCorpus(corpus, "asked for")
@@ -224,14 +224,14 @@ def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
 
 
 def _pin(corpus: CorpusConfig) -> CorpusConfig:
-    if validation := corpus.validation:  # local, and thus before the hub is asked
+    if validation := corpus.validation:  # local files first, before a request to the hub
         pinned = validation.source.pin(validation.data_revision)
         corpus = corpus.replace(validation_revision=pinned)
     return corpus.replace(data_revision=corpus.source.pin(corpus.data_revision))
 
 
 def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
-    """The corpus to use without the hub.
+    """Return the corpus to use without the hub.
 
     Raises:
         hub.HubError: `error` with remedies, if no fallback is allowed.

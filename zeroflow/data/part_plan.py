@@ -22,6 +22,7 @@ from zeroflow.reuse import Fields
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
+"""File in the directory of a set."""
 
 _SETTINGS = {*ShardConfig.model_fields, *CorpusConfig.model_fields, "seed", "vocab_size"}
 
@@ -91,10 +92,10 @@ class ShardPlan(Config):
 
 
 class PartPlanner:
-    """The jobs of a set's parts, by number.
+    """Plans the parts of a set and returns their jobs.
 
-    Slices are planned only as far as parts are requested, as planning may need requests to the hub.
-    They depend on the corpus only, so any of several processes may write the plan.
+    Slices are planned only as far as parts are requested, because planning may need requests to the
+    hub. They depend on the corpus only, so any of several processes may write the plan.
     """
 
     def __init__(
@@ -142,10 +143,10 @@ class PartPlanner:
         return plan
 
     def require_text(self) -> None:
-        """Check that the text to read is that of the corpus's revision.
+        """Check that the text is still that of the corpus's revision.
 
         Raises:
-            ValueError: its files are gone or have changed.
+            ValueError: files are missing or have changed.
         """
         for corpus in (self.corpus, self.corpus.validation):
             if corpus and corpus.data_revision:
@@ -170,8 +171,8 @@ class PartPlanner:
     def absent_from(self, number: int, *, limit: int) -> Iterator[PartJob]:
         """Jobs of up to `limit` absent parts from `number` on that can be built in parallel.
 
-        They stop at the first part that exists. If duplicates are left out there are none, as each
-        part depends on those before it.
+        The jobs end before the first part that exists. If duplicates are left out, there are none,
+        because each part depends on those before it.
         """
         limit = 0 if self.corpus.deduplicate else limit
         for following in range(number, number + limit):
@@ -197,7 +198,7 @@ class PartPlanner:
 
 
 def _to_validate_on(corpus: CorpusConfig) -> tuple[Slice, ...]:
-    """The slices of the files that are only validated on; they make the first parts."""
+    """Return the slices of the files for validation only, which become the first parts."""
     if (validation := corpus.validation) is None:
         return ()
     return tuple(piece.replace(held_out=True) for piece in all_slices(validation))

@@ -3,11 +3,11 @@
 A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
 
     plan.json        settings, source, files of the corpus, and the slice of each part
-    counts-00000.arrow ...  counts of 512 parts each, so that not every part is looked at
+    counts-00000.arrow ...  counts of 512 parts each, so that a large set opens quickly
     builds.jsonl     a line with the build time of each part that was built here
     part-00000/ ...  one part for each slice, complete or absent:
-        train-00000.arrow ...       rows to train on
-        validation-00000.arrow ...  rows of held-out documents, which share no token with train
+        train-00000.arrow ...       training rows
+        validation-00000.arrow ...  held-out rows, which share no token with train
         documents.parquet           position of each document
         manifest.json               counts, and size and sha256 of every file
 
@@ -16,8 +16,8 @@ Each Arrow file is one record batch with one column `tokens`, a non-null, uncomp
 Every document ends with the end-of-text id, which otherwise occurs only as padding after another
 one. `document_table` describes documents.parquet.
 
-A run reads as many of the first parts as it needs rows. The fingerprint covers everything that the
-bytes depend on. It does not cover the length of a run: a longer run adds parts to the same set.
+A run reads as many of the first parts as it needs for its rows. The fingerprint covers everything
+that the bytes depend on, but not the length of a run: a longer run adds parts to the same set.
 """
 
 import math
@@ -45,7 +45,7 @@ TokenType = Literal["int32", "uint16"]
 
 
 class Layout(Config):
-    """Settings for holding out, packing and storing documents that the bytes depend on."""
+    """Settings for holding out, packing and storing documents on which the bytes depend."""
 
     row_tokens: int = Field(ge=2)
     token_type: TokenType
@@ -57,13 +57,13 @@ class ShardConfig(Config):
     """Settings for holding out, packing and storing documents, and the numbers of rows needed."""
 
     seq_len: int = Field(ge=2)
-    """Tokens of context. A row has one more, as targets are shifted by one."""
+    """Tokens of context. A row has one more, because targets are shifted by one."""
 
     train_rows: PositiveInt
     """Number of rows that the run trains on."""
 
     validation_rows: PositiveInt
-    """Number of rows that the run validates on. No token of their documents is trained on."""
+    """Number of rows that the run validates on. Their tokens are not used for training."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
     """Fraction of the text that is held out for validation; see `holdout`."""
@@ -90,11 +90,11 @@ class SplitCounts(Config):
     rows: NonNegativeInt = 0
     documents: NonNegativeInt = 0
     document_tokens: NonNegativeInt = 0
-    """Tokens of all documents, their ends of text included."""
+    """Tokens of all documents, including their end-of-text tokens."""
 
     padding_tokens: NonNegativeInt = 0
     cut_documents: NonNegativeInt = 0
-    """Documents that are split over several rows."""
+    """Number of documents that are split over several rows."""
 
     text_bytes: NonNegativeInt = 0
     """UTF-8 bytes of all documents; 0 for synthetic data."""
@@ -153,7 +153,7 @@ class ShardSet(StageResult):
     duplicates: NonNegativeInt
     bad_lines: NonNegativeInt
     entropy: float | None
-    """Loss of the true source on the training rows, in nats per token, if the source is known."""
+    """Mean loss of the known source of synthetic data on the training rows, in nats per token."""
 
     @property
     def documents(self) -> int:
@@ -167,7 +167,7 @@ class ShardSet(StageResult):
         return part_path(self.path, number)
 
     def some_parts(self, most: int) -> list[int]:
-        """At most `most` numbers of parts, spread evenly from the first to the last."""
+        """Return the numbers of at most `most` parts, spread evenly from the first to the last."""
         return sorted(set(np.linspace(0, self.parts - 1, most).astype(int).tolist()))
 
 
@@ -187,10 +187,10 @@ def part_tokens(corpus: CorpusConfig, vocab_size: int) -> float:
 
 
 def expected_bytes(config: ShardConfig, corpus: CorpusConfig, vocab_size: int) -> int:
-    """Predicted disk space of the rows: a whole number of parts, or the whole corpus.
+    """Predict the disk space of the rows: a whole number of parts, or the whole corpus.
 
     Args:
-        vocab_size: vocabulary of the tokenizer, which decides how much text a token holds.
+        vocab_size: vocabulary size, on which the bytes of text per token depend.
     """
     text, part = bytes_per_token(vocab_size), part_tokens(corpus, vocab_size)
     held_out = 0.0 if corpus.validation else config.validation_fraction
@@ -208,5 +208,5 @@ def expected_bytes(config: ShardConfig, corpus: CorpusConfig, vocab_size: int) -
 def _available_bytes(corpus: CorpusConfig) -> float:
     try:
         return local_text_bytes(corpus)
-    except ValueError:  # the text of a complete run may be gone
+    except ValueError:  # the text of a complete run may be missing
         return math.inf

@@ -19,15 +19,16 @@ from zeroflow.data.documents import Document, Tally, TextBatch, regroup
 from zeroflow.data.formats.file import UNREADABLE, CorpusFile, DocumentFile, is_compressed
 
 SLICE_BYTES = 2**25
-"""Approximate text of a slice. A killed build loses the slices in progress, some seconds of work
-each. Smaller slices would create more part directories for a large corpus."""
+"""Approximate bytes of text of a slice. A killed build loses the slices in progress, some seconds
+of work each. Smaller slices would lose less, but create more part directories for a large
+corpus."""
 
 CHARACTERS_PER_TOKEN = 4
-"""Assumed where text is held out, because the choice must not depend on the tokenizer."""
+"""Assumed when text is held out, because that choice must not depend on the tokenizer."""
 
-# Bytes of text for each token, by the size of the vocabulary. Byte-level BPEs were trained on 6 MB
-# of Python's standard library, and on 6 MB of English manuals. These are the means of both, which
-# differ from them by up to 11 %
+# Bytes of text per token, by vocabulary size. Byte-level BPEs were trained on 6 MB of Python's
+# standard library, and on 6 MB of English manuals. These are the means; both differ from them by up
+# to 11 %
 _BYTES_PER_TOKEN = {300: 1.4, 512: 1.9, 1024: 2.4, 2048: 2.8, 8192: 3.7, 32_768: 4.3, 131_072: 4.6}
 
 _COMPRESSION = 3
@@ -38,7 +39,7 @@ class Slice(Config):
     """A piece of a corpus."""
 
     files: tuple[CorpusFile, ...] = ()
-    """Whole files, or the one file that the slice is a part of. Empty for synthetic data."""
+    """Whole files, or the single file of which the slice is a part. Empty for synthetic data."""
 
     start: NonNegativeInt = 0
     """Start of the part: row group of a .parquet file, byte of a .jsonl file, or synthetic
@@ -48,7 +49,7 @@ class Slice(Config):
     """Start of the next part; None for whole files."""
 
     held_out: bool = False
-    """True for a slice of the files that are only validated on."""
+    """True for a slice of files that are used for validation only."""
 
 
 class PlannedSlices(NamedTuple):
@@ -58,14 +59,14 @@ class PlannedSlices(NamedTuple):
 
 
 def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> PlannedSlices:
-    """The next slices of a resolved corpus, beginning with file number `first`.
+    """Return the next slices of a resolved corpus, beginning with file number `first`.
 
-    A large file is cut if its format allows that; otherwise it is one slice, whatever its size.
-    Small files share a slice.
+    A large file is cut if its format allows that; otherwise it is one slice of any size. Small
+    files share a slice.
 
-        Raises:
-            hub.HubError: the hub refused or failed.
-            ValueError: a Parquet file is damaged.
+    Raises:
+        hub.HubError: the hub refused or failed.
+        ValueError: a Parquet file is damaged.
     """
     if _is_cut(corpus, files[first]):
         return PlannedSlices(_cut(corpus, files[first]), first + 1)
@@ -91,7 +92,7 @@ def read_slice(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Tex
 
 
 def all_slices(corpus: CorpusConfig) -> Iterator[Slice]:
-    """All slices of a resolved text corpus, each planned when it is asked for."""
+    """Yield all slices of a resolved text corpus; each is planned when it is requested."""
     files, first = list_files(corpus), 0
     while first < len(files):
         planned, first = plan_slices(corpus, files, first)
@@ -114,13 +115,13 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
 
 
 def require_readable(corpus: CorpusConfig) -> None:
-    """Check the user's own files of a corpus, which need not be resolved, in a moment.
+    """Check the user's own files of a corpus, resolved or not, in a moment.
 
-    Names are checked, and the beginning of the first file is read.
+    This checks their names, and reads the beginning of the first file.
 
     Raises:
-        ValueError: there are no such files, or the first one is not what its name and the settings
-            say.
+        ValueError: there are no such files, or the content of the first does not match its suffix
+            or the settings.
     """
     if validation := corpus.validation:
         require_readable(validation)
@@ -133,7 +134,7 @@ def require_readable(corpus: CorpusConfig) -> None:
 
 
 def bytes_per_token(vocab_size: int) -> float:
-    """Approximate bytes of text that a token stands for, with a tokenizer that suits the text."""
+    """Return the approximate bytes of text per token, for a tokenizer that suits the text."""
     sizes = [math.log(size) for size in _BYTES_PER_TOKEN]
     return float(np.interp(math.log(vocab_size), sizes, list(_BYTES_PER_TOKEN.values())))
 

@@ -37,7 +37,10 @@ from zeroflow.run_folder import Cache
 log = logging.getLogger(__name__)
 
 LLAMA_TOKENIZER = "meta-llama/Llama-3.1-8B"
+
 TRAINED_TOKENIZER = "train"
+"""Name of a tokenizer that is trained on the run's own text."""
+
 SYNTHETIC_TOKENIZER = "synthetic"
 """Name for the absence of a tokenizer: synthetic data is token ids."""
 
@@ -45,14 +48,17 @@ FORMAT = 2
 """Version of the directory's format; part of its fingerprint."""
 
 _LLAMA_VOCAB_SIZE = 128_256
+
 _TRAINING_BYTES = 32_000_000
+"""Maximum bytes of text that a tokenizer is trained on."""
+
 
 _ENOUGH_BYTES_PER_TOKEN = 120
-"""Bytes of text with which a trained vocabulary becomes as large as requested: English prose needed
-60 for each of 32,768 tokens, Python code 120."""
+"""Bytes of text per token with which a trained vocabulary reaches the requested size: for 32,768
+tokens, English prose needed 60, and Python code 120."""
 
 _SHORT_BYTES = 4_000_000
-"""Text that a tokenizer is trained on in about two seconds."""
+"""Bytes of text on which a tokenizer is trained in about two seconds."""
 
 _FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"]
 _FILES += ["*.model", "config.json"]
@@ -82,10 +88,10 @@ class Tokenizer(StageResult):
     name: str
 
     path: Path | None
-    """Its directory; None for synthetic data, which has no text."""
+    """Directory of the tokenizer; None for synthetic data, which has no text."""
 
     vocab_size: int
-    """All ids are below this; it includes added tokens."""
+    """Upper limit of all ids, including added tokens."""
 
     end_of_text: int
     """Id of the token that ends every document."""
@@ -94,7 +100,7 @@ class Tokenizer(StageResult):
     """Fingerprint of tokenizer.json and the end-of-text id."""
 
     encoder: EncoderName = "tokenizers"
-    """The library that encodes documents; every one gives the same ids as Hugging Face's."""
+    """The library that encodes documents. It gives the same ids as Hugging Face's library."""
 
     @property
     def file(self) -> Path:
@@ -103,15 +109,15 @@ class Tokenizer(StageResult):
         return self.path / "tokenizer.json"
 
     def load(self) -> tokenizers.Tokenizer:
-        """Hugging Face's tokenizer, set to treat special tokens that a text spells out as text."""
+        """Load Hugging Face's tokenizer, which encodes spelled-out special tokens as text."""
         return encoding.plain(self.file)
 
     def load_encoder(self) -> Encoder:
-        """The encoder for large amounts of text. It stays in memory, and all threads share it."""
+        """Load the encoder for large amounts of text, which stays in memory for all threads."""
         return encoding.load(self.file, self.encoder)
 
     def decoder(self) -> Callable[[list[int]], str]:
-        """A function from token ids to text; for synthetic data the text is the ids themselves."""
+        """Return a function from token ids to text; for synthetic data, the ids as text."""
         if self.path is None:
             return lambda ids: " ".join(map(str, ids))
         loaded = self.load()
@@ -127,7 +133,10 @@ class ResolvedTokenizer(NamedTuple):
 def resolve_tokenizer(
     config: TokenizerConfig, corpus: CorpusConfig, cache: Path
 ) -> ResolvedTokenizer:
-    """Choose a tokenizer for `auto`, and pin the revision; the corpus is already resolved.
+    """Choose a tokenizer for `auto`, and pin the revision.
+
+    Args:
+        corpus: the resolved corpus.
 
     Raises:
         hub.HubError: the named tokenizer is not cached, and the hub does not provide it.
@@ -141,7 +150,7 @@ def resolve_tokenizer(
         return _resolve_auto(config, corpus, cache)
     if name == TRAINED_TOKENIZER or _local(name):
         return ResolvedTokenizer(config, "asked for")
-    if cached := _cached(config, cache):  # from the hub, or of a folder that is gone
+    if cached := _cached(config, cache):  # from the hub, or a copy of a folder that is missing now
         revision = TokenizerManifest.read(cached).revision
         return ResolvedTokenizer(config.replace(tokenizer_revision=revision), "cached")
     _refuse_path(name)
@@ -174,18 +183,18 @@ def without_hub(corpus: CorpusConfig) -> str:
 
 
 class Vocabulary(NamedTuple):
-    """Vocabulary of a tokenizer that need not be in the cache yet."""
+    """Vocabulary of a tokenizer that may not be in the cache yet."""
 
     size: int
     is_certain: bool
     source: str
-    """Where the size is from."""
+    """Where the size comes from."""
 
 
 def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Vocabulary:
-    """Vocabulary of a resolved tokenizer, before it is fetched.
+    """Return the vocabulary of a resolved tokenizer before it is fetched.
 
-    Nothing is added to the cache. Files that are not there are read for their size only.
+    Nothing is added to the cache. Files that are not cached are read only to count tokens.
 
     Raises:
         ValueError: the files contain no tokenizer.
@@ -210,7 +219,7 @@ def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Pa
 
 
 def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Vocabulary:
-    """Vocabulary of a tokenizer that is trained on the corpus; a small text has fewer tokens."""
+    """Return the vocabulary of a tokenizer that will be trained; a short text has fewer tokens."""
     asked = config.vocab_size
     if manifest := TokenizerManifest.verified(_trained_path(config, corpus, root)):
         return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer")
@@ -222,7 +231,7 @@ def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: P
 
 
 def known_vocab_size(config: TokenizerConfig, cache: Path) -> int | None:
-    """The most that the vocabulary size can be, without a request; None if that is unknown.
+    """Return the maximum vocabulary size without a request; None if it is unknown.
 
     Raises:
         ValueError: there is no such file or folder, or no tokenizer in it.
@@ -281,7 +290,7 @@ def fetch_tokenizer(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) 
 def require_copy(tokenizer: Tokenizer) -> None:
     """
     Raises:
-        ValueError: the tokenizer's directory is gone or damaged.
+        ValueError: the tokenizer's directory is missing or damaged.
     """
     if tokenizer.path and TokenizerManifest.verified(tokenizer.path) is None:
         raise ValueError(
@@ -291,7 +300,7 @@ def require_copy(tokenizer: Tokenizer) -> None:
 
 
 def own_copy(tokenizer: Tokenizer) -> Tokenizer | None:
-    """The tokenizer of a run, from its directory; None if that is gone or damaged."""
+    """Return the tokenizer of a run from its directory; None if it is missing or damaged."""
     path = tokenizer.path
     if path is None or TokenizerManifest.verified(path) is None:
         return None
@@ -300,10 +309,10 @@ def own_copy(tokenizer: Tokenizer) -> Tokenizer | None:
 
 
 def require_restorable(config: TokenizerConfig, trained: Tokenizer) -> None:
-    """Check that the tokenizer of a trained run is there, or can be made again.
+    """Check that the tokenizer of a trained run exists, or can be copied or fetched again.
 
     Raises:
-        ValueError: its directory and the local files that it was copied from are both lost.
+        ValueError: both its directory and the local files that it was copied from are lost.
     """
     name, path = config.tokenizer_name, trained.path
     if path is None or not _is_local(config) or TokenizerManifest.verified(path):
@@ -318,10 +327,11 @@ def require_restorable(config: TokenizerConfig, trained: Tokenizer) -> None:
 
 
 def changed_since(config: TokenizerConfig, trained: Tokenizer) -> str:
-    """Difference of a local tokenizer from the copy that a run was trained with.
+    """Compare a local tokenizer with the copy that a run was trained with.
 
     Returns:
-        Names of the files that differ; "" if none does, if they are missing, or if it is not local.
+        Names of the files that differ; "" if none differs, if the files are missing, or if the
+        tokenizer is not local.
     """
     source = _local(config.tokenizer_name) if _is_local(config) else None
     if source is None or trained.path is None:
@@ -345,7 +355,7 @@ def describe_tokenizer(path: Path) -> Tokenizer:
     chosen, why = manifest.encoder, ""
     before, now = chosen.compared_with, version("fastokens")
     if before != now:  # another version may give different ids
-        why = f"the encoders are compared again: fastokens is {now}, was {before}"
+        why = f"the encoders were compared again, because fastokens is {now} instead of {before}"
         log.info("%s: %s", path.name, why)
         chosen = EncoderChoice.make(path)
     return Tokenizer(
@@ -369,7 +379,7 @@ class _Origin(NamedTuple):
     """Past tense of the origin, for the log: fetched, copied or trained."""
 
     identity: Fields
-    """Everything that it depends on, except name and format, for information."""
+    """Everything that the tokenizer depends on, except name and format, for messages."""
 
     make: Callable[[Path], None]
     """Writes the tokenizer's files into a directory."""
@@ -379,7 +389,7 @@ class _Origin(NamedTuple):
 
 
 def _downloading(config: TokenizerConfig, patience: Patience = READING) -> Callable[[Path], None]:
-    """A function that fetches the files of a tokenizer from the hub into a folder."""
+    """Return a function that fetches the files of a tokenizer from the hub into a folder."""
     name = config.tokenizer_name
 
     def download(partial: Path) -> None:
@@ -436,14 +446,14 @@ def _train(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Tokeniz
 
 
 def _trained(config: TokenizerConfig, corpus: CorpusConfig) -> tokenizers.Tokenizer:
-    """A tokenizer that is trained on the first text of a resolved corpus."""
+    """Train a tokenizer on the beginning of a resolved corpus."""
     corpus.source.require_revision(str(corpus.data_revision))
     texts = first_bytes(read_documents(corpus), _TRAINING_BYTES)
     return bpe.train_bpe(texts, config.vocab_size)
 
 
 def _trained_path(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Path:
-    """The directory of a trained tokenizer, named after all that it depends on."""
+    """Return the directory of a trained tokenizer, named after everything that it depends on."""
     depends_on = {
         "format": FORMAT,
         "corpus": corpus_identity(corpus),
@@ -455,7 +465,7 @@ def _trained_path(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> 
 
 
 def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:
-    """Texts of documents until their total size reaches `limit` bytes."""
+    """Yield the texts of documents until their total size reaches `limit` bytes."""
     passed = 0
     for document in documents:
         if passed >= limit:
@@ -465,7 +475,7 @@ def first_bytes(documents: Iterable[Document], limit: int) -> Iterator[str]:
 
 
 def _ensure(path: Path, config: TokenizerConfig, origin: _Origin) -> Tokenizer:
-    """Ensure that the tokenizer exists at `path` and verifies; make it otherwise."""
+    """Ensure that the tokenizer exists at `path` and verifies."""
     identity = {"tokenizer_name": config.tokenizer_name, "format": FORMAT, **origin.identity}
     others = reuse.existing(path.parent, _recorded_identity, but=path)
     why = reuse.damaged(path) if path.exists() else reuse.nearest(_by_flag(identity), others)
@@ -515,13 +525,13 @@ def _remedies(name: str) -> tuple[str, ...]:
 
 
 def _local(name: str) -> Path | None:
-    """The folder or file called `name`; None if there is none, as for names on the hub."""
+    """Return the folder or file called `name`; None if there is none, as for names on the hub."""
     path = Path(name).expanduser()
     return path if path.exists() else None
 
 
 def _is_local(config: TokenizerConfig) -> bool:
-    """True if a resolved tokenizer was copied from local files, which may be gone by now."""
+    """Return True if a resolved tokenizer comes from local files, which may be missing by now."""
     return config.tokenizer_name != TRAINED_TOKENIZER and config.tokenizer_revision is None
 
 
@@ -546,7 +556,9 @@ def _hub_path(config: TokenizerConfig, root: Path) -> Path:
 
 
 def _cached(config: TokenizerConfig, cache: Path) -> Path | None:
-    """A cached directory of this hub tokenizer that verifies: of the revision, or the newest."""
+    """Return a cached directory of this hub tokenizer that verifies: of the revision, or the
+    newest.
+    """
     root = Cache(cache).tokenizers
     if config.tokenizer_revision:
         path = _hub_path(config, root)
@@ -582,5 +594,5 @@ def _tokenizer_files(source: Path) -> list[Path]:
 
 
 def _is_of_tokenizer(file: str) -> bool:
-    """True if a file of this name belongs to a tokenizer; code does not, as it is never run."""
+    """Return True if a file of this name belongs to a tokenizer. Code does not: it is never run."""
     return not file.endswith(".py") and any(fnmatchcase(file, pattern) for pattern in _FILES)

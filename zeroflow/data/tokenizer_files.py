@@ -21,7 +21,9 @@ from zeroflow.reuse import Fields
 log = logging.getLogger(__name__)
 
 _CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+
 _USUAL_ENDS = (bpe.END_OF_TEXT, "<|endoftext|>", "</s>", "<eos>")
+"""End-of-text tokens to look for if the files of a tokenizer name none."""
 
 
 class EncoderChoice(Config):
@@ -43,7 +45,7 @@ class TokenizerManifest(Config):
     """manifest.json of a tokenizer's directory."""
 
     identity: Fields | None = None
-    """Everything that it depends on, for information; absent in manifests of earlier versions."""
+    """Everything that the tokenizer depends on, for messages; absent in earlier versions."""
 
     revision: str | None = None
     """Commit, for a tokenizer from the hub."""
@@ -102,7 +104,8 @@ def seal_tokenizer(
     given = {"revision": revision, "corpus": corpus}
     depends_on = [artifacts.file_sha256(file), end_of_text]
     if encoding.dropout(tokenizer):
-        depends_on.append("no dropout")  # an earlier version drew the ids of its shards at random
+        # Shards of earlier versions, which encoded with dropout, must not be reused
+        depends_on.append("no dropout")
     manifest = TokenizerManifest(
         identity=identity,
         **{name: value for name, value in given.items() if value is not None},
@@ -161,7 +164,7 @@ def _settings(file: Path, name: str) -> dict[str, Any]:
     """The contents of a JSON file of settings; nothing if it does not exist.
 
     Raises:
-        ValueError: it does not hold a JSON object.
+        ValueError: the file does not contain a JSON object.
     """
     if not file.exists():
         return {}
@@ -169,13 +172,13 @@ def _settings(file: Path, name: str) -> dict[str, Any]:
         content = json.loads(file.read_bytes())  # bytes: a byte-order mark is understood
     except ValueError as error:
         raise ValueError(
-            f"--tokenizer-name {name}: {file.name} is not valid JSON ({error}): mend or remove it"
+            f"--tokenizer-name {name}: {file.name} is not valid JSON ({error}): fix or remove it"
         ) from error
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else type(content).__name__
         raise ValueError(
-            f"--tokenizer-name {name}: {file.name} holds {kind}, where settings by name belong, as "
-            'in {"eos_token": "</s>"}: mend or remove it'
+            f"--tokenizer-name {name}: {file.name} contains {kind} instead of settings by name, as "
+            'in {"eos_token": "</s>"}: fix or remove it'
         )
     return content
 
@@ -184,7 +187,7 @@ def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
     """Write tokenizer.json for a tokenizer that comes in another form.
 
     Raises:
-        ValueError: transformers cannot convert it, or only with Python code that comes with it.
+        ValueError: transformers cannot convert it, or would need Python code that comes with it.
     """
     from transformers import AutoTokenizer  # slow to import, and rarely needed
 
@@ -195,9 +198,9 @@ def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
     except Exception as error:
         if "auto_map" in config:
             raise ValueError(
-                f"{name} has no tokenizer.json, and the Python code of its own that {_CONFIG} "
-                "names (auto_map) is not run: save it as a tokenizer.json where you trust that "
-                "code, and name that folder"
+                f"{name} has no tokenizer.json, and its own Python code, which {_CONFIG} names "
+                "(auto_map), is not run: if you trust that code, use it to save a tokenizer.json, "
+                "and name the folder of that file"
             ) from error
         raise ValueError(
             f"{name} has no tokenizer.json, and its files cannot be converted: {error}"
@@ -215,8 +218,8 @@ def _declared_end(settings: dict[str, dict[str, Any]], name: str) -> str | None:
         token = declared.get("content") if isinstance(declared, dict) else declared
         if token is not None and not isinstance(token, str):
             raise ValueError(
-                f"--tokenizer-name {name}: eos_token in {file} is {token!r}, not a token: mend it, "
-                "or name the token with --end-of-text"
+                f"--tokenizer-name {name}: eos_token in {file} is {token!r}, not a token: fix "
+                "it, or set the token with --end-of-text"
             )
         if token:
             return token
@@ -242,8 +245,8 @@ def _end_of_text(tokenizer: tokenizers.Tokenizer, name: str, token: str | None) 
 def _warn_of_dropout(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     if share := encoding.dropout(tokenizer):
         log.warning(
-            "%s leaves out %g of its merges at random (BPE dropout), so that a text has other ids "
-            "every time: the dropout is switched off, in training and in exports",
+            "%s skips %g of its merges at random (BPE dropout), so that a text has different ids "
+            "each time: dropout is disabled, in training and in exports",
             name,
             share,
         )
@@ -262,7 +265,7 @@ def _warn_of_special_pieces(tokenizer: tokenizers.Tokenizer) -> None:
     ]
     if confused:
         log.warning(
-            "this tokenizer encodes text that spells out %s as special tokens: a document that "
-            "contains the token that ends documents will be refused",
+            "this tokenizer encodes text that spells out %s as special tokens: a document with the "
+            "end-of-text token in its text will be refused",
             ", ".join(confused[:9]),
         )

@@ -9,11 +9,11 @@ from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
 Room = Literal["yes", "tight", "no"]
-"""Verdict on the memory of a step: yes, tight or no."""
+"""Whether a step fits in memory."""
 
 _USABLE = 0.85
 """Fraction of a device's memory that a plan may use. The rest is for the CUDA context and for
-memory that the caching allocator cannot use."""
+fragments that the caching allocator cannot use."""
 
 
 class Memory(NamedTuple):
@@ -47,10 +47,10 @@ class Memory(NamedTuple):
         return self.total <= _USABLE * device.memory_bytes
 
     def room(self, device: Device, ranks: int = 1) -> Room:
-        """Return "tight" if less than one GiB is left for the rest, which may be enough.
+        """Return whether the step fits; "tight" if it may, with at least one GiB to spare.
 
-        Each rank has its own GPU. On a CPU all ranks share its memory, and one of them has the copy
-        for a checkpoint.
+        Each rank has its own GPU. On a CPU all ranks share the memory, and one of them keeps the
+        copy for a checkpoint.
         """
         others = 0 if device.kind == "cuda" else (ranks - 1) * (self.total - self.checkpoint)
         needed = self.total + others
@@ -82,7 +82,7 @@ def memory(work: Workload, device: Device) -> Memory:
     gradients = 4 * P // (shards if work.zero_stage >= 2 else 1)
     return Memory(
         weights=4 * P // shards,
-        # The only micro-batch frees its activations while its gradients are computed
+        # A single micro-batch frees its activations while its gradients are computed
         gradients=gradients if work.accumulates else max(0, gradients - kept - loss),
         moments=work.optimizer.state_bytes(work.model) // shards,
         activations=kept,
@@ -98,7 +98,7 @@ _PROGRAM_BYTES = 460 * 2**20
 
 
 def is_measured(work: Workload) -> bool:
-    """True if `memory` was compared with measurements of this kind of code."""
+    """Return True if `memory` was compared with measurements of this kind of code."""
     return work.device == "cuda" or not (
         work.compile or work.document_mask or work.precision == "bf16"
     )
@@ -170,11 +170,12 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
 
 
 def heap(*, accumulates: bool) -> float:
-    """Return the memory of activations on a CPU, relative to their bytes: its allocator keeps more.
+    """Return the memory of activations on a CPU, relative to their bytes.
 
-    The factor is larger if the gradients of one micro-batch are between the activations of the
-    next. With this factor and the memory of the program, five runs of tiny with one micro-batch per
-    step matched the plan within 2 %, and five with two micro-batches within 5 %.
+    The allocator of a CPU keeps more memory than is in use, and more if gradients are allocated
+    between activations, as with several micro-batches per step. With these factors and the memory
+    of the program, five runs of tiny with one micro-batch per step matched the plan within 2 %, and
+    five with two micro-batches within 5 %.
     """
     return 1.7 if accumulates else 1.2
 
@@ -218,5 +219,5 @@ def largest_micro_batch(
 
 
 def checkpoint_bytes(work: Workload) -> int:
-    """Size of a checkpoint: weights in fp32 and the state of the optimiser."""
+    """Return the size of a checkpoint: weights in fp32 and the state of the optimiser."""
     return 4 * work.model.parameters + work.optimizer.state_bytes(work.model)

@@ -1,4 +1,6 @@
-"""Following the ranks of a launch: their events, their pulse, and the time since both."""
+"""Watches the ranks of a launch: their events, their pulses, and the time since the last sign of
+life.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from zeroflow.training.pulse import Pulse, PulseReader
 
 
 class Progress:
-    """Events of a launch, and the time since its ranks last showed that they live."""
+    """Events of a launch, and the time since the last sign of life of its ranks."""
 
     def __init__(self, folder: RunFolder, on_event: Callable[[Event | Pulse], None]) -> None:
         self._events = EVENTS.follow(folder.events, from_end=True)
@@ -33,7 +35,7 @@ class Progress:
 
 
 class Heartbeat:
-    """Watches the file that ranks touch, using this process's monotonic clock.
+    """Measures the time since the file of the pulse changed, with this process's monotonic clock.
 
     File times are compared only with each other, so changes of the system clock have no effect.
     """

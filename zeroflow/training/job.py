@@ -1,4 +1,4 @@
-"""The job of the ranks, and the result of a training."""
+"""The job of the ranks, and the result of training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,14 +46,14 @@ class RankJob(Record):
 
 
 class TrainingJob(RankJob):
-    """Job of the ranks of a training."""
+    """Job of the ranks that train."""
 
     FORMAT: ClassVar[int] = 3
 
     cadence: Cadence
     retention: Retention
     min_nodes: PositiveInt | None = omitted()
-    """Number of machines with which the training goes on if others are gone; None for all."""
+    """Minimum number of machines with which training continues; None for all."""
 
     hang_seconds: PositiveInt
     """Time without a finished step, validation or checkpoint after which the ranks are killed."""
@@ -68,7 +68,7 @@ class TrainingJob(RankJob):
 
     shards: ShardSet
     validation_rows: PositiveInt
-    """Number of rows of a validation: the first held-out rows."""
+    """Number of held-out rows in the sample that a validation scores."""
 
     tokenizer: Tokenizer
     prompt: str
@@ -78,8 +78,8 @@ class TrainingJob(RankJob):
     """Folder for compiled code; None for PyTorch's default."""
 
     peak_flops: float | None
-    """Dense bf16 FLOP/s of all devices, whatever the precision of the products. None, and no MFU,
-    if it is unknown or the run is in fp32."""
+    """Dense bf16 FLOP/s of all devices, also for products in fp8. None if unknown or if the run is
+    in fp32; then there is no MFU."""
 
     @property
     def order(self) -> Order:
@@ -115,7 +115,7 @@ class TrainingJob(RankJob):
 
 
 class TrainResult(StageResult):
-    """The result of a finished training, in training.json."""
+    """The result of training to the last step: contents of training.json."""
 
     checkpoint: Path
     """Folder of the checkpoint of the last step."""
@@ -159,7 +159,7 @@ class TrainResult(StageResult):
 
 
 def read_job(folder: RunFolder) -> TrainingJob:
-    """Read the job of a run, with paths in the cache that holds the run now: it may have moved."""
+    """Read the job of a run, with paths in the cache where the run is now: it may have moved."""
     found = TrainingJob.read(folder.job)
     tokenizer, cache = found.tokenizer, folder.cache
     if tokenizer.path is not None:
@@ -169,9 +169,9 @@ def read_job(folder: RunFolder) -> TrainingJob:
 
 
 def trained_tokenizer(folder: RunFolder) -> Tokenizer | None:
-    """The tokenizer that a run was trained with, as its job names it; None without a checkpoint.
+    """Return the tokenizer that a run was trained with, from its job; None without a checkpoint.
 
-    Its directory may be gone.
+    The directory of the tokenizer may be missing.
 
     Raises:
         CheckpointError: the checkpoints belong to another version of zeroflow.
@@ -180,7 +180,7 @@ def trained_tokenizer(folder: RunFolder) -> Tokenizer | None:
     if facts is None or not folder.job.exists():
         return None
     tokenizer = read_job(folder).tokenizer
-    # an earlier version replaced the job before it refused to resume with another tokenizer
+    # Earlier versions replaced the job before they refused to resume with another tokenizer
     return tokenizer if tokenizer.fingerprint == facts.tokenizer else None
 
 
@@ -211,7 +211,7 @@ def why_trained(job: TrainingJob, others: Callable[[], str]) -> str:
 
 
 def read_result(job: TrainingJob) -> TrainResult | None:
-    """Read the result of a job, with the checkpoint's path now: the cache may have moved."""
+    """Read the result of a job, with the checkpoint's current path: the cache may have moved."""
     if (result := TrainResult.read_if_exists(job.folder.training)) is None:
         return None
     return result.replace(checkpoint=job.folder.checkpoints / result.checkpoint.name)

@@ -1,8 +1,9 @@
 """Run a job in its ranks: start them, watch them, and report how they ended.
 
-Ranks are always separate processes: GPU memory is returned when they exit, and after a crash or an
-out-of-memory kill the flow can still report it. torchrun is not used: it takes seconds to start,
-one rank needs no rendezvous, and torchrun is one more process that can be killed.
+Ranks are always separate processes, even a single one: GPU memory is freed when they exit, and the
+flow survives a crash or an out-of-memory kill and can report it. On one machine, torchrun is not
+used: it takes seconds to start, one rank needs no rendezvous, and it leaves orphans if it is
+killed.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from zeroflow.training.processes import rank_processes
 from zeroflow.training.pulse import Pulse
 
 _POLL_SECONDS = 0.2
+"""Time between two looks at the ranks."""
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
 """Exit codes of a killed rank. A rank that loses its connection to another rank aborts instead."""
@@ -40,19 +42,19 @@ def launch(
 ) -> None:
     """Run `python -m module job_file` once for every rank and wait until all have succeeded.
 
-    Their output goes to the log. If this process is interrupted, it asks them to stop and waits for
-    them; if it dies, they notice and stop by themselves, see `stopping`. If one rank fails, the
-    others are ended, because they would wait for it.
+    The output of the ranks goes to the log. If this process is interrupted, it asks them to stop
+    and waits for them. If it dies, they notice and stop by themselves; see `stopping`. If one rank
+    fails, the others are ended, because they would wait for it forever.
 
     Args:
-        job_file: in the folder of the run.
+        job_file: file in the folder of the run.
         on_event: called with every new event, and with the newest pulse as it changes.
         hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
-        compile_cache: folder for compiled code, unless the environment names one; None leaves it
-            to PyTorch.
+        compile_cache: folder for compiled code, unless the environment names one; None for
+            PyTorch's default.
 
     Raises:
-        RunIsBusy: ranks launched by another process for this run are running.
+        RunIsBusy: another process has launched ranks for this run, which are still running.
         TrainingFailed: a rank failed; the message has its reason or its last output.
         TrainingStopped: the ranks were stopped from outside.
     """
@@ -85,7 +87,7 @@ def _run(
                 raise TrainingFailed(
                     f"{module} made no progress for {hang_seconds} s and was killed", "hang"
                 )
-            if any(codes):  # the other ranks wait for the failed one
+            if any(codes):  # a rank has failed, and the others wait for it
                 codes = ranks.end_after_failure(folder.checkpoints)
                 break
             time.sleep(_POLL_SECONDS)
@@ -111,7 +113,7 @@ def _require_good_end(
         ended = f"{module} failed on a rank (exit codes by rank: {', '.join(listed)})"
         killed = [rank for rank, code in enumerate(codes) if code in _KILLED]
         if killed and not (isinstance(last, Failed) and last.rank in killed):
-            last = None  # other ranks only report that they lost the killed one
+            last = None  # a report of another rank, which only lost its connection to this one
     match last:
         case Done():
             return

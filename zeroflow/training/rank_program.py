@@ -29,8 +29,8 @@ Job = TypeVar("Job", bound=RankJob)
 def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     """Run `work` as one rank of the job file named on the command line.
 
-    Wait first for the same rank of an earlier command whose parent was killed: it may still be
-    saving. If that takes too long, the launcher considers this rank hung.
+    If the same rank of an earlier command still runs, because its parent was killed, wait for it:
+    it may be saving a checkpoint. If that takes too long, the launcher considers this rank hung.
 
     A failure is reported in events.jsonl, because an exit code cannot give the reason.
     """
@@ -47,7 +47,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     if job.training.workload.nodes > 1:
         job = _among_hosts(job_type, job_file, rank)
     ranks = job.training.workload.ranks
-    looks = rank == 0 and not watch  # at the file, as one rank is enough
+    looks = rank == 0 and not watch  # one rank that looks at the file is enough
     request = StopRequest(watch_parent=watch, ranks=ranks, file=folder.stop if looks else None)
     try:
         _require_ranks(ranks, job_file)
@@ -67,7 +67,8 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         EVENTS.append(folder.events, failure)
         if zero.ranks() == 1:
             raise
-        # A normal exit would destroy the process group, and wait for ranks that wait for this one
+        # A normal exit would destroy the process group, and so wait for ranks that wait for this
+        # one
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
@@ -128,7 +129,7 @@ def _require_ranks(wanted: int, job_file: Path) -> None:
 
 
 def log_to_terminal(rank: int) -> None:
-    """Log like a program of its own, as under torchrun: INFO and above for rank 0."""
+    """Log to standard error, for a rank under torchrun: INFO and above on rank 0, else warnings."""
     logging.basicConfig(
         level=logging.WARNING if rank else logging.INFO,
         format=f"%(asctime)s  {f'rank {rank}: ' if rank else ''}%(message)s",
@@ -137,7 +138,7 @@ def log_to_terminal(rank: int) -> None:
 
 
 def log_to_parent(rank: int) -> None:
-    """Log to the launcher: everything from INFO on for rank 0, only warnings for the others."""
+    """Log to the launcher: INFO and above on rank 0, warnings on other ranks."""
 
     class Line(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -154,5 +155,5 @@ def make_deterministic() -> None:
     """Make PyTorch use only kernels that give the same results in every run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
-    # Filling new tensors takes time, and only helps to debug reads of uninitialised memory
+    # Filling new tensors costs time, and only helps to find reads of uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Remedies for a failed training, and their ledger.
+"""Recovery from failures of training: remedies, and the ledger that records them.
 
-A failed training is started again with the changes listed in the run's `ledger.jsonl`, which has an
-entry for every failure with a remedy. A retry, the same command in a shell and a retry by Prefect
-all read this ledger, so all of them resume in the same way.
+After a failure, training starts again with the changes in the run's `ledger.jsonl`, which has an
+entry for every failure with a remedy. An automatic retry, the same command in a shell and a retry
+by Prefect all read this ledger, so all of them resume in the same way.
 """
 
 import logging
@@ -28,10 +28,14 @@ MOST_RETRIES = 20
 """Maximum retries of one command. Each failure reason has its own lower limit."""
 
 _IN_VAIN = 3
-"""Maximum starts of a killed or hung training without a newer checkpoint."""
+"""Maximum number of consecutive starts that are killed or hang without a newer checkpoint."""
 
 _ROLLBACKS = 3
+"""Maximum number of roll-backs of a run."""
+
 _FIRST_WAIT_SECONDS = 2.0
+"""Wait before the first start after a kill or hang; each further wait is four times as long."""
+
 PROCESS = secrets.randbits(48)
 """Identifies this process. A pid does not: in a container it may be the same at every start."""
 
@@ -190,12 +194,12 @@ def advice(planned: TrainingJob, failure: TrainingFailed) -> str:
                 "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":
-            return f"The training was started {_IN_VAIN} times without reaching a newer checkpoint"
+            return f"Training was started {_IN_VAIN} times without reaching a newer checkpoint"
     return ""
 
 
 def _in_vain(ledger: list[Entry], step: int) -> int:
-    """Count this process's latest consecutive starts without a newer checkpoint."""
+    """Count this process's latest consecutive failed starts without a newer checkpoint."""
     count = 0
     for entry in reversed(ledger):
         mine = entry.process == PROCESS and entry.reason in ("killed", "hang")

@@ -1,4 +1,4 @@
-"""Training in ranks, logged to MLflow."""
+"""Training in ranks, with logging to MLflow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def train(
         TrainingFailed: a rank failed; the message has its reason or its last output.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
-    # before the job of the run that wrote them is replaced
+    # Checked before the run's job is replaced, so that a refusal leaves the run as it was
     checkpoint.require_resumable(
         job.folder.checkpoints, job.model, tokenizer=job.tokenizer.fingerprint
     )
@@ -74,8 +74,8 @@ def train(
 def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
     """Yield a function that starts logging to MLflow until the block ends.
 
-    Call it when the ranks have started: they first drop the lines of metrics.jsonl whose steps are
-    trained again.
+    Call it when the ranks have started: at their start, they drop the lines of metrics.jsonl whose
+    steps will be trained again.
     """
     tracker: Tracker | None = None
     status = "KILLED"

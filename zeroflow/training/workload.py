@@ -1,4 +1,4 @@
-"""The workload of a training: everything that decides the cost and the mathematics of a step."""
+"""The workload of training: everything that determines the cost and the mathematics of a step."""
 
 from typing import Any, Self, get_args
 
@@ -19,7 +19,7 @@ from zeroflow.training.zero import Stage
 class Workload(Config):
     """A training step: the network, its batch, its optimiser, and how and where it is computed.
 
-    Planner, trainer, history and report all take this object.
+    The plan, the training, the history and the report all use this object.
     """
 
     device: DeviceKind
@@ -28,10 +28,10 @@ class Workload(Config):
     """Name of the device, for example NVIDIA H200."""
 
     ranks: PositiveInt = 1
-    """Processes that train together, each on its own GPU or sharing the cores of a CPU."""
+    """Number of processes that train together, each on its own GPU, or all on one CPU."""
 
     nodes: PositiveInt = Field(1, exclude_if=lambda nodes: nodes == 1)
-    """Machines that the ranks are spread over evenly; left out of files if it is one."""
+    """Number of machines, with equally many ranks on each; left out of files if it is 1."""
 
     zero_stage: Stage = 0
     """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
@@ -114,7 +114,7 @@ class Workload(Config):
 
     @property
     def peak(self) -> str:
-        """Peak of the device that utilisation is relative to, as text."""
+        """The peak of the device to which utilisation is relative, as text."""
         return "dense bf16 peak" + (" (that of fp8 is twice as high)" if self.fp8 else "")
 
     @property
@@ -128,7 +128,7 @@ class Workload(Config):
 
     @property
     def on_one_machine(self) -> Self:
-        """The same step on the ranks of one machine, with as many rows for each."""
+        """The same step on the ranks of one machine, with the same number of rows per rank."""
         return self.replace(ranks=self.ranks // self.nodes, nodes=1)
 
     def on_machines(self, nodes: int) -> Self:
@@ -155,7 +155,7 @@ class Workload(Config):
 
     @property
     def mathematics(self) -> tuple[ModelConfig, int, int, bool, OptimizerConfig]:
-        """The fields that decide the loss; the others change only its rounding."""
+        """The fields that determine the loss; the others affect only its rounding."""
         return self.model, self.seq_len, self.batch_rows, self.document_mask, self.optimizer
 
     def costs_as_much_as(self, other: Self) -> bool:
@@ -227,9 +227,10 @@ class Workload(Config):
 
     @property
     def in_format_1(self) -> Identity:
-        """All but model, context, device name and optimiser, nested as in the job of a run.
+        """The fields except model, context, device name and optimiser, nested as in format 1.
 
-        Checks are identified by a hash of this, so that a check that passed is not repeated.
+        Checks are identified by a hash of this. It keeps the old nesting, so that checks that an
+        earlier version has passed are not repeated.
         """
         left_out = {"model", "seq_len", "device_name", "optimizer"}
         fields = self.model_dump(mode="json", exclude=left_out)

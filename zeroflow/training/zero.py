@@ -1,9 +1,8 @@
-"""Training on several ranks: their process group, collectives, and a model sharded among them.
+"""Training on several ranks: process group, collectives, and sharding of the model.
 
 This is the only module that knows about sharding. The stages of ZeRO
 (https://arxiv.org/abs/1910.02054) are settings of PyTorch's FSDP2, which `shard` applies to the
-blocks of a model; the model does not know. With one rank, every function here returns its
-input.
+blocks of a model from outside. With one rank, the functions here do nothing and return their input.
 """
 
 import os
@@ -26,7 +25,7 @@ STAGES = (0, 1, 2, 3)
 """State that the ranks shard at each stage of ZeRO. 0: nothing. 1: moments and weights. 2: also
 gradients. 3: also weights while they are in use."""
 
-# Not a Literal: Prefect's form leaves a choice of 0 empty
+# Not a Literal, because Prefect's form shows a choice of 0 as empty
 Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
 """One of `STAGES`."""
 
@@ -37,14 +36,17 @@ _RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
 
 _TIMEOUT = timedelta(hours=2)
 """Timeout of a collective. It is long because a rank may compile or write a checkpoint for minutes.
-The launcher ends a hung training sooner, after `hang_seconds`."""
+The launcher ends ranks that hang sooner, after `hang_seconds`."""
 
 _RENDEZVOUS_PREFIX = ".rendezvous-"
 _SHARDS = "shards"
 
 
 def rendezvous_file(folder: Path) -> Path:
-    """Return the path of a new file in `folder` through which ranks can find each other."""
+    """Return the path of a new file in `folder` with which ranks find each other.
+
+    The ranks of one machine need no free port this way.
+    """
     return folder / f"{_RENDEZVOUS_PREFIX}{secrets.token_hex(8)}"
 
 
@@ -61,9 +63,9 @@ def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
     Args:
         rendezvous: a `rendezvous_file`, the same for all ranks.
     """
-    if ranks == 1:  # overrides variables that a launcher such as Slurm may have set for the flow
+    if ranks == 1:  # replaces variables that a launcher such as Slurm may have set for the flow
         return {"RANK": "0", "WORLD_SIZE": "1"}
-    # Each rank sees one GPU, so that all code can use the current device
+    # Each rank sees only its own GPU, so that code can use the default device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
     devices = [number.strip() for number in visible.split(",")]
     cores = max(1, (os.cpu_count() or 1) // ranks)
@@ -77,9 +79,9 @@ def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
 
 
 def take_place() -> None:
-    """Take the place among the ranks that torchrun, or srun alone, gives by the environment.
+    """Set this rank's number and GPU from the environment that torchrun, or srun alone, provides.
 
-    Call it before anything touches a GPU. Kubernetes' training operators start torchrun.
+    Call it before anything uses a GPU.
 
     Sources: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables and
         https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
@@ -91,7 +93,7 @@ def take_place() -> None:
             "WORLD_SIZE": place["SLURM_NTASKS"],
             "LOCAL_RANK": place["SLURM_LOCALID"],
             "MASTER_ADDR": place.get("MASTER_ADDR", place["SLURM_LAUNCH_NODE_IPADDR"]),
-            # Jobs on one host must not meet at the same port
+            # Each job has its own port, because several jobs may share a host
             "MASTER_PORT": place.get("MASTER_PORT", str(20000 + int(place["SLURM_JOB_ID"]) % 9973)),
         }
     if _RENDEZVOUS in place or "LOCAL_RANK" not in place:
@@ -100,7 +102,7 @@ def take_place() -> None:
     visible = place.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         place["CUDA_VISIBLE_DEVICES"] = str(local)
-    elif local < len(devices := visible.split(",")) > 1:  # srun may have chosen one already
+    elif local < len(devices := visible.split(",")) > 1:  # with one, srun has chosen it already
         place["CUDA_VISIBLE_DEVICES"] = devices[local].strip()
 
 
@@ -108,16 +110,16 @@ def take_place() -> None:
 def process_group(device: DeviceKind) -> Iterator[None]:
     """Join the process group that the environment describes, until all ranks leave the block.
 
-    Ranks of one machine meet in a file of our launcher, those that torchrun or Slurm started at the
-    address that these give.
+    Ranks that our launcher started find each other through a file, ranks of torchrun or Slurm at
+    the address in the environment.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield
         return
     file = os.environ.get(_RENDEZVOUS)
-    # Gloo as well, if there are GPUs: ranks exchange numbers and objects in host memory, which
-    # NCCL cannot send, and no rank should have to wait for its GPU
+    # Also Gloo if there are GPUs: ranks exchange numbers and objects in host memory, which NCCL
+    # cannot send, and for which no rank should wait for its GPU
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.FileStore(file, world_size) if file else None,
@@ -126,7 +128,7 @@ def process_group(device: DeviceKind) -> Iterator[None]:
         timeout=_TIMEOUT,
     )
     yield
-    is_any(False)  # a barrier: a rank that leaves early would close connections still in use
+    is_any(False)  # a barrier: a rank that leaves early would close connections that are in use
     dist.destroy_process_group()
 
 
@@ -180,12 +182,12 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 
 def side_group() -> Any:
-    """Return a group of all ranks for a thread: its exchanges do not mix with those of others."""
+    """Return a second group of all ranks, whose collectives another thread can use safely."""
     return dist.new_group(backend="gloo") if ranks() > 1 else None
 
 
 def on_all_ranks(make: Callable[[], T], group: Any) -> list[T]:
-    """Call `make` on every rank, and return the results of all, or raise an error of any, on all.
+    """Call `make` on every rank. On every rank, return all results, or raise the first error.
 
     Args:
         group: a `side_group`.
@@ -214,20 +216,21 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
-    """Shard `model` over the ranks' devices, and average its gradients over the ranks.
+    """Shard `model` across the ranks' devices, and average its gradients over the ranks.
 
     Weights are gathered block by block, in the dtype of the products; gradients are reduced in
     fp32. From stage 1 on, a rank keeps only its shard of the weights and of the optimiser's state.
-    Stage 1 keeps unsharded gradients until the last micro-batch of a step, stages 2 and 3 a shard.
-    Stages 0 to 2 keep gathered weights from the forward pass to the end of the backward pass; stage
-    3 keeps those of one or two blocks and of the embedding.
+    Stage 1 keeps unsharded gradients until the last micro-batch of a step; stages 2 and 3 keep only
+    a shard of them. Stages 0 to 2 keep gathered weights from the forward pass to the end of the
+    backward pass; stage 3 keeps only those of one or two blocks, and of the embedding.
     """
     # Importing these takes seconds, and a single rank does not need them
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if stage == 0:
-        # Shards of one rank, replicated: FSDP2 as data parallelism
+        # Each shard has one rank, and shards are replicated: FSDP2 as plain data parallelism. So
+        # all stages share this code, and a checkpoint or a gradient norm needs no second path
         mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
     else:
         mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
@@ -237,7 +240,8 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
     )
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == 3)
-    # The embedding stays in the root: it is also the output head, which uses it outside its forward
+    # The embedding stays in the root module, because the output head uses its weight outside the
+    # embedding's own forward pass, when FSDP2 would have resharded it
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
@@ -254,7 +258,7 @@ def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
 
 
 def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
-    """Return the sharded parameters, which are trained, in place of the gathered ones."""
+    """Return the sharded parameters, which are trained; not the gathered ones."""
     if ranks() > 1:
         from torch.distributed.fsdp import FSDPModule
 
@@ -271,14 +275,14 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def local_rows(tensor: Tensor) -> slice:
-    """Return the range of rows that this rank's shard of `tensor` has: FSDP2 shards rows."""
+    """Return the rows of `tensor` that are in this rank's shard: FSDP2 shards along rows."""
     sharded: Any = tensor
     rows, begin = len(tensor), 0
     if _is_sharded(tensor):
         for dim, placement in enumerate(sharded.placements):
             if placement.is_shard():
                 assert placement.dim == 0, placement
-                each = -(-rows // sharded.device_mesh.size(dim))  # as torch.chunk
+                each = -(-rows // sharded.device_mesh.size(dim))  # rounded up, as in torch.chunk
                 begin = min(rows, each * sharded.device_mesh.get_local_rank(dim))
                 rows = min(rows - begin, each)
     return slice(begin, begin + rows)
@@ -291,10 +295,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def norms_of_full(norms: Tensor, of: Tensor) -> Tensor:
-    """Return the norms of whole tensors from the `norms` of this rank's shards.
+    """Return the norms of full tensors, given the `norms` of this rank's shards.
 
     Args:
-        of: a tensor that is sharded in the same way.
+        of: one of the tensors, or another with the same sharding.
     """
     sharded: Any = of
     if not _is_sharded(of):

@@ -22,11 +22,11 @@ class _PinnedFile(NamedTuple):
 
 
 _pinned: dict[Path, _PinnedFile] = {}
-"""State of each file when this process computed its digest for a revision."""
+"""Digest, size and time of modification of each file when this process last pinned a revision."""
 
 
 _revisions: dict["LocalSource", str] = {}
-"""Revision of each source when this process computed it last."""
+"""Revision of each source when this process last computed it."""
 
 
 class LocalSource(Source):
@@ -44,7 +44,7 @@ class LocalSource(Source):
         """The path of each file by its name in the corpus, in reading order."""
 
     def pin(self, revision: str | None) -> str:
-        _paths.cache_clear()  # files may have been added since
+        _paths.cache_clear()  # files may have been added since the last call
         _revisions.pop(self, None)
         digest = hashlib.sha256()
         for name, path in _paths(self).items():
@@ -85,8 +85,8 @@ class LocalSource(Source):
     def require_unchanged(self, file: CorpusFile) -> None:
         """Check size and time of modification.
 
-        Readers call this before and after they read: if a file changed meanwhile, the content that
-        was read may not be that of the revision.
+        Readers call this before and after they read a file: if it has changed in between, the
+        content that was read may not be that of the revision.
         """
         path = self.path(file)
         now, pinned = _stamp(path), _pinned.get(path)
@@ -122,8 +122,8 @@ class LocalFiles(LocalSource):
     def find(self) -> dict[str, Path]:
         """The files sorted by name; names are relative to the common folder of all files.
 
-        A link counts by its own name: the hub's cache links names to files without a suffix. A
-        file that is found by several names is read once, by the first one.
+        A link is used under its own name, because the hub's cache has links to files without a
+        suffix. A file with several names is read once, under the first.
 
         Raises:
             ValueError: a pattern matches no file, a file's format is unknown, or a link is broken.
@@ -169,7 +169,7 @@ class StandardLibrary(LocalSource):
     """The source files of Python's standard library, a text that every machine has."""
 
     has_columns = False
-    skips_undecodable = True  # the library's tests contain files that are invalid on purpose
+    skips_undecodable = True  # tests of the standard library contain files that are not UTF-8
     title = "the files of Python's standard library"
 
     def find(self) -> dict[str, Path]:

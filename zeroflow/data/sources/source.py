@@ -10,7 +10,7 @@ from zeroflow.data.formats.format import Format
 
 
 class Source(Storage, ABC):
-    """A place that provides files of documents; it does not include the settings for reading them.
+    """A place that provides files of documents, without the settings for reading them.
 
     Subclasses are frozen dataclasses whose fields identify the place.
     """
