@@ -46,7 +46,7 @@ def test_fingerprint_does_not_depend_on_the_order_of_keys(identity):
     assert artifacts.fingerprint(reversed_keys(identity)) == artifacts.fingerprint(identity)
 
 
-def test_fingerprint_tells_different_things_apart_and_never_changes():
+def test_fingerprint_differs_for_different_values_and_never_changes():
     things = [{}, [], None, 0, "0", {"a": 1}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1], "é", "e\u0301"]
     assert len({artifacts.fingerprint(thing) for thing in things}) == len(things)
     assert artifacts.fingerprint({"a": 1}) == "f9d86028c6e0"  # sha256 of '{"a": 1}'
@@ -97,7 +97,7 @@ def test_any_flipped_bit_of_the_manifest_is_noticed(tmp_path):
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "no readable manifest"),
     ],
 )
-def test_directory_that_is_not_what_was_sealed_is_refused(tmp_path, damage, message):
+def test_changed_directory_is_refused(tmp_path, damage, message):
     write_files(tmp_path)
     damage(tmp_path)
     with pytest.raises(DamagedArtifact, match=message):
@@ -120,7 +120,7 @@ def test_builder_is_called_once(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_builder_that_fails_leaves_nothing_and_does_not_lock_the_next(tmp_path, error):
+def test_failed_builder_leaves_no_files_and_no_lock(tmp_path, error):
     def fail(partial):
         (partial / "half").write_text("x")
         raise error("on purpose")
@@ -133,7 +133,7 @@ def test_builder_that_fails_leaves_nothing_and_does_not_lock_the_next(tmp_path, 
     artifacts.verify(path)
 
 
-def test_what_a_killed_builder_left_is_no_part_of_the_next(tmp_path):
+def test_leftovers_of_a_killed_builder_are_not_used(tmp_path):
     (tmp_path / ".thing.partial").mkdir()
     (tmp_path / ".thing.partial" / "left over").write_text("x")
     artifacts.build_once(tmp_path / "thing", write_files)
@@ -141,7 +141,7 @@ def test_what_a_killed_builder_left_is_no_part_of_the_next(tmp_path):
     assert not (tmp_path / ".thing.partial").exists()
 
 
-def test_damaged_directories_are_all_kept_aside(tmp_path):
+def test_all_damaged_directories_are_kept(tmp_path):
     path = tmp_path / "thing"
     for number in (1, 2):
         artifacts.build_once(path, write_files)
@@ -153,7 +153,7 @@ def test_damaged_directories_are_all_kept_aside(tmp_path):
     artifacts.verify(path)
 
 
-def test_reader_of_json_meets_the_old_file_or_the_new_one(tmp_path):
+def test_reader_of_json_finds_the_old_or_the_new_file(tmp_path):
     path = tmp_path / "deep" / "facts.json"
     artifacts.write_json(path, {"text": "é"})
     assert artifacts.read_json(path) == {"text": "é"}
@@ -163,7 +163,7 @@ def test_reader_of_json_meets_the_old_file_or_the_new_one(tmp_path):
     assert list(path.parent.iterdir()) == [path], "nothing is left over"
 
 
-def test_lock_has_one_holder_and_is_waited_for_if_wanted(tmp_path, caplog):
+def test_lock_has_one_holder_and_others_wait_if_requested(tmp_path, caplog):
     path, order = tmp_path / "thing", []
 
     def second() -> None:
@@ -209,7 +209,7 @@ def test_system_error_says_what_failed_where_and_what_to_change(number, remedy):
     assert artifacts.explained(TimeoutError()) == "TimeoutError"
 
 
-def test_file_that_is_no_json_is_told(tmp_path):
+def test_file_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "run.json"
     path.write_text('{"seed": 1, "na')
     with pytest.raises(ValueError, match=r"run.json is not valid JSON \(Unterminated"):

@@ -1,4 +1,4 @@
-"""The benchmarks, at shapes that take no time."""
+"""The benchmarks, with shapes that take almost no time."""
 
 import math
 import sys
@@ -65,7 +65,7 @@ def test_contenders_train_the_same_shape(contender):
         assert figures["tokens_per_second"] > 0
 
 
-def test_ours_in_fp8_is_one_more_contender_where_the_device_can(quick_fp8):
+def test_ours_in_fp8_is_another_contender_if_the_device_supports_it(quick_fp8):
     name, settings = train_speed.parse_contender("ours:fp8=true")
     in_fp8 = TASK.replace(workload=WORKLOAD.replace(**settings))
     [figures] = train_speed.measure(name, in_fp8)
@@ -79,7 +79,7 @@ def test_ours_in_fp8_is_one_more_contender_where_the_device_can(quick_fp8):
     train_speed.check(in_fp8.replace(workload=workload), H100)
 
 
-def test_ours_within_documents_is_one_more_contender():
+def test_ours_with_document_mask_is_another_contender():
     name, settings = train_speed.parse_contender("ours:document_mask=true,precision=fp32")
     shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 256}
     measuring = {"batch_rows": 2, "rows": [2], "windows": 1, "seconds": 0.01}
@@ -117,7 +117,7 @@ def test_every_program_explains_its_flags(program, monkeypatch, capsys):
     assert program.__doc__.split(".")[0] in " ".join(capsys.readouterr().out.split())
 
 
-def test_paths_to_rows_make_the_same_tokens(text, tmp_path):
+def test_all_data_paths_give_the_same_tokens(text, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     pq.write_table(pa.table({"id": text.texts, "text": text.texts}), folder / "0.parquet")
@@ -153,7 +153,7 @@ def test_contender_that_takes_too_long_is_ended_with_its_reason():
         (["--steps", "0"], "--steps 0"),
     ],
 )
-def test_profile_of_what_cannot_be_is_refused_with_its_reason(monkeypatch, capsys, flags, message):
+def test_impossible_profile_is_refused_with_a_reason(monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--device", "cpu", *flags])
     with pytest.raises(SystemExit) as ended:
         profile_step.main()
@@ -161,7 +161,7 @@ def test_profile_of_what_cannot_be_is_refused_with_its_reason(monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
-def test_where_nothing_was_measured_nothing_is_overwritten(monkeypatch, tmp_path):
+def test_results_are_not_overwritten_without_a_measurement(monkeypatch, tmp_path):
     (tmp_path / "train_speed.json").write_text("of before")
     asked = ["--device", "cpu", "--contenders", "ours", "--limit", "0.1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train_speed.py", *asked])
@@ -174,7 +174,7 @@ def test_rows_are_doubled_up_to_the_batch():
     assert train_speed.doublings(48) == [3, 6, 12, 24, 48]
 
 
-def test_profile_shares_out_all_of_the_time():
+def test_profile_accounts_for_all_of_the_time():
     step = train_speed.ours(TASK, rows=2)
     kernels, span = profile_step.profile_steps(step, TASK, steps=1)
     figures = profile_step.summarise(kernels, span, steps=1, top=5)
@@ -196,7 +196,7 @@ def test_profile_shares_out_all_of_the_time():
         ("something new", "other"),
     ],
 )
-def test_kernels_are_told_apart_by_name(kernel, family):
+def test_kernels_are_classified_by_name(kernel, family):
     assert profile_step.family(kernel) == family
 
 
@@ -213,7 +213,7 @@ def trained(tmp_path) -> loss_curves.Work:
     )
 
 
-def test_ways_train_the_same_from_the_same_weights_and_rows(trained, quick_fp8):
+def test_all_variants_train_from_the_same_weights_and_rows(trained, quick_fp8):
     plain, fast, in_fp8 = (
         loss_curves.measure(way, trained)["losses"] for way in ("plain", "fast", "fp8")
     )
@@ -225,7 +225,7 @@ def test_ways_train_the_same_from_the_same_weights_and_rows(trained, quick_fp8):
     assert in_fp8 != fast and in_fp8 == pytest.approx(plain, abs=0.05)
 
 
-def test_attention_written_out_is_that_of_training():
+def test_plain_attention_equals_that_of_training():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
     ours = loss_curves.llama.attend(q, k, v, None)
@@ -233,7 +233,7 @@ def test_attention_written_out_is_that_of_training():
     torch.testing.assert_close(loss_curves.attention(q, k, v, None), ours, atol=1e-5, rtol=1e-5)
 
 
-def test_curves_are_told_and_drawn_beside_the_first(trained, tmp_path):
+def test_curves_are_printed_and_drawn_next_to_the_first(trained, tmp_path):
     settings = {"size": "tiny", "tokens_per_step": 128, "context": 32}
     results = loss_curves.compare(["plain", "fast", "fp8"], trained, DEVICE, settings)
     assert list(results["runs"]) == ["plain", "fast"]

@@ -1,4 +1,4 @@
-"""`constraints.txt`: what the package, its tests and Dask need, in versions that ran together."""
+"""`constraints.txt`: requirements of package, tests and Dask, in versions that ran together."""
 
 import ast
 import sys

@@ -12,13 +12,13 @@ def test_cpu_is_found_without_a_peak():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_is_refused_where_there_is_none_and_not_asked_for_by_auto():
+def test_gpu_is_refused_if_there_is_none_and_not_required_by_auto():
     assert find_device("auto").kind == "cpu"
     with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
         find_device("cuda")
 
 
-def test_gpu_is_known_by_a_part_of_its_name_that_no_other_has():
+def test_gpu_is_found_by_a_unique_part_of_its_name():
     assert known_gpu("h100 80gb").name == "NVIDIA H100 80GB HBM3"
     for name in ("NVIDIA L4", "L4", "l4"):
         assert known_gpu(name).memory_bytes == 24 * 2**30, "not the L40S"
@@ -39,7 +39,7 @@ def test_gpu_that_is_not_known_has_the_memory_that_is_given():
         known_gpu("Abacus", -1)
 
 
-def test_tables_of_gpus_say_what_their_generation_can():
+def test_tables_of_gpus_match_their_generation():
     assert known_gpu("H200").has_bf16 and known_gpu("H200").compiles
     assert known_gpu("RTX 3090").capability < (8, 9), "no products in fp8"
     assert not find_device("cpu").has_bf16 and not find_device("cpu").compiles

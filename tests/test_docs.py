@@ -1,4 +1,4 @@
-"""The documentation: its commands exist and run, its links lead somewhere, its paths are there.
+"""The documentation: its commands exist and run, and its links and paths exist.
 
 The real parsers read every block of shell commands. In the slow suite the blocks of a page run in
 order, then its Python code, in a folder of their own; a command gets tiny values for what it leaves

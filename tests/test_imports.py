@@ -74,27 +74,27 @@ def importers(*modules: str) -> set[str]:
     }
 
 
-def test_there_are_files_to_look_at():
+def test_there_are_modules_to_check():
     assert len(FILES) > 30
     assert "zeroflow/training/loop.py" in importers("torch")
 
 
-def test_prefect_is_known_to_flows_and_orchestration_only():
+def test_prefect_is_imported_only_in_flows_and_orchestration():
     assert all(
         file.startswith(("flows/", "zeroflow/orchestration/")) for file in importers("prefect")
     )
 
 
-def test_mlflow_is_known_to_tracking_only():
+def test_mlflow_is_imported_only_in_tracking():
     assert all(file.startswith("zeroflow/tracking/") for file in importers("mlflow"))
 
 
-def test_process_groups_are_known_to_checkpoints_and_sharding_only():
+def test_torch_distributed_is_imported_only_for_checkpoints_and_sharding():
     allowed = {"zeroflow/training/older_checkpoints.py", "zeroflow/training/zero.py"}
     assert importers("torch.distributed") <= allowed
 
 
-def test_data_is_made_without_torch():
+def test_data_is_built_without_torch():
     data = {name(file) for file in FILES if name(file).startswith("zeroflow/data/")}
     assert importers("torch") & data == {"zeroflow/data/batches.py"}
 
@@ -128,7 +128,7 @@ assert not {"prefect", "mlflow"} & set(sys.modules), "neither is needed to run t
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "zeroflow").glob("*/__init__.py")), ids=name)
-def test_packages_hold_a_docstring_only(file):
+def test_packages_contain_only_a_docstring(file):
     [docstring] = ast.parse(file.read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr)
 

@@ -87,7 +87,7 @@ def test_run_on_documents_that_quote_markup_shows_them_as_text(run: RunConfig) -
     assert pictures == ["lengths.png"]
 
 
-def test_page_that_cannot_be_shown_ends_no_run(run: RunConfig, view: Broken) -> None:
+def test_page_that_cannot_be_shown_does_not_end_a_run(run: RunConfig, view: Broken) -> None:
     assert view.asked == ["data", "overfit", "report"]
     assert (run.run_dir / "report.md").exists()
 
@@ -137,7 +137,7 @@ def test_other_tokenizer_in_the_same_folder_is_refused_and_nothing_is_written(
     assert load("mine", run.cache_dir).generate("def f", tokens=4, temperature=0) == text
 
 
-def test_run_goes_on_with_its_copy_of_a_tokenizer_that_has_changed_or_is_gone(
+def test_run_keeps_its_copy_of_a_tokenizer_that_has_changed_or_is_missing(
     run: RunConfig, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = load("mine", run.cache_dir).tokenizer
@@ -152,7 +152,7 @@ def test_run_goes_on_with_its_copy_of_a_tokenizer_that_has_changed_or_is_gone(
     assert settle(unnamed).run.tokenizer == run.tokenizer, "without asking the hub"
 
 
-def test_copy_that_is_gone_is_made_again_from_the_same_files_only(
+def test_missing_copy_is_made_again_only_from_the_same_files(
     run: RunConfig, source: Path, tmp_path: Path
 ) -> None:
     copy = load("mine", run.cache_dir).tokenizer
@@ -189,7 +189,7 @@ def test_checkpoints_of_another_tokenizer_are_refused_before_the_job_is_replaced
     job.write(job.folder.job)
 
 
-def test_complete_run_is_shown_when_its_text_is_gone_and_rebuilds_nothing_from_other_text(
+def test_complete_run_is_shown_without_its_text_and_is_not_rebuilt_from_other_text(
     run: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     [text] = map(Path, run.data.data_path)

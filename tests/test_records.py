@@ -57,7 +57,7 @@ def test_follower_sees_every_record_once_wherever_the_writer_pauses(
     assert same(LINES.read(growing), records)
 
 
-def test_follower_may_begin_at_the_end(tmp_path):
+def test_follower_can_start_at_the_end(tmp_path):
     path = tmp_path / "events.jsonl"
     assert LINES.follow(path, from_end=True).new_records() == []
     LINES.append(path, Step(n=1))
@@ -67,7 +67,7 @@ def test_follower_may_begin_at_the_end(tmp_path):
     assert tail.new_records() == []
 
 
-def test_half_written_last_line_is_no_record(tmp_path):
+def test_half_written_last_line_is_not_a_record(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "step", "n": 1}\n{"event": "end"}\n{"event": ')
     assert LINES.read(path) == LINES.readable(path) == [Step(n=1), End()]
@@ -84,7 +84,7 @@ def test_only_wanted_lines_are_kept_as_they_are_and_nothing_half_written(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_line_takes_the_place_of_a_half_written_one(tmp_path):
+def test_new_line_replaces_a_half_written_one(tmp_path):
     path = tmp_path / "events.jsonl"
     for half in (b'{"event": ', b'{"event": "end"}\n{"text": "\xc3'):
         path.write_bytes(half)
@@ -101,7 +101,7 @@ def test_error_of_a_full_disk_names_the_file(tmp_path):
         LINES.append(full, End())
 
 
-def test_line_that_fits_in_part_only_is_taken_back(tmp_path, monkeypatch):
+def test_line_that_fits_only_in_part_is_removed(tmp_path, monkeypatch):
     path = tmp_path / "events.jsonl"
     LINES.append(path, End())
     before = path.read_bytes()

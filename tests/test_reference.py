@@ -1,4 +1,4 @@
-"""The tables of docs/reference/ say what the code says."""
+"""The tables of docs/reference/ match the code."""
 
 import ast
 import re
@@ -65,7 +65,7 @@ def test_columns_of_the_table_of_documents_are_on_the_page_of_files():
     assert rows == [(field.name, str(field.type)) for field in document_table.SCHEMA]
 
 
-def test_messages_that_failures_are_known_by_are_in_the_code():
+def test_messages_on_the_page_of_failures_are_in_the_code():
     page = (DOCS / "reference" / "failures.md").read_text(encoding="utf-8")
     seen = [line.split(" | ")[1] for line in page.splitlines() if line.count(" | ") == 3]
     quotes = [quote for cell in seen for quote in re.findall(r"`([^`]+)`", cell)]

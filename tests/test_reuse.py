@@ -5,7 +5,7 @@ from zeroflow import reuse
 WANTED = {"seq_len": 64, "packing": "concat", "seed": None, "file": {"a.txt": "1f", "b.txt": "2e"}}
 
 
-def test_one_that_differs_in_the_fewest_fields_is_told_with_both_values():
+def test_result_with_the_fewest_differences_is_named_with_both_values():
     there = {
         "far": WANTED | {"seq_len": 32, "packing": "best-fit"},
         "near": WANTED | {"seq_len": 128},
@@ -36,7 +36,7 @@ def test_many_differences_are_counted_and_long_values_cut():
     assert f"field0 b instead of {'a' * 47}..." in told
 
 
-def test_nothing_there_and_nothing_known_are_told_apart():
+def test_no_result_and_no_record_are_distinguished():
     assert reuse.nearest(WANTED, {}) == reuse.NOTHING
     unknown = reuse.nearest(WANTED, dict.fromkeys(["a", "b", "c", "d", "e"]))
     assert unknown.startswith("the settings of a, b, c and 2 more are unknown")

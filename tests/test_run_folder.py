@@ -39,7 +39,7 @@ NAMES = {
 }
 
 
-def test_names_of_files_are_spelled_in_one_module():
+def test_file_names_are_defined_in_one_module():
     spelled = {str(file.relative_to(ROOT)): texts(file) & NAMES for file in ROOT.rglob("*.py")}
     assert spelled.pop("run_folder.py") == NAMES
     assert not {file: names for file, names in spelled.items() if names}

@@ -1,4 +1,4 @@
-"""Quantities as people write them."""
+"""Quantities as text."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_duration_has_its_two_largest_units(seconds, text):
     assert duration(seconds) == text
 
 
-def test_parameters_of_any_model_are_told():
+def test_parameters_of_any_size_have_a_text():
     assert parameter_count(317_649_024) == "317.6M" and parameter_count(34_976) == "34,976"
 
 
@@ -39,7 +39,7 @@ def test_parameters_of_any_model_are_told():
         (1_234_000_000_000, "1149.25 GiB", "1,234.00 GB"),
     ],
 )
-def test_memory_is_told_in_powers_of_two_and_files_in_powers_of_ten(size, as_memory, as_file):
+def test_memory_is_in_powers_of_two_and_files_in_powers_of_ten(size, as_memory, as_file):
     assert (binary(size), decimal(size)) == (as_memory, as_file)
 
 
@@ -48,6 +48,6 @@ def test_speed_that_was_not_measured_is_unknown():
     assert speed(None) == "unknown"
 
 
-def test_one_of_a_thing_is_singular():
+def test_counts_of_one_are_singular():
     assert [count(n, "row") for n in (0, 1, 2048)] == ["0 rows", "1 row", "2,048 rows"]
     assert [count(n, "try", "tries") for n in (1, 2)] == ["1 try", "2 tries"]

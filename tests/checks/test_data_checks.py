@@ -29,7 +29,7 @@ def test_synthetic_data_has_no_text_to_check(tmp_path):
     assert all(check.passed for check in found)
 
 
-def test_ids_of_another_tokenizer_are_caught_by_their_text(text, tmp_path):
+def test_ids_of_another_tokenizer_fail_the_text_check(text, tmp_path):
     shards = build_shards(SHARDS, *text[:2], tmp_path)
     numbers = [f"{n * n} {n**3} fünf" for n in range(999)]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=400)
@@ -87,14 +87,14 @@ def test_lower_casing_passes_with_a_warning_that_names_its_share(lost_text, capl
     assert any("the pre-flight fails at 25%" in message for message in caplog.messages)
 
 
-def test_text_that_comes_back_whole_passes_without_a_warning(lost_text, caplog):
+def test_text_that_survives_encoding_passes_without_a_warning(lost_text, caplog):
     found = lost_text(of_bytes(), "<|endoftext|>")
     assert found.passed and not found.warning
     assert re.findall(r"([\d.]+)%", found.figure) == ["0.00", "0.00"]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_shards_of_a_version_that_took_no_sample_are_checked_for_unknown_tokens(text, tmp_path):
+def test_shards_of_an_older_version_are_checked_for_unknown_tokens_only(text, tmp_path):
     shards = build_shards(SHARDS, *text[:2], tmp_path)
     for part in shards.part_paths:
         manifest = artifacts.read_signed(part / artifacts.MANIFEST)

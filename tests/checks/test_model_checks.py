@@ -37,7 +37,7 @@ def test_sound_model_passes_at_any_context_and_precision(context, how):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_initial_loss_is_as_expected_of_wide_models_with_any_seed(seed):
+def test_initial_loss_of_wide_models_is_as_expected_with_any_seed(seed):
     wide = MODEL.replace(hidden_size=1024, num_hidden_layers=1, vocab_size=2048)
     config = training_config(seed=seed, model=wide, seq_len=64)
     batch = model_checks.random_batch(config.workload, seed=seed)
@@ -48,7 +48,7 @@ def test_initial_loss_is_as_expected_of_wide_models_with_any_seed(seed):
 @pytest.mark.parametrize(
     ("hidden", "layers", "intermediate"), [(1024, 1, 64), (320, 1, 1), (2048, 1, 1), (1024, 3, 8)]
 )
-def test_initial_loss_is_as_expected_of_odd_shapes_and_not_of_weights_of_the_wrong_scale(
+def test_initial_loss_of_odd_shapes_is_as_expected_unless_weights_have_the_wrong_scale(
     hidden, layers, intermediate, vocab_size
 ):
     odd = MODEL.replace(

@@ -103,7 +103,7 @@ END = 9
         ([[1, 2, END, END, END], [1, 2, END, END, END]], True, 0),
     ],
 )
-def test_least_loss_is_the_entropy_of_what_follows_equal_contexts(rows, document_mask, least):
+def test_lowest_loss_is_the_entropy_of_targets_after_equal_contexts(rows, document_mask, least):
     batch = to_micro_batch(np.array(rows), end_of_text=END, document_mask=document_mask)
     assert checks.least_loss(batch) == pytest.approx(least)
 
@@ -130,7 +130,7 @@ def test_sound_model_passes_on_a_batch_that_no_model_can_memorise(ambiguous):
     assert f"the lowest possible is {least:.4f}" in result.reason
 
 
-def test_model_that_does_not_reach_the_least_loss_fails(ambiguous):
+def test_model_that_stays_above_the_lowest_loss_fails(ambiguous):
     batches, config, least = ambiguous
     deaf = new_state(config)
     for block in deaf.model.model.layers:  # every token is a guess without its context
@@ -148,7 +148,7 @@ def test_check_ends_after_a_step_when_asked_to():
     assert state.step == 3
 
 
-def test_settings_are_those_of_the_run_but_for_batch_and_schedule():
+def test_settings_are_those_of_the_run_except_batch_and_schedule():
     run_settings = training_config(seed=7, steps=10**6, micro_batch_rows=64, accumulate=9)
     limits = OverfitConfig(overfit_steps=150)
     settings = checks.settings(run_settings, limits)
@@ -179,7 +179,7 @@ class EndedRows(ArrayRows):
     end_of_text = END
 
 
-def test_batch_leaves_out_rows_of_padding_and_the_pre_flight_finds_that_there_are_only_those():
+def test_batch_excludes_rows_of_padding_and_the_pre_flight_fails_if_all_rows_are_padding():
     padding, text = [END] * 9, [1, 2, 3, END, 4, 5, 6, 7, END]
     half = [1, 2, END, *[END] * 6]
     rows = np.array([padding, padding, half, padding, text, half, half, text]).view(EndedRows)

@@ -116,7 +116,7 @@ def test_row_that_does_not_fit_says_what_to_change(job, monkeypatch):
     assert "micro-batch: 1 row does not fit" in message and "lower --seq-len" in message
 
 
-def test_other_errors_are_told_as_they_are(job, monkeypatch):
+def test_other_errors_are_reported_unchanged(job, monkeypatch):
     def broken(*inputs):
         raise ValueError("a bug")
 

@@ -1,4 +1,4 @@
-"""The proof of resume finds every difference, and no other."""
+"""The proof that resume is exact finds every difference, and reports no others."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forge
     assert len(set(proof.sha256.values())) == 2
 
 
-def test_kills_are_reported_as_they_were(forgetful):
+def test_kills_are_reported_with_their_moments(forgetful):
     _, folder = forgetful
     proof = Proof.read(folder / "proof.json")
     started = [e.step for e in history(folder) if isinstance(e, Started)]
@@ -72,7 +72,7 @@ def test_kills_are_reported_as_they_were(forgetful):
     assert not any(isinstance(e, Failed | Stopped) for e in history(folder))
 
 
-def test_kills_are_aimed_at_everything_and_spread_over_the_steps(forgetful):
+def test_kills_cover_all_targets_and_are_spread_over_the_steps(forgetful):
     _, folder = forgetful
     events = EVENTS.read(folder / "undisturbed" / "events.jsonl")
     found = kills.intervals(events, 3.0)
@@ -104,7 +104,7 @@ def judged(twins: tuple[TrainingJob, TrainingJob]) -> Proof:
     return resume.compare(*twins, KILLS, 1)
 
 
-def test_equal_trainings_pass_if_one_was_killed(twins):
+def test_equal_runs_pass_if_one_was_killed(twins):
     proof = judged(twins)
     assert proof.passed and proof.difference is None
     # 24 losses and gradient norms; validations at 0, 5, 10, 15, 20, 24

@@ -1,4 +1,4 @@
-"""Checks of a training step and of a checkpoint's round trip."""
+"""Checks of a training step, and of saving and loading a checkpoint."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_non_finite_step_is_caught(text, tmp_path):
     assert_failed(check, "non-finite", "--precision")
 
 
-def test_state_comes_back_with_the_same_bits(state, tmp_path):
+def test_saved_and_loaded_state_is_bit_identical(state, tmp_path):
     for weights in state.optimizer.state.values():
         weights["exp_avg"].normal_()
     before = {name: tensor.clone() for name, tensor in checkpoint.state_tensors(state).items()}

@@ -104,7 +104,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_flags_of_a_run_give_the_run_back(run):
+def test_flags_of_a_run_reproduce_the_run(run):
     assert read(*flags.flags(run)) == run
 
 
@@ -114,7 +114,7 @@ def test_the_runs_above_change_every_setting():
     assert changed == set(defaults) - {"optimizer.name"}  # the runs are of the default's
 
 
-def test_every_setting_has_a_flag_of_its_own():
+def test_every_setting_has_its_own_flag():
     found = [setting.flag for setting in flags.settings(RunConfig)]
     named = {".".join(setting.path) for setting in flags.settings(RunConfig)}
     assert named >= {name for name, _ in leaves(RunConfig())}
@@ -150,7 +150,7 @@ def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
             pytest.fail(f"{setting.flag} banana was taken")
 
 
-def test_pattern_that_the_shell_has_replaced_is_refused_in_a_line():
+def test_pattern_that_the_shell_expanded_is_refused_in_one_line():
     names = [f"texts/part-{number:05}.jsonl" for number in range(5000)]
     with pytest.raises(
         ValueError, match=r"5,000 files.*quote it, as in .* 'texts/\*\.jsonl'"
@@ -172,7 +172,7 @@ def test_unknown_flag_is_refused(capsys):
     assert "--max-stepps" in capsys.readouterr().err
 
 
-def test_help_tells_every_setting_and_its_default(capsys):
+def test_help_lists_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as ended:
         parser().parse_args(["--help"])
     assert ended.value.code == 0

@@ -9,7 +9,7 @@ from zeroflow.data.provenance import Piece
 
 
 @pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])
-def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, command):
+def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
     argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
     assert commands.main(argv) == 1
     error = capsys.readouterr().err
@@ -32,9 +32,7 @@ def test_command_for_a_run_that_is_not_there_says_so(console, capsys, tmp_path, 
         (["sweep", "--run-name=a"], "there is no --run-name"),
     ],
 )
-def test_wrong_command_line_ends_with_code_2_and_says_in_two_lines_what_was_meant(
-    capsys, argv, message
-):
+def test_wrong_command_line_ends_with_code_2_and_a_suggestion_in_two_lines(capsys, argv, message):
     with pytest.raises(SystemExit) as ended:
         commands.main(argv)
     assert ended.value.code == 2
@@ -72,7 +70,7 @@ def test_wrong_setting_is_refused_by_its_flag(console, capsys, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_table_of_documents_keeps_a_line_for_each_whatever_their_ids():
+def test_table_of_documents_has_one_line_for_each_document_with_any_id():
     piece = Piece(row=0, part=0, offset=0, document="", url="", start=0, tokens=9, words="words")
     ids = ("a\nb", "\x1b[2J", "\udc80", "d3")
     _, *lines = commands.pieces_table([piece._replace(document=name) for name in ids])

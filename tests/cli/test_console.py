@@ -1,4 +1,4 @@
-"""What a command says to a person, and with which code it ends."""
+"""Output of a command, and its exit codes."""
 
 import logging
 import os
@@ -18,7 +18,9 @@ from zeroflow.cli.console import (
 )
 
 
-def test_failure_is_told_with_its_notes_and_a_traceback_only_if_asked_for(console, capsys, caplog):
+def test_failure_is_shown_with_its_notes_and_with_a_traceback_only_if_verbose(
+    console, capsys, caplog
+):
     error = ValueError("the disk is full")
     error.add_note("retry: the same command")
     assert fail(error, verbose=False) == 1
@@ -29,7 +31,7 @@ def test_failure_is_told_with_its_notes_and_a_traceback_only_if_asked_for(consol
     assert record.exc_info and record.exc_info[1] is error
 
 
-def test_folder_that_takes_nothing_is_refused_before_anything_is_done(tmp_path):
+def test_read_only_folder_is_refused_before_anything_is_done(tmp_path):
     new = tmp_path / "a" / "b"
     require_writable(new)
     assert new.is_dir() and not list(new.iterdir())
@@ -38,7 +40,7 @@ def test_folder_that_takes_nothing_is_refused_before_anything_is_done(tmp_path):
         require_writable(tmp_path / "file")
 
 
-def test_sigterm_ends_like_ctrl_c_with_a_code_of_its_own():
+def test_sigterm_ends_like_ctrl_c_with_its_own_exit_code():
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         with pytest.raises(Terminated) as ended:
@@ -48,7 +50,7 @@ def test_sigterm_ends_like_ctrl_c_with_a_code_of_its_own():
     assert ended.value.code == 143
 
 
-def test_lines_go_to_standard_output_and_details_only_if_asked_for(console, capsys):
+def test_lines_go_to_standard_output_and_details_only_if_verbose(console, capsys):
     log = logging.getLogger("zeroflow.some.module")
     log_to_console(verbose=False)
     log.info("building shards")
@@ -60,7 +62,7 @@ def test_lines_go_to_standard_output_and_details_only_if_asked_for(console, caps
     assert "a detail" in capsys.readouterr().out
 
 
-def test_run_outlives_the_reader_of_its_lines(console, monkeypatch, capsys):
+def test_run_continues_when_the_reader_of_its_output_exits(console, monkeypatch, capsys):
     read, write = os.pipe()
     pipe = os.fdopen(write, "w")
     monkeypatch.setattr(sys, "stdout", pipe)
@@ -89,7 +91,7 @@ def test_no_text_from_outside_reaches_a_terminal_as_a_command(console, capsys):
     assert capsys.readouterr().out.endswith("bad line in \\u001b]0;x\\u0007\n")
 
 
-def test_output_of_another_encoding_takes_every_character(console, monkeypatch, tmp_path):
+def test_output_in_another_encoding_can_show_every_character(console, monkeypatch, tmp_path):
     with (tmp_path / "out").open("w", encoding="latin-1") as file:
         monkeypatch.setattr(sys, "stdout", file)
         log_to_console(verbose=False)

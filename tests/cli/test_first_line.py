@@ -1,4 +1,4 @@
-"""A sign of life before the libraries that take seconds to import."""
+"""The first line, printed before libraries that take seconds to import."""
 
 import subprocess
 import sys
@@ -36,7 +36,9 @@ def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[st
         ["-m", "zeroflow.cli", "ui"],
     ],
 )
-def test_command_speaks_before_it_imports_anything_large(tmp_path, base_environment, command):
+def test_command_prints_a_line_before_it_imports_anything_large(
+    tmp_path, base_environment, command
+):
     output, errors = said(tmp_path, base_environment, *command)
     assert errors.endswith("torch is imported\n")
     assert output[8:] == "  starting: importing PyTorch and Prefect\n"

@@ -60,7 +60,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("command", "flags", "message"), REFUSED)
-def test_what_settings_and_files_show_to_be_wrong_is_refused_before_prefect_starts(
+def test_wrong_settings_and_files_are_refused_before_prefect_starts(
     folder: Path, console: None, capsys: pytest.CaptureFixture[str], command, flags, message
 ) -> None:
     for name in ("mine", "s-tiny-seed1"):

@@ -1,4 +1,4 @@
-"""Memory of the C library, seen from outside in a process of its own."""
+"""Memory that the C library keeps, measured in a separate process."""
 
 import platform
 import subprocess
@@ -34,7 +34,7 @@ print(freed - before, megabytes() - before)
 """
 
 
-def test_free_memory_is_given_back_to_the_system():
+def test_freed_memory_is_returned_to_the_system():
     kept, left = map(float, printed(HELD).split())
     assert kept > 100, "131 MB were freed, and stayed"
     assert left < 20
@@ -69,7 +69,7 @@ with tempfile.NamedTemporaryFile("r") as file:
 """
 
 
-def test_threads_share_as_many_arenas_as_they_are_told():
+def test_threads_share_the_requested_number_of_arenas():
     assert int(printed(ARENAS)) > 2, "by default each thread has one of its own"
     assert int(printed(ARENAS, "2")) == 2
 

@@ -21,7 +21,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig, ShardSet
 
 
-def test_longer_run_adds_parts_and_leaves_those_there_are(small_pieces, text, tmp_path):
+def test_longer_run_adds_parts_and_keeps_existing_ones(small_pieces, text, tmp_path):
     few = build_shards(SMALL, *text[:2], tmp_path)
     before = contents(few.path)
     assert few.train.rows >= 50 and few.parts < 5
@@ -72,7 +72,9 @@ def test_vocabulary_that_does_not_fit_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "cache").exists()
 
 
-def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, text, tmp_path):
+def test_parts_are_built_ahead_only_as_far_as_the_run_is_likely_to_need_them(
+    small_pieces, text, tmp_path
+):
     started, at_once = [], []
 
     def noting(job):
@@ -96,7 +98,7 @@ def test_no_more_is_built_ahead_than_the_run_is_likely_to_need(small_pieces, tex
     assert max(at_once) == 3 + 1 and len(started) == shards.parts
 
 
-def test_what_waits_is_given_up_at_the_end_and_at_an_error(small_pieces, text, tmp_path):
+def test_queued_parts_are_cancelled_at_the_end_and_after_an_error(small_pieces, text, tmp_path):
     told = []
 
     def show(share, line):
@@ -136,7 +138,7 @@ def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
         ({"packing": "concat"}, "--packing best-fit instead of concat"),
     ],
 )
-def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_told(
+def test_each_setting_that_changes_the_bytes_changes_the_name_and_is_named_in_the_reason(
     text, tmp_path, change, told, caplog
 ):
     caplog.set_level("INFO", logger="zeroflow")
@@ -169,7 +171,9 @@ def test_set_that_differs_in_fewer_fields_is_the_one_to_compare_with(text, tmp_p
     assert f"the most similar of 2, {near.path.name}, has --seq-len 32 instead of 16" in why
 
 
-def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monkeypatch):
+def test_set_of_another_format_or_without_a_record_is_named_in_the_reason(
+    text, tmp_path, monkeypatch
+):
     first = build_shards(SMALL, *text[:2], tmp_path)
     monkeypatch.setattr(build, "FORMAT", 5)
     newer = build_shards(SMALL, *text[:2], tmp_path)
@@ -180,7 +184,7 @@ def test_set_of_another_format_or_without_a_record_is_told(text, tmp_path, monke
     assert first.path.name in why and newer.path.name in why and "unknown: no record" in why
 
 
-def test_set_that_was_begun_and_has_no_part_is_told(text, tmp_path):
+def test_set_without_a_complete_part_is_named_in_the_reason(text, tmp_path):
     shards = build_shards(SMALL, *text[:2], tmp_path)
     for part in shards.part_paths:
         shutil.rmtree(part)

@@ -20,7 +20,7 @@ def part_of_nothing(seconds: float) -> BuiltPart:
     return BuiltPart(facts=facts, seconds=seconds)
 
 
-def test_so_many_threads_build_parts_and_end_with_the_work():
+def test_requested_number_of_threads_build_parts_and_end_with_the_work():
     together, threads = threading.Barrier(3), set()
 
     def build_part(job):
@@ -38,7 +38,7 @@ def test_so_many_threads_build_parts_and_end_with_the_work():
         assert not thread.is_alive()
 
 
-def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
+def test_new_thread_replaces_one_that_has_built_its_share(monkeypatch):
     """The cache that the tokenizer's library keeps for a thread would grow with the corpus."""
     monkeypatch.setattr(builders_module, "THREAD_PARTS", 2)
     threads, alone = [], threading.Semaphore(1)
@@ -60,7 +60,7 @@ def test_another_thread_follows_one_that_has_built_its_share(monkeypatch):
         assert not thread.is_alive()
 
 
-def test_parts_that_wait_are_not_begun_once_one_has_failed():
+def test_queued_parts_are_not_started_after_one_has_failed():
     """A hub that does not answer holds up each for minutes."""
     begun = []
 
@@ -106,7 +106,7 @@ with builders.in_threads(2, stuck) as who:
     assert done.returncode == -signal.SIGINT, done.stderr
 
 
-def test_parts_that_wait_are_not_begun_once_they_are_given_up():
+def test_queued_parts_are_not_started_after_they_are_cancelled():
     begun, going_on, given_up = [], threading.Event(), threading.Event()
 
     def build_part(job):

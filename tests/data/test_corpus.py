@@ -15,7 +15,7 @@ from zeroflow.data.slices import read_documents
 from zeroflow.settings.run_config import RunConfig
 
 
-def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
+def test_documents_are_read_in_the_order_of_their_names_with_any_globs(tmp_path):
     for name in ("c", "a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     asked_twice = (tmp_path / "c.txt", tmp_path / "[ab].txt", tmp_path / "*.txt")
@@ -24,7 +24,7 @@ def test_documents_come_in_the_order_of_the_names_whatever_the_globs(tmp_path):
     assert files_corpus(*map(str, asked_twice)).data_revision == everything
 
 
-def test_revision_is_of_names_and_contents_not_of_the_place(tmp_path):
+def test_revision_depends_on_names_and_contents_but_not_on_the_folder(tmp_path):
     def revision(folder: str, name: str, content: str) -> str | None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(content)
@@ -85,7 +85,7 @@ def test_file_name_that_is_not_utf8_is_refused(tmp_path):
         files_corpus(str(tmp_path / "*.txt"))
 
 
-def test_suffixes_are_known_in_capitals_and_names_with_brackets_are_names(tmp_path):
+def test_suffixes_may_be_in_capitals_and_names_with_brackets_are_not_patterns(tmp_path):
     (tmp_path / "a[1].JSONL.GZ").write_bytes(gzip.compress(as_jsonl([{"text": "one"}])))
     assert [document.text for document in read_files(tmp_path / "a[1].JSONL.GZ")] == ["one"]
     with pytest.raises(ValueError, match=r"is a folder: name its files, as in .*\*\.jsonl"):
@@ -110,14 +110,14 @@ def linked(tmp_path):
     return tmp_path
 
 
-def test_name_of_a_link_says_how_its_file_is_read(linked):
+def test_name_of_a_link_decides_how_its_file_is_read(linked):
     for name in ("corpus.jsonl", "snapshots/abc/t.parquet", "snapshots/abc/*"):
         assert [document.text for document in read_files(linked / name)] == TEXTS
     [document] = read_files(linked / "corpus.txt")
     assert json.loads(document.text.splitlines()[0]) == {"text": TEXTS[0]}
 
 
-def test_file_of_several_names_is_read_once_by_the_first(linked):
+def test_file_with_several_names_is_read_once_under_the_first(linked):
     documents = read_files(linked / "snapshots/*/*.parquet", linked / "snapshots/abc/../def/*")
     assert [document.id for document in documents] == [f"t.parquet:{n}" for n in range(1, 41)]
     with pytest.raises(ValueError, match=r"corpus\.jsonl and .*corpus\.txt are the same file"):
@@ -134,7 +134,7 @@ def test_names_below_a_linked_folder_are_as_given(linked):
     assert [document.id for document in documents] == ["books/a.txt", "notes/a.txt"]
 
 
-def test_link_to_nothing_is_refused(linked):
+def test_broken_link_is_refused(linked):
     (linked / "gone.txt").symlink_to("nowhere.txt")
     for pattern in ("gone.txt", "*.txt"):
         with pytest.raises(
@@ -143,7 +143,7 @@ def test_link_to_nothing_is_refused(linked):
             files_corpus(str(linked / pattern))
 
 
-def test_relative_paths_hold_in_every_folder(tmp_path, monkeypatch):
+def test_relative_paths_work_from_any_folder(tmp_path, monkeypatch):
     folder = tmp_path / "texts [1]"
     folder.mkdir()
     (folder / "a [2].txt").write_text("one")
@@ -166,7 +166,7 @@ def test_relative_paths_hold_in_every_folder(tmp_path, monkeypatch):
         ("a" * 300, "wiki-" + "a" * 65),
     ],
 )
-def test_dataset_of_any_name_has_one_that_a_run_may_have(subset, name):
+def test_dataset_with_any_name_gives_a_valid_run_name(subset, name):
     corpus = CorpusConfig(data_mode="hub", dataset="owner/Wiki", dataset_config=subset)
     assert corpus.name == name
     RunConfig(run_name=f"custom-{corpus.name}-123456-128gpus-zero3")

@@ -25,7 +25,7 @@ def test_every_document_is_found_whole_through_the_table(shards, text):
         assert line["bytes"] == len(text.texts[int(line["id"][1:])].encode())
 
 
-def test_table_is_the_same_however_many_lines_are_written_at_once(text, tmp_path, monkeypatch):
+def test_table_does_not_depend_on_how_many_lines_are_written_at_once(text, tmp_path, monkeypatch):
     whole = table_of(build_shards(ALL, *text[:2], tmp_path / "whole"))
     monkeypatch.setattr(document_table, "MOST_NAME_BYTES", 100)  # as if names were 2**30 bytes long
     assert table_of(build_shards(ALL, *text[:2], tmp_path / "cut")) == whole
@@ -46,7 +46,7 @@ def test_documents_that_are_left_out_leave_no_trace_in_the_table(text, tmp_path,
     assert tables[0] == tables[1]
 
 
-def test_ids_and_urls_with_half_a_surrogate_pair_are_tabled_and_tell_documents_apart(
+def test_ids_and_urls_with_lone_surrogates_are_stored_and_distinguish_documents(
     small_pieces, text, tmp_path
 ):
     """As different ids they are held out apart, though the table shows them alike."""

@@ -5,7 +5,7 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.builders import in_threads
 
 
-def test_duplicates_are_left_out_on_request_wherever_they_come_again(small_pieces, text, tmp_path):
+def test_duplicates_are_left_out_on_request_in_any_part(small_pieces, text, tmp_path):
     texts = [*text.texts[:20], *text.texts[:20], *text.texts[20:40], text.texts[25]]
     twice = jsonl_corpus(tmp_path / "twice.jsonl", texts)
     plain = build_shards(ALL, twice, text.tokenizer, tmp_path)

@@ -31,13 +31,13 @@ def test_fast_encoder_gives_the_ids_of_hugging_face_to_any_text(llama, texts):
     assert mine.ids.dtype == np.int32 and mine.lengths.sum() == len(mine.ids)
 
 
-def test_fast_encoder_is_chosen_where_it_agrees_on_every_hard_string(llama):
+def test_fast_encoder_is_chosen_if_it_agrees_on_every_hard_string(llama):
     name, reason = encoding.choose(llama)
     assert name == "fastokens"
     assert f"the same ids for {len(encoding.hard_strings(SPECIAL))} test strings" in reason
 
 
-def test_hard_strings_hold_what_tells_tokenizers_apart():
+def test_hard_strings_contain_what_distinguishes_tokenizers():
     texts = encoding.hard_strings(SPECIAL)
     assert len(texts) > 3000 and texts == encoding.hard_strings(SPECIAL)
     everything = "".join(texts)
@@ -46,7 +46,7 @@ def test_hard_strings_hold_what_tells_tokenizers_apart():
     assert all(text.encode() is not None for text in texts), "none holds a surrogate"
 
 
-def test_other_ids_are_noticed_and_hugging_face_is_taken(llama, monkeypatch):
+def test_different_ids_are_detected_and_hugging_face_is_used(llama, monkeypatch):
     fast = type(encoding.load(llama, "fastokens"))
     encode = fast.encode
 
@@ -61,7 +61,7 @@ def test_other_ids_are_noticed_and_hugging_face_is_taken(llama, monkeypatch):
     assert name == "tokenizers" and "gives different ids for some of" in reason
 
 
-def test_crash_of_the_comparison_leaves_the_tokenizer_to_hugging_face(llama, tmp_path, monkeypatch):
+def test_hugging_face_is_used_if_the_comparison_crashes(llama, tmp_path, monkeypatch):
     """As the fast library, which is no Python, may crash without an exception."""
     crashing = tmp_path / "fastokens"
     crashing.mkdir()
@@ -71,7 +71,7 @@ def test_crash_of_the_comparison_leaves_the_tokenizer_to_hugging_face(llama, tmp
     assert name == "tokenizers" and "failed: exit code -6" in reason
 
 
-def test_comparison_takes_no_memory_of_the_process_that_asks_for_it(llama):
+def test_comparison_uses_no_memory_of_the_calling_process(llama):
     code = """
 import sys
 from pathlib import Path
@@ -93,7 +93,7 @@ print(*peaks)
     assert chosen - before < 5 < 20 < compared - chosen
 
 
-def test_tokenizer_that_the_fast_library_does_not_take_is_left_to_hugging_face(tmp_path):
+def test_hugging_face_is_used_if_the_fast_library_cannot_load_the_tokenizer(tmp_path):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=["[UNK]", "[SEP]"])

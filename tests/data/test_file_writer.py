@@ -6,7 +6,7 @@ from patience import HANG_SECONDS
 from shard_sets import SMALL
 
 
-def test_interrupt_does_not_wait_for_a_disk_that_takes_nothing(text, tmp_path):
+def test_interrupt_does_not_wait_for_a_blocked_disk(text, tmp_path):
     code = """
 import os, signal, sys, threading
 from pathlib import Path

@@ -60,7 +60,7 @@ def not_utf8(column: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_files_of_every_kind_are_read_also_compressed(tmp_path, suffix):
+def test_files_of_every_kind_are_read_plain_and_compressed(tmp_path, suffix):
     for kind, write in ((".txt", as_txt), (".jsonl", as_jsonl), (".parquet", as_parquet)):
         (tmp_path / f"file{kind}{suffix}").write_bytes(COMPRESS[suffix](write(ROWS)))
     whole = [Document(**row) for row in ROWS]
@@ -128,13 +128,15 @@ def test_text_may_be_in_another_column(tmp_path):
         ),
     ],
 )
-def test_file_that_breaks_its_promise_is_refused_by_name(tmp_path, name, content, message):
+def test_file_whose_content_does_not_match_its_name_is_refused_by_name(
+    tmp_path, name, content, message
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_files(tmp_path / name)
 
 
-def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
+def test_bad_lines_are_left_out_counted_and_reported_up_to_a_limit(tmp_path):
     lines = [b'{"text": "one"}', b"{", b'{"body": 1}', b'{"text": "two"}', b"", b"\xff"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     config = files_corpus(str(tmp_path / "a.jsonl"), bad_lines_limit=3)
@@ -151,7 +153,7 @@ def test_bad_lines_are_left_out_counted_and_told_up_to_a_limit(tmp_path):
         list(read_slice(strict, piece, Tally()))
 
 
-def test_damaged_page_of_a_parquet_file_is_noticed_where_the_file_has_checksums(tmp_path):
+def test_damaged_page_of_a_parquet_file_is_detected_if_the_file_has_checksums(tmp_path):
     rows = [{"text": f"text {i}" * 9} for i in range(500)]
     file = tmp_path / "a.parquet"
     table = pa.Table.from_pylist(rows)
@@ -174,7 +176,7 @@ def test_every_stream_of_an_xz_file_is_read_or_refused(tmp_path):
             read_files(file)
 
 
-def test_empty_ids_are_none_in_every_kind_of_file(tmp_path):
+def test_empty_ids_count_as_missing_in_every_kind_of_file(tmp_path):
     rows = [{"text": "one", "id": ""}, {"text": "two", "id": ""}]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows))
     (tmp_path / "a.parquet").write_bytes(as_parquet(rows))
@@ -183,14 +185,14 @@ def test_empty_ids_are_none_in_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["id", "url"])
-def test_column_that_is_there_twice_is_refused(tmp_path, name):
+def test_column_that_exists_twice_is_refused(tmp_path, name):
     table = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["text", name, name])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=rf"a\.parquet has 2 columns '{name}': keep only one"):
         read_files(tmp_path / "a.parquet")
 
 
-def test_ids_and_urls_may_be_numbers_or_absent_here_and_there(tmp_path):
+def test_ids_and_urls_may_be_numbers_or_missing_in_some_documents(tmp_path):
     columns = {"text": ["a", "", "b", "c"], "id": [7, 8, None, 9], "url": ["u", "v", None, ""]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert read_files(tmp_path / "a.parquet") == [

@@ -15,7 +15,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.slices import all_slices, read_slice
 
 
-def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
+def test_held_out_positions_are_spread_evenly_and_depend_on_the_id_alone():
     ids = [f"document {i}".encode() for i in range(10_000)]
     places = sorted(holdout_positions(ids).tolist())
     # Kolmogorov-Smirnov: one in a million even samples deviates by more than 0.027
@@ -23,7 +23,7 @@ def test_held_out_places_are_spread_evenly_and_known_from_the_id_alone():
     assert holdout_positions(ids[7:8]) == holdout_positions(ids)[7]
 
 
-def test_no_validation_document_is_trained_on(shards, text):
+def test_no_validation_document_is_used_for_training(shards, text):
     held_out = {line["id"] for line in table_of(shards) if line["split"] == "validation"}
     trained = {line["id"] for line in table_of(shards) if line["split"] == "train"}
     assert len(held_out) + len(trained) == 60 and held_out and trained
@@ -44,7 +44,7 @@ def test_runs_of_any_length_are_validated_on_the_same_rows(small_pieces, text, t
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 @pytest.mark.parametrize("count", [2, 3])
-def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, count, fraction):
+def test_part_of_a_corpus_of_a_few_documents_is_held_out(text, tmp_path, count, fraction):
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
     shards = build_shards(config, few, text.tokenizer, tmp_path / "cache")
@@ -53,7 +53,7 @@ def test_corpus_of_a_few_documents_is_held_out_from_as_well(text, tmp_path, coun
 
 
 @pytest.mark.parametrize("texts", [[], ["x"]])
-def test_corpus_that_cannot_be_held_out_from_is_refused(text, tmp_path, texts):
+def test_corpus_that_is_too_small_to_hold_anything_out_is_refused(text, tmp_path, texts):
     few = jsonl_corpus(tmp_path / "few.jsonl", texts)
     with pytest.raises(ValueError, match="the corpus is too small"):
         build_shards(SMALL, few, text.tokenizer, tmp_path / "cache")
@@ -67,7 +67,7 @@ def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_pat
     assert 20 < shards.validation.documents < 100
 
 
-def test_few_documents_that_come_again_and_again_are_held_out_from_as_well(text, tmp_path):
+def test_part_of_a_few_repeated_documents_is_held_out(text, tmp_path):
     texts = [text.texts[i % 3] for i in range(60)]
     same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
     shards = build_shards(ALL.replace(validation_fraction=0.02), same, text.tokenizer, tmp_path)
@@ -114,7 +114,7 @@ def test_end_of_one_large_document_is_held_out(text, tmp_path):
     assert beginning + end == book and beginning.endswith("\n")
 
 
-def test_novel_is_trained_on_and_its_end_held_out_beside_notes(text, tmp_path):
+def test_end_of_a_novel_beside_notes_is_held_out_and_the_rest_is_trained_on(text, tmp_path):
     novel, notes = prose(text, 400), prose(text, 2)
     both = jsonl_corpus(tmp_path / "both.jsonl", [novel, notes])
     shards = build_shards(ALL.replace(validation_fraction=0.02), both, text.tokenizer, tmp_path)
@@ -142,7 +142,7 @@ def all_of(corpus):
     return piece
 
 
-def test_ids_that_repeat_do_not_decide_which_documents_are_held_out(text, tmp_path):
+def test_repeated_ids_do_not_decide_which_documents_are_held_out(text, tmp_path):
     file = tmp_path / "categories.jsonl"
     lines = [
         {"id": ("web", "books")[i % 2], "text": f"{i} {text.texts[i % 60]}"} for i in range(3000)
@@ -153,7 +153,7 @@ def test_ids_that_repeat_do_not_decide_which_documents_are_held_out(text, tmp_pa
     assert 0.01 < held_out_share(shards) < 0.03  # binomial: 60 of 3,000, with a deviation of 7.7
 
 
-def test_files_to_validate_on_are_never_trained_on_and_leave_the_corpus_whole(text, tmp_path):
+def test_validation_files_are_never_trained_on_and_the_whole_corpus_is_trained_on(text, tmp_path):
     train = tmp_path / "train.txt"
     train.write_text(prose(text, 40))
     held_out = tmp_path / "held_out.txt"
@@ -179,7 +179,7 @@ def test_files_to_validate_on_are_never_trained_on_and_leave_the_corpus_whole(te
         ("link.txt", "--validation-path: .*link.txt is a link to nowhere"),
     ],
 )
-def test_errors_about_files_to_validate_on_name_their_flag(text, tmp_path, name, problem):
+def test_errors_about_validation_files_name_their_flag(text, tmp_path, name, problem):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.txt").symlink_to("nowhere")
     train = tmp_path / "train.txt"
@@ -188,7 +188,9 @@ def test_errors_about_files_to_validate_on_name_their_flag(text, tmp_path, name,
         files_corpus(str(train), validation_path=(str(tmp_path / name),))
 
 
-def test_search_for_validation_rows_ends_where_files_are_named(small_pieces, text, tmp_path):
+def test_validation_rows_are_not_searched_for_if_there_are_validation_files(
+    small_pieces, text, tmp_path
+):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(text.texts[0])
     corpus = text.corpus.replace(validation_path=(str(held_out),), validation_revision=None)

@@ -1,4 +1,4 @@
-"""Against a hub on loopback, in processes of their own: HF_ENDPOINT is read at import."""
+"""Reads from a hub on loopback, in separate processes, because HF_ENDPOINT is read at import."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def ask(script: str, endpoint: str, tmp_path: Path, **environment: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_refusals_say_what_can_be_done_and_whether_to_try_again(tmp_path):
+def test_refusals_say_what_to_do_and_whether_to_retry(tmp_path):
     def busy(method: str, path: str, headers: object) -> Fault | None:
         return Fault(status=503) if "busy" in path else None
 
@@ -123,7 +123,7 @@ facts["revision"] = resolved.tokenizer.tokenizer_revision
     assert not (folder / ".cache").exists()
 
 
-def test_hub_that_nobody_answers_for_is_a_transient_failure_or_a_fallback(tmp_path):
+def test_unreachable_hub_is_a_transient_failure_or_a_fallback(tmp_path):
     script = """
 failure("tokenizer", lambda: resolve("owner/name"))
 failure("fineweb", lambda: resolve_corpus(CorpusConfig(data_mode="fineweb")))
@@ -182,7 +182,7 @@ for name, subset in {"HuggingFaceFW/fineweb-edu": "sample-10BT", "owner/plain": 
     assert set(facts["ours"]["owner/plain"]) == {name for name in names if "train" in name}
 
 
-def test_other_datasets_are_read_in_slices_that_ask_for_no_more_than_they_hold(tmp_path):
+def test_other_datasets_are_read_in_slices_that_request_only_their_own_bytes(tmp_path):
     script = """
 slices.SLICE_BYTES = 20_000
 for name in ("owner/rows", "owner/lines"):
@@ -267,7 +267,7 @@ def test_remedies_are_added_to_the_message_and_change_nothing_else():
     assert str(better) == "owner/name: is busy. What can be done:\n  - wait\n  - ask"
 
 
-def test_failure_comes_back_whole_from_another_process():
+def test_failure_keeps_its_facts_across_processes():
     error = hubs.HubError("a/b", "busy", transient=True, remedies=("wait",), retry_after=3.0)
     back = pickle.loads(pickle.dumps(error))
     assert str(back) == str(error) and "wait" in str(back)

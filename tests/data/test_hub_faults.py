@@ -1,4 +1,4 @@
-"""Everything asked of the hub, against one on loopback where things go wrong: see `faults`."""
+"""All requests to the hub, with a hub on loopback that fails in many ways; see `faults`."""
 
 import io
 import random
@@ -69,7 +69,7 @@ def always(fault: Fault) -> Callable[[str, str, Message], Fault]:
 
 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
-def test_read_lives_through_or_says_what_happened_in_time(
+def test_read_succeeds_or_explains_the_failure_in_time(
     trouble: Trouble, request: pytest.FixtureRequest
 ):
     clock = VirtualTime() if trouble.is_about_time else request.getfixturevalue("clock")
@@ -118,7 +118,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_every_question_ends_in_time_and_says_what_the_hub_answered(
+def test_every_question_ends_in_time_with_the_answer_of_the_hub(
     operation: str, refusal: str, hub: Hub, tmp_path: Path, clock: VirtualTime
 ):
     fault, says, transient = REFUSALS[refusal]
@@ -132,7 +132,7 @@ def test_every_question_ends_in_time_and_says_what_the_hub_answered(
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_question_is_asked_again_when_the_first_answers_fail(
+def test_every_question_is_repeated_after_failed_answers(
     operation: str, hub: Hub, tmp_path: Path, clock: VirtualTime
 ):
     seen: dict[str, int] = {}
@@ -146,7 +146,7 @@ def test_every_question_is_asked_again_when_the_first_answers_fail(
     assert min(seen.values()) > 1
 
 
-def test_question_is_given_up_within_seconds_when_nobody_answers(clock: VirtualTime):
+def test_question_fails_within_seconds_without_an_answer(clock: VirtualTime):
     with asking(NOBODY), pytest.raises(HubError) as failed:
         hubs.dataset_revision(DATASET)
     assert failed.value.cause.startswith("the hub cannot be reached (127.0.0.1:9 refuses")
@@ -154,14 +154,14 @@ def test_question_is_given_up_within_seconds_when_nobody_answers(clock: VirtualT
     assert clock.now < hubs.QUESTION.seconds
 
 
-def test_answer_that_never_begins_is_given_up(hub: Hub):
+def test_answer_that_never_begins_is_cancelled(hub: Hub):
     hub.fault = lambda method, path, headers: time.sleep(60)
     once = replace(IMPATIENT, tries=1)
     with pytest.raises(HubError, match=r"no answer came within|no byte came from"):
         hubs.dataset_revision(DATASET, patience=once)
 
 
-def test_offline_mode_is_said_and_not_tried_again(hub: Hub):
+def test_offline_mode_is_reported_and_not_retried(hub: Hub):
     with asking(hub.url) as patch:
         patch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
         with pytest.raises(HubError, match=r"HF_HUB_OFFLINE .*\(1 try") as failed:
@@ -179,7 +179,7 @@ def test_malformed_token_is_refused_without_being_shown(hub: Hub):
         assert "cret" not in str(failed.value)
 
 
-def test_token_goes_to_the_hub_and_not_to_where_it_sends_on(hub: Hub):
+def test_token_is_sent_to_the_hub_but_not_after_a_redirect(hub: Hub):
     tokens: list[tuple[str, str | None]] = []
 
     def keep(method: str, path: str, headers: Message) -> Fault:
@@ -207,14 +207,14 @@ def test_token_goes_to_the_hub_and_not_to_where_it_sends_on(hub: Hub):
             file.read(5)
 
 
-def test_storage_out_of_reach_is_named(hub: Hub):
+def test_unreachable_storage_is_named(hub: Hub):
     hub.fault = always(Fault(302, {"Location": f"{NOBODY}/file"}))
     file = hubs.open_file(DATASET, HubFile(FILE, 9), revision=REPO.sha, patience=TWICE)
     with pytest.raises(HubError, match=r"127\.0\.0\.1:9 refuses connections"):
         file.read(9)
 
 
-def test_whole_file_in_place_of_a_range_is_not_read_to_a_far_place(monkeypatch):
+def test_whole_file_instead_of_a_range_is_not_read_far(monkeypatch):
     monkeypatch.setattr(hubs, "SKIP_BYTES", 50_000)
     outcome = meet(Trouble("far", (Fault(ignore_range=True),)))
     assert outcome.error is not None and not outcome.error.transient
@@ -224,7 +224,7 @@ def test_whole_file_in_place_of_a_range_is_not_read_to_a_far_place(monkeypatch):
 # Reading
 
 
-def test_reads_are_those_of_the_content_wherever_they_begin(hub: Hub):
+def test_reads_return_the_content_from_any_position(hub: Hub):
     rng = random.Random(1)
     ours = io.BytesIO(CONTENT)
     with hubs.open_file(DATASET, HubFile(FILE, len(CONTENT)), revision=REPO.sha) as file:
@@ -284,7 +284,7 @@ def test_text_column_of_a_row_group_is_one_request_for_its_bytes():
                 assert asked[1:] == [size] * number
 
 
-def test_failure_comes_through_the_parquet_reader_as_it_is():
+def test_failure_passes_the_parquet_reader_unchanged():
     with parquet_hub() as hub, asking(hub.url), open_parquet(hub) as file:
         hub.fault = always(answers(503))
         with pytest.raises(HubError, match="the hub answers 503") as failed:
@@ -311,7 +311,7 @@ def test_lines_are_read_from_an_offset_in_few_requests():
 # Files of a subset
 
 
-def test_files_of_a_subset_are_listed_over_pages_with_their_sizes(hub: Hub):
+def test_files_of_a_subset_are_listed_over_several_pages_with_their_sizes(hub: Hub):
     hub.page_entries = 2
     repo = hub.repos["dataset", FINEWEB_EDU]
     files = hubs.dataset_files(FINEWEB_EDU, "sample-10BT", revision=repo.sha)
@@ -324,7 +324,7 @@ def test_files_of_a_subset_are_listed_over_pages_with_their_sizes(hub: Hub):
     assert crawl.name.startswith("data/CC-MAIN-2024-10/")
 
 
-def test_subset_that_is_not_there_is_answered_with_those_that_are(hub: Hub):
+def test_missing_subset_is_refused_with_the_existing_ones(hub: Hub):
     with pytest.raises(ValueError, match="has no subset sample-1T, only default, sample-10BT"):
         hubs.dataset_files(FINEWEB_EDU, "sample-1T", revision="main")
 
@@ -337,7 +337,7 @@ def test_subset_that_is_not_there_is_answered_with_those_that_are(hub: Hub):
         ("a: none.jsonl", "a", f"{DATASET}: its files do not form a dataset: .*none.jsonl"),
     ],
 )
-def test_dataset_that_leaves_it_open_what_to_train_on_is_refused(
+def test_dataset_with_several_subsets_and_no_default_is_refused(
     readme: str, subset: str | None, says: str
 ):
     configs = "".join(
@@ -364,7 +364,7 @@ def test_list_that_names_a_file_outside_the_repository_is_refused():
     assert not failed.value.transient
 
 
-def test_download_is_the_files_that_match_and_no_others(hub: Hub, tokenizer: Repo, tmp_path: Path):
+def test_download_fetches_only_the_matching_files(hub: Hub, tokenizer: Repo, tmp_path: Path):
     hub.fault = lambda method, path, headers: (
         Fault(drop_after_bytes=5_000) if "/resolve/" in path else None
     )

@@ -52,7 +52,7 @@ def test_short_run_reads_as_many_parts_as_without_pages(paged, text, tmp_path, r
     assert again(text, tmp_path, config) == by_pages
 
 
-def test_start_looks_into_a_limited_number_of_parts(paged, text, tmp_path, monkeypatch):
+def test_start_reads_a_limited_number_of_parts(paged, text, tmp_path, monkeypatch):
     monkeypatch.setattr(known_parts, "VERIFIED_BYTES", 0)
     monkeypatch.setattr(known_parts.secrets, "randbelow", lambda parts: 1)
     for part in paged.part_paths[2 : paged.parts // 2 * 2]:
@@ -64,9 +64,7 @@ def test_start_looks_into_a_limited_number_of_parts(paged, text, tmp_path, monke
     assert mended.why.startswith("3 of") or "part-00002 was damaged" in mended.why
 
 
-def test_part_that_was_deleted_is_built_again_though_its_page_lists_it(
-    paged, text, tmp_path, monkeypatch
-):
+def test_deleted_part_is_built_again_although_its_page_lists_it(paged, text, tmp_path, monkeypatch):
     monkeypatch.setattr(known_parts, "VERIFIED_BYTES", 0)
     before = contents(paged.path)
     shutil.rmtree(paged.part_paths[1])
@@ -77,7 +75,7 @@ def test_part_that_was_deleted_is_built_again_though_its_page_lists_it(
     assert after == before
 
 
-def test_page_that_was_changed_is_not_believed(paged, text, tmp_path):
+def test_changed_page_is_not_used(paged, text, tmp_path):
     page = paged.path / "counts-00000.arrow"
     before = page.read_bytes()
     line = part_counts.pages(paged.path)[0]

@@ -1,4 +1,4 @@
-"""Parts built by Dask workers: the same bytes, and failures told as they are."""
+"""Parts built by Dask workers: the same bytes, and the same failures."""
 
 import pytest
 from pipeline import free_port
@@ -13,7 +13,7 @@ from zeroflow.data.shards import ShardConfig
 ROWS = ShardConfig(seq_len=32, train_rows=10, validation_rows=1)
 
 
-def test_shards_of_a_dask_worker_are_those_of_a_thread_and_its_failures_come_as_they_are(
+def test_dask_worker_builds_the_same_shards_as_a_thread_and_its_failures_arrive_unchanged(
     text, tmp_path
 ):
     alone = build_shards(ROWS, *text[:2], tmp_path / "alone")
@@ -29,7 +29,7 @@ def test_shards_of_a_dask_worker_are_those_of_a_thread_and_its_failures_come_as_
         assert contents(mine) == contents(theirs)
 
 
-def test_no_worker_is_started_where_there_is_nothing_to_build(text, tmp_path):
+def test_no_worker_is_started_if_there_is_nothing_to_build(text, tmp_path):
     """The address is that of nobody."""
     build_shards(ROWS, *text[:2], tmp_path)
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -37,7 +37,7 @@ def test_no_worker_is_started_where_there_is_nothing_to_build(text, tmp_path):
         assert build_shards(ROWS, *text[:2], tmp_path, builders=builders).reused
 
 
-def test_scheduler_that_is_not_there_is_named(text, tmp_path, monkeypatch):
+def test_missing_scheduler_is_named(text, tmp_path, monkeypatch):
     import dask
 
     address = f"tcp://127.0.0.1:{free_port()}"

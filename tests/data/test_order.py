@@ -39,7 +39,7 @@ def test_permutation_of_a_place_needs_no_others():
     assert len(set(together.tolist())) == 4 and together.max() < size
 
 
-def test_permutation_sends_a_place_anywhere_alike():
+def test_permutation_maps_a_place_to_all_places_equally_often():
     size, keys = 10, 1000
     visits = np.stack([permute(np.arange(size), size, key) for key in range(keys)])
     for place in range(size):
@@ -49,7 +49,7 @@ def test_permutation_sends_a_place_anywhere_alike():
 
 
 @pytest.mark.parametrize("size", [1, 2, 23, 100, 1000])
-def test_every_row_comes_once_an_epoch_in_another_order_each_time(size):
+def test_every_row_is_read_once_per_epoch_in_a_new_order(size):
     ids = order((0, size)).rows(np.arange(3 * size)).reshape(3, size)
     for epoch in ids:
         assert sorted(epoch.tolist()) == list(range(size))
@@ -158,7 +158,7 @@ def test_skipped_window_is_left_out_and_nothing_else_moves():
     windows=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), max_size=5),
     segments=extended(),
 )
-def test_what_was_skipped_once_is_never_read_again(windows, segments):
+def test_skipped_data_is_never_read_again(windows, segments):
     left_out: set[int] = set()
     skips: list[Skip] = []
     for step, batches in windows:

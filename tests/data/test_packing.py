@@ -37,14 +37,14 @@ def rows_of(pack, lengths, row_tokens):
 
 @pytest.mark.parametrize("name", PACKINGS)
 @given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
-def test_every_token_lies_in_just_one_row(name, lengths, row_tokens):
+def test_every_token_is_in_exactly_one_row(name, lengths, row_tokens):
     rows = rows_of(PACKINGS[name], lengths, row_tokens)
     assert sorted(token for row in rows for token in row) == list(range(sum(lengths)))
 
 
 @pytest.mark.parametrize("name", PACKINGS)
 @given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
-def test_pieces_say_where_every_token_lies(name, lengths, row_tokens):
+def test_pieces_give_the_position_of_every_token(name, lengths, row_tokens):
     sizes = np.array(lengths, dtype=np.int64)
     pieces = PACKINGS[name](sizes, row_tokens)
     assert (np.diff(pieces.document) >= 0).all()
@@ -87,7 +87,7 @@ def plain_best_fit(lengths, row_tokens):
 
 
 @given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
-def test_best_fit_leaves_the_room_that_plain_search_leaves(lengths, row_tokens):
+def test_best_fit_equals_a_plain_search(lengths, row_tokens):
     rows = rows_of(best_fit, lengths, row_tokens)
     rooms = sorted(row_tokens - len(row) for row in rows)
     assert rooms == plain_best_fit(lengths, row_tokens)
@@ -100,7 +100,7 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_tokens):
     assert counts.tolist() == [-(-length // row_tokens) for length in lengths]
 
 
-def test_text_like_lengths_are_packed_with_hardly_any_padding():
+def test_lengths_like_those_of_text_are_packed_with_little_padding():
     lengths = np.random.default_rng(0).lognormal(6.5, 1, 2000).astype(np.int64) + 1
     pieces = best_fit(lengths, 2049)
     assert pieces.rows * 2049 < 1.005 * lengths.sum()
@@ -114,7 +114,9 @@ def test_same_lengths_are_packed_the_same():
 
 @pytest.mark.parametrize("name", PACKINGS)
 @given(lengths=LENGTHS, row_tokens=ROW_TOKENS)
-def test_documents_without_their_ends_are_laid_out_as_with_them(name, lengths, row_tokens):
+def test_documents_are_laid_out_with_and_without_their_end_tokens_equally(
+    name, lengths, row_tokens
+):
     sizes = np.array(lengths, dtype=np.int64)
     stream = np.arange(1, sizes.sum() + 1, dtype=np.int32)
     stream[np.cumsum(sizes) - 1] = 0  # the end of text
@@ -127,7 +129,7 @@ def test_documents_without_their_ends_are_laid_out_as_with_them(name, lengths, r
 
 @pytest.mark.parametrize("name", PACKINGS)
 @given(lengths=st.lists(st.integers(2, 30), max_size=40), row_tokens=ROW_TOKENS)
-def test_padding_is_just_what_follows_two_ends_of_text(name, lengths, row_tokens):
+def test_padding_is_exactly_an_end_of_text_after_another(name, lengths, row_tokens):
     """So that a reader can tell it, and the beginnings of documents, from the ids alone."""
     sizes = np.array(lengths, dtype=np.int64)
     stream = np.ones(sizes.sum(), dtype=np.int32)

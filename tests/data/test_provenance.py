@@ -39,7 +39,7 @@ def test_pieces_are_the_documents_of_the_rows_token_by_token(shards, text):
         assert set(contents[np.array([row])][0, sorted(places)]) <= {shards.end_of_text}
 
 
-def test_documents_are_read_of_the_parts_that_hold_the_rows(shards, text):
+def test_documents_are_read_only_from_parts_with_the_rows(shards, text):
     last = np.array([shards.train.rows - 1])
     expected = provenance.pieces(shards, text.tokenizer, last)
     assert expected[0].part > 0
@@ -56,7 +56,7 @@ def test_documents_are_read_of_the_parts_that_hold_the_rows(shards, text):
         provenance.pieces(shards, text.tokenizer, np.array([0]))
 
 
-def test_row_that_comes_twice_is_told_twice(shards, text):
+def test_repeated_row_is_listed_twice(shards, text):
     once = provenance.pieces(shards, text.tokenizer, np.array([3]))
     assert provenance.pieces(shards, text.tokenizer, np.array([3, 3])) == once * 2
 

@@ -6,7 +6,7 @@ from patience import wait_until
 from zeroflow.data.read_ahead import read_ahead
 
 
-def test_reader_thread_ends_with_those_who_wait_for_it(text, tmp_path):
+def test_reader_thread_ends_with_its_consumer(text, tmp_path):
     def endless():
         while True:
             yield 1

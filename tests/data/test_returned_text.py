@@ -1,4 +1,4 @@
-"""Lost text: characters that do not come back from their ids."""
+"""Lost text: characters that are missing or added after encoding and decoding."""
 
 import unicodedata
 from pathlib import Path
@@ -34,7 +34,7 @@ def lost(tmp_path: Path):
 
 
 @given(text=st.text())
-def test_text_that_comes_back_has_lost_nothing_and_anything_else_something(text):
+def test_equal_text_has_lost_nothing_and_different_text_something(text):
     assert lost_characters(text, text) == 0
     assert lost_characters(text, text + "x") == lost_characters(text + "x", text) == 1
 
@@ -44,14 +44,14 @@ def test_lossless_tokenizers_lose_nothing(tokenizer, lost):
     assert lost(tokenizer, "The river: 1234\n\n  don't 日本語 🙂\t", " x ", "") == 0
 
 
-def test_what_a_tokenizer_changes_first_is_counted(lost):
+def test_changes_before_encoding_are_counted(lost):
     assert lost(like_qwen(), unicodedata.normalize("NFC", DECOMPOSED)) == 0, "already in its form"
     accents = sum(map(unicodedata.combining, DECOMPOSED)) // 230
     assert lost(like_qwen(), DECOMPOSED) == pytest.approx(200 * accents / len(DECOMPOSED))
     assert lost(lower_casing(), "ABcdefghij") == pytest.approx(20)
 
 
-def test_unknown_tokens_bring_nothing_back(lost):
+def test_unknown_tokens_count_as_lost_text(lost):
     assert lost(of_words("the"), "the knunkunknun the") == pytest.approx(100 * 12 / 19)
 
 

@@ -30,7 +30,7 @@ def test_files_have_the_documented_schema_and_one_batch_each(shards):
         assert not field.nullable, field
 
 
-def test_files_are_the_same_in_however_small_pieces_they_are_written(
+def test_files_do_not_depend_on_the_size_of_the_pieces_that_are_written(
     small_pieces, text, tmp_path, monkeypatch
 ):
     whole = build_shards(ALL, *text[:2], tmp_path / "whole")
@@ -40,7 +40,7 @@ def test_files_are_the_same_in_however_small_pieces_they_are_written(
         assert contents(mine) == contents(theirs)
 
 
-def test_arrow_takes_the_systems_memory_whatever_is_imported_first():
+def test_arrow_uses_the_systems_allocator_with_any_import_order():
     code = "import sys; sys.path.insert(0, 'flows'); import pretrain, pyarrow as pa; "
     code += "sys.exit(pa.default_memory_pool().backend_name)"
     root = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ def slices_of(corpus: CorpusConfig) -> list[Slice]:
 
 
 @pytest.mark.parametrize("size", [1, 10, 999, 1000, 5000, 10**6])
-def test_slices_of_any_size_hold_every_document_once_and_in_order(tmp_path, monkeypatch, size):
+def test_slices_of_any_size_contain_every_document_once_and_in_order(tmp_path, monkeypatch, size):
     config = files_corpus(str(write_large(tmp_path / "text") / "*"))
     whole = list(read_documents(config))
     assert len(whole) == 3 * 90 + 3
@@ -82,9 +82,7 @@ def test_file_that_is_gone_before_it_is_cut_is_refused_by_name(tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("change", ["longer", "cut", "other"])
-def test_file_that_changes_while_it_is_read_is_not_taken_for_what_it_was(
-    tmp_path, monkeypatch, kind, change
-):
+def test_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, kind, change):
     monkeypatch.setattr(documents, "BATCH_BYTES", 1000)
     file = tmp_path / f"a{kind}"
     rows = [{"text": f"{i} " * 50, "id": str(i)} for i in range(3000)]

@@ -1,4 +1,4 @@
-"""A source that is added, with files of a kind of its own."""
+"""An additional source, with its own kind of files."""
 
 import re
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Wiki(LocalSource):
         return Articles()
 
 
-def test_source_with_a_format_of_its_own_is_read_like_any_other(tmp_path, monkeypatch):
+def test_source_with_its_own_format_is_read_like_any_other(tmp_path, monkeypatch):
     (tmp_path / "b.wiki").write_text("= Sea =\nwater\n")
     (tmp_path / "a.wiki").write_text("= Hill =\nstone\n= River =\nwater\n")
     monkeypatch.setattr(CorpusConfig, "source", property(lambda corpus: Wiki(tmp_path)))

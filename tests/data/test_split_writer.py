@@ -6,7 +6,7 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.shards import SPLITS
 
 
-def test_what_no_document_lies_in_is_padding_and_is_counted(shards):
+def test_positions_without_a_document_are_padding_and_are_counted(shards):
     for split in SPLITS:
         padding = 0
         for part, path in enumerate(shards.part_paths):

@@ -44,7 +44,7 @@ def test_tables_and_build_times_of_some_parts_are_enough(small_pieces, text, tmp
     assert "(in 3 of the parts)" in page
 
 
-def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
+def test_page_describes_the_data_and_its_rows(shards, text):
     seen = statistics.gather(shards, text.tokenizer)
     page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
     assert f"revision {text.corpus.data_revision}" in page
@@ -58,7 +58,7 @@ def test_page_tells_what_the_data_is_and_what_became_of_it(shards, text):
     assert any(sample[:20] in document for sample in seen.samples for document in text.texts)
 
 
-def test_rate_is_of_parts_that_were_built_here_only(shards, text):
+def test_speed_is_that_of_parts_that_were_built_here(shards, text):
     again = build_shards(CONFIG, *text[:2], shards.path.parents[1])
     assert again.reused
     assert len(last_build_times(shards.path)) == shards.parts, "reading is no building"

@@ -15,7 +15,7 @@ def take(count: int, *, vocab_size: int = 400, seed: int = 0):
     return [tokens for block in made for tokens in block][:count]
 
 
-def test_same_seed_gives_the_same_documents_and_another_seed_others():
+def test_same_seed_gives_the_same_documents_and_another_seed_different_ones():
     first, again, other = take(1100), take(1100), take(1100, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert sum(np.array_equal(a, b) for a, b in zip(first, other, strict=True)) < 11

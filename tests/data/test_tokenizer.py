@@ -52,21 +52,21 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 @given(document=st.text())
-def test_trained_tokenizer_gives_any_text_back(text, document):
+def test_trained_tokenizer_is_lossless(text, document):
     loaded = text.tokenizer.load()
     ids = loaded.encode(document, add_special_tokens=False).ids
     assert loaded.decode(ids, skip_special_tokens=False) == document
     assert all(id_ < text.tokenizer.vocab_size for id_ in ids)
 
 
-def test_training_merges_what_is_frequent_in_the_text(text):
+def test_training_merges_frequent_pairs(text):
     document = text.texts[0]
     [ids] = encode(text.tokenizer, document)
     assert len(ids) < 0.7 * len(document.encode())
     assert text.tokenizer.vocab_size == 400
 
 
-def test_text_of_few_kinds_of_word_trains_a_smaller_vocabulary(tmp_path):
+def test_text_with_few_different_words_trains_a_smaller_vocabulary(tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=1000)
     tokenizer = fetch_tokenizer(config, jsonl_corpus(tmp_path / "a.jsonl", ["abab ab"]), tmp_path)
     loaded = Tokenizer.from_file(str(tokenizer.path / "tokenizer.json"))
@@ -99,7 +99,7 @@ def test_half_of_a_surrogate_pair_becomes_the_replacement_character(text, tmp_pa
     assert fetch_tokenizer(config, resolved, tmp_path).path.exists()
 
 
-def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder):
+def test_local_folder_is_copied_without_unrelated_files(llama, llama_folder):
     copied = contents(llama.path)
     assert "model.safetensors" not in copied
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -109,7 +109,7 @@ def test_local_folder_is_copied_without_what_is_no_tokenizer(llama, llama_folder
     assert llama.end_of_text == llama.load().token_to_id("<|end_of_text|>")
 
 
-def test_tokenizer_file_alone_is_taken_by_any_name(llama, llama_folder, text, tmp_path):
+def test_single_tokenizer_file_may_have_any_name(llama, llama_folder, text, tmp_path):
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine" / "other.json"
     file.write_bytes((llama_folder / "tokenizer.json").read_bytes())
@@ -158,7 +158,7 @@ def test_other_text_or_size_trains_another_tokenizer(text, tmp_path):
     assert third.why.startswith(f"the most similar of 2, {first.path.name}, has {revisions}, file ")
 
 
-def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
+def test_changed_version_is_named_in_the_reason(text, tmp_path, monkeypatch):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
     first = fetch_tokenizer(config, text.corpus, tmp_path)
     monkeypatch.setattr("zeroflow.data.tokenizer.version", lambda name: "99.0")
@@ -171,7 +171,7 @@ def test_version_that_changed_is_told(text, tmp_path, monkeypatch):
     assert newer.why == f"{first.path.name} has format 2 instead of 3"
 
 
-def test_tokenizer_of_a_version_that_kept_no_record_is_unknown(text, tmp_path):
+def test_tokenizer_of_a_version_without_records_is_unknown(text, tmp_path):
     config = TokenizerConfig(tokenizer_name="train", vocab_size=300)
     path = fetch_tokenizer(config, text.corpus, tmp_path).path
     facts = artifacts.read_signed(path / artifacts.MANIFEST)
@@ -190,7 +190,7 @@ def test_end_of_text_can_be_chosen_and_is_part_of_the_identity(llama, llama_fold
     assert tokenizer.why == f"{llama.path.name} has --end-of-text none instead of <|begin_of_text|>"
 
 
-def test_tokenizer_that_says_not_how_a_text_ends_is_refused(llama_folder, text, tmp_path):
+def test_tokenizer_without_an_end_of_text_token_is_refused(llama_folder, text, tmp_path):
     (tmp_path / "mute").mkdir()
     tokens = json.loads((llama_folder / "tokenizer.json").read_text())
     tokens["added_tokens"], tokens["post_processor"] = [], None
@@ -223,7 +223,9 @@ def fetched(text, tmp_path):
         ({}, {}, "<|endoftext|>"),
     ],
 )
-def test_end_is_taken_from_whichever_file_declares_it(config, special_map, end, fetched, tmp_path):
+def test_end_of_text_is_taken_from_the_file_that_declares_it(
+    config, special_map, end, fetched, tmp_path
+):
     tokenizer = fetched(save(tmp_path / "mine", like_qwen(), config, special_map))
     assert tokenizer.end_of_text == tokenizer.load().token_to_id(end)
 
@@ -263,7 +265,7 @@ def test_tokenizer_with_a_byte_order_mark_is_refused_with_what_to_do(fetched, tm
         fetched(folder)
 
 
-def test_dropout_is_switched_off_with_a_warning(fetched, tmp_path, caplog):
+def test_dropout_is_disabled_with_a_warning(fetched, tmp_path, caplog):
     tokenizer = fetched(save(tmp_path / "mine", of_bytes(), dropout=0.5))
     assert "skips 0.5 of its merges at random (BPE dropout)" in caplog.text
     words = "The river runs past the old stone bridge"
@@ -275,7 +277,7 @@ def test_dropout_is_switched_off_with_a_warning(fetched, tmp_path, caplog):
     assert tokenizer.fingerprint != with_dropout, "shards with random ids are not reused"
 
 
-def test_padding_and_truncation_are_switched_off_without_a_word(fetched, tmp_path, caplog):
+def test_padding_and_truncation_are_disabled_without_a_warning(fetched, tmp_path, caplog):
     padded = of_bytes()
     padded.enable_padding(length=16, pad_id=0, pad_token="<|endoftext|>")
     padded.enable_truncation(8)
@@ -302,7 +304,7 @@ def test_code_that_comes_with_a_tokenizer_is_neither_copied_nor_run(fetched, tmp
     assert not (tmp_path / "ran").exists()
 
 
-def test_synthetic_data_takes_no_tokenizer(tmp_path):
+def test_synthetic_data_needs_no_tokenizer(tmp_path):
     config = TokenizerConfig(vocab_size=500)
     resolved = resolve_tokenizer(config, SYNTHETIC, tmp_path).tokenizer
     tokenizer = fetch_tokenizer(resolved, SYNTHETIC, tmp_path)

@@ -21,7 +21,7 @@ def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):
     assert not list((tmp_path / "shards").glob("*/part-*"))
 
 
-def test_document_that_spells_out_the_end_of_text_is_refused_where_it_cannot_be_told_apart(
+def test_document_that_spells_out_the_end_of_text_is_refused_if_it_is_encoded_as_that_token(
     text, tmp_path
 ):
     unigram = tokenizers.Tokenizer(models.Unigram())

@@ -51,7 +51,9 @@ def test_bytes_of_a_texts_tokens_are_the_size_of_the_text(text, tmp_path, kind):
         assert sizes[-1] == 0
 
 
-def test_sample_is_the_same_however_many_parts_a_run_reads(small_pieces, text, tmp_path):
+def test_sample_does_not_depend_on_the_number_of_parts_that_a_run_reads(
+    small_pieces, text, tmp_path
+):
     chosen = []
     for rows in (1, 100, 400):
         shards = build_shards(SMALL.replace(train_rows=rows), *text[:2], tmp_path)
@@ -62,7 +64,7 @@ def test_sample_is_the_same_however_many_parts_a_run_reads(small_pieces, text, t
     assert len(validation_rows(shards, 10**6)) == shards.validation.rows
 
 
-def test_sample_is_of_many_documents_where_one_fills_the_first_rows(text, tmp_path):
+def test_sample_has_many_documents_although_one_fills_the_first_rows(text, tmp_path):
     long, short = "\n".join(text.texts), [words[:40] for words in text.texts[:40]]
     corpus = jsonl_corpus(tmp_path / "mixed.jsonl", [long, *short])
     held_out = ALL.replace(validation_fraction=0.5)

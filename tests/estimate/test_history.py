@@ -49,7 +49,7 @@ def test_first_run_on_a_machine_knows_nothing(tmp_path):
     assert history.known(tmp_path, WORK) is None
 
 
-def test_runs_of_the_same_workload_say_rate_and_memory(tmp_path):
+def test_runs_of_the_same_workload_predict_speed_and_memory(tmp_path):
     history.append(tmp_path, past("a", 100.0, memory=1000))
     history.append(tmp_path, past("b", 200.0, memory=1200))
     history.append(tmp_path, past("other batch", 1.0, micro_batch_rows=4))
@@ -58,14 +58,14 @@ def test_runs_of_the_same_workload_say_rate_and_memory(tmp_path):
     assert history.known(tmp_path, WORK, planned=("b", 11)) == BOTH, "it is being extended"
 
 
-def test_old_runs_are_forgotten(tmp_path):
+def test_old_runs_are_ignored(tmp_path):
     for number in range(8):
         history.append(tmp_path, past(f"run {number}", float(number)))
     known = history.known(tmp_path, WORK)
     assert known is not None and known.rate.expected == 5.0, "of runs 3 to 7"
 
 
-def test_another_model_says_how_many_flops_are_reached(tmp_path):
+def test_run_of_another_model_predicts_the_flops_per_second(tmp_path):
     wide, deep = MODEL.replace(hidden_size=64), MODEL.replace(num_hidden_layers=40)
     history.append(tmp_path, past("wide", 100.0, model=wide))
     history.append(tmp_path, past("deep", 900.0, model=deep))
@@ -76,7 +76,7 @@ def test_another_model_says_how_many_flops_are_reached(tmp_path):
     assert "1 earlier run here" in known.source
 
 
-def test_model_of_quite_another_size_says_nothing(tmp_path):
+def test_model_of_a_very_different_size_predicts_nothing(tmp_path):
     history.append(tmp_path, past("large", 100.0, model=MODEL.replace(num_hidden_layers=400)))
     assert history.known(tmp_path, WORK) is None
 
@@ -85,12 +85,12 @@ def test_model_of_quite_another_size_says_nothing(tmp_path):
     "change",
     [{"device_name": "NVIDIA L4"}, {"precision": "fp32"}, {"fp8": True}, {"document_mask": True}],
 )
-def test_another_device_or_other_code_says_nothing(tmp_path, change):
+def test_another_device_or_other_code_predicts_nothing(tmp_path, change):
     history.append(tmp_path, past("a", 100.0, **change))
     assert history.known(tmp_path, WORK) is None
 
 
-def test_half_a_line_of_a_killed_process_is_passed_over_and_ended(tmp_path):
+def test_half_written_line_of_a_killed_process_is_skipped_and_replaced(tmp_path):
     history.append(tmp_path, past("a", 100.0))
     file = tmp_path / "plans.jsonl"
     whole = file.read_bytes()
@@ -101,7 +101,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over_and_ended(tmp_path):
     assert [entry.run for entry in history.read(tmp_path)] == ["a", "b"]
 
 
-def test_run_is_remembered_once_and_again_when_it_was_extended(tmp_path):
+def test_run_is_recorded_once_and_again_after_an_extension(tmp_path):
     history.append(tmp_path, past("a", 100.0))
     history.append(tmp_path, past("a", 500.0))
     history.append(tmp_path, past("a", 200.0).replace(steps=20))
@@ -109,7 +109,7 @@ def test_run_is_remembered_once_and_again_when_it_was_extended(tmp_path):
     assert rates == [100.0, 200.0]
 
 
-def test_settings_of_the_optimiser_cost_nothing(tmp_path):
+def test_settings_of_the_optimiser_do_not_affect_the_cost(tmp_path):
     history.append(tmp_path, past("a", 100.0, optimizer=AdamW(beta2=0.99)))
     assert history.known(tmp_path, WORK) == ONE
 

@@ -60,7 +60,7 @@ def sample(
     return flow, output
 
 
-def test_sample_run_leaves_what_is_promised(sample: tuple[Flow, str]) -> None:
+def test_sample_run_writes_all_documented_files(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     report = flow.report("first")
     assert report["status"] == "completed"
@@ -106,7 +106,7 @@ def test_every_task_is_in_prefect_by_name(sample: tuple[Flow, str], prefect_api:
     assert "step 12/12" in text and "saved" in text, "training's output is in the run's log"
 
 
-def test_mlflow_holds_settings_curves_dataset_and_report(sample: tuple[Flow, str]) -> None:
+def test_mlflow_has_settings_curves_dataset_and_report(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     run = mlflow_run(flow, "first")
     assert run.info.status == "FINISHED"
@@ -167,7 +167,7 @@ def test_seconds_of_the_report_add_up_and_times_tokens_per_second_are_the_tokens
     )
 
 
-def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) -> None:
+def test_checks_before_training_are_logged_and_reported(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     number = len(flow.report("first")["preflight"]["checks"])
     assert output.index(f"pre-flight passed: {number} checks") < output.index("step 0: validation")
@@ -177,7 +177,7 @@ def test_checks_before_training_are_told_and_reported(sample: tuple[Flow, str]) 
     assert "| causality | passed | earlier logits change by 0 | " in page
 
 
-def test_one_of_a_thing_is_singular_in_all_that_is_told(sample: tuple[Flow, str]) -> None:
+def test_counts_of_one_are_singular_in_all_output(sample: tuple[Flow, str]) -> None:
     flow, output = sample
     pages = [path.read_text() for path in flow.folder("first").glob("*.md")]
     things = "checks|documents|duplicates|epochs|files|micro-batches|parts|rows|runs|steps"
@@ -232,7 +232,7 @@ F.scaled_dot_product_attention = lambda *qkv, is_causal=False, **rest: attend(*q
 """
 
 
-def test_run_is_held_to_its_plan_and_the_next_one_learns_from_it(
+def test_run_is_compared_with_its_plan_and_the_next_plan_uses_its_measurements(
     sample: tuple[Flow, str], capsys: pytest.CaptureFixture[str], console: None
 ) -> None:
     flow, output = sample
@@ -355,7 +355,7 @@ def test_generate_prints_text_and_export_opens_in_transformers(
 
 
 @pytest.mark.slow
-def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow) -> None:
+def test_training_without_a_remedy_left_ends_in_one_message(flow: Flow) -> None:
     """After three windows of data were skipped, two of which are in its ledger at the beginning."""
     before = {"time": 0, "process": 1, "reason": "diverged", "step": 0, "message": "it diverged"}
     ledger = RunFolder(flow.folder("mad")).ledger
@@ -373,7 +373,7 @@ def test_training_that_cannot_be_helped_any_more_ends_in_one_message(flow: Flow)
 
 
 @pytest.mark.slow
-def test_output_that_nobody_reads_any_more_ends_no_run(sample: tuple[Flow, str]) -> None:
+def test_closed_output_does_not_end_a_run(sample: tuple[Flow, str]) -> None:
     flow, _ = sample
     process = flow.start("--run-name=first")
     assert process.stdout is not None

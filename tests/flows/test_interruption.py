@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted or orphaned goes on as if nothing had happened."""
+"""A run that is killed, interrupted or orphaned resumes and ends like an undisturbed one."""
 
 import logging
 import signal
@@ -31,7 +31,7 @@ RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-int
 RUN += ["--checkpoint-every=100", "--validate-every=150", "--skip-preflight"]
 
 
-def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_training(
+def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_run(
     flow: Flow, tmp_path: Path, base_environment: dict[str, str]
 ) -> None:
     kill_the_training_and_then_the_flow(flow)

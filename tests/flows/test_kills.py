@@ -1,4 +1,4 @@
-"""Thirty times SIGKILL over one whole run, in every stage, and nothing of it is seen at the end."""
+"""Thirty SIGKILLs over one whole run, in every stage, and no difference at the end."""
 
 import random
 import subprocess

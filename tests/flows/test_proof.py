@@ -1,4 +1,4 @@
-"""The proof of resume as a person runs it."""
+"""The proof that resume is exact, as a user runs it."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_flow_proves_resume_and_shows_it_everywhere(flow: Flow, prefect_api: str
     assert files == {"proof.md", "proof.png", "proof.json"}
 
 
-def test_what_is_left_open_is_small_and_what_is_given_is_kept() -> None:
+def test_open_settings_become_small_and_given_ones_are_kept() -> None:
     small = settings(RunConfig(device="cpu"))
     assert small.data.data_mode == "synthetic" and small.model.hidden_size == 64
     assert small.run_name == settings(RunConfig(device="cpu")).run_name
@@ -66,7 +66,7 @@ def test_what_is_left_open_is_small_and_what_is_given_is_kept() -> None:
     assert run.run_name != small.run_name
 
 
-def test_what_a_proof_cannot_do_is_refused(tmp_path) -> None:
+def test_settings_that_do_not_apply_to_a_proof_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no overfit check"):
         settings(RunConfig(overfit={"overfit_steps": 3}))
     with pytest.raises(ValueError, match="no pre-flight"):

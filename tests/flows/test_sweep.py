@@ -11,7 +11,7 @@ from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api
 
 
 @pytest.mark.slow
-def test_sweep_goes_on_past_a_run_that_fails_and_compares_the_rest(
+def test_sweep_continues_after_a_failed_run_and_compares_the_others(
     flow: Flow, prefect_api: str
 ) -> None:
     """A file lies where one of its runs would be."""

@@ -1,4 +1,4 @@
-"""What runs leave in their folders, as far as they came, without training."""
+"""Files that runs write into their folders up to some step, created without training."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Records as a training logs them, with defaults for fields that a test does not check."""
+"""Records as training logs them, with defaults for fields that a test does not check."""
 
 from typing import Any
 

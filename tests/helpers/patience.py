@@ -1,4 +1,4 @@
-"""Waiting in tests: timings decide none of them, however busy the machine is."""
+"""Waiting in tests. Timings decide no test, so they pass on a busy machine."""
 
 import time
 from collections.abc import Callable

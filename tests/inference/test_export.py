@@ -83,7 +83,7 @@ PROMPTS = ["", "The river runs", "x\n\n1234 don't ", "<|im_end|> spelled out </s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_export_gives_the_ids_of_the_shards_and_goes_on_with_a_prompt_as_generate(kind, tmp_path):
+def test_export_gives_the_ids_of_the_shards_and_continues_a_prompt_like_generate(kind, tmp_path):
     from transformers import AutoTokenizer, pipeline
 
     corpus = jsonl_corpus(tmp_path / "a.jsonl", ["any"])
@@ -114,7 +114,7 @@ def test_export_gives_the_ids_of_the_shards_and_goes_on_with_a_prompt_as_generat
     assert (settings.temperature, settings.top_k, settings.max_new_tokens) == ours
 
 
-def test_ids_that_are_not_those_of_the_shards_are_refused_and_nothing_is_left(tmp_path):
+def test_export_with_other_ids_than_the_shards_is_refused_and_leaves_no_files(tmp_path):
     """By an encoder that draws its ids at random, as an earlier version let it."""
     corpus = jsonl_corpus(tmp_path / "a.jsonl", ["any"])
     config = TokenizerConfig(tokenizer_name=str(KINDS["dropout"](tmp_path / "tokenizer")))
@@ -134,7 +134,7 @@ def test_model_of_synthetic_data_is_exported_without_a_tokenizer(tmp_path):
     assert not list(tmp_path.glob("tokenizer*"))
 
 
-def test_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
+def test_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
     ids = Tokenizer(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="")
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="is not empty: name a new folder for --out"):

@@ -1,4 +1,4 @@
-"""Attention, beside the formula written out in float64."""
+"""Attention, compared with the formula in float64."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def test_attention_is_causal_and_each_group_of_queries_shares_a_key(heads, token
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("make_mask", [dense_mask, block_mask])
-def test_masks_let_a_token_see_its_own_document_up_to_itself(make_mask):
+def test_masks_allow_a_token_its_own_document_up_to_itself(make_mask):
     q, k, v = example(4, 2, sum(LENGTHS))
     documents = DOCUMENTS.expand(2, -1)
     with torch.compiler.set_stance("force_eager"):  # what compiling changes is tested on a GPU
@@ -66,7 +66,7 @@ def test_masks_let_a_token_see_its_own_document_up_to_itself(make_mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dense_mask_has_the_type_of_the_scores_and_is_nought_or_minus_infinity(dtype):
+def test_dense_mask_has_the_type_of_the_scores_and_is_zero_or_minus_infinity(dtype):
     mask = dense_mask(DOCUMENTS, dtype)
     assert mask.dtype == dtype and mask.shape == (1, 1, sum(LENGTHS), sum(LENGTHS))
     assert torch.equal(mask[0, 0] == 0, SEEN)

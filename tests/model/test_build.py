@@ -6,7 +6,7 @@ from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.run_folder import RunFolder
 
 
-def test_description_on_disk_makes_the_network_that_was_built(tmp_path):
+def test_network_can_be_rebuilt_from_the_description_on_disk(tmp_path):
     config = build_model(SHAPE, 300, RunFolder(tmp_path))
     facts = artifacts.read_json(tmp_path / "model.json")
     network = Llama(ModelConfig(**{name: facts[name] for name in ModelConfig.model_fields}))

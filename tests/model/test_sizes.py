@@ -31,7 +31,7 @@ def test_defaults_of_a_custom_shape_are_those_of_the_nearest_size():
     assert nearest_size(narrow) is SIZES["tiny"]
 
 
-def test_help_tells_of_every_size_in_the_same_order():
+def test_help_lists_every_size_in_the_same_order():
     layers = " / ".join(str(size.num_hidden_layers) for size in SIZES.values())
     told = by_size(lambda size: f"{size.num_hidden_layers}")
     assert told == f"{layers} for {' / '.join(SIZES)}"

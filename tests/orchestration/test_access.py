@@ -1,4 +1,4 @@
-"""What a Prefect server as we start it refuses."""
+"""Requests that a Prefect server started by zeroflow refuses."""
 
 import json
 import urllib.error
@@ -53,7 +53,7 @@ def test_only_pages_of_its_own_may_send_requests(prefect_api):
     assert preflight(PAGE) == preflight("null") == preflight("http://127.0.0.1:1") == 400
 
 
-def test_login_is_on_no_command_line(prefect_api):
+def test_login_is_not_in_any_command_line(prefect_api):
     shown = []
     for process in psutil.process_iter():
         try:

@@ -70,7 +70,9 @@ def errors(run: dict[str, Any]) -> list[str]:
         (TrainingStopped("the ranks were asked to stop"), "a signal"),
     ],
 )
-def test_stop_is_cancelled_with_what_was_saved_and_no_crash(server, tmp_path, stop, cause):
+def test_stop_is_shown_as_cancelled_with_the_saved_step_and_not_as_a_crash(
+    server, tmp_path, stop, cause
+):
     (tmp_path / "checkpoints" / "step-00000120").mkdir(parents=True)
 
     def stopped() -> Path:
@@ -84,7 +86,7 @@ def test_stop_is_cancelled_with_what_was_saved_and_no_crash(server, tmp_path, st
     assert not any("Crash" in line["message"] for line in run["lines"])
 
 
-def test_stop_before_the_first_checkpoint_claims_none(server, tmp_path):
+def test_stop_before_the_first_checkpoint_names_no_checkpoint(server, tmp_path):
     def stopped() -> Path:
         raise KeyboardInterrupt
 
@@ -133,7 +135,7 @@ def test_error_of_the_code_has_its_traceback_once(server, tmp_path):
     assert run["state"]["message"] == "'no such key'"
 
 
-def test_message_is_meant_for_the_user_if_our_code_or_the_system_gave_it(tmp_path):
+def test_message_is_for_the_user_if_our_code_or_the_system_raised_it(tmp_path):
     def raised_by(work: Callable[[], object]) -> Exception:
         try:
             work()

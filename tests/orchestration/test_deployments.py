@@ -1,4 +1,4 @@
-"""The deployments that the package brings along."""
+"""The deployments of the package."""
 
 import importlib
 
@@ -26,7 +26,7 @@ def test_deployment_names_a_flow_by_its_module_and_parameters_that_it_takes(depl
     assert [*flow.parameters.properties] == [parameter]
 
 
-def test_file_at_the_root_is_that_of_the_package():
+def test_file_at_the_root_equals_that_of_the_package():
     assert (ROOT / "prefect.yaml").resolve() == DEPLOYMENTS.resolve()
 
 

@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("runner", ["threads", pytest.param("dask", marks=pytest.mark.slow)])
-def test_parts_built_by_several_workers_are_those_of_one(
+def test_parts_do_not_depend_on_the_number_of_workers(
     runner, text, prefect_api, base_environment, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
@@ -92,7 +92,7 @@ def test_parts_built_by_several_workers_are_those_of_one(
     assert states == {f"build {part.name}": "Completed" for part in alone.part_paths}
 
 
-def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
+def test_named_server_that_does_not_answer_is_reported(monkeypatch):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = f"http://127.0.0.1:{free_port()}/api"
@@ -104,7 +104,7 @@ def test_server_that_is_named_and_does_not_answer_is_told(monkeypatch):
         pytest.fail("there is no server")
 
 
-def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_api):
+def test_run_continues_without_a_button_if_the_deployment_is_of_another_version(prefect_api):
     """Its schema knows nothing of a setting that is new."""
     from prefect import flow
     from prefect.client.orchestration import get_client
@@ -131,7 +131,7 @@ def test_deployment_of_another_version_costs_the_button_and_not_the_run(prefect_
     assert unknown.deployment_id is None
 
 
-def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
+def test_only_one_job_at_a_time_uses_the_gpu(prefect_api, monkeypatch):
     from prefect import flow
     from prefect.settings import temporary_settings
 
@@ -171,7 +171,7 @@ def test_one_job_at_a_time_has_the_gpu(prefect_api, monkeypatch):
     assert (shown()["state_name"], shown()["run_count"]) == ("Completed", 1)
 
 
-def test_gpu_is_used_although_prefect_is_away(caplog):
+def test_gpu_is_used_although_prefect_is_unreachable(caplog):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = f"http://127.0.0.1:{free_port()}/api"

@@ -62,7 +62,7 @@ def accepted(flow: Any, parameter: str, values: object) -> None:
     validate({parameter: values}, schema, raise_on_error=True)
 
 
-def test_what_people_set_first_comes_first_and_the_groups_are_folded():
+def test_common_settings_come_first_and_groups_are_folded():
     first = ["run_name", "data_mode", "data_path", "dataset", "size", "max_steps", "seq_len"]
     names = [*fields(pretrain)]
     assert names[:8] == [*first, "learning_rate"] and names[-1] == "cache_dir"
@@ -74,7 +74,7 @@ def test_what_people_set_first_comes_first_and_the_groups_are_folded():
 
 
 @pytest.mark.parametrize(("flow", "config"), FLOWS)
-def test_form_has_every_setting_once_with_a_title_of_its_own(flow: Any, config: type[Config]):
+def test_form_has_every_setting_once_with_its_own_title(flow: Any, config: type[Config]):
     shown = all_fields(flow)
     assert {*shown} == {setting.path[-1] for setting in settings(config)}
     titles = [field["title"].lower() for field in shown.values()]
@@ -97,11 +97,11 @@ def test_form_has_every_setting_once_with_a_title_of_its_own(flow: Any, config: 
         ("run_name", "Letters, digits, dots, dashes and underscores, at most 100."),
     ],
 )
-def test_bounds_stand_in_the_descriptions(name: str, words: str):
+def test_descriptions_contain_the_bounds(name: str, words: str):
     assert f" {words} Flag: " in all_fields(pretrain)[name]["description"]
 
 
-def test_settings_given_to_a_form_are_those_of_the_run_and_back():
+def test_settings_survive_the_way_through_the_form():
     run = RunConfig.model_validate(NESTED)
     assert form.filled(run) == FILLED
     assert form.read(RunConfig, FILLED) == run
@@ -160,7 +160,7 @@ def test_form_refuses_a_value_out_of_bounds_by_its_name(values: dict[str, Any], 
         ([], "should be a valid dictionary"),
     ],
 )
-def test_what_a_form_cannot_refuse_is_refused_when_it_is_read(values: Any, words: str):
+def test_contradictions_that_a_form_allows_are_refused_when_it_is_read(values: Any, words: str):
     with pytest.raises(ValidationError) as refused:
         form.read(RunConfig, values)
     assert words in error_message(refused.value)

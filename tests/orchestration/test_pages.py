@@ -35,7 +35,7 @@ def test_progress_that_cannot_be_shown_is_one_warning(caplog):
     assert "cannot show progress of training in Prefect" in caplog.text
 
 
-def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
+def test_progress_is_updated_every_few_seconds_at_most(prefect_api):
     from prefect import flow
     from prefect.settings import temporary_settings
 
@@ -57,7 +57,7 @@ def test_progress_is_shown_at_a_pace_that_a_person_can_follow(prefect_api):
         shows()
 
 
-def test_live_picture_takes_the_place_of_the_one_before(prefect_api, tmp_path):
+def test_live_picture_replaces_the_previous_one(prefect_api, tmp_path):
     from prefect import flow
     from prefect.settings import temporary_settings
 

@@ -1,4 +1,4 @@
-"""Prefect's buttons and its server's absence, against real servers and a real worker."""
+"""Prefect's buttons, and the loss of its server, with real servers and a real worker."""
 
 import argparse
 import json
@@ -306,7 +306,7 @@ def test_failed_run_of_a_sweep_is_retried_alone_by_a_worker(
     assert all(f"| custom-seed{seed} | " in page for seed in (0, 1))
 
 
-def test_sweep_of_a_worker_runs_its_children_itself_and_its_retry_those_that_failed(
+def test_sweep_of_a_worker_runs_its_children_and_its_retry_the_failed_ones(
     flow: Flow, server: Server, worker: psutil.Process
 ) -> None:
     """The worker runs one thing at a time: it would never come to what waits for it."""
@@ -385,7 +385,9 @@ def test_run_of_a_worker_is_cancelled_with_a_checkpoint(
     assert "Crash" not in server.log_of("there") and "Traceback" not in server.log_of("there")
 
 
-def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Server) -> None:
+def test_killed_run_is_marked_as_crashed_when_its_heartbeats_stop(
+    flow: Flow, server: Server
+) -> None:
     with temporary_settings(Api(server.url, LOGIN).settings):
         set_up(silence=timedelta(seconds=60))  # on a slow machine, to step 10
     try:
@@ -400,13 +402,13 @@ def test_run_that_is_killed_is_crashed_once_it_is_silent(flow: Flow, server: Ser
         server.command("zeroflow.cli", "prefect-setup")
 
 
-def test_heartbeats_come_several_times_in_the_silence_that_means_a_crash() -> None:
+def test_several_heartbeats_fit_into_the_time_after_which_a_run_is_crashed() -> None:
     every = get_current_settings().flows.heartbeat_frequency
     assert every is not None
     assert timedelta(seconds=every) * 5 <= SILENCE
 
 
-def test_server_that_is_lost_costs_the_run_nothing_and_is_told_if_it_comes_back(
+def test_run_survives_a_lost_server_and_reports_when_it_is_back(
     tmp_path: Path, base_environment: dict[str, str]
 ) -> None:
     server = Server(tmp_path / "prefect", base_environment)

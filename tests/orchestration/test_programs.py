@@ -47,7 +47,7 @@ def test_program_that_does_not_stop_is_killed(tmp_path):
     assert not psutil.pid_exists(program.pid)
 
 
-def test_program_hears_sigint_as_one_started_by_hand(tmp_path):
+def test_program_receives_sigint_like_one_started_by_hand(tmp_path):
     log = tmp_path / "log"
     program = start(WAITS, log)
     program.wait_until(lambda: there(log), HANG_SECONDS)
@@ -57,7 +57,7 @@ def test_program_hears_sigint_as_one_started_by_hand(tmp_path):
     assert program.stop(HANG_SECONDS)
 
 
-def test_end_of_a_program_is_told_with_its_last_lines(tmp_path):
+def test_end_of_a_program_is_reported_with_its_last_lines(tmp_path):
     program = start("print('a'); raise SystemExit(3)", tmp_path / "log")
     with pytest.raises(
         RuntimeError, match=r"the program has ended with exit code 3\. Last lines of .*log:\na"
@@ -68,7 +68,7 @@ def test_end_of_a_program_is_told_with_its_last_lines(tmp_path):
     assert program.stop(HANG_SECONDS)
 
 
-def test_last_lines_are_told_where_no_file_has_them():
+def test_last_lines_are_shown_without_a_log_file():
     """As of the Prefect server of a run; what is told does not move the place of the next line."""
     code = "import sys; print('a', flush=True); sys.stdin.read(); print('b'); sys.exit('it broke')"
     program = Program("it", [sys.executable, "-c", code], environment=os.environ)

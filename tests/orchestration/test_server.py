@@ -1,4 +1,4 @@
-"""Which Prefect server is used, beside servers on loopback that answer as they are told."""
+"""The choice of the Prefect server, with servers on loopback that give prepared answers."""
 
 import base64
 import threading
@@ -82,7 +82,7 @@ def named(url: str | None) -> Iterator[None]:
     ("status", "there"),
     [(200, True), (401, True), (403, True), (503, True), (404, False)],
 )
-def test_server_that_wants_a_login_is_one_and_another_program_is_none(answering, status, there):
+def test_server_with_a_login_is_recognised_and_another_program_is_not(answering, status, there):
     url = answering(status)
     assert server.answers(url) == there
     assert server.answers(f"{url}/") == there
@@ -93,7 +93,7 @@ def test_nothing_answers_on_a_free_port_or_at_no_address():
     assert not server.answers("no address")
 
 
-def test_address_that_is_not_that_of_an_api_is_refused_with_the_right_one(answering):
+def test_address_without_api_is_refused_with_the_right_one(answering):
     url = answering(200)
     for given in (url.removesuffix("/api"), url.removesuffix("api")):
         with (
@@ -106,7 +106,7 @@ def test_address_that_is_not_that_of_an_api_is_refused_with_the_right_one(answer
             server.api_in_use()
 
 
-def test_profile_that_names_a_server_is_named_with_the_way_out():
+def test_profile_that_names_a_server_is_reported_with_the_remedy():
     gone = server.local_api(free_port())
     mine = Profile(name="mine", settings={PREFECT_API_URL: gone})
     with (
@@ -116,7 +116,7 @@ def test_profile_that_names_a_server_is_named_with_the_way_out():
         server.api_in_use()
 
 
-def test_server_that_is_named_comes_before_one_on_this_machine(answering):
+def test_named_server_takes_precedence_over_one_on_this_machine(answering):
     local, elsewhere = answering(200), answering(200)
     port = int(local.split(":")[2].split("/")[0])
     with named(None):
@@ -126,7 +126,7 @@ def test_server_that_is_named_comes_before_one_on_this_machine(answering):
         assert server.api_in_use(port) == Api(elsewhere)
 
 
-def test_server_that_is_named_and_does_not_answer_is_an_error_although_another_is_there(answering):
+def test_named_server_that_does_not_answer_is_an_error_although_another_exists(answering):
     local = answering(200)
     port = int(local.split(":")[2].split("/")[0])
     gone = server.local_api(free_port())
@@ -146,7 +146,7 @@ def test_block_uses_the_named_server_and_starts_none(answering, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://host:4200/api", "http://host:4200/api/"])
-def test_user_interface_lies_beside_the_api(url):
+def test_user_interface_is_next_to_the_api(url):
     assert Api(url).page == "http://host:4200"
 
 
@@ -203,7 +203,7 @@ def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monke
     assert environment["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] == "https://mine.example"
 
 
-def test_home_that_cannot_be_written_is_named(home):
+def test_unwritable_home_is_named(home):
     (home / "zeroflow").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot write to .*: set PREFECT_HOME"):
         access.protected(server.own_api(4321))

@@ -47,7 +47,7 @@ FOR_GOOD = [
     ("condition", "retried"),
     [(is_transient, HUB_IS_BUSY), (was_killed, KILLED), (was_remedied, REMEDIED)],
 )
-def test_each_stage_retries_what_may_succeed_next_time_and_nothing_else(condition, retried):
+def test_each_stage_retries_only_transient_failures(condition, retried):
     assert [e for e in [HUB_IS_BUSY, KILLED, REMEDIED, *FOR_GOOD] if condition(e)] == [retried]
 
 
@@ -76,7 +76,7 @@ def attempts(
     return len(calls), found
 
 
-def test_check_whose_process_is_killed_is_tried_again_and_one_that_fails_is_not(server):
+def test_check_whose_process_is_killed_is_retried_and_a_failed_one_is_not(server):
     def killed_once(calls: list[int]) -> str:
         calls.append(1)
         if len(calls) == 1:

@@ -34,7 +34,7 @@ def both(tmp_path: Path, base_environment: dict[str, str]) -> Iterator[Ui]:
 
 
 @pytest.mark.slow
-def test_everything_is_there_and_ends_together(both: Ui) -> None:
+def test_all_programs_start_and_end_together(both: Ui) -> None:
     said = both.start()
     assert f"Prefect UI        {both.prefect}" in said
     [file] = (both.cache / "prefect" / "zeroflow").iterdir()
@@ -113,7 +113,7 @@ def test_forms_write_to_its_folder_and_schedules_set_in_prefect_outlive_a_restar
 
 
 @pytest.mark.slow
-def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
+def test_worker_that_fails_after_a_hasty_retry_is_restarted(both: Ui) -> None:
     """The run is retried while its process is there for certain: it has not ended at all."""
     both.environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1"}
     both.start()
@@ -140,7 +140,7 @@ def test_worker_that_ends_of_a_hasty_retry_is_started_again(both: Ui) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_serves_deploys_and_trains_anywhere(
+def test_installed_wheel_serves_deploys_and_trains_in_any_folder(
     tmp_path: Path, base_environment: dict[str, str]
 ) -> None:
     programs = install(build_wheel(tmp_path / "wheel"), tmp_path / "environment")
@@ -172,7 +172,7 @@ def test_wheel_serves_deploys_and_trains_anywhere(
 
 
 @pytest.mark.slow
-def test_end_of_one_ends_the_others_and_is_told(both: Ui) -> None:
+def test_end_of_one_program_ends_the_others_and_is_reported(both: Ui) -> None:
     both.start()
     [mlflow] = [
         child
@@ -184,7 +184,7 @@ def test_end_of_one_ends_the_others_and_is_told(both: Ui) -> None:
     assert "error: MLflow's server has ended with exit code -9; the end of " in said
 
 
-def test_port_that_something_else_holds_is_refused(tmp_path, monkeypatch):
+def test_port_that_is_in_use_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -193,6 +193,6 @@ def test_port_that_something_else_holds_is_refused(tmp_path, monkeypatch):
             ui.serve(config)
 
 
-def test_both_servers_need_ports_of_their_own():
+def test_both_servers_need_different_ports():
     with pytest.raises(ValueError, match="both servers cannot listen on port 4200"):
         UiConfig(prefect_port=4200, mlflow_port=4200)

@@ -1,4 +1,4 @@
-"""What earlier runs lead to expect of a loss, and what is said of one that is elsewhere."""
+"""The expected loss from earlier runs, and the report of a run that leaves it."""
 
 import itertools
 import math
@@ -112,7 +112,7 @@ def test_band_is_the_interval_of_one_more_run_in_all_windows_at_once(job):
     assert list(expected.ends) == [WINDOW * n for n in range(1, 21)]
 
 
-def test_two_runs_hardly_determine_a_spread(job):
+def test_two_runs_give_a_very_wide_spread(job):
     two = found(job)._replace(earlier=found(job).earlier[:2])
     assert all(math.isnan(one) for one in two.expected([]).width)
     assert str(two.verdict(losses(0.2))) == (
@@ -147,7 +147,7 @@ def correlated(runs: int, rho: float, share: float, random: np.random.Generator)
 
 @pytest.mark.parametrize("runs", [3, 5, 8])
 @pytest.mark.parametrize(("rho", "share"), [(0.77, 1.0), (0.99, 0.7), (0.0, 0.0)])
-def test_sound_runs_stay_inside_throughout_at_least_as_often_as_said(make, runs, rho, share):
+def test_normal_runs_stay_inside_at_least_as_often_as_promised(make, runs, rho, share):
     """Whatever the correlation of their windows: 0.77 was found over 16 real seeds."""
     random, inside, trials = np.random.default_rng(runs), 0, 600
     job = make("mine", steps=40)
@@ -203,7 +203,7 @@ def test_run_within_the_band_is_in_band(job):
         assert str(found(job).verdict(losses(above))) == "in band (3 earlier runs)"
 
 
-def test_run_that_leaves_the_band_is_told_from_where_and_by_how_much(job):
+def test_run_that_leaves_the_band_is_reported_with_place_and_distance(job):
     verdict = found(job).verdict(losses(WIDTH + 0.31, since=60))
     assert (verdict.since, verdict.until) == (6 * WINDOW, None)
     assert verdict.miss == pytest.approx(0.31, abs=1e-3)
@@ -215,7 +215,7 @@ def test_run_that_leaves_the_band_is_told_from_where_and_by_how_much(job):
     assert "from 3,840 to 6,400 tokens: up to 0.0" in str(verdict) and "below it" in str(verdict)
 
 
-def test_one_window_beyond_the_edge_is_no_chance_once_it_is_complete(job):
+def test_one_complete_window_beyond_the_edge_is_reported(job):
     expected = found(job)
     assert expected.verdict(losses(1.0, since=60, until=70)).since == 6 * WINDOW
     assert expected.verdict(losses(1.0, since=60, to=69)).since is None
@@ -270,7 +270,7 @@ def test_how_a_step_is_computed_does_not_matter(make):
     assert found(make("mine")).runs == ("other",)
 
 
-def test_run_of_format_1_counts_as_the_same_training(tmp_path):
+def test_run_of_format_1_is_compared_like_any_other(tmp_path):
     runs = tmp_path / "runs"
     for seed in (1, 2):
         folder = RunFolder(runs / f"old{seed}")
@@ -283,7 +283,7 @@ def test_run_of_format_1_counts_as_the_same_training(tmp_path):
     assert found(mine).runs == ("old1", "old2")
 
 
-def test_a_seed_counts_once_as_far_as_it_came(make):
+def test_each_seed_counts_once_with_its_longest_run(make):
     train(make("whole", seed=1), 1.0)
     train(make("stopped", seed=1), 2.0, to=50)
     train(make("other", seed=2), 3.0)
@@ -291,13 +291,13 @@ def test_a_seed_counts_once_as_far_as_it_came(make):
     assert found(make("mine")).runs == ("whole", "newer")
 
 
-def test_run_that_stopped_early_counts_as_far_as_it_came(job, make):
+def test_run_that_stopped_early_counts_up_to_its_last_window(job, make):
     train(make("stopped", seed=4), 4.0, 0.4, to=104)
     own, mean, _ = found(job).expected(losses())
     assert mean - own == pytest.approx([0.4 / 4] * 10 + [0.0] * 10)
 
 
-def test_runs_that_came_later_and_the_run_itself_are_left_out(job, make):
+def test_later_runs_and_the_run_itself_are_left_out(job, make):
     train(job, 4.0)
     train(make("later", seed=4), 5.0, 5.0)
     assert found(job).runs == ("high", "low", "usual")
@@ -311,7 +311,7 @@ def test_run_that_was_extended_has_another_schedule(job, make):
     assert band.find(extended) is None
 
 
-def test_damaged_run_is_harmless(job, make):
+def test_damaged_run_is_ignored(job, make):
     for name, file, content in (
         ("cut", "job.json", '{"run_dir":'),
         ("old", "job.json", '{"of": "another version"}'),
@@ -326,7 +326,7 @@ def test_damaged_run_is_harmless(job, make):
     assert found(job).runs == ("high", "low", "usual")
 
 
-def test_watch_says_once_that_the_loss_left_the_band(job, monkeypatch, caplog):
+def test_warning_that_the_loss_left_the_band_is_logged_once(job, monkeypatch, caplog):
     minutes = itertools.count(1)
     monkeypatch.setattr(time, "monotonic", lambda: 61.0 * next(minutes))
     shown: list[Path] = []

@@ -55,7 +55,7 @@ def outcome(
     )
 
 
-def test_law_is_found_again_and_foretells_what_obeys_it():
+def test_law_is_recovered_from_losses_that_obey_it_and_predicts_others():
     found = compare([outcome("medium"), outcome("tiny"), outcome("small")])
     assert [one.size for one in found.runs] == ["tiny", "small", "medium"]
     assert found.law.b == pytest.approx(EXPONENT)
@@ -72,7 +72,7 @@ def test_law_is_found_again_and_foretells_what_obeys_it():
     assert found.next_size.interval == pytest.approx([found.next_size.loss] * 2, rel=1e-4)
 
 
-def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
+def test_next_size_is_predicted_with_the_same_tokens_per_parameter():
     found = compare([outcome("tiny"), outcome("small")])
     medium = outcome("medium")
     assert found.next_size.size == "medium"
@@ -82,7 +82,7 @@ def test_next_size_is_foretold_at_as_many_tokens_a_parameter():
     assert found.largest is None
 
 
-def test_shapes_of_ones_own_are_told_apart_by_their_parameters():
+def test_custom_shapes_are_distinguished_by_their_parameters():
     own = [outcome(size).replace(run=size, size="custom") for size in ("tiny", "small", "medium")]
     found = compare(own)
     assert found.law.points == 3 and found.law.b == pytest.approx(EXPONENT)
@@ -96,7 +96,7 @@ def test_best_run_of_a_size_counts():
     assert len(found.runs) == 3
 
 
-def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
+def test_run_with_a_nan_loss_is_shown_but_not_fitted():
     broken = [outcome("tiny", loss=math.nan, seed=1), outcome("medium", loss=math.inf)]
     found = compare([*broken, outcome("tiny"), outcome("small")])
     assert found.law.b == pytest.approx(EXPONENT) and found.law.points == 2
@@ -105,7 +105,7 @@ def test_run_whose_loss_is_no_number_is_shown_and_says_nothing_of_the_law():
     assert compare(broken).law is None
 
 
-def test_what_all_runs_share_is_told_once():
+def test_values_common_to_all_runs_are_shown_once():
     shown = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
     assert "| seed |" in shown and "| size |" not in shown and "| peak rate |" not in shown
     assert (
@@ -132,7 +132,7 @@ def test_one_size_has_no_law():
     assert "Power law" not in text("s", found, **NOTHING_ELSE)
 
 
-def test_page_and_pictures_tell_all_of_it(tmp_path):
+def test_page_and_pictures_show_the_whole_comparison(tmp_path):
     found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
     drawn = losses_compared(found, SweepFolder(tmp_path))
     shown = text("s", found, pictures=drawn, unfinished={"s-tiny-seed7": "failed"})
@@ -158,7 +158,7 @@ def lines_of(figure: Figure) -> list[Line2D]:
     return [x for x, label in zip(labelled, labels, strict=True) if "mean" in label or "-" in label]
 
 
-def test_runs_are_told_apart_and_the_legend_hides_none(tmp_path, figures):
+def test_runs_are_distinguishable_and_the_legend_covers_none(tmp_path, figures):
     """Eighteen settings of one size: colours first, then dashes."""
     runs = [outcome("tiny", loss=3 + n / 100, gpus=2 + n).replace(run=f"t-{n}") for n in range(18)]
     losses_compared(compare(runs), SweepFolder(tmp_path))
@@ -199,7 +199,7 @@ def test_means_over_seeds_are_in_the_table_and_the_pictures(tmp_path, figures):
     assert "Means over seeds" not in text("s", compare([alone, *seeds(1)]), **NOTHING_ELSE)
 
 
-def test_mean_over_seeds_is_taken_where_all_were_validated():
+def test_mean_over_seeds_covers_steps_at_which_all_were_validated():
     first, second = seeds(2)
     second = second.replace(curve=tuple((t, x) for t, x in second.curve if t in (0, second.tokens)))
     second = second.replace(curve=((0, 10.4), (7, 9.0), *second.curve[1:]))
@@ -235,7 +235,7 @@ def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path, 
     assert found.law.losses == (1.2, 1.3), "the best of each size"
     shown = text("s", found, **NOTHING_ELSE)
     assert "different tokenizers, so their losses are not comparable" in shown
-    assert "L is in bits per byte" in shown
+    assert "L is the loss in bits per byte" in shown
     losses_compared(found, SweepFolder(tmp_path))
     [axes] = figures[0].axes
     assert axes.get_ylabel() == "bits per byte"
@@ -246,7 +246,7 @@ def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path, 
     assert "tokenizers" not in text("s", alike, **NOTHING_ELSE)
 
 
-def test_runs_that_are_not_completed_are_shown_and_say_nothing_of_the_law(tmp_path, figures):
+def test_incomplete_runs_are_shown_but_not_fitted(tmp_path, figures):
     partly = outcome("medium", loss=9.0).replace(status="cancelled", run="s-medium")
     begun = partly.replace(tokens=0, curve=((0, 10.4),), run="s-begun", status="running", seconds=0)
     found = compare([outcome("tiny"), outcome("small"), partly, begun])
@@ -258,7 +258,7 @@ def test_runs_that_are_not_completed_are_shown_and_say_nothing_of_the_law(tmp_pa
     assert "s-medium (cancelled)" in [line.get_label() for line in lines_of(figures[0])]
 
 
-def test_stages_of_zero_are_told_where_there_are_several_gpus():
+def test_zero_stages_are_shown_for_several_gpus():
     alone = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
     assert "ZeRO" not in alone and "GPUs" not in alone
     runs = [outcome("tiny"), *(outcome("tiny", gpus=2, stage=stage) for stage in (0, 3))]
@@ -270,7 +270,7 @@ def test_stages_of_zero_are_told_where_there_are_several_gpus():
     assert found == [("1", "none"), ("2", "0"), ("2", "3")]
 
 
-def test_runs_that_are_named_after_their_sizes_need_no_column_of_those():
+def test_runs_that_are_named_after_their_sizes_have_no_size_column():
     runs = [outcome(size).replace(run=f"s-{size}") for size in ("tiny", "small")]
     shown = text("s", compare(runs), **NOTHING_ELSE)
     assert "| run | validation loss |" in shown and "| small | " in shown

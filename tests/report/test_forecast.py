@@ -80,7 +80,7 @@ def agree(asked: RunConfig) -> Plan:
         SYNTHETIC | {"run_name": "mine", "seed": 3},
     ],
 )
-def test_plan_is_that_of_the_run(ask, settings):
+def test_plan_equals_that_of_the_run(ask, settings):
     planned = agree(ask(**settings))
     assert planned.vocabulary_is_certain
 
@@ -130,7 +130,7 @@ def test_plan_with_a_hub_reads_its_tokenizer(ask):
         assert planned.workload.model.vocab_size < 128_256, "of the small tokenizer of the tests"
 
 
-def test_plan_assumes_what_the_hub_does_not_tell_and_says_why(ask):
+def test_plan_assumes_what_the_hub_does_not_answer_and_says_why(ask):
     with asking(NOBODY):
         dataset = {"data_mode": "hub", "dataset": "someone/texts"}
         planned = plans.forecast(ask(data=dataset, tokenizer={"tokenizer_name": "some/tokenizer"}))
@@ -145,7 +145,7 @@ def test_plan_assumes_what_the_hub_does_not_tell_and_says_why(ask):
         assert "assumed, as Llama-3.1's" in plan_page.text(elsewhere)
 
 
-def test_plan_of_a_run_that_exists_takes_and_refuses_what_the_run_does(ask):
+def test_plan_of_an_existing_run_accepts_and_refuses_the_same_settings(ask):
     asked = ask(**SYNTHETIC, training={"max_steps": 10, "seq_len": 64})
     run = settle(asked).run
     checkpoints = run.folder.checkpoints / "step-00000006"

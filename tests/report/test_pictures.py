@@ -1,4 +1,4 @@
-"""What the pictures show, read from the figures that are drawn."""
+"""Content of the pictures, read from the figures that are drawn."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def curves(figure) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def test_resume_shows_both_trainings_and_every_kill(tmp_path, figures):
+def test_resume_picture_shows_both_runs_and_every_kill(tmp_path, figures):
     both = [validation_record(0, 5.0), step_record(1, 4.9)]
     undisturbed = [*both, step_record(4, 4.0), validation_record(4, 4.0)]
     killed = [*both, step_record(4, 4.5), validation_record(4, 4.6)]
@@ -42,15 +42,13 @@ def test_overfit_check_shows_its_loss_from_step_1_and_the_limit(tmp_path, figure
     assert len(figures[0].axes[0].lines) == 2
 
 
-def test_overfit_check_shows_the_least_possible_loss_of_its_batch(tmp_path, figures):
+def test_overfit_picture_shows_the_lowest_possible_loss(tmp_path, figures):
     pictures.overfit_curve([4.0, 0.3], tmp_path / "overfit.png", limit=0.316, least=0.216)
     levels = {x.get_label(): x.get_ydata()[0] for x in figures[0].axes[0].lines[1:]}
     assert levels == {"limit 0.316": 0.316, "lowest possible 0.216": 0.216}
 
 
-def test_bars_are_as_long_as_their_shares_and_what_trains_has_a_colour_of_its_own(
-    tmp_path, figures
-):
+def test_bars_are_as_long_as_their_shares_and_goodput_has_its_own_colour(tmp_path, figures):
     shares = {"start": 0.25, "forward/backward": 0.6, "optimiser": 0.15}
     good = {"forward/backward", "optimiser"}
     pictures.time_shares(shares, tmp_path / "time.png", title="where it went", good=good)
@@ -74,7 +72,7 @@ def test_every_document_is_in_the_histogram(lengths, tmp_path, figures):
     assert "257" in row.get_label()
 
 
-def test_pictures_bring_a_background_that_covers_them(tmp_path):
+def test_pictures_have_an_opaque_background(tmp_path):
     picture = pictures.overfit_curve([2.0, 1.0], tmp_path / "overfit.png", limit=0.1)
     pixels = imread(picture)
     assert (pixels[..., 3] == 1).all(), "else labels are lost on a dark page"

@@ -61,7 +61,7 @@ def on_gpus(count: int, size: str, tmp_path: Path, **training) -> Plan:
     return plans.forecast(asked, gpu=H100)
 
 
-def test_plan_tells_data_run_model_time_memory_and_disk(ask, caplog):
+def test_plan_shows_data_run_model_time_memory_and_disk(ask, caplog):
     asked = ask(tokenizer={"vocab_size": 32_768})
     with caplog.at_level("INFO", logger="zeroflow.pipeline"):
         run = pipeline.plan(asked).run
@@ -85,12 +85,12 @@ def test_plan_tells_data_run_model_time_memory_and_disk(ask, caplog):
     assert "are free" in lines["disk"] and "NOT ENOUGH" not in lines["disk"]
 
 
-def test_too_little_room_is_said(ask, monkeypatch):
+def test_lack_of_disk_space_is_reported(ask, monkeypatch):
     monkeypatch.setattr(plans, "free_bytes", lambda folder: 10**6)
     assert "NOT ENOUGH" in plan_page.disk_line(plans.forecast(ask()))
 
 
-def test_checkpoints_that_are_kept_for_good_need_room(ask):
+def test_checkpoints_that_are_kept_need_disk_space(ask):
     few, many = (
         plans.forecast(ask(training=training)).disk_bytes
         for training in ({"max_steps": 100}, {"max_steps": 100, "keep_every": 30})
@@ -99,7 +99,7 @@ def test_checkpoints_that_are_kept_for_good_need_room(ask):
     assert many - few == size, "that of step 60: a run of 100 steps saves every 20"
 
 
-def test_plan_in_fp32_on_a_gpu_tells_no_speed_of_bf16(tmp_path):
+def test_plan_in_fp32_on_a_gpu_does_not_use_the_speed_of_bf16(tmp_path):
     assert on_gpus(1, "small", tmp_path, precision="fp32").predicted.tokens_per_second is None
 
 
@@ -114,7 +114,7 @@ def test_parts_add_up_to_the_model_and_to_the_memory(tmp_path):
     assert 4 * work.micro_batch_rows * work.accumulate * work.seq_len == planned.batch_tokens
 
 
-def test_more_gpus_are_faster_and_hold_less(tmp_path):
+def test_more_gpus_are_faster_and_need_less_memory_each(tmp_path):
     one, four = (on_gpus(count, "medium", tmp_path) for count in (1, 4))
     rates = [planned.predicted.tokens_per_second for planned in (one, four)]
     assert rates[1] == pytest.approx(4 * rates[0])
@@ -182,7 +182,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
         (["--gpu=NVIDIA L4", "--device=cpu"], "--gpu and --device cpu: drop one of them"),
     ],
 )
-def test_command_refuses_what_cannot_be(flags, message, tmp_path, capsys, console):
+def test_command_refuses_impossible_settings(flags, message, tmp_path, capsys, console):
     common = ["plan", f"--cache-dir={tmp_path}", "--data-mode=synthetic"]
     assert commands.main([*common, *flags]) == 1
     assert message in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert planned.memory_source == "sum of its parts"
 
 
-def test_plan_stays_as_it_was_made_when_a_run_goes_on(ask, finish):
+def test_plan_is_unchanged_when_a_run_resumes(ask, finish):
     asked = ask(run_name="one")
     finish("before", rate=1000.0)
     pipeline.plan(asked)
@@ -266,7 +266,7 @@ def test_plan_stays_as_it_was_made_when_a_run_goes_on(ask, finish):
     assert longer is not None and longer.rate_source.startswith("from 2 earlier runs here")
 
 
-def test_run_again_is_not_its_own_prediction(ask, finish):
+def test_repeated_run_does_not_predict_itself(ask, finish):
     held = finish("one", rate=1000.0)
     again = finish("one", rate=1000.0)
     assert again == held
@@ -281,7 +281,7 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
     assert "| speed |" in page and "| 1,000 tokens/s |" in page and "| training |" in page
 
 
-def test_miss_is_known_only_where_both_are():
+def test_miss_is_known_only_if_both_figures_are():
     seconds = Compared(name="seconds", predicted=10.0, measured=11.0)
     assert seconds.miss == pytest.approx(0.1)
     assert seconds.replace(predicted=None).miss is None
@@ -289,7 +289,7 @@ def test_miss_is_known_only_where_both_are():
     assert plan_page.cells(memory)[1:] == ("unknown", "1.00 GiB", "")
 
 
-def test_memory_of_code_that_the_formula_is_not_for_is_left_open(ask):
+def test_memory_is_unknown_for_code_that_was_not_measured(ask):
     planned = plans.forecast(ask(training={"max_steps": 10, "document_mask": True}))
     assert planned.predicted.memory_bytes is None
     assert plan_page.memory_line(planned).startswith("unknown for such code on a CPU")
@@ -341,7 +341,7 @@ def test_plan_of_shards_is_near_those_that_are_built(ask, vocab_size, usual):
     assert "disk: about " in f"disk: {plan_page.disk_line(planned)}"
 
 
-def test_files_to_validate_on_are_part_of_the_shards(ask, text, tmp_path):
+def test_validation_files_are_part_of_the_planned_shards(ask, text, tmp_path):
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("\n".join(text.texts) * 10)
     data = text.corpus.model_dump()
@@ -352,7 +352,7 @@ def test_files_to_validate_on_are_part_of_the_shards(ask, text, tmp_path):
     assert both - alone == pytest.approx(10 * alone, rel=0.1)
 
 
-def test_what_a_run_has_already_needs_no_room(ask, finish, monkeypatch):
+def test_existing_files_of_a_run_need_no_more_space(ask, finish, monkeypatch):
     finish("one", rate=1000.0)
     planned = plans.forecast(ask(run_name="one"))
     rows, checkpoint = (planned.predicted.shard_bytes, planned.predicted.checkpoint_bytes)

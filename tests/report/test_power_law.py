@@ -9,7 +9,7 @@ from zeroflow.report.power_law import PowerLaw
 def noisy(
     count: int, *, floor: float, noise: float, random: np.random.Generator
 ) -> tuple[list[float], list[float]]:
-    """Compute and losses of trainings over four powers of ten, and of one of 16 times the last."""
+    """Compute and losses of runs over four powers of ten, and of one of 16 times the last."""
     flops = [*(10.0 ** (17 + np.linspace(0, 4, count))), 1.6e22]
     errors = np.exp(noise * random.standard_normal(count + 1))
     exponent, factor = (0.15, 2.0) if floor else (0.06, 4.0)
@@ -21,7 +21,7 @@ def noisy(
     ("count", "floor", "noise"),
     [(3, 0.0, 0.01), (4, 1.7, 0.002), (4, 0.0, 0.01), (6, 1.7, 0.01)],
 )
-def test_interval_holds_the_loss_of_the_next_training_as_often_as_said(count, floor, noise):
+def test_interval_contains_the_loss_of_the_next_run_as_often_as_promised(count, floor, noise):
     random, inside, trials = np.random.default_rng(count), 0, 200
     for _ in range(trials):
         flops, losses = noisy(count, floor=floor, noise=noise, random=random)
@@ -33,7 +33,7 @@ def test_interval_holds_the_loss_of_the_next_training_as_often_as_said(count, fl
     assert 0.92 <= inside / trials <= 0.995
 
 
-def test_floor_is_found_again_and_the_loss_far_away_is_not_below_it():
+def test_floor_is_recovered_and_distant_predictions_are_not_below_it():
     flops, losses = noisy(6, floor=1.7, noise=0.0, random=np.random.default_rng(0))
     law = PowerLaw.fitted(flops[:-1], losses[:-1])
     assert law is not None and law.freedom == 3

@@ -1,4 +1,4 @@
-"""What a person is told while a training goes on."""
+"""Display of the progress of training."""
 
 import io
 import logging
@@ -50,7 +50,7 @@ def test_every_logged_step_is_shown_with_its_share_and_the_time_left(passed):
     assert last == "step 100/100  loss 4.0000  640 tokens/s  ETA 0 s"
 
 
-def test_speed_of_a_resumed_training_is_that_of_its_own_process(passed):
+def test_speed_after_a_resume_is_that_of_the_new_process(passed):
     shown = []
     with TrainingProgress(lambda share, text: shown.append(text)) as progress:
         progress(started(step=60))
@@ -101,7 +101,7 @@ def bar(progress):
     return task.description, task.completed, task.total, task.fields["text"]
 
 
-def test_check_tells_how_far_it_is_when_the_log_has_been_silent(passed, caplog):
+def test_check_logs_its_progress_after_a_silence(passed, caplog):
     caplog.set_level(logging.INFO, logger="zeroflow")
     shown = []
     with CheckProgress("overfit check", lambda share, text: shown.append(share)) as progress:
@@ -113,7 +113,7 @@ def test_check_tells_how_far_it_is_when_the_log_has_been_silent(passed, caplog):
     assert shown == [step / 40 for step in range(1, 31)]
 
 
-def test_log_has_a_line_now_and_then_and_the_last_step_always(passed, caplog):
+def test_log_has_occasional_lines_and_always_the_last_step(passed, caplog):
     caplog.set_level(logging.INFO, logger="zeroflow")
     with TrainingProgress() as progress:
         progress(started())

@@ -85,7 +85,7 @@ def test_figures_are_those_of_the_report(tmp_path):
     assert "expected loss" not in found, "there were no earlier runs"
 
 
-def test_what_is_known_of_some_runs_only_is_told_of_those(tmp_path):
+def test_optional_figures_are_shown_if_they_are_known(tmp_path):
     expected = ExpectedLoss(
         earlier=2,
         tokens=614_400,
@@ -106,7 +106,7 @@ def test_what_is_known_of_some_runs_only_is_told_of_those(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["cache", "a folder"])
-def test_commands_can_be_given_as_they_are_to_a_shell(tmp_path, folder):
+def test_commands_can_be_pasted_into_a_shell(tmp_path, folder):
     cache = tmp_path / folder
     found = lines(cache, report())
     generate = shlex.split(found["text"])
@@ -119,13 +119,13 @@ def test_commands_can_be_given_as_they_are_to_a_shell(tmp_path, folder):
     ]
 
 
-def test_text_is_not_offered_where_the_model_knows_token_ids_only(tmp_path):
+def test_text_generation_is_not_offered_for_a_model_of_token_ids(tmp_path):
     data = report().data.replace(mode="synthetic", name="synthetic")
     found = lines(tmp_path, report(data=data))
     assert "text" not in found and "transformers" in found
 
 
-def test_folder_that_is_the_default_is_not_named(tmp_path, monkeypatch):
+def test_default_folder_is_not_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = lines(DEFAULT_CACHE, report())
     assert not any("--cache-dir" in text for text in found.values())

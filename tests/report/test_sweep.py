@@ -1,4 +1,4 @@
-"""A sweep around its runs: what they leave is compared, and its run in MLflow is ended."""
+"""A sweep around its runs: their results are compared, and its MLflow run is ended."""
 
 import shutil
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def statuses(sweep: SweepConfig) -> dict[str, str]:
     return {one.run.removeprefix("s-custom-"): one.status for one in found.runs}
 
 
-def test_sweep_compares_whatever_has_a_loss_and_tells_how_each_run_ended(make, begin, caplog):
+def test_sweep_compares_every_run_with_a_loss_and_shows_how_each_ended(make, begin, caplog):
     sweep = make(0, 1, 2, 3, 4)
 
     def run_one(cell: RunConfig) -> None:
@@ -109,7 +109,7 @@ def test_sweep_compares_whatever_has_a_loss_and_tells_how_each_run_ended(make, b
     assert any("seed1 was cancelled" in message for message in caplog.messages)
 
 
-def test_sweep_of_which_no_run_passed_everything_is_compared_and_ended(make, begin):
+def test_sweep_without_a_completed_run_is_compared_and_ended(make, begin):
     sweep = make(0, 1)
 
     def run_one(cell: RunConfig) -> None:
@@ -131,7 +131,7 @@ def test_sweep_of_which_no_run_passed_everything_is_compared_and_ended(make, beg
     assert "s-custom-seed7 (failed)" in nothing.folder.comparison_page.read_text()
 
 
-def test_sweep_of_which_a_run_was_cancelled_has_not_failed(make, begin):
+def test_sweep_with_a_cancelled_run_has_not_failed(make, begin):
     sweep = make(0, 1)
 
     def run_one(cell: RunConfig) -> None:
@@ -156,7 +156,7 @@ def test_sweep_of_which_a_run_was_cancelled_has_not_failed(make, begin):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_interrupted_sweep_is_compared_as_far_as_it_came_and_ended(make, begin, stop):
+def test_interrupted_sweep_is_compared_so_far_and_ended(make, begin, stop):
     sweep = make(0, 1, 2)
 
     def run_one(cell: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""The defaults of a training, by size and device."""
+"""Default settings by size and device."""
 
 import math
 import re
@@ -29,7 +29,7 @@ def filled(
 
 @pytest.mark.parametrize("device", [CPU, H200], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_left_open_and_what_was_given_stays(device, size):
+def test_every_setting_is_filled_in_and_given_ones_stay(device, size):
     chosen = {"seq_len": 512, "max_steps": 77, "schedule": "wsd", "sample_prompt": "", "z_loss": 1}
     choice = filled(device, size, **chosen)
     for name, value in chosen.items():
@@ -50,7 +50,7 @@ counts = st.none() | st.integers(1, 40)
     batch_size=counts,
     grad_accum_steps=counts,
 )
-def test_tokens_of_a_step_are_those_of_its_rows_whatever_is_given(
+def test_tokens_of_a_step_are_those_of_its_rows_with_any_settings(
     device, size, seq_len, gpus, batch_size, grad_accum_steps
 ):
     asked = {"gpus": gpus, "batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
@@ -70,7 +70,7 @@ def test_tokens_of_a_step_are_those_of_its_rows_whatever_is_given(
     batch_size=counts,
     grad_accum_steps=counts,
 )
-def test_batch_that_is_given_in_tokens_is_split_evenly_or_refused_with_one_that_is(
+def test_batch_given_in_tokens_is_split_evenly_or_refused_with_a_suggestion(
     gpus, rows, rest, seq_len, batch_size, grad_accum_steps
 ):
     counted = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps, "gpus": gpus}
@@ -111,7 +111,7 @@ def test_activations_are_recomputed_as_soon_as_a_row_would_not_fit():
     assert filled(H200, activation_checkpointing="full").activation_checkpointing == "full"
 
 
-def test_custom_shape_has_the_habits_of_the_size_that_is_nearest():
+def test_custom_shape_has_the_defaults_of_the_nearest_size():
     medium = ModelChoice(**SIZES["medium"].model_dump(include=set(SHAPE.model_dump())))
     for model, size in ((ModelChoice(**SHAPE.model_dump()), "tiny"), (medium, "medium")):
         mine, named = (fill(RunConfig(model=one), H200) for one in (model, ModelChoice(size=size)))

@@ -27,7 +27,7 @@ from zeroflow.settings.sweep import SweepConfig
         ({"data": {"data_mode": "files"}}, "^--data-mode files needs --data-path"),
     ],
 )
-def test_message_is_in_the_words_of_the_command_line(given, message):
+def test_message_names_settings_by_their_flags(given, message):
     with pytest.raises(ValidationError) as refused:
         RunConfig.model_validate(given)
     said = error_message(refused.value)
@@ -42,7 +42,7 @@ def test_message_about_a_long_value_is_short():
     assert len(error_message(refused.value)) < 400
 
 
-def test_message_of_another_error_is_its_message_or_at_least_its_kind():
+def test_message_of_another_error_is_its_text_or_its_type():
     assert error_message(ValueError("no room")) == "no room"
     assert error_message(ValueError("ws://me:s3cret@box")) == "ws://***@box"
     assert error_message(TimeoutError()) == "TimeoutError"

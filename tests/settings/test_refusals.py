@@ -42,7 +42,7 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
     ],
     ids=str,
 )
-def test_what_a_cpu_cannot_do_is_refused(settings, message):
+def test_settings_that_a_cpu_does_not_support_are_refused(settings, message):
     with refused(message):
         refusals.refuse_what_the_device_cannot(run(device="cpu", **settings), find_device("cpu"))
 
@@ -61,7 +61,7 @@ def test_more_gpus_than_the_machine_has_are_refused(there, asked, message, monke
         refusals.refuse_more_gpus_than_there_are(run(training={"gpus": asked}), known_gpu("L4"))
 
 
-def test_processes_of_a_cpu_need_no_gpus():
+def test_ranks_on_a_cpu_need_no_gpus():
     refusals.refuse_more_gpus_than_there_are(
         run(device="cpu", training={"gpus": 8}), find_device("cpu")
     )
@@ -69,7 +69,7 @@ def test_processes_of_a_cpu_need_no_gpus():
         refusals.refuse_more_gpus_than_there_are(run(training={"gpus": 8}), find_device("cpu"))
 
 
-def test_plan_for_several_gpus_names_one_where_the_machine_has_none():
+def test_plan_for_several_gpus_needs_a_name_on_a_machine_without_gpus():
     several = run(training={"gpus": 4})
     refusals.refuse_a_plan_for_no_gpu(several, known_gpu("L4"))
     refusals.refuse_a_plan_for_no_gpu(several.replace(device="cpu"), find_device("cpu"))

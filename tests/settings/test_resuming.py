@@ -29,7 +29,7 @@ def test_given_settings_are_those_that_were_set_to_a_value():
     }
 
 
-def test_settings_that_are_asked_for_again_are_no_change():
+def test_repeated_settings_are_not_a_change():
     before = {"seed": 1, "data": {"data_path": ["a", "b"], "text_column": "body"}}
     same = {"seed": 1, "data": {"data_path": ("a", "b")}}
     assert resuming.without(same, before) == {}
@@ -37,13 +37,13 @@ def test_settings_that_are_asked_for_again_are_no_change():
     assert resuming.without(other, before) == {"seed": 2, "data": {"data_path": ("a",)}}
 
 
-def test_what_is_given_now_replaces_what_is_recorded():
+def test_given_settings_replace_recorded_ones():
     recorded = run(seed=3, training={"seq_len": 64, "max_steps": 20})
     merged = resuming.merged(recorded, run(training={"max_steps": 40}), {})
     assert merged == run(seed=3, training={"seq_len": 64, "max_steps": 40})
 
 
-def test_branch_that_was_settled_to_a_commit_stays_at_it_when_asked_for_again():
+def test_branch_that_is_requested_again_stays_at_its_commit():
     recorded = run(data={"data_mode": "fineweb", "data_revision": "4f5e"})
     again = run(data={"data_mode": "fineweb", "data_revision": "main"})
     assert resuming.merged(recorded, again, {"data": {"data_revision": "main"}}) == recorded
@@ -69,7 +69,7 @@ def test_same_number_of_gpus_keeps_the_split():
     assert resuming.merged(recorded, run(training={"gpus": 2}), {}) == recorded
 
 
-def test_one_gpu_leaves_the_stage_of_several_behind():
+def test_run_on_one_gpu_drops_the_zero_stage():
     recorded = run(training={"gpus": 2, "zero_stage": 3})
     assert resuming.merged(recorded, run(training={"gpus": 1}), {}).training.zero_stage is None
 

@@ -1,4 +1,4 @@
-"""The settings themselves, before anything is settled."""
+"""Requested settings, before they are settled."""
 
 import pytest
 from pydantic import ValidationError
@@ -9,12 +9,12 @@ from zeroflow.settings.run_config import ModelChoice, RunConfig, TrainingChoice,
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "x" * 101, "a b"])
-def test_name_that_is_no_plain_folder_is_refused(name):
+def test_name_that_is_not_a_plain_folder_name_is_refused(name):
     with pytest.raises(ValidationError, match="run_name"):
         RunConfig(run_name=name)
 
 
-def test_shape_of_ones_own_is_taken_in_full_or_not_at_all():
+def test_custom_shape_must_be_complete():
     choice = ModelChoice(**SHAPE.model_dump())
     assert choice.shape == SHAPE and choice.name == "custom"
     assert ModelChoice().shape == SIZES["tiny"] and ModelChoice().name == "tiny"
@@ -32,7 +32,7 @@ def test_synthetic_data_with_a_tokenizer_is_refused():
         RunConfig(data={"data_mode": "synthetic"}, tokenizer={"tokenizer_name": "train"})
 
 
-def test_every_setting_has_a_name_and_a_description_of_its_own():
+def test_every_setting_has_its_own_name_and_description():
     names = [name.rsplit(".", 1)[-1] for name, _ in leaves(RunConfig())]
     assert len(set(names)) == len(names)
     for group in (TrainingChoice, ModelChoice):

@@ -86,7 +86,7 @@ def test_sample_run_trains_its_tokenizer_and_is_pinned(ask):
     assert settled.run.run_name.startswith("tiny-sample-")
 
 
-def test_files_run_is_pinned_and_refuses_to_go_on_with_other_files(ask, tmp_path):
+def test_run_on_files_is_pinned_and_refuses_other_files(ask, tmp_path):
     file = tmp_path / "a.jsonl"
     jsonl_corpus(file, ["one"])
     asked = ask(
@@ -116,7 +116,7 @@ def test_run_on_relative_paths_is_resumed_and_extended_in_another_folder(
 
 
 @pytest.mark.parametrize("written_out", [{}, {"model": {"size": "tiny"}}])
-def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
+def test_same_settings_give_the_same_name_and_resume(ask, written_out):
     first, again = settle(ask()), settle(ask(**written_out))
     assert again.run == first.run and again.resumes and not first.resumes
     assert again.corpus_reason == "as when the run was started"
@@ -134,7 +134,7 @@ def test_same_settings_have_the_same_name_and_go_on(ask, written_out):
         {"tokenizer": {"vocab_size": 999}},
     ],
 )
-def test_each_setting_that_touches_a_weight_makes_another_name(ask, change):
+def test_each_setting_that_affects_weights_changes_the_name(ask, change):
     assert settle(ask(**change)).run.run_name != settle(ask()).run.run_name
 
 
@@ -146,7 +146,7 @@ def test_each_setting_that_touches_a_weight_makes_another_name(ask, change):
         {"overfit": {"overfit_steps": 3}},
     ],
 )
-def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change):
+def test_settings_that_do_not_affect_weights_keep_the_name_and_may_change(ask, change):
     first = settle(ask()).run
     assert first.training.batch_tokens == 512
     again = settle(ask(run_name=first.run_name, **change)).run
@@ -172,7 +172,7 @@ def test_settings_that_touch_no_weight_keep_the_name_and_may_change(ask, change)
         ({"optimizer": {"weight_decay": 0.0}}, "--weight-decay 0.1, now it is 0.0"),
     ],
 )
-def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field):
+def test_run_of_the_same_name_refuses_other_settings_and_names_them(ask, change, field):
     start = ask(run_name="mine", training={"max_steps": 10})
     before = trained(start)
     with pytest.raises(ValueError, match=f"run mine was trained with {field}"):
@@ -180,7 +180,7 @@ def test_run_of_a_name_refuses_other_settings_and_says_which(ask, change, field)
     assert load(before.cache_dir, "mine") == before
 
 
-def test_run_that_never_trained_begins_anew_with_other_settings(ask):
+def test_run_that_never_trained_starts_over_with_other_settings(ask):
     """So that the remedy of a failure can be tried under the same name."""
     first = settle(ask(run_name="mine", training={"seq_len": 64}))
     ledger = first.run.run_dir / "ledger.jsonl"
@@ -211,7 +211,7 @@ def test_setting_that_is_changed_and_changed_back_is_what_was_given_last(ask):
     assert [logged(interval) for interval in (10, 5, 10)] == [10, 5, 10]
 
 
-def test_settings_sent_elsewhere_are_the_same_run_and_only_what_was_given(
+def test_settings_for_another_folder_are_the_same_run_and_only_given_ones(
     ask, tmp_path, monkeypatch
 ):
     jsonl_corpus(tmp_path / "mine" / "text.jsonl", ["Some words of my own."])
@@ -242,7 +242,7 @@ def test_run_that_was_extended_refuses_the_steps_it_was_started_with(ask):
         settle(ask(run_name="mine", training={"max_steps": 10}))
 
 
-def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeypatch):
+def test_same_command_keeps_the_fallback_of_its_first_call(ask, monkeypatch):
     def unreachable(name, revision):
         raise HubError(name, "the hub cannot be reached", transient=True)
 
@@ -281,12 +281,12 @@ def test_same_command_goes_on_with_what_its_first_call_fell_back_to(ask, monkeyp
         ),
     ],
 )
-def test_setting_that_would_do_nothing_is_refused(ask, settings, message):
+def test_setting_without_effect_is_refused(ask, settings, message):
     with pytest.raises(ValueError, match=message):
         settle(ask(**settings))
 
 
-def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
+def test_run_of_the_same_name_refuses_another_number_of_tokens_per_step(ask):
     settle(ask(run_name="mine"))
     with pytest.raises(
         ValueError, match=r"--batch-tokens 512 gives 2 rows .* not --batch-size 3 x"
@@ -294,7 +294,7 @@ def test_run_of_a_name_refuses_another_number_of_tokens_in_a_step(ask):
         settle(ask(run_name="mine", training={"batch_size": 3, "grad_accum_steps": 1}))
 
 
-def test_run_goes_on_with_more_steps_and_remembers_them(ask):
+def test_run_is_extended_to_more_steps_and_records_them(ask):
     first = trained(ask(run_name="mine", training={"max_steps": 10}))
     more = settle(ask(run_name="mine", training={"max_steps": 20})).run
     assert more.training.max_steps == 20
@@ -324,7 +324,7 @@ def test_setting_that_is_not_given_again_is_taken_from_the_run(ask):
     assert (again.seed, again.training.learning_rate, again.training.max_steps) == (5, 0.5, 9)
 
 
-def test_unknown_run_is_refused_with_those_there_are(ask):
+def test_unknown_run_is_refused_with_the_existing_ones(ask):
     cache = settle(ask(run_name="mine")).run.cache_dir
     with pytest.raises(ValueError, match=r"no run yours in .* existing runs: mine"):
         load(cache, "yours")
@@ -346,14 +346,14 @@ def test_unknown_run_is_refused_with_those_there_are(ask):
         ({"grad_accum_steps": 5}, (1, 5)),
     ],
 )
-def test_batch_is_whatever_is_given_and_the_rest_follows(ask, given, batch):
+def test_batch_follows_from_the_given_settings(ask, given, batch):
     run = settle(ask(training={"seq_len": 100, **given})).run
     assert (run.training.batch_size, run.training.grad_accum_steps) == batch
     assert run.training.batch_tokens == batch[0] * batch[1] * 100 == 100 * run.batch_rows
 
 
 # The synthetic run of a CPU has steps of two rows
-def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_rows(ask):
+def test_gpus_share_the_rows_of_a_step_and_another_number_resumes_with_the_same_rows(ask):
     two = settle(ask(run_name="mine", training={"gpus": 2, "zero_stage": 3})).run
     assert (two.training.batch_size, two.training.grad_accum_steps) == (1, 1)
     assert two.training.batch_tokens == 512 and two.batch_rows == 2
@@ -368,7 +368,7 @@ def test_gpus_share_the_rows_of_a_step_and_another_number_goes_on_with_the_same_
         settle(ask(run_name="mine", training={"gpus": 3}))
 
 
-def test_runs_of_several_gpus_are_runs_of_their_own_and_one_gpu_needs_no_word(ask):
+def test_runs_on_several_gpus_are_named_after_them_and_one_gpu_is_not_named(ask):
     alone, two, sharded = (
         settle(ask(training={"batch_tokens": 512, **given})).run.run_name
         for given in ({}, {"gpus": 2}, {"gpus": 2, "zero_stage": 3})
@@ -378,7 +378,7 @@ def test_runs_of_several_gpus_are_runs_of_their_own_and_one_gpu_needs_no_word(as
     assert settle(explicit).run.run_name == alone
 
 
-def test_run_of_a_version_that_knew_one_gpu_only_goes_on(ask):
+def test_run_of_a_version_for_one_gpu_resumes(ask):
     run = trained(ask(run_name="mine"))
     recorded = artifacts.read_json(run.run_dir / "run.json")
     for name in ("gpus", "zero_stage"):
@@ -387,7 +387,7 @@ def test_run_of_a_version_that_knew_one_gpu_only_goes_on(ask):
     assert settle(ask(run_name="mine")).run == run
 
 
-def test_more_gpus_than_there_are_are_refused_with_what_to_do(ask, monkeypatch):
+def test_more_gpus_than_exist_are_refused_with_a_remedy(ask, monkeypatch):
     with pytest.raises(ValueError, match="sees none: --device cpu uses 2 processes"):
         settle(ask(device="auto", training={"gpus": 2}))
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: GPU)
@@ -414,7 +414,7 @@ def test_run_that_another_process_owns_is_left_as_it_is(ask):
     assert {file: file.read_bytes() for file in run.run_dir.iterdir()} == before
 
 
-def test_run_that_another_process_began_meanwhile_is_gone_on_with(ask):
+def test_run_that_another_process_began_meanwhile_is_resumed(ask):
     asked = ask(run_name="mine", seed=3)
 
     def acquire(run_dir: Path) -> None:
@@ -467,7 +467,7 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_reco
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_that_is_not_there_is_refused(ask):
+def test_missing_gpu_is_refused(ask):
     with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
         settle(ask(device="cuda"))
 
@@ -486,9 +486,7 @@ def gpu(monkeypatch):
     ("name", "capability", "compiled"),
     [("Tesla T4", (7, 5), True), ("Tesla P100", (6, 0), False)],
 )
-def test_older_gpu_trains_in_what_it_has_and_says_so(
-    ask, monkeypatch, caplog, name, capability, compiled
-):
+def test_older_gpu_trains_in_fp32_and_says_so(ask, monkeypatch, caplog, name, capability, compiled):
     old = Device(kind="cuda", name=name, memory_bytes=15 * 2**30, capability=capability)
     monkeypatch.setattr(settle_module, "find_device", lambda wanted: old)
     with caplog.at_level("INFO", logger="zeroflow"):
@@ -526,7 +524,7 @@ def test_defaults_on_a_gpu_suit_the_size(ask, gpu, size, tokens, rate):
     assert run.train_tokens >= 20 * nominal
 
 
-def test_fp8_is_refused_before_anything_is_fetched_where_it_cannot_be(ask, gpu, monkeypatch):
+def test_unsupported_fp8_is_refused_before_anything_is_fetched(ask, gpu, monkeypatch):
     def fetch(config):
         raise AssertionError("looked up")
 
@@ -571,7 +569,7 @@ def rows(tmp_path) -> ShardSet:
 TOKENS = Tokenizer(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="f")
 
 
-def test_training_job_is_what_the_settings_say(ask, rows):
+def test_training_job_follows_from_the_settings(ask, rows):
     settled = settle(ask(seed=4, training={"max_steps": 12}))
     model = with_vocabulary(settled.run.model.shape, 500)
     job = training_job(settled, model, rows, TOKENS, tags={"mine": "yes"})
@@ -594,7 +592,7 @@ def test_password_of_the_tracking_server_is_not_stored(ask, rows, monkeypatch):
     assert "s3cret" not in job.model_dump_json()
 
 
-def test_utilisation_is_told_only_where_the_peak_is_known(ask, rows, gpu):
+def test_utilisation_is_shown_only_if_the_peak_is_known(ask, rows, gpu):
     def peak(precision: str) -> float | None:
         settled = settle(ask(device="auto", training={"precision": precision}))
         model = with_vocabulary(settled.run.model.shape, 500)
@@ -610,7 +608,7 @@ def test_record_is_readable_json(ask):
     assert recorded["run_name"] == "mine" and recorded["training"]["max_steps"] == 200
 
 
-def test_new_run_says_in_what_it_differs_from_the_nearest(ask):
+def test_new_run_names_its_differences_from_the_most_similar_run(ask):
     first = settle(ask(seed=1)).run
     assert unlike_others(first) == "none exists yet"
     far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run

@@ -7,7 +7,7 @@ from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig, cells
 
 
-def test_every_combination_is_a_run_with_a_name_that_tells_it():
+def test_every_combination_is_a_run_whose_name_shows_it():
     sweep = SweepConfig(
         sweep_name="s",
         sizes=("tiny", "small"),
@@ -32,7 +32,7 @@ def test_every_combination_is_a_run_with_a_name_that_tells_it():
     assert all(cell.training.learning_rate == 1e-3 for cell in runs)
 
 
-def test_stages_of_zero_are_varied_like_all_else():
+def test_zero_stages_are_varied_like_other_settings():
     sweep = SweepConfig(sweep_name="s", zero_stages=(0, 3), run={"training": {"gpus": 2}})
     runs = cells(sweep)
     assert [cell.run_name for cell in runs] == ["s-tiny-zero0", "s-tiny-zero3"]
@@ -40,7 +40,7 @@ def test_stages_of_zero_are_varied_like_all_else():
     assert all(cell.training.gpus == 2 for cell in runs)
 
 
-def test_what_is_not_varied_stays_as_the_run_has_it():
+def test_other_settings_are_those_of_the_run():
     [cell] = cells(SweepConfig(sweep_name="s", run={"model": {"size": "small"}}))
     assert cell == RunConfig(model={"size": "small"}, sweep="s", run_name="s-small")
 

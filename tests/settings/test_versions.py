@@ -6,7 +6,7 @@ import torch
 from zeroflow.settings import versions
 
 
-def test_versions_are_those_that_run():
+def test_versions_are_the_installed_ones():
     found = versions.versions()
     assert found["torch"] == torch.__version__
     assert {"python", "zeroflow", "numpy"} <= set(found)

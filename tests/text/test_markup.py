@@ -1,4 +1,4 @@
-"""Text from outside stays text, on pages and in terminals."""
+"""Text from outside is shown literally, on pages and in terminals."""
 
 import json
 import logging
@@ -43,12 +43,12 @@ def read(markdown: str) -> str:
 
 
 @given(TEXTS)
-def test_each_character_of_a_text_stands_for_itself(text):
+def test_each_character_of_a_text_is_shown_literally(text):
     assert read(f"x {escaped(text)} x").split() == f"x {one_line(text)} x".split()
 
 
 @given(TEXTS, TEXTS)
-def test_cell_holds_its_text_and_a_row_its_cells(first, second):
+def test_cell_keeps_its_text_and_a_row_its_cells(first, second):
     tokens = READER.parse(table(("a", "b"), [(first, second)]))
     cells = [token.content for token in tokens if token.type == "inline"]
     assert len(cells) == 4

@@ -27,7 +27,7 @@ def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch,
     assert runs[0].experiment_id == runs[1].experiment_id
 
 
-def test_run_is_begun_anew_only_where_the_store_says_it_has_none(config, mine):
+def test_new_run_is_created_only_if_the_store_has_none(config, mine):
     from mlflow.exceptions import MlflowException
 
     _, run = open_run(config, mine)
@@ -70,7 +70,7 @@ def test_artifacts_follow_a_cache_that_moves(config, tmp_path):
     assert {file.path for file in shown} == {"before.txt", "after.txt"}
 
 
-def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):
+def test_store_is_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri, folder = location(tmp_path)
     assert folder == tmp_path / "mlflow" and uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
@@ -80,7 +80,7 @@ def test_store_lies_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_that_follow_each_other_have_colours_of_their_own(config, tmp_path):
+def test_consecutive_runs_have_different_colours(config, tmp_path):
     colours = []
     for number in range(11):
         other = begun(tmp_path, f"run-{number}")

@@ -217,7 +217,7 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
     assert (config.folder / "artifacts").exists()
 
 
-def test_files_are_there_while_the_run_is_trained_and_follow_their_changes(config, mine):
+def test_files_are_attached_during_training_and_updated(config, mine):
     def attached(name: str) -> str | None:
         run = the_run(config, mine).info if run_ids(mine) else None
         if run is None or name not in {
@@ -237,7 +237,7 @@ def test_files_are_there_while_the_run_is_trained_and_follow_their_changes(confi
     tracker.close("FINISHED")
 
 
-def test_server_that_dies_is_told_everything_once_it_is_back(
+def test_server_that_was_lost_gets_everything_when_it_is_back(
     config, mine, server, caplog, tmp_path, monkeypatch
 ):
     """One run goes on while the server is away, another ends."""
@@ -293,7 +293,7 @@ def test_server_that_dies_is_told_everything_once_it_is_back(
     assert len(kept) > 4 and not any(b"s3cret" in content for content in kept)
 
 
-def test_points_whose_answer_was_lost_are_there_once(config, mine):
+def test_points_whose_response_was_lost_appear_once(config, mine):
     """Two writers that both believe nothing has arrived."""
     first, second = (tracker.MlflowRun(config, mine) for _ in range(2))
     records = [logged(step) for step in range(1, 1200)]  # several batches
@@ -313,7 +313,7 @@ def test_steps_of_less_than_a_gflop_are_one_point(config, mine):
     assert [point.step for point in found] == [0, 1, 2, 3]
 
 
-def test_record_of_the_run_that_was_cut_costs_nothing(config, mine):
+def test_truncated_record_of_the_run_does_no_harm(config, mine):
     record(mine, range(1, 4))
     mine.mlflow.write_text('{"run_id": "')
     assert finish(config, mine, succeeded=True)
@@ -337,7 +337,7 @@ def test_store_that_cannot_be_written_is_a_warning_only(config, mine, caplog):
     assert history(config, mine, "loss/train") == losses(1)
 
 
-def test_store_that_is_no_database_is_given_up_at_once(config, mine, caplog, monkeypatch):
+def test_store_that_is_not_a_database_fails_immediately(config, mine, caplog, monkeypatch):
     from mlflow.store.db import utils
 
     tries: list[str] = []
@@ -352,7 +352,7 @@ def test_store_that_is_no_database_is_given_up_at_once(config, mine, caplog, mon
     assert "could not be added to MLflow" in told and told.endswith("file is not a database")
 
 
-def test_server_that_does_not_answer_is_given_up(config, mine, caplog, monkeypatch):
+def test_server_that_does_not_answer_times_out(config, mine, caplog, monkeypatch):
     monkeypatch.setattr(store, "OPEN_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -96,7 +96,7 @@ def flip_a_bit(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-def test_loaded_state_is_the_saved_one_bit_for_bit(tmp_path):
+def test_loaded_state_is_bit_identical_to_the_saved_one(tmp_path):
     saved = trained(3)
     torch.manual_seed(99)
     random_state = torch.get_rng_state()
@@ -162,7 +162,7 @@ def save_and_be_killed(folder: Path) -> None:
     save(trained(3), folder, keep=2)
 
 
-def test_training_killed_while_it_saves_ends_as_an_uninterrupted_one(tmp_path):
+def test_training_killed_during_a_save_ends_like_uninterrupted_training(tmp_path):
     before = save(trained(2), tmp_path, keep=2)
     process = multiprocessing.get_context("spawn").Process(
         target=save_and_be_killed, args=(tmp_path,)
@@ -197,7 +197,7 @@ def test_newest_checkpoints_are_kept(tmp_path):
     assert newest is not None and checkpoint.step_of(newest) == 6
 
 
-def test_best_and_every_nth_stay_beside_the_newest(tmp_path):
+def test_best_and_every_nth_checkpoint_are_kept_with_the_newest(tmp_path):
     losses = {1: math.nan, 2: 3.0, 4: 3.5, 6: 3.2}
     saver = Saver(tmp_path, Retention(keep=1, keep_every=3), tokenizer=TOKENIZER)
     state = new_state(training_config(steps=7))
@@ -225,7 +225,7 @@ def test_checkpoint_that_was_moved_and_linked_is_used_and_its_link_removed(tmp_p
     assert artifacts.verify(elsewhere), "what a person has moved stays"
 
 
-def test_state_is_saved_as_it_was_however_far_training_is_when_it_is_written(tmp_path, monkeypatch):
+def test_state_is_saved_as_it_was_when_the_save_began(tmp_path, monkeypatch):
     written = threading.Event()
     write = tensor_files.write
 
@@ -256,7 +256,7 @@ def test_state_too_large_to_copy_is_written_at_once(tmp_path, monkeypatch):
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
 
 
-def test_checkpoint_that_does_not_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+def test_checkpoint_that_does_not_fit_is_refused_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
@@ -282,7 +282,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(tmp_path, m
         subprocess.run(["umount", disk], check=True)
 
 
-def test_what_a_killed_save_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     path = save(trained(1), tmp_path, keep=1)
     (tmp_path / ".step-00000003.partial").mkdir()
     checkpoint.clear_unfinished(tmp_path)
@@ -373,7 +373,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
         checkpoint.load_model(path)
 
 
-def test_checkpoint_of_the_first_format_is_no_damage(tmp_path):
+def test_checkpoint_of_the_first_format_is_not_treated_as_damaged(tmp_path):
     """Its manifest had no checksum of its own."""
     path = save(trained(1), tmp_path, keep=1)
     manifest = artifacts.read_json(path / artifacts.MANIFEST)
@@ -508,7 +508,7 @@ def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):
             files.read_into("y", torch.zeros(1))
 
 
-def test_files_are_those_that_the_library_reads_and_their_record_is_true(tmp_path):
+def test_library_reads_the_files_and_their_records_match(tmp_path):
     written = {
         "scalar": torch.tensor(3.5),
         "bits": torch.tensor([True, False]),

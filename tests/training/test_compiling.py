@@ -1,4 +1,4 @@
-"""What torch.compile does while a training goes on."""
+"""Monitoring of torch.compile during training."""
 
 import time
 
@@ -18,7 +18,7 @@ class Layer(nn.Module):
         return self.linear(x).relu()
 
 
-def test_compiling_is_timed_and_a_second_time_in_mid_run_is_a_warning_with_its_reason(caplog):
+def test_compilation_is_timed_and_recompilation_during_a_run_is_a_warning_with_its_reason(caplog):
     def warnings() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.name == compiling.__name__]
 

@@ -1,4 +1,4 @@
-"""What is found out about a run from its directory."""
+"""The documents of a step, found from the directory of a run."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_documents_of_a_step_are_those_of_its_batch(text, tmp_path, small_parts)
         assert list(dict.fromkeys(piece.row for piece in pieces)) == trained_on(job, step)
 
 
-def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
+def test_command_prints_one_line_per_piece(text, tmp_path, capsys, console):
     prepared(text, tmp_path, steps=6)
     of_run = ["documents", "--run=mine", f"--cache-dir={tmp_path}", "--step=2"]
     capsys.readouterr()
@@ -94,7 +94,7 @@ def test_command_prints_a_line_a_piece(text, tmp_path, capsys, console):
     assert lines == [piece._asdict() | {"left_out": False} for piece in pieces]
 
 
-def test_windows_that_a_run_left_out_are_told_apart(text, tmp_path, capsys, console):
+def test_skipped_windows_are_listed_separately(text, tmp_path, capsys, console):
     job = prepared(text, tmp_path, steps=6)
     unskipped = [trained_on(job, step) for step in range(1, 7)]
     job = job.replace(skips=(Skip(step=2, batches=2),))
@@ -124,7 +124,7 @@ def test_step_that_a_run_does_not_have_is_refused(text, tmp_path, step):
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_steps_before_a_run_was_extended_had_the_rows_there_were(
+def test_steps_before_an_extension_have_the_rows_of_that_time(
     text, tmp_path, small_parts, recorded
 ):
     """Older versions recorded no segments, and permuted all rows anew from then on."""

@@ -39,7 +39,7 @@ def test_bytecode_is_kept_in_the_cache_if_the_interpreter_writes_none(tmp_path, 
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
-def test_single_rank_is_rank_0_whatever_a_launcher_above_the_flow_has_set(monkeypatch):
+def test_single_rank_is_rank_0_under_any_launcher_of_the_flow(monkeypatch):
     given = {"RANK": "3", "WORLD_SIZE": "4"}
     for name, number in given.items():
         monkeypatch.setenv(name, number)

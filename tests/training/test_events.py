@@ -65,7 +65,7 @@ def test_event_is_read_as_it_was_written(event: Event, tmp_path):
     assert EVENTS.read(path) == [event]
 
 
-def test_record_of_an_event_lies_flat_beside_its_name(tmp_path):
+def test_record_of_an_event_is_stored_flat_next_to_its_name(tmp_path):
     path = tmp_path / "events.jsonl"
     record = step_record(3, 4.5)
     event = Metrics(record=record)

@@ -1,4 +1,4 @@
-"""Training further than planned: rows, learning rate and intervals, in this process."""
+"""Extension of a run to more steps: rows, learning rate and intervals, in this process."""
 
 import gc
 import json
@@ -94,7 +94,7 @@ def test_extended_run_reads_what_it_has_not_read_and_warms_up_again(make, caplog
     assert (again.training, again.segments) == (longer.training, longer.segments)
 
 
-def test_extended_run_that_is_stopped_and_split_otherwise_reads_and_ends_as_one_that_is_not(make):
+def test_extended_run_ends_the_same_if_it_is_stopped_and_split_differently(make):
     train(make(SHORT))
     train(make(SHORT, "stopped"))
     train(make(LONG))
@@ -109,7 +109,7 @@ def test_extended_run_that_is_stopped_and_split_otherwise_reads_and_ends_as_one_
     assert other.order.rows(np.arange(LONG)).tolist() == whole.order.rows(np.arange(LONG)).tolist()
 
 
-def test_steps_that_are_trained_again_are_those_of_before_the_extension(make):
+def test_repeated_steps_before_an_extension_read_the_same_rows(make):
     """The newest checkpoint is damaged, so the extended run resumes from one before it."""
     train(make(SHORT))
     longer = make(LONG)
@@ -143,7 +143,7 @@ def test_extension_after_an_extension_and_after_a_window_that_was_skipped(make):
     assert (first.step, first.planned, second.step, second.planned) == (5, SHORT, 5, LONG)
 
 
-def test_run_that_trained_nothing_begins_with_all_rows(make):
+def test_run_without_a_checkpoint_begins_with_all_rows(make):
     short = make(SHORT)
     short.write(short.folder.job)
     longer = make(LONG)

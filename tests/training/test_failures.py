@@ -1,4 +1,4 @@
-"""What a rank reports when it fails."""
+"""The report of a rank that fails."""
 
 import errno
 import os

@@ -18,7 +18,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
-def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path, passed, days):
+def test_touched_file_is_a_sign_of_life_with_any_clock(tmp_path, passed, days):
     alive = tmp_path / "alive"
     heartbeat = Heartbeat(alive)
     for number in range(3):
@@ -29,7 +29,7 @@ def test_file_that_is_touched_is_a_sign_of_life_whatever_the_clock_says(tmp_path
 
 
 @pytest.mark.parametrize("days", [0, 1000, -1000])
-def test_file_that_is_not_touched_is_none(tmp_path, passed, days):
+def test_untouched_file_is_not_a_sign_of_life(tmp_path, passed, days):
     alive = tmp_path / "alive"
     touch(alive, time.time() + 86_400 * days)
     heartbeat = Heartbeat(alive)

@@ -86,7 +86,7 @@ def test_killed_process_costs_its_steps_since_the_checkpoint_and_the_time_until_
     assert account.goodput == pytest.approx(18 / 51)
 
 
-def test_run_that_was_stopped_in_order_is_not_charged_for_the_time_until_it_goes_on():
+def test_clean_stop_is_not_charged_for_the_time_until_the_resume():
     account = Account(
         [
             booking(0, 101.0, began=100.0, start=1.0),
@@ -99,7 +99,7 @@ def test_run_that_was_stopped_in_order_is_not_charged_for_the_time_until_it_goes
     assert (account.restarts, account.steps_again) == (0, 0)
 
 
-def test_process_that_never_got_ready_is_lost_as_time_between_two():
+def test_process_that_never_finished_starting_counts_as_restart_time():
     account = Account(
         [booking(5, 10.0, began=0.0, start=10.0), booking(5, 60.0, began=50.0, start=10.0)]
     )
@@ -113,7 +113,7 @@ def test_phase_of_an_older_version_is_left_out():
     assert books.wall == 22 and sum(books.shares.values()) == 1
 
 
-def test_half_a_line_of_a_killed_process_is_no_booking(tmp_path):
+def test_half_written_line_of_a_killed_process_is_not_counted(tmp_path):
     PhaseLedger(RunFolder(tmp_path), begun()).book(3, first=True)
     with RunFolder(tmp_path).goodput.open("a") as file:
         file.write('{"step": 4, "ti')
@@ -143,7 +143,7 @@ for _ in train(state, RandomBatches(), config, clock.enter):
 """
 
 
-def test_books_survive_sigkill(tmp_path):
+def test_account_survives_sigkill(tmp_path):
     began = time.time()
     process = subprocess.Popen(
         [sys.executable, "-c", TRAIN, str(tmp_path)],
@@ -165,7 +165,7 @@ def test_books_survive_sigkill(tmp_path):
     assert account.training > 0, "of the five steps that count"
 
 
-def test_line_for_people_names_the_largest_parts():
+def test_summary_names_the_largest_phases():
     account = Account([booking(1, 100.0, began=0.0, start=10.0, forward_backward=80.0, data=10.0)])
     text = goodput.summary(account.shares, account.wall)
     assert text.startswith("1 min 40 s: forward/backward 80.0%, start 10.0%, data wait 10.0%")
@@ -174,7 +174,7 @@ def test_line_for_people_names_the_largest_parts():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_device_time_is_of_the_phase_that_asked_for_it():
+def test_device_time_belongs_to_the_phase_that_queued_the_work():
     """Asked for in no time, and waited for later, in another phase."""
     clock = Clock(time.time(), device="cuda")
     matrix = torch.randn(8192, 8192, device="cuda")

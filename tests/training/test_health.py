@@ -28,21 +28,21 @@ def test_healthy_training_raises_no_alarm():
         assert alarms(curve(300, seed=seed)) == {}
 
 
-def test_jump_of_the_loss_is_noticed_at_its_step():
+def test_jump_of_the_loss_raises_an_alarm_at_its_step():
     readings = curve(200)
     readings[150] = readings[150]._replace(loss=readings[150].loss + 2)
     [(step, [words])] = alarms(readings).items()
     assert step == 150 and words.startswith("loss 4.")
 
 
-def test_gradient_that_explodes_is_noticed_at_its_step():
+def test_exploding_gradient_raises_an_alarm_at_its_step():
     readings = curve(200)
     readings[150] = readings[150]._replace(grad_norm=50.0)
     [(step, [words])] = alarms(readings).items()
     assert step == 150 and "gradient norm 50" in words
 
 
-def test_update_that_is_too_large_is_noticed_where_the_window_is_still_blind():
+def test_too_large_update_raises_an_alarm_before_the_window_can_detect_it():
     readings = curve(200)
     readings[12] = readings[12]._replace(update_ratio=0.4)
     assert alarms(readings) == {12: ["an update of 40% of a matrix's norm"]}
@@ -55,7 +55,7 @@ def test_updates_that_are_always_large_are_no_alarm():
     assert alarms(small) == {50: ["an update of 40% of a matrix's norm"]}
 
 
-def test_loss_that_is_too_good_is_noticed_in_the_first_epoch_only():
+def test_implausibly_low_loss_raises_an_alarm_in_the_first_epoch_only():
     leak = [reading._replace(loss=0.01) for reading in curve(3)]
     assert (
         all("implausibly low" in words[0] for words in alarms(leak).values())
@@ -65,7 +65,7 @@ def test_loss_that_is_too_good_is_noticed_in_the_first_epoch_only():
     assert alarms([reading._replace(loss=0.2) for reading in leak], entropy=0.1) == {}
 
 
-def test_monitor_of_a_run_that_goes_on_knows_what_came_before():
+def test_monitor_of_a_resumed_run_knows_the_earlier_steps():
     readings = curve(200)
     readings[150] = readings[150]._replace(loss=9.0)
     resumed = Monitor(entropy=None, earlier=readings[:150])

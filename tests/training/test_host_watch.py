@@ -16,9 +16,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_machine_that_falls_silent_is_noticed_and_one_that_was_never_heard_is_not(
-    tmp_path: Path, passed
-):
+def test_silent_machine_is_detected_unless_it_never_gave_a_sign(tmp_path: Path, passed):
     folder = RunFolder(tmp_path)
     Neighbours(folder, 2, 4).silent()  # of an earlier attempt
     first, second = Neighbours(folder, 0, 3), Neighbours(folder, 1, 3)

@@ -67,7 +67,7 @@ SLURM = {
         (SLURM | {"ZEROFLOW_RENDEZVOUS": "r", "RANK": "1"}, {"RANK": "1", "MASTER_ADDR": None}),
     ],
 )
-def test_rank_takes_its_place_from_torchrun_and_from_slurm(monkeypatch, given, expected):
+def test_rank_number_comes_from_torchrun_or_slurm(monkeypatch, given, expected):
     for name in {*TORCHRUN, *SLURM, "CUDA_VISIBLE_DEVICES", "ZEROFLOW_RENDEZVOUS"}:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -235,7 +235,7 @@ def test_two_hosts_end_with_the_bits_of_one_although_ranks_agents_and_hosts_die(
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_the_host_that_is_left_and_again_with_both(tmp_path, hosts):
+def test_training_continues_with_the_remaining_host_and_later_with_both(tmp_path, hosts):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2).replace(min_nodes=1)
     workload = job.training.workload
     trouble = Trouble(job, hosts, min_nodes=1)
@@ -269,9 +269,7 @@ def test_training_goes_on_with_the_host_that_is_left_and_again_with_both(tmp_pat
 
 
 @pytest.mark.slow
-def test_flow_that_is_interrupted_stops_the_ranks_of_all_machines_with_a_checkpoint(
-    tmp_path, hosts
-):
+def test_interrupted_flow_stops_the_ranks_of_all_machines_with_a_checkpoint(tmp_path, hosts):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
     job = job.replace(cadence=Cadence(log=1, validate_=10**6, checkpoint=10**6))
 

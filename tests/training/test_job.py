@@ -1,4 +1,4 @@
-"""Jobs that are read again, and why one is trained."""
+"""Jobs that are read again, and the reason why a job is trained."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What becomes of several ranks when one of them ends, or all are to stop."""
+"""Several ranks, when one of them ends or all are asked to stop."""
 
 import os
 import signal
@@ -62,14 +62,14 @@ def test_rank_that_is_killed_ends_the_others_and_is_named(job_file):
     assert failure.value.reason == "killed"
 
 
-def test_rank_that_is_killed_is_noticed_though_the_others_say_nothing(job_file, monkeypatch):
+def test_killed_rank_is_detected_although_the_others_report_nothing(job_file, monkeypatch):
     monkeypatch.setattr(processes_module, "GRACE_SECONDS", 1.0)
     with pytest.raises(TrainingFailed, match=r"exit codes by rank: 0: none, 1: -9") as failure:
         meet(job_file, "killed while others are frozen")
     assert failure.value.reason == "killed"
 
 
-def test_rank_whose_parent_is_gone_before_it_has_met_the_others_does_not_wait(job_file):
+def test_rank_that_loses_its_parent_before_the_rendezvous_does_not_wait(job_file):
     """They may be gone as well."""
     told = zero.environment(1, 2, zero.rendezvous_file(job_file.parent))
     rank = subprocess.Popen(
@@ -90,7 +90,7 @@ def test_rank_that_fails_ends_the_others_and_says_why(job_file):
 
 
 @pytest.mark.slow
-def test_rank_that_hangs_is_noticed(job_file):
+def test_hanging_rank_is_detected(job_file):
     with pytest.raises(TrainingFailed, match="made no progress for 30 s") as failure:
         meet(job_file, "hang", hang_seconds=30)  # a busy machine takes some to start them
     assert failure.value.reason == "hang"

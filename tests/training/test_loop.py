@@ -192,7 +192,7 @@ def saved_bytes(kind: str) -> int:
     return sum(kept.values())
 
 
-def test_less_is_kept_the_more_is_recomputed():
+def test_more_recomputation_keeps_less_memory():
     assert saved_bytes("none") > 1.3 * saved_bytes("selective") > 1.3 * saved_bytes("full")
 
 
@@ -252,7 +252,7 @@ def test_nothing_leaks_from_one_document_into_another(way):
     assert reached.tolist() == (numbers[0] == 2).tolist()
 
 
-def test_document_in_a_row_is_computed_as_if_it_were_alone():
+def test_document_in_a_row_gives_the_same_results_as_alone():
     model = new_state(training_config()).model
     tokens = torch.randint(256, (1, 30), generator=torch.Generator().manual_seed(0))
     together = model(tokens, None, documents(5, 12, 13))

@@ -42,12 +42,12 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, chunk,
     assert (ours > 0) == (ignored < B * T)
 
 
-def test_chunks_smaller_than_a_vocabulary_still_hold_a_token(monkeypatch):
+def test_chunks_smaller_than_a_vocabulary_still_have_one_token(monkeypatch):
     monkeypatch.setattr(loss, "logits_bytes", lambda memory: 1)
     torch.testing.assert_close(cross_entropy_sum(*example()), plain(*example()))
 
 
-def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
+def test_logits_of_the_whole_batch_are_never_in_memory(monkeypatch):
     monkeypatch.setattr(loss, "logits_bytes", lambda memory: 16 * V)
     held = []
 

@@ -1,4 +1,4 @@
-"""The loss's kernel, beside the same in float64. Without a GPU plain PyTorch takes its place."""
+"""The kernel of the loss, compared with float64. Without a GPU, plain PyTorch is tested instead."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_huge_logits_give_finite_losses(device):
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_kernel_is_used_where_it_can_be_and_gives_what_plain_code_gives(device, monkeypatch):
+def test_kernel_is_used_if_possible_and_equals_plain_code(device, monkeypatch):
     from zeroflow.training import loss, loss_kernel
 
     generator = torch.Generator().manual_seed(0)

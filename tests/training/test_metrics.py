@@ -28,7 +28,7 @@ VALIDATION = (
 )
 
 
-def test_every_metric_of_the_table_is_a_field_and_has_a_key_of_its_own():
+def test_every_metric_of_the_table_is_a_field_and_has_its_own_key():
     fields = {*StepRecord.model_fields, *ValidationRecord.model_fields}
     assert fields >= TABLE.keys()
     assert len({metric.key for metric in TABLE.values()}) == len(TABLE)
@@ -58,7 +58,7 @@ def test_keys_of_mlflow_are_those_of_all_versions():
     }
 
 
-def test_points_are_at_steps_tokens_and_gflops_and_none_is_no_point():
+def test_points_are_at_steps_tokens_and_gflops_and_none_is_skipped():
     found = list(points([step_record(3, 4.5, tokens=300, flops=7_999_999_999, time=1.5)]))
     assert found[:3] == [
         Point("loss/train", 4.5, 3, 1.5),
@@ -104,7 +104,7 @@ def test_line_of_an_older_version_is_read_with_all_its_bits(line, tmp_path):
         assert again.keys() == before.keys()
 
 
-def test_loss_that_is_not_finite_stays_what_it_is(tmp_path):
+def test_non_finite_loss_is_stored_unchanged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for loss in (math.nan, math.inf):
         METRICS.append(path, validation_record(1, loss))

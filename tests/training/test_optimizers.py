@@ -51,7 +51,7 @@ def test_setting_of_another_optimiser_is_refused(config):
         SETTINGS.validate_python({"name": config.name, "tau": 1.0})
 
 
-def test_optimiser_that_is_not_there_is_refused_and_the_others_are_named(config):
+def test_unknown_optimiser_is_refused_and_the_known_ones_are_named(config):
     with pytest.raises(ValidationError, match=f"'{config.name}'"):
         SETTINGS.validate_python({"name": "sgdd"})
 
@@ -106,7 +106,7 @@ def test_update_ratio_is_that_of_the_update_that_was_made(config):
     assert float(config.update_ratio(state.optimizer)) == pytest.approx(max(ratios), rel=1e-3)
 
 
-def test_only_what_gradients_reach_has_moved(config):
+def test_only_parameters_with_gradients_have_moved(config):
     state = new_state(training_config(optimizer=config))
     reached, *others = state.model.parameters()
     before = {p: p.detach().clone() for p in state.model.parameters()}

@@ -6,7 +6,7 @@ from zeroflow.training.failures import RunIsBusy
 from zeroflow.training.ownership import ownership
 
 
-def test_directory_is_owned_by_one_until_its_block_ends(tmp_path):
+def test_directory_has_one_owner_until_its_block_ends(tmp_path):
     with ownership() as acquire, ownership() as other:
         acquire(tmp_path / "run")
         acquire(tmp_path / "run")

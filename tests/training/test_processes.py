@@ -1,4 +1,4 @@
-"""The processes of the ranks, and what of their output is logged."""
+"""The processes of the ranks, and the part of their output that is logged."""
 
 import logging
 import os

@@ -38,7 +38,7 @@ def test_pulses_of_an_earlier_process_and_broken_ones_are_ignored(tmp_path, pass
     assert reader.new() == Pulse("training", 8, 200)
 
 
-def test_pulses_are_written_at_most_ten_times_a_second_and_the_last_always(tmp_path, passed):
+def test_pulses_are_written_at_most_ten_times_a_second_but_the_last_always(tmp_path, passed):
     file = tmp_path / "alive"
     write = PulseWriter(file)
     seen = []

@@ -58,7 +58,7 @@ def checkpoint_at(job: TrainingJob, step: int) -> None:
     (job.folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
 
 
-def test_out_of_memory_halves_micro_batches_then_computes_again_then_gives_up(job):
+def test_out_of_memory_halves_micro_batches_then_recomputes_then_gives_up(job):
     before = rows_of(job, range(3))
     seen = []
     while fail(job, "out of memory"):
@@ -79,7 +79,7 @@ def test_out_of_memory_with_one_row_and_selective_recomputation_recomputes_every
     assert fail(job, "out of memory") is None
 
 
-def test_killed_training_goes_on_until_it_gets_nowhere(job):
+def test_killed_training_is_restarted_while_it_makes_progress(job):
     checkpoint_at(job, 10)
     assert [fail(job, "killed") is None for _ in range(3)] == [False, False, True]
     checkpoint_at(job, 20)
@@ -87,14 +87,14 @@ def test_killed_training_goes_on_until_it_gets_nowhere(job):
     assert entry is not None and entry.step == 20, "it has got somewhere"
 
 
-def test_another_command_begins_to_count_anew(job, monkeypatch):
+def test_another_command_starts_a_new_count(job, monkeypatch):
     checkpoint_at(job, 10)
     assert fail(job, "killed") and fail(job, "killed")
     monkeypatch.setattr(recovery, "PROCESS", recovery.PROCESS + 1)
     assert fail(job, "killed"), "though its process may have the same id, as in a container"
 
 
-def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
+def test_divergence_skips_the_data_since_the_checkpoint(job):
     plain = rows_of(job, range(40))
     checkpoint_at(job, 10)
     entry = fail(job, "diverged", step=14)
@@ -110,7 +110,7 @@ def test_divergence_leaves_out_the_data_since_the_checkpoint(job):
     assert ends == [False, True], "three windows at most"
 
 
-def test_wrong_settings_and_errors_of_the_code_are_never_tried_again(job):
+def test_wrong_settings_and_errors_in_the_code_are_never_retried(job):
     assert fail(job, "error") is None
     assert recovery.read(job.folder) == []
 
@@ -168,9 +168,7 @@ def train_with_retries(job: TrainingJob) -> TrainResult:
 
 
 @pytest.mark.slow
-def test_training_that_goes_wrong_goes_back_and_leaves_out_the_data_and_ends(
-    noisy_job, monkeypatch
-):
+def test_diverged_training_rolls_back_skips_the_data_and_finishes(noisy_job, monkeypatch):
     """Once as noise in the data makes a spike, once as no number is finite any more.
 
     Meanwhile the clock is set to and fro by days.

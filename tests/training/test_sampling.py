@@ -41,7 +41,7 @@ def likeliest(model, ids: list[int], *, count: int, context: int, stop: int) -> 
     return ids[1:]
 
 
-def test_temperature_zero_takes_the_likeliest_tokens_whatever_the_seed(model):
+def test_temperature_zero_takes_the_most_likely_tokens_with_any_seed(model):
     expected = likeliest(model, [299], count=24, context=99, stop=299)
     for seed in (0, 1):
         config = GREEDY.replace(seed=seed)
@@ -49,7 +49,7 @@ def test_temperature_zero_takes_the_likeliest_tokens_whatever_the_seed(model):
     assert len(expected) == 24 and len(set(expected)) > 1
 
 
-def test_only_as_many_tokens_as_the_context_are_looked_at(model):
+def test_only_the_newest_tokens_within_the_context_are_used(model):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     short = sampling.generate_ids(model, IDS, GREEDY, context=3)
@@ -88,7 +88,7 @@ def test_same_seed_gives_the_same_text_and_another_seed_another(model):
     assert text(0) != text(1)
 
 
-def test_top_k_allows_the_k_likeliest_only(model):
+def test_top_k_allows_only_the_k_most_likely(model):
     one = SamplingConfig(tokens=24, temperature=5.0, top_k=1)
     assert sampling.generate_ids(model, IDS, one, context=99) == sampling.generate_ids(
         model, IDS, GREEDY, context=99

@@ -25,7 +25,7 @@ def rates(schedule: Schedule) -> list[float]:
 
 
 @given(schedules())
-def test_every_step_moves_and_none_exceeds_the_peak_that_is_reached(schedule):
+def test_every_rate_is_positive_and_the_peak_is_reached_but_not_exceeded(schedule):
     values = rates(schedule)
     # one rounding of the product and one of the quotient in fp64
     assert all(0 < value <= schedule.peak * (1 + 1e-15) for value in values)
@@ -33,7 +33,7 @@ def test_every_step_moves_and_none_exceeds_the_peak_that_is_reached(schedule):
 
 
 @given(schedules())
-def test_warm_up_is_linear_and_what_follows_never_rises(schedule):
+def test_warm_up_is_linear_and_later_rates_never_rise(schedule):
     values, warmup = rates(schedule), schedule.warmup_steps
     for step, value in enumerate(values[:warmup]):
         assert value == pytest.approx(schedule.peak * (step + 1) / warmup)
@@ -69,7 +69,7 @@ def extended_schedules(draw: st.DrawFn) -> Schedule:
 
 
 @given(extended_schedules())
-def test_extended_schedule_keeps_what_was_and_comes_to_what_it_would_be_without_a_jump(schedule):
+def test_extended_schedule_keeps_earlier_rates_and_joins_the_new_ones_without_a_jump(schedule):
     before, plain = schedule.before, schedule.replace(before=None)
     values, since = rates(schedule), before.steps
     assert values[:since] == rates(before.schedule)[:since]

@@ -1,4 +1,4 @@
-"""What a rank does from its newest checkpoint to its end, in this process; see also `flows`."""
+"""A rank from its newest checkpoint to its end, in this process; see also `flows`."""
 
 import gc
 import json
@@ -79,7 +79,7 @@ def saved(job: TrainingJob) -> list[int]:
     return sorted(checkpoint.step_of(path) for path in job.folder.checkpoints.glob("step-*"))
 
 
-def test_training_logs_validates_and_saves_as_often_as_it_is_told(undisturbed):
+def test_training_logs_validates_and_saves_at_its_intervals(undisturbed):
     job = undisturbed
     lines = read(job.folder.metrics)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8, 10, 12]
@@ -116,7 +116,7 @@ def test_validation_loss_is_kept_with_the_checkpoint_of_its_step_alone(undisturb
     }
 
 
-def test_training_that_is_stopped_and_resumed_logs_and_ends_as_one_that_is_not(job, undisturbed):
+def test_stopped_and_resumed_training_logs_and_ends_like_uninterrupted_training(job, undisturbed):
     train(job, after(5))
     assert saved(job) == [4, 5], "the step that it was stopped in"
     [stopped] = events(job, "stopped")
@@ -128,7 +128,7 @@ def test_training_that_is_stopped_and_resumed_logs_and_ends_as_one_that_is_not(j
     assert checkpoint.digests(newest[0]) == checkpoint.digests(newest[1])
 
 
-def test_lines_after_the_newest_checkpoint_are_logged_again_and_once(job):
+def test_steps_after_the_newest_checkpoint_are_logged_again_but_only_once(job):
     train(job, after(6))
     newest = job.folder.checkpoints / "step-00000006"
     newest.rename(newest.with_name("moved-away"))
@@ -164,9 +164,7 @@ def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, *, to: int = STEPS) 
     monkeypatch.setattr(Batches, "micro_batches", broken)
 
 
-def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_step(
-    job, monkeypatch, caplog
-):
+def test_six_consecutive_non_finite_updates_end_training_at_a_logged_step(job, monkeypatch, caplog):
     broken_from(3, monkeypatch)
     with pytest.raises(Diverged, match=r"step 8 has loss (nan|inf)") as failure:
         train(job.replace(cadence=job.cadence.replace(log=1)))
@@ -178,7 +176,7 @@ def test_six_updates_in_a_row_that_are_not_finite_end_the_training_at_a_logged_s
 
 
 @pytest.mark.parametrize(("log", "checkpoint", "found"), [(10, 12, 10), (12, 9, 9)])
-def test_six_skipped_updates_between_logged_steps_end_the_training_when_the_host_looks(
+def test_six_skipped_updates_between_logged_steps_end_training_at_the_next_look(
     job, monkeypatch, log, checkpoint, found
 ):
     broken_from(3, monkeypatch, to=8)
@@ -188,7 +186,7 @@ def test_six_skipped_updates_between_logged_steps_end_the_training_when_the_host
     assert failure.value.step == found and saved(job) == []
 
 
-def test_five_skipped_updates_in_a_row_are_tolerated_and_so_are_more_that_are_not_in_a_row(
+def test_five_consecutive_skipped_updates_are_tolerated_and_more_if_not_consecutive(
     job, monkeypatch
 ):
     micro_batches = Batches.micro_batches
@@ -204,14 +202,14 @@ def test_five_skipped_updates_in_a_row_are_tolerated_and_so_are_more_that_are_no
     assert read(job.folder.metrics)[-2]["skipped_updates"] == 7
 
 
-def test_update_that_is_not_finite_in_the_last_step_is_no_end(job, monkeypatch):
+def test_non_finite_update_in_the_last_step_does_not_finish_the_run(job, monkeypatch):
     broken_from(STEPS, monkeypatch)
     with pytest.raises(Diverged, match=rf"step {STEPS} has loss (nan|inf)"):
         train(job)
     assert finished(job) is None
 
 
-def test_stop_within_skipped_updates_names_the_checkpoint_that_is_left(job, monkeypatch, caplog):
+def test_stop_during_skipped_updates_names_the_newest_checkpoint(job, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, logger="zeroflow")
     broken_from(6, monkeypatch)
     train(job, after(7))
@@ -241,7 +239,7 @@ def test_mfu_is_the_share_of_the_peak_that_is_known(job, undisturbed):
 
 
 @pytest.mark.parametrize("goes_back", [False, True])
-def test_spike_is_a_warning_that_tells_how_to_see_its_documents_or_ends_the_training(
+def test_spike_is_a_warning_with_the_command_for_its_documents_or_ends_training(
     job, undisturbed, goes_back, monkeypatch, caplog
 ):
     step, worst = 6, trained_lines(undisturbed)[3]["update_ratio"]

@@ -26,7 +26,7 @@ def loss_of(row: np.ndarray) -> float:
 # fewer rows than the micro-batch, as many, and a last micro-batch that is not full
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 5, 10, 16])
 @pytest.mark.parametrize("chosen", [[7], [2, 5], [0, 1, 4, 8, 9], range(10)])
-def test_loss_is_the_mean_over_the_chosen_rows_however_they_are_batched(chosen, micro_batch_rows):
+def test_loss_is_the_mean_over_the_chosen_rows_for_any_micro_batch(chosen, micro_batch_rows):
     each = [loss_of(row) for row in ROWS[list(chosen)]]
     workload = WORKLOAD.replace(micro_batch_rows=micro_batch_rows)
     loss = validation_loss(lively_model(), ROWS, np.array(chosen), workload)
@@ -38,7 +38,7 @@ def test_loss_is_the_mean_over_the_chosen_rows_however_they_are_batched(chosen, 
         assert loss.standard_error == pytest.approx(expected, rel=1e-3)
 
 
-def test_standard_error_is_how_far_samples_of_padded_rows_differ():
+def test_standard_error_predicts_the_spread_over_samples_of_padded_rows():
     rows = IDS.copy()
     for number, row in enumerate(rows):  # of 2 to 8 targets
         row[2 + 6 * number // 9 :] = EndsAt0.end_of_text
@@ -59,6 +59,6 @@ def test_validation_leaves_no_gradient():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_guessing_among_all_bytes_costs_eight_bits_a_byte():
+def test_uniform_guess_over_bytes_costs_eight_bits_per_byte():
     assert bits_per_byte(math.log(256), bytes_per_token=1) == pytest.approx(8)
     assert bits_per_byte(math.log(256), bytes_per_token=4) == pytest.approx(2)

@@ -19,13 +19,13 @@ def test_rows_and_tokens_of_a_batch_are_those_of_all_ranks():
 
 
 @pytest.mark.parametrize(("limit", "split"), [(6, (6, 4)), (5, (4, 6)), (1, (1, 24)), (9, (8, 3))])
-def test_rows_of_a_step_stay_the_same_however_they_are_split(limit, split):
+def test_rows_of_a_step_stay_the_same_for_any_split(limit, split):
     other = TWO.split(limit)
     assert (other.micro_batch_rows, other.accumulate) == split
     assert other.batch_rows == TWO.batch_rows
 
 
-def test_devices_are_told_with_the_stage_where_there_are_several():
+def test_devices_are_described_with_the_stage_if_there_are_several():
     gpu = TWO.replace(device="cuda", device_name="NVIDIA H200")
     assert gpu.devices == "2 x NVIDIA H200, ZeRO stage 3"
     assert gpu.replace(ranks=1).devices == "NVIDIA H200"
@@ -46,14 +46,14 @@ def test_arithmetic_of_the_products():
     ]
 
 
-def test_workloads_cost_the_same_whatever_the_settings_of_the_optimiser():
+def test_workloads_cost_the_same_with_any_optimiser_settings():
     other = WORKLOAD.replace(optimizer=AdamW(weight_decay=0.3))
     assert other != WORKLOAD and other.costs_as_much_as(WORKLOAD)
     assert other.mathematics != WORKLOAD.mathematics
     assert not WORKLOAD.replace(accumulate=2).costs_as_much_as(WORKLOAD)
 
 
-def test_other_sizes_are_computed_alike_and_other_code_is_not():
+def test_other_sizes_use_the_same_code_and_other_settings_do_not():
     wide = MODEL.replace(hidden_size=64)
     larger = WORKLOAD.replace(model=wide, seq_len=99, micro_batch_rows=9, accumulate=9)
     assert larger.is_computed_like(WORKLOAD)
@@ -69,7 +69,7 @@ def test_rounding_and_devices_are_not_mathematics():
     assert WORKLOAD.replace(accumulate=2).mathematics != WORKLOAD.mathematics
 
 
-def test_products_in_8_bits_are_refused_only_where_they_are_asked_for():
+def test_fp8_is_checked_only_if_it_is_requested():
     cpu = H100.replace(kind="cpu", capability=None)
     WORKLOAD.require_fp8(cpu)
     in_fp8 = WORKLOAD.replace(precision="bf16", fp8=True, seq_len=32)

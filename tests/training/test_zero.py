@@ -118,7 +118,7 @@ class TestStage:
             assert rank[stage]["skipped"] == [True, [1, 1], False]
 
 
-def test_checkpoints_hold_the_same_tensors_however_many_wrote_them(together, folder):
+def test_checkpoints_have_the_same_tensors_for_any_number_of_writers(together, folder):
     of_one, *of_ranks = (
         checkpoint.load_model(folder / name / f"step-{SAVED:08d}").state_dict()
         for name in ("one", *(f"stage{stage}" for stage in STAGES))
