@@ -44,6 +44,8 @@ from zeroflow.units import count
 log = logging.getLogger("zeroflow.checks.overfit")
 
 _ROWS = 4
+"""Rows of the batch."""
+
 _CANDIDATES = 64
 """Training rows from which the rows of the batch are chosen."""
 
@@ -51,6 +53,7 @@ _CONTEXT = 64
 """Maximum context: with 4 rows, even tiny memorises the batch in about 30 steps."""
 
 _WARMUP_STEPS = 5
+"""Steps of linear warm-up to the peak learning rate."""
 
 
 class OverfitConfig(Config):

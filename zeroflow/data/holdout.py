@@ -32,6 +32,7 @@ _SOME_ROWS = 4
 these would be more than `_MOST_OF_A_SMALL_CORPUS` of the text."""
 
 _MOST_OF_A_SMALL_CORPUS = 0.2
+"""Maximum share of the text that is held out to reach the minimum number of rows."""
 
 _NEAR = 1000
 """Number of characters within which a cut looks for the end of a line or word."""

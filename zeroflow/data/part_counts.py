@@ -37,6 +37,7 @@ PAGE_PARTS = 512
 again."""
 
 _FORMAT = "1"
+"""Version of the file's format. Pages of another version count as damaged."""
 
 _LEFT_OUT = ("empty_documents", "duplicates", "bad_lines")
 _STORED = ("train_file_rows", "validation_file_rows", "row_bytes")

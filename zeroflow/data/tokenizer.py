@@ -48,6 +48,7 @@ FORMAT = 2
 """Version of the directory's format; part of its fingerprint."""
 
 _LLAMA_VOCAB_SIZE = 128_256
+"""Assumed for a plan when the tokenizer cannot be read."""
 
 _TRAINING_BYTES = 32_000_000
 """Maximum bytes of text that a tokenizer is trained on."""

@@ -19,16 +19,17 @@ _MEASURED_MFU = {15e6: 0.28, 46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
 _MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 
-# FLOP/s of a training on a CPU, relative to those of a matrix product, by parameters: the best of
-# ten measurements on two cores that other programs used too, with torch 2.13; 15M on idle cores
+# FLOP/s of training on a CPU, relative to those of a matrix product, by number of parameters: the
+# best of ten measurements with torch 2.13 on two cores that were also used by other programs; for
+# 15M parameters, on idle cores
 _MEASURED_CPU_SHARE = {35e3: 0.02, 164e3: 0.08, 1e6: 0.2, 5.2e6: 0.5, 15e6: 0.75}
 
 _CPU_RANGE = (0.25, 1.3)
-"""Range of the speed on a CPU, relative to the expected one. Other programs slowed a training by
-four, and the matrix product that it was compared with less."""
+"""Range of the speed on a CPU, relative to the expected speed. Other programs slowed training to a
+quarter, and the matrix product that it was compared with by less."""
 
 _GPU_RANGE = (0.6, 1.2)
-"""The same on a GPU, whose utilisation is that of an H100."""
+"""The same for a GPU, assuming the utilisation of an H100."""
 
 
 class Rate(Config):
@@ -57,7 +58,7 @@ class Speed(NamedTuple):
     """None if nothing similar has been measured."""
 
     source: str
-    """What the figure rests on, or why there is none."""
+    """What the figure is based on, or why there is none."""
 
 
 def assumed_mfu(work: Workload) -> float:
@@ -69,7 +70,7 @@ def assumed_mfu(work: Workload) -> float:
 
 
 def _between(measured: Mapping[float, float], parameters: int) -> float:
-    """Interpolate figures that were measured by the number of parameters."""
+    """Interpolate between figures that were measured at some numbers of parameters."""
     sizes = [math.log(size) for size in measured]
     return float(np.interp(math.log(parameters), sizes, list(measured.values())))
 
@@ -78,13 +79,13 @@ def expected_speed(work: Workload, device: Device, load: Load | None = None) -> 
     """Return the expected speed of one rank, without earlier runs.
 
     Args:
-        load: other programs on the cores of a CPU, which slow down what is measured now.
+        load: other programs on the cores of a CPU; they slow down the measurement made now.
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
         measured, share = _measure_cpu_flops(), _between(_MEASURED_CPU_SHARE, work.model.parameters)
         rate = Rate.around([share * measured / flops], _CPU_RANGE)
-        if load:  # it may end
+        if load:  # the other programs may end
             rate = rate.replace(high=rate.high / load.share)
         return Speed(rate, f"{share:.0%} of {measured / 1e9:.0f} GFLOP/s measured now")
     if device.peak_flops is None:
@@ -106,7 +107,7 @@ def expected_speed(work: Workload, device: Device, load: Load | None = None) -> 
 
 
 def _recomputed_share(work: Workload) -> float:
-    """FLOPs of recomputation, relative to those of the forward and backward pass."""
+    """Return the FLOPs of recomputation, relative to those of forward and backward pass."""
     parts = work.model.parameters_by_part
     recomputed = {
         "none": 0,

@@ -1,7 +1,7 @@
 """Attention and feed-forward network with the Hopper kernels of the packages in `zeroflow[hopper]`.
 
-`training/kernels.py` measures where they are faster. Each kernel is an operator of PyTorch here, so
-that torch.compile puts it into a graph without looking inside.
+`training/kernels.py` measures for which shapes they are faster. Each kernel is wrapped in a custom
+operator of PyTorch, so that torch.compile puts it into a graph without tracing it.
 """
 
 import warnings
@@ -24,10 +24,10 @@ def supports_loss(vocab_size: int, hidden_size: int) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as `attention.attend`, by FlashAttention-4 of
+    """Compute causal attention like `attention.attend`, with FlashAttention-4 of
     https://github.com/Dao-AILab/flash-attention
 
-    Its backward pass is deterministic if PyTorch is asked for deterministic algorithms.
+    Its backward pass is deterministic if `torch.use_deterministic_algorithms` is set.
     """
     y, _ = torch.ops.zeroflow.flash_attention_4(*(x.transpose(1, 2) for x in (q, k, v)))
     return y.transpose(1, 2)
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash_attention() -> Any:
     from flash_attn.cute import interface
 
-    # Its compiler warns of an argument that it passes to itself
+    # Its own compiler passes this argument and then warns about it
     warnings.filterwarnings("ignore", message="Argument aux_data")
     return interface
 
@@ -93,13 +93,13 @@ _attention.register_autograd(_attention_gradients, setup_context=_keep_for_atten
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The feed-forward network of `x` (..., D) with weights (M, D), (M, D) and (D, M).
+    """Apply the feed-forward network to `x` (..., D), with weights (M, D), (M, D) and (D, M).
 
-    The two large products of the gate compute SwiGLU and its gradient as they write their results,
-    so that neither takes a pass over memory of its own. The backward pass computes the activations
-    again from the products, instead of keeping both.
+    The matrix products compute SwiGLU and its gradient while they write their results, so neither
+    needs a separate pass over memory. The backward pass recomputes the activations from the
+    products, so that only the products are kept.
     """
-    # The kernels expect the rows of gate and up in turn
+    # The kernels expect alternating rows of gate and up
     joined = torch.stack((gate.to(x.dtype), up.to(x.dtype)), dim=1).flatten(0, 1)
     y, _ = torch.ops.zeroflow.swiglu(x.flatten(0, -2), joined, down.to(x.dtype))
     return y.unflatten(0, x.shape[:-1])
@@ -107,7 +107,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 @torch.library.custom_op("zeroflow::swiglu", mutates_args=())
 def _swiglu(x: Tensor, joined: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs (N, D) and the products (N, 2M) of gate and up in turn."""
+    """Return the outputs (N, D), and the products (N, 2M) with alternating gate and up."""
     from quack.gemm_interface import gemm_gated
 
     products, activations = gemm_gated(x, joined.T, activation="swiglu", tuned=False)

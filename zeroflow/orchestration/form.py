@@ -1,6 +1,6 @@
-"""The form of a flow in Prefect: first the most common settings, then the others in folded groups.
+"""The form of a flow in Prefect: the most common settings, then the others in collapsed groups.
 
-Prefect creates the form from the JSON schema of the flow's parameter. Its forms have no folded
+Prefect creates the form from the JSON schema of the flow's parameter. Its forms have no collapsed
 sections. But for a value of several types, only the chosen type is shown. So each group is such a
 value: either its defaults or its settings. An empty field is not sent, so Prefect receives only
 what was filled in.

@@ -21,8 +21,10 @@ from zeroflow.tracking.viewer import Viewer, viewer
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 120.0
+"""Maximum time for MLflow's server to answer after its start."""
 
 _STOP_SECONDS = 10.0
+"""Time for MLflow's server to end before it is killed."""
 
 _POLL_SECONDS = 0.5
 

@@ -1,6 +1,6 @@
-"""Reasons in the states of flow runs that Prefect leaves without one: why a run waits or stopped.
+"""Writes into the states of flow runs why they wait or were stopped, where Prefect does not.
 
-A state with its message is at the top of a flow run's page.
+Prefect shows the state and its message at the top of a flow run's page.
 """
 
 import logging
@@ -36,19 +36,22 @@ from zeroflow.orchestration.names import WORK_POOL
 log = logging.getLogger(__name__)
 
 _BUSY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+"""States of a flow run that occupies the worker."""
 
 _DUE = timedelta(seconds=5)
-"""Time after its start at which a flow run waits; a worker looks for runs every 15 s."""
+"""Time after its scheduled start at which a flow run counts as waiting. A worker looks for runs
+every 15 s."""
 
 _RECENT = timedelta(hours=1)
+"""Flow runs that ended earlier are not read again."""
 
 _OF_A_WORKER = "Flow run was cancelled successfully."
-"""Message of Prefect's worker, which replaces that of the flow's own end."""
+"""Message of Prefect's worker, which overwrites the message that the flow itself ended with."""
 
 
 @contextmanager
 def shown(reason: str) -> Iterator[None]:
-    """Show in the state of the current flow run that it waits during the block, and why."""
+    """During the block, show in the state of the current flow run that it waits, and why."""
     _show_running(Running(name="Waiting", message=reason))
     try:
         yield
@@ -57,7 +60,7 @@ def shown(reason: str) -> Iterator[None]:
 
 
 def _show_running(state: State[Any]) -> None:
-    """Set a state of type Running, which a run that is being cancelled does not take."""
+    """Set a state of type Running. Prefect rejects it for a run that is being cancelled."""
     if not (found := runtime.flow_run.id):
         return
     flow_run = UUID(found)
@@ -65,7 +68,7 @@ def _show_running(state: State[Any]) -> None:
         if not reachable():
             raise ConnectionError("its server does not answer")
         with get_client(sync_client=True) as client:
-            # Prefect would count the state as another start of the run
+            # Unless the run is marked as resuming, Prefect counts the state as another start
             client.update_flow_run(flow_run, empirical_policy=FlowRunPolicy(resuming=True))
             client.set_flow_run_state(flow_run, state)
             client.update_flow_run(flow_run, empirical_policy=FlowRunPolicy())
@@ -74,10 +77,10 @@ def _show_running(state: State[Any]) -> None:
 
 
 def explain(told: dict[UUID, str]) -> None:
-    """Write the reasons into the states of runs of our work pool, and log new ones.
+    """Write the reasons into the states of the runs of our work pool, and log new reasons.
 
     Args:
-        told: the reason that was logged for each run; updated.
+        told: the last logged reason of each run; updated by this function.
     """
     with get_client(sync_client=True) as client:
         pool = client.read_work_pool(WORK_POOL)
@@ -102,7 +105,7 @@ def _runs(client: SyncPrefectClient, types: Sequence[StateType], **more: Any) ->
 
 
 def _reason(client: SyncPrefectClient, pool: WorkPool, run: FlowRun) -> str | None:
-    """Return why no worker executes a run whose time has come; None if one may take it now."""
+    """Return why no worker has started a run that is due; None if a worker may start it now."""
     assert run.work_queue_id is not None, "runs of a work pool are in one of its queues"
     queue = client.read_work_queue(run.work_queue_id)
     if pool.is_paused:
@@ -142,7 +145,7 @@ def _explain(client: SyncPrefectClient, run: FlowRun, message: str, told: dict[U
 
 
 def _restore(client: SyncPrefectClient, run: FlowRun) -> None:
-    """Put back the message of a run that ended itself, and that its worker then reported."""
+    """Restore the message that a cancelled run ended with, if its worker has overwritten it."""
     if run.state is None or run.state.message != _OF_A_WORKER:
         return
     states = [state for state in client.read_flow_run_states(run.id) if state.is_cancelled()]

@@ -38,6 +38,7 @@ from zeroflow.units import count
 log = logging.getLogger(__name__)
 
 _WINDOWS = 20
+"""Number of windows of equal length into which the planned steps are divided."""
 
 _POOLED = 5
 """Number of neighbouring windows whose standard deviations are pooled."""

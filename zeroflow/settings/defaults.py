@@ -16,6 +16,7 @@ TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter, as in Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
 _CPU_BATCH_TOKENS = 512
+"""Tokens of a step on a CPU, few because a CPU is slow."""
 
 _CPU_STEPS = 200
 """Steps of a run on a CPU: with this batch, tiny takes a few minutes on two cores."""

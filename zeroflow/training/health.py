@@ -13,6 +13,9 @@ _ENOUGH = 10
 """Number of earlier logged steps below which nothing is compared."""
 
 _SIGMAS = 6.0
+"""Distance from the median, in standard deviations, above which a value is unusual. About one in a
+billion normally distributed values exceeds it."""
+
 _NORMAL = 1.4826
 """Standard deviation of a normal distribution, in median absolute deviations."""
 

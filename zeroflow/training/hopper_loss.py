@@ -1,4 +1,4 @@
-"""`loss.cross_entropy_sum` with the Hopper kernels of quack, which read the logits once less."""
+"""`loss.cross_entropy_sum` by the Hopper kernels of quack, with fewer passes over the logits."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from torch.autograd.function import once_differentiable
 from zeroflow.data.batches import IGNORED
 
 _TOKENS = 128
-"""The kernels need chunks of a multiple of this."""
+"""The number of tokens of a chunk must be a multiple of this."""
 
 _CHUNK = 16_256
-"""Tokens of a chunk. One kernel counts the logits of a chunk in 32 bits."""
+"""Maximum number of tokens of a chunk: one kernel indexes the logits of a chunk with 32 bits."""
 
 
 class ScaledExpCrossEntropySum(torch.autograd.Function):
-    """Inputs and result of `cross_entropy_sum`, flattened, without z-loss.
+    """Computes `cross_entropy_sum` of flattened inputs, without z-loss.
 
-    The first product writes the exponentials of the logits, scaled per row and tile, with their
-    sums. The other two products rescale them as they read them, so that no pass over the logits
-    is left. The gradient of the matrix is accumulated over the chunks in fp32.
+    The first matrix product writes the exponentials of the logits, scaled per row and tile, and
+    their sums. The other two products rescale them while they read them, so no separate pass over
+    the logits is needed. The gradient of the matrix is accumulated over the chunks in fp32.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""The choice among kernels that compute the same: measured for the run's shapes, then remembered.
+"""Chooses the fastest of several kernels by measuring them for the shapes of the run.
 
-Which kernel is the fastest depends on the GPU, the shape and the versions. The candidates are timed
-when a run first needs them on a machine, and the choice is kept in the cache, so that all later
-processes of the run compute with the same kernels.
+Which kernel is the fastest depends on the GPU, the shapes and the versions. The candidates are
+timed when a run first needs them on a machine. The choice is stored in the cache, so that all later
+processes of the run use the same kernels: another kernel would change the last bits of the result.
 """
 
 import importlib.metadata
@@ -39,14 +39,17 @@ _HOPPER = (9, 0)
 """Compute capability of Hopper, the only one that all of the kernels support."""
 
 _ROUNDS, _WARM_UP = 10, 3
+"""Number of timed calls of each candidate, and of calls before them."""
+
 _MAX_LOSS_TOKENS = 32_768
-"""Number of tokens that the loss is timed with; it works in chunks, so more tell nothing new."""
+"""Maximum number of tokens in the timing of the loss. It works in chunks, so more tokens take
+proportionally longer with every kernel."""
 
 _GAIN = 1.01
-"""A kernel other than the default has to be faster by this factor: less is noise."""
+"""Minimum speed-up over the default kernel; smaller differences are noise."""
 
 FeedForwardKernel = Literal["separate", "fused"]
-"""SwiGLU as a pass over memory of its own, and that of `hopper.py`."""
+"""SwiGLU in a separate pass over memory, or in the matrix products as in `hopper.py`."""
 
 
 class Kernels(Config):
@@ -58,11 +61,12 @@ class Kernels(Config):
 
 
 class Choice(Record):
-    """The kernels that were the fastest for a shape, in a file of the cache."""
+    """The fastest kernels for the shapes of a run, stored in a file of the cache."""
 
     kernels: Kernels
     milliseconds: dict[str, dict[str, float | None]]
-    """Time of the forward and backward pass by part of the model and kernel; None if it failed."""
+    """Time of forward and backward pass for each part of the model and each kernel. None if the
+    kernel failed."""
 
 
 class Contest(NamedTuple):
@@ -76,10 +80,11 @@ class Contest(NamedTuple):
 
 
 def choose(work: Workload, folder: Path, *, z_loss: float) -> Kernels:
-    """Return the fastest kernels for the shapes of `work` on this GPU, deterministic if it is.
+    """Return the fastest kernels for the shapes of `work` on this GPU.
 
-    The defaults, if the device is no GPU or computes in fp32. The first call for a shape measures,
-    which takes some 20 s, and writes its result to `folder`; later calls read it.
+    If `work` is deterministic, so are the kernels. On a CPU and in fp32, the defaults are returned.
+    The first call for a shape measures for about 20 s and writes the result to `folder`; later
+    calls read it.
     """
     if work.device != "cuda" or work.precision == "fp32":
         return Kernels()
@@ -100,9 +105,9 @@ def choose(work: Workload, folder: Path, *, z_loss: float) -> Kernels:
 
 
 def determinism_is_free(shape: Shape, device: Device, *, document_mask: bool, fp8: bool) -> bool:
-    """Return True if deterministic kernels are about as fast as any on `device`.
+    """Return True if the deterministic kernels are about as fast as the others on `device`.
 
-    That was measured where FlashAttention-4 computes the attention; fp8 was not.
+    This was measured with FlashAttention-4, and not with fp8.
     """
     in_use = shape.head_dim in hopper.HEAD_DIMS and not document_mask and not fp8
     return in_use and device.capability == _HOPPER and has_extra()
@@ -116,12 +121,12 @@ def has_extra() -> bool:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that contains the module
+    except ModuleNotFoundError:  # the package that contains the module is missing
         return False
 
 
 def _identity(work: Workload, extra: bool, z_loss: float) -> list[Any]:
-    """Everything that the times depend on, besides the machine, whose cache it is."""
+    """Return everything that the times depend on, except the machine: the cache belongs to it."""
     versions = [importlib.metadata.version(name) for name in _PACKAGES] if extra else []
     return [
         *(torch.cuda.get_device_name(), torch.__version__, *versions),
@@ -136,13 +141,13 @@ def measure(contests: Iterable[Contest]) -> Choice:
     times: dict[str, dict[str, float | None]] = {}
     for contest in contests:
         times[contest.part] = _times(contest)
-    log.info("kernels were measured in %.1f s", time.monotonic() - started)
+    log.info("the kernels were measured in %.1f s", time.monotonic() - started)
     chosen = {part: fastest(measured) for part, measured in times.items()}
     return Choice(kernels=Kernels.model_validate(chosen), milliseconds=times)
 
 
 def fastest(milliseconds: dict[str, float | None]) -> str:
-    """Return the fastest kernel; the first one, unless another is clearly faster."""
+    """Return the fastest kernel. It is the first, the default, unless another is clearly faster."""
     default, *others = milliseconds
     known = {name: ms for name in others if (ms := milliseconds[name]) is not None}
     best = min(known, key=known.__getitem__, default=default)
@@ -153,7 +158,10 @@ def fastest(milliseconds: dict[str, float | None]) -> str:
 
 
 def _times(contest: Contest) -> dict[str, float | None]:
-    """Return the median milliseconds of each candidate, timed in turn so that all see one clock."""
+    """Return the median time of each candidate in milliseconds; None if the kernel failed.
+
+    The candidates take turns, so that changes of the GPU's clock rate affect all of them equally.
+    """
     samples: dict[str, list[float]] = {}
     for name, run in contest.candidates.items():
         try:
@@ -183,7 +191,10 @@ def _milliseconds(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> floa
 
 
 def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest]:
-    """Yield the contests that `work` can decide; one at a time holds its tensors."""
+    """Yield a contest for each part of the model for which `work` leaves a choice.
+
+    They are yielded one by one, so that only the tensors of one are in memory.
+    """
     if not work.document_mask:
         yield _attention(work, extra=extra)
     if extra and not work.fp8:
@@ -237,7 +248,7 @@ def _loss(work: Workload) -> Contest:
 
 
 def _random(work: Workload, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    # Of its own generator: PyTorch's random state is part of a checkpoint
+    # A separate generator leaves PyTorch's random state, which a checkpoint contains, unchanged
     generator = torch.Generator(work.device).manual_seed(0)
     made = torch.randn(*shape, device=work.device, dtype=dtype, generator=generator)
     return made.mul_(0.02).requires_grad_()
