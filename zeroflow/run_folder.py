@@ -61,7 +61,7 @@ class RunFolder(TrackedFolder):
     """Exists while the ranks of several machines wait for a new job after a failure."""
 
     training = _Named("training.json")
-    """Result of a training that reached its last step."""
+    """Result of training that reached its last step."""
 
     overfit = _Named("overfit.json")
     overfit_job = _Named("overfit-job.json")
@@ -82,7 +82,7 @@ class RunFolder(TrackedFolder):
     """Newest pulse of rank 0; rewritten whenever rank 0 makes progress."""
 
     beats = _Named("beats")
-    """Signs of life of the machines of a training, a file for each."""
+    """Signs of life of the machines, one file for each."""
 
     logs = _Named("logs")
     """Output of the ranks of several machines, a file for each."""

@@ -238,11 +238,11 @@ class BuildChoice(Config):
 
 
 class HostsChoice(Config):
-    """Machines of a training with --nodes. These settings do not change its result."""
+    """Machines of a run with --nodes. These settings do not change the result."""
 
     min_nodes: PositiveInt | None = None
-    """Number of machines with which the training goes on if others are gone, with the same rows in
-    each step. Default: all of --nodes."""
+    """Minimum number of machines with which training continues if others fail. Each step still has
+    the same rows. Default: all of --nodes."""
 
 
 class RunConfig(Config):

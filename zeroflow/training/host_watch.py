@@ -1,9 +1,8 @@
-"""What a rank needs where several machines train together.
+"""Network, logs and watch of the ranks on several machines.
 
-A rank would wait forever for a machine that has lost its power or its network: no connection is
-closed, and collectives have a timeout of hours. A rank also outlives a killed torchrun. A thread
-watches for both, and ends the rank, so that torchrun restarts the ranks of all machines that are
-there.
+If a machine loses its power or its network, no connection is closed, and collectives have a timeout
+of hours, so its peers would wait for it. A rank also outlives a killed torchrun. A thread detects
+both and ends the rank, so that torchrun restarts the ranks of all machines that are available.
 """
 
 import logging
@@ -23,13 +22,14 @@ from zeroflow.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 2.0
+"""Time between two signs of life."""
 
 SILENT_SECONDS = 30.0
-"""Time without a sign of life after which a machine is considered gone. A shared file system may
-show a change some seconds late."""
+"""Time without a sign of life after which a machine counts as failed. A shared file system may show
+a change some seconds late."""
 
 _NO_HOST = "192.0.2.1"
-"""An address for documentation, RFC 5737; the way to it is the default route."""
+"""An address that RFC 5737 reserves for documentation, so the default route leads to it."""
 
 
 def log_to_file(folder: RunFolder, rank: int) -> None:
@@ -46,9 +46,9 @@ def log_to_file(folder: RunFolder, rank: int) -> None:
 
 
 def choose_interface() -> None:
-    """Make Gloo listen where other machines reach this one.
+    """Make Gloo listen on the network interface that other machines can reach.
 
-    By default it listens at the address of this machine's name, which on many is a loopback.
+    By default it listens on the address of this machine's name, which is often a loopback address.
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         for address in (os.environ.get("MASTER_ADDR", _NO_HOST), _NO_HOST):
@@ -58,7 +58,7 @@ def choose_interface() -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """Return the network interface that leads to `address`; None for none and for the loopback."""
+    """Return the network interface that leads to `address`; None if there is none but loopback."""
     with suppress(OSError):
         family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -71,9 +71,9 @@ def interface_to(address: str) -> str | None:
 
 
 def wait_for_job(folder: RunFolder) -> None:
-    """Wait until the run's command has answered the last failure with a new job."""
+    """Wait until the run's command has written a new job after a failure."""
     if folder.pause.exists():
-        log.info("waiting for the run's command, which ended after a failure")
+        log.info("waiting until the command of the run has written a new job after a failure")
         while folder.pause.exists():
             time.sleep(1)
 
@@ -97,9 +97,10 @@ def _watch(folder: RunFolder, end: Callable[[str], None]) -> None:
 
 
 class Neighbours:
-    """Signs of life of the machines of a training: each adds to a counter in a file of its own.
+    """Signs of life of the machines of a run: each increments a counter in a separate file.
 
-    Times are measured by the clock of this machine. A neighbour counts from its first sign on.
+    Times are measured by the clock of this machine. A machine is watched from its first sign of
+    life.
     """
 
     def __init__(self, folder: RunFolder, machine: int, machines: int) -> None:
@@ -111,7 +112,7 @@ class Neighbours:
 
     @classmethod
     def of_this_rank(cls, folder: RunFolder) -> "Neighbours | None":
-        """Return the neighbours that this rank watches: the first of each machine watches all."""
+        """Return the neighbours to watch; None if this is not the first rank of its machine."""
         place = os.environ
         if place.get("LOCAL_RANK") != "0":
             return None
@@ -120,12 +121,12 @@ class Neighbours:
         return cls(folder, machine, machines)
 
     def silent(self) -> list[str]:
-        """Give a sign of life; return the names of machines whose last one is too long ago."""
+        """Give a sign of life, and return the names of the machines that have stopped doing so."""
         self._beat += 1
         self._own.write_text(f"{socket.gethostname()} {os.getpid()} {self._beat}", encoding="utf-8")
         now = time.monotonic()
         for file, (before, _) in self._seen.items():
-            content = _content(file)  # opening a file makes NFS ask its server
+            content = _content(file)  # NFS shows changes of a file only when it is opened again
             if content not in ("", before):  # empty while it is written
                 self._seen[file] = (content, now)
         signs = self._seen.values()

@@ -1,10 +1,9 @@
 """Ranks on several machines, which torchrun starts: the command of each, and how to follow them.
 
-Torch elastic gathers the machines, restarts all ranks if one fails, and ends them if too few
-machines are left: https://docs.pytorch.org/docs/stable/elastic/run.html. The flow neither starts
-nor ends them. It follows the run's events and asks the ranks to stop by a file, so it may run on
-any machine that shares the run's folder. On each machine, `host_watch` ends ranks that would wait
-for others forever.
+Torch elastic connects the machines, restarts all ranks if one fails, and ends them if too few
+machines are left: https://docs.pytorch.org/docs/stable/elastic/run.html. The flow follows the run's
+events, and creates a file to ask the ranks to stop. It may therefore run on any machine that shares
+the run's folder. On each machine, `host_watch` ends ranks that would wait for others forever.
 """
 
 import logging
@@ -26,7 +25,7 @@ from zeroflow.training.pulse import Pulse
 log = logging.getLogger(__name__)
 
 PORT = 29400
-"""Port of the first machine at which the machines meet; torchrun's default."""
+"""Port on the first machine to which the others connect; torchrun's default."""
 
 _MOST_RESTARTS = 20
 """Maximum number of restarts by torchrun. Each resumes from the newest checkpoint."""
@@ -35,7 +34,7 @@ _STOP_SECONDS = 120.0
 """Time for the ranks to finish their step and save."""
 
 _REJOIN_SECONDS = 90.0
-"""Time in which ranks start again that saved and ended because another machine joined them."""
+"""Time to wait for the ranks to start again after they saved and ended because a machine joined."""
 
 _POLL_SECONDS = 0.2
 
@@ -47,13 +46,13 @@ class Gang(NamedTuple):
     """Module of the ranks' program."""
 
     job_file: Path
-    """In the folder of the run."""
+    """The job of the ranks, in the run's folder."""
 
     nodes: int
     """Number of machines."""
 
     min_nodes: int
-    """Number of machines with which the ranks go on if others are gone."""
+    """Minimum number of machines with which training continues if others fail."""
 
     ranks: int
     """Number of ranks on all machines."""
@@ -92,18 +91,20 @@ class Gang(NamedTuple):
 
 
 Ended = Callable[[], bool]
-"""Returns True if the ranks have reported that they ended."""
+"""Returns True if the ranks have reported their end."""
 
 Held = Callable[[], bool] | None
-"""Returns True as long as a scheduler has the machines or waits for them; None without one."""
+"""Returns True as long as the scheduler has the machines or waits for them. None if there is no
+scheduler."""
 
 Launcher = Callable[[Gang, Ended], AbstractContextManager[Held]]
-"""Brings the machines of a gang. If the block is left early, it ends the ranks."""
+"""Context manager that provides the machines of a gang. If its block is left early, it ends the
+ranks."""
 
 
 @contextmanager
 def by_hand(gang: Gang, ended: Ended) -> Iterator[Held]:
-    """Log the command of each machine, and ask the ranks to stop if the block is left early."""
+    """Log the command for each machine; ask the ranks to stop if the block is left early."""
     log.info(
         "waiting for the ranks of %d machines. Run on each of them, in an environment with "
         "zeroflow:\n  %s",
@@ -116,9 +117,10 @@ def by_hand(gang: Gang, ended: Ended) -> Iterator[Held]:
 
 @contextmanager
 def asked_to_stop(folder: RunFolder, ended: Ended) -> Iterator[None]:
-    """Ask the ranks to save and stop if the block is left early, and wait for that.
+    """If the block is left early, ask the ranks to save and stop, and wait until they have.
 
-    After a failure they end at once, and those that torchrun starts wait for the next job.
+    After a failure the ranks end at once, and the ranks that torchrun starts then wait for the next
+    job.
     """
     folder.stop.unlink(missing_ok=True)
     folder.pause.unlink(missing_ok=True)
@@ -150,14 +152,14 @@ def follow(
     """Follow the ranks of several machines to their end, through restarts.
 
     Args:
-        on_event: called with every new event, and with the newest pulse as it changes.
-        on_restart: called with every failure after which the ranks are started again as they were;
-            may raise it.
+        on_event: called with every new event and every new pulse.
+        on_restart: called with every failure after which torchrun restarts the ranks with the same
+            job; may raise it.
         hang_seconds: time without a heartbeat after which ranks are ended.
 
     Raises:
         RunIsBusy: another process follows the ranks of this run.
-        TrainingFailed: a rank failed, and would fail again without a change of the job.
+        TrainingFailed: a rank failed, and would fail again with the same job.
         TrainingStopped: the ranks were stopped from outside.
     """
     busy = f"another process is working on run {gang.folder.name}"
@@ -171,7 +173,8 @@ def follow(
 
         with launcher(gang, ended) as held:
             while True:
-                is_held = held() if held else None  # asked first: events come before the end
+                # Before the events are read: the last events precede the end of the machines
+                is_held = held() if held else None
                 progress.follow()
                 attempts.report(on_restart)
                 if isinstance(progress.last, Done):
@@ -189,7 +192,7 @@ def follow(
 
 
 class _Attempts:
-    """Attempts of the ranks: from a start to the next failure or end."""
+    """Follows the attempts of the ranks. An attempt ends with a failure or with the training."""
 
     def __init__(self, on_event: Callable[[Event | Pulse], None]) -> None:
         self._on_event = on_event
@@ -215,7 +218,7 @@ class _Attempts:
         self._begun |= self.running
 
     def report(self, on_restart: Callable[[TrainingFailed], None]) -> None:
-        """Report new failures; raise one after which a restart does not help."""
+        """Report new failures; raise the first that a restart cannot fix."""
         failures, self._failures = self._failures, []
         for failure in failures:
             if failure.reason != "killed":
