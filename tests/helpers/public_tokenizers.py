@@ -84,6 +84,34 @@ def of_words(*words: str) -> Tokenizer:
     return tokenizer
 
 
+def like_bert() -> Tokenizer:
+    """WordPiece, whose decoder adds the spaces between words and removes those before marks."""
+    letters = sorted({*"".join(_LINES).lower()} - {*" \n\r\t"})
+    words = ["[SEP]", "[UNK]", "the", "river", "##s", "##ing", "run", "n't", "'s"]
+    pieces = dict.fromkeys([*words, *letters, *(f"##{letter}" for letter in letters)])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def like_clip() -> Tokenizer:
+    """A BPE whose last piece of a word ends in a mark, which decodes to a space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "</s>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_LINES, trainer)
+    return tokenizer
+
+
 def save(
     folder: Path,
     tokenizer: Tokenizer,

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from hub import english, llama_tokenizer_repo
-from public_tokenizers import like_llama_2, like_qwen, of_bytes, save
+from public_tokenizers import (
+    like_bert,
+    like_clip,
+    like_llama_2,
+    like_qwen,
+    of_bytes,
+    of_words,
+    save,
+)
 from tiny import MODEL, jsonl_corpus, lively_model
 
 from zeroflow.data import encoding
@@ -58,6 +66,8 @@ def test_transformers_opens_the_folder_with_the_same_logits_and_ids(tokenizer, t
     assert not (folder / "manifest.json").exists()
 
 
+_LINE = "The river runs past the old stone bridge . don ' t"
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "gpt2 class": lambda folder: save(
         folder, of_bytes(), {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
@@ -77,6 +87,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "end only in the map": lambda folder: save(
         folder, like_qwen(), None, {"eos_token": {"content": "<|im_end|>", "special": True}}
     ),
+    "whole words": lambda folder: save(folder, of_words(*_LINE.split()), {"eos_token": "</s>"}),
+    "bert": lambda folder: save(folder, like_bert(), {"eos_token": "[SEP]"}),
+    "clip": lambda folder: save(folder, like_clip(), {"eos_token": "</s>"}),
     "dropout": lambda folder: save(folder, of_bytes(), dropout=0.5),
 }
 PROMPTS = ["", "The river runs", "x\n\n1234 don't ", "<|im_end|> spelled out </s>"]

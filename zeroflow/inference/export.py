@@ -6,6 +6,7 @@ has the same end-of-text id, and begins prompts after an end-of-text token, as d
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,11 +132,23 @@ def _begin_with(end: int, token: str) -> dict[str, Any]:
 
 
 def _with_first_space(decoder: Any) -> Any:
-    """Return a decoder that keeps the space before the first word.
+    """A decoder that keeps the space before the first word.
 
-    `transformers` decodes a continuation without its prompt, so the space must be kept.
+    transformers' text generation decodes the new tokens by themselves, where that space belongs.
     """
     match decoder:
+        case None:  # tokens are joined by spaces
+            return _sequence(_replace(_START, " "))
+        case {"type": "WordPiece", "prefix": prefix, "cleanup": cleanup}:
+            inner = rf"{_START}{re.escape(prefix)}"
+            clean = (_replace(text, short) for text, short in _CLEANUP) if cleanup else ()
+            return _sequence(
+                _replace(rf"{_START}(?!{re.escape(prefix)})", " "), _replace(inner, ""), *clean
+            )
+        case {"type": "BPEDecoder", "suffix": suffix}:  # a space after each word but the last
+            end = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
+            fused = (_replace(re.escape(suffix), " "), {"type": "Fuse"}, end)
+            return _sequence(*fused, _replace(_START, " "))
         case {"type": "Metaspace"}:
             return decoder | {"prepend_scheme": "never"}
         case {"type": "Strip"}:
@@ -143,6 +156,27 @@ def _with_first_space(decoder: Any) -> Any:
         case {"type": "Sequence", "decoders": list(decoders)}:
             return decoder | {"decoders": list(map(_with_first_space, decoders))}
     return decoder
+
+
+_START = r"\A"
+
+_CLEANUP = (
+    *((rf"{_START} {re.escape(mark)}", mark) for mark in (".", "?", "!", ",")),
+    *((rf"{_START} {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+"""What the WordPiece decoder replaces in each token, which here begins with its space. Its other
+replacements need more than one word in a token.
+
+Source: https://github.com/huggingface/tokenizers, decoders/wordpiece.rs
+"""
+
+
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+def _sequence(*decoders: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "decoders": list(decoders)}
 
 
 def _require_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
