@@ -266,6 +266,21 @@ def test_plan_is_unchanged_when_a_run_resumes(ask, finish):
     assert longer is not None and longer.rate_source.startswith("from 2 earlier runs here")
 
 
+def test_plan_of_an_older_version_is_kept_and_shown(ask, finish):
+    asked = ask(run_name="one")
+    held = finish("one", rate=1000.0)
+    older = artifacts.read_json(asked.folder.plan)
+    for name in ("notes", "load", "data", "tokenizer", "vocabulary_source", "steps_done", "rate"):
+        del older[name]
+    artifacts.write_json(asked.folder.plan, older)
+    pipeline.plan(asked)
+    planned = plans.load(asked.folder)
+    assert planned is not None and planned.rate is None
+    assert planned.predicted.model_dump(mode="json") == older["predicted"]
+    assert planned.rate_source in plan_page.section(planned, held)
+    assert "vocabulary     512\n" in plan_page.text(planned)
+
+
 def test_repeated_run_does_not_predict_itself(ask, finish):
     held = finish("one", rate=1000.0)
     again = finish("one", rate=1000.0)
