@@ -23,6 +23,7 @@ from patience import HANG_SECONDS
 from pipeline import ROOT
 
 from zeroflow.cli import arguments, commands
+from zeroflow.launchers import slurm
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
@@ -54,8 +55,8 @@ SCRIPTS = {
 }
 """Scripts of the working tree, and the commands that take the same flags."""
 
-FOREIGN = {"--no", "--no-deps", "--ntasks-per-node", "--local-addr", "--fqdn"}
-"""The beginning of `--no-...`, and flags of pip, srun, torchrun and hostname."""
+FOREIGN = {"--no", "--no-deps", "--ntasks-per-node", "--local-addr", "--fqdn", "--gres"}
+"""The beginning of `--no-...`, and flags of pip, Slurm, torchrun and hostname."""
 
 OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "pip", "srun"}
 
@@ -185,7 +186,8 @@ def known_flags() -> set[str]:
             commands.main([command, "--help"])
     said += [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py")]
     gang = hosts.Gang("m", Path("job.json"), nodes=2, min_nodes=2, ranks=2)
-    said.append(" ".join(gang.command("first")))
+    said.append(" ".join(gang.command("first:29400")))
+    said.append(slurm.script(gang, [], gpus=True))
     return FOREIGN.union(*(re.findall(r"--[a-z][\w-]*", text) for text in said))
 
 

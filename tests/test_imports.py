@@ -33,6 +33,7 @@ LAYERS = [
     {"settings"},
     {"inference"},
     {"report"},
+    {"launchers"},
     {"pipeline"},
     {"api"},
     {"orchestration"},

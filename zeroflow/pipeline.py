@@ -26,6 +26,8 @@ from zeroflow.data.parts import build_part
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import find_device
+from zeroflow.launchers import kubernetes, slurm
+from zeroflow.launchers.kubernetes import Cluster
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
@@ -45,6 +47,7 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
 from zeroflow.training.failures import TrainingStopped
+from zeroflow.training.hosts import Launcher, by_hand
 from zeroflow.training.job import (
     TrainingJob,
     TrainResult,
@@ -223,7 +226,21 @@ def train(
             progress(event)
             watch(event)
 
-        return recovery.train(job, follow).replace(why=why)
+        return recovery.train(job, follow, launcher(run)).replace(why=why)
+
+
+def launcher(run: Settled) -> Launcher:
+    """Return what brings the machines of a run on several."""
+    hosts, gpus = run.hosts, run.device == "cuda"
+    match hosts.launcher:
+        case "slurm":
+            return slurm.launcher(hosts.sbatch_options, gpus=gpus)
+        case "kubernetes":
+            assert hosts.image and hosts.volume_claim, "checked by the settings"
+            return kubernetes.launcher(
+                Cluster(hosts.namespace, hosts.image, hosts.volume_claim, gpus=gpus)
+            )
+    return by_hand
 
 
 def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY) -> OverfitResult:

@@ -81,6 +81,15 @@ class RunFolder(TrackedFolder):
     alive = _Named("alive")
     """Newest pulse of rank 0; rewritten whenever rank 0 makes progress."""
 
+    slurm_script = _Named("slurm.sh")
+    """The file for sbatch."""
+
+    slurm_job = _Named("slurm.json")
+    """Number of the job in Slurm."""
+
+    kubernetes = _Named("kubernetes.json")
+    """The manifest of the pods."""
+
     beats = _Named("beats")
     """Signs of life of the machines, one file for each."""
 

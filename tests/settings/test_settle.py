@@ -54,6 +54,8 @@ def test_synthetic_run_has_nothing_left_open(ask):
     open_ones = {
         "build.dask_address",
         "hosts.min_nodes",
+        "hosts.image",
+        "hosts.volume_claim",
         "sweep",
         "data.dataset",
         "data.dataset_config",
@@ -649,3 +651,10 @@ def test_fewer_machines_have_to_share_the_rows_of_a_step_evenly(ask):
         settle(ask(training=training | {"batch_tokens": 64 * 16}, hosts={"min_nodes": 2}))
     with pytest.raises(ValueError, match="--min-nodes 4 is not less than --nodes 4"):
         settle(ask(training=training, hosts={"min_nodes": 4}))
+
+
+def test_launcher_without_several_machines_or_without_what_it_needs_is_refused(ask):
+    with pytest.raises(ValueError, match="--launcher slurm brings several machines"):
+        settle(ask(hosts={"launcher": "slurm"}))
+    with pytest.raises(ValueError, match="also needs --volume-claim"):
+        ask(hosts={"launcher": "kubernetes", "image": "a"})

@@ -19,10 +19,10 @@ from tiny import MODEL, synthetic_rows, training_config, training_job
 from two_hosts import Host, two_hosts
 
 from zeroflow.training import recovery, tracked, zero
-from zeroflow.training.events import Event, Metrics
+from zeroflow.training.events import EVENTS, Event, Failed, Metrics, Stopped
 from zeroflow.training.failures import TrainingStopped
 from zeroflow.training.host_watch import SILENT_SECONDS
-from zeroflow.training.hosts import Gang
+from zeroflow.training.hosts import PORT, Gang
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
 
@@ -31,7 +31,7 @@ STEPS = 200
 
 def test_command_starts_the_ranks_of_one_machine_with_torchrun():
     gang = Gang("zeroflow.training", Path("/c/runs/a b/job.json"), nodes=2, min_nodes=2, ranks=8)
-    words = gang.command("first")
+    words = gang.command("first:29400")
     assert words[0] == "env" and words[2] == "torchrun"
     assert words[-3:] == ["-m", "zeroflow.training", "/c/runs/a b/job.json"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-id=a b"} < set(words)
@@ -95,7 +95,7 @@ class Agents:
     def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], *, min_nodes: int = 2) -> None:
         self._hosts = hosts
         gang = Gang("zeroflow.training", job.folder.job, nodes=2, min_nodes=min_nodes, ranks=2)
-        _, setting, _, *words = gang.command(hosts[0].name)
+        _, setting, _, *words = gang.command(f"{hosts[0].name}:{PORT}")
         self._command = [sys.executable, "-m", "torch.distributed.run", *words]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([setting.split("=")])
         self.running: dict[int, subprocess.Popen] = {}
@@ -163,6 +163,16 @@ def lose_host(started: Agents) -> None:
     [_, rank, *_] = started.processes(0)
     rank.wait(SILENT_SECONDS + 30)
     started.kill_all(1)
+
+
+def drain_host(started: Agents) -> None:
+    """Ask the ranks of one host to end, as before it is taken away."""
+    [_, *ranks] = started.processes(1)
+    for process in started.processes(1)[:1]:
+        process.terminate()
+    started.running.pop(1).wait(60)
+    _, left = psutil.wait_procs(ranks, timeout=20)
+    assert not left
 
 
 def lose_rank(started: Agents) -> None:
@@ -249,7 +259,9 @@ def test_training_continues_with_the_remaining_host_and_later_with_both(tmp_path
         started.start(1)
         wait_until(lambda: is_asked_to_end(rank), "the other host")
         rank.resume()
-        assert [agent.wait(300) for agent in started.running.values()] == [0, 0]
+        trouble.wait_for(100)
+        drain_host(started)
+        assert [agent.wait(300) for agent in started.running.values()] == [0]
 
     done = trouble.do(script)
     recovery.train(job, trouble)
@@ -259,7 +271,9 @@ def test_training_continues_with_the_remaining_host_and_later_with_both(tmp_path
     assert {r.tokens - r.step * workload.batch_tokens for r in records} == {0}
     output = (job.folder.logs / "first-rank-0.log").read_text()
     assert "training on 1 machine of 2" in output
-    assert output.count("resumed at step") >= 2
+    assert output.count("resumed at step") >= 3
+    ends = [e.event for e in EVENTS.read(job.folder.events) if isinstance(e, Stopped | Failed)]
+    assert ends[0] == "failed" and "stopped" in ends, "the second loss was announced"
 
     alone = job_of_two(tmp_path / "alone", tmp_path / "cache", nodes=1)
     tracked.train(alone)

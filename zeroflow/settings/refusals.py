@@ -82,9 +82,15 @@ def refuse_ids_beyond_the_token_type(run: RunConfig, tokenizer: TokenizerConfig)
 def refuse_machines_that_cannot_share(run: Settled) -> None:
     """
     Raises:
-        ValueError: the ranks of --min-nodes machines, or of more, cannot share a step's rows.
+        ValueError: a launcher is for several machines, or the ranks of --min-nodes machines, or of
+            more, cannot share a step's rows.
     """
     least, nodes, each = run.hosts.min_nodes, run.training.nodes, run.training.gpus
+    if run.hosts.launcher != "by-hand" and nodes == 1:
+        raise ValueError(
+            f"--launcher {run.hosts.launcher} brings several machines, and --nodes is 1: raise it, "
+            "or drop --launcher, and start the command itself in a job"
+        )
     if least is None:
         return
     if not least < nodes:

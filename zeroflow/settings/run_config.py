@@ -244,6 +244,30 @@ class HostsChoice(Config):
     """Minimum number of machines with which training continues if others fail. Each step still has
     the same rows. Default: all of --nodes."""
 
+    launcher: Literal["by-hand", "slurm", "kubernetes"] = "by-hand"
+    """How the ranks of each machine are started: by-hand logs the command to run on each; slurm
+    submits a job with sbatch; kubernetes creates a Job with kubectl."""
+
+    sbatch_options: str = ""
+    """More options for sbatch, such as "--partition=gpu --time=24:00:00"."""
+
+    image: str | None = None
+    """Container image with zeroflow, for the pods of kubernetes."""
+
+    volume_claim: str | None = None
+    """PersistentVolumeClaim with the cache folder, for the pods of kubernetes."""
+
+    namespace: str = "default"
+    """Namespace of the pods of kubernetes."""
+
+    @model_validator(mode="after")
+    def _kubernetes_needs_an_image(self) -> Self:
+        needed = {"--image": self.image, "--volume-claim": self.volume_claim}
+        missing = [name for name, value in needed.items() if value is None]
+        if self.launcher == "kubernetes" and missing:
+            raise ValueError(f"--launcher kubernetes also needs {' and '.join(missing)}")
+        return self
+
 
 class RunConfig(Config):
     """All settings that define a run."""

@@ -36,9 +36,10 @@ def log_to_file(folder: RunFolder, rank: int) -> None:
     """Write all output of this process also to the rank's file in the run's folder."""
     folder.logs.mkdir(exist_ok=True)
     file = folder.logs / f"{socket.gethostname()}-rank-{rank}.log"
-    # A process, because libraries write to the descriptor; it ends with this one, after its output
-    command = ["tee", "--append", "--ignore-interrupts", str(file)]
-    tee = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    # A process, because libraries write to the descriptor. It ends after the last output, and not
+    # by a signal of a scheduler to all processes
+    command = 'trap "" HUP INT TERM; exec tee -a "$1"'
+    tee = subprocess.Popen(["sh", "-c", command, "tee", str(file)], stdin=subprocess.PIPE)
     assert tee.stdin is not None
     os.dup2(tee.stdin.fileno(), 1)
     os.dup2(tee.stdin.fileno(), 2)

@@ -10,7 +10,7 @@ import logging
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -66,23 +66,24 @@ class Gang(NamedTuple):
         """Number of ranks on one machine."""
         return self.ranks // self.nodes
 
-    def command(self, first: str) -> list[str]:
+    def command(self, endpoint: str, torchrun: Sequence[str] = ("torchrun",)) -> list[str]:
         """Return the command that starts the ranks of one machine, the same on each.
 
         Args:
-            first: name or address of the machine where they meet.
+            endpoint: name or address of the machine where they meet, and a port of it.
+            torchrun: command of torchrun.
         """
         least = "" if self.min_nodes == self.nodes else f"{self.min_nodes}:"
         return [
             # Torchrun's own store outlives a restart, and has addresses of dead ranks
             "env",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-            "torchrun",
+            *torchrun,
             f"--nnodes={least}{self.nodes}",
             f"--nproc-per-node={self.ranks_of_each}",
             f"--max-restarts={_MOST_RESTARTS}",
             "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={first}:{PORT}",
+            f"--rdzv-endpoint={endpoint}",
             f"--rdzv-id={self.folder.name}",
             "-m",
             self.module,
@@ -109,7 +110,7 @@ def by_hand(gang: Gang, ended: Ended) -> Iterator[Held]:
         "waiting for the ranks of %d machines. Run on each of them, in an environment with "
         "zeroflow:\n  %s",
         gang.nodes,
-        shlex.join(gang.command(socket.getfqdn())),
+        shlex.join(gang.command(f"{socket.getfqdn()}:{PORT}")),
     )
     with asked_to_stop(gang.folder, ended):
         yield None

@@ -18,12 +18,15 @@ from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.failures import Diverged
 from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.processes import LOG_MARK, WATCH_PARENT
-from zeroflow.training.stopping import Stop, StopRequest
+from zeroflow.training.stopping import Agreement, Stop, StopRequest
 from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.training")
 
 Job = TypeVar("Job", bound=RankJob)
+
+_START_AGAIN = os.EX_TEMPFAIL
+"""Exit code of a rank that has saved because other machines are taken away."""
 
 
 def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
@@ -44,11 +47,13 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
     else:
         log_to_terminal(rank)
     job = job_type.read(job_file)
-    if job.training.workload.nodes > 1:
+    several = job.training.workload.nodes > 1
+    if several:
         job = _among_hosts(job_type, job_file, rank)
     ranks = job.training.workload.ranks
     looks = rank == 0 and not watch  # one rank that looks at the file is enough
     request = StopRequest(watch_parent=watch, ranks=ranks, file=folder.stop if looks else None)
+    stop = Agreement(request)
     try:
         _require_ranks(ranks, job_file)
         waiting_for = f"ranks of an earlier command in {folder.path} to finish and save"
@@ -56,7 +61,7 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
             if rank == 0:
                 zero.remove_stale_rendezvous(folder.path)
             with zero.process_group(job.training.workload.device):
-                work(_with_kernels(job, folder), lambda: zero.is_any(bool(request)))
+                work(_with_kernels(job, folder), stop)
     except Exception as error:
         failure = Failed(
             message=failures.message(error, folder.path),
@@ -72,6 +77,8 @@ def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
+    if several and stop.is_for_others:
+        sys.exit(_START_AGAIN)
 
 
 def _among_hosts(job_type: type[Job], job_file: Path, rank: int) -> Job:

@@ -8,7 +8,8 @@
 3. After each step the ranks check together whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
    Ranks on several machines are not children of the flow, which creates the file `stop` in the
-   run's folder instead.
+   run's folder instead. If only some machines get a signal, as before they are taken away, the
+   ranks of the others end with another exit code, so that torchrun starts them again.
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
 
@@ -51,8 +52,18 @@ class StopRequest:
         if watch_parent:
             threading.Thread(target=self._wait_for_parent, daemon=True).start()
 
+    @property
+    def signalled(self) -> bool:
+        """True if the request came to this process."""
+        return self._since is not None
+
+    @property
+    def to_all(self) -> bool:
+        """True if the flow asked the ranks of all machines."""
+        return self._file is not None and self._file.exists()
+
     def __bool__(self) -> bool:
-        return self._since is not None or (self._file is not None and self._file.exists())
+        return self.signalled or self.to_all
 
     def _on_signal(self, number: int, frame: object) -> None:
         # A scheduler signals all processes at once, so a rank gets a signal and loses its parent at
@@ -73,3 +84,21 @@ class StopRequest:
             if zero.ranks() == self._ranks:
                 time.sleep(_ORPHAN_SECONDS)
             os._exit(1)  # sys.exit would only end this thread
+
+
+class Agreement:
+    """Agreement of all ranks to stop, because any of them has a request."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request, self._strongest = request, 0
+
+    def __call__(self) -> bool:
+        """Return True if any rank has a request."""
+        mine = 2 if self._request.to_all else int(self._request.signalled)
+        self._strongest = zero.max_over_ranks(mine)
+        return self._strongest > 0
+
+    @property
+    def is_for_others(self) -> bool:
+        """True if only ranks of other machines were asked to stop."""
+        return self._strongest == 1 and not self._request.signalled

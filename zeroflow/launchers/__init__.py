@@ -1,0 +1,1 @@
+"""Schedulers that provide the machines of a training."""
