@@ -230,7 +230,7 @@ def train(
 
 
 def launcher(run: Settled) -> Launcher:
-    """Return what brings the machines of a run on several."""
+    """Return the launcher of a run on several machines."""
     hosts, gpus = run.hosts, run.device == "cuda"
     match hosts.launcher:
         case "slurm":

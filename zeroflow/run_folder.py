@@ -82,13 +82,13 @@ class RunFolder(TrackedFolder):
     """Newest pulse of rank 0; rewritten whenever rank 0 makes progress."""
 
     slurm_script = _Named("slurm.sh")
-    """The file for sbatch."""
+    """The script for sbatch."""
 
     slurm_job = _Named("slurm.json")
-    """Number of the job in Slurm."""
+    """Number of the Slurm job."""
 
     kubernetes = _Named("kubernetes.json")
-    """The manifest of the pods."""
+    """Manifest for kubectl."""
 
     beats = _Named("beats")
     """Signs of life of the machines, one file for each."""

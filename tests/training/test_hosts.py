@@ -166,7 +166,7 @@ def lose_host(started: Agents) -> None:
 
 
 def drain_host(started: Agents) -> None:
-    """Ask the ranks of one host to end, as before it is taken away."""
+    """Ask the ranks of one host to end, as a scheduler does before it reclaims the host."""
     [_, *ranks] = started.processes(1)
     for process in started.processes(1)[:1]:
         process.terminate()

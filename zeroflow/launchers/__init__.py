@@ -1,1 +1,1 @@
-"""Schedulers that provide the machines of a training."""
+"""Schedulers that provide the machines of a run."""

@@ -1,4 +1,4 @@
-"""Commands of schedulers."""
+"""Runs the commands of schedulers."""
 
 import logging
 import shlex
@@ -11,14 +11,14 @@ from zeroflow.training.failures import TrainingFailed
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 5.0
-"""Time between two questions to a scheduler."""
+"""Minimum time between two requests to a scheduler."""
 
 
 def run(*command: str) -> str:
     """Return the output of a command.
 
     Raises:
-        TrainingFailed: it failed, or is not installed.
+        TrainingFailed: the command failed, or is not installed.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -33,7 +33,9 @@ def run(*command: str) -> str:
 
 
 def seldom(ask: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that calls `ask` every few seconds, and otherwise repeats its answer."""
+    """Return a function that calls `ask` at most every few seconds and otherwise returns its last
+    answer.
+    """
     answer, again = True, 0.0
 
     def asked() -> bool:

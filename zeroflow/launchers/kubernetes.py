@@ -1,7 +1,7 @@
-"""Machines from Kubernetes: an Indexed Job with a pod for each, submitted by kubectl.
+"""Starts the ranks as an Indexed Job of Kubernetes, with one pod per machine, through kubectl.
 
-The pods meet at the name of the first, which a headless Service gives them. A pod that is evicted
-is replaced, and does not count as a failure.
+A headless Service gives the pods names. They connect to the name of the first. A pod that is
+evicted is replaced, and this does not count as a failure.
 
 Sources: https://kubernetes.io/docs/concepts/workloads/controllers/job/ and
     https://kubernetes.io/docs/tasks/job/job-with-pod-to-pod-communication/
@@ -29,14 +29,14 @@ _GRACE_SECONDS = 120
 """Time for the ranks of a pod to save before it is deleted."""
 
 _MOST_FAILURES = 20
-"""Maximum number of failed pods; torchrun restarts ranks without a new pod."""
+"""Maximum number of failed pods. If only ranks fail, torchrun restarts them in the same pods."""
 
 _EVICTED: JsonObject = {"type": "DisruptionTarget", "status": "True"}
-"""Condition of a pod that is evicted or pre-empted."""
+"""Condition of an evicted or pre-empted pod."""
 
 
 class Cluster(NamedTuple):
-    """Where and how pods run."""
+    """Settings of the pods."""
 
     namespace: str
     image: str
@@ -46,7 +46,7 @@ class Cluster(NamedTuple):
     """Name of the PersistentVolumeClaim with the cache."""
 
     gpus: bool
-    """Each rank needs a GPU."""
+    """True if each rank needs a GPU."""
 
 
 def launcher(cluster: Cluster) -> Launcher:
@@ -58,7 +58,7 @@ def launcher(cluster: Cluster) -> Launcher:
 def _on_kubernetes(gang: Gang, ended: Ended, *, cluster: Cluster) -> Iterator[Held]:
     file = gang.folder.kubernetes
     artifacts.write_json(file, manifest(gang, cluster))
-    # A Job of an earlier command that was killed stays as it is
+    # If an earlier command was killed, its Job still exists, and this leaves it unchanged
     run("kubectl", "apply", f"--filename={file}")
     log.info("created Job %s in namespace %s from %s", name_of(gang), cluster.namespace, file)
 
@@ -66,7 +66,7 @@ def _on_kubernetes(gang: Gang, ended: Ended, *, cluster: Cluster) -> Iterator[He
         return _status(name_of(gang), cluster.namespace)
 
     try:
-        # Pods that still wait for a node cannot answer
+        # Pods that are waiting for a node have no ranks that could save
         with asked_to_stop(gang.folder, lambda: ended() or not (status() or {}).get("ready")):
             yield seldom(lambda: not is_over(status()))
     finally:
@@ -79,7 +79,7 @@ def _status(name: str, namespace: str) -> JsonObject | None:
     try:
         said = run(*command, "--ignore-not-found")
     except TrainingFailed as error:
-        log.warning("%s", error)  # the control plane may be starting again
+        log.warning("%s", error)  # the control plane may be restarting
         return {}
     status: JsonObject | None = json.loads(said).get("status", {}) if said else None
     return status
@@ -95,14 +95,14 @@ def is_over(status: JsonObject | None) -> bool:
 
 
 def name_of(gang: Gang) -> str:
-    """Return the name of the Job: short enough for a host name, and unique to the run."""
+    """Return the name of the Job. It is unique to the run and short enough for a host name."""
     name = gang.folder.name
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:30].strip("-")
     return f"zeroflow-{words}-{artifacts.fingerprint(name)[:6]}"
 
 
 def manifest(gang: Gang, cluster: Cluster) -> JsonObject:
-    """Return the Service and the Job, as `kubectl apply` takes them."""
+    """Return the manifest of the Service and the Job, for `kubectl apply`."""
     name = name_of(gang)
     labels: JsonObject = {"app.kubernetes.io/name": "zeroflow", "app.kubernetes.io/instance": name}
     place: JsonObject = {"name": name, "namespace": cluster.namespace, "labels": labels}
@@ -113,7 +113,7 @@ def manifest(gang: Gang, cluster: Cluster) -> JsonObject:
         "spec": {
             "clusterIP": "None",
             "selector": {"job-name": name},
-            "publishNotReadyAddresses": True,  # the ranks meet before they are ready
+            "publishNotReadyAddresses": True,  # the pods connect before they are ready
         },
     }
     job: JsonObject = {
@@ -139,7 +139,7 @@ def _pod(gang: Gang, cluster: Cluster) -> JsonObject:
     )
     command: list[JsonValue] = [*gang.command(f"{name}-0.{name}:{PORT}")]
     return {
-        "restartPolicy": "Never",  # by the Job instead, which knows about evictions
+        "restartPolicy": "Never",  # the Job replaces pods, because it detects evictions
         "subdomain": name,
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "containers": [

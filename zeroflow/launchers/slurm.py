@@ -1,8 +1,8 @@
-"""Machines from Slurm: a job that it queues, pre-empts and starts again.
+"""Starts the ranks as a Slurm job, which returns to the queue when it is pre-empted.
 
-The job starts torchrun once on each node. Before its time is over, or if it is pre-empted, the
-ranks save a checkpoint and the job returns to the queue; the flow watches it until the training has
-ended. A node that fails also returns it to the queue.
+The job starts torchrun once on each node. When it is pre-empted or its time limit is near, the
+ranks save a checkpoint and the job returns to the queue. The same happens, without a checkpoint, if
+a node fails. The flow watches the job until training has ended.
 
 Sources: https://slurm.schedmd.com/sbatch.html and https://slurm.schedmd.com/preempt.html
 """
@@ -23,13 +23,13 @@ from zeroflow.training.hosts import Ended, Gang, Held, Launcher, asked_to_stop
 log = logging.getLogger(__name__)
 
 _WARNED_SECONDS = 120
-"""Time before the end of the job's time at which its ranks save."""
+"""Time before the job's time limit at which its ranks save."""
 
 _END_SECONDS = 60.0
-"""Time for torchrun to end after its ranks."""
+"""Time for torchrun to end after its ranks have ended."""
 
 _NO_JOB = "Invalid job id"
-"""Error text of squeue for a job that ended some minutes ago."""
+"""Error text of squeue for a job that ended minutes ago, which Slurm no longer lists."""
 
 _SCRIPT = """\
 #!/bin/bash
@@ -39,17 +39,17 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 rm -f "$run/stop"
 
-# The time is almost over: the ranks look at this file after each step
+# The time limit is near: the ranks check for this file after each step
 trap 'touch "$run/stop"; out_of_time=1' USR1
 # scancel: the ranks get the same signal, and save
 trap 'cancelled=1' TERM
 
 srun --kill-on-bad-exit=0 {command} &
 ranks=$!
-while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; code=$?; done  # signals interrupt a wait
+while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; code=$?; done  # a signal interrupts `wait`
 
 if [ -n "$out_of_time" ]; then rm -f "$run/stop"; fi
-# Stopped, and neither by the run's command nor by scancel
+# The ranks were stopped, and neither by the run's command nor by scancel
 if [ ! -e "$run/stop" ] && [ -z "$cancelled" ] \\
     && tail -n 1 "$run/events.jsonl" | grep -q '"event": "stopped"'; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -59,17 +59,18 @@ exit "$code"
 
 
 class Submitted(Record):
-    """The job of a run, in slurm.json."""
+    """The submitted job of a run, in slurm.json."""
 
     job: int
+    """Its number in Slurm."""
 
 
 def launcher(options: str, *, gpus: bool) -> Launcher:
     """Return a launcher that submits a job.
 
     Args:
-        options: more options for sbatch.
-        gpus: each rank needs a GPU.
+        options: additional options for sbatch.
+        gpus: True if each rank needs a GPU.
     """
     return partial(_on_slurm, options=shlex.split(options), gpus=gpus)
 
@@ -78,7 +79,7 @@ def launcher(options: str, *, gpus: bool) -> Launcher:
 def _on_slurm(gang: Gang, ended: Ended, *, options: Sequence[str], gpus: bool) -> Iterator[Held]:
     job = _waiting_or_running(gang) or _submit(gang, options, gpus=gpus)
     try:
-        # Ranks of a job that still waits cannot answer
+        # A job that is still in the queue has no ranks that could save
         with asked_to_stop(gang.folder, lambda: ended() or _state(job) != "RUNNING"):
             yield seldom(lambda: bool(_state(job)))
         _wait_for_end(job)
@@ -88,25 +89,27 @@ def _on_slurm(gang: Gang, ended: Ended, *, options: Sequence[str], gpus: bool) -
 
 
 def _wait_for_end(job: int) -> None:
-    """Wait until torchrun has ended too, because Slurm would list the job as cancelled."""
+    """Wait until torchrun has also ended. If the job were cancelled earlier, Slurm would list it as
+    cancelled instead of completed.
+    """
     until = time.monotonic() + _END_SECONDS
     while _state(job) and time.monotonic() < until:
         time.sleep(1)
 
 
 def _state(job: int) -> str:
-    """Return the state of a job, such as PENDING; "" if it has ended."""
+    """Return the state of a job, such as PENDING; an empty string if it has ended."""
     try:
         return run("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip()
     except TrainingFailed as error:
         if _NO_JOB in str(error):
             return ""
-        log.warning("%s", error)  # its controller may be starting again
+        log.warning("%s", error)  # Slurm's controller may be restarting
         return "UNKNOWN"
 
 
 def script(gang: Gang, options: Sequence[str], *, gpus: bool) -> str:
-    """Return the content of the file for sbatch."""
+    """Return the script for sbatch."""
     least = "" if gang.min_nodes == gang.nodes else f"{gang.min_nodes}-"
     given = [
         f"--job-name=zeroflow-{gang.folder.name}",
@@ -120,7 +123,7 @@ def script(gang: Gang, options: Sequence[str], *, gpus: bool) -> str:
         f"--output={gang.folder.logs.absolute()}/slurm-%j.log",
         *options,
     ]
-    # torchrun of this environment, which all nodes share
+    # The torchrun of this Python environment, which all nodes share
     torchrun = (sys.executable, "-m", "torch.distributed.run")
     command = shlex.join(gang.command("@endpoint@", torchrun))
     return _SCRIPT.format(
@@ -135,16 +138,16 @@ def _submit(gang: Gang, options: Sequence[str], *, gpus: bool) -> int:
     folder.logs.mkdir(exist_ok=True)
     folder.slurm_script.write_text(script(gang, options, gpus=gpus), encoding="utf-8")
     said = run("sbatch", "--parsable", str(folder.slurm_script))
-    number = int(said.strip().partition(";")[0])  # a cluster may follow
+    number = int(said.strip().partition(";")[0])  # the name of a cluster may follow
     Submitted(job=number).write(folder.slurm_job)
-    log.info("submitted job %d to Slurm; its output is in %s", number, folder.logs)
+    log.info("submitted Slurm job %d; its output is in %s", number, folder.logs)
     return number
 
 
 def _waiting_or_running(gang: Gang) -> int | None:
-    """Return the job of the run, if one is left from a command that was killed."""
+    """Return the job that an earlier command, which was killed, has left; None if there is none."""
     before = Submitted.read_if_exists(gang.folder.slurm_job)
     if before is None or not _state(before.job):
         return None
-    log.info("job %d of Slurm is still there, and is followed again", before.job)
+    log.info("watching Slurm job %d, which an earlier command submitted", before.job)
     return before.job

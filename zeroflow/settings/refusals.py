@@ -82,14 +82,14 @@ def refuse_ids_beyond_the_token_type(run: RunConfig, tokenizer: TokenizerConfig)
 def refuse_machines_that_cannot_share(run: Settled) -> None:
     """
     Raises:
-        ValueError: a launcher is for several machines, or the ranks of --min-nodes machines, or of
-            more, cannot share a step's rows.
+        ValueError: a launcher is set for one machine, or the rows of a step cannot be divided among
+            the ranks of --min-nodes or more machines.
     """
     least, nodes, each = run.hosts.min_nodes, run.training.nodes, run.training.gpus
     if run.hosts.launcher != "by-hand" and nodes == 1:
         raise ValueError(
-            f"--launcher {run.hosts.launcher} brings several machines, and --nodes is 1: raise it, "
-            "or drop --launcher, and start the command itself in a job"
+            f"--launcher {run.hosts.launcher} needs --nodes 2 or more: raise --nodes, or drop "
+            "--launcher and start this command in a job"
         )
     if least is None:
         return

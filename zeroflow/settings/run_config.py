@@ -249,16 +249,16 @@ class HostsChoice(Config):
     submits a job with sbatch; kubernetes creates a Job with kubectl."""
 
     sbatch_options: str = ""
-    """More options for sbatch, such as "--partition=gpu --time=24:00:00"."""
+    """Additional options for sbatch, such as "--partition=gpu --time=24:00:00"."""
 
     image: str | None = None
-    """Container image with zeroflow, for the pods of kubernetes."""
+    """Container image with zeroflow, for --launcher kubernetes."""
 
     volume_claim: str | None = None
-    """PersistentVolumeClaim with the cache folder, for the pods of kubernetes."""
+    """PersistentVolumeClaim with the cache folder, for --launcher kubernetes."""
 
     namespace: str = "default"
-    """Namespace of the pods of kubernetes."""
+    """Namespace of the Job, for --launcher kubernetes."""
 
     @model_validator(mode="after")
     def _kubernetes_needs_an_image(self) -> Self:

@@ -36,8 +36,8 @@ def log_to_file(folder: RunFolder, rank: int) -> None:
     """Write all output of this process also to the rank's file in the run's folder."""
     folder.logs.mkdir(exist_ok=True)
     file = folder.logs / f"{socket.gethostname()}-rank-{rank}.log"
-    # A process, because libraries write to the descriptor. It ends after the last output, and not
-    # by a signal of a scheduler to all processes
+    # A separate process, because libraries write directly to the file descriptor. It ignores
+    # signals that a scheduler sends to all processes, and so ends after the last output
     command = 'trap "" HUP INT TERM; exec tee -a "$1"'
     tee = subprocess.Popen(["sh", "-c", command, "tee", str(file)], stdin=subprocess.PIPE)
     assert tee.stdin is not None

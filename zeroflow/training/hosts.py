@@ -70,12 +70,12 @@ class Gang(NamedTuple):
         """Return the command that starts the ranks of one machine, the same on each.
 
         Args:
-            endpoint: name or address of the machine where they meet, and a port of it.
-            torchrun: command of torchrun.
+            endpoint: name or address of the machine to which all connect, and its port.
+            torchrun: command that starts torchrun.
         """
         least = "" if self.min_nodes == self.nodes else f"{self.min_nodes}:"
         return [
-            # Torchrun's own store outlives a restart, and has addresses of dead ranks
+            # Without this, torchrun's store would survive a restart with addresses of dead ranks
             "env",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             *torchrun,

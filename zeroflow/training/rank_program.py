@@ -26,7 +26,8 @@ log = logging.getLogger("zeroflow.training")
 Job = TypeVar("Job", bound=RankJob)
 
 _START_AGAIN = os.EX_TEMPFAIL
-"""Exit code of a rank that has saved because other machines are taken away."""
+"""Exit code of a rank that has saved because other machines were asked to stop. Torchrun restarts
+ranks that end with a code other than 0."""
 
 
 def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:

@@ -8,8 +8,8 @@
 3. After each step the ranks check together whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
    Ranks on several machines are not children of the flow, which creates the file `stop` in the
-   run's folder instead. If only some machines get a signal, as before they are taken away, the
-   ranks of the others end with another exit code, so that torchrun starts them again.
+   run's folder instead. If only some machines get a signal, such as before a scheduler reclaims
+   them, the ranks of the others end with another exit code, so that torchrun restarts them.
 4. The flow's process exits with code 143 after SIGTERM and 130 after Ctrl-C. The same command
    resumes from the checkpoint.
 
@@ -54,12 +54,12 @@ class StopRequest:
 
     @property
     def signalled(self) -> bool:
-        """True if the request came to this process."""
+        """True if this process received a signal or lost its parent."""
         return self._since is not None
 
     @property
     def to_all(self) -> bool:
-        """True if the flow asked the ranks of all machines."""
+        """True if the flow has asked the ranks of all machines to stop."""
         return self._file is not None and self._file.exists()
 
     def __bool__(self) -> bool:
@@ -87,7 +87,7 @@ class StopRequest:
 
 
 class Agreement:
-    """Agreement of all ranks to stop, because any of them has a request."""
+    """Lets all ranks stop together if any of them has a request."""
 
     def __init__(self, request: StopRequest) -> None:
         self._request, self._strongest = request, 0
@@ -100,5 +100,5 @@ class Agreement:
 
     @property
     def is_for_others(self) -> bool:
-        """True if only ranks of other machines were asked to stop."""
+        """True if only ranks on other machines were asked to stop."""
         return self._strongest == 1 and not self._request.signalled
