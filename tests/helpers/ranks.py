@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiny import MODEL, WORKLOAD, ArrayRows, RandomBatches, with_workload
+from torch.distributed.distributed_c10d import _world
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroflow import artifacts
@@ -110,9 +111,16 @@ def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, An
     found["kept"] = sum(zero.local_shard(p).numel() for p in parameters)
     moments = (state.optimizer.state[p]["exp_avg"] for p in parameters)
     found["moments kept"] = sum(zero.local_shard(moment).numel() for moment in moments)
+    found["patience"] = patience()
     found["passed on"] = passed_on(state, config)
     found["skipped"] = skipping(state, config)
     return found
+
+
+def patience() -> list[float]:
+    """Return the timeout of every process group of this rank, in seconds."""
+    backends = (group._get_backend(torch.device("cpu")) for group in _world.pg_map)
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:

@@ -102,6 +102,9 @@ class TestStage:
             assert found["kept"] == MODEL.parameters // (1 if stage == "0" else 2)
             assert found["moments kept"] == found["kept"]
 
+    def test_no_rank_gives_up_on_one_that_compiles_for_an_hour(self, together, stage):
+        assert min(together[0][stage]["patience"]) >= 3600
+
     def test_each_stage_passes_on_what_is_its_own(self, together, stage):
         """Two blocks and the rest make three parts; a step has two micro-batches."""
         gathered, scattered = {

@@ -183,7 +183,7 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 def side_group() -> Any:
     """Return a second group of all ranks, whose collectives another thread can use safely."""
-    return dist.new_group(backend="gloo") if ranks() > 1 else None
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if ranks() > 1 else None
 
 
 def on_all_ranks(make: Callable[[], T], group: Any) -> list[T]:
@@ -234,6 +234,10 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
         mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
     else:
         mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
+    for (
+        part
+    ) in mesh.get_all_groups():  # their own timeout is 10 minutes, also while a rank compiles
+        dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
     # Inputs are not cast: rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
