@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 _SLOT_SECONDS = 5.0
 """Time to wait for the slot before a log line says that the run is waiting."""
 
-_REASON = f"another run uses the GPU (limit {GPU_LIMIT} in Prefect)"
+_MESSAGE = f"waiting: another run uses the GPU (limit {GPU_LIMIT} in Prefect)"
 
 
 @contextmanager
@@ -39,6 +39,6 @@ def _take_slot(held: ExitStack) -> None:
     try:
         held.enter_context(concurrency(GPU_LIMIT, timeout_seconds=_SLOT_SECONDS, strict=False))
     except TimeoutError:
-        log.info("waiting: %s", _REASON)
-        with waiting.shown(f"Waiting: {_REASON}."):
+        log.info("%s", _MESSAGE)
+        with waiting.shown(_MESSAGE):
             held.enter_context(concurrency(GPU_LIMIT, strict=False))
