@@ -26,7 +26,7 @@ def test_manifest_is_valid_for_kubernetes(version: str, gpus: bool):
         kubernetes_validate.validate(misspelt, version, strict=True)
 
 
-def test_pods_find_the_first_and_mount_the_cache_at_the_path_of_the_job():
+def test_pods_find_the_first_one_and_mount_the_cache_at_the_path_of_the_job():
     service, job = manifest(gang("run"), CLUSTER)["items"]
     spec = job["spec"]["template"]["spec"]
     [container] = spec["containers"]
@@ -39,7 +39,7 @@ def test_pods_find_the_first_and_mount_the_cache_at_the_path_of_the_job():
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
 
 
-def test_names_are_those_of_hosts_and_differ_by_run():
+def test_job_names_are_valid_host_names_and_differ_between_runs():
     names = [name_of(gang(run)) for run in ("a_b", "a.b", "A" * 100, "A" * 99)]
     assert len(set(names)) == 4
     assert all(len(name) + len("-1000") <= 63 for name in names)
@@ -61,7 +61,7 @@ def test_job_is_over_when_it_has_completed_or_failed_or_was_deleted(status, over
     assert is_over(status) == over
 
 
-def test_machine_without_kubectl_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_kubectl_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     there = gang("run", tmp_path)
     there.folder.path.mkdir(parents=True)

@@ -22,7 +22,7 @@ from zeroflow.training.job import Cadence, TrainingJob
 STEPS = 400
 
 
-def test_script_asks_for_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Path):
+def test_script_requests_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Path):
     gang = Gang("zeroflow.training", tmp_path / "job.json", nodes=4, min_nodes=3, ranks=32)
     text = script(gang, ["--partition=gpu", "--comment=a b"], gpus=True)
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
@@ -32,7 +32,7 @@ def test_script_asks_for_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Pa
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-def test_machine_without_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_slurm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     gang = Gang("zeroflow.training", tmp_path / "job.json", nodes=2, min_nodes=2, ranks=2)
     with (
@@ -75,7 +75,7 @@ def end_time() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [preempt, end_time])
-def test_job_that_is_queued_again_ends_with_the_bits_of_one_machine(tmp_path, cluster, interrupt):
+def test_requeued_job_ends_with_the_same_bits_as_one_machine(tmp_path, cluster, interrupt):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
     asked = False
 
@@ -99,7 +99,7 @@ def test_job_that_is_queued_again_ends_with_the_bits_of_one_machine(tmp_path, cl
 
 
 @pytest.mark.slow
-def test_interrupted_flow_stops_its_job_with_a_checkpoint_and_one_that_waits_without(
+def test_interrupted_flow_stops_a_running_job_with_a_checkpoint_and_a_queued_one_without(
     tmp_path, cluster
 ):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)

@@ -43,7 +43,7 @@ def test_requests_without_login_or_from_other_pages_are_refused(prefect_api):
     assert create(**known) == 201, "with both"
 
 
-def test_only_pages_of_its_own_may_send_requests(prefect_api):
+def test_only_its_own_pages_may_send_requests(prefect_api):
     def preflight(origin: str) -> int:
         asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         return status(f"{prefect_api}/deployments/", method="OPTIONS", **asked)

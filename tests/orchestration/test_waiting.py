@@ -97,7 +97,7 @@ def test_run_that_a_worker_took_meanwhile_is_left_to_it(client):
     assert runs.state(run.id).name == "Pending"
 
 
-def test_cancelled_run_of_a_worker_keeps_the_message_of_its_own_end(client):
+def test_cancelled_run_of_a_worker_keeps_its_own_last_message(client):
     runs = Runs(client)
     own = "Stopped by Cancel in Prefect: saved at step 7; Retry resumes from there."
     stopped, never_begun = runs.new("stopped", Running()), runs.new("never begun", Pending())

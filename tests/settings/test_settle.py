@@ -653,7 +653,7 @@ def test_fewer_machines_have_to_share_the_rows_of_a_step_evenly(ask):
         settle(ask(training=training, hosts={"min_nodes": 4}))
 
 
-def test_launcher_without_several_machines_or_without_what_it_needs_is_refused(ask):
+def test_launcher_needs_several_machines_and_its_own_settings(ask):
     with pytest.raises(ValueError, match="--launcher slurm needs --nodes 2 or more"):
         settle(ask(hosts={"launcher": "slurm"}))
     with pytest.raises(ValueError, match="also needs --volume-claim"):

@@ -52,7 +52,7 @@ def folder(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
-    """What one process says."""
+    """Figures of one process."""
     state = new_state(config)
     found: dict[str, Any] = {"begun": ranks.trained(state, config, SAVED)}
     found |= ranks.looked_at(state)
@@ -75,37 +75,37 @@ def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> lis
 
 @pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
 class TestStage:
-    def test_losses_norms_and_updates_are_those_of_one_process(self, alone, together, stage):
+    def test_losses_norms_and_updates_match_one_process(self, alone, together, stage):
         for name in ("begun", "went on"):
             assert together[0][stage][name] == close(alone[name]), name
 
-    def test_validation_and_samples_are_those_of_one_process(self, alone, together, stage):
+    def test_validation_and_samples_match_one_process(self, alone, together, stage):
         assert together[0][stage]["validation"] == close(alone["validation"])
         assert together[0][stage]["sample"] == alone["sample"]
 
-    def test_ranks_say_the_same(self, together, stage):
+    def test_ranks_report_the_same_figures(self, together, stage):
         assert together[0][stage] == together[1][stage]
 
-    def test_checkpoint_goes_on_bit_for_bit(self, together, stage):
+    def test_resume_from_a_checkpoint_is_bit_exact(self, together, stage):
         assert together[0][stage]["resumed"] == together[0][stage]["went on"]
 
-    def test_ranks_go_on_from_one_process_and_one_process_from_ranks(
+    def test_ranks_resume_from_one_process_and_one_process_from_ranks(
         self, alone, together, config, folder, stage
     ):
         assert together[0][stage]["from one"] == close(alone["went on"])
         state = ranks.loaded(config, folder / f"stage{stage}")
         assert ranks.trained(state, config, STEPS - SAVED) == close(alone["went on"])
 
-    def test_ranks_keep_their_share_and_the_tied_embedding_once(self, together, stage):
+    def test_ranks_keep_their_share_and_one_copy_of_the_tied_embedding(self, together, stage):
         for found in (rank[stage] for rank in together):
             assert found["parameters"] == MODEL.parameters
             assert found["kept"] == MODEL.parameters // (1 if stage == "0" else 2)
             assert found["moments kept"] == found["kept"]
 
-    def test_no_rank_gives_up_on_one_that_compiles_for_an_hour(self, together, stage):
+    def test_ranks_wait_for_one_that_compiles_for_an_hour(self, together, stage):
         assert min(together[0][stage]["patience"]) >= 3600
 
-    def test_each_stage_passes_on_what_is_its_own(self, together, stage):
+    def test_each_stage_communicates_only_what_it_shards(self, together, stage):
         """Two blocks and the rest make three parts; a step has two micro-batches."""
         gathered, scattered = {
             "0": (0, 0),  # gradients are summed instead
