@@ -7,7 +7,7 @@ import torch
 from tiny import WORKLOAD
 
 from zeroflow.device import known_gpu
-from zeroflow.model.sizes import SIZES
+from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import kernels
 from zeroflow.training.kernels import Choice, Kernels, fastest
 
@@ -41,15 +41,16 @@ def test_choice_is_read_back_as_it_was_written(tmp_path):
 
 
 def test_determinism_is_not_free_where_its_kernels_are_missing(monkeypatch):
-    shape, sides = SIZES["small"], {"document_mask": False, "fp8": False}
     hopper, ampere = known_gpu("H200"), known_gpu("L4")
-    assert kernels.determinism_is_free(shape, hopper, **sides) == kernels.has_extra()
+    small = WORKLOAD.replace(model=with_vocabulary(SIZES["small"], 256), precision="bf16")
+    assert kernels.determinism_is_free(small, hopper) == kernels.has_extra()
     monkeypatch.setattr(kernels, "has_extra", lambda: True)  # of packages for GPUs only
-    assert kernels.determinism_is_free(shape, hopper, **sides)
-    assert not kernels.determinism_is_free(shape, ampere, **sides)
-    assert not kernels.determinism_is_free(SIZES["tiny"], hopper, **sides), "heads of 32"
-    for side in sides:
-        assert not kernels.determinism_is_free(shape, hopper, **{**sides, side: True})
+    assert kernels.determinism_is_free(small, hopper)
+    assert not kernels.determinism_is_free(small, ampere)
+    tiny = small.replace(model=with_vocabulary(SIZES["tiny"], 256))
+    assert not kernels.determinism_is_free(tiny, hopper), "heads of 32"
+    for change in ({"fp8": True}, {"document_mask": True}):
+        assert not kernels.determinism_is_free(small.replace(**change), hopper)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ log = logging.getLogger("zeroflow.checks.preflight")
 
 
 _SETTINGS = {*Shape.model_fields, *Workload.model_fields} | {
-    *("seed", "learning_rate", "z_loss", "fp8", "overfit_steps", "overfit_loss", "vocab_size")
+    *("seed", "learning_rate", "z_loss", "overfit_steps", "overfit_loss", "vocab_size")
 }
 """Fields of a check's identity that are settings of the same name."""
 

@@ -9,7 +9,7 @@ As on the command line, a setting is identified by its own name, independent of 
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, create_model
 from pydantic_core import to_jsonable_python
@@ -18,6 +18,9 @@ from zeroflow.config import Config
 from zeroflow.settings.flags import Setting, help_text, settings
 
 Settings = TypeVar("Settings", bound=Config)
+
+Schema: TypeAlias = dict[str, Any]
+"""A JSON schema, a part of one, or the values of a form."""
 
 _TITLES = {
     "run_name": "Run to start or resume",  # not "Run name", which is the title of a Prefect field
@@ -55,7 +58,7 @@ _BOUNDS = {
 }
 
 
-def schema(config: type[Config]) -> dict[str, Any]:
+def schema(config: type[Config]) -> Schema:
     """Return the JSON schema of the form of `config`."""
     first = [setting for setting in settings(config) if setting.path[-1] in _TITLES]
     first.sort(key=lambda setting: [*_TITLES].index(setting.path[-1]))
@@ -79,14 +82,14 @@ def read(config: type[Settings], given: object) -> Settings:
     """
     if isinstance(given, config) or not isinstance(given, Mapping):
         return config.model_validate(given)
-    nested: dict[str, Any] = {}
+    nested: Schema = {}
     _place(given, {setting.path[-1]: setting.path for setting in settings(config)}, nested)
     return config.model_validate(nested)
 
 
-def filled(asked: BaseModel) -> dict[str, Any]:
+def filled(asked: BaseModel) -> Schema:
     """Return the form of `asked`, filled in with the settings that were given explicitly."""
-    form: dict[str, Any] = {}
+    form: Schema = {}
     for setting in settings(type(asked)):
         value: Any = asked
         for name in setting.path:
@@ -98,9 +101,7 @@ def filled(asked: BaseModel) -> dict[str, Any]:
     return form
 
 
-def _place(
-    given: Mapping[str, Any], paths: dict[str, tuple[str, ...]], into: dict[str, Any]
-) -> None:
+def _place(given: Mapping[str, Any], paths: dict[str, tuple[str, ...]], into: Schema) -> None:
     """Put each setting of `given` into `into` at its path, without those that are None."""
     for name, value in given.items():
         if name in paths:
@@ -121,7 +122,7 @@ def _group(setting: Setting) -> str:
     return setting.path[-2] if len(setting.path) > 1 and setting.path[-2] != "run" else _OTHER
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
+def _object(properties: Schema) -> Schema:
     """Return the schema of an object, with the positions by which Prefect sorts its properties."""
     ordered = {
         name: {**field, "position": position}
@@ -130,7 +131,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": ordered}
 
 
-def _folded(name: str, group: list[Setting]) -> dict[str, Any]:
+def _folded(name: str, group: list[Setting]) -> Schema:
     """Return the schema of a group, which shows no settings until the user chooses to set them."""
     fields = _object({setting.path[-1]: _field(setting) for setting in group})["properties"]
     # The limits are next to the types instead of within one. Otherwise, the error for a value out
@@ -150,7 +151,7 @@ def _folded(name: str, group: list[Setting]) -> dict[str, Any]:
     }
 
 
-def _field(setting: Setting) -> dict[str, Any]:
+def _field(setting: Setting) -> Schema:
     """Return the schema of a setting, without a default: an empty field is not sent."""
     name, kind = setting.path[-1], _kind(setting)
     title = _TITLES.get(name, setting.flag[2:].replace("-", " ").capitalize())
@@ -158,7 +159,7 @@ def _field(setting: Setting) -> dict[str, Any]:
     return kind | {"title": title, "description": " ".join(part for part in parts if part)}
 
 
-def _kind(setting: Setting) -> dict[str, Any]:
+def _kind(setting: Setting) -> Schema:
     """Return the schema of the values of a setting, in the simplest form."""
     name = setting.path[-1]
     definition: Any = {name: (setting.field.annotation, setting.field)}
@@ -176,7 +177,7 @@ def _kind(setting: Setting) -> dict[str, Any]:
     return kind
 
 
-def _bounds(kind: dict[str, Any]) -> str:
+def _bounds(kind: Schema) -> str:
     """Return the limits of a value as a sentence, which may be empty."""
     limits = [f"{words} {kind[limit]:,}" for limit, words in _BOUNDS.items() if limit in kind]
     if "pattern" in kind:

@@ -111,8 +111,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
     # Files of older versions have their peak memory in the report only
     peak = latest.get(TABLE["peak_memory_mib"].key, 0) * 2**20
     return Outcome(
-        gpus=work.ranks,
-        zero_stage=work.zero_stage,
+        **Sharding.of_ranks(work).model_dump(),
         run=name,
         status=_status(job, report),
         size=settings.model.name,
@@ -155,6 +154,6 @@ def _is_running(folder: RunFolder) -> bool:
 
 def _all_but_the_seed(settings: Settled) -> str:
     named = resuming.compared(settings.model_dump(mode="json"))
-    sharding = {"gpus": settings.training.gpus, "zero_stage": settings.training.zero_stage}
+    sharding = {"ranks": settings.ranks, "zero_stage": settings.training.zero_stage}
     others = {name: str(value) for name, value in named.items() if name != "seed"}
     return artifacts.fingerprint(others | sharding)

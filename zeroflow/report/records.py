@@ -104,6 +104,11 @@ class Sharding(Record):
     def ranks(self) -> int:
         return self.gpus
 
+    @classmethod
+    def of_ranks(cls, workload: Workload) -> "Sharding":
+        """The sharding of a workload."""
+        return Sharding(gpus=workload.ranks, zero_stage=workload.zero_stage)
+
     @property
     def sharding(self) -> "Sharding":
         """The fields of this class, without those of a subclass."""
@@ -122,9 +127,8 @@ class WorkloadFigures(Sharding):
     @classmethod
     def of(cls, workload: Workload) -> Self:
         return cls(
+            **Sharding.of_ranks(workload).model_dump(),
             device=workload.device_name,
-            gpus=workload.ranks,
-            zero_stage=workload.zero_stage,
             precision=workload.precision,
             fp8=workload.fp8,
         )

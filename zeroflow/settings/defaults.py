@@ -29,19 +29,18 @@ def nominal_workload(run: RunConfig, device: Device) -> Workload:
     known yet.
     """
     choice = run.training
-    free = kernels.determinism_is_free(
-        run.model.shape, device, document_mask=choice.document_mask, fp8=choice.fp8
-    )
-    return run.workload(
+    work = run.workload(
         with_vocabulary(run.model.shape, NOMINAL_VOCABULARY),
         device,
-        deterministic=free if choice.deterministic is None else choice.deterministic,
         seq_len=choice.seq_len or (2048 if device.kind == "cuda" else 256),
         precision=choice.precision or ("bf16" if device.has_bf16 else "fp32"),
         compile=device.compiles if choice.compile is None else choice.compile,
         micro_batch_rows=1,
         accumulate=1,
     )
+    if choice.deterministic is not None:
+        return work
+    return work.replace(deterministic=kernels.determinism_is_free(work, device))
 
 
 def validate_every(steps: int, *, gpu: bool) -> int:

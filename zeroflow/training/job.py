@@ -78,7 +78,7 @@ class TrainingJob(RankJob):
     """Folder for compiled code; None for PyTorch's default."""
 
     peak_flops: float | None
-    """Dense bf16 FLOP/s of all devices, also for products in fp8. None if unknown or if the run is
+    """Dense bf16 FLOP/s of all devices, also for 8-bit products. None if unknown or if the run is
     in fp32; then there is no MFU."""
 
     @property

@@ -23,7 +23,7 @@ from zeroflow.config import Config
 from zeroflow.device import Device
 from zeroflow.model import hopper
 from zeroflow.model.attention import AttentionKernel, attend
-from zeroflow.model.llama import FusedFeedForward, Shape, swiglu
+from zeroflow.model.llama import FusedFeedForward, linear, swiglu
 from zeroflow.records import Record
 from zeroflow.training.loss import LossKernel, cross_entropy_sum
 from zeroflow.training.workload import Workload
@@ -104,13 +104,14 @@ def choose(work: Workload, folder: Path, *, z_loss: float) -> Kernels:
     return choice.kernels
 
 
-def determinism_is_free(shape: Shape, device: Device, *, document_mask: bool, fp8: bool) -> bool:
+def determinism_is_free(work: Workload, device: Device) -> bool:
     """Return True if the deterministic kernels are about as fast as the others on `device`.
 
-    This was measured with FlashAttention-4, and not with fp8.
+    This was measured with FlashAttention-4, and not with 8-bit products.
     """
-    in_use = shape.head_dim in hopper.HEAD_DIMS and not document_mask and not fp8
-    return in_use and device.capability == _HOPPER and has_extra()
+    in_use = work.model.head_dim in hopper.HEAD_DIMS and work.attends_to_rows
+    plain = work.linear is linear
+    return in_use and plain and device.capability == _HOPPER and has_extra()
 
 
 def has_extra() -> bool:
@@ -131,7 +132,7 @@ def _identity(work: Workload, extra: bool, z_loss: float) -> list[Any]:
     return [
         *(torch.cuda.get_device_name(), torch.__version__, *versions),
         *(work.model.model_dump(), work.micro_batch_rows, work.seq_len),
-        *(work.fp8, work.compile, work.deterministic, work.document_mask, z_loss > 0),
+        *(work.arithmetic, work.compile, work.deterministic, work.attends_to_rows, z_loss > 0),
     ]
 
 
@@ -195,9 +196,9 @@ def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest
 
     They are yielded one by one, so that only the tensors of one are in memory.
     """
-    if not work.document_mask:
+    if work.attends_to_rows:
         yield _attention(work, extra=extra)
-    if extra and not work.fp8:
+    if extra and work.linear is linear:
         yield _feed_forward(work)
     if extra and not z_loss and hopper.supports_loss(work.model.vocab_size, work.model.hidden_size):
         yield _loss(work)

@@ -103,6 +103,11 @@ class Workload(Config):
         return fp8.linear if self.fp8 else llama.linear
 
     @property
+    def attends_to_rows(self) -> bool:
+        """True if a token attends to all tokens before it in its row."""
+        return not self.document_mask
+
+    @property
     def significand_bits(self) -> int:
         """Precision of the factors in the products of the decoder blocks."""
         return 4 if self.fp8 else 8 if self.precision == "bf16" else 24
