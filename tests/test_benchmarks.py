@@ -12,6 +12,7 @@ import profile_step
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scale
 import torch
 import train_speed
 import zero_stages
@@ -247,6 +248,13 @@ def test_curves_are_printed_and_drawn_next_to_the_first(trained, tmp_path):
     ):
         loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings)
     assert loss_curves.obstacle("fp8", trained, H100) is None
+
+
+def test_start_on_a_simulated_set_reads_its_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale.part_counts, "PAGE_PARTS", 2)
+    found = scale.measure(5, tmp_path, seq_len=64)
+    assert found.parts == 4 and found.pages_bytes > 0 and found.slices_bytes > 0
+    assert found.start_seconds > 0 and found.tokens > 0
 
 
 def test_differences_are_those_of_smoothed_curves():

@@ -248,3 +248,17 @@ def test_complete_run_of_a_gpu_is_shown_on_a_machine_without_one(
 
 def test_public_names_are_documented() -> None:
     assert all(getattr(zeroflow, name).__doc__ for name in zeroflow.__all__)
+
+
+def test_shards_that_are_built_alone_are_those_that_the_run_reads(run, tmp_path):
+    """Also for a GPU that this machine does not have."""
+    there = load("mine", run.cache_dir).shards
+    elsewhere = run.replace(cache_dir=tmp_path)
+    done = pipeline.build_together(elsewhere)
+    assert (done.path.name, done.built, done.parts) == (there.path.name, there.parts, there.parts)
+    for number in range(there.parts):
+        assert contents(done.path / f"part-{number:05d}") == contents(there.part(number))
+    assert not (tmp_path / "runs").exists(), "nothing of the run is recorded"
+    assert pipeline.build_together(elsewhere).built == 0
+    for_gpu = elsewhere.replace(device="auto", data=run.data, run_name=None)
+    assert pipeline.build_together(for_gpu, gpu="H100").path == done.path

@@ -205,12 +205,15 @@ def verify(directory: Path) -> JsonObject:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, mark: str = "") -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error.
 
     The block must `seal` it. Leftovers of an earlier, killed attempt are removed.
+
+    Args:
+        mark: a part of its name that other processes do not use, if there may be some.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path, mark)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -221,6 +224,11 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_path(path: Path, mark: str = "") -> Path:
+    """The temporary name of the directory `path` while it is written; see `new_directory`."""
+    return path.with_name(f".{path.name}.{mark}.partial" if mark else f".{path.name}.partial")
 
 
 def set_aside(path: Path, reason: object) -> Path:
@@ -252,9 +260,32 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
                 return True
             except DamagedArtifact as damage:
                 set_aside(path, damage)
-        with new_directory(path) as partial:
+        return build_first(path, build)  # a process with a claim may be faster
+
+
+def build_first(path: Path, build: Callable[[Path], None], *, mark: str = "") -> bool:
+    """Ensure that the directory `path` exists, without a lock.
+
+    Several processes may build it at the same time. The first one that is complete stays, so all
+    have to build the same.
+
+    Args:
+        build: called with a temporary directory of this call.
+        mark: a part of its name that other processes do not use; empty under a lock.
+
+    Returns:
+        True if the directory exists already, or another process was faster.
+    """
+    if path.exists():
+        return True
+    try:
+        with new_directory(path, mark=mark) as partial:
             build(partial)
-        return False
+    except OSError:  # the directory is not empty; or who took over has removed the temporary one
+        if path.exists():
+            return True
+        raise
+    return False
 
 
 @contextmanager

@@ -18,14 +18,15 @@ from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, Ov
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.checks.resume import Proof, ProofConfig, ResumeInexact
 from zeroflow.data import build as builds
-from zeroflow.data import statistics
+from zeroflow.data import shared_build, statistics
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.builders import Builders, BuildPart, in_threads
 from zeroflow.data.on_dask import on_dask
 from zeroflow.data.parts import build_part
 from zeroflow.data.shards import ShardSet
+from zeroflow.data.shared_build import Shared
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.device import find_device
+from zeroflow.device import find_device, known_gpu
 from zeroflow.launchers import kubernetes, slurm
 from zeroflow.launchers.kubernetes import Cluster
 from zeroflow.model import build as models
@@ -41,7 +42,7 @@ from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import BuildChoice, RunConfig
-from zeroflow.settings.settle import settle, unlike_others
+from zeroflow.settings.settle import look_up, settle, unlike_others
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
@@ -163,6 +164,24 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
         page = data_page.write_data(shards, gathered, tokenizer, run.folder)
         view.page(page, "data")
     return shards
+
+
+def build_together(asked: RunConfig, *, gpu: str | None = None) -> Shared:
+    """Build the shards of a run together with other processes that call this with its settings.
+
+    Nothing of the run is recorded.
+
+    Args:
+        gpu: name of the GPU that the run is meant for; None for the device of this machine.
+
+    Raises:
+        ValueError, hub.HubError: the settings or the input cannot be used.
+    """
+    run = look_up(asked, known_gpu(gpu) if gpu else None).run
+    tokenizer = tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    planner = builds.planned(run.shard_config, run.data, tokenizer, run.cache_dir, seed=run.seed)
+    with part_builders(run.build, LOG_ONLY) as builders:
+        return shared_build.build_together(planner, run.shard_config, builders)
 
 
 @contextmanager

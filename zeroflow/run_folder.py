@@ -150,6 +150,9 @@ class Cache(_Folder):
     """The folder for all output."""
 
     tokenizers = _Named("tokenizers")
+    digests = _Named("digests")
+    """Digests of local files, so that a start does not read those that did not change."""
+
     shards = _Named("shards")
     runs = _Named("runs")
     sweeps = _Named("sweeps")

@@ -52,6 +52,7 @@ RUNS = [
         training={
             "gpus": 2,
             "zero_stage": 3,
+            "shard_group": 2,
             "seq_len": 64,
             "batch_size": 2,
             "grad_accum_steps": 3,
@@ -92,6 +93,7 @@ RUNS = [
         build={"data_workers": 3, "data_runner": "dask", "dask_address": "tcp://a:1"},
         hosts={
             "min_nodes": 1,
+            "local_cache": "/scratch",
             "launcher": "kubernetes",
             "sbatch_options": "--time=1:00 --x=y",
             "image": "a/b:1",
@@ -141,7 +143,11 @@ def test_only_what_is_given_is_set():
 def test_value_of_the_wrong_kind_is_refused_by_its_flag(capsys):
     for setting in flags.settings(RunConfig):
         kind = setting.field.annotation
-        if kind in (str, str | None, Path) or kind == tuple[str, ...] or "bool" in str(kind):
+        if (
+            kind in (str, str | None, Path, Path | None)
+            or kind == tuple[str, ...]
+            or "bool" in str(kind)
+        ):
             continue
         try:
             read(setting.flag, "banana")

@@ -49,5 +49,5 @@ def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):
     ).corpus
     shards = build_shards(ALL, corpus, text.tokenizer, tmp_path)
     assert (shards.documents, shards.empty_documents, shards.bad_lines) == (9, 2, 1)
-    with pytest.raises(ValueError, match=r"1 bad lines, --bad-lines-limit 0:\n  .*line 11 is not"):
+    with pytest.raises(ValueError, match=r"1 bad line, --bad-lines-limit 0:\n  .*line 11 is not"):
         build_shards(ALL, corpus.replace(bad_lines_limit=0), text.tokenizer, tmp_path)

@@ -312,6 +312,14 @@ def test_document_mask_is_planned_if_it_is_in_memory(precision, rows, gibibytes)
     assert plan(compile=True, document_mask=True) == plan(compile=True)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_groups_keep_the_state_of_as_many_ranks(stage):
+    """Communication is that of a group too, as FSDP2 gathers the same tensors."""
+    in_groups = planned(llama("tiny"), zero_stage=stage, ranks=8, shard_group=2)
+    assert in_groups == planned(llama("tiny"), zero_stage=stage, ranks=2)
+    assert in_groups.total > planned(llama("tiny"), zero_stage=stage, ranks=8).total
+
+
 def test_ranks_shard_more_from_stage_to_stage():
     plan = partial(planned, llama("medium"), micro_batch_rows=4)
     memories = [plan(zero_stage=stage, ranks=4) for stage in (0, 1, 2, 3)]

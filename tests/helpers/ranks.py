@@ -1,12 +1,14 @@
 """Program of ranks that run every ZeRO stage in one start; `test_zero` reads their results."""
 
 import math
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tiny import MODEL, WORKLOAD, ArrayRows, RandomBatches, with_workload
 from torch.distributed.distributed_c10d import _world
@@ -20,6 +22,7 @@ from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
+from zeroflow.training.launch import launch
 from zeroflow.training.loop import train, train_step
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.state import TrainState, new_state
@@ -42,15 +45,18 @@ other two."""
 
 
 class Shares:
-    """Four rows per step, each a micro-batch, divided among the ranks.
+    """The rows of a step, each a micro-batch, divided among the ranks.
 
-    The last two are mostly padding, so that ranks have different numbers of targets.
+    The last half is mostly padding, so that ranks have different numbers of targets.
     """
 
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        [whole] = RandomBatches(rows=4).micro_batches(step)
+        [whole] = RandomBatches(rows=self._rows).micro_batches(step)
         rows = torch.cat((whole.inputs, whole.targets[:, -1:]), dim=1).clamp(min=1).numpy()
-        rows[2:, 4:] = END
+        rows[self._rows // 2 :, 4:] = END
         mine = np.split(rows, zero.ranks())[zero.rank()]
         return [to_micro_batch(row[None], end_of_text=END) for row in mine]
 
@@ -63,7 +69,7 @@ def trained(state: TrainState, config: TrainingConfig, steps: int) -> list[dict[
             "grad_norm": metrics.grad_norm.item(),
             "update_ratio": config.workload.optimizer.update_ratio(state.optimizer).item(),
         }
-        for metrics in islice(train(state, Shares(), config), steps)
+        for metrics in islice(train(state, Shares(config.workload.batch_rows), config), steps)
     ]
 
 
@@ -133,10 +139,11 @@ def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
             return function(*given, **more or {})
 
     with Counted():
-        train_step(state, Shares().micro_batches(0), config)
+        train_step(state, Shares(config.workload.batch_rows).micro_batches(0), config)
     return {
         "gathered": calls["c10d::_allgather_base_"],
         "scattered": calls["c10d::_reduce_scatter_base_"],
+        "summed": calls["c10d::allreduce_"],
     }
 
 
@@ -146,10 +153,29 @@ def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
     before = [zero.local_shard(p).clone() for p in parameters]
     if zero.rank() == zero.ranks() - 1:
         config = config.model_copy(update={"z_loss": math.nan})
-    loss = train_step(state, Shares().micro_batches(0), config).loss.item()
+    shares = Shares(config.workload.batch_rows)
+    loss = train_step(state, shares.micro_batches(0), config).loss.item()
     after = [zero.local_shard(p) for p in parameters]
     changed = not all(map(torch.equal, before, after))
     return [math.isnan(loss), state.skipped.tolist(), changed]
+
+
+def close(figures: Any) -> Any:
+    """Return figures that compare equal to others up to rounding."""
+    if isinstance(figures, list):
+        return [close(part) for part in figures]
+    return pytest.approx(figures, rel=1e-4)
+
+
+def said(job: RankJob) -> list[dict[str, Any]]:
+    """Run this program on the ranks of `job`; return what each rank found, by stage."""
+    artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
+    number = job.training.workload.ranks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        launch("ranks", job.folder.job, lambda event: None, ranks=number)
+    return [artifacts.read_json(job.run_dir / f"rank{rank}.json") for rank in range(number)]
 
 
 def work(job: RankJob, stop: Stop) -> None:
@@ -160,7 +186,7 @@ def work(job: RankJob, stop: Stop) -> None:
             job.run_dir / f"stage{stage}",
             job.run_dir / "one",
         )
-        for stage in STAGES
+        for stage in (STAGES[1:] if job.training.workload.shard_group else STAGES)
     }
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
     if zero.rank() == 0:

@@ -38,6 +38,13 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
         ({}, None),
         ({"training": {"gpus": 2, "zero_stage": 3}}, None),
         ({"training": {"zero_stage": 3}}, "--zero-stage 3 .*has one: add --gpus"),
+        ({"training": {"gpus": 4, "zero_stage": 1, "shard_group": 2}}, None),
+        ({"training": {"gpus": 2, "nodes": 2, "zero_stage": 3, "shard_group": 2}}, None),
+        (
+            {"training": {"gpus": 6, "zero_stage": 1, "shard_group": 4}},
+            "--shard-group 4 does not divide the 6 GPUs of the run: use one of 2, 3, 6, or drop it",
+        ),
+        ({"training": {"gpus": 4, "shard_group": 2}}, "--shard-group 2 has no effect at ZeRO s"),
         ({"training": {"fp8": True}}, "--fp8 needs a GPU"),
     ],
     ids=str,

@@ -74,6 +74,22 @@ def test_run_on_one_gpu_drops_the_zero_stage():
     assert resuming.merged(recorded, run(training={"gpus": 1}), {}).training.zero_stage is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "group"),
+    [
+        ({}, 4),
+        ({"nodes": 3}, 4),
+        ({"nodes": 1, "gpus": 6}, None),
+        ({"nodes": 1, "gpus": 6, "shard_group": 3}, 3),
+        ({"zero_stage": 0}, None),
+        ({"zero_stage": 3}, 4),
+    ],
+)
+def test_groups_stay_where_they_still_divide_the_gpus(asked, group):
+    recorded = run(training={"gpus": 4, "nodes": 2, "zero_stage": 2, "shard_group": 4})
+    assert resuming.merged(recorded, run(training=asked), {}).training.shard_group == group
+
+
 def test_another_model_is_not_mixed_with_the_recorded_one():
     size = resuming.merged(run(model=SHAPE), run(model={"size": "small"}), {})
     assert size.model == run(model={"size": "small"}).model

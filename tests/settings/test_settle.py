@@ -56,10 +56,12 @@ def test_synthetic_run_has_nothing_left_open(ask):
         "hosts.min_nodes",
         "hosts.image",
         "hosts.volume_claim",
+        "hosts.local_cache",
         "sweep",
         "data.dataset",
         "data.dataset_config",
         "training.keep_every",
+        "training.shard_group",
     }
     open_ones |= {
         "data.data_revision",

@@ -5,14 +5,13 @@ small numbers: after a few steps figures differ by some 1e-6, which 1e-4 allows 
 forgotten or counted twice changes losses by more than 1e-2.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
-from ranks import SAVED, STAGES, STEPS
+from ranks import SAVED, STAGES, STEPS, close
 from safetensors import safe_open
 from tiny import MODEL, training_config, with_workload
 
@@ -20,7 +19,6 @@ from zeroflow import artifacts
 from zeroflow.training import checkpoint
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob
-from zeroflow.training.launch import launch
 from zeroflow.training.state import new_state
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
@@ -30,12 +28,6 @@ def settings(device: str) -> TrainingConfig:
     """Of one process."""
     split = {"micro_batch_rows": 1, "accumulate": 4}
     return training_config(steps=STEPS + 1, device=device, deterministic=True, **split)
-
-
-def close(figures: Any) -> Any:
-    if isinstance(figures, list):
-        return [close(part) for part in figures]
-    return pytest.approx(figures, rel=1e-4)
 
 
 @pytest.fixture(
@@ -63,14 +55,8 @@ def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks says, by stage."""
-    job = RankJob(run_dir=folder, training=with_workload(config, accumulate=2, ranks=2))
-    artifacts.write_json(folder / "job.json", job.model_dump(mode="json"))
-    with pytest.MonkeyPatch.context() as patch:
-        paths = (Path(__file__).parents[1] / "helpers",)
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)), prepend=os.pathsep)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        launch("ranks", folder / "job.json", lambda event: None, ranks=2)
-    return [artifacts.read_json(folder / f"rank{rank}.json") for rank in range(2)]
+    training = with_workload(config, accumulate=2, ranks=2)
+    return ranks.said(RankJob(run_dir=folder, training=training))
 
 
 @pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
@@ -114,7 +100,8 @@ class TestStage:
             "3": (10, 6),  # blocks for the forward and the backward pass, the rest for both
         }[stage]
         for rank in together:
-            assert rank[stage]["passed on"] == {"gathered": gathered, "scattered": scattered}
+            passed = rank[stage]["passed on"]
+            assert (passed["gathered"], passed["scattered"]) == (gathered, scattered)
 
     def test_loss_of_one_rank_that_is_no_number_changes_no_weight_of_any(self, together, stage):
         for rank in together:

@@ -26,6 +26,7 @@ from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 from zeroflow.text.markup import one_line, shortened, visible
 from zeroflow.training.sampling import SamplingConfig
+from zeroflow.units import count
 
 if TYPE_CHECKING:
     from zeroflow.data.provenance import Piece
@@ -196,6 +197,23 @@ def _plan(arguments: Arguments) -> None:
     show(shown)
 
 
+def _shards_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--gpu", help="build for a run on this GPU instead of this machine's device", metavar="NAME"
+    )
+    add_settings(parser, RunConfig, "run")
+
+
+def _shards(arguments: Arguments) -> None:
+    from zeroflow import pipeline
+
+    asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
+    require_writable(asked.cache_dir)
+    signal.signal(signal.SIGTERM, terminate)  # others may go on with its parts at once
+    done = pipeline.build_together(asked, gpu=arguments.gpu)
+    show(f"{done.built} of {count(done.parts, 'part')} built here: {done.path}")
+
+
 def _prove_arguments(parser: Parser) -> None:
     add_settings(parser, ProofRun, "proof")
 
@@ -251,6 +269,15 @@ _COMMANDS = (
         _plan,
         "Predict parameters, FLOPs, memory, time and disk space of the run that the same flags "
         "would start. The command may ask the Hub, and builds and records nothing.",
+    ),
+    _Command(
+        "shards",
+        "build the shards of a run, together with other processes",
+        _shards_arguments,
+        _shards,
+        "Build the shards of a run, and nothing else. Any number of these commands with the same "
+        "settings share the parts, on all machines that share the cache folder. If one dies, "
+        "another takes over its parts after a minute.",
     ),
     _Command(
         "prove-resume",

@@ -1,7 +1,6 @@
 """Builds the parts of a shard set that a run needs."""
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,19 +16,12 @@ from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.known_parts import KnownParts
+from zeroflow.data.needed import Needed
 from zeroflow.data.part_counts import PartCounts
 from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import (
-    SPLITS,
-    PartFacts,
-    PartManifest,
-    ShardConfig,
-    ShardSet,
-    part_path,
-    part_tokens,
-)
+from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, ShardConfig, ShardSet, part_path
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache
@@ -78,6 +70,26 @@ def build_shards(
             document, or its content is not valid.
         hub.HubError: the hub failed.
     """
+    planner = planned(config, corpus, tokenizer, cache, seed=seed)
+    with nullcontext(builders) if builders else in_threads(1) as chosen:
+        build = _Build(planner, config, chosen, show)
+        build.run()
+    shards = _describe(planner.path, build.counts, tokenizer, config)
+    shards = shards.replace(reused=not build.built, why=build.why)
+    if build.built:  # a corpus that ended early has not reported 100 %
+        show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
+    _log(shards, config, build.built, named=corpus.validation is not None)
+    return shards
+
+
+def planned(
+    config: ShardConfig, corpus: CorpusConfig, tokenizer: Tokenizer, cache: Path, *, seed: int
+) -> PartPlanner:
+    """The jobs of the parts of the set that `build_shards` builds.
+
+    Raises:
+        ValueError, hub.HubError: as it does.
+    """
     _require_ids_fit(config, tokenizer)
     newest = ShardIdentity(
         format=FORMAT,
@@ -88,16 +100,7 @@ def build_shards(
     )
     stem = f"{corpus.name}-{config.seq_len}"
     path, identity = _set_to_use(Cache(cache).shards / stem, newest)
-    planner = PartPlanner(path, corpus, tokenizer, identity, seed=seed)
-    with nullcontext(builders) if builders else in_threads(1) as chosen:
-        build = _Build(planner, config, chosen, show)
-        build.run()
-    shards = _describe(path, build.counts, tokenizer, config)
-    shards = shards.replace(reused=not build.built, why=build.why)
-    if build.built:  # a corpus that ended early has not reported 100 %
-        show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
-    _log(shards, config, build.built, named=corpus.validation is not None)
-    return shards
+    return PartPlanner(path, corpus, tokenizer, identity, seed=seed)
 
 
 def _set_to_use(stem: Path, newest: ShardIdentity) -> tuple[Path, ShardIdentity]:
@@ -144,8 +147,9 @@ class _Build:
     def __init__(
         self, planner: PartPlanner, config: ShardConfig, builders: Builders, show: OnPart
     ) -> None:
-        self._planner, self._config, self._builders, self._show = planner, config, builders, show
-        self.counts = PartCounts.none()
+        self._planner, self._builders, self._show = planner, builders, show
+        self._needed = Needed(config, planner.corpus, planner.tokenizer)
+        self.counts = self._needed.counts
         """Counts of parts 0, 1, ..., up to the first that does not exist."""
         self.built = 0
         """Number of parts that this build has built; the others were reused."""
@@ -154,10 +158,10 @@ class _Build:
 
     def run(self) -> None:
         begun = time.monotonic()
-        known = KnownParts(self._planner.path, self._config.train_rows, self._validation_rows)
+        known = KnownParts(self._planner.path, self._needed)
         with _waited_for(self._builders) as under_way:
-            while not self._is_enough():
-                if not under_way and len(lines := known.after(self.counts)):
+            while not self._needed.is_met:
+                if not under_way and len(lines := known.following()):
                     self.counts.extend(lines)
                     continue
                 if not (job := self._planner.job(len(self.counts))):
@@ -179,9 +183,9 @@ class _Build:
                 self.built += 1
                 self._add(done.facts)
                 note_build(self._planner.path, len(self.counts) - 1, done)
-                _refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
-                self._show(*self._progress(time.monotonic() - begun))
-        _refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
+                refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
+                self._show(*self._needed.progress(self.built, time.monotonic() - begun))
+        refuse_bad_lines(self._planner.path, self.counts, self._planner.corpus)
 
     def _add(self, facts: PartFacts) -> None:
         self.counts.append(facts)
@@ -197,7 +201,7 @@ class _Build:
 
     def _start_following(self, under_way: deque[tuple[Path, Ending]]) -> None:
         """Start as many further parts as the builders can work on at once."""
-        limit = min(self._builders.at_once, self._missing_parts()) - len(under_way)
+        limit = min(self._builders.at_once, self._needed.missing_parts) - len(under_way)
         for job in self._planner.absent_from(len(self.counts) + len(under_way), limit=limit):
             under_way.append((self._planner.path, self._builders.start(job)))
 
@@ -213,53 +217,16 @@ class _Build:
         """Return why the next part, which is needed, does not exist."""
         planner, path = self._planner, self._planner.path
         if len(self.counts):
-            config, (train, validation) = self._config, self._rows()
+            needed, (train, validation) = self._needed, self._needed.rows
             existing = count(len(self.counts), "existing part")
             return (
-                f"{existing}: {train:,} of {config.train_rows:,} rows "
-                f"to train on, {validation:,} of {self._validation_rows:,} to validate on"
+                f"{existing}: {train:,} of {needed.train_rows:,} rows "
+                f"to train on, {validation:,} of {needed.validation_rows:,} to validate on"
             )
         if planner.begun_before:
             return f"an earlier build of {path.name} stopped before its first part was complete"
         others = reuse.existing(path.parent, _recorded_fields, but=path)
         return reuse.nearest(planner.plan.fields(), others)
-
-    def _rows(self) -> tuple[int, int]:
-        """Training and validation rows of the parts so far."""
-        return self.counts.total("train_rows"), self.counts.total("validation_rows")
-
-    def _is_enough(self) -> bool:
-        train, validation = self._rows()
-        return train >= self._config.train_rows and validation >= self._validation_rows
-
-    @property
-    def _validation_rows(self) -> int:
-        """Validation rows to take from the corpus: none if there are separate files for them."""
-        return 0 if self._planner.corpus.validation else self._config.validation_rows
-
-    def _missing_parts(self) -> int:
-        """Estimate the number of parts that are still needed from those that exist."""
-        config, count = self._config, len(self.counts)
-        if count:
-            train, validation = (rows / count for rows in self._rows())
-        else:
-            planner = self._planner
-            tokens = part_tokens(planner.corpus, planner.tokenizer.vocab_size)
-            rows = tokens / config.layout.row_tokens
-            share = config.validation_fraction
-            train, validation = rows * (1 - share), rows * share
-        total = max(
-            config.train_rows / max(train, 1), self._validation_rows / max(validation, 1), count
-        )
-        return max(1, math.ceil(total) - count)
-
-    def _progress(self, seconds: float) -> tuple[float, str]:
-        """Return the fraction of the rows that exist, and a line with the estimated time left."""
-        config, (train, validation) = self._config, self._rows()
-        missing = 0 if self._is_enough() else self._missing_parts()
-        share = min(1.0, train / config.train_rows, (validation + 1) / (self._validation_rows + 1))
-        left = f"  ETA {missing * seconds / self.built:,.0f} s" if missing else ""
-        return share, f"part {len(self.counts)}  {train:,} of {config.train_rows:,} rows{left}"
 
 
 @contextmanager
@@ -292,7 +259,7 @@ _BAD_PLACES = 10
 """Maximum number of bad lines whose place is in an error message."""
 
 
-def _refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> None:
+def refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> None:
     """Check the limit for all parts together: each slice was read with the full limit."""
     bad = counts.total("bad_lines")
     if bad > corpus.bad_lines_limit:

@@ -207,8 +207,11 @@ class ResolvedCorpus(NamedTuple):
     """Why this corpus was chosen."""
 
 
-def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
+def resolve_corpus(corpus: CorpusConfig, known: Path | None = None) -> ResolvedCorpus:
     """Choose a mode for `auto`, and pin the revision.
+
+    Args:
+        known: folder for digests of local files; None to read them all.
 
     Raises:
         hub.HubError: the mode needs the hub, which refused or could not be reached.
@@ -217,20 +220,21 @@ def resolve_corpus(corpus: CorpusConfig) -> ResolvedCorpus:
     if not corpus.is_text:
         return ResolvedCorpus(corpus, "asked for")
     try:
-        pinned = _pin(corpus.replace(data_mode="fineweb") if corpus.data_mode == "auto" else corpus)
+        wanted = corpus.replace(data_mode="fineweb") if corpus.data_mode == "auto" else corpus
+        pinned = _pin(wanted, known)
     except hub.HubError as error:
-        return _fall_back(corpus, error)
+        return _fall_back(corpus, error, known)
     return ResolvedCorpus(pinned, "the hub answers" if corpus.data_mode == "auto" else "asked for")
 
 
-def _pin(corpus: CorpusConfig) -> CorpusConfig:
+def _pin(corpus: CorpusConfig, known: Path | None) -> CorpusConfig:
     if validation := corpus.validation:  # local files first, before a request to the hub
-        pinned = validation.source.pin(validation.data_revision)
+        pinned = validation.source.pin(validation.data_revision, known)
         corpus = corpus.replace(validation_revision=pinned)
-    return corpus.replace(data_revision=corpus.source.pin(corpus.data_revision))
+    return corpus.replace(data_revision=corpus.source.pin(corpus.data_revision, known))
 
 
-def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
+def _fall_back(corpus: CorpusConfig, error: hub.HubError, known: Path | None) -> ResolvedCorpus:
     """Return the corpus to use without the hub.
 
     Raises:
@@ -243,7 +247,7 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError) -> ResolvedCorpus:
             validation_path=corpus.validation_path,
             validation_revision=corpus.validation_revision,
         )
-        return ResolvedCorpus(_pin(sample), f"FineWeb-Edu cannot be reached: {error.cause}")
+        return ResolvedCorpus(_pin(sample, known), f"FineWeb-Edu cannot be reached: {error.cause}")
     if corpus.allow_synthetic_fallback:
         synthetic = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
         return ResolvedCorpus(synthetic, f"SYNTHETIC FALLBACK, no real text: {error}")

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from zeroflow import artifacts
 from zeroflow.data import part_counts
 from zeroflow.data.arrays import Int64Array
-from zeroflow.data.part_counts import COLUMNS, PartCounts
+from zeroflow.data.needed import Needed
+from zeroflow.data.part_counts import COLUMNS
 from zeroflow.data.parts import existing_part
 from zeroflow.data.shards import part_path
 from zeroflow.units import count, decimal
@@ -32,33 +33,33 @@ _PART = "part-"
 class KnownParts:
     """The counts of those parts in pages that exist and that a run needs."""
 
-    def __init__(self, path: Path, train_rows: int, validation_rows: int) -> None:
+    def __init__(self, path: Path, needed: Needed, *, verified: bool = True) -> None:
         """
         Args:
-            train_rows: rows that the run needs.
-            validation_rows: rows that the run needs.
+            verified: verify some of them.
         """
-        self._needed = train_rows, validation_rows
-        self._path, self._lines = path, part_counts.pages(path)
-        self._lines = self._lines[: self._enough(PartCounts.none(), self._lines)]
-        self._sound = _present(path, len(self._lines))
-        self._verify_some()
+        self._path, self._needed, self._lines = path, needed, part_counts.pages(path)
+        self._lines = self._lines[: self._enough(self._lines)]
+        self._sound = present(path, len(self._lines))
+        if verified:
+            self._verify_some()
 
-    def after(self, counted: PartCounts) -> Int64Array:
-        """Return the lines of the needed parts after `counted`, up to the first damaged part."""
-        begin = len(counted)
+    def following(self) -> Int64Array:
+        """Return the lines of the needed parts after those counted, up to the first damaged one."""
+        begin = len(self._needed.counts)
         unsound = np.flatnonzero(~self._sound[begin:])
         end = begin + int(unsound[0]) if len(unsound) else len(self._lines)
         lines = self._lines[begin:end]
-        return lines[: self._enough(counted, lines)]
+        return lines[: self._enough(lines)]
 
-    def _enough(self, counted: PartCounts, lines: Int64Array) -> int:
-        """Return how many of `lines` the run needs in addition to those `counted`."""
-        enough = 0
-        for name, needed in zip(("train_rows", "validation_rows"), self._needed, strict=True):
-            rows = counted.total(name) + np.cumsum(lines[:, COLUMNS.index(name)])
-            if counted.total(name) < needed:
-                enough = max(enough, int(np.searchsorted(rows, needed)) + 1)
+    def _enough(self, lines: Int64Array) -> int:
+        """Return how many of `lines` the run needs in addition to the parts counted."""
+        enough, needed = 0, self._needed
+        for name in ("train_rows", "validation_rows"):
+            counted, wanted = needed.counts.total(name), getattr(needed, name)
+            if counted < wanted:
+                rows = counted + np.cumsum(lines[:, COLUMNS.index(name)])
+                enough = max(enough, int(np.searchsorted(rows, wanted)) + 1)
         return min(enough, len(lines))
 
     def _verify_some(self) -> None:
@@ -90,7 +91,7 @@ def complete_page(path: Path, parts: int) -> None:
         log.warning("cannot write the counts of the parts: %s", artifacts.explained(error))
 
 
-def _present(path: Path, parts: int) -> npt.NDArray[np.bool_]:
+def present(path: Path, parts: int) -> npt.NDArray[np.bool_]:
     """Return which of the first parts exist, from a single listing of the folder."""
     present = np.zeros(parts, bool)
     if not parts:

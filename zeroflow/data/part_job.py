@@ -25,6 +25,9 @@ class PartJob(Config):
     seed: NonNegativeInt
     """Seed of synthetic data."""
 
+    claim: str = ""
+    """Mark of the claim under which the part is built, see `claims`; empty for a lock."""
+
     earlier: tuple[Path, ...] = ()
     """Earlier parts. A text of this part that also occurs in one of them is a duplicate."""
 

@@ -1,4 +1,4 @@
-"""plan.json of a shard set: the slices of the corpus, and the job of each part."""
+"""plan.json of a shard set: its identity and the files of the corpus; and the job of each part."""
 
 import logging
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 
 from zeroflow import artifacts, reuse
 from zeroflow.config import Config
-from zeroflow.data import synthetic
+from zeroflow.data import slice_pages, synthetic
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, list_files
 from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.holdout import EVERYTHING, NOTHING, Holdout, choose_holdout
 from zeroflow.data.part_job import PartJob
 from zeroflow.data.shards import Layout, ShardConfig, part_path
-from zeroflow.data.slices import Slice, all_slices, plan_slices
+from zeroflow.data.slice_pages import SlicePage, SlicePages
+from zeroflow.data.slices import Slice, all_slices
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 
@@ -55,10 +56,11 @@ class ShardPlan(Config):
 
     holdout: Holdout
     files: tuple[CorpusFile, ...]
-    next_file: int
-    """Index of the first file whose slices are not planned yet."""
+    next_file: int = 0
+    """Index of the first file whose slices are not in `slices`."""
 
-    slices: tuple[Slice, ...]
+    slices: tuple[Slice, ...] = ()
+    """The first slices; the others are in `slice_pages`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +114,10 @@ class PartPlanner:
         self.begun_before = (path / PLAN).exists()
         """True if a plan existed: an earlier build was stopped, or its parts are damaged."""
         self.plan = self._known(identity) or self._new(identity)
+        begin = SlicePage(first=0, next_file=self.plan.next_file, slices=self.plan.slices)
+        few = len(self.plan.files) <= slice_pages.PAGE_SLICES
+        save = self._save_first_slices if few else None
+        self._slices = SlicePages(path, corpus, self.plan.files, begin, save)
 
     def _known(self, identity: ShardIdentity) -> ShardPlan | None:
         if not self.begun_before:
@@ -136,7 +142,6 @@ class PartPlanner:
                 corpus, fraction=layout.validation_fraction, row_tokens=layout.row_tokens
             ),
             files=tuple(list_files(corpus)) if corpus.is_text else (),
-            next_file=0,
             slices=_to_validate_on(corpus),
         )
         plan.write(self.path)
@@ -181,20 +186,16 @@ class PartPlanner:
                 return
             yield job
 
+    def _save_first_slices(self, page: SlicePage) -> None:
+        changed = {"slices": page.slices, "next_file": page.next_file}
+        self.plan = self.plan.model_copy(update=changed)
+        self.plan.write(self.path)
+
     def _slice(self, number: int) -> Slice | None:
         if not self.corpus.is_text:
             start = number * synthetic.PART_BLOCKS
             return Slice(start=start, stop=start + synthetic.PART_BLOCKS)
-        while number >= len(self.plan.slices) and self.plan.next_file < len(self.plan.files):
-            planned = plan_slices(self.corpus, list(self.plan.files), self.plan.next_file)
-            self.plan = self.plan.model_copy(
-                update={
-                    "slices": (*self.plan.slices, *planned.slices),
-                    "next_file": planned.next_file,
-                }
-            )
-            self.plan.write(self.path)
-        return self.plan.slices[number] if number < len(self.plan.slices) else None
+        return self._slices.slice(number)
 
 
 def _to_validate_on(corpus: CorpusConfig) -> tuple[Slice, ...]:

@@ -51,7 +51,10 @@ def build_part(job: PartJob) -> BuiltPart:
         artifacts.seal(partial, manifest.model_dump(mode="json", exclude_none=True), records)
 
     try:
-        reused = artifacts.build_once(job.path, write)
+        if job.claim:
+            reused = artifacts.build_first(job.path, write, mark=job.claim)
+        else:
+            reused = artifacts.build_once(job.path, write)
     except OSError as error:
         if error.errno in artifacts.NO_ROOM:
             raise OSError(

@@ -7,6 +7,7 @@ import numpy as np
 
 from zeroflow.data import part_counts
 from zeroflow.data.arrays import Int64Array, RowArray
+from zeroflow.data.local_copies import LocalCopies
 from zeroflow.data.shard_file import ShardFile
 from zeroflow.data.shards import ShardSet, Split, rows_path
 
@@ -17,8 +18,11 @@ _OPEN_FILES = 128
 class Rows:
     """The rows of one split; `rows[ids]` reads only these rows, (len(ids), row_tokens) integers."""
 
-    def __init__(self, shards: ShardSet, split: Split) -> None:
+    def __init__(self, shards: ShardSet, split: Split, *, local: Path | None = None) -> None:
         """
+        Args:
+            local: folder for copies of the files on a disk of this machine; None for none.
+
         Raises:
             DamagedArtifact: a part is missing or damaged.
         """
@@ -30,7 +34,10 @@ class Rows:
         if not len(self):
             raise FileNotFoundError(f"{shards.path} has no shard of split {split}")
         self.end_of_text = shards.end_of_text
-        self._open = lru_cache(_OPEN_FILES)(ShardFile)
+        copies = LocalCopies(shards.path, local) if local else None
+        self._open = lru_cache(_OPEN_FILES)(
+            lambda path: ShardFile(copies.of(path) if copies else path)
+        )
         first = self._open(self._file(int(np.argmax(rows > 0)), 0))
         self.row_tokens, self._type = first.row_tokens, first.dtype
 

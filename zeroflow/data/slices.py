@@ -5,8 +5,8 @@ order, by several processes, and individually after an interruption.
 """
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class PlannedSlices(NamedTuple):
     """Index of the first file after them."""
 
 
-def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> PlannedSlices:
+def plan_slices(corpus: CorpusConfig, files: Sequence[CorpusFile], first: int) -> PlannedSlices:
     """Return the next slices of a resolved corpus, beginning with file number `first`.
 
     A large file is cut if its format allows that; otherwise it is one slice of any size. Small
@@ -72,7 +72,7 @@ def plan_slices(corpus: CorpusConfig, files: list[CorpusFile], first: int) -> Pl
         return PlannedSlices(_cut(corpus, files[first]), first + 1)
     together: list[CorpusFile] = []
     size = 0
-    for file in files[first:]:
+    for file in islice(files, first, None):
         if together and (size >= SLICE_BYTES or _is_cut(corpus, file)):
             break
         together.append(file)

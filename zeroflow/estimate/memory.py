@@ -78,7 +78,7 @@ def memory(work: Workload, device: Device) -> Memory:
         kept += width * work.micro_batch_rows * work.seq_len**2  # the mask, written out
     if not gpu:
         kept = int(heap(accumulates=work.accumulates) * kept)
-    shards = work.ranks if work.zero_stage else 1
+    shards = work.shards
     gradients = 4 * P // (shards if work.zero_stage >= 2 else 1)
     return Memory(
         weights=4 * P // shards,

@@ -74,7 +74,7 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
         **{metric.label: [_cell(metric, one) for one in found.runs] for metric in COMPARED},
         "seed": [str(one.seed) for one in found.runs],
         "GPUs": [str(one.ranks) for one in found.runs],
-        "ZeRO": ["none" if one.ranks == 1 else str(one.zero_stage) for one in found.runs],
+        "ZeRO": [one.zero for one in found.runs],
         "peak rate": [f"{one.learning_rate:g}" for one in found.runs],
         "vocabulary": [f"{one.vocabulary:,}" for one in found.runs],
         "parameters": [parameter_count(one.parameters) for one in found.runs],

@@ -155,5 +155,7 @@ def _is_running(folder: RunFolder) -> bool:
 def _all_but_the_seed(settings: Settled) -> str:
     named = resuming.compared(settings.model_dump(mode="json"))
     sharding = {"ranks": settings.ranks, "zero_stage": settings.training.zero_stage}
+    if settings.training.shard_group:
+        sharding["shard_group"] = settings.training.shard_group
     others = {name: str(value) for name, value in named.items() if name != "seed"}
     return artifacts.fingerprint(others | sharding)

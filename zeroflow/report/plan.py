@@ -131,8 +131,6 @@ def forecast(asked: RunConfig, *, gpu: str | None = None, memory_gb: float | Non
         ValueError: settings contradict each other, the device or the number of GPUs, or there are
             no such files.
     """
-    if gpu and asked.device == "cpu":
-        raise ValueError("--gpu and --device cpu: drop one of them")
     if memory_gb is not None and not gpu:
         raise ValueError(f"--memory-gb {memory_gb:g} is that of a GPU: name it with --gpu")
     device = known_gpu(gpu, memory_gb) if gpu else None
@@ -237,7 +235,7 @@ def _speed(
     """Speed without the run's own steps: from earlier runs, or from the device's FLOP/s."""
     if known:
         return _with_load(known, work, device, load)
-    alone = work.replace(ranks=1, nodes=1, zero_stage=0)
+    alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None)
     if work.ranks > 1 and (one := history.known(cache, alone)):
         speed = _with_load(one, alone, device, load)
     else:

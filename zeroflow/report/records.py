@@ -99,6 +99,8 @@ class Sharding(Record):
     """Number of ranks. Each has its own GPU, or all share the cores of a CPU."""
 
     zero_stage: Stage = 0
+    shard_group: int | None = omitted()
+    """Ranks that shard the state among them; None for all."""
 
     @property
     def ranks(self) -> int:
@@ -107,12 +109,23 @@ class Sharding(Record):
     @classmethod
     def of_ranks(cls, workload: Workload) -> "Sharding":
         """The sharding of a workload."""
-        return Sharding(gpus=workload.ranks, zero_stage=workload.zero_stage)
+        return Sharding(
+            gpus=workload.ranks,
+            zero_stage=workload.zero_stage,
+            shard_group=workload.shard_group,
+        )
+
+    @property
+    def zero(self) -> str:
+        """The stage as text, and the ranks of a group if not all shard the state together."""
+        if self.ranks == 1:
+            return "none"
+        return str(self.zero_stage) + (f" x {self.shard_group}" if self.shard_group else "")
 
     @property
     def sharding(self) -> "Sharding":
         """The fields of this class, without those of a subclass."""
-        return Sharding(gpus=self.gpus, zero_stage=self.zero_stage)
+        return Sharding(gpus=self.gpus, zero_stage=self.zero_stage, shard_group=self.shard_group)
 
 
 class WorkloadFigures(Sharding):

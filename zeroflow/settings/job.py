@@ -98,6 +98,7 @@ def training_job(
         cadence=run.cadence,
         retention=run.retention,
         min_nodes=run.hosts.min_nodes,
+        local_cache=run.hosts.local_cache and run.hosts.local_cache.absolute(),
         hang_seconds=run.training.hang_seconds,
         roll_back_spikes=run.training.on_spike == "roll-back",
         shards=shards,

@@ -54,6 +54,23 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
             f"--zero-stage {nominal.zero_stage} shards state across several GPUs, but the run has "
             "one: add --gpus, or drop it"
         )
+    _refuse_shard_group(nominal.ranks, nominal.zero_stage, nominal.shard_group)
+
+
+def _refuse_shard_group(ranks: int, stage: int, group: int | None) -> None:
+    if group is None:
+        return
+    if stage == 0:
+        raise ValueError(
+            f"--shard-group {group} has no effect at ZeRO stage 0, which shards nothing: add "
+            "--zero-stage, or drop it"
+        )
+    if ranks % group:
+        possible = [number for number in range(2, ranks + 1) if ranks % number == 0]
+        raise ValueError(
+            f"--shard-group {group} does not divide the {ranks} GPUs of the run: use one of "
+            f"{', '.join(map(str, possible))}, or drop it"
+        )
 
 
 def refuse_ids_beyond_the_token_type(run: RunConfig, tokenizer: TokenizerConfig) -> None:

@@ -1,5 +1,6 @@
 """Resuming a run: settings that may change, and the merge of requested with recorded settings."""
 
+import math
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ FREE = {"cache_dir", "device", "sweep"} | {
         "gpus",
         "nodes",
         "zero_stage",
+        "shard_group",
         "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -51,6 +53,7 @@ def default_name(run: Settled) -> str:
     """Return a deterministic name for the settings; it begins with size and corpus."""
     ranks, stage = run.ranks, run.training.zero_stage
     sharded = f"-{ranks}gpus-zero{stage}" if ranks > 1 else ""
+    sharded += f"-group{group}" if (group := run.training.shard_group) else ""
     digest = artifacts.fingerprint(identity(run))[:6]
     return f"{run.model.name}-{run.data.name}-{digest}{sharded}"
 
@@ -109,6 +112,9 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
     if now == (1, 1):
         base["training"]["zero_stage"] = None
+    group = recorded.training.shard_group
+    if group and (math.prod(now) % group or training.get("zero_stage") == 0):
+        base["training"]["shard_group"] = None
     if {"size", "hidden_size"} & set(model):
         base["model"] = {}
     optimizer = groups.get("optimizer", {}).get("name", recorded.optimizer.name)

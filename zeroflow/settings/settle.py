@@ -97,6 +97,26 @@ def foresee(asked: RunConfig, gpu: Device | None = None) -> Settlement:
     Raises:
         ValueError: settings contradict each other, the device, or the existing run of this name.
     """
+    return _unrecorded(asked, gpu, lambda found: _assume(found, elsewhere=gpu is not None))
+
+
+def look_up(asked: RunConfig, gpu: Device | None = None) -> Settlement:
+    """Settle `asked` as a run would, with the requests that it makes, and record nothing.
+
+    Args:
+        gpu: a GPU of another machine that the run is meant for; None for the device of this one.
+
+    Raises:
+        ValueError, hub.HubError: as `settle` does.
+    """
+    return _unrecorded(asked, gpu, _resolve)
+
+
+def _unrecorded(
+    asked: RunConfig, gpu: Device | None, resolve: Callable[["_Found"], "_Text"]
+) -> Settlement:
+    if gpu and asked.device == "cpu":
+        raise ValueError("--gpu and --device cpu: drop one of them")
 
     def device_of(wanted: RunConfig) -> Device:
         device = gpu or find_device(wanted.device)
@@ -105,7 +125,7 @@ def foresee(asked: RunConfig, gpu: Device | None = None) -> Settlement:
 
     def decide(asked: RunConfig) -> Settlement:
         found = _looked_up(asked, device_of)
-        return _decided(found, _assume(found, elsewhere=gpu is not None))
+        return _decided(found, resolve(found))
 
     asked = _anywhere(asked)
     settlement = decide(asked)
@@ -258,7 +278,7 @@ def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
         ValueError, hub.HubError: as `resolve_corpus` does.
     """
     try:
-        return resolve_corpus(wanted.data)
+        return resolve_corpus(wanted.data, Cache(wanted.cache_dir).digests)
     except (OSError, ValueError) as error:
         if not _needs_no_text(recorded, wanted):
             raise

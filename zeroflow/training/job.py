@@ -55,6 +55,9 @@ class TrainingJob(RankJob):
     min_nodes: PositiveInt | None = omitted()
     """Minimum number of machines with which training continues; None for all."""
 
+    local_cache: Path | None = omitted()
+    """Folder on a disk of each machine, for copies of the shards; None for none."""
+
     hang_seconds: PositiveInt
     """Time without a finished step, validation or checkpoint after which the ranks are killed."""
 

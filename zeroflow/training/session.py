@@ -60,7 +60,7 @@ class Session:
 
     def __init__(self, job: TrainingJob, clock: Clock) -> None:
         self.job, self.clock = job, clock
-        self.train_rows = Rows(job.shards, "train")
+        self.train_rows = Rows(job.shards, "train", local=job.local_cache)
         self.held_out = Rows(job.shards, "validation")
         self.held_out_ids = validation_rows(job.shards, job.validation_rows)
         self.held_out_counts = zero.on_rank0(  # on one rank only: it loads the tokenizer

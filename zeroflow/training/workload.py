@@ -36,6 +36,9 @@ class Workload(Config):
     zero_stage: Stage = 0
     """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
 
+    shard_group: PositiveInt | None = Field(None, exclude_if=lambda ranks: ranks is None)
+    """Ranks that shard the state among them; the groups are replicas. None for all ranks."""
+
     model: ModelConfig
 
     seq_len: PositiveInt
@@ -88,6 +91,14 @@ class Workload(Config):
         return BatchShape(self.accumulate, self.ranks, self.micro_batch_rows)
 
     @property
+    def shards(self) -> int:
+        """Number of shards of the state, each on one rank of a group."""
+        if self.zero_stage == 0:
+            return 1
+        group = self.shard_group
+        return group if group and self.ranks % group == 0 else self.ranks
+
+    @property
     def accumulates(self) -> bool:
         """True if a step sums the gradients of several micro-batches."""
         return self.accumulate > 1
@@ -129,7 +140,9 @@ class Workload(Config):
             return self.device_name
         times = "processes on one" if self.device == "cpu" else "x"
         machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
-        return f"{self.ranks} {times} {self.device_name}{machines}, ZeRO stage {self.zero_stage}"
+        groups = f" in groups of {self.shards}" if 1 < self.shards < self.ranks else ""
+        stage = f"ZeRO stage {self.zero_stage}{groups}"
+        return f"{self.ranks} {times} {self.device_name}{machines}, {stage}"
 
     @property
     def on_one_machine(self) -> Self:

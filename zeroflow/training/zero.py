@@ -39,7 +39,7 @@ _TIMEOUT = timedelta(hours=2)
 The launcher ends ranks that hang sooner, after `hang_seconds`."""
 
 _RENDEZVOUS_PREFIX = ".rendezvous-"
-_SHARDS = "shards"
+_REPLICAS, _SHARDS = "replicas", "shards"
 
 
 def rendezvous_file(folder: Path) -> Path:
@@ -215,8 +215,13 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
+def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None:
     """Shard `model` across the ranks' devices, and average its gradients over the ranks.
+
+    Every `group` of consecutive ranks shards the state, and the groups are replicas: weights are
+    gathered within a group, and gradients are summed within it and then over the groups, once per
+    step. Stage 0 has groups of one rank: FSDP2 as plain data parallelism. So all stages share this
+    code, and a checkpoint or a gradient norm needs no second path.
 
     Weights are gathered block by block, in the dtype of the products; gradients are reduced in
     fp32. From stage 1 on, a rank keeps only its shard of the weights and of the optimiser's state.
@@ -228,15 +233,12 @@ def shard(model: Llama, stage: Stage, device: DeviceKind) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if stage == 0:
-        # Each shard has one rank, and shards are replicated: FSDP2 as plain data parallelism. So
-        # all stages share this code, and a checkpoint or a gradient norm needs no second path
-        mesh = init_device_mesh(device, (ranks(), 1), mesh_dim_names=("replicas", _SHARDS))
+    if group == ranks():
+        mesh = init_device_mesh(device, (group,), mesh_dim_names=(_SHARDS,))
     else:
-        mesh = init_device_mesh(device, (ranks(),), mesh_dim_names=(_SHARDS,))
-    for (
-        part
-    ) in mesh.get_all_groups():  # their own timeout is 10 minutes, also while a rank compiles
+        sides = (ranks() // group, group)
+        mesh = init_device_mesh(device, sides, mesh_dim_names=(_REPLICAS, _SHARDS))
+    for part in mesh.get_all_groups():  # by default 10 minutes, also while a rank compiles
         dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
     # Inputs are not cast: rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
@@ -257,6 +259,8 @@ def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
     sharded.set_is_last_backward(last)
     if stage in (0, 1):
         sharded.set_requires_gradient_sync(last)
+    else:
+        sharded.set_requires_all_reduce(last)  # over groups
     if stage in (1, 2):
         sharded.set_reshard_after_backward(last)
 

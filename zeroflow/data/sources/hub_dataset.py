@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, cast
 
 from zeroflow.data import hub
@@ -20,7 +21,7 @@ class HubDataset(Source):
     subset: str | None
     """None for the dataset's default subset."""
 
-    def pin(self, revision: str | None) -> str:
+    def pin(self, revision: str | None, known: Path | None = None) -> str:
         revision = revision or "main"
         if re.fullmatch("[0-9a-f]{40}", revision):
             return revision  # a commit never changes, so no request is needed

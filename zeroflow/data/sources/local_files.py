@@ -12,13 +12,14 @@ from typing import IO, NamedTuple
 
 from zeroflow import artifacts
 from zeroflow.data.formats.file import CorpusFile
+from zeroflow.data.sources.known_digests import KnownDigests, Stamp, stamp
 from zeroflow.data.sources.source import Source
 from zeroflow.text.markup import is_utf8
 
 
 class _PinnedFile(NamedTuple):
     sha256: str
-    stamp: tuple[int, int]
+    stamp: Stamp
 
 
 _pinned: dict[Path, _PinnedFile] = {}
@@ -43,14 +44,17 @@ class LocalSource(Source):
     def find(self) -> dict[str, Path]:
         """The path of each file by its name in the corpus, in reading order."""
 
-    def pin(self, revision: str | None) -> str:
+    def pin(self, revision: str | None, known: Path | None = None) -> str:
         _paths.cache_clear()  # files may have been added since the last call
         _revisions.pop(self, None)
-        digest = hashlib.sha256()
-        for name, path in _paths(self).items():
-            content = artifacts.file_sha256(path)
+        digest, digests = hashlib.sha256(), KnownDigests(known and known / self._file_of_digests)
+        paths = _paths(self)
+        for name, path in paths.items():
+            before = stamp(path)
+            content = digests.sha256(path, before)
             digest.update(f"{name}\n{content}\n".encode())
-            _pinned[path] = _PinnedFile(content, _stamp(path))
+            _pinned[path] = _PinnedFile(content, before)
+        digests.keep([(path, _pinned[path].stamp, _pinned[path].sha256) for path in paths.values()])
         found = digest.hexdigest()[:16]
         if revision not in (None, found):
             raise ValueError(
@@ -59,6 +63,10 @@ class LocalSource(Source):
             )
         _revisions[self] = found
         return found
+
+    @property
+    def _file_of_digests(self) -> str:
+        return f"{artifacts.fingerprint(repr(self))}.json"
 
     def require_revision(self, revision: str) -> None:
         if _revisions.get(self) != revision:
@@ -89,8 +97,8 @@ class LocalSource(Source):
         content that was read may not be that of the revision.
         """
         path = self.path(file)
-        now, pinned = _stamp(path), _pinned.get(path)
-        if now[0] != file.size or (pinned and now != pinned.stamp):
+        now, pinned = stamp(path), _pinned.get(path)
+        if now.size != file.size or (pinned and now[:2] != pinned.stamp[:2]):
             raise ValueError(f"{path} has changed since the run began: run the same command again")
 
 
@@ -98,11 +106,6 @@ class LocalSource(Source):
 def _paths(source: LocalSource) -> dict[str, Path]:
     """`source.find()`, cached: a corpus may have thousands of files that are opened one by one."""
     return source.find()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
 
 
 @dataclass(frozen=True)

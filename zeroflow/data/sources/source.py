@@ -25,11 +25,13 @@ class Source(Storage, ABC):
     """True if a file that is not UTF-8 is left out instead of ending the run."""
 
     @abstractmethod
-    def pin(self, revision: str | None) -> str:
+    def pin(self, revision: str | None, known: Path | None = None) -> str:
         """The revision, which identifies the content of all files.
 
         Args:
             revision: the requested revision; None for the current one.
+            known: folder for digests of files, so that those that did not change since are not read
+                again; None to read all.
 
         Raises:
             hub.HubError: the hub refused or could not be reached.

@@ -1,0 +1,161 @@
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from shard_sets import ALL, SMALL, digests
+from tiny import apart_from_reuse, jsonl_corpus
+
+from zeroflow.data import build, claims, parts, shared_build, slices
+from zeroflow.data.build import build_shards
+from zeroflow.data.builders import Builders, in_threads
+from zeroflow.data.shared_build import build_together
+
+WORKER = """
+import sys
+from pathlib import Path
+from zeroflow.data import build, claims, parts, shared_build, slices
+from zeroflow.data.builders import in_threads
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.shards import ShardConfig
+from zeroflow.data.tokenizer import Tokenizer
+
+config, text, tokenizer, cache, hang = sys.argv[1:]
+slices.SLICE_BYTES, claims.LEASE_SECONDS, claims.BEAT_SECONDS = 15_000, 1.0, 0.1
+shared_build.POLL_SECONDS = 0.1
+config = ShardConfig.model_validate_json(config)
+planner = build.planned(
+    config,
+    CorpusConfig.model_validate_json(text),
+    Tokenizer.model_validate_json(tokenizer),
+    Path(cache),
+    seed=0,
+)
+
+def build_part(job):
+    if hang == "hang":
+        job.path.with_name(f".{job.path.name}.{job.claim}.partial").mkdir()
+        print(job.path.name, flush=True)
+        sys.stdin.read()
+    return parts.build_part(job)
+
+print("ready", flush=True)
+with in_threads(1, build_part) as builders:
+    done = shared_build.build_together(planner, config, builders)
+print(done.built, done.parts, flush=True)
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_BYTES", 15_000)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(shared_build, "POLL_SECONDS", 0.1)
+
+
+def planner_of(text, cache, config=ALL):
+    return build.planned(config, *text[:2], cache, seed=0)
+
+
+def worker(text, cache, *, hang: bool = False) -> "subprocess.Popen[str]":
+    settings = [part.model_dump_json() for part in (ALL, *text[:2])]
+    command = [sys.executable, "-c", WORKER, *settings, str(cache), "hang" if hang else ""]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
+def test_processes_share_the_parts_and_take_over_those_of_one_that_dies_or_stands_still(
+    quick, text, tmp_path, ending
+):
+    """One builds its first part for ever; what it has claimed is built by the others."""
+    victim = worker(text, tmp_path / "shared", hang=True)
+    assert victim.stdout.readline() == "ready\n"
+    held = victim.stdout.readline().strip()
+    victim.send_signal(ending)
+    others = [worker(text, tmp_path / "shared") for _ in range(2)]
+    answers = [process.communicate(timeout=120)[0].split() for process in others]
+    victim.kill()
+    victim.communicate()
+    built = [int(answer[1]) for answer in answers]
+    alone = build_shards(ALL, *text[:2], tmp_path / "alone")
+    assert sum(built) == alone.parts == int(answers[0][2])
+    shards = build_shards(ALL, *text[:2], tmp_path / "shared")
+    assert shards.reused and shards.part(0).name == held
+    assert apart_from_reuse(shards).replace(path=alone.path) == apart_from_reuse(alone)
+    assert digests(shards) == digests(alone)
+    left = {path.name for path in shards.path.iterdir() if not path.name.startswith("part-")}
+    assert not {name for name in left if "partial" in name or "claim" in name}
+
+
+def test_no_part_is_built_twice_and_none_that_is_not_needed(quick, text, tmp_path):
+    built: list[str] = []
+    lock = threading.Lock()
+
+    def noted(job):
+        with lock:
+            built.append(job.path.name)
+        time.sleep(0.02)
+        return parts.build_part(job)
+
+    def share():
+        with in_threads(2, noted) as builders:
+            done.append(build_together(planner_of(text, tmp_path), ALL, builders))
+
+    done = []
+    threads = [threading.Thread(target=share) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = build_shards(ALL, *text[:2], tmp_path / "alone")
+    assert sorted(built) == [part.name for part in alone.part_paths]
+    assert sum(each.built for each in done) == alone.parts == done[0].parts
+
+    few = SMALL.replace(train_rows=8, validation_rows=1)
+    one = build_shards(few, *text[:2], tmp_path / "one alone")
+    with in_threads(1) as builders:
+        assert build_together(planner_of(text, tmp_path / "few", few), few, builders).parts == (
+            one.parts
+        )
+
+
+def test_duplicates_are_left_out_as_by_one_process(quick, text, tmp_path):
+    corpus = jsonl_corpus(tmp_path / "twice.jsonl", text.texts * 2).replace(deduplicate=True)
+    twice = text._replace(corpus=corpus)
+    alone = build_shards(ALL, *twice[:2], tmp_path / "alone")
+
+    def share():
+        with in_threads(1) as builders:
+            build_together(planner_of(twice, tmp_path / "shared"), ALL, builders)
+
+    threads = [threading.Thread(target=share) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shared = build_shards(ALL, *twice[:2], tmp_path / "shared")
+    assert shared.reused and digests(shared) == digests(alone) and shared.duplicates
+
+
+def test_failure_of_a_part_ends_the_process_and_frees_its_claim(quick, text, tmp_path):
+    def failing(job):
+        return lambda: ValueError("bad text")
+
+    planner = planner_of(text, tmp_path)
+    with pytest.raises(ValueError, match="bad text"):
+        build_together(planner, ALL, Builders(failing, 2))
+    assert not list(planner.path.glob(".*claim*"))
+
+
+def test_damaged_part_is_set_aside_and_built_again(quick, text, tmp_path):
+    shards = build_shards(ALL, *text[:2], tmp_path)
+    before = digests(shards)
+    (shards.part(1) / "manifest.json").write_text("{")
+    with in_threads(1) as builders:
+        done = build_together(planner_of(text, tmp_path), ALL, builders)
+    assert done.built == 1 and digests(shards) == before
+    assert shards.part(1).with_name("part-00001.damaged-1").exists()
