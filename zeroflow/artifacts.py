@@ -211,7 +211,8 @@ def new_directory(path: Path, *, mark: str = "") -> Iterator[Path]:
     The block must `seal` it. Leftovers of an earlier, killed attempt are removed.
 
     Args:
-        mark: a part of its name that other processes do not use, if there may be some.
+        mark: a part of the temporary name that is unique to this process; empty if no other process
+            writes this directory.
     """
     partial = partial_path(path, mark)
     shutil.rmtree(partial, ignore_errors=True)
@@ -227,7 +228,7 @@ def new_directory(path: Path, *, mark: str = "") -> Iterator[Path]:
 
 
 def partial_path(path: Path, mark: str = "") -> Path:
-    """The temporary name of the directory `path` while it is written; see `new_directory`."""
+    """Return the temporary name of the directory `path` during `new_directory`."""
     return path.with_name(f".{path.name}.{mark}.partial" if mark else f".{path.name}.partial")
 
 
@@ -266,12 +267,12 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
 def build_first(path: Path, build: Callable[[Path], None], *, mark: str = "") -> bool:
     """Ensure that the directory `path` exists, without a lock.
 
-    Several processes may build it at the same time. The first one that is complete stays, so all
-    have to build the same.
+    Several processes may build it at the same time. The first complete one is kept, so all have to
+    build the same content.
 
     Args:
-        build: called with a temporary directory of this call.
-        mark: a part of its name that other processes do not use; empty under a lock.
+        build: called with the temporary directory of this call.
+        mark: a part of the temporary name that is unique to this process; empty under a lock.
 
     Returns:
         True if the directory exists already, or another process was faster.
@@ -281,7 +282,7 @@ def build_first(path: Path, build: Callable[[Path], None], *, mark: str = "") ->
     try:
         with new_directory(path, mark=mark) as partial:
             build(partial)
-    except OSError:  # the directory is not empty; or who took over has removed the temporary one
+    except OSError:  # the directory exists, or a process that took over removed the temporary one
         if path.exists():
             return True
         raise

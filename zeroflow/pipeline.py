@@ -167,12 +167,12 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
 
 
 def build_together(asked: RunConfig, *, gpu: str | None = None) -> Shared:
-    """Build the shards of a run together with other processes that call this with its settings.
+    """Build the shards of a run together with other processes that use the same settings.
 
-    Nothing of the run is recorded.
+    The run itself is not recorded.
 
     Args:
-        gpu: name of the GPU that the run is meant for; None for the device of this machine.
+        gpu: name of the GPU that the run will use; None for the device of this machine.
 
     Raises:
         ValueError, hub.HubError: the settings or the input cannot be used.

@@ -151,7 +151,7 @@ class Cache(_Folder):
 
     tokenizers = _Named("tokenizers")
     digests = _Named("digests")
-    """Digests of local files, so that a start does not read those that did not change."""
+    """Digests of local files, so that a start does not read unchanged files again."""
 
     shards = _Named("shards")
     runs = _Named("runs")

@@ -209,7 +209,7 @@ def _shards(arguments: Arguments) -> None:
 
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
     require_writable(asked.cache_dir)
-    signal.signal(signal.SIGTERM, terminate)  # others may go on with its parts at once
+    signal.signal(signal.SIGTERM, terminate)  # releases the claims, so that others continue at once
     done = pipeline.build_together(asked, gpu=arguments.gpu)
     show(f"{done.built} of {count(done.parts, 'part')} built here: {done.path}")
 
@@ -275,8 +275,8 @@ _COMMANDS = (
         "build the shards of a run, together with other processes",
         _shards_arguments,
         _shards,
-        "Build the shards of a run, and nothing else. Any number of these commands with the same "
-        "settings share the parts, on all machines that share the cache folder. If one dies, "
+        "Build only the shards of a run. Any number of these commands with the same settings "
+        "divide the parts among them, on all machines that share the cache folder. If one dies, "
         "another takes over its parts after a minute.",
     ),
     _Command(

@@ -85,10 +85,10 @@ def build_shards(
 def planned(
     config: ShardConfig, corpus: CorpusConfig, tokenizer: Tokenizer, cache: Path, *, seed: int
 ) -> PartPlanner:
-    """The jobs of the parts of the set that `build_shards` builds.
+    """Return the planner of the parts of the set that `build_shards` builds.
 
     Raises:
-        ValueError, hub.HubError: as it does.
+        ValueError, hub.HubError: as `build_shards` does.
     """
     _require_ids_fit(config, tokenizer)
     newest = ShardIdentity(

@@ -1,12 +1,14 @@
-"""Claims of processes, on any machines, on the parts that each of them builds.
+"""Claims: each part is built by one process, on any of several machines.
 
-A claim is a file in a folder that all share, `.part-00007.claim-1`. Creating it is exclusive. Its
-holder keeps counting in it; if the count stands still for `LEASE_SECONDS`, by the clock of who
-looks, the holder is taken for dead, and who creates `.part-00007.claim-2` first takes over. Claims
-only avoid double work. A holder that was merely slow may finish too: parts are the same whoever
-builds them, and the first one that is complete stays.
+A claim is a file in the shared folder, `.part-00007.claim-1`, which only one process can create.
+The holder increments a counter in it. If the counter has not changed for `LEASE_SECONDS`, measured
+by the clock of the process that reads it, the holder counts as dead. The first process that creates
+`.part-00007.claim-2` then takes over.
 
-No lock of the kernel is needed, which not every shared file system has, and no common clock.
+Claims only avoid double work. If a holder was slow and not dead, it may also finish: the part has
+the same content whoever builds it, and the first complete one is kept.
+
+Claims need neither file locks, which some shared file systems do not have, nor a common clock.
 """
 
 import logging
@@ -27,11 +29,15 @@ from zeroflow import artifacts
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
+"""Time without a change of the counter after which a claim may be taken over. It is longer than a
+network file system takes to show a change."""
+
 BEAT_SECONDS = 5.0
+"""Time between two increments of the counter."""
 
 
 class _Seen(NamedTuple):
-    """The claims on a part, and since when they look like this."""
+    """The contents of the claims on a part, and the time when they were first seen."""
 
     claims: list[bytes]
     since: float
@@ -49,7 +55,7 @@ class Claim:
         self.beat()
 
     def beat(self) -> None:
-        """Show that the holder is alive."""
+        """Increment the counter, to show that the holder is alive."""
         content = f"{self._beats:012d} {socket.gethostname()} {self.mark}\n".encode()
         self._beats += 1
         os.pwrite(self._handle, content, 0)
@@ -57,7 +63,7 @@ class Claim:
 
     @property
     def is_lost(self) -> bool:
-        """True if another process has taken over."""
+        """True if another process has taken over the part."""
         return _file(self.path, self.generation + 1).exists()
 
     def release(self) -> None:
@@ -78,7 +84,7 @@ class Claims:
         self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
 
     def take(self, path: Path) -> Claim | None:
-        """Claim `path`; None while another process holds it, or if it exists."""
+        """Claim `path`. Return None if it exists or another process holds a claim on it."""
         earlier = list(_generations(path))
         if path.exists() or not self._is_free(path, earlier):
             return None
@@ -90,12 +96,12 @@ class Claims:
             return None
         for content in earlier:
             _, host, mark = content.decode(errors="replace").split()
-            log.warning("%s is taken over: its build on %s has stopped", path.name, host)
+            log.warning("taking over %s: its build on %s has stopped", path.name, host)
             shutil.rmtree(artifacts.partial_path(path, mark), ignore_errors=True)
         claim = Claim(path, generation, handle)
         with self._lock:
             self._held.add(claim)
-        if path.exists():  # completed, and its claim removed, since it was looked for
+        if path.exists():  # another process has completed it since the first check
             self.release(claim)
             return None
         return claim
@@ -107,7 +113,7 @@ class Claims:
                 claim.release()
 
     def _is_free(self, path: Path, claims: list[bytes]) -> bool:
-        """True if there are no `claims`, or the newest has not changed for the time of a lease."""
+        """Return True if there are no `claims`, or they have not changed for `LEASE_SECONDS`."""
         if not claims:
             self._seen.pop(path, None)
             return True
@@ -121,7 +127,7 @@ class Claims:
         while not self._end.wait(BEAT_SECONDS):
             with self._lock:
                 for claim in self._held:
-                    with suppress(OSError):  # the build fails too, or others take over
+                    with suppress(OSError):  # then the build also fails, or others take over
                         claim.beat()
 
     def __enter__(self) -> "Claims":
@@ -136,9 +142,9 @@ class Claims:
 
 
 def _generations(path: Path) -> Iterator[bytes]:
-    """The contents of the claims on `path`, oldest first.
+    """Return the contents of the claims on `path`, oldest first.
 
-    Files are opened: what NFS remembers of files that are not may be a minute old.
+    The files are opened, because NFS may show the state of an unopened file a minute late.
     """
     with suppress(FileNotFoundError):
         for generation in count(1):

@@ -36,7 +36,7 @@ class KnownParts:
     def __init__(self, path: Path, needed: Needed, *, verified: bool = True) -> None:
         """
         Args:
-            verified: verify some of them.
+            verified: True to verify some of the parts.
         """
         self._path, self._needed, self._lines = path, needed, part_counts.pages(path)
         self._lines = self._lines[: self._enough(self._lines)]
@@ -45,7 +45,9 @@ class KnownParts:
             self._verify_some()
 
     def following(self) -> Int64Array:
-        """Return the lines of the needed parts after those counted, up to the first damaged one."""
+        """Return the lines of the needed parts that are not counted yet, up to the first damaged
+        one.
+        """
         begin = len(self._needed.counts)
         unsound = np.flatnonzero(~self._sound[begin:])
         end = begin + int(unsound[0]) if len(unsound) else len(self._lines)

@@ -1,4 +1,4 @@
-"""Copies of the files of a shard set on a disk of this machine, made as they are first read."""
+"""Copies of the files of a shard set on a disk of this machine, made at the first read."""
 
 import logging
 import shutil
@@ -13,10 +13,10 @@ _KEPT_FREE = 0.05
 
 
 class LocalCopies:
-    """The files of `folder`, below another name in `local`.
+    """Copies of the files of `folder`, in a folder of the same name in `local`.
 
-    Any number of ranks of the machine share the copies. One copies at a time, and each file once;
-    the others read the original meanwhile, so none waits for another.
+    All ranks of the machine share the copies. Only one rank copies at a time, and each file once.
+    Meanwhile the others read the original, so no rank waits for another.
     """
 
     def __init__(self, folder: Path, local: Path) -> None:
@@ -24,7 +24,7 @@ class LocalCopies:
         self._is_full = False
 
     def of(self, file: Path) -> Path:
-        """The copy of `file`, or the file itself if there is none and it cannot be made now."""
+        """Return the copy of `file`; `file` itself if there is none and it cannot be made now."""
         copy = self._copies / file.relative_to(self._folder)
         if _is_copy(copy, file):
             return copy
@@ -35,7 +35,7 @@ class LocalCopies:
                 if _is_copy(copy, file) or self._copy(file, copy):
                     return copy
         except BlockingIOError:
-            pass  # another rank copies
+            pass  # another rank is copying
         except OSError as error:
             self._give_up(artifacts.explained(error))
         return file
@@ -57,7 +57,7 @@ class LocalCopies:
 
 
 def _is_copy(copy: Path, file: Path) -> bool:
-    """True if `copy` exists and `file` was not rebuilt since."""
+    """Return True if `copy` exists and `file` has not been rebuilt since."""
     try:
         there, here = file.stat(), copy.stat()
     except FileNotFoundError:

@@ -9,17 +9,17 @@ from zeroflow.data.tokenizer import Tokenizer
 
 
 class Needed:
-    """The rows that a run needs, next to those that exist in parts 0, 1, ..."""
+    """The rows that a run needs, compared with those that exist in parts 0, 1, ..."""
 
     def __init__(self, config: ShardConfig, corpus: CorpusConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._part_tokens = part_tokens(corpus, tokenizer.vocab_size)
         self.train_rows = config.train_rows
         self.validation_rows = config.validation_rows if corpus.validation is None else 0
-        """Rows to look for in the corpus: none where it is not held out from."""
+        """Validation rows to hold out from the corpus; 0 if the validation text is separate."""
 
         self.counts = PartCounts.none()
-        """Counts of the parts that exist, up to the first that does not."""
+        """Counts of the existing parts before the first missing one."""
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -33,7 +33,7 @@ class Needed:
 
     @property
     def missing_parts(self) -> int:
-        """The number of parts that are still needed, estimated from those that exist."""
+        """Number of parts that are still needed, estimated from the existing ones."""
         if parts := len(self.counts):
             train, validation = (rows / parts for rows in self.rows)
         else:
@@ -44,10 +44,10 @@ class Needed:
         return max(1, math.ceil(max(total, parts)) - parts)
 
     def progress(self, built: int, seconds: float) -> tuple[float, str]:
-        """The fraction of the rows that exist, and a line with the estimated time left.
+        """Return the fraction of the rows that exist, and a line with the estimated time left.
 
         Args:
-            built: parts that were built in these `seconds`.
+            built: number of parts that were built in `seconds`.
         """
         train, validation = self.rows
         missing = 0 if self.is_met else self.missing_parts

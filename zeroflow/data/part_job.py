@@ -26,7 +26,7 @@ class PartJob(Config):
     """Seed of synthetic data."""
 
     claim: str = ""
-    """Mark of the claim under which the part is built, see `claims`; empty for a lock."""
+    """Mark of the claim under which the part is built, see `claims`; empty if under a lock."""
 
     earlier: tuple[Path, ...] = ()
     """Earlier parts. A text of this part that also occurs in one of them is a duplicate."""

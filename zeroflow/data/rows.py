@@ -21,7 +21,7 @@ class Rows:
     def __init__(self, shards: ShardSet, split: Split, *, local: Path | None = None) -> None:
         """
         Args:
-            local: folder for copies of the files on a disk of this machine; None for none.
+            local: folder on a local disk for copies of the files; None for no copies.
 
         Raises:
             DamagedArtifact: a part is missing or damaged.

@@ -3,7 +3,7 @@
 A shard set is a directory `<cache>/shards/<name>-<fingerprint>/` with
 
     plan.json        settings, source, files of the corpus, and the slices of the first parts
-    slices-00001024.json ...  the slices of the others, in pages named by the first
+    slices-00001024.json ...  the slices of the other parts; pages named by their first slice
     counts-00000.arrow ...  counts of 512 parts each, so that a large set opens quickly
     builds.jsonl     a line with the build time of each part that was built here
     part-00000/ ...  one part for each slice, complete or absent:

@@ -1,7 +1,8 @@
-"""Building the parts of a shard set by several processes, on any machines that share the cache.
+"""Builds the parts of a shard set with several processes, on any machines that share the cache.
 
-Each process claims a part that no other builds, builds it, and looks for the next. They exchange
-nothing but the files of the set, so they may come, go and die at any time.
+Each process claims a part that no other process is building, builds it, and continues with the
+next. The processes communicate only through the files of the set, so they may start, end and fail
+at any time.
 """
 
 import logging
@@ -27,18 +28,18 @@ from zeroflow.data.shards import PartManifest, ShardConfig, part_path
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Pause of a process for which nothing is left to build, until it looks again."""
+"""Time between two checks of a process that has nothing to build while others still build."""
 
 
 class Shared(NamedTuple):
-    """What a process did for a set that is complete now."""
+    """Result of a process for a set that is now complete."""
 
     path: Path
     built: int
-    """Parts that it built."""
+    """Number of parts that the process built."""
 
     parts: int
-    """All parts that a run needs."""
+    """Number of all parts that the run needs."""
 
 
 class _UnderWay(NamedTuple):
@@ -47,10 +48,10 @@ class _UnderWay(NamedTuple):
 
 
 def build_together(planner: PartPlanner, config: ShardConfig, builders: Builders) -> Shared:
-    """Build parts that no other process builds, until all that `config` needs exist.
+    """Build parts that no other process is building, until all parts that `config` needs exist.
 
-    A part whose builder died is taken over. Parts that exist are not verified; `build_shards` does
-    that in the run that reads them.
+    If another process dies, its part is taken over. Existing parts are not verified; the run that
+    reads them does so in `build_shards`.
 
     Raises:
         ValueError: the content of the corpus is not valid.
@@ -90,7 +91,8 @@ class _SharedBuild:
         return Shared(self._planner.path, built, len(self._needed.counts))
 
     def _is_complete(self) -> bool:
-        """Count the parts that exist, from the first on; True if they are enough or all there are.
+        """Count the existing parts from the first on. Return True if these are enough, or if the
+        corpus has no more.
 
         Raises:
             ValueError: they have too many bad lines.
@@ -106,7 +108,7 @@ class _SharedBuild:
                 counts.append(PartManifest.read(part).facts)
             except DamagedArtifact as damage:
                 if part.exists():
-                    with suppress(FileNotFoundError):  # another process was faster
+                    with suppress(FileNotFoundError):  # another process has done so already
                         artifacts.set_aside(part, damage)
                 return self._planner.job(number) is None
             known_parts.complete_page(path, len(counts))
@@ -114,7 +116,7 @@ class _SharedBuild:
         return True
 
     def _start_some(self) -> None:
-        """Claim and start parts, up to as many as this process builds at once."""
+        """Claim and start parts, up to the number that this process builds at the same time."""
         while len(self._under_way) < self._builders.at_once:
             found = next(self._free_parts(), None)
             if found is None:
@@ -124,10 +126,10 @@ class _SharedBuild:
             self._under_way.append(_UnderWay(claim, ending))
 
     def _free_parts(self) -> Iterator[tuple[PartJob, Claim]]:
-        """Parts that are needed and that nobody builds, each claimed.
+        """Yield needed parts that no process is building, each with its claim.
 
-        Those after the last claim of this process come first: those before it are built already, or
-        others build them.
+        The parts after the last claim of this process come first, because those before it are
+        complete or being built by others.
         """
         first = len(self._needed.counts)
         end = first + (1 if self._planner.corpus.deduplicate else self._needed.missing_parts)

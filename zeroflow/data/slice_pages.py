@@ -1,9 +1,10 @@
-"""slices-00001024.json ... of a shard set: the slices of its parts, a page for some 1,024 of them.
+"""Files slices-00001024.json ... of a shard set: pages of about 1,024 slices of the corpus.
 
-The first page is in plan.json, unless the corpus has so many files that it would be written often.
-A page is named by its first slice. It is planned from the one before, so that any process finds the
-same slices and may write it. Pages are written again only while they fill up, and of a large set
-only those are read whose parts have to be built.
+The first page is part of plan.json, unless the corpus has many files: plan.json lists them, so
+writing it again and again would be slow. The name of a page contains the number of its first slice.
+Each page is planned from the one before, so all processes find the same slices, and any of them may
+write the page. A page is rewritten only until it is full. Of a large set, only the pages whose
+parts have to be built are read.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from zeroflow.data.slices import Slice, plan_slices
 from zeroflow.records import Record
 
 PAGE_SLICES = 1024
-"""Slices after which a new page begins. The slices of a file are in one page."""
+"""Number of slices after which a new page begins. All slices of a file are in the same page."""
 
 _NAME = "slices-"
 
@@ -28,7 +29,7 @@ class SlicePage(Record):
     """Number of its first slice."""
 
     next_file: NonNegativeInt
-    """Index of the first file of the corpus whose slices are in no page yet."""
+    """Index of the first file of the corpus whose slices are not in this page or an earlier one."""
 
     slices: tuple[Slice, ...]
 
@@ -44,7 +45,7 @@ class SlicePage(Record):
 
 
 class SlicePages:
-    """The slices of a set by number, planned as far as they are asked for."""
+    """The slices of a set by number. They are planned up to the highest number requested."""
 
     def __init__(
         self,
@@ -57,14 +58,14 @@ class SlicePages:
         """
         Args:
             begin: the first page, which may be empty.
-            save_begin: writes that page as it fills up; None if it is not to be written.
+            save_begin: writes that page whenever slices are added to it; None to add none to it.
         """
         self._folder, self._corpus, self._files = folder, corpus, files
         self._begin = self._page = begin
         self._save_begin = save_begin
 
     def slice(self, number: int) -> Slice | None:
-        """Slice `number`; None if the corpus has fewer.
+        """Return slice `number`; None if the corpus has fewer slices.
 
         Raises:
             hub.HubError: the hub refused or failed.
@@ -78,8 +79,8 @@ class SlicePages:
         return self._page.slices[here] if here < len(self._page.slices) else None
 
     def _nearest(self, number: int) -> SlicePage:
-        """The page with the slice `number`, or the last one before it."""
-        if page := self._read(_path(self._folder, number)):  # as in reading one after the other
+        """Return the page with slice `number`, or the last page before it."""
+        if page := self._read(_path(self._folder, number)):  # if slices are read in order
             return page
         last = _path(self._folder, number).name
         names = (path for path in self._folder.glob(f"{_NAME}*.json") if path.name <= last)
@@ -87,14 +88,14 @@ class SlicePages:
         return next((page for page in pages if page), self._begin)
 
     def _read(self, path: Path) -> SlicePage | None:
-        """The page; None if it is missing or damaged, and so planned again."""
+        """Return the page at `path`; None if it is missing or damaged and has to be planned."""
         try:
             return SlicePage.model_validate(artifacts.read_signed(path))
         except artifacts.DamagedArtifact:
             return None
 
     def _following(self) -> SlicePage:
-        """This page with the slices of the next files, or the next page."""
+        """Return the current page with the slices of the next files added, or the next page."""
         page = self._page
         if len(page.slices) >= PAGE_SLICES or (page is self._begin and not self._save_begin):
             page = SlicePage(first=page.end, next_file=page.next_file, slices=())

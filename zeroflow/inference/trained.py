@@ -32,7 +32,7 @@ class Trained:
         return self.shards.row_tokens - 1
 
     def rows(self, split: Split) -> Rows:
-        """Return the rows of a split; `rows[ids]` reads some, of shape (len(ids), T + 1)."""
+        """Return the rows of a split. `rows[ids]` reads rows, of shape (len(ids), T + 1)."""
         return Rows(self.shards, split)
 
     def generate(self, prompt: str = "", **settings: Any) -> str:

@@ -100,7 +100,7 @@ class Sharding(Record):
 
     zero_stage: Stage = 0
     shard_group: int | None = omitted()
-    """Ranks that shard the state among them; None for all."""
+    """Number of ranks over which the state is sharded; None for all."""
 
     @property
     def ranks(self) -> int:
@@ -108,7 +108,7 @@ class Sharding(Record):
 
     @classmethod
     def of_ranks(cls, workload: Workload) -> "Sharding":
-        """The sharding of a workload."""
+        """Return the sharding of a workload."""
         return Sharding(
             gpus=workload.ranks,
             zero_stage=workload.zero_stage,
@@ -117,7 +117,7 @@ class Sharding(Record):
 
     @property
     def zero(self) -> str:
-        """The stage as text, and the ranks of a group if not all shard the state together."""
+        """The stage as text, with the number of ranks of a group if there are groups."""
         if self.ranks == 1:
             return "none"
         return str(self.zero_stage) + (f" x {self.shard_group}" if self.shard_group else "")

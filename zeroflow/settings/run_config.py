@@ -111,8 +111,8 @@ class TrainingChoice(Config):
     gradients. 3: weights also while they are in use. Default: 0."""
 
     shard_group: int | None = Field(None, ge=2)
-    """GPUs that shard the state among them at ZeRO stages 1 to 3, such as those of a machine; the
-    groups are replicas of each other. Default: all GPUs."""
+    """Number of GPUs over which the state is sharded at ZeRO stages 1 to 3, such as the GPUs of one
+    machine. The groups are replicas of each other. Default: all GPUs."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
@@ -249,8 +249,8 @@ class HostsChoice(Config):
     the same rows. Default: all of --nodes."""
 
     local_cache: Path | None = None
-    """Folder on a disk of each machine, for copies of the shards that its ranks read. Default: rows
-    are read from the cache folder."""
+    """Folder on a local disk of each machine for copies of the shards that its ranks read. Default:
+    rows are read from the cache folder."""
 
     launcher: Literal["by-hand", "slurm", "kubernetes"] = "by-hand"
     """How the ranks of each machine are started: by-hand logs the command to run on each; slurm

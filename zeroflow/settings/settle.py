@@ -101,10 +101,10 @@ def foresee(asked: RunConfig, gpu: Device | None = None) -> Settlement:
 
 
 def look_up(asked: RunConfig, gpu: Device | None = None) -> Settlement:
-    """Settle `asked` as a run would, with the requests that it makes, and record nothing.
+    """Settle `asked` as a run would, including requests to the Hub, and record nothing.
 
     Args:
-        gpu: a GPU of another machine that the run is meant for; None for the device of this one.
+        gpu: a GPU of another machine on which the run will train; None for this machine's device.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.

@@ -56,7 +56,7 @@ class TrainingJob(RankJob):
     """Minimum number of machines with which training continues; None for all."""
 
     local_cache: Path | None = omitted()
-    """Folder on a disk of each machine, for copies of the shards; None for none."""
+    """Folder on a local disk of each machine for copies of the shards; None for no copies."""
 
     hang_seconds: PositiveInt
     """Time without a finished step, validation or checkpoint after which the ranks are killed."""

@@ -37,7 +37,7 @@ class Workload(Config):
     """ZeRO stage: the state that the ranks shard, see `zero.STAGES`."""
 
     shard_group: PositiveInt | None = Field(None, exclude_if=lambda ranks: ranks is None)
-    """Ranks that shard the state among them; the groups are replicas. None for all ranks."""
+    """Number of ranks over which the state is sharded; groups are replicas. None for all ranks."""
 
     model: ModelConfig
 

@@ -218,10 +218,10 @@ def mean(tensor: Tensor) -> Tensor:
 def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None:
     """Shard `model` across the ranks' devices, and average its gradients over the ranks.
 
-    Every `group` of consecutive ranks shards the state, and the groups are replicas: weights are
-    gathered within a group, and gradients are summed within it and then over the groups, once per
-    step. Stage 0 has groups of one rank: FSDP2 as plain data parallelism. So all stages share this
-    code, and a checkpoint or a gradient norm needs no second path.
+    The state is sharded over each `group` of consecutive ranks, and the groups are replicas.
+    Weights are gathered within a group. Gradients are summed within a group, and over the groups
+    once per step. Stage 0 has groups of one rank, with FSDP2 as plain data parallelism. So all
+    stages use this code, and checkpoints and gradient norms need no special case.
 
     Weights are gathered block by block, in the dtype of the products; gradients are reduced in
     fp32. From stage 1 on, a rank keeps only its shard of the weights and of the optimiser's state.
@@ -238,7 +238,7 @@ def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None
     else:
         sides = (ranks() // group, group)
         mesh = init_device_mesh(device, sides, mesh_dim_names=(_REPLICAS, _SHARDS))
-    for part in mesh.get_all_groups():  # by default 10 minutes, also while a rank compiles
+    for part in mesh.get_all_groups():  # the default of 10 minutes is too short for compilation
         dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
     # Inputs are not cast: rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(

@@ -1,7 +1,8 @@
-"""Digests of local files that an earlier command computed, so that no start reads them all again.
+"""Stored digests of local files, so that a start does not have to read all files again.
 
-A file counts as the same if path, size, inode and both times are. The time of the last change of
-the inode cannot be set, so content that was put back with its old time of modification is read.
+A file counts as unchanged if its path, size, inode and both times are the same. A program can set
+the modification time of a file, but not the change time of the inode. So a file is also read again
+if its modification time was set back after a change.
 """
 
 import logging
@@ -17,16 +18,16 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _SETTLED_SECONDS = 60
-"""Age from which a file's times are believed. A file that is written twice within a tick of the
-clock has the same times, and clocks of machines differ."""
+"""Minimum age of a file whose digest is stored. A file that is written twice within one tick of the
+clock has the same times, and the clocks of machines differ."""
 
 
 _WORTH_BYTES = 2**26
-"""Size of a corpus from which its digests are kept. A smaller one is read in a moment."""
+"""Minimum size of a corpus whose digests are stored. A smaller one is read in a moment."""
 
 
 class Stamp(NamedTuple):
-    """State of a file: another content has another stamp."""
+    """State of a file, which changes when its content changes."""
 
     size: int
     modified: int
@@ -47,7 +48,7 @@ class KnownDigests:
     def __init__(self, file: Path | None) -> None:
         """
         Args:
-            file: None to remember nothing.
+            file: None to store nothing.
         """
         self._file = file
         self._known: JsonObject = {}
@@ -58,17 +59,17 @@ class KnownDigests:
                 if content["format"] == _FORMAT and isinstance(files, dict):
                     self._known = files
             except (DamagedArtifact, KeyError) as error:
-                log.info("all files of the corpus are read: %s", error)
+                log.info("reading all files of the corpus: %s", error)
 
     def sha256(self, path: Path, now: Stamp) -> str:
-        """The digest of the file at `path`, whose stamp is `now`."""
+        """Return the digest of the file at `path`, whose stamp is `now`."""
         match self._known.get(str(path)):
             case [str(digest), *found] if found == list(now):
                 return digest
         return artifacts.file_sha256(path)
 
     def keep(self, files: Sequence[tuple[Path, Stamp, str]]) -> None:
-        """Remember the digests of these files and no others, if they are worth it."""
+        """Replace the stored digests by those of `files`, if the corpus is large enough."""
         if self._file is None or sum(now.size for _, now, _ in files) < _WORTH_BYTES:
             return
         limit = time.time_ns() - _SETTLED_SECONDS * 10**9
@@ -82,4 +83,4 @@ class KnownDigests:
         try:
             artifacts.write_signed(self._file, {"format": _FORMAT, "files": known})
         except OSError as error:  # the next start reads the files again
-            log.warning("cannot remember the corpus's digests: %s", artifacts.explained(error))
+            log.warning("cannot store the digests of the corpus: %s", artifacts.explained(error))

@@ -30,8 +30,8 @@ class Source(Storage, ABC):
 
         Args:
             revision: the requested revision; None for the current one.
-            known: folder for digests of files, so that those that did not change since are not read
-                again; None to read all.
+            known: folder for digests of files, so that unchanged files are not read again; None to
+                read all.
 
         Raises:
             hub.HubError: the hub refused or could not be reached.
