@@ -40,7 +40,7 @@ def answering() -> Iterator[Answering]:
     """
     started = []
 
-    def start(status: int, login: str | None = None) -> str:
+    def start(status: int, login: str | None = None, kind: str = "application/json") -> str:
         expected = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,6 +51,7 @@ def answering() -> Iterator[Answering]:
                 elif expected and self.headers["Authorization"] != expected:
                     found = HTTPStatus.UNAUTHORIZED
                 self.send_response(found)
+                self.send_header("Content-Type", kind)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
@@ -80,12 +81,38 @@ def named(url: str | None) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("status", "there"),
-    [(200, True), (401, True), (403, True), (503, True), (404, False)],
+    [(200, True), (401, True), (403, True), (502, False), (503, False), (404, False)],
 )
 def test_server_with_a_login_is_recognised_and_another_program_is_not(answering, status, there):
     url = answering(status)
     assert server.answers(url) == there
     assert server.answers(f"{url}/") == there
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_requests_to_this_machine_avoid_a_proxy(answering, monkeypatch, variable):
+    url, proxy = answering(200, "me:s3cret"), answering(502)
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, proxy.removesuffix("/api"))
+    monkeypatch.setattr("urllib.request._opener", None)  # it has read the variables before
+    assert server.answers(url) and not server.answers(server.local_api(free_port()))
+    assert access.with_login(url) is None
+    with temporary_settings({PREFECT_API_AUTH_STRING: "me:s3cret"}):
+        assert access.with_login(url) == Api(url, "me:s3cret")
+
+
+def test_another_program_is_not_taken_for_a_server(answering):
+    page, error = answering(200, kind="text/html"), answering(502)
+    for url, found in ((page, "a page of type text/html"), (error, "status 502")):
+        assert not server.answers(url)
+        with (
+            named(url),
+            pytest.raises(
+                ValueError, match=rf"{url} answers, but is not .*API \({found}\): .*unset"
+            ),
+        ):
+            server.api_in_use()
 
 
 def test_nothing_answers_on_a_free_port_or_at_no_address():

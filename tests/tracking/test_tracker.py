@@ -238,7 +238,7 @@ def test_files_are_attached_during_training_and_updated(config, mine):
 
 
 def test_server_that_was_lost_gets_everything_when_it_is_back(
-    config, mine, server, caplog, tmp_path, monkeypatch
+    config, mine, server, caplog, capsys, tmp_path, monkeypatch
 ):
     """One run goes on while the server is away, another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
@@ -288,6 +288,7 @@ def test_server_that_was_lost_gets_everything_when_it_is_back(
 
     # the password in its address is nowhere
     assert not any("s3cret" in message for message in caplog.messages)
+    assert capsys.readouterr() == ("", "")
     assert "s3cret" not in str(links(mine)) and "***" not in str(links(mine))
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) > 4 and not any(b"s3cret" in content for content in kept)

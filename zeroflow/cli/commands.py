@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zeroflow import loopback
 from zeroflow.cli import flow
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import (
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 for a failure, 130 after Ctrl-C.
     """
+    loopback.bypass_proxies()
     parser = Parser(prog="zeroflow", description="Train language models and use them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _FLOWS.items():

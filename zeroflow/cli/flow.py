@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from zeroflow import loopback
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import (
     Terminated,
@@ -117,6 +118,7 @@ def add_arguments(flow: str, parser: Parser) -> None:
 
 def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a flow's command as a separate program, and end this process."""
+    loopback.bypass_proxies()
     parser = Parser()
     add_arguments(flow, parser)
     run(flow, parser.parse_args(argv))

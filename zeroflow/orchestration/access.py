@@ -26,12 +26,11 @@ from prefect.settings import (
     get_current_settings,
 )
 
-from zeroflow import artifacts
+from zeroflow import artifacts, loopback
 from zeroflow.text.redaction import without_login
 
-_LOOPBACK = {"127.0.0.1", "localhost"}
-
-_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+"""Statuses of a server that asks for a login."""
 
 
 def read_settings() -> None:
@@ -77,7 +76,7 @@ class Api(NamedTuple):
 def login_file(url: str) -> Path | None:
     """Return the file with the login of a server on this machine, for processes of this user."""
     parts = urlsplit(url)
-    if parts.hostname not in _LOOPBACK:
+    if parts.hostname not in loopback.NAMES:
         return None
     return Path(PREFECT_HOME.value()) / "zeroflow" / f"login-{parts.port}"
 
@@ -106,7 +105,7 @@ def protected(api: Api) -> dict[str, str]:
             f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a writable "
             "folder"
         ) from error
-    origins = (f"{page.scheme}://{host}:{page.port}" for host in sorted(_LOOPBACK))
+    origins = (f"{page.scheme}://{host}:{page.port}" for host in ("127.0.0.1", "localhost"))
     ours = {
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins),
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
@@ -141,9 +140,9 @@ def _refuses(url: str, login: str | None) -> bool:
     address = f"{without_login(url).rstrip('/')}/admin/version"
     request = urllib.request.Request(address, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=5):
+        with loopback.open_url(request, timeout=5):
             return False
     except urllib.error.HTTPError as error:
-        return error.code in _REFUSED
+        return error.code in REFUSED
     except (OSError, ValueError):
         return False  # Prefect's client may still reach it, with its own certificates

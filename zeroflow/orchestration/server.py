@@ -5,11 +5,9 @@ import os
 import socket
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +16,7 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from zeroflow import loopback
 from zeroflow.orchestration import access
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.programs import Program
@@ -121,6 +120,11 @@ def _no_server(url: str) -> Exception:
     api = f"{url.rstrip('/')}/api"
     if answers(api):
         return ValueError(f"{name} {shown}{place} lacks /api at its end: set it to {redacted(api)}")
+    if other := _other_answer(url):
+        return ValueError(
+            f"{name} {shown}{place} answers, but is not Prefect's API ({other}): correct it, or "
+            f"{unset} to let the run start its own server"
+        )
     return RuntimeError(
         f"no server answers at {name} {shown}{place}: start that server, or {unset} to let the run "
         "start its own server"
@@ -142,13 +146,32 @@ def local_api(port: int) -> str:
 
 
 def answers(api_url: str) -> bool:
+    """Return True if a Prefect API answers, even if it asks for a login.
+
+    A proxy, or another program, answers with its own errors and pages.
+    """
     try:
-        with urllib.request.urlopen(f"{without_login(api_url).rstrip('/')}/health", timeout=5):
-            return True
+        with loopback.open_url(_health(api_url), timeout=5) as answer:
+            return bool(answer.headers.get_content_type() == "application/json")
     except urllib.error.HTTPError as error:
-        return error.code != HTTPStatus.NOT_FOUND  # it may require authentication
+        return error.code in access.REFUSED
     except (OSError, ValueError):
         return False
+
+
+def _other_answer(api_url: str) -> str | None:
+    """Return the answer of a program that is not a Prefect API; None if there is no answer."""
+    try:
+        with loopback.open_url(_health(api_url), timeout=5) as answer:
+            return f"a page of type {answer.headers.get_content_type()}"
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}"
+    except (OSError, ValueError):
+        return None
+
+
+def _health(api_url: str) -> str:
+    return f"{without_login(api_url).rstrip('/')}/health"
 
 
 def _free_port() -> int:

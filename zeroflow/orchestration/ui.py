@@ -3,7 +3,6 @@
 import logging
 import socket
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from zeroflow import loopback
 from zeroflow.config import Config
 from zeroflow.orchestration.programs import Program
 from zeroflow.run_folder import Cache
@@ -128,7 +128,7 @@ def _require_free(port: int, flag: str) -> None:
 
 def _answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
+        with loopback.open_url(f"{address}/health", timeout=5):
             return True
     except OSError:
         return False

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts
+from zeroflow import artifacts, loopback
 from zeroflow.data.time_limit import within
 from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
@@ -68,7 +68,10 @@ def open_store(folder: Path | None) -> tuple[Any, str]:
 
 
 def _opened(folder: Path | None) -> tuple[Any, str]:
+    loopback.bypass_proxies()
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    # Otherwise MLflow prints the address of a run that ends, with the password of the server
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # By default MLflow retries an unreachable server for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
