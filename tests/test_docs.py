@@ -55,7 +55,15 @@ SCRIPTS = {
 }
 """Scripts of the working tree, and the commands that take the same flags."""
 
-FOREIGN = {"--no", "--no-deps", "--ntasks-per-node", "--local-addr", "--fqdn", "--gres"}
+FOREIGN = {
+    "--no",
+    "--no-deps",
+    "--ntasks-per-node",
+    "--local-addr",
+    "--fqdn",
+    "--gres",
+    "--partition",
+}
 """The beginning of `--no-...`, and flags of pip, Slurm, torchrun and hostname."""
 
 OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "pip", "srun"}

@@ -304,6 +304,36 @@ def test_interrupted_flow_stops_the_ranks_of_all_machines_with_a_checkpoint(tmp_
 
 
 @pytest.mark.slow
+def test_torchrun_takes_its_settings_from_kubeflow_s_variables(tmp_path, hosts):
+    job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
+    started = []
+
+    def start(number: int) -> None:
+        place = {
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "1",
+            "PET_NODE_RANK": str(number),
+            "PET_MASTER_ADDR": hosts[0].name,
+            "PET_MASTER_PORT": str(PORT),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "-m", "zeroflow.training"]
+        words = [*hosts[number].prefix, *command, str(job.folder.job)]
+        started.append(subprocess.Popen(words, env=os.environ | place))
+
+    def start_both() -> None:
+        wait_until(job.folder.job.exists, "the job")
+        for number in (0, 1):
+            start(number)
+
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(start_both)
+        tracked.train(job)
+    assert [container.wait(60) for container in started] == [0, 0]
+    assert len(end_of(job)[0]) == STEPS
+
+
+@pytest.mark.slow
 def test_other_number_of_ranks_than_the_job_has_is_refused_with_both(tmp_path):
     job = job_of_two(tmp_path / "two", tmp_path / "cache", nodes=2)
     job.write(job.folder.job)

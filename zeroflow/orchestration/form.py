@@ -45,7 +45,12 @@ _LAST = ("cache_dir",)
 _OTHER = "other"
 """Group of the settings that belong to none."""
 
-_GROUPS = {"model": "Custom shape", "build": "Building of shards", "overfit": "Overfit check"}
+_GROUPS = {
+    "model": "Custom shape",
+    "build": "Building of shards",
+    "hosts": "Several machines",
+    "overfit": "Overfit check",
+}
 """Titles of groups whose names are not clear enough."""
 
 _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "maxLength", "pattern")

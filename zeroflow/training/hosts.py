@@ -188,7 +188,7 @@ def follow(
                         f"the machines of run {gang.folder.name} are gone", "killed"
                     )
                 elif attempts.running and progress.seconds_since_last() > hang_seconds:
-                    raise TrainingFailed(f"no rank made progress for {hang_seconds} s", "hang")
+                    raise TrainingFailed(f"the ranks made no progress for {hang_seconds} s", "hang")
                 time.sleep(_POLL_SECONDS)
 
 
