@@ -250,7 +250,7 @@ def test_public_names_are_documented() -> None:
     assert all(getattr(zeroflow, name).__doc__ for name in zeroflow.__all__)
 
 
-def test_shards_that_are_built_alone_are_those_that_the_run_reads(run, tmp_path):
+def test_run_reads_the_shards_that_the_shards_command_built(run, tmp_path):
     """Also for a GPU that this machine does not have."""
     there = load("mine", run.cache_dir).shards
     elsewhere = run.replace(cache_dir=tmp_path)

@@ -35,7 +35,7 @@ SYNTHETIC = {"data_mode": "synthetic"}
 REFUSED = [
     ("pretrain", [FILES, "--data-path=none.txt"], "none.txt matches no file in "),
     ("pretrain", [FILES, "--data-path=picture.png"], "picture.png: unknown kind of file"),
-    ("pretrain", [FILES, "--data-path=array.json"], "array.json begins one JSON array"),
+    ("pretrain", [FILES, "--data-path=array.json"], "array.json begins with a JSON array"),
     ("pretrain", [FILES, "--data-path=other.jsonl"], "line 1 has no text in field 'text'"),
     ("pretrain", [FILES, "--data-path=empty.txt.gz"], "empty.txt.gz cannot be read: it is empty"),
     ("pretrain", [FILES, "--data-path=good.txt", "--validation-path=no*.txt"], "matches no file"),

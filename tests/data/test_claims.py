@@ -16,7 +16,7 @@ def part(tmp_path, monkeypatch):
 
 
 def taken(by: Claims, part, *, within: float = 30.0):
-    """Try to take over until it succeeds."""
+    """Try to take over a part until this succeeds."""
     until = time.monotonic() + within
     while time.monotonic() < until:
         if claim := by.take(part):
@@ -38,13 +38,13 @@ def test_part_has_one_holder_until_it_is_released_and_is_not_claimed_once_it_exi
     assert [path.name for path in part.parent.iterdir()] == ["part-00007"]
 
 
-def test_holder_that_is_alive_keeps_its_claim_for_longer_than_a_lease(part):
+def test_live_holder_keeps_its_claim_for_longer_than_a_lease(part):
     with Claims() as ours, Claims() as theirs:
         claim = ours.take(part)
         assert claim and taken(theirs, part, within=1.5) is None and not claim.is_lost
 
 
-def test_holder_that_is_silent_loses_its_claim_to_one_of_the_others(part):
+def test_silent_holder_loses_its_claim_to_one_other_process(part):
     dead = Claims()  # it does not count
     lost = dead.take(part)
     left = artifacts.partial_path(part, lost.mark)
@@ -59,14 +59,14 @@ def test_holder_that_is_silent_loses_its_claim_to_one_of_the_others(part):
         assert second.take(part)
 
 
-def test_claims_are_released_at_the_end_whatever_happens(part):
+def test_claims_are_released_at_the_end_even_after_an_error(part):
     with pytest.raises(KeyboardInterrupt), Claims() as ours:
         assert ours.take(part)
         raise KeyboardInterrupt
     assert not list(part.parent.iterdir())
 
 
-def test_first_complete_part_stays_also_under_a_lock(tmp_path):
+def test_first_complete_part_is_kept_also_under_a_lock(tmp_path):
     part = tmp_path / "part-00001"
 
     def write(folder, content):

@@ -9,7 +9,7 @@ from zeroflow.data.sources import known_digests
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """Two files that count as settled."""
+    """Two files that are old enough for their digests to be stored."""
     monkeypatch.setattr(known_digests, "_SETTLED_SECONDS", -60)
     monkeypatch.setattr(known_digests, "_WORTH_BYTES", 0)
     for name, content in (("a.txt", "one"), ("b.txt", "two")):
@@ -19,7 +19,7 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The names of the files that are read for their digests."""
+    """Names of the files that are read to compute their digests."""
     found, read = [], artifacts.file_sha256
 
     def noted(path):
@@ -52,14 +52,14 @@ def test_file_that_was_just_written_is_read_again(corpus, reads, tmp_path, monke
     assert len(reads) == 4
 
 
-def test_small_corpus_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
+def test_digests_of_a_small_corpus_are_not_stored(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(known_digests, "_WORTH_BYTES", 7)
     resolve_corpus(corpus, tmp_path / "digests")
     assert not (tmp_path / "digests").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"format": 1, "files": {}}'])
-def test_damaged_digests_are_not_believed(corpus, reads, tmp_path, damage):
+def test_damaged_digests_are_ignored(corpus, reads, tmp_path, damage):
     known = tmp_path / "digests"
     first = resolve_corpus(corpus, known)
     [file] = known.iterdir()

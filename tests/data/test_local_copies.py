@@ -14,7 +14,7 @@ from zeroflow.data.rows import Rows
 
 @pytest.fixture
 def copied(monkeypatch) -> Iterator[Counter]:
-    """How often each file was copied."""
+    """Number of times that each file was copied."""
     found, copy = Counter(), local_copies.shutil.copy2
 
     def noted(file, to):
@@ -25,7 +25,7 @@ def copied(monkeypatch) -> Iterator[Counter]:
     return found
 
 
-def test_rows_are_those_of_the_shared_folder_and_each_file_is_copied_once(shards, tmp_path, copied):
+def test_rows_match_the_shared_folder_and_each_file_is_copied_once(shards, tmp_path, copied):
     plain, ids = Rows(shards, "train"), np.arange(shards.train.rows)
     for _ in range(2):  # two ranks, or the same one after a restart
         assert np.array_equal(Rows(shards, "train", local=tmp_path / "disk")[ids], plain[ids])
@@ -53,7 +53,7 @@ def test_original_is_read_while_another_rank_copies(shards, tmp_path):
     assert copies.of(file) != file
 
 
-def test_nearly_full_disk_gets_no_copies(shards, tmp_path, monkeypatch, caplog, copied):
+def test_no_files_are_copied_to_a_nearly_full_disk(shards, tmp_path, monkeypatch, caplog, copied):
     monkeypatch.setattr(local_copies, "_KEPT_FREE", 1.0)
     copies = LocalCopies(shards.path, tmp_path / "disk")
     for file in shards.path.glob("*/train-*.arrow"):

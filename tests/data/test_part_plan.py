@@ -43,7 +43,7 @@ def test_seed_counts_for_synthetic_data_only(text, tmp_path):
     assert path(SYNTHETIC, tokenizer, 0) != path(SYNTHETIC, tokenizer, 1)
 
 
-def test_slices_are_the_same_in_pages_of_any_length_and_from_any_number_on(
+def test_slices_are_the_same_for_any_length_of_pages_and_any_first_number(
     small_pieces, text, tmp_path, monkeypatch
 ):
     for name in range(6):  # a slice for some files, several for others
@@ -75,7 +75,7 @@ def test_slices_are_the_same_in_pages_of_any_length_and_from_any_number_on(
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_first_page_is_in_the_plan_unless_the_files_are_many(
+def test_first_page_is_in_the_plan_unless_there_are_many_files(
     small_pieces, text, tmp_path, monkeypatch, files
 ):
     for name, some in enumerate(np.array_split(text.texts, files)):

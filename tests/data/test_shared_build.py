@@ -68,10 +68,10 @@ def worker(text, cache, *, hang: bool = False) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
-def test_processes_share_the_parts_and_take_over_those_of_one_that_dies_or_stands_still(
+def test_processes_share_the_parts_and_take_over_those_of_one_that_dies_or_hangs(
     quick, text, tmp_path, ending
 ):
-    """One builds its first part for ever; what it has claimed is built by the others."""
+    """One process never finishes its first part; the others build the parts that it has claimed."""
     victim = worker(text, tmp_path / "shared", hang=True)
     assert victim.stdout.readline() == "ready\n"
     held = victim.stdout.readline().strip()
@@ -91,7 +91,7 @@ def test_processes_share_the_parts_and_take_over_those_of_one_that_dies_or_stand
     assert not {name for name in left if "partial" in name or "claim" in name}
 
 
-def test_no_part_is_built_twice_and_none_that_is_not_needed(quick, text, tmp_path):
+def test_each_needed_part_is_built_once_and_no_other(quick, text, tmp_path):
     built: list[str] = []
     lock = threading.Lock()
 
@@ -123,7 +123,7 @@ def test_no_part_is_built_twice_and_none_that_is_not_needed(quick, text, tmp_pat
         )
 
 
-def test_duplicates_are_left_out_as_by_one_process(quick, text, tmp_path):
+def test_the_same_duplicates_are_left_out_as_by_one_process(quick, text, tmp_path):
     corpus = jsonl_corpus(tmp_path / "twice.jsonl", text.texts * 2).replace(deduplicate=True)
     twice = text._replace(corpus=corpus)
     alone = build_shards(ALL, *twice[:2], tmp_path / "alone")
@@ -141,7 +141,7 @@ def test_duplicates_are_left_out_as_by_one_process(quick, text, tmp_path):
     assert shared.reused and digests(shared) == digests(alone) and shared.duplicates
 
 
-def test_failure_of_a_part_ends_the_process_and_frees_its_claim(quick, text, tmp_path):
+def test_failure_of_a_part_ends_the_process_and_releases_its_claim(quick, text, tmp_path):
     def failing(job):
         return lambda: ValueError("bad text")
 

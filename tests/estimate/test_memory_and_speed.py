@@ -313,8 +313,8 @@ def test_document_mask_is_planned_if_it_is_in_memory(precision, rows, gibibytes)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_groups_keep_the_state_of_as_many_ranks(stage):
-    """Communication is that of a group too, as FSDP2 gathers the same tensors."""
+def test_groups_need_the_memory_of_as_many_ranks(stage):
+    """This includes communication buffers, because FSDP2 gathers the same tensors."""
     in_groups = planned(llama("tiny"), zero_stage=stage, ranks=8, shard_group=2)
     assert in_groups == planned(llama("tiny"), zero_stage=stage, ranks=2)
     assert in_groups.total > planned(llama("tiny"), zero_stage=stage, ranks=8).total

@@ -104,32 +104,32 @@ def loaded(config: TrainingConfig, folder: Path) -> TrainState:
 
 
 def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, Any]:
-    """Return results of a training, of its resume, and of a resume from one rank's checkpoint."""
+    """Return figures of training, of its resume, and of a resume from one rank's checkpoint."""
     state = new_state(config)
-    found: dict[str, Any] = {"begun": trained(state, config, SAVED)}
+    found: dict[str, Any] = {"before": trained(state, config, SAVED)}
     found |= looked_at(state)
     saved(state, folder)
-    found["went on"] = trained(state, config, STEPS - SAVED)
+    found["continued"] = trained(state, config, STEPS - SAVED)
     found["resumed"] = trained(loaded(config, folder), config, STEPS - SAVED)
-    found["from one"] = trained(loaded(config, of_one), config, STEPS - SAVED)
+    found["from one process"] = trained(loaded(config, of_one), config, STEPS - SAVED)
     parameters = [p for _, p in zero.named_parameters(state.model)]
     found["parameters"] = sum(p.numel() for p in parameters)
     found["kept"] = sum(zero.local_shard(p).numel() for p in parameters)
     moments = (state.optimizer.state[p]["exp_avg"] for p in parameters)
     found["moments kept"] = sum(zero.local_shard(moment).numel() for moment in moments)
-    found["patience"] = patience()
-    found["passed on"] = passed_on(state, config)
+    found["timeouts"] = timeouts()
+    found["communicated"] = communicated(state, config)
     found["skipped"] = skipping(state, config)
     return found
 
 
-def patience() -> list[float]:
+def timeouts() -> list[float]:
     """Return the timeout of every process group of this rank, in seconds."""
     backends = (group._get_backend(torch.device("cpu")) for group in _world.pg_map)
     return [backend.options._timeout.total_seconds() for backend in backends]
 
 
-def passed_on(state: TrainState, config: TrainingConfig) -> dict[str, int]:
+def communicated(state: TrainState, config: TrainingConfig) -> dict[str, int]:
     """Return how often a step gathers weights and scatters gradients."""
     calls: Counter[str] = Counter()
 
@@ -160,15 +160,15 @@ def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
     return [math.isnan(loss), state.skipped.tolist(), changed]
 
 
-def close(figures: Any) -> Any:
+def close(found: Any) -> Any:
     """Return figures that compare equal to others up to rounding."""
-    if isinstance(figures, list):
-        return [close(part) for part in figures]
-    return pytest.approx(figures, rel=1e-4)
+    if isinstance(found, list):
+        return [close(part) for part in found]
+    return pytest.approx(found, rel=1e-4)
 
 
-def said(job: RankJob) -> list[dict[str, Any]]:
-    """Run this program on the ranks of `job`; return what each rank found, by stage."""
+def figures(job: RankJob) -> list[dict[str, Any]]:
+    """Run this program on the ranks of `job`; return the figures of each rank, by stage."""
     artifacts.write_json(job.folder.job, job.model_dump(mode="json"))
     number = job.training.workload.ranks
     with pytest.MonkeyPatch.context() as patch:

@@ -85,7 +85,7 @@ def test_run_on_one_gpu_drops_the_zero_stage():
         ({"zero_stage": 3}, 4),
     ],
 )
-def test_groups_stay_where_they_still_divide_the_gpus(asked, group):
+def test_shard_group_is_kept_if_it_still_divides_the_gpus(asked, group):
     recorded = run(training={"gpus": 4, "nodes": 2, "zero_stage": 2, "shard_group": 4})
     assert resuming.merged(recorded, run(training=asked), {}).training.shard_group == group
 

@@ -1,6 +1,6 @@
-"""Groups of ranks that shard the state, as replicas of each other, train what one process trains.
+"""Groups of ranks with a sharded state, which are replicas of each other, train like one process.
 
-Tolerances as in `test_zero`.
+The tolerances are those of `test_zero`.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ SHARDED = [str(stage) for stage in STAGES[1:]]
 
 @pytest.fixture(scope="module")
 def config() -> TrainingConfig:
-    """Of one process."""
+    """Settings of one process."""
     split = {"micro_batch_rows": 1, "accumulate": 2 * RANKS}
     return training_config(steps=STEPS + 1, device="cpu", deterministic=True, **split)
 
@@ -37,36 +37,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
     state = new_state(config)
-    found: dict[str, Any] = {"begun": ranks.trained(state, config, SAVED)}
+    found: dict[str, Any] = {"before": ranks.trained(state, config, SAVED)}
     ranks.saved(state, folder / "one")
-    return found | {"went on": ranks.trained(state, config, STEPS - SAVED)}
+    return found | {"continued": ranks.trained(state, config, STEPS - SAVED)}
 
 
 @pytest.fixture(scope="module")
 def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
-    """What each rank says, by stage."""
+    """Figures of each rank, by stage."""
     split = {"accumulate": 2, "ranks": RANKS, "shard_group": GROUP}
-    return ranks.said(RankJob(run_dir=folder, training=with_workload(config, **split)))
+    return ranks.figures(RankJob(run_dir=folder, training=with_workload(config, **split)))
 
 
 @pytest.mark.parametrize("stage", SHARDED)
 class TestStage:
-    def test_losses_norms_and_updates_are_those_of_one_process(self, alone, together, stage):
+    def test_losses_norms_and_updates_match_one_process(self, alone, together, stage):
         for rank in together:
-            for name in ("begun", "went on"):
+            for name in ("before", "continued"):
                 assert rank[stage][name] == close(alone[name]), name
 
-    def test_checkpoint_goes_on_bit_for_bit(self, together, stage):
-        assert together[0][stage]["resumed"] == together[0][stage]["went on"]
+    def test_resume_from_a_checkpoint_is_bit_exact(self, together, stage):
+        assert together[0][stage]["resumed"] == together[0][stage]["continued"]
 
-    def test_groups_go_on_from_one_process_and_one_process_from_groups(
+    def test_groups_resume_from_one_process_and_one_process_from_groups(
         self, alone, together, config, folder, stage
     ):
-        assert together[0][stage]["from one"] == close(alone["went on"])
+        assert together[0][stage]["from one process"] == close(alone["continued"])
         state = ranks.loaded(config, folder / f"stage{stage}")
-        assert ranks.trained(state, config, STEPS - SAVED) == close(alone["went on"])
+        assert ranks.trained(state, config, STEPS - SAVED) == close(alone["continued"])
 
-    def test_ranks_of_a_group_share_the_state_and_each_group_has_all(self, together, stage):
+    def test_ranks_of_a_group_share_the_state_and_each_group_has_all_of_it(self, together, stage):
         for found in (rank[stage] for rank in together):
             assert found["parameters"] == MODEL.parameters
             assert found["kept"] == found["moments kept"] == MODEL.parameters // GROUP
@@ -75,16 +75,16 @@ class TestStage:
         """Two blocks and the rest make three parts; a step has two micro-batches."""
         gathered, scattered = {"1": (3, 3), "2": (3, 6), "3": (10, 6)}[stage]
         for rank in together:
-            passed = rank[stage]["passed on"]
+            passed = rank[stage]["communicated"]
             assert (passed["gathered"], passed["scattered"]) == (gathered, scattered)
             # stage 1 reduces gradients once per step, stages 2 and 3 after each micro-batch
-            assert passed["summed"] == together[0]["1"]["passed on"]["summed"]
+            assert passed["summed"] == together[0]["1"]["communicated"]["summed"]
 
-    def test_loss_of_one_rank_that_is_no_number_changes_no_weight_of_any(self, together, stage):
+    def test_nan_loss_of_one_rank_leaves_the_weights_of_all_ranks_unchanged(self, together, stage):
         for rank in together:
             assert rank[stage]["skipped"] == [True, [1, 1], False]
 
-    def test_checkpoint_has_every_tensor_once(self, together, folder, stage):
+    def test_checkpoint_has_each_tensor_once(self, together, folder, stage):
         path, of_one = (folder / name / f"step-{SAVED:08d}" for name in (f"stage{stage}", "one"))
         names: list[str] = []
         for file in path.glob("*.safetensors"):
