@@ -38,6 +38,7 @@ COMMANDS = {
     "pretrain": RunConfig,
     "sweep": SweepConfig,
     "plan": RunConfig,
+    "shards": RunConfig,
     "prove-resume": ProofRun,
     "ui": UiConfig,
     "generate": SamplingConfig,
