@@ -160,7 +160,7 @@ def test_plan_of_an_existing_run_accepts_and_refuses_the_same_settings(ask):
         with pytest.raises(ValueError, match="was trained with --seed 0, now it is 5"):
             decide(other)
     checkpoints.rename(checkpoints.with_name("step-00000010"))
-    assert plan_page.time_line(plans.forecast(asked)) == "none is left, as all 10 steps are trained"
+    assert plan_page.time_line(plans.forecast(asked)) == "none, because all 10 steps are trained"
 
 
 def test_gpu_that_is_not_known_is_planned_with_its_memory(ask):

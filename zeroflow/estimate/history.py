@@ -43,7 +43,7 @@ class Figures(Config):
 
 
 class Past(Record):
-    """A run that was trained to its end."""
+    """Figures of a run that reached its last step."""
 
     FORMAT: ClassVar[int] = 2
 
@@ -67,7 +67,7 @@ class Experience(NamedTuple):
 
     source: str
     runs: int
-    """Number of runs that the rate rests on."""
+    """Number of runs from which the rate was computed."""
 
 
 def append(cache: Path, past: Past) -> None:
@@ -85,9 +85,9 @@ def read(cache: Path) -> list[Past]:
 def known(
     cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
 ) -> Experience | None:
-    """Figures of earlier runs of the same workload, or of the most similar other model.
+    """Return figures of earlier runs of the same workload, or of the most similar other model.
 
-    For another model, only the FLOP/s are used. None if there was no similar run here.
+    For another model, only the FLOP/s are used. Return None if there was no similar run here.
 
     Args:
         planned: name and steps of the planned run. It is not used for its own prediction,

@@ -10,7 +10,7 @@ from zeroflow.units import binary, count, decimal, duration, parameter_count
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
-    """Name, predicted value, measured value and miss of a figure, as text."""
+    """Return name, predicted value, measured value and miss of a figure, as text."""
     name, text = _FORMS[row.name]
     predicted, measured = (
         "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
@@ -32,8 +32,8 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     choice = run.training
     yield f"data: {run.data.name} ({settled.corpus_reason})"
     yield f"tokenizer: {run.tokenizer.tokenizer_name} ({settled.tokenizer_reason})"
-    going_on = "resumed" if settled.resumes else "new"
-    yield f"run: {run.run_name} ({going_on}) in {run.run_dir}"
+    state = "resumed" if settled.resumes else "new"
+    yield f"run: {run.run_name} ({state}) in {run.run_dir}"
     each = f" on each of {work.ranks}" if work.ranks > 1 else ""
     yield (
         f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
@@ -67,10 +67,10 @@ def _vocabulary(plan: Plan) -> str:
 
 
 def time_line(plan: Plan) -> str:
-    """Time of the steps that remain, as a range, and what it rests on."""
+    """Return the time of the remaining steps as a range, and the source of the prediction."""
     rate, done = plan.rate, plan.steps_done
     if done >= plan.steps:
-        return f"none is left, as all {count(plan.steps, 'step')} are trained"
+        return f"none, because all {count(plan.steps, 'step')} are trained"
     if rate is None:
         return f"unknown, {plan.rate_source}"
     tokens = plan.tokens * (plan.steps - done) / plan.steps
@@ -116,7 +116,7 @@ _LABELS = {
 
 
 def text(plan: Plan) -> str:
-    """All figures of a plan, in aligned columns."""
+    """Return all figures of a plan, in aligned columns."""
     return "\n".join(_lines(plan))
 
 
@@ -166,7 +166,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    """Memory by part for every ZeRO stage; on one device, all stages are the same."""
+    """Yield the table of memory by part for each ZeRO stage; on one device, all are the same."""
     stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
     names = list(plan.stages[0].memory)
     heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]
@@ -194,7 +194,7 @@ def _facts(facts: dict[str, str]) -> Iterator[str]:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table; the first column is aligned left, the others right."""
+    """Yield the lines of a table. The first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for name, *cells in (head, *rows):
         right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
