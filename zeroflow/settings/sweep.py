@@ -97,6 +97,8 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             name.append(f"lr{rate:g}".replace("+", ""))
         if stage is not None:
             given["training"] = given.get("training", {}) | {"zero_stage": stage}
+            if stage == 0:  # which has no groups to compare the others with
+                given["training"].pop("shard_group", None)
             name.append(f"zero{stage}")
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))
