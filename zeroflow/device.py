@@ -92,7 +92,7 @@ class Load(Config):
         return self.cores / (self.cores + self.average)
 
     def __str__(self) -> str:
-        return f"load average now {self.average:.1f} on {self.cores} cores"
+        return f"load average now {self.average:.1f} on {count(self.cores, 'core')}"
 
 
 def find_load() -> Load:
