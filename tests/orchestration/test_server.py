@@ -108,9 +108,7 @@ def test_another_program_is_not_taken_for_a_server(answering):
         assert not server.answers(url)
         with (
             named(url),
-            pytest.raises(
-                ValueError, match=rf"{url} answers, but is not .*API \({found}\): .*unset"
-            ),
+            pytest.raises(ValueError, match=rf"{url} is not .*API \({found}\): .*unset"),
         ):
             server.api_in_use()
 

@@ -28,8 +28,8 @@ from zeroflow.data.shards import PartManifest, ShardConfig, part_path
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
-"""Time between two checks of a process that has nothing to build while others still build. It then
-reads their claims, which may be a thousand files on a shared folder."""
+"""Time between two checks of a process that has nothing to build while others still build. A check
+reads the claims of the others, which may be a thousand files in a shared folder."""
 
 
 class Shared(NamedTuple):

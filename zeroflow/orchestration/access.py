@@ -30,7 +30,7 @@ from zeroflow import artifacts, loopback
 from zeroflow.text.redaction import without_login
 
 REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
-"""Statuses of a server that asks for a login."""
+"""HTTP statuses with which a server asks for a login."""
 
 
 def read_settings() -> None:

@@ -122,7 +122,7 @@ def _no_server(url: str) -> Exception:
         return ValueError(f"{name} {shown}{place} lacks /api at its end: set it to {redacted(api)}")
     if other := _other_answer(url):
         return ValueError(
-            f"{name} {shown}{place} answers, but is not Prefect's API ({other}): correct it, or "
+            f"{name} {shown}{place} is not the address of a Prefect API ({other}): correct it, or "
             f"{unset} to let the run start its own server"
         )
     return RuntimeError(
@@ -148,7 +148,7 @@ def local_api(port: int) -> str:
 def answers(api_url: str) -> bool:
     """Return True if a Prefect API answers, even if it asks for a login.
 
-    A proxy, or another program, answers with its own errors and pages.
+    The answer is checked, because a proxy or another program may answer with an error or a page.
     """
     try:
         with loopback.open_url(_health(api_url), timeout=5) as answer:

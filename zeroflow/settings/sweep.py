@@ -97,7 +97,7 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             name.append(f"lr{rate:g}".replace("+", ""))
         if stage is not None:
             given["training"] = given.get("training", {}) | {"zero_stage": stage}
-            if stage == 0:  # which has no groups to compare the others with
+            if stage == 0:  # it shards nothing, so it has no groups
                 given["training"].pop("shard_group", None)
             name.append(f"zero{stage}")
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}

@@ -70,7 +70,7 @@ def open_store(folder: Path | None) -> tuple[Any, str]:
 def _opened(folder: Path | None) -> tuple[Any, str]:
     loopback.bypass_proxies()
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # Otherwise MLflow prints the address of a run that ends, with the password of the server
+    # Otherwise MLflow prints the address of each ended run, which contains the server's password
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # By default MLflow retries an unreachable server for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
