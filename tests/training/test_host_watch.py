@@ -1,11 +1,19 @@
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from patience import wait_until
 
 from zeroflow.run_folder import RunFolder
-from zeroflow.training.host_watch import SILENT_SECONDS, Neighbours, interface_to
+from zeroflow.training.host_watch import (
+    SILENT_SECONDS,
+    Neighbours,
+    interface_to,
+    wait_for_job,
+    watch,
+)
 
 
 @pytest.fixture
@@ -38,3 +46,24 @@ def test_interface_is_that_of_the_route_and_none_for_the_loopback():
         for address in addresses:
             if address.family.name == "AF_INET" and not address.address.startswith("127."):
                 assert interface_to(address.address) == name
+
+
+def test_ranks_end_while_a_failure_is_answered_and_wait_before_they_start(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    reasons: list[str] = []
+
+    def end(why: str) -> None:
+        reasons.append(why)
+        raise SystemExit  # of the thread; a rank ends as a whole
+
+    folder.pause.touch()
+    watch(folder, end)
+    wait_until(lambda: bool(reasons), "the end")
+    assert "after a failure" in reasons[0]
+    starting = threading.Thread(target=wait_for_job, args=(folder,))
+    starting.start()
+    starting.join(0.2)
+    assert starting.is_alive()
+    folder.pause.unlink()
+    starting.join(60)
+    assert not starting.is_alive()

@@ -18,11 +18,13 @@ from patience import wait_until
 from tiny import MODEL, synthetic_rows, training_config, training_job
 from two_hosts import Host, two_hosts
 
+from zeroflow.run_folder import RunFolder
+from zeroflow.training import hosts as hosts_module
 from zeroflow.training import recovery, tracked, zero
-from zeroflow.training.events import EVENTS, Event, Failed, Metrics, Stopped
-from zeroflow.training.failures import TrainingStopped
+from zeroflow.training.events import EVENTS, Done, Event, Failed, Metrics, Started, Stopped
+from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.host_watch import SILENT_SECONDS
-from zeroflow.training.hosts import PORT, Gang
+from zeroflow.training.hosts import PORT, Gang, asked_to_stop, follow
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
 
@@ -79,6 +81,67 @@ def test_rank_number_comes_from_torchrun_or_slurm(monkeypatch, given, expected):
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+START = Started(time=1.0, step=0, steps=9, parts=1)
+LOST = Failed(message="Connection closed by peer", reason="error")
+FULL = Failed(message="no memory", reason="out of memory")
+STOP = Stopped(message="stopped at step 3")
+
+
+def followed(folder: Path, events: list[Event], *, held: bool | None = None) -> list[str]:
+    """Follow ranks that write `events`; return the failures that they were restarted after."""
+    gang = Gang("m", folder / "job.json", nodes=2, min_nodes=2, ranks=2)
+    restarts: list[str] = []
+
+    @contextmanager
+    def launcher(gang: Gang, ended: Callable[[], bool]) -> Iterator[Callable[[], bool] | None]:
+        with asked_to_stop(gang.folder, ended):
+            for event in events:
+                EVENTS.append(gang.folder.events, event)
+            yield None if held is None else lambda: held
+
+    def note(failure: TrainingFailed) -> None:
+        restarts.append(str(failure))
+
+    follow(gang, launcher, lambda event: None, note, hang_seconds=3600)
+    return restarts
+
+
+def test_ranks_that_torchrun_restarts_are_followed_to_their_end(tmp_path):
+    lost = [LOST.replace(message="a rank that lost the lost one"), FULL.replace(reason="error")]
+    assert followed(tmp_path, [START, LOST, *lost, START, Done()]) == ["Connection closed by peer"]
+    [silent] = followed(tmp_path, [START, START, Done()])
+    assert "without an error message" in silent
+    assert followed(tmp_path, [START, STOP, START, Done()]) == []
+    assert followed(tmp_path, [START, STOP, START, Done()], held=True) == []
+
+
+@pytest.mark.parametrize(
+    ("events", "held", "reason"),
+    [
+        ([START, FULL], None, "out of memory"),
+        ([START, LOST, FULL], None, "out of memory"),
+        ([LOST], None, "error"),  # they have never been connected
+        ([START], False, "killed"),
+    ],
+)
+def test_failure_that_a_restart_does_not_mend_ends_the_ranks_until_there_is_another_job(
+    tmp_path, events, held, reason
+):
+    with pytest.raises(TrainingFailed) as failed:
+        followed(tmp_path, events, held=held)
+    assert failed.value.reason == reason
+    assert RunFolder(tmp_path).pause.exists()
+    followed(tmp_path, [START, Done()])
+    assert not RunFolder(tmp_path).pause.exists()
+
+
+@pytest.mark.parametrize("held", [None, False])
+def test_ranks_that_were_stopped_elsewhere_stop_the_training(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(hosts_module, "_REJOIN_SECONDS", 1.0)
+    with pytest.raises(TrainingStopped, match="stopped at step 3"):
+        followed(tmp_path, [START, STOP], held=held)
 
 
 def job_of_two(folder: Path, cache: Path, *, nodes: int) -> TrainingJob:

@@ -124,7 +124,9 @@ class Neighbours:
     def silent(self) -> list[str]:
         """Give a sign of life, and return the names of the machines that have stopped doing so."""
         self._beat += 1
-        self._own.write_text(f"{socket.gethostname()} {os.getpid()} {self._beat}", encoding="utf-8")
+        sign = f"{socket.gethostname()} {os.getpid()} {self._beat}"
+        with suppress(OSError):  # the file system may fail for a moment
+            self._own.write_text(sign, encoding="utf-8")
         now = time.monotonic()
         for file, (before, _) in self._seen.items():
             content = _content(file)  # NFS shows changes of a file only when it is opened again

@@ -181,7 +181,7 @@ def follow(
                 if isinstance(progress.last, Done):
                     return
                 if isinstance(progress.last, Stopped):
-                    if not (attempts.may_rejoin(gang) if is_held is None else is_held):
+                    if not (attempts.may_start_again() if is_held is None else is_held):
                         raise TrainingStopped(progress.last.message)
                 elif is_held is False:
                     raise TrainingFailed(
@@ -215,6 +215,7 @@ class _Attempts:
                 self._note(event.message, "killed")
             case Stopped():
                 self._stopped = time.monotonic()
+                log.info("the ranks have saved and ended; waiting in case they are started again")
         self.running = not isinstance(event, Failed | Stopped)
         self._begun |= self.running
 
@@ -226,10 +227,9 @@ class _Attempts:
                 raise failure
             on_restart(failure)
 
-    def may_rejoin(self, gang: Gang) -> bool:
-        """Return True if the ranks may have stopped because another machine joins them."""
-        waited = time.monotonic() - self._stopped
-        return gang.min_nodes < gang.nodes and waited < _REJOIN_SECONDS
+    def may_start_again(self) -> bool:
+        """Return True if torchrun may have stopped the ranks because a machine joins."""
+        return time.monotonic() - self._stopped < _REJOIN_SECONDS
 
     def _note(self, message: str, reason: FailureReason, step: int | None = None) -> None:
         self._failures.append(TrainingFailed(message, reason, step))
