@@ -113,19 +113,15 @@ LOG_ONLY = View()
 def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
     """Settle `asked` and log the plan of the run, before anything is built.
 
-    The plan is saved in the run's directory. It is replaced only if the run has changed, so that
-    measurements are compared with the prediction made before the run. The log has the time that
-    remains, at the speed that is expected now.
+    The plan is saved in the run's directory. The log has the time that remains, at the speed that
+    is expected now.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.
     """
     settlement = settle(asked, acquire)
-    run = settlement.run
     now = plans.predict(settlement)
-    before = plans.load(run.folder)
-    kept = before if before and plans.is_same(before, now) else now
-    kept.replace(free_bytes=now.free_bytes).write(run.folder.plan)
+    plans.save(now, settlement.run.folder)
     for line in plan_page.log_lines(settlement, now):
         log.info("%s", line)
     return settlement

@@ -18,6 +18,7 @@ from zeroflow.estimate.history import Figures, Past
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
+from zeroflow.report.pages import Page
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings import settle as settles
 from zeroflow.settings.job import training_job
@@ -277,7 +278,7 @@ def test_plan_of_an_older_version_is_kept_and_shown(ask, finish):
     planned = plans.load(asked.folder)
     assert planned is not None and planned.rate is None
     assert planned.predicted.model_dump(mode="json") == older["predicted"]
-    assert planned.rate_source in plan_page.section(planned, held)
+    assert planned.rate_source in Page(plan_page.section(planned, held)).linked
     assert "vocabulary     512\n" in plan_page.text(planned)
 
 
@@ -292,7 +293,7 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
     held = finish("one", rate=1000.0)
     planned = plans.load(ask(run_name="one").folder)
     assert planned is not None
-    page = plan_page.section(planned, held)
+    page = Page(plan_page.section(planned, held)).linked
     assert "| speed |" in page and "| 1,000 tokens/s |" in page and "| training |" in page
 
 

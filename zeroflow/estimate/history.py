@@ -1,6 +1,7 @@
 """Predicted and measured figures of earlier runs."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -83,7 +84,7 @@ def read(cache: Path) -> list[Past]:
 
 
 def known(
-    cache: Path, workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
+    history: Iterable[Past], workload: Workload, *, planned: tuple[str | None, int] = (None, 0)
 ) -> Experience | None:
     """Return figures of earlier runs of the same workload, or of the most similar other model.
 
@@ -96,7 +97,7 @@ def known(
     name, steps = planned
     runs = [
         past
-        for past in read(cache)
+        for past in history
         if (past.run != name or past.steps < steps) and past.measured.tokens_per_second
     ]
     if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-_NEWEST:]:

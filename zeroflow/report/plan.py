@@ -1,8 +1,6 @@
 """Prediction of a run before anything is built, and comparison with the finished run."""
 
-import math
-from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pydantic import computed_field
 
@@ -20,7 +18,7 @@ from zeroflow.device import (
     known_gpu,
 )
 from zeroflow.estimate import history
-from zeroflow.estimate.history import SAME_MARGINS, Experience, Figures
+from zeroflow.estimate.history import Figures, Past
 from zeroflow.estimate.memory import (
     Room,
     checkpoint_bytes,
@@ -28,7 +26,8 @@ from zeroflow.estimate.memory import (
     largest_micro_batch,
     memory,
 )
-from zeroflow.estimate.speed import Rate, Speed, expected_speed
+from zeroflow.estimate.run_speed import Trained, already_trained, own_speed, speed
+from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.records import Record, omitted
@@ -36,11 +35,10 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import foresee
 from zeroflow.settings.settled import Settled, Settlement
-from zeroflow.training import checkpoint, goodput
-from zeroflow.training.job import TrainingJob, read_job, trained_tokenizer
+from zeroflow.training import checkpoint
+from zeroflow.training.job import TrainingJob, trained_tokenizer
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import STAGES, Stage
-from zeroflow.units import count
 
 
 class StagePlan(Config):
@@ -156,38 +154,63 @@ def load(folder: RunFolder) -> Plan | None:
         return None
 
 
-def is_same(one: Plan, other: Plan) -> bool:
+def save(plan: Plan, folder: RunFolder) -> None:
+    """Save the plan of a run in its directory.
+
+    It is replaced only if the run has changed, so that measurements are compared with the
+    prediction made before the run.
+    """
+    before = load(folder)
+    kept = before if before and _is_same(before, plan) else plan
+    kept.replace(free_bytes=plan.free_bytes).write(folder.plan)
+
+
+def _is_same(one: Plan, other: Plan) -> bool:
     return one.workload.costs_as_much_as(other.workload) and one.tokens == other.tokens
+
+
+class _Facts(NamedTuple):
+    """Facts about the cache, the run and the machine, on which a prediction rests."""
+
+    runs: list[Past]
+    """Earlier runs in the cache."""
+
+    trained: Trained | None
+    steps_done: int
+    vocabulary: Vocabulary
+    shard_bytes: int
+    """Bytes of the shards that the run needs."""
+
+    there_bytes: int
+    load: Load | None
+    free_bytes: int
 
 
 def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
     run, device = settlement.run, settlement.device
-    vocabulary = _vocabulary(run)
+    facts = _look_up(run, device)
+    vocabulary, steps = facts.vocabulary, run.schedule.steps
     model = with_vocabulary(run.model.shape, vocabulary.size)
     work = run.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
-    known = history.known(run.cache_dir, work, planned=(run.run_name, run.schedule.steps))
-    load = find_load() if device.kind == "cpu" else None
-    rate, source = _own_speed(run, work) or _speed(run.cache_dir, work, device, load, known)
+    known = history.known(facts.runs, work, planned=(run.run_name, steps))
+    rate, source = own_speed(facts.trained, work) or speed(
+        work, device, facts.load, known, facts.runs
+    )
     held = stages[work.zero_stage].total if is_measured(work) else None
     memory_source = "sum of its parts"
     if held is None:
         memory_source = "unknown for such code on a CPU until a run here has been measured"
     if known and known.memory_bytes:
         held, memory_source = known.memory_bytes, known.source
-    predicted = Figures(
-        tokens_per_second=rate.expected if rate else None,
-        seconds=run.train_tokens / rate.expected if rate else None,
-        memory_bytes=held,
-        shard_bytes=expected_bytes(run.shard_config, run.data, vocabulary.size),
-        checkpoint_bytes=checkpoint_bytes(work),
-    )
+    one = checkpoint_bytes(work)
+    checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
     return Plan(
         run=run.run_name,
         size=run.model.name,
         device=device,
         notes=notes,
-        load=load,
+        load=facts.load,
         workload=work,
         data=Choice(name=run.data.name, reason=settlement.corpus_reason),
         tokenizer=Choice(name=run.tokenizer.tokenizer_name, reason=settlement.tokenizer_reason),
@@ -196,104 +219,55 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
         parameters=model.parameters_by_part,
         flops_per_token=work.flops_per_token,
         tokens=run.train_tokens,
-        steps=run.schedule.steps,
-        steps_done=min(checkpoint.newest_step(run.folder.checkpoints), run.schedule.steps),
+        steps=steps,
+        steps_done=min(facts.steps_done, steps),
         batch_tokens=work.batch_tokens,
         stages=stages,
-        predicted=predicted,
+        predicted=Figures(
+            tokens_per_second=rate.expected if rate else None,
+            seconds=run.train_tokens / rate.expected if rate else None,
+            memory_bytes=held,
+            shard_bytes=facts.shard_bytes,
+            checkpoint_bytes=one,
+        ),
         rate=rate,
         rate_source=source,
         memory_source=memory_source,
-        disk_bytes=(predicted.shard_bytes or 0) + _most_checkpoints(run) * checkpoint_bytes(work),
-        there_bytes=_there(run),
+        disk_bytes=facts.shard_bytes + checkpoints * one,
+        there_bytes=facts.there_bytes,
+        free_bytes=facts.free_bytes,
+    )
+
+
+def _look_up(run: Settled, device: Device) -> _Facts:
+    there = _there(run.folder)
+    runs, trained = history.read(run.cache_dir), already_trained(run.folder)
+    steps_done = checkpoint.newest_step(run.folder.checkpoints)
+    if tokenizer := trained_tokenizer(run.folder):
+        vocabulary = Vocabulary(tokenizer.vocab_size, True, "of the run's tokenizer")
+    else:
+        vocabulary = expected_vocabulary(run.tokenizer, run.data, run.cache_dir)
+    return _Facts(
+        runs=runs,
+        trained=trained,
+        steps_done=steps_done,
+        vocabulary=vocabulary,
+        shard_bytes=expected_bytes(run.shard_config, run.data, vocabulary.size),
+        there_bytes=there,
+        load=find_load() if device.kind == "cpu" else None,
         free_bytes=free_bytes(run.cache_dir),
     )
 
 
-def _own_speed(run: Settled, work: Workload) -> Speed | None:
-    """Speed of the steps that the run has trained already, on the same devices."""
-    try:
-        if not read_job(run.folder).training.workload.costs_as_much_as(work):
-            return None
-        account = goodput.read(run.folder)
-    except (OSError, ValueError):  # not trained yet, or by another version
-        return None
-    if not account.steps or not account.training:
-        return None
-    rate = account.steps * work.batch_tokens / account.training
-    steps = count(account.steps, "step")
-    return Speed(Rate.around([rate], SAME_MARGINS[work.device]), f"as in {steps} of this run")
-
-
-_ENOUGH_RUNS = 3
-"""Number of earlier runs that show how much other programs slow a CPU down."""
-
-
-def _speed(
-    cache: Path, work: Workload, device: Device, load: Load | None, known: Experience | None
-) -> Speed:
-    """Speed without the run's own steps: from earlier runs, or from the device's FLOP/s."""
-    if known:
-        return _with_load(known, work, device, load)
-    alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None)
-    if work.ranks > 1 and (one := history.known(cache, alone)):
-        speed = _with_load(one, alone, device, load)
-    else:
-        speed = expected_speed(alone, device, load)
-    if speed.rate is None or work.ranks == 1 or load:  # ranks on a CPU share its cores
-        return speed
-    source = f"{speed.source}, times {work.ranks}, not counting communication"
-    return Speed(speed.rate.times(work.ranks), source)
-
-
-def _with_load(known: Experience, work: Workload, device: Device, load: Load | None) -> Speed:
-    """Widen the speed of earlier runs on a CPU: it may be busier or less busy than it was then."""
-    rate, source = known.rate, known.source
-    if load is None:
-        return Speed(rate, source)
-    rate = rate.replace(low=load.share * rate.low)
-    if known.runs < _ENOUGH_RUNS:
-        now = expected_speed(work, device)
-        assert now.rate is not None, "every CPU can be measured"
-        usual = now.rate.expected
-        rate = rate.replace(low=min(rate.low, usual), high=max(rate.high, usual))
-        source += f"; {now.source}"
-    return Speed(rate, source)
-
-
-def _most_checkpoints(run: Settled) -> int:
-    """Maximum number of checkpoints that exist at the same time."""
-    written = -(-run.schedule.steps // run.cadence.checkpoint)
-    return min(written, _kept(run) + 2)  # the best one and the one being written
-
-
-def _kept(run: Settled) -> int:
-    """Number of checkpoints that are kept, not counting the best one."""
-    retention, saves = run.retention, run.cadence.checkpoint
-    if not retention.keep_every:
-        return retention.keep
-    return retention.keep + run.schedule.steps // math.lcm(saves, retention.keep_every)
-
-
-def _there(run: Settled) -> int:
+def _there(folder: RunFolder) -> int:
     """Bytes of the shards and checkpoints that a run of this name already has."""
-    if not run.folder.job.exists():
+    if not folder.job.exists():
         return 0
     try:
-        job = TrainingJob.read(run.folder.job)
-        saved = sum(
-            file.stat().st_size for file in job.folder.checkpoints.rglob("*") if file.is_file()
-        )
-        return saved + row_bytes(job.shards)
+        saved = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+        return saved + row_bytes(TrainingJob.read(folder.job).shards)
     except (OSError, ValueError):  # a checkpoint was just removed, or is of another version
         return 0
-
-
-def _vocabulary(run: Settled) -> Vocabulary:
-    """Vocabulary of the run's tokenizer, which may not be in the cache yet."""
-    if trained := trained_tokenizer(run.folder):
-        return Vocabulary(trained.vocab_size, True, "of the run's tokenizer")
-    return expected_vocabulary(run.tokenizer, run.data, run.cache_dir)
 
 
 def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:

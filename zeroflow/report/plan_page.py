@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from zeroflow.report.pages import Part, Table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
-from zeroflow.text.markup import Markdown, escaped, table
+from zeroflow.text.markup import Markdown, escaped
 from zeroflow.units import binary, count, decimal, duration, parameter_count
 
 
@@ -120,18 +121,21 @@ def text(plan: Plan) -> str:
     return "\n".join(_lines(plan))
 
 
-def section(plan: Plan, compared: Sequence[Compared]) -> Markdown:
+def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
     """Predicted and measured figures."""
-    held = table(("", "predicted", "measured", "miss"), map(cells, compared), right=" rrr")
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
     low_to_high = f" {plan.rate.low:,.0f} to {plan.rate.high:,.0f} tokens/s," if plan.rate else ""
     sources = f"Speed and time:{low_to_high} {_rests_on(plan)}. Memory: {plan.memory_source}."
-    return Markdown(
-        f"## Predicted and measured\n\n{held}\n\n{escaped(sources)}\n\n"
-        f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
-        f"- Memory by part: {memory}\n"
-        f"- Disk: {disk_line(plan)}"
+    return (
+        Markdown("## Predicted and measured"),
+        Table(("", "predicted", "measured", "miss"), list(map(cells, compared)), right=" rrr"),
+        escaped(sources),
+        Markdown(
+            f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
+            f"- Memory by part: {memory}\n"
+            f"- Disk: {disk_line(plan)}"
+        ),
     )
 
 

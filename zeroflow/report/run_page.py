@@ -55,7 +55,7 @@ def page(
         Picture(folder.time_picture, "share of the wall time by phase"),
     ]
     if plan:
-        parts.append(plan_page.section(plan, report.plan))
+        parts += plan_page.section(plan, report.plan)
     if report.recoveries:
         parts += _recoveries_section(report.recoveries)
     parts += [Markdown("## Sample"), Block(report.sample), *_settings_section(settings)]

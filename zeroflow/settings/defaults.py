@@ -58,8 +58,9 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
         ValueError: the numbers of rows and tokens in a step contradict each other.
     """
     choice, gpu = run.training, device.kind == "cuda"
-    nominal, size = nominal_workload(run, device), nearest_size(run.model.shape)
+    nominal = nominal_workload(run, device)
     fits, checkpointing = largest_micro_batch(nominal, device, choice.activation_checkpointing)
+    size = nearest_size(run.model.shape)
     usual_tokens = size.batch_tokens if gpu else _CPU_BATCH_TOKENS
     rows, accumulate = _split(choice, nominal, fits, usual_tokens)
     batch = {"micro_batch_rows": rows, "accumulate": accumulate}
@@ -98,7 +99,8 @@ def _split(
     """
     rows, accumulate = choice.batch_size, choice.grad_accum_steps
     if choice.batch_tokens is not None:
-        return _exact_split(choice, _exact_rows(choice, nominal), fits)
+        wanted = _exact_rows(choice, nominal)
+        return _exact_split(choice, wanted, fits)
     wanted = max(1, round(usual_tokens / nominal.seq_len / nominal.ranks))
     if rows and accumulate:
         return rows, accumulate

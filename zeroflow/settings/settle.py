@@ -155,6 +155,12 @@ class _Found(NamedTuple):
     discarded: RunFolder | None
     """Folder of a run that has trained nothing, and whose settings others replace."""
 
+    tokenizer: Tokenizer | None
+    """The tokenizer that the run was trained with; None if it has no checkpoint."""
+
+    needs_text: bool
+    """False for a run that is trained on the same text already."""
+
     device: Device
 
 
@@ -166,30 +172,47 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     Raises:
         ValueError: as `require_possible` does.
     """
-    recorded = _recorded(asked)
-    wanted = _wanted(recorded, asked)
-    if different := started_otherwise(asked):
+    recorded, new = _recorded(asked), asked.replace(model=asked.model.settled)
+    wanted = _merged(recorded, asked) if recorded else new
+    different = resuming.difference(recorded, wanted) if recorded else ""
+    if recorded and (refused := _trained_otherwise(recorded, different, asked)):
         raise ValueError(
-            f"run {wanted.run_name} was trained with {different}: use another --run-name, or the "
+            f"run {wanted.run_name} was trained with {refused}: use another --run-name, or the "
             "earlier setting"
         )
     discarded: RunFolder | None = None
-    if recorded and resuming.difference(recorded, wanted):
+    if recorded and different:
         # The run has no checkpoint yet, so it may start over with other settings
         discarded = recorded.folder
-        recorded, wanted = None, _wanted(None, asked)
-    if recorded and _is_complete(recorded, wanted):  # then any machine can show its result
-        return _Found(wanted, recorded, discarded, _device_of(recorded))
-    device = device_of(wanted)
+        recorded, wanted = None, new
+    needs_text = recorded is None or wanted.data != recorded.data or not _is_trained(wanted)
+    # Any machine can show the result of a complete run
+    is_complete = recorded is not None and _is_complete(recorded, wanted)
+    device = _device_of(recorded) if recorded and is_complete else device_of(wanted)
+    tokenizer = trained_tokenizer(recorded.folder) if recorded else None
+    if not is_complete:
+        _require_usable(wanted, device, tokenizer, needs_text=needs_text)
+    return _Found(wanted, recorded, discarded, tokenizer, needs_text, device)
+
+
+def _require_usable(
+    wanted: RunConfig, device: Device, tokenizer: Tokenizer | None, *, needs_text: bool
+) -> None:
+    """
+    Args:
+        tokenizer: that of a trained run.
+
+    Raises:
+        ValueError: the device, the text or the tokenizer cannot be used as the settings say.
+    """
     refuse_what_the_device_cannot(wanted, device)
     _ = _filled(wanted, device).schedule  # raises if its settings contradict each other
-    if not _needs_no_text(recorded, wanted):
-        slices.require_readable(wanted.data)
-    if trained := _trained_tokenizer(recorded):
-        require_restorable(wanted.tokenizer, trained)
-    else:
+    if tokenizer is None:
         refuse_ids_beyond_the_token_type(wanted, wanted.tokenizer)
-    return _Found(wanted, recorded, discarded, device)
+    if needs_text:
+        slices.require_readable(wanted.data)
+    if tokenizer:
+        require_restorable(wanted.tokenizer, tokenizer)
 
 
 def _own_device(wanted: RunConfig) -> Device:
@@ -212,7 +235,7 @@ class _Text(NamedTuple):
 
 def _decided(found: _Found, text: _Text) -> Settlement:
     """Give every open setting a value, and name the run."""
-    wanted, recorded, _, device = found
+    wanted, recorded, device = found.wanted, found.recorded, found.device
     (corpus, corpus_reason), (tokenizer, tokenizer_reason) = text
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
     if not run.run_name:
@@ -228,9 +251,8 @@ def _resolve(found: _Found) -> _Text:
     Raises:
         ValueError, hub.HubError: as `settle` does.
     """
-    wanted, recorded, _, _ = found
-    corpus = _resolved(wanted, recorded)
-    return _Text(corpus, _tokenizer(recorded, wanted, corpus.corpus))
+    corpus = _resolved(found)
+    return _Text(corpus, _tokenizer(found, corpus.corpus))
 
 
 def _assume(found: _Found, *, elsewhere: bool) -> _Text:
@@ -239,10 +261,9 @@ def _assume(found: _Found, *, elsewhere: bool) -> _Text:
     Args:
         elsewhere: also assume this where a run would fall back to what this machine has.
     """
-    wanted, recorded, _, _ = found
-    data, tokens = wanted.data, wanted.tokenizer
+    data, tokens = found.wanted.data, found.wanted.tokenizer
     try:
-        corpus = _resolved(wanted, recorded)
+        corpus = _resolved(found)
     except HubError as error:
         corpus = ResolvedCorpus(data, f"assumed to be available; here, {error.cause}")
     fell_back = data.data_mode in ("auto", "fineweb") and corpus.corpus.data_mode != "fineweb"
@@ -250,7 +271,7 @@ def _assume(found: _Found, *, elsewhere: bool) -> _Text:
         reason = f"assumed for another machine; here, {corpus.reason}"
         corpus = ResolvedCorpus(data.replace(data_mode="fineweb"), reason)
     try:
-        tokenizer = _tokenizer(recorded, wanted, corpus.corpus)
+        tokenizer = _tokenizer(found, corpus.corpus)
     except HubError as error:
         tokenizer = ResolvedTokenizer(tokens, f"assumed to be available; here, {error.cause}")
     usual = without_hub(corpus.corpus)
@@ -271,23 +292,20 @@ def _anywhere(asked: RunConfig) -> RunConfig:
     return asked if anywhere == asked.data else asked.model_copy(update={"data": anywhere})
 
 
-def _resolved(wanted: RunConfig, recorded: Settled | None) -> ResolvedCorpus:
+def _resolved(found: _Found) -> ResolvedCorpus:
     """Resolve the corpus of the run. The text of a complete run may be missing or changed.
 
     Raises:
         ValueError, hub.HubError: as `resolve_corpus` does.
     """
+    wanted = found.wanted
     try:
         return resolve_corpus(wanted.data, Cache(wanted.cache_dir).digests)
     except (OSError, ValueError) as error:
-        if not _needs_no_text(recorded, wanted):
+        if found.needs_text:
             raise
         log.warning("%s. Run %s is complete and does not need it", error, wanted.run_name)
         return ResolvedCorpus(wanted.data, "as the run was started")
-
-
-def _needs_no_text(recorded: Settled | None, wanted: RunConfig) -> bool:
-    return recorded is not None and wanted.data == recorded.data and _is_trained(wanted)
 
 
 def _is_trained(wanted: RunConfig) -> bool:
@@ -313,12 +331,29 @@ def _device_of(recorded: Settled) -> Device:
     return find_device("cpu") if work.device == "cpu" else gpu_elsewhere(work.device_name)
 
 
-def started_otherwise(asked: RunConfig) -> str | None:
-    """Return the first requested setting that the trained run does not allow; None if none."""
-    recorded = _recorded(asked)
-    if recorded is None or not checkpoint.newest_step(recorded.folder.checkpoints):
-        return None
-    return resuming.difference(recorded, _wanted(recorded, asked)) or _other_files(recorded, asked)
+def started_otherwise(asked: RunConfig) -> str:
+    """Return the first requested setting that the trained run does not allow; "" if none."""
+    if (recorded := _recorded(asked)) is None:
+        return ""
+    different = resuming.difference(recorded, _merged(recorded, asked))
+    return _trained_otherwise(recorded, different, asked)
+
+
+def _trained_otherwise(recorded: Settled, different: str, asked: RunConfig) -> str:
+    """
+    Args:
+        different: the first setting that differs.
+    """
+    if not checkpoint.newest_step(recorded.folder.checkpoints):
+        return ""
+    if different:
+        return different
+    name = recorded.tokenizer.tokenizer_name
+    trained = trained_tokenizer(recorded.folder)
+    if trained is None or asked.tokenizer.tokenizer_name != name:
+        return ""
+    changed = changed_since(recorded.tokenizer, trained)  # of a local tokenizer
+    return f"other files in the tokenizer {name} ({changed})" if changed else ""
 
 
 def load(cache: Path, name: str) -> Settled:
@@ -353,35 +388,21 @@ def size_of(asked: RunConfig) -> str:
     return (_recorded(asked) or asked).model.name
 
 
-def _other_files(recorded: Settled, asked: RunConfig) -> str | None:
-    """Describe the change of a local tokenizer that `asked` names again; None if there is none."""
-    trained, name = trained_tokenizer(recorded.folder), recorded.tokenizer.tokenizer_name
-    if trained is None or asked.tokenizer.tokenizer_name != name:
-        return None
-    changed = changed_since(recorded.tokenizer, trained)
-    return f"other files in the tokenizer {name} ({changed})" if changed else None
-
-
-def _tokenizer(
-    recorded: Settled | None, wanted: RunConfig, corpus: CorpusConfig
-) -> ResolvedTokenizer:
+def _tokenizer(found: _Found, corpus: CorpusConfig) -> ResolvedTokenizer:
     """Resolve the tokenizer; a trained run keeps its copy.
 
     Raises:
         ValueError: the copy is missing or damaged, and the files it was copied from are missing
             too, or have changed.
     """
-    if trained := _trained_tokenizer(recorded):
-        require_restorable(wanted.tokenizer, trained)
+    wanted = found.wanted
+    if found.tokenizer:
+        require_restorable(wanted.tokenizer, found.tokenizer)
         return ResolvedTokenizer(wanted.tokenizer, "as when the run was started")
     resolved = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
     if resolved.tokenizer.tokenizer_name != wanted.tokenizer.tokenizer_name:  # it was auto
         refuse_ids_beyond_the_token_type(wanted, resolved.tokenizer)
     return resolved
-
-
-def _trained_tokenizer(recorded: Settled | None) -> Tokenizer | None:
-    return trained_tokenizer(recorded.folder) if recorded else None
 
 
 def _recorded(asked: RunConfig) -> Settled | None:
@@ -390,10 +411,8 @@ def _recorded(asked: RunConfig) -> Settled | None:
     return load(asked.cache_dir, asked.run_name)
 
 
-def _wanted(recorded: Settled | None, asked: RunConfig) -> RunConfig:
+def _merged(recorded: Settled, asked: RunConfig) -> RunConfig:
     """Merge `asked` over the recorded settings of the run."""
-    if recorded is None:
-        return asked.replace(model=asked.model.settled)
     wanted = resuming.merged(recorded, asked, _asked_at_start(recorded))
     wanted = wanted.replace(training=_with_intervals_for_more_steps(recorded, asked, wanted))
     return wanted.replace(model=wanted.model.settled)

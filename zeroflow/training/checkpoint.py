@@ -82,6 +82,18 @@ class Retention(Config):
     keep_every: PositiveInt | None = None
     """Also keep checkpoints at multiples of this many steps; None keeps no others."""
 
+    def most_at_once(self, steps: int, *, every: int) -> int:
+        """Return the maximum number of checkpoints of a run that exist at the same time.
+
+        Args:
+            steps: steps of the run.
+            every: interval of its checkpoints.
+        """
+        kept = self.keep
+        if self.keep_every:
+            kept += steps // math.lcm(every, self.keep_every)
+        return min(-(-steps // every), kept + 2)  # the best one and the one being written
+
 
 class Saver:
     """Writes checkpoints of a state into a folder, in a background thread.

@@ -1,0 +1,87 @@
+"""Speed of a run, from the best source: its own steps, earlier runs, or the device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from zeroflow.device import Device, Load
+from zeroflow.estimate import history
+from zeroflow.estimate.history import SAME_MARGINS, Experience, Past
+from zeroflow.estimate.speed import Rate, Speed, expected_speed
+from zeroflow.run_folder import RunFolder
+from zeroflow.training import goodput
+from zeroflow.training.goodput import Account
+from zeroflow.training.job import read_job
+from zeroflow.training.workload import Workload
+from zeroflow.units import count
+
+_ENOUGH_RUNS = 3
+"""Number of earlier runs that show how much other programs slow a CPU down."""
+
+
+class Trained(NamedTuple):
+    """Steps that a run has trained already."""
+
+    workload: Workload
+    time: Account
+
+
+def already_trained(folder: RunFolder) -> Trained | None:
+    """Return the steps that a run has trained; None if this version cannot read them."""
+    try:
+        return Trained(read_job(folder).training.workload, goodput.read(folder))
+    except (OSError, ValueError):  # not trained yet, or by another version
+        return None
+
+
+def own_speed(trained: Trained | None, work: Workload) -> Speed | None:
+    """Return the speed of a run's own steps, if they were trained on the same devices."""
+    if trained is None or not trained.workload.costs_as_much_as(work):
+        return None
+    time = trained.time
+    if not time.steps or not time.training:
+        return None
+    rate = time.steps * work.batch_tokens / time.training
+    steps = count(time.steps, "step")
+    return Speed(Rate.around([rate], SAME_MARGINS[work.device]), f"as in {steps} of this run")
+
+
+def speed(
+    work: Workload,
+    device: Device,
+    load: Load | None,
+    known: Experience | None,
+    runs: Sequence[Past],
+) -> Speed:
+    """Return the speed of a run without its own steps: from earlier runs, or from the device.
+
+    Args:
+        load: other programs on the cores of a CPU; None on a GPU.
+        known: figures of earlier runs of the same workload.
+        runs: all earlier runs.
+    """
+    if known:
+        return _with_load(known, work, device, load)
+    alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None)
+    if work.ranks > 1 and (one := history.known(runs, alone)):
+        found = _with_load(one, alone, device, load)
+    else:
+        found = expected_speed(alone, device, load)
+    if found.rate is None or work.ranks == 1 or load:  # ranks on a CPU share its cores
+        return found
+    source = f"{found.source}, times {work.ranks}, not counting communication"
+    return Speed(found.rate.times(work.ranks), source)
+
+
+def _with_load(known: Experience, work: Workload, device: Device, load: Load | None) -> Speed:
+    """Widen the speed of earlier runs on a CPU: it may be busier or less busy than it was then."""
+    rate, source = known.rate, known.source
+    if load is None:
+        return Speed(rate, source)
+    rate = rate.replace(low=load.share * rate.low)
+    if known.runs < _ENOUGH_RUNS:
+        now = expected_speed(work, device)
+        assert now.rate is not None, "every CPU can be measured"
+        usual = now.rate.expected
+        rate = rate.replace(low=min(rate.low, usual), high=max(rate.high, usual))
+        source += f"; {now.source}"
+    return Speed(rate, source)
