@@ -245,7 +245,7 @@ def _encode_twice(job: Job, encode: Callable[[list[str]], int]) -> Figures:
 
 
 def reads(job: Job) -> Figures:
-    """Read random rows of our shards, and the batches of a training, from the page cache."""
+    """Read random rows of our shards, and the batches of a training run, from the page cache."""
     import numpy as np
 
     from zeroflow.data.batches import Batches, BatchShape

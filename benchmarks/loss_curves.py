@@ -51,7 +51,7 @@ Figures = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """Data of a training and its batches."""
+    """Data and batches of a training run."""
 
     vocab_size: int
     """Vocabulary size of the tokenizer."""
@@ -67,7 +67,7 @@ class Task(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Model, settings and rows of a training."""
+    """Model, settings and rows of a training run."""
 
     training: TrainingConfig
     """Default settings of a run on the device."""
@@ -164,7 +164,7 @@ def prepare(
     task: Task,
     schedule: Schedule,
 ) -> Work:
-    """Prepare a training on `corpus`; tokenizer and shards are kept in `cache`."""
+    """Prepare a training run on `corpus`, with tokenizer and shards in `cache`."""
     corpus = resolve_corpus(corpus).corpus
     asked = TokenizerConfig(vocab_size=task.vocab_size)
     tokenizer = fetch_tokenizer(resolve_tokenizer(asked, corpus, cache).tokenizer, corpus, cache)

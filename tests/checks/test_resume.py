@@ -51,7 +51,7 @@ def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forge
     assert code == 1 and not proof.passed
     started = [e.step for e in history(folder) if isinstance(e, Started)]
     resumed = [step for step in started if step]
-    assert resumed, "a training that starts over forgets nothing"
+    assert resumed, "the run started over, so it did not use the checkpoint"
     assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
     undisturbed, killed = (logged(RunFolder(folder / name)) for name in ("undisturbed", "killed"))
     first = next(s for s in range(1, STEPS + 1) if undisturbed[s].loss != killed[s].loss)

@@ -32,7 +32,7 @@ def test_longer_run_adds_parts_and_keeps_existing_ones(small_pieces, text, tmp_p
     assert kept.items() <= after.items()
     rows = Rows(few, "train")
     assert np.array_equal(rows[np.arange(50)], Rows(more, "train")[np.arange(50)])
-    # the run that needs few reads few, whatever has come since
+    # the run that needs few parts reads few, even if others were built since
     again = build_shards(SMALL, *text[:2], tmp_path)
     assert again.reused and apart_from_reuse(again) == apart_from_reuse(few)
     lacking = f"{few.parts} existing part: {few.train.rows} of 400 rows to train on, "

@@ -60,7 +60,7 @@ def test_every_row_is_read_once_per_epoch_in_a_new_order(size):
 
 
 def test_order_of_a_run_stays_what_it_was():
-    """As the first versions read the rows: a run that they began goes on with the same batches."""
+    """The order of the first versions, so that their runs resume with the same batches."""
     assert read(order((0, 23), batch_rows=23, seed=7), 2) == [
         [6, 8, 10, 15, 1, 16, 19, 11, 7, 9, 2, 20, 3, 12, 13, 0, 14, 17, 22, 4, 21, 18, 5],
         [11, 5, 20, 14, 4, 16, 15, 22, 21, 2, 1, 0, 12, 13, 19, 6, 3, 17, 7, 18, 8, 9, 10],

@@ -194,7 +194,7 @@ def longest(patience: Patience, n_bytes: int) -> float:
 
 @contextmanager
 def asking(url: str) -> Iterator[pytest.MonkeyPatch]:
-    """Use the hub at `url`, whatever HF_ENDPOINT was at import, without proxy and token."""
+    """Use the hub at `url` instead of the one in HF_ENDPOINT at import, without proxy and token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", url)
         template = url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -222,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         path, _, query = self.path.partition("?")
         hub.requests.append((self.command, unquote(path)))
-        # Read the body, which would otherwise be taken for the next request
+        # Read the body, which would otherwise be read as the next request
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = hub.fault(self.command, unquote(path), self.headers) if hub.fault else None
         fault = fault or Fault()

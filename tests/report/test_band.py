@@ -68,7 +68,7 @@ def usual(step: int) -> float:
 
 
 def train(job: TrainingJob, time: float, above: float = 0.0, *, to: int = STEPS, of: int = STEPS):
-    """Leave what a training leaves whose loss is `above` the usual one, as far as it came."""
+    """Write the files of a run up to step `to`, with a loss that is `above` the usual one."""
     EVENTS.append(job.folder.events, Started(time=time, step=0, steps=of, parts=1))
     for record in losses(above, to=to):
         METRICS.append(job.folder.metrics, record)
@@ -181,7 +181,7 @@ def test_runs_are_compared_over_the_steps_that_both_logged(make):
     log("same seed", 0, every=10)
     mine = make("mine", seed=0).replace(cadence=Cadence(log=4, validate_=10, checkpoint=10))
     verdict = found(mine).verdict(noisy(0, 4))
-    assert verdict.apart == 0.0, "the same losses, whatever the interval"
+    assert verdict.apart == 0.0, "the same losses for any interval"
     assert str(verdict) == "no band yet from 1 earlier run: equal at 12,800 tokens"
 
     for seed, every in ((1, 1), (2, 3), (3, 5)):

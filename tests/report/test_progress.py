@@ -56,7 +56,7 @@ def test_speed_after_a_resume_is_that_of_the_new_process(passed):
         progress(started(step=60))
         progress(logged(61, at=1000.0))
         progress(logged(71, at=1010.0))
-    assert "ETA 29 s" in shown[-1], "1 s a step, whatever came before"
+    assert "ETA 29 s" in shown[-1], "1 s per step, independent of earlier steps"
 
 
 def test_bar_moves_with_every_step_and_within_a_validation(passed, monkeypatch):

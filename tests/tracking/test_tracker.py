@@ -240,7 +240,7 @@ def test_files_are_attached_during_training_and_updated(config, mine):
 def test_server_that_was_lost_gets_everything_when_it_is_back(
     config, mine, server, caplog, capsys, tmp_path, monkeypatch
 ):
-    """One run goes on while the server is away, another ends."""
+    """While the server is unreachable, one run continues and another ends."""
     caplog.set_level("INFO", logger="zeroflow.tracking")
 
     def told(words: str) -> int:

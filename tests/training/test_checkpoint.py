@@ -241,7 +241,7 @@ def test_state_is_saved_as_it_was_when_the_save_began(tmp_path, monkeypatch):
     saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER)
     saver.save(state)
     next(steps)
-    assert not list(tmp_path.glob("step-*")), "training went on before it was written"
+    assert not list(tmp_path.glob("step-*")), "training continued before the checkpoint was written"
     written.set()
     saver.wait()
     loaded = new_state(CONFIG)

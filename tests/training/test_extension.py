@@ -54,7 +54,7 @@ def train(job: TrainingJob, *, stop_after: int | None = None) -> None:
     try:
         work(job, lambda: next(calls) == stop_after)
     finally:
-        gc.enable()  # a training process does without
+        gc.enable()  # a training process runs without it
 
 
 def rates(job: TrainingJob) -> list[float]:

@@ -251,7 +251,7 @@ def is_asked_to_end(process: psutil.Process) -> bool:
 
 
 class Trouble:
-    """Watches a training, and does something to its hosts when a step is reached."""
+    """Watches a run, and acts on its hosts when a step is reached."""
 
     def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], **settings) -> None:
         self.job, self.hosts, self.settings = job, hosts, settings

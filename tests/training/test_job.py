@@ -46,7 +46,7 @@ def test_resumed_training_says_from_which_step_and_why(tmp_path):
 
 
 def result(checkpoints: Path, steps: int) -> dict[str, object]:
-    """What a training of so many steps leaves."""
+    """Return the result of a run with this number of steps."""
     losses = dict.fromkeys(("train_loss", "val_loss", "first_val_loss", "tokens_per_second"), 1.0)
     return TrainResult(
         checkpoint=checkpoints / f"step-{steps:08d}",

@@ -133,7 +133,7 @@ def test_bf16_keeps_weights_moments_and_loss_in_fp32():
 
 
 class Poisoned(RandomBatches):
-    """The loss of step 2 is NaN, whatever the weights are."""
+    """The loss of step 2 is NaN for any weights."""
 
     def micro_batches(self, step):
         batches = super().micro_batches(step)

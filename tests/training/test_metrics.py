@@ -35,7 +35,7 @@ def test_every_metric_of_the_table_is_a_field_and_has_its_own_key():
 
 
 def test_keys_of_mlflow_are_those_of_all_versions():
-    """A run that is resumed by another version goes on with its curves."""
+    """A run that is resumed by another version continues its curves."""
     shares = {"goodput": {"data": 0.25}}
     step = step_record(2, flops=4 * 10**9, update_ratio=0.1, peak_memory_mib=1.0, mfu=0.4, **shares)
     records = [step.replace(tokens_per_second=9.0), validation_record(2, val_bpb=1.0)]

@@ -50,7 +50,7 @@ def train(job: TrainingJob, stop: Stop = lambda: False) -> None:
     try:
         work(job, stop)
     finally:
-        gc.enable()  # a training process does without
+        gc.enable()  # a training process runs without it
 
 
 def after(calls: int) -> Stop:

@@ -71,7 +71,7 @@ def best_fit(lengths: Int64Array, row_tokens: int) -> Pieces:
 
     Only documents longer than a row are cut: into full rows and a remainder that is packed like a
     document. If the remainder is only an end-of-text id, it is placed at the beginning of a row,
-    because after another document it would be taken for padding.
+    because after another document it would count as padding.
 
     Source: Ding et al. 2024, https://arxiv.org/abs/2404.10830
     """

@@ -78,7 +78,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         if _recorded(named):
             return settle(named, acquire)
         # What the user asked for is kept beside the settled value, so that repeating the same
-        # request, such as a branch that has moved since, is not taken for a change
+        # request, such as a branch that has moved since, does not count as a change
         otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
         artifacts.write_json(run.folder.asked, otherwise)
     artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
