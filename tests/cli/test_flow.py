@@ -1,5 +1,6 @@
 """Commands of flows that are refused at once, before Prefect is imported or its server started."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "good.txt").write_text("words of a text\n")
     (tmp_path / "array.json").write_text('[{"text": "one"}]')
     (tmp_path / "other.jsonl").write_text('{"words": "one"}\n')
-    (tmp_path / "empty.txt.gz").touch()
+    for name in ("empty.txt.gz", "empty.txt", "empty.jsonl"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "circle.txt").symlink_to("circle.txt")
     (tmp_path / "picture.png").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
@@ -38,6 +42,20 @@ REFUSED = [
     ("pretrain", [FILES, "--data-path=array.json"], "array.json begins with a JSON array"),
     ("pretrain", [FILES, "--data-path=other.jsonl"], "line 1 has no text in field 'text'"),
     ("pretrain", [FILES, "--data-path=empty.txt.gz"], "empty.txt.gz cannot be read: it is empty"),
+    ("pretrain", [FILES, "--data-path=empty.txt"], "empty.txt is empty: name files that contain"),
+    ("pretrain", [FILES, "--data-path=empty.jsonl"], "empty.jsonl is empty: name files"),
+    (
+        "pretrain",
+        [FILES, "--data-path", "empty.txt", "empty.jsonl"],
+        "empty.jsonl and all other files of --data-path are empty",
+    ),
+    (
+        "pretrain",
+        [FILES, "--data-path=good.txt", "--validation-path=empty.txt"],
+        "empty.txt is empty",
+    ),
+    ("pretrain", [FILES, "--data-path=pipe.txt"], "pipe.txt is not a regular file"),
+    ("pretrain", [FILES, "--data-path=circle.txt"], "circle.txt is a link that leads to itself"),
     ("pretrain", [FILES, "--data-path=good.txt", "--validation-path=no*.txt"], "matches no file"),
     ("pretrain", [SAMPLE, "--tokenizer-name=./none"], "--tokenizer-name ./none: no such file"),
     ("pretrain", [SAMPLE, "--tokenizer-name=broken"], "tokenizer.json is not a valid tokenizer"),

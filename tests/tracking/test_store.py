@@ -7,7 +7,7 @@ from pipeline import free_port
 
 from zeroflow.run_folder import Cache
 from zeroflow.tracking.config import TrackingConfig, database, location
-from zeroflow.tracking.store import existing, forget, open_run, run_ids
+from zeroflow.tracking.store import existing, forget, open_run, open_store, run_ids
 
 
 def test_runs_that_begin_at_once_share_the_experiment(config, mine, monkeypatch, tmp_path):
@@ -78,6 +78,13 @@ def test_store_is_in_the_cache_unless_a_server_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert location(tmp_path) == ("http://127.0.0.1:5000", None)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_this_user_can_read_a_new_database(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    _, folder = location(tmp_path)
+    open_store(folder)
+    assert {file.stat().st_mode & 0o077 for file in folder.glob("mlflow.db*")} == {0}
 
 
 def test_consecutive_runs_have_different_colours(config, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 
 from zeroflow.text.markup import shortened
 
+_SECRET = re.compile(r"key|auth|password|secret|token|url|headers", re.IGNORECASE)
+"""Part of the name of a setting whose value may be secret, so it is not shown."""
+
 _LONGEST = 100
 """Maximum number of characters of a value in an error message."""
 
@@ -21,9 +25,11 @@ def importing_prefect() -> Iterator[None]:
     """Explain wrong settings that an import of Prefect in the block finds.
 
     Raises:
-        ValueError: Prefect's settings are wrong.
+        ValueError: Prefect's settings are wrong, or its folder cannot be created.
     """
     said = io.StringIO()
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+    _make_private(home)
     try:
         with redirect_stderr(said):  # Prefect prints pages about an error that is explained below
             from zeroflow.orchestration import access
@@ -32,7 +38,6 @@ def importing_prefect() -> Iterator[None]:
         sys.stderr.write(said.getvalue())
         yield
     except (ValidationError, tomllib.TOMLDecodeError) as error:
-        home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
         profiles = os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")
         raise ValueError(
             f"Prefect's settings are wrong: {_problem(error)}. They come from variables that begin "
@@ -40,9 +45,24 @@ def importing_prefect() -> Iterator[None]:
         ) from error
 
 
+def _make_private(home: Path) -> None:
+    """Create Prefect's folder, whose database and profiles may hold secrets, for this user only."""
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        if "PREFECT_API_URL" in os.environ:  # the folder of another server is not needed
+            return
+        raise ValueError(
+            f"cannot create Prefect's folder {home} ({error.strerror}): set PREFECT_HOME to a "
+            "writable folder"
+        ) from error
+
+
 def _problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"a file is not TOML ({error})"
     [first, *_] = error.errors()  # one wrong value causes several errors
-    name, found = ".".join(map(str, first["loc"])), shortened(repr(first["input"]), _LONGEST)
-    return f"{name} of {error.title}: {first['msg']} (found {found})"
+    name, found = ".".join(map(str, first["loc"])), first["input"]
+    if _SECRET.search(name) or not isinstance(found, str | int | float):
+        return f"{name} of {error.title}: {first['msg']}"
+    return f"{name} of {error.title}: {first['msg']} (found {shortened(repr(found), _LONGEST)})"

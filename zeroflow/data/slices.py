@@ -117,18 +117,24 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
 def require_readable(corpus: CorpusConfig) -> None:
     """Check the user's own files of a corpus, resolved or not, in a moment.
 
-    This checks their names, and reads the beginning of the first file.
+    This checks their names, and reads the beginning of the first file that is not empty.
 
     Raises:
-        ValueError: there are no such files, or the content of the first does not match its suffix
-            or the settings.
+        ValueError: there are no such files, all are empty, or the content of the first does not
+            match its suffix or the settings.
     """
     if validation := corpus.validation:
         require_readable(validation)
     if corpus.data_mode != "files":
         return
     unread = corpus.replace(data_revision=corpus.data_revision or "unread")
-    first, *_ = list_files(unread)
+    files = list_files(unread)
+    filled = [file for file in files if file.size or is_compressed(file.name)]
+    if not filled:
+        found = document_file(unread, files[0]).place
+        found += " is" if len(files) == 1 else f" and all other files of {corpus.files_flag} are"
+        raise ValueError(f"{found} empty: name files that contain text")
+    first = filled[0]
     if corpus.source.format_of(first.name).can_be_cut or _text_bytes(corpus, first) <= SLICE_BYTES:
         next(_read_files(unread, Slice(files=(first,)), Tally()), None)
 

@@ -30,6 +30,7 @@ class Program:
         environment: environment variables, such as a login: all users can read the command line.
         log: file for the output, which is emptied first and only this user can read; None for a
             temporary file.
+        umask: permissions that files of the program do not get; -1 for those of this process.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Program:
         *,
         environment: Mapping[str, str],
         log: Path | None = None,
+        umask: int = -1,
     ) -> None:
         self.name, self._log = name, log
         self._output = create_private(log) if log else tempfile.TemporaryFile()  # noqa: SIM115
@@ -49,6 +51,7 @@ class Program:
             stderr=self._output,
             start_new_session=True,
             env=environment,
+            umask=umask,
         )
 
     @property

@@ -72,7 +72,11 @@ def start_server(api: Api, log_file: Path | None = None) -> Program:
         "DO_NOT_TRACK": "1",
     }
     return Program(
-        "Prefect's server", [*command, "--port", port], environment=environment, log=log_file
+        "Prefect's server",
+        [*command, "--port", port],
+        environment=environment,
+        log=log_file,
+        umask=0o077,  # its database may hold secrets
     )
 
 

@@ -1,5 +1,6 @@
 """Files on this machine: the user's own, and a sample that every machine has."""
 
+import errno
 import glob
 import hashlib
 import os
@@ -108,6 +109,14 @@ def _paths(source: LocalSource) -> dict[str, Path]:
     return source.find()
 
 
+def _leads_to_itself(link: Path) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
 @dataclass(frozen=True)
 class LocalFiles(LocalSource):
     """The user's own files."""
@@ -151,9 +160,16 @@ class LocalFiles(LocalSource):
 
     def _matching(self, pattern: str) -> list[Path]:
         plain = Path(pattern).expanduser()
-        matched = [plain] if plain.exists() else map(Path, glob.glob(str(plain), recursive=True))
+        matched = (
+            [plain] if os.path.lexists(plain) else map(Path, glob.glob(str(plain), recursive=True))
+        )
         paths = [path.absolute() for path in matched]
         for path in paths:
+            if path.is_symlink() and _leads_to_itself(path):
+                raise ValueError(
+                    f"{self.flag}: {path} is a link that leads to itself: restore the file, or "
+                    "remove the link"
+                )
             if path.is_symlink() and not path.exists():
                 raise ValueError(
                     f"{self.flag}: {path} is a link to {path.readlink()}, which does not exist: "
@@ -161,6 +177,11 @@ class LocalFiles(LocalSource):
                 )
         if files := [path for path in paths if path.is_file()]:
             return files
+        if special := [path for path in paths if path.exists() and not path.is_dir()]:
+            raise ValueError(
+                f"{self.flag}: {special[0]} is not a regular file, and a run reads its text more "
+                "than once: write the text to a file"
+            )
         if plain.is_dir():
             example = plain / "*.jsonl"
             raise ValueError(f"{self.flag} {pattern} is a folder: name its files, as in {example}")
