@@ -28,6 +28,7 @@ def test_script_requests_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Pa
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     assert {"--nodes=3-4", "--ntasks-per-node=1", "--gpus-per-node=8", "--requeue"} < set(options)
     assert options[-2:] == ["--partition=gpu", "'--comment=a b'"]
+    assert text.count("--no-kill") == 2, "of the job and of its step"
     assert '--rdzv-endpoint="$first:$port"' in text and "--nnodes=3:4" in text
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 

@@ -44,7 +44,7 @@ trap 'touch "$run/stop"; out_of_time=1' USR1
 # scancel: the ranks get the same signal, and save
 trap 'cancelled=1' TERM
 
-srun --kill-on-bad-exit=0 {command} &
+srun --kill-on-bad-exit=0 {no_kill}{command} &
 ranks=$!
 while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; code=$?; done  # a signal interrupts `wait`
 
@@ -129,6 +129,7 @@ def script(gang: Gang, options: Sequence[str], *, gpus: bool) -> str:
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
         run=shlex.quote(str(gang.folder.path.absolute())),
+        no_kill="--no-kill " if least else "",
         command=command.replace("@endpoint@", '"$first:$port"'),
     )
 
