@@ -116,7 +116,8 @@ def test_queued_parts_are_cancelled_at_the_end_and_after_an_error(small_pieces, 
 def test_part_that_was_built_ahead_and_is_not_needed_may_fail(
     small_pieces, text, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(holdout, "FEW_DOCUMENTS", 20)  # else all are looked at before
+    monkeypatch.setattr(holdout, "FEW_DOCUMENTS", 20)  # otherwise, all are read before
+    monkeypatch.setattr(holdout, "_MEASURED_BYTES", 0)
     file = tmp_path / "a.jsonl"
     jsonl_corpus(file, text.texts)
     file.write_text(file.read_text() + "\nno json")
@@ -175,9 +176,9 @@ def test_set_of_another_format_or_without_a_record_is_named_in_the_reason(
     text, tmp_path, monkeypatch
 ):
     first = build_shards(SMALL, *text[:2], tmp_path)
-    monkeypatch.setattr(build, "FORMAT", 5)
+    monkeypatch.setattr(build, "FORMAT", 6)
     newer = build_shards(SMALL, *text[:2], tmp_path)
-    assert newer.why == f"{first.path.name} has format 4 instead of 5"
+    assert newer.why == f"{first.path.name} has format 5 instead of 6"
     for shards in (first, newer):
         (shards.path / PLAN).unlink()
     why = build_shards(SMALL.replace(seq_len=16), *text[:2], tmp_path).why

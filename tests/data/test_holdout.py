@@ -1,4 +1,6 @@
+import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,13 +8,13 @@ from shard_sets import ALL, SMALL, rows_of, table_of
 from tiny import files_corpus, jsonl_corpus
 
 from zeroflow import artifacts
-from zeroflow.data import build, part_plan
+from zeroflow.data import build, holdout, part_plan
 from zeroflow.data.build import build_shards
-from zeroflow.data.corpus import resolve_corpus
+from zeroflow.data.corpus import CorpusConfig, list_files, resolve_corpus
 from zeroflow.data.documents import Tally
-from zeroflow.data.holdout import NOTHING, choose_holdout, holdout_positions
+from zeroflow.data.holdout import NOTHING, Holdout, choose_holdout, holdout_positions
 from zeroflow.data.rows import Rows
-from zeroflow.data.slices import all_slices, read_slice
+from zeroflow.data.slices import all_slices, read_documents, read_slice, require_readable
 
 
 def test_held_out_positions_are_spread_evenly_and_depend_on_the_id_alone():
@@ -59,12 +61,12 @@ def test_corpus_that_is_too_small_to_hold_anything_out_is_refused(text, tmp_path
         build_shards(SMALL, few, text.tokenizer, tmp_path / "cache")
 
 
-def test_share_that_is_held_out_does_not_grow_with_short_documents(text, tmp_path):
+def test_at_most_a_fifth_of_short_documents_is_held_out_to_fill_rows(text, tmp_path):
     short = jsonl_corpus(tmp_path / "short.jsonl", [f"hi {i}" for i in range(3000)])
     config = ALL.replace(seq_len=2048, validation_fraction=0.02)
     shards = build_shards(config, short, text.tokenizer, tmp_path)
-    # binomial: 60 of 3,000, with a deviation of 7.7
-    assert 20 < shards.validation.documents < 100
+    # binomial: 600 of 3,000, with a deviation of 22
+    assert 490 < shards.validation.documents < 710
 
 
 def test_part_of_a_few_repeated_documents_is_held_out(text, tmp_path):
@@ -119,11 +121,76 @@ def test_end_of_a_novel_beside_notes_is_held_out_and_the_rest_is_trained_on(text
     both = jsonl_corpus(tmp_path / "both.jsonl", [novel, notes])
     shards = build_shards(ALL.replace(validation_fraction=0.02), both, text.tokenizer, tmp_path)
     assert 0.01 < held_out_share(shards) < 0.03
-    [trained] = text_of(shards, text.tokenizer, "train")
-    assert novel.startswith(trained)
+    trained, others = text_of(shards, text.tokenizer, "train")
+    assert novel.startswith(trained) and others == notes
 
 
-def test_document_longer_than_the_whole_share_is_never_held_out(text, tmp_path):
+def test_a_fair_share_of_notes_beside_a_novel_is_held_out(text, tmp_path):
+    notes = [f"note {i}: {text.texts[i % 60][:40]}" for i in range(200)]
+    corpus = jsonl_corpus(tmp_path / "both.jsonl", [prose(text, 3000), *notes])
+    rule = choose_holdout(corpus, fraction=0.02, row_tokens=33)
+    trained, held_out = divided(corpus, rule)
+    assert 0.01 < share_of(trained, held_out) < 0.03
+    assert sum(note in trained for note in notes) > 190, "before, 200 were held out"
+
+
+def divided(corpus, rule):
+    """Return the texts that are trained on, and those that are held out."""
+    found = [], []
+    for batch, held_out in map(rule.apply, read_slice(corpus, all_of(corpus), Tally())):
+        for one, out in zip(batch.texts, held_out, strict=True):
+            found[int(out)].append(one)
+    return found
+
+
+def share_of(trained, held_out):
+    trained, held_out = sum(map(len, trained)), sum(map(len, held_out))
+    return held_out / (trained + held_out)
+
+
+MANY = {
+    "one huge": lambda i, prose: prose * 400 if i == 600 else prose[:20],
+    "ten giants": lambda i, prose: prose * 10 if i % 120 == 5 else prose[:12],
+    "sixty lumps": lambda i, prose: prose * 4 if i % 20 == 5 else prose[:5],
+}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("name", MANY)
+def test_share_holds_for_many_documents_of_which_some_are_long(
+    text, tmp_path, monkeypatch, name, measured
+):
+    if not measured:
+        monkeypatch.setattr(holdout, "_MEASURED_BYTES", 0)
+    some = prose(text, 2)
+    for seed in range(5):  # each corpus has other hashes
+        texts = [f"{seed} {i} " + MANY[name](i, some) for i in range(1200)]
+        corpus = jsonl_corpus(tmp_path / f"{seed}.jsonl", texts)
+        rule = choose_holdout(corpus, fraction=0.02, row_tokens=33)
+        trained, held_out = divided(corpus, rule)
+        assert 0.009 < share_of(trained, held_out) < 0.041
+        assert sum(map(len, trained)) + sum(map(len, held_out)) == sum(map(len, texts))
+        short = [one for one in held_out if len(one) < 100]
+        assert len(short) < 100, "of 1,200"
+
+
+def test_at_least_a_few_rows_of_many_short_documents_are_held_out(text, tmp_path):
+    texts = [f"{i} {text.texts[i % 60][:100]}" for i in range(1200)]
+    corpus = jsonl_corpus(tmp_path / "short.jsonl", texts)
+    rule = choose_holdout(corpus, fraction=0.001, row_tokens=513)
+    _, held_out = divided(corpus, rule)
+    assert sum(map(len, held_out)) > 4 * 513 * 4 / 2
+
+
+def test_rule_for_many_documents_of_similar_length_is_that_of_format_4(text, tmp_path):
+    texts = [f"{i} {text.texts[i % 60]}" for i in range(1200)]
+    corpus = jsonl_corpus(tmp_path / "even.jsonl", texts)
+    size = (tmp_path / "even.jsonl").stat().st_size
+    rule = choose_holdout(corpus, fraction=0.02, row_tokens=33)
+    assert rule == Holdout(below=0.02, longest=int(0.02 * size))
+
+
+def test_document_longer_than_the_whole_share_is_never_held_out_as_a_whole(text, tmp_path):
     books = 0
     for seed in range(20):  # each corpus has another book, so that chance would hold out some
         texts = [f"document {seed} {i}: " + text.texts[i % 60][:100] for i in range(1200)]
@@ -133,7 +200,7 @@ def test_document_longer_than_the_whole_share_is_never_held_out(text, tmp_path):
         batches = [rule.apply(batch) for batch in read_slice(corpus, all_of(corpus), Tally())]
         for batch, held_out in batches:
             lengths = np.array([len(t) for t in batch.texts])
-            books += int(held_out[lengths > 10_000].sum())
+            books += int(held_out[lengths > len(texts[600]) / 2].sum())
     assert not books and rule.longest < len(texts[600])
 
 
@@ -186,6 +253,89 @@ def test_errors_about_validation_files_name_their_flag(text, tmp_path, name, pro
     train.write_text(text.texts[0])
     with pytest.raises(ValueError, match=problem):
         files_corpus(str(train), validation_path=(str(tmp_path / name),))
+
+
+@pytest.fixture
+def folder(text, tmp_path):
+    """Three notes, and a copy of the first under another name elsewhere."""
+    (tmp_path / "notes").mkdir()
+    for i in range(3):
+        (tmp_path / f"notes/{i}.txt").write_text(text.texts[i])
+    (tmp_path / "copy.txt").write_text(text.texts[0])
+    (tmp_path / "link.txt").symlink_to("notes/0.txt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["notes/0.txt", "copy.txt", "link.txt"])
+def test_validation_files_among_those_to_train_on_are_left_out_of_training(
+    text, folder, name, caplog
+):
+    corpus = files_corpus(str(folder / "notes/*.txt"), validation_path=(str(folder / name),))
+    assert [file.name for file in list_files(corpus)] == ["1.txt", "2.txt"]
+    assert [document.text for document in read_documents(corpus)] == text.texts[1:3]
+    [line] = caplog.messages
+    assert line == (
+        "1 file left out of training, because --validation-path names the same text: 0.txt"
+    )
+    shards = build_shards(ALL, corpus, text.tokenizer, folder / "cache")
+    assert (shards.train.documents, shards.validation.documents) == (2, 1)
+
+
+def test_other_validation_files_leave_the_digest_of_the_corpus_as_it_is(folder, text):
+    (folder / "other.txt").write_text(text.texts[5])
+    (folder / "same size.txt").write_text(text.texts[0][::-1])
+    alone = files_corpus(str(folder / "notes/*.txt"))
+    for name in ("other.txt", "same size.txt"):
+        both = files_corpus(str(folder / "notes/*.txt"), validation_path=(str(folder / name),))
+        assert both.data_revision == alone.data_revision
+
+
+def test_corpus_of_which_nothing_is_left_beside_its_validation_files_is_refused(folder):
+    path = str(folder / "copy.txt")
+    asked = CorpusConfig(data_mode="files", data_path=(path,), validation_path=(path,))
+    for check in (require_readable, resolve_corpus):
+        with pytest.raises(ValueError, match="no text is left to train on: name other text"):
+            check(asked)
+
+
+def test_files_of_the_sample_that_are_validated_on_are_left_out_of_it():
+    path = str(Path(argparse.__file__).resolve())
+    corpus = CorpusConfig(data_mode="sample", validation_path=(path,), data_revision="unread")
+    names = [file.name for file in list_files(corpus)]
+    assert "ast.py" in names and "argparse.py" not in names
+
+
+def test_set_with_validation_files_of_the_earlier_version_is_reused(
+    small_pieces, text, folder, monkeypatch
+):
+    named = (str(folder / "copy.txt"),)
+    corpus = text.corpus.replace(validation_path=named, validation_revision=None)
+    corpus = resolve_corpus(corpus).corpus
+    newest = build.FORMAT
+    monkeypatch.setattr(build, "FORMAT", 4)
+    older = build_shards(SMALL, corpus, text.tokenizer, folder / "cache")
+    monkeypatch.setattr(build, "FORMAT", newest)
+    again = build_shards(SMALL, corpus, text.tokenizer, folder / "cache")
+    assert again.reused and again.path == older.path
+
+
+def test_reason_for_another_share_is_that_of_the_text(text, tmp_path, caplog, monkeypatch):
+    config = ALL.replace(validation_fraction=0.001, seq_len=64)
+    few = jsonl_corpus(tmp_path / "few.jsonl", text.texts)
+    build_shards(config, few, text.tokenizer, tmp_path / "cache")
+    assert "asks for 0.1 %: less would not fill 4 rows" in caplog.text
+    caplog.clear()
+
+    texts = [f"{i} {text.texts[i % 60]}" for i in range(1200)]
+    many = jsonl_corpus(tmp_path / "many.jsonl", texts)
+    monkeypatch.setattr(build, "FORMAT", 4)
+    monkeypatch.setattr(part_plan, "choose_holdout", lambda *_, **__: Holdout(below=0.01))
+    shards = build_shards(ALL.replace(validation_fraction=0.05), many, text.tokenizer, tmp_path)
+    assert f"a hash chose {shards.validation.documents} of 1,200 documents" in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+    build_shards(ALL.replace(validation_fraction=0.05), many, text.tokenizer, tmp_path)
+    assert f"an earlier version built {shards.path.name}; delete it" in caplog.text
 
 
 def test_validation_rows_are_not_searched_for_if_there_are_validation_files(

@@ -15,6 +15,7 @@ from zeroflow.data import known_parts, slices, synthetic
 from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
+from zeroflow.data.holdout import SOME_ROWS
 from zeroflow.data.known_parts import KnownParts
 from zeroflow.data.needed import Needed
 from zeroflow.data.part_counts import PartCounts
@@ -29,12 +30,14 @@ from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Version of the format of the files. It is part of the fingerprint: a new version has new sets."""
 
-_OLDER_FORMATS = (3,)
-"""Formats that are read, but no longer written. In format 3, only whole documents were held out,
-also in a corpus of few documents."""
+_OLDER_FORMATS = (4, 3)
+"""Formats that are read, but no longer written. Their sets are used as they are, so that their runs
+can be resumed. In format 4, too little of a corpus with many documents could be held out, and all
+the notes beside a novel. In format 3, only whole documents were held out, also in a corpus of few
+documents. In all other cases, the rows are those of format 5."""
 
 _ENTROPY_TOKENS = 2**22
 """Number of tokens of synthetic data whose entropy is computed."""
@@ -78,7 +81,10 @@ def build_shards(
     shards = shards.replace(reused=not build.built, why=build.why)
     if build.built:  # a corpus that ended early has not reported 100 %
         show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
-    _log(shards, config, build.built, named=corpus.validation is not None)
+    _log(shards, config, build.built)
+    if not corpus.validation:
+        older = planner.plan.identity.format < FORMAT
+        _log_share(shards, config.validation_fraction, older=older)
     return shards
 
 
@@ -117,12 +123,16 @@ def _set_to_use(stem: Path, newest: ShardIdentity) -> tuple[Path, ShardIdentity]
 
 def _is_usable(path: Path) -> bool:
     """Return True if the set at `path` has rows of both splits."""
+    train = validation = number = 0
     try:
         ShardPlan.read(path)
-        facts = PartManifest.read(part_path(path, 0)).facts
-    except artifacts.DamagedArtifact:
+        while not (train and validation):
+            facts = PartManifest.read(part_path(path, number)).facts
+            train, validation = train + facts.train.rows, validation + facts.validation.rows
+            number += 1
+    except artifacts.DamagedArtifact:  # also if there are no more parts
         return False
-    return bool(facts.train.rows and facts.validation.rows)
+    return True
 
 
 def _require_ids_fit(config: ShardConfig, tokenizer: Tokenizer) -> None:
@@ -302,7 +312,7 @@ def _describe(
     return shards.replace(entropy=synthetic.chain_loss(spread, tokenizer.vocab_size))
 
 
-def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> None:
+def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
     log.info(
         "shards %s (%d of %s reused): %s and %s of %s tokens, from %s: %s",
         "built" if built else "reused",
@@ -328,24 +338,44 @@ def _log(shards: ShardSet, config: ShardConfig, built: int, *, named: bool) -> N
             f"{config.train_rows:,}",
             config.train_rows / shards.train.rows,
         )
-    _log_validation(shards, config, named=named)
-
-
-def _log_validation(shards: ShardSet, config: ShardConfig, *, named: bool) -> None:
-    """Log the amount of held-out text if it differs from the settings."""
-    train, held_out = shards.train.document_tokens, shards.validation.document_tokens
-    share = held_out / (train + held_out)
     if shards.validation.rows < config.validation_rows:
         log.info(
             "the validation text has only %s of the %s rows of --validation-tokens: all are used",
             f"{shards.validation.rows:,}",
             f"{config.validation_rows:,}",
         )
-    if not named and not 1 / 2 < share / config.validation_fraction < 2:
-        log.warning(
-            "%.1f %% of the tokens are held out for validation, and --validation-fraction asks for "
-            "%.1f %%: %s",
-            100 * share,
-            100 * config.validation_fraction,
-            "fewer would not fill a few rows" if share > config.validation_fraction else "chance",
+
+
+def _log_share(shards: ShardSet, fraction: float, *, older: bool) -> None:
+    """Log the share of held-out tokens, and the reason for it, if it differs from the setting.
+
+    Args:
+        older: the set is of an older format.
+    """
+    train, held_out = shards.train, shards.validation
+    share = held_out.document_tokens / (train.document_tokens + held_out.document_tokens)
+    if 1 / 2 < share / fraction < 2:
+        return
+    of_bytes = held_out.text_bytes / max(train.text_bytes + held_out.text_bytes, 1)
+    if older:
+        why = f"an earlier version built {shards.path.name}; delete it to hold out text again"
+    elif share > fraction and held_out.rows <= 2 * SOME_ROWS:
+        why = f"less would not fill {SOME_ROWS} rows"
+    elif 1 / 2 < of_bytes / fraction < 2:
+        each = (split.text_bytes / split.document_tokens for split in (held_out, train))
+        why = (
+            "the setting counts text, which has {:.1f} bytes per token here and {:.1f} in the rest"
         )
+        why = why.format(*each)
+    else:
+        why = (
+            f"a hash chose {held_out.documents:,} of {count(shards.documents, 'document')}, "
+            "whatever their length"
+        )
+    log.warning(
+        "%.1f %% of the tokens are held out for validation, and --validation-fraction asks for "
+        "%.1f %%: %s",
+        100 * share,
+        100 * fraction,
+        why,
+    )

@@ -47,7 +47,8 @@ class CorpusConfig(Config):
     data_path: tuple[str, ...] = Field((), description=f"Files or globs: {registry.described()}.")
 
     validation_path: tuple[str, ...] = ()
-    """Files or globs of your own text for validation, instead of a fraction of the corpus."""
+    """Files or globs of your own text for validation, instead of a fraction of the corpus. Files
+    that data_path names too, and copies of them, are left out of training."""
 
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that contains the text."""
@@ -133,11 +134,18 @@ class CorpusConfig(Config):
             case "hub":
                 return HubDataset(str(self.dataset), self.dataset_config)
             case "files":
-                return LocalFiles(self.data_path, self.files_flag)
+                return LocalFiles(self.data_path, self.files_flag, self._apart)
             case "sample":
-                return StandardLibrary()
+                return StandardLibrary(self._apart)
             case "synthetic":
                 raise ValueError("synthetic data has no files")
+
+    @property
+    def _apart(self) -> LocalFiles | None:
+        """The files for validation, which must not be trained on."""
+        if not self.validation_path:
+            return None
+        return LocalFiles(self.validation_path, _ValidationCorpus.files_flag)
 
     @property
     def anywhere(self) -> Self:

@@ -3,14 +3,14 @@
 A hash of its id decides whether a document is held out. So the choice does not depend on the rest
 of the corpus, and parts can be built in any order by any number of processes. If ids repeat, the
 hash of the text is used instead, because otherwise all documents with one id would be on the same
-side. In a corpus of few documents, the end of the longest document may be held out: no choice of
-whole documents would be near the fraction.
+side. Where no choice of whole documents would be near the fraction, ends of documents are held out:
+the end of the longest in a corpus of few documents, those of all long ones in a corpus of many.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,20 +19,33 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.documents import Document, TextBatch
+from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.duplicates import hash_texts
-from zeroflow.data.slices import CHARACTERS_PER_TOKEN, local_text_bytes, read_documents
+from zeroflow.data.slices import (
+    CHARACTERS_PER_TOKEN,
+    all_slices,
+    local_text_bytes,
+    read_slice,
+)
 
 FEW_DOCUMENTS = 1000
-"""Number of documents from which on about `validation_fraction` of the documents is held out. A
-smaller corpus is measured first, and the fraction of its characters is exact."""
+"""Number of documents from which on about `validation_fraction` of the documents is held out. In a
+smaller corpus, the fraction of its characters is exact."""
 
-_SOME_ROWS = 4
+SOME_ROWS = 4
 """Minimum number of held-out rows, because the loss of fewer is too noisy. Fewer are held out if
 these would be more than `_MOST_OF_A_SMALL_CORPUS` of the text."""
 
 _MOST_OF_A_SMALL_CORPUS = 0.2
 """Maximum share of the text that is held out to reach the minimum number of rows."""
+
+_MEASURED_BYTES = 2**28
+"""Maximum size of a corpus of many documents that is measured, which takes some seconds."""
+
+_DRAWN = 20
+"""Minimum number of documents that the wanted number of characters would hold, if the documents are
+held out whole by chance: the deviation of their sum is then at most 1 / sqrt(20) = 22 %. Of longer
+documents, the ends are held out. If 1,000 documents have the same length, all are short enough."""
 
 _NEAR = 1000
 """Number of characters within which a cut looks for the end of a line or word."""
@@ -59,23 +72,31 @@ class Holdout(Config):
     """Documents with a lower position are held out."""
 
     longest: NonNegativeInt | None = None
-    """Documents with more characters are not held out; None for no limit. Otherwise a single long
-    document could make the held-out fraction much too large."""
+    """Documents with more characters are not held out as a whole; None for no limit. Otherwise a
+    single long document could make the held-out fraction much too large."""
+
+    end: float = 0
+    """Fraction of each longer document that is held out, at its end."""
 
     tail: Tail | None = None
 
     def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
-        """Return the documents, one of them cut in two if the rule has a tail, and a mask of those
+        """Return the documents, those whose end is held out cut in two, and a mask of the documents
         that are held out.
         """
         positions = self.positions(batch.ids.to_pylist(), batch.texts)
         held_out = positions < self.below
+        ends: dict[int, int] = {}
         if self.longest is not None:
-            held_out &= np.array([len(text) <= self.longest for text in batch.texts], dtype=bool)
-        if self.tail is None:
-            return batch, held_out
-        cut = np.flatnonzero(_text_positions(batch.texts) == self.tail.text_position).tolist()
-        return _cut(batch, held_out, cut, self.tail.characters) if cut else (batch, held_out)
+            lengths = np.array([len(text) for text in batch.texts], dtype=np.int64)
+            held_out &= lengths <= self.longest
+            if self.end:
+                long = np.flatnonzero(lengths > self.longest).tolist()
+                ends = {place: max(1, int(self.end * lengths[place])) for place in long}
+        if self.tail is not None:
+            cut = np.flatnonzero(_text_positions(batch.texts) == self.tail.text_position).tolist()
+            ends = dict.fromkeys(cut, self.tail.characters)
+        return _cut(batch, held_out, ends) if ends else (batch, held_out)
 
     def positions(self, ids: Sequence[bytes], texts: Sequence[str]) -> npt.NDArray[np.float64]:
         return holdout_positions(ids) if self.by == "id" else _text_positions(texts)
@@ -104,50 +125,90 @@ class _Measured(NamedTuple):
 
 
 def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) -> Holdout:
-    """Return the rule that holds out `fraction` of a resolved corpus.
+    """Return the rule that holds out `fraction` of a resolved corpus, and at least a few rows.
 
     This reads the first `FEW_DOCUMENTS` documents: all documents of a small corpus, and enough of a
-    large one to see whether ids repeat.
+    large one to see whether ids repeat. Of a local corpus, it reads up to `_MEASURED_BYTES`.
     """
     if not corpus.is_text:
         return Holdout(below=fraction)
-    documents = list(islice(_measured(corpus), FEW_DOCUMENTS))
-    ids = {document.by_id for document in documents}
-    rule = Holdout(by="id" if len(ids) == len(documents) else "text", below=fraction)
-    if len(documents) < FEW_DOCUMENTS:
-        return _of_few(documents, rule, row_tokens)
+    documents = _measured(corpus)
+    first = list(islice(documents, FEW_DOCUMENTS))
+    ids = {document.by_id for document in first}
+    rule = Holdout(by="id" if len(ids) == len(first) else "text", below=fraction)
+    if len(first) < FEW_DOCUMENTS:
+        return _of_few(first, rule, row_tokens)
+    size = local_text_bytes(corpus)
+    if math.isinf(size):
+        return rule
+    if size > _MEASURED_BYTES:
+        return _with_ends(rule, int(size), row_tokens)
     # A document longer than the whole held-out text would exceed the fraction by itself
-    share = fraction * local_text_bytes(corpus)
-    return rule.replace(longest=None if math.isinf(share) else int(share))
+    rule = rule.replace(longest=int(fraction * size))
+    return _of_many(chain(first, documents), rule, row_tokens)
 
 
 def _measured(corpus: CorpusConfig) -> Iterator[_Measured]:
     seen = set[float]()
-    for document in read_documents(corpus):
-        [by_id] = holdout_positions([document.id.encode("utf-8", "surrogatepass")]).tolist()
-        [by_text] = _text_positions([document.text]).tolist()
-        if not (corpus.deduplicate and by_text in seen):
-            yield _Measured(by_id, by_text, len(document.text))
-        seen.add(by_text)
+    for piece in all_slices(corpus):
+        for batch in read_slice(corpus, piece, Tally()):
+            by_id = holdout_positions(batch.ids.to_pylist()).tolist()
+            by_text = _text_positions(batch.texts).tolist()
+            for document in map(_Measured, by_id, by_text, map(len, batch.texts)):
+                if not corpus.deduplicate:
+                    yield document
+                elif document.by_text not in seen:
+                    seen.add(document.by_text)
+                    yield document
+
+
+def _wanted(total: int, fraction: float, row_tokens: int) -> int:
+    """Return the number of characters to hold out of `total`."""
+    rows = SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN
+    return int(max(fraction * total, min(rows, _MOST_OF_A_SMALL_CORPUS * total)))
+
+
+def _place(document: _Measured, rule: Holdout) -> float:
+    return document.by_id if rule.by == "id" else document.by_text
+
+
+def _of_many(documents: Iterable[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
+    """Return `rule`, or one that also holds out ends if `rule` is far from the wanted text."""
+    total = held_out = 0
+    assert rule.longest is not None
+    for document in documents:
+        total += document.characters
+        if _place(document, rule) < rule.below and document.characters <= rule.longest:
+            held_out += document.characters
+    wanted = _wanted(total, rule.below, row_tokens)
+    if wanted / 2 <= held_out <= 2 * wanted:
+        return rule
+    return _with_ends(rule, total, row_tokens)
+
+
+def _with_ends(rule: Holdout, total: int, row_tokens: int) -> Holdout:
+    """Return `rule` for `total` characters, with the ends of long documents."""
+    wanted = _wanted(total, rule.below, row_tokens)
+    share = max(rule.below, wanted / total)
+    return rule.replace(below=share, longest=max(1, wanted // _DRAWN), end=share)
 
 
 def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
     """Return the rule that holds out the fraction of the characters, and at least a few rows.
 
-    Documents are taken in order of position until the next one would exceed the wanted number of
-    characters. If less than half of it was reached, the end of the longest remaining document is
-    held out in addition.
+    Documents longer than the wanted text are left whole, and the same share is taken of the others,
+    so that notes beside a novel are trained on too: in order of position, until the next one would
+    exceed the share. If less than half of the wanted text was reached, the end of the longest
+    remaining document is held out in addition.
     """
-    fraction = rule.below
     total = sum(document.characters for document in documents)
-    rows = _SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN
-    wanted = int(max(fraction * total, min(rows, _MOST_OF_A_SMALL_CORPUS * total)))
+    wanted = _wanted(total, rule.below, row_tokens)
+    places = {document: _place(document, rule) for document in documents}
+    short = [document for document in documents if document.characters <= wanted]
+    most = wanted * sum(document.characters for document in short) // max(total, 1)
     below, taken = 0.0, 0
-    places = {d: d.by_id if rule.by == "id" else d.by_text for d in documents}
-    for document in sorted(documents, key=places.__getitem__):
-        if document.characters > wanted:
-            continue
-        if taken + document.characters > wanted:
+    for document in sorted(short, key=places.__getitem__):
+        if taken + document.characters > most:
             break
         below, taken = float(np.nextafter(places[document], 2)), taken + document.characters
     rule = rule.replace(below=below, longest=wanted)
@@ -161,15 +222,19 @@ def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdo
 
 
 def _cut(
-    batch: TextBatch, held_out: BoolArray, cut: list[int], characters: int
+    batch: TextBatch, held_out: BoolArray, ends: dict[int, int]
 ) -> tuple[TextBatch, BoolArray]:
-    """Return the batch with the documents at `cut` split into a beginning and a held-out end."""
+    """Return the batch with some documents split into a beginning and a held-out end.
+
+    Args:
+        ends: number of characters of the end, by the place of the document in the batch.
+    """
     documents: list[Document] = []
     chosen: list[bool] = []
     for place, document in enumerate(batch.documents()):
         texts = [document.text]
-        if place in cut:
-            texts = list(_halves(document.text, len(document.text) - characters))
+        if place in ends:
+            texts = list(_halves(document.text, len(document.text) - ends[place]))
         documents += [document._replace(text=text) for text in texts]
         chosen += [bool(held_out[place])] if len(texts) == 1 else [False, True]
     return TextBatch.from_documents(documents), np.array(chosen, dtype=bool)

@@ -3,11 +3,13 @@
 import errno
 import glob
 import hashlib
+import logging
 import os
 import sysconfig
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -16,6 +18,12 @@ from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.sources.known_digests import KnownDigests, Stamp, stamp
 from zeroflow.data.sources.source import Source
 from zeroflow.text.markup import is_utf8
+from zeroflow.units import count
+
+log = logging.getLogger(__name__)
+
+_NAMED = 3
+"""Number of left-out files that are named; the others are counted."""
 
 
 class _PinnedFile(NamedTuple):
@@ -36,6 +44,9 @@ class LocalSource(Source):
 
     is_local = True
 
+    apart: "LocalFiles | None"
+    """The files for validation. They and their copies are left out of this source."""
+
     @property
     @abstractmethod
     def title(self) -> str:
@@ -43,11 +54,13 @@ class LocalSource(Source):
 
     @abstractmethod
     def find(self) -> dict[str, Path]:
-        """The path of each file by its name in the corpus, in reading order."""
+        """The path of each file by its name in the corpus, in reading order, with those that are
+        left out.
+        """
 
     def pin(self, revision: str | None, known: Path | None = None) -> str:
         _paths.cache_clear()  # files may have been added since the last call
-        _revisions.pop(self, None)
+        earlier = _revisions.pop(self, None)
         digest, digests = hashlib.sha256(), KnownDigests(known and known / self._file_of_digests)
         paths = _paths(self)
         for name, path in paths.items():
@@ -57,10 +70,14 @@ class LocalSource(Source):
             _pinned[path] = _PinnedFile(content, before)
         digests.keep([(path, _pinned[path].stamp, _pinned[path].sha256) for path in paths.values()])
         found = digest.hexdigest()[:16]
+        left_out = self._left_out() if found != earlier else ""
+        if left_out:
+            log.warning("%s", left_out)
         if revision not in (None, found):
             raise ValueError(
                 f"{self.title} have changed: their digest is {found}, but the run was started "
-                f"with {revision}. Restore the files, or use another --run-name"
+                f"with {revision}. {left_out and left_out + '. '}"
+                "Restore the files, or use another --run-name"
             )
         _revisions[self] = found
         return found
@@ -68,6 +85,19 @@ class LocalSource(Source):
     @property
     def _file_of_digests(self) -> str:
         return f"{artifacts.fingerprint(repr(self))}.json"
+
+    def _left_out(self) -> str:
+        """Return a sentence about the files that are left out; "" if there are none."""
+        if self.apart is None:
+            return ""
+        names = [name for name in self.find() if name not in _paths(self)]
+        if not names:
+            return ""
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        return (
+            f"{count(len(names), 'file')} left out of training, because {self.apart.flag} names "
+            f"the same text: {', '.join(names[:_NAMED])}{more}"
+        )
 
     def require_revision(self, revision: str) -> None:
         if _revisions.get(self) != revision:
@@ -105,8 +135,46 @@ class LocalSource(Source):
 
 @lru_cache(maxsize=4)
 def _paths(source: LocalSource) -> dict[str, Path]:
-    """`source.find()`, cached: a corpus may have thousands of files that are opened one by one."""
-    return source.find()
+    """The files of a source without those that are left out.
+
+    The result is cached, as a corpus may have thousands of files that are opened one by one.
+
+    Raises:
+        ValueError: none is left, or as `find` does.
+    """
+    found = source.find()
+    if source.apart is None:
+        return found
+    is_copy = _copies(_paths(source.apart).values())
+    if rest := {name: path for name, path in found.items() if not is_copy(path)}:
+        return rest
+    raise ValueError(
+        f"{source.title} are those of {source.apart.flag} or copies of them, so no text is left to "
+        f"train on: name other text for validation, or drop {source.apart.flag} to hold out a "
+        "fraction of the text"
+    )
+
+
+def _copies(files: Iterable[Path]) -> Callable[[Path], bool]:
+    """Return a function that is true for each of `files` and for files with equal content.
+
+    It reads only files of the same size as one of them.
+    """
+    given = list(files)
+    resolved = {file.resolve() for file in given}
+    sizes = {file.stat().st_size for file in given}
+
+    @cache
+    def digests(size: int) -> set[str]:
+        return {artifacts.file_sha256(file) for file in given if file.stat().st_size == size}
+
+    def is_copy(path: Path) -> bool:
+        if path.resolve() in resolved:
+            return True
+        size = path.stat().st_size
+        return size > 0 and size in sizes and artifacts.file_sha256(path) in digests(size)
+
+    return is_copy
 
 
 def _leads_to_itself(link: Path) -> bool:
@@ -126,6 +194,8 @@ class LocalFiles(LocalSource):
 
     flag: str = field(default="--data-path", compare=False)
     """The setting that named them."""
+
+    apart: "LocalFiles | None" = None
 
     @property
     def title(self) -> str:
@@ -195,6 +265,8 @@ class StandardLibrary(LocalSource):
     has_columns = False
     skips_undecodable = True  # tests of the standard library contain files that are not UTF-8
     title = "the files of Python's standard library"
+
+    apart: LocalFiles | None = None
 
     def find(self) -> dict[str, Path]:
         library = Path(sysconfig.get_path("stdlib"))
