@@ -1,54 +1,11 @@
-import numpy as np
 import pytest
-import tokenizers
+from public_tokenizers import of_bytes, save
 from shard_sets import ALL, SMALL, SYNTHETIC, rows_of, synthetic_tokenizer, table_of
 from tiny import jsonl_corpus
-from tokenizers import decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from zeroflow.data.build import build_shards
-from zeroflow.data.token_bytes import token_bytes
 from zeroflow.data.validation_sample import count_sample, validation_rows
-
-TEXTS = [
-    "The river runs past the old bridge.",
-    "Ünïcode café 日本語 — 🙂\n\ttabs  and  spaces",
-    "x",
-]
-
-
-def metaspace(texts):
-    """A tokenizer like SentencePiece's: spaces as marks, and bytes for what it does not know."""
-    trained = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trained.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    pieces = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces[:1], show_progress=False)
-    for piece in pieces[1:]:
-        trained.add_tokens([piece])
-    trained.train_from_iterator(texts, trainer)
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    for piece in sorted(trained.get_vocab(with_added_tokens=False)):
-        vocabulary.setdefault(piece, len(vocabulary))
-    fallback = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    fallback.normalizer, fallback.decoder = trained.normalizer, trained.decoder
-    return fallback
-
-
-@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
-def test_bytes_of_a_texts_tokens_are_the_size_of_the_text(text, tmp_path, kind):
-    tokenizer = text.tokenizer
-    if kind == "metaspace":
-        folder = tmp_path / "tokenizer"
-        folder.mkdir()
-        metaspace(["only these letters"]).save(str(folder / "tokenizer.json"))
-        tokenizer = tokenizer.replace(path=folder, end_of_text=0)
-    for written in [*TEXTS, *text.texts[:5]]:
-        ids = tokenizer.load().encode(written, add_special_tokens=False).ids
-        sizes = token_bytes(tokenizer, np.array([*ids, tokenizer.end_of_text]))
-        assert sizes.sum() == len(written.encode()), written
-        assert sizes[-1] == 0
 
 
 def test_sample_does_not_depend_on_the_number_of_parts_that_a_run_reads(
@@ -106,9 +63,43 @@ def test_bytes_are_those_of_exactly_the_tokens_that_are_scored(text, tmp_path):
     assert counts.documents == shards.validation.documents
 
 
+@pytest.mark.parametrize("space", [True, False])
+def test_space_that_a_tokenizer_adds_before_a_document_has_no_bytes(text, tmp_path, space):
+    tokenizer = of_bytes()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    counts, scored = counted(tokenizer, ["x"] * 400, text, tmp_path)
+    letters = sum(tokenizer.id_to_token(token).endswith("x") for token in scored)
+    assert counts.text_bytes == letters > 50
+    assert counts.unknown == 0 and counts.without_unknown == ""
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "�"])
+def test_unknown_tokens_are_counted_but_not_the_bytes_of_their_name(text, tmp_path, unknown):
+    model = models.WordLevel({"<|endoftext|>": 0, unknown: 1, "the": 2}, unk_token=unknown)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    counts, scored = counted(tokenizer, ["the old"] * 400, text, tmp_path)
+    assert counts.text_bytes == len("the") * scored.count(2)
+    assert counts.unknown == scored.count(1) > 50
+    assert f"{counts.unknown / counts.tokens:.2%}" in counts.without_unknown
+
+
+def counted(tokenizer, texts, text, tmp_path):
+    """The counts of all held-out rows, and their ids except the first of each row."""
+    folder = save(tmp_path / "tokenizer", tokenizer)
+    described = text.tokenizer.replace(
+        path=folder, end_of_text=tokenizer.token_to_id("<|endoftext|>"), encoder="tokenizers"
+    )
+    corpus = jsonl_corpus(tmp_path / "short.jsonl", texts)
+    shards = build_shards(ALL.replace(validation_fraction=0.5), corpus, described, tmp_path)
+    [part] = shards.part_paths
+    scored = rows_of(part, "validation")[:, 1:].flatten().tolist()
+    return count_sample(shards, described, 10**6), scored
+
+
 def test_synthetic_data_has_no_bytes(tmp_path):
     tokenizer = synthetic_tokenizer(300)
     shards = build_shards(SMALL, SYNTHETIC, tokenizer, tmp_path)
     counts = count_sample(shards, tokenizer, 4)
-    assert counts.text_bytes is None and counts.bytes_per_token is None
+    assert counts.text_bytes is None and counts.bytes_per_token is None and counts.unknown is None
     assert counts.rows == 4 and counts.documents

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.report.records import (
     CorpusFigures,
     ExpectedLoss,
@@ -83,6 +84,17 @@ def test_figures_are_those_of_the_report(tmp_path):
     assert found["time"].startswith("1 min 40 s: forward/backward 90.0%, start 10.0%")
     assert found["report"] == f"{tmp_path}/runs/mine/report.md"
     assert "expected loss" not in found, "there were no earlier runs"
+
+
+def test_share_of_unknown_tokens_is_next_to_the_bits_per_byte(tmp_path):
+    counts = SampleCounts(rows=8, documents=9, tokens=1000, text_bytes=4000, unknown=26)
+    for validated, remark in (
+        (counts, " (unknown tokens, 2.60%, count no bytes)"),
+        (counts.replace(unknown=0), ""),
+        (counts.replace(unknown=None), ""),
+    ):
+        found = lines(tmp_path, report(validated=validated))
+        assert found["validation loss"] == f"10.4151 -> 7.2831, 2.388 bits per byte{remark}"
 
 
 def test_optional_figures_are_shown_if_they_are_known(tmp_path):

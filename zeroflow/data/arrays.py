@@ -19,6 +19,8 @@ RowArray = npt.NDArray[np.integer[Any]]
 Int64Array = npt.NDArray[np.int64]
 """Lengths, offsets, or indices of documents and rows."""
 
+BoolArray = npt.NDArray[np.bool_]
+
 
 def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     """Return an Arrow array of integers; nothing is copied if `values` already have the type."""

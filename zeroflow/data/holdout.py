@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
+from zeroflow.data.arrays import BoolArray
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.duplicates import hash_texts
@@ -49,8 +50,6 @@ documents, the ends are held out. If 1,000 documents have the same length, all a
 
 _NEAR = 1000
 """Number of characters within which a cut looks for the end of a line or word."""
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Tail(Config):

@@ -5,45 +5,57 @@ import re
 import numpy as np
 import tokenizers
 
-from zeroflow.data.arrays import Int64Array
-from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.data import encoding
+from zeroflow.data.arrays import BoolArray, Int64Array
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_ANCHOR = "a"
-"""Text before a token whose bytes are counted: at the beginning of a text, a decoder may remove the
-space of a token."""
+"""Name of a token that represents one byte."""
 
 
-def token_bytes(tokenizer: Tokenizer, ids: Int64Array) -> Int64Array:
-    """Return the number of UTF-8 bytes that each id adds to a text; 0 for the end-of-text id.
+def token_bytes(
+    tokenizer: tokenizers.Tokenizer, ids: Int64Array, begins: BoolArray, *, end_of_text: int
+) -> Int64Array:
+    """Return the number of UTF-8 bytes of text that each id represents.
 
-    If the tokenizer loses no text, the sum over a document is the size of its text.
+    If the tokenizer loses no text, the sum over a document is the size of its text. Unknown tokens
+    count 0, because the ids do not show the text that they replace.
+
+    Args:
+        begins: True for the first id of a document. The space that a tokenizer adds before every
+            text does not count.
     """
-    loaded = tokenizer.load()
     unique, places = np.unique(ids, return_inverse=True)
-    added = loaded.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in str(loaded.decoder)
-    names = [loaded.id_to_token(token) or "" for token in unique.tolist()]
-    sizes = np.empty(len(unique), dtype=np.int64)
-    rest: list[int] = []
-    for place, (token, name) in enumerate(zip(unique.tolist(), names, strict=True)):
-        if token == tokenizer.end_of_text:
-            sizes[place] = 0
-        elif token in added:
-            sizes[place] = len(name.encode())
-        elif byte_level:
-            sizes[place] = len(name)  # a character for each byte
+    sizes = np.array(_sizes(tokenizer, unique.tolist()), dtype=np.int64).reshape(-1, 2)
+    textless = [end_of_text]
+    if (unknown := encoding.unknown_id(tokenizer)) is not None:
+        textless.append(unknown)
+    sizes[np.isin(unique, textless)] = 0
+    return sizes[places.reshape(ids.shape), begins.astype(np.int64)]
+
+
+def _sizes(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> list[tuple[int, int]]:
+    """Return the bytes of each id after other text, and at the beginning of a text."""
+
+    def decode(texts: list[list[int]]) -> list[str]:
+        return tokenizer.decode_batch(texts, skip_special_tokens=False)
+
+    [probe] = decode([tokenizer.encode("a", add_special_tokens=False).ids])
+    keeps_added_space = probe.startswith(" ")
+    added = tokenizer.get_added_tokens_decoder()
+    byte_level = "ByteLevel" in str(tokenizer.decoder)
+    sizes = []
+    # Most decoders remove the added space from the first token, and some join tokens with spaces
+    for token, once, twice in zip(
+        ids, decode([[i] for i in ids]), decode([[i, i] for i in ids]), strict=True
+    ):
+        # `id_to_token` would return the normalised form of an added token
+        name = added[token].content if token in added else tokenizer.id_to_token(token) or ""
+        if byte_level:  # a character of the name for each byte, except for added tokens
+            first = later = len(name.encode() if token in added else name)
         elif _BYTE.fullmatch(name):
-            sizes[place] = 1
+            first = later = 1
         else:
-            rest.append(place)
-    sizes[rest] = _decoded_bytes(loaded, unique[rest].tolist())
-    return sizes[places.reshape(ids.shape)]
-
-
-def _decoded_bytes(loaded: tokenizers.Tokenizer, ids: list[int]) -> list[int]:
-    """Return the bytes that each id adds to a text before it."""
-    anchor = loaded.encode(_ANCHOR, add_special_tokens=False).ids
-    before = len(loaded.decode(anchor, skip_special_tokens=False).encode())
-    texts = loaded.decode_batch([[*anchor, token] for token in ids], skip_special_tokens=False)
-    return [len(text.encode()) - before for text in texts]
+            first = len(once.encode())
+            later = len(twice.encode()) - first
+        sizes.append((later, first - (keeps_added_space and once.startswith(" "))))
+    return sizes

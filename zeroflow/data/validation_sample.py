@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
-from zeroflow.data import document_table
+from zeroflow.data import document_table, encoding
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.batches import IGNORED, to_micro_batch
 from zeroflow.data.order import permute
@@ -19,6 +19,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PartManifest, ShardSet
 from zeroflow.data.token_bytes import token_bytes
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.records import omitted
 
 _KEY = 0
 """Key of the permutation; changing it would make losses of runs incomparable."""
@@ -35,11 +36,22 @@ class SampleCounts(Config):
     """Number of scored targets, which exclude padding and the first token of each row."""
 
     text_bytes: NonNegativeInt | None
-    """UTF-8 bytes of exactly these tokens; None for synthetic data."""
+    """UTF-8 bytes of exactly these tokens, without unknown ones; None for synthetic data."""
+
+    unknown: NonNegativeInt | None = omitted()
+    """Number of these tokens that are unknown; None for synthetic data, and in files of older
+    versions."""
 
     @property
     def bytes_per_token(self) -> float | None:
         return self.text_bytes / self.tokens if self.text_bytes else None
+
+    @property
+    def without_unknown(self) -> str:
+        """Remark about bits per byte; empty if no token is unknown."""
+        if not self.unknown:
+            return ""
+        return f" (unknown tokens, {self.unknown / self.tokens:.2%}, count no bytes)"
 
 
 class _Pool(NamedTuple):
@@ -63,13 +75,24 @@ def count_sample(shards: ShardSet, tokenizer: Tokenizer, count: int) -> SampleCo
     """Return the contents of the sample of `validation_rows(shards, count)`."""
     chosen = validation_rows(shards, count)
     rows = Rows(shards, "validation")
-    targets = to_micro_batch(rows[chosen], end_of_text=rows.end_of_text).targets.numpy()
-    scored = targets[targets != IGNORED]
-    return SampleCounts(
+    batch = to_micro_batch(rows[chosen], end_of_text=rows.end_of_text)
+    inputs, targets = batch.inputs.numpy(), batch.targets.numpy()
+    valid = targets != IGNORED
+    scored, begins = targets[valid], inputs[valid] == rows.end_of_text
+    counts = SampleCounts(
         rows=len(chosen),
         documents=_documents(shards, chosen, _pool(shards, count).parts),
         tokens=len(scored),
-        text_bytes=None if tokenizer.path is None else int(token_bytes(tokenizer, scored).sum()),
+        text_bytes=None,
+    )
+    if tokenizer.path is None:
+        return counts
+    loaded = tokenizer.load()
+    sizes = token_bytes(loaded, scored, begins, end_of_text=rows.end_of_text)
+    unknown = encoding.unknown_id(loaded)
+    return counts.replace(
+        text_bytes=int(sizes.sum()),
+        unknown=0 if unknown is None else int((scored == unknown).sum()),
     )
 
 

@@ -85,9 +85,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         "Validation loss": f"{report.first_val_loss:.4f} → {report.val_loss:.4f}{_error(report)} "
         "nats per token",
         **_validated(report.validated),
-        "Bits per byte": f"{report.val_bpb:.4f}"
-        if report.val_bpb
-        else "none: synthetic data has no bytes",
+        "Bits per byte": _bits_per_byte(report),
         "Speed": f"{speed(report.tokens_per_second)} on {workload.devices}, {workload.arithmetic}",
         "Pre-flight": _preflight(report.preflight),
         "Overfit check": f"{'passed' if overfit.passed else 'FAILED'}: loss {overfit.loss:.4f} "
@@ -129,6 +127,15 @@ def _outcome(check: Check) -> Markdown | str:
 
 def _error(report: RunReport) -> str:
     return "" if report.val_error is None else f" ± {report.val_error:.4f} (standard error)"
+
+
+def _bits_per_byte(report: RunReport) -> str:
+    if report.val_bpb:
+        remark = report.validated.without_unknown if report.validated else ""
+        return f"{report.val_bpb:.4f}{remark}"
+    if report.data.mode == "synthetic":
+        return "none: synthetic data has no bytes"
+    return "none: all held-out tokens are unknown"
 
 
 def _validated(counts: SampleCounts | None) -> dict[str, str]:

@@ -18,6 +18,8 @@ def summary(report_file: Path, cache: Path) -> str:
     report = RunReport.read(report_file)
     folder = RunFolder(report_file.parent)
     bpb = f", {report.val_bpb:.3f} bits per byte" if report.val_bpb else ""
+    if report.validated:
+        bpb += report.validated.without_unknown
     floor = f" (entropy of the data {report.entropy:.4f})" if report.entropy else ""
     mfu = f", MFU {report.mfu:.1%}" if report.mfu is not None else ""
     overfit, time, expected = report.overfit, report.time, report.expected_loss
