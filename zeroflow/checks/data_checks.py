@@ -5,8 +5,6 @@ To add one, write a function that returns a `Check`, and yield it in `checks`.
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from zeroflow.data.returned_text import (
     MOST_LOST,
     MOST_UNKNOWN,
     WORTH_A_WARNING,
-    ReturnedText,
+    mean_lost_share,
 )
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import PartManifest, ShardSet, Split
@@ -121,11 +119,10 @@ def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
     unknown = 0.0 if unknown_id is None else float((ids == unknown_id).mean())
     manifests = map(PartManifest.read, _some_parts(shards, _SAMPLED_MANIFESTS))
     samples = [manifest.returned for manifest in manifests if manifest.returned]
-    returned = reduce(add, samples, ReturnedText())
-    lost = returned.lost_share
+    lost, characters = mean_lost_share(samples), sum(sample.characters for sample in samples)
     figure = f"{unknown:.2%} of {ids.size:,} tokens unknown"
     if samples:
-        figure += f", {lost:.2%} of {returned.characters:,} characters lost"
+        figure += f", {lost:.2%} of {characters:,} sampled characters lost"
         sentence = (
             "Lost characters are missing or changed after encoding and decoding; the limits are "
             f"{MOST_UNKNOWN:.0%} unknown and {MOST_LOST:.0%} lost"

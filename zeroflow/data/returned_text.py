@@ -4,8 +4,11 @@ A tokenizer may have no token for parts of a text, or change the text first: low
 accents, merge white space. A model never sees the lost text.
 """
 
+import re
+from bisect import bisect_right
 from collections import Counter
-from typing import Self
+from collections.abc import Iterable
+from itertools import accumulate
 
 from pydantic import NonNegativeInt
 
@@ -25,9 +28,13 @@ MOST_LOST = 0.25
 MOST_UNKNOWN = 0.1
 """Fraction of unknown tokens at which the pre-flight fails."""
 
-# Size of the sample of a part
+# Maximum size of the sample of a part
 _EXCERPTS = 64
-_EXCERPT_CHARACTERS = 2000
+_EXCERPT_CHARACTERS = 2003
+"""A prime number, so that the excerpts begin at different places of documents of equal length."""
+
+_CUT_WORD = re.compile(r"\S{0,99}(?:\s+|\Z)")
+"""The rest of a word at the cut edge of an excerpt, with the white space after it."""
 
 
 class ReturnedText(Config):
@@ -38,28 +45,83 @@ class ReturnedText(Config):
     lost: NonNegativeInt = 0
     """Number of characters that are missing afterwards, or were added."""
 
+    total: NonNegativeInt = 0
+    """Number of characters of the text that it is a sample of; 0 in files of older versions."""
+
     @property
     def lost_share(self) -> float:
         return self.lost / max(1, self.characters)
 
-    def __add__(self, other: Self) -> Self:
-        return type(self)(
-            characters=self.characters + other.characters, lost=self.lost + other.lost
+
+def mean_lost_share(samples: Iterable[ReturnedText]) -> float:
+    """Return the fraction of lost characters of several texts together."""
+    weighted = [(sample.lost_share, sample.total or sample.characters) for sample in samples]
+    return sum(share * weight for share, weight in weighted) / max(1, sum(w for _, w in weighted))
+
+
+class Excerpts:
+    """Excerpts of texts: of every place with the same probability, wherever documents begin.
+
+    Excerpts begin at equal distances in the texts, which are taken end to end. The distance is
+    doubled whenever there are too many, so the length of the texts need not be known in advance.
+    """
+
+    def __init__(self) -> None:
+        self._distance = _EXCERPT_CHARACTERS  # at first, the excerpts are all of the text
+        self._passed = 0
+        self._pieces: dict[int, list[str]] = {}
+        """Pieces of documents by number of the excerpt, which begins at that many distances."""
+
+    def add(self, texts: list[str]) -> None:
+        ends = list(accumulate(map(len, texts), initial=self._passed))
+        while ends[-1] > _EXCERPTS * self._distance:
+            self._distance *= 2
+            even = {n: pieces for n, pieces in self._pieces.items() if n % 2 == 0}
+            self._pieces = {n // 2: pieces for n, pieces in even.items()}
+        for number in range(self._passed // self._distance, -(-ends[-1] // self._distance)):
+            begin = number * self._distance
+            end = begin + _EXCERPT_CHARACTERS
+            document = max(0, bisect_right(ends, begin) - 1)
+            while document < len(texts) and ends[document] < end:
+                first = ends[document]
+                piece = _whole_words(texts[document], begin - first, end - first)
+                self._pieces.setdefault(number, []).append(piece)
+                document += 1
+        self._passed = ends[-1]
+
+    def measure(self, encoder: Encoder) -> ReturnedText | None:
+        """Encode and decode the excerpts; None if there is no text."""
+        pieces = [piece for pieces in self._pieces.values() for piece in pieces if piece]
+        if not pieces:
+            return None
+        flat, lengths = encoder.encode(pieces)
+        ends = lengths.cumsum().tolist()
+        starts = [0, *ends[:-1]]
+        ids = [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+        returned = map(_without_added_space, pieces, encoder.decode(ids))
+        return ReturnedText(
+            characters=sum(map(len, pieces)),
+            lost=sum(map(lost_characters, pieces, returned)),
+            total=self._passed,
         )
 
 
-def sample(encoder: Encoder, texts: list[str]) -> ReturnedText:
-    """Encode and decode the beginnings of some of `texts`, which are spread evenly."""
-    every = -(-len(texts) // _EXCERPTS)  # rounded up
-    excerpts = [text[:_EXCERPT_CHARACTERS] for text in texts[:: max(1, every)]]
-    flat, lengths = encoder.encode(excerpts)
-    ends = lengths.cumsum().tolist()
-    starts = [0, *ends[:-1]]
-    ids = [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
-    return ReturnedText(
-        characters=sum(map(len, excerpts)),
-        lost=sum(map(lost_characters, excerpts, encoder.decode(ids))),
-    )
+def _without_added_space(text: str, returned: str) -> str:
+    """Remove the space that some tokenizers add before every text, and thus before an excerpt."""
+    return returned if text.startswith(" ") else returned.removeprefix(" ")
+
+
+def _whole_words(text: str, begin: int, end: int) -> str:
+    """Return the text between two places, without words that are cut there.
+
+    A piece of a word may be unknown to a tokenizer that knows the word.
+    """
+    piece = text[max(0, begin) : max(0, end)]
+    if begin > 0 and (cut := _CUT_WORD.match(piece)):
+        piece = piece[cut.end() :]
+    if end < len(text) and (cut := _CUT_WORD.match(piece[::-1])):
+        piece = piece[: len(piece) - cut.end()]
+    return piece
 
 
 def lost_characters(text: str, returned: str) -> int:

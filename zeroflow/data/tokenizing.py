@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from zeroflow.data import arrays, returned_text, synthetic
+from zeroflow.data import arrays, synthetic
 from zeroflow.data.arrays import Int64Array, TokenArray
 from zeroflow.data.documents import Tally
 from zeroflow.data.duplicates import hash_texts
 from zeroflow.data.part_job import PartJob
 from zeroflow.data.read_ahead import read_ahead
+from zeroflow.data.returned_text import Excerpts
 from zeroflow.data.slices import read_slice
 from zeroflow.data.token_batches import DocumentColumns, TokenBatch, end_to_end
 
@@ -19,7 +20,7 @@ def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
     """The tokenised documents of the job's slice, in order.
 
     Args:
-        tally: counts the documents that are left out.
+        tally: counts the documents that are left out, and gets the sample of lost text at the end.
 
     Raises:
         ValueError: a file cannot be read, or the tokenizer gives invalid ids.
@@ -29,11 +30,11 @@ def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
 
 
 def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
-    encoder = job.tokenizer.load_encoder()
+    encoder, excerpts = job.tokenizer.load_encoder(), Excerpts()
     split = map(job.holdout.apply, read_slice(job.corpus, job.piece, tally))
     for read, held_out in read_ahead(split):
         ids, lengths = encoder.encode(read.texts)
-        tally.returned = tally.returned or returned_text.sample(encoder, read.texts)
+        excerpts.add(read.texts)
         _require_valid(job, ids, lengths, read.ids)
         count = len(lengths)
         documents = DocumentColumns(
@@ -50,6 +51,7 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
             tally.empty += int((lengths == 0).sum())
             batch = batch.choose(lengths > 0)
         yield batch
+    tally.returned = excerpts.measure(encoder)
 
 
 def _require_valid(
