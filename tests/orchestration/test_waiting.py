@@ -10,13 +10,15 @@ from pipeline import LOGINS
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.settings import temporary_settings
 from prefect.states import Cancelled, Cancelling, Late, Pending, Running, Scheduled, State
+from prefect.tasks import Task
 
-from zeroflow.orchestration import waiting
+from zeroflow.orchestration import waiting, worker
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.deployments import set_up
-from zeroflow.orchestration.names import WORK_POOL
+from zeroflow.orchestration.names import FROM_A_COMMAND, WORK_POOL
 
 
 @flow(name="queued")
@@ -45,9 +47,13 @@ class Runs:
             flow_id=client.create_flow(queued), name="tiny", work_pool_name=WORK_POOL
         )
 
-    def new(self, name: str, state: State[Any]) -> UUID:
+    def new(self, name: str, state: State[Any], **more: Any) -> UUID:
         create = self.client.create_flow_run_from_deployment
-        return create(self.deployment, name=name, state=state).id
+        return create(self.deployment, name=name, state=state, **more).id
+
+    def logs(self, run: UUID) -> list[str]:
+        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
+        return [line.message for line in self.client.read_logs(chosen)]
 
     def state(self, run: UUID) -> State[Any]:
         state = self.client.read_flow_run(run).state
@@ -65,6 +71,9 @@ def test_queued_run_says_why_it_waits(client, caplog):
     late = runs.new("late", Late(scheduled_time=ago))
     later = runs.new("later", Scheduled(scheduled_time=ahead))
     taken = runs.new("taken", Pending())
+    shown = client.create_task_run(Task(queued.fn), taken, dynamic_key="child")
+    runs.new("child", Running(), parent_task_run_id=shown.id)
+    runs.new("of a terminal", Running(), tags=[FROM_A_COMMAND])
 
     def said(*, of: UUID = late) -> str | None:
         waiting.explain(told)
@@ -76,8 +85,12 @@ def test_queued_run_says_why_it_waits(client, caplog):
     assert runs.state(late).state_details.scheduled_time == ago
     assert runs.state(taken).name == "Pending"
 
+    assert runs.logs(late) == [said()]
     client.update_work_pool(WORK_POOL, WorkPoolUpdate(concurrency_limit=1))
-    assert said() == "Waiting: the concurrency limit of the work pool, 1, is reached, by taken."
+    assert said() == (
+        "Waiting: the concurrency limit of the work pool, 1, is reached, by of a terminal and "
+        "taken."
+    )
     client.update_work_pool(WORK_POOL, WorkPoolUpdate(concurrency_limit=9))
     client.set_flow_run_state(taken, Cancelled(), force=True)
     assert str(said()).startswith(f"Waiting: no worker of the work pool {WORK_POOL} is online; ")
@@ -87,6 +100,39 @@ def test_queued_run_says_why_it_waits(client, caplog):
     before = len(client.read_flow_run_states(late))
     assert said() and len(client.read_flow_run_states(late)) == before, "written once"
     assert len(told) == 2
+
+
+def test_contradictory_settings_of_a_queued_run_are_refused_while_the_worker_is_busy(client):
+    runs = Runs(client)
+    runs.new("taken", Pending())
+    ago = datetime.now(UTC) - timedelta(minutes=1)
+    wrong = [
+        ({"run": {"data_mode": "files"}}, "--data-mode files needs --data-path"),
+        ({"run": {"warmup_steps": 500, "max_steps": 9}}, "--warmup-steps 500 leaves none of 9"),
+        ({"sweep": {"seeds": [0, 1], "data_mode": "hub"}}, "--data-mode hub needs --dataset"),
+    ]
+    queued = [runs.new("wrong", Late(scheduled_time=ago), parameters=given) for given, _ in wrong]
+    waiting.explain({})
+    for run, (_, message) in zip(queued, wrong, strict=True):
+        assert runs.state(run).is_failed() and message in str(runs.message(run))
+        assert runs.logs(run) == [runs.message(run)]
+
+
+def test_worker_gets_no_run_from_a_pool_that_is_paused_for_its_end(client):
+    runs = Runs(client)
+    run = runs.new("next", Scheduled(scheduled_time=datetime.now(UTC)))
+
+    def given() -> list[UUID]:
+        return [one.flow_run.id for one in client.get_scheduled_flow_runs_for_work_pool(WORK_POOL)]
+
+    assert given() == [run]
+    with worker.paused_pool():
+        assert given() == []
+    assert given() == [run]
+    client.update_work_pool(WORK_POOL, WorkPoolUpdate(is_paused=True))
+    with worker.paused_pool():
+        pass
+    assert client.read_work_pool(WORK_POOL).is_paused, "by the user"
 
 
 def test_run_that_a_worker_took_meanwhile_is_left_to_it(client):

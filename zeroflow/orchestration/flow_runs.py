@@ -32,6 +32,7 @@ from zeroflow.orchestration import server
 from zeroflow.orchestration.conclusion import STOPS, Conclusion, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
+from zeroflow.orchestration.names import FROM_A_COMMAND
 from zeroflow.pipeline import RunCancelled
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
@@ -151,6 +152,7 @@ def new_flow_run(
         "parameters": {_parameter(flow): given_settings(asked)},
         "state": Pending(),
         "name": first_name(asked),
+        "tags": [FROM_A_COMMAND],
         **shown,
     }
     if deployment is None:

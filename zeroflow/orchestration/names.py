@@ -14,3 +14,6 @@ GPU_LIMIT = "zeroflow-gpu"
 """Limit of concurrent GPU jobs over all runs of the server."""
 
 AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
+
+FROM_A_COMMAND = "command"
+"""Tag of flow runs that a command executes itself, instead of a worker."""

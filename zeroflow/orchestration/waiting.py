@@ -12,6 +12,7 @@ from uuid import UUID
 
 from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import LogCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterEndTime,
@@ -28,10 +29,15 @@ from prefect.client.schemas.objects import (
     WorkerStatus,
     WorkPool,
 )
-from prefect.states import Cancelled, Late, Running, State
+from prefect.states import Cancelled, Failed, Late, Running, State
 
+from zeroflow.orchestration import form
 from zeroflow.orchestration.flow_context import reachable
-from zeroflow.orchestration.names import WORK_POOL
+from zeroflow.orchestration.names import FROM_A_COMMAND, WORK_POOL
+from zeroflow.settings.flags import error_message
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import require_possible
+from zeroflow.settings.sweep import SweepConfig, cells
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +85,19 @@ def _show_running(state: State[Any]) -> None:
 def explain(told: dict[UUID, str]) -> None:
     """Write the reasons into the states of the runs of our work pool, and log new reasons.
 
+    A run whose settings are refused fails at once, although no worker has started it.
+
     Args:
         told: the last logged reason of each run; updated by this function.
     """
     with get_client(sync_client=True) as client:
         pool = client.read_work_pool(WORK_POOL)
         for run in _runs(client, [StateType.SCHEDULED], expected_start_time=_until(_DUE)):
-            if reason := _reason(client, pool, run):
+            if run.id not in told and (refusal := _refusal(run)):
+                told[run.id] = refusal
+                client.set_flow_run_state(run.id, Failed(message=refusal))
+                _log(client, run, logging.ERROR, refusal)
+            elif reason := _reason(client, pool, run):
                 _explain(client, run, f"Waiting: {reason}.", told)
         since = FlowRunFilterEndTime(after_=datetime.now(UTC) - _RECENT)
         for run in _runs(client, [StateType.CANCELLED], end_time=since):
@@ -113,7 +125,7 @@ def _reason(client: SyncPrefectClient, pool: WorkPool, run: FlowRun) -> str | No
     if queue.is_paused:
         return f"the work queue {queue.name} is paused; resume it on its page"
     running = _runs(client, _BUSY)
-    busy = " and ".join(run.name for run in running) or "another run"
+    busy = _names(running) or "another run"
     assert run.state is not None
     if run.state.name == "AwaitingConcurrencySlot":
         return f"the concurrency limit of its deployment is reached, by {busy}"
@@ -121,12 +133,47 @@ def _reason(client: SyncPrefectClient, pool: WorkPool, run: FlowRun) -> str | No
     for limit, what in limits:
         if limit is not None and len(running) >= limit:
             return f"the concurrency limit of the {what}, {limit}, is reached, by {busy}"
-    if running:
-        return f"the worker is busy with {busy}"
+    if taken := [run for run in running if _is_of_the_worker(run)]:
+        return f"the worker is busy with {_names(taken)}"
     workers = client.read_workers_for_work_pool(pool.name)
     if all(worker.status != WorkerStatus.ONLINE for worker in workers):
         return f"no worker of the work pool {pool.name} is online; `zeroflow ui` starts one"
     return None
+
+
+def _names(runs: Sequence[FlowRun]) -> str:
+    return " and ".join(run.name for run in runs if run.parent_task_run_id is None)
+
+
+def _is_of_the_worker(run: FlowRun) -> bool:
+    """Return False for a run that a command executes itself, and for a run of a sweep.
+
+    A worker that takes such a run after a retry records its process.
+    """
+    own = FROM_A_COMMAND not in run.tags or run.infrastructure_pid is not None
+    return own and run.parent_task_run_id is None
+
+
+def _refusal(run: FlowRun) -> str | None:
+    """Return why the settings of a run cannot work; None if no reason is found in a moment."""
+    try:
+        for name, given in run.parameters.items():
+            if name == "run":
+                require_possible(form.read(RunConfig, given))
+            elif name == "sweep":
+                for each in cells(form.read(SweepConfig, given)):
+                    require_possible(each)
+    except ValueError as error:
+        return error_message(error)
+    return None
+
+
+def _log(client: SyncPrefectClient, run: FlowRun, level: int, message: str) -> None:
+    """Add a line to the logs of a run, with which its page opens."""
+    now = datetime.now(UTC)
+    client.create_logs(
+        [LogCreate(name=__name__, level=level, message=message, timestamp=now, flow_run_id=run.id)]
+    )
 
 
 def _explain(client: SyncPrefectClient, run: FlowRun, message: str, told: dict[UUID, str]) -> None:
@@ -139,6 +186,7 @@ def _explain(client: SyncPrefectClient, run: FlowRun, message: str, told: dict[U
         else:
             kept = later.model_copy(update={"name": state.name})
             client.set_flow_run_state(run.id, kept, force=True)
+        _log(client, run, logging.INFO, message)
     if told.get(run.id) != message:
         told[run.id] = message
         log.info("%s: %s", run.name, message)

@@ -4,8 +4,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from uuid import UUID
 import psutil
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import temporary_settings
 from prefect.states import Cancelled, State
@@ -137,18 +138,13 @@ class Prefect:
 
     def stop(self) -> None:
         """Stop the worker after its runs have saved checkpoints, then the server if it is ours."""
-        for program in reversed(self.programs):
-            runs = _flow_runs(program.pid)
-            stopped = [id for run in runs if (id := _flow_run_id(run))]
-            for run in runs:
-                log.info("asking the flow run in process %d to save and stop", run.pid)
-                with suppress(psutil.NoSuchProcess):
-                    run.terminate()
-            # Wait before stopping the worker, which would kill its runs
-            psutil.wait_procs(runs, timeout=_SAVE_SECONDS)
-            if not program.stop(STOP_SECONDS):
-                log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
-            with temporary_settings(self.api.settings):
+        with temporary_settings(self.api.settings):
+            for program in reversed(self.programs):
+                # Otherwise the worker would start the next queued run when a run ends
+                with paused_pool():
+                    stopped = _stop_runs(program)
+                    if not program.stop(STOP_SECONDS):
+                        log.warning("%s did not stop in %d s: killed", program.name, STOP_SECONDS)
                 mark_stopped(stopped)
         if self._server:
             stop_server(self._server, self.api)
@@ -164,6 +160,43 @@ class Prefect:
             program.wait_for_end(wait)
         else:
             self.programs.append(program)
+
+
+@contextmanager
+def paused_pool() -> Iterator[None]:
+    """Pause the work pool in the block, so that workers take no runs; a paused pool stays so."""
+    was_paused = True
+    with get_client(sync_client=True) as client:
+        try:
+            was_paused = client.read_work_pool(WORK_POOL).is_paused
+            client.update_work_pool(WORK_POOL, WorkPoolUpdate(is_paused=True))
+        except Exception as error:  # a server that is gone gives no runs to a worker
+            log.debug("cannot pause the work pool: %s", error)
+        try:
+            yield
+        finally:
+            if not was_paused:
+                with suppress(Exception):
+                    client.update_work_pool(WORK_POOL, WorkPoolUpdate(is_paused=False))
+
+
+def _stop_runs(program: Program) -> list[UUID]:
+    """Stop the flow runs of a worker after they have saved; return their ids.
+
+    The worker must not be stopped before, because it would kill them.
+    """
+    stopped: list[UUID] = []
+    deadline = time.monotonic() + _SAVE_SECONDS
+    # A second time for a run that the worker took just before its pool was paused
+    while (runs := _flow_runs(program.pid)) and (left := deadline - time.monotonic()) > 0:
+        for run in runs:
+            if id := _flow_run_id(run):
+                stopped.append(id)
+            log.info("asking the flow run in process %d to save and stop", run.pid)
+            with suppress(psutil.NoSuchProcess):
+                run.terminate()
+        psutil.wait_procs(runs, timeout=left)
+    return stopped
 
 
 def mark_stopped(flow_runs: Sequence[UUID]) -> None:
