@@ -157,7 +157,7 @@ MANY = {
 
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("name", MANY)
-def test_share_holds_for_many_documents_of_which_some_are_long(
+def test_share_is_accurate_for_many_documents_of_which_some_are_long(
     text, tmp_path, monkeypatch, name, measured
 ):
     if not measured:
@@ -182,7 +182,7 @@ def test_at_least_a_few_rows_of_many_short_documents_are_held_out(text, tmp_path
     assert sum(map(len, held_out)) > 4 * 513 * 4 / 2
 
 
-def test_rule_for_many_documents_of_similar_length_is_that_of_format_4(text, tmp_path):
+def test_rule_for_many_documents_of_similar_length_is_the_one_of_format_4(text, tmp_path):
     texts = [f"{i} {text.texts[i % 60]}" for i in range(1200)]
     corpus = jsonl_corpus(tmp_path / "even.jsonl", texts)
     size = (tmp_path / "even.jsonl").stat().st_size
@@ -281,7 +281,7 @@ def test_validation_files_among_those_to_train_on_are_left_out_of_training(
     assert (shards.train.documents, shards.validation.documents) == (2, 1)
 
 
-def test_other_validation_files_leave_the_digest_of_the_corpus_as_it_is(folder, text):
+def test_other_validation_files_do_not_change_the_digest_of_the_corpus(folder, text):
     (folder / "other.txt").write_text(text.texts[5])
     (folder / "same size.txt").write_text(text.texts[0][::-1])
     alone = files_corpus(str(folder / "notes/*.txt"))
@@ -290,7 +290,7 @@ def test_other_validation_files_leave_the_digest_of_the_corpus_as_it_is(folder, 
         assert both.data_revision == alone.data_revision
 
 
-def test_corpus_of_which_nothing_is_left_beside_its_validation_files_is_refused(folder):
+def test_corpus_without_text_other_than_its_validation_files_is_refused(folder):
     path = str(folder / "copy.txt")
     asked = CorpusConfig(data_mode="files", data_path=(path,), validation_path=(path,))
     for check in (require_readable, resolve_corpus):
@@ -298,7 +298,7 @@ def test_corpus_of_which_nothing_is_left_beside_its_validation_files_is_refused(
             check(asked)
 
 
-def test_files_of_the_sample_that_are_validated_on_are_left_out_of_it():
+def test_validation_files_are_left_out_of_the_sample():
     path = str(Path(argparse.__file__).resolve())
     corpus = CorpusConfig(data_mode="sample", validation_path=(path,), data_revision="unread")
     names = [file.name for file in list_files(corpus)]
@@ -319,7 +319,7 @@ def test_set_with_validation_files_of_the_earlier_version_is_reused(
     assert again.reused and again.path == older.path
 
 
-def test_reason_for_another_share_is_that_of_the_text(text, tmp_path, caplog, monkeypatch):
+def test_reason_for_another_share_is_logged(text, tmp_path, caplog, monkeypatch):
     config = ALL.replace(validation_fraction=0.001, seq_len=64)
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts)
     build_shards(config, few, text.tokenizer, tmp_path / "cache")

@@ -70,7 +70,7 @@ ENGLISH, GREEK = "the licence of this edition " * 30, "ανδρα μοι ενν�
 
 
 def only_english() -> Tokenizer:
-    """A BPE that has no letters but these, and drops all others without a sign."""
+    """A BPE that knows only these letters, and drops all others silently."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -80,7 +80,7 @@ def only_english() -> Tokenizer:
 
 
 def greek_share(*texts: str) -> float:
-    """Share of the letters of a text that are Greek, in percent."""
+    """Percentage of Greek letters in a text."""
     text = "".join(texts)
     return 100 * sum(letter in GREEK and letter != " " for letter in text) / len(text)
 
@@ -100,7 +100,7 @@ LICENSED = ENGLISH * 6 + GREEK * 60 + ENGLISH * 12
     ],
     ids=["one file", "large file", "English begins", "Greek begins", "equal", "Greek at the end"],
 )
-def test_text_is_lost_wherever_it_stands(texts, lost):
+def test_lost_text_is_found_at_any_position(texts, lost):
     assert lost(only_english(), *texts) == pytest.approx(greek_share(*texts), abs=3)
 
 

@@ -126,7 +126,7 @@ def test_all_documents_of_a_row_are_counted_without_the_added_space():
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", "�", "a long name of the unknown token"])
-def test_unknown_tokens_have_no_bytes_whatever_their_name(unknown):
+def test_unknown_tokens_with_any_name_have_no_bytes(unknown):
     model = models.WordLevel({"</s>": 0, unknown: 1, "the": 2, "river": 3}, unk_token=unknown)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

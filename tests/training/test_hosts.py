@@ -126,7 +126,7 @@ def test_ranks_that_torchrun_restarts_are_followed_to_their_end(tmp_path):
         ([START], False, "killed"),
     ],
 )
-def test_failure_that_a_restart_does_not_mend_ends_the_ranks_until_there_is_another_job(
+def test_failure_that_a_restart_cannot_fix_ends_the_ranks_until_there_is_another_job(
     tmp_path, events, held, reason
 ):
     with pytest.raises(TrainingFailed) as failed:
@@ -138,7 +138,7 @@ def test_failure_that_a_restart_does_not_mend_ends_the_ranks_until_there_is_anot
 
 
 @pytest.mark.parametrize("held", [None, False])
-def test_ranks_that_were_stopped_elsewhere_stop_the_training(tmp_path, monkeypatch, held):
+def test_ranks_that_are_stopped_by_others_stop_the_run(tmp_path, monkeypatch, held):
     monkeypatch.setattr(hosts_module, "_REJOIN_SECONDS", 1.0)
     with pytest.raises(TrainingStopped, match="stopped at step 3"):
         followed(tmp_path, [START, STOP], held=held)

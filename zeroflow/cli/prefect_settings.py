@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from zeroflow.text.markup import shortened
 
 _SECRET = re.compile(r"key|auth|password|secret|token|url|headers", re.IGNORECASE)
-"""Part of the name of a setting whose value may be secret, so it is not shown."""
+"""Matches the name of a setting whose value may be secret and is not shown."""
 
 _LONGEST = 100
 """Maximum number of characters of a value in an error message."""
@@ -46,11 +46,11 @@ def importing_prefect() -> Iterator[None]:
 
 
 def _make_private(home: Path) -> None:
-    """Create Prefect's folder, whose database and profiles may hold secrets, for this user only."""
+    """Create Prefect's folder, readable only by this user: its files may contain secrets."""
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        if "PREFECT_API_URL" in os.environ:  # the folder of another server is not needed
+        if "PREFECT_API_URL" in os.environ:  # another server is used, so the folder is not needed
             return
         raise ValueError(
             f"cannot create Prefect's folder {home} ({error.strerror}): set PREFECT_HOME to a "

@@ -34,10 +34,10 @@ FORMAT = 5
 """Version of the format of the files. It is part of the fingerprint: a new version has new sets."""
 
 _OLDER_FORMATS = (4, 3)
-"""Formats that are read, but no longer written. Their sets are used as they are, so that their runs
-can be resumed. In format 4, too little of a corpus with many documents could be held out, and all
-the notes beside a novel. In format 3, only whole documents were held out, also in a corpus of few
-documents. In all other cases, the rows are those of format 5."""
+"""Formats that are read, but no longer written. Their sets are used unchanged, so that their runs
+can be resumed. Format 4 could hold out too little of a corpus with many documents, or all the notes
+beside a novel. Format 3 only held out whole documents. In all other cases, the rows are those of
+format 5."""
 
 _ENTROPY_TOKENS = 2**22
 """Number of tokens of synthetic data whose entropy is computed."""
@@ -347,10 +347,10 @@ def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
 
 
 def _log_share(shards: ShardSet, fraction: float, *, older: bool) -> None:
-    """Log the share of held-out tokens, and the reason for it, if it differs from the setting.
+    """If the share of held-out tokens differs from the setting, log it with the reason.
 
     Args:
-        older: the set is of an older format.
+        older: True if the set has an older format.
     """
     train, held_out = shards.train, shards.validation
     share = held_out.document_tokens / (train.document_tokens + held_out.document_tokens)
@@ -364,13 +364,13 @@ def _log_share(shards: ShardSet, fraction: float, *, older: bool) -> None:
     elif 1 / 2 < of_bytes / fraction < 2:
         each = (split.text_bytes / split.document_tokens for split in (held_out, train))
         why = (
-            "the setting counts text, which has {:.1f} bytes per token here and {:.1f} in the rest"
+            "the setting counts bytes; there are {:.1f} per token in this text, {:.1f} in the rest"
         )
         why = why.format(*each)
     else:
         why = (
             f"a hash chose {held_out.documents:,} of {count(shards.documents, 'document')}, "
-            "whatever their length"
+            "independent of their length"
         )
     log.warning(
         "%.1f %% of the tokens are held out for validation, and --validation-fraction asks for "

@@ -47,8 +47,8 @@ class CorpusConfig(Config):
     data_path: tuple[str, ...] = Field((), description=f"Files or globs: {registry.described()}.")
 
     validation_path: tuple[str, ...] = ()
-    """Files or globs of your own text for validation, instead of a fraction of the corpus. Files
-    that data_path names too, and copies of them, are left out of training."""
+    """Files or globs of your own text for validation, instead of a fraction of the corpus. They and
+    their copies are left out of training if --data-path names them too."""
 
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that contains the text."""
@@ -142,7 +142,7 @@ class CorpusConfig(Config):
 
     @property
     def _apart(self) -> LocalFiles | None:
-        """The files for validation, which must not be trained on."""
+        """The files for validation, which are left out of training."""
         if not self.validation_path:
             return None
         return LocalFiles(self.validation_path, _ValidationCorpus.files_flag)

@@ -3,8 +3,8 @@
 A hash of its id decides whether a document is held out. So the choice does not depend on the rest
 of the corpus, and parts can be built in any order by any number of processes. If ids repeat, the
 hash of the text is used instead, because otherwise all documents with one id would be on the same
-side. Where no choice of whole documents would be near the fraction, ends of documents are held out:
-the end of the longest in a corpus of few documents, those of all long ones in a corpus of many.
+side. If no choice of whole documents comes close to the fraction, ends of documents are held out:
+the end of the longest document in a small corpus, and of all long documents in a large one.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from zeroflow.data.slices import (
 )
 
 FEW_DOCUMENTS = 1000
-"""Number of documents from which on about `validation_fraction` of the documents is held out. In a
-smaller corpus, the fraction of its characters is exact."""
+"""Number of documents below which a corpus is small, so that the held-out fraction of its
+characters is exact. In a larger corpus, about this fraction of the documents is held out."""
 
 SOME_ROWS = 4
 """Minimum number of held-out rows, because the loss of fewer is too noisy. Fewer are held out if
@@ -41,12 +41,13 @@ _MOST_OF_A_SMALL_CORPUS = 0.2
 """Maximum share of the text that is held out to reach the minimum number of rows."""
 
 _MEASURED_BYTES = 2**28
-"""Maximum size of a corpus of many documents that is measured, which takes some seconds."""
+"""Maximum size of a large corpus whose documents are all measured, which takes some seconds."""
 
 _DRAWN = 20
-"""Minimum number of documents that the wanted number of characters would hold, if the documents are
-held out whole by chance: the deviation of their sum is then at most 1 / sqrt(20) = 22 %. Of longer
-documents, the ends are held out. If 1,000 documents have the same length, all are short enough."""
+"""A document may be held out as a whole if the held-out text has room for this many of its length.
+The deviation of the held-out text, which depends on chance, is then at most 1 / sqrt(20) = 22 %. Of
+longer documents, the ends are held out. If 1,000 documents have the same length, all are short
+enough."""
 
 _NEAR = 1000
 """Number of characters within which a cut looks for the end of a line or word."""
@@ -80,8 +81,9 @@ class Holdout(Config):
     tail: Tail | None = None
 
     def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
-        """Return the documents, those whose end is held out cut in two, and a mask of the documents
-        that are held out.
+        """Return the documents and a mask of those that are held out.
+
+        A document whose end is held out is returned as two documents.
         """
         positions = self.positions(batch.ids.to_pylist(), batch.texts)
         held_out = positions < self.below
@@ -127,7 +129,7 @@ def choose_holdout(corpus: CorpusConfig, *, fraction: float, row_tokens: int) ->
     """Return the rule that holds out `fraction` of a resolved corpus, and at least a few rows.
 
     This reads the first `FEW_DOCUMENTS` documents: all documents of a small corpus, and enough of a
-    large one to see whether ids repeat. Of a local corpus, it reads up to `_MEASURED_BYTES`.
+    large one to see whether ids repeat. A local corpus of up to `_MEASURED_BYTES` is read fully.
     """
     if not corpus.is_text:
         return Holdout(below=fraction)
@@ -172,7 +174,7 @@ def _place(document: _Measured, rule: Holdout) -> float:
 
 
 def _of_many(documents: Iterable[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
-    """Return `rule`, or one that also holds out ends if `rule` is far from the wanted text."""
+    """Return `rule`, or one with ends if `rule` holds out far more or less than wanted."""
     total = held_out = 0
     assert rule.longest is not None
     for document in documents:
@@ -186,7 +188,7 @@ def _of_many(documents: Iterable[_Measured], rule: Holdout, row_tokens: int) -> 
 
 
 def _with_ends(rule: Holdout, total: int, row_tokens: int) -> Holdout:
-    """Return `rule` for `total` characters, with the ends of long documents."""
+    """Return `rule` for a corpus of `total` characters, with the ends of long documents."""
     wanted = _wanted(total, rule.below, row_tokens)
     share = max(rule.below, wanted / total)
     return rule.replace(below=share, longest=max(1, wanted // _DRAWN), end=share)
@@ -195,10 +197,10 @@ def _with_ends(rule: Holdout, total: int, row_tokens: int) -> Holdout:
 def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdout:
     """Return the rule that holds out the fraction of the characters, and at least a few rows.
 
-    Documents longer than the wanted text are left whole, and the same share is taken of the others,
-    so that notes beside a novel are trained on too: in order of position, until the next one would
-    exceed the share. If less than half of the wanted text was reached, the end of the longest
-    remaining document is held out in addition.
+    Documents longer than the wanted text are not held out. Of the others, the wanted share is held
+    out in order of position, until the next document would exceed it. So most notes beside a novel
+    are trained on. If this is less than half of the wanted text, the end of the longest remaining
+    document is also held out.
     """
     total = sum(document.characters for document in documents)
     wanted = _wanted(total, rule.below, row_tokens)

@@ -31,10 +31,10 @@ MOST_UNKNOWN = 0.1
 # Maximum size of the sample of a part
 _EXCERPTS = 64
 _EXCERPT_CHARACTERS = 2003
-"""A prime number, so that the excerpts begin at different places of documents of equal length."""
+"""A prime number, so that excerpts begin at different positions in documents of equal length."""
 
 _CUT_WORD = re.compile(r"\S{0,99}(?:\s+|\Z)")
-"""The rest of a word at the cut edge of an excerpt, with the white space after it."""
+"""The rest of a word that an excerpt cuts, with the white space after it."""
 
 
 class ReturnedText(Config):
@@ -46,7 +46,7 @@ class ReturnedText(Config):
     """Number of characters that are missing afterwards, or were added."""
 
     total: NonNegativeInt = 0
-    """Number of characters of the text that it is a sample of; 0 in files of older versions."""
+    """Number of characters of the sampled text; 0 in files of older versions."""
 
     @property
     def lost_share(self) -> float:
@@ -54,23 +54,23 @@ class ReturnedText(Config):
 
 
 def mean_lost_share(samples: Iterable[ReturnedText]) -> float:
-    """Return the fraction of lost characters of several texts together."""
+    """Return the mean fraction of lost characters, weighted by the size of the texts."""
     weighted = [(sample.lost_share, sample.total or sample.characters) for sample in samples]
     return sum(share * weight for share, weight in weighted) / max(1, sum(w for _, w in weighted))
 
 
 class Excerpts:
-    """Excerpts of texts: of every place with the same probability, wherever documents begin.
+    """Excerpts of texts, in which every position of the texts is equally probable.
 
-    Excerpts begin at equal distances in the texts, which are taken end to end. The distance is
-    doubled whenever there are too many, so the length of the texts need not be known in advance.
+    Excerpts begin at equal distances in the concatenated texts. The distance is doubled whenever
+    there are too many excerpts, so the length of the texts need not be known in advance.
     """
 
     def __init__(self) -> None:
-        self._distance = _EXCERPT_CHARACTERS  # at first, the excerpts are all of the text
+        self._distance = _EXCERPT_CHARACTERS  # at first, the excerpts cover the whole text
         self._passed = 0
         self._pieces: dict[int, list[str]] = {}
-        """Pieces of documents by number of the excerpt, which begins at that many distances."""
+        """Pieces of documents by excerpt. Excerpt n begins at n times the distance."""
 
     def add(self, texts: list[str]) -> None:
         ends = list(accumulate(map(len, texts), initial=self._passed))
@@ -107,12 +107,12 @@ class Excerpts:
 
 
 def _without_added_space(text: str, returned: str) -> str:
-    """Remove the space that some tokenizers add before every text, and thus before an excerpt."""
+    """Remove the space that some tokenizers add before every text, including an excerpt."""
     return returned if text.startswith(" ") else returned.removeprefix(" ")
 
 
 def _whole_words(text: str, begin: int, end: int) -> str:
-    """Return the text between two places, without words that are cut there.
+    """Return the text between two positions, without the words that they cut.
 
     A piece of a word may be unknown to a tokenizer that knows the word.
     """

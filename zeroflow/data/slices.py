@@ -117,7 +117,7 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
 def require_readable(corpus: CorpusConfig) -> None:
     """Check the user's own files of a corpus, resolved or not, in a moment.
 
-    This checks their names, and reads the beginning of the first file that is not empty.
+    This checks their names and reads the beginning of the first non-empty file.
 
     Raises:
         ValueError: there are no such files, all are empty, or the content of the first does not

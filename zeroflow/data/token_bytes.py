@@ -18,7 +18,7 @@ def token_bytes(
     """Return the number of UTF-8 bytes of text that each id represents.
 
     If the tokenizer loses no text, the sum over a document is the size of its text. Unknown tokens
-    count 0, because the ids do not show the text that they replace.
+    count as 0 bytes, because the ids do not show the text that they replace.
 
     Args:
         begins: True for the first id of a document. The space that a tokenizer adds before every
@@ -34,7 +34,7 @@ def token_bytes(
 
 
 def _sizes(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> list[tuple[int, int]]:
-    """Return the bytes of each id after other text, and at the beginning of a text."""
+    """Return the bytes of each id in two cases: after other text, and at the start of a text."""
 
     def decode(texts: list[list[int]]) -> list[str]:
         return tokenizer.decode_batch(texts, skip_special_tokens=False)
@@ -50,7 +50,7 @@ def _sizes(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> list[tuple[int, i
     ):
         # `id_to_token` would return the normalised form of an added token
         name = added[token].content if token in added else tokenizer.id_to_token(token) or ""
-        if byte_level:  # a character of the name for each byte, except for added tokens
+        if byte_level:  # the name has one character per byte, except for added tokens
             first = later = len(name.encode() if token in added else name)
         elif _BYTE.fullmatch(name):
             first = later = 1

@@ -15,11 +15,11 @@ from zeroflow.training.workload import Workload
 from zeroflow.units import count
 
 _ENOUGH_RUNS = 3
-"""Number of earlier runs that show how much other programs slow a CPU down."""
+"""Number of earlier runs that are enough to show how much other programs slow down a CPU."""
 
 
 class Trained(NamedTuple):
-    """Steps that a run has trained already."""
+    """The steps that a run has already trained."""
 
     workload: Workload
     time: Account
@@ -29,7 +29,7 @@ def already_trained(folder: RunFolder) -> Trained | None:
     """Return the steps that a run has trained; None if this version cannot read them."""
     try:
         return Trained(read_job(folder).training.workload, goodput.read(folder))
-    except (OSError, ValueError):  # not trained yet, or by another version
+    except (OSError, ValueError):  # not trained yet, or trained by another version
         return None
 
 
@@ -52,7 +52,7 @@ def speed(
     known: Experience | None,
     runs: Sequence[Past],
 ) -> Speed:
-    """Return the speed of a run without its own steps: from earlier runs, or from the device.
+    """Return the speed of a run that has no steps yet, from earlier runs or from the device.
 
     Args:
         load: other programs on the cores of a CPU; None on a GPU.
@@ -73,7 +73,7 @@ def speed(
 
 
 def _with_load(known: Experience, work: Workload, device: Device, load: Load | None) -> Speed:
-    """Widen the speed of earlier runs on a CPU: it may be busier or less busy than it was then."""
+    """Widen the range of earlier runs on a CPU, which may be busier or less busy than before."""
     rate, source = known.rate, known.source
     if load is None:
         return Speed(rate, source)

@@ -106,7 +106,7 @@ class Plan(Record):
     same time."""
 
     there_bytes: int
-    """Bytes of these that exist already, for a resumed run."""
+    """Bytes of them that already exist, for a resumed run."""
 
     free_bytes: int
 
@@ -123,7 +123,7 @@ def forecast(asked: RunConfig, *, gpu: str | None = None, memory_gb: float | Non
 
     Args:
         gpu: name of a GPU; None for the device of this machine.
-        memory_gb: its memory, if it is not a known GPU.
+        memory_gb: memory of a GPU that is not known.
 
     Raises:
         ValueError: settings contradict each other, the device or the number of GPUs, or there are
@@ -136,7 +136,7 @@ def forecast(asked: RunConfig, *, gpu: str | None = None, memory_gb: float | Non
 
 
 def _notes(gpu: str) -> tuple[str, ...]:
-    """What is assumed about the GPU that is called `gpu`."""
+    """Return the assumptions about the GPU with the name `gpu`."""
     taken, *others = gpus_named(gpu) or [""]
     if not taken:
         capability = ".".join(map(str, ASSUMED_CAPABILITY))
@@ -170,7 +170,7 @@ def _is_same(one: Plan, other: Plan) -> bool:
 
 
 class _Facts(NamedTuple):
-    """Facts about the cache, the run and the machine, on which a prediction rests."""
+    """Facts about the cache, the run and the machine from which a prediction is computed."""
 
     runs: list[Past]
     """Earlier runs in the cache."""

@@ -168,8 +168,8 @@ class TrainingChoice(Config):
     """Held-out tokens per validation. Default: 8K on a CPU, 1M on a GPU."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
-    """Fraction of the text that is held out for validation: whole documents, or the ends of
-    long ones."""
+    """Fraction of the text that is held out for validation: whole documents, or the ends of long
+    documents."""
 
     token_type: Literal["int32", "uint16"] = "int32"
     """Integer type of the shards; uint16 takes half the space, for vocabularies up to 65,536."""

@@ -146,20 +146,20 @@ def require_possible(asked: RunConfig) -> None:
 
 
 class _Found(NamedTuple):
-    """The run that is asked for, as far as settings, device and records show."""
+    """The requested run, as far as settings, device and records show."""
 
     wanted: RunConfig
     """The requested settings, merged over the recorded ones."""
 
     recorded: Settled | None
     discarded: RunFolder | None
-    """Folder of a run that has trained nothing, and whose settings others replace."""
+    """Folder of a run that has not trained yet, and whose settings are replaced."""
 
     tokenizer: Tokenizer | None
     """The tokenizer that the run was trained with; None if it has no checkpoint."""
 
     needs_text: bool
-    """False for a run that is trained on the same text already."""
+    """False if the run has already been trained to its last step on the same text."""
 
     device: Device
 
@@ -200,10 +200,10 @@ def _require_usable(
 ) -> None:
     """
     Args:
-        tokenizer: that of a trained run.
+        tokenizer: the tokenizer of a trained run; None if it is not trained.
 
     Raises:
-        ValueError: the device, the text or the tokenizer cannot be used as the settings say.
+        ValueError: the device, the text or the tokenizer cannot be used with these settings.
     """
     refuse_what_the_device_cannot(wanted, device)
     _ = _filled(wanted, device).schedule  # raises if its settings contradict each other
@@ -332,7 +332,7 @@ def _device_of(recorded: Settled) -> Device:
 
 
 def started_otherwise(asked: RunConfig) -> str:
-    """Return the first requested setting that the trained run does not allow; "" if none."""
+    """Return the first requested setting that the trained run does not allow, or ""."""
     if (recorded := _recorded(asked)) is None:
         return ""
     different = resuming.difference(recorded, _merged(recorded, asked))

@@ -21,7 +21,7 @@ _LOGIN = re.compile(
 
 _SECRET = r"""(?:password|passwd|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key
     |credential|signature|auth(?:[_-]?string)?|odbc_connect)"""
-"""End of the name of a value that nobody else may know."""
+"""End of the name of a secret value."""
 
 _PARAMETER = re.compile(
     rf"""(?P<name>[?&;\#] (?: [\w.-]*{_SECRET} | sig | key ) =) [^\s&;'"`\#]+""",
@@ -45,7 +45,7 @@ _TOKEN = re.compile(r"\b(?P<kind>hf_|pnu_|pnb_)[A-Za-z0-9]{16,}")
 
 
 def redacted(text: str) -> str:
-    """Return `text` with *** instead of logins in addresses, passwords, keys and tokens."""
+    """Return `text` with *** in place of logins in addresses, passwords, keys and tokens."""
     text = _LOGIN.sub(rf"\g<scheme>{_HIDDEN}@", text)
     text = _PARAMETER.sub(rf"\g<name>{_HIDDEN}", text)
     text = _ASSIGNMENT.sub(lambda found: f"{found['name']}{found['quote'] or ''}{_HIDDEN}", text)

@@ -84,7 +84,7 @@ def _opened(folder: Path | None) -> tuple[Any, str]:
     utils.MAX_RETRY_COUNT = 2
     logging.getLogger(utils.__name__).setLevel(logging.CRITICAL)
     if folder is not None:
-        database(folder).touch(mode=0o600)  # it holds the settings of runs
+        database(folder).touch(mode=0o600)  # it contains the settings of runs
     client = MlflowClient(address(folder))
     return client, _experiment(client, folder)
 

@@ -125,7 +125,7 @@ class Neighbours:
         """Give a sign of life, and return the names of the machines that have stopped doing so."""
         self._beat += 1
         sign = f"{socket.gethostname()} {os.getpid()} {self._beat}"
-        with suppress(OSError):  # the file system may fail for a moment
+        with suppress(OSError):  # a network file system may fail temporarily
             self._own.write_text(sign, encoding="utf-8")
         now = time.monotonic()
         for file, (before, _) in self._seen.items():

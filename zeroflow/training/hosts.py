@@ -215,7 +215,7 @@ class _Attempts:
                 self._note(event.message, "killed")
             case Stopped():
                 self._stopped = time.monotonic()
-                log.info("the ranks have saved and ended; waiting in case they are started again")
+                log.info("the ranks have saved and ended; waiting in case torchrun restarts them")
         self.running = not isinstance(event, Failed | Stopped)
         self._begun |= self.running
 

@@ -23,7 +23,7 @@ from zeroflow.units import count
 log = logging.getLogger(__name__)
 
 _NAMED = 3
-"""Number of left-out files that are named; the others are counted."""
+"""Maximum number of left-out files that a message names; it gives the number of the others."""
 
 
 class _PinnedFile(NamedTuple):
@@ -45,7 +45,7 @@ class LocalSource(Source):
     is_local = True
 
     apart: "LocalFiles | None"
-    """The files for validation. They and their copies are left out of this source."""
+    """The files for validation. This source excludes them and their copies."""
 
     @property
     @abstractmethod
@@ -54,8 +54,8 @@ class LocalSource(Source):
 
     @abstractmethod
     def find(self) -> dict[str, Path]:
-        """The path of each file by its name in the corpus, in reading order, with those that are
-        left out.
+        """The path of each file by its name in the corpus, in reading order, including files that
+        are left out.
         """
 
     def pin(self, revision: str | None, known: Path | None = None) -> str:
@@ -135,12 +135,12 @@ class LocalSource(Source):
 
 @lru_cache(maxsize=4)
 def _paths(source: LocalSource) -> dict[str, Path]:
-    """The files of a source without those that are left out.
+    """Return the files of a source without those that are left out.
 
-    The result is cached, as a corpus may have thousands of files that are opened one by one.
+    The result is cached, because a corpus may have thousands of files that are opened one by one.
 
     Raises:
-        ValueError: none is left, or as `find` does.
+        ValueError: no file is left, or as `find` does.
     """
     found = source.find()
     if source.apart is None:
@@ -156,9 +156,9 @@ def _paths(source: LocalSource) -> dict[str, Path]:
 
 
 def _copies(files: Iterable[Path]) -> Callable[[Path], bool]:
-    """Return a function that is true for each of `files` and for files with equal content.
+    """Return a function that returns True for each of `files` and for files with equal content.
 
-    It reads only files of the same size as one of them.
+    It only reads files that have the same size as one of `files`.
     """
     given = list(files)
     resolved = {file.resolve() for file in given}
