@@ -31,6 +31,7 @@ from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer, resolve_tokenizer
 from zeroflow.device import Device, find_device
 from zeroflow.model import llama
+from zeroflow.model.attention import AttentionKernel
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import batching
 from zeroflow.training.config import TrainingConfig
@@ -113,7 +114,9 @@ def plain(work: Work) -> Iterator[Tensor]:
             yield torch.stack(losses).sum()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: None, kernel: AttentionKernel = "cudnn"
+) -> Tensor:
     """softmax(q kᵀ / √E) v of queries (B, H, T, E) and keys and values (B, K, T, E), causal."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, H, T, T)

@@ -148,7 +148,7 @@ def test_contender_that_takes_too_long_is_ended_with_its_reason():
         (["--rows", "8", "--batch-rows", "4"], "--rows 8 does not divide --batch-rows 4"),
         (["--rows", "-1"], "greater than 0"),
         (["--ours", "hf_eager"], "only ours is profiled"),
-        (["--ours", "hf_eager:compile=true"], "only ours takes settings"),
+        (["--ours", "hf_eager:compile=true"], "only ours and ours_plain take settings"),
         (["--ours", "theirs"], "theirs is not a contender"),
         (["--ours", "ours:seq_len=8"], "seq_len"),
         (["--steps", "0"], "--steps 0"),

@@ -31,6 +31,8 @@ class Articles(Format):
 class Wiki(LocalSource):
     folder: Path
 
+    title = "articles"
+
     def find(self):
         return {path.name: path for path in sorted(self.folder.glob("*.wiki"))}
 

@@ -44,7 +44,7 @@ class LocalSource(Source):
 
     is_local = True
 
-    apart: "LocalFiles | None"
+    apart: "LocalFiles | None" = None
     """The files for validation. This source excludes them and their copies."""
 
     @property
