@@ -26,6 +26,16 @@ def test_files_are_one_field_and_those_that_changed_are_named():
     assert reuse.changes(without, WANTED) == "has file 2 entries instead of none"
 
 
+def test_results_for_other_text_are_not_compared():
+    wanted = WANTED | {"source": "files"}
+    other = wanted | {"file": {"n0000.txt": "1f"}, "seed": 1}
+    told = "none exists yet for this text"
+    assert reuse.nearest(wanted, {"other": other, "sample": wanted | {"source": "sample"}}) == told
+    changed = wanted | {"file": {"b.txt": "9a", "c.txt": "2e"}, "seed": 2, "packing": "x"}
+    told = reuse.nearest(wanted, {"other": other, "changed": changed})
+    assert told.startswith("the most similar of 2, changed, has ")
+
+
 def test_many_differences_are_counted_and_long_values_cut():
     wanted, found = ({f"field{n}": value for n in range(9)} for value in ("a" * 99, "b"))
     told = reuse.changes(wanted, found)

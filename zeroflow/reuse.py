@@ -22,6 +22,7 @@ SAME = "it exists and verifies, and has the same settings and source"
 PASSED = "the same check passed before"
 TRAINED = "the run is already trained to its last step"
 NOTHING = "none exists yet"
+NOTHING_OF_TEXT = "none exists yet for this text"
 FIRST = "the run has no earlier one"
 """Reasons of stages that were reused, and of stages that ran for the first time."""
 
@@ -87,9 +88,17 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
     known = {name: fields for name, fields in there.items() if fields is not None}
     if not there:
         return NOTHING
+    if known and not any(_same_text(wanted, fields) for fields in known.values()):
+        return NOTHING_OF_TEXT
     if not known:
         return f"the settings of {_some(list(there))} are unknown: no record can be read"
-    name = min(known, key=lambda name: _distance(wanted, known[name]))
+    name = min(
+        known,
+        key=lambda name: (
+            not _same_text(wanted, known[name]),
+            _distance(wanted, known[name]),
+        ),
+    )
     subject = name if len(there) == 1 else f"the most similar of {len(there)}, {name},"
     return f"{subject} {changes(wanted, known[name])}"
 
@@ -142,6 +151,21 @@ def _readable(read: Callable[[Path], Fields], path: Path) -> Fields | None:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _same_text(wanted: Fields, found: Fields) -> bool:
+    """Return False if the text of `wanted` comes from another source, or from other files.
+
+    Files of the same name are compared, as they may be versions of one text.
+    """
+    if "source" not in wanted:  # it depends on no text
+        return True
+    if wanted["source"] != found.get("source"):
+        return False
+    files, others = wanted.get("file"), found.get("file")
+    if not (isinstance(files, Mapping) and isinstance(others, Mapping) and files and others):
+        return True
+    return not files.keys().isdisjoint(others)
 
 
 def _distance(wanted: Fields, found: Fields) -> int:

@@ -1,5 +1,6 @@
 """`zeroflow plan` and the run that the same flags start: one decision, one workload."""
 
+import re
 import shutil
 from typing import Any
 
@@ -95,6 +96,29 @@ def test_vocabulary_of_a_tokenizer_that_is_trained_is_planned_as_the_text_gives_
     assert (size < vocab_size) == (vocab_size > 400), "of sixty documents"
 
 
+def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a_limit(
+    ask, tmp_path
+):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("Question: 1 + 2? Answer: 3\n" * 10_000)
+    data = {"data_mode": "files", "data_path": (str(templates),)}
+    asked = ask(data=data, tokenizer={"tokenizer_name": "train", "vocab_size": 2000})
+    shown = plan_page.text(plans.forecast(asked))
+    assert re.search(r"parameters +at most [\d,]+", shown)
+    assert "at most 2,048, as asked for: the tokenizer is trained first, and repetitive" in shown
+
+
+def test_vocabulary_size_without_effect_is_named_in_the_plan(ask):
+    with Hub([fineweb_edu_repo(40), llama_tokenizer_repo()]) as hub, asking(hub.url) as patch:
+        patch.setenv("HF_TOKEN", "hf_test")
+        planned = plans.forecast(ask(tokenizer={"vocab_size": 5000}))
+    [note] = planned.notes
+    assert note.startswith(
+        f"--vocab-size 5000 has no effect, because {LLAMA_TOKENIZER} has its own"
+    )
+    assert note in plan_page.text(planned)
+
+
 def test_local_tokenizer_is_read(ask, text, tmp_path):
     folder, file = tmp_path / "mine", tmp_path / "any-name.json"
     shutil.copytree(text.tokenizer.path, folder)
@@ -118,7 +142,7 @@ def test_offline_plan_is_that_of_the_sample(ask):
     assert "cannot be reached" in planned.data.reason
     model = with_vocabulary(run.model.shape, 5000)
     assert not differs(planned, run, run.workload(model, planned.device))
-    assert not planned.vocabulary_is_certain
+    assert not planned.vocabulary_is_certain and planned.vocabulary_is_limit
 
 
 def test_plan_with_a_hub_reads_its_tokenizer(ask):

@@ -55,8 +55,8 @@ _TRAINING_BYTES = 32_000_000
 
 
 _ENOUGH_BYTES_PER_TOKEN = 120
-"""Bytes of text per token with which a trained vocabulary reaches the requested size: for 32,768
-tokens, English prose needed 60, and Python code 120."""
+"""Bytes of text per token with which a trained vocabulary usually reaches the requested size: for
+32,768 tokens, English prose needed 60, and Python code 120."""
 
 _SHORT_BYTES = 4_000_000
 """Bytes of text on which a tokenizer is trained in about two seconds."""
@@ -191,6 +191,9 @@ class Vocabulary(NamedTuple):
     source: str
     """Where the size comes from."""
 
+    is_limit: bool = False
+    """The size is a limit: a tokenizer that is trained on repetitive text has fewer tokens."""
+
 
 def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Vocabulary:
     """Return the vocabulary of a resolved tokenizer before it is fetched.
@@ -220,12 +223,13 @@ def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Pa
 
 
 def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Vocabulary:
-    """Return the vocabulary of a tokenizer that will be trained; a short text has fewer tokens."""
+    """Return the vocabulary of a tokenizer that will be trained; of a long text, its limit."""
     asked = config.vocab_size
     if manifest := TokenizerManifest.verified(_trained_path(config, corpus, root)):
         return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer")
     if local_text_bytes(corpus) > min(_ENOUGH_BYTES_PER_TOKEN * asked, _SHORT_BYTES):
-        return Vocabulary(asked, False, "as asked for; the tokenizer is trained first")
+        why = "as asked for: the tokenizer is trained first, and repetitive text gives fewer tokens"
+        return Vocabulary(asked, False, why, is_limit=True)
     size = _trained(config, corpus).get_vocab_size()
     short = f", as the text is too short for {asked:,}" if size < asked else ""
     return Vocabulary(size, True, f"the tokenizer is trained first{short}")

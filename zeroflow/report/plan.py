@@ -7,7 +7,13 @@ from pydantic import computed_field
 from zeroflow.config import Config
 from zeroflow.data.part_counts import row_bytes
 from zeroflow.data.shards import expected_bytes
-from zeroflow.data.tokenizer import Vocabulary, expected_vocabulary
+from zeroflow.data.tokenizer import (
+    SYNTHETIC_TOKENIZER,
+    TRAINED_TOKENIZER,
+    TokenizerConfig,
+    Vocabulary,
+    expected_vocabulary,
+)
 from zeroflow.device import (
     ASSUMED_CAPABILITY,
     Device,
@@ -72,7 +78,7 @@ class Plan(Record):
     size: str
     device: Device
     notes: tuple[str, ...] = ()
-    """Assumptions about the device."""
+    """Assumptions about the device, and settings without effect."""
 
     load: Load | None = omitted()
     """Other programs on the cores when the plan was made; None on a GPU."""
@@ -83,6 +89,9 @@ class Plan(Record):
     """Corpus and tokenizer; None in files of older versions."""
 
     vocabulary_is_certain: bool
+    vocabulary_is_limit: bool = False
+    """The vocabulary, and so the model, may be smaller."""
+
     vocabulary_source: str = ""
     parameters: dict[str, int]
     flops_per_token: int
@@ -144,6 +153,18 @@ def _notes(gpu: str) -> tuple[str, ...]:
     if not others:
         return ()
     return (f"--gpu {gpu} is planned as {taken}; also known: {', '.join(others)}",)
+
+
+def _without_effect(run: Settled) -> tuple[str, ...]:
+    """Return a sentence about --vocab-size if `auto` has chosen a tokenizer with its own size."""
+    name, asked = run.tokenizer.tokenizer_name, run.tokenizer.vocab_size
+    default = TokenizerConfig.model_fields["vocab_size"].default
+    if asked == default or name in (TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER):
+        return ()
+    return (
+        f"--vocab-size {asked} has no effect, because {name} has its own vocabulary: "
+        "--tokenizer-name train trains one of this size",
+    )
 
 
 def load(folder: RunFolder) -> Plan | None:
@@ -209,12 +230,13 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
         run=run.run_name,
         size=run.model.name,
         device=device,
-        notes=notes,
+        notes=(*notes, *_without_effect(run)),
         load=facts.load,
         workload=work,
         data=Choice(name=run.data.name, reason=settlement.corpus_reason),
         tokenizer=Choice(name=run.tokenizer.tokenizer_name, reason=settlement.tokenizer_reason),
         vocabulary_is_certain=vocabulary.is_certain,
+        vocabulary_is_limit=vocabulary.is_limit,
         vocabulary_source=vocabulary.source,
         parameters=model.parameters_by_part,
         flops_per_token=work.flops_per_token,

@@ -37,9 +37,10 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"run: {run.run_name} ({state}) in {run.run_dir}"
     each = f" on each of {work.ranks}" if work.ranks > 1 else ""
     yield (
-        f"model: {run.model.name}, {parameter_count(work.model.parameters)} parameters "
-        f"(vocabulary {_vocabulary(plan)})"
+        f"model: {run.model.name}, {_bound(plan)}{parameter_count(work.model.parameters)} "
+        f"parameters (vocabulary {_vocabulary(plan)})"
     )
+    yield from plan.notes
     micro_batches = count(choice.grad_accum_steps, "micro-batch", "micro-batches")
     yield (
         f"training: {count(choice.max_steps, 'step')} x {choice.batch_tokens:,} tokens = "
@@ -62,8 +63,15 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"disk: {disk_line(plan)}"
 
 
+def _bound(plan: Plan) -> str:
+    """Return the words before a figure that depends on the vocabulary."""
+    if plan.vocabulary_is_limit:
+        return "at most "
+    return "" if plan.vocabulary_is_certain else "about "
+
+
 def _vocabulary(plan: Plan) -> str:
-    size = f"{plan.workload.model.vocab_size:,}"
+    size = f"{_bound(plan)}{plan.workload.model.vocab_size:,}"
     return f"{size}, {plan.vocabulary_source}" if plan.vocabulary_source else size
 
 
@@ -126,13 +134,14 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
     low_to_high = f" {plan.rate.low:,.0f} to {plan.rate.high:,.0f} tokens/s," if plan.rate else ""
+    flops = f"{plan.flops_per_token / 1e6:,.1f} MFLOPs per token"
     sources = f"Speed and time:{low_to_high} {_rests_on(plan)}. Memory: {plan.memory_source}."
     return (
         Markdown("## Predicted and measured"),
         Table(("", "predicted", "measured", "miss"), list(map(cells, compared)), right=" rrr"),
         escaped(sources),
         Markdown(
-            f"- Parameters: {parts}; {plan.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
+            f"- Parameters: {_bound(plan)}{parts}; {flops}\n"
             f"- Memory by part: {memory}\n"
             f"- Disk: {disk_line(plan)}"
         ),
@@ -147,7 +156,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     total = sum(plan.parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
-    yield from _table(("parameters", f"{total:,}", ""), rows)
+    yield from _table(("parameters", f"{_bound(plan)}{total:,}", ""), rows)
     yield ""
     on_each = " on each" if work.ranks > 1 else ""
     choices = {"data": plan.data, "tokenizer": plan.tokenizer}
