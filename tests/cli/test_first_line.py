@@ -1,5 +1,6 @@
 """The first line, printed before libraries that take seconds to import."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from patience import HANG_SECONDS
 from pipeline import ROOT
+
+from zeroflow.cli import commands, program
 
 IMPORTED = "raise SystemExit('torch is imported')"
 
@@ -55,3 +58,38 @@ def test_command_prints_a_line_before_it_imports_anything_large(
 def test_help_and_output_for_pipes_have_no_first_line(tmp_path, base_environment, command):
     output, errors = said(tmp_path, base_environment, *command)
     assert errors.endswith("torch is imported\n") and output == ""
+
+
+def test_command_whose_output_is_for_programs_announces_itself_in_a_terminal(
+    tmp_path, base_environment
+):
+    (tmp_path / "torch.py").write_text(IMPORTED)
+    path = f"{tmp_path}:{base_environment.get('PYTHONPATH', '')}"
+    ours, theirs = os.openpty()
+    ended = subprocess.run(
+        [sys.executable, "-m", "zeroflow.cli", "plan", "--json"],
+        cwd=ROOT,
+        env=base_environment | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=HANG_SECONDS,
+    )
+    os.close(theirs)
+    assert ended.stdout == b""
+    assert os.read(ours, 1000).decode()[8:].startswith("  starting: importing PyTorch\r\n")
+    os.close(ours)
+
+
+def test_misspelt_command_is_corrected_before_anything_large_is_imported(
+    tmp_path, base_environment
+):
+    output, errors = said(tmp_path, base_environment, "-m", "zeroflow.cli", "pretrian")
+    assert output == ""
+    assert errors == "error: there is no command pretrian: did you mean pretrain?\n"
+
+
+def test_every_command_is_known_before_the_imports():
+    assert {*program.LONG, *program.SHORT} == {
+        *commands._FLOWS,
+        *(command.name for command in commands._COMMANDS),
+    }

@@ -9,11 +9,13 @@ import pytest
 from pipeline import ROOT
 from pydantic import ValidationError
 
+from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.training.sampling import SamplingConfig
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,14 @@ def test_message_names_settings_by_their_flags(given, message):
     assert said.count("\n") == 0
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(said)
+
+
+@pytest.mark.parametrize("config", [RunConfig, SweepConfig, ProofRun, UiConfig, SamplingConfig])
+def test_help_names_settings_by_their_flags(config):
+    names = {setting.path[-1] for setting in flags.settings(config)}
+    for setting in flags.settings(config):
+        words = re.findall(r"(?<!-)\b[a-z]+(?:_[a-z]+)+\b", flags.help_text(setting.field))
+        assert not names & {*words}, setting.flag
 
 
 def test_message_about_a_long_value_is_short():

@@ -3,17 +3,20 @@
 import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 TIME = "%H:%M:%S"
 """Format of the time that begins a line."""
 
 
-def announce(arguments: Sequence[str]) -> None:
+def announce(arguments: Sequence[str], output: TextIO | None = None) -> None:
     """Print that a command is starting, unless it only prints its help.
 
     Args:
         arguments: arguments of the command.
+        output: standard output by default.
     """
     if not {"-h", "--help"} & {*arguments}:
-        sys.stdout.write(f"{time.strftime(TIME)}  starting: importing PyTorch and Prefect\n")
-        sys.stdout.flush()
+        output, libraries = output or sys.stdout, "PyTorch" if output else "PyTorch and Prefect"
+        output.write(f"{time.strftime(TIME)}  starting: importing {libraries}\n")
+        output.flush()

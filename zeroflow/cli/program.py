@@ -1,16 +1,26 @@
 """Entry point of the program `zeroflow`: prints the first line, then runs the command."""
 
 import sys
+from difflib import get_close_matches
 
 from zeroflow.cli.first_line import announce
 
-_LONG = {"pretrain", "sweep", "prove-resume", "ui"}
+LONG = ("pretrain", "sweep", "prove-resume", "ui")
 """Commands that print log lines. The output of the others is for other programs."""
+
+SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-setup")
+"""The other commands."""
 
 
 def entry() -> None:
-    if _LONG & {*sys.argv[1:2]}:
+    [name] = sys.argv[1:2] or [""]
+    if name in LONG:
         announce(sys.argv[2:])
+    elif name in SHORT and sys.stderr.isatty():
+        announce(sys.argv[2:], output=sys.stderr)
+    elif near := get_close_matches(name, () if name in SHORT else LONG + SHORT, n=1):
+        sys.stderr.write(f"error: there is no command {name}: did you mean {near[0]}?\n")
+        raise SystemExit(2)
     from zeroflow.cli.commands import main
 
     raise SystemExit(main())

@@ -30,8 +30,8 @@ class CorpusConfig(Config):
     """Where the text comes from."""
 
     data_mode: Literal["auto", "fineweb", "hub", "files", "sample", "synthetic"] = "auto"
-    """fineweb: FineWeb-Edu from the Hugging Face Hub. hub: another dataset there, see dataset.
-    files: your own, see data_path. sample: the source files of Python's standard library, which
+    """fineweb: FineWeb-Edu from the Hugging Face Hub. hub: another dataset there, see --dataset.
+    files: your own, see --data-path. sample: the source files of Python's standard library, which
     every machine has. synthetic: generated token ids. auto: fineweb if the hub answers within a few
     seconds, otherwise sample."""
 
@@ -39,7 +39,7 @@ class CorpusConfig(Config):
     """Subset of FineWeb-Edu, such as sample-10BT, sample-100BT or CC-MAIN-2024-10."""
 
     dataset: str | None = None
-    """Name of a dataset on the hub, for data_mode hub."""
+    """Name of a dataset on the hub, for --data-mode hub."""
 
     dataset_config: str | None = None
     """Subset of that dataset. Default: the dataset's default."""
@@ -68,7 +68,7 @@ class CorpusConfig(Config):
     """Commit of the dataset on the hub, or digest of the files; determined once, then recorded."""
 
     validation_revision: str | None = None
-    """Digest of the files of validation_path; determined once, then recorded."""
+    """Digest of the files of --validation-path; determined once, then recorded."""
 
     read_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "fineweb_subset": ("auto", "fineweb"),

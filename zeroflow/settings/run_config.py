@@ -121,7 +121,7 @@ class TrainingChoice(Config):
     """Rows in a micro-batch on each GPU. Default: as many as fit in its memory."""
 
     grad_accum_steps: PositiveInt | None = None
-    """Micro-batches in a step on each GPU. Default: batch_tokens / (batch_size x seq_len x
+    """Micro-batches in a step on each GPU. Default: --batch-tokens / (--batch-size x --seq-len x
     gpus)."""
 
     batch_tokens: PositiveInt | None = Field(
@@ -142,7 +142,7 @@ class TrainingChoice(Config):
     )
 
     warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up. Default: 2 % of max_steps; 10 % of a short run."""
+    """Steps of linear warm-up. Default: 2 % of --max-steps; 10 % of a short run."""
 
     schedule: ScheduleName = Field("cosine", description=decays())
 
@@ -232,7 +232,7 @@ class BuildChoice(Config):
 
     dask_address: str | None = None
     """Address of the scheduler of a running Dask cluster, which must share the cache folder.
-    Default: a cluster of data_workers processes on this machine."""
+    Default: a cluster of --data-workers processes on this machine."""
 
     @model_validator(mode="after")
     def _address_belongs_to_dask(self) -> Self:
