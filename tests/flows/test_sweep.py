@@ -30,7 +30,7 @@ def test_sweep_continues_after_a_failed_run_and_compares_the_others(
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "1 run failed" in ended.stderr and "s-custom-seed1" in ended.stderr
-    [alone] = re.findall(r"retry: (.* flows/pretrain.py .*)", ended.stdout)
+    [alone] = re.findall(r"retry: (zeroflow pretrain .*)", ended.stdout)
     page = (flow.cache / "sweeps" / "s" / "comparison.md").read_text()
     assert "| custom-seed0 | completed | custom | " in page
     assert "**Not completed: s-custom-seed1 (failed)**" in page

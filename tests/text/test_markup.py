@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -18,6 +19,7 @@ from zeroflow.text.markup import (
     escaped,
     link,
     one_line,
+    shell_command,
     table,
     visible,
 )
@@ -103,6 +105,16 @@ def test_control_characters_are_visible_and_nothing_else_changes():
     )
     assert visible("\udc80").encode() == b"\\udc80"
     assert one_line("a\nb\r\nc\td") == "a b c d"
+
+
+def test_command_for_a_shell_gives_the_same_words():
+    words = ["zeroflow", "--prompt=a \x1b[1m'b' \\ $x\nc", "--data-path=ä b*.txt", "plain", ""]
+    command = shell_command(words)
+    assert "\x1b" not in command and "plain" in command
+    ended = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split("\0")[:-1] == words
 
 
 @given(TEXTS)

@@ -1,7 +1,6 @@
 """The command of a flow: read settings, find or start a Prefect server, run, print the result."""
 
 import logging
-import shlex
 import signal
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -22,7 +21,13 @@ from zeroflow.cli.console import (
 )
 from zeroflow.cli.prefect_settings import importing_prefect
 from zeroflow.config import Config
-from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, SWEEP_DEPLOYMENT
+from zeroflow.orchestration.names import (
+    PRETRAIN,
+    PROVE_RESUME,
+    SWEEP,
+    SWEEP_DEPLOYMENT,
+    zeroflow_command,
+)
 from zeroflow.report.progress import console
 from zeroflow.report.summary import summary
 from zeroflow.report.sweep import require_as_started
@@ -30,6 +35,7 @@ from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import require_possible, size_of
 from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.text.markup import shell_command
 
 log = logging.getLogger(__name__)
 
@@ -176,5 +182,13 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
         if not isinstance(error, ValueError):  # after one, the same command would fail again
-            error.add_note(f"retry: {shlex.join(sys.orig_argv)}")
+            error.add_note(f"retry: {shell_command(_own_command())}")
         return fail(error, verbose=verbose)
+
+
+def _own_command() -> list[str]:
+    """Return the command that started this process."""
+    program = Path(sys.argv[0])
+    if program.name == "zeroflow" or program.match("zeroflow/cli/__main__.py"):
+        return [*zeroflow_command(), *sys.argv[1:]]
+    return sys.orig_argv

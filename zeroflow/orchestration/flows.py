@@ -1,7 +1,5 @@
 """The flows: the pipeline with its stages as Prefect tasks."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +12,7 @@ from zeroflow.orchestration import form
 from zeroflow.orchestration.conclusion import conclude
 from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.flow_runs import run_child
-from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP
+from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, zeroflow_command
 from zeroflow.orchestration.stages import STAGES
 from zeroflow.orchestration.view import PrefectView
 from zeroflow.report import sweep as sweeps
@@ -22,6 +20,7 @@ from zeroflow.settings import flags
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.text.markup import shell_command
 
 RunForm = Annotated[RunConfig, WithJsonSchema(form.schema(RunConfig))]
 SweepForm = Annotated[SweepConfig, WithJsonSchema(form.schema(SweepConfig))]
@@ -88,8 +87,9 @@ def _run_child(cell: RunConfig) -> None:
     try:
         run_child(pretrain, cell, finished=sweeps.finished(cell))
     except Exception as error:
-        command = [sys.executable, "-m", "zeroflow.cli", PRETRAIN, *flags.flags(cell)]
-        error.add_note(f"retry: {shlex.join(command)}")
+        if not isinstance(error, ValueError):  # after one, the same command would fail again
+            command = [*zeroflow_command(), PRETRAIN, *flags.flags(cell)]
+            error.add_note(f"retry: {shell_command(command)}")
         raise
 
 

@@ -1,5 +1,8 @@
 """Names of our objects on Prefect's server."""
 
+import shutil
+import sys
+
 PRETRAIN = "pretrain"
 SWEEP = "sweep"
 PROVE_RESUME = "prove-resume"
@@ -17,3 +20,8 @@ AUTOMATION = "zeroflow: a flow run whose process is gone has crashed"
 
 FROM_A_COMMAND = "command"
 """Tag of flow runs that a command executes itself, instead of a worker."""
+
+
+def zeroflow_command() -> list[str]:
+    """Return the beginning of a command of this package for a shell."""
+    return ["zeroflow"] if shutil.which("zeroflow") else [sys.executable, "-m", "zeroflow.cli"]

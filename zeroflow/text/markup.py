@@ -8,6 +8,7 @@ escaped.
 
 import logging
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 
 from zeroflow.text.redaction import redacted
@@ -39,6 +40,18 @@ def is_utf8(text: str) -> bool:
 def visible(text: str) -> str:
     """Return `text` with control characters as escapes, as in JSON; line ends and tabs stay."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def shell_command(words: Iterable[str]) -> str:
+    """Return a command to paste into a shell, with control characters as escapes."""
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if not _CONTROLS.search(word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{visible(escaped)}'"
 
 
 def one_line(text: str) -> str:
