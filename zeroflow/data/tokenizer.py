@@ -55,8 +55,8 @@ _TRAINING_BYTES = 32_000_000
 
 
 _ENOUGH_BYTES_PER_TOKEN = 120
-"""Bytes of text per token with which a trained vocabulary usually reaches the requested size: for
-32,768 tokens, English prose needed 60, and Python code 120."""
+"""Bytes of text per token that are usually enough for the requested vocabulary: for 32,768 tokens,
+English prose needed 60, and Python code 120."""
 
 _SHORT_BYTES = 4_000_000
 """Bytes of text on which a tokenizer is trained in about two seconds."""
@@ -192,7 +192,7 @@ class Vocabulary(NamedTuple):
     """Where the size comes from."""
 
     is_limit: bool = False
-    """The size is a limit: a tokenizer that is trained on repetitive text has fewer tokens."""
+    """True if the size is a limit, because training on repetitive text gives fewer tokens."""
 
 
 def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Vocabulary:
@@ -223,7 +223,7 @@ def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Pa
 
 
 def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Vocabulary:
-    """Return the vocabulary of a tokenizer that will be trained; of a long text, its limit."""
+    """Return the vocabulary of a tokenizer that will be trained; for a long text, its limit."""
     asked = config.vocab_size
     if manifest := TokenizerManifest.verified(_trained_path(config, corpus, root)):
         return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer")

@@ -90,7 +90,7 @@ class Plan(Record):
 
     vocabulary_is_certain: bool
     vocabulary_is_limit: bool = False
-    """The vocabulary, and so the model, may be smaller."""
+    """True if the vocabulary, and therefore the model, may be smaller."""
 
     vocabulary_source: str = ""
     parameters: dict[str, int]
