@@ -39,7 +39,8 @@ def log_to_file(folder: RunFolder, rank: int) -> None:
     # A separate process, because libraries write directly to the file descriptor. It ignores
     # signals that a scheduler sends to all processes, and so ends after the last output
     command = 'trap "" HUP INT TERM; exec tee -a "$1"'
-    tee = subprocess.Popen(["sh", "-c", command, "tee", str(file)], stdin=subprocess.PIPE)
+    words = ["sh", "-c", command, "tee", str(file)]
+    tee = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=2)  # standard error, as the log
     assert tee.stdin is not None
     os.dup2(tee.stdin.fileno(), 1)
     os.dup2(tee.stdin.fileno(), 2)
