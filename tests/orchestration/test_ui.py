@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from patience import HANG_SECONDS, wait_until
-from pipeline import Ui, api
+from pipeline import Ui, api, free_port
 from tiny import SHAPE
 from wheel import build_wheel, install
 
@@ -196,3 +196,16 @@ def test_port_that_is_in_use_is_refused(tmp_path, monkeypatch):
 def test_both_servers_need_different_ports():
     with pytest.raises(ValueError, match="both servers cannot listen on port 4200"):
         UiConfig(prefect_port=4200, mlflow_port=4200)
+
+
+def test_mlflow_server_that_does_not_answer_is_named_before_prefect_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:s3cret@127.0.0.1:{free_port()}")
+    config = UiConfig(prefect_port=free_port(), cache_dir=tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@.*unset the"
+    ) as error:
+        ui.serve(config)
+    assert "s3cret" not in str(error.value)
+    assert not list((tmp_path / "ui").iterdir()), "no program has a log"

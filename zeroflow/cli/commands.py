@@ -234,6 +234,7 @@ def _prefect_setup(arguments: Arguments) -> None:
         from zeroflow.orchestration import deployments
 
     deployments.set_up()
+    show(f"command that creates the deployments there: {deployments.DEPLOY}")
 
 
 def _ui_arguments(parser: Parser) -> None:

@@ -78,7 +78,6 @@ def set_up(silence: timedelta = SILENCE) -> None:
     log.info("  work pool   %s", WORK_POOL)
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
-    log.info("command that creates the deployments there: %s", DEPLOY)
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:

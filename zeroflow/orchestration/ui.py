@@ -58,7 +58,8 @@ def serve(config: UiConfig) -> None:
 
     Raises:
         ValueError: a port is taken.
-        RuntimeError: a program ended or did not start; the message has its last lines.
+        RuntimeError: a program ended or did not start, and the message has its last lines; or the
+            store at MLFLOW_TRACKING_URI cannot be opened.
     """
     from zeroflow.orchestration import server
     from zeroflow.orchestration.worker import Prefect  # slow to import
@@ -71,9 +72,9 @@ def serve(config: UiConfig) -> None:
     if not is_server(location(config.cache_dir)[0]):
         _require_free(config.mlflow_port, "--mlflow-port")
     log.info("starting the servers; their logs are in %s", logs)
+    mlflow = viewer(config.cache_dir, config.mlflow_port)
     try:
         prefect.start_server()
-        mlflow = viewer(config.cache_dir, config.mlflow_port)
         with _shown(mlflow, logs) as programs:
             prefect.start_worker()
             log.info("Prefect UI        %s/deployments", prefect.api.page)

@@ -17,6 +17,13 @@ _LONGEST = 200
 """Maximum number of characters of a value in an error message."""
 
 
+_IN_WORDS = {
+    "string_pattern_mismatch": "a name has letters, digits, dots, dashes and underscores only, and "
+    "begins with a letter or a digit",
+}
+"""Messages by the kind of error."""
+
+
 class Setting(NamedTuple):
     """A single setting of a settings class, with its path through the groups."""
 
@@ -108,6 +115,7 @@ def error_message(error: Exception) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if names and problem["type"] != "value_error":
             found = shortened(repr(problem["input"]), _LONGEST)
+            message = _IN_WORDS.get(problem["type"], message)
             message = f"{flag(names[-1])}: {message} (found {found})"
         lines.append(message)
     return redacted("\n".join(lines))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from zeroflow.records import Record
 from zeroflow.run_folder import RunFolder
-from zeroflow.text.redaction import without_login
+from zeroflow.text.redaction import redacted, without_login
 from zeroflow.tracking.config import PORT, address, is_server, location
 from zeroflow.tracking.store import open_store, run_ids
 
@@ -70,9 +70,21 @@ def viewer(cache: Path, port: int) -> Viewer:
     """Return the viewer for the runs of `cache`; the store is created if it does not exist.
 
     The address is recorded, so that runs link to pages on `port` from now on.
+
+    Raises:
+        RuntimeError: the store at MLFLOW_TRACKING_URI cannot be opened.
     """
     uri, folder = location(cache)
-    _, experiment_id = open_store(folder)
+    try:
+        _, experiment_id = open_store(folder)
+    except Exception as error:  # any failure of the server or its database
+        if folder is not None:
+            raise
+        reason = redacted((str(error) or type(error).__name__).splitlines()[0])
+        raise RuntimeError(
+            f"MLflow at MLFLOW_TRACKING_URI {uri} cannot be opened ({reason}): start that server, "
+            "or unset the variable to use the store in the cache folder"
+        ) from error
     if is_server(uri):
         return Viewer(without_login(address(folder)), experiment_id)
     if folder is not None:
