@@ -258,6 +258,12 @@ def test_incomplete_runs_are_shown_but_not_fitted(tmp_path, figures):
     assert "s-medium (cancelled)" in [line.get_label() for line in lines_of(figures[0])]
 
 
+def test_times_of_short_and_long_runs_are_readable():
+    short, long = (outcome("tiny", seed=n).replace(seconds=s) for n, s in ((0, 4.0), (1, 9e3)))
+    shown = text("s", compare([short, long]), **NOTHING_ELSE)
+    assert "| 4 s |" in shown and "| 2 h 30 min |" in shown
+
+
 def test_zero_stages_are_shown_for_several_gpus():
     alone = text("s", compare([outcome("tiny"), outcome("tiny", seed=1)]), **NOTHING_ELSE)
     assert "ZeRO" not in alone and "GPUs" not in alone

@@ -80,7 +80,7 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
         "parameters": [parameter_count(one.parameters) for one in found.runs],
         "tokens": [parameter_count(one.tokens) for one in found.runs],
         "FLOPs": [f"{one.flops:.3g}" for one in found.runs],
-        "hours": [f"{one.seconds / 3600:.3g}" for one in found.runs],
+        "time": [duration(one.seconds) for one in found.runs],
         "tokens/s": [speed(one.tokens_per_second).removesuffix(" tokens/s") for one in found.runs],
         "memory": [binary(one.peak_memory_bytes) for one in found.runs],
     }
