@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ class Host:
         run("ip", "-n", self.space, "link", "set", self.cable, "down")
 
     def remove(self) -> None:
+        pids = ["ip", "netns", "pids", self.space]  # also of daemons without a parent
+        for pid in subprocess.run(pids, capture_output=True, text=True).stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", self.space], capture_output=True)
         shutil.rmtree(_NETNS / self.space, ignore_errors=True)
 
