@@ -183,3 +183,12 @@ def test_importing_everything_touches_no_file_logger_or_device(tmp_path):
         "cuda": False,
         "mlflow": False,
     }
+
+
+def test_name_of_a_public_class_is_defined_once():
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert not {name: places for name, places in found.items() if len(places) > 1}

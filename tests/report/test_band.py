@@ -153,7 +153,7 @@ def test_normal_runs_stay_inside_at_least_as_often_as_promised(make, runs, rho, 
     job = make("mine", steps=40)
     for _ in range(trials):
         mine, *others = correlated(runs + 1, rho, share, random)
-        earlier = tuple(band.Earlier(f"{n}", n, 1.0, x) for n, x in enumerate(others))
+        earlier = tuple(band.EarlierRun(f"{n}", n, 1.0, x) for n, x in enumerate(others))
         records = [step_record(n, x) for n, x in enumerate(mine.tolist(), 1)]
         verdict = band.Band(job, earlier).verdict(records)
         assert verdict.judged and verdict.earlier == runs

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from zeroflow.report.pages import Block, Page, Picture, Table, never_fatal
+from zeroflow.report.pages import Page, Picture, Table, TextBlock, never_fatal
 from zeroflow.text.markup import Markdown, bold
 
 
@@ -15,7 +15,7 @@ def test_our_pictures_are_put_into_a_page_and_those_that_a_text_names_are_not(tm
         (tmp_path / name).write_bytes(name.encode() * 100)
     text = "![x](loss.png) ![x](secret.png) ![x](gone.png)"
     drawn = [Picture(tmp_path / name, name[:4]) for name in ("loss.png", "time.png")]
-    page = Page((Markdown("# é"), *drawn, Block(text)))
+    page = Page((Markdown("# é"), *drawn, TextBlock(text)))
     found = re.findall(r"\]\(data:image/png;base64,([^)]+)\)", page.embedded)
     assert [base64.b64decode(data) for data in found] == [b"loss.png" * 100, b"time.png" * 100]
     assert page.embedded.endswith(f"\n{text}\n```")

@@ -9,7 +9,7 @@ from tiny import WORKLOAD
 from zeroflow.device import known_gpu
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import kernels
-from zeroflow.training.kernels import Choice, Kernels, fastest
+from zeroflow.training.kernels import KernelChoice, Kernels, fastest
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,12 @@ def test_cpu_has_no_choice_and_measures_nothing(tmp_path):
 
 
 def test_choice_is_read_back_as_it_was_written(tmp_path):
-    choice = Choice(
+    choice = KernelChoice(
         kernels=Kernels(attention="flash"),
         milliseconds={"attention": {"cudnn": 2.0, "flash": 1.5}, "loss": {"chunks": 3.0}},
     )
     choice.write(tmp_path / "kernels.json")
-    assert Choice.read(tmp_path / "kernels.json") == choice
+    assert KernelChoice.read(tmp_path / "kernels.json") == choice
 
 
 def test_determinism_is_not_free_where_its_kernels_are_missing(monkeypatch):

@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.001
 """Time between looks at the events: short, because a save may take milliseconds."""
 
 
-class Interval(NamedTuple):
+class EventInterval(NamedTuple):
     """The time between two milestones of training."""
 
     target: Target
@@ -44,9 +44,9 @@ class _Milestone(NamedTuple):
     time: float
 
 
-def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
+def intervals(events: list[Event], start_up_seconds: float) -> list[EventInterval]:
     """Return the intervals of undisturbed training, in order, with their durations."""
-    found = [Interval("start-up", 0, "", start_up_seconds)]
+    found = [EventInterval("start-up", 0, "", start_up_seconds)]
     ended_by: dict[str, Target] = {"loss": "training", "val_loss": "validation", "saved": "saving"}
     begins: list[_Milestone] = []
     for milestone in _milestones(events):
@@ -55,13 +55,13 @@ def intervals(events: list[Event], start_up_seconds: float) -> list[Interval]:
             if target == "saving":  # runs in the background, while later steps are trained
                 before = next(m for m in reversed(begins) if m.step == milestone.step)
             seconds = max(0.0, milestone.time - before.time)
-            found.append(Interval(target, before.step, before.kind, seconds))
+            found.append(EventInterval(target, before.step, before.kind, seconds))
         if target != "saving":
             begins.append(milestone)
     return found
 
 
-def choose(found: list[Interval], *, kills: int, seed: int, last: int) -> list[Interval]:
+def choose(found: list[EventInterval], *, kills: int, seed: int, last: int) -> list[EventInterval]:
     """Choose an interval for each of `kills` kills: all targets in turn, spread over the steps.
 
     The steps up to `last` are divided into `kills` equal ranges. There is one kill in each range,
@@ -89,7 +89,7 @@ def choose(found: list[Interval], *, kills: int, seed: int, last: int) -> list[I
 
 @contextmanager
 def killer(
-    job: TrainingJob, interval: Interval, seconds: float, *, turn: int
+    job: TrainingJob, interval: EventInterval, seconds: float, *, turn: int
 ) -> Iterator[threading.Event]:
     """Kill a rank of `job` in a thread, `seconds` after the beginning of `interval`.
 
@@ -181,7 +181,7 @@ def _milestones(events: Iterable[Event]) -> list[_Milestone]:
     return [milestone for milestone in map(_milestone, events) if milestone]
 
 
-def _reaches(event: Event, interval: Interval) -> bool:
+def _reaches(event: Event, interval: EventInterval) -> bool:
     """Return True if `interval` begins with `event`, or began before the resumed checkpoint."""
     milestone = _milestone(event)
     if milestone is None or milestone.step < interval.step:

@@ -15,7 +15,7 @@ from random import Random
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.checks import kills
-from zeroflow.checks.kills import Interval, Target
+from zeroflow.checks.kills import EventInterval, Target
 from zeroflow.config import Config
 from zeroflow.records import Record
 from zeroflow.training import checkpoint
@@ -160,7 +160,7 @@ def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event | Pulse], Non
 
 def _train_killed(
     job: TrainingJob,
-    chosen: list[Interval],
+    chosen: list[EventInterval],
     random: Random,
     on_event: Callable[[Event | Pulse], None],
 ) -> list[Kill]:

@@ -53,7 +53,7 @@ _NEAR = 1000
 """Number of characters within which a cut looks for the end of a line or word."""
 
 
-class Tail(Config):
+class HeldOutTail(Config):
     """The end of a document that is held out. The rest of the document is used for training."""
 
     text_position: float
@@ -78,7 +78,7 @@ class Holdout(Config):
     end: float = 0
     """Fraction of each longer document that is held out, at its end."""
 
-    tail: Tail | None = None
+    tail: HeldOutTail | None = None
 
     def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
         """Return the documents and a mask of those that are held out.
@@ -219,7 +219,7 @@ def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdo
     longest = max(rest, key=lambda d: (d.characters, d.by_text))
     if (characters := min(wanted - taken, longest.characters - 1)) < 1:
         return rule
-    return rule.replace(tail=Tail(text_position=longest.by_text, characters=characters))
+    return rule.replace(tail=HeldOutTail(text_position=longest.by_text, characters=characters))
 
 
 def _cut(

@@ -18,22 +18,22 @@ _ENOUGH_RUNS = 3
 """Number of earlier runs that are enough to show how much other programs slow down a CPU."""
 
 
-class Trained(NamedTuple):
+class PastTraining(NamedTuple):
     """The steps that a run has already trained."""
 
     workload: Workload
     time: Account
 
 
-def already_trained(folder: RunFolder) -> Trained | None:
+def already_trained(folder: RunFolder) -> PastTraining | None:
     """Return the steps that a run has trained; None if this version cannot read them."""
     try:
-        return Trained(read_job(folder).training.workload, goodput.read(folder))
+        return PastTraining(read_job(folder).training.workload, goodput.read(folder))
     except (OSError, ValueError):  # not trained yet, or trained by another version
         return None
 
 
-def own_speed(trained: Trained | None, work: Workload) -> Speed | None:
+def own_speed(trained: PastTraining | None, work: Workload) -> Speed | None:
     """Return the speed of a run's own steps, if they were trained on the same devices."""
     if trained is None or not trained.workload.costs_as_much_as(work):
         return None

@@ -92,7 +92,7 @@ def _side(apart: float) -> str:
     return f"{abs(apart):.4f} {'above' if apart > 0 else 'below'}" if apart else "equal"
 
 
-class Earlier(NamedTuple):
+class EarlierRun(NamedTuple):
     """An earlier run with the same model, data and settings."""
 
     name: str
@@ -121,7 +121,7 @@ class Band(NamedTuple):
     job: TrainingJob
     """Job of the compared run."""
 
-    earlier: tuple[Earlier, ...]
+    earlier: tuple[EarlierRun, ...]
     """Earlier runs, each with a different seed."""
 
     @property
@@ -189,7 +189,7 @@ def find(job: TrainingJob) -> Band | None:
     before = _began(job)
     if before is None:
         return None
-    by_seed: dict[int, Earlier] = {}
+    by_seed: dict[int, EarlierRun] = {}
     for folder in job.folder.cache.existing_runs():
         if folder.name == job.folder.name or not folder.job.exists():
             continue
@@ -200,13 +200,13 @@ def find(job: TrainingJob) -> Band | None:
             log.debug("run %s is not part of the expected loss: %s", folder.name, error)
             continue
         if run is not None:
-            by_seed[run.seed] = max(run, by_seed.get(run.seed, run), key=Earlier.weight)
+            by_seed[run.seed] = max(run, by_seed.get(run.seed, run), key=EarlierRun.weight)
     if not by_seed:
         return None
     return Band(job, tuple(sorted(by_seed.values(), key=lambda run: run.began)))
 
 
-def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> Earlier | None:
+def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> EarlierRun | None:
     """Read the run in `folder`; None if `job` cannot be compared with it."""
     past = TrainingJob.read(folder.job).replace(run_dir=folder.path)
     if _decisive(past) != _decisive(job):
@@ -217,7 +217,7 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> Earlier | No
     losses = _complete(past, METRICS.read(folder.metrics))
     if np.isnan(losses).all():
         return None
-    return Earlier(folder.name, past.training.seed, began, losses)
+    return EarlierRun(folder.name, past.training.seed, began, losses)
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:

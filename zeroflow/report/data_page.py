@@ -11,7 +11,7 @@ from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import pictures
-from zeroflow.report.pages import Block, Page, Picture, Table
+from zeroflow.report.pages import Page, Picture, Table, TextBlock
 from zeroflow.run_folder import RunFolder
 from zeroflow.text.markup import Markdown, code, escaped
 from zeroflow.units import count
@@ -73,7 +73,7 @@ def page(
             Table(("", "training", "validation"), list(zip(_COUNTS, *splits, strict=True))),
             Picture(picture, "histogram of document lengths"),
             Markdown("## Beginnings of rows"),
-            *map(Block, gathered.samples),
+            *map(TextBlock, gathered.samples),
         )
     )
 

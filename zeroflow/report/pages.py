@@ -28,13 +28,13 @@ class Table(NamedTuple):
     """A character for each column; "r" aligns it on the right."""
 
 
-class Block(NamedTuple):
+class TextBlock(NamedTuple):
     """Lines on a page that are shown as they are, such as a sample."""
 
     text: str
 
 
-Part = Markdown | Table | Block | Picture
+Part = Markdown | Table | TextBlock | Picture
 
 
 class Page(NamedTuple):
@@ -66,7 +66,7 @@ def _markdown(part: Part, address: Callable[[Picture], str]) -> str:
             return f"![{part.subject}]({address(part)})"
         case Table():
             return table(part.head, part.rows, right=part.right)
-        case Block():
+        case TextBlock():
             return block(part.text)
         case Markdown():
             return part.strip()

@@ -32,7 +32,7 @@ from zeroflow.estimate.memory import (
     largest_micro_batch,
     memory,
 )
-from zeroflow.estimate.run_speed import Trained, already_trained, own_speed, speed
+from zeroflow.estimate.run_speed import PastTraining, already_trained, own_speed, speed
 from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import with_vocabulary
@@ -196,7 +196,7 @@ class _Facts(NamedTuple):
     runs: list[Past]
     """Earlier runs in the cache."""
 
-    trained: Trained | None
+    trained: PastTraining | None
     steps_done: int
     vocabulary: Vocabulary
     shard_bytes: int

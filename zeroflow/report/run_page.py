@@ -7,7 +7,7 @@ from zeroflow.checks.overfit import beyond
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.report import plan_page
-from zeroflow.report.pages import Block, Page, Part, Picture, Table
+from zeroflow.report.pages import Page, Part, Picture, Table, TextBlock
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
 from zeroflow.settings.run_config import leaves
@@ -58,7 +58,7 @@ def page(
         parts += plan_page.section(plan, report.plan)
     if report.recoveries:
         parts += _recoveries_section(report.recoveries)
-    parts += [Markdown("## Sample"), Block(report.sample), *_settings_section(settings)]
+    parts += [Markdown("## Sample"), TextBlock(report.sample), *_settings_section(settings)]
     return Page(tuple(parts))
 
 

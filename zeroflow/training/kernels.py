@@ -60,7 +60,7 @@ class Kernels(Config):
     loss: LossKernel = "chunks"
 
 
-class Choice(Record):
+class KernelChoice(Record):
     """The fastest kernels for the shapes of a run, stored in a file of the cache."""
 
     kernels: Kernels
@@ -99,7 +99,7 @@ def choose(work: Workload, folder: Path, *, z_loss: float) -> Kernels:
         torch.cuda.reset_peak_memory_stats()
         folder.mkdir(parents=True, exist_ok=True)
         measured.write(path)
-    choice = Choice.read(path)
+    choice = KernelChoice.read(path)
     log.info("kernels: %s", "; ".join(f"{part}: {_text(ms)}" for part, ms in _parts(choice)))
     return choice.kernels
 
@@ -136,7 +136,7 @@ def _identity(work: Workload, extra: bool, z_loss: float) -> list[Any]:
     ]
 
 
-def measure(contests: Iterable[Contest]) -> Choice:
+def measure(contests: Iterable[Contest]) -> KernelChoice:
     """Time all candidates and choose the fastest of each contest."""
     started = time.monotonic()
     times: dict[str, dict[str, float | None]] = {}
@@ -144,7 +144,7 @@ def measure(contests: Iterable[Contest]) -> Choice:
         times[contest.part] = _times(contest)
     log.info("the kernels were measured in %.1f s", time.monotonic() - started)
     chosen = {part: fastest(measured) for part, measured in times.items()}
-    return Choice(kernels=Kernels.model_validate(chosen), milliseconds=times)
+    return KernelChoice(kernels=Kernels.model_validate(chosen), milliseconds=times)
 
 
 def fastest(milliseconds: dict[str, float | None]) -> str:
@@ -255,7 +255,7 @@ def _random(work: Workload, *shape: int, dtype: torch.dtype = torch.bfloat16) ->
     return made.mul_(0.02).requires_grad_()
 
 
-def _parts(choice: Choice) -> list[tuple[str, dict[str, float | None]]]:
+def _parts(choice: KernelChoice) -> list[tuple[str, dict[str, float | None]]]:
     return [(part.replace("_", "-"), measured) for part, measured in choice.milliseconds.items()]
 
 
