@@ -22,7 +22,7 @@ DECORATE = {"flows.py", "stages.py", "view.py"}
 # A unit may import those in the lines above its own, and itself
 LAYERS = [
     {"text"},
-    {"config", "artifacts", "units", "loopback"},
+    {"config", "artifacts", "units"},
     {"records"},
     {"device", "reuse", "run_folder"},
     {"model", "data"},

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zeroflow import loopback
 from zeroflow.cli import flow
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import (
@@ -26,6 +25,7 @@ from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
 from zeroflow.text.markup import one_line, shortened, visible
+from zeroflow.tracking import loopback
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.units import count
 

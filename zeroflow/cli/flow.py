@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from zeroflow import loopback
 from zeroflow.cli.arguments import Parser, add_settings, read_settings
 from zeroflow.cli.console import (
     Terminated,
@@ -36,6 +35,7 @@ from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import require_possible, size_of
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.text.markup import shell_command
+from zeroflow.tracking import loopback
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from prefect.settings import (
     get_current_settings,
 )
 
-from zeroflow import artifacts, loopback
+from zeroflow import artifacts
 from zeroflow.text.redaction import without_login
+from zeroflow.tracking import loopback
 
 REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 """HTTP statuses with which a server asks for a login."""

@@ -16,11 +16,11 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from zeroflow import loopback
 from zeroflow.orchestration import access
 from zeroflow.orchestration.access import Api
 from zeroflow.orchestration.programs import Program
 from zeroflow.text.redaction import redacted, without_login
+from zeroflow.tracking import loopback
 
 log = logging.getLogger(__name__)
 

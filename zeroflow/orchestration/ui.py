@@ -10,11 +10,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from zeroflow import loopback
 from zeroflow.config import Config
 from zeroflow.orchestration.programs import Program
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.tracking import loopback
 from zeroflow.tracking.config import PORT, is_server, location
 from zeroflow.tracking.viewer import Viewer, viewer
 

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zeroflow import artifacts, loopback
+from zeroflow import artifacts
 from zeroflow.data.time_limit import within
 from zeroflow.records import Record
 from zeroflow.run_folder import TrackedFolder
+from zeroflow.tracking import loopback
 from zeroflow.tracking.colours import DISTINCT
 from zeroflow.tracking.config import EXPERIMENT, TrackingConfig, address, database
 

@@ -3,7 +3,7 @@ import urllib.request
 import httpx
 import pytest
 
-from zeroflow import loopback
+from zeroflow.tracking import loopback
 
 PROXY = "http://127.0.0.1:9"
 
