@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pipeline import LOGINS, Flow, free_port
 from tiny import Text, jsonl_corpus
 
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+
+# A shell without job control starts background commands with SIGINT ignored, which children inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("any machine", deadline=None)  # timings never decide a test
 settings.load_profile("any machine")

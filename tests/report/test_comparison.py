@@ -13,7 +13,7 @@ from zeroflow.report.pictures import losses_compared
 from zeroflow.run_folder import SweepFolder
 
 EXPONENT, FACTOR = 0.05, 20.0
-NOTHING_ELSE: dict[str, Any] = {"pictures": [], "unfinished": {}}
+NOTHING_ELSE: dict[str, Any] = {"pictures": [], "unfinished": {}, "reasons": {}}
 
 
 def text(sweep: str, found: Comparison, **more: Any) -> str:
@@ -135,7 +135,11 @@ def test_one_size_has_no_law():
 def test_page_and_pictures_show_the_whole_comparison(tmp_path):
     found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
     drawn = losses_compared(found, SweepFolder(tmp_path))
-    shown = text("s", found, pictures=drawn, unfinished={"s-tiny-seed7": "failed"})
+    why = "loss is nan at step 3: lower --learning-rate"
+    failed = {"unfinished": {"s-tiny-seed7": "failed"}, "reasons": {"s-tiny-seed7": why}}
+    shown = text("s", found, pictures=drawn, **failed)
+    assert f"`s-tiny-seed7` failed: {why}" in shown.replace("\\", "")
+    assert "fails again if its reason asks for other settings" in shown
     assert "| small-0 | small | " in shown and "**Not completed: s-tiny-seed7 (failed)**" in shown
     assert "Common to all runs: status completed, " in shown
     assert f"C^-{EXPONENT:.4f}" in shown and "Test of the law" in shown and "+0.00%" in shown

@@ -28,12 +28,14 @@ def page(
     *,
     pictures: Sequence[Path],
     unfinished: Mapping[str, str],
+    reasons: Mapping[str, str],
 ) -> Page:
     """Return the page of a sweep as Markdown.
 
     Args:
         sweep: name of the sweep, the prefix of its runs' names.
         unfinished: status of every run that is not completed, including runs without a loss.
+        reasons: why runs failed, by name, as far as they recorded it.
     """
     spent = duration(sum(one.seconds for one in found.runs))
     parts: list[Part] = [
@@ -54,13 +56,21 @@ def page(
     if unfinished:
         listed = ", ".join(f"{run} ({status})" for run, status in unfinished.items())
         named = bold(f"Not completed: {listed}")
-        parts.append(Markdown(f"{named}. Repeat the command, or retry in Prefect, to resume them."))
+        parts.append(Markdown(f"{named}. {_how_to_resume(unfinished)}"))
+        parts += [Markdown(f"{code(run)} failed: {escaped(why)}") for run, why in reasons.items()]
     parts += _seeds_section(sweep, found.groups)
     parts += [Picture(picture, picture.name) for picture in pictures]
     if found.law:
         sentences = _sentences(found, found.law)
         parts += [Markdown("## Power law"), *map(escaped, sentences)]
     return Page(tuple(parts))
+
+
+def _how_to_resume(unfinished: Mapping[str, str]) -> str:
+    advice = "Repeat the command, or retry in Prefect, to resume them."
+    if "failed" in unfinished.values():
+        advice += " A failed run fails again if its reason asks for other settings."
+    return advice
 
 
 def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:

@@ -140,8 +140,13 @@ def _status(job: TrainingJob, report: RunReport | None) -> Status:
         return report.status
     if _is_running(job.folder):
         return "running"
-    failed = any(isinstance(event, Failed) for event in EVENTS.read(job.folder.events)[-1:])
-    return "failed" if failed else "stopped"
+    return "stopped" if failure(job.folder) is None else "failed"
+
+
+def failure(folder: RunFolder) -> str | None:
+    """Return the message of the failure that ended a run; None if it recorded none."""
+    last = EVENTS.read(folder.events)[-1:]
+    return last[0].message if last and isinstance(last[0], Failed) else None
 
 
 def _is_running(folder: RunFolder) -> bool:

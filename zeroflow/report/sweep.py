@@ -8,7 +8,7 @@ from typing import Any
 from zeroflow import artifacts
 from zeroflow.report import comparison, comparison_page, pictures
 from zeroflow.report.comparison import Comparison
-from zeroflow.report.outcome import Status, outcome
+from zeroflow.report.outcome import Status, failure, outcome
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
 from zeroflow.run_folder import Cache, RunFolder
@@ -70,7 +70,13 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
     try:
         found, unfinished = _gather(sweep, ended)
         drawn = pictures.losses_compared(found, where) if found.runs else []
-        page = comparison_page.page(sweep.name, found, pictures=drawn, unfinished=unfinished)
+        page = comparison_page.page(
+            sweep.name,
+            found,
+            pictures=drawn,
+            unfinished=unfinished,
+            reasons=_reasons(sweep, unfinished),
+        )
         page.write(where.comparison_page)
         found.write(where.comparison)
     except Exception:
@@ -110,6 +116,14 @@ def _gather(sweep: SweepConfig, ended: Mapping[str, Status]) -> tuple[Comparison
         if found:
             outcomes.append(found)
     return comparison.compare(outcomes), unfinished
+
+
+def _reasons(sweep: SweepConfig, unfinished: Mapping[str, str]) -> dict[str, str]:
+    """Return why the failed runs failed, as far as they recorded it."""
+    cache = Cache(sweep.run.cache_dir)
+    failed = [name for name, status in unfinished.items() if status == "failed"]
+    found = {name: failure(cache.run(name)) for name in failed}
+    return {name: why for name, why in found.items() if why is not None}
 
 
 def _figures(found: Comparison) -> dict[str, float]:
