@@ -28,6 +28,7 @@ COME_ALONG = {
     "triton",  # with PyTorch's builds for GPUs, in the version that each of them needs
     "pydantic_core",  # with Pydantic, which pins it
     "_typeshed",  # with mypy
+    "httpx",  # with Prefect, whose client it is
     "flash_attn",  # of zeroflow[hopper], whose requirements are versions that ran together
     "quack",
 }

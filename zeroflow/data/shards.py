@@ -158,6 +158,7 @@ class ShardSet(StageResult):
 
     @property
     def documents(self) -> int:
+        """Number of documents; one whose end is held out counts in both splits."""
         return self.train.documents + self.validation.documents
 
     @property

@@ -142,7 +142,7 @@ def _reason(client: SyncPrefectClient, pool: WorkPool, run: FlowRun) -> str | No
 
 
 def _names(runs: Sequence[FlowRun]) -> str:
-    return " and ".join(run.name for run in runs if run.parent_task_run_id is None)
+    return " and ".join(sorted(run.name for run in runs if run.parent_task_run_id is None))
 
 
 def _is_of_the_worker(run: FlowRun) -> bool:
