@@ -59,6 +59,13 @@ def test_silent_holder_loses_its_claim_to_one_other_process(part):
         assert second.take(part)
 
 
+def test_claim_of_a_holder_that_died_before_its_first_beat_is_taken_over(part):
+    part.with_name(f".{part.name}.claim-1").touch()
+    with Claims() as others:
+        assert others.take(part) is None, "it may have just been created"
+        assert taken(others, part)
+
+
 def test_claims_are_released_at_the_end_even_after_an_error(part):
     with pytest.raises(KeyboardInterrupt), Claims() as ours:
         assert ours.take(part)

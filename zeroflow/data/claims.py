@@ -95,9 +95,12 @@ class Claims:
         except FileExistsError:
             return None
         for content in earlier:
-            _, host, mark = content.decode(errors="replace").split()
-            log.warning("taking over %s: its build on %s has stopped", path.name, host)
-            shutil.rmtree(artifacts.partial_path(path, mark), ignore_errors=True)
+            match content.decode(errors="replace").split():
+                case [_, host, mark]:
+                    log.warning("taking over %s: its build on %s has stopped", path.name, host)
+                    shutil.rmtree(artifacts.partial_path(path, mark), ignore_errors=True)
+                case _:  # its holder ended before it wrote anything
+                    log.warning("taking over %s: its build has not begun", path.name)
         claim = Claim(path, generation, handle)
         with self._lock:
             self._held.add(claim)
