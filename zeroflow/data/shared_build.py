@@ -105,13 +105,15 @@ class _SharedBuild:
                 continue
             number = len(counts)
             part = part_path(path, number)
+            # Before the manifest is read, because another process may complete the part meanwhile
+            if not part.exists():
+                return self._planner.job(number) is None
             try:
                 counts.append(PartManifest.read(part).facts)
             except DamagedArtifact as damage:
-                if part.exists():
-                    with suppress(FileNotFoundError):  # another process has done so already
-                        artifacts.set_aside(part, damage)
-                return self._planner.job(number) is None
+                with suppress(FileNotFoundError):  # another process has done so already
+                    artifacts.set_aside(part, damage)
+                return False
             known_parts.complete_page(path, len(counts))
             refuse_bad_lines(path, counts, self._planner.corpus)
         return True
