@@ -3,6 +3,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from shard_sets import ALL, SMALL, digests
@@ -56,6 +58,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(shared_build, "POLL_SECONDS", 0.1)
 
 
+def run_together(share: Callable[[], None], times: int) -> None:
+    """Call `share` in several threads at once; an error in any of them is raised."""
+    with ThreadPoolExecutor(times) as threads:
+        for called in [threads.submit(share) for _ in range(times)]:
+            called.result()
+
+
 def planner_of(text, cache, config=ALL):
     return build.planned(config, *text[:2], cache, seed=0)
 
@@ -106,11 +115,7 @@ def test_each_needed_part_is_built_once_and_no_other(quick, text, tmp_path):
             done.append(build_together(planner_of(text, tmp_path), ALL, builders))
 
     done = []
-    threads = [threading.Thread(target=share) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(share, 3)
     alone = build_shards(ALL, *text[:2], tmp_path / "alone")
     assert sorted(built) == [part.name for part in alone.part_paths]
     assert sum(each.built for each in done) == alone.parts == done[0].parts
@@ -132,11 +137,7 @@ def test_the_same_duplicates_are_left_out_as_by_one_process(quick, text, tmp_pat
         with in_threads(1) as builders:
             build_together(planner_of(twice, tmp_path / "shared"), ALL, builders)
 
-    threads = [threading.Thread(target=share) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(share, 2)
     shared = build_shards(ALL, *twice[:2], tmp_path / "shared")
     assert shared.reused and digests(shared) == digests(alone) and shared.duplicates
 

@@ -1,4 +1,4 @@
-"""The rows that a run needs, and the parts that have to be built for them."""
+"""The rows that a run needs, and the parts that it lacks."""
 
 import math
 
