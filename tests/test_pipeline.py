@@ -110,6 +110,9 @@ def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> No
     rows = loaded.rows("train")
     assert isinstance(rows, Rows) and len(rows) > 0
     assert rows[[0, 1]].shape == (2, 33)
+    assert loaded.step == 12
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 7, only of steps (\d+, )*12"):
+        load("mine", run.cache_dir, step=7)
     with pytest.raises(ValueError, match=r"no run other in .*; existing runs: mine"):
         load("other", run.cache_dir)
 

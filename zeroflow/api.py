@@ -7,6 +7,7 @@ from zeroflow.inference import trained
 from zeroflow.inference.trained import Trained
 from zeroflow.report.records import RunReport
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
+from zeroflow.training.checkpoint import Which
 
 
 def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is frozen
@@ -27,10 +28,14 @@ def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is fr
     return RunReport.read(pipeline.pretrain(run))
 
 
-def load(name: str, cache_dir: Path | str = DEFAULT_CACHE) -> Trained:
-    """Load the newest checkpoint of run `name`, with its tokenizer and shards.
+def load(name: str, cache_dir: Path | str = DEFAULT_CACHE, *, step: Which = "newest") -> Trained:
+    """Load a checkpoint of run `name`, with its tokenizer and shards.
+
+    Args:
+        step: step of the checkpoint, "newest", or "best": the lowest validation loss.
 
     Raises:
-        ValueError: `cache_dir` has no such run, or the run has no checkpoint yet.
+        ValueError: `cache_dir` has no such run, or the run has no such checkpoint; the message
+            lists those that exist.
     """
-    return trained.load(Path(cache_dir), name)
+    return trained.load(Path(cache_dir), name, step)

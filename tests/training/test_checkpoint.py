@@ -209,6 +209,26 @@ def test_best_and_every_nth_checkpoint_are_kept_with_the_newest(tmp_path):
     assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"
 
 
+def test_checkpoint_is_found_by_its_step_or_as_the_newest_or_the_best(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint yet in .*empty"):
+        checkpoint.find(tmp_path / "empty")
+    state = trained(steps=3)
+    for step, loss in ((1, 4.0), (2, 3.0), (3, 5.0)):
+        state.step = step
+        save(state, tmp_path, keep=9, val_loss=loss)
+    for which, step in ((1, 1), ("newest", 3), ("best", 2)):
+        assert checkpoint.step_of(checkpoint.find(tmp_path, which)) == step
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 4, only of steps 1, 2, 3"):
+        checkpoint.find(tmp_path, 4)
+    flip_a_bit(tmp_path / "step-00000001" / "model.safetensors", 9999)
+    with pytest.raises(CheckpointError, match=r"this checkpoint is damaged: .*sha256 differs"):
+        checkpoint.find(tmp_path, 1)
+    without = tmp_path / "without"
+    save(state, without, keep=9)
+    with pytest.raises(CheckpointError, match="with a validation loss, only of steps 3"):
+        checkpoint.find(without, "best")
+
+
 def test_checkpoint_that_was_moved_and_linked_is_used_and_its_link_removed(tmp_path):
     state = trained(1)
     elsewhere = tmp_path / "elsewhere"

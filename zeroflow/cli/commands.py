@@ -31,6 +31,7 @@ from zeroflow.units import count
 
 if TYPE_CHECKING:
     from zeroflow.data.provenance import Piece
+    from zeroflow.training.checkpoint import Which
 
 _WIDTH = 60
 """Maximum number of characters of a text in a table."""
@@ -90,30 +91,48 @@ def _of_a_run(parser: Parser) -> None:
     )
 
 
+def _of_a_checkpoint(parser: Parser) -> None:
+    """Add the flags that name a checkpoint of a run; `_which` reads the last two."""
+    _of_a_run(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint. Default: the newest."
+    )
+    which.add_argument(
+        "--best", action="store_true", help="use the checkpoint with the lowest validation loss"
+    )
+
+
+def _which(arguments: Arguments) -> "Which":
+    if arguments.best:
+        return "best"
+    return "newest" if arguments.step is None else arguments.step
+
+
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", default="", help="beginning of the text")
     add_settings(parser, SamplingConfig, "sampling")
-    _of_a_run(parser)
+    _of_a_checkpoint(parser)
 
 
 def _generate(arguments: Arguments) -> None:
     from zeroflow.inference import trained
 
     settings = read_settings(SamplingConfig, arguments)
-    model = trained.load(arguments.cache_dir, arguments.run)
+    model = trained.load(arguments.cache_dir, arguments.run, _which(arguments))
     show(model.generate(arguments.prompt, **settings))
 
 
 def _export_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    _of_a_run(parser)
+    _of_a_checkpoint(parser)
 
 
 def _export(arguments: Arguments) -> None:
     from zeroflow.inference import trained as models
     from zeroflow.inference.export import export
 
-    trained = models.load(arguments.cache_dir, arguments.run)
+    trained = models.load(arguments.cache_dir, arguments.run, _which(arguments))
     export(trained.model, trained.tokenizer, arguments.out, context=trained.context)
     show(f"{arguments.out}")
 

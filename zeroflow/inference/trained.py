@@ -11,6 +11,7 @@ from zeroflow.model.llama import Llama
 from zeroflow.settings import settle
 from zeroflow.text.markup import is_utf8, visible
 from zeroflow.training import checkpoint, sampling
+from zeroflow.training.checkpoint import Which
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.sampling import SamplingConfig
 
@@ -20,8 +21,11 @@ class Trained:
     """A trained model with its tokenizer and rows."""
 
     run: str
+    step: int
+    """Step of the checkpoint."""
+
     model: Llama
-    """Newest checkpoint, on the CPU: `model(ids)` maps (B, T) ids to (B, T, V) logits."""
+    """The model of the checkpoint, on the CPU: `model(ids)` maps (B, T) ids to (B, T, V) logits."""
 
     tokenizer: Tokenizer
     shards: ShardSet
@@ -57,20 +61,18 @@ class Trained:
         return " ".join(map(str, ids))
 
 
-def load(cache: Path, name: str) -> Trained:
-    """Load the newest checkpoint of run `name`.
+def load(cache: Path, name: str, which: Which = "newest") -> Trained:
+    """Load a checkpoint of run `name`.
 
     Raises:
-        ValueError: there is no such run, or it has no checkpoint yet.
+        ValueError: there is no such run, or it has no such checkpoint.
     """
     settings = settle.load(cache, name)
-    newest = checkpoint.latest(settings.folder.checkpoints)
-    if newest is None:
-        raise ValueError(f"run {name} has no checkpoint yet in {settings.run_dir}")
+    path = checkpoint.find(settings.folder.checkpoints, which)
     found = job(cache, name)
-    tokenizer = found.tokenizer
-    checkpoint.require_resumable(newest.parent, found.model, tokenizer=tokenizer.fingerprint)
-    return Trained(name, checkpoint.load_model(newest), tokenizer, found.shards)
+    checkpoint.require_same(path, found.model, tokenizer=found.tokenizer.fingerprint)
+    model = checkpoint.load_model(path)
+    return Trained(name, checkpoint.step_of(path), model, found.tokenizer, found.shards)
 
 
 def job(cache: Path, name: str) -> TrainingJob:

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import psutil
 import torch
@@ -53,6 +53,10 @@ _OLDEST_FORMAT = 2
 
 _OVERHEAD_BYTES = 2**20
 """Maximum size of a checkpoint's index, manifest and directory."""
+
+
+Which = int | Literal["newest", "best"]
+"""A checkpoint of a run: that of a step, the newest, or the one with the lowest validation loss."""
 
 
 class CheckpointError(ValueError):
@@ -352,6 +356,34 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def find(folder: Path, which: Which = "newest") -> Path:
+    """Return a checkpoint in `folder` whose files verify.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or its format belongs to
+            another version of zeroflow. The message lists the steps of those that exist.
+    """
+    if which == "newest":
+        path = latest(folder)
+    elif which == "best":
+        path = best(folder)
+    else:
+        path = next((path for path in _all(folder) if step_of(path) == which), None)
+    if path is None:
+        steps = ", ".join(str(step_of(path)) for path in _all(folder))
+        if not steps:
+            raise CheckpointError(f"there is no checkpoint yet in {folder}")
+        wanted = "with a validation loss" if which == "best" else f"of step {which}"
+        raise CheckpointError(f"{folder} has no checkpoint {wanted}, only of steps {steps}")
+    if which != "newest":  # `latest` has verified the newest one
+        _require_signed_format(path)
+        try:
+            artifacts.verify(path)
+        except artifacts.DamagedArtifact as damage:
+            raise CheckpointError(f"this checkpoint is damaged: {damage}") from damage
+    return path
+
+
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint, without verifying it; 0 if there is none."""
     return max(map(step_of, _all(folder)), default=0)
@@ -376,6 +408,15 @@ def require_resumable(folder: Path, model: ModelConfig, *, tokenizer: str) -> No
     if found := _newest_readable(folder):
         path, facts = found
         _require_same(facts, path, model, tokenizer)
+
+
+def require_same(path: Path, model: ModelConfig, *, tokenizer: str) -> None:
+    """Check that the checkpoint `path` is one of a run.
+
+    Raises:
+        CheckpointError: its format, model or tokenizer differs.
+    """
+    _require_same(_facts(path), path, model, tokenizer)
 
 
 def _newest_readable(folder: Path) -> tuple[Path, CheckpointFacts] | None:
