@@ -194,9 +194,9 @@ def known_flags() -> set[str]:
             )
             commands.main([command, "--help"])
     said += [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py")]
-    gang = hosts.Gang("m", Path("job.json"), nodes=2, min_nodes=2, ranks=2)
+    gang = hosts.Gang("m", Path("job.json"), nodes=2, min_nodes=2, ranks=2, device="cuda")
     said.append(" ".join(gang.command("first:29400")))
-    said.append(slurm.script(gang, [], gpus=True))
+    said.append(slurm.script(gang, []))
     return FOREIGN.union(*(re.findall(r"--[a-z][\w-]*", text) for text in said))
 
 

@@ -246,15 +246,13 @@ def train(
 
 def launcher(run: Settled) -> Launcher:
     """Return the launcher of a run on several machines."""
-    hosts, gpus = run.hosts, run.device == "cuda"
+    hosts = run.hosts
     match hosts.launcher:
         case "slurm":
-            return slurm.launcher(hosts.sbatch_options, gpus=gpus)
+            return slurm.launcher(hosts.sbatch_options)
         case "kubernetes":
             assert hosts.image and hosts.volume_claim, "checked by the settings"
-            return kubernetes.launcher(
-                Cluster(hosts.namespace, hosts.image, hosts.volume_claim, gpus=gpus)
-            )
+            return kubernetes.launcher(Cluster(hosts.namespace, hosts.image, hosts.volume_claim))
     return by_hand
 
 

@@ -3,22 +3,25 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 
+from zeroflow.device import DeviceKind
 from zeroflow.launchers.kubernetes import Cluster, is_over, launcher, manifest, name_of
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.hosts import Gang
 
-CLUSTER = Cluster(namespace="ml", image="registry/zeroflow:1", volume_claim="cache", gpus=True)
+CLUSTER = Cluster(namespace="ml", image="registry/zeroflow:1", volume_claim="cache")
 
 
 def gang(run: str, cache: Path = Path("/shared/cache"), **changes) -> Gang:
     job = cache / "runs" / run / "job.json"
-    return Gang("zeroflow.training", job, nodes=4, min_nodes=4, ranks=32)._replace(**changes)
+    return Gang("zeroflow.training", job, nodes=4, min_nodes=4, ranks=32, device="cuda")._replace(
+        **changes
+    )
 
 
 @pytest.mark.parametrize("version", ["1.29", "1.37"])
-@pytest.mark.parametrize("gpus", [True, False])
-def test_manifest_is_valid_for_kubernetes(version: str, gpus: bool):
-    service, job = manifest(gang("small_A.b"), CLUSTER._replace(gpus=gpus))["items"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_manifest_is_valid_for_kubernetes(version: str, device: DeviceKind):
+    service, job = manifest(gang("small_A.b", device=device), CLUSTER)["items"]
     for item in (service, job):
         kubernetes_validate.validate(item, version, strict=True)
     misspelt = {**job, "spec": {**job["spec"], "completion": 1}}

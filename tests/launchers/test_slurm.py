@@ -23,8 +23,10 @@ STEPS = 400
 
 
 def test_script_requests_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Path):
-    gang = Gang("zeroflow.training", tmp_path / "job.json", nodes=4, min_nodes=3, ranks=32)
-    text = script(gang, ["--partition=gpu", "--comment=a b"], gpus=True)
+    gang = Gang(
+        "zeroflow.training", tmp_path / "job.json", nodes=4, min_nodes=3, ranks=32, device="cuda"
+    )
+    text = script(gang, ["--partition=gpu", "--comment=a b"])
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     assert {"--nodes=3-4", "--ntasks-per-node=1", "--gpus-per-node=8", "--requeue"} < set(options)
     assert options[-2:] == ["--partition=gpu", "'--comment=a b'"]
@@ -35,10 +37,12 @@ def test_script_requests_the_nodes_and_starts_torchrun_once_on_each(tmp_path: Pa
 
 def test_missing_slurm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    gang = Gang("zeroflow.training", tmp_path / "job.json", nodes=2, min_nodes=2, ranks=2)
+    gang = Gang(
+        "zeroflow.training", tmp_path / "job.json", nodes=2, min_nodes=2, ranks=2, device="cpu"
+    )
     with (
         pytest.raises(TrainingFailed, match="sbatch was not found"),
-        launcher("", gpus=False)(gang, lambda: False),
+        launcher("")(gang, lambda: False),
     ):
         pass
 
@@ -86,7 +90,7 @@ def test_requeued_job_ends_with_the_same_bits_as_one_machine(tmp_path, cluster, 
             asked = True
             interrupt()
 
-    recovery.train(job, watch, launcher("--partition=low", gpus=False))
+    recovery.train(job, watch, launcher("--partition=low"))
     assert asked
     events = [e for e in EVENTS.read(job.folder.events) if isinstance(e, Started | Stopped)]
     _, stopped, again = events
@@ -110,7 +114,7 @@ def test_interrupted_flow_stops_a_running_job_with_a_checkpoint_and_a_queued_one
             raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, TrainingStopped)):
-        recovery.train(job, interrupt, launcher("", gpus=False))
+        recovery.train(job, interrupt, launcher(""))
     assert not set(states()) & {"PENDING", "RUNNING"}
     newest = [e for e in EVENTS.read(job.folder.events) if isinstance(e, Saved)][-1]
     assert newest.step >= 60
@@ -125,5 +129,5 @@ def test_interrupted_flow_stops_a_running_job_with_a_checkpoint_and_a_queued_one
 
     threading.Thread(target=interrupt_in_queue).start()
     with pytest.raises(KeyboardInterrupt):
-        recovery.train(job, lambda event: None, launcher("", gpus=False))
+        recovery.train(job, lambda event: None, launcher(""))
     assert states() == ["RUNNING"], "the other job only"

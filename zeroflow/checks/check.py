@@ -7,7 +7,7 @@ from pydantic import Field
 from zeroflow.config import Config, flag
 from zeroflow.model.llama import Shape
 from zeroflow.training import zero
-from zeroflow.training.workload import Workload
+from zeroflow.training.workload import SETTING_NAMES, Workload
 
 log = logging.getLogger("zeroflow.checks.preflight")
 
@@ -17,8 +17,6 @@ _SETTINGS = {*Shape.model_fields, *Workload.model_fields} | {
 }
 """Fields of a check's identity that are settings of the same name."""
 
-_RENAMED = {"ranks": "gpus", "micro_batch_rows": "batch_size", "accumulate": "grad_accum_steps"}
-
 
 def named(field: str) -> str:
     """The flag of a field of a check's identity, such as training.seed; otherwise the field."""
@@ -27,8 +25,8 @@ def named(field: str) -> str:
         return flag(f"optimizer.{name}")
     if (not groups and name not in ("learning_rate", "seed")) or "schedule" in groups:
         return field  # of the check, not of the run
-    name = _RENAMED.get(name, name)
-    return flag(name) if name in _SETTINGS | {*_RENAMED.values()} else field
+    name = SETTING_NAMES.get(name, name)
+    return flag(name) if name in _SETTINGS | {*SETTING_NAMES.values()} else field
 
 
 class Check(Config):

@@ -45,9 +45,6 @@ class Cluster(NamedTuple):
     volume_claim: str
     """Name of the PersistentVolumeClaim with the cache."""
 
-    gpus: bool
-    """True if each rank needs a GPU."""
-
 
 def launcher(cluster: Cluster) -> Launcher:
     """Return a launcher that creates a Job."""
@@ -135,7 +132,7 @@ def manifest(gang: Gang, cluster: Cluster) -> JsonObject:
 def _pod(gang: Gang, cluster: Cluster) -> JsonObject:
     name, cache = name_of(gang), str(gang.folder.cache.path.absolute())
     resources: JsonObject = (
-        {"limits": {"nvidia.com/gpu": gang.ranks_of_each}} if cluster.gpus else {}
+        {"limits": {"nvidia.com/gpu": gang.ranks_of_each}} if gang.device == "cuda" else {}
     )
     command: list[JsonValue] = [*gang.command(f"{name}-0.{name}:{PORT}")]
     return {

@@ -65,19 +65,14 @@ class Submitted(Record):
     """Its number in Slurm."""
 
 
-def launcher(options: str, *, gpus: bool) -> Launcher:
-    """Return a launcher that submits a job.
-
-    Args:
-        options: additional options for sbatch.
-        gpus: True if each rank needs a GPU.
-    """
-    return partial(_on_slurm, options=shlex.split(options), gpus=gpus)
+def launcher(options: str) -> Launcher:
+    """Return a launcher that submits a job, with additional `options` for sbatch."""
+    return partial(_on_slurm, options=shlex.split(options))
 
 
 @contextmanager
-def _on_slurm(gang: Gang, ended: Ended, *, options: Sequence[str], gpus: bool) -> Iterator[Held]:
-    job = _waiting_or_running(gang) or _submit(gang, options, gpus=gpus)
+def _on_slurm(gang: Gang, ended: Ended, *, options: Sequence[str]) -> Iterator[Held]:
+    job = _waiting_or_running(gang) or _submit(gang, options)
     try:
         # A job that is still in the queue has no ranks that could save
         with asked_to_stop(gang.folder, lambda: ended() or _state(job) != "RUNNING"):
@@ -108,14 +103,14 @@ def _state(job: int) -> str:
         return "UNKNOWN"
 
 
-def script(gang: Gang, options: Sequence[str], *, gpus: bool) -> str:
+def script(gang: Gang, options: Sequence[str]) -> str:
     """Return the script for sbatch."""
     least = "" if gang.min_nodes == gang.nodes else f"{gang.min_nodes}-"
     given = [
         f"--job-name=zeroflow-{gang.folder.name}",
         f"--nodes={least}{gang.nodes}",
         "--ntasks-per-node=1",
-        *([f"--gpus-per-node={gang.ranks_of_each}"] if gpus else []),
+        *([f"--gpus-per-node={gang.ranks_of_each}"] if gang.device == "cuda" else []),
         *(["--no-kill"] if least else []),
         f"--signal=B:USR1@{_WARNED_SECONDS}",
         "--requeue",
@@ -134,10 +129,10 @@ def script(gang: Gang, options: Sequence[str], *, gpus: bool) -> str:
     )
 
 
-def _submit(gang: Gang, options: Sequence[str], *, gpus: bool) -> int:
+def _submit(gang: Gang, options: Sequence[str]) -> int:
     folder = gang.folder
     folder.logs.mkdir(exist_ok=True)
-    folder.slurm_script.write_text(script(gang, options, gpus=gpus), encoding="utf-8")
+    folder.slurm_script.write_text(script(gang, options), encoding="utf-8")
     said = run("sbatch", "--parsable", str(folder.slurm_script))
     number = int(said.strip().partition(";")[0])  # the name of a cluster may follow
     Submitted(job=number).write(folder.slurm_job)

@@ -1,6 +1,5 @@
 """Resuming a run: settings that may change, and the merge of requested with recorded settings."""
 
-import math
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -9,31 +8,12 @@ from zeroflow import artifacts, reuse
 from zeroflow.config import flag
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
-from zeroflow.settings.run_config import BuildChoice, HostsChoice, RunConfig, leaves
+from zeroflow.settings.run_config import BuildChoice, HostsChoice, RunConfig, TrainingChoice, leaves
 from zeroflow.settings.settled import Settled
 
 # Settings that may change when a run is resumed, because they do not affect the weights
-FREE = {"cache_dir", "device", "sweep"} | {
-    f"training.{name}"
-    for name in (
-        "batch_size",  # with grad_accum_steps and gpus: only their product affects the mathematics
-        "grad_accum_steps",
-        "gpus",
-        "nodes",
-        "zero_stage",
-        "shard_group",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "activation_checkpointing",
-        "on_spike",
-        "hang_seconds",
-        "log_interval",
-        "sample_prompt",
-        "sample_tokens",
-    )
-}
+FREE = {"cache_dir", "device", "sweep"}
+FREE |= {f"training.{name}" for name in TrainingChoice.free}
 FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
 FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
@@ -51,11 +31,8 @@ def identity(run: RunConfig) -> dict[str, str]:
 
 def default_name(run: Settled) -> str:
     """Return a deterministic name for the settings; it begins with size and corpus."""
-    ranks, stage = run.ranks, run.training.zero_stage
-    sharded = f"-{ranks}gpus-zero{stage}" if ranks > 1 else ""
-    sharded += f"-group{group}" if (group := run.training.shard_group) else ""
     digest = artifacts.fingerprint(identity(run))[:6]
-    return f"{run.model.name}-{run.data.name}-{digest}{sharded}"
+    return "-".join((run.model.name, run.data.name, digest, *run.training.sharding))
 
 
 def compared(settings: Fields) -> Fields:
@@ -104,16 +81,15 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
     training, model = groups.get("training", {}), groups.get("model", {})
-    before = (recorded.training.gpus or 1, recorded.training.nodes)
-    now = (training.get("gpus", before[0]), training.get("nodes", before[1]))
+    ranks = recorded.training.model_copy(update=training).ranks
     split = {"batch_size", "grad_accum_steps"} & set(training)
     # The global batch is fixed, so a change of one factor reopens the others
-    if split or now != before:
+    if split or ranks != recorded.training.ranks:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
-    if now == (1, 1):
+    if ranks == 1:
         base["training"]["zero_stage"] = None
     group = recorded.training.shard_group
-    if group and (math.prod(now) % group or training.get("zero_stage") == 0):
+    if group and (ranks % group or training.get("zero_stage") == 0):
         base["training"]["shard_group"] = None
     if {"size", "hidden_size"} & set(model):
         base["model"] = {}

@@ -7,7 +7,7 @@ another type, `settled.Settled`, in which every setting has a value.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,7 @@ from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
-from zeroflow.training.workload import Workload
+from zeroflow.training.workload import SETTING_NAMES, Workload
 from zeroflow.training.zero import Stage
 from zeroflow.units import parameter_count
 
@@ -96,6 +96,26 @@ class ModelChoice(Config):
 
 class TrainingChoice(Config):
     """Training. Defaults depend on the device and the size, and are logged."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        "batch_size",  # with grad_accum_steps and gpus: only their product affects the mathematics
+        "grad_accum_steps",
+        "gpus",
+        "nodes",
+        "zero_stage",
+        "shard_group",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "activation_checkpointing",
+        "on_spike",
+        "hang_seconds",
+        "log_interval",
+        "sample_prompt",
+        "sample_tokens",
+    )
+    """Settings that may change when a run is resumed, because they do not affect the weights."""
 
     gpus: PositiveInt | None = None
     """Number of GPUs of each machine to train on; with device cpu, number of processes that share
@@ -218,6 +238,11 @@ class TrainingChoice(Config):
 
     sample_tokens: PositiveInt = 48
     """Length of the text sample in tokens."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks on all machines."""
+        return self.nodes * (self.gpus or 1)
 
 
 class BuildChoice(Config):
@@ -345,27 +370,26 @@ class RunConfig(Config):
         """
         given = {
             field: value
-            for name, field in _WORKLOAD_FIELDS.items()
+            for field, name in _OF_WORKLOAD.items()
             if (value := getattr(self.training, name)) is not None
         }
-        given["ranks"] = self.training.nodes * given.get("ranks", 1)
+        given["ranks"] = self.training.ranks
         place = {"device": device.kind, "device_name": device.name}
         whole = {"model": model, "optimizer": self.optimizer, **place, **given, **settled}
         return Workload.model_validate(whole)
 
 
-_WORKLOAD_FIELDS = {
-    **{name: name for name in TrainingChoice.model_fields if name in Workload.model_fields},
-    "gpus": "ranks",
-    "batch_size": "micro_batch_rows",
-    "grad_accum_steps": "accumulate",
+_OF_WORKLOAD = {
+    field: setting
+    for field in Workload.model_fields
+    if (setting := SETTING_NAMES.get(field, field)) in TrainingChoice.model_fields
 }
-"""Training settings that are fields of the workload, and their names there."""
+"""Training settings that determine the workload, by its fields."""
 
 
 def of_workload(workload: Workload) -> Fields:
     """Return the training settings that give `workload`."""
-    settings = {name: getattr(workload, field) for name, field in _WORKLOAD_FIELDS.items()}
+    settings = {name: getattr(workload, field) for field, name in _OF_WORKLOAD.items()}
     return settings | {"gpus": workload.ranks // workload.nodes}
 
 

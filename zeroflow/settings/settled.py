@@ -39,6 +39,14 @@ class SettledTraining(TrainingChoice):
     log_interval: PositiveInt
     sample_prompt: str
 
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """Words that describe how several ranks share the state; none for one rank."""
+        if self.ranks == 1:
+            return ()
+        group = (f"group{self.shard_group}",) if self.shard_group else ()
+        return (f"{self.ranks}gpus", f"zero{self.zero_stage}", *group)
+
 
 class Settled(RunConfig):
     """All settings that define a run, settled: contents of `run.json`."""
@@ -56,7 +64,7 @@ class Settled(RunConfig):
     @property
     def ranks(self) -> int:
         """Number of ranks that train together."""
-        return self.training.nodes * self.training.gpus
+        return self.training.ranks
 
     @property
     def tags(self) -> dict[str, str]:
@@ -64,7 +72,7 @@ class Settled(RunConfig):
         return {
             "size": self.model.name,
             "source": self.data.name,
-            "gpus": str(self.training.gpus),
+            "gpus": str(self.ranks),
             "zero_stage": str(self.training.zero_stage),
             "max_steps": str(self.training.max_steps),
             "synthetic_fallback": str(self.fell_back).lower(),

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from zeroflow.device import DeviceKind
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import ownership
 from zeroflow.training.events import Done, Event, Failed, Started, Stopped
@@ -56,6 +57,9 @@ class Gang(NamedTuple):
 
     ranks: int
     """Number of ranks on all machines."""
+
+    device: DeviceKind
+    """cuda if each rank needs a GPU."""
 
     @property
     def folder(self) -> RunFolder:

@@ -54,6 +54,7 @@ def train(
                 nodes=workload.nodes,
                 min_nodes=job.min_nodes or workload.nodes,
                 ranks=workload.ranks,
+                device=workload.device,
             )
             hosts.follow(gang, launcher, follow, on_restart, hang_seconds=job.hang_seconds)
         else:

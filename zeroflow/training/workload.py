@@ -15,6 +15,13 @@ from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.zero import Stage
 
+SETTING_NAMES = {
+    "ranks": "gpus",
+    "micro_batch_rows": "batch_size",
+    "accumulate": "grad_accum_steps",
+}
+"""Settings of a run that determine fields of the workload with other names, by field."""
+
 
 class Workload(Config):
     """A training step: the network, its batch, its optimiser, and how and where it is computed.
