@@ -29,6 +29,7 @@ COME_ALONG = {
     "pydantic_core",  # with Pydantic, which pins it
     "_typeshed",  # with mypy
     "httpx",  # with Prefect, whose client it is
+    "gguf",  # of zeroflow[gguf], which pins it
     "flash_attn",  # of zeroflow[hopper], whose requirements are versions that ran together
     "quack",
 }

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import llama_tokenizer_repo
+from faults import asking
+from hub import TOKEN, Hub, llama_tokenizer_repo
 from markdown_it import MarkdownIt
 from public_tokenizers import of_bytes, save
 from tiny import SHAPE, contents, jsonl_corpus
 
 import zeroflow
 from zeroflow import Rows, RunConfig, artifacts, load, pipeline, pretrain
+from zeroflow.cli import commands
 from zeroflow.inference import trained
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
@@ -265,3 +267,25 @@ def test_run_reads_the_shards_that_the_shards_command_built(run, tmp_path):
     assert pipeline.build_together(elsewhere).built == 0
     for_gpu = elsewhere.replace(device="auto", data=run.data, run_name=None)
     assert pipeline.build_together(for_gpu, gpu="H100").path == done.path
+
+
+def test_export_command_writes_a_model_with_its_card_and_uploads_it(
+    run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], console: None
+) -> None:
+    of_run = ["export", "--run=mine", f"--cache-dir={run.cache_dir}"]
+    with Hub([]) as hub, asking(hub.url) as patch:
+        assert commands.main([*of_run, f"--out={tmp_path / 'a'}", "--push=me/mine"]) == 1
+        assert "an upload needs a login" in capsys.readouterr().err
+        assert not (tmp_path / "a").exists(), "nothing is exported before the login is checked"
+        patch.setenv("HF_TOKEN", "wrong")
+        assert commands.main([*of_run, f"--out={tmp_path / 'a'}", "--push=me/mine"]) == 1
+        assert "does not accept an upload with this login (401)" in capsys.readouterr().err
+
+        patch.setenv("HF_TOKEN", TOKEN)
+        assert commands.main([*of_run, f"--out={tmp_path / 'b'}", "--push=me/mine"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1] == f"{hub.url}/me/mine" and str(tmp_path / "b") in said
+        assert hub.repos["model", "me/mine"].contents == contents(tmp_path / "b")
+        assert hub.created["me/mine"]["visibility"] == "private"
+    assert (tmp_path / "b" / "README.md").read_text().count("\n# mine\n") == 1
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()

@@ -7,6 +7,7 @@
 separate process.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -147,6 +148,8 @@ class Hub:
         """Method and path, without the query, of every request."""
         self.fault: Callable[[str, str, Message], Fault | None] | None = None
         """Called with method, path and headers (in any case) before each answer."""
+        self.created: dict[str, dict[str, Any]] = {}
+        """What was asked for each new repository, by its name."""
         self.page_entries = 1000
         """Maximum number of files and folders in one page of a list."""
         self._server = _Server(self, port)
@@ -217,13 +220,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     API = re.compile(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?")
     FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 
     def do_GET(self) -> None:
         hub = self.server.hub
         path, _, query = self.path.partition("?")
         hub.requests.append((self.command, unquote(path)))
-        # Read the body, which would otherwise be read as the next request
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        # Always read the body, which would otherwise be read as the next request
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = hub.fault(self.command, unquote(path), self.headers) if hub.fault else None
         fault = fault or Fault()
         if fault.ignore_range:
@@ -237,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing; see `Hub.requests`."""
 
     def _answer(self, path: str, query: str) -> _Answer:
+        if self.command == "POST":
+            return self._accept(path)
         if match := self.API.fullmatch(path):
             kind, name, what, revision, folder = match.groups()
         elif match := self.FILE.fullmatch(path):
@@ -265,6 +271,38 @@ class _Handler(BaseHTTPRequestHandler):
             links = {"Link": f'<{following}>; rel="next"'} if end < len(entries) else {}
             return _json(entries[first:end], links)
         return _json(repo.info())
+
+    def _accept(self, path: str) -> _Answer:
+        """Answer the requests of an upload; the hub takes every file within the commit itself."""
+        if path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return _error(401, "", "Invalid credentials")
+        hub = self.server.hub
+        if path == "/api/repos/create":
+            asked = json.loads(self.body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if ("model", name) in hub.repos:
+                return _Answer(409, json.dumps({"url": f"{hub.url}/{name}"}).encode())
+            hub.repos["model", name] = Repo("model", name, {})
+            hub.created[name] = asked
+            return _json({"url": f"{hub.url}/{name}"})
+        if not (match := self.UPLOAD.fullmatch(path)):
+            return _Answer(404)
+        name, what = match.groups()
+        if what == "preupload":
+            files = json.loads(self.body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return _json({"files": [{"path": file["path"], **modes} for file in files]})
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        added = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+        repo = Repo("model", name, {**hub.repos["model", name].contents, **added})
+        hub.repos["model", name] = repo
+        return _json({"commitUrl": f"{hub.url}/{name}/commit/{repo.sha}", "commitOid": repo.sha})
 
     def _file(self, repo: Repo, path: str) -> _Answer:
         if repo.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":

@@ -1,4 +1,4 @@
-"""Export of a model to a folder that `transformers` opens.
+"""Export of a model to a folder that `transformers` or llama.cpp opens.
 
 Without further settings, the folder behaves as in training: it gives the token ids of the shards,
 has the same end-of-text id, and begins prompts after an end-of-text token, as documents do.
@@ -11,40 +11,64 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from zeroflow import artifacts
 from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.inference import gguf_file
 from zeroflow.model.hugging_face import llama_config
 from zeroflow.model.llama import Llama
 from zeroflow.training.sampling import SamplingConfig
 
 log = logging.getLogger(__name__)
 
+Format = Literal["hf", "gguf"]
+"""hf: a folder for transformers and vLLM. gguf: a file for llama.cpp and Ollama."""
+
+SHARD_BYTES = 5_000_000_000
+"""Maximum size of a file of weights in the format of Hugging Face."""
+
 _PARTIAL = ".partial"
 """Folder for files of an export that is not complete yet."""
 
 
-def export(model: Llama, tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
-    """Write `model` as LlamaForCausalLM with its tokenizer into a new `folder`.
+def export(
+    model: Llama,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    context: int,
+    name: str = "model",
+    format: Format = "hf",
+    card: str = "",
+) -> None:
+    """Write `model` with its tokenizer into a new `folder`.
 
     Args:
         context: context length in training, in tokens.
+        name: name of the model, and of the file in format gguf.
+        card: content of README.md, the model card.
 
     Raises:
-        ValueError: `folder` exists and is not empty, or transformers would encode a text to other
-            ids than those that the model was trained on.
+        ValueError: `folder` exists and is not empty, or the programs that open the format would
+            encode a text to other ids than those that the model was trained on.
     """
     if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder for --out")
     with _all_or_nothing(folder) as partial:
-        _write_model(model, tokenizer, partial, context)
-        if tokenizer.path is not None:
-            _write_tokenizer(tokenizer, partial, context)
-            _require_same_ids(tokenizer, partial)
+        if format == "gguf":
+            file = partial / f"{name}.gguf"
+            gguf_file.write(model, tokenizer, file, name=name, context=context)
+        else:
+            _write_model(model, tokenizer, partial, context)
+            if tokenizer.path is not None:
+                _write_tokenizer(tokenizer, partial, context)
+                _require_same_ids(tokenizer, partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     log.info("exported to %s", folder)
 
 
@@ -86,7 +110,7 @@ def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int)
         # ids that only pad the vocabulary and were never trained
         suppress_tokens=list(range(tokenizer.vocab_size, model.config.vocab_size)) or None,
     )
-    network.save_pretrained(folder)
+    network.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
