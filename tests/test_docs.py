@@ -67,7 +67,8 @@ FOREIGN = {
 }
 """The beginning of `--no-...`, and flags of pip, Slurm, torchrun and hostname."""
 
-OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "pip", "srun"}
+OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
+OTHER_PROGRAMS |= {"vllm"}
 
 
 def name(page: Path) -> str:

@@ -19,6 +19,7 @@ from tiny import MODEL, jsonl_corpus, lively_model
 
 from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.inference import export as exports
 from zeroflow.inference.export import export
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
@@ -145,6 +146,19 @@ def test_model_of_synthetic_data_is_exported_without_a_tokenizer(tmp_path):
     export(lively_model(MODEL_512), ids, tmp_path, context=64)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.eos_token_id == 499
     assert not list(tmp_path.glob("tokenizer*"))
+
+
+def test_weights_that_are_larger_than_a_file_are_split(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(exports, "SHARD_BYTES", 100_000)
+    ids = Tokenizer(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="")
+    model = lively_model(MODEL_512)
+    export(model, ids, tmp_path, context=64)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(opened[name], weight), name
 
 
 def test_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
