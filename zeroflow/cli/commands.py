@@ -52,6 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 1 for a failure, 130 after Ctrl-C.
     """
     loopback.bypass_proxies()
+    arguments = parser()[0].parse_args(argv)
+    if arguments.command in _FLOWS:
+        flow.run(arguments.command, arguments)
+    log_to_console(verbose=arguments.verbose)
+    try:
+        arguments.run_command(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return fail(error, verbose=arguments.verbose)
+
+
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of `zeroflow`, and that of each command."""
     parser = Parser(prog="zeroflow", description="Train language models and use them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in _FLOWS.items():
@@ -63,17 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(added)
         added.add_argument("--verbose", action="store_true", help="show tracebacks")
         added.set_defaults(run_command=command.run)
-    arguments = parser.parse_args(argv)
-    if arguments.command in _FLOWS:
-        flow.run(arguments.command, arguments)
-    log_to_console(verbose=arguments.verbose)
-    try:
-        arguments.run_command(arguments)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return fail(error, verbose=arguments.verbose)
+    return parser, commands.choices
 
 
 def entry() -> None:
