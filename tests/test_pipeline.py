@@ -14,11 +14,15 @@ from tiny import SHAPE, contents, jsonl_corpus
 
 import zeroflow
 from zeroflow import Rows, RunConfig, artifacts, load, pipeline, pretrain
+from zeroflow.checks.check import Check
+from zeroflow.checks.overfit import OverfitFailed, OverfitResult
+from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.cli import commands
 from zeroflow.inference import trained
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
 from zeroflow.training import tracked
+from zeroflow.training.failures import TrainingFailed
 
 TRAINING = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 12}
 TRAINING |= {"validation_tokens": 512, "learning_rate": 1e-2, "sample_tokens": 8}
@@ -31,6 +35,13 @@ QUOTES = (
     "\x1b[31mred\x1b[0m \x1b]0;title\x07 bell",
     "```\n![x](../../secret.png)\n```\n# heading",
 )
+
+
+FAILED = {"name": "a check", "passed": False, "figure": "0", "sentence": "Change this"}
+
+
+def preflight_failed(*checks: Check) -> PreflightFailed:
+    return PreflightFailed(PreflightResult(passed=False, seconds=1, checks=[*checks]))
 
 
 class Broken(pipeline.View):
@@ -249,6 +260,25 @@ def test_complete_run_of_a_gpu_is_shown_on_a_machine_without_one(
     shutil.rmtree(folder.checkpoints)
     with pytest.raises(ValueError, match="--device cuda, but PyTorch sees no GPU"):
         pretrain(here)
+
+
+@pytest.mark.parametrize(
+    ("expected", "error"),
+    [
+        (True, TrainingFailed("a rank was killed", "killed")),
+        (True, OSError("the disk is full")),
+        (True, preflight_failed(Check(**FAILED, may_pass_again=True))),
+        (True, pipeline.SweepFailed("1 run failed", may_succeed=True)),
+        (False, ValueError("a wrong setting")),
+        (False, TrainingFailed("use another learning rate", "diverged")),
+        (False, TrainingFailed("use a smaller size", "out of memory")),
+        (False, preflight_failed(Check(**FAILED, may_pass_again=True), Check(**FAILED))),
+        (False, OverfitFailed(OverfitResult(passed=False, loss=1, steps=1, reason="", curve=[1]))),
+        (False, pipeline.SweepFailed("1 run failed", may_succeed=False)),
+    ],
+)
+def test_retry_is_offered_only_where_the_same_command_may_succeed(expected, error) -> None:
+    assert pipeline.may_succeed(error) is expected
 
 
 def test_public_names_are_documented() -> None:

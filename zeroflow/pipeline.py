@@ -47,7 +47,7 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
-from zeroflow.training.failures import TrainingStopped
+from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.hosts import Launcher, by_hand
 from zeroflow.training.job import (
     TrainingJob,
@@ -65,6 +65,33 @@ log = logging.getLogger(__name__)
 
 class RunCancelled(RuntimeError):
     """A run of a sweep was cancelled; its finished work is kept."""
+
+
+class SweepFailed(RuntimeError):
+    """Some runs of a sweep failed or were stopped early."""
+
+    def __init__(self, message: str, *, may_succeed: bool) -> None:
+        """
+        Args:
+            may_succeed: True if the same command may succeed for one of these runs.
+        """
+        super().__init__(message)
+        self.may_succeed = may_succeed
+
+
+def may_succeed(error: Exception) -> bool:
+    """Return True if the command that ended with `error` may succeed when it is repeated.
+
+    Otherwise it would fail in the same way, and the error says what to change.
+    """
+    match error:
+        case ValueError() | OverfitFailed():
+            return False
+        case PreflightFailed() | SweepFailed():
+            return error.may_succeed
+        case TrainingFailed():  # its remedies are exhausted
+            return error.reason not in ("out of memory", "diverged")
+    return True
 
 
 Acquire = Callable[[Path], None]
@@ -428,23 +455,25 @@ def sweep(
 
     Raises:
         ValueError: a run of the sweep was already trained with other settings.
-        RuntimeError: some runs failed or were stopped; the comparison has the steps that they did.
+        SweepFailed: some runs failed or were stopped; the comparison has the steps that they did.
     """
     view.name_sweep(asked)
     sweeps.require_as_started(asked)
     sweeps.open_group(asked)
     ended: dict[str, Status] = {}
+    errors: list[Exception] = []
     try:
         for cell in cells(asked):
             try:
                 run_one(cell)
             except Exception as error:  # the sweep continues with the next run
                 ended[str(cell.run_name)] = _ended(cell, error)
+                errors.append(error)
         page = stages.compare(asked, ended, view)
     except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
         sweeps.abandon(asked, ended)
         raise
-    _require_no_failure(ended, page)
+    _require_no_failure(ended, page, may_succeed=any(map(may_succeed, errors)))
     return page
 
 
@@ -459,13 +488,13 @@ def _ended(cell: RunConfig, error: Exception) -> Status:
     return "stopped" if isinstance(error, TrainingStopped) else "failed"
 
 
-def _require_no_failure(ended: Mapping[str, Status], page: Path) -> None:
+def _require_no_failure(ended: Mapping[str, Status], page: Path, *, may_succeed: bool) -> None:
     found = []
     for status, words in (("failed", "failed"), ("stopped", "stopped early")):
         if names := [name for name, how in ended.items() if how == status]:
             found.append(f"{count(len(names), 'run')} {words}: {', '.join(names)}")
     if found:
-        raise RuntimeError(f"{'; '.join(found)}; see {page}")
+        raise SweepFailed(f"{'; '.join(found)}; see {page}", may_succeed=may_succeed)
 
 
 def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> Prepared:

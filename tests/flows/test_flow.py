@@ -212,6 +212,7 @@ def test_failed_check_before_training_ends_the_run_in_one_message(
     assert "causality: earlier logits change by " in output
     assert "look at the mask of `attend`" in output
     assert "--skip-preflight" in output and "Traceback" not in output
+    assert "retry:" not in output, "it would fail again"
     assert output.count("pre-flight: causality: FAILED") == 1, "it is not tried again"
     url = flow.environment["PREFECT_API_URL"]
     runs = api(url, "/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["FAILED"]}}})
@@ -319,6 +320,7 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     assert "training the model: it was trained to step 12, and more steps are requested" in output
     assert flow.report("longer")["stages"]["training"]["why"] in output
     assert "overfit check: the loss of one fixed batch went from" in output
+    assert "raise --overfit-steps, now 3;" in output and "retry:" not in output
     assert "loss by step:" in output and "Traceback" not in output
     assert flow.report("longer")["steps"] == 16
     page = (flow.folder("longer") / "report.md").read_text()

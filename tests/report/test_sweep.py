@@ -9,7 +9,7 @@ from mlflow.tracking import MlflowClient
 from tiny import SHAPE, synthetic_rows
 
 from zeroflow import pipeline
-from zeroflow.pipeline import RunCancelled
+from zeroflow.pipeline import RunCancelled, SweepFailed
 from zeroflow.report import sweep as sweep_report
 from zeroflow.report.comparison import Comparison
 from zeroflow.run_folder import Cache
@@ -109,6 +109,10 @@ def test_sweep_compares_every_run_with_a_loss_and_shows_how_each_ended(make, beg
     assert any("seed1 was cancelled" in message for message in caplog.messages)
 
 
+def refuse(cell: RunConfig) -> None:
+    raise ValueError("no such file")
+
+
 def test_sweep_without_a_completed_run_is_compared_and_ended(make, begin):
     sweep = make(0, 1)
 
@@ -126,8 +130,12 @@ def test_sweep_without_a_completed_run_is_compared_and_ended(make, begin):
     nothing.folder.comparison_page.unlink()
     for folder in Cache(sweep.run.cache_dir).existing_runs():
         folder.settings.unlink(missing_ok=True)
-    with pytest.raises(RuntimeError, match="1 run failed"):
+    with pytest.raises(SweepFailed, match="1 run failed") as failure:
         pipeline.sweep(nothing, lambda cell: 1 / 0)
+    assert pipeline.may_succeed(failure.value)
+    with pytest.raises(SweepFailed) as failure:
+        pipeline.sweep(nothing, refuse)
+    assert not pipeline.may_succeed(failure.value), "its only run needs other settings"
     assert "s-custom-seed7 (failed)" in nothing.folder.comparison_page.read_text()
 
 

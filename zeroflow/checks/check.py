@@ -40,6 +40,9 @@ class Check(Config):
     figure: str
     """Measured figure, with its unit."""
 
+    may_pass_again: bool = Field(False, exclude_if=lambda value: not value)
+    """True if the same check may pass when the command is repeated, without other settings."""
+
     sentence: str
     """Sentence that explains the figure and, after a failure, names the change to make."""
 

@@ -171,8 +171,9 @@ def overfit(
         of_which = f" (the lowest possible is {least:.4f})" if least else ""
         reason = (
             f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
-            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}: gradients, optimiser "
-            "or labels are broken, or --overfit-steps is too low for this model"
+            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}: if it was still "
+            f"falling, raise --overfit-steps, now {limits.overfit_steps}; otherwise gradients, "
+            "optimiser or labels are broken"
         )
     elif idle:
         reason = (

@@ -63,6 +63,8 @@ class PreflightFailed(RuntimeError):
             f"was trained:\n{lines}\n--skip-preflight trains without the checks"
         )
         self.result = result
+        self.may_succeed = all(check.may_pass_again for check in failed)
+        """True if the same command may succeed when it is repeated."""
 
 
 def read(folder: RunFolder) -> PreflightResult | None:

@@ -91,7 +91,9 @@ def round_trip(state: TrainState, folder: Path, fingerprint: str) -> Check:
             raise CheckpointError("The written files are damaged: look at the disk")
         checkpoint.load(state, saved, tokenizer=fingerprint)
     except (OSError, CheckpointError) as error:
-        found = Check(name="checkpoint", passed=False, figure=size, sentence=str(error))
+        found = Check(
+            name="checkpoint", passed=False, may_pass_again=True, figure=size, sentence=str(error)
+        )
     else:
         after = _digests(tensors)
         lost = [name for name in before if after[name] != before[name]]

@@ -164,6 +164,7 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
             from zeroflow.orchestration.flow_context import silence_console
             from zeroflow.orchestration.flow_runs import run_here
             from zeroflow.orchestration.flows import FLOWS
+            from zeroflow.pipeline import may_succeed
     except ValueError as error:
         raise SystemExit(fail(error, verbose=verbose, code=2)) from None
 
@@ -181,7 +182,7 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
         console.print("stopped; finished work is kept, and the same command resumes from there")
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
-        if not isinstance(error, ValueError):  # after one, the same command would fail again
+        if may_succeed(error):
             error.add_note(f"retry: {shell_command(_own_command())}")
         return fail(error, verbose=verbose)
 

@@ -33,7 +33,7 @@ from zeroflow.orchestration.conclusion import STOPS, Conclusion, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
 from zeroflow.orchestration.names import FROM_A_COMMAND
-from zeroflow.pipeline import RunCancelled
+from zeroflow.pipeline import RunCancelled, may_succeed
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import size_of
 
@@ -134,7 +134,7 @@ def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: 
         raise _CancelledHere
     assert ended.error is not None
     has_button = flow_run.deployment_id and server.outlives_the_run()
-    if has_button and isinstance(ended.error, Exception):
+    if has_button and isinstance(ended.error, Exception) and may_succeed(ended.error):
         ended.error.add_note("retry: the button on the flow run's page in Prefect")
     raise ended.error
 

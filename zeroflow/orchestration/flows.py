@@ -87,7 +87,7 @@ def _run_child(cell: RunConfig) -> None:
     try:
         run_child(pretrain, cell, finished=sweeps.finished(cell))
     except Exception as error:
-        if not isinstance(error, ValueError):  # after one, the same command would fail again
+        if pipeline.may_succeed(error):
             command = [*zeroflow_command(), PRETRAIN, *flags.flags(cell)]
             error.add_note(f"retry: {shell_command(command)}")
         raise
