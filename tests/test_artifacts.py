@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import random
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,15 @@ def test_reader_of_json_finds_the_old_or_the_new_file(tmp_path):
         artifacts.write_json(path, {"text": "new", "bad": object()})
     assert artifacts.read_json(path) == {"text": "é"}
     assert list(path.parent.iterdir()) == [path], "nothing is left over"
+
+
+def test_private_file_is_readable_only_by_its_user_until_the_user_changes_that(tmp_path):
+    file = tmp_path / "settings.json"
+    artifacts.write_json(file, 1, private=True)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o640)
+    artifacts.write_json(file, 2, private=True)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and artifacts.read_json(file) == 2
 
 
 def test_lock_has_one_holder_and_others_wait_if_requested(tmp_path, caplog):

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -84,18 +85,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, private: bool = False) -> None:
     """Write `content` as `write_bytes` does."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_bytes(path, memoryview(f"{text}\n".encode()))
+    write_bytes(path, memoryview(f"{text}\n".encode()), private=private)
 
 
-def write_bytes(path: Path, content: memoryview) -> None:
-    """Write `content`; a reader finds either the old or the new file, even after a power cut."""
+def write_bytes(path: Path, content: memoryview, *, private: bool = False) -> None:
+    """Write `content`; a reader finds either the old or the new file, even after a power cut.
+
+    Args:
+        private: create a file that only this user can read. One that replaces another has its
+            permissions, which the user may have changed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is random: a process id may also exist in another container that shares the folder
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
+        if private:
+            partial.touch(mode=0o600)
+            if path.exists():
+                partial.chmod(stat.S_IMODE(path.stat().st_mode))
         write_recorded(partial, content)
         partial.replace(path)
     except BaseException:

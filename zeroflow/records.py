@@ -32,6 +32,10 @@ class Record(Config):
 
     FORMAT: ClassVar[int] = 1
 
+    PRIVATE: ClassVar[bool] = False
+    """True if only this user can read a new file, because it contains settings, and a setting of
+    free text may contain a secret."""
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_newer_format(cls, content: Any) -> Any:
@@ -51,7 +55,7 @@ class Record(Config):
 
     def write(self, path: Path) -> None:
         """Write the file atomically: a reader finds either the old or the new content."""
-        artifacts.write_json(path, self.as_json())
+        artifacts.write_json(path, self.as_json(), private=self.PRIVATE)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -1,5 +1,6 @@
 """The `zeroflow` command."""
 
+import json
 import re
 
 import pytest
@@ -39,6 +40,19 @@ def test_wrong_command_line_ends_with_code_2_and_a_suggestion_in_two_lines(capsy
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said
     assert said.splitlines()[1].startswith("`zeroflow ") and said.count("\n") == 2
+
+
+def test_json_is_alone_on_standard_output(console, capsys, tmp_path):
+    for name in ("a", "copy"):
+        (tmp_path / f"{name}.txt").write_text("some text of a document. " * 200)
+    argv = ["plan", "--json", f"--cache-dir={tmp_path / 'cache'}", "--data-mode=files"]
+    (tmp_path / "b.txt").write_text("another text. " * 200)
+    argv += ["--data-path", str(tmp_path / "*.txt")]
+    argv += ["--validation-path", str(tmp_path / "a.txt"), "--tokenizer-name=train"]
+    assert commands.main([*argv, "--vocab-size=300", "--device=cpu"]) == 0
+    said = capsys.readouterr()
+    assert "2 files left out of training" in said.err
+    assert json.loads(said.out)["data"]["name"] == "files"
 
 
 @pytest.mark.parametrize("command", ["pretrain", "sweep", "plan", "prove-resume", "ui", "export"])

@@ -1,6 +1,7 @@
 import gzip
 import json
 import json.decoder
+import logging
 import os
 from itertools import islice
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import wait_until
 from tiny import as_jsonl, files_corpus, read_files
 
+from zeroflow import artifacts
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.slices import read_documents
+from zeroflow.data.sources import local_files
 from zeroflow.settings.run_config import RunConfig
 
 
@@ -43,6 +47,23 @@ def test_files_that_have_changed_since_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("two")
     with pytest.raises(ValueError, match="the files of --data-path have changed"):
         resolve_corpus(pinned)
+
+
+def test_reading_of_large_files_is_announced(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.txt").write_text("some text")
+    read = artifacts.file_sha256
+    files_corpus(str(tmp_path / "a.txt"))
+    assert not caplog.messages, "it takes no time"
+
+    def slowly(path):
+        wait_until(lambda: caplog.messages)
+        return read(path)
+
+    monkeypatch.setattr(local_files, "_SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(artifacts, "file_sha256", slowly)
+    files_corpus(str(tmp_path / "a.txt"))
+    assert caplog.messages == ["reading 1 file, 0.0 MB, to identify the text"]
 
 
 def test_files_of_an_unknown_kind_or_none_at_all_are_refused(tmp_path):

@@ -82,6 +82,11 @@ def test_synthetic_run_has_nothing_left_open(ask):
     assert run.cadence.log and run.sampling.tokens
 
 
+def test_settings_are_readable_only_by_their_user(ask):
+    run = settle(ask()).run
+    assert {file.stat().st_mode & 0o077 for file in run.run_dir.glob("*.json")} == {0}
+
+
 def test_sample_run_trains_its_tokenizer_and_is_pinned(ask):
     settled = settle(ask(data={"data_mode": "sample"}))
     assert settled.run.data.data_revision is not None

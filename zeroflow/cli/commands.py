@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from argparse import Namespace as Arguments
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser()[0].parse_args(argv)
     if arguments.command in _FLOWS:
         flow.run(arguments.command, arguments)
-    log_to_console(verbose=arguments.verbose)
+    is_json = getattr(arguments, "json", False)  # then standard output has nothing else
+    log_to_console(verbose=arguments.verbose, output=sys.stderr if is_json else None)
     try:
         arguments.run_command(arguments)
         return 0

@@ -69,12 +69,18 @@ def page_text(markdown: str) -> str:
     return as_text(markdown, console.width if console.is_terminal else None)
 
 
-def log_to_console(*, verbose: bool) -> None:
-    """Log plain lines to standard output; in a terminal, above the live progress bar."""
+def log_to_console(*, verbose: bool, output: TextIO | None = None) -> None:
+    """Log plain lines; in a terminal, above the live progress bar.
+
+    Args:
+        output: standard output by default.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack some of our characters
         sys.stdout.reconfigure(errors="backslashreplace")
     handler: logging.Handler = (
-        _TerminalHandler() if console.is_terminal else _LineHandler(sys.stdout)
+        _TerminalHandler()
+        if console.is_terminal and output is None
+        else _LineHandler(output or sys.stdout)
     )
     handler.setFormatter(LineFormatter("%(asctime)s  %(message)s", TIME))
     logger = logging.getLogger("zeroflow")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from zeroflow import artifacts
 from zeroflow.launchers.commands import run, seldom
 from zeroflow.records import Record
 from zeroflow.training.failures import TrainingFailed
@@ -132,7 +133,8 @@ def script(gang: Gang, options: Sequence[str]) -> str:
 def _submit(gang: Gang, options: Sequence[str]) -> int:
     folder = gang.folder
     folder.logs.mkdir(exist_ok=True)
-    folder.slurm_script.write_text(script(gang, options), encoding="utf-8")
+    with artifacts.create_private(folder.slurm_script) as file:  # an option may contain a secret
+        file.write(script(gang, options).encode())
     said = run("sbatch", "--parsable", str(folder.slurm_script))
     number = int(said.strip().partition(";")[0])  # the name of a cluster may follow
     Submitted(job=number).write(folder.slurm_job)

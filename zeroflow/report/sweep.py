@@ -44,7 +44,7 @@ def require_as_started(sweep: SweepConfig) -> None:
 def open_group(sweep: SweepConfig) -> None:
     """Record the sweep, and open the MLflow run that is the parent of the sweep's runs."""
     uri, local = location(sweep.run.cache_dir)
-    artifacts.write_json(sweep.folder.settings, sweep.model_dump(mode="json"))
+    artifacts.write_json(sweep.folder.settings, sweep.model_dump(mode="json"), private=True)
     axes = ("sizes", "seeds", "learning_rates", "zero_stages")
     varied = {name: getattr(sweep, name) for name in axes}
     config = TrackingConfig(

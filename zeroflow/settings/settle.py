@@ -80,8 +80,8 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         # What the user asked for is kept beside the settled value, so that repeating the same
         # request, such as a branch that has moved since, does not count as a change
         otherwise = resuming.without(resuming.given(asked), run.model_dump(mode="json"))
-        artifacts.write_json(run.folder.asked, otherwise)
-    artifacts.write_json(run.folder.settings, run.model_dump(mode="json"))
+        artifacts.write_json(run.folder.asked, otherwise, private=True)
+    artifacts.write_json(run.folder.settings, run.model_dump(mode="json"), private=True)
     return settlement
 
 

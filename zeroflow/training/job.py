@@ -49,6 +49,7 @@ class TrainingJob(RankJob):
     """Job of the ranks that train."""
 
     FORMAT: ClassVar[int] = 3
+    PRIVATE: ClassVar[bool] = True
 
     cadence: Cadence
     retention: Retention

@@ -1,13 +1,16 @@
 """Files on this machine: the user's own, and a sample that every machine has."""
 
+import contextvars
 import errno
 import glob
 import hashlib
 import logging
 import os
 import sysconfig
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,12 +21,16 @@ from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.sources.known_digests import KnownDigests, Stamp, stamp
 from zeroflow.data.sources.source import Source
 from zeroflow.text.markup import is_utf8
-from zeroflow.units import count
+from zeroflow.units import count, decimal
 
 log = logging.getLogger(__name__)
 
 _NAMED = 3
 """Maximum number of left-out files that a message names; it gives the number of the others."""
+
+
+_SILENT_SECONDS = 2.0
+"""Time after which a log line says that files are being read."""
 
 
 class _PinnedFile(NamedTuple):
@@ -37,6 +44,25 @@ _pinned: dict[Path, _PinnedFile] = {}
 
 _revisions: dict["LocalSource", str] = {}
 """Revision of each source when this process last computed it."""
+
+
+@contextmanager
+def _said_if_slow(paths: Collection[Path]) -> Iterator[None]:
+    """Log what is read if the block, which computes digests, takes longer than a moment."""
+
+    def say() -> None:
+        with suppress(OSError):  # a file was just removed, which its reader reports
+            size = decimal(sum(path.stat().st_size for path in paths))
+            log.info("reading %s, %s, to identify the text", count(len(paths), "file"), size)
+
+    # The context tells Prefect which run the line belongs to
+    timer = threading.Timer(_SILENT_SECONDS, contextvars.copy_context().run, [say])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class LocalSource(Source):
@@ -63,11 +89,12 @@ class LocalSource(Source):
         earlier = _revisions.pop(self, None)
         digest, digests = hashlib.sha256(), KnownDigests(known and known / self._file_of_digests)
         paths = _paths(self)
-        for name, path in paths.items():
-            before = stamp(path)
-            content = digests.sha256(path, before)
-            digest.update(f"{name}\n{content}\n".encode())
-            _pinned[path] = _PinnedFile(content, before)
+        with _said_if_slow(paths.values()):
+            for name, path in paths.items():
+                before = stamp(path)
+                content = digests.sha256(path, before)
+                digest.update(f"{name}\n{content}\n".encode())
+                _pinned[path] = _PinnedFile(content, before)
         digests.keep([(path, _pinned[path].stamp, _pinned[path].sha256) for path in paths.values()])
         found = digest.hexdigest()[:16]
         left_out = self._left_out() if found != earlier else ""
