@@ -154,6 +154,17 @@ def test_plan_with_a_hub_reads_its_tokenizer(ask):
         assert planned.workload.model.vocab_size < 128_256, "of the small tokenizer of the tests"
 
 
+def test_tokenizer_that_a_plan_has_read_is_not_downloaded_again(ask):
+    with Hub([fineweb_edu_repo(40), llama_tokenizer_repo()]) as hub, asking(hub.url) as patch:
+        patch.setenv("HF_TOKEN", "hf_test")
+        settlement = settle(ask(run_name="mine"))
+        planned, run = plans.predict(settlement), settlement.run
+        tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    asked = [path for _, path in hub.requests if path.endswith("/tokenizer.json")]
+    assert len(asked) == len({*asked}), "each file once, apart from the look at its existence"
+    assert planned.workload.model.vocab_size == with_vocabulary(SHAPE, tokenizer.vocab_size)
+
+
 def test_plan_assumes_what_the_hub_does_not_answer_and_says_why(ask):
     with asking(NOBODY):
         dataset = {"data_mode": "hub", "dataset": "someone/texts"}

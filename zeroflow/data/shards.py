@@ -188,13 +188,13 @@ def part_tokens(corpus: CorpusConfig, vocab_size: int) -> float:
     return slices.SLICE_BYTES / bytes_per_token(vocab_size) if corpus.is_text else PART_TOKENS
 
 
-def expected_bytes(config: ShardConfig, corpus: CorpusConfig, vocab_size: int) -> int:
+def expected_bytes(config: ShardConfig, corpus: CorpusConfig, text: float) -> int:
     """Predict the disk space of the rows: a whole number of parts, or the whole corpus.
 
     Args:
-        vocab_size: vocabulary size, on which the bytes of text per token depend.
+        text: bytes of text per token.
     """
-    text, part = bytes_per_token(vocab_size), part_tokens(corpus, vocab_size)
+    part = slices.SLICE_BYTES / text if corpus.is_text else PART_TOKENS
     held_out = 0.0 if corpus.validation else config.validation_fraction
     row = config.layout.row_tokens
     parts = math.ceil(config.train_rows * row / (part * (1 - held_out)))

@@ -76,7 +76,7 @@ def plan_slices(corpus: CorpusConfig, files: Sequence[CorpusFile], first: int) -
         if together and (size >= SLICE_BYTES or _is_cut(corpus, file)):
             break
         together.append(file)
-        size += _text_bytes(corpus, file)
+        size += text_bytes(corpus, file)
     return PlannedSlices([Slice(files=tuple(together))], first + len(together))
 
 
@@ -111,7 +111,7 @@ def local_text_bytes(corpus: CorpusConfig) -> float:
     if not corpus.is_text or corpus.data_mode == "auto" or not corpus.source.is_local:
         return math.inf
     files = corpus.source.files(corpus.data_revision or "")
-    return sum(_text_bytes(corpus, file) for file in files)
+    return sum(text_bytes(corpus, file) for file in files)
 
 
 def require_readable(corpus: CorpusConfig) -> None:
@@ -135,7 +135,7 @@ def require_readable(corpus: CorpusConfig) -> None:
         found += " is" if len(files) == 1 else f" and all other files of {corpus.files_flag} are"
         raise ValueError(f"{found} empty: name files that contain text")
     first = filled[0]
-    if corpus.source.format_of(first.name).can_be_cut or _text_bytes(corpus, first) <= SLICE_BYTES:
+    if corpus.source.format_of(first.name).can_be_cut or text_bytes(corpus, first) <= SLICE_BYTES:
         next(_read_files(unread, Slice(files=(first,)), Tally()), None)
 
 
@@ -168,14 +168,14 @@ def _unreadable(file: DocumentFile, error: Exception) -> ValueError:
     return ValueError(f"{file.place} cannot be read: {why}")
 
 
-def _text_bytes(corpus: CorpusConfig, file: CorpusFile) -> int:
+def text_bytes(corpus: CorpusConfig, file: CorpusFile) -> int:
     """Approximate bytes of text of a file."""
     dense = is_compressed(file.name) or corpus.source.format_of(file.name).is_dense
     return file.size * (_COMPRESSION if dense else 1)
 
 
 def _is_cut(corpus: CorpusConfig, file: CorpusFile) -> bool:
-    large = _text_bytes(corpus, file) > SLICE_BYTES
+    large = text_bytes(corpus, file) > SLICE_BYTES
     can_be_cut = corpus.source.format_of(file.name).can_be_cut
     return large and can_be_cut and not is_compressed(file.name)
 

@@ -4,6 +4,7 @@ A tokenizer of any origin becomes a directory under `<cache>/tokenizers/` with a
 The directory is complete or absent, and `Tokenizer` describes it.
 """
 
+import functools
 import logging
 import re
 import shutil
@@ -19,12 +20,13 @@ from pydantic import Field
 
 from zeroflow import artifacts, reuse
 from zeroflow.config import Config
-from zeroflow.data import bpe, encoding, hub
+from zeroflow.data import bpe, encoding, hub, text_sample
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
 from zeroflow.data.documents import Document
 from zeroflow.data.encoding import Encoder, EncoderName
 from zeroflow.data.hub_requests import QUESTION, READING, Patience
-from zeroflow.data.slices import local_text_bytes, read_documents
+from zeroflow.data.slices import bytes_per_token, local_text_bytes, read_documents
+from zeroflow.data.text_sample import Density
 from zeroflow.data.tokenizer_files import (
     EncoderChoice,
     TokenizerManifest,
@@ -194,6 +196,9 @@ class Vocabulary(NamedTuple):
     is_limit: bool = False
     """True if the size is a limit, because training on repetitive text gives fewer tokens."""
 
+    load: Callable[[], tokenizers.Tokenizer] | None = None
+    """Loads the tokenizer; None if it does not exist yet or cannot be read now."""
+
 
 def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Path) -> Vocabulary:
     """Return the vocabulary of a resolved tokenizer before it is fetched.
@@ -209,30 +214,63 @@ def expected_vocabulary(config: TokenizerConfig, corpus: CorpusConfig, cache: Pa
     if name == TRAINED_TOKENIZER:
         return _expected_of_training(config, corpus, root)
     if source := _local(name):
-        return Vocabulary(_local_size(config, source, root), True, f"as in {name}")
+        read = functools.partial(_local_tokenizer, config, source)
+        return Vocabulary(_local_size(config, source, root), True, f"as in {name}", load=read)
     if path := _cached(config, cache):
-        return Vocabulary(TokenizerManifest.read(path).vocab_size, True, "of the cached tokenizer")
+        return _of_cached(path, TokenizerManifest.read(path))
     assumed = Vocabulary(_LLAMA_VOCAB_SIZE, False, "assumed, as Llama-3.1's")
     if not config.tokenizer_revision:
         return assumed  # the hub did not answer
     try:
-        size = _inspected(config, _downloading(config, patience=QUESTION))
+        folder = _downloaded_early(config)
     except hub.HubError as error:
         return assumed._replace(source=f"{assumed.source}: {error.subject}: {error.cause}")
-    return Vocabulary(size, True, f"as in {name} on the Hugging Face Hub")
+    size = inspect_tokenizer(folder, name, config.end_of_text)
+    read = functools.partial(encoding.plain, folder / "tokenizer.json")
+    return Vocabulary(size, True, f"as in {name} on the Hugging Face Hub", load=read)
+
+
+def _of_cached(path: Path, manifest: TokenizerManifest) -> Vocabulary:
+    read = functools.partial(encoding.plain, path / "tokenizer.json")
+    return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer", load=read)
+
+
+def _local_tokenizer(config: TokenizerConfig, source: Path) -> tokenizers.Tokenizer:
+    with TemporaryDirectory() as folder:
+        _copy_files(source, Path(folder))
+        inspect_tokenizer(Path(folder), config.tokenizer_name, config.end_of_text)
+        return encoding.plain(Path(folder) / "tokenizer.json")
+
+
+def density(config: TokenizerConfig, corpus: CorpusConfig, known: Vocabulary) -> Density:
+    """Return the bytes of text per token: from a sample of local files, or assumed.
+
+    Args:
+        known: what is known about the vocabulary of the resolved tokenizer.
+    """
+    found = None
+    if known.load or config.tokenizer_name == TRAINED_TOKENIZER:
+        found = text_sample.measure(
+            corpus,
+            known.load and known.load(),
+            lambda texts: bpe.train_bpe(iter(texts), config.vocab_size),
+        )
+    usual = bytes_per_token(known.size)
+    return found or Density(usual, f"assuming {usual:.1f} bytes of text per token")
 
 
 def _expected_of_training(config: TokenizerConfig, corpus: CorpusConfig, root: Path) -> Vocabulary:
     """Return the vocabulary of a tokenizer that will be trained; for a long text, its limit."""
     asked = config.vocab_size
     if manifest := TokenizerManifest.verified(_trained_path(config, corpus, root)):
-        return Vocabulary(manifest.vocab_size, True, "of the cached tokenizer")
+        return _of_cached(_trained_path(config, corpus, root), manifest)
     if local_text_bytes(corpus) > min(_ENOUGH_BYTES_PER_TOKEN * asked, _SHORT_BYTES):
         why = "as asked for: the tokenizer is trained first, and repetitive text gives fewer tokens"
         return Vocabulary(asked, False, why, is_limit=True)
-    size = _trained(config, corpus).get_vocab_size()
+    trained = _trained(config, corpus)
+    size = trained.get_vocab_size()
     short = f", as the text is too short for {asked:,}" if size < asked else ""
-    return Vocabulary(size, True, f"the tokenizer is trained first{short}")
+    return Vocabulary(size, True, f"the tokenizer is trained first{short}", load=lambda: trained)
 
 
 def known_vocab_size(config: TokenizerConfig, cache: Path) -> int | None:
@@ -397,15 +435,44 @@ def _downloading(config: TokenizerConfig, patience: Patience = READING) -> Calla
     """Return a function that fetches the files of a tokenizer from the hub into a folder."""
     name = config.tokenizer_name
 
-    def download(partial: Path) -> None:
+    def download(folder: Path) -> None:
+        if early := _early.pop((name, config.tokenizer_revision), None):
+            shutil.copytree(early.name, folder, dirs_exist_ok=True)
+            early.cleanup()
+            return
         try:
             hub.download(
-                name, config.tokenizer_revision, _is_of_tokenizer, partial, patience=patience
+                name, config.tokenizer_revision, _is_of_tokenizer, folder, patience=patience
             )
         except hub.HubError as error:
             raise error.with_remedies(*_remedies(name)) from error
 
     return download
+
+
+_early: dict[tuple[str, str | None], TemporaryDirectory[str]] = {}
+"""Files from the hub that the plan of a run needed, by name and revision. They are added to the
+cache when the run fetches its tokenizer, so that it is downloaded once."""
+
+
+def _downloaded_early(config: TokenizerConfig) -> Path:
+    """Return a folder with the files of a tokenizer on the hub, which this process keeps.
+
+    Raises:
+        hub.HubError: the hub refused or failed.
+    """
+    wanted = (config.tokenizer_name, config.tokenizer_revision)
+    if wanted not in _early:
+        folder = TemporaryDirectory()
+        try:
+            _downloading(config, patience=QUESTION)(Path(folder.name))
+        except BaseException:
+            folder.cleanup()
+            raise
+        for other in [*_early]:  # only the newest is kept
+            _early.pop(other).cleanup()
+        _early[wanted] = folder
+    return Path(_early[wanted].name)
 
 
 def _download(config: TokenizerConfig, cache: Path) -> Tokenizer:

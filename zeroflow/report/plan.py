@@ -12,6 +12,7 @@ from zeroflow.data.tokenizer import (
     TRAINED_TOKENIZER,
     TokenizerConfig,
     Vocabulary,
+    density,
     expected_vocabulary,
 )
 from zeroflow.device import (
@@ -110,6 +111,10 @@ class Plan(Record):
 
     rate_source: str
     memory_source: str
+    shard_source: str = ""
+    """What the predicted size of the shards is based on; empty in files of older versions, and for
+    synthetic data."""
+
     disk_bytes: int
     """Approximate bytes of the shards, and of the maximum number of checkpoints that exist at the
     same time."""
@@ -202,6 +207,7 @@ class _Facts(NamedTuple):
     shard_bytes: int
     """Bytes of the shards that the run needs."""
 
+    shard_source: str
     there_bytes: int
     load: Load | None
     free_bytes: int
@@ -255,6 +261,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
         rate=rate,
         rate_source=source,
         memory_source=memory_source,
+        shard_source=facts.shard_source,
         disk_bytes=facts.shard_bytes + checkpoints * one,
         there_bytes=facts.there_bytes,
         free_bytes=facts.free_bytes,
@@ -266,15 +273,18 @@ def _look_up(run: Settled, device: Device) -> _Facts:
     runs, trained = history.read(run.cache_dir), already_trained(run.folder)
     steps_done = checkpoint.newest_step(run.folder.checkpoints)
     if tokenizer := trained_tokenizer(run.folder):
-        vocabulary = Vocabulary(tokenizer.vocab_size, True, "of the run's tokenizer")
+        load = tokenizer.load if tokenizer.path else None
+        vocabulary = Vocabulary(tokenizer.vocab_size, True, "of the run's tokenizer", load=load)
     else:
         vocabulary = expected_vocabulary(run.tokenizer, run.data, run.cache_dir)
+    text = density(run.tokenizer, run.data, vocabulary)
     return _Facts(
         runs=runs,
         trained=trained,
         steps_done=steps_done,
         vocabulary=vocabulary,
-        shard_bytes=expected_bytes(run.shard_config, run.data, vocabulary.size),
+        shard_bytes=expected_bytes(run.shard_config, run.data, text.bytes_per_token),
+        shard_source=text.source if run.data.is_text else "",
         there_bytes=there,
         load=find_load() if device.kind == "cpu" else None,
         free_bytes=free_bytes(run.cache_dir),

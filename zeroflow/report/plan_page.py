@@ -111,9 +111,10 @@ def disk_line(plan: Plan) -> str:
     checkpoints = decimal(plan.disk_bytes - shard_bytes)
     room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
     there = f", of which {decimal(plan.there_bytes)} exist" if plan.there_bytes else ""
+    rests_on = f" ({plan.shard_source})" if plan.shard_source else ""
     return (
-        f"about {decimal(shard_bytes)} of shards and up to {checkpoints} of checkpoints{there}; "
-        f"{decimal(plan.free_bytes)} are free{room}"
+        f"about {decimal(shard_bytes)} of shards{rests_on} and up to {checkpoints} of "
+        f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
     )
 
 

@@ -2,10 +2,52 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, ClassVar, NamedTuple
 
 from zeroflow.data.documents import Tally, TextBatch
-from zeroflow.data.formats.file import DocumentFile
+from zeroflow.data.formats.file import CorpusFile, DocumentFile, Storage
+
+COMPRESSED_BYTES = 2**22
+"""Bytes of text to read from a compressed file. A decompressor reads ahead, so its position is
+compared with that after the first megabyte."""
+
+
+class Sample(NamedTuple):
+    """Text at one place of a file."""
+
+    texts: list[str]
+    documents: int
+    """Number of documents in it; 0 for a piece of one."""
+
+    start: int
+    """Place in the file at which it was read."""
+
+    stored: float
+    """Stored bytes that the text takes, of the file's size."""
+
+
+class Opened:
+    """A storage that knows how far its stream has been read."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._stream: IO[bytes] | None = None
+
+    def open(self, file: CorpusFile, revision: str) -> IO[bytes]:
+        self._stream = self._storage.open(file, revision)
+        return self._stream
+
+    def place(self, file: CorpusFile) -> str:
+        return self._storage.place(file)
+
+    def path(self, file: CorpusFile) -> Path | None:
+        return self._storage.path(file)
+
+    @property
+    def position(self) -> int:
+        return self._stream.tell() if self._stream else 0
 
 
 class Format(ABC):
@@ -35,6 +77,30 @@ class Format(ABC):
             hub.HubError: the hub failed while the file was read.
             OSError, EOFError, ...: any of `file.UNREADABLE`.
         """
+
+    def sample(self, file: DocumentFile, offset: int, most_bytes: int) -> Sample:
+        """Return text at a place of a non-empty file.
+
+        Args:
+            offset: byte at which the text begins, approximately; 0 for a compressed file.
+            most_bytes: bytes to read, approximately.
+        """
+        if not file.is_compressed:
+            stop = min(file.file.size, offset + most_bytes)
+            batches = self.read(file, offset, stop, Tally())
+            found = [text for batch in batches for text in batch.texts]
+            return Sample(found, len(found), offset, stop - offset)
+        opened = Opened(file.storage)
+        texts: list[str] = []
+        size, before, begin = 0, 0, 0
+        for batch in self.read(replace(file, storage=opened), 0, None, Tally()):
+            if not before:
+                before, begin = opened.position, len(batch.texts)
+            texts += batch.texts
+            size += int(batch.text_bytes.sum())
+            if size >= COMPRESSED_BYTES and opened.position > before:
+                return Sample(texts[begin:], len(texts) - begin, 0, opened.position - before)
+        return Sample(texts, len(texts), 0, file.file.size)
 
     def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
         """Positions that cut a file into parts of about `part_bytes` of text: first, ..., end.

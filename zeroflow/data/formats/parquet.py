@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from zeroflow.data import arrays, documents
 from zeroflow.data.documents import Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
-from zeroflow.data.formats.format import Format
+from zeroflow.data.formats.format import Format, Sample
 
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 
@@ -49,6 +49,19 @@ class ParquetFormat(Format):
                     ids = arrays.strings(id_ or f"{file.name}:{row}" for row, id_ in numbered)
                 number += len(batch)
                 yield _without_empty(texts, ids, urls, tally)
+
+    def sample(self, file: DocumentFile, offset: int, most_bytes: int) -> Sample:
+        with _open(file) as opened:
+            footer = opened.metadata
+        group = offset * footer.num_row_groups // file.file.size
+        tally, texts, size = Tally(), list[str](), 0
+        for batch in self.read(file, group, group + 1, tally):
+            texts += batch.texts
+            size += int(batch.text_bytes.sum())
+            if size >= most_bytes:
+                break
+        share = (len(texts) + tally.empty) / max(1, footer.num_rows)
+        return Sample(texts, len(texts), group, share * file.file.size)
 
     def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
         with _open(file) as opened:

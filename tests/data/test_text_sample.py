@@ -1,0 +1,111 @@
+"""The predicted number of tokens of the user's own files, compared with the exact one."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from hub import english
+from public_tokenizers import of_bytes
+from tiny import files_corpus
+
+from zeroflow.data import bpe, text_sample
+from zeroflow.data.formats import format, plain_text
+from zeroflow.data.slices import local_text_bytes, read_documents
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> tokenizers.Tokenizer:
+    return of_bytes()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Several megabytes, most of them in few documents."""
+    rng = random.Random(0)
+    sentences = [english(rng) for _ in range(300)]
+    return [" ".join(rng.choices(sentences, k=rng.choice([1, 1, 1, 9]))) for _ in range(600)]
+
+
+def lines(texts: list[str]) -> bytes:
+    rows = ({"text": text, "id": str(i), "other": "x" * 300} for i, text in enumerate(texts))
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def predicted(path: Path, tokenizer: tokenizers.Tokenizer | None = None) -> float:
+    """Number of tokens that is predicted for the files."""
+    corpus = files_corpus(str(path))
+    found = text_sample.measure(
+        corpus, tokenizer, lambda texts: bpe.train_bpe(iter(texts), vocab_size=400)
+    )
+    assert found is not None
+    return local_text_bytes(corpus) / found.bytes_per_token
+
+
+def exact(path: Path, tokenizer: tokenizers.Tokenizer) -> int:
+    documents = [document.text for document in read_documents(files_corpus(str(path)))]
+    encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    return sum(len(one.ids) + 1 for one in encoded)
+
+
+KINDS = {
+    "one.txt": lambda texts: " ".join(texts).encode(),
+    "one.txt.gz": lambda texts: gzip.compress(" ".join(texts).encode()),
+    "lines.jsonl": lines,
+    "lines.jsonl.gz": lambda texts: gzip.compress(lines(texts)),
+    "repeated.jsonl.gz": lambda texts: gzip.compress(lines(["once and again. " * 40] * 3000)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tokens_of_a_file_are_predicted_from_a_sample(
+    tmp_path, tokenizer, texts, name, monkeypatch
+):
+    for module in (format, plain_text):
+        monkeypatch.setattr(module, "COMPRESSED_BYTES", 2**20)
+    (tmp_path / name).write_bytes(KINDS[name](texts))
+    assert predicted(tmp_path / name, tokenizer) == pytest.approx(
+        exact(tmp_path / name, tokenizer), rel=0.2
+    )
+
+
+def test_tokens_of_row_groups_are_predicted_from_a_few(tmp_path, tokenizer, texts):
+    rows = [{"text": text, "other": "x" * 300} for text in texts]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=20)
+    file = tmp_path / "a.parquet"
+    assert predicted(file, tokenizer) == pytest.approx(exact(file, tokenizer), rel=0.2)
+
+
+def test_tokens_of_many_small_files_are_predicted_from_a_few(tmp_path, tokenizer, texts):
+    for number, text in enumerate(texts[:200]):
+        (tmp_path / f"{number}.txt").write_text(text[:300])
+    files = tmp_path / "*.txt"
+    assert predicted(files, tokenizer) == pytest.approx(exact(files, tokenizer), rel=0.2)
+
+
+def test_tokenizer_that_is_not_trained_yet_is_trained_on_half_of_the_sample(tmp_path, texts):
+    (tmp_path / "one.txt").write_text(" ".join(texts))
+    trained = bpe.train_bpe(iter(texts), vocab_size=400)
+    file = tmp_path / "one.txt"
+    assert predicted(file) == pytest.approx(exact(file, trained), rel=0.2)
+
+
+def test_sample_of_a_large_file_reads_only_a_part_of_it(tmp_path, tokenizer, texts, monkeypatch):
+    (tmp_path / "one.txt").write_text(" ".join(texts))
+    read = []
+    monkeypatch.setattr(text_sample, "_count", lambda tokenizer, texts: read.append(texts) or 1)
+    predicted(tmp_path / "one.txt", tokenizer)
+    [sampled] = read
+    assert [len(text) for text in sampled] == [2**16] * 16
+
+
+def test_files_without_text_or_with_damage_have_no_prediction(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "b.jsonl").write_text('{"words": "one"}\n')
+    for name in ("a", "b"):
+        corpus = files_corpus(str(tmp_path / f"{name}.jsonl"))
+        assert text_sample.measure(corpus, tokenizer, train=lambda texts: tokenizer) is None
