@@ -9,7 +9,7 @@ from typing import IO, ClassVar, NamedTuple
 from zeroflow.data.documents import Tally, TextBatch
 from zeroflow.data.formats.file import CorpusFile, DocumentFile, Storage
 
-COMPRESSED_BYTES = 2**22
+COMPRESSED_BYTES = 2**23
 """Bytes of text to read from a compressed file. A decompressor reads ahead, so its position is
 compared with that after the first megabyte."""
 
