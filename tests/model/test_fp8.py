@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from rounding import OFF_GRADIENTS, OFF_VALUES, error
 from tiny import DEVICES
 
 from zeroflow.model import fp8, llama
 
 T, D, N = 96, 64, (64, 32, 32)
 
-# Root-mean-square relative error of rounding: 2.6 % with 4 bits of significand (e4m3), 5.1 % with 3
-# (e5m2). Values are a step of 2^-3 or 2^-2 of the power of two below apart, and the error uniform
-# between. A product has the errors of both factors
-OFF_VALUES = 2**0.5 * 0.026
-OFF_GRADIENTS = (0.026**2 + 0.051**2) ** 0.5
 SLACK = 1.15
 
 
@@ -23,10 +19,6 @@ def factors(device: str = "cpu") -> tuple[torch.Tensor, list[torch.Tensor], torc
     weights = [0.02 * torch.randn(n, D, generator=generator) for n in N]
     dy = 1e-7 * torch.randn(2, T // 2, sum(N), generator=generator)
     return x.to(device), [weight.to(device) for weight in weights], dy.to(device)
-
-
-def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((mine.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
 
 @pytest.mark.parametrize("weight_gradient", [True, False])

@@ -2,7 +2,7 @@
 
 Activations and weights are rounded to e4m3, gradients to e5m2, as in
 https://arxiv.org/abs/2209.05433. Scales follow from the largest absolute value of the current
-tensor.
+tensor. `fp8_swiglu.py` has the feed-forward network.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ MULTIPLE = 16
 """Every dimension of a product must be a multiple of this."""
 
 # e4m3 has more precision, e5m2 more range, which gradients need
-_VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
-_SMALLEST_SCALE = 2.0**-100
+VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (VALUES, GRADIENTS)}
+SMALLEST_SCALE = 2.0**-100
 """Scale of a tensor of zeros. Values are divided by scales and must stay finite in fp32."""
 
 # Fast accumulation has about 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
 # Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
-_FAST_OUTPUT, _FAST_GRADIENTS = True, False
+FAST_OUTPUT, FAST_GRADIENTS = True, False
 
 WEIGHT_GRADIENT = True
 """If True, the gradient of the weights is computed in fp8 too, from transposed copies of both
@@ -56,53 +56,53 @@ class _ScaledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)  # (T, 1)
+        s = scale_for(x.abs().amax(dim=1, keepdim=True), VALUES)  # (T, 1)
         largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
-        w_scale = _scale(largest, _VALUES)
-        x8 = (x / s).to(_VALUES)
+        w_scale = scale_for(largest, VALUES)
+        x8 = (x / s).to(VALUES)
         ctx.save_for_backward(x8, s, w_scale, *weights)
-        w8 = _rounded(weights, w_scale)
-        y = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
+        w8 = rounded(weights, w_scale)
+        y = product(x8, w8.t(), one(x), w_scale, x.dtype, fast=FAST_OUTPUT)
         return (y * s).to(x.dtype)  # torch.compile fuses this into the next kernel
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         x8, s, w_scale, *weights = ctx.saved_tensors
-        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * s).amax(), _GRADIENTS)
-        g8 = (dy * (s / scale)).to(_GRADIENTS)
-        w8 = _rounded(weights, w_scale)
-        dx = product(g8, _by_columns(w8), scale, w_scale, dy.dtype, fast=_FAST_GRADIENTS)
+        scale = scale_for((dy.abs().amax(dim=1, keepdim=True) * s).amax(), GRADIENTS)
+        g8 = (dy * (s / scale)).to(GRADIENTS)
+        w8 = rounded(weights, w_scale)
+        dx = product(g8, by_columns(w8), scale, w_scale, dy.dtype, fast=FAST_GRADIENTS)
         dx = (dx / s).to(dy.dtype)
         if WEIGHT_GRADIENT:
             dw = product(
-                *(g8.t().contiguous(), _by_columns(x8), scale, _one(dy), torch.float32),
-                fast=_FAST_GRADIENTS,
+                *(g8.t().contiguous(), by_columns(x8), scale, one(dy), torch.float32),
+                fast=FAST_GRADIENTS,
             )
         else:
             dw = torch.mm(dy.t(), (x8.float() * s).to(dy.dtype)).float()
         return dx, *dw.split([len(weight) for weight in weights])
 
 
-def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fp32 divisor with which `largest` just fits in `dtype`.
 
     If `largest` is non-finite, so is the divisor, and then the loss.
     """
-    return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
+    return (largest.float() / LARGEST[dtype]).clamp(min=SMALLEST_SCALE)
 
 
-def _rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
+def rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
     """Round `weights` and concatenate them along their rows."""
-    rounded = [(weight / scale).to(_VALUES) for weight in weights]
-    return torch.cat(rounded) if len(rounded) > 1 else rounded[0]
+    parts = [(weight / scale).to(VALUES) for weight in weights]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _by_columns(matrix: Tensor) -> Tensor:
+def by_columns(matrix: Tensor) -> Tensor:
     """Return the matrix in column-major order, as the kernels require for the second factor."""
     return matrix.t().contiguous().t()
 
 
-def _one(like: Tensor) -> Tensor:
+def one(like: Tensor) -> Tensor:
     return torch.ones((), device=like.device)
 
 

@@ -1,4 +1,4 @@
-"""`loss.cross_entropy_sum` by the Hopper kernels of quack, with fewer passes over the logits."""
+"""Kernels of quack for `loss.cross_entropy_sum`, with fewer passes over the logits."""
 
 from typing import Any
 
@@ -14,6 +14,21 @@ _TOKENS = 128
 _CHUNK = 16_256
 """Maximum number of tokens of a chunk: one kernel indexes the logits of a chunk with 32 bits."""
 
+_MAX_LOGITS = 2**31 - 1
+"""Largest number that fits in 32 bits."""
+
+
+def to_losses_and_gradients(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """Write the losses to `losses` (n,), and the gradients of their sum over `logits` (n, V).
+
+    A group of processors keeps each row in its shared memory, so logits are read once.
+    """
+    from quack.cross_entropy import cross_entropy_fwd_out
+
+    rows = _MAX_LOGITS // logits.shape[1]
+    for x, of, out in zip(*(t.split(rows) for t in (logits, targets, losses)), strict=True):
+        cross_entropy_fwd_out(x, of, None, out, None, x, None, IGNORED)
+
 
 class ScaledExpCrossEntropySum(torch.autograd.Function):
     """Computes `cross_entropy_sum` of flattened inputs, without z-loss.
@@ -28,7 +43,7 @@ class ScaledExpCrossEntropySum(torch.autograd.Function):
         from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy_fwd
 
         matrix = weight.to(hidden.dtype)
-        largest = min(held, 2**31 - 1) // len(matrix)
+        largest = min(held, _MAX_LOGITS) // len(matrix)
         chunk = max(_TOKENS, min(_CHUNK, largest) // _TOKENS * _TOKENS)
         losses, d_hidden, d_weight = scaled_exp_linear_cross_entropy_fwd(
             hidden.contiguous(), matrix, targets, chunk, ignore_index=IGNORED

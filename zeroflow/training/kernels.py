@@ -21,7 +21,7 @@ from torch import Tensor
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.device import Device
-from zeroflow.model import hopper
+from zeroflow.model import fp8_swiglu, hopper
 from zeroflow.model.attention import AttentionKernel, attend
 from zeroflow.model.llama import FusedFeedForward, linear, swiglu
 from zeroflow.records import Record
@@ -45,11 +45,15 @@ _MAX_LOSS_TOKENS = 32_768
 """Maximum number of tokens in the timing of the loss. It works in chunks, so more tokens take
 proportionally longer with every kernel."""
 
+_CANDIDATES = 2
+"""Version of the candidates, so that a choice without the newer ones is made again."""
+
 _GAIN = 1.01
 """Minimum speed-up over the default kernel; smaller differences are noise."""
 
 FeedForwardKernel = Literal["separate", "fused"]
-"""SwiGLU in a separate pass over memory, or in the matrix products as in `hopper.py`."""
+"""SwiGLU in separate passes over memory, or fused: in bf16 into the matrix products as in
+`hopper.py`, in fp8 into the conversion as in `fp8_swiglu.py`."""
 
 
 class Kernels(Config):
@@ -133,6 +137,7 @@ def _identity(work: Workload, extra: bool, z_loss: float) -> list[Any]:
         *(torch.cuda.get_device_name(), torch.__version__, *versions),
         *(work.model.model_dump(), work.micro_batch_rows, work.seq_len),
         *(work.arithmetic, work.compile, work.deterministic, work.attends_to_rows, z_loss > 0),
+        _CANDIDATES,
     ]
 
 
@@ -198,8 +203,8 @@ def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest
     """
     if work.attends_to_rows:
         yield _attention(work, extra=extra)
-    if extra and work.linear is linear:
-        yield _feed_forward(work)
+    if fused := fused_feed_forward(work, extra=extra):
+        yield _feed_forward(work, fused)
     if extra and not z_loss and hopper.supports_loss(work.model.vocab_size, work.model.hidden_size):
         yield _loss(work)
 
@@ -219,7 +224,15 @@ def _attention(work: Workload, *, extra: bool) -> Contest:
     return Contest("attention", {name: partial(run, name) for name in kernels}, (joined,))
 
 
-def _feed_forward(work: Workload) -> Contest:
+def fused_feed_forward(work: Workload, *, extra: bool = True) -> FusedFeedForward | None:
+    """Return the fused feed-forward network for `work`, if there is one."""
+    if work.linear is linear:
+        return hopper.swiglu if extra else None
+    wide = work.model.intermediate_size > fp8_swiglu.MAX_INTERMEDIATE_SIZE
+    return None if wide or not _is_installed("triton") else fp8_swiglu.swiglu
+
+
+def _feed_forward(work: Workload, fused: FusedFeedForward) -> Contest:
     D, M = work.model.hidden_size, work.model.intermediate_size
     x = _random(work, work.micro_batch_rows, work.seq_len, D)
     weights = [_random(work, *shape, dtype=torch.float32) for shape in ((M, D), (M, D), (D, M))]
@@ -228,7 +241,8 @@ def _feed_forward(work: Workload) -> Contest:
         compiled = torch.compile(function, dynamic=False) if work.compile else function
         return lambda: compiled(x, *weights)
 
-    candidates = {"separate": run(swiglu), "fused": run(hopper.swiglu)}
+    separate = partial(swiglu, product=work.linear)
+    candidates = {"separate": run(separate), "fused": run(fused)}
     return Contest("feed_forward", candidates, (x, *weights))
 
 
@@ -237,7 +251,7 @@ def _loss(work: Workload) -> Contest:
     hidden = _random(work, 1, tokens, work.model.hidden_size)
     matrix = _random(work, work.model.vocab_size, work.model.hidden_size, dtype=torch.float32)
     targets = torch.zeros(1, tokens, dtype=torch.int64, device=work.device)
-    kernels: tuple[LossKernel, ...] = ("chunks", "scaled_exp")
+    kernels: tuple[LossKernel, ...] = ("chunks", "one_read", "scaled_exp")
     return Contest(
         "loss",
         {

@@ -1,8 +1,8 @@
 """Next-token cross-entropy that never stores the logits of a whole batch."""
 
 import importlib.util
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,12 @@ from torch.autograd.function import once_differentiable
 from zeroflow.data.batches import IGNORED
 from zeroflow.device import BF16_CAPABILITY
 
-LossKernel = Literal["chunks", "scaled_exp"]
-"""Ways to compute the loss: by this module, and by `hopper_loss.py`."""
+LossKernel = Literal["chunks", "one_read", "scaled_exp"]
+"""Ways to compute the loss: by this module alone, and with one or both of the kernels of
+`hopper_loss.py`."""
+
+_Differentiate = Callable[[Tensor, Tensor, Tensor], None]
+"""Replaces logits (n, V) for targets (n,) by the gradients of the losses, which it writes (n,)."""
 
 
 def cross_entropy_sum(
@@ -37,7 +41,7 @@ def cross_entropy_sum(
         targets: ids, (B, T); `IGNORED` targets do not count.
         z_loss: keeps Z, the softmax's denominator, near 1: https://arxiv.org/abs/2204.02311,
             section 5.
-        kernel: "scaled_exp" cannot add a z-loss, and needs bf16.
+        kernel: those of `hopper_loss.py` cannot add a z-loss, and need bf16.
     """
     if kernel == "scaled_exp":
         from zeroflow.training.hopper_loss import ScaledExpCrossEntropySum
@@ -46,7 +50,12 @@ def cross_entropy_sum(
             hidden.flatten(0, 1), weight, targets.flatten(), _held_at_once(hidden)
         )
         return total
-    loss: Tensor = _CrossEntropySum.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
+    differentiate: _Differentiate = partial(_to_losses_and_gradients, z_loss=z_loss)
+    if kernel == "one_read":
+        from zeroflow.training.hopper_loss import to_losses_and_gradients as differentiate
+    loss: Tensor = _CrossEntropySum.apply(
+        hidden.flatten(0, 1), weight, targets.flatten(), differentiate
+    )
     return loss
 
 
@@ -55,20 +64,23 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return -log p of each target, (B, T) in fp32; 0 where the target is ignored."""
     h, matrix = hidden.flatten(0, 1), weight.to(hidden.dtype)
     losses = h.new_empty(len(h), dtype=torch.float32)
-    for _ in _chunks(h, matrix, targets.flatten(), losses, z_loss=0.0):
+    differentiate = partial(_to_losses_and_gradients, z_loss=0.0)
+    for _ in _chunks(h, matrix, targets.flatten(), losses, differentiate):
         pass
     return losses.view(targets.shape)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiate: _Differentiate
+    ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         matrix = weight.to(hidden.dtype)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
-        for part, x in _chunks(hidden, matrix, targets, losses, z_loss=z_loss):
+        for part, x in _chunks(hidden, matrix, targets, losses, differentiate):
             if d_hidden is not None and d_weight is not None:
                 torch.mm(x, matrix, out=d_hidden[part])
                 _put_product(d_weight, x.T, hidden[part], add=part.start > 0)
@@ -84,7 +96,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _chunks(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, losses: Tensor, *, z_loss: float
+    hidden: Tensor, matrix: Tensor, targets: Tensor, losses: Tensor, differentiate: _Differentiate
 ) -> Iterator[tuple[slice, Tensor]]:
     """Write the losses (n,), and yield each chunk's tokens and gradients over its logits."""
     chunk = min(len(hidden), max(1, _held_at_once(hidden) // len(matrix)))
@@ -93,7 +105,7 @@ def _chunks(
         part = slice(begin, begin + chunk)
         h = hidden[part]
         x = torch.mm(h, matrix.T, out=logits[: len(h)])
-        _to_losses_and_gradients(x, targets[part], losses[part], z_loss)
+        differentiate(x, targets[part], losses[part])
         yield part, x
 
 

@@ -1,0 +1,144 @@
+"""Triton kernels of `fp8_swiglu.py`: SwiGLU and its gradient, from bf16 to fp8 in one pass.
+
+Imported only for GPUs: Triton comes with PyTorch's GPU builds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeroflow.model.fp8 import GRADIENTS, LARGEST, SMALLEST_SCALE, VALUES
+
+# N tokens  M intermediate size
+
+_TOKENS, _FEATURES = 64, 64
+"""Tile of the backward kernel."""
+
+
+@triton.jit
+def _forward(
+    products, s, h, scales, size, largest: tl.constexpr, smallest: tl.constexpr, block: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    m = tl.arange(0, block)
+    inside = m < size
+    products += token * 2 * size
+    factor = tl.load(s + token)
+    gate = tl.load(products + m, mask=inside, other=0.0).to(tl.float32) * factor
+    up = tl.load(products + size + m, mask=inside, other=0.0).to(tl.float32) * factor
+    y = gate * tl.sigmoid(gate) * up
+    # tl.max ignores NaN, but a NaN must reach the loss
+    bad = tl.sum(tl.where(y == y, 0, 1), 0)
+    scale = tl.maximum(tl.max(tl.abs(y), 0) / largest, smallest)
+    scale = tl.where(bad > 0, float("nan"), scale)
+    tl.store(scales + token, scale)
+    tl.store(h + token * size + m, (y / scale).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradients(products, s, dh, h_scales, token, m, count, size):
+    """Return SwiGLU over its scale, and the gradients over gate and up times `s`."""
+    inside = (token < count) & (m < size)
+    factor = tl.load(s + token, mask=token < count, other=1.0)
+    h_scale = tl.load(h_scales + token, mask=token < count, other=1.0)
+    at = products + token * 2 * size + m
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+    up = tl.load(at + size, mask=inside, other=0.0).to(tl.float32) * factor
+    d = tl.load(dh + token * size + m, mask=inside, other=0.0).to(tl.float32) / h_scale
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = d * up * (sigmoid + silu * (1 - sigmoid)) * factor
+    return silu * up / h_scale, d_gate, d * silu * factor
+
+
+@triton.jit
+def _largest(products, s, dh, h_scales, largest, count, size, every, block: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * every
+    _, d_gate, d_up = _gradients(products, s, dh, h_scales, token, tl.arange(0, block), count, size)
+    # The maximum does not depend on the order
+    tl.atomic_max(largest, tl.max(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), 0))
+
+
+@triton.jit
+def _clipped(x, limit: tl.constexpr):
+    """Clip finite values; others become NaN, which skips the step."""
+    clipped = tl.minimum(tl.maximum(x, -limit), limit)
+    return tl.where(tl.abs(x) < float("inf"), clipped, float("nan"))
+
+
+@triton.jit
+def _backward(
+    products,
+    s,
+    dh,
+    h_scales,
+    scale,
+    p,
+    p_t,
+    h_t,
+    count,
+    size,
+    limit: tl.constexpr,
+    tokens: tl.constexpr,
+    features: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * tokens + tl.arange(0, tokens)
+    m = tl.program_id(1).to(tl.int64) * features + tl.arange(0, features)
+    rows, columns = token[:, None], m[None, :]
+    h, d_gate, d_up = _gradients(products, s, dh, h_scales, rows, columns, count, size)
+    divisor = tl.load(scale)
+    d_gate = _clipped(d_gate / divisor, limit).to(p.dtype.element_ty)
+    d_up = _clipped(d_up / divisor, limit).to(p.dtype.element_ty)
+    inside = (rows < count) & (columns < size)
+    at = p + rows * 2 * size + columns
+    tl.store(at, d_gate, mask=inside)
+    tl.store(at + size, d_up, mask=inside)
+    inside_t = (m[:, None] < size) & (token[None, :] < count)
+    at_t = m[:, None] * count + token[None, :]
+    tl.store(p_t + at_t, tl.trans(d_gate), mask=inside_t)
+    tl.store(p_t + (m[:, None] + size) * count + token[None, :], tl.trans(d_up), mask=inside_t)
+    tl.store(h_t + at_t, tl.trans(h.to(h_t.dtype.element_ty)), mask=inside_t)
+
+
+def forward(products: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    N, M = len(products), products.shape[1] // 2
+    h, scales = products.new_empty(N, M, dtype=VALUES), torch.empty_like(s)
+    block = triton.next_power_of_2(M)
+    _forward[(N,)](
+        *(products, s, h, scales, M, LARGEST[VALUES], SMALLEST_SCALE, block),
+        num_warps=_warps(block),
+    )
+    return h, scales
+
+
+def largest_gradient(
+    products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor, every: int
+) -> Tensor:
+    """Return the largest absolute gradient of every `every`-th token, times `s`; a scalar."""
+    N, M = dh.shape
+    largest = s.new_zeros(())
+    block = triton.next_power_of_2(M)
+    _largest[(triton.cdiv(N, every),)](
+        *(products, s, dh, h_scale, largest, N, M, every, block), num_warps=_warps(block)
+    )
+    return largest
+
+
+def backward(
+    products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, M = dh.shape
+    p = products.new_empty(N, 2 * M, dtype=GRADIENTS)
+    p_t = products.new_empty(2 * M, N, dtype=GRADIENTS)
+    h_t = products.new_empty(M, N, dtype=VALUES)
+    _backward[(triton.cdiv(N, _TOKENS), triton.cdiv(M, _FEATURES))](
+        *(products, s, dh, h_scale, scale, p, p_t, h_t, N, M),
+        *(LARGEST[GRADIENTS], _TOKENS, _FEATURES),
+        num_warps=4,
+    )
+    return p, p_t, h_t
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 512))
