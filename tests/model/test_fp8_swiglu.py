@@ -7,7 +7,7 @@ import torch
 from rounding import OFF_GRADIENTS, OFF_VALUES, error
 from tiny import DEVICES
 
-from zeroflow.model import fp8, fp8_swiglu, llama
+from zeroflow.model import fp8, llama
 
 D, M = 64, 96
 
@@ -40,7 +40,7 @@ def test_results_have_the_rounding_error_of_separate_products_in_fp8(device, tok
     wide = [t.detach().float().requires_grad_() for t in given]
     exact = gradients(llama.swiglu, wide)
     separate = gradients(partial(llama.swiglu, product=fp8.linear), given)
-    fused = gradients(fp8_swiglu.swiglu, given)
+    fused = gradients(fp8.swiglu, given)
     names = ("y", "dx", "d_gate", "d_up", "d_down")
     for name, mine, theirs, true in zip(names, fused, separate, exact, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
@@ -52,24 +52,24 @@ def test_results_have_the_rounding_error_of_separate_products_in_fp8(device, tok
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_token_changes_the_result_of_another(device):
     given = inputs(device)
-    before = fp8_swiglu.swiglu(*given)
+    before = fp8.swiglu(*given)
     with torch.no_grad():
         given[0][1, 7] *= 8
-    changed = (fp8_swiglu.swiglu(*given) != before).any(-1)
+    changed = (fp8.swiglu(*given) != before).any(-1)
     assert changed.nonzero().tolist() == [[1, 7]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_are_deterministic(device):
     given = inputs(device, 8192)
-    first, again = (gradients(fp8_swiglu.swiglu, given) for _ in range(2))
+    first, again = (gradients(fp8.swiglu, given) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_beyond_the_sampled_range_are_clipped(device):
     given = inputs(device, 8192)
-    y = fp8_swiglu.swiglu(*given)
+    y = fp8.swiglu(*given)
     dy = torch.full_like(y, 1e-7)
     dy[0, 1] = 1.0  # not in the sample, and more than HEADROOM times as large
     result = torch.autograd.grad(y, given, dy)
@@ -82,10 +82,10 @@ def test_non_finite_values_reach_the_result_and_the_gradients(device, value):
     given = inputs(device, 8192)
     with torch.no_grad():
         given[0][0, 3, 5] = value
-    y = fp8_swiglu.swiglu(*given)
+    y = fp8.swiglu(*given)
     assert not y[0, 3].isfinite().any() and y[1].isfinite().all()
     given = inputs(device, 8192)
-    y = fp8_swiglu.swiglu(*given)
+    y = fp8.swiglu(*given)
     dy = torch.full_like(y, 1e-7)
     dy[0, 1] = value
     _, *of_weights = torch.autograd.grad(y, given, dy)
@@ -97,9 +97,9 @@ def test_zeros_give_zeros(device):
     given = inputs(device)
     with torch.no_grad():
         given[0][1] = 0
-    y, *result = gradients(fp8_swiglu.swiglu, given)
+    y, *result = gradients(fp8.swiglu, given)
     assert not y[1].any() and all(gradient.isfinite().all() for gradient in result)
-    y = fp8_swiglu.swiglu(*given)
+    y = fp8.swiglu(*given)
     assert not any(g.any() for g in torch.autograd.grad(y, given, torch.zeros_like(y)))
 
 
@@ -107,7 +107,7 @@ def test_zeros_give_zeros(device):
 def test_compiled_network_is_one_graph_with_the_same_results(device):
     given = inputs(device)
     backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(fp8_swiglu.swiglu, fullgraph=True, dynamic=False, backend=backend)
-    pairs = zip(gradients(compiled, given), gradients(fp8_swiglu.swiglu, given), strict=True)
+    compiled = torch.compile(fp8.swiglu, fullgraph=True, dynamic=False, backend=backend)
+    pairs = zip(gradients(compiled, given), gradients(fp8.swiglu, given), strict=True)
     for mine, eager in pairs:
         assert error(mine, eager) < 0.1 * OFF_VALUES

@@ -1,34 +1,48 @@
-"""`llama.linear` with matrix products in fp8, for GPUs that support them.
+"""`llama.linear` and `llama.swiglu` with matrix products in fp8, for GPUs that support them.
 
 Activations and weights are rounded to e4m3, gradients to e5m2, as in
 https://arxiv.org/abs/2209.05433. Scales follow from the largest absolute value of the current
-tensor. `fp8_swiglu.py` has the feed-forward network.
+tensor.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# T tokens  D features  N features of the product
+# T tokens  D features  N features of the product  M intermediate features
 
 MULTIPLE = 16
 """Every dimension of a product must be a multiple of this."""
 
 # e4m3 has more precision, e5m2 more range, which gradients need
-VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = {dtype: torch.finfo(dtype).max for dtype in (VALUES, GRADIENTS)}
-SMALLEST_SCALE = 2.0**-100
+_VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
+_SMALLEST_SCALE = 2.0**-100
 """Scale of a tensor of zeros. Values are divided by scales and must stay finite in fp32."""
 
 # Fast accumulation has about 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
 # Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
-FAST_OUTPUT, FAST_GRADIENTS = True, False
+_FAST_OUTPUT, _FAST_GRADIENTS = True, False
 
 WEIGHT_GRADIENT = True
 """If True, the gradient of the weights is computed in fp8 too, from transposed copies of both
 factors; otherwise in the dtype of the activations."""
+
+MAX_INTERMEDIATE_SIZE = 16_384
+"""Largest M that `swiglu` supports: its row fits in the registers of one Triton program."""
+
+SAMPLED = 16
+"""Every 16th token takes part in the scale of the gradients."""
+
+HEADROOM = 64
+"""Largest gradient that fits in fp8, as a multiple of the largest sampled one. e5m2 has 32 powers
+of two and the same precision in most of them, so 6 of them can be spared. Larger gradients are
+clipped."""
+
+_MIN_SAMPLE = 256
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
@@ -56,53 +70,53 @@ class _ScaledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        s = scale_for(x.abs().amax(dim=1, keepdim=True), VALUES)  # (T, 1)
+        s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)  # (T, 1)
         largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
-        w_scale = scale_for(largest, VALUES)
-        x8 = (x / s).to(VALUES)
+        w_scale = _scale(largest, _VALUES)
+        x8 = (x / s).to(_VALUES)
         ctx.save_for_backward(x8, s, w_scale, *weights)
-        w8 = rounded(weights, w_scale)
-        y = product(x8, w8.t(), one(x), w_scale, x.dtype, fast=FAST_OUTPUT)
+        w8 = _rounded(weights, w_scale)
+        y = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
         return (y * s).to(x.dtype)  # torch.compile fuses this into the next kernel
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         x8, s, w_scale, *weights = ctx.saved_tensors
-        scale = scale_for((dy.abs().amax(dim=1, keepdim=True) * s).amax(), GRADIENTS)
-        g8 = (dy * (s / scale)).to(GRADIENTS)
-        w8 = rounded(weights, w_scale)
-        dx = product(g8, by_columns(w8), scale, w_scale, dy.dtype, fast=FAST_GRADIENTS)
+        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * s).amax(), _GRADIENTS)
+        g8 = (dy * (s / scale)).to(_GRADIENTS)
+        w8 = _rounded(weights, w_scale)
+        dx = product(g8, _by_columns(w8), scale, w_scale, dy.dtype, fast=_FAST_GRADIENTS)
         dx = (dx / s).to(dy.dtype)
         if WEIGHT_GRADIENT:
             dw = product(
-                *(g8.t().contiguous(), by_columns(x8), scale, one(dy), torch.float32),
-                fast=FAST_GRADIENTS,
+                *(g8.t().contiguous(), _by_columns(x8), scale, _one(dy), torch.float32),
+                fast=_FAST_GRADIENTS,
             )
         else:
             dw = torch.mm(dy.t(), (x8.float() * s).to(dy.dtype)).float()
         return dx, *dw.split([len(weight) for weight in weights])
 
 
-def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fp32 divisor with which `largest` just fits in `dtype`.
 
     If `largest` is non-finite, so is the divisor, and then the loss.
     """
-    return (largest.float() / LARGEST[dtype]).clamp(min=SMALLEST_SCALE)
+    return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 
 
-def rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
+def _rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
     """Round `weights` and concatenate them along their rows."""
-    parts = [(weight / scale).to(VALUES) for weight in weights]
+    parts = [(weight / scale).to(_VALUES) for weight in weights]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def by_columns(matrix: Tensor) -> Tensor:
+def _by_columns(matrix: Tensor) -> Tensor:
     """Return the matrix in column-major order, as the kernels require for the second factor."""
     return matrix.t().contiguous().t()
 
 
-def one(like: Tensor) -> Tensor:
+def _one(like: Tensor) -> Tensor:
     return torch.ones((), device=like.device)
 
 
@@ -112,3 +126,120 @@ def product(
     return torch._scaled_mm(
         a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast
     )
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return the feed-forward network of `x` (..., D) with weights (M, D), (M, D) and (D, M).
+
+    With `linear` alone, SwiGLU and its gradient would be written in bf16, read to find their
+    scales, and read again to be rounded and transposed. Here, one kernel for each direction does it
+    in one pass.
+    """
+    y: Tensor = _FeedForward.apply(x.flatten(0, -2), gate, up, down)
+    return y.unflatten(0, x.shape[:-1])
+
+
+class _FeedForward(torch.autograd.Function):
+    """y = (silu(x Gᵀ) · x Uᵀ) Dᵀ for tokens x (T, D). See `linear` for the scales.
+
+    The backward pass keeps x in 8 bits, and its products with G and U in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)  # (T, 1)
+        x8 = (x / s).to(_VALUES)
+        w_scale = _scale(torch.maximum(gate.abs().amax(), up.abs().amax()), _VALUES)
+        d_scale = _scale(down.abs().amax(), _VALUES)
+        w8, d8 = _rounded((gate, up), w_scale), _rounded((down,), d_scale)
+        products = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
+        h8, h_scale = torch.ops.zeroflow.fp8_swiglu(products, s)
+        y = product(h8, d8.t(), _one(x), d_scale, x.dtype, fast=_FAST_OUTPUT)
+        ctx.save_for_backward(x8, s, products, h_scale, w_scale, d_scale, gate, up, down)
+        return (y * h_scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x8, s, products, h_scale, w_scale, d_scale, gate, up, down = ctx.saved_tensors
+        fast = _FAST_GRADIENTS
+        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * h_scale).amax(), _GRADIENTS)
+        g8 = (dy * (h_scale / scale)).to(_GRADIENTS)
+        d8 = _by_columns(_rounded((down,), d_scale))
+        dh = product(g8, d8, scale, d_scale, dy.dtype, fast=fast)  # times h_scale
+        p8, p8_t, h8_t, p_scale = torch.ops.zeroflow.fp8_swiglu_backward(products, s, dh, h_scale)
+        g8_t = g8.t().contiguous()
+        d_down = product(g8_t, h8_t.t(), scale, _one(dy), torch.float32, fast=fast)
+        w8 = _by_columns(_rounded((gate, up), w_scale))
+        dx = product(p8, w8, p_scale, w_scale, dy.dtype, fast=fast)
+        dw = product(p8_t, _by_columns(x8), p_scale, _one(dy), torch.float32, fast=fast)
+        d_gate, d_up = dw.chunk(2)
+        return (dx / s).to(dy.dtype), d_gate, d_up, d_down
+
+
+@torch.library.custom_op("zeroflow::fp8_swiglu", mutates_args=())
+def _forward(products: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return SwiGLU of `products` (T, 2M) times `s` (T, 1): e4m3 (T, M) and its scales (T, 1)."""
+    h8, scale = _like_forward(products, s)
+    if products.is_cuda:
+        from zeroflow.model import swiglu_kernels
+
+        swiglu_kernels.forward(products, s, h8, scale, smallest=_SMALLEST_SCALE)
+        return h8, scale
+    gate, up = (products.float() * s).chunk(2, dim=1)
+    h = F.silu(gate) * up
+    scale = _scale(h.abs().amax(dim=1, keepdim=True), _VALUES)
+    return (h / scale).to(_VALUES), scale
+
+
+@_forward.register_fake
+def _like_forward(products: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    T, M = len(products), products.shape[1] // 2
+    return products.new_empty(T, M, dtype=_VALUES), torch.empty_like(s)
+
+
+@torch.library.custom_op("zeroflow::fp8_swiglu_backward", mutates_args=())
+def _backward(
+    products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients over the products, and SwiGLU once more.
+
+    Args:
+        products, s: as for `_forward`.
+        dh: gradient over SwiGLU times `h_scale`, (T, M).
+        h_scale: scales of SwiGLU, (T, 1).
+
+    Returns:
+        the gradient over the products times `s` in e5m2, (T, 2M); its transpose; the transpose of
+        SwiGLU in e4m3, (M, T); the scale of the gradient.
+    """
+    every = SAMPLED if len(products) >= SAMPLED * _MIN_SAMPLE else 1
+    if products.is_cuda:
+        from zeroflow.model import swiglu_kernels
+
+        inputs = (products, s, dh, h_scale)
+        scale = _scale(swiglu_kernels.largest_gradient(*inputs, every) * HEADROOM, _GRADIENTS)
+        *outputs, _ = _like_backward(*inputs)
+        swiglu_kernels.backward(inputs, scale, *outputs)
+        return *outputs, scale
+    gate, up = (products.float() * s).chunk(2, dim=1)
+    d = dh.float() / h_scale
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    d_gate = d * up * (sigmoid + silu * (1 - sigmoid))
+    gradients = torch.cat((d_gate, d * silu), dim=1) * s
+    scale = _scale(gradients[::every].abs().amax() * HEADROOM, _GRADIENTS)
+    limit = _LARGEST[_GRADIENTS]
+    g8 = (gradients / scale).clamp(-limit, limit).to(_GRADIENTS)
+    h8 = (silu * up / h_scale).to(_VALUES)
+    return g8, g8.t().contiguous(), h8.t().contiguous(), scale
+
+
+@_backward.register_fake
+def _like_backward(
+    products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, M = dh.shape
+    gradients, transposed = (
+        products.new_empty(*shape, dtype=_GRADIENTS) for shape in ((T, 2 * M), (2 * M, T))
+    )
+    return gradients, transposed, products.new_empty(M, T, dtype=_VALUES), s.new_empty(())

@@ -21,7 +21,7 @@ from torch import Tensor
 from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.device import Device
-from zeroflow.model import fp8_swiglu, hopper
+from zeroflow.model import hopper
 from zeroflow.model.attention import AttentionKernel, attend
 from zeroflow.model.llama import FusedFeedForward, linear, swiglu
 from zeroflow.records import Record
@@ -52,8 +52,7 @@ _GAIN = 1.01
 """Minimum speed-up over the default kernel; smaller differences are noise."""
 
 FeedForwardKernel = Literal["separate", "fused"]
-"""SwiGLU in separate passes over memory, or fused: in bf16 into the matrix products as in
-`hopper.py`, in fp8 into the conversion as in `fp8_swiglu.py`."""
+"""SwiGLU in separate passes over memory, or as in `Workload.fused_feed_forward`."""
 
 
 class Kernels(Config):
@@ -203,8 +202,8 @@ def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest
     """
     if work.attends_to_rows:
         yield _attention(work, extra=extra)
-    if fused := fused_feed_forward(work, extra=extra):
-        yield _feed_forward(work, fused)
+    if work.can_fuse_feed_forward or (extra and work.linear is linear):
+        yield _feed_forward(work)
     if extra and not z_loss and hopper.supports_loss(work.model.vocab_size, work.model.hidden_size):
         yield _loss(work)
 
@@ -224,15 +223,7 @@ def _attention(work: Workload, *, extra: bool) -> Contest:
     return Contest("attention", {name: partial(run, name) for name in kernels}, (joined,))
 
 
-def fused_feed_forward(work: Workload, *, extra: bool = True) -> FusedFeedForward | None:
-    """Return the fused feed-forward network for `work`, if there is one."""
-    if work.linear is linear:
-        return hopper.swiglu if extra else None
-    wide = work.model.intermediate_size > fp8_swiglu.MAX_INTERMEDIATE_SIZE
-    return None if wide or not _is_installed("triton") else fp8_swiglu.swiglu
-
-
-def _feed_forward(work: Workload, fused: FusedFeedForward) -> Contest:
+def _feed_forward(work: Workload) -> Contest:
     D, M = work.model.hidden_size, work.model.intermediate_size
     x = _random(work, work.micro_batch_rows, work.seq_len, D)
     weights = [_random(work, *shape, dtype=torch.float32) for shape in ((M, D), (M, D), (D, M))]
@@ -242,7 +233,7 @@ def _feed_forward(work: Workload, fused: FusedFeedForward) -> Contest:
         return lambda: compiled(x, *weights)
 
     separate = partial(swiglu, product=work.linear)
-    candidates = {"separate": run(separate), "fused": run(fused)}
+    candidates = {"separate": run(separate), "fused": run(work.fused_feed_forward)}
     return Contest("feed_forward", candidates, (x, *weights))
 
 

@@ -10,7 +10,6 @@ from zeroflow.model.attention import block_mask
 from zeroflow.model.llama import Block, Llama, initialize
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
-from zeroflow.training.kernels import fused_feed_forward
 
 
 @dataclass
@@ -45,7 +44,7 @@ def new_state(config: TrainingConfig) -> TrainState:
         block.self_attn.linear = block.mlp.linear = work.linear
         block.self_attn.kernel = config.kernels.attention
         if config.kernels.feed_forward == "fused":
-            block.mlp.fused = fused_feed_forward(work)
+            block.mlp.fused = work.fused_feed_forward
         if work.compile:
             # Each block separately: all blocks share one compiled graph, so the compile time does
             # not grow with their number. Training has one shape, but by default PyTorch compiles

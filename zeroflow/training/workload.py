@@ -8,8 +8,13 @@ from pydantic import Field, PositiveInt, model_validator
 from zeroflow.config import Config
 from zeroflow.data.batches import BatchShape, largest_divisor
 from zeroflow.device import FP8_CAPABILITY, Device, DeviceKind, Precision
-from zeroflow.model import fp8, llama
-from zeroflow.model.llama import ActivationCheckpointing, Linear, ModelConfig
+from zeroflow.model import fp8, hopper, llama
+from zeroflow.model.llama import (
+    ActivationCheckpointing,
+    FusedFeedForward,
+    Linear,
+    ModelConfig,
+)
 from zeroflow.reuse import Identity
 from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
@@ -119,6 +124,16 @@ class Workload(Config):
     def linear(self) -> Linear:
         """The function that computes the products of the decoder blocks."""
         return fp8.linear if self.fp8 else llama.linear
+
+    @property
+    def fused_feed_forward(self) -> FusedFeedForward:
+        """The feed-forward network that computes SwiGLU without separate passes over memory."""
+        return fp8.swiglu if self.fp8 else hopper.swiglu
+
+    @property
+    def can_fuse_feed_forward(self) -> bool:
+        """True if a GPU with Triton can compute `fused_feed_forward` without another package."""
+        return self.fp8 and self.model.intermediate_size <= fp8.MAX_INTERMEDIATE_SIZE
 
     @property
     def attends_to_rows(self) -> bool:
