@@ -77,7 +77,9 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     facts = {
         "Model": f"{report.size}, {report.parameters:,} parameters",
         "Data": f"{data.name}, revision {data.revision or 'none'}, "
-        f"{count(data.documents, 'document')}, {data.epochs:.2f} epochs{_coverage(data)}",
+        f"{count(data.documents, 'document')}",
+        # A row of its own, because Prefect's page does not break lines in a table
+        "Epochs": f"{data.epochs:.2f}{_coverage(data)}",
         "Tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens",
         "Trained": f"{count(report.steps, 'step')}, {report.tokens:,} tokens",
         "Training loss": f"{report.train_loss:.4f}",
