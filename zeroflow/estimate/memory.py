@@ -183,11 +183,12 @@ def heap(*, accumulates: bool) -> float:
 def _communication(work: Workload) -> int:
     """Return the bytes of gathered weights and of gradients in transit.
 
-    Stages 0 to 2 gather all weights, stage 3 those of two blocks and the embedding. Gradients in
-    transit are those of a block, or of the embedding after every micro-batch except the last.
+    Stages 0 to 2 gather all weights, stage 3 those of two blocks and all outside the blocks, such
+    as the embedding. Gradients in transit are those of a block, or of what is outside the blocks
+    after every micro-batch except the last.
     """
-    P, E = work.model.parameters, work.model.embedding_parameters
-    block = (P - E) // work.model.num_hidden_layers
+    P, block = work.model.parameters, work.model.block_parameters
+    E = P - work.model.num_hidden_layers * block
     gathered = E + 2 * block if work.zero_stage == 3 else P
     sent = E if work.zero_stage >= 2 and work.accumulates else block
     return work.dtype.itemsize * gathered + 4 * sent

@@ -96,7 +96,7 @@ def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int)
     config = LlamaConfig.from_dict(llama_config(model.config, context=context, end_of_text=end))
     network = LlamaForCausalLM(config)
     weights = dict(model.state_dict())
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     network.load_state_dict(weights, strict=True)
     sampling = SamplingConfig()  # as `zeroflow generate` samples by default
     network.generation_config = GenerationConfig(

@@ -214,7 +214,7 @@ def _add_tokenizer(
 
 
 def _tensors(model: Llama, vocab_size: int) -> Iterable[tuple[str, Tensor]]:
-    """Yield the weights by their names in GGUF; the output matrix is the token embedding."""
+    """Yield the weights by their names in GGUF; a tied output matrix is the token embedding."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     shape = model.config
@@ -223,7 +223,7 @@ def _tensors(model: Llama, vocab_size: int) -> Iterable[tuple[str, Tensor]]:
     for name, weight in model.state_dict().items():
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, f"GGUF has no name for {name}"
-        if name == "model.embed_tokens.weight":
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
             yield found, weight[:vocab_size]
         elif (projection := name.split(".")[-2]) in heads:
             yield found, _interleaved(weight, heads[projection])

@@ -1,8 +1,12 @@
-"""The model's configuration in the format of Hugging Face's config.json."""
+"""The model's configuration in the format of Hugging Face's config.json, and the model itself."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
 from pydantic import JsonValue
 
-from zeroflow.model.llama import ModelConfig
+from zeroflow.model.llama import Llama, ModelConfig
 
 
 def llama_config(shape: ModelConfig, *, context: int, end_of_text: int) -> dict[str, JsonValue]:
@@ -26,7 +30,78 @@ def llama_config(shape: ModelConfig, *, context: int, end_of_text: int) -> dict[
         "rms_norm_eps": shape.rms_norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "max_position_embeddings": context,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tie_word_embeddings,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
     }
+
+
+def as_hugging_face(model: Llama, *, context: int, end_of_text: int) -> Any:
+    """Return `model` as a LlamaForCausalLM that shares its weights, for generation.
+
+    Args:
+        context, end_of_text: as for `llama_config`.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig.from_dict(
+        llama_config(model.config, context=context, end_of_text=end_of_text)
+    )
+    with torch.device("meta"):  # without weights of its own
+        network = LlamaForCausalLM(config)
+    network.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are computed, not loaded
+    weights = dict(model.state_dict())
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval()
+
+
+def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration of a model, from the content of its config.json.
+
+    Raises:
+        ValueError: this decoder cannot express the model; the message names every difference.
+    """
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    if missing := [name for name in (*needed, "vocab_size") if name not in settings]:
+        raise ValueError(f"config.json has no {', no '.join(missing)}")
+    if different := list(_differences(settings)):
+        raise ValueError(f"this decoder has no {', no '.join(different)}")
+    rope = settings.get("rope_parameters") or {}
+    heads = settings["num_attention_heads"]
+    return ModelConfig(
+        hidden_size=settings["hidden_size"],
+        num_hidden_layers=settings["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=settings.get("num_key_value_heads") or heads,
+        intermediate_size=settings["intermediate_size"],
+        vocab_size=settings["vocab_size"],
+        rms_norm_eps=settings.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10_000.0)),
+        tie_word_embeddings=settings.get("tie_word_embeddings", False),
+    )
+
+
+def _differences(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a model has and this decoder does not, by names and values in config.json.
+
+    A value that is missing there has the default of `LlamaConfig`.
+    """
+    if (kind := settings.get("model_type")) != "llama":
+        yield f"model_type {kind}, only llama"
+        return  # the other names may have another meaning
+    if (activation := settings.get("hidden_act", "silu")) != "silu":
+        yield f"hidden_act {activation}"
+    for bias in ("attention_bias", "mlp_bias"):
+        if settings.get(bias):
+            yield f"biases ({bias})"
+    heads, features = settings["num_attention_heads"], settings.get("head_dim")
+    if features and features * heads != settings["hidden_size"]:
+        yield f"head_dim {features} other than hidden_size / num_attention_heads"
+    for rope in ("rope_parameters", "rope_scaling"):
+        given = settings.get(rope) or {}
+        if (kind := given.get("rope_type", given.get("type", "default"))) != "default":
+            yield f"{rope} of type {kind}"
+    if settings.get("quantization_config"):
+        yield "quantized weights (quantization_config)"

@@ -1,6 +1,6 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
-A state dict of `Llama` is also one of `transformers.LlamaForCausalLM` with tied embeddings, so
+A state dict of `Llama` is also one of `transformers.LlamaForCausalLM`, apart from a tied head, so
 export copies tensors without conversion. The model has no buffers, which sharding would have to
 handle: `forward` computes the rotary angles.
 """
@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,21 +90,26 @@ class ModelConfig(Shape):
     rope_theta: PositiveFloat = 500_000.0
     """Base of the wavelengths of the rotary embedding."""
 
+    tie_word_embeddings: bool = Field(True, exclude_if=lambda tied: tied)
+    """True if the output head is the embedding. Some models of others have a head of their own."""
+
     @property
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
 
     @property
     def parameters_by_part(self) -> dict[str, int]:
-        """Number of parameters by part. The output head is the tied embedding."""
+        """Number of parameters by part. A tied output head is the embedding."""
         D, M, L, E = (
             self.hidden_size,
             self.intermediate_size,
             self.num_hidden_layers,
             self.head_dim,
         )
+        head = {} if self.tie_word_embeddings else {"output head": self.embedding_parameters}
         return {
             "embedding": self.embedding_parameters,
+            **head,
             "attention": L * 2 * D * (self.num_attention_heads + self.num_key_value_heads) * E,
             "feed-forward": L * 3 * D * M,
             "norms": (2 * L + 1) * D,
@@ -114,13 +119,23 @@ class ModelConfig(Shape):
     def parameters(self) -> int:
         return sum(self.parameters_by_part.values())
 
+    @property
+    def block_parameters(self) -> int:
+        """Number of parameters of one decoder block."""
+        parts, D = self.parameters_by_part, self.hidden_size
+        return (parts["attention"] + parts["feed-forward"]) // self.num_hidden_layers + 2 * D
+
     def flops_per_token(self, context: int) -> int:
         """Return the FLOPs of one token's forward and backward pass at `context` tokens.
 
-        6·N for the matrices, where N counts the tied head once, and 6·L·D·T for causal attention,
-        half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
+        6·N for the matrices, where N counts the embedding once, as the output head, and 6·L·D·T for
+        causal attention, half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
         """
-        return 6 * self.parameters + 6 * self.num_hidden_layers * self.hidden_size * context
+        looked_up = 0 if self.tie_word_embeddings else self.embedding_parameters
+        return (
+            6 * (self.parameters - looked_up)
+            + 6 * self.num_hidden_layers * self.hidden_size * context
+        )
 
 
 INITIAL_STD = 0.02
@@ -132,7 +147,7 @@ or all those within a block (full)."""
 
 
 class Llama(nn.Module):
-    """Decoder-only language model: https://arxiv.org/abs/2302.13971, embeddings tied.
+    """Decoder-only language model: https://arxiv.org/abs/2302.13971
 
     Weights are fp32. Matrix products and the residual stream are in `dtype`; norms and rotary
     embeddings are computed in fp32.
@@ -142,6 +157,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -160,7 +177,8 @@ class Llama(nn.Module):
             documents: index of each token's document within its row, (B, T). Attention then stays
                 within a document, and positions restart with it. None: each row is one document.
         """
-        return (head or linear)(self.model(tokens, documents), self.model.embed_tokens.weight)
+        output = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return (head or linear)(self.model(tokens, documents), output.weight)
 
 
 Head = Callable[[Tensor, Tensor], Tensor]
