@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from zeroflow.checks.overfit import OverfitFailed, OverfitResult
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.cli import commands
 from zeroflow.inference import trained
+from zeroflow.inference.export import export
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
 from zeroflow.training import tracked
@@ -128,6 +130,36 @@ def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> No
         load("mine", run.cache_dir, step=7)
     with pytest.raises(ValueError, match=r"no run other in .*; existing runs: mine"):
         load("other", run.cache_dir)
+
+
+def test_generate_prints_texts_of_a_run_a_checkpoint_and_a_folder(
+    run: RunConfig, console, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    def printed(*flags: str) -> str:
+        assert commands.main(["generate", *flags, "--tokens=9"]) == 0
+        return capsys.readouterr().out
+
+    of_run = ["--run=mine", f"--cache-dir={run.cache_dir}"]
+    loaded = load("mine", run.cache_dir)
+    greedy = loaded.generate("def f", tokens=9, temperature=0)
+    newest = printed(*of_run, "--prompt=def f", "--temperature=0")
+    assert newest == greedy + "\n"
+    assert printed(*of_run, "--step=12", "--prompt=def f", "--temperature=0") == newest
+
+    first, second = (loaded.generate("def f", tokens=9, seed=seed) for seed in (7, 8))
+    several = printed(*of_run, "--prompt=def f", "--seed=7", "--samples=2")
+    assert several == (f"--- text 1 of 2, seed 7\n{first}\n--- text 2 of 2, seed 8\n{second}\n")
+    letter = first[len("def f") + 1]
+    stopped = printed(*of_run, "--prompt=def f", "--seed=7", f"--stop={letter}")
+    assert stopped == "def f" + first[len("def f") :].split(letter)[0] + "\n"
+
+    monkeypatch.setattr("sys.stdin", StringIO("def f\n\n"))
+    lines = printed(*of_run, "--interactive", "--temperature=0")
+    assert lines == newest + loaded.generate("", tokens=9, temperature=0) + "\n"
+
+    export(loaded.model, loaded.tokenizer, tmp_path / "hf", context=loaded.context)
+    capsys.readouterr()
+    assert printed(f"--from={tmp_path / 'hf'}", "--prompt=def f", "--temperature=0") == newest
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
     [
         ([], "arguments are required: COMMAND"),
         (["ponder"], "choose from 'pretrain', 'sweep', "),
-        (["generate"], "arguments are required: --run"),
+        (["export"], "arguments are required: --out, --run"),
+        (["generate", "--samples=0"], "argument --samples: invalid"),
+        (["generate", "--prompt=a", "--interactive"], "not allowed with argument --prompt"),
         (["plan", "--max-stepps=9"], "there is no --max-stepps: did you mean --max-steps?"),
         (["pretrain", "--max_steps", "9"], "no --max_steps: did you mean --max-steps?"),
         (["pretrain", "--lr=1"], "there is no --lr: did you mean --learning-rate?"),
@@ -82,6 +84,20 @@ def test_wrong_setting_is_refused_by_its_flag(console, capsys, tmp_path):
     assert commands.main(["plan", f"--cache-dir={tmp_path / 'cache'}", "--batch-size=0"]) == 1
     assert capsys.readouterr().err.startswith("error: --batch-size: ")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name a model: --run NAME, or --from DIR"),
+        (["--from=.", "--best"], "--from names a folder, and --run, --step and --best have no"),
+        (["--from=nowhere"], "nowhere is not a model that transformers opens: it has no config"),
+        (["--run=mine", "--top-p=0"], "--top-p: "),
+    ],
+)
+def test_generate_without_one_model_is_refused(console, capsys, argv, message):
+    assert commands.main(["generate", *argv]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_table_of_documents_has_one_line_for_each_document_with_any_id():

@@ -21,6 +21,7 @@ from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.inference import export as exports
 from zeroflow.inference.export import export
+from zeroflow.inference.generate import of_folder, of_model
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
 
@@ -119,6 +120,13 @@ def test_export_gives_the_ids_of_the_shards_and_continues_a_prompt_like_generate
         theirs = pipe(prompt, do_sample=False, max_new_tokens=9)[0]["generated_text"]
         ours = sampling.generate(model, tokenizer, prompt, greedy, context=64)
         assert theirs.lstrip() == ours.lstrip() if not prompt else theirs == ours
+        for model_and_tokenizer in (of_model(model, tokenizer, context=64), of_folder(out)):
+            text = "".join(model_and_tokenizer.stream(prompt, greedy))
+            assert (
+                text.lstrip() == ours[len(prompt) :].lstrip()
+                if not prompt
+                else (prompt + text == ours)
+            )
 
     settings = pipe.model.generation_config
     ends = [settings.eos_token_id, settings.bos_token_id, pipe.model.config.eos_token_id]

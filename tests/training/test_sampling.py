@@ -110,6 +110,18 @@ def test_top_k_allows_only_the_k_most_likely(model):
     assert chosen == allowed - {299}
 
 
+def test_top_p_allows_only_the_likeliest_with_that_probability(model):
+    with torch.no_grad():
+        chances = model(torch.tensor([[299]]))[0, 0, :300].float().softmax(-1)
+    likeliest_first = chances.argsort(descending=True)
+    share = float(chances[likeliest_first[:4]].sum()) - 1e-4
+    chosen = set()
+    for seed in range(80):
+        config = SamplingConfig(tokens=1, temperature=1, top_k=0, top_p=share, seed=seed)
+        chosen |= {*sampling.generate_ids(model, IDS, config, context=9)}
+    assert chosen == {*likeliest_first[:4].tolist()} - {299}
+
+
 def test_text_begins_with_the_prompt_and_follows_from_it(model, tokenizer):
     ids = tokenizer.load().encode("the river", add_special_tokens=False).ids
     start = [tokenizer.end_of_text, *ids]

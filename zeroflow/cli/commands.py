@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from argparse import Namespace as Arguments
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from zeroflow.cli.console import (
     page_text,
     require_writable,
     show,
+    show_piece,
     terminate,
 )
 from zeroflow.cli.prefect_settings import importing_prefect
@@ -32,6 +33,7 @@ from zeroflow.units import count
 
 if TYPE_CHECKING:
     from zeroflow.data.provenance import Piece
+    from zeroflow.inference.generate import TextGenerator
     from zeroflow.training.checkpoint import Which
 
 _WIDTH = 60
@@ -87,8 +89,8 @@ def entry() -> None:
     raise SystemExit(main())
 
 
-def _of_a_run(parser: Parser) -> None:
-    parser.add_argument("--run", required=True, help="name of the run")
+def _of_a_run(parser: Parser, *, required: bool = True) -> None:
+    parser.add_argument("--run", required=required, help="name of the run", metavar="NAME")
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -98,9 +100,9 @@ def _of_a_run(parser: Parser) -> None:
     )
 
 
-def _of_a_checkpoint(parser: Parser) -> None:
+def _of_a_checkpoint(parser: Parser, *, required: bool = True) -> None:
     """Add the flags that name a checkpoint of a run; `_which` reads the last two."""
-    _of_a_run(parser)
+    _of_a_run(parser, required=required)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint. Default: the newest."
@@ -117,17 +119,76 @@ def _which(arguments: Arguments) -> "Which":
 
 
 def _generate_arguments(parser: Parser) -> None:
-    parser.add_argument("--prompt", default="", help="beginning of the text")
+    beginning = parser.add_mutually_exclusive_group()
+    beginning.add_argument("--prompt", default="", help="beginning of the text")
+    beginning.add_argument(
+        "--interactive", action="store_true", help="read prompts, one on each line, until Ctrl-D"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="end the text before this one; may be repeated",
+        metavar="TEXT",
+    )
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        default=1,
+        help="number of texts; each has the seed of the one before, plus 1. Default: 1.",
+        metavar="N",
+    )
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        help="use an exported folder, or another one that transformers opens, instead of a run",
+        metavar="DIR",
+    )
     add_settings(parser, SamplingConfig, "sampling")
-    _of_a_checkpoint(parser)
+    _of_a_checkpoint(parser, required=False)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def _generate(arguments: Arguments) -> None:
-    from zeroflow.inference import trained
+    config = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
+    generator = _generator(arguments)
+    texts = [config.replace(seed=config.seed + number) for number in range(arguments.samples)]
+    for prompt in _prompts() if arguments.interactive else [arguments.prompt]:
+        for number, each in enumerate(texts, 1):
+            if len(texts) > 1:
+                show_piece(f"--- text {number} of {len(texts)}, seed {each.seed}\n")
+            pieces = generator.stream(prompt, each, arguments.stop)
+            show_piece(prompt)
+            with suppress(*[KeyboardInterrupt] * arguments.interactive):  # ends only this text
+                for piece in pieces:
+                    show_piece(piece)
+            show_piece("\n")
 
-    settings = read_settings(SamplingConfig, arguments)
-    model = trained.load(arguments.cache_dir, arguments.run, _which(arguments))
-    show(model.generate(arguments.prompt, **settings))
+
+def _generator(arguments: Arguments) -> "TextGenerator":
+    from zeroflow.inference import generate, trained
+
+    if arguments.folder is None:
+        if arguments.run is None:
+            raise ValueError("name a model: --run NAME, or --from DIR")
+        return trained.load(arguments.cache_dir, arguments.run, _which(arguments)).generator
+    if arguments.run or arguments.step is not None or arguments.best:
+        raise ValueError("--from names a folder, and --run, --step and --best have no effect")
+    return generate.of_folder(arguments.folder)
+
+
+def _prompts() -> Iterator[str]:
+    """Yield the lines of standard input until its end or, in a terminal, Ctrl-C."""
+    mark = "> " if sys.stdin.isatty() else ""
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input(mark)
 
 
 def _export_arguments(parser: Parser) -> None:
@@ -314,7 +375,7 @@ _FLOWS = {
 }
 
 _COMMANDS = (
-    _Command("generate", "print text generated by a run's model", _generate_arguments, _generate),
+    _Command("generate", "print text that a model generates", _generate_arguments, _generate),
     _Command(
         "export",
         "write a model for transformers, vLLM, llama.cpp or Ollama",

@@ -62,6 +62,12 @@ def show(text: str) -> None:
     console.print(visible(text) if console.is_terminal else text)
 
 
+def show_piece(text: str) -> None:
+    """Print `text` at once and without a line end; in a terminal, control characters as escapes."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def page_text(markdown: str) -> str:
     """Return a page as text for standard output."""
     from zeroflow.report.page_text import as_text  # its parser takes a while to import

@@ -1,16 +1,17 @@
 """The trained model of a run, with its tokenizer and shards."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
+from zeroflow.inference.generate import TextGenerator, of_model
 from zeroflow.model.llama import Llama
 from zeroflow.settings import settle
-from zeroflow.text.markup import is_utf8, visible
-from zeroflow.training import checkpoint, sampling
+from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Which
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.sampling import SamplingConfig
@@ -39,26 +40,22 @@ class Trained:
         """Return the rows of a split. `rows[ids]` reads rows, of shape (len(ids), T + 1)."""
         return Rows(self.shards, split)
 
+    @cached_property
+    def generator(self) -> TextGenerator:
+        """The model and its tokenizer for texts in pieces; it shares the model's weights."""
+        return of_model(self.model, self.tokenizer, context=self.context)
+
     def generate(self, prompt: str = "", **settings: Any) -> str:
         """Return `prompt` and its continuation; token ids if the model was trained on ids.
 
         Args:
-            settings: fields of `SamplingConfig`: tokens, temperature, top_k, seed.
+            settings: fields of `SamplingConfig`: tokens, temperature, top_k, top_p, seed.
 
         Raises:
             ValueError: a setting is wrong, or the model was trained on ids and there is a prompt.
         """
         config = SamplingConfig.model_validate(settings)
-        if not is_utf8(prompt):
-            raise ValueError(f"the prompt {visible(prompt)} is not UTF-8: encode it as UTF-8")
-        if self.tokenizer.path is not None:
-            return sampling.generate(
-                self.model, self.tokenizer, prompt, config, context=self.context
-            )
-        if prompt:
-            raise ValueError(f"run {self.run} was trained on token ids: drop the prompt")
-        ids = sampling.generate_ids(self.model, self.tokenizer, config, context=self.context)
-        return " ".join(map(str, ids))
+        return prompt + self.generator.generate(prompt, config)
 
 
 def load(cache: Path, name: str, which: Which = "newest") -> Trained:

@@ -1,9 +1,9 @@
 """Text generation with a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from zeroflow.config import Config
@@ -23,16 +23,21 @@ class SamplingConfig(Config):
     top_k: NonNegativeInt = 50
     """Sample from this many most likely tokens; 0 samples from all."""
 
+    top_p: float = Field(1.0, gt=0, le=1, exclude_if=lambda share: share == 1)
+    """Sample from the most likely tokens that together have this probability; 1 samples from
+    all."""
+
     seed: NonNegativeInt = 0
+
+
+NextLogits = Callable[[list[int]], Tensor]
+"""A function from the ids of a text to the logits (V,) of the token that follows it."""
 
 
 def _own_choice(token: int) -> int:
     return token
 
 
-# Not inference_mode: it would turn gathered weights into inference tensors, which training cannot
-# use afterwards
-@torch.no_grad()
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
@@ -57,7 +62,6 @@ def generate(
     return prompt + text[len(before) :]
 
 
-@torch.no_grad()
 def generate_ids(
     model: Llama,
     tokenizer: Tokenizer,
@@ -70,6 +74,29 @@ def generate_ids(
     return _sample(model, [tokenizer.end_of_text], tokenizer, config, context, agree)
 
 
+def sample(
+    next_logits: NextLogits,
+    ids: list[int],
+    config: SamplingConfig,
+    *,
+    ends: Container[int],
+    agree: Callable[[int], int] = _own_choice,
+) -> Iterator[int]:
+    """Yield the ids that follow `ids`, up to a token in `ends`, which is left out.
+
+    Args:
+        agree: as for `generate`.
+    """
+    text = list(ids)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.tokens):
+        token = agree(_choose(next_logits(text), config, generator))
+        if token in ends:
+            return
+        text.append(token)
+        yield token
+
+
 def _sample(
     model: Llama,
     ids: list[int],
@@ -78,21 +105,20 @@ def _sample(
     context: int,
     agree: Callable[[int], int],
 ) -> list[int]:
-    """Return the ids that follow `ids`, without the end-of-text token."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(config.seed)
-    added: list[int] = []
-    # Eager: torch.compile would recompile the model for every length
-    with torch.compiler.set_stance("force_eager"):
-        while len(added) < config.tokens:
-            window = torch.tensor([(ids + added)[-context:]], device=device)
-            # Without the ids that pad the vocabulary, which were never trained
-            logits = model(window, _last_logits)[0, : tokenizer.vocab_size].float().cpu()
-            token = agree(_choose(logits, config, generator))
-            if token == tokenizer.end_of_text:
-                break
-            added.append(token)
-    return added
+
+    # Not inference_mode: it would turn gathered weights into inference tensors, which training
+    # cannot use afterwards
+    @torch.no_grad()
+    def next_logits(text: list[int]) -> Tensor:
+        window = torch.tensor([text[-context:]], device=device)
+        # Eager: torch.compile would recompile the model for every length
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(window, _last_logits)[0]
+        # Without the ids that pad the vocabulary, which were never trained
+        return logits[: tokenizer.vocab_size].float().cpu()
+
+    return list(sample(next_logits, ids, config, ends=(tokenizer.end_of_text,), agree=agree))
 
 
 def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -105,4 +131,9 @@ def _choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) 
     logits = logits / config.temperature
     if 0 < config.top_k < len(logits):
         logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+    chances = logits.softmax(-1)
+    if config.top_p < 1:
+        most, tokens = chances.sort(descending=True, stable=True)
+        # A token is left out if those that are likelier have the probability already
+        chances[tokens[most.cumsum(-1) - most >= config.top_p]] = 0
+    return int(torch.multinomial(chances, 1, generator=generator))
