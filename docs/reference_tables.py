@@ -20,12 +20,14 @@ from pydantic import BaseModel
 
 from zeroflow.cli import commands
 from zeroflow.estimate.history import Past
+from zeroflow.lab.record import ZeroLab
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.records import RunReport
 from zeroflow.settings import flags, resuming
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 from zeroflow.text.markup import Markdown, table
 from zeroflow.training import events, metrics
 from zeroflow.training.goodput import Booking
@@ -223,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "free": _free,
     "sweep": lambda: _settings(SweepConfig, "The sweep", but="run"),
     "proof": lambda: _settings(ProofRun, "The proof", but="run"),
+    "zero-lab": lambda: _settings(ZeroLabRun, "The laboratory", but="run"),
     "ui": lambda: _settings(UiConfig, "The user interfaces"),
     "sampling": lambda: _settings(SamplingConfig, "Sampling"),
     "metrics": _metrics,
@@ -235,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "goodput.jsonl": lambda: _records(Booking),
     "training.json": lambda: _records(TrainResult),
     "report.json": lambda: _records(RunReport),
+    "zero_lab.json": lambda: _records(ZeroLab),
     "plans.jsonl": lambda: _records(Past),
 }
 

@@ -28,6 +28,7 @@ from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 from zeroflow.training import hosts
 from zeroflow.training.sampling import SamplingConfig
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "plan": RunConfig,
     "shards": RunConfig,
     "prove-resume": ProofRun,
+    "zero-lab": ZeroLabRun,
     "ui": UiConfig,
     "generate": SamplingConfig,
     "data": None,
@@ -53,6 +55,7 @@ SCRIPTS = {
     "flows/pretrain.py": "pretrain",
     "flows/sweep.py": "sweep",
     "flows/prove_resume.py": "prove-resume",
+    "flows/zero_lab.py": "zero-lab",
 }
 """Scripts of the working tree, and the commands that take the same flags."""
 
@@ -290,6 +293,8 @@ def quick(command: list[str], folder: Path) -> list[str]:
     command = [sys.executable, "-m", "zeroflow.cli", *given]
     if given[0] == "prove-resume":
         offered = [*TINY, "--max-steps=20", "--kills=2"]
+    elif given[0] == "zero-lab":
+        offered = [*TINY, "--max-steps=4", "--device=cpu"]
     elif given[0] in ("pretrain", "sweep"):
         run = (
             folder / "data_cache" / "runs" / given[given.index("--run-name") + 1]

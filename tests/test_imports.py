@@ -30,6 +30,7 @@ LAYERS = [
     {"training"},
     {"estimate"},
     {"checks"},
+    {"lab"},
     {"settings"},
     {"inference"},
     {"report"},

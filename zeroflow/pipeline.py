@@ -27,11 +27,13 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.shared_build import Shared
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import find_device, known_gpu
+from zeroflow.lab import measure
+from zeroflow.lab.study import LabConfig, study
 from zeroflow.launchers import kubernetes, slurm
 from zeroflow.launchers.kubernetes import Cluster
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
-from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report
+from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report, zero_lab
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status
@@ -45,6 +47,7 @@ from zeroflow.settings.run_config import BuildChoice, RunConfig
 from zeroflow.settings.settle import look_up, settle, unlike_others
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.events import Event
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
@@ -61,6 +64,10 @@ from zeroflow.training.pulse import Pulse
 from zeroflow.units import count
 
 log = logging.getLogger(__name__)
+
+
+class StagesDisagree(RuntimeError):
+    """The losses of a stage of ZeRO differ from those of one rank by more than rounding."""
 
 
 class RunCancelled(RuntimeError):
@@ -355,6 +362,26 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
     return file
 
 
+def measure_stages(job: TrainingJob, config: LabConfig, view: View = LOG_ONLY) -> Path:
+    """Measure the stages of ZeRO on the ranks of `job`, and write and show the results.
+
+    Returns:
+        the path of zero_lab.md
+
+    Raises:
+        StagesDisagree: the losses of a stage differ from those of one rank by more than rounding.
+    """
+    with CheckProgress(measure.PHASE, view.progress(measure.PHASE)) as shown:
+        found = study(job, config, shown)
+    page = zero_lab.write(job, found)
+    with never_fatal("ZeRO laboratory"):
+        view.page(page, "zero-lab")
+    file = job.folder.zero_lab_page
+    if not found.lab.agrees:
+        raise StagesDisagree(f"the losses of the stages differ by more than rounding: see {file}")
+    return file
+
+
 def compare(sweep: SweepConfig, ended: Mapping[str, Status], view: View = LOG_ONLY) -> Path:
     """Write and show the comparison of a sweep's runs.
 
@@ -386,6 +413,7 @@ class Stages(NamedTuple):
         [Prepared, PreflightResult | None, TrainResult, OverfitResult, View], Path
     ] = write_report
     prove: Callable[[TrainingJob, ProofConfig, View], Path] = prove
+    measure_stages: Callable[[TrainingJob, LabConfig, View], Path] = measure_stages
     compare: Callable[[SweepConfig, Mapping[str, Status], View], Path] = compare
 
 
@@ -438,6 +466,24 @@ def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY)
     with ownership() as acquire:
         prepared = prepare(settings(asked.run), acquire, stages, view)
         return stages.prove(prepared.job, asked.proof, view)
+
+
+def zero_laboratory(asked: ZeroLabRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:
+    """Measure memory, collectives, speed and losses of the stages of ZeRO, and predict them.
+
+    Returns:
+        the path of zero_lab.md
+
+    Raises:
+        ValueError: the settings cannot be used.
+        TrainingFailed: a rank failed.
+        StagesDisagree: the losses of a stage differ from those of one rank by more than rounding.
+    """
+    with ownership() as acquire:
+        prepared = prepare(lab_run(asked), acquire, stages, view)
+        on_gpus = prepared.settlement.run.device == "cuda"
+        with view.gpu_slot() if on_gpus else nullcontext():
+            return stages.measure_stages(prepared.job, asked.lab, view)
 
 
 def sweep(

@@ -109,6 +109,14 @@ class RunFolder(TrackedFolder):
     proof_page = _Named("proof.md")
     proof_picture = _Named("proof.png")
 
+    # The ZeRO laboratory
+    zero_lab = _Named("zero_lab.json")
+    zero_lab_page = _Named("zero_lab.md")
+    zero_memory_picture = _Named("zero-memory.png")
+    zero_traffic_picture = _Named("zero-traffic.png")
+    zero_timeline_picture = _Named("zero-timeline.png")
+    zero_losses_picture = _Named("zero-losses.png")
+
     # Locks, for `artifacts.exclusive`
     owner_lock = _Named("owner")
     """Locked by the command that works on the run, from its first file to its last."""
@@ -117,6 +125,14 @@ class RunFolder(TrackedFolder):
     """Locked while ranks are launched and watched."""
 
     proof_lock = _Named("proof")
+
+    def lab_job(self, ranks: int) -> Path:
+        """Return the job of the ranks that the laboratory measures."""
+        return self.path / f"zero-lab-{ranks}.json"
+
+    def lab_measurements(self, ranks: int) -> Path:
+        """Return the file for what these ranks measured."""
+        return self.path / f"zero-lab-{ranks}-measured.json"
 
     def worker_lock(self, rank: int) -> Path:
         """Return the lock of a rank, which may outlive the command that launched it."""

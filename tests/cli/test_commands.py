@@ -57,7 +57,10 @@ def test_json_is_alone_on_standard_output(console, capsys, tmp_path):
     assert json.loads(said.out)["data"]["name"] == "files"
 
 
-@pytest.mark.parametrize("command", ["pretrain", "sweep", "plan", "prove-resume", "ui", "export"])
+COMMANDS = ["pretrain", "sweep", "zero-lab", "plan", "prove-resume", "ui", "export"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_begins_with_a_usage_of_one_line(capsys, command):
     with pytest.raises(SystemExit) as ended:
         commands.main([command, "--help"])
@@ -70,6 +73,7 @@ def test_help_begins_with_a_usage_of_one_line(capsys, command):
     ("command", "left_out"),
     [
         ("sweep", {"--sweep", "--run-name"}),
+        ("zero-lab", {"--sweep", "--zero-stage", "--skip-preflight", "--overfit-steps"}),
         ("prove-resume", {"--sweep", "--skip-preflight", "--overfit-steps", "--overfit-loss"}),
     ],
 )

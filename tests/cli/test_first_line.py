@@ -35,6 +35,7 @@ def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[st
         ["flows/pretrain.py", "--size", "tiny"],
         ["flows/sweep.py"],
         ["flows/prove_resume.py"],
+        ["flows/zero_lab.py"],
         ["-m", "zeroflow.cli", "pretrain"],
         ["-m", "zeroflow.cli", "ui"],
     ],

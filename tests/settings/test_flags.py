@@ -15,6 +15,7 @@ from zeroflow.settings.flags import error_message
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 from zeroflow.training.sampling import SamplingConfig
 
 
@@ -38,7 +39,10 @@ def test_message_names_settings_by_their_flags(given, message):
         raise AssertionError(said)
 
 
-@pytest.mark.parametrize("config", [RunConfig, SweepConfig, ProofRun, UiConfig, SamplingConfig])
+CONFIGS = [RunConfig, SweepConfig, ProofRun, ZeroLabRun, UiConfig, SamplingConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_help_names_settings_by_their_flags(config):
     names = {setting.path[-1] for setting in flags.settings(config)}
     for setting in flags.settings(config):
@@ -60,7 +64,7 @@ def test_message_of_another_error_is_its_text_or_its_type():
 
 NAMES = {
     setting.path[-1]
-    for config in (RunConfig, SweepConfig, ProofRun)
+    for config in (RunConfig, SweepConfig, ProofRun, ZeroLabRun)
     for setting in flags.settings(config)
     if "_" in setting.path[-1]
 }

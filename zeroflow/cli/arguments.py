@@ -27,7 +27,7 @@ _MOST_VALUES = 1000
 """Maximum number of values of a setting. Prefect accepts at most 512 KB of parameters, and its
 pages show all of them."""
 
-_ALIASES = {"size": ["--model-size"]}
+_ALIASES = {"size": ["--model-size"], "run_name": ["--name"]}
 """Other flags of a setting, by its name."""
 
 

@@ -22,7 +22,7 @@ from zeroflow.cli.console import (
     terminate,
 )
 from zeroflow.cli.prefect_settings import importing_prefect
-from zeroflow.orchestration.names import PRETRAIN, SWEEP
+from zeroflow.orchestration.names import PRETRAIN, SWEEP, ZERO_LAB
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
@@ -372,6 +372,7 @@ def _ui(arguments: Arguments) -> None:
 _FLOWS = {
     PRETRAIN: "train and check a model",
     SWEEP: "train several models and compare them",
+    ZERO_LAB: "measure the stages of ZeRO: memory, communication, speed and losses",
 }
 
 _COMMANDS = (

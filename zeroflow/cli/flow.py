@@ -25,6 +25,7 @@ from zeroflow.orchestration.names import (
     PROVE_RESUME,
     SWEEP,
     SWEEP_DEPLOYMENT,
+    ZERO_LAB,
     zeroflow_command,
 )
 from zeroflow.report.progress import console
@@ -34,6 +35,7 @@ from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import require_possible, size_of
 from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.text.markup import shell_command
 from zeroflow.tracking import loopback
 
@@ -96,6 +98,19 @@ _COMMANDS = {
         run_of=lambda sweep: sweep.run,
         runs_of=_cells,
         deployment_of=lambda sweep: SWEEP_DEPLOYMENT,
+        ending=_text_of,
+    ),
+    ZERO_LAB: _FlowCommand(
+        ZeroLabRun,
+        "lab",
+        "Measure each stage of ZeRO on several ranks: memory by part, collectives, speed, and the\n"
+        "difference of the losses from one rank, beside the formulas.\n\n"
+        "  zeroflow zero-lab --gpus 2 --device cpu        two processes on a laptop\n"
+        "  zeroflow zero-lab --gpus 8 --size medium\n\n"
+        "All other settings are those of a run. On a CPU, the defaults are small.",
+        run_of=lambda lab: lab.run,
+        runs_of=lambda lab: [lab_run(lab)],
+        deployment_of=lambda lab: ZERO_LAB,
         ending=_text_of,
     ),
     PROVE_RESUME: _FlowCommand(

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from zeroflow.cli.first_line import announce
 from zeroflow.cli.misspelt import refuse_unknown
 
-LONG = ("pretrain", "sweep", "prove-resume", "ui")
+LONG = ("pretrain", "sweep", "zero-lab", "prove-resume", "ui")
 """Commands that print log lines. The output of the others is for other programs."""
 
 SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-setup")

@@ -71,7 +71,7 @@ def memory(work: Workload, device: Device) -> Memory:
     chunk = min(logits, logits_bytes(device.memory_bytes if gpu else None))
     cast = 0 if width == 4 or work.ranks > 1 else 2 * E  # gathered weights are already bf16
     loss = chunk + cast + 4 * E
-    kept, recomputed = _kept_compiled(work) if work.compile else _kept_eager(work)
+    kept, recomputed = kept_activations(work)
     # Blocks are recomputed after the loss, in the memory that the loss has freed
     kept += max(0, recomputed - chunk - cast)
     if work.document_mask and not work.compile:
@@ -106,6 +106,13 @@ def is_measured(work: Workload) -> bool:
 
 # Activations. D, M: hidden and intermediate size. L: number of blocks. A block has two halves,
 # attention and the feed-forward network
+
+
+def kept_activations(work: Workload) -> tuple[int, int]:
+    """Return the bytes of tensors that blocks and last norm keep for the backward pass, and of
+    those that one block recomputes.
+    """
+    return _kept_compiled(work) if work.compile else _kept_eager(work)
 
 
 def _kept_compiled(work: Workload) -> tuple[int, int]:
@@ -155,9 +162,9 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     tokens = work.micro_batch_rows * work.seq_len
-    cast = width == 2
+    cast = width == 2 and work.ranks == 1  # gathered weights are already bf16
     norm = (4 + 4 + width) * D
-    heads = 3 * H if work.device == "cuda" and not cast else 2 * H + 3 * K
+    heads = 3 * H if work.device == "cuda" and width == 4 else 2 * H + 3 * K
     others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
     others += width * D * (model.qkv_size + (D if cast else 0))
     feed_forward = width * (tokens * 4 * M + D * (3 if cast else 2) * M)

@@ -21,6 +21,7 @@ from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 from zeroflow.text.markup import LineFormatter
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ def first_name(asked: object) -> str:
             parts = ("sweep", asked.name)
         case ProofRun():
             parts = ("proof", asked.run.run_name)
+        case ZeroLabRun():
+            parts = ("ZeRO laboratory", asked.run.run_name)
         case _:
             raise TypeError(f"no flow takes {type(asked).__name__}")
     return " · ".join(part for part in parts if part)

@@ -12,7 +12,13 @@ from zeroflow.orchestration import form
 from zeroflow.orchestration.conclusion import conclude
 from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.flow_runs import run_child
-from zeroflow.orchestration.names import PRETRAIN, PROVE_RESUME, SWEEP, zeroflow_command
+from zeroflow.orchestration.names import (
+    PRETRAIN,
+    PROVE_RESUME,
+    SWEEP,
+    ZERO_LAB,
+    zeroflow_command,
+)
 from zeroflow.orchestration.stages import STAGES
 from zeroflow.orchestration.view import PrefectView
 from zeroflow.report import sweep as sweeps
@@ -20,10 +26,12 @@ from zeroflow.settings import flags
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 from zeroflow.text.markup import shell_command
 
 RunForm = Annotated[RunConfig, WithJsonSchema(form.schema(RunConfig))]
 SweepForm = Annotated[SweepConfig, WithJsonSchema(form.schema(SweepConfig))]
+ZeroLabForm = Annotated[ZeroLabRun, WithJsonSchema(form.schema(ZeroLabRun))]
 """Parameters of the flows that have deployments."""
 
 # `validate_parameters` is off, because wrong settings are reported like every other failure
@@ -83,6 +91,24 @@ def prove_resume(asked: ProofRun) -> Path | State:
     return conclude(ProofRun, asked, lambda run: pipeline.prove_resume(run, STAGES, view), view)
 
 
+@flow(
+    name=ZERO_LAB,
+    flow_run_name=name_at_start(ZERO_LAB, ZeroLabRun),
+    persist_result=False,
+    validate_parameters=False,
+)
+def zero_lab(lab: ZeroLabForm) -> Path | State:
+    """Measure each stage of ZeRO: memory, collectives, speed and losses, beside the formulas.
+
+    Returns:
+        The path of zero_lab.md.
+    """
+    view = PrefectView()
+    return conclude(
+        ZeroLabRun, lab, lambda asked: pipeline.zero_laboratory(asked, STAGES, view), view
+    )
+
+
 def _run_child(cell: RunConfig) -> None:
     try:
         run_child(pretrain, cell, finished=sweeps.finished(cell))
@@ -94,5 +120,5 @@ def _run_child(cell: RunConfig) -> None:
 
 
 FLOWS: dict[str, Flow[[Any], Path | State]] = {
-    flow.name: flow for flow in (pretrain, sweep, prove_resume)
+    flow.name: flow for flow in (pretrain, sweep, prove_resume, zero_lab)
 }

@@ -6,6 +6,7 @@ import sys
 PRETRAIN = "pretrain"
 SWEEP = "sweep"
 PROVE_RESUME = "prove-resume"
+ZERO_LAB = "zero-lab"
 """Flows."""
 
 SWEEP_DEPLOYMENT = "sizes"

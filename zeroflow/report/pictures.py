@@ -40,7 +40,7 @@ _LOSS = f"loss ({_TRAINING.unit})"
 def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Band | None) -> Path:
     """Draw training and validation loss against tokens, over the band of earlier runs."""
     title = f"{job.folder.name}: {parameter_count(job.model.parameters)} parameters"
-    figure, axes = _figure(title, "tokens", _LOSS)
+    figure, axes = new_figure(title, "tokens", _LOSS)
     train = [(r.tokens, r.loss) for r in records if isinstance(r, StepRecord)]
     held_out = [(r.tokens, r.val_loss) for r in records if isinstance(r, ValidationRecord)]
     faint = 0.4 if expected else 1
@@ -52,7 +52,7 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
     if entropy is not None:
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
     axes.legend()
-    return _save(figure, job.folder.loss_picture)
+    return save(figure, job.folder.loss_picture)
 
 
 def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
@@ -90,7 +90,7 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
     for name, (label, scale) in axis_labels.items():
         title = f"validation loss by {label.partition(' (')[0]}"
         loss = TABLE[found.measure].label if found.measure == "val_bpb" else _LOSS
-        figure, axes = _figure(title, label, loss)
+        figure, axes = new_figure(title, label, loss)
         by_flops = name == "flops"
         for number, group in enumerate(found.groups):
             # A logarithmic axis has no zero
@@ -104,7 +104,7 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
             figure.legend(loc="outside right upper", fontsize="small")
         elif lines:
             axes.legend(fontsize="small")
-        drawn.append(_save(figure, folder.loss_picture(name)))
+        drawn.append(save(figure, folder.loss_picture(name)))
     return drawn
 
 
@@ -174,7 +174,7 @@ def resume_curves(
     Args:
         kills: steps at which the second run was killed.
     """
-    figure, axes = _figure("losses of the undisturbed and the killed run", "step", _LOSS)
+    figure, axes = new_figure("losses of the undisturbed and the killed run", "step", _LOSS)
     for records, style, name in ((undisturbed, "-", "undisturbed"), (killed, "--", "killed")):
         for field, colour in (("loss", _BLUE), ("val_loss", _ORANGE)):
             points = [(r.step, getattr(r, field)) for r in records if hasattr(r, field)]
@@ -187,7 +187,7 @@ def resume_curves(
     for number, step in enumerate(kills):
         axes.axvline(step, color=_GREY, linestyle=":", label=None if number else "kill")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def overfit_curve(curve: list[float], path: Path, *, limit: float, least: float = 0.0) -> Path:
@@ -197,53 +197,65 @@ def overfit_curve(curve: list[float], path: Path, *, limit: float, least: float 
         limit: loss that the check had to reach.
         least: lowest loss that a model can reach on the batch.
     """
-    figure, axes = _figure("overfit check: loss of one fixed batch", "step", _LOSS)
+    figure, axes = new_figure("overfit check: loss of one fixed batch", "step", _LOSS)
     axes.semilogy(range(1, len(curve) + 1), curve, color=_BLUE, label="loss")
     axes.axhline(limit, color=_ORANGE, linestyle="--", label=f"limit {limit:.4g}")
     if least:
         axes.axhline(least, color=_GREY, linestyle=":", label=f"lowest possible {least:.4g}")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def time_shares(shares: dict[str, float], path: Path, *, title: str, good: set[str]) -> Path:
     """Draw a bar for each phase of the wall time; `good` phases have another colour."""
-    figure, axes = _figure(title, "share of the wall time (%)", "")
+    figure, axes = new_figure(title, "share of the wall time (%)", "")
     names, percent = list(shares), [100 * share for share in shares.values()]
     bars = axes.barh(names, percent, color=[_BLUE if name in good else _ORANGE for name in names])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Path:
     """Draw a histogram of document lengths in tokens, with the length of a row."""
-    figure, axes = _figure("documents by length", "tokens", "documents")
+    figure, axes = new_figure("documents by length", "tokens", "documents")
     edges = np.geomspace(1, max(2, int(lengths.max())) + 1, 60)
     axes.hist(lengths, bins=edges, color=_BLUE)
     axes.axvline(row_tokens, color=_ORANGE, linestyle="--", label=f"a row, {row_tokens:,} tokens")
     axes.set_xscale("log")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def new_figure(
+    title: str, x: str, y: str, size: tuple[float, float] = (7, 4), rows: int = 1
+) -> tuple[Any, Any]:
+    """Return a figure and its axes: an array of them if there are several `rows`.
+
+    Args:
+        size: width and height in inches.
+    """
     # pyplot is not used: it has global state and looks for a display
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # With a margin, because on a dark page the picture is a white box
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(7, 4), dpi=110, layout=layout, facecolor="white")
+    figure = Figure(figsize=size, dpi=110, layout=layout, facecolor="white")
+    if rows > 1:
+        several = figure.subplots(rows, sharex=True)
+        several[0].set_title(title)
+        several[-1].set_xlabel(x)
+        return figure, several
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     """Write the picture atomically: a reader finds either the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png")

@@ -1,0 +1,14 @@
+"""Measure the stages of ZeRO: `python flows/zero_lab.py --gpus 2 --device cpu`."""
+
+import sys
+
+from zeroflow.cli.first_line import announce
+
+if __name__ == "__main__":
+    announce(sys.argv[1:])
+
+from zeroflow.cli.flow import main
+from zeroflow.orchestration.names import ZERO_LAB
+
+if __name__ == "__main__":
+    main(ZERO_LAB)

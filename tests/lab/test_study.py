@@ -1,0 +1,111 @@
+"""The laboratory's formulas are those of the engine that runs, on two processes."""
+
+from pathlib import Path
+
+import pytest
+from tiny import SHAPE, synthetic_rows, training_config, training_job
+
+from zeroflow.lab.record import ZeroLab
+from zeroflow.lab.study import LabConfig, Study, study
+from zeroflow.lab.tensors import PARTS
+from zeroflow.model.llama import ModelConfig
+from zeroflow.report import zero_lab
+from zeroflow.run_folder import RunFolder
+from zeroflow.training.job import TrainingJob
+
+STEPS, RANKS, ACCUMULATE = 3, 2, 2
+
+# 75 rows cannot be divided among two ranks, so their shards are padded
+MODEL = ModelConfig(**SHAPE.model_dump() | {"intermediate_size": 75}, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
+    folder: Path = tmp_path_factory.mktemp("lab")
+    shards, tokenizer = synthetic_rows(folder)
+    (folder / "runs").mkdir()
+    training = training_config(steps=STEPS, model=MODEL, ranks=RANKS, accumulate=ACCUMULATE)
+    return training_job(folder / "runs" / "lab", shards, tokenizer, training)
+
+
+@pytest.fixture(scope="module")
+def found(job: TrainingJob) -> Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        return study(job, LabConfig(), lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def lab(found: Study) -> ZeroLab:
+    assert [one.stage for one in found.lab.stages] == [0, 1, 2, 3]
+    return found.lab
+
+
+def test_number_and_bytes_of_all_collectives_are_as_predicted(lab):
+    for one in lab.stages:
+        for name, collective in one.collectives.items():
+            assert collective.as_predicted, (one.stage, name, collective)
+
+
+def test_stages_move_what_the_paper_says_and_what_accumulation_adds(lab):
+    """Padding adds less than 1 %."""
+    embedding = MODEL.embedding_parameters / MODEL.parameters
+    blocks = 1 - embedding
+    gathered_twice = ACCUMULATE * (2 * blocks + embedding)
+    expected = [2, 2, 1 + ACCUMULATE, gathered_twice + ACCUMULATE]
+    assert [lab.volume(one) for one in lab.stages] == pytest.approx(expected, rel=0.01)
+
+
+def test_memory_is_predicted_within_three_percent_in_every_part(lab):
+    for one in lab.stages:
+        assert set(one.memory) == {*PARTS, "peak"}
+        for part, amount in one.memory.items():
+            assert abs(amount.error) < 0.03, (one.stage, part, amount)
+
+
+def test_stages_shard_what_the_paper_says(lab):
+    whole = 4 * lab.parameters
+    parts = {one.stage: {p: a.measured for p, a in one.memory.items()} for one in lab.stages}
+    assert parts[0]["parameters"] == whole
+    for stage in (1, 2, 3):
+        assert parts[stage]["parameters"] == pytest.approx(whole / RANKS, rel=0.01)
+        assert parts[stage]["moments"] == pytest.approx(2 * whole / RANKS, rel=0.01)
+    assert parts[1]["gradients"] > max(whole, parts[2]["gradients"])
+    assert parts[2]["gradients"] > whole / RANKS
+    assert parts[3]["gathered"] < parts[2]["gathered"]
+
+
+def test_losses_are_those_of_one_rank_up_to_rounding(found, lab):
+    assert len(found.one_rank.losses) == STEPS
+    assert lab.agrees and lab.tolerance < 1e-5
+    assert all(one.max_loss_difference <= 1e-6 for one in lab.stages)
+
+
+def test_speed_and_time_lines_are_measured(found, lab):
+    for one, measured in zip(lab.stages, found.measurements, strict=True):
+        assert one.tokens_per_second == pytest.approx(lab.tokens_per_step / one.step_seconds)
+        assert 0 < one.exposed_seconds <= one.communication_seconds
+        lanes = {span.lane for span in measured.spans}
+        assert lanes >= {"forward", "backward", "optimizer", "reduce"}
+        assert ("gather" in lanes) == (one.stage > 0)
+
+
+def test_page_and_pictures_show_the_record(job, found, lab):
+    page = zero_lab.write(job, found).linked
+    folder = RunFolder(job.run_dir)
+    assert ZeroLab.read(folder.zero_lab) == lab
+    assert "number and bytes as predicted" in page and "**" not in page
+    for picture in folder.path.glob("*.png"):
+        assert f"({picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")
+    assert len([*folder.path.glob("*.png")]) == 4
+
+
+def test_a_study_whose_losses_differ_by_more_than_rounding_does_not_agree(lab):
+    first, *others = lab.stages
+    wrong = first.replace(max_loss_difference=2 * lab.tolerance)
+    assert not lab.replace(stages=(wrong, *others)).agrees
+
+
+def test_a_stage_that_is_listed_twice_is_refused():
+    with pytest.raises(ValueError, match="--zero-stages lists a value twice: 1, 1"):
+        LabConfig(zero_stages=(1, 1))

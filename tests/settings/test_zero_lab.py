@@ -1,0 +1,44 @@
+"""Settings of the ZeRO laboratory."""
+
+import pytest
+
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
+
+
+def asked(**run: object) -> ZeroLabRun:
+    given = {"device": "cpu", "training": {"gpus": 2}} | run
+    return ZeroLabRun(run=RunConfig.model_validate(given))
+
+
+def test_open_settings_become_small_on_a_cpu_and_given_ones_are_kept():
+    small = lab_run(asked())
+    assert small.data.data_mode == "synthetic" and small.model.hidden_size == 128
+    assert small.training.grad_accum_steps == 2 and small.training.max_steps == 20
+    assert small.run_name == lab_run(asked()).run_name
+    training = {"gpus": 4, "batch_tokens": 1024, "max_steps": 7}
+    given = lab_run(asked(model={"size": "tiny"}, data={"data_mode": "sample"}, training=training))
+    assert given.model.size == "tiny" and given.data.data_mode == "sample"
+    assert given.training.batch_tokens == 1024 and given.training.max_steps == 7
+    assert given.training.grad_accum_steps is None, "it follows from the batch"
+    assert given.run_name != small.run_name
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"training": {}}, "add --gpus, such as --gpus 2"),
+        ({"training": {"gpus": 2, "nodes": 2}}, "drop --nodes"),
+        ({"training": {"gpus": 2, "zero_stage": 1}}, "use --zero-stages"),
+        ({"skip_preflight": True}, "no pre-flight"),
+    ],
+)
+def test_settings_that_do_not_apply_are_refused(run, message):
+    with pytest.raises(ValueError, match=message):
+        lab_run(asked(**run))
+
+
+def test_name_of_a_training_run_is_refused(tmp_path):
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"mine is a training run: .* another --run-name"):
+        lab_run(asked(run_name="mine", cache_dir=tmp_path))

@@ -1,0 +1,122 @@
+"""Collectives of a training step: counted where PyTorch calls the process group, and predicted."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from zeroflow.config import Config
+from zeroflow.lab import layout
+from zeroflow.training.workload import Workload
+
+GATHER, SCATTER, SUM, SCALARS = "all_gather", "reduce_scatter", "all_reduce", "all_reduce_scalars"
+"""Names of collectives. The last sums single numbers: targets, loss and gradient norms."""
+
+_OPERATORS = {
+    "c10d::_allgather_base_": GATHER,
+    "c10d::_reduce_scatter_base_": SCATTER,
+    "c10d::allreduce_": SUM,
+    "_c10d_functional::all_reduce": SCALARS,  # of gradient norms, by DTensor
+}
+
+_IGNORED = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+"""Operators of these libraries that send nothing."""
+
+
+class Traffic(Config):
+    """Collectives of one kind, in one step of one rank."""
+
+    count: int
+    bytes: int
+    """Bytes of the whole buffers: the output of an all-gather, the input of the others."""
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that are called in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """Collectives by name."""
+        return {
+            name: Traffic(count=count, bytes=self._bytes[name])
+            for name, count in sorted(self._counts.items())
+        }
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        if is_wrapped(types):
+            return NotImplemented
+        name = function.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) and name not in _IGNORED:
+            tensors = [t for t in tree_leaves((arguments, options)) if isinstance(t, Tensor)]
+            # The larger buffer is the whole one; that of a rank's own part is not sent as well
+            whole = max(tensors, key=Tensor.numel)
+            kind = _OPERATORS.get(name, name)
+            if kind == SUM and whole.dim() == 0:
+                kind = SCALARS
+            self._counts[kind] += 1
+            self._bytes[kind] += whole.numel() * whole.element_size()
+        return function(*arguments, **options or {})
+
+
+def is_wrapped(types: Sequence[type]) -> bool:
+    """Return True if a call has sharded tensors. PyTorch then calls again with their shards."""
+    return any(kind not in (Tensor, torch.nn.Parameter) for kind in types)
+
+
+def predicted(work: Workload) -> dict[str, Traffic]:
+    """Return the collectives of one step of one rank, by name, with the names of the counter.
+
+    Weights are gathered in the dtype of the products, and gradients are reduced in fp32. Every
+    parameter is padded to equal shards.
+
+    Raises:
+        ValueError: there is one rank, which has no collectives.
+    """
+    if work.ranks == 1:
+        raise ValueError("one rank has no collectives: use --gpus 2 or more")
+    shards, micro_batches = work.shards, work.accumulate
+    root, *blocks = layout.groups(work.model)
+    padded_blocks = sum(block.padded(shards) for block in blocks)
+    padded = root.padded(shards) + padded_blocks
+    found = {SCALARS: _scalars(work)}
+    if shards > 1:
+        gathers = {
+            1: (1, 1),
+            2: (1, 1),
+            # A block for the forward and for the backward pass; the root for both
+            3: (micro_batches, 2 * micro_batches),
+        }
+        of_root, of_block = gathers[work.zero_stage]
+        width = work.dtype.itemsize
+        found[GATHER] = Traffic(
+            count=of_root + of_block * len(blocks),
+            bytes=width * (of_root * root.padded(shards) + of_block * padded_blocks),
+        )
+        times = 1 if work.zero_stage == 1 else micro_batches
+        found[SCATTER] = Traffic(count=times * (1 + len(blocks)), bytes=4 * times * padded)
+    if work.ranks > shards:  # each rank sums its shard over the replicas, once per step
+        found[SUM] = Traffic(count=1 + len(blocks), bytes=4 * padded // shards)
+    return dict(sorted(found.items()))
+
+
+def _scalars(work: Workload) -> Traffic:
+    """Return the sums of the number of targets (int64), of the loss (fp32), and of the norms."""
+    norms = 0
+    if work.shards > 1:
+        norms = 4 * sum(len(group.shapes) for group in layout.groups(work.model))
+    return Traffic(count=2 + (norms > 0), bytes=8 + 4 + norms)

@@ -1,0 +1,182 @@
+"""Measurement of workloads on the ranks of one job: `-m zeroflow.lab.measure JOB.json`.
+
+Each workload is measured in three ways, with fresh weights from the same seed: one eager step with
+every tensor and collective recorded; steps that are timed and whose losses are kept; and a few
+profiled steps. A single rank is only a reference for losses and speed.
+"""
+
+import gc
+import logging
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from pydantic import PositiveInt
+
+from zeroflow.data.batches import Batches
+from zeroflow.data.rows import Rows
+from zeroflow.data.shards import ShardSet
+from zeroflow.lab import timeline
+from zeroflow.lab.collectives import CollectiveCounter, Traffic
+from zeroflow.lab.tensors import TensorRecorder
+from zeroflow.lab.timeline import Span
+from zeroflow.records import Record
+from zeroflow.training import rank_program, zero
+from zeroflow.training.batching import batches
+from zeroflow.training.config import TrainingConfig
+from zeroflow.training.events import EVENTS, Done, Stopped
+from zeroflow.training.job import RankJob
+from zeroflow.training.loop import train_step
+from zeroflow.training.pulse import Pulse, PulseWriter
+from zeroflow.training.state import new_state
+from zeroflow.training.stopping import Stop
+from zeroflow.training.workload import Workload
+
+log = logging.getLogger("zeroflow.lab")
+
+PHASE = "ZeRO laboratory"
+"""Phase of the pulses."""
+
+_WARM_UP = 2
+"""Steps before the first timed one."""
+
+_PROFILED = 3
+"""Profiled steps, of which the one with the median of exposed communication is kept."""
+
+
+class LabJob(RankJob):
+    """Job of the ranks that measure several workloads, one after the other."""
+
+    shards: ShardSet
+    workloads: tuple[Workload, ...]
+    """Workloads with the same number of ranks and the same global batch."""
+
+    threads: PositiveInt
+    """Threads of each rank on a CPU."""
+
+    result: Path
+    """File for the `Measurements`."""
+
+
+class Measurement(Record):
+    """Figures of a workload."""
+
+    workload: Workload
+    losses: tuple[float, ...]
+    """Loss of every step."""
+
+    step_seconds: float
+    """Median."""
+
+    memory: dict[str, int]
+    """Largest bytes of each part on any rank; empty for a single rank."""
+
+    traffic: dict[str, Traffic]
+    """Collectives of a step of rank 0."""
+
+    spans: tuple[Span, ...]
+    """Time line of a step of rank 0; empty for a single rank."""
+
+
+class Measurements(Record):
+    """Figures of all workloads of a job."""
+
+    found: tuple[Measurement, ...]
+
+
+def measure(config: TrainingConfig, rows: Rows) -> Measurement:
+    """Measure the workload of `config` on this rank, together with the other ranks."""
+    source, work = batches(rows, config), config.workload
+    memory: dict[str, int] = {}
+    traffic: dict[str, Traffic] = {}
+    if work.ranks > 1:
+        eager = config.replace(workload=work.replace(compile=False))
+        memory, traffic = record_step(eager, source)
+        _clear(work)
+    losses, seconds, spans = train(config, source)
+    _clear(work)
+    return Measurement(
+        workload=work,
+        losses=tuple(losses),
+        step_seconds=seconds,
+        memory={part: zero.max_over_ranks(size) for part, size in memory.items()},
+        traffic=traffic,
+        spans=tuple(spans),
+    )
+
+
+def record_step(
+    config: TrainingConfig, source: Batches
+) -> tuple[dict[str, int], dict[str, Traffic]]:
+    """Return the memory of the second step by part, and its collectives."""
+    state = new_state(config)
+    train_step(state, source.micro_batches(0), config)
+    tensors, collectives = TensorRecorder(state), CollectiveCounter()
+    micro_batches = source.micro_batches(1)
+    with collectives, tensors:
+        train_step(state, micro_batches, config)
+    return tensors.peaks(), collectives.traffic
+
+
+def train(config: TrainingConfig, source: Batches) -> tuple[list[float], float, list[Span]]:
+    """Train all steps; return their losses, the median time of a step, and a time line of one."""
+    work = config.workload
+    state = new_state(config)
+    losses, seconds = [], []
+    for step in range(config.steps):
+        micro_batches = source.micro_batches(step)
+        began = time.perf_counter()
+        loss = train_step(state, micro_batches, config).loss.item()  # waits for the device
+        losses.append(loss)
+        seconds.append(time.perf_counter() - began)
+
+    def spans(step: int) -> list[Span]:
+        batch = source.micro_batches(step)
+        return timeline.recorded(lambda: train_step(state, batch, config).loss.item(), work.device)
+
+    step_seconds = statistics.median(seconds[_WARM_UP:] or seconds)
+    if work.ranks == 1:
+        return losses, step_seconds, []
+    profiled = sorted(map(spans, range(_PROFILED)), key=timeline.exposed)
+    return losses, step_seconds, profiled[_PROFILED // 2]
+
+
+def _clear(work: Workload) -> None:
+    gc.collect()
+    if work.compile:
+        torch.compiler.reset()  # otherwise differently sharded blocks are compiled as dynamic ones
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def work(job: LabJob, stop: Stop) -> None:
+    if job.training.workload.deterministic:
+        rank_program.make_deterministic()
+    torch.set_num_threads(job.threads)
+    rows = Rows(job.shards, "train")
+    pulses = PulseWriter(job.folder.alive)
+    found: list[Measurement] = []
+    for workload in job.workloads:
+        if zero.rank() == 0:
+            pulses(Pulse(PHASE, len(found), len(job.workloads), workload.devices))
+        found.append(measure(job.training.replace(workload=workload), rows))
+        log.info(
+            "%s: loss %.6f after %d steps, %.4g s per step",
+            *(workload.devices, found[-1].losses[-1], len(found[-1].losses)),
+            found[-1].step_seconds,
+        )
+        if stop():
+            break
+    if zero.rank() > 0:
+        return
+    if len(found) < len(job.workloads):
+        message = "the laboratory was stopped; the same command repeats it"
+        EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
+        return
+    Measurements(found=tuple(found)).write(job.result)
+    EVENTS.append(job.folder.events, Done(time=time.time()))
+
+
+if __name__ == "__main__":
+    rank_program.main(LabJob, work)

@@ -1,0 +1,121 @@
+"""Record of the laboratory: contents of zero_lab.json."""
+
+from zeroflow.config import Config
+from zeroflow.device import Precision
+from zeroflow.records import Record, omitted
+from zeroflow.training.zero import Stage
+
+
+class Amount(Config):
+    """Bytes of a part of the memory."""
+
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction; 0 if there is nothing to predict."""
+        return self.predicted / self.measured - 1 if self.measured else float(self.predicted > 0)
+
+
+class Collective(Config):
+    """Collectives of one kind, in one step of one rank."""
+
+    count: int
+    bytes: int
+    """Bytes of the whole buffers: the output of an all-gather, the input of the others."""
+
+    predicted_count: int
+    predicted_bytes: int
+
+    @property
+    def as_predicted(self) -> bool:
+        return (self.count, self.bytes) == (self.predicted_count, self.predicted_bytes)
+
+
+class ZeroStage(Config):
+    """What a stage of ZeRO takes and gives, on each rank."""
+
+    stage: Stage
+    shard_group: int | None = omitted()
+    """Ranks over which the state is sharded; None for all ranks."""
+
+    memory: dict[str, Amount]
+    """Largest bytes of each part of the memory in a step, and "peak", the largest of their sum."""
+
+    collectives: dict[str, Collective]
+    """By name, in a step."""
+
+    tokens_per_second: float
+    """Of all ranks together."""
+
+    step_seconds: float
+    """Median time of a step."""
+
+    communication_seconds: float
+    """Time of a step in which collectives are in progress."""
+
+    exposed_seconds: float
+    """The part of it in which nothing is computed."""
+
+    max_loss_difference: float
+    """Largest difference of a loss from that of one rank, in nats per token."""
+
+    @property
+    def name(self) -> str:
+        groups = f", groups of {self.shard_group}" if self.shard_group else ""
+        return f"{self.stage}{groups}"
+
+
+class ZeroLab(Record):
+    """Results of the laboratory: contents of zero_lab.json."""
+
+    device: str
+    ranks: int
+    parameters: int
+    tokens_per_step: int
+    micro_batches: int
+    """Micro-batches of a step on each rank."""
+
+    precision: Precision
+    compiled: bool
+    """True if losses and speed are those of compiled code. Memory and collectives are always those
+    of eager code."""
+
+    steps: int
+    """Number of steps whose losses were compared."""
+
+    noise_floor: float
+    """Largest difference of a loss between two runs of one rank that split a step differently into
+    micro-batches, and so differ only in rounding."""
+
+    one_rank_tokens_per_second: float
+    """Speed of one rank with the same batches; on a CPU with as many threads as each of several."""
+
+    stages: tuple[ZeroStage, ...]
+
+    def volume(self, one: ZeroStage) -> float:
+        """Return the values that a rank moves in a step, in parameters, as the paper counts.
+
+        An all-reduce counts twice, because it scatters sums and gathers them. Sums of single
+        numbers are left out.
+        """
+        widths = {
+            "all_gather": 2 if self.precision == "bf16" else 4,
+            "reduce_scatter": 4,
+            "all_reduce": 4 / 2,
+        }
+        moved = (
+            found.bytes / widths[name] for name, found in one.collectives.items() if name in widths
+        )
+        return sum(moved) / self.parameters
+
+    @property
+    def agrees(self) -> bool:
+        """True if the losses of all stages are those of one rank, up to rounding."""
+        return all(one.max_loss_difference <= self.tolerance for one in self.stages)
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of losses that rounding explains."""
+        return max(1e-6 if self.precision == "fp32" else 0.0, 3 * self.noise_floor)

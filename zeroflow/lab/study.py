@@ -1,0 +1,163 @@
+"""The study: launch the ranks that measure, and compare their figures with the formulas."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+
+from pydantic import field_validator
+
+from zeroflow.config import Config
+from zeroflow.lab import collectives, memory, timeline
+from zeroflow.lab.collectives import Traffic
+from zeroflow.lab.measure import LabJob, Measurement, Measurements
+from zeroflow.lab.record import Amount, Collective, ZeroLab, ZeroStage
+from zeroflow.training.events import Event
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.launch import launch
+from zeroflow.training.pulse import Pulse
+from zeroflow.training.workload import Workload
+from zeroflow.training.zero import STAGES, Stage
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[Event | Pulse], None]
+
+
+class LabConfig(Config):
+    """Settings of the ZeRO laboratory."""
+
+    zero_stages: tuple[Stage, ...] = ()
+    """ZeRO stages to measure. Default: all. With --shard-group, stages 1 to 3 are also measured in
+    groups."""
+
+    @field_validator("zero_stages")
+    @classmethod
+    def _each_once(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(stages)) < len(stages):
+            raise ValueError(f"--zero-stages lists a value twice: {', '.join(map(str, stages))}")
+        return stages
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.zero_stages or STAGES
+
+
+class Study(Config):
+    """Results of the laboratory, and the measurements that its pictures show."""
+
+    lab: ZeroLab
+    one_rank: Measurement
+    measurements: tuple[Measurement, ...]
+    """One for each of the stages of `lab`."""
+
+
+def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
+    """Measure every stage on the ranks of `job`, and one rank with the same batches.
+
+    Raises:
+        TrainingFailed: a rank failed.
+        TrainingStopped: the ranks were stopped from outside.
+    """
+    work = job.training.workload
+    alone, split_otherwise = _of_one_rank(work)
+    log.info("training on one rank, with two splits of a step into micro-batches")
+    reference, other = _measured(job, (alone, split_otherwise), on_event)
+    log.info("measuring %s", ", ".join(f"stage {stage}" for stage in config.stages))
+    found = _measured(job, _workloads(work, config.stages), on_event)
+    lab = ZeroLab(
+        device=work.device_name,
+        ranks=work.ranks,
+        parameters=work.model.parameters,
+        tokens_per_step=work.batch_tokens,
+        micro_batches=work.accumulate,
+        precision=work.precision,
+        compiled=work.compile,
+        steps=job.training.steps,
+        noise_floor=_difference(reference, other),
+        one_rank_tokens_per_second=work.batch_tokens / reference.step_seconds,
+        stages=tuple(_stage(one, reference) for one in found),
+    )
+    return Study(lab=lab, one_rank=reference, measurements=found)
+
+
+def _of_one_rank(work: Workload) -> tuple[Workload, Workload]:
+    """Return the same step on one rank, and the same with larger micro-batches."""
+    micro_batches = work.accumulate * work.ranks
+    alone = work.replace(ranks=1, zero_stage=0, shard_group=None, accumulate=micro_batches)
+    joined = next(n for n in range(2, micro_batches + 1) if micro_batches % n == 0)
+    larger = {
+        "micro_batch_rows": joined * work.micro_batch_rows,
+        "accumulate": micro_batches // joined,
+    }
+    return alone, alone.replace(**larger)
+
+
+def _workloads(work: Workload, stages: Iterable[Stage]) -> tuple[Workload, ...]:
+    whole = [work.replace(zero_stage=stage, shard_group=None) for stage in stages]
+    if work.shard_group is None:
+        return tuple(whole)
+    groups = [work.replace(zero_stage=stage) for stage in stages if stage > 0]
+    return (*whole, *groups)
+
+
+def _measured(
+    job: TrainingJob, workloads: tuple[Workload, ...], on_event: OnEvent
+) -> tuple[Measurement, ...]:
+    ranks, folder = workloads[0].ranks, job.folder
+    lab = LabJob(
+        run_dir=job.run_dir,
+        training=job.training.replace(workload=workloads[0]),
+        shards=job.shards,
+        workloads=workloads,
+        threads=max(1, (os.cpu_count() or 1) // job.training.workload.ranks),
+        result=folder.lab_measurements(ranks),
+    )
+    lab.result.unlink(missing_ok=True)
+    lab.write(folder.lab_job(ranks))
+    launch(
+        "zeroflow.lab.measure",
+        folder.lab_job(ranks),
+        on_event,
+        ranks=ranks,
+        hang_seconds=job.hang_seconds,
+        compile_cache=job.compile_cache,
+    )
+    return Measurements.read(lab.result).found
+
+
+def _stage(found: Measurement, reference: Measurement) -> ZeroStage:
+    work = found.workload
+    predicted = memory.predicted(work)
+    return ZeroStage(
+        stage=work.zero_stage,
+        shard_group=work.shard_group,
+        memory={
+            part: Amount(predicted=predicted[part], measured=measured)
+            for part, measured in found.memory.items()
+        },
+        collectives=_compared(found.traffic, collectives.predicted(work)),
+        tokens_per_second=work.batch_tokens / found.step_seconds,
+        step_seconds=found.step_seconds,
+        communication_seconds=timeline.communication(found.spans),
+        exposed_seconds=timeline.exposed(found.spans),
+        max_loss_difference=_difference(found, reference),
+    )
+
+
+def _compared(measured: dict[str, Traffic], predicted: dict[str, Traffic]) -> dict[str, Collective]:
+    none = Traffic(count=0, bytes=0)
+    found = {}
+    for name in sorted(measured.keys() | predicted.keys()):
+        is_, should = measured.get(name, none), predicted.get(name, none)
+        found[name] = Collective(
+            count=is_.count,
+            bytes=is_.bytes,
+            predicted_count=should.count,
+            predicted_bytes=should.bytes,
+        )
+    return found
+
+
+def _difference(one: Measurement, other: Measurement) -> float:
+    """Return the largest difference of a loss."""
+    return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))

@@ -1,0 +1,229 @@
+"""The page of the ZeRO laboratory."""
+
+from collections.abc import Callable
+
+from zeroflow.lab.record import Collective, ZeroLab, ZeroStage
+from zeroflow.lab.study import Study
+from zeroflow.lab.tensors import PARTS
+from zeroflow.report import zero_pictures
+from zeroflow.report.page_text import as_html
+from zeroflow.report.pages import Page, Picture, Table
+from zeroflow.text.markup import Markdown, bold, escaped
+from zeroflow.tracking import tracker
+from zeroflow.training.job import TrainingJob
+from zeroflow.units import count, parameter_count
+
+_PAPER = "[Rajbhandari et al. 2020](https://arxiv.org/abs/1910.02054)"
+
+_MEMORY_REASONS = {
+    0: "The paper keeps bf16 weights and gradients (2 + 2 bytes), and fp32 weights and moments "
+    "(12). Here, weights and gradients are fp32 (4 + 4), and moments take 8: also 16. FSDP2 adds a "
+    "copy of the weights for use.",
+    1: "Weights and moments are sharded, also the fp32 weights, which the paper counts with the "
+    "moments. With several micro-batches per step, gradients are whole and fp32: 4 bytes instead "
+    "of 2. With one, they are reduced block by block, as at stage 2.",
+    2: "The shard of the gradients is fp32: 4/N bytes instead of 2/N. The whole weights are "
+    "copies, which exist from the forward pass to the end of the backward pass.",
+    3: "Weights are whole for one block at a time. The embedding is also the output head, so it is "
+    "whole from the forward pass to the end of the backward pass.",
+}
+
+_TRAFFIC_REASONS = {
+    0: "Gradients are summed once per step, in fp32. A sum over all ranks moves as much as a "
+    "scatter and a gather.",
+    1: "Weights are gathered once per step, and gradients are scattered once: as much as a sum.",
+    2: "Weights are gathered once per step, and gradients are scattered after each micro-batch.",
+    3: "In each micro-batch, blocks are gathered twice, the embedding once, and gradients are "
+    "scattered once.",
+}
+
+
+def write(job: TrainingJob, study: Study) -> Page:
+    """Write zero_lab.json and zero_lab.md with pictures, and add them to MLflow."""
+    folder, lab = job.folder, study.lab
+    drawn = zero_pictures.draw(study, folder)
+    lab.write(folder.zero_lab)
+    made = page(job, lab)
+    made.write(folder.zero_lab_page)
+    figures = {
+        f"zero/{figure}": [float(getattr(one, figure)) for one in lab.stages]
+        for figure in ("tokens_per_second", "exposed_seconds", "max_loss_difference")
+    }
+    ending = tracker.RunEnd(
+        files=[*drawn, folder.zero_lab],
+        pages={"zero_lab.html": as_html(folder.zero_lab_page, f"ZeRO laboratory {folder.name}")},
+        series=figures,
+        succeeded=lab.agrees,
+    )
+    tracking = job.tracking.replace(tags=job.tracking.tags | {"zero_lab": str(lab.agrees).lower()})
+    tracker.finish(tracking, folder, [], ending)
+    return made
+
+
+def page(job: TrainingJob, lab: ZeroLab) -> Page:
+    """Return the page of a study, whose pictures exist."""
+    folder = job.folder
+    return Page(
+        (
+            Markdown(f"# ZeRO laboratory: {escaped(folder.name)}"),
+            Table(("", ""), _summary(lab).items()),
+            Markdown("## Memory"),
+            Markdown(
+                "Largest bytes of each part on a rank in a step, measured by the tensors that "
+                "exist, and in brackets the error of the prediction. Parts are not largest at the "
+                "same moment, so the peak is less than their sum. Temporaries inside kernels, and "
+                "Python itself, are not included."
+            ),
+            _by_part(lab),
+            Picture(folder.zero_memory_picture, "memory by part"),
+            Markdown(f"### Beside the paper\n\nModel state in bytes per parameter; see {_PAPER}."),
+            _beside_the_paper(lab),
+            Markdown("## Communication"),
+            Markdown(
+                "Collectives of a step and rank, counted where PyTorch calls the process group. "
+                "Bytes are those of the whole buffer: the output of an all-gather, the input of a "
+                "reduce-scatter or an all-reduce."
+            ),
+            _by_collective(lab),
+            Picture(folder.zero_traffic_picture, "bytes by collective"),
+            Markdown(
+                "### Beside the paper\n\nValues that a rank moves, in parameters Ψ; an all-reduce "
+                "counts twice:"
+            ),
+            _volumes(lab),
+            Markdown("## Speed"),
+            _speeds(lab),
+            Picture(folder.zero_timeline_picture, "time lines of a step"),
+            Markdown("## Agreement"),
+            Markdown(_agreement(lab)),
+            Picture(folder.zero_losses_picture, "differences of the losses"),
+        )
+    )
+
+
+def _summary(lab: ZeroLab) -> dict[str, str]:
+    equal = all(c.as_predicted for one in lab.stages for c in one.collectives.values())
+    worst = max(abs(one.memory[part].error) for one in lab.stages for part in one.memory)
+    return {
+        "Ranks": f"{lab.ranks} on {lab.device}",
+        "Model": f"{parameter_count(lab.parameters)} parameters, {lab.precision}"
+        + (", compiled" if lab.compiled else ""),
+        "Step": f"{lab.tokens_per_step:,} tokens, "
+        f"{count(lab.micro_batches, 'micro-batch', 'micro-batches')} per rank",
+        "Memory": f"predicted within {100 * worst:.1f} % in every part",
+        "Collectives": "number and bytes as predicted" if equal else "NOT as predicted",
+        "Losses": "agree" if lab.agrees else "DO NOT AGREE",
+    }
+
+
+def _columns(
+    lab: ZeroLab, rows: list[tuple[str, Callable[[ZeroStage], str]]], corner: str
+) -> Table:
+    """Return a table with a column for each stage."""
+    head = (corner, *(f"stage {one.name}" for one in lab.stages))
+    cells = [(name, *(cell(one) for one in lab.stages)) for name, cell in rows]
+    return Table(head, cells, " " + "r" * len(lab.stages))
+
+
+def _by_part(lab: ZeroLab) -> Table:
+    def row(part: str) -> tuple[str, Callable[[ZeroStage], str]]:
+        def cell(one: ZeroStage) -> str:
+            amount = one.memory[part]
+            if not amount.measured and not amount.predicted:
+                return "0"
+            return f"{amount.measured / 2**20:,.2f} ({100 * amount.error:+.1f} %)"
+
+        return part, cell
+
+    return _columns(lab, [row(part) for part in (*PARTS, "peak")], "MiB")
+
+
+def _beside_the_paper(lab: ZeroLab) -> Table:
+    n = lab.ranks
+
+    def paper(stage: int, shards: int) -> float:
+        return (16, 4 + 12 / shards, 2 + 14 / shards, 16 / shards)[stage]
+
+    names = ("16", "4 + 12/N", "2 + 14/N", "16/N")
+    state = ("parameters", "gradients", "moments", "gathered")
+    rows = []
+    for one in lab.stages:
+        each = [one.memory[part].measured / lab.parameters for part in state]
+        here = " + ".join(f"{size:.2f}" for size in each)
+        expected = paper(one.stage, one.shard_group or n)
+        rows.append(
+            (
+                one.name,
+                f"{names[one.stage]} = {expected:.2f}",
+                f"{here} = {sum(each):.2f}",
+                _MEMORY_REASONS[one.stage],
+            )
+        )
+    head = ("stage", "paper", f"measured: {' + '.join(state)}", "why they differ")
+    return Table(head, rows)
+
+
+def _by_collective(lab: ZeroLab) -> Table:
+    rows = []
+    for one in lab.stages:
+        for name, found in one.collectives.items():
+            rows.append(
+                (
+                    one.name,
+                    name.replace("_", " "),
+                    f"{found.count:,}",
+                    f"{found.bytes:,}",
+                    _verdict(found),
+                )
+            )
+    return Table(("stage", "collective", "count", "bytes", "predicted"), rows, "  rr")
+
+
+def _verdict(found: Collective) -> str:
+    if found.as_predicted:
+        return "the same"
+    return bold(f"{found.predicted_count:,} of {found.predicted_bytes:,} bytes")
+
+
+def _volumes(lab: ZeroLab) -> Table:
+    rows = []
+    for one in lab.stages:
+        paper = 3 if one.stage == 3 else 2
+        here = f"{lab.volume(one):.2f} Ψ"
+        rows.append((one.name, f"{paper} Ψ", here, _TRAFFIC_REASONS[one.stage]))
+    return Table(("stage", "paper", "measured", "what is moved"), rows, " rr")
+
+
+def _speeds(lab: ZeroLab) -> Table:
+    def milliseconds(seconds: float) -> str:
+        return f"{1000 * seconds:,.1f}"
+
+    return _columns(
+        lab,
+        [
+            ("tokens/s", lambda one: f"{one.tokens_per_second:,.0f}"),
+            (
+                "times one rank",
+                lambda one: f"{one.tokens_per_second / lab.one_rank_tokens_per_second:.2f}",
+            ),
+            ("step (ms)", lambda one: milliseconds(one.step_seconds)),
+            ("collectives in progress (ms)", lambda one: milliseconds(one.communication_seconds)),
+            ("of it exposed (ms)", lambda one: milliseconds(one.exposed_seconds)),
+            (
+                "of it hidden by computation (ms)",
+                lambda one: milliseconds(one.communication_seconds - one.exposed_seconds),
+            ),
+        ],
+        "",
+    )
+
+
+def _agreement(lab: ZeroLab) -> str:
+    worst = ", ".join(f"{one.max_loss_difference:.1e} (stage {one.name})" for one in lab.stages)
+    verdict = "All stages agree" if lab.agrees else "NOT all stages agree"
+    return (
+        f"Every stage trained {count(lab.steps, 'step')} from the same weights on the same rows as "
+        f"one rank. Largest difference of a loss, in nats per token: {worst}. Two runs of one rank "
+        "that split a step differently into micro-batches differ only in rounding, by "
+        f"{lab.noise_floor:.1e}. {verdict}: the tolerance is {lab.tolerance:.1e}."
+    )

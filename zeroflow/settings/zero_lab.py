@@ -1,0 +1,102 @@
+"""Settings of the ZeRO laboratory."""
+
+from typing import ClassVar, Self
+
+from zeroflow import artifacts
+from zeroflow.checks.overfit import OverfitConfig
+from zeroflow.config import Config
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.device import find_device
+from zeroflow.lab.study import LabConfig
+from zeroflow.reuse import flat
+from zeroflow.settings.run_config import ModelChoice, RunConfig
+
+_STEPS = 20
+"""Default number of steps."""
+
+# Defaults on a CPU: a step takes tens of milliseconds, and weights are a visible part of the memory
+_SHAPE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+}
+
+_SMALL = {"seq_len": 64, "batch_size": 4, "grad_accum_steps": 2}
+
+_BATCH = ("batch_size", "grad_accum_steps", "batch_tokens")
+"""Settings that define the batch. If any is given, the batch has no default here."""
+
+
+class ZeroLabRun(Config):
+    """Settings of the laboratory, and of the run whose steps it measures."""
+
+    lab: LabConfig = LabConfig()
+    run: RunConfig = RunConfig()
+
+    no_flags: ClassVar[tuple[str, ...]] = (
+        "run.sweep",
+        "run.skip_preflight",
+        "run.training.zero_stage",
+        *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
+    )
+    """Settings that do not apply to the laboratory."""
+
+    @property
+    def anywhere(self) -> Self:
+        """Return the same settings with absolute paths."""
+        return self.model_copy(update={"run": self.run.anywhere})
+
+
+def lab_run(asked: ZeroLabRun) -> RunConfig:
+    """Return the settings of the run that is measured; the defaults on a CPU are small.
+
+    Raises:
+        ValueError: a setting does not apply to the laboratory, or a training run has this name.
+    """
+    run = asked.run
+    _refuse(run)
+    small: dict[str, object] = {"max_steps": _STEPS}
+    if find_device(run.device).kind == "cpu" and run.model == ModelChoice():
+        chosen = run.training.model_fields_set
+        has_batch = any(getattr(run.training, name) for name in _BATCH if name in chosen)
+        small |= {k: v for k, v in _SMALL.items() if not (has_batch and k in _BATCH)}
+        run = run.replace(model=ModelChoice(**_SHAPE))
+    if run.data == CorpusConfig():
+        run = run.replace(data=CorpusConfig(data_mode="synthetic"))
+        if run.tokenizer == TokenizerConfig():
+            run = run.replace(tokenizer=TokenizerConfig(vocab_size=512))
+    given = {
+        name: value
+        for name in run.training.model_fields_set
+        if (value := getattr(run.training, name)) is not None
+    }
+    run = run.replace(training=type(run.training)(**small | given))
+    if run.run_name is None:
+        identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
+        del identity["cache_dir"]
+        run = run.replace(run_name=f"zero-lab-{artifacts.fingerprint(identity)[:6]}")
+    return run
+
+
+def _refuse(run: RunConfig) -> None:
+    if (run.training.gpus or 1) == 1:
+        raise ValueError(
+            "the laboratory compares stages of several ranks: add --gpus, such as --gpus 2. With "
+            "--device cpu, processes stand in for GPUs"
+        )
+    if run.training.nodes > 1:
+        raise ValueError("the laboratory measures the ranks of one machine: drop --nodes")
+    if run.training.zero_stage is not None:
+        raise ValueError("the laboratory sets --zero-stage itself: use --zero-stages")
+    if run.overfit != OverfitConfig() or run.skip_preflight:
+        raise ValueError(
+            "the laboratory has no pre-flight and no overfit check: drop --skip-preflight, "
+            "--overfit-steps and --overfit-loss"
+        )
+    if run.run_name and run.folder.checkpoints.exists():
+        raise ValueError(
+            f"{run.run_name} is a training run: give the laboratory another --run-name"
+        )
