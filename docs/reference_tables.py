@@ -1,4 +1,4 @@
-"""Write the generated tables of docs/reference/ and the names of all flags: `make reference`.
+"""Write the generated tables of docs/reference/: `make reference`.
 
 A page has prose and, between two comments, tables that are generated from the code:
 
@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from zeroflow.cli import commands
 from zeroflow.estimate.history import Past
 from zeroflow.lab.record import ZeroLab
 from zeroflow.orchestration.ui import UiConfig
@@ -37,8 +36,6 @@ from zeroflow.training.sampling import SamplingConfig
 
 PAGES = Path(__file__).parent / "reference"
 
-FLAG_NAMES = Path(__file__).parents[1] / "zeroflow" / "cli" / "flag_names.py"
-
 _TABLE = re.compile(r"(<!-- table: ([\w .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _SETTINGS = ("flag", "type", "default", "meaning")
@@ -49,7 +46,6 @@ def main() -> None:
     """Update every page."""
     for page in sorted(PAGES.glob("*.md")):
         page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
-    FLAG_NAMES.write_text(flag_names(), encoding="utf-8")
 
 
 def updated(page: str) -> str:
@@ -59,29 +55,6 @@ def updated(page: str) -> str:
         KeyError: the page has a table that does not exist.
     """
     return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
-
-
-def flag_names() -> str:
-    """Return the module with the names of all flags, one on each line."""
-    lines = [
-        '"""Flags of each command, generated from the settings classes: `make reference`.',
-        "",
-        "Those classes need libraries that take seconds to import.",
-        '"""',
-    ]
-    flags = {
-        name: [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        for name, parser in commands.parser()[1].items()
-    }
-    of_a_run = flags["pretrain"]
-    lines += ["", "_RUN = [", *(f'    "{flag}",' for flag in of_a_run), "]", "", "FLAGS = {"]
-    for name, own in flags.items():
-        if set(of_a_run) <= set(own):
-            own = ["*_RUN", *(f'"{flag}"' for flag in own if flag not in of_a_run)]
-        else:
-            own = [f'"{flag}"' for flag in own]
-        lines += [f'    "{name}": [', *(f"        {flag}," for flag in own), "    ],"]
-    return "\n".join([*lines, "}", ""])
 
 
 def names(page: str) -> list[str]:

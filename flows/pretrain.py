@@ -2,13 +2,13 @@
 
 import sys
 
-from zeroflow.cli.first_line import begin
-from zeroflow.orchestration.names import PRETRAIN
+from zeroflow.cli.first_line import announce
 
 if __name__ == "__main__":
-    begin(PRETRAIN, sys.argv)
+    announce(sys.argv[1:])
 
 from zeroflow.cli.flow import main
+from zeroflow.orchestration.names import PRETRAIN
 
 if __name__ == "__main__":
     main(PRETRAIN)

@@ -2,13 +2,13 @@
 
 import sys
 
-from zeroflow.cli.first_line import begin
-from zeroflow.orchestration.names import PROVE_RESUME
+from zeroflow.cli.first_line import announce
 
 if __name__ == "__main__":
-    begin(PROVE_RESUME, sys.argv)
+    announce(sys.argv[1:])
 
 from zeroflow.cli.flow import main
+from zeroflow.orchestration.names import PROVE_RESUME
 
 if __name__ == "__main__":
     main(PROVE_RESUME)

@@ -129,17 +129,6 @@ assert not {"prefect", "mlflow"} & set(sys.modules), "neither is needed to run t
         getattr(zeroflow, "nothing")  # noqa: B009, the name is not there
 
 
-def test_flags_are_known_without_the_imports_that_their_settings_need():
-    code = """
-from zeroflow.cli import commands, flag_names
-for name, parser in commands.parser()[1].items():
-    flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
-    assert {*flag_names.FLAGS[name]} == flags, f"{name}: run `make reference`"
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "zeroflow").glob("*/__init__.py")), ids=name)
 def test_packages_contain_only_a_docstring(file):
     [docstring] = ast.parse(file.read_text(encoding="utf-8")).body

@@ -24,11 +24,6 @@ def test_page_is_up_to_date(page):
     assert reference_tables.updated(text) == text, "run `make reference`"
 
 
-def test_names_of_flags_are_up_to_date():
-    written = reference_tables.FLAG_NAMES.read_text(encoding="utf-8")
-    assert reference_tables.flag_names() == written, "run `make reference`"
-
-
 def test_every_table_is_on_a_page():
     shown = [name for page in PAGES for name in reference_tables.names(page.read_text("utf-8"))]
     assert sorted(shown) == sorted(reference_tables.TABLES)

@@ -9,7 +9,7 @@ import pytest
 from patience import HANG_SECONDS
 from pipeline import ROOT
 
-from zeroflow.cli import commands, misspelt, program
+from zeroflow.cli import commands, program
 
 IMPORTED = "raise SystemExit('torch is imported')"
 
@@ -94,30 +94,3 @@ def test_every_command_is_known_before_the_imports():
         *commands._FLOWS,
         *(command.name for command in commands._COMMANDS),
     }
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["flows/pretrain.py"],
-        ["flows/sweep.py"],
-        ["flows/prove_resume.py"],
-        ["-m", "zeroflow.cli", "pretrain"],
-        ["-m", "zeroflow.cli", "plan"],
-    ],
-)
-def test_misspelt_flag_is_corrected_before_anything_large_is_imported(
-    tmp_path, base_environment, command
-):
-    output, errors = said(tmp_path, base_environment, *command, "--max-stepz", "5")
-    program = f"zeroflow {command[-1]}" if command[0] == "-m" else Path(command[0]).name
-    assert output == ""
-    assert errors == (
-        "error: there is no --max-stepz: did you mean --max-steps?\n"
-        f"`{program} --help` shows what it takes\n"
-    )
-
-
-def test_values_that_look_like_flags_are_left_to_the_parser():
-    arguments = ["--prompt=--a", "--prompt", "--a=b c", "-1", "--", "--c"]
-    misspelt.refuse_unknown("generate", arguments, "zeroflow generate")

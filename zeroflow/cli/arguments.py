@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -17,7 +18,6 @@ from typing import (
 
 from pydantic import BaseModel
 
-from zeroflow.cli.misspelt import meant, refusal
 from zeroflow.settings.flags import Setting, help_text, settings
 from zeroflow.text.markup import is_utf8, visible
 
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{refusal(message, self.prog)}\n")
+        self.exit(2, f"error: {message}\n`{self.prog} --help` shows what it takes\n")
 
     def _shorten_usage(self) -> None:
         """Show only the required flags in the usage; a parser of commands keeps its own usage."""
@@ -73,13 +73,20 @@ class Parser(argparse.ArgumentParser):
         flags = list(self._option_string_actions)
         if unknown.startswith("--"):
             name = unknown.partition("=")[0]
-            return f"there is no {name}{meant(name, flags)}"
+            word, words = name.strip("-").replace("_", "-"), [flag.strip("-") for flag in flags]
+            near = [f"--{found}" for found in get_close_matches(word, words, n=1)]
+            near = near or [flag for flag in flags if word in (*flag.split("-"), _initials(flag))]
+            return f"there is no {name}" + (f": did you mean {' or '.join(near)}?" if near else "")
         before = [flag for flag in given[: given.index(unknown)] if flag in flags]
         if not before:
             return f"{unknown!r} belongs to no flag"
         several = [flag for flag in flags if flag == f"{before[-1]}s"]
-        better = f": did you mean {several[0]}?" if several else ""
-        return f"{unknown!r} is one value more than {before[-1]} takes{better}"
+        meant = f": did you mean {several[0]}?" if several else ""
+        return f"{unknown!r} is one value more than {before[-1]} takes{meant}"
+
+
+def _initials(flag: str) -> str:
+    return "".join(word[:1] for word in flag.split("-"))
 
 
 def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title: str) -> None:

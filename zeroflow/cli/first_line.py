@@ -3,20 +3,10 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
-
-from zeroflow.cli.misspelt import refuse_unknown
 
 TIME = "%H:%M:%S"
 """Format of the time that begins a line."""
-
-
-def begin(command: str, argv: Sequence[str]) -> None:
-    """Begin the script of a flow: check the names of its flags, then print the first line."""
-    script, *arguments = argv
-    refuse_unknown(command, arguments, Path(script).name)
-    announce(arguments)
 
 
 def announce(arguments: Sequence[str], output: TextIO | None = None) -> None:

@@ -1,10 +1,9 @@
-"""Entry point of the program `zeroflow`: checks the flags, prints a line, then runs the command."""
+"""Entry point of the program `zeroflow`: prints the first line, then runs the command."""
 
 import sys
 from difflib import get_close_matches
 
 from zeroflow.cli.first_line import announce
-from zeroflow.cli.misspelt import refuse_unknown
 
 LONG = ("pretrain", "sweep", "zero-lab", "prove-resume", "ui")
 """Commands that print log lines. The output of the others is for other programs."""
@@ -15,8 +14,6 @@ SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-s
 
 def entry() -> None:
     [name] = sys.argv[1:2] or [""]
-    if name in LONG + SHORT:
-        refuse_unknown(name, sys.argv[2:], f"zeroflow {name}")
     if name in LONG:
         announce(sys.argv[2:])
     elif name in SHORT and sys.stderr.isatty():
