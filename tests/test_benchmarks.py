@@ -1,5 +1,6 @@
 """The benchmarks, with shapes that take almost no time."""
 
+import logging
 import math
 import sys
 from argparse import Namespace
@@ -93,13 +94,22 @@ def test_ours_with_document_mask_is_another_contender():
     assert figures["losses"] != whole["losses"]
 
 
-def test_checkpoints_are_saved_in_both_ways_and_all_written(tmp_path):
-    found = checkpoint_stall.measure(TASK, tmp_path, saves=2)
-    for name in ("stalls", "waited_for", "writing"):
-        assert len(found[name]) == 2 and min(found[name]) > 0
+def test_checkpoints_are_saved_in_both_ways_and_compared_with_the_disk(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    found = checkpoint_stall.measure(TASK, tmp_path / "saves", saves=2)
+    limits = found["limits"]
+    assert limits.keys() == checkpoint_stall.WRITES.keys()
+    for each in (*limits.values(), *(found[n] for n in ("alone", "verifying", "stalls"))):
+        assert len(each) == 2 and min(each) > 0
     expected = checkpoint_bytes(WORKLOAD)
     assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
     assert found["steps_beside"] > 0
+    bench = checkpoint_stall.Bench(TASK, tmp_path / "due")
+    found["due"] = checkpoint_stall.thinned(bench, every=2, steps=6)
+    assert found["due"]["due"] == 3 and 1 <= found["due"]["saved"] <= 3
+    assert [path.name for path in (tmp_path / "due").iterdir()] == ["step-00000012"]
+    checkpoint_stall.report(found | {"device": "a CPU", "size": "tiny"}, predicted=expected)
+    assert "% of the disk's limit" in caplog.text and "of 3 were saved" in caplog.text
 
 
 @pytest.mark.parametrize(

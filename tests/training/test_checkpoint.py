@@ -1,4 +1,7 @@
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import math
 import multiprocessing
 import os
@@ -37,7 +40,7 @@ from zeroflow import artifacts
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.hugging_face import llama_config
 from zeroflow.model.llama import ModelConfig
-from zeroflow.training import checkpoint, sampling, tensor_files
+from zeroflow.training import checkpoint, chunked_files, sampling, tensor_files
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Clock
@@ -46,7 +49,13 @@ from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.session import Session
 from zeroflow.training.state import TrainState, new_state
-from zeroflow.training.tensor_files import BadTensorFile, TensorFiles
+from zeroflow.training.tensor_files import (
+    BadTensorFile,
+    FileImage,
+    FileLayout,
+    FileStream,
+    TensorFiles,
+)
 from zeroflow.training.validation import validation_loss
 
 CONFIG = training_config(steps=6)
@@ -247,13 +256,13 @@ def test_checkpoint_that_was_moved_and_linked_is_used_and_its_link_removed(tmp_p
 
 def test_state_is_saved_as_it_was_when_the_save_began(tmp_path, monkeypatch):
     written = threading.Event()
-    write = tensor_files.write
+    write = chunked_files.write
 
-    def late(path, tensors):
+    def late(folder, contents):
         assert written.wait(30)
-        return write(path, tensors)
+        return write(folder, contents)
 
-    monkeypatch.setattr(tensor_files, "write", late)
+    monkeypatch.setattr(chunked_files, "write", late)
     state = new_state(CONFIG)
     steps = train(state, BATCHES, CONFIG)
     next(steps)
@@ -400,7 +409,7 @@ def test_checkpoint_of_the_first_format_is_not_treated_as_damaged(tmp_path):
     del manifest["sha256"]
     artifacts.write_json(path / artifacts.MANIFEST, manifest | {"format": 1})
     with pytest.raises(
-        CheckpointError, match="format 1, but this version reads 2 to 3: resume with the"
+        CheckpointError, match="format 1, but this version reads 2 to 4: resume with the"
     ):
         checkpoint.latest(tmp_path)
     assert path.exists()
@@ -499,6 +508,31 @@ def test_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(tmp_path, ca
     assert torch.equal(logits, trained(3).model(BATCHES.micro_batches(7)[0].inputs))
 
 
+def save_as_format_3(state: TrainState, folder: Path) -> Path:
+    """The files of format 4, with one sha256 for each file."""
+    path = save(state, folder, keep=9)
+    manifest = artifacts.read_signed(path / artifacts.MANIFEST)
+    del manifest["files"]
+    (path / artifacts.MANIFEST).unlink()
+    artifacts.seal(path, manifest | {"format": 3})
+    assert "chunk" not in (path / artifacts.MANIFEST).read_text()
+    return path
+
+
+def test_checkpoint_of_format_3_is_verified_and_resumed(tmp_path, caplog):
+    path = save_as_format_3(trained(3), tmp_path)
+    assert checkpoint.latest(tmp_path) == path
+    resumed = new_state(CONFIG)
+    load(resumed, path)
+    assert "later versions" not in caplog.text
+    for _ in train(resumed, BATCHES, CONFIG):
+        pass
+    assert_equal(tensors(resumed), tensors(trained(6)))
+    flip_a_bit(tensors_of(path), 8 * 10_000)
+    assert checkpoint.latest(tmp_path) is None
+    assert "its sha256 differs" in caplog.text
+
+
 def test_index_of_an_earlier_version_runs_no_code(tmp_path):
     path = save_as_format_2(trained(1), tmp_path / "checkpoints")
     index = path / ".metadata"
@@ -518,7 +552,7 @@ def test_index_of_an_earlier_version_runs_no_code(tmp_path):
 
 
 def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):
-    tensor_files.write(tmp_path / "a.safetensors", {"x": torch.zeros(3, 2)})
+    write_file(tmp_path, {"x": torch.zeros(3, 2)}, streamed=True)
     with TensorFiles(tmp_path) as files:
         with pytest.raises(BadTensorFile, match=r"has x as \[3, 2\] .*needs \[2, 3\]"):
             files.read_into("x", torch.zeros(2, 3))
@@ -528,16 +562,69 @@ def test_tensor_of_another_shape_or_type_is_refused_with_both(tmp_path):
             files.read_into("y", torch.zeros(1))
 
 
-def test_library_reads_the_files_and_their_records_match(tmp_path):
+def write_file(
+    folder: Path, tensors: dict[str, torch.Tensor], *, streamed: bool
+) -> artifacts.ChunkedRecord:
+    """Write a.safetensors, from the tensors themselves or from a copy of the whole file."""
+    layout = FileLayout.of(tensors)
+    content: FileStream | FileImage
+    if streamed:
+        content = FileStream(layout, tensors)
+    else:
+        content = FileImage(layout, pinned=False)
+        for name, tensor in tensors.items():
+            content.put(name, tensor)
+    return chunked_files.write(folder, {"a.safetensors": content})["a.safetensors"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+def test_library_reads_the_files_and_their_records_match(tmp_path, monkeypatch, streamed, direct):
+    monkeypatch.setattr(chunked_files, "CHUNK_BYTES", 2 * 4096)
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 2 * 4096)
+    if not direct:
+        monkeypatch.setattr(chunked_files, "_DIRECT", 0)
     written = {
         "scalar": torch.tensor(3.5),
-        "bits": torch.tensor([True, False]),
+        "bits": torch.tensor([True, False, True]),
+        "large": torch.randn(3, 4001),
         "bytes": torch.arange(7, dtype=torch.uint8),
         "half": torch.randn(5, 3, dtype=torch.bfloat16),
         "across": torch.arange(12.0).view(3, 4).T,
         "none": torch.empty(0, 4),
     }
-    record = tensor_files.write(tmp_path / "a.safetensors", written)
-    read = load_file(tmp_path / "a.safetensors")
-    assert_equal(read, written)
-    assert record == artifacts.record(tmp_path / "a.safetensors")
+    record = write_file(tmp_path, written, streamed=streamed)
+    assert_equal(load_file(tmp_path / "a.safetensors"), written)
+    content = (tmp_path / "a.safetensors").read_bytes()
+    chunks = [content[at : at + 2 * 4096] for at in range(0, len(content), 2 * 4096)]
+    assert len(chunks) == 6 and record == artifacts.ChunkedRecord(
+        bytes=len(content),
+        chunk_bytes=2 * 4096,
+        sha256_of_chunks=tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks),
+    )
+
+
+def test_disk_that_refuses_direct_writes_is_written_buffered(tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def pwrite(file, content, position):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "its blocks are larger")
+        return real(file, content, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    written = {"x": torch.randn(100, 100)}
+    write_file(tmp_path, written, streamed=False)
+    assert_equal(load_file(tmp_path / "a.safetensors"), written)
+
+
+def test_damaged_chunk_is_named_and_the_checkpoint_before_is_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(chunked_files, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(artifacts, "_LARGE_BYTES", 0)
+    state = trained(1)
+    older = save(state, tmp_path, keep=3)
+    state.step = 2
+    newer = save(state, tmp_path, keep=3)
+    flip_a_bit(newer / "state.safetensors", 8 * 10_000)
+    assert checkpoint.latest(tmp_path) == older
+    assert "state.safetensors was changed: its sha256 differs in bytes 8192 to 12287" in caplog.text

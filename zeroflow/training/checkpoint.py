@@ -5,7 +5,7 @@ A checkpoint is a directory `step-00000100/`:
     config.json           the model's configuration, in the format of Hugging Face
     model*.safetensors    the weights, by Hugging Face's names
     state*.safetensors    the rest of the state: optimiser and PyTorch's random state
-    manifest.json         step and model, and size and sha256 of every file
+    manifest.json         step and model, and size and sha256 of every file or of its chunks
 
 `transformers` opens it as a model. Each tensor is written whole by one rank, its owner; each rank
 writes its own files. Because tensors are whole, any number of ranks can read them at any ZeRO
@@ -19,10 +19,11 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import psutil
 import torch
@@ -30,13 +31,21 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from zeroflow import artifacts
-from zeroflow.artifacts import FileRecord, JsonObject
+from zeroflow.artifacts import ChunkedRecord, JsonObject
 from zeroflow.config import Config
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.records import Record
-from zeroflow.training import older_checkpoints, tensor_files, zero
+from zeroflow.training import chunked_files, older_checkpoints, tensor_files, zero
 from zeroflow.training.state import TrainState
-from zeroflow.training.tensor_files import SUFFIX, BadTensorFile, TensorFiles
+from zeroflow.training.tensor_files import (
+    SUFFIX,
+    BadTensorFile,
+    FileImage,
+    FileLayout,
+    FileStream,
+    TensorFile,
+    TensorFiles,
+)
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
@@ -49,7 +58,8 @@ _MODEL = "model."
 """Prefix of weights among the tensors of the state."""
 
 _OLDEST_FORMAT = 2
-"""Oldest format that is read; see `older_checkpoints`."""
+"""Oldest format that is read; see `older_checkpoints`. Format 3 has the same files as format 4, and
+one sha256 for each."""
 
 _OVERHEAD_BYTES = 2**20
 """Maximum size of a checkpoint's index, manifest and directory."""
@@ -66,7 +76,7 @@ class CheckpointError(ValueError):
 class CheckpointFacts(Record):
     """The manifest of a checkpoint, without the list of files."""
 
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
 
     step: int
     model: ModelConfig
@@ -98,14 +108,18 @@ class Retention(Config):
             kept += steps // math.lcm(every, self.keep_every)
         return min(-(-steps // every), kept + 2)  # the best one and the one being written
 
+    def keeps_forever(self, step: int) -> bool:
+        """Return True if the checkpoint of this step is never removed."""
+        return self.keep_every is not None and step % self.keep_every == 0
+
 
 class Saver:
-    """Writes checkpoints of a state into a folder, in a background thread.
+    """Writes checkpoints of a state into a folder, in background threads.
 
-    Training waits until the previous write has ended and the state is copied to host memory. The
-    next checkpoint reuses the memory of the copy, because allocating pinned memory takes seconds.
-    On one rank, if the copy would take more than half of the free memory, training waits for the
-    write instead.
+    Training waits until the previous write has ended and the state is copied to host memory, in the
+    form of the files. The next checkpoint reuses the memory, because pinning it takes time. On one
+    rank, if the copy would take more than half of the free memory, training waits for the write
+    instead.
 
     Every rank calls `save`. A sharded state is gathered one tensor at a time, and each tensor is
     copied and written by one rank, its owner. So a host needs memory for the tensors that its ranks
@@ -119,34 +133,43 @@ class Saver:
         *,
         tokenizer: str,
         config: JsonObject | None = None,
-        on_saved: Callable[[Path], None] = lambda path: None,
+        on_saved: Callable[[Path, float], None] = lambda path, seconds: None,
     ) -> None:
         """
         Args:
             tokenizer: fingerprint of the tokenizer whose ids the model is trained on.
             config: content of config.json; None if no one will open the checkpoint as a model.
-            on_saved: called in rank 0's writing thread when a checkpoint is complete.
+            on_saved: called in rank 0's writing thread when a checkpoint is complete, with its path
+                and the seconds since training began to wait for the copy.
         """
         self._folder, self._retention, self._tokenizer = folder, retention, tokenizer
         self._config, self._on_saved = config, on_saved
         self._group = zero.side_group()
-        self._copies: dict[str, Tensor] = {}
+        self._images: dict[str, FileImage] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
-        """Start writing `state` as `folder/step-N`. Does nothing if it exists.
+    def save(
+        self, state: TrainState, *, val_loss: float | None = None, promised: bool = True
+    ) -> bool:
+        """Start writing `state` as `folder/step-N`, unless it exists.
 
         Args:
             val_loss: validation loss of this state, if it was measured.
+            promised: wait for the previous write to end; otherwise nothing is saved meanwhile.
+
+        Returns:
+            False if nothing was saved because the previous write has not ended.
 
         Raises:
             OSError: the disk lacks space, so nothing was written; or the previous write failed.
         """
+        if not promised and zero.is_any(self._is_writing()):
+            return False
         self.wait()
         path = self._folder / f"step-{state.step:08d}"
         if zero.on_rank0(path.exists):
-            return
+            return True
         zero.on_rank0(lambda: self.require_room(state))
         tensors = state_tensors(state)
         facts = CheckpointFacts(
@@ -155,17 +178,21 @@ class Saver:
             tokenizer=self._tokenizer,
             val_loss=val_loss,
         )
+        files = _own_files(tensors)
+        began = time.perf_counter()
         if zero.ranks() == 1 and not self._may_copy(tensors):
-            self._write(path, tensors, facts)
-            return
-        self._copy(tensors)
+            streams = {name: FileStream(FileLayout.of(own), own) for name, own in files.items()}
+            self._write(path, streams, facts, began)
+            return True
+        self._copy(tensors, files)
         self._thread = threading.Thread(
             target=self._write_aside,
-            args=(path, self._copies, facts),
+            args=(path, self._images, facts, began),
             name="checkpoint",
             daemon=True,
         )
         self._thread.start()
+        return True
 
     def wait(self) -> None:
         """Wait until the current write has ended.
@@ -197,31 +224,39 @@ class Saver:
                 "checkpoints are kept, and the same command resumes from the newest",
             )
 
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def _may_copy(self, tensors: dict[str, Tensor]) -> bool:
         needed = sum(tensor.nbytes for tensor in tensors.values())
-        return bool(self._copies) or needed < psutil.virtual_memory().available / 2
+        return bool(self._images) or needed < psutil.virtual_memory().available / 2
 
-    def _copy(self, tensors: dict[str, Tensor]) -> None:
+    def _copy(self, tensors: dict[str, Tensor], files: dict[str, dict[str, Tensor]]) -> None:
+        """Copy this rank's `files` into host memory, in the form in which they are written."""
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        owner = _owners(tensors, zero.ranks())
+        layouts = {name: FileLayout.of(own) for name, own in files.items()}
+        if layouts != {name: image.layout for name, image in self._images.items()}:
+            self._images.clear()
+            for name, layout in layouts.items():
+                self._images[name] = FileImage(layout, pinned=on_gpu)
+        image_of = {name: self._images[file] for file, own in files.items() for name in own}
         for name, tensor in tensors.items():
             whole = zero.full_tensor(tensor)  # a collective: all ranks call it in the same order
-            if zero.rank() != owner[name]:
-                continue
-            if name not in self._copies:
-                self._copies[name] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda)
-            self._copies[name].copy_(whole, non_blocking=True)
+            if image := image_of.get(stored := name.removeprefix(_MODEL)):
+                image.put(stored, whole)
         if on_gpu:
             torch.cuda.synchronize()
 
-    def _write_aside(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
+    def _write_aside(self, *inputs: Any) -> None:
         try:
-            self._write(path, tensors, facts)
+            self._write(*inputs)
         except BaseException as error:
             self._failure = error
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], facts: CheckpointFacts) -> None:
-        """Write this rank's tensors. Rank 0 also creates the directory, and seals it at the end."""
+    def _write(
+        self, path: Path, contents: Mapping[str, TensorFile], facts: CheckpointFacts, began: float
+    ) -> None:
+        """Write this rank's files. Rank 0 also creates the directory, and seals it at the end."""
         with ExitStack() as stack:
 
             def begin() -> Path | None:
@@ -231,7 +266,7 @@ class Saver:
 
             [partial, *_] = zero.on_all_ranks(begin, self._group)
             assert partial is not None
-            written = zero.on_all_ranks(lambda: _write_files(partial, tensors), self._group)
+            written = zero.on_all_ranks(lambda: _write_files(partial, contents), self._group)
             if zero.rank() > 0:
                 return
             if self._config is not None:
@@ -240,28 +275,35 @@ class Saver:
                 artifacts.write_json(partial / "model.safetensors.index.json", _index(written))
             records = {name: file.record for files in written for name, file in files.items()}
             artifacts.seal(partial, facts.as_json(), records)
-        self._on_saved(path)
+        self._on_saved(path, time.perf_counter() - began)
         retire(self._folder, self._retention)
 
 
+def _own_files(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of this rank's files: a file of weights and one of the other tensors."""
+    owner = _owners(tensors, zero.ranks())
+    number = f"-{zero.rank() + 1:05d}-of-{zero.ranks():05d}" if zero.ranks() > 1 else ""
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if owner[name] == zero.rank():
+            kind = "model" if name.startswith(_MODEL) else "state"
+            own = files.setdefault(f"{kind}{number}{SUFFIX}", {})
+            own[name.removeprefix(_MODEL)] = tensor
+    return files
+
+
 class _Written(NamedTuple):
-    record: FileRecord
+    record: ChunkedRecord
     tensors: list[str]
     bytes: int
 
 
-def _write_files(folder: Path, tensors: dict[str, Tensor]) -> dict[str, _Written]:
-    """Write one file of weights and one of the other tensors; return the files by name."""
-    weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MODEL)}
-    number = f"-{zero.rank() + 1:05d}-of-{zero.ranks():05d}" if zero.ranks() > 1 else ""
+def _write_files(folder: Path, contents: Mapping[str, TensorFile]) -> dict[str, _Written]:
+    """Write this rank's files; return them by name."""
     written = {}
-    for kind, chosen in (("model", weights), ("state", others)):
-        if chosen:
-            name = f"{kind}{number}{SUFFIX}"
-            record = tensor_files.write(folder / name, chosen)
-            size = sum(tensor.nbytes for tensor in chosen.values())
-            written[name] = _Written(record, list(chosen), size)
+    for name, record in chunked_files.write(folder, contents).items():
+        header, spans, size = contents[name].layout
+        written[name] = _Written(record, list(spans), size - len(header))
     return written
 
 
@@ -292,8 +334,7 @@ def retire(folder: Path, retention: Retention) -> None:
     """Remove the checkpoints that `retention` does not keep."""
     steps = {step_of(path): path for path in _all(folder)}
     stay = set(sorted(steps)[-retention.keep :])
-    if retention.keep_every:
-        stay |= {step for step in steps if step % retention.keep_every == 0}
+    stay |= set(filter(retention.keeps_forever, steps))
     if (best_one := best(folder)) is not None:
         stay.add(step_of(best_one))
     for step in steps.keys() - stay:
@@ -512,7 +553,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _is_older(path: Path) -> bool:
-    return _manifest(path)["format"] != CheckpointFacts.FORMAT
+    return _manifest(path)["format"] == _OLDEST_FORMAT
 
 
 def _facts(path: Path) -> CheckpointFacts:

@@ -31,6 +31,16 @@ class Saved(Record):
     time: float
     step: int
     path: str
+    seconds: float | None = omitted()
+    """Duration of the copy and the write; None in files of older versions."""
+
+
+class Thinned(Record):
+    """A checkpoint was left out, because the one before was still being written."""
+
+    event: Literal["thinned"] = "thinned"
+    time: float
+    step: int
 
 
 class Skipped(Record):
@@ -110,7 +120,7 @@ class Done(Record):
 
 
 Event = Annotated[
-    Started | Metrics | Saved | Skipped | Spike | Stopped | Failed | Done,
+    Started | Metrics | Saved | Thinned | Skipped | Spike | Stopped | Failed | Done,
     Field(discriminator="event"),
 ]
 

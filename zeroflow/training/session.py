@@ -16,7 +16,7 @@ from zeroflow.data.validation_sample import count_sample, validation_rows
 from zeroflow.model.hugging_face import llama_config
 from zeroflow.training import batching, checkpoint, compiling, sampling, zero
 from zeroflow.training.checkpoint import Saver
-from zeroflow.training.events import Saved, Started
+from zeroflow.training.events import Saved, Started, Thinned
 from zeroflow.training.failures import Diverged
 from zeroflow.training.goodput import Clock, PhaseLedger
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -149,7 +149,7 @@ class Session:
             if last:
                 require_healthy(step, metrics, self.state.skipped[0], most=0)
             if saves or is_best or stopping:
-                self.save()
+                self.save(promised=last or is_best or stopping)
             if stopping and not last:
                 self.saver.wait()
                 return False
@@ -201,20 +201,43 @@ class Session:
             agree=agree,
         )
 
-    def save(self) -> None:
+    def save(self, *, promised: bool) -> None:
+        """Save the state, unless updates were skipped.
+
+        Args:
+            promised: wait for the checkpoint before; otherwise, if it is still being written, this
+                one is skipped.
+        """
         self.clock.enter("checkpoint")
         if self.state.skipped[0] or self.most_skipped > _MOST_SKIPPED:
             if zero.rank() == 0:
                 log.warning("step %d: not saved, because updates were skipped", self.state.step)
             return
         step, loss = self.val_loss or (0, None)
-        self.saver.save(self.state, val_loss=loss if step == self.state.step else None)
+        saved = self.saver.save(
+            self.state,
+            val_loss=loss if step == self.state.step else None,
+            promised=promised or self.job.retention.keeps_forever(self.state.step),
+        )
+        if not saved:
+            self.thinned()
         self.ledger.book(self.state.step)
 
-    def saved(self, path: Path) -> None:
-        """Report a complete checkpoint. Called in the writing thread."""
+    def thinned(self) -> None:
+        """Report a checkpoint that was left out because the disk is slower than training."""
+        step = self.state.step
+        self.recorder.event(Thinned(time=time.time(), step=step))
+        if zero.rank() == 0:
+            log.warning(
+                "step %d: no checkpoint, because the one before is still being written; training "
+                "does not wait for it. --checkpoint-every %d is too often for this disk",
+                *(step, self.job.cadence.checkpoint),
+            )
+
+    def saved(self, path: Path, seconds: float) -> None:
+        """Report a complete checkpoint, written in `seconds`. Called in the writing thread."""
         step = checkpoint.step_of(path)
-        self.recorder.event(Saved(time=time.time(), step=step, path=str(path)))
+        self.recorder.event(Saved(time=time.time(), step=step, path=str(path), seconds=seconds))
         self.recorder.alive()
         log.info("step %d: saved %s", step, path)
 

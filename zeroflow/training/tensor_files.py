@@ -5,18 +5,18 @@ Source: https://huggingface.co/docs/safetensors/index#format
 
 import hashlib
 import json
-import os
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zeroflow.artifacts import WRITE_BYTES, FileRecord
 from zeroflow.training import zero
+from zeroflow.training.chunked_files import CHUNK_BYTES
+from zeroflow.training.host_memory import HostMemory
 
 SUFFIX = ".safetensors"
 
@@ -40,50 +40,83 @@ class BadTensorFile(ValueError):
     """A file has another format, or does not contain the requested tensor."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write `tensors` in one pass and return the file's entry in a manifest.
+class FileLayout(NamedTuple):
+    """Positions of the tensors in a file."""
 
-    Each tensor is copied from its device when it is written, and hashed at the same time. The
-    writer of the safetensors library would need all tensors in host memory at once, and the hash
-    would need a second pass over the file.
-    """
-    header = _header(tensors)
-    digest, size = hashlib.sha256(header), len(header)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
-        _write_all(file, memoryview(header))
-        for tensor in tensors.values():
-            content = _bytes_of(tensor)
-            hashed = thread.submit(digest.update, content)
-            _write_all(file, content)
-            hashed.result()
-            size += len(content)
-        os.fsync(file.fileno())
-    return FileRecord(size, digest.hexdigest())
+    header: bytes
+    spans: dict[str, slice]
+    """Bytes of each tensor in the file, by name, in their order."""
 
+    size: int
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "FileLayout":
+        """Return the layout of a file with `tensors`, which may be sharded."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
+        end = 0
+        for name, tensor in tensors.items():
+            begin, end = end, end + tensor.nbytes
+            entries[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        spans = {}
+        for name in tensors:
+            begin, end = entries[name]["data_offsets"]
+            spans[name] = slice(len(header) + begin, len(header) + end)
+        return cls(header, spans, max((s.stop for s in spans.values()), default=len(header)))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+class FileImage:
+    """A whole file in host memory. The next checkpoint reuses the memory."""
+
+    def __init__(self, layout: FileLayout, *, pinned: bool) -> None:
+        self.layout, self.size = layout, layout.size
+        self._memory = HostMemory(self.size, pinned=pinned)
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        self._memory.bytes[: len(header)] = header
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Copy a whole tensor into the file. From a GPU, the copy is only queued."""
+        span = self.layout.spans[name]
+        self._memory.bytes[span].copy_(_bytes_of(tensor), non_blocking=True)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return self._memory.bytes[begin:end].numpy().data
 
 
-def _write_all(file: Any, content: memoryview) -> None:
-    while content:
-        content = content[file.write(content[:WRITE_BYTES]) :]
+class FileStream:
+    """A file whose tensors are copied from their device chunk by chunk while it is written."""
+
+    def __init__(self, layout: FileLayout, tensors: Mapping[str, Tensor]) -> None:
+        self.layout, self.size = layout, layout.size
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        self._parts = [(slice(0, len(header)), header)]
+        self._parts += [(layout.spans[name], _bytes_of(t)) for name, t in tensors.items()]
+        self._buffers = threading.local()
+
+    def read(self, begin: int, end: int) -> memoryview:
+        if not hasattr(self._buffers, "memory"):
+            self._buffers.memory = HostMemory(CHUNK_BYTES)
+        chunk: Tensor = self._buffers.memory.bytes[: end - begin]
+        for span, content in self._parts:
+            first, last = max(begin, span.start), min(end, span.stop)
+            if first < last:
+                part = content[first - span.start : last - span.start]
+                chunk[first - begin : last - begin].copy_(part)
+        return chunk.numpy().data
+
+
+TensorFile = FileImage | FileStream
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return the content of a tensor on its device, as a vector of bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 class TensorFiles:
@@ -155,4 +188,4 @@ class TensorFiles:
 
 def digest(tensor: Tensor) -> str:
     """Return the sha256 of the bytes of a tensor."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+    return hashlib.sha256(_bytes_of(tensor).cpu().numpy().data).hexdigest()
