@@ -204,7 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": _metrics,
     "metrics.jsonl": lambda: _records(metrics.StepRecord, metrics.ValidationRecord),
     "events.jsonl": lambda: _records(
-        *(events.Started, events.Saved, events.Skipped, events.Spike),
+        *(events.Started, events.Saved, events.Thinned, events.Skipped, events.Spike),
         *(events.Stopped, events.Failed, events.Done),
     ),
     "ledger.jsonl": lambda: _records(Entry),

@@ -185,5 +185,9 @@ def gpu_elsewhere(name: str) -> Device:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of `folder`, which need not exist yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return `folder`, or the nearest folder above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import sysconfig
 from pathlib import Path
@@ -79,12 +80,14 @@ def test_plan_shows_data_run_model_time_memory_and_disk(ask, caplog):
         "time",
         "memory",
         "disk",
+        "checkpoints",
     ]
     assert lines["resume"] == "resume: bit for bit", "on a CPU"
     assert run.run_name in lines["run"] and "new" in lines["run"]
     assert "10 steps x 512 tokens = 5,120 tokens" in lines["training"]
     assert f"{with_vocabulary(SHAPE, 32_768).parameters / 1e6:.1f}M" in lines["model"]
     assert "are free" in lines["disk"] and "NOT ENOUGH" not in lines["disk"]
+    assert "MB every 2 steps, about " in lines["checkpoints"]
 
 
 def test_lack_of_disk_space_is_reported(ask, monkeypatch):
@@ -202,7 +205,7 @@ def shards(tmp_path_factory) -> ShardSet:
 def finish(ask, shards):
     """Plan a run, and hold it to its plan as if it had trained."""
 
-    def make(name: str, *, rate: float) -> list[Compared]:
+    def make(name: str, *, rate: float, save_seconds: float = 0.001) -> list[Compared]:
         settled = pipeline.plan(ask(run_name=name))
         run = settled.run
         tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
@@ -217,6 +220,7 @@ def finish(ask, shards):
             memory_bytes=600 * 2**20,
             shard_bytes=row_bytes(shards),
             checkpoint_bytes=12 * model.parameters,
+            checkpoint_seconds=save_seconds,
         )
         past = Past(
             run=name,
@@ -251,6 +255,28 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     planned = plans.forecast(larger)
     assert "TFLOP/s, as in 2 earlier runs here" in planned.rate_source
     assert planned.memory_source == "sum of its parts"
+
+
+def test_plan_says_when_a_checkpoint_takes_longer_than_the_training_between_two(ask, finish):
+    finish("one", rate=1000.0)
+    line = plan_page.checkpoints_line(plans.forecast(ask(run_name="two")))
+    assert re.search(r"a write takes about 0\.0 s \(.*/s, as in 1 earlier run here\)$", line)
+
+    finish("slow", rate=1000.0, save_seconds=60.0)
+    planned = plans.forecast(ask(run_name="two"))
+    interval = planned.checkpoint_interval_seconds
+    assert interval == pytest.approx(2 * 512 / planned.rate.expected)
+    line = plan_page.checkpoints_line(planned)
+    assert "; a write takes about 30 s" in line, "the median of both"
+    saved = 2 * math.ceil(planned.predicted.checkpoint_seconds / interval)
+    assert ": LONGER than training, which does not wait" in line
+    assert f"so one is saved about every {saved} steps." in line
+    assert line in plan_page.text(planned)
+
+
+def test_plan_for_another_machine_gives_the_disk_speed_that_it_needs(tmp_path):
+    line = plan_page.checkpoints_line(on_gpus(1, "small", tmp_path, checkpoint_every=10))
+    assert re.search(r"plan is for another machine: below \d+ MB/s, some are left out\)$", line)
 
 
 def test_plan_is_unchanged_when_a_run_resumes(ask, finish):

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -165,16 +166,26 @@ def test_training_resumed_right_after_a_validation_equals_one_without_any(tmp_pa
     assert_equal(tensors(resumed), tensors(straight))
 
 
-def save_and_be_killed(folder: Path) -> None:
-    """For a process of its own, that ends when the tensors are written, and no manifest is."""
-    artifacts.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+def save_and_be_killed(folder: Path, moment: str) -> None:
+    """For a process of its own, that ends before all chunks or the manifest are written."""
+
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "before the manifest":
+        artifacts.seal = kill
+    else:
+        writes, pwrite = itertools.count(), os.pwrite
+        chunked_files.CHUNK_BYTES = 4096
+        os.pwrite = lambda *given: kill() if next(writes) == 20 else pwrite(*given)
     save(trained(3), folder, keep=2)
 
 
-def test_training_killed_during_a_save_ends_like_uninterrupted_training(tmp_path):
+@pytest.mark.parametrize("moment", ["between chunks", "before the manifest"])
+def test_training_killed_during_a_save_ends_like_uninterrupted_training(tmp_path, moment):
     before = save(trained(2), tmp_path, keep=2)
     process = multiprocessing.get_context("spawn").Process(
-        target=save_and_be_killed, args=(tmp_path,)
+        target=save_and_be_killed, args=(tmp_path, moment)
     )
     process.start()
     process.join(HANG_SECONDS)

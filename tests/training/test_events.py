@@ -14,6 +14,7 @@ from zeroflow.training.events import (
     Spike,
     Started,
     Stopped,
+    Thinned,
 )
 
 OLD = [
@@ -50,7 +51,8 @@ def test_line_of_an_older_version_is_read_and_written_with_the_same_fields(line,
         Started(time=1.0, step=0, steps=9, parts=2),
         Metrics(record=step_record(3, 4.5)),
         Metrics(record=validation_record(3, 4.5)),
-        Saved(time=1.0, step=3, path="step-00000003"),
+        Saved(time=1.0, step=3, path="step-00000003", seconds=0.5),
+        Thinned(time=1.0, step=4),
         Skipped(time=1.0, step=3, skipped=2),
         Spike(time=1.0, step=3, alarms=["loss 9"]),
         Stopped(message="asked to"),

@@ -4,6 +4,8 @@ import gc
 import json
 import logging
 import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from tiny import MODEL, synthetic_rows, training_config, training_job
 from zeroflow import artifacts
 from zeroflow.data.batches import Batches, MicroBatch
 from zeroflow.data.order import Skip
-from zeroflow.training import checkpoint, session
+from zeroflow.training import checkpoint, chunked_files, session
 from zeroflow.training.__main__ import work
-from zeroflow.training.checkpoint import Retention
+from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.failures import Diverged
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import Cadence, TrainingJob, finished
@@ -23,6 +25,16 @@ from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import ValidationLoss
 
 STEPS = 12
+
+IS_WRITING = Saver._is_writing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_disk() -> Iterator[None]:
+    """Every write ends before the next checkpoint is due; such short steps could be faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "_is_writing", lambda saver: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +162,49 @@ def test_state_with_the_lowest_validation_loss_is_saved_and_stays(job, monkeypat
     assert saved(job) == [5, 6]
     train(every_5)
     assert saved(job) == [5, STEPS], "not step 10, whose loss is not the lowest, nor untrained ones"
+
+
+def test_checkpoints_due_during_a_write_are_left_out_and_the_last_step_is_saved(
+    job, monkeypatch, caplog
+):
+    written, write = threading.Event(), chunked_files.write
+
+    def late(folder, contents):
+        assert written.wait(30)
+        return write(folder, contents)
+
+    def release_at_step_9() -> bool:
+        if next(steps) == 9:
+            written.set()
+        return False
+
+    steps = iter(range(1, 100))
+    monkeypatch.setattr(Saver, "_is_writing", IS_WRITING)
+    monkeypatch.setattr(chunked_files, "write", late)
+    cadence = Cadence(log=2, validate_=12, checkpoint=2)
+    train(job.replace(cadence=cadence), release_at_step_9)
+    thinned = [event["step"] for event in events(job, "thinned")]
+    assert {2, STEPS} <= set(saved(job)) and thinned[:3] == [4, 6, 8]
+    assert sorted(saved(job) + thinned) == [2, 4, 6, 8, 10, 12]
+    assert "step 8: no checkpoint, because the one before is still being written" in caplog.text
+    assert finished(job) is not None
+    assert all(event["seconds"] > 0 for event in events(job, "saved"))
+
+
+def test_promised_checkpoints_wait_for_a_slow_disk(job, monkeypatch):
+    monkeypatch.setattr(Saver, "_is_writing", lambda saver: True)
+    losses = iter([2.0, 3.0, 3.5, 4.0])  # at steps 0, 5, 10 and the last
+    monkeypatch.setattr(
+        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None)
+    )
+    cadence = Cadence(log=2, validate_=5, checkpoint=1)
+    retention = Retention(keep=9, keep_every=4)
+    slow = job.replace(cadence=cadence, retention=retention)
+    train(slow, after(7))
+    assert saved(job) == [4, 5, 7], "a multiple of keep_every, the best one, that of the stop"
+    train(slow)
+    assert saved(job) == [4, 5, 7, 8, STEPS]
+    assert [event["step"] for event in events(job, "thinned")] == [1, 2, 3, 6, 9, 10, 11]
 
 
 def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, *, to: int = STEPS) -> None:

@@ -9,12 +9,12 @@ from zeroflow.config import Config
 from zeroflow.device import DeviceKind
 from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ModelConfig
-from zeroflow.records import JsonLines, Record
+from zeroflow.records import JsonLines, Record, omitted
 from zeroflow.run_folder import Cache
 from zeroflow.training.workload import Workload
 from zeroflow.units import parameter_count
 
-_NEWEST = 5
+NEWEST = 5
 """Number of earlier runs to average. Older runs are ignored, because code and drivers change."""
 
 _NEAR = 3.0
@@ -41,6 +41,8 @@ class Figures(Config):
 
     shard_bytes: int | None
     checkpoint_bytes: int | None
+    checkpoint_seconds: float | None = omitted()
+    """Time to copy and write a checkpoint, while training continues."""
 
 
 class Past(Record):
@@ -100,7 +102,7 @@ def known(
         for past in history
         if (past.run != name or past.steps < steps) and past.measured.tokens_per_second
     ]
-    if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-_NEWEST:]:
+    if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-NEWEST:]:
         memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
         return Experience(
             Rate.around(list(map(_rate, same)), SAME_MARGINS[workload.device]),
@@ -120,7 +122,7 @@ def known(
     nearest = min(alike, key=distance).workload
     near = [
         past for past in alike if (past.workload.model, past.workload.seq_len) == _shape(nearest)
-    ][-_NEWEST:]
+    ][-NEWEST:]
     reached = [_rate(past) * past.workload.flops_per_token for past in near]
     flops = Rate.around(reached, _OTHER_MARGINS[workload.device])
     size = f"{parameter_count(nearest.model.parameters)} parameters"

@@ -25,6 +25,7 @@ from zeroflow.device import (
     known_gpu,
 )
 from zeroflow.estimate import history
+from zeroflow.estimate.disk import DiskSpeed, disk_speed
 from zeroflow.estimate.history import Figures, Past
 from zeroflow.estimate.memory import (
     Room,
@@ -123,6 +124,18 @@ class Plan(Record):
     """Bytes of them that already exist, for a resumed run."""
 
     free_bytes: int
+    checkpoint_every: int | None = omitted()
+    """Steps between checkpoints; None in files of older versions."""
+
+    disk_source: str = ""
+    """Source of the time to write a checkpoint, or the reason why it is unknown."""
+
+    @property
+    def checkpoint_interval_seconds(self) -> float | None:
+        """Predicted training time between two checkpoints; None if unknown."""
+        if self.rate is None or self.checkpoint_every is None:
+            return None
+        return self.checkpoint_every * self.batch_tokens / self.rate.expected
 
     @property
     def stage(self) -> StagePlan:
@@ -146,7 +159,7 @@ def forecast(asked: RunConfig, *, gpu: str | None = None, memory_gb: float | Non
     if memory_gb is not None and not gpu:
         raise ValueError(f"--memory-gb {memory_gb:g} is that of a GPU: name it with --gpu")
     device = known_gpu(gpu, memory_gb) if gpu else None
-    return predict(foresee(asked, device), notes=_notes(gpu) if gpu else ())
+    return predict(foresee(asked, device), notes=_notes(gpu) if gpu else (), here=not gpu)
 
 
 def _notes(gpu: str) -> tuple[str, ...]:
@@ -213,7 +226,13 @@ class _Facts(NamedTuple):
     free_bytes: int
 
 
-def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
+def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool = True) -> Plan:
+    """Plan a run.
+
+    Args:
+        notes: assumptions about the device.
+        here: the run is for this machine, so its disk may be measured.
+    """
     run, device = settlement.run, settlement.device
     facts = _look_up(run, device)
     vocabulary, steps = facts.vocabulary, run.schedule.steps
@@ -231,6 +250,9 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
     if known and known.memory_bytes:
         held, memory_source = known.memory_bytes, known.source
     one = checkpoint_bytes(work)
+    disk = DiskSpeed(None, "the disk's speed is unknown, because the plan is for another machine")
+    if here:
+        disk = disk_speed(run.cache_dir, one, facts.runs)
     checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
     return Plan(
         run=run.run_name,
@@ -257,6 +279,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
             memory_bytes=held,
             shard_bytes=facts.shard_bytes,
             checkpoint_bytes=one,
+            checkpoint_seconds=one / disk.bytes_per_second if disk.bytes_per_second else None,
         ),
         rate=rate,
         rate_source=source,
@@ -265,6 +288,8 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = ()) -> Plan:
         disk_bytes=facts.shard_bytes + checkpoints * one,
         there_bytes=facts.there_bytes,
         free_bytes=facts.free_bytes,
+        checkpoint_every=run.cadence.checkpoint,
+        disk_source=disk.source,
     )
 
 

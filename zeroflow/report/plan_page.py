@@ -1,5 +1,6 @@
 """Texts of a plan: log lines, the table of `zeroflow plan`, and a section of the report."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "memory_bytes": ("peak memory", binary),
     "shard_bytes": ("shards", decimal),
     "checkpoint_bytes": ("a checkpoint", decimal),
+    "checkpoint_seconds": ("writing it", "{:,.1f} s".format),
 }
 
 
@@ -61,6 +63,7 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"time: {time_line(plan)}"
     yield f"memory: {memory_line(plan)}"
     yield f"disk: {disk_line(plan)}"
+    yield f"checkpoints: {checkpoints_line(plan)}"
 
 
 def _bound(plan: Plan) -> str:
@@ -118,6 +121,33 @@ def disk_line(plan: Plan) -> str:
     )
 
 
+def checkpoints_line(plan: Plan) -> str:
+    """Return how often checkpoints are due, how long a write takes, and whether that is longer."""
+    size, takes = plan.predicted.checkpoint_bytes, plan.predicted.checkpoint_seconds
+    interval = plan.checkpoint_interval_seconds
+    if size is None or plan.checkpoint_every is None:
+        return "unknown"
+    line = f"{decimal(size)} every {count(plan.checkpoint_every, 'step')}"
+    if interval:
+        line += f", about {_brief(interval)} of training"
+    if takes is None:
+        limit = f": below {decimal(int(size / interval))}/s, some are left out" if interval else ""
+        return f"{line} ({plan.disk_source}{limit})"
+    line += f"; a write takes about {_brief(takes)} ({decimal(int(size / takes))}/s, "
+    line += f"{plan.disk_source})"
+    if interval and takes > interval:
+        every = plan.checkpoint_every * math.ceil(takes / interval)
+        line += (
+            f": LONGER than training, which does not wait, so one is saved about every {every} "
+            f"steps. Use --checkpoint-every {every} or more"
+        )
+    return line
+
+
+def _brief(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+
+
 _LABELS = {
     "loss": "loss, with logits",
     "checkpoint": "copy for a checkpoint",
@@ -144,7 +174,8 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
         Markdown(
             f"- Parameters: {_bound(plan)}{parts}; {flops}\n"
             f"- Memory by part: {memory}\n"
-            f"- Disk: {disk_line(plan)}"
+            f"- Disk: {disk_line(plan)}\n"
+            f"- Checkpoints: {checkpoints_line(plan)}"
         ),
     )
 
@@ -173,6 +204,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             "time": time_line(plan),
             "memory": memory_line(plan),
             "disk": disk_line(plan),
+            "checkpoints": checkpoints_line(plan),
         }
     )
     yield ""

@@ -208,6 +208,10 @@ class RunReport(WorkloadFigures):
     checkpoint: Path
     """Folder of the checkpoint of the last step."""
 
+    thinned_checkpoints: int | None = omitted()
+    """Number of due checkpoints that were left out, because the one before was still being written.
+    None in files of older versions."""
+
     sample: str
     """Text that the model generated at the end."""
 

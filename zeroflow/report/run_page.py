@@ -95,6 +95,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         **_extended(report.extensions or ()),
         "Resume": report.resume,
         "Checkpoint": code(str(report.checkpoint)),
+        **_thinned(report.thinned_checkpoints),
     }
     if pages:
         facts["MLflow"] = Markdown(", ".join(link(*item) for item in pages.items()))
@@ -119,6 +120,13 @@ def _coverage(data: CorpusFigures) -> str:
 def _extended(extensions: Iterable[Extension]) -> dict[str, str]:
     found = "; ".join(map(str, extensions))
     return {"Extension": found} if found else {}
+
+
+def _thinned(thinned: int | None) -> dict[str, str]:
+    if not thinned:
+        return {}
+    found = f"{count(thinned, 'due checkpoint')}, while the one before was still being written"
+    return {"Left out": found}
 
 
 def _outcome(check: Check) -> Markdown | str:

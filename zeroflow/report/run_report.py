@@ -1,6 +1,7 @@
 """Writes the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from zeroflow.tracking import tracker
 from zeroflow.tracking.store import RunIds, run_ids
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, metrics, recovery
+from zeroflow.training.events import EVENTS, Saved, Thinned
 from zeroflow.training.extension import extensions
 from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -69,6 +71,9 @@ class Logs(NamedTuple):
     last_metrics: Mapping[str, float]
     """Last logged value of every metric, by its key in MLflow."""
 
+    thinned: int
+    """Number of due checkpoints that were left out and not saved later."""
+
     time: Account
     measured: Figures
     """Measured figures, to compare with the plan."""
@@ -104,12 +109,16 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
 def _read(run: Finished) -> Logs:
     folder, trained = run.settings.folder, run.trained
     plan, records, time = plans.load(folder), METRICS.read(folder.metrics), goodput.read(folder)
+    events = EVENTS.read(folder.events)
+    saved = {event.step: event.seconds for event in events if isinstance(event, Saved)}
+    seconds = [each for each in saved.values() if each is not None]
     return Logs(
         plan=plan,
         job=recovery.current(run.job),
         recoveries=recovery.read(folder),
         metrics=records,
         last_metrics=metrics.latest(records),
+        thinned=len({event.step for event in events if isinstance(event, Thinned)} - saved.keys()),
         time=time,
         mlflow=run_ids(folder),
         pages=links(folder),
@@ -119,6 +128,7 @@ def _read(run: Finished) -> Logs:
             memory_bytes=trained.peak_memory_bytes,
             shard_bytes=row_bytes(run.shards),
             checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
+            checkpoint_seconds=statistics.median(seconds) if seconds else None,
         ),
     )
 
@@ -159,6 +169,7 @@ def _gather(run: Finished, logs: Logs, expected: Band | None) -> RunReport:
             fingerprint=job.tokenizer.fingerprint,
         ),
         checkpoint=trained.checkpoint,
+        thinned_checkpoints=logs.thinned,
         sample=trained.sample,
         time=_time(logs.time),
         expected_loss=_expected_loss(expected, logs.metrics),

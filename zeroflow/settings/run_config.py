@@ -203,7 +203,8 @@ class TrainingChoice(Config):
     """Steps between validations. Default: half of the run on a CPU, 250 on a GPU."""
 
     checkpoint_every: PositiveInt | None = None
-    """Steps between checkpoints. Default: a fifth of the run, at most 250."""
+    """Steps between checkpoints. One that is due while the one before is still being written is
+    left out. Default: a fifth of the run, at most 250."""
 
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep. The one with the lowest validation loss is always
