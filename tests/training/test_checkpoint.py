@@ -13,6 +13,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -613,6 +614,43 @@ def test_library_reads_the_files_and_their_records_match(tmp_path, monkeypatch, 
         chunk_bytes=2 * 4096,
         sha256_of_chunks=tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks),
     )
+
+
+def test_chunks_are_written_while_later_tensors_are_still_being_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunked_files, "CHUNK_BYTES", 4096)
+    parts = {name: torch.randn(4096) for name in "abc"}
+    image = FileImage(FileLayout.of(parts), pinned=False)
+    written = image.layout.spans["b"].start // 4096 * 4096
+    file = tmp_path / "a.safetensors"
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(chunked_files.write, tmp_path, {file.name: image})
+        image.put("a", parts["a"])
+        deadline = time.monotonic() + HANG_SECONDS
+        while time.monotonic() < deadline and not (file.exists() and file.stat().st_size):
+            time.sleep(0.01)
+        size = file.stat().st_size
+        image.put("b", parts["b"])
+        image.put("c", parts["c"])
+    assert 0 < size <= written and saved.result().keys() == {file.name}
+    assert_equal(load_file(file), parts)
+
+
+def test_failed_copy_ends_the_write_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    older = save(trained(1), tmp_path, keep=2)
+    put = FileImage.put
+
+    def fails(image, name, tensor):
+        if name == "skipped":
+            raise torch.OutOfMemoryError("no memory to gather a tensor")
+        put(image, name, tensor)
+
+    monkeypatch.setattr(FileImage, "put", fails)
+    saver = Saver(tmp_path, Retention(keep=2), tokenizer=TOKENIZER)
+    with pytest.raises(torch.OutOfMemoryError):
+        saver.save(trained(2))
+    with pytest.raises(RuntimeError, match="could not be copied"):
+        saver.wait()
+    assert list(tmp_path.iterdir()) == [older]
 
 
 def test_disk_that_refuses_direct_writes_is_written_buffered(tmp_path, monkeypatch):

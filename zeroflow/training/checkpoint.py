@@ -117,7 +117,8 @@ class Saver:
     """Writes checkpoints of a state into a folder, in background threads.
 
     Training waits until the previous write has ended and the state is copied to host memory, in the
-    form of the files. The next checkpoint reuses the memory, because pinning it takes time. On one
+    form of the files. The write begins with the first copied chunk. The next checkpoint reuses the
+    memory, because pinning it takes time. On one
     rank, if the copy would take more than half of the free memory, training waits for the write
     instead.
 
@@ -184,7 +185,7 @@ class Saver:
             streams = {name: FileStream(FileLayout.of(own), own) for name, own in files.items()}
             self._write(path, streams, facts, began)
             return True
-        self._copy(tensors, files)
+        self._prepare(files, pinned=state.skipped.is_cuda)
         self._thread = threading.Thread(
             target=self._write_aside,
             args=(path, self._images, facts, began),
@@ -192,6 +193,12 @@ class Saver:
             daemon=True,
         )
         self._thread.start()
+        try:
+            self._copy(tensors, files)
+        except BaseException:
+            for image in self._images.values():
+                image.abandon()
+            raise
         return True
 
     def wait(self) -> None:
@@ -231,20 +238,24 @@ class Saver:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         return bool(self._images) or needed < psutil.virtual_memory().available / 2
 
-    def _copy(self, tensors: dict[str, Tensor], files: dict[str, dict[str, Tensor]]) -> None:
-        """Copy this rank's `files` into host memory, in the form in which they are written."""
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+    def _prepare(self, files: dict[str, dict[str, Tensor]], *, pinned: bool) -> None:
+        """Allocate host memory for this rank's `files`, or clear that of the last checkpoint."""
         layouts = {name: FileLayout.of(own) for name, own in files.items()}
         if layouts != {name: image.layout for name, image in self._images.items()}:
             self._images.clear()
             for name, layout in layouts.items():
-                self._images[name] = FileImage(layout, pinned=on_gpu)
+                self._images[name] = FileImage(layout, pinned=pinned)
+        for image in self._images.values():
+            image.clear()
+
+    def _copy(self, tensors: dict[str, Tensor], files: dict[str, dict[str, Tensor]]) -> None:
+        """Copy this rank's `files` into host memory, in the form in which they are written."""
         image_of = {name: self._images[file] for file, own in files.items() for name in own}
         for name, tensor in tensors.items():
             whole = zero.full_tensor(tensor)  # a collective: all ranks call it in the same order
             if image := image_of.get(stored := name.removeprefix(_MODEL)):
                 image.put(stored, whole)
-        if on_gpu:
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
     def _write_aside(self, *inputs: Any) -> None:

@@ -72,21 +72,69 @@ class FileLayout(NamedTuple):
 
 
 class FileImage:
-    """A whole file in host memory. The next checkpoint reuses the memory."""
+    """A whole file in host memory, which is written while tensors are still being copied to it.
+
+    The next checkpoint reuses the memory.
+    """
 
     def __init__(self, layout: FileLayout, *, pinned: bool) -> None:
         self.layout, self.size = layout, layout.size
         self._memory = HostMemory(self.size, pinned=pinned)
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         self._memory.bytes[: len(header)] = header
+        self._changed, self._copies = threading.Condition(), list[_Copy]()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the tensors. Then every tensor has to be put, in the order of the layout."""
+        self._copies = [_Copy(end=len(self.layout.header), done=None)]
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Copy a whole tensor into the file. From a GPU, the copy is only queued."""
         span = self.layout.spans[name]
         self._memory.bytes[span].copy_(_bytes_of(tensor), non_blocking=True)
+        done = None
+        if tensor.is_cuda:
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        self._add(_Copy(span.stop, done))
+
+    def abandon(self) -> None:
+        """Let `read` fail, because the remaining tensors will not be put."""
+        self._add(_Copy(end=None, done=None))
 
     def read(self, begin: int, end: int) -> memoryview:
+        """Return the bytes from `begin` to `end`, and wait for their tensors."""
+
+        def last() -> _Copy | None:
+            return next(
+                (copy for copy in self._copies if copy.end is None or copy.end >= end), None
+            )
+
+        with self._changed:
+            self._changed.wait_for(last)
+            copy = last()
+        assert copy
+        if copy.end is None:
+            raise RuntimeError("a tensor could not be copied")
+        if copy.done:
+            copy.done.synchronize()
         return self._memory.bytes[begin:end].numpy().data
+
+    def _add(self, copy: "_Copy") -> None:
+        with self._changed:
+            self._copies.append(copy)
+            self._changed.notify_all()
+
+
+class _Copy(NamedTuple):
+    """A tensor that was copied to a file."""
+
+    end: int | None
+    """End of the bytes in the file that were copied so far; None after a failure."""
+
+    done: torch.cuda.Event | None
+    """Recorded after the copy from a GPU."""
 
 
 class FileStream:
