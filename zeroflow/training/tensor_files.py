@@ -93,7 +93,7 @@ class FileImage:
         """Copy a whole tensor into the file. From a GPU, the copy is only queued."""
         span = self.layout.spans[name]
         self._memory.bytes[span].copy_(_bytes_of(tensor), non_blocking=True)
-        done = None
+        done = self._copies[-1].done
         if tensor.is_cuda:
             done = torch.cuda.Event(blocking=True)
             done.record()
@@ -134,7 +134,7 @@ class _Copy(NamedTuple):
     """End of the bytes in the file that were copied so far; None after a failure."""
 
     done: torch.cuda.Event | None
-    """Recorded after the copy from a GPU."""
+    """Recorded after the last copy from a GPU."""
 
 
 class FileStream:
