@@ -85,11 +85,13 @@ def measure(task: Task, folder: Path, saves: int) -> Figures:
     bench.saver.wait()
     size = _size(folder)
     limits: dict[str, list[float]] = {name: [] for name in WRITES}
-    alone, verifying, loading, stalls, one_step, beside, writing = ([] for _ in range(7))
+    reading, alone, verifying, loading = ([] for _ in range(4))
+    stalls, one_step, beside, writing = ([] for _ in range(4))
     for _ in range(saves):
         for name, way in WRITES.items():
             limits[name].append(seconds(partial(write, folder / "limit", size, *way)))
-            (folder / "limit").unlink()
+        reading.append(seconds(partial(read, folder / "limit")))
+        (folder / "limit").unlink()
         bench.step()
         bench.save_and_wait()
         alone.append(bench.written[-1])
@@ -109,6 +111,7 @@ def measure(task: Task, folder: Path, saves: int) -> Figures:
         "limit": limit,
         "alone": alone,
         "of_limit": limit / statistics.median(alone),
+        "reading": reading,
         "verifying": verifying,
         "loading": loading,
         "stalls": stalls,
@@ -125,10 +128,20 @@ def write(path: Path, size: int, direct: bool, threads: int) -> None:
     memory.bytes.random_()
     content = memory.bytes.numpy().data
     blocks = -(-size // _BLOCK_BYTES)
+    path.unlink(missing_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct else 0))
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda n: os.pwrite(file, content, n * _BLOCK_BYTES), range(blocks)))
     os.fsync(file)
+    os.close(file)
+
+
+def read(path: Path) -> None:
+    """Read a file past the page cache, as dd does."""
+    memory = HostMemory(_BLOCK_BYTES)
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    while os.readv(file, [memory.bytes.numpy().data]):
+        pass
     os.close(file)
 
 
@@ -220,7 +233,7 @@ def report(found: Figures, *, predicted: int) -> None:
     )
     for name, each in found["limits"].items():
         log.info("disk, %s: %.2f GB/s", name, gb / median(each))
-    for name in ("alone", "verifying", "loading"):
+    for name in ("alone", "reading", "verifying", "loading"):
         log.info("%s: %.2f s, %.2f GB/s", name, median(found[name]), gb / median(found[name]))
     log.info("a save reaches %.0f %% of the disk's limit", 100 * found["of_limit"])
     log.info(
