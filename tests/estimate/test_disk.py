@@ -1,8 +1,9 @@
 import pytest
-from test_history import NOTHING, past
+from tiny import WORKLOAD
 
 from zeroflow.estimate import disk
 from zeroflow.estimate.disk import disk_speed
+from zeroflow.estimate.history import Figures, Past
 
 GB = 10**9
 
@@ -13,6 +14,18 @@ def quick(monkeypatch):
     disk._measured.cache_clear()
 
 
+def saved(size: int, seconds: float | None) -> Past:
+    measured = Figures(
+        tokens_per_second=None,
+        seconds=None,
+        memory_bytes=None,
+        shard_bytes=None,
+        checkpoint_bytes=size,
+        checkpoint_seconds=seconds,
+    )
+    return Past(run="a", steps=1, workload=WORKLOAD, predicted=measured, measured=measured)
+
+
 def test_speed_of_a_disk_is_measured_once_and_leaves_no_file(tmp_path):
     rate, source = disk_speed(tmp_path / "cache" / "of a run", GB, [])
     assert rate > 0 and source.startswith("measured now")
@@ -21,11 +34,7 @@ def test_speed_of_a_disk_is_measured_once_and_leaves_no_file(tmp_path):
 
 
 def test_earlier_checkpoints_of_similar_size_give_the_speed(tmp_path):
-    def saved(size: int, seconds: float):
-        measured = NOTHING.replace(checkpoint_bytes=size, checkpoint_seconds=seconds)
-        return past("a", 1.0).replace(measured=measured)
-
-    runs = [saved(GB, 2.0), saved(2 * GB, 1.0), saved(GB // 10, 100.0), past("older", 1.0)]
+    runs = [saved(GB, 2.0), saved(2 * GB, 1.0), saved(GB // 10, 100.0), saved(GB, None)]
     assert disk_speed(tmp_path, GB, runs) == (0.8 * GB, "as in 2 earlier runs here")
 
 
