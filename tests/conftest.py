@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hub import english
 from hypothesis import settings
@@ -87,7 +88,10 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
     LOGINS[url] = login
     with temporary_settings({PREFECT_API_AUTH_STRING: login}):
         yield url
+    programs = psutil.Process(server.pid).children(recursive=True)
     server.communicate(timeout=HANG_SECONDS)
+    _, left = psutil.wait_procs(programs, timeout=HANG_SECONDS)
+    assert programs and not left, "the server of a run is stopped at its end"
 
 
 @pytest.fixture

@@ -1,12 +1,18 @@
-"""Commands of flows that are refused at once, before Prefect is imported or its server started."""
+"""Commands of flows that are refused at once, before Prefect is imported or its server started, or
+that are stopped.
+"""
 
 import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from public_tokenizers import of_bytes, save
 
 from zeroflow.cli import commands
+from zeroflow.cli.console import Terminated
+from zeroflow.orchestration import flow_runs, server
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
 
@@ -92,3 +98,21 @@ def test_wrong_settings_and_files_are_refused_before_prefect_starts(
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert said.out == "", "nothing was started"
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Terminated(143), 143)])
+def test_stopped_command_says_how_to_resume_and_has_the_exit_code_of_its_signal(
+    tmp_path, monkeypatch, console, capsys, stop, code
+):
+    def stopped(*_: object, **__: object) -> None:
+        raise stop
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(server, "server", lambda: nullcontext("http://127.0.0.1:4200"))
+    monkeypatch.setattr(flow_runs, "run_here", stopped)
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["pretrain", f"--cache-dir={tmp_path}", IDS, "--seq-len=32", "--verbose"])
+    signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (code, "")
+    assert "stopped; finished work is kept, and the same command resumes from there" in said.out

@@ -5,19 +5,20 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from patience import HANG_SECONDS
-from pipeline import CHECKED_SHAPE, ROOT, SMALL_SHAPE, Flow, api, mlflow_client, mlflow_run
+from pipeline import CHECKED_SHAPE, SMALL_SHAPE, Flow, api, mlflow_client, mlflow_run
 from wheel import build_wheel, install
 
+from zeroflow import RunConfig, pretrain
+from zeroflow.checks.overfit import OverfitFailed
 from zeroflow.cli import commands
 from zeroflow.data.order import Skip
+from zeroflow.pipeline import may_succeed
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import goodput
 from zeroflow.training.recovery import LEDGER, Entry
@@ -41,8 +42,7 @@ def sample(
 ) -> tuple[Flow, str]:
     """A finished run on the sample, and what it printed.
 
-    It was trained by the wheel of the package, in an environment and a folder of its own, and its
-    shards were built by a Dask worker.
+    It was trained by the wheel of the package, in an environment and a folder of its own.
     """
     folder = tmp_path_factory.mktemp("sample")
     environment = base_environment | {"PREFECT_API_URL": prefect_api}
@@ -53,8 +53,7 @@ def sample(
     (folder / "empty").mkdir()
     installed = Flow(flow.cache, elsewhere, program, folder / "empty")
     prompt = "--sample-prompt=def a\n```\n| b"
-    dask = ["--data-runner=dask", "--data-workers=1"]
-    output = installed.run("--run-name=first", "--log-interval=4", prompt, *dask, *CHECKED_SHAPE)
+    output = installed.run("--run-name=first", "--log-interval=4", prompt, *CHECKED_SHAPE)
     assert "part-00000: " in output
     assert not list((folder / "empty").iterdir())
     return flow, output
@@ -297,16 +296,8 @@ def test_run_is_compared_with_earlier_ones_of_other_seeds(sample: tuple[Flow, st
     assert mlflow_run(flow, "another").data.tags["expected_loss"] == "in band (3 earlier runs)"
 
 
-def test_run_of_same_name_with_other_settings_is_refused(sample: tuple[Flow, str]) -> None:
-    flow, _ = sample
-    other = [flag for flag in SMALL_SHAPE if not flag.startswith("--learning-rate")]
-    output = flow.run("--run-name=first", "--learning-rate=0.5", *other, expect=1)
-    assert "--learning-rate 0.01, now it is 0.5" in output
-    assert "Traceback" not in output
-
-
 def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
-    sample: tuple[Flow, str],
+    sample: tuple[Flow, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     flow, _ = sample
     shutil.copytree(flow.folder("first"), flow.folder("longer"))
@@ -314,14 +305,16 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     (flow.folder("longer") / "run.json").write_text(json.dumps(settings | {"run_name": "longer"}))
     for made in ("mlflow.json", "overfit.json"):
         (flow.folder("longer") / made).unlink()
-    more = ["--max-steps=16", "--overfit-steps=3", "--skip-preflight"]
-    output = flow.run("--run-name=longer", *more, expect=1)
-    assert "resumed at step 12" in output
-    assert "training the model: it was trained to step 12, and more steps are requested" in output
-    assert flow.report("longer")["stages"]["training"]["why"] in output
-    assert "overfit check: the loss of one fixed batch went from" in output
-    assert "raise --overfit-steps, now 3;" in output and "retry:" not in output
-    assert "loss by step:" in output and "Traceback" not in output
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    caplog.set_level(logging.INFO, logger="zeroflow")
+    more = {"training": {"max_steps": 16}, "overfit": {"overfit_steps": 3}, "skip_preflight": True}
+    with pytest.raises(OverfitFailed, match="the loss of one fixed batch went from") as failed:
+        pretrain(RunConfig(run_name="longer", cache_dir=flow.cache, **more))
+    assert "loss by step:" in str(failed.value)
+    assert "raise --overfit-steps, now 3;" in str(failed.value) and not may_succeed(failed.value)
+    why = "it was trained to step 12, and more steps are requested"
+    assert f"training the model: {why}" in caplog.text and "resumed at step 12" in caplog.text
+    assert flow.report("longer")["stages"]["training"]["why"] == why
     assert flow.report("longer")["steps"] == 16
     page = (flow.folder("longer") / "report.md").read_text()
     number = len(flow.report("longer")["preflight"]["checks"])
@@ -331,15 +324,20 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
 
 
 def test_generate_prints_text_and_export_opens_in_transformers(
-    sample: tuple[Flow, str], tmp_path: Path
+    sample: tuple[Flow, str], tmp_path: Path, console: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flow, _ = sample
+
+    def zeroflow(*arguments: str) -> str:
+        assert commands.main([*arguments, "--run=first", f"--cache-dir={flow.cache}"]) == 0
+        return capsys.readouterr().out
+
     out = tmp_path / "exported"
-    page = zeroflow(flow, "data", "--run=first")
+    page = zeroflow("data")
     assert page.startswith("Data: sample-32-") and "def " in page and "padding" in page
-    text = zeroflow(flow, "generate", "--run=first", "--prompt=def f", "--tokens=8")
+    text = zeroflow("generate", "--prompt=def f", "--tokens=8")
     assert text.startswith("def f") and len(text) > len("def f\n")
-    zeroflow(flow, "export", "--run=first", f"--out={out}")
+    zeroflow("export", f"--out={out}")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -351,9 +349,9 @@ def test_generate_prints_text_and_export_opens_in_transformers(
     with torch.no_grad():
         # fp32 on both sides; the order of additions differs
         torch.testing.assert_close(theirs(ids).logits, ours.model(ids), atol=1e-5, rtol=0)
-    greedy = ["--run=first", "--prompt=def f", "--tokens=8", "--temperature=0"]
     [answer] = pipeline("text-generation", str(out))("def f", do_sample=False, max_new_tokens=8)
-    assert zeroflow(flow, "generate", *greedy) == answer["generated_text"] + "\n"
+    greedy = zeroflow("generate", "--prompt=def f", "--tokens=8", "--temperature=0")
+    assert greedy == answer["generated_text"] + "\n"
 
 
 @pytest.mark.slow
@@ -403,20 +401,6 @@ def test_contradictory_settings_fail_before_anything_is_built(
     complaint = capsys.readouterr().err
     assert words in complaint and "Traceback" not in complaint
     assert not (tmp_path / "cache").exists()
-
-
-def zeroflow(flow: Flow, *arguments: str) -> str:
-    command = [sys.executable, "-m", "zeroflow.cli", *arguments, f"--cache-dir={flow.cache}"]
-    ended = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=flow.environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
 
 
 def built_files(cache: Path) -> list[Path]:

@@ -1,12 +1,20 @@
-"""The whole flow on each source of data."""
+"""Runs on each source of data."""
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import pytest
+from faults import asking
 from hub import TOKEN, Hub, fineweb_edu_repo, llama_tokenizer_repo
 from pipeline import SMALL_SHAPE, Flow, mlflow_run
+from tiny import SHAPE
+
+from zeroflow import RunConfig, pretrain
+
+TRAINING = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 12}
+TRAINING |= {"validation_tokens": 512, "learning_rate": 1e-2, "sample_tokens": 8}
 
 
 @pytest.mark.slow  # the readers have tests of their own
@@ -28,24 +36,31 @@ def test_own_files_compressed_and_not(flow: Flow, tmp_path: Path) -> None:
     assert mlflow_run(flow, "own").data.params["skip_preflight"] == "True"
 
 
-def test_fineweb_edu_with_llamas_tokenizer(flow: Flow) -> None:
+def test_fineweb_edu_with_llamas_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Against a hub that serves both, by the libraries' own code."""
-    with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
-        flow.environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
-        output = flow.run("--run-name=edu", *SMALL_SHAPE)
-        assert "fineweb-edu-sample-10BT (the hub answers)" in output
-        report = flow.report("edu")
-        assert report["data"]["revision"] == hub.repos["dataset", "HuggingFaceFW/fineweb-edu"].sha
-        assert report["tokenizer"]["name"] == "meta-llama/Llama-3.1-8B"
-        assert report["val_loss"] < report["first_val_loss"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    caplog.set_level(logging.INFO, logger="zeroflow")
+    shape = {"model": SHAPE.model_dump(), "training": TRAINING, "skip_preflight": True}
+    run = RunConfig(run_name="edu", cache_dir=tmp_path, device="cpu", **shape)
+    with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub, asking(hub.url) as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        report = pretrain(run)
+        assert "fineweb-edu-sample-10BT (the hub answers)" in caplog.text
+        assert report.data.revision == hub.repos["dataset", "HuggingFaceFW/fineweb-edu"].sha
+        assert report.tokenizer.name == "meta-llama/Llama-3.1-8B"
+        assert report.val_loss < report.first_val_loss
 
         asked = len(hub.requests)
-        again = flow.run("--run-name=edu")
-        assert "tokenizer reused" in again and "shards reused" in again
+        caplog.clear()
+        pretrain(run)
+        assert "tokenizer reused" in caplog.text and "shards reused" in caplog.text
         fetched = [path for _, path in hub.requests[asked:] if "resolve" in path]
         assert fetched == [], "nothing is fetched twice"
 
 
+@pytest.mark.slow  # the messages are tested with the requests
 def test_gated_tokenizer_is_one_message_with_remedies(flow: Flow) -> None:
     with Hub([fineweb_edu_repo(), llama_tokenizer_repo()]) as hub:
         flow.environment |= {"HF_ENDPOINT": hub.url}
@@ -54,6 +69,7 @@ def test_gated_tokenizer_is_one_message_with_remedies(flow: Flow) -> None:
     assert "Traceback" not in output and output.count("error:") == 1
 
 
+@pytest.mark.slow
 def test_fineweb_without_a_hub_fails_with_remedies(flow: Flow) -> None:
     output = flow.run("--data-mode=fineweb", "--seq-len=32", expect=1)
     assert "cannot be reached" in output and "--allow-synthetic-fallback" in output

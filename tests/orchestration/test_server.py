@@ -1,6 +1,7 @@
 """The choice of the Prefect server, with servers on loopback that give prepared answers."""
 
 import base64
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from prefect.settings import (
 from zeroflow import artifacts
 from zeroflow.orchestration import access, server
 from zeroflow.orchestration.access import Api
+from zeroflow.orchestration.programs import Program
 
 Answering = Callable[..., str]
 
@@ -168,6 +170,23 @@ def test_block_uses_the_named_server_and_starts_none(answering, monkeypatch):
     with named(url), server.server() as address:
         assert address == url.removesuffix("/api")
         assert PREFECT_API_URL.value() == url
+
+
+def test_block_starts_a_server_of_its_own_if_there_is_none_and_stops_it(answering, monkeypatch):
+    """The tests of flows use a real server that was started in this way."""
+    url = answering(200)
+    program = Program("a program", ["sleep", "600"], environment=os.environ)
+    monkeypatch.setattr(server, "api_in_use", lambda: None)
+    monkeypatch.setattr(server, "own_api", lambda port: Api(url, "me:s3cret"))
+    monkeypatch.setattr(server, "start_server", lambda api: program)
+    with named(None):
+        with server.server() as address:
+            assert address == url.removesuffix("/api")
+            assert (PREFECT_API_URL.value(), server.outlives_the_run()) == (url, False)
+            program.require_running()
+        assert PREFECT_API_URL.value() is None
+    with pytest.raises(RuntimeError, match="has ended"):
+        program.require_running()
 
 
 @pytest.mark.parametrize("url", ["http://host:4200/api", "http://host:4200/api/"])
