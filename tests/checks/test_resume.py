@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from zeroflow import pipeline
 from zeroflow.checks import kills, resume
-from zeroflow.checks.resume import Kill, Proof
-from zeroflow.cli import commands
+from zeroflow.checks.resume import Kill, Proof, ResumeInexact
 from zeroflow.run_folder import RunFolder
+from zeroflow.settings.proof import ProofRun
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.events import EVENTS, Done, Event, Failed, Started, Stopped
@@ -22,14 +23,26 @@ from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.training.state import new_state
 
 STEPS = 24
-FLAGS = ["--run-name=proof", "--device=cpu", f"--max-steps={STEPS}", "--checkpoint-every=4"]
-FLAGS += ["--validate-every=5", "--validation-tokens=128", "--seq-len=32", "--sample-tokens=4"]
-FLAGS += ["--kills=2", "--kill-seed=6"]  # with this seed, in the start-up and then in training
+ASKED = ProofRun(
+    proof={"kills": 2, "kill_seed": 6},  # with this seed, in the start-up and then in training
+    run={
+        "run_name": "proof",
+        "device": "cpu",
+        "training": {
+            "max_steps": STEPS,
+            "checkpoint_every": 4,
+            "validate_every": 5,
+            "validation_tokens": 128,
+            "seq_len": 32,
+            "sample_tokens": 4,
+        },
+    },
+)
 
 
 @pytest.fixture(scope="module")
-def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """The exit code of a proof whose training forgets its random numbers, and its directory."""
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a proof whose training forgets its random numbers."""
     cache = tmp_path_factory.mktemp("forgetful")
 
     def train(job: TrainingJob, on_event) -> TrainResult:
@@ -41,40 +54,39 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
         patch.setattr(resume, "train", train)
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=":")
         patch.setenv("OMP_NUM_THREADS", "1")
-        code = commands.main(["prove-resume", f"--cache-dir={cache}", *FLAGS])
-    return code, cache / "runs" / "proof"
+        with pytest.raises(ResumeInexact):
+            pipeline.prove_resume(ASKED.replace(run=ASKED.run.replace(cache_dir=cache)))
+    return cache / "runs" / "proof"
 
 
-def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forgetful, console):
-    code, folder = forgetful
-    proof = Proof.read(folder / "proof.json")
-    assert code == 1 and not proof.passed
-    started = [e.step for e in history(folder) if isinstance(e, Started)]
+def test_forgotten_random_numbers_are_caught_at_the_first_step_they_change(forgetful):
+    proof = Proof.read(forgetful / "proof.json")
+    assert not proof.passed
+    started = [e.step for e in history(forgetful) if isinstance(e, Started)]
     resumed = [step for step in started if step]
     assert resumed, "the run started over, so it did not use the checkpoint"
     assert (proof.difference.step, proof.difference.quantity) == (resumed[0] + 1, "loss")
-    undisturbed, killed = (logged(RunFolder(folder / name)) for name in ("undisturbed", "killed"))
+    names = ("undisturbed", "killed")
+    undisturbed, killed = (logged(RunFolder(forgetful / name)) for name in names)
     first = next(s for s in range(1, STEPS + 1) if undisturbed[s].loss != killed[s].loss)
     assert first == proof.difference.step
     assert proof.difference.killed == killed[first].loss.hex()
-    assert "random-number generator" in proof.reason and "**FAILED**" in page(folder)
+    assert "random-number generator" in proof.reason and "**FAILED**" in page(forgetful)
     assert len(set(proof.sha256.values())) == 2
 
 
 def test_kills_are_reported_with_their_moments(forgetful):
-    _, folder = forgetful
-    proof = Proof.read(folder / "proof.json")
-    started = [e.step for e in history(folder) if isinstance(e, Started)]
+    proof = Proof.read(forgetful / "proof.json")
+    started = [e.step for e in history(forgetful) if isinstance(e, Started)]
     # a start-up that was killed has logged no event
     assert started[-1] == proof.kills[-1].resumed_at
     assert set(started) <= {0, *(kill.resumed_at for kill in proof.kills)}
-    assert sum(isinstance(e, Done) for e in history(folder)) == 1
-    assert not any(isinstance(e, Failed | Stopped) for e in history(folder))
+    assert sum(isinstance(e, Done) for e in history(forgetful)) == 1
+    assert not any(isinstance(e, Failed | Stopped) for e in history(forgetful))
 
 
 def test_kills_cover_all_targets_and_are_spread_over_the_steps(forgetful):
-    _, folder = forgetful
-    events = EVENTS.read(folder / "undisturbed" / "events.jsonl")
+    events = EVENTS.read(forgetful / "undisturbed" / "events.jsonl")
     found = kills.intervals(events, 3.0)
     assert {interval.target for interval in found} == set(kills.TARGETS)
     assert sum(interval.target == "training" for interval in found) >= STEPS - 6
@@ -90,7 +102,7 @@ def test_kills_cover_all_targets_and_are_spread_over_the_steps(forgetful):
 @pytest.fixture
 def twins(forgetful, tmp_path) -> tuple[TrainingJob, TrainingJob]:
     """Two copies of a finished training."""
-    source = forgetful[1] / "undisturbed"
+    source = forgetful / "undisturbed"
     for name in ("undisturbed", "killed"):
         shutil.copytree(source, tmp_path / name)
     job = TrainingJob.read(source / "job.json")

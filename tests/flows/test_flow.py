@@ -312,9 +312,10 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
         pretrain(RunConfig(run_name="longer", cache_dir=flow.cache, **more))
     assert "loss by step:" in str(failed.value)
     assert "raise --overfit-steps, now 3;" in str(failed.value) and not may_succeed(failed.value)
-    why = "it was trained to step 12, and more steps are requested"
-    assert f"training the model: {why}" in caplog.text and "resumed at step 12" in caplog.text
-    assert flow.report("longer")["stages"]["training"]["why"] == why
+    assert "resumed at step 12" in caplog.text
+    why = flow.report("longer")["stages"]["training"]["why"]
+    assert why.startswith("it was trained to step 12, and more steps are requested")
+    assert f"training the model: {why}" in caplog.text
     assert flow.report("longer")["steps"] == 16
     page = (flow.folder("longer") / "report.md").read_text()
     number = len(flow.report("longer")["preflight"]["checks"])

@@ -107,7 +107,8 @@ def at_stage(config: TrainingConfig, folder: Path, of_one: Path) -> dict[str, An
     """Return figures of training, of its resume, and of a resume from one rank's checkpoint."""
     state = new_state(config)
     found: dict[str, Any] = {"before": trained(state, config, SAVED)}
-    found |= looked_at(state)
+    if not config.workload.shard_group:  # with groups, weights are gathered in the same way
+        found |= looked_at(state)
     saved(state, folder)
     found["continued"] = trained(state, config, STEPS - SAVED)
     found["resumed"] = trained(loaded(config, folder), config, STEPS - SAVED)

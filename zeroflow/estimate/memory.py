@@ -1,6 +1,7 @@
 """Memory of a training step, computed part by part."""
 
-from itertools import count, takewhile
+from bisect import bisect_left
+from itertools import count
 from typing import Literal, NamedTuple, get_args
 
 from zeroflow.device import Device
@@ -221,7 +222,9 @@ def largest_micro_batch(
             step = {"micro_batch_rows": rows, "accumulate": 2, "activation_checkpointing": kind}
             return memory(work.model_copy(update=step), device).fits(device)
 
-        if rows := max(takewhile(fits, count(1)), default=0):
+        # Memory grows with the rows, so a few of them are enough to find the limit
+        too_many = next(rows for rows in (2**power for power in count()) if not fits(rows))
+        if rows := bisect_left(range(1, too_many), True, key=lambda rows: not fits(rows)):
             return rows, kind
     return 1, kinds[-1]  # the prediction may be wrong, so one row is always tried
 
