@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
             return f"{unknown!r} belongs to no flag"
         several = [flag for flag in flags if flag == f"{before[-1]}s"]
         meant = f": did you mean {several[0]}?" if several else ""
-        return f"{unknown!r} is one value more than {before[-1]} takes{meant}"
+        return f"{unknown!r} is one value too many for {before[-1]}{meant}"
 
 
 def _initials(flag: str) -> str:

@@ -128,7 +128,7 @@ def _generate_arguments(parser: Parser) -> None:
         "--stop",
         action="append",
         default=[],
-        help="end the text before this one; may be repeated",
+        help="end before the first occurrence of this text; may be repeated",
         metavar="TEXT",
     )
     parser.add_argument(

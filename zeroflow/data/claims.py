@@ -100,7 +100,7 @@ class Claims:
                     log.warning("taking over %s: its build on %s has stopped", path.name, host)
                     shutil.rmtree(artifacts.partial_path(path, mark), ignore_errors=True)
                 case _:  # its holder ended before it wrote anything
-                    log.warning("taking over %s: its build has not begun", path.name)
+                    log.warning("taking over %s: its build was not started", path.name)
         claim = Claim(path, generation, handle)
         with self._lock:
             self._held.add(claim)

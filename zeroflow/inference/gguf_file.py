@@ -1,8 +1,8 @@
 """Export of a model to a GGUF file, for llama.cpp and the programs that use it.
 
 llama.cpp does not read the pre-tokenizer of a tokenizer.json. It has a list of pre-tokenizers, and
-a GGUF file names one of them. A wrong name gives other ids without an error. So the name is derived
-from the pre-tokenizer itself, and a tokenizer with none of them is refused.
+a GGUF file names one of them. A wrong name silently gives other ids. So the name is derived from
+the pre-tokenizer itself, and a tokenizer with another pre-tokenizer is refused.
 
 Source: https://github.com/ggml-org/llama.cpp, conversion/base.py and src/llama-vocab.cpp
 """

@@ -91,7 +91,7 @@ class ModelConfig(Shape):
     """Base of the wavelengths of the rotary embedding."""
 
     tie_word_embeddings: bool = Field(True, exclude_if=lambda tied: tied)
-    """True if the output head is the embedding. Some models of others have a head of their own."""
+    """True if the output head is the embedding. Some other models have a separate head."""
 
     @property
     def embedding_parameters(self) -> int:

@@ -18,8 +18,8 @@ _LONGEST = 200
 
 
 _IN_WORDS = {
-    "string_pattern_mismatch": "a name has letters, digits, dots, dashes and underscores only, and "
-    "begins with a letter or a digit",
+    "string_pattern_mismatch": "a name may contain only letters, digits, dots, dashes and "
+    "underscores, and must begin with a letter or a digit",
 }
 """Messages by the kind of error."""
 

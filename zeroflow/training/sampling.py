@@ -134,6 +134,6 @@ def _choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) 
     chances = logits.softmax(-1)
     if config.top_p < 1:
         most, tokens = chances.sort(descending=True, stable=True)
-        # A token is left out if those that are likelier have the probability already
+        # A token is left out if the more likely ones already have the requested probability
         chances[tokens[most.cumsum(-1) - most >= config.top_p]] = 0
     return int(torch.multinomial(chances, 1, generator=generator))

@@ -19,17 +19,17 @@ class Sample(NamedTuple):
 
     texts: list[str]
     documents: int
-    """Number of documents in it; 0 for a piece of one."""
+    """Number of complete documents; 0 if the text is a part of one."""
 
     start: int
-    """Place in the file at which it was read."""
+    """Position in the file at which it was read."""
 
     stored: float
-    """Stored bytes that the text takes, of the file's size."""
+    """Number of bytes of the file that contain the text; compressed bytes of a compressed file."""
 
 
 class Opened:
-    """A storage that knows how far its stream has been read."""
+    """A storage that records how far its stream has been read."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage

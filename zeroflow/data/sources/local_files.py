@@ -47,8 +47,8 @@ _revisions: dict["LocalSource", str] = {}
 
 
 @contextmanager
-def _said_if_slow(paths: Collection[Path]) -> Iterator[None]:
-    """Log what is read if the block, which computes digests, takes longer than a moment."""
+def _logged_if_slow(paths: Collection[Path]) -> Iterator[None]:
+    """Log what is being read if the block, which computes digests, takes several seconds."""
 
     def say() -> None:
         with suppress(OSError):  # a file was just removed, which its reader reports
@@ -89,7 +89,7 @@ class LocalSource(Source):
         earlier = _revisions.pop(self, None)
         digest, digests = hashlib.sha256(), KnownDigests(known and known / self._file_of_digests)
         paths = _paths(self)
-        with _said_if_slow(paths.values()):
+        with _logged_if_slow(paths.values()):
             for name, path in paths.items():
                 before = stamp(path)
                 content = digests.sha256(path, before)
