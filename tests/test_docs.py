@@ -21,6 +21,7 @@ import pytest
 import yaml
 from patience import HANG_SECONDS
 from pipeline import ROOT
+from torch.distributed import run
 
 from zeroflow.cli import arguments, commands
 from zeroflow.launchers import slurm
@@ -70,7 +71,7 @@ FOREIGN = {
 }
 """The beginning of `--no-...`, and flags of pip, Slurm, torchrun and hostname."""
 
-OTHER_PROGRAMS = {".", "cd", "env", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
+OTHER_PROGRAMS = {".", "cd", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
 OTHER_PROGRAMS |= {"vllm"}
 
 
@@ -150,6 +151,8 @@ def require_parses(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["python", script, *given] if script.startswith("benchmarks/"):
             source = (ROOT / script).read_text(encoding="utf-8")
             assert all(word in source for word in given if word.startswith("--"))
+        case ["python", "-m", "zeroflow.training.agent", *given]:
+            run.parse_args(given)
         case ["python", "-m", "pytest" | "venv", *_]:
             pass
         case ["make", *targets]:

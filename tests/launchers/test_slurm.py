@@ -4,20 +4,20 @@ import _thread
 import subprocess
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import two_ranks
 from endings import assert_same_end
 from patience import wait_until
 from slurm_cluster import slurm
-from tiny import MODEL, synthetic_rows, training_config, training_job
 
 from zeroflow.launchers.slurm import launcher, script
 from zeroflow.training import recovery, tracked
 from zeroflow.training.events import EVENTS, Event, Metrics, Saved, Started, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.hosts import Gang
-from zeroflow.training.job import Cadence, TrainingJob
 
 STEPS = 400
 
@@ -55,12 +55,7 @@ def cluster(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def job_of_two(folder: Path, cache: Path, *, nodes: int) -> TrainingJob:
-    shards, tokenizer = synthetic_rows(cache)
-    model = MODEL.replace(vocab_size=tokenizer.vocab_size)
-    training = training_config(steps=STEPS, ranks=2, zero_stage=2, nodes=nodes, model=model)
-    job = training_job(folder, shards, tokenizer, training)
-    return job.replace(cadence=Cadence(log=1, validate_=100, checkpoint=50))
+job_of_two = partial(two_ranks.job_of_two, steps=STEPS, checkpoint=50)
 
 
 def states() -> list[str]:

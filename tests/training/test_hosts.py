@@ -1,21 +1,22 @@
 """Ranks of several machines: two network namespaces, each with an agent of torchrun and a rank."""
 
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import two_ranks
+from agents import Agents, Trouble
 from endings import read_tensors
 from patience import wait_until
-from tiny import MODEL, synthetic_rows, training_config, training_job
 from two_hosts import Host, two_hosts
 
 from zeroflow.run_folder import RunFolder
@@ -41,7 +42,7 @@ def test_command_starts_the_ranks_of_one_machine_with_torchrun():
         device="cpu",
     )
     words = gang.command("first:29400")
-    assert words[0] == "env" and words[2] == "torchrun"
+    assert words[:3] == ["python", "-m", "zeroflow.training.agent"]
     assert words[-3:] == ["-m", "zeroflow.training", "/c/runs/a b/job.json"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-id=a b"} < set(words)
 
@@ -151,61 +152,7 @@ def test_ranks_that_are_stopped_by_others_stop_the_run(tmp_path, monkeypatch, he
         followed(tmp_path, [START, STOP], held=held)
 
 
-def job_of_two(folder: Path, cache: Path, *, nodes: int) -> TrainingJob:
-    shards, tokenizer = synthetic_rows(cache)
-    model = MODEL.replace(vocab_size=tokenizer.vocab_size)
-    training = training_config(steps=STEPS, ranks=2, zero_stage=2, nodes=nodes, model=model)
-    job = training_job(folder, shards, tokenizer, training)
-    return job.replace(cadence=Cadence(log=1, validate_=100, checkpoint=20))
-
-
-class Agents:
-    """Agents of torchrun on two hosts, each started by the command that the log has."""
-
-    def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], *, min_nodes: int = 2) -> None:
-        self._hosts = hosts
-        gang = Gang(
-            "zeroflow.training", job.folder.job, nodes=2, min_nodes=min_nodes, ranks=2, device="cpu"
-        )
-        _, setting, _, *words = gang.command(f"{hosts[0].name}:{PORT}")
-        self._command = [sys.executable, "-m", "torch.distributed.run", *words]
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([setting.split("=")])
-        self.running: dict[int, subprocess.Popen] = {}
-
-    def start(self, number: int) -> None:
-        self.running[number] = subprocess.Popen(
-            [*self._hosts[number].prefix, *self._command],
-            env=self._environment,
-            start_new_session=True,
-        )
-
-    def processes(self, number: int) -> list[psutil.Process]:
-        """Agent, its ranks, and their children."""
-        agent = psutil.Process(self.running[number].pid)
-        return [agent, *agent.children(recursive=True)]
-
-    def kill_all(self, number: int) -> None:
-        if self.running[number].poll() is None:
-            for process in self.processes(number):
-                process.kill()
-        self.running.pop(number).wait()
-
-    def end(self) -> None:
-        for number in list(self.running):
-            self.kill_all(number)
-
-
-@contextmanager
-def agents(job: TrainingJob, hosts: tuple[Host, Host], **settings) -> Iterator[Agents]:
-    """Two agents, one on each host."""
-    started = Agents(job, hosts, **settings)
-    wait_until(job.folder.job.exists, "the job")
-    try:
-        for number in (0, 1):
-            started.start(number)
-        yield started
-    finally:
-        started.end()
+job_of_two = partial(two_ranks.job_of_two, steps=STEPS, checkpoint=20)
 
 
 @pytest.fixture
@@ -257,32 +204,6 @@ def is_asked_to_end(process: psutil.Process) -> bool:
     status = Path(f"/proc/{process.pid}/status").read_text()
     pending = re.findall(r"(?:Shd|Sig)Pnd:\s+(\w+)", status)
     return any(int(signals, 16) >> (signal.SIGTERM - 1) & 1 for signals in pending)
-
-
-class Trouble:
-    """Watches a run, and acts on its hosts when a step is reached."""
-
-    def __init__(self, job: TrainingJob, hosts: tuple[Host, Host], **settings) -> None:
-        self.job, self.hosts, self.settings = job, hosts, settings
-        self.reached = queue.Queue()
-        self._thread = ThreadPoolExecutor(1)
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Metrics):
-            self.reached.put(event.step)
-
-    def wait_for(self, step: int) -> None:
-        while self.reached.get(timeout=300) < step:
-            pass
-        while not self.reached.empty():
-            self.reached.get()
-
-    def do(self, script: Callable[[Agents], None]) -> Future[None]:
-        def run() -> None:
-            with agents(self.job, self.hosts, **self.settings) as started:
-                script(started)
-
-        return self._thread.submit(run)
 
 
 @pytest.mark.slow

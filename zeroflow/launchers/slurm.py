@@ -19,7 +19,7 @@ from zeroflow import artifacts
 from zeroflow.launchers.commands import run, seldom
 from zeroflow.records import Record
 from zeroflow.training.failures import TrainingFailed
-from zeroflow.training.hosts import Ended, Gang, Held, Launcher, asked_to_stop
+from zeroflow.training.hosts import OWN_STORE, Ended, Gang, Held, Launcher, asked_to_stop
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,9 @@ def script(gang: Gang, options: Sequence[str]) -> str:
         f"--output={gang.folder.logs.absolute()}/slurm-%j.log",
         *options,
     ]
-    # The torchrun of this Python environment, which all nodes share
-    torchrun = (sys.executable, "-m", "torch.distributed.run")
+    # The torchrun of this Python environment, which all nodes share. Slurm does not restart it on a
+    # node that was lost, so it does not wait for one
+    torchrun = ("env", f"{OWN_STORE}=1", sys.executable, "-m", "torch.distributed.run")
     command = shlex.join(gang.command("@endpoint@", torchrun))
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),

@@ -1,7 +1,8 @@
 """Ranks on several machines, which torchrun starts: the command of each, and how to follow them.
 
 Torch elastic connects the machines, restarts all ranks if one fails, and ends them if too few
-machines are left: https://docs.pytorch.org/docs/stable/elastic/run.html. The flow follows the run's
+machines are left: https://docs.pytorch.org/docs/stable/elastic/run.html. `agent` also restarts them
+after the loss of the machine through which all machines are connected. The flow follows the run's
 events, and creates a file to ask the ranks to stop. It may therefore run on any machine that shares
 the run's folder. On each machine, `host_watch` ends ranks that would wait for others forever.
 """
@@ -27,6 +28,13 @@ log = logging.getLogger(__name__)
 
 PORT = 29400
 """Port on the first machine to which the others connect; torchrun's default."""
+
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable of torchrun; 1 gives the ranks a new store at every start. In torchrun's own
+store, addresses of dead ranks would survive a restart."""
+
+AGENT = ("python", "-m", "zeroflow.training.agent")
+"""Command that starts torchrun, and starts it again if it has lost the other machines."""
 
 _MOST_RESTARTS = 20
 """Maximum number of restarts by torchrun. Each resumes from the newest checkpoint."""
@@ -70,18 +78,16 @@ class Gang(NamedTuple):
         """Number of ranks on one machine."""
         return self.ranks // self.nodes
 
-    def command(self, endpoint: str, torchrun: Sequence[str] = ("torchrun",)) -> list[str]:
+    def command(self, endpoint: str, torchrun: Sequence[str] = AGENT) -> list[str]:
         """Return the command that starts the ranks of one machine, the same on each.
 
         Args:
             endpoint: name or address of the machine to which all connect, and its port.
-            torchrun: command that starts torchrun.
+            torchrun: command that starts torchrun. The default waits for a lost machine of the
+                endpoint to return.
         """
         least = "" if self.min_nodes == self.nodes else f"{self.min_nodes}:"
         return [
-            # Without this, torchrun's store would survive a restart with addresses of dead ranks
-            "env",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             *torchrun,
             f"--nnodes={least}{self.nodes}",
             f"--nproc-per-node={self.ranks_of_each}",
