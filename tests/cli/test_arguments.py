@@ -50,9 +50,10 @@ RUNS = [
             "end_of_text": "<end>",
         },
         training={
-            "gpus": 2,
+            "gpus": 4,
             "zero_stage": 3,
-            "shard_group": 2,
+            "shard_group": 4,
+            "reshard_group": 2,
             "seq_len": 64,
             "batch_size": 2,
             "grad_accum_steps": 3,

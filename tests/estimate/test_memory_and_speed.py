@@ -320,6 +320,17 @@ def test_groups_need_the_memory_of_as_many_ranks(stage):
     assert in_groups.total > planned(llama("tiny"), zero_stage=stage, ranks=8).total
 
 
+def test_resharding_within_a_group_keeps_a_shard_of_the_gathered_blocks():
+    model = llama("tiny")
+    plan = partial(planned, model, zero_stage=3, ranks=8)
+    blocks = model.parameters - model.embedding_parameters
+    for group in (2, 4):
+        kept = plan(reshard_group=group).total - plan().total
+        assert kept == pytest.approx(2 * blocks / group, abs=group), "in bf16"
+    assert plan(reshard_group=8) == plan()
+    assert plan(reshard_group=2, zero_stage=2) == plan(zero_stage=2)
+
+
 def test_ranks_shard_more_from_stage_to_stage():
     plan = partial(planned, llama("medium"), micro_batch_rows=4)
     memories = [plan(zero_stage=stage, ranks=4) for stage in (0, 1, 2, 3)]

@@ -148,6 +148,33 @@ def communicated(state: TrainState, config: TrainingConfig) -> dict[str, int]:
     }
 
 
+def resharded(config: TrainingConfig, group: int | None) -> dict[str, Any]:
+    """Return figures of training at stage 3 over all ranks, with and without a reshard group."""
+    at_stage_3 = {"zero_stage": 3, "shard_group": None, "reshard_group": group}
+    config = with_workload(config, **at_stage_3)
+    state = new_state(config)
+    found: dict[str, Any] = {"before": trained(state, config, SAVED)}
+    found |= looked_at(state)
+    found["continued"] = trained(state, config, STEPS - SAVED)
+    return found | {"timeouts": timeouts(), "over": gathered_over(state, config)}
+
+
+def gathered_over(state: TrainState, config: TrainingConfig) -> dict[str, int]:
+    """Return how often a step gathers weights, by the number of ranks that exchange them."""
+    calls: Counter[str] = Counter()
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), more=None):  # type: ignore[no-untyped-def]
+            if function.name() == "c10d::_allgather_base_":
+                whole, shard = given[:2]
+                calls[str(whole.numel() // shard.numel())] += 1
+            return function(*given, **more or {})
+
+    with Counted():
+        train_step(state, Shares(config.workload.batch_rows).micro_batches(0), config)
+    return dict(calls)
+
+
 def skipping(state: TrainState, config: TrainingConfig) -> list[Any]:
     """Run a step with a NaN loss on the last rank; return whether any weight has changed."""
     parameters = [p for _, p in zero.named_parameters(state.model)]
@@ -189,6 +216,9 @@ def work(job: RankJob, stop: Stop) -> None:
         )
         for stage in (STAGES[1:] if job.training.workload.shard_group else STAGES)
     }
+    if group := job.training.workload.shard_group:
+        found |= {"over all": resharded(job.training, None)}
+        found |= {"resharded": resharded(job.training, group)}
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
     if zero.rank() == 0:
         EVENTS.append(job.folder.events, Done())

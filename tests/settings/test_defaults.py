@@ -35,7 +35,7 @@ def test_every_setting_is_filled_in_and_given_ones_stay(device, size):
     for name, value in chosen.items():
         assert getattr(choice, name) == value, name
     left_open = {name for name in TrainingChoice.model_fields if getattr(choice, name) is None}
-    assert left_open == {"keep_every", "shard_group"}, "of which None is a choice"
+    assert left_open == {"keep_every", "shard_group", "reshard_group"}, "of which None is a choice"
 
 
 counts = st.none() | st.integers(1, 40)

@@ -45,6 +45,15 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
             "--shard-group 4 does not divide the 6 GPUs of the run: use one of 2, 3, 6, or drop it",
         ),
         ({"training": {"gpus": 4, "shard_group": 2}}, "--shard-group 2 has no effect at ZeRO s"),
+        ({"training": {"gpus": 4, "zero_stage": 3, "reshard_group": 2}}, None),
+        (
+            {"training": {"gpus": 4, "zero_stage": 2, "reshard_group": 2}},
+            "--reshard-group 2 has no effect at ZeRO stage 2",
+        ),
+        (
+            {"training": {"gpus": 8, "zero_stage": 3, "shard_group": 4, "reshard_group": 4}},
+            "--reshard-group 4 does not divide the 4 GPUs .*: use one of 2, or drop it",
+        ),
         ({"training": {"fp8": True}}, "--fp8 needs a GPU"),
     ],
     ids=str,

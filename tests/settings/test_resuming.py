@@ -90,6 +90,24 @@ def test_shard_group_is_kept_if_it_still_divides_the_gpus(asked, group):
     assert resuming.merged(recorded, run(training=asked), {}).training.shard_group == group
 
 
+@pytest.mark.parametrize(
+    ("asked", "group"),
+    [
+        ({}, 2),
+        ({"nodes": 3}, 2),
+        ({"nodes": 1, "gpus": 2}, None),
+        ({"shard_group": 2}, None),
+        ({"shard_group": 2, "nodes": 1, "gpus": 3}, None),
+        ({"reshard_group": 4}, 4),
+        ({"zero_stage": 2}, None),
+        ({"zero_stage": 2, "gpus": 1, "nodes": 1}, None),
+    ],
+)
+def test_reshard_group_is_kept_if_it_still_divides_the_gpus_that_share_the_state(asked, group):
+    recorded = run(training={"gpus": 4, "nodes": 2, "zero_stage": 3, "reshard_group": 2})
+    assert resuming.merged(recorded, run(training=asked), {}).training.reshard_group == group
+
+
 def test_another_model_is_not_mixed_with_the_recorded_one():
     size = resuming.merged(run(model=SHAPE), run(model={"size": "small"}), {})
     assert size.model == run(model={"size": "small"}).model

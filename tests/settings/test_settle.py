@@ -62,6 +62,7 @@ def test_synthetic_run_has_nothing_left_open(ask):
         "data.dataset_config",
         "training.keep_every",
         "training.shard_group",
+        "training.reshard_group",
     }
     open_ones |= {
         "data.data_revision",

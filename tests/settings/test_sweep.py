@@ -37,9 +37,10 @@ def test_zero_stages_are_varied_like_other_settings():
     runs = cells(sweep)
     assert [cell.run_name for cell in runs] == ["s-tiny-zero0", "s-tiny-zero3"]
     assert [cell.training.zero_stage for cell in runs] == [0, 3]
-    grouped = {"training": {"gpus": 4, "shard_group": 2}}
+    grouped = {"training": {"gpus": 8, "shard_group": 4, "reshard_group": 2}}
     in_groups = cells(SweepConfig(sweep_name="s", zero_stages=(0, 3), run=grouped))
-    assert [cell.training.shard_group for cell in in_groups] == [None, 2]
+    assert [cell.training.shard_group for cell in in_groups] == [None, 4]
+    assert [cell.training.reshard_group for cell in in_groups] == [None, 2]
     assert all(cell.training.gpus == 2 for cell in runs)
 
 

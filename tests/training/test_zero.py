@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from like_one_process import TrainsLikeOneProcess
 from ranks import SAVED, STAGES, STEPS, close
 from safetensors import safe_open
 from tiny import MODEL, training_config, with_workload
@@ -60,27 +61,13 @@ def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> lis
 
 
 @pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
-class TestStage:
-    def test_losses_norms_and_updates_match_one_process(self, alone, together, stage):
-        for name in ("before", "continued"):
-            assert together[0][stage][name] == close(alone[name]), name
-
+class TestStage(TrainsLikeOneProcess):
     def test_validation_and_samples_match_one_process(self, alone, together, stage):
         assert together[0][stage]["validation"] == close(alone["validation"])
         assert together[0][stage]["sample"] == alone["sample"]
 
     def test_ranks_report_the_same_figures(self, together, stage):
         assert together[0][stage] == together[1][stage]
-
-    def test_resume_from_a_checkpoint_is_bit_exact(self, together, stage):
-        assert together[0][stage]["resumed"] == together[0][stage]["continued"]
-
-    def test_ranks_resume_from_one_process_and_one_process_from_ranks(
-        self, alone, together, config, folder, stage
-    ):
-        assert together[0][stage]["from one process"] == close(alone["continued"])
-        state = ranks.loaded(config, folder / f"stage{stage}")
-        assert ranks.trained(state, config, STEPS - SAVED) == close(alone["continued"])
 
     def test_ranks_keep_their_share_and_one_copy_of_the_tied_embedding(self, together, stage):
         for found in (rank[stage] for rank in together):
@@ -102,10 +89,6 @@ class TestStage:
         for rank in together:
             passed = rank[stage]["communicated"]
             assert (passed["gathered"], passed["scattered"]) == (gathered, scattered)
-
-    def test_nan_loss_of_one_rank_leaves_the_weights_of_all_ranks_unchanged(self, together, stage):
-        for rank in together:
-            assert rank[stage]["skipped"] == [True, [1, 1], False]
 
 
 def test_checkpoints_have_the_same_tensors_for_any_number_of_writers(together, folder):

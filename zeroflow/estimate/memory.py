@@ -192,12 +192,15 @@ def _communication(work: Workload) -> int:
     """Return the bytes of gathered weights and of gradients in transit.
 
     Stages 0 to 2 gather all weights, stage 3 those of two blocks and all outside the blocks, such
-    as the embedding. Gradients in transit are those of a block, or of what is outside the blocks
-    after every micro-batch except the last.
+    as the embedding. With a reshard group, stage 3 also keeps this rank's shard of the gathered
+    weights of all blocks. Gradients in transit are those of a block, or of what is outside the
+    blocks after every micro-batch except the last.
     """
     P, block = work.model.parameters, work.model.block_parameters
     E = P - work.model.num_hidden_layers * block
     gathered = E + 2 * block if work.zero_stage == 3 else P
+    if type(work.reshard) is int:  # kept between the forward and the backward pass
+        gathered += (P - E) // work.reshard
     sent = E if work.zero_stage >= 2 and work.accumulates else block
     return work.dtype.itemsize * gathered + 4 * sent
 

@@ -61,7 +61,7 @@ def speed(
     """
     if known:
         return _with_load(known, work, device, load)
-    alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None)
+    alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None, reshard_group=None)
     if work.ranks > 1 and (one := history.known(runs, alone)):
         found = _with_load(one, alone, device, load)
     else:

@@ -162,5 +162,7 @@ def _all_but_the_seed(settings: Settled) -> str:
     sharding = {"ranks": settings.ranks, "zero_stage": settings.training.zero_stage}
     if settings.training.shard_group:
         sharding["shard_group"] = settings.training.shard_group
+    if settings.training.reshard_group:
+        sharding["reshard_group"] = settings.training.reshard_group
     others = {name: str(value) for name, value in named.items() if name != "seed"}
     return artifacts.fingerprint(others | sharding)

@@ -102,6 +102,10 @@ class Sharding(Record):
     shard_group: int | None = omitted()
     """Number of ranks over which the state is sharded; None for all."""
 
+    reshard_group: int | None = omitted()
+    """Number of ranks over which weights of blocks are sharded between the forward and the backward
+    pass; None for those that share the state."""
+
     @property
     def ranks(self) -> int:
         return self.gpus
@@ -113,19 +117,22 @@ class Sharding(Record):
             gpus=workload.ranks,
             zero_stage=workload.zero_stage,
             shard_group=workload.shard_group,
+            reshard_group=workload.reshard_group,
         )
 
     @property
     def zero(self) -> str:
-        """The stage as text, with the number of ranks of a group if there are groups."""
+        """The stage as text, with the numbers of ranks of its groups, if any."""
         if self.ranks == 1:
             return "none"
-        return str(self.zero_stage) + (f" x {self.shard_group}" if self.shard_group else "")
+        groups = f" x {self.shard_group}" if self.shard_group else ""
+        groups += f", reshard {self.reshard_group}" if self.reshard_group else ""
+        return str(self.zero_stage) + groups
 
     @property
     def sharding(self) -> "Sharding":
         """The fields of this class, without those of a subclass."""
-        return Sharding(gpus=self.gpus, zero_stage=self.zero_stage, shard_group=self.shard_group)
+        return Sharding(**{name: getattr(self, name) for name in Sharding.model_fields})
 
 
 class WorkloadFigures(Sharding):

@@ -14,6 +14,7 @@ from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled
+from zeroflow.training.workload import Workload
 
 
 def refuse_what_does_nothing(asked: RunConfig) -> None:
@@ -55,6 +56,7 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
             "one: add --gpus, or drop it"
         )
     _refuse_shard_group(nominal.ranks, nominal.zero_stage, nominal.shard_group)
+    _refuse_reshard_group(nominal)
 
 
 def _refuse_shard_group(ranks: int, stage: int, group: int | None) -> None:
@@ -70,6 +72,24 @@ def _refuse_shard_group(ranks: int, stage: int, group: int | None) -> None:
         raise ValueError(
             f"--shard-group {group} does not divide the {ranks} GPUs of the run: use one of "
             f"{', '.join(map(str, possible))}, or drop it"
+        )
+
+
+def _refuse_reshard_group(nominal: Workload) -> None:
+    group, shards = nominal.reshard_group, nominal.shards
+    if group is None:
+        return
+    if nominal.zero_stage != 3:
+        raise ValueError(
+            f"--reshard-group {group} has no effect at ZeRO stage {nominal.zero_stage}, which "
+            "keeps the gathered weights for the backward pass: use --zero-stage 3, or drop it"
+        )
+    possible = [number for number in range(2, shards) if shards % number == 0]
+    if group not in possible:
+        use = f"use one of {', '.join(map(str, possible))}, or drop it" if possible else "drop it"
+        raise ValueError(
+            f"--reshard-group {group} does not divide the {shards} GPUs that share the state into "
+            f"smaller groups: {use}"
         )
 
 

@@ -1,6 +1,7 @@
 """Resuming a run: settings that may change, and the merge of requested with recorded settings."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -88,9 +89,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
     if ranks == 1:
         base["training"]["zero_stage"] = None
-    group = recorded.training.shard_group
-    if group and (ranks % group or training.get("zero_stage") == 0):
-        base["training"]["shard_group"] = None
+    _drop_groups(base["training"], training, ranks)
     if {"size", "hidden_size"} & set(model):
         base["model"] = {}
     optimizer = groups.get("optimizer", {}).get("name", recorded.optimizer.name)
@@ -100,6 +99,18 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
         base[name] = base[name] | value if isinstance(value, dict) else value
     base["skip_preflight"] = asked.skip_preflight  # a setting of the command, not of the run
     return RunConfig.model_validate(base)
+
+
+def _drop_groups(recorded: dict[str, Any], asked: Fields, ranks: int) -> None:
+    """Drop the recorded groups of ranks that do not suit the requested ZeRO stage and `ranks`."""
+    stage = asked.get("zero_stage", recorded["zero_stage"])
+    group = recorded["shard_group"]
+    if group and (ranks % group or stage == 0):
+        recorded["shard_group"] = None
+    sharing = asked.get("shard_group") or recorded["shard_group"] or ranks
+    reshard = recorded["reshard_group"]
+    if reshard and (sharing % reshard or sharing == reshard or stage != 3):
+        recorded["reshard_group"] = None
 
 
 def difference(recorded: RunConfig, run: RunConfig) -> str:

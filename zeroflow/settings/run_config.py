@@ -104,6 +104,7 @@ class TrainingChoice(Config):
         "nodes",
         "zero_stage",
         "shard_group",
+        "reshard_group",
         "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -133,6 +134,12 @@ class TrainingChoice(Config):
     shard_group: int | None = Field(None, ge=2)
     """Number of GPUs over which the state is sharded at ZeRO stages 1 to 3, such as the GPUs of one
     machine. The groups are replicas of each other. Default: all GPUs."""
+
+    reshard_group: int | None = Field(None, ge=2)
+    """Number of GPUs over which the weights of a block stay sharded between the forward and the
+    backward pass at ZeRO stage 3, such as the GPUs of one machine. The backward pass then gathers
+    weights within such a group only, which takes more memory. Default: all GPUs of a shard
+    group."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""

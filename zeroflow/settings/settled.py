@@ -45,7 +45,8 @@ class SettledTraining(TrainingChoice):
         if self.ranks == 1:
             return ()
         group = (f"group{self.shard_group}",) if self.shard_group else ()
-        return (f"{self.ranks}gpus", f"zero{self.zero_stage}", *group)
+        reshard = (f"reshard{self.reshard_group}",) if self.reshard_group else ()
+        return (f"{self.ranks}gpus", f"zero{self.zero_stage}", *group, *reshard)
 
 
 class Settled(RunConfig):

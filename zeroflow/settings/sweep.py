@@ -99,6 +99,8 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             given["training"] = given.get("training", {}) | {"zero_stage": stage}
             if stage == 0:  # it shards nothing, so it has no groups
                 given["training"].pop("shard_group", None)
+            if stage != 3:  # it gathers no weights for the backward pass
+                given["training"].pop("reshard_group", None)
             name.append(f"zero{stage}")
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))

@@ -55,7 +55,7 @@ def new_state(config: TrainingConfig) -> TrainState:
         if work.device == "cuda":
             model.model.mask_for = block_mask
     if work.ranks > 1:
-        zero.shard(model, work.zero_stage, work.device, group=work.shards)
+        zero.shard(model, work.device, group=work.shards, reshard=work.reshard)
     optimizer = work.optimizer.build(model, config.schedule.peak)
     torch.manual_seed(config.seed)
     skipped = torch.zeros(2, dtype=torch.int64, device=work.device)

@@ -51,6 +51,10 @@ class Workload(Config):
     shard_group: PositiveInt | None = Field(None, exclude_if=lambda ranks: ranks is None)
     """Number of ranks over which the state is sharded; groups are replicas. None for all ranks."""
 
+    reshard_group: PositiveInt | None = Field(None, exclude_if=lambda ranks: ranks is None)
+    """Number of ranks over which gathered weights of blocks stay sharded between the forward and
+    the backward pass at stage 3; None for all ranks of a shard group."""
+
     model: ModelConfig
 
     seq_len: PositiveInt
@@ -111,6 +115,16 @@ class Workload(Config):
         return group if group and self.ranks % group == 0 else self.ranks
 
     @property
+    def reshard(self) -> bool | int:
+        """FSDP2's `reshard_after_forward` for a block: False keeps its weights gathered for the
+        backward pass, True only this rank's shard, and a number its shard of so many ranks.
+        """
+        group = self.reshard_group
+        if self.zero_stage == 3 and group and group < self.shards and self.shards % group == 0:
+            return group
+        return self.zero_stage == 3
+
+    @property
     def accumulates(self) -> bool:
         """True if a step sums the gradients of several micro-batches."""
         return self.accumulate > 1
@@ -163,7 +177,8 @@ class Workload(Config):
         times = "processes on one" if self.device == "cpu" else "x"
         machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
         groups = f" in groups of {self.shards}" if 1 < self.shards < self.ranks else ""
-        stage = f"ZeRO stage {self.zero_stage}{groups}"
+        kept = f", resharded to {self.reshard}" if type(self.reshard) is int else ""
+        stage = f"ZeRO stage {self.zero_stage}{groups}{kept}"
         return f"{self.ranks} {times} {self.device_name}{machines}, {stage}"
 
     @property

@@ -215,7 +215,7 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None:
+def shard(model: Llama, device: DeviceKind, *, group: int, reshard: bool | int) -> None:
     """Shard `model` across the ranks' devices, and average its gradients over the ranks.
 
     The state is sharded over each `group` of consecutive ranks, and the groups are replicas.
@@ -228,6 +228,11 @@ def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None
     Stage 1 keeps unsharded gradients until the last micro-batch of a step; stages 2 and 3 keep only
     a shard of them. Stages 0 to 2 keep gathered weights from the forward pass to the end of the
     backward pass; stage 3 keeps only those of one or two blocks, and of the embedding.
+
+    Args:
+        reshard: FSDP2's `reshard_after_forward` for the blocks: False up to stage 2, True at stage
+            3, or a number of consecutive ranks over which the gathered weights of a block are
+            sharded until its backward pass gathers them again.
     """
     # Importing these takes seconds, and a single rank does not need them
     from torch.distributed.device_mesh import init_device_mesh
@@ -238,17 +243,17 @@ def shard(model: Llama, stage: Stage, device: DeviceKind, *, group: int) -> None
     else:
         sides = (ranks() // group, group)
         mesh = init_device_mesh(device, sides, mesh_dim_names=(_REPLICAS, _SHARDS))
-    for part in mesh.get_all_groups():  # the default of 10 minutes is too short for compilation
-        dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
     # Inputs are not cast: rotary angles and masks are fp32 on purpose
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == 3)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The embedding stays in the root module, because the output head uses its weight outside the
     # embedding's own forward pass, when FSDP2 would have resharded it
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for part in dist.distributed_c10d._world.pg_map:  # 10 minutes are too short for compilation
+        dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
 
 
 def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
