@@ -6,6 +6,7 @@ and pages are shown (`View`). In the package's flows, stages are Prefect tasks.
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -29,14 +30,14 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import find_device, known_gpu
 from zeroflow.lab import measure
 from zeroflow.lab.study import LabConfig, study
-from zeroflow.launchers import kubernetes, slurm
+from zeroflow.launchers import kubernetes, slurm, slurm_array
 from zeroflow.launchers.kubernetes import Cluster
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report, zero_lab
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
-from zeroflow.report.outcome import Status
+from zeroflow.report.outcome import Status, outcome
 from zeroflow.report.pages import Page, Picture, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, Show, TrainingProgress
 from zeroflow.report.run_report import Finished
@@ -509,18 +510,50 @@ def sweep(
     ended: dict[str, Status] = {}
     errors: list[Exception] = []
     try:
-        for cell in cells(asked):
-            try:
-                run_one(cell)
-            except Exception as error:  # the sweep continues with the next run
-                ended[str(cell.run_name)] = _ended(cell, error)
-                errors.append(error)
+        if asked.in_array:
+            ended |= _run_in_array(asked)
+        else:
+            for cell in cells(asked):
+                try:
+                    run_one(cell)
+                except Exception as error:  # the sweep continues with the next run
+                    ended[str(cell.run_name)] = _ended(cell, error)
+                    errors.append(error)
         page = stages.compare(asked, ended, view)
     except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
         sweeps.abandon(asked, ended)
         raise
-    _require_no_failure(ended, page, may_succeed=any(map(may_succeed, errors)))
+    # The errors of an array are in the logs of its runs, and some may not come again
+    worth_a_retry = asked.in_array or any(map(may_succeed, errors))
+    _require_no_failure(ended, page, may_succeed=worth_a_retry)
     return page
+
+
+def _run_in_array(asked: SweepConfig) -> dict[str, Status]:
+    """Execute the unfinished runs of a sweep as tasks of a job array of Slurm.
+
+    Returns:
+        status of each run that did not complete
+    """
+    folder = asked.folder.array
+    slurm_array.finish_earlier(folder)
+    left = [cell for cell in cells(asked) if not sweeps.finished(cell)]
+    if not left:
+        return {}
+    options = shlex.split(asked.run.hosts.sbatch_options)
+    if asked.run.device != "cpu":
+        options.insert(0, f"--gpus-per-node={asked.run.training.gpus or 1}")
+    settings = {
+        str(cell.run_name): cell.anywhere.model_dump(mode="json", exclude_unset=True)
+        for cell in left
+    }
+    slurm_array.run_all(folder, settings, options)
+    ended: dict[str, Status] = {}
+    for name in (str(cell.run_name) for cell in left if not sweeps.finished(cell)):
+        found = outcome(asked.run.cache_dir, name)
+        ended[name] = "stopped" if found and found.status == "stopped" else "failed"
+        log.error("run %s %s: see %s", name, ended[name], folder.log(name))
+    return ended
 
 
 def _ended(cell: RunConfig, error: Exception) -> Status:

@@ -157,9 +157,34 @@ class SweepFolder(TrackedFolder):
     comparison = _Named("comparison.json")
     comparison_page = _Named("comparison.md")
 
+    @property
+    def array(self) -> "ArrayFolder":
+        return ArrayFolder(self.path / "array")
+
     def loss_picture(self, axis: str) -> Path:
         """Return the picture of the losses of all runs against `axis`."""
         return self.path / f"loss-by-{axis}.png"
+
+
+class ArrayFolder(_Folder):
+    """The folder of the job array whose tasks are the runs of a sweep."""
+
+    script = _Named("slurm.sh")
+    """The script for sbatch."""
+
+    slurm_job = _Named("slurm.json")
+    """Number of the job."""
+
+    stop = _Named("stop")
+    """Exists after the sweep's command has asked the runs to stop."""
+
+    def settings(self, run: str) -> Path:
+        """Return the file with the settings of a run."""
+        return self.path / f"{run}.json"
+
+    def log(self, run: str) -> Path:
+        """Return the file with the output of a run."""
+        return self.path / f"{run}.log"
 
 
 class Cache(_Folder):

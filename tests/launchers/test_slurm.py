@@ -3,7 +3,6 @@
 import _thread
 import subprocess
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import two_ranks
 from endings import assert_same_end
 from patience import wait_until
-from slurm_cluster import slurm
 
 from zeroflow.launchers.slurm import launcher, script
 from zeroflow.training import recovery, tracked
@@ -45,14 +43,6 @@ def test_missing_slurm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         launcher("")(gang, lambda: False),
     ):
         pass
-
-
-@pytest.fixture
-def cluster(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with slurm(tmp_path_factory.mktemp("slurm")) as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield
 
 
 job_of_two = partial(two_ranks.job_of_two, steps=STEPS, checkpoint=50)

@@ -15,22 +15,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from zeroflow import artifacts
 from zeroflow.launchers.commands import run, seldom
-from zeroflow.records import Record
-from zeroflow.training.failures import TrainingFailed
+from zeroflow.launchers.slurm_jobs import (
+    directives,
+    states,
+    submit,
+    waiting_or_running,
+    write_script,
+)
 from zeroflow.training.hosts import OWN_STORE, Ended, Gang, Held, Launcher, asked_to_stop
 
 log = logging.getLogger(__name__)
 
-_WARNED_SECONDS = 120
-"""Time before the job's time limit at which its ranks save."""
-
 _END_SECONDS = 60.0
 """Time for torchrun to end after its ranks have ended."""
-
-_NO_JOB = "Invalid job id"
-"""Error text of squeue for a job that ended minutes ago, which Slurm no longer lists."""
 
 _SCRIPT = """\
 #!/bin/bash
@@ -59,13 +57,6 @@ exit "$code"
 """
 
 
-class Submitted(Record):
-    """The submitted job of a run, in slurm.json."""
-
-    job: int
-    """Its number in Slurm."""
-
-
 def launcher(options: str) -> Launcher:
     """Return a launcher that submits a job, with additional `options` for sbatch."""
     return partial(_on_slurm, options=shlex.split(options))
@@ -73,7 +64,7 @@ def launcher(options: str) -> Launcher:
 
 @contextmanager
 def _on_slurm(gang: Gang, ended: Ended, *, options: Sequence[str]) -> Iterator[Held]:
-    job = _waiting_or_running(gang) or _submit(gang, options)
+    job = waiting_or_running(gang.folder.slurm_job) or _submit(gang, options)
     try:
         # A job that is still in the queue has no ranks that could save
         with asked_to_stop(gang.folder, lambda: ended() or _state(job) != "RUNNING"):
@@ -95,13 +86,7 @@ def _wait_for_end(job: int) -> None:
 
 def _state(job: int) -> str:
     """Return the state of a job, such as PENDING; an empty string if it has ended."""
-    try:
-        return run("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip()
-    except TrainingFailed as error:
-        if _NO_JOB in str(error):
-            return ""
-        log.warning("%s", error)  # Slurm's controller may be restarting
-        return "UNKNOWN"
+    return next(iter(states(job)), "")
 
 
 def script(gang: Gang, options: Sequence[str]) -> str:
@@ -113,9 +98,6 @@ def script(gang: Gang, options: Sequence[str]) -> str:
         "--ntasks-per-node=1",
         *([f"--gpus-per-node={gang.ranks_of_each}"] if gang.device == "cuda" else []),
         *(["--no-kill"] if least else []),
-        f"--signal=B:USR1@{_WARNED_SECONDS}",
-        "--requeue",
-        "--open-mode=append",
         f"--output={gang.folder.logs.absolute()}/slurm-%j.log",
         *options,
     ]
@@ -124,7 +106,7 @@ def script(gang: Gang, options: Sequence[str]) -> str:
     torchrun = ("env", f"{OWN_STORE}=1", sys.executable, "-m", "torch.distributed.run")
     command = shlex.join(gang.command("@endpoint@", torchrun))
     return _SCRIPT.format(
-        options="\n".join(f"#SBATCH {shlex.quote(option)}" for option in given),
+        options=directives(given),
         run=shlex.quote(str(gang.folder.path.absolute())),
         no_kill="--no-kill " if least else "",
         command=command.replace("@endpoint@", '"$first:$port"'),
@@ -134,19 +116,5 @@ def script(gang: Gang, options: Sequence[str]) -> str:
 def _submit(gang: Gang, options: Sequence[str]) -> int:
     folder = gang.folder
     folder.logs.mkdir(exist_ok=True)
-    with artifacts.create_private(folder.slurm_script) as file:  # an option may contain a secret
-        file.write(script(gang, options).encode())
-    said = run("sbatch", "--parsable", str(folder.slurm_script))
-    number = int(said.strip().partition(";")[0])  # the name of a cluster may follow
-    Submitted(job=number).write(folder.slurm_job)
-    log.info("submitted Slurm job %d; its output is in %s", number, folder.logs)
-    return number
-
-
-def _waiting_or_running(gang: Gang) -> int | None:
-    """Return the job that an earlier command, which was killed, has left; None if there is none."""
-    before = Submitted.read_if_exists(gang.folder.slurm_job)
-    if before is None or not _state(before.job):
-        return None
-    log.info("watching Slurm job %d, which an earlier command submitted", before.job)
-    return before.job
+    write_script(folder.slurm_script, script(gang, options))
+    return submit(folder.slurm_script, folder.slurm_job, folder.logs)

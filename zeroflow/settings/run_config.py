@@ -287,7 +287,8 @@ class HostsChoice(Config):
 
     launcher: Literal["by-hand", "slurm", "kubernetes"] = "by-hand"
     """How the ranks of each machine are started: by-hand logs the command to run on each; slurm
-    submits a job with sbatch; kubernetes creates a Job with kubectl."""
+    submits a job with sbatch, or a job array for the runs of a sweep; kubernetes creates a Job with
+    kubectl."""
 
     sbatch_options: str = ""
     """Additional options for sbatch, such as "--partition=gpu --time=24:00:00"."""

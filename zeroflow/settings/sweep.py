@@ -69,6 +69,11 @@ class SweepConfig(Config):
         return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
 
     @property
+    def in_array(self) -> bool:
+        """True if the runs are tasks of a job array of Slurm, each on one machine."""
+        return self.run.hosts.launcher == "slurm" and self.run.training.nodes == 1
+
+    @property
     def anywhere(self) -> Self:
         """Return the same settings with the sweep's name and absolute paths."""
         return self.model_copy(update={"sweep_name": self.name, "run": self.run.anywhere})
@@ -102,6 +107,9 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             if stage != 3:  # it gathers no weights for the backward pass
                 given["training"].pop("reshard_group", None)
             name.append(f"zero{stage}")
+        if sweep.in_array:  # the array starts the run
+            for setting in ("launcher", "sbatch_options"):
+                given["hosts"].pop(setting, None)
         given |= {"sweep": sweep.name, "run_name": "-".join(name)}
         found.append(RunConfig.model_validate(given))
     return found
