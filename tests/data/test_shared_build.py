@@ -152,6 +152,24 @@ def test_failure_of_a_part_ends_the_process_and_releases_its_claim(quick, text, 
     assert not list(planner.path.glob(".*claim*"))
 
 
+def test_parts_that_end_before_an_earlier_one_are_counted(quick, text, tmp_path):
+    alone = build_shards(ALL, *text[:2], tmp_path / "alone")
+    *_, before_last, last = (part.name for part in alone.part_paths)
+    last_exists = threading.Event()
+
+    def build_part(job):
+        made = parts.build_part(job)
+        if job.path.name == last:
+            last_exists.set()
+        elif job.path.name == before_last:
+            last_exists.wait()
+        return made
+
+    with in_threads(2, build_part) as builders:
+        done = build_together(planner_of(text, tmp_path / "cache"), ALL, builders)
+    assert done.built == done.parts == alone.parts
+
+
 def test_damaged_part_is_set_aside_and_built_again(quick, text, tmp_path):
     shards = build_shards(ALL, *text[:2], tmp_path)
     before = digests(shards)

@@ -76,7 +76,8 @@ class _SharedBuild:
 
     def run(self) -> Shared:
         built = 0
-        while not self._is_complete():
+        # Once all parts exist, those of this process that are still listed have been built too
+        while not self._is_complete() or self._under_way:
             self._start_some()
             if not self._under_way:
                 time.sleep(POLL_SECONDS)
