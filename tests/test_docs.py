@@ -65,6 +65,7 @@ FOREIGN = {
     "--no-deps",
     "--ntasks-per-node",
     "--local-addr",
+    "--mem",
     "--fqdn",
     "--gres",
     "--partition",
