@@ -24,11 +24,12 @@ from zeroflow.device import Device, find_device
 from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
-from zeroflow.training import rank_program, zero
+from zeroflow.training import zero
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
+from zeroflow.training.rank_program import Program
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
@@ -198,8 +199,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+PROGRAM = Program(StagesJob, work)
+
 if __name__ == "__main__":
-    if os.environ.get("WORLD_SIZE"):
-        rank_program.main(StagesJob, work)
-    else:
-        main()
+    main()

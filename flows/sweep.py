@@ -2,10 +2,10 @@
 
 import sys
 
-from zeroflow.cli.first_line import announce
+from zeroflow.cli.early import begin
 
 if __name__ == "__main__":
-    announce(sys.argv[1:])
+    begin(sys.argv[1:])
 
 from zeroflow.cli.flow import main
 from zeroflow.orchestration.names import SWEEP

@@ -58,7 +58,7 @@ import sys
 from zeroflow.orchestration import server
 port = int(sys.argv[1])
 api = server.own_api(port)
-with server._started(port, api):
+with server._running(server.start_server(api), api):
     print(api.login, flush=True)
     sys.stdin.read()
 """

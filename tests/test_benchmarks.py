@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scale
+import startup
 import torch
 import train_speed
 import zero_stages
@@ -277,3 +278,26 @@ def test_differences_are_those_of_smoothed_curves():
     assert apart["high"]["mean"] == pytest.approx((46 * 0.5 + 2 * 0.5 - 5 * 0.02) / 96)
     assert apart["high"]["largest"] == pytest.approx(0.5)
     assert apart["high"]["at_step"] >= 55
+
+
+def test_phases_of_a_start_add_up_to_the_first_step():
+    printed = [
+        (4.0, "12:00:00  starting a Prefect server for this run on port 1"),
+        (5.0, "Prefect UI: http://127.0.0.1:1"),
+        (5.5, "tokenizer reused: cache/tokenizers/one"),
+        (6.0, "running the pre-flight checks: the run has no earlier one"),
+        (8.0, "pre-flight passed: 10 checks in 1.9 s"),
+        (9.0, "step 0: validation loss 6.0; sample: ''"),
+        (9.5, "step 1/4  loss 6.0"),
+        (10.0, "wall time of training: 2 s"),
+        (12.0, "overfit check passed: loss 0.1"),
+        (13.0, "the process has ended"),
+    ]
+    lines = [startup.Line(seconds, 2 * seconds, text) for seconds, text in printed]
+    found = startup.phases(lines)
+    assert found.pop(startup.CPU) == 19.0
+    assert list(found) == [phase.name for phase in startup.PHASES]
+    assert sum(found.values()) == 13.0 and found["pre-flight"] == 2.0
+    assert startup.until_first_step(found) == 9.5
+    rest = startup.phases([line for line in lines if "Prefect" not in line.text])
+    assert startup.until_first_step(rest) == 9.5, "without a server of its own"

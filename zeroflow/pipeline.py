@@ -41,6 +41,7 @@ from zeroflow.report.outcome import Status, outcome
 from zeroflow.report.pages import Page, Picture, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, Show, TrainingProgress
 from zeroflow.report.run_report import Finished
+from zeroflow.run_folder import Cache
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
@@ -50,6 +51,7 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.training import checkpoint, recovery
+from zeroflow.training.environment import Place
 from zeroflow.training.events import Event
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.hosts import Launcher, by_hand
@@ -61,6 +63,7 @@ from zeroflow.training.job import (
     why_trained,
 )
 from zeroflow.training.ownership import ownership
+from zeroflow.training.processes import KeptRanks, kept_ranks
 from zeroflow.training.pulse import Pulse
 from zeroflow.units import count
 
@@ -101,6 +104,15 @@ def may_succeed(error: Exception) -> bool:
             return error.reason not in ("out of memory", "diverged")
     return True
 
+
+_RANK_MODULES = (
+    preflight.__name__,
+    "zeroflow.training",
+    overfit.__name__,
+    "torch._dynamo",  # PyTorch's optimisers import it
+    "pyarrow.dataset",  # imports pandas if it is installed, as PyArrow's first array would
+)
+"""Modules that ranks import before their first job."""
 
 Acquire = Callable[[Path], None]
 """Acquires the directory of a run for this process, or raises `RunIsBusy`."""
@@ -433,19 +445,23 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; finished work is kept.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
-    with ownership() as acquire:
+    with ownership() as acquire, kept_ranks() as ranks:
+        start_ranks(asked, ranks)
         prepared = prepare(asked, acquire, stages, view)
         run, job = prepared.settlement.run, prepared.job
         before = _trained_before(job)
         if before is None:
             find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
         busy = run.device == "cuda" and before is None
-        with view.gpu_slot() if busy else nullcontext():
+        # The inner block of ranks ends them before another run gets the GPU
+        with view.gpu_slot() if busy else nullcontext(), kept_ranks():
             # If the pre-flight is skipped now, an earlier command may still have run it
             skipped = run.skip_preflight
             checked = (
                 preflight.read(job.folder) if skipped else stages.check_before(job, before, view)
             )
+            if job.training.workload.nodes > 1:
+                ranks.end()  # torchrun starts others, which need the memory of the GPUs
             trained = stages.train(job, run, before, view)
             try:
                 learned = stages.check_overfit(job, run.overfit, view)
@@ -453,6 +469,19 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
                 stages.write_report(prepared, checked, trained, failure.result, view)
                 raise
         return stages.write_report(prepared, checked, trained, learned, view)
+
+
+def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:
+    """Start the ranks of a run ahead of their first job, so that they import its programs.
+
+    Ranks that wait already are used.
+    """
+    cache = Cache(asked.cache_dir.resolve())
+    if asked.run_name and cache.run(asked.run_name).training.exists():
+        return  # probably complete
+    number = asked.training.gpus or 1
+    places = [Place(rank, number, cache.compiled) for rank in range(number)]
+    ranks.start(places, cache.path, *_RANK_MODULES)
 
 
 def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:

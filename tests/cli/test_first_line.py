@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 from patience import HANG_SECONDS
-from pipeline import ROOT
+from pipeline import ROOT, free_port, processes_with
 
 from zeroflow.cli import commands, program
 
 IMPORTED = "raise SystemExit('torch is imported')"
+
+
+NO_SERVER = {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
 
 
 def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[str, str]:
@@ -43,9 +46,18 @@ def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[st
 def test_command_prints_a_line_before_it_imports_anything_large(
     tmp_path, base_environment, command
 ):
-    output, errors = said(tmp_path, base_environment, *command)
+    output, errors = said(tmp_path, base_environment | NO_SERVER, *command)
     assert errors.endswith("torch is imported\n")
     assert output[8:] == "  starting: importing PyTorch and Prefect\n"
+
+
+def test_server_that_is_started_meanwhile_ends_with_a_command_that_fails(
+    tmp_path, base_environment
+):
+    home = tmp_path / "home"
+    said(tmp_path, base_environment | {"PREFECT_HOME": str(home)}, "flows/pretrain.py")
+    assert list((home / "zeroflow").iterdir()) == [], "the login of the server was there"
+    assert processes_with("PREFECT_HOME", home) == []
 
 
 @pytest.mark.parametrize(

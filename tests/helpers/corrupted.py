@@ -9,8 +9,9 @@ import time
 
 import torch
 
-from zeroflow.training import __main__, loop, rank_program
+from zeroflow.training import __main__, loop
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.rank_program import Program
 
 AT_STEP = 78
 DAYS = itertools.cycle([0, 3, -2, 1, -5])
@@ -35,5 +36,4 @@ def work(job, stop):
     __main__.work(job, stop)
 
 
-if __name__ == "__main__":
-    rank_program.main(TrainingJob, work)
+PROGRAM = Program(TrainingJob, work)

@@ -4,8 +4,9 @@ import random
 
 import torch
 
-from zeroflow.training import __main__, loop, rank_program
+from zeroflow.training import __main__, loop
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.rank_program import Program
 
 forgotten = random.Random(0)
 train_step = loop.train_step
@@ -17,6 +18,9 @@ def noisy_step(state, *given):
     return train_step(state, *given)
 
 
-if __name__ == "__main__":
+def work(job, stop):
     loop.train_step = noisy_step
-    rank_program.main(TrainingJob, __main__.work)
+    __main__.work(job, stop)
+
+
+PROGRAM = Program(TrainingJob, work)

@@ -7,9 +7,10 @@ from itertools import count
 
 import torch
 
-from zeroflow.training import rank_program, zero
+from zeroflow.training import zero
 from zeroflow.training.events import EVENTS, Started, Stopped
 from zeroflow.training.job import RankJob
+from zeroflow.training.rank_program import Program
 from zeroflow.training.stopping import Stop
 
 _MEETINGS = 3
@@ -51,5 +52,4 @@ def meet(fate: str, job: RankJob) -> None:
             time.sleep(1000)
 
 
-if __name__ == "__main__":
-    rank_program.main(RankJob, work)
+PROGRAM = Program(RankJob, work)

@@ -204,9 +204,21 @@ def processes_of(cache: Path) -> list[psutil.Process]:
     return found
 
 
+def processes_with(variable: str, value: Path) -> list[psutil.Process]:
+    """Processes in whose environment `variable` is `value`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == str(value):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
 def rank_of(cache: Path) -> psutil.Process:
-    """Return the process that trains."""
-    ranks = [p for p in processes_of(cache) if "zeroflow.training" in p.cmdline()]
+    """Return the process that trains, or that waits to train."""
+    ranks = [p for p in processes_of(cache) if "zeroflow.training.serving" in p.cmdline()]
     return max(ranks, key=lambda process: process.create_time())
 
 

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zeroflow import artifacts
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.training import checkpoint, rank_program, sampling, zero
+from zeroflow.training import checkpoint, sampling, zero
 from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train, train_step
+from zeroflow.training.rank_program import Program, make_deterministic
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
@@ -207,7 +208,7 @@ def figures(job: RankJob) -> list[dict[str, Any]]:
 
 
 def work(job: RankJob, stop: Stop) -> None:
-    rank_program.make_deterministic()
+    make_deterministic()
     found = {
         stage: at_stage(
             with_workload(job.training, zero_stage=stage),
@@ -224,5 +225,4 @@ def work(job: RankJob, stop: Stop) -> None:
         EVENTS.append(job.folder.events, Done())
 
 
-if __name__ == "__main__":
-    rank_program.main(RankJob, work)
+PROGRAM = Program(RankJob, work)

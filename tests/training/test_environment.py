@@ -43,7 +43,7 @@ def test_single_rank_is_rank_0_under_any_launcher_of_the_flow(monkeypatch):
     given = {"RANK": "3", "WORLD_SIZE": "4"}
     for name, number in given.items():
         monkeypatch.setenv(name, number)
-    environment = rank_environment(None) | zero.environment(0, 1, Path("rendezvous"))
+    environment = rank_environment(None) | zero.environment(0, 1)
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
 
 
@@ -55,5 +55,5 @@ def test_each_rank_sees_one_of_the_gpus_that_the_user_makes_visible(visible, see
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    given = [zero.environment(rank, 2, Path("rendezvous")) for rank in range(2)]
+    given = [zero.environment(rank, 2) for rank in range(2)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == seen

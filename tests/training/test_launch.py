@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.training import launch as launch_module
 from zeroflow.training import processes as processes_module
 from zeroflow.training import zero
+from zeroflow.training.environment import Place
 from zeroflow.training.events import EVENTS, Event, Started
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
-from zeroflow.training.processes import WATCH_PARENT
+from zeroflow.training.processes import RankProcess, Task
 
 
 @pytest.fixture
@@ -71,16 +73,12 @@ def test_killed_rank_is_detected_although_the_others_report_nothing(job_file, mo
 
 def test_rank_that_loses_its_parent_before_the_rendezvous_does_not_wait(job_file):
     """They may be gone as well."""
-    told = zero.environment(1, 2, zero.rendezvous_file(job_file.parent))
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "meeting", str(job_file), WATCH_PARENT],
-        env=os.environ | told,
-        stdin=subprocess.PIPE,
-    )
+    rank = RankProcess(Place(1, 2, None), job_file.parent)
+    told = {zero.RENDEZVOUS: str(zero.rendezvous_file(job_file.parent))}
+    rank.begin(Task(module="meeting", job_file=job_file, environment=told), deque())
     wait_until(lambda: list(job_file.parent.glob(".worker-1.lock")))
-    assert rank.stdin is not None
-    rank.stdin.close()
-    assert rank.wait(HANG_SECONDS) == 1
+    rank.ask_to_stop()
+    assert rank.process.wait(HANG_SECONDS) == 1
 
 
 def test_rank_that_fails_ends_the_others_and_says_why(job_file):

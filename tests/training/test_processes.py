@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -10,29 +9,37 @@ import pytest
 from patience import wait_until
 
 from zeroflow.training import processes as processes_module
-from zeroflow.training.processes import RankProcesses
+from zeroflow.training.environment import Place
+from zeroflow.training.processes import KeptRanks, RankProcesses, Task
+
+
+@pytest.fixture
+def script_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path
+
 
 SAYS = """
-import logging, sys
-from zeroflow.training import rank_program
-rank_program.log_to_parent(rank=int(sys.argv[1]))
+import logging
 for level in ("info", "warning", "error"):
     getattr(logging.getLogger("zeroflow.some"), level)(level)
 print("printed")
+raise SystemExit(1)
 """
 
 
-def started(script: str, *arguments: str) -> RankProcesses:
-    ranks = RankProcesses()
-    for argument in arguments:
-        ranks.start([sys.executable, "-c", script, argument], dict(os.environ))
+def started(script: str, folder: Path, *places: Place) -> RankProcesses:
+    """Processes of ranks that import `script` instead of the program of a job."""
+    (folder / "script.py").write_text(script)
+    ranks = RankProcesses(KeptRanks().take(places, folder))
+    ranks.begin(Task(module="script", job_file=folder / "job.json"))
     return ranks
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_logs_everything_and_others_log_warnings(rank, caplog):
+def test_rank_0_logs_everything_and_others_log_warnings(rank, caplog, script_folder):
     caplog.set_level(logging.DEBUG, logger="zeroflow")
-    ranks = started(SAYS, str(rank))
+    ranks = started(SAYS, script_folder, Place(rank, 2, None))
     wait_until(lambda: ranks.exit_codes() != [None])
     ranks.read_to_end()
     heard = [(record.levelname, record.getMessage()) for record in caplog.records]
@@ -46,27 +53,27 @@ def test_rank_0_logs_everything_and_others_log_warnings(rank, caplog):
 
 
 ENDS_WITH_A_FILE = """
-import sys, time
+import os, time
 from pathlib import Path
 
-if sys.argv[1] == "1":
-    sys.exit(1)
-while not Path(sys.argv[1]).exists():
+if os.environ["RANK"] == "1":
+    os._exit(1)
+while not Path(__file__).with_name("end").exists():
     time.sleep(0.01)
+os._exit(0)
 """
 
 
 @pytest.mark.parametrize(("writing", "code"), [(True, 0), (False, None)])
 def test_rank_that_writes_a_checkpoint_is_waited_for(
-    writing, code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writing, code, script_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It ends when a file is there, long after the others would have been killed."""
     monkeypatch.setattr(processes_module, "GRACE_SECONDS", 0.2)
-    end = tmp_path / "end"
     if writing:
-        (tmp_path / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
-        threading.Timer(1.0, end.touch).start()
-    ranks = started(ENDS_WITH_A_FILE, str(end), "1")
+        (script_folder / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
+        threading.Timer(1.0, (script_folder / "end").touch).start()
+    ranks = started(ENDS_WITH_A_FILE, script_folder, Place(0, 2, None), Place(1, 2, None))
     wait_until(lambda: ranks.exit_codes()[1] is not None)
-    assert ranks.end_after_failure(tmp_path / "checkpoints") == [code, 1]
+    assert ranks.end_after_failure(script_folder / "checkpoints") == [code, 1]
     assert None not in ranks.exit_codes()

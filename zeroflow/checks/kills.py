@@ -140,11 +140,11 @@ def follow(job: TrainingJob) -> Tail[Event]:
 
 def ranks_of(job: TrainingJob) -> list[psutil.Process]:
     """Return the processes that train `job`, in order of their start."""
-    file = str(job.folder.job)
+    label = str(job.folder.path)  # see `launch`
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if file in process.cmdline():
+            if label in process.cmdline():
                 found.append((process.create_time(), process))
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue

@@ -3,8 +3,7 @@
 It uses the run's own model, optimiser, precision and compile settings, and the same `train` loop. A
 partly frozen model can still overfit a batch, so gradients must also have changed every parameter.
 The limit is relative to the lowest possible loss, which is above 0 if different tokens follow equal
-contexts: no model can predict which one comes. The check runs in its own ranks: `-m
-zeroflow.checks.overfit JOB.json`.
+contexts: no model can predict which one comes. The check is a job of the ranks.
 """
 
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
@@ -27,7 +27,7 @@ from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.reuse import CheckResult, Identity
-from zeroflow.training import rank_program, zero
+from zeroflow.training import zero
 from zeroflow.training.batching import micro_batch
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done, Event, Stopped
@@ -35,6 +35,7 @@ from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import BatchSource, train
 from zeroflow.training.pulse import Pulse, PulseWriter
+from zeroflow.training.rank_program import Program, make_deterministic
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
@@ -295,7 +296,9 @@ def _curve(result: OverfitResult) -> str:
 
 def work(job: OverfitJob, stop: Stop) -> None:
     config = settings(job.training, job.limits)
-    rank_program.make_deterministic()
+    make_deterministic()
+    if config.workload.compile:  # PyTorch limits the number of shapes, and training had others
+        torch.compiler.reset()
     state = new_state(config)
     batches = fixed_batch(Rows(job.shards, "train"), config.workload)
     least = least_loss(batches.batch)
@@ -319,5 +322,4 @@ def work(job: OverfitJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-if __name__ == "__main__":
-    rank_program.main(OverfitJob, work)
+PROGRAM = Program(OverfitJob, work)

@@ -2,8 +2,7 @@
 
 They use the run's own model, data, device, precision and compile settings, and call the functions
 of training. A check that fails ends the run before its first step. A micro-batch that does not fit
-in memory is halved first, as during training. The checks run in their own ranks: `-m
-zeroflow.checks.preflight JOB.json`.
+in memory is halved first, as during training. The checks are a job of the ranks.
 
 The checks are in `data_checks`, `model_checks` and `step_checks`; the check of the overfit check's
 batch is in `overfit`.
@@ -24,11 +23,12 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import CheckResult, Identity
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import rank_program, recovery, zero
+from zeroflow.training import recovery, zero
 from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.failures import RunIsBusy, TrainingFailed
 from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.launch import launch
+from zeroflow.training.rank_program import Program, make_deterministic
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.units import count
@@ -193,7 +193,7 @@ def checks(job: PreflightJob) -> Iterator[Check]:
 def work(job: PreflightJob, stop: Stop) -> None:
     begin = time.monotonic()
     if job.training.workload.deterministic:
-        rank_program.make_deterministic()
+        make_deterministic()
     done: list[Check] = []
     stopped = False
     for check in checks(job):
@@ -217,5 +217,4 @@ def work(job: PreflightJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-if __name__ == "__main__":
-    rank_program.main(PreflightJob, work)
+PROGRAM = Program(PreflightJob, work)

@@ -38,6 +38,7 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.text.markup import shell_command
 from zeroflow.tracking import loopback
+from zeroflow.training.processes import kept_ranks
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def main(flow: str, argv: Sequence[str] | None = None) -> NoReturn:
 def run(flow: str, arguments: Namespace) -> NoReturn:
     """Run a flow's command and end this process.
 
-    Wrong settings and files are refused before Prefect is imported, which takes seconds.
+    Wrong settings and files are refused before the flows are imported, which takes seconds.
 
     The exit code is 0, 1 for a failure, 2 for wrong settings, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -164,7 +165,12 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
             require_possible(each)
     except (OSError, ValueError) as error:
         raise SystemExit(fail(error, verbose=verbose)) from None
-    code = _run(flow, command, asked, verbose=verbose)
+    with kept_ranks() as ranks:
+        if isinstance(asked, RunConfig):
+            from zeroflow.pipeline import start_ranks
+
+            start_ranks(asked, ranks)
+        code = _run(flow, command, asked, verbose=verbose)
 
     from zeroflow.orchestration.flow_context import leave
 
@@ -180,6 +186,9 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
             from zeroflow.orchestration.flow_runs import run_here
             from zeroflow.orchestration.flows import FLOWS
             from zeroflow.pipeline import may_succeed
+            from zeroflow.report import pictures
+
+        pictures.import_matplotlib()  # while the server starts
     except ValueError as error:
         raise SystemExit(fail(error, verbose=verbose, code=2)) from None
 

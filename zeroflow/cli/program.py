@@ -3,9 +3,13 @@
 import sys
 from difflib import get_close_matches
 
+from zeroflow.cli.early import begin
 from zeroflow.cli.first_line import announce
 
-LONG = ("pretrain", "sweep", "zero-lab", "prove-resume", "ui")
+FLOWS = ("pretrain", "sweep", "zero-lab")
+"""Commands of flows."""
+
+LONG = (*FLOWS, "prove-resume", "ui")
 """Commands that print log lines. The output of the others is for other programs."""
 
 SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-setup")
@@ -14,7 +18,9 @@ SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-s
 
 def entry() -> None:
     [name] = sys.argv[1:2] or [""]
-    if name in LONG:
+    if name in FLOWS:
+        begin(sys.argv[2:])
+    elif name in LONG:
         announce(sys.argv[2:])
     elif name in SHORT and sys.stderr.isatty():
         announce(sys.argv[2:], output=sys.stderr)

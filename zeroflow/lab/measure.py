@@ -22,13 +22,14 @@ from zeroflow.lab.collectives import CollectiveCounter, Traffic
 from zeroflow.lab.tensors import TensorRecorder
 from zeroflow.lab.timeline import Span
 from zeroflow.records import Record
-from zeroflow.training import rank_program, zero
+from zeroflow.training import zero
 from zeroflow.training.batching import batches
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train_step
 from zeroflow.training.pulse import Pulse, PulseWriter
+from zeroflow.training.rank_program import Program, make_deterministic
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
@@ -152,7 +153,7 @@ def _clear(work: Workload) -> None:
 
 def work(job: LabJob, stop: Stop) -> None:
     if job.training.workload.deterministic:
-        rank_program.make_deterministic()
+        make_deterministic()
     torch.set_num_threads(job.threads)
     rows = Rows(job.shards, "train")
     pulses = PulseWriter(job.folder.alive)
@@ -178,5 +179,4 @@ def work(job: LabJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-if __name__ == "__main__":
-    rank_program.main(LabJob, work)
+PROGRAM = Program(LabJob, work)

@@ -80,12 +80,16 @@ def silence_console() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; immediately if the server is lost, as Prefect would retry for minutes."""
-    if _lost.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code)
+    """End this process, without the clean-up of libraries at the end of the interpreter.
+
+    It takes seconds, and minutes if the server is lost, because Prefect retries.
+    """
+    if not _lost.is_set():
+        server.deliver()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def tags() -> dict[str, str]:

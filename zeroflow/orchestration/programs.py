@@ -66,7 +66,9 @@ class Program:
         if (code := self._process.poll()) is not None:
             raise RuntimeError(f"{self.name} has ended with exit code {code}{self._last_lines()}")
 
-    def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
+    def wait_until(
+        self, ready: Callable[[], bool], seconds: float, *, poll_seconds: float = 0.2
+    ) -> None:
         """Wait until `ready()` is true.
 
         Raises:
@@ -80,7 +82,7 @@ class Program:
                 raise RuntimeError(
                     f"{self.name} was not ready within {seconds:g} s{self._last_lines()}"
                 )
-            time.sleep(0.2)
+            time.sleep(poll_seconds)
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait for the program to succeed.

@@ -1,5 +1,6 @@
 """The Prefect server of a run: an existing server, or one that is started for the run."""
 
+import atexit
 import logging
 import os
 import socket
@@ -33,8 +34,40 @@ START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 """Maximum time for a program to stop by itself."""
 
+_POLL_SECONDS = 0.05
+"""Time between two looks at a server that starts."""
+
+_early: list[tuple[Program, Api]] = []
+"""The server of `start_early`, until `server` yields it."""
+
 _started_here: set[str] = set()
 """APIs of servers that this process started for a run and stops at its end."""
+
+
+def start_early() -> None:
+    """Start the server that `server` would start, while this process imports its libraries.
+
+    A server that is not used ends with this process.
+
+    Raises:
+        RuntimeError, ValueError: as in `server`.
+    """
+    if api_in_use() is None:
+        _early.append(_start())
+        atexit.register(_end_unused)
+
+
+def _start() -> tuple[Program, Api]:
+    api = own_api(_free_port())
+    return start_server(api), api
+
+
+def _end_unused() -> None:
+    """End the early server. It cannot lose anything, because no client knows it."""
+    while _early:
+        program, api = _early.pop()
+        access.forget(api)
+        program.stop(0)
 
 
 @contextmanager
@@ -52,14 +85,19 @@ def server() -> Iterator[str]:
     Raises:
         RuntimeError: the server at PREFECT_API_URL, or the started one, does not answer.
     """
-    if api := api_in_use():
+    if not _early and (api := api_in_use()):
         with temporary_settings(api.settings):
             yield api.page
         return
-    port = _free_port()
-    api = own_api(port)
-    with _started(port, api), temporary_settings(api.settings):
+    program, api = _early.pop() if _early else _start()
+    with _running(program, api), temporary_settings(api.settings):
         yield api.page
+
+
+def deliver() -> None:
+    """Send queued log lines and events now: without a server, Prefect would retry for a minute."""
+    EventsWorker.drain_all()
+    APILogWorker.drain_all()
 
 
 def start_server(api: Api, log_file: Path | None = None) -> Program:
@@ -185,9 +223,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _started(port: int, api: Api) -> Iterator[None]:
-    log.info("starting a Prefect server for this run on port %d", port)
-    server = start_server(api)
+def _running(server: Program, api: Api) -> Iterator[None]:
+    log.info("starting a Prefect server for this run on port %d", urlsplit(api.url).port)
     _started_here.add(api.url)
     try:
         _wait_for(server, api.url)
@@ -196,9 +233,7 @@ def _started(port: int, api: Api) -> Iterator[None]:
         _warn_if_ended(server)
     finally:
         _started_here.discard(api.url)
-        # Send queued events now: after the server has stopped, Prefect would retry for a minute
-        EventsWorker.drain_all()
-        APILogWorker.drain_all()
+        deliver()
         stop_server(server, api)
 
 
@@ -211,7 +246,7 @@ def _warn_if_ended(server: Program) -> None:
 
 def _wait_for(server: Program, url: str) -> None:
     try:
-        server.wait_until(partial(answers, url), START_SECONDS)
+        server.wait_until(partial(answers, url), START_SECONDS, poll_seconds=_POLL_SECONDS)
     except RuntimeError as error:
         error.add_note("to use another server, set PREFECT_API_URL")
         raise

@@ -96,8 +96,9 @@ class Tracker:
     def _deliver(self) -> None:
         waiting: list[Point] = []
         run: MlflowRun | None = None
+        seconds = 0.0  # MLflow takes seconds to import, better now than at the end of a short run
         while True:
-            closing = self._closing.wait(RETRY_SECONDS if self._failing else FLUSH_SECONDS)
+            closing = self._closing.wait(seconds)
             try:
                 waiting += self._new_points()
                 if run is None:
@@ -126,6 +127,7 @@ class Tracker:
                 self._failing = True
             if closing:
                 return
+            seconds = RETRY_SECONDS if self._failing else FLUSH_SECONDS
 
 
 class RunEnd(NamedTuple):

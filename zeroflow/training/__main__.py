@@ -4,11 +4,12 @@ import logging
 import os
 import time
 
-from zeroflow.training import checkpoint, goodput, rank_program
+from zeroflow.training import checkpoint, goodput
 from zeroflow.training.environment import LAUNCHED
 from zeroflow.training.events import Done, Stopped
 from zeroflow.training.goodput import Clock
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.rank_program import Program, make_deterministic
 from zeroflow.training.session import Session
 from zeroflow.training.stopping import Stop
 
@@ -19,7 +20,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
     """Train the job from its newest checkpoint to its last step, or until asked to stop."""
     workload = job.training.workload
     if workload.deterministic:
-        rank_program.make_deterministic()
+        make_deterministic()
     clock = Clock(float(os.environ.get(LAUNCHED, time.time())), device=workload.device)
     session = Session(job, clock)
     try:
@@ -40,5 +41,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
         session.recorder.event(Stopped(time=time.time(), step=step, message=message))
 
 
+PROGRAM = Program(TrainingJob, work)
+
 if __name__ == "__main__":
-    rank_program.main(TrainingJob, work)
+    PROGRAM.main()

@@ -3,9 +3,14 @@
 import logging
 from collections.abc import Callable
 
+import torch
+
 from zeroflow.training.goodput import Clock, Phase
 
 log = logging.getLogger(__name__)
+
+_REASONS = logging.getLogger("torch._dynamo.guards.__recompiles")
+"""Logger of PyTorch's reasons for recompilations."""
 
 
 def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
@@ -29,8 +34,15 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
     torch._dynamo.on_compile_start(begin)
     torch._dynamo.on_compile_end(lambda _: clock.enter(before))
     torch._logging.set_logs(recompiles=True)
-    reasons = logging.getLogger("torch._dynamo.guards.__recompiles")
-    reasons.addHandler(_Warnings(is_settled))
+    _REASONS.addHandler(_Warnings(is_settled))
+
+
+def end_watch() -> None:
+    """End what `watch` began, which would keep its arguments alive."""
+    if _REASONS.handlers:
+        _REASONS.handlers.clear()
+        torch._dynamo.callback.callback_handler.clear()
+        torch._logging.set_logs()
 
 
 class _Warnings(logging.Handler):

@@ -1,14 +1,29 @@
 """Environment variables of the ranks: allocator, caches of compiled code, launch time."""
 
 import os
-import time
 from importlib.util import cache_from_source
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from zeroflow.training import zero
+
 LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the launch time, at which the start-up of a rank begins."""
+
+
+class Place(NamedTuple):
+    """The place of a rank's process: it can work on every job that has a rank there."""
+
+    rank: int
+    ranks: int
+    compile_cache: Path | None
+    """Folder for compiled code, unless the environment names one; None for PyTorch's default."""
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables of the process."""
+        return rank_environment(self.compile_cache) | zero.environment(self.rank, self.ranks)
 
 
 def rank_environment(compile_cache: Path | None) -> dict[str, str]:
@@ -19,7 +34,12 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
     """
     # glibc returns every large tensor to the kernel when it is freed, and the kernel maps the next
     # one page by page. This takes a fifth of a step on a CPU, and less with huge pages
-    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    defaults = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # PyTorch reads it once. A process may work on deterministic jobs, which need it, after
+        # others; on Hopper, this is PyTorch's default
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
     user = dict(os.environ)
     if compile_cache is not None:
         # By default, PyTorch and the kernels use temporary folders, which a reboot may delete
@@ -36,4 +56,4 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
             # compile PyTorch's Python sources whenever it starts
             user.pop("PYTHONDONTWRITEBYTECODE", None)
             defaults["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
-    return defaults | user | {"PYTHONUNBUFFERED": "1", LAUNCHED: str(time.time())}
+    return defaults | user | {"PYTHONUNBUFFERED": "1"}

@@ -1,9 +1,9 @@
 """Run a job in its ranks: start them, watch them, and report how they ended.
 
-Ranks are always separate processes, even a single one: GPU memory is freed when they exit, and the
-flow survives a crash or an out-of-memory kill and can report it. On one machine, torchrun is not
-used: it takes seconds to start, one rank needs no rendezvous, and it leaves orphans if it is
-killed.
+Ranks are always separate processes, even a single one: the flow survives a crash or an
+out-of-memory kill and can report it, and the GPU memory of a failed job is freed. On one machine,
+torchrun is not used: it takes seconds to start, one rank needs no rendezvous, and it leaves orphans
+if it is killed.
 """
 
 import shutil
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import ownership, zero
-from zeroflow.training.environment import rank_environment
+from zeroflow.training.environment import LAUNCHED, Place
 from zeroflow.training.events import Done, Event, Failed, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.following import Progress
-from zeroflow.training.processes import rank_processes
+from zeroflow.training.processes import Task, rank_processes
 from zeroflow.training.pulse import Pulse
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 """Time between two looks at the ranks."""
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
@@ -40,13 +40,14 @@ def launch(
     hang_seconds: int | None = None,
     compile_cache: Path | None = None,
 ) -> None:
-    """Run `python -m module job_file` once for every rank and wait until all have succeeded.
+    """Run the rank program `module` on `job_file` in every rank, and wait until all have succeeded.
 
     The output of the ranks goes to the log. If this process is interrupted, it asks them to stop
     and waits for them. If it dies, they notice and stop by themselves; see `stopping`. If one rank
     fails, the others are ended, because they would wait for it forever.
 
     Args:
+        module: has a `PROGRAM`, see `rank_program`.
         job_file: file in the folder of the run.
         on_event: called with every new event, and with the newest pulse as it changes.
         hang_seconds: time without a heartbeat after which ranks are killed; None waits forever.
@@ -62,24 +63,28 @@ def launch(
     busy = f"another process is working on run {folder.name}"
     with ownership.exclusive(folder.launch_lock, busy):
         rendezvous = zero.rendezvous_file(folder.path)
-        shared = rank_environment(compile_cache)
-        environments = [shared | zero.environment(rank, ranks, rendezvous) for rank in range(ranks)]
+        task = Task(
+            module=module,
+            job_file=job_file,
+            environment={LAUNCHED: str(time.time()), zero.RENDEZVOUS: str(rendezvous)},
+        )
+        places = [Place(rank, ranks, compile_cache) for rank in range(ranks)]
         try:
-            _run(module, job_file, environments, on_event, hang_seconds)
+            _run(task, places, folder, on_event, hang_seconds)
         finally:
             rendezvous.unlink(missing_ok=True)
 
 
 def _run(
-    module: str,
-    job_file: Path,
-    environments: Sequence[dict[str, str]],
+    task: Task,
+    places: Sequence[Place],
+    folder: RunFolder,
     on_event: Callable[[Event | Pulse], None],
     hang_seconds: int | None,
 ) -> None:
-    folder = RunFolder(job_file.parent)
-    progress = Progress(folder, on_event)
-    with rank_processes(module, job_file, environments) as ranks:
+    module, progress = task.module, Progress(folder, on_event)
+    with rank_processes(places, folder.path) as ranks:
+        ranks.begin(task)
         while None in (codes := ranks.exit_codes()):
             progress.follow()
             if hang_seconds and progress.seconds_since_last() > hang_seconds:

@@ -5,9 +5,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,8 +18,8 @@ from zeroflow.training import failures, host_watch, kernels, zero
 from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.failures import Diverged
 from zeroflow.training.job import RankJob, TrainingJob
-from zeroflow.training.processes import LOG_MARK, WATCH_PARENT
-from zeroflow.training.stopping import Agreement, Stop, StopRequest
+from zeroflow.training.processes import LOG_MARK
+from zeroflow.training.stopping import Agreement, Parent, Stop, StopRequest
 from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.training")
@@ -30,56 +31,67 @@ _START_AGAIN = os.EX_TEMPFAIL
 ranks that end with a code other than 0."""
 
 
-def main(job_type: type[Job], work: Callable[[Job, Stop], None]) -> None:
-    """Run `work` as one rank of the job file named on the command line.
+@dataclass(frozen=True)
+class Program(Generic[Job]):
+    """The program of the ranks of a kind of job: `PROGRAM` of a module."""
 
-    If the same rank of an earlier command still runs, because its parent was killed, wait for it:
-    it may be saving a checkpoint. If that takes too long, the launcher considers this rank hung.
+    job_type: type[Job]
+    work: Callable[[Job, Stop], None]
 
-    A failure is reported in events.jsonl, because an exit code cannot give the reason.
-    """
-    zero.take_place()
-    rank = int(os.environ.get("RANK", "0"))
-    job_file = Path(sys.argv[1])
-    watch = WATCH_PARENT in sys.argv[2:]
-    folder = RunFolder(job_file.parent)
-    if watch:
-        log_to_parent(rank)
-    else:
-        log_to_terminal(rank)
-    job = job_type.read(job_file)
-    several = job.training.workload.nodes > 1
-    if several:
-        job = _among_hosts(job_type, job_file, rank)
-    ranks = job.training.workload.ranks
-    looks = rank == 0 and not watch  # one rank that looks at the file is enough
-    request = StopRequest(watch_parent=watch, ranks=ranks, file=folder.stop if looks else None)
-    stop = Agreement(request)
-    try:
-        _require_ranks(ranks, job_file)
-        waiting_for = f"ranks of an earlier command in {folder.path} to finish and save"
-        with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
-            if rank == 0:
-                zero.remove_stale_rendezvous(folder.path)
-            with zero.process_group(job.training.workload.device):
-                work(_with_kernels(job, folder), stop)
-    except Exception as error:
-        failure = Failed(
-            message=failures.message(error, folder.path),
-            reason=failures.reason(error),
-            rank=rank,
-            step=error.step if isinstance(error, Diverged) else None,
-        )
-        EVENTS.append(folder.events, failure)
-        if zero.ranks() == 1:
-            raise
-        # A normal exit would destroy the process group, and so wait for ranks that wait for this
-        # one
-        traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
-    if several and stop.is_for_others:
-        sys.exit(_START_AGAIN)
+    def main(self) -> None:
+        """Run the program as one rank of torchrun or Slurm, on the job file in the command line."""
+        zero.take_place()
+        log_to_terminal(_rank())
+        self.run(Path(sys.argv[1]))
+
+    def run(self, job_file: Path, parent: Parent | None = None) -> None:
+        """Run the program as one rank of the job in `job_file`.
+
+        If the same rank of an earlier command still runs, because its parent was killed, wait for
+        it: it may be saving a checkpoint. If that takes too long, the launcher considers this rank
+        hung.
+
+        A failure is reported in events.jsonl, because an exit code cannot give the reason.
+
+        Args:
+            parent: the launcher, on this machine; None under torchrun or Slurm.
+        """
+        rank, folder = _rank(), RunFolder(job_file.parent)
+        job = self.job_type.read(job_file)
+        several = job.training.workload.nodes > 1
+        if several:
+            job = _among_hosts(self.job_type, job_file, rank)
+        looks = rank == 0 and parent is None  # one rank that looks at the file is enough
+        stop = Agreement(StopRequest(parent, file=folder.stop if looks else None))
+        try:
+            _require_ranks(job.training.workload.ranks, job_file)
+            waiting_for = f"ranks of an earlier command in {folder.path} to finish and save"
+            with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
+                if rank == 0:
+                    zero.remove_stale_rendezvous(folder.path)
+                with zero.process_group(job.training.workload.device):
+                    self.work(_with_kernels(job, folder), stop)
+        except Exception as error:
+            failure = Failed(
+                message=failures.message(error, folder.path),
+                reason=failures.reason(error),
+                rank=rank,
+                step=error.step if isinstance(error, Diverged) else None,
+            )
+            EVENTS.append(folder.events, failure)
+            if zero.ranks() == 1:
+                raise
+            # A normal exit would destroy the process group, and so wait for ranks that wait for
+            # this one
+            traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)
+        if several and stop.is_for_others:
+            sys.exit(_START_AGAIN)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _among_hosts(job_type: type[Job], job_file: Path, rank: int) -> Job:

@@ -3,8 +3,9 @@
 1. The flow's process turns SIGTERM into an exception, as Python does with SIGINT for Ctrl-C
    (`cli.console.terminate`). The exception reaches `launch`, which closes the standard input of the
    ranks and waits at most two minutes for them to end (`processes`).
-2. Each rank has a `StopRequest`. It is set when standard input ends, which also happens if the
-   flow's process is killed, and by SIGTERM and SIGINT, which a scheduler may send to ranks too.
+2. Each rank has a `Parent`, which reads jobs from standard input, and for each job a `StopRequest`.
+   The request is true when standard input has ended, which also happens if the flow's process is
+   killed, and after SIGTERM and SIGINT, which a scheduler may send to ranks too.
 3. After each step the ranks check together whether any of them has a request. If so, they save
    a checkpoint, report `stopped` in events.jsonl, and end with exit code 0 (`Session.run`).
    Ranks on several machines are not children of the flow, which creates the file `stop` in the
@@ -20,8 +21,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 from zeroflow.training import zero
 
@@ -35,22 +37,61 @@ _ORPHAN_SECONDS = 600.0
 """Time for orphaned ranks to finish their step and save."""
 
 
-class StopRequest:
-    """Request to stop this rank. It is true after a request has arrived."""
+class Parent:
+    """The process that started this rank, at the other end of standard input.
 
-    def __init__(self, *, watch_parent: bool, ranks: int = 1, file: Path | None = None) -> None:
+    It writes a line for each task, and standard input ends when it asks this rank to stop or dies.
+    """
+
+    def __init__(self) -> None:
+        self.lost_at: float | None = None
+        """Monotonic time at which standard input ended."""
+
+        self.working = False
+        """True while this rank works on a job."""
+
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def lines(self) -> Iterator[str]:
+        """Yield each line, until standard input ends."""
+        return iter(self._lines.get, None)
+
+    def _read(self) -> None:
+        rest = b""
+        # Not sys.stdin, whose lock would be held when the interpreter exits
+        while given := os.read(0, 2**16):
+            *lines, rest = (rest + given).split(b"\n")
+            for line in lines:
+                self._lines.put(line.decode())
+        self.lost_at = time.monotonic()
+        self._lines.put(None)
+        if not self.working:
+            os._exit(0)  # the main thread may be importing
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1:
+            # The main thread may wait forever for a rank that has died, and there is no parent to
+            # end it. So this thread ends the rank, and allows time to save if all ranks have joined
+            # the process group
+            if zero.ranks() == ranks:
+                time.sleep(_ORPHAN_SECONDS)
+            os._exit(1)  # sys.exit would only end this thread
+
+
+class StopRequest:
+    """Request to stop the job of this rank. It is true after a request has arrived."""
+
+    def __init__(self, parent: Parent | None = None, *, file: Path | None = None) -> None:
         """
         Args:
-            watch_parent: treat the end of standard input as a request.
+            parent: its loss is a request; None for a rank that another launcher watches.
             file: file that a flow creates to stop the ranks of several machines; None for no file.
         """
-        self._since: float | None = None
-        self._ranks = ranks
+        self._signalled_at: float | None = None
+        self._parent = parent
         self._file = file
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        if watch_parent:
-            threading.Thread(target=self._wait_for_parent, daemon=True).start()
 
     @property
     def signalled(self) -> bool:
@@ -65,25 +106,17 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signalled or self.to_all
 
+    @property
+    def _since(self) -> float | None:
+        return self._signalled_at or (self._parent.lost_at if self._parent else None)
+
     def _on_signal(self, number: int, frame: object) -> None:
         # A scheduler signals all processes at once, so a rank gets a signal and loses its parent at
         # the same time. This is one request. A later signal comes from a user who does not want to
         # wait for the checkpoint
         if self._since and time.monotonic() - self._since > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-        self._since = self._since or time.monotonic()
-
-    def _wait_for_parent(self) -> None:
-        while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter exits
-            pass
-        self._since = self._since or time.monotonic()
-        if self._ranks > 1:
-            # The main thread may wait forever for a rank that has died, and there is no parent to
-            # end it. So this thread ends the rank, and allows time to save if all ranks have joined
-            # the process group
-            if zero.ranks() == self._ranks:
-                time.sleep(_ORPHAN_SECONDS)
-            os._exit(1)  # sys.exit would only end this thread
+        self._signalled_at = self._since or time.monotonic()
 
 
 class Agreement:

@@ -31,7 +31,7 @@ Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
 
 T = TypeVar("T")
 
-_RENDEZVOUS = "ZEROFLOW_RENDEZVOUS"
+RENDEZVOUS = "ZEROFLOWRENDEZVOUS"
 """Environment variable with the path of the rendezvous file."""
 
 _TIMEOUT = timedelta(hours=2)
@@ -53,16 +53,12 @@ def rendezvous_file(folder: Path) -> Path:
 def remove_stale_rendezvous(folder: Path) -> None:
     """Remove the rendezvous files of ranks that were killed with their parent, but not our own."""
     for left in folder.glob(f"{_RENDEZVOUS_PREFIX}*"):
-        if str(left) != os.environ.get(_RENDEZVOUS):
+        if str(left) != os.environ.get(RENDEZVOUS):
             left.unlink(missing_ok=True)
 
 
-def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
-    """Return the environment variables of the process that is `rank` of `ranks`.
-
-    Args:
-        rendezvous: a `rendezvous_file`, the same for all ranks.
-    """
+def environment(rank: int, ranks: int) -> dict[str, str]:
+    """Return the environment variables of the process that is `rank` of `ranks`."""
     if ranks == 1:  # replaces variables that a launcher such as Slurm may have set for the flow
         return {"RANK": "0", "WORLD_SIZE": "1"}
     # Each rank sees only its own GPU, so that code can use the default device
@@ -72,7 +68,6 @@ def environment(rank: int, ranks: int, rendezvous: Path) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        _RENDEZVOUS: str(rendezvous),
         "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
     }
@@ -96,7 +91,7 @@ def take_place() -> None:
             # Each job has its own port, because several jobs may share a host
             "MASTER_PORT": place.get("MASTER_PORT", str(20000 + int(place["SLURM_JOB_ID"]) % 9973)),
         }
-    if _RENDEZVOUS in place or "LOCAL_RANK" not in place:
+    if RENDEZVOUS in place or "LOCAL_RANK" not in place:
         return
     local = int(place["LOCAL_RANK"])
     visible = place.get("CUDA_VISIBLE_DEVICES")
@@ -117,7 +112,7 @@ def process_group(device: DeviceKind) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    file = os.environ.get(_RENDEZVOUS)
+    file = os.environ.get(RENDEZVOUS)
     # Also Gloo if there are GPUs: ranks exchange numbers and objects in host memory, which NCCL
     # cannot send, and for which no rank should wait for its GPU
     dist.init_process_group(
