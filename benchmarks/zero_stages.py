@@ -29,7 +29,7 @@ from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train_step
-from zeroflow.training.rank_program import Program
+from zeroflow.training.rank_program import RankProgram
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
@@ -199,7 +199,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-PROGRAM = Program(StagesJob, work)
+PROGRAM = RankProgram(StagesJob, work)
 
 if __name__ == "__main__":
     main()

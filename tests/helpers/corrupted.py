@@ -11,7 +11,7 @@ import torch
 
 from zeroflow.training import __main__, loop
 from zeroflow.training.job import TrainingJob
-from zeroflow.training.rank_program import Program
+from zeroflow.training.rank_program import RankProgram
 
 AT_STEP = 78
 DAYS = itertools.cycle([0, 3, -2, 1, -5])
@@ -36,4 +36,4 @@ def work(job, stop):
     __main__.work(job, stop)
 
 
-PROGRAM = Program(TrainingJob, work)
+PROGRAM = RankProgram(TrainingJob, work)

@@ -6,7 +6,7 @@ import torch
 
 from zeroflow.training import __main__, loop
 from zeroflow.training.job import TrainingJob
-from zeroflow.training.rank_program import Program
+from zeroflow.training.rank_program import RankProgram
 
 forgotten = random.Random(0)
 train_step = loop.train_step
@@ -23,4 +23,4 @@ def work(job, stop):
     __main__.work(job, stop)
 
 
-PROGRAM = Program(TrainingJob, work)
+PROGRAM = RankProgram(TrainingJob, work)

@@ -10,7 +10,7 @@ import torch
 
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.stopping import Stop
 
 SEEN = "seen.jsonl"
@@ -38,4 +38,4 @@ def work(job: RankJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done())
 
 
-PROGRAM = Program(RankJob, work)
+PROGRAM = RankProgram(RankJob, work)

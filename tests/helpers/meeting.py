@@ -10,7 +10,7 @@ import torch
 from zeroflow.training import zero
 from zeroflow.training.events import EVENTS, Started, Stopped
 from zeroflow.training.job import RankJob
-from zeroflow.training.rank_program import Program
+from zeroflow.training.rank_program import RankProgram
 from zeroflow.training.stopping import Stop
 
 _MEETINGS = 3
@@ -52,4 +52,4 @@ def meet(fate: str, job: RankJob) -> None:
             time.sleep(1000)
 
 
-PROGRAM = Program(RankJob, work)
+PROGRAM = RankProgram(RankJob, work)

@@ -1,4 +1,4 @@
-"""Program of ranks that run every ZeRO stage in one start; `test_zero` reads their results."""
+"""RankProgram of ranks that run every ZeRO stage in one start; `test_zero` reads their results."""
 
 import math
 import os
@@ -24,7 +24,7 @@ from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train, train_step
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
@@ -225,4 +225,4 @@ def work(job: RankJob, stop: Stop) -> None:
         EVENTS.append(job.folder.events, Done())
 
 
-PROGRAM = Program(RankJob, work)
+PROGRAM = RankProgram(RankJob, work)

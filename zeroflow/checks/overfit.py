@@ -35,7 +35,7 @@ from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import BatchSource, train
 from zeroflow.training.pulse import Pulse, PulseWriter
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
@@ -322,4 +322,4 @@ def work(job: OverfitJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-PROGRAM = Program(OverfitJob, work)
+PROGRAM = RankProgram(OverfitJob, work)

@@ -28,7 +28,7 @@ from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.failures import RunIsBusy, TrainingFailed
 from zeroflow.training.job import RankJob, TrainingJob
 from zeroflow.training.launch import launch
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.units import count
@@ -217,4 +217,4 @@ def work(job: PreflightJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-PROGRAM = Program(PreflightJob, work)
+PROGRAM = RankProgram(PreflightJob, work)

@@ -29,7 +29,7 @@ from zeroflow.training.events import EVENTS, Done, Stopped
 from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train_step
 from zeroflow.training.pulse import Pulse, PulseWriter
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.workload import Workload
@@ -179,4 +179,4 @@ def work(job: LabJob, stop: Stop) -> None:
     EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-PROGRAM = Program(LabJob, work)
+PROGRAM = RankProgram(LabJob, work)

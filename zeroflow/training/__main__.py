@@ -9,7 +9,7 @@ from zeroflow.training.environment import LAUNCHED
 from zeroflow.training.events import Done, Stopped
 from zeroflow.training.goodput import Clock
 from zeroflow.training.job import TrainingJob
-from zeroflow.training.rank_program import Program, make_deterministic
+from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.session import Session
 from zeroflow.training.stopping import Stop
 
@@ -41,7 +41,7 @@ def work(job: TrainingJob, stop: Stop) -> None:
         session.recorder.event(Stopped(time=time.time(), step=step, message=message))
 
 
-PROGRAM = Program(TrainingJob, work)
+PROGRAM = RankProgram(TrainingJob, work)
 
 if __name__ == "__main__":
     PROGRAM.main()

@@ -32,7 +32,7 @@ ranks that end with a code other than 0."""
 
 
 @dataclass(frozen=True)
-class Program(Generic[Job]):
+class RankProgram(Generic[Job]):
     """The program of the ranks of a kind of job: `PROGRAM` of a module."""
 
     job_type: type[Job]

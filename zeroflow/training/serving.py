@@ -22,7 +22,7 @@ import torch
 
 from zeroflow.training import compiling
 from zeroflow.training.processes import DONE, Task
-from zeroflow.training.rank_program import Program, log_to_parent
+from zeroflow.training.rank_program import RankProgram, log_to_parent
 from zeroflow.training.stopping import Parent
 
 log = logging.getLogger("zeroflow.training")
@@ -40,7 +40,7 @@ def main() -> None:
             continue
         os.environ.update(task.environment)
         parent.working = True
-        program: Program[Any] = module.PROGRAM
+        program: RankProgram[Any] = module.PROGRAM
         program.run(task.job_file, parent)
         parent.working = False
         if not _give_back():
