@@ -34,7 +34,7 @@ class Collective(Config):
 
 
 class ZeroStage(Config):
-    """What a stage of ZeRO takes and gives, on each rank."""
+    """Memory, communication, speed and losses of a ZeRO stage, on each rank."""
 
     stage: Stage
     shard_group: int | None = omitted()
