@@ -1,4 +1,4 @@
-"""Measure the stages of ZeRO: `python flows/zero_lab.py --gpus 2 --device cpu`."""
+"""Measure the stages of ZeRO: `python flows/zero_lab.py --help`."""
 
 import sys
 

@@ -32,6 +32,7 @@ from zeroflow.lab import measure
 from zeroflow.lab.study import LabConfig, study
 from zeroflow.launchers import kubernetes, slurm, slurm_array
 from zeroflow.launchers.kubernetes import Cluster
+from zeroflow.launchers.slurm_jobs import gpu_option
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report, zero_lab
@@ -571,7 +572,7 @@ def _run_in_array(asked: SweepConfig) -> dict[str, Status]:
         return {}
     options = shlex.split(asked.run.hosts.sbatch_options)
     if asked.run.device != "cpu":
-        options.insert(0, f"--gpus-per-node={asked.run.training.gpus or 1}")
+        options.insert(0, gpu_option(asked.run.training.ranks))
     settings = {
         str(cell.run_name): cell.anywhere.model_dump(mode="json", exclude_unset=True)
         for cell in left

@@ -94,6 +94,6 @@ def test_plan_for_several_gpus_needs_a_name_on_a_machine_without_gpus():
 
 
 def test_stages_are_varied_over_several_gpus_only():
-    refusals.refuse_stages_of_one_gpu(run(training={"gpus": 2}))
+    refusals.refuse_one_rank(run(training={"gpus": 2}), "--zero-stages")
     with refused("--zero-stages needs several GPUs: add --gpus"):
-        refusals.refuse_stages_of_one_gpu(run())
+        refusals.refuse_one_rank(run(), "--zero-stages")

@@ -88,7 +88,7 @@ def predicted(work: Workload) -> dict[str, Traffic]:
         ValueError: there is one rank, which has no collectives.
     """
     if work.ranks == 1:
-        raise ValueError("one rank has no collectives: use --gpus 2 or more")
+        raise ValueError("one rank has no collectives: use two or more")
     shards, micro_batches = work.shards, work.accumulate
     root, *blocks = layout.groups(work.model)
     padded_blocks = sum(block.padded(shards) for block in blocks)

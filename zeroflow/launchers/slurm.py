@@ -18,6 +18,7 @@ from functools import partial
 from zeroflow.launchers.commands import run, seldom
 from zeroflow.launchers.slurm_jobs import (
     directives,
+    gpu_option,
     states,
     submit,
     waiting_or_running,
@@ -96,7 +97,7 @@ def script(gang: Gang, options: Sequence[str]) -> str:
         f"--job-name=zeroflow-{gang.folder.name}",
         f"--nodes={least}{gang.nodes}",
         "--ntasks-per-node=1",
-        *([f"--gpus-per-node={gang.ranks_of_each}"] if gang.device == "cuda" else []),
+        *([gpu_option(gang.ranks_of_each)] if gang.device == "cuda" else []),
         *(["--no-kill"] if least else []),
         f"--output={gang.folder.logs.absolute()}/slurm-%j.log",
         *options,

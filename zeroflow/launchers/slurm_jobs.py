@@ -32,6 +32,11 @@ def directives(options: Sequence[str]) -> str:
     return "\n".join(f"#SBATCH {shlex.quote(option)}" for option in [*common, *options])
 
 
+def gpu_option(number: int) -> str:
+    """Return the option that requests `number` GPUs on each node."""
+    return f"--gpus-per-node={number}"
+
+
 def write_script(path: Path, script: str) -> None:
     with artifacts.create_private(path) as file:  # an option may contain a secret
         file.write(script.encode())

@@ -168,13 +168,13 @@ def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:
         raise ValueError(f"--gpus {count}, but this machine has none: name one with --gpu")
 
 
-def refuse_stages_of_one_gpu(run: RunConfig) -> None:
+def refuse_one_rank(run: RunConfig, purpose: str) -> None:
     """
     Raises:
-        ValueError: a sweep varies the ZeRO stage of a run on one GPU.
+        ValueError: `run` is on one GPU, and `purpose` compares ZeRO stages.
     """
-    if (run.training.gpus or 1) == 1:
+    if run.training.ranks == 1:
         raise ValueError(
-            "--zero-stages needs several GPUs: add --gpus, such as --gpus 2. With --device cpu, "
+            f"{purpose} needs several GPUs: add --gpus, such as --gpus 2. With --device cpu, "
             "processes stand in for GPUs"
         )

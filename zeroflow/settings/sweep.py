@@ -9,7 +9,7 @@ from zeroflow import artifacts
 from zeroflow.config import Config, flag
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
-from zeroflow.settings.refusals import refuse_stages_of_one_gpu
+from zeroflow.settings.refusals import refuse_one_rank
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.zero import Stage
 
@@ -52,7 +52,7 @@ class SweepConfig(Config):
             if given:
                 raise ValueError(f"a sweep sets {flag(name)} of its runs: drop it")
         if self.zero_stages:
-            refuse_stages_of_one_gpu(run)
+            refuse_one_rank(run, "--zero-stages")
         for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

@@ -10,6 +10,7 @@ from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import find_device
 from zeroflow.lab.study import LabConfig
 from zeroflow.reuse import flat
+from zeroflow.settings.refusals import refuse_one_rank
 from zeroflow.settings.run_config import ModelChoice, RunConfig
 
 _STEPS = 20
@@ -82,11 +83,7 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
 
 
 def _refuse(run: RunConfig) -> None:
-    if (run.training.gpus or 1) == 1:
-        raise ValueError(
-            "the laboratory compares stages of several ranks: add --gpus, such as --gpus 2. With "
-            "--device cpu, processes stand in for GPUs"
-        )
+    refuse_one_rank(run, "the laboratory")
     if run.training.nodes > 1:
         raise ValueError("the laboratory measures the ranks of one machine: drop --nodes")
     if run.training.zero_stage is not None:
