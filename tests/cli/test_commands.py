@@ -31,7 +31,7 @@ def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
         (["pretrain", "--lr=1"], "there is no --lr: did you mean --learning-rate?"),
         (["pretrain", "--banana"], "there is no --banana\n"),
         (["pretrain", "9"], "'9' belongs to no flag"),
-        (["sweep", "--size", "tiny", "small"], "than --size takes: did you mean --sizes?"),
+        (["sweep", "--size", "tiny", "small"], "too many for --size: did you mean --sizes?"),
         (["sweep", "--run-name=a"], "there is no --run-name"),
     ],
 )

@@ -24,7 +24,10 @@ from zeroflow.training.sampling import SamplingConfig
     [
         ({"training": {"batch_size": "0"}}, "--batch-size: .* greater than 0 .found '0'"),
         ({"training": {"seq_len": 1}}, "--seq-len: .* greater than or equal to 2"),
-        ({"run_name": "../../x"}, "--run-name: a name has letters, .* .found '../../x'"),
+        (
+            {"run_name": "../../x"},
+            "--run-name: a name may contain only letters, .* .found '../../x'",
+        ),
         ({"data": {"data_path": ["a", 3]}}, "^--data-path: .* .found 3"),
         ({"model": {"hidden_size": 32}}, "^a custom shape also needs --num-hidden-layers"),
         ({"data": {"data_mode": "files"}}, "^--data-mode files needs --data-path"),
