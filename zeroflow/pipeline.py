@@ -51,7 +51,7 @@ from zeroflow.settings.settle import look_up, settle, unlike_others
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
-from zeroflow.training import checkpoint, recovery
+from zeroflow.training import checkpoint, initial, recovery
 from zeroflow.training.environment import Place
 from zeroflow.training.events import Event
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
@@ -239,7 +239,18 @@ def part_builders(choice: BuildChoice, view: View) -> Iterator[Builders]:
 
 
 def build_model(run: Settled, tokenizer: Tokenizer) -> ModelConfig:
-    return models.build_model(run.model.shape, tokenizer.vocab_size, run.folder)
+    """Return the configuration of the network.
+
+    The weights that the run starts from are copied first, unless it has a checkpoint.
+
+    Raises:
+        ValueError, hub.HubError: the model of --init-from cannot be used.
+    """
+    config = run.network(tokenizer.vocab_size)
+    source = run.model.init_from
+    if run.initial and source and not checkpoint.newest_step(run.folder.checkpoints):
+        initial.fetch(source, run.initial, run.cache_dir)
+    return models.build_model(config, run.folder)
 
 
 def check_before(

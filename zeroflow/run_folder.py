@@ -194,6 +194,9 @@ class Cache(_Folder):
     digests = _Named("digests")
     """Digests of local files, so that a start does not read unchanged files again."""
 
+    models = _Named("models")
+    """Weights of trained models that runs start from."""
+
     shards = _Named("shards")
     runs = _Named("runs")
     sweeps = _Named("sweeps")

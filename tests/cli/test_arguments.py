@@ -104,7 +104,10 @@ RUNS = [
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
         skip_preflight=True,
     ),
-    RunConfig(data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"}),
+    RunConfig(
+        model={"init_from": "run:ours@20"},
+        data={"data_mode": "hub", "dataset": "a/b", "dataset_config": "c"},
+    ),
     RunConfig(
         model={"size": "small"},
         data={"fineweb_subset": "sample-100BT", "allow_synthetic_fallback": True},

@@ -63,6 +63,8 @@ def test_synthetic_run_has_nothing_left_open(ask):
         "training.keep_every",
         "training.shard_group",
         "training.reshard_group",
+        "model.init_from",
+        "initial",
     }
     open_ones |= {
         "data.data_revision",

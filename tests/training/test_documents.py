@@ -43,7 +43,7 @@ def prepared(text, cache: Path, *, steps: int) -> TrainingJob:
     run = settled.run
     tokenizer = fetch_tokenizer(run.tokenizer, run.data, cache)
     shards = build_shards(run.shard_config, run.data, tokenizer, cache)
-    model = build_model(run.model.shape, tokenizer.vocab_size, run.folder)
+    model = build_model(run.network(tokenizer.vocab_size), run.folder)
     job = training_job(settled, model, shards, tokenizer, tags={})
     job.write(job.folder.job)
     return job

@@ -26,6 +26,9 @@ READ_AHEAD_BYTES = 2**20
 SKIP_BYTES = 16 * 2**20
 """Maximum number of bytes that are discarded if a server answers a range with the whole file."""
 
+_PIECE_BYTES = 64 * 2**20
+"""Bytes of a downloaded file that are in memory at once."""
+
 _PEEK_BYTES = 8192
 """Number of bytes that `readline` looks at in advance."""
 
@@ -90,8 +93,12 @@ def download(
         if wanted(file.name):
             path = folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _RemoteFile("model", name, file, revision, patience) as remote:
-                path.write_bytes(remote.read())
+            with (
+                _RemoteFile("model", name, file, revision, patience) as remote,
+                path.open("wb") as local,
+            ):
+                while piece := remote.read(_PIECE_BYTES):
+                    local.write(piece)
 
 
 def dataset_files(

@@ -1,21 +1,19 @@
-"""The configuration of the network, from its shape and the vocabulary."""
+"""The file with the configuration of the network."""
 
 import logging
 
 from zeroflow import artifacts
-from zeroflow.model.llama import ModelConfig, Shape
-from zeroflow.model.sizes import with_vocabulary
+from zeroflow.model.llama import ModelConfig
 from zeroflow.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
-def build_model(shape: Shape, vocab_size: int, folder: RunFolder) -> ModelConfig:
-    """Return the configuration for a tokenizer of `vocab_size` tokens, and write it to model.json.
+def build_model(config: ModelConfig, folder: RunFolder) -> ModelConfig:
+    """Write the configuration of the network to model.json, and return it.
 
-    No weights are created here: each training process initialises them from the seed.
+    No weights are created here: each training process initialises or reads them.
     """
-    config = with_vocabulary(shape, vocab_size)
     facts = {
         **config.model_dump(),
         "parameters": config.parameters,

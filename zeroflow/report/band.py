@@ -225,7 +225,7 @@ def _decisive(job: TrainingJob) -> tuple[Any, ...]:
     training = job.training
     settings = training.model_dump(exclude={"seed", "workload"})
     # The name of the folder contains a fingerprint of corpus, tokenizer and row layout
-    data = (job.shards.path.name, job.shards.parts)
+    data = (job.shards.path.name, job.shards.parts, job.initial and job.initial.name)
     return (settings, training.workload.mathematics, *data)
 
 

@@ -26,6 +26,9 @@ from zeroflow.units import count, parameter_count
 _PLACES = ("run_name", "cache_dir", "sweep")
 """Settings that name a run, which a reader chooses for themselves."""
 
+_INIT = "init_from"
+"""Name of the setting of the model that a run starts from."""
+
 
 def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
     """Return the model card of a run's checkpoint, in Markdown with metadata for the Hub.
@@ -43,7 +46,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         Markdown(f"# {escaped(folder.name)}"),
         escaped(
             f"A language model with {parameter_count(job.model.parameters)} parameters of the "
-            f"LLaMA architecture, trained from random weights with zeroflow for "
+            f"LLaMA architecture, trained from {_start(run)} with zeroflow for "
             f"{count(step, 'step')}, {step * job.training.workload.batch_tokens:,} tokens. It "
             "continues texts; it was not trained to answer questions or follow instructions."
         ),
@@ -69,7 +72,20 @@ def _metadata(run: Settled, format: Format) -> dict[str, Any]:
         **({"library_name": "transformers"} if format == "hf" else {}),
         "tags": ["zeroflow", *(["gguf"] if format == "gguf" else [])],
         **({"datasets": [dataset]} if dataset else {}),
+        **({"base_model": base} if (base := _base_on_hub(run)) else {}),
     }
+
+
+def _start(run: Settled) -> str:
+    """Return the weights that the run started from, as text."""
+    source = run.model.init_from
+    return f"the weights of {_named(('init_from',), source)}" if source else "random weights"
+
+
+def _base_on_hub(run: Settled) -> str | None:
+    """Return the name on the Hub of the model that the run started from."""
+    name, _, revision = (run.model.init_from or "").rpartition("@")
+    return name if run.initial and revision == run.initial.digest else None
 
 
 def _use(name: str, format: Format, *, has_tokenizer: bool) -> Iterator[Part]:
@@ -102,6 +118,7 @@ def _data(run: Settled, job: TrainingJob) -> dict[str, str]:
     data, shards = run.data, job.shards
     repeated = job.order.coverage(job.training.steps)
     facts = {
+        **({"Start": f"{_start(run)}, whose licence also applies"} if run.initial else {}),
         "Text": _text(data),
         "Revision": data.data_revision or "none",
         "Licence of the text": _licence(data),
@@ -201,7 +218,8 @@ def _training(job: TrainingJob) -> dict[str, str]:
         "hidden size": f"{model.hidden_size:,}, feed-forward {model.intermediate_size:,}",
         "heads": f"{model.num_attention_heads} for queries, {model.num_key_value_heads} for keys "
         "and values",
-        "vocabulary": f"{model.vocab_size:,}, input and output embeddings tied",
+        "vocabulary": f"{model.vocab_size:,}, input and output embeddings "
+        f"{'tied' if model.tie_word_embeddings else 'not tied'}",
         "context": f"{work.seq_len:,} tokens",
         "batch": f"{work.batch_tokens:,} tokens",
         "optimiser": ", ".join(f"{name} {value}" for name, value in leaves(work.optimizer)),
@@ -230,6 +248,8 @@ def _flags(run: Settled) -> Iterator[str]:
             value = getattr(value, name, None)  # a setting of another optimiser
         if setting.path[-1] in _PLACES or value == setting.field.get_default():
             continue
+        if run.initial and setting.path[0] in ("model", "tokenizer") and setting.path[-1] != _INIT:
+            continue  # the model to start from has its own shape and tokenizer
         if isinstance(value, bool):
             yield setting.flag if value else setting.flag.replace("--", "--no-", 1)
         elif isinstance(value, tuple):
@@ -240,5 +260,6 @@ def _flags(run: Settled) -> Iterator[str]:
 
 def _named(path: tuple[str, ...], value: Any) -> str:
     """Return a value as text, and a local path without its folders."""
-    local = isinstance(value, Path) or (path[-1] == "tokenizer_name" and Path(value).is_absolute())
+    names = path[-1] in ("tokenizer_name", _INIT)
+    local = isinstance(value, Path) or (names and Path(value).is_absolute())
     return Path(value).name if local else str(value)

@@ -37,7 +37,6 @@ from zeroflow.estimate.memory import (
 from zeroflow.estimate.run_speed import PastTraining, already_trained, own_speed, speed
 from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ActivationCheckpointing
-from zeroflow.model.sizes import with_vocabulary
 from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
@@ -78,6 +77,9 @@ class Plan(Record):
 
     run: str | None
     size: str
+    init_from: str | None = omitted()
+    """Trained model that the run starts from; None for random weights."""
+
     device: Device
     notes: tuple[str, ...] = ()
     """Assumptions about the device, and settings without effect."""
@@ -236,7 +238,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     run, device = settlement.run, settlement.device
     facts = _look_up(run, device)
     vocabulary, steps = facts.vocabulary, run.schedule.steps
-    model = with_vocabulary(run.model.shape, vocabulary.size)
+    model = run.network(vocabulary.size)
     work = run.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
     known = history.known(facts.runs, work, planned=(run.run_name, steps))
@@ -257,6 +259,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     return Plan(
         run=run.run_name,
         size=run.model.name,
+        init_from=run.model.init_from,
         device=device,
         notes=(*notes, *_without_effect(run)),
         load=facts.load,

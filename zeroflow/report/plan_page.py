@@ -42,6 +42,8 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
         f"model: {run.model.name}, {_bound(plan)}{parameter_count(work.model.parameters)} "
         f"parameters (vocabulary {_vocabulary(plan)})"
     )
+    if plan.init_from:
+        yield f"start: the weights of {plan.init_from}"
     yield from plan.notes
     micro_batches = count(choice.grad_accum_steps, "micro-batch", "micro-batches")
     yield (
@@ -193,7 +195,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     on_each = " on each" if work.ranks > 1 else ""
     choices = {"data": plan.data, "tokenizer": plan.tokenizer}
     yield from _facts(
-        {name: f"{choice.name} ({choice.reason})" for name, choice in choices.items() if choice}
+        ({"start": f"the weights of {plan.init_from}"} if plan.init_from else {})
+        | {name: f"{choice.name} ({choice.reason})" for name, choice in choices.items() if choice}
         | {
             "vocabulary": _vocabulary(plan),
             "FLOPs": f"{plan.flops_per_token / 1e6:,.1f} M per token, context {work.seq_len:,}",

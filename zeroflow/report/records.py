@@ -166,6 +166,9 @@ class RunReport(WorkloadFigures):
     size: str
     """Name of the model's size; custom for another shape."""
 
+    init_from: str | None = omitted()
+    """Trained model that the run started from; None for random weights."""
+
     parameters: int
     """Number of parameters of the model; the tied embedding counts once."""
 

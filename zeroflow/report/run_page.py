@@ -76,6 +76,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     data, tokenizer, overfit = report.data, report.tokenizer, report.overfit
     facts = {
         "Model": f"{report.size}, {report.parameters:,} parameters",
+        **({"Start": f"the weights of {report.init_from}"} if report.init_from else {}),
         "Data": f"{data.name}, revision {data.revision or 'none'}, "
         f"{count(data.documents, 'document')}",
         # A row of its own, because Prefect's page does not break lines in a table

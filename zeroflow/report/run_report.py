@@ -140,6 +140,7 @@ def _gather(run: Finished, logs: Logs, expected: Band | None) -> RunReport:
         status="completed" if overfit.passed else "failed",
         run=settings.run_name,
         size=settings.model.name,
+        init_from=settings.model.init_from,
         parameters=job.model.parameters,
         steps=trained.steps,
         tokens=trained.tokens,

@@ -1,5 +1,7 @@
 """The training job of a settled run."""
 
+from pathlib import Path
+
 from zeroflow.data.shards import ShardSet
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import ModelConfig
@@ -17,6 +19,7 @@ from zeroflow.tracking.config import (
     location,
 )
 from zeroflow.tracking.store import run_ids
+from zeroflow.training import initial
 from zeroflow.training.extension import extended
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import count, parameter_count
@@ -26,8 +29,9 @@ def _description(run: Settled, model: ModelConfig) -> str:
     """Return the description of the run, which MLflow shows as Markdown."""
     choice = run.training
     steps = count(choice.max_steps, "step")
+    start = f", from {escaped(source)}" if (source := run.model.init_from) else ""
     return (
-        f"{run.model.name}, {parameter_count(model.parameters)} parameters, on "
+        f"{run.model.name}, {parameter_count(model.parameters)} parameters{start}, on "
         f"{escaped(run.data.name)}: {steps} of {choice.batch_tokens:,} tokens "
         f"at a peak learning rate of {choice.learning_rate:g}, seed {run.seed}"
     )
@@ -54,6 +58,13 @@ def _group_tags(run: Settled) -> dict[str, str]:
         return {}
     group = run_ids(Cache(run.cache_dir).sweep(run.sweep))
     return {"sweep": run.sweep} | ({PARENT: group.run_id} if group else {})
+
+
+def initial_weights(run: Settled) -> Path | None:
+    """Return the folder of the weights that the run starts from; None for random weights."""
+    if run.initial is None or run.model.init_from is None:
+        return None
+    return initial.directory(run.model.init_from, run.initial, run.cache_dir)
 
 
 def training_job(
@@ -104,6 +115,7 @@ def training_job(
         shards=shards,
         validation_rows=run.validation_rows,
         tokenizer=tokenizer,
+        initial=initial_weights(run),
         prompt=run.training.sample_prompt,
         sampling=run.sampling,
         tracking=tracked,

@@ -11,6 +11,7 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
 from zeroflow.settings.run_config import BuildChoice, HostsChoice, RunConfig, TrainingChoice, leaves
 from zeroflow.settings.settled import Settled
+from zeroflow.training import initial
 
 # Settings that may change when a run is resumed, because they do not affect the weights
 FREE = {"cache_dir", "device", "sweep"}
@@ -20,7 +21,7 @@ FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
-ADDED = {"data.validation_revision": None}
+ADDED = {"data.validation_revision": None, "model.init_from": None}
 """Settings that were added later, with their defaults. They are part of a run's default name only
 if they differ from the default, so that the names of existing runs stay the same."""
 
@@ -33,7 +34,8 @@ def identity(run: RunConfig) -> dict[str, str]:
 def default_name(run: Settled) -> str:
     """Return a deterministic name for the settings; it begins with size and corpus."""
     digest = artifacts.fingerprint(identity(run))[:6]
-    return "-".join((run.model.name, run.data.name, digest, *run.training.sharding))
+    model = initial.short_name(run.model.init_from) if run.model.init_from else run.model.name
+    return "-".join((model, run.data.name, digest, *run.training.sharding))
 
 
 def compared(settings: Fields) -> Fields:
@@ -80,6 +82,7 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     # Settings that the command repeats from the start are not overrides: for them, the recorded
     # settled value stays
     base, asked_now = recorded.model_dump(), without(given(asked), at_start)
+    base.pop("initial", None)  # `settle` adds it again
     groups = {name: value for name, value in asked_now.items() if isinstance(value, dict)}
     training, model = groups.get("training", {}), groups.get("model", {})
     ranks = recorded.training.model_copy(update=training).ranks
@@ -90,7 +93,8 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     if ranks == 1:
         base["training"]["zero_stage"] = None
     _drop_groups(base["training"], training, ranks)
-    if {"size", "hidden_size"} & set(model):
+    source = recorded.model.init_from
+    if {"size", "hidden_size"} & set(model) or model.get("init_from", source) != source:
         base["model"] = {}
     optimizer = groups.get("optimizer", {}).get("name", recorded.optimizer.name)
     if optimizer != recorded.optimizer.name:  # settings of another optimiser do not apply
@@ -117,7 +121,7 @@ def difference(recorded: RunConfig, run: RunConfig) -> str:
     """Return the first setting that differs and may not change, with both values; "" if none."""
     before, now = dict(leaves(recorded)), dict(leaves(run))
     for name in before:
-        if name in FREE or before[name] == now.get(name):
+        if name in FREE or name.startswith("initial.") or before[name] == now.get(name):
             continue
         if name == "training.max_steps" and now[name] > before[name]:
             continue  # more steps extend a run

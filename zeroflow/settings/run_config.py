@@ -29,6 +29,7 @@ from zeroflow.model.llama import ActivationCheckpointing, ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.training import initial
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
 from zeroflow.training.workload import SETTING_NAMES, Workload
@@ -41,13 +42,19 @@ T = TypeVar("T")
 
 
 class ModelChoice(Config):
-    """Network: a named size, or a complete custom shape."""
+    """Network: a named size, a complete custom shape, or a trained model."""
 
     size: SizeName | None = Field(
         None,
         description="Parameters with Llama-3.1's vocabulary: "
         f"{by_size(lambda size: parameter_count(size.nominal_parameters))}. Default: tiny.",
     )
+
+    init_from: str | None = Field(None, min_length=1)
+    """Start from the weights, the shape and the tokenizer of a trained model: run:NAME or
+    run:NAME@STEP for a checkpoint of a run in the same cache (run:NAME@best for the one with the
+    lowest validation loss), a folder in the format of Hugging Face, or a name on its Hub, with an
+    optional @REVISION. Default: random weights."""
 
     hidden_size: PositiveInt | None = None
     """Features per token. For a custom shape."""
@@ -76,22 +83,36 @@ class ModelChoice(Config):
             if missing:
                 raise ValueError(f"a custom shape also needs {', '.join(map(flag, missing))}")
             Shape(**given)
+        if self.size is not None and self.init_from is not None:
+            raise ValueError(
+                f"--size {self.size} and --init-from {self.init_from}, which has its own shape, "
+                "exclude each other: drop one of them"
+            )
         return self
 
     @property
     def settled(self) -> Self:
         """Return the same choice with the default size filled in."""
-        return self if self.size or self.hidden_size else self.replace(size="tiny")
+        open_ = self.size is None and self.hidden_size is None and self.init_from is None
+        return self.replace(size="tiny") if open_ else self
+
+    @property
+    def anywhere(self) -> Self:
+        """The same choice, with an absolute path if it names a folder."""
+        if self.init_from is None:
+            return self
+        return self.model_copy(update={"init_from": initial.anywhere(self.init_from)})
 
     @property
     def shape(self) -> Shape:
+        """The shape; that of tiny for an initial model that is not looked up yet."""
         if self.hidden_size is None:
             return SIZES[self.size or "tiny"]
         return Shape(**{name: getattr(self, name) for name in Shape.model_fields})
 
     @property
     def name(self) -> str:
-        return (self.size or "tiny") if self.hidden_size is None else "custom"
+        return "custom" if self.hidden_size or self.init_from else self.size or "tiny"
 
 
 class TrainingChoice(Config):
@@ -369,6 +390,8 @@ class RunConfig(Config):
         changes: dict[str, object] = {"cache_dir": self.cache_dir.absolute()}
         if (data := self.data.anywhere) != self.data:
             changes["data"] = data
+        if (model := self.model.anywhere) != self.model:
+            changes["model"] = model
         return self.model_copy(update=changes)
 
     def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:

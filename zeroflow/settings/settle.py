@@ -16,14 +16,17 @@ from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.tokenizer import (
+    SYNTHETIC_TOKENIZER,
     ResolvedTokenizer,
     Tokenizer,
+    TokenizerConfig,
     changed_since,
     require_restorable,
     resolve_tokenizer,
     without_hub,
 )
 from zeroflow.device import Device, find_device, gpu_elsewhere
+from zeroflow.model.llama import Shape
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
@@ -39,6 +42,8 @@ from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
+from zeroflow.training import initial as initials
+from zeroflow.training.initial import Initial, InitialSource
 from zeroflow.training.job import TrainResult, read_job, trained_tokenizer
 
 log = logging.getLogger(__name__)
@@ -64,7 +69,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     if before := _recorded(asked):
         acquire(before.run_dir)
     # Read again under the lock: before it, another process may have changed or discarded them
-    found = _looked_up(asked, _own_device)
+    found = _with_initial(_looked_up(asked, _own_device))
     settlement = _decided(found, _resolve(found))
     run = settlement.run
     acquire(run.run_dir)
@@ -124,7 +129,7 @@ def _unrecorded(
         return device
 
     def decide(asked: RunConfig) -> Settlement:
-        found = _looked_up(asked, device_of)
+        found = _with_initial(_looked_up(asked, device_of))
         return _decided(found, resolve(found))
 
     asked = _anywhere(asked)
@@ -155,6 +160,10 @@ class _Found(NamedTuple):
     discarded: RunFolder | None
     """Folder of a run that has not trained yet, and whose settings are replaced."""
 
+    initial: Initial | None
+    """The model to start from; None for random weights, and for a model on the hub that is not
+    looked up yet."""
+
     tokenizer: Tokenizer | None
     """The tokenizer that the run was trained with; None if it has no checkpoint."""
 
@@ -174,7 +183,7 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     """
     recorded, new = _recorded(asked), asked.replace(model=asked.model.settled)
     wanted = _merged(recorded, asked) if recorded else new
-    different = resuming.difference(recorded, wanted) if recorded else ""
+    different = _difference(recorded, wanted, asked) if recorded else ""
     if recorded and (refused := _trained_otherwise(recorded, different, asked)):
         raise ValueError(
             f"run {wanted.run_name} was trained with {refused}: use another --run-name, or the "
@@ -185,6 +194,10 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
         # The run has no checkpoint yet, so it may start over with other settings
         discarded = recorded.folder
         recorded, wanted = None, new
+    initial = recorded.initial if recorded else None
+    name = wanted.model.init_from
+    if recorded is None and name and not initials.is_on_hub(name):
+        wanted, initial = _started_from(wanted, initials.look_up(name, wanted.cache_dir))
     needs_text = recorded is None or wanted.data != recorded.data or not _is_trained(wanted)
     # Any machine can show the result of a complete run
     is_complete = recorded is not None and _is_complete(recorded, wanted)
@@ -192,7 +205,49 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     tokenizer = trained_tokenizer(recorded.folder) if recorded else None
     if not is_complete:
         _require_usable(wanted, device, tokenizer, needs_text=needs_text)
-    return _Found(wanted, recorded, discarded, tokenizer, needs_text, device)
+    return _Found(wanted, recorded, discarded, initial, tokenizer, needs_text, device)
+
+
+def _with_initial(found: _Found) -> _Found:
+    """Look up a model to start from that is on the hub, unless that was done before.
+
+    Raises:
+        ValueError, hub.HubError: as `initial.look_up` does.
+    """
+    wanted = found.wanted
+    name = wanted.model.init_from
+    if not name or found.initial:
+        return found
+    wanted, initial = _started_from(wanted, initials.look_up(name, wanted.cache_dir))
+    return found._replace(wanted=wanted, initial=initial)
+
+
+def _started_from(wanted: RunConfig, source: InitialSource) -> tuple[RunConfig, Initial]:
+    """Return `wanted` with the shape and the tokenizer of the model that it starts from.
+
+    Raises:
+        ValueError: another shape or tokenizer is asked for.
+    """
+    shape = {name: getattr(source.initial.model, name) for name in Shape.model_fields}
+    for name, value in shape.items():
+        if (given := getattr(wanted.model, name)) not in (None, value):
+            raise ValueError(
+                f"{flag(name)} {given}, but --init-from {source.name} has {value}: drop it"
+            )
+    if wanted.tokenizer not in (TokenizerConfig(), source.tokenizer):
+        raise ValueError(
+            f"--init-from {source.name} has its own tokenizer: drop --tokenizer-name, "
+            "--vocab-size, --tokenizer-revision and --end-of-text"
+        )
+    is_text = source.tokenizer.tokenizer_name != SYNTHETIC_TOKENIZER
+    if wanted.data.is_text != is_text:
+        kind = "text" if is_text else "token ids"
+        raise ValueError(
+            f"--init-from {source.name} was trained on {kind}, but --data-mode is "
+            f"{wanted.data.data_mode}: use another one"
+        )
+    model = wanted.model.replace(init_from=source.name, **shape)
+    return wanted.replace(model=model, tokenizer=source.tokenizer), source.initial
 
 
 def _require_usable(
@@ -237,7 +292,13 @@ def _decided(found: _Found, text: _Text) -> Settlement:
     """Give every open setting a value, and name the run."""
     wanted, recorded, device = found.wanted, found.recorded, found.device
     (corpus, corpus_reason), (tokenizer, tokenizer_reason) = text
+    if found.initial and tokenizer.tokenizer_name != wanted.tokenizer.tokenizer_name:
+        raise ValueError(
+            f"--init-from {wanted.model.init_from} was trained on text, but the data are synthetic "
+            f"({corpus_reason}): name other data"
+        )
     run = _filled(wanted.replace(data=corpus, tokenizer=tokenizer), device)
+    run = run.replace(initial=found.initial)
     if not run.run_name:
         run = run.replace(run_name=resuming.default_name(run))
     if recorded:
@@ -288,8 +349,10 @@ def _anywhere(asked: RunConfig) -> RunConfig:
         ValueError: a setting has no effect.
     """
     refuse_what_does_nothing(asked)
-    anywhere = asked.data.anywhere
-    return asked if anywhere == asked.data else asked.model_copy(update={"data": anywhere})
+    data, model = asked.data.anywhere, asked.model.anywhere
+    if (data, model) == (asked.data, asked.model):
+        return asked
+    return asked.model_copy(update={"data": data, "model": model})
 
 
 def _resolved(found: _Found) -> ResolvedCorpus:
@@ -331,11 +394,21 @@ def _device_of(recorded: Settled) -> Device:
     return find_device("cpu") if work.device == "cpu" else gpu_elsewhere(work.device_name)
 
 
+def _difference(recorded: Settled, wanted: RunConfig, asked: RunConfig) -> str:
+    """Return the first setting that differs and may not change, or ""."""
+    name, initial = asked.model.init_from, recorded.initial
+    different = resuming.difference(recorded, wanted)
+    if different or name is None or initial is None:
+        return different
+    changed = initials.has_changed(name, initial, recorded.cache_dir)
+    return f"other files in --init-from {name}" if changed else ""
+
+
 def started_otherwise(asked: RunConfig) -> str:
     """Return the first requested setting that the trained run does not allow, or ""."""
     if (recorded := _recorded(asked)) is None:
         return ""
-    different = resuming.difference(recorded, _merged(recorded, asked))
+    different = _difference(recorded, _merged(recorded, asked), asked)
     return _trained_otherwise(recorded, different, asked)
 
 
@@ -377,7 +450,8 @@ def unlike_others(run: Settled) -> str:
         return by_flag(artifacts.read_json(RunFolder(folder).settings))
 
     def by_flag(settings: Fields) -> Fields:
-        return {flag(name): value for name, value in resuming.compared(settings).items()}
+        compared = resuming.compared(settings).items()
+        return {flag(name): value for name, value in compared if not name.startswith("initial.")}
 
     others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
     return reuse.nearest(by_flag(run.model_dump(mode="json")), others)
@@ -402,7 +476,7 @@ def _tokenizer(found: _Found, corpus: CorpusConfig) -> ResolvedTokenizer:
     resolved = resolve_tokenizer(wanted.tokenizer, corpus, wanted.cache_dir)
     if resolved.tokenizer.tokenizer_name != wanted.tokenizer.tokenizer_name:  # it was auto
         refuse_ids_beyond_the_token_type(wanted, resolved.tokenizer)
-    return resolved
+    return resolved._replace(reason="that of --init-from") if found.initial else resolved
 
 
 def _recorded(asked: RunConfig) -> Settled | None:

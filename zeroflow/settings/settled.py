@@ -1,16 +1,18 @@
 """Settled settings of a run: every setting that training reads has a value."""
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from zeroflow.data.shards import ShardConfig
 from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
+from zeroflow.model.sizes import with_vocabulary
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.training import kernels
 from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
+from zeroflow.training.initial import Initial
 from zeroflow.training.job import Cadence
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
@@ -56,6 +58,27 @@ class Settled(RunConfig):
 
     device: Literal["cpu", "cuda"]
     training: SettledTraining
+    initial: Initial | None = Field(None, exclude_if=lambda initial: initial is None)
+    """The model of `--init-from`; None for random weights."""
+
+    no_flags: ClassVar[tuple[str, ...]] = ("initial",)
+
+    def network(self, vocab_size: int) -> ModelConfig:
+        """Return the configuration of the network for a tokenizer of `vocab_size` tokens.
+
+        Raises:
+            ValueError: the initial model has fewer tokens.
+        """
+        if self.initial is None:
+            return with_vocabulary(self.model.shape, vocab_size)
+        model = self.initial.model
+        if vocab_size > model.vocab_size:
+            raise ValueError(
+                f"--init-from {self.model.init_from} has {model.vocab_size:,} rows in its "
+                f"embedding, fewer than the {vocab_size:,} tokens of its tokenizer: remove the "
+                "tokens that were added to the tokenizer"
+            )
+        return model
 
     @property
     def fell_back(self) -> bool:

@@ -44,7 +44,7 @@ class SweepConfig(Config):
         fixed = {
             "run_name": run.run_name is not None,
             "sweep": run.sweep is not None,
-            "size": bool(self.sizes) and (run.model.size or run.model.hidden_size) is not None,
+            "size": bool(self.sizes) and run.model.settled == run.model,
             "learning_rate": bool(self.learning_rates) and run.training.learning_rate is not None,
             "zero_stage": bool(self.zero_stages) and run.training.zero_stage is not None,
         }

@@ -522,6 +522,15 @@ def load_model(path: Path) -> Llama:
     return model.eval()
 
 
+def read_facts(path: Path) -> CheckpointFacts:
+    """Return the facts of the checkpoint `path`.
+
+    Raises:
+        CheckpointError: its format belongs to another version of zeroflow.
+    """
+    return _facts(path)
+
+
 def digests(path: Path) -> dict[str, str]:
     """Return the sha256 of the bytes of every tensor in a checkpoint, by name."""
     if _is_older(path):

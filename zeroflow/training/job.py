@@ -75,6 +75,9 @@ class TrainingJob(RankJob):
     """Number of held-out rows in the sample that a validation scores."""
 
     tokenizer: Tokenizer
+    initial: Path | None = omitted()
+    """Folder of the weights that training starts from; None for random weights."""
+
     prompt: str
     sampling: SamplingConfig
     tracking: TrackingConfig
@@ -169,7 +172,8 @@ def read_job(folder: RunFolder) -> TrainingJob:
     if tokenizer.path is not None:
         tokenizer = tokenizer.replace(path=cache.tokenizers / tokenizer.path.name)
     shards = found.shards.replace(path=cache.shards / found.shards.path.name)
-    return found.replace(run_dir=folder.path, tokenizer=tokenizer, shards=shards)
+    initial = found.initial and cache.models / found.initial.name
+    return found.replace(run_dir=folder.path, tokenizer=tokenizer, initial=initial, shards=shards)
 
 
 def trained_tokenizer(folder: RunFolder) -> Tokenizer | None:

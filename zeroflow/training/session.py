@@ -14,7 +14,7 @@ from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import count_sample, validation_rows
 from zeroflow.model.hugging_face import llama_config
-from zeroflow.training import batching, checkpoint, compiling, sampling, zero
+from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import Saved, Started, Thinned
 from zeroflow.training.failures import Diverged
@@ -76,6 +76,9 @@ class Session:
                     "away, or raise --max-steps"
                 )
             log.info("resumed at step %d from %s", self.state.step, newest)
+        elif job.initial:
+            initial.load(self.state.model, job.initial)
+            log.info("starting from the weights in %s", job.initial)
         self.ledger = PhaseLedger(job.folder, clock, kept=zero.rank() == 0)
         self.ledger.book(self.state.step, first=True)
         self.recorder = Recorder(job, self.ledger, step=self.state.step)
