@@ -635,7 +635,7 @@ def test_chunks_are_written_while_later_tensors_are_still_being_copied(tmp_path,
     assert_equal(load_file(file), parts)
 
 
-def test_failed_copy_ends_the_write_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_failed_copy_leaves_no_checkpoint(tmp_path, monkeypatch):
     older = save(trained(1), tmp_path, keep=2)
     put = FileImage.put
 
@@ -648,9 +648,17 @@ def test_failed_copy_ends_the_write_and_leaves_no_checkpoint(tmp_path, monkeypat
     saver = Saver(tmp_path, Retention(keep=2), tokenizer=TOKENIZER)
     with pytest.raises(torch.OutOfMemoryError):
         saver.save(trained(2))
-    with pytest.raises(RuntimeError, match="could not be copied"):
-        saver.wait()
+    saver.wait()
     assert list(tmp_path.iterdir()) == [older]
+
+
+def test_write_that_waits_for_a_tensor_ends_when_its_copy_fails(tmp_path):
+    image = FileImage(FileLayout.of({"x": torch.zeros(3)}), pinned=False)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(chunked_files.write, tmp_path, {"a.safetensors": image})
+        image.abandon()
+    with pytest.raises(RuntimeError, match="could not be copied"):
+        written.result()
 
 
 def test_disk_that_refuses_direct_writes_is_written_buffered(tmp_path, monkeypatch):

@@ -117,10 +117,9 @@ class Saver:
     """Writes checkpoints of a state into a folder, in background threads.
 
     Training waits until the previous write has ended and the state is copied to host memory, in the
-    form of the files. The write begins with the first copied chunk. The next checkpoint reuses the
-    memory, because pinning it takes time. On one
-    rank, if the copy would take more than half of the free memory, training waits for the write
-    instead.
+    form of the files. From a GPU, the write begins with the first copied chunk. The next checkpoint
+    reuses the memory, because pinning it takes time. On one rank, if the copy would take more than
+    half of the free memory, training waits for the write instead.
 
     Every rank calls `save`. A sharded state is gathered one tensor at a time, and each tensor is
     copied and written by one rank, its owner. So a host needs memory for the tensors that its ranks
@@ -185,20 +184,20 @@ class Saver:
             streams = {name: FileStream(FileLayout.of(own), own) for name, own in files.items()}
             self._write(path, streams, facts, began)
             return True
-        self._prepare(files, pinned=state.skipped.is_cuda)
-        self._thread = threading.Thread(
+        on_gpu = state.skipped.is_cuda
+        self._prepare(files, pinned=on_gpu)
+        thread = threading.Thread(
             target=self._write_aside,
             args=(path, self._images, facts, began),
             name="checkpoint",
             daemon=True,
         )
-        self._thread.start()
-        try:
-            self._copy(tensors, files)
-        except BaseException:
-            for image in self._images.values():
-                image.abandon()
-            raise
+        if on_gpu:
+            thread.start()
+        self._copy(tensors, files)
+        if not on_gpu:  # the threads that hash would slow down the copy, for which training waits
+            thread.start()
+        self._thread = thread
         return True
 
     def wait(self) -> None:
@@ -251,10 +250,15 @@ class Saver:
     def _copy(self, tensors: dict[str, Tensor], files: dict[str, dict[str, Tensor]]) -> None:
         """Copy this rank's `files` into host memory, in the form in which they are written."""
         image_of = {name: self._images[file] for file, own in files.items() for name in own}
-        for name, tensor in tensors.items():
-            whole = zero.full_tensor(tensor)  # a collective: all ranks call it in the same order
-            if image := image_of.get(stored := name.removeprefix(_MODEL)):
-                image.put(stored, whole)
+        try:
+            for name, tensor in tensors.items():
+                whole = zero.full_tensor(tensor)  # a collective: all ranks call it in this order
+                if image := image_of.get(stored := name.removeprefix(_MODEL)):
+                    image.put(stored, whole)
+        except BaseException:
+            for image in self._images.values():
+                image.abandon()
+            raise
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
