@@ -91,9 +91,9 @@ def test_mlflow_is_imported_only_in_tracking():
     assert all(file.startswith("zeroflow/tracking/") for file in importers("mlflow"))
 
 
-def test_torch_distributed_is_imported_only_for_agents_checkpoints_and_sharding():
-    names = ("agent", "older_checkpoints", "zero")
-    allowed = {f"zeroflow/training/{name}.py" for name in names}
+def test_torch_distributed_is_imported_only_for_agents_checkpoints_sharding_and_links():
+    names = ("training/agent", "training/older_checkpoints", "training/zero", "lab/links")
+    allowed = {f"zeroflow/{name}.py" for name in names}
     assert importers("torch.distributed") <= allowed
 
 

@@ -116,6 +116,7 @@ class RunFolder(TrackedFolder):
     zero_traffic_picture = _Named("zero-traffic.png")
     zero_timeline_picture = _Named("zero-timeline.png")
     zero_losses_picture = _Named("zero-losses.png")
+    zero_bandwidth_picture = _Named("zero-bandwidth.png")
 
     # Locks, for `artifacts.exclusive`
     owner_lock = _Named("owner")

@@ -14,7 +14,8 @@ from zeroflow.lab import layout
 from zeroflow.training.workload import Workload
 
 GATHER, SCATTER, SUM, SCALARS = "all_gather", "reduce_scatter", "all_reduce", "all_reduce_scalars"
-"""Names of collectives. The last sums single numbers: targets, loss and gradient norms."""
+"""Names of collectives. The last sums single numbers: the number of targets (int64), the loss
+(fp32) and the norms of the gradients."""
 
 _OPERATORS = {
     "c10d::_allgather_base_": GATHER,
@@ -79,7 +80,17 @@ def is_wrapped(types: Sequence[type]) -> bool:
 
 
 def predicted(work: Workload) -> dict[str, Traffic]:
-    """Return the collectives of one step of one rank, by name, with the names of the counter.
+    """Return the collectives of one step of one rank, by name, with the names of the counter."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for (name, each), times in calls(work).items():
+        count[name] += times
+        size[name] += times * each
+    return {name: Traffic(count=count[name], bytes=size[name]) for name in sorted(count)}
+
+
+def calls(work: Workload) -> Counter[tuple[str, int]]:
+    """Return how often one rank calls each collective in a step, by its name and its bytes.
 
     Weights are gathered in the dtype of the products, and gradients are reduced in fp32. Every
     parameter is padded to equal shards.
@@ -89,34 +100,22 @@ def predicted(work: Workload) -> dict[str, Traffic]:
     """
     if work.ranks == 1:
         raise ValueError("one rank has no collectives: use two or more")
-    shards, micro_batches = work.shards, work.accumulate
+    shards, micro_batches, width = work.shards, work.accumulate, work.dtype.itemsize
     root, *blocks = layout.groups(work.model)
-    padded_blocks = sum(block.padded(shards) for block in blocks)
-    padded = root.padded(shards) + padded_blocks
-    found = {SCALARS: _scalars(work)}
+    found: Counter[tuple[str, int]] = Counter({(SCALARS, 8): 1, (SCALARS, 4): 1})
     if shards > 1:
-        gathers = {
-            1: (1, 1),
-            2: (1, 1),
-            # A block for the forward and for the backward pass; the root for both
-            3: (micro_batches, 2 * micro_batches),
-        }
-        of_root, of_block = gathers[work.zero_stage]
-        width = work.dtype.itemsize
-        found[GATHER] = Traffic(
-            count=of_root + of_block * len(blocks),
-            bytes=width * (of_root * root.padded(shards) + of_block * padded_blocks),
-        )
-        times = 1 if work.zero_stage == 1 else micro_batches
-        found[SCATTER] = Traffic(count=times * (1 + len(blocks)), bytes=4 * times * padded)
+        # At stage 3, a block is gathered for the forward and for the backward pass, the root once
+        of_root, of_block = {1: (1, 1), 2: (1, 1), 3: (micro_batches, 2 * micro_batches)}[
+            work.zero_stage
+        ]
+        scattered = 1 if work.zero_stage == 1 else micro_batches
+        for group in (root, *blocks):
+            gathered = of_root if group is root else of_block
+            found[GATHER, width * group.padded(shards)] += gathered
+            found[SCATTER, 4 * group.padded(shards)] += scattered
+        norms = sum(len(group.shapes) for group in (root, *blocks))
+        found[SCALARS, 4 * norms] += 1
     if work.ranks > shards:  # each rank sums its shard over the replicas, once per step
-        found[SUM] = Traffic(count=1 + len(blocks), bytes=4 * padded // shards)
-    return dict(sorted(found.items()))
-
-
-def _scalars(work: Workload) -> Traffic:
-    """Return the sums of the number of targets (int64), of the loss (fp32), and of the norms."""
-    norms = 0
-    if work.shards > 1:
-        norms = 4 * sum(len(group.shapes) for group in layout.groups(work.model))
-    return Traffic(count=2 + (norms > 0), bytes=8 + 4 + norms)
+        for group in (root, *blocks):
+            found[SUM, 4 * group.padded(shards) // shards] += 1
+    return found

@@ -7,18 +7,21 @@ profiled steps. A single rank is only a reference for losses and speed.
 
 import gc
 import logging
+import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from zeroflow.data.batches import Batches
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
-from zeroflow.lab import timeline
+from zeroflow.lab import links, network, timeline
 from zeroflow.lab.collectives import CollectiveCounter, Traffic
+from zeroflow.lab.links import LinkMeasurement
+from zeroflow.lab.network import Network
 from zeroflow.lab.tensors import TensorRecorder
 from zeroflow.lab.timeline import Span
 from zeroflow.records import Record
@@ -31,7 +34,7 @@ from zeroflow.training.loop import train_step
 from zeroflow.training.pulse import Pulse, PulseWriter
 from zeroflow.training.rank_program import RankProgram, make_deterministic
 from zeroflow.training.state import new_state
-from zeroflow.training.stopping import Stop
+from zeroflow.training.stopping import Parent, Stop
 from zeroflow.training.workload import Workload
 
 log = logging.getLogger("zeroflow.lab")
@@ -52,6 +55,13 @@ class LabJob(RankJob):
     shards: ShardSet
     workloads: tuple[Workload, ...]
     """Workloads with the same number of ranks and the same global batch."""
+
+    bandwidths: tuple[PositiveFloat, ...] = ()
+    """Limits of what a rank sends, in 10⁹ bits per second. If there are any, only the steps over
+    these links are measured."""
+
+    network: Network | None = None
+    """Network of the ranks; None for that of this machine."""
 
     threads: PositiveInt
     """Threads of each rank on a CPU."""
@@ -83,7 +93,8 @@ class Measurement(Record):
 class Measurements(Record):
     """Figures of all workloads of a job."""
 
-    found: tuple[Measurement, ...]
+    found: tuple[Measurement, ...] = ()
+    links: tuple[LinkMeasurement, ...] = ()
 
 
 def measure(config: TrainingConfig, rows: Rows) -> Measurement:
@@ -156,6 +167,11 @@ def work(job: LabJob, stop: Stop) -> None:
         make_deterministic()
     torch.set_num_threads(job.threads)
     rows = Rows(job.shards, "train")
+    if job.bandwidths:
+        configs = [job.training.replace(workload=workload) for workload in job.workloads]
+        found_links = links.measure(configs, lambda config: batches(rows, config), job.bandwidths)
+        _finish(job, Measurements(links=tuple(found_links)))
+        return
     pulses = PulseWriter(job.folder.alive)
     found: list[Measurement] = []
     for workload in job.workloads:
@@ -169,14 +185,26 @@ def work(job: LabJob, stop: Stop) -> None:
         )
         if stop():
             break
-    if zero.rank() > 0:
-        return
-    if len(found) < len(job.workloads):
+    if len(found) == len(job.workloads):
+        _finish(job, Measurements(found=tuple(found)))
+    elif zero.rank() == 0:
         message = "the laboratory was stopped; the same command repeats it"
         EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
-        return
-    Measurements(found=tuple(found)).write(job.result)
-    EVENTS.append(job.folder.events, Done(time=time.time()))
 
 
-PROGRAM = RankProgram(LabJob, work)
+def _finish(job: LabJob, found: Measurements) -> None:
+    if zero.rank() == 0:
+        found.write(job.result)
+        EVENTS.append(job.folder.events, Done(time=time.time()))
+
+
+class _LabProgram(RankProgram[LabJob]):
+    def run(self, job_file: Path, parent: Parent | None = None) -> None:
+        """Run the program, in the network of its job: before anything opens a connection."""
+        job = self.job_type.read(job_file)
+        if job.network:
+            network.enter(job.network, int(os.environ["RANK"]))
+        super().run(job_file, parent)
+
+
+PROGRAM = _LabProgram(LabJob, work)

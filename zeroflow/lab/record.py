@@ -67,6 +67,40 @@ class ZeroStage(Config):
         return f"{self.stage}{groups}"
 
 
+class StageOverLink(Config):
+    """A step of a stage over links of a limited bandwidth."""
+
+    stage: Stage
+    step_seconds: float
+    predicted_step_seconds: float
+    """The time without a limit, and the difference of the times of its collectives, each measured
+    alone."""
+
+
+class Link(Config):
+    """Steps of all stages at one bandwidth."""
+
+    gbps: float | None
+    """10⁹ bits per second that a rank can send; None without a limit."""
+
+    stages: tuple[StageOverLink, ...]
+
+
+class Crossover(Config):
+    """The bandwidth at which two stages are equally fast."""
+
+    slow_link: Stage
+    """The faster stage below this bandwidth."""
+
+    fast_link: Stage
+    """The faster stage above it."""
+
+    gbps: float | None
+    """None if the measured times do not cross between the bandwidths."""
+
+    predicted_gbps: float | None
+
+
 class ZeroLab(Record):
     """Results of the laboratory: contents of zero_lab.json."""
 
@@ -93,6 +127,10 @@ class ZeroLab(Record):
     """Speed of one rank with the same batches; on a CPU with as many threads as each of several."""
 
     stages: tuple[ZeroStage, ...]
+    links: tuple[Link, ...] = ()
+    """Speed by bandwidth, if --bandwidth-gbps was given."""
+
+    crossovers: tuple[Crossover, ...] = ()
 
     def volume(self, one: ZeroStage) -> float:
         """Return the values that a rank moves in a step, in parameters, as the paper counts.

@@ -3,14 +3,17 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from pydantic import field_validator
+from pydantic import PositiveFloat, ValidationInfo, field_validator
 
-from zeroflow.config import Config
+from zeroflow.config import Config, flag
 from zeroflow.lab import collectives, memory, timeline
 from zeroflow.lab.collectives import Traffic
 from zeroflow.lab.measure import LabJob, Measurement, Measurements
-from zeroflow.lab.record import Amount, Collective, ZeroLab, ZeroStage
+from zeroflow.lab.network import network
+from zeroflow.lab.prediction import crossovers, linked
+from zeroflow.lab.record import Amount, Collective, Link, ZeroLab, ZeroStage
 from zeroflow.training.events import Event
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.launch import launch
@@ -30,12 +33,17 @@ class LabConfig(Config):
     """ZeRO stages to measure. Default: all. With --shard-group, stages 1 to 3 are also measured in
     groups."""
 
-    @field_validator("zero_stages")
+    bandwidth_gbps: tuple[PositiveFloat, ...] = ()
+    """Bandwidths of a rank, in 10⁹ bits per second, at which steps are also measured. The ranks
+    then run in network namespaces, which needs root."""
+
+    @field_validator("zero_stages", "bandwidth_gbps")
     @classmethod
-    def _each_once(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(stages)) < len(stages):
-            raise ValueError(f"--zero-stages lists a value twice: {', '.join(map(str, stages))}")
-        return stages
+    def _each_once(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            listed = ", ".join(map(str, values))
+            raise ValueError(f"{flag(str(info.field_name))} lists a value twice: {listed}")
+        return values
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -64,6 +72,7 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
     reference, other = _measured(job, (alone, split_otherwise), on_event)
     log.info("measuring %s", ", ".join(f"stage {stage}" for stage in config.stages))
     found = _measured(job, _workloads(work, config.stages), on_event)
+    over_links = _over_links(job, config, on_event) if config.bandwidth_gbps else ()
     lab = ZeroLab(
         device=work.device_name,
         ranks=work.ranks,
@@ -76,6 +85,8 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
         noise_floor=_difference(reference, other),
         one_rank_tokens_per_second=work.batch_tokens / reference.step_seconds,
         stages=tuple(_stage(one, reference) for one in found),
+        links=over_links,
+        crossovers=crossovers(over_links),
     )
     return Study(lab=lab, one_rank=reference, measurements=found)
 
@@ -100,9 +111,27 @@ def _workloads(work: Workload, stages: Iterable[Stage]) -> tuple[Workload, ...]:
     return (*whole, *groups)
 
 
+def _over_links(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> tuple[Link, ...]:
+    """Measure steps over slow links, and predict them from those without a limit."""
+    work = job.training.workload
+    workloads = _workloads(work.replace(shard_group=None), config.stages)
+    bandwidths = tuple(sorted(config.bandwidth_gbps, reverse=True))
+    listed = ", ".join(f"{gbps:g}" for gbps in bandwidths)
+    log.info("measuring steps over links of %s Gbit/s", listed)
+    with network(work.ranks) as joined:
+        found = _launched(job, workloads, on_event, bandwidths=bandwidths, network=joined).links
+    return linked(found, workloads)
+
+
 def _measured(
     job: TrainingJob, workloads: tuple[Workload, ...], on_event: OnEvent
 ) -> tuple[Measurement, ...]:
+    return _launched(job, workloads, on_event).found
+
+
+def _launched(
+    job: TrainingJob, workloads: tuple[Workload, ...], on_event: OnEvent, **settings: Any
+) -> Measurements:
     ranks, folder = workloads[0].ranks, job.folder
     lab = LabJob(
         run_dir=job.run_dir,
@@ -111,6 +140,7 @@ def _measured(
         workloads=workloads,
         threads=max(1, (os.cpu_count() or 1) // job.training.workload.ranks),
         result=folder.lab_measurements(ranks),
+        **settings,
     )
     lab.result.unlink(missing_ok=True)
     lab.write(folder.lab_job(ranks))
@@ -122,7 +152,7 @@ def _measured(
         hang_seconds=job.hang_seconds,
         compile_cache=job.compile_cache,
     )
-    return Measurements.read(lab.result).found
+    return Measurements.read(lab.result)
 
 
 def _stage(found: Measurement, reference: Measurement) -> ZeroStage:

@@ -7,7 +7,7 @@ from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import PARTS
 from zeroflow.report import zero_pictures
 from zeroflow.report.page_text import as_html
-from zeroflow.report.pages import Page, Picture, Table
+from zeroflow.report.pages import Page, Part, Picture, Table
 from zeroflow.text.markup import Markdown, bold, escaped
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
@@ -94,6 +94,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             Markdown("## Speed"),
             _speeds(lab),
             Picture(folder.zero_timeline_picture, "time lines of a step"),
+            *_over_links(job, lab),
             Markdown("## Agreement"),
             Markdown(_agreement(lab)),
             Picture(folder.zero_losses_picture, "differences of the losses"),
@@ -216,6 +217,41 @@ def _speeds(lab: ZeroLab) -> Table:
         ],
         "",
     )
+
+
+def _over_links(job: TrainingJob, lab: ZeroLab) -> tuple[Part, ...]:
+    if not lab.links:
+        return ()
+    head = ("Gbit/s", *(f"stage {one.stage}" for one in lab.links[0].stages))
+    rows = []
+    for link in lab.links:
+        cells = [
+            f"{1000 * one.step_seconds:,.1f} ({1000 * one.predicted_step_seconds:,.1f})"
+            for one in link.stages
+        ]
+        rows.append(("no limit" if link.gbps is None else f"{link.gbps:g}", *cells))
+    parts: list[Part] = [
+        Markdown("### Over slow links"),
+        Markdown(
+            "Shortest time of a step in milliseconds, and in brackets the prediction: the time "
+            "without a limit, plus what the collectives take longer when each is measured alone."
+        ),
+        Table(head, rows, "r" * len(head)),
+        Picture(job.folder.zero_bandwidth_picture, "time of a step by bandwidth"),
+    ]
+    if not lab.crossovers:
+        parts.append(Markdown("No stage becomes faster than another between these bandwidths."))
+        return tuple(parts)
+    crossings = [
+        (
+            f"stage {one.slow_link} below, stage {one.fast_link} above",
+            f"{one.gbps:.2f}" if one.gbps else "none",
+            f"{one.predicted_gbps:.2f}" if one.predicted_gbps else "none",
+        )
+        for one in lab.crossovers
+    ]
+    head = ("faster", "measured at Gbit/s", "predicted")
+    return (*parts, Table(head, crossings, " rr"))
 
 
 def _agreement(lab: ZeroLab) -> str:

@@ -28,7 +28,9 @@ _LANES: dict[Lane, str] = {
 def draw(study: Study, folder: RunFolder) -> list[Path]:
     """Draw all pictures of a study."""
     lab = study.lab
+    over_links = [bandwidth(lab, folder.zero_bandwidth_picture)] if lab.links else []
     return [
+        *over_links,
         memory(lab, folder.zero_memory_picture),
         traffic(lab, folder.zero_traffic_picture),
         timelines(study, folder.zero_timeline_picture),
@@ -115,6 +117,30 @@ def losses(study: Study, path: Path) -> Path:
         )
     axes.axhline(lab.noise_floor, color="#888888", linestyle="--", label="noise floor")
     axes.axhline(lab.tolerance, color="#888888", linestyle=":", label="tolerance")
+    _legend_outside(figure, axes)
+    return save(figure, path)
+
+
+def bandwidth(lab: ZeroLab, path: Path) -> Path:
+    """Draw measured and predicted times of a step against the bandwidth of a rank."""
+    figure, axes = new_figure(
+        f"a step over links of limited bandwidth, {lab.ranks} ranks", "Gbit/s", "milliseconds"
+    )
+    limited = sorted((link for link in lab.links if link.gbps), key=lambda link: link.gbps or 0)
+    x = [link.gbps for link in limited]
+    for number, colour in zip(range(len(lab.links[0].stages)), OKABE_ITO, strict=False):
+        found = [link.stages[number] for link in limited]
+        measured = [1000 * one.step_seconds for one in found]
+        predicted = [1000 * one.predicted_step_seconds for one in found]
+        label = f"stage {found[0].stage}"
+        axes.plot(x, measured, color=colour, marker="o", linestyle="none", label=label)
+        axes.plot(x, predicted, color=colour, linestyle="--", label=f"{label}, predicted")
+    for crossing in lab.crossovers:
+        if crossing.gbps:
+            axes.axvline(crossing.gbps, color="#888888", linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{gbps:g}" for gbps in x])
+    axes.minorticks_off()
     _legend_outside(figure, axes)
     return save(figure, path)
 
