@@ -2,6 +2,7 @@
 
 import pytest
 
+from zeroflow.lab.study import LabConfig
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 
@@ -36,6 +37,13 @@ def test_open_settings_become_small_on_a_cpu_and_given_ones_are_kept():
 def test_settings_that_do_not_apply_are_refused(run, message):
     with pytest.raises(ValueError, match=message):
         lab_run(asked(**run))
+
+
+def test_slow_links_are_refused_before_anything_starts(monkeypatch):
+    slow = asked().replace(lab=LabConfig(bandwidth_gbps=(1.0,)))
+    monkeypatch.setattr("shutil.which", lambda tool: None)
+    with pytest.raises(ValueError, match="needs ip and tc of iproute2"):
+        lab_run(slow)
 
 
 def test_name_of_a_training_run_is_refused(tmp_path):

@@ -39,7 +39,7 @@ def network(ranks: int) -> Iterator[Network]:
     Raises:
         ValueError: this process may not create namespaces, or the tools are missing.
     """
-    _require_tools()
+    require_tools()
     switch = f"zf{os.getpid()}s"
     names = tuple(f"zf{os.getpid()}r{rank}" for rank in range(ranks))
     created: list[str] = []
@@ -67,7 +67,11 @@ def _connect(name: str, rank: int, switch: str) -> None:
     _ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
 
 
-def _require_tools() -> None:
+def require_tools() -> None:
+    """
+    Raises:
+        ValueError: this process may not create network namespaces, or the tools are missing.
+    """
     needed = (
         "--bandwidth-gbps limits the links between ranks with `tc` in network namespaces, which"
     )

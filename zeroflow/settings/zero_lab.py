@@ -8,6 +8,7 @@ from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import find_device
+from zeroflow.lab import network
 from zeroflow.lab.study import LabConfig
 from zeroflow.reuse import flat
 from zeroflow.settings.refusals import refuse_one_rank
@@ -59,8 +60,15 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
     """
     run = asked.run
     _refuse(run)
+    on_cpu = find_device(run.device).kind == "cpu"
+    if asked.lab.bandwidth_gbps:
+        if not on_cpu:
+            raise ValueError(
+                "--bandwidth-gbps limits the links between processes on a CPU: add --device cpu"
+            )
+        network.require_tools()
     small: dict[str, object] = {"max_steps": _STEPS}
-    if find_device(run.device).kind == "cpu" and run.model == ModelChoice():
+    if on_cpu and run.model == ModelChoice():
         chosen = run.training.model_fields_set
         has_batch = any(getattr(run.training, name) for name in _BATCH if name in chosen)
         small |= {k: v for k, v in _SMALL.items() if not (has_batch and k in _BATCH)}
