@@ -31,6 +31,7 @@ def test_open_settings_become_small_on_a_cpu_and_given_ones_are_kept():
         ({"training": {}}, "add --gpus, such as --gpus 2"),
         ({"training": {"gpus": 2, "nodes": 2}}, "drop --nodes"),
         ({"training": {"gpus": 2, "zero_stage": 1}}, "use --zero-stages"),
+        ({"training": {"gpus": 4, "shard_group": 4, "reshard_group": 2}}, "drop it"),
         ({"skip_preflight": True}, "no pre-flight"),
     ],
 )

@@ -42,6 +42,7 @@ class ZeroLabRun(Config):
         "run.sweep",
         "run.skip_preflight",
         "run.training.zero_stage",
+        "run.training.reshard_group",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
     )
     """Settings that do not apply to the laboratory."""
@@ -96,6 +97,8 @@ def _refuse(run: RunConfig) -> None:
         raise ValueError("the laboratory measures the ranks of one machine: drop --nodes")
     if run.training.zero_stage is not None:
         raise ValueError("the laboratory sets --zero-stage itself: use --zero-stages")
+    if run.training.reshard_group is not None:
+        raise ValueError("the laboratory does not measure --reshard-group: drop it")
     if run.overfit != OverfitConfig() or run.skip_preflight:
         raise ValueError(
             "the laboratory has no pre-flight and no overfit check: drop --skip-preflight, "
