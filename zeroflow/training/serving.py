@@ -71,7 +71,9 @@ def _give_back() -> bool:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_reserved() <= _MOST_LEFT_BYTES
+        if (left := torch.cuda.memory_reserved()) > _MOST_LEFT_BYTES:
+            log.info("%d MiB of GPU memory are not given back: a new process follows", left >> 20)
+            return False
     with suppress(OSError, AttributeError):  # not Linux, or another C library
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
