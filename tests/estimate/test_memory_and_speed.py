@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from zeroflow.device import Device, Load, known_gpu
+from zeroflow.estimate import speed as speeds
 from zeroflow.estimate.memory import (
     Memory,
     checkpoint_bytes,
@@ -112,12 +113,22 @@ def test_small_model_gets_less_of_a_cpu_than_a_large_one():
     assert shares == [2, 75]
 
 
-def test_busy_cpu_may_become_faster():
+def test_busy_cpu_may_become_faster(monkeypatch):
     work, busy = workload(MODEL, CPU), Load(average=6, cores=2)
     assert busy.share == 0.25
+    monkeypatch.setattr(speeds, "_measure_cpu_flops", lambda: speeds._CpuFlops(1e9, alone=2e9))
     alone, now = (expected_speed(work, CPU, load).rate for load in (None, busy))
     assert alone is not None and now is not None
     assert now.high / now.expected == pytest.approx(4 * alone.high / alone.expected)
+    assert now.low < alone.low, "the threads of a step wait for each other"
+
+
+def test_program_that_has_just_started_is_not_in_the_load_average_but_in_the_range(monkeypatch):
+    """A measurement beside it once predicted a 45th of the speed that was reached."""
+    work, just_started = workload(MODEL, CPU), Load(average=0.1, cores=2)
+    monkeypatch.setattr(speeds, "_measure_cpu_flops", lambda: speeds._CpuFlops(1e9, alone=45e9))
+    now = expected_speed(work, CPU, just_started).rate
+    assert now is not None and now.high > 45 * now.expected
 
 
 def fitting(size: str, gigabytes: int, *kind: str, **changes: Any) -> tuple[int, str]:

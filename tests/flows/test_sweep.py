@@ -43,7 +43,7 @@ def test_sweep_continues_after_a_failed_run_and_compares_the_others(
     group = runs.pop("s")
     assert group.info.status == "FAILED"
     assert set(group.data.metrics) == {"sweep/val_best"}, "none among the curves of its runs"
-    assert "comparison.md" in [file.path for file in client.list_artifacts(group.info.run_id)]
+    assert "comparison.html" in [file.path for file in client.list_artifacts(group.info.run_id)]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {group.info.run_id}
     assert "loss/val_by_gflops" in runs["s-custom-seed0"].data.metrics
 

@@ -8,7 +8,7 @@ from pipeline import ROOT
 from prefect.flows import load_flow_from_entrypoint
 
 from zeroflow.orchestration import form
-from zeroflow.orchestration.deployments import DEPLOYMENTS
+from zeroflow.orchestration.deployments import DEPLOYMENTS, WAITS
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
 
@@ -24,6 +24,7 @@ def test_deployment_names_a_flow_by_its_module_and_parameters_that_it_takes(depl
     config = {"run": RunConfig, "sweep": SweepConfig}[parameter]
     assert form.filled(form.read(config, given)) == {key: given[key] for key in given if given[key]}
     assert [*flow.parameters.properties] == [parameter]
+    assert deployment["description"].endswith(WAITS)
 
 
 def test_file_at_the_root_equals_that_of_the_package():

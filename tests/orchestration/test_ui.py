@@ -181,7 +181,7 @@ def test_end_of_one_program_ends_the_others_and_is_reported(both: Ui) -> None:
     ]
     mlflow.kill()
     said = both.end(expect=1)
-    assert "error: MLflow's server has ended with exit code -9; the end of " in said
+    assert "error: MLflow's server has ended with exit code -9. Last lines of " in said
 
 
 def test_port_that_is_in_use_is_refused(tmp_path, monkeypatch):

@@ -28,6 +28,11 @@ _CPU_RANGE = (0.25, 1.3)
 """Range of the speed on a CPU, relative to the expected speed. Other programs slowed training to a
 quarter, and the matrix product that it was compared with by less."""
 
+_CROWDED = 0.4
+"""Factor of the low end if more programs than cores are running, as the threads of a step wait for
+each other. Three small models reached 16 %, 29 % and 36 % of the expected speed on two cores at a
+load average of 13 to 19."""
+
 _GPU_RANGE = (0.6, 1.2)
 """The same for a GPU, assuming the utilisation of an H100."""
 
@@ -83,10 +88,13 @@ def expected_speed(work: Workload, device: Device, load: Load | None = None) -> 
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
-        measured, share = _measure_cpu_flops(), _between(_MEASURED_CPU_SHARE, work.model.parameters)
+        measured, alone = _measure_cpu_flops()
+        share = _between(_MEASURED_CPU_SHARE, work.model.parameters)
         rate = Rate.around([share * measured / flops], _CPU_RANGE)
         if load:  # the other programs may end
-            rate = rate.replace(high=rate.high / load.share)
+            high = max(rate.high / load.share, _CPU_RANGE[1] * share * alone / flops)
+            crowded = load.average > load.cores
+            rate = rate.replace(high=high, low=_CROWDED * rate.low if crowded else rate.low)
         return Speed(rate, f"{share:.0%} of {measured / 1e9:.0f} GFLOP/s measured now")
     if device.peak_flops is None:
         return Speed(None, f"the peak of {device.name} is not known")
@@ -117,13 +125,23 @@ def _recomputed_share(work: Workload) -> float:
     return recomputed / work.model.parameters / 3  # the backward pass takes two thirds
 
 
-def _measure_cpu_flops(seconds: float = 0.2) -> float:
-    """Return the sustained FLOP/s of fp32 matrix products with the threads of this process."""
+class _CpuFlops(NamedTuple):
+    """FLOP/s of fp32 matrix products with the threads of this process."""
+
+    now: float
+    alone: float
+    """The same by the time that this process had the cores. Unlike the load average, this also
+    shows programs that have just started."""
+
+
+def _measure_cpu_flops(seconds: float = 0.2) -> _CpuFlops:
     n = 768
     a, b = torch.rand(n, n), torch.rand(n, n)
     a @ b  # the first one also allocates
-    start, products = time.perf_counter(), 0
+    start, cpu, products = time.perf_counter(), time.process_time(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         a @ b
         products += 1
-    return 2 * n**3 * products / elapsed
+    flops = 2 * n**3 * products
+    had = (time.process_time() - cpu) / torch.get_num_threads()
+    return _CpuFlops(flops / elapsed, max(flops / elapsed, flops / had))

@@ -24,6 +24,9 @@ DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 DEPLOY = f"prefect deploy --all --prefect-file {shlex.quote(str(DEPLOYMENTS))}"
 """The command that creates the deployments, or updates those of another version."""
 
+WAITS = "Runs wait for a worker, which `zeroflow ui` starts."
+"""End of the description of each deployment: without our programs, nothing else says so."""
+
 _POOL = (
     "Runs wait here, in state Late, until a worker takes them. `zeroflow ui` starts a worker, and "
     "writes into the state of each run why it waits."

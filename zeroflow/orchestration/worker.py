@@ -21,7 +21,7 @@ from prefect.states import Cancelled, State
 
 from zeroflow.model.sizes import SIZES
 from zeroflow.orchestration import waiting
-from zeroflow.orchestration.deployments import DEPLOYMENTS, set_up
+from zeroflow.orchestration.deployments import DEPLOYMENTS, WAITS, set_up
 from zeroflow.orchestration.names import WORK_POOL
 from zeroflow.orchestration.programs import Program
 from zeroflow.orchestration.server import (
@@ -224,7 +224,7 @@ def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
         size: named["custom"]
         | {
             "name": size,
-            "description": f"Train and check the {size} model.",
+            "description": f"Train and check the {size} model. {WAITS}",
             "tags": ["pretrain", size],
             "parameters": {"run": {"size": size}},
         }
