@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tiny import training_config
 
 from zeroflow.report import run_page
 from zeroflow.report.pages import Page
@@ -58,6 +59,16 @@ def test_report_before_plans_stages_and_bands_is_read(tmp_path):
     report = RunReport.read(path)
     assert (report.gpus, report.stages, report.plan) == (1, {}, [])
     assert report.expected_loss.verdict.startswith("unknown")
+
+
+def test_facts_about_the_data_fit_into_the_width_of_prefects_page(report):
+    figures = {"name": "fineweb-edu-CC-MAIN-2024-10", "revision": 40 * "f", "documents": 9_876_543}
+    figures |= {"covered": 0.986, "repeated": 0.321, "train_rows": 123_456_789, "epochs": 12.34}
+    long = report.replace(data=report.data.replace(**figures))
+    facts = run_page._facts(long, training_config().workload, {})
+    assert facts["Epochs"].startswith("12.34: 98.6% of 123,456,789 training rows were read")
+    assert facts["Revision"] == 40 * "f"
+    assert max(len(text) for name, text in facts.items() if name != "Checkpoint") <= 90
 
 
 def test_page_shows_the_metrics_of_the_table(report):

@@ -77,9 +77,9 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
     facts = {
         "Model": f"{report.size}, {report.parameters:,} parameters",
         **({"Start": f"the weights of {report.init_from}"} if report.init_from else {}),
-        "Data": f"{data.name}, revision {data.revision or 'none'}, "
-        f"{count(data.documents, 'document')}",
-        # A row of its own, because Prefect's page does not break lines in a table
+        # In three rows, because Prefect's page cuts off what is longer than about 90 characters
+        "Data": f"{data.name}, {count(data.documents, 'document')}",
+        "Revision": data.revision or "none",
         "Epochs": f"{data.epochs:.2f}{_coverage(data)}",
         "Tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens",
         "Trained": f"{count(report.steps, 'step')}, {report.tokens:,} tokens",
