@@ -11,6 +11,7 @@ from zeroflow.orchestration import form
 from zeroflow.orchestration.deployments import DEPLOYMENTS, WAITS
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
 
 PLANNED = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
 
@@ -19,9 +20,9 @@ PLANNED = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
 def test_deployment_names_a_flow_by_its_module_and_parameters_that_it_takes(deployment):
     module, _, name = deployment["entrypoint"].rpartition(".")
     flow = getattr(importlib.import_module(module), name)
-    assert flow.name == name
+    assert flow.name == name.replace("_", "-")
     [(parameter, given)] = deployment["parameters"].items()
-    config = {"run": RunConfig, "sweep": SweepConfig}[parameter]
+    config = {"run": RunConfig, "sweep": SweepConfig, "lab": ZeroLabRun}[parameter]
     assert form.filled(form.read(config, given)) == {key: given[key] for key in given if given[key]}
     assert [*flow.parameters.properties] == [parameter]
     assert deployment["description"].endswith(WAITS)
