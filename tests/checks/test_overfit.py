@@ -67,7 +67,8 @@ def test_learning_rate_of_zero_is_caught(monkeypatch):
     monkeypatch.setattr(AdamW, "set_learning_rate", still)
     result = run()
     assert not result.passed and result.steps == LIMITS.overfit_steps
-    assert "in 80 steps, not below 0.1: gradients, optimiser or labels" in result.reason
+    assert "in 80 steps, not below 0.1: if it was still falling" in result.reason
+    assert "otherwise gradients, optimiser or labels" in result.reason
     assert result.curve == [result.curve[0]] * 80
 
 
