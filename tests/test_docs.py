@@ -308,7 +308,9 @@ def quick(command: list[str], folder: Path) -> list[str]:
         if "--help" in given or (run and run.exists()):
             return command
         offered = [*TINY, "--skip-preflight", "--overfit-loss=20", "--max-steps=20", "--device=cpu"]
-        if not {"--size", "--sizes", "--hidden-size"}.intersection(given):
+        if "--init-from" in given:  # the model has a tokenizer and a shape of its own
+            offered.remove("--vocab-size=512")
+        elif not {"--size", "--sizes", "--hidden-size"}.intersection(given):
             offered += SHAPE
     else:
         return command
