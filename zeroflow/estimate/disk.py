@@ -49,7 +49,9 @@ def disk_speed(folder: Path, checkpoint_bytes: int, runs: Sequence[Past]) -> Dis
         source = f"as in {count(len(newest), 'earlier run')} here"
         return DiskSpeed(1 / statistics.median(newest), source)
     if checkpoint_bytes < _SMALLEST:
-        return DiskSpeed(None, "the disk's speed does not matter")
+        return DiskSpeed(
+            None, f"the disk's speed is not measured for less than {decimal(_SMALLEST)}"
+        )
     try:
         rate = _measured(existing_parent(folder))
     except OSError as error:
