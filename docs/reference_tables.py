@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from zeroflow.estimate.history import Past
+from zeroflow.inference.evaluation import EvaluationConfig, Evaluations
 from zeroflow.lab.record import ZeroLab
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.records import RunReport
@@ -201,6 +202,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "zero-lab": lambda: _settings(ZeroLabRun, "The laboratory", but="run"),
     "ui": lambda: _settings(UiConfig, "The user interfaces"),
     "sampling": lambda: _settings(SamplingConfig, "Sampling"),
+    "evaluation": lambda: _settings(EvaluationConfig, "Evaluation"),
+    "evaluation.json": lambda: _records(Evaluations),
     "metrics": _metrics,
     "metrics.jsonl": lambda: _records(metrics.StepRecord, metrics.ValidationRecord),
     "events.jsonl": lambda: _records(

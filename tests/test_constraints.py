@@ -30,6 +30,7 @@ COME_ALONG = {
     "_typeshed",  # with mypy
     "httpx",  # with Prefect, whose client it is
     "gguf",  # of zeroflow[gguf], which pins it
+    "lm_eval",  # of zeroflow[eval], which pins it
     "flash_attn",  # of zeroflow[hopper], whose requirements are versions that ran together
     "quack",
 }

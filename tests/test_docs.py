@@ -24,6 +24,7 @@ from pipeline import ROOT
 from torch.distributed import run
 
 from zeroflow.cli import arguments, commands
+from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.launchers import slurm
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
@@ -48,6 +49,7 @@ COMMANDS = {
     "data": None,
     "documents": None,
     "export": None,
+    "evaluate": EvaluationConfig,
     "prefect-setup": None,
 }
 """Subcommands of `zeroflow`, and the settings that each takes as flags."""

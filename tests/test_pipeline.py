@@ -19,7 +19,7 @@ from zeroflow.checks.check import Check
 from zeroflow.checks.overfit import OverfitFailed, OverfitResult
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.cli import commands
-from zeroflow.inference import trained
+from zeroflow.inference import evaluation, trained
 from zeroflow.inference.export import export
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
@@ -69,6 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, view: Broken) -> RunConfig:
     folder = tmp_path_factory.mktemp("notebook")
     texts = [f"def {QUOTES[i % len(QUOTES)]} " + "some more words. " * (i % 17) for i in range(600)]
     jsonl_corpus(folder / "quotes.jsonl", texts)
+    jsonl_corpus(folder / "judged.jsonl", texts[:9])
     (folder / "tokenizer").mkdir()
     for name, content in llama_tokenizer_repo(vocab_size=512).contents.items():
         (folder / "tokenizer" / name).write_bytes(content)
@@ -81,6 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, view: Broken) -> RunConfig:
         skip_preflight=True,
         model=SHAPE.model_dump(),
         training=TRAINING,
+        evaluation={"evaluate_path": [str(folder / "judged.jsonl")]},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -103,7 +105,7 @@ def test_run_on_documents_that_quote_markup_shows_them_as_text(run: RunConfig) -
 
 
 def test_page_that_cannot_be_shown_does_not_end_a_run(run: RunConfig, view: Broken) -> None:
-    assert view.asked == ["data", "overfit", "report"]
+    assert view.asked == ["data", "overfit", "report", "evaluation"]
     assert (run.run_dir / "report.md").exists()
 
 
@@ -329,6 +331,13 @@ def test_run_reads_the_shards_that_the_shards_command_built(run, tmp_path):
     assert pipeline.build_together(elsewhere).built == 0
     for_gpu = elsewhere.replace(device="auto", data=run.data, run_name=None)
     assert pipeline.build_together(for_gpu, gpu="H100").path == done.path
+
+
+def test_run_is_evaluated_in_the_end_as_asked_for(run: RunConfig) -> None:
+    [found] = evaluation.read(run.folder).steps
+    [score] = found.texts
+    assert found.step == 12 and score.text == run.evaluation.evaluate_path[0]
+    assert f"| {score.loss:.4f} ± " in (run.run_dir / "report.md").read_text(encoding="utf-8")
 
 
 def test_export_command_writes_a_model_with_its_card_and_uploads_it(

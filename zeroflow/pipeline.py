@@ -28,6 +28,9 @@ from zeroflow.data.shards import ShardSet
 from zeroflow.data.shared_build import Shared
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import find_device, known_gpu
+from zeroflow.inference import evaluation
+from zeroflow.inference.evaluate import EvaluationJob, evaluate_apart, is_known
+from zeroflow.inference.evaluation import Evaluation, EvaluationConfig
 from zeroflow.lab import measure
 from zeroflow.lab.study import LabConfig, study
 from zeroflow.launchers import kubernetes, slurm, slurm_array
@@ -35,7 +38,16 @@ from zeroflow.launchers.kubernetes import Cluster
 from zeroflow.launchers.slurm_jobs import gpu_option
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
-from zeroflow.report import data_page, pictures, plan_page, proof, run_page, run_report, zero_lab
+from zeroflow.report import (
+    data_page,
+    evaluation_page,
+    pictures,
+    plan_page,
+    proof,
+    run_page,
+    run_report,
+    zero_lab,
+)
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status, outcome
@@ -367,6 +379,39 @@ def write_report(
     )
 
 
+class Evaluated(NamedTuple):
+    """The scores of a run's last checkpoint."""
+
+    found: Evaluation
+    reused: bool
+    """True if it had been scored before."""
+
+
+def evaluate(run: Settled, view: View = LOG_ONLY) -> Evaluated:
+    """Score the trained model of a run as its settings ask, and show the scores.
+
+    Raises:
+        EvaluationFailed, ValueError, hub.HubError: the model could not be scored.
+    """
+    choice, step = run.evaluation, run.training.max_steps
+    config = EvaluationConfig(
+        data_path=choice.evaluate_path,
+        tasks=choice.evaluate_tasks,
+        # A machine without a GPU may evaluate what another has trained
+        device="cpu" if run.device == "cpu" else "auto",
+    )
+    job = EvaluationJob(cache=run.cache_dir, run=run.run_name, which=step, config=config)
+    if not (reused := is_known(job, step)):
+        log.info("evaluating the model of step %d", step)
+        evaluate_apart(job)
+    found = evaluation.read(run.folder).of(step)
+    assert found is not None, "it was just recorded"
+    run_report.add_evaluation(run.folder, found)
+    with never_fatal("evaluation"):
+        view.page(Page(tuple(evaluation_page.tables(found))), "evaluation")
+    return Evaluated(found, reused)
+
+
 def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
     """Train `job` undisturbed and with kills, compare every bit, and write and show the result.
 
@@ -437,6 +482,7 @@ class Stages(NamedTuple):
     write_report: Callable[
         [Prepared, PreflightResult | None, TrainResult, OverfitResult, View], Path
     ] = write_report
+    evaluate: Callable[[Settled, View], Evaluated] = evaluate
     prove: Callable[[TrainingJob, ProofConfig, View], Path] = prove
     measure_stages: Callable[[TrainingJob, LabConfig, View], Path] = measure_stages
     compare: Callable[[SweepConfig, Mapping[str, Status], View], Path] = compare
@@ -454,7 +500,8 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
     Raises:
         ValueError, hub.HubError: the settings or the input cannot be used.
         RunIsBusy: another process is working on the run.
-        PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; finished work is kept.
+        PreflightFailed, TrainingFailed, OverfitFailed, EvaluationFailed: the stage failed; finished
+            work is kept.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
     with ownership() as acquire, kept_ranks() as ranks:
@@ -464,7 +511,7 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         before = _trained_before(job)
         if before is None:
             find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
-        busy = run.device == "cuda" and before is None
+        busy = run.device == "cuda" and (before is None or run.evaluation.is_asked_for)
         # The inner block of ranks ends them before another run gets the GPU
         with view.gpu_slot() if busy else nullcontext(), kept_ranks():
             # If the pre-flight is skipped now, an earlier command may still have run it
@@ -480,7 +527,11 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             except OverfitFailed as failure:
                 stages.write_report(prepared, checked, trained, failure.result, view)
                 raise
-        return stages.write_report(prepared, checked, trained, learned, view)
+            page = stages.write_report(prepared, checked, trained, learned, view)
+            if run.evaluation.is_asked_for:
+                ranks.end()  # another process evaluates, and needs the memory of the GPU
+                stages.evaluate(run, view)
+        return page
 
 
 def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:

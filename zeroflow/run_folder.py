@@ -104,6 +104,9 @@ class RunFolder(TrackedFolder):
     loss_picture = _Named("loss.png")
     time_picture = _Named("time.png")
 
+    evaluation = _Named("evaluation.json")
+    """Scores of checkpoints on texts and tasks."""
+
     # The proof that resume is exact
     proof = _Named("proof.json")
     proof_page = _Named("proof.md")

@@ -73,8 +73,8 @@ def test_help_begins_with_a_usage_of_one_line(capsys, command):
     ("command", "left_out"),
     [
         ("sweep", {"--sweep", "--run-name"}),
-        ("zero-lab", {"--sweep", "--zero-stage", "--skip-preflight", "--overfit-steps"}),
-        ("prove-resume", {"--sweep", "--skip-preflight", "--overfit-steps", "--overfit-loss"}),
+        ("zero-lab", {"--sweep", "--zero-stage", "--skip-preflight", "--evaluate-tasks"}),
+        ("prove-resume", {"--sweep", "--skip-preflight", "--overfit-loss", "--evaluate-path"}),
     ],
 )
 def test_command_offers_no_setting_that_it_would_refuse(capsys, command, left_out):

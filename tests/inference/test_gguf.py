@@ -150,22 +150,19 @@ def test_model_without_a_tokenizer_is_refused_and_leaves_no_files(tmp_path):
 
 IN_LLAMA_CPP = """
 import json, sys
+sys.modules["zeroflow"] = None  # an import raises an error
 import llama_cpp
-sys.path = [entry for entry in sys.path if "zeroflow" not in entry]
-try:
-    import zeroflow
-    raise SystemExit("this process must not know zeroflow")
-except ImportError:
-    pass
 asked = json.load(sys.stdin)
 model = llama_cpp.Llama(asked["file"], n_ctx=64, logits_all=True, verbose=False)
 ids = [model.tokenize(text.encode(), add_bos=True, special=False) for text in asked["texts"]]
 model.eval(asked["ids"])
 logits = model.scores[: len(asked["ids"])].tolist()
-written = [
-    model.create_completion(prompt, max_tokens=9, temperature=0)["choices"][0]["text"]
-    for prompt in asked["prompts"]
-]
+written = []
+for prompt in asked["prompts"]:
+    model.reset()
+    tokens = model.tokenize(prompt.encode(), add_bos=True, special=False)
+    new = [token for token, _ in zip(model.generate(tokens, temp=0), range(9))]
+    written.append(model.detokenize(new).decode(errors="replace"))
 json.dump({"ids": ids, "logits": logits, "written": written}, sys.stdout)
 """
 
@@ -200,7 +197,7 @@ def test_llama_cpp_gives_the_ids_the_logits_and_the_greedy_text(kind, tmp_path):
     tokenizer, model = fetched(tmp_path, makes[kind]()), lively_model(MODEL_512)
     export(model, tokenizer, tmp_path / "out", context=64, name="mine", format="gguf")
     end = tokenizer.end_of_text
-    texts = [text for text in encoding.hard_strings(["<|endoftext|>", "<|x|>"]) if len(text) < 9999]
+    texts = encoding.hard_strings(["<|endoftext|>", "<|x|>"])
     ids = torch.randint(tokenizer.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
     prompts = ["The river runs", "x\n\n1234 don't ", "é🙂"]
     found = opened_in_llama_cpp(
@@ -216,7 +213,7 @@ def test_llama_cpp_gives_the_ids_the_logits_and_the_greedy_text(kind, tmp_path):
     with torch.no_grad():
         expected = model(ids)[0, :, : tokenizer.vocab_size]
     # llama.cpp rounds keys and values in its cache to fp16
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-2, rtol=0)
     greedy = SamplingConfig(temperature=0, tokens=9)
     ours = [
         sampling.generate(model, tokenizer, prompt, greedy, context=64)[len(prompt) :]

@@ -22,6 +22,7 @@ from zeroflow.cli.console import (
     terminate,
 )
 from zeroflow.cli.prefect_settings import importing_prefect
+from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.orchestration.names import PRETRAIN, SWEEP, ZERO_LAB
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings.proof import ProofRun
@@ -234,6 +235,28 @@ def _export(arguments: Arguments) -> None:
         show(push.push(arguments.out, arguments.push))
 
 
+def _evaluate_arguments(parser: Parser) -> None:
+    add_settings(parser, EvaluationConfig, "evaluation")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _of_a_checkpoint(parser)
+
+
+def _evaluate(arguments: Arguments) -> None:
+    from zeroflow.inference.evaluate import EvaluationJob, evaluate
+    from zeroflow.report import evaluation_page, run_report
+    from zeroflow.report.pages import Page
+    from zeroflow.run_folder import Cache
+
+    config = EvaluationConfig.model_validate(read_settings(EvaluationConfig, arguments))
+    cache, run = arguments.cache_dir, arguments.run
+    found = evaluate(EvaluationJob(cache=cache, run=run, which=_which(arguments), config=config))
+    run_report.add_evaluation(Cache(cache).run(run), found)
+    if arguments.json:
+        show(found.model_dump_json(indent=2))
+    else:
+        show(page_text(Page(tuple(evaluation_page.tables(found))).linked))
+
+
 def _data(arguments: Arguments) -> None:
     from zeroflow.data import statistics
     from zeroflow.inference import trained
@@ -382,6 +405,14 @@ _COMMANDS = (
         "write a model for transformers, vLLM, llama.cpp or Ollama",
         _export_arguments,
         _export,
+    ),
+    _Command(
+        "evaluate",
+        "score a run's model on texts and tasks",
+        _evaluate_arguments,
+        _evaluate,
+        "Score a checkpoint: loss, bits per byte and perplexity on texts, and tasks of "
+        "lm-evaluation-harness. Without texts and tasks, the held-out rows of the run are scored.",
     ),
     _Command("data", "show the contents of a run's rows", _of_a_run, _data),
     _Command(

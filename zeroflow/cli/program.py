@@ -12,7 +12,7 @@ FLOWS = ("pretrain", "sweep", "zero-lab")
 LONG = (*FLOWS, "prove-resume", "ui")
 """Commands that print log lines. The output of the others is for other programs."""
 
-SHORT = ("generate", "export", "data", "documents", "plan", "shards", "prefect-setup")
+SHORT = ("generate", "export", "evaluate", "data", "documents", "plan", "shards", "prefect-setup")
 """The other commands."""
 
 

@@ -151,7 +151,7 @@ class CorpusConfig(Config):
     def anywhere(self) -> Self:
         """A copy with absolute paths."""
         paths = {
-            name: tuple(map(_absolute, getattr(self, name)))
+            name: tuple(map(absolute, getattr(self, name)))
             for name in ("data_path", "validation_path")
         }
         return self.model_copy(update={name: path for name, path in paths.items() if path})
@@ -191,7 +191,7 @@ class _ValidationCorpus(CorpusConfig):
     files_flag: ClassVar[str] = "--validation-path"
 
 
-def _absolute(pattern: str) -> str:
+def absolute(pattern: str) -> str:
     """Make a path or glob absolute; special characters of the working directory are escaped."""
     path = Path(pattern).expanduser()
     if path.is_absolute() or path.exists():

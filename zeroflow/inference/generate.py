@@ -112,15 +112,15 @@ class _Cached:
         if len(ids) - self._begin > self._context:
             self._begin = self._done = len(ids) - max(1, self._context // 2)
             self._cache = None
-        new = torch.tensor([ids[self._done :]])
+        new = torch.tensor([ids[self._done :]], device=self._network.device)
         given = self._network(new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache, self._done = given.past_key_values, len(ids)
         logits: Tensor = given.logits[0, -1, : self._vocab_size]
-        return logits.float()
+        return logits.float().cpu()
 
 
 def of_model(model: Llama, tokenizer: Tokenizer, *, context: int) -> TextGenerator:
-    """Return the generator of a trained model, which must be on the CPU.
+    """Return the generator of a trained model.
 
     Args:
         context: context length in training, in tokens.

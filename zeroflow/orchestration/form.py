@@ -50,6 +50,7 @@ _GROUPS = {
     "build": "Building of shards",
     "hosts": "Several machines",
     "overfit": "Overfit check",
+    "evaluation": "Evaluation at the end",
 }
 """Titles of groups whose names are not clear enough."""
 

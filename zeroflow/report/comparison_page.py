@@ -59,6 +59,7 @@ def page(
         parts.append(Markdown(f"{named}. {_how_to_resume(unfinished)}"))
         parts += [Markdown(f"{code(run)} failed: {escaped(why)}") for run, why in reasons.items()]
     parts += _seeds_section(sweep, found.groups)
+    parts += _evaluation_section(sweep, found.runs)
     parts += [Picture(picture, picture.name) for picture in pictures]
     if found.law:
         sentences = _sentences(found, found.law)
@@ -134,6 +135,20 @@ def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Part]:
     head = ("runs", "seeds", *(TABLE[measure].label for measure in measures))
     yield Table(head, rows, right=" rrr")
     yield escaped("± is the standard deviation of a single run; only completed runs count.")
+
+
+def _evaluation_section(sweep: str, runs: Sequence[Outcome]) -> Iterator[Part]:
+    """Yield the table of scores on texts and tasks, if any run was evaluated."""
+    names = list(dict.fromkeys(name for one in runs for name in one.scores))
+    if not names:
+        return
+    yield Markdown("## Evaluation")
+    rows = [
+        (one.run.removeprefix(f"{sweep}-"), *(one.scores.get(name, "none") for name in names))
+        for one in runs
+    ]
+    yield Table(("run", *names), rows, right=" " + "r" * len(names))
+    yield escaped("± is the standard error.")
 
 
 def _mean_cell(mean: Mean | None) -> str:

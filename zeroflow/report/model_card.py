@@ -8,6 +8,8 @@ import yaml
 
 from zeroflow.data.corpus import FINEWEB_EDU, CorpusConfig
 from zeroflow.data.tokenizer import LLAMA_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
+from zeroflow.inference import evaluation
+from zeroflow.inference.evaluation import Evaluation
 from zeroflow.inference.export import Format
 from zeroflow.report import plan_page
 from zeroflow.report.pages import Page, Part, Table
@@ -55,6 +57,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         Table(("", ""), _data(run, job).items()),
         Markdown("## Results"),
         Table(("", ""), _results(records).items()),
+        *_scores(evaluation.read(folder).of(step)),
         *_time(folder, report if report and report.steps == step else None),
         Markdown("## Training"),
         Table(("setting", "value"), _training(job).items()),
@@ -194,6 +197,16 @@ def _results(records: list[MetricsRecord]) -> dict[str, str]:
         if found:
             latest[metric.label] = metric.text(found[-1])
     return latest
+
+
+def _scores(found: Evaluation | None) -> Iterator[Part]:
+    """Yield the scores on texts and tasks, without the folders of files."""
+    if found is None:
+        return
+    rows = [(Path(figure.of).name, figure.name, figure.text) for figure in found.figures()]
+    yield Table(("text or task", "figure", "value"), rows, right="  r")
+    if found.harness:
+        yield escaped(f"Tasks of lm-evaluation-harness {found.harness}; ± is the standard error.")
 
 
 def _time(folder: RunFolder, report: RunReport | None) -> Iterator[Part]:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import computed_field
 
 from zeroflow import artifacts
+from zeroflow.inference import evaluation
 from zeroflow.model.sizes import SIZES
 from zeroflow.report.records import RunReport, Sharding
 from zeroflow.run_folder import Cache, RunFolder
@@ -71,6 +72,9 @@ class Outcome(Sharding):
     metrics: dict[str, float] = {}  # noqa: RUF012, pydantic copies it
     """Last logged values of the compared metrics, by key in MLflow."""
 
+    scores: dict[str, str] = {}  # noqa: RUF012
+    """Scores of the newest evaluated checkpoint as text, by text or task and name of the figure."""
+
     @property
     def shape(self) -> str:
         """Name of the size; a custom shape is identified by its number of parameters."""
@@ -132,7 +136,14 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         curve=tuple((record.tokens, record.val_loss) for record in validations),
         bpb_curve=tuple((r.tokens, r.val_bpb) for r in validations if r.val_bpb is not None),
         metrics={m.key: latest[m.key] for m in COMPARED if m.key in latest},
+        scores=_scores(folder),
     )
+
+
+def _scores(folder: RunFolder) -> dict[str, str]:
+    newest = evaluation.read(folder).newest
+    figures = newest.main_figures() if newest else ()
+    return {f"{figure.of} {figure.name}": figure.text for figure in figures}
 
 
 def _status(job: TrainingJob, report: RunReport | None) -> Status:

@@ -6,7 +6,8 @@ from zeroflow.checks.check import Check
 from zeroflow.checks.overfit import beyond
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
-from zeroflow.report import plan_page
+from zeroflow.inference.evaluation import Evaluations
+from zeroflow.report import evaluation_page, plan_page
 from zeroflow.report.pages import Page, Part, Picture, Table, TextBlock
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
@@ -31,6 +32,7 @@ def page(
     *,
     plan: Plan | None,
     pages: Mapping[str, str],
+    evaluations: Evaluations,
 ) -> Page:
     """Return the page of a run.
 
@@ -46,6 +48,7 @@ def page(
         Picture(folder.loss_picture, "loss against tokens"),
         Picture(folder.overfit_picture, "loss of the overfit check"),
         *metrics_section(report.metrics),
+        *evaluation_page.section(evaluations),
         *_stages_section(report.stages),
     ]
     if report.preflight:

@@ -1,6 +1,7 @@
 """Writes the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from zeroflow.data.part_counts import row_bytes
 from zeroflow.data.shards import ShardSet
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
+from zeroflow.inference import evaluation
+from zeroflow.inference.evaluation import Evaluation
 from zeroflow.report import band, pictures, plan_page, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
@@ -28,15 +31,18 @@ from zeroflow.report.records import (
     TokenizerFigures,
     WorkloadFigures,
 )
+from zeroflow.run_folder import RunFolder
+from zeroflow.settings import settle
 from zeroflow.settings.settled import Settled
 from zeroflow.tracking import tracker
 from zeroflow.tracking.store import RunIds, run_ids
+from zeroflow.tracking.tracker import Point
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, metrics, recovery
 from zeroflow.training.events import EVENTS, Saved, Thinned
 from zeroflow.training.extension import extensions
 from zeroflow.training.goodput import Account
-from zeroflow.training.job import TrainingJob, TrainResult
+from zeroflow.training.job import TrainingJob, TrainResult, read_job
 from zeroflow.training.metrics import METRICS, MetricsRecord
 from zeroflow.training.recovery import Entry
 from zeroflow.units import duration
@@ -99,11 +105,56 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
     with never_fatal("report"):
         _draw(run, report, logs.metrics, expected)
         workload = run.job.training.workload
-        page = run_page.page(report, run.settings, workload, plan=logs.plan, pages=logs.pages)
+        page = run_page.page(
+            report,
+            run.settings,
+            workload,
+            plan=logs.plan,
+            pages=logs.pages,
+            evaluations=evaluation.read(folder),
+        )
         page.write(folder.report_page)
         show(page)
     report.replace(mlflow_run_id=_record(run, report, logs)).write(folder.report)
     return folder.report
+
+
+def add_evaluation(folder: RunFolder, found: Evaluation) -> None:
+    """Show an evaluation on the page of its run, and add it to MLflow."""
+    job = read_job(folder)
+    with never_fatal("report"):
+        if (report := RunReport.read_if_exists(folder.report)) is not None:
+            run_page.page(
+                report,
+                settle.load(folder.cache.path, folder.name),
+                job.training.workload,
+                plan=plans.load(folder),
+                pages=links(folder),
+                evaluations=evaluation.read(folder),
+            ).write(folder.report_page)
+    tracking = job.tracking
+    if tracking.folder is not None:  # the cache may have moved
+        tracking = tracking.replace(folder=folder.cache.mlflow.resolve())
+    points = [
+        Point(f"eval/{_KEY.sub('_', figure.of)}/{name}", value, found.step, found.time)
+        for figure in found.figures()
+        for name, value in ((figure.name, figure.value), (f"{figure.name}_stderr", figure.error))
+        if value is not None
+    ]
+    tracker.add_evaluation(tracking, folder, points, folder.evaluation, _html(folder))
+
+
+def _html(folder: RunFolder) -> dict[str, str]:
+    """Return the pages of a run as HTML, by file name."""
+    return {
+        page.with_suffix(".html").name: as_html(page, f"{folder.name}: {page.stem}")
+        for page in (folder.report_page, folder.data_page)
+        if page.exists()
+    }
+
+
+_KEY = re.compile(r"[^\w.-]+", re.ASCII)
+"""Characters that names of metrics in MLflow may not contain; a slash makes a folder there."""
 
 
 def _read(run: Finished) -> Logs:
@@ -268,11 +319,7 @@ def _record(run: Finished, report: RunReport, logs: Logs) -> str | None:
             *(folder.loss_picture, folder.time_picture, folder.overfit_picture),
             *(folder.settings, folder.lengths_picture),
         ],
-        pages={
-            page.with_suffix(".html").name: as_html(page, f"{report.run}: {page.stem}")
-            for page in (folder.report_page, folder.data_page)
-            if page.exists()
-        },
+        pages=_html(folder),
         series={"overfit/loss": run.overfit.curve},
         succeeded=report.overfit.passed,
     )

@@ -10,7 +10,7 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.device import find_device
 from zeroflow.reuse import flat
-from zeroflow.settings.run_config import ModelChoice, RunConfig
+from zeroflow.settings.run_config import EvaluationChoice, ModelChoice, RunConfig
 
 _STEPS = 60
 """Default number of steps: enough for several checkpoints and validations between kills."""
@@ -40,6 +40,7 @@ class ProofRun(Config):
         "run.sweep",
         "run.skip_preflight",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
+        *(f"run.evaluation.{name}" for name in EvaluationChoice.model_fields),
     )
     """Settings that do not apply to a proof."""
 
@@ -57,6 +58,8 @@ def settings(asked: RunConfig) -> RunConfig:
     """
     if asked.overfit != OverfitConfig():
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
+    if asked.evaluation.is_asked_for:
+        raise ValueError("a proof has no evaluation: drop --evaluate-path and --evaluate-tasks")
     if asked.skip_preflight:
         raise ValueError("a proof has no pre-flight: drop --skip-preflight")
     if asked.run_name and asked.folder.checkpoints.exists():

@@ -1,9 +1,13 @@
 """Checks for settings that contradict each other or the device, before any work is done."""
 
+import importlib.util
 import math
+from typing import ClassVar
 
 import numpy as np
 
+from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.slices import require_readable
 from zeroflow.data.tokenizer import (
     SYNTHETIC_TOKENIZER,
     TRAINED_TOKENIZER,
@@ -41,6 +45,31 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
             "--end-of-text has no effect with --tokenizer-name train, which has its own end token: "
             "drop it"
         )
+
+
+def refuse_an_impossible_evaluation(asked: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: the trained model could not be evaluated as requested.
+    """
+    choice = asked.evaluation
+    if choice.is_asked_for and not asked.data.is_text:
+        raise ValueError(
+            "a model of synthetic data has no loss on texts and tasks: drop --evaluate-path and "
+            "--evaluate-tasks"
+        )
+    if choice.evaluate_tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "--evaluate-tasks needs lm-evaluation-harness: pip install 'zeroflow[eval]'"
+        )
+    for path in choice.evaluate_path:
+        require_readable(_EvaluationText(data_mode="files", data_path=(path,)))
+
+
+class _EvaluationText(CorpusConfig):
+    """A text of `evaluate_path`, as a corpus."""
+
+    files_flag: ClassVar[str] = "--evaluate-path"
 
 
 def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:

@@ -9,7 +9,14 @@ from zeroflow import artifacts, reuse
 from zeroflow.config import flag
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.reuse import Fields
-from zeroflow.settings.run_config import BuildChoice, HostsChoice, RunConfig, TrainingChoice, leaves
+from zeroflow.settings.run_config import (
+    BuildChoice,
+    EvaluationChoice,
+    HostsChoice,
+    RunConfig,
+    TrainingChoice,
+    leaves,
+)
 from zeroflow.settings.settled import Settled
 from zeroflow.training import initial
 
@@ -19,6 +26,7 @@ FREE |= {f"training.{name}" for name in TrainingChoice.free}
 FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
 FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
+FREE |= {f"evaluation.{name}" for name in EvaluationChoice.model_fields}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
 
 ADDED = {"data.validation_revision": None, "model.init_from": None}

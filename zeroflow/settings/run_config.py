@@ -21,7 +21,7 @@ from pydantic import (
 
 from zeroflow.checks.overfit import OverfitConfig
 from zeroflow.config import Config, flag
-from zeroflow.data.corpus import CorpusConfig
+from zeroflow.data.corpus import CorpusConfig, absolute
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
 from zeroflow.device import Device, Precision
@@ -332,6 +332,26 @@ class HostsChoice(Config):
         return self
 
 
+class EvaluationChoice(Config):
+    """Evaluation of the trained model, as the last stage. These settings do not change the run."""
+
+    evaluate_path: tuple[str, ...] = ()
+    """Files or globs of text on which the trained model is scored, each by itself."""
+
+    evaluate_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness on which the trained model is scored; default for those that
+    suit small models. They need zeroflow[eval]."""
+
+    @property
+    def is_asked_for(self) -> bool:
+        return bool(self.evaluate_path or self.evaluate_tasks)
+
+    @property
+    def anywhere(self) -> Self:
+        """A copy with absolute paths."""
+        return self.model_copy(update={"evaluate_path": tuple(map(absolute, self.evaluate_path))})
+
+
 class RunConfig(Config):
     """All settings that define a run."""
 
@@ -362,6 +382,7 @@ class RunConfig(Config):
     hosts: HostsChoice = HostsChoice()
     optimizer: AnyOptimizer = DEFAULT
     overfit: OverfitConfig = OverfitConfig()
+    evaluation: EvaluationChoice = EvaluationChoice()
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -392,6 +413,8 @@ class RunConfig(Config):
             changes["data"] = data
         if (model := self.model.anywhere) != self.model:
             changes["model"] = model
+        if (evaluation := self.evaluation.anywhere) != self.evaluation:
+            changes["evaluation"] = evaluation
         return self.model_copy(update=changes)
 
     def workload(self, model: ModelConfig, device: Device, **settled: Any) -> Workload:

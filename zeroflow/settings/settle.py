@@ -32,6 +32,7 @@ from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, resuming
 from zeroflow.settings.refusals import (
     refuse_a_plan_for_no_gpu,
+    refuse_an_impossible_evaluation,
     refuse_ids_beyond_the_token_type,
     refuse_machines_that_cannot_share,
     refuse_more_gpus_than_there_are,
@@ -349,10 +350,11 @@ def _anywhere(asked: RunConfig) -> RunConfig:
         ValueError: a setting has no effect.
     """
     refuse_what_does_nothing(asked)
-    data, model = asked.data.anywhere, asked.model.anywhere
-    if (data, model) == (asked.data, asked.model):
+    refuse_an_impossible_evaluation(asked)
+    data, model, evaluation = asked.data.anywhere, asked.model.anywhere, asked.evaluation.anywhere
+    if (data, model, evaluation) == (asked.data, asked.model, asked.evaluation):
         return asked
-    return asked.model_copy(update={"data": data, "model": model})
+    return asked.model_copy(update={"data": data, "model": model, "evaluation": evaluation})
 
 
 def _resolved(found: _Found) -> ResolvedCorpus:

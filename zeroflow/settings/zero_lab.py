@@ -12,7 +12,7 @@ from zeroflow.lab import network
 from zeroflow.lab.study import LabConfig
 from zeroflow.reuse import flat
 from zeroflow.settings.refusals import refuse_one_rank
-from zeroflow.settings.run_config import ModelChoice, RunConfig
+from zeroflow.settings.run_config import EvaluationChoice, ModelChoice, RunConfig
 
 _STEPS = 20
 """Default number of steps."""
@@ -44,6 +44,7 @@ class ZeroLabRun(Config):
         "run.training.zero_stage",
         "run.training.reshard_group",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
+        *(f"run.evaluation.{name}" for name in EvaluationChoice.model_fields),
     )
     """Settings that do not apply to the laboratory."""
 
@@ -103,6 +104,10 @@ def _refuse(run: RunConfig) -> None:
         raise ValueError(
             "the laboratory has no pre-flight and no overfit check: drop --skip-preflight, "
             "--overfit-steps and --overfit-loss"
+        )
+    if run.evaluation.is_asked_for:
+        raise ValueError(
+            "the laboratory has no evaluation: drop --evaluate-path and --evaluate-tasks"
         )
     if run.run_name and run.folder.checkpoints.exists():
         raise ValueError(

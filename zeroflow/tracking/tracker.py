@@ -208,6 +208,22 @@ def close_group(
         log.warning("the comparison could not be added to MLflow: %s", _reason(error))
 
 
+def add_evaluation(
+    config: TrackingConfig,
+    folder: RunFolder,
+    points: Iterable[Point],
+    file: Path,
+    pages: Mapping[str, str],
+) -> None:
+    """Add the figures of an evaluation, its file and pages to the MLflow run of a run."""
+    try:
+        run = MlflowRun(config, folder)
+        run.send_again(points)
+        run.add([file], pages)
+    except Exception as error:  # the evaluation is on disk
+        log.warning("the evaluation could not be added to MLflow: %s", _reason(error))
+
+
 def _reason(error: Exception) -> str:
     """Return the first line without passwords; further lines may be a query or an HTML page."""
     return redacted((str(error) or type(error).__name__).splitlines()[0])
@@ -239,18 +255,23 @@ class MlflowRun:
         If the response to a delivered point was lost, the point is sent again with the same time,
         and MLflow treats both as one point.
         """
-        from mlflow.entities import Metric
-
         new, last = [], dict(self._last_step)
         for point in candidates:
             if point.step > last.get(point.key, -1):
                 new.append(point)
                 last[point.key] = point.step
+        self.send_again(new)
+        self._last_step = last
+
+    def send_again(self, points: Iterable[Point]) -> None:
+        """Send `points`, also of steps that their curve has; MLflow shows the latest by time."""
+        from mlflow.entities import Metric
+
+        new = list(points)
         for start in range(0, len(new), _BATCH_METRICS):
             batch = new[start : start + _BATCH_METRICS]
             metrics = [Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
             self._client.log_batch(self.run_id, metrics=metrics)
-        self._last_step = last
 
     def measure_machine(self) -> None:
         """Send the load of this machine; the monitor's own thread would end with the server."""

@@ -55,11 +55,13 @@ def validation_loss(
         row_sums = (losses, valid, losses**2, losses * valid, valid**2)
         sums += torch.stack([row_sum.sum() for row_sum in row_sums])
         on_batch(min(start + size * zero.ranks(), len(chosen)), len(chosen))
-    return _estimate(zero.mean(sums) * zero.ranks(), len(chosen))
+    return estimate(zero.mean(sums) * zero.ranks(), len(chosen))
 
 
-def _estimate(sums: Tensor, rows: int) -> ValidationLoss:
+def estimate(sums: Tensor, rows: int) -> ValidationLoss:
     """Estimate the mean loss per target and its standard error: a ratio of sums over rows.
+
+    The targets may also be other units, such as the bytes of the text.
 
     Args:
         sums: over rows, of the loss l, the targets n, l², l·n and n².

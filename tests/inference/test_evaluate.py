@@ -1,0 +1,353 @@
+"""Scores of a checkpoint on texts and tasks, and where they are shown."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from left import begun, completed
+from tiny import SHAPE, jsonl_corpus, lively_model
+from torch.nn.functional import cross_entropy
+
+from zeroflow.cli import commands
+from zeroflow.data.build import build_shards
+from zeroflow.data.rows import Rows
+from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.data.validation_sample import validation_rows
+from zeroflow.inference import evaluation, scoring, trained
+from zeroflow.inference.evaluate import (
+    EvaluationFailed,
+    EvaluationJob,
+    evaluate,
+    evaluate_apart,
+    is_known,
+)
+from zeroflow.inference.evaluation import (
+    DEFAULT_TASKS,
+    Evaluation,
+    EvaluationConfig,
+    TaskMetric,
+    TaskScore,
+)
+from zeroflow.inference.export import export
+from zeroflow.inference.scoring import Request
+from zeroflow.report.comparison import compare
+from zeroflow.report.comparison_page import page
+from zeroflow.report.model_card import model_card
+from zeroflow.report.outcome import outcome
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import settle
+from zeroflow.training.checkpoint import Retention, Saver
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.state import new_state
+from zeroflow.training.validation import bits_per_byte, validation_loss
+
+STEP = 2
+
+
+@pytest.fixture(scope="module")
+def job(text, tmp_path_factory) -> TrainingJob:
+    """A completed run, whose checkpoint has lively weights."""
+    cache = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run = RunConfig(
+            run_name="mine",
+            device="cpu",
+            cache_dir=cache,
+            data={"data_mode": "files", "data_path": text.corpus.data_path},
+            tokenizer={"tokenizer_name": "train", "vocab_size": 400},
+            model=SHAPE.model_dump(),
+            training={"max_steps": STEP, "seq_len": 32, "batch_size": 1},
+        )
+        settled = settle(run).run
+        tokenizer = fetch_tokenizer(settled.tokenizer, settled.data, cache)
+        shards = build_shards(settled.shard_config, settled.data, tokenizer, cache)
+        job = begun(run, shards, tokenizer)
+    completed(job, (6.0, 5.0, 4.0))
+    state = new_state(job.training)
+    state.model.load_state_dict(lively_model(job.model).state_dict())
+    state.step = STEP
+    saver = Saver(job.folder.checkpoints, Retention(keep=1), tokenizer=tokenizer.fingerprint)
+    saver.save(state, val_loss=4.0)
+    saver.wait()
+    return job
+
+
+def asked(job: TrainingJob, **config: object) -> EvaluationJob:
+    settings = EvaluationConfig(device="cpu", **config)
+    return EvaluationJob(cache=job.folder.cache.path, run="mine", config=settings)
+
+
+def test_held_out_rows_are_scored_as_in_training(job):
+    [score] = evaluate(asked(job)).texts
+    rows = Rows(job.shards, "validation")
+    chosen = validation_rows(job.shards, job.validation_rows)
+    expected = validation_loss(lively_model(job.model), rows, chosen, job.training.workload)
+    assert (score.loss, score.loss_error) == expected
+    assert score.bpb == bits_per_byte(score.loss, score.text_bytes / score.tokens)
+    assert score.perplexity == math.exp(score.loss)
+
+
+def test_text_is_scored_document_by_document_with_its_end(job, text, tmp_path):
+    texts = [*text.texts[:3], "é", "a"]
+    jsonl_corpus(tmp_path / "a.jsonl", texts)
+    [score] = evaluate(asked(job, data_path=(str(tmp_path / "a.jsonl"),))).texts
+    model, end = lively_model(job.model), job.tokenizer.end_of_text
+    nats: list[float] = []
+    tokens: list[int] = []
+    for one in texts:
+        ids = job.tokenizer.load().encode(one, add_special_tokens=False).ids
+        whole = torch.tensor([end, *ids, end])
+        for start in range(0, len(whole) - 1, 32):  # the context
+            window = whole[None, start : start + 33]
+            with torch.no_grad():
+                logits = model(window[:, :-1])[0]
+            nats.append(cross_entropy(logits, window[0, 1:], reduction="sum").item())
+            tokens.append(window.shape[1] - 1)
+    assert score.tokens == sum(tokens) and score.documents == len(texts)
+    assert score.text_bytes == sum(len(one.encode()) for one in texts)
+    # the same sums in fp32, in another order
+    assert score.loss == pytest.approx(sum(nats) / sum(tokens), rel=1e-5)
+    assert score.bpb == pytest.approx(sum(nats) / math.log(2) / score.text_bytes, rel=1e-5)
+    residuals = np.array(nats) - score.loss * np.array(tokens)
+    units = len(tokens)
+    spread = math.sqrt((residuals**2).sum() * units / (units - 1)) / sum(tokens)
+    assert score.loss_error == pytest.approx(spread, rel=1e-3)
+
+
+def test_each_path_has_a_score_of_its_first_tokens(job, text, tmp_path):
+    for name, part in (("a", text.texts[:2]), ("b", text.texts[2:4]), ("c", text.texts[4:6])):
+        jsonl_corpus(tmp_path / f"{name}.jsonl", part)
+    paths = (str(tmp_path / "[ab].jsonl"), str(tmp_path / "c.jsonl"))
+    both, last = evaluate(asked(job, data_path=paths, text_tokens=50)).texts
+    assert (both.text, last.text) == paths
+    assert both.tokens == last.tokens == 50 and both.documents == last.documents == 1
+    assert both.revision != last.revision
+
+
+def test_scores_do_not_depend_on_the_other_texts_of_a_batch():
+    model = lively_model()
+    generator = torch.Generator().manual_seed(0)
+    requests = [
+        Request(torch.randint(256, (length,), generator=generator).tolist(), scored)
+        for length, scored in ((9, 3), (40, 39), (2, 1), (17, 5))
+    ]
+    together = scoring.score(model, requests)
+    for request, found in zip(requests, together, strict=True):
+        [alone] = scoring.score(model, [request])
+        assert found.nats == pytest.approx(alone.nats, rel=1e-5) and found.greedy == alone.greedy
+    with torch.no_grad():
+        best = model(torch.tensor([requests[0].ids[:-1]]))[0, -3:].argmax(-1).tolist()
+    greedy = Request([*requests[0].ids[:-3], best[0]], 1)
+    assert [found.greedy for found in scoring.score(model, [greedy])] == [True]
+
+
+def test_new_scores_replace_older_ones_of_the_same_text_and_step(tmp_path, job):
+    folder = job.folder.inner("records")
+    folder.path.mkdir()
+
+    def scored(step: int, task: str, value: float) -> Evaluation:
+        metrics = {"acc": TaskMetric(value=value, error=0.1)}
+        score = TaskScore(task=task, version="1", examples=1, few_shot=0, metrics=metrics)
+        return evaluation.begun(step).replace(tasks=[score], harness="0.4.13")
+
+    for step, task, value in ((2, "a", 0.1), (1, "a", 0.2), (2, "b", 0.3), (2, "a", 0.4)):
+        evaluation.add(folder, scored(step, task, value))
+    found = evaluation.read(folder)
+    assert [one.step for one in found.steps] == [1, 2]
+    assert found.newest is not None
+    assert {f.of: f.value for f in found.newest.main_figures()} == {"a": 0.4, "b": 0.3}
+
+
+def test_evaluation_is_shown_by_the_command_in_the_report_the_card_mlflow_and_a_sweep(
+    job, text, tmp_path, capsys, console, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    job.folder.evaluation.unlink(missing_ok=True)
+    jsonl_corpus(tmp_path / "a.jsonl", text.texts[:3])
+    cache = job.folder.cache
+    command = ["evaluate", "--run=mine", f"--cache-dir={cache.path}", "--device=cpu", "--json"]
+    assert commands.main([*command, f"--data-path={tmp_path / 'a.jsonl'}"]) == 0
+    said = capsys.readouterr().out
+    [score] = json.loads(said[said.index("{") :])["texts"]
+    shown = f"{score['bpb']:.4f} ± {score['bpb_error']:.4f}"
+    assert score["perplexity"] == math.exp(score["loss"])
+    assert f"| {shown} |" in job.folder.report_page.read_text()
+    card = model_card(job.folder, step=STEP, format="hf")
+    assert f"| a.jsonl | bpb | {shown} |" in card and str(tmp_path) not in card
+    found = outcome(cache.path, "mine")
+    assert found is not None
+    compared = page("s", compare([found]), pictures=[], unfinished={}, reasons={}).linked
+    assert "## Evaluation" in compared and shown in compared
+
+    from mlflow.tracking import MlflowClient
+
+    ids = json.loads(job.folder.mlflow.read_text())
+    client = MlflowClient(f"sqlite:///{cache.mlflow / 'mlflow.db'}")
+    metrics = client.get_run(ids["run_id"]).data.metrics
+    [key] = [key for key in metrics if key.endswith("a.jsonl/bpb")]
+    assert metrics[key] == score["bpb"] and metrics[f"{key}_stderr"] == score["bpb_error"]
+
+
+def test_evaluation_in_its_own_process_is_recorded_and_then_known(job, text, tmp_path):
+    jsonl_corpus(tmp_path / "a.jsonl", text.texts[:2])
+    work = asked(job, data_path=(str(tmp_path / "a.jsonl"),))
+    assert not is_known(work, STEP)
+    evaluate_apart(work)
+    assert is_known(work, STEP)
+    jsonl_corpus(tmp_path / "a.jsonl", text.texts[:3])
+    assert not is_known(work, STEP), "the file has changed"
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(EvaluationFailed, match=r"could not be evaluated: .*a\.jsonl"):
+        evaluate_apart(work)
+
+
+def test_default_stands_for_tasks_that_suit_small_models():
+    assert EvaluationConfig(tasks=("mine", "default", "piqa")).task_names == [
+        "mine",
+        *DEFAULT_TASKS,
+    ]
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+{rest}
+metadata:
+  version: 1.0
+"""
+CHOICES = """
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+GENERATED = """
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 12
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def tasks(text, tmp_path) -> Path:
+    """Three tasks in local files: choices, the likelihood of texts, and generated answers."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    sentences = [one.split(". ") for one in text.texts[:12]]
+    questions = [
+        {
+            "question": f"{first}." if number else "",
+            "choices": [second, f"{second} é", "x"],
+            "answer": number % 3,
+            "text": f"{first}. {second}",
+        }
+        for number, (first, second, *_) in enumerate(sentences)
+    ]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    kinds = {
+        "choices": ("multiple_choice", "answer", CHOICES),
+        "texts": ("loglikelihood_rolling", '"{{text}}"', ""),
+        "answers": ("generate_until", '"{{choices[0]}}"', GENERATED),
+    }
+    for name, (kind, target, rest) in kinds.items():
+        file = folder / "q.jsonl"
+        content = TASK.format(name=name, file=file, kind=kind, target=target, rest=rest)
+        if name == "texts":
+            content = content.replace('"{{question}}"', '""')
+        (folder / f"{name}.yaml").write_text(content)
+    return folder
+
+
+def test_local_tasks_have_the_scores_that_the_harness_gives_the_exported_model(
+    job, tasks, tmp_path, monkeypatch
+):
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate", reason="the harness's own hf model needs it")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from zeroflow.inference.harness_model import HarnessModel
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    found = evaluate(asked(job, tasks=("choices", "texts", "answers"), task_path=str(tasks)))
+    scores = {score.task: score for score in found.tasks}
+    assert {score.examples for score in scores.values()} == {12}
+    assert found.harness == "0.4.13" and scores["choices"].main == "acc_norm"
+
+    model = trained.load(job.folder.cache.path, "mine")
+    export(model.model, model.tokenizer, tmp_path / "hf", context=model.context)
+    theirs = HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
+    index = TaskManager(include_path=str(tasks), include_defaults=False)
+
+    def results(lm, *names: str):
+        return lm_eval.simple_evaluate(
+            lm, tasks=list(names), task_manager=index, bootstrap_iters=10
+        )
+
+    expected = results(theirs, "choices")
+    samples = results(HarnessModel(model), "choices")["samples"]["choices"]
+    for ours, other in zip(samples, expected["samples"]["choices"], strict=True):
+        for (nats, greedy), (their_nats, their_greedy) in zip(
+            ours["filtered_resps"], other["filtered_resps"], strict=True
+        ):
+            # the same sums in fp32, in another order
+            assert nats == pytest.approx(their_nats, rel=1e-5) and greedy == their_greedy
+    for name in ("acc", "acc_norm"):
+        assert (
+            scores["choices"].metrics[name].value == expected["results"]["choices"][f"{name},none"]
+        )
+        error = expected["results"]["choices"][f"{name}_stderr,none"]
+        assert scores["choices"].metrics[name].error == error
+    bits = [
+        (-sample["filtered_resps"][sample["target"]][0], sample["arguments"][sample["target"]][1])
+        for sample in samples
+    ]
+    answer_bpb = sum(n for n, _ in bits) / math.log(2) / sum(len(a.encode()) for _, a in bits)
+    assert scores["choices"].metrics["answer_bpb"].value == pytest.approx(answer_bpb)
+
+    # The harness would also score the end-of-text token that the tokenizer adds before a text
+    theirs.add_bos_token = False
+    rolling = results(theirs, "texts")["results"]["texts"]["bits_per_byte,none"]
+    assert scores["texts"].metrics["bits_per_byte"].value == pytest.approx(rolling, rel=1e-5)
+    theirs.add_bos_token = True
+    # Otherwise the folder's own number of new tokens would replace that of the task
+    theirs.model.generation_config.max_new_tokens = None
+    written = results(theirs, "answers")["samples"]["answers"]
+    own = results(HarnessModel(model), "answers")["samples"]["answers"]
+    assert [one["filtered_resps"] for one in own] == [one["filtered_resps"] for one in written]
+
+
+def test_task_that_does_not_exist_is_refused_with_a_similar_one(tasks):
+    pytest.importorskip("lm_eval")
+    from zeroflow.inference import harness
+
+    with pytest.raises(ValueError, match=r"--tasks hellaswog: .* did you mean hellaswag\?"):
+        harness.open_tasks(["hellaswog"], str(tasks))
+
+
+def test_tasks_without_the_harness_are_refused_with_the_command_that_installs_it(
+    job, monkeypatch, console, capsys
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = ["evaluate", "--run=mine", f"--cache-dir={job.folder.cache.path}", "--tasks=piqa"]
+    assert commands.main(command) == 1
+    assert "pip install 'zeroflow[eval]'" in capsys.readouterr().err

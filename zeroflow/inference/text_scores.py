@@ -1,0 +1,148 @@
+"""Loss of a model on texts: files, datasets of the Hub, or the held-out rows of its run."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from zeroflow.data import encoding
+from zeroflow.data.arrays import Int64Array
+from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.documents import Tally
+from zeroflow.data.rows import Rows
+from zeroflow.data.slices import all_slices, read_slice
+from zeroflow.data.token_bytes import token_bytes
+from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.data.validation_sample import count_sample, validation_rows
+from zeroflow.inference import scoring
+from zeroflow.inference.evaluation import EvaluationConfig, TextScore
+from zeroflow.inference.scoring import Request
+from zeroflow.inference.trained import Trained
+from zeroflow.model.llama import Llama
+from zeroflow.training.job import TrainingJob
+from zeroflow.training.validation import bits_per_byte, validation_loss
+
+HELD_OUT = "held-out rows"
+"""Name of the run's own rows for validation."""
+
+
+class _Window(NamedTuple):
+    """A piece of a document that is scored at once."""
+
+    request: Request
+    text_bytes: int
+    unknown: int
+
+
+def corpora(config: EvaluationConfig) -> dict[str, CorpusConfig]:
+    """Return the texts to score, by name.
+
+    Raises:
+        ValueError: there are no such files.
+        hub.HubError: the hub refused or could not be reached.
+    """
+    found = {}
+    for path in config.data_path:
+        own = CorpusConfig(data_mode="files", data_path=(path,), text_column=config.text_column)
+        found[path] = resolve_corpus(own).corpus
+    if config.dataset:
+        hub = CorpusConfig(
+            data_mode="hub",
+            dataset=config.dataset,
+            dataset_config=config.dataset_config,
+            text_column=config.text_column,
+        )
+        found["/".join(filter(None, (config.dataset, config.dataset_config)))] = resolve_corpus(
+            hub
+        ).corpus
+    return found
+
+
+def score_held_out(model: Llama, job: TrainingJob) -> TextScore:
+    """Score the rows on which the run validates, in the same way as in training."""
+    rows = Rows(job.shards, "validation")
+    chosen = validation_rows(job.shards, job.validation_rows)
+    loss = validation_loss(model, rows, chosen, job.training.workload)
+    error = loss.standard_error
+    counts = count_sample(job.shards, job.tokenizer, job.validation_rows)
+    in_bytes = counts.bytes_per_token
+    return TextScore(
+        text=HELD_OUT,
+        revision=None,
+        documents=counts.documents,
+        tokens=counts.tokens,
+        text_bytes=counts.text_bytes or 0,
+        unknown=counts.unknown or 0,
+        loss=loss.mean,
+        loss_error=error,
+        bpb=bits_per_byte(loss.mean, in_bytes) if in_bytes else None,
+        bpb_error=bits_per_byte(error, in_bytes) if in_bytes and error is not None else None,
+    )
+
+
+def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) -> TextScore:
+    """Score the first documents of a resolved corpus, each by itself.
+
+    As in training, a document follows an end-of-text token, and its end is scored too. A document
+    that is longer than the context is scored in windows without overlap.
+
+    Args:
+        most: maximum number of tokens to score.
+
+    Raises:
+        ValueError: the corpus has no text, or a file cannot be read.
+    """
+    documents, left = 0, most
+    windows: list[_Window] = []
+    tokenizer = trained.tokenizer
+    for ids in _documents(corpus, tokenizer):
+        if left <= 0:
+            break
+        documents += 1
+        found = list(_windows(ids, tokenizer, trained.context, left))
+        windows += found
+        left -= sum(window.request.scored for window in found)
+    if not windows:
+        raise ValueError(f"{name} contains no text: name files with text")
+    scores = scoring.score(trained.model, [window.request for window in windows])
+    nats = np.array([score.nats for score in scores])
+    tokens = np.array([window.request.scored for window in windows], dtype=np.int64)
+    text_bytes = np.array([window.text_bytes for window in windows], dtype=np.int64)
+    loss = scoring.ratio(nats, tokens)
+    bits = scoring.ratio(nats / math.log(2), text_bytes) if text_bytes.sum() else None
+    return TextScore(
+        text=name,
+        revision=corpus.data_revision,
+        documents=documents,
+        tokens=int(tokens.sum()),
+        text_bytes=int(text_bytes.sum()),
+        unknown=sum(window.unknown for window in windows),
+        loss=loss.value,
+        loss_error=loss.error,
+        bpb=bits and bits.value,
+        bpb_error=bits and bits.error,
+    )
+
+
+def _documents(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[Int64Array]:
+    """Yield the ids of each document of a resolved corpus."""
+    encoder = tokenizer.load_encoder()
+    for piece in all_slices(corpus):
+        for batch in read_slice(corpus, piece, Tally()):
+            ids, lengths = encoder.encode(batch.texts)
+            yield from np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+
+
+def _windows(ids: Int64Array, tokenizer: Tokenizer, context: int, most: int) -> Iterator[_Window]:
+    """Yield the windows of a document, with at most `most` scored tokens."""
+    end, loaded = tokenizer.end_of_text, tokenizer.load()
+    sequence = np.concatenate([[end], ids, [end]])[: most + 1]
+    targets = sequence[1:]
+    begins = np.arange(len(targets)) == 0
+    sizes = token_bytes(loaded, targets, begins, end_of_text=end)
+    unknown = targets == encoding.unknown_id(loaded)
+    for start in range(0, len(targets), context):
+        part = slice(start, start + context)
+        request = Request(sequence[start : start + context + 1].tolist(), len(targets[part]))
+        yield _Window(request, int(sizes[part].sum()), int(np.sum(unknown[part])))
