@@ -97,3 +97,23 @@ def test_stages_are_varied_over_several_gpus_only():
     refusals.refuse_one_rank(run(training={"gpus": 2}), "--zero-stages")
     with refused("--zero-stages needs several GPUs: add --gpus"):
         refusals.refuse_one_rank(run(), "--zero-stages")
+        refusals.refuse_stages_of_one_gpu(run())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, None),
+        ({"evaluation": {"evaluate_tasks": ["piqa"]}}, r"pip install 'zeroflow\[eval\]'"),
+        ({"evaluation": {"evaluate_path": ["none.txt"]}}, "--evaluate-path none.txt matches no"),
+        (
+            {"data": {"data_mode": "synthetic"}, "evaluation": {"evaluate_tasks": ["piqa"]}},
+            "synthetic data has no loss on texts and tasks: drop --evaluate-path",
+        ),
+    ],
+    ids=str,
+)
+def test_evaluation_that_would_fail_after_the_training_is_refused(settings, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refused(message):
+        refusals.refuse_an_impossible_evaluation(run(**settings))
