@@ -540,9 +540,11 @@ def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:
     Ranks that wait already are used.
     """
     cache = Cache(asked.cache_dir.resolve())
+    if asked.training.nodes > 1:
+        return  # the ranks of several machines are started in another way
     if asked.run_name and cache.run(asked.run_name).training.exists():
         return  # probably complete
-    number = asked.training.gpus or 1
+    number = asked.training.ranks
     places = [Place(rank, number, cache.compiled) for rank in range(number)]
     ranks.start(places, cache.path, *_RANK_MODULES)
 
