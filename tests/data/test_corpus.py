@@ -109,8 +109,24 @@ def test_file_name_that_is_not_utf8_is_refused(tmp_path):
 def test_suffixes_may_be_in_capitals_and_names_with_brackets_are_not_patterns(tmp_path):
     (tmp_path / "a[1].JSONL.GZ").write_bytes(gzip.compress(as_jsonl([{"text": "one"}])))
     assert [document.text for document in read_files(tmp_path / "a[1].JSONL.GZ")] == ["one"]
-    with pytest.raises(ValueError, match=r"is a folder: name its files, as in .*\*\.jsonl"):
-        files_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", r"is a folder: name its files, as in '.*/\*\.txt'"),
+        ("inner/a.jsonl.gz", r"is a folder: name its files, as in '.*/\*\*/\*\.gz'"),
+        ("a.md", r"is a folder without a file of a supported kind: \.txt"),
+    ],
+)
+def test_message_for_a_folder_names_a_pattern_that_matches_its_files(tmp_path, name, message):
+    folder = tmp_path / "b[1]"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("text")
+    with pytest.raises(ValueError, match=message) as refused:
+        files_corpus(str(folder))
+    if "'" in str(refused.value):
+        assert files_corpus(str(refused.value).split("'")[1])
 
 
 TEXTS = [f"document number {number} about rivers" for number in range(40)]

@@ -101,8 +101,13 @@ def test_text_may_be_in_another_column(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl, line 1 has no text.*'body'.*--text-column"),
-        ("a.jsonl", b'{"text": 1}', r"a\.jsonl, line 1 has no text in field 'text'"),
-        ("a.jsonl", b'""\n[1]', r"a\.jsonl, line 1 has no text in field 'text', only str"),
+        (
+            "a.jsonl",
+            b'{"text": {}, "body": "x"}',
+            r"line 1 has no text in field 'text', but a value of type dict.*\['body'\]",
+        ),
+        ("a.jsonl", b'{"text": 1}', r"line 1 has no text.* type int; fields with text: none"),
+        ("a.jsonl", b'{"text": "x"}\n[1]', r"a\.jsonl, line 2 is JSON of type list, not an object"),
         (
             "a.json",
             b'[{"text": "x"}]',

@@ -68,7 +68,9 @@ def write_text(path: Path, rng: random.Random) -> Path:
 
 
 def trains(flow: Flow) -> bool:
-    return any("zeroflow.training" in process.cmdline() for process in processes_of(flow.cache))
+    return any(
+        "zeroflow.training.serving" in process.cmdline() for process in processes_of(flow.cache)
+    )
 
 
 def wait_for(begun: Callable[[], bool], process: "subprocess.Popen[str]") -> bool:

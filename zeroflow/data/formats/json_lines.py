@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from zeroflow.data import documents
 from zeroflow.data.documents import Document, Tally, TextBatch
@@ -75,9 +76,11 @@ def _document(file: DocumentFile, line: bytes, position: int) -> Document:
         raise ValueError(f"is not JSON: {error}") from error
     if isinstance(fields, dict) and fields.get(column, "") is None:
         return Document(file.name, "")  # null is an empty document, as in Parquet files
-    if not isinstance(fields, dict) or not isinstance(fields.get(column), str):
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"has no text in field {column!r}, only {found}: set --text-column")
+    if not isinstance(fields, dict):
+        kind = type(fields).__name__
+        raise ValueError(f"is JSON of type {kind}, not an object with a field {column!r}")
+    if not isinstance(fields.get(column), str):
+        raise ValueError(_no_text(fields, column))
     document_id, url = fields.get("id"), fields.get("url")
     named = isinstance(document_id, str | int) and document_id != ""
     return Document(
@@ -97,3 +100,10 @@ def _count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
     if tally.bad_lines > file.bad_lines_limit:
         allowed = f" ({tally.bad_lines} bad lines, --bad-lines-limit {file.bad_lines_limit})"
         raise ValueError(place + (allowed if file.bad_lines_limit else ""))
+
+
+def _no_text(fields: dict[str, Any], column: str) -> str:
+    texts = sorted(name for name, value in fields.items() if isinstance(value, str))
+    kind = f", but a value of type {type(fields[column]).__name__}" if column in fields else ""
+    remedy = "set --text-column to one of them" if texts else "no field has text"
+    return f"has no text in field {column!r}{kind}; fields with text: {texts or 'none'}: {remedy}"

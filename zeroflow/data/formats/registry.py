@@ -36,6 +36,15 @@ def format_of(name: str) -> Format:
     return FORMATS[suffix]
 
 
+def is_known(name: str) -> bool:
+    """Return True if a file of this name has a known format."""
+    try:
+        format_of(name)
+    except ValueError:
+        return False
+    return True
+
+
 def described() -> str:
     """List of the supported kinds of files, for help texts."""
     kinds = [known.description for known in FORMATS.values()]

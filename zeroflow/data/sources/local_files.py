@@ -9,6 +9,7 @@ import os
 import sysconfig
 import threading
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import IO, NamedTuple
 
 from zeroflow import artifacts
 from zeroflow.data.formats.file import CorpusFile
+from zeroflow.data.formats.registry import described, is_known
 from zeroflow.data.sources.known_digests import KnownDigests, Stamp, stamp
 from zeroflow.data.sources.source import Source
 from zeroflow.text.markup import is_utf8
@@ -280,9 +282,18 @@ class LocalFiles(LocalSource):
                 "than once: write the text to a file"
             )
         if plain.is_dir():
-            example = plain / "*.jsonl"
-            raise ValueError(f"{self.flag} {pattern} is a folder: name its files, as in {example}")
+            raise ValueError(f"{self.flag} {pattern} is a folder{_files_of(plain)}")
         raise ValueError(f"{self.flag} {pattern} matches no file in {Path.cwd()}")
+
+
+def _files_of(folder: Path) -> str:
+    """Return which pattern names the files of `folder` that can be read, for an error message."""
+    ours = [name for path in folder.rglob("*") if is_known(name := path.name) and path.is_file()]
+    if not ours:
+        return f" without a file of a supported kind: {described()}"
+    [(suffix, _)] = Counter(Path(name).suffix for name in ours).most_common(1)
+    inner = "" if any(folder.glob(f"*{suffix}")) else "**"
+    return f": name its files, as in '{Path(glob.escape(str(folder)), inner, f'*{suffix}')}'"
 
 
 @dataclass(frozen=True)
