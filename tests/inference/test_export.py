@@ -54,6 +54,7 @@ def test_transformers_opens_the_folder_with_the_same_logits_and_ids(tokenizer, t
     with torch.no_grad():
         # the same sums in another order: fp32 rounding at logits of about 1
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=0)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who reads one reads all"
     assert theirs.dtype == torch.float32
     assert theirs.config.max_position_embeddings == 64
     assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,10 @@ def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int)
         suppress_tokens=list(range(tokenizer.vocab_size, model.config.vocab_size)) or None,
     )
     network.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    # safetensors writes files that only their owner can read
+    readable = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for weights_file in folder.glob("*.safetensors"):
+        weights_file.chmod(readable)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
