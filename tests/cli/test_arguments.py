@@ -102,6 +102,7 @@ RUNS = [
             "namespace": "d",
         },
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
+        evaluation={"evaluate_path": ("a.txt", "b/*.jsonl"), "evaluate_tasks": ("piqa",)},
         skip_preflight=True,
     ),
     RunConfig(

@@ -4,6 +4,7 @@ that are stopped.
 
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from public_tokenizers import of_bytes, save
 
 from zeroflow.cli import commands
 from zeroflow.cli.console import Terminated
-from zeroflow.orchestration import flow_runs, server
+from zeroflow.orchestration import flow_context, flow_runs, server
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
 
@@ -110,6 +111,7 @@ def test_stopped_command_says_how_to_resume_and_has_the_exit_code_of_its_signal(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(server, "server", lambda: nullcontext("http://127.0.0.1:4200"))
     monkeypatch.setattr(flow_runs, "run_here", stopped)
+    monkeypatch.setattr(flow_context, "leave", sys.exit)  # without it, the tests end, too
     with pytest.raises(SystemExit) as ended:
         commands.main(["pretrain", f"--cache-dir={tmp_path}", IDS, "--seq-len=32", "--verbose"])
     signal.signal(signal.SIGTERM, before)

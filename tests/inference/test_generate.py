@@ -75,6 +75,7 @@ def scripted(text: str, *, tail: bytes = b"") -> TextGenerator:
         logits[0, 0, ids[done]] = 1
         return SimpleNamespace(logits=logits, past_key_values=done + 1)
 
+    network.device = torch.device("cpu")
     vocab_size = tokenizer.get_vocab_size()
     return TextGenerator(
         network,
