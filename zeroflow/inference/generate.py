@@ -105,7 +105,7 @@ class _Cached:
         self._cache: Any = None
         self._begin = self._done = 0
 
-    # The newest half, because after every cut all remaining tokens are computed again: their keys
+    # The newest half, because after every cut all remaining tokens are recomputed: their keys
     # and values depend on those that are left out
     @torch.no_grad()
     def __call__(self, ids: list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Prediction of a run before anything is built, and comparison with the finished run."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from pydantic import computed_field
@@ -26,7 +27,7 @@ from zeroflow.device import (
 )
 from zeroflow.estimate import history
 from zeroflow.estimate.disk import DiskSpeed, disk_speed
-from zeroflow.estimate.history import Figures, Past
+from zeroflow.estimate.history import Experience, Figures, Past
 from zeroflow.estimate.memory import (
     Room,
     checkpoint_bytes,
@@ -228,6 +229,11 @@ class _Facts(NamedTuple):
     free_bytes: int
 
 
+_DISK_ELSEWHERE = DiskSpeed(
+    None, "the disk's speed is unknown, because the plan is for another machine"
+)
+
+
 def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool = True) -> Plan:
     """Plan a run.
 
@@ -245,16 +251,9 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     rate, source = own_speed(facts.trained, work) or speed(
         work, device, facts.load, known, facts.runs
     )
-    held = stages[work.zero_stage].total if is_measured(work) else None
-    memory_source = "sum of its parts"
-    if held is None:
-        memory_source = "unknown for such code on a CPU until a run here has been measured"
-    if known and known.memory_bytes:
-        held, memory_source = known.memory_bytes, known.source
+    held, memory_source = _memory(work, stages, known)
     one = checkpoint_bytes(work)
-    disk = DiskSpeed(None, "the disk's speed is unknown, because the plan is for another machine")
-    if here:
-        disk = disk_speed(run.cache_dir, one, facts.runs)
+    disk = disk_speed(run.cache_dir, one, facts.runs) if here else _DISK_ELSEWHERE
     checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
     return Plan(
         run=run.run_name,
@@ -294,6 +293,17 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         checkpoint_every=run.cadence.checkpoint,
         disk_source=disk.source,
     )
+
+
+def _memory(
+    work: Workload, stages: Sequence[StagePlan], known: Experience | None
+) -> tuple[int | None, str]:
+    """Return the predicted memory in bytes, if it can be predicted, and its source."""
+    if known and known.memory_bytes:
+        return known.memory_bytes, known.source
+    if is_measured(work):
+        return stages[work.zero_stage].total, "sum of its parts"
+    return None, "unknown for such code on a CPU until a run here has been measured"
 
 
 def _look_up(run: Settled, device: Device) -> _Facts:
