@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import SHAPE, synthetic_rows, training_config, training_job
 
+from zeroflow.device import find_device
+from zeroflow.lab import fit
+from zeroflow.lab.measure import FitMeasurement
 from zeroflow.lab.record import ZeroLab
 from zeroflow.lab.study import LabConfig, Study, study
 from zeroflow.lab.tensors import PARTS
@@ -14,6 +17,8 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.training.job import TrainingJob
 
 STEPS, RANKS, ACCUMULATE = 3, 2, 2
+CAP = 10**6
+"""Bytes of a rank."""
 
 # 75 rows cannot be divided among two ranks, so their shards are padded
 MODEL = ModelConfig(**SHAPE.model_dump() | {"intermediate_size": 75}, vocab_size=300)
@@ -98,6 +103,31 @@ def test_page_and_pictures_show_the_record(job, found, lab):
     for picture in folder.path.glob("*.png"):
         assert f"({picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")
     assert len([*folder.path.glob("*.png")]) == 4
+
+
+def test_page_shows_what_fits_and_what_was_predicted_wrongly(job, lab):
+    sizes = fit.largest(job.training.workload, find_device("cpu"), CAP)
+    peaks = [
+        FitMeasurement(peak=CAP, peak_above=CAP + 1, step_seconds=1),
+        FitMeasurement(peak=CAP, peak_above=CAP, step_seconds=1),
+    ]
+    found = lab.replace(fit=fit.record([sizes], peaks, find_device("cpu"), CAP))
+    assert ZeroLab.model_validate_json(found.model_dump_json()) == found
+    page = zero_lab.page(job, found).linked
+    assert "may take 1.0 MB" in page
+    assert page.count("not the largest") == 1, "a model with one more block would have fitted"
+
+
+@pytest.mark.slow
+def test_largest_micro_batch_and_model_fit_under_the_cap_and_larger_ones_do_not(job):
+    config = LabConfig(zero_stages=(0, 3), memory_gb=CAP / 1e9)
+    found = study(job, config, lambda event: None).lab.fit
+    assert found is not None and found.cap_bytes == CAP
+    for stage in found.stages:
+        for one in (stage.micro_batch, stage.model):
+            assert one is not None and one.is_largest(CAP), (stage.stage, one)
+            assert abs(one.peak.error) < 0.03 and abs(one.peak_above.error) < 0.03
+            assert one.tokens_per_second > 0
 
 
 def test_a_study_whose_losses_differ_by_more_than_rounding_does_not_agree(lab):

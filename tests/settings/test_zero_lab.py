@@ -48,6 +48,12 @@ def test_slow_links_are_refused_before_anything_starts(monkeypatch):
         lab_run(slow)
 
 
+def test_cap_above_the_memory_of_the_machine_is_refused():
+    lab_run(asked().replace(lab=LabConfig(memory_gb=0.1)))
+    with pytest.raises(ValueError, match=r"--memory-gb is 1e\+06, but a rank can use .* lower it"):
+        lab_run(asked().replace(lab=LabConfig(memory_gb=1e6)))
+
+
 def test_name_of_a_training_run_is_refused(tmp_path):
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"mine is a training run: .* another --run-name"):

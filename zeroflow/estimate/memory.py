@@ -12,7 +12,7 @@ from zeroflow.training.workload import Workload
 Room = Literal["yes", "tight", "no"]
 """Whether a step fits in memory."""
 
-_USABLE = 0.85
+USABLE = 0.85
 """Fraction of a device's memory that a plan may use. The rest is for the CUDA context and for
 fragments that the caching allocator cannot use."""
 
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
         return sum(self)
 
     def fits(self, device: Device) -> bool:
-        return self.total <= _USABLE * device.memory_bytes
+        return self.total <= USABLE * device.memory_bytes
 
     def room(self, device: Device, ranks: int = 1) -> Room:
         """Return whether the step fits; "tight" if it may, with at least one GiB to spare.
@@ -55,7 +55,7 @@ class Memory(NamedTuple):
         """
         others = 0 if device.kind == "cuda" else (ranks - 1) * (self.total - self.checkpoint)
         needed = self.total + others
-        if needed <= _USABLE * device.memory_bytes:
+        if needed <= USABLE * device.memory_bytes:
             return "yes"
         return "tight" if needed + 2**30 <= device.memory_bytes else "no"
 

@@ -29,11 +29,10 @@ def _padded(shape: torch.Size, shards: int) -> int:
 def groups(model: ModelConfig) -> list[ParameterGroup]:
     """Return the groups that `zero.shard` makes: the root with embedding and last norm, and the
     blocks."""
-    with torch.device("meta"):  # shapes only
-        llama = Llama(model)
-    blocks = [
-        ParameterGroup(tuple(p.shape for p in block.parameters())) for block in llama.model.layers
-    ]
-    inner = {id(p) for p in llama.model.layers.parameters()}
+    with torch.device("meta"):  # shapes only, and all blocks have the same
+        llama = Llama(model.replace(num_hidden_layers=1))
+    [block] = llama.model.layers
+    inner = {id(p) for p in block.parameters()}
     rest = tuple(p.shape for p in llama.parameters() if id(p) not in inner)
+    blocks = [ParameterGroup(tuple(p.shape for p in block.parameters()))] * model.num_hidden_layers
     return [ParameterGroup(rest), *blocks]

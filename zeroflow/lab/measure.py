@@ -10,11 +10,15 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
+from zeroflow.config import Config
 from zeroflow.data.batches import Batches
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
@@ -33,9 +37,10 @@ from zeroflow.training.job import RankJob
 from zeroflow.training.loop import train_step
 from zeroflow.training.pulse import Pulse, PulseWriter
 from zeroflow.training.rank_program import RankProgram, make_deterministic
-from zeroflow.training.state import new_state
+from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Parent, Stop
 from zeroflow.training.workload import Workload
+from zeroflow.units import count
 
 log = logging.getLogger("zeroflow.lab")
 
@@ -47,6 +52,18 @@ _WARM_UP = 2
 
 _PROFILED = 3
 """Profiled steps, of which the one with the median of exposed communication is kept."""
+
+
+_FIT_STEPS = 5
+"""Timed steps of a workload that fits under a cap of memory."""
+
+
+class Fit(Config):
+    """A workload that fits under a cap of memory, and a slightly larger one."""
+
+    workload: Workload
+    above: Workload
+    """The same with one more row in a micro-batch, or one more block in the model."""
 
 
 class LabJob(RankJob):
@@ -62,6 +79,9 @@ class LabJob(RankJob):
 
     network: Network | None = None
     """Network of the ranks; None for that of this machine."""
+
+    fits: tuple[Fit, ...] = ()
+    """If there are any, only these are measured."""
 
     threads: PositiveInt
     """Threads of each rank on a CPU."""
@@ -90,11 +110,28 @@ class Measurement(Record):
     """Time line of a step of rank 0; empty for a single rank."""
 
 
+class FitMeasurement(Record):
+    """Figures of a `Fit`."""
+
+    peak: int
+    """Largest bytes of the tensors of any rank."""
+
+    peak_above: int
+    """The same of the larger workload."""
+
+    step_seconds: float
+    """Median."""
+
+
+Found = TypeVar("Found", Measurement, FitMeasurement)
+
+
 class Measurements(Record):
     """Figures of all workloads of a job."""
 
     found: tuple[Measurement, ...] = ()
     links: tuple[LinkMeasurement, ...] = ()
+    fits: tuple[FitMeasurement, ...] = ()
 
 
 def measure(config: TrainingConfig, rows: Rows) -> Measurement:
@@ -108,6 +145,10 @@ def measure(config: TrainingConfig, rows: Rows) -> Measurement:
         _clear(work)
     losses, seconds, spans = train(config, source)
     _clear(work)
+    log.info(
+        "%s: loss %.6f after %d steps, %.4g s per step",
+        *(work.devices, losses[-1], len(losses), seconds),
+    )
     return Measurement(
         workload=work,
         losses=tuple(losses),
@@ -135,23 +176,70 @@ def train(config: TrainingConfig, source: Batches) -> tuple[list[float], float, 
     """Train all steps; return their losses, the median time of a step, and a time line of one."""
     work = config.workload
     state = new_state(config)
-    losses, seconds = [], []
-    for step in range(config.steps):
-        micro_batches = source.micro_batches(step)
-        began = time.perf_counter()
-        loss = train_step(state, micro_batches, config).loss.item()  # waits for the device
-        losses.append(loss)
-        seconds.append(time.perf_counter() - began)
+    losses, step_seconds = _timed(state, config, source, config.steps)
 
     def spans(step: int) -> list[Span]:
         batch = source.micro_batches(step)
         return timeline.recorded(lambda: train_step(state, batch, config).loss.item(), work.device)
 
-    step_seconds = statistics.median(seconds[_WARM_UP:] or seconds)
     if work.ranks == 1:
         return losses, step_seconds, []
     profiled = sorted(map(spans, range(_PROFILED)), key=timeline.exposed)
     return losses, step_seconds, profiled[_PROFILED // 2]
+
+
+def _timed(
+    state: TrainState, config: TrainingConfig, source: Batches, steps: int
+) -> tuple[list[float], float]:
+    """Train `steps` steps, and return their losses and the median time of a step."""
+    losses, seconds = [], []
+    for step in range(steps):
+        micro_batches = source.micro_batches(step)
+        began = time.perf_counter()
+        loss = train_step(state, micro_batches, config).loss.item()  # waits for the device
+        losses.append(loss)
+        seconds.append(time.perf_counter() - began)
+    return losses, statistics.median(seconds[_WARM_UP:] or seconds)
+
+
+def measure_fit(fit: Fit, config: TrainingConfig, rows: Rows) -> FitMeasurement:
+    """Measure the speed of the workload that fits, and the memory of both."""
+    peak, seconds = peak_and_speed(config.replace(workload=fit.workload), rows, _FIT_STEPS)
+    above, _ = peak_and_speed(config.replace(workload=fit.above), rows, 0)
+    work = fit.workload
+    log.info(
+        "%s, %s, %s: %.4g s per step",
+        work.devices,
+        count(work.model.num_hidden_layers, "block"),
+        count(work.micro_batch_rows, "row"),
+        seconds,
+    )
+    return FitMeasurement(
+        peak=zero.max_over_ranks(peak),
+        peak_above=zero.max_over_ranks(above),
+        step_seconds=seconds,
+    )
+
+
+def peak_and_speed(config: TrainingConfig, rows: Rows, steps: int) -> tuple[int, float]:
+    """Return the largest bytes of this rank's tensors in a step, and the median time of `steps`.
+
+    The allocator of a GPU counts the bytes, in the steps that are timed. On a CPU, the tensors of
+    an eager step are recorded, and no step is timed if `steps` is 0.
+    """
+    source, work = batches(rows, config), config.workload
+    if work.device == "cuda":
+        state = new_state(config)
+        torch.cuda.reset_peak_memory_stats()
+        _, seconds = _timed(state, config, source, _WARM_UP + steps)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        memory, _ = record_step(config.replace(workload=work.replace(compile=False)), source)
+        state, peak = new_state(config), memory["peak"]
+        seconds = _timed(state, config, source, _WARM_UP + steps)[1] if steps else 0.0
+    del state
+    _clear(work)
+    return peak, seconds
 
 
 def _clear(work: Workload) -> None:
@@ -172,24 +260,37 @@ def work(job: LabJob, stop: Stop) -> None:
         found_links = links.measure(configs, lambda config: batches(rows, config), job.bandwidths)
         _finish(job, Measurements(links=tuple(found_links)))
         return
+    if job.fits:
+        tasks = [(fit.workload, partial(measure_fit, fit, job.training, rows)) for fit in job.fits]
+        if (found_fits := _in_turn(job, tasks, stop)) is not None:
+            _finish(job, Measurements(fits=tuple(found_fits)))
+        return
+    steps = [
+        (workload, partial(measure, job.training.replace(workload=workload), rows))
+        for workload in job.workloads
+    ]
+    if (found := _in_turn(job, steps, stop)) is not None:
+        _finish(job, Measurements(found=tuple(found)))
+
+
+def _in_turn(
+    job: LabJob, tasks: Sequence[tuple[Workload, Callable[[], Found]]], stop: Stop
+) -> list[Found] | None:
+    """Return the results of all `tasks`, or None if this job was stopped."""
     pulses = PulseWriter(job.folder.alive)
-    found: list[Measurement] = []
-    for workload in job.workloads:
+    found: list[Found] = []
+    for workload, task in tasks:
         if zero.rank() == 0:
-            pulses(Pulse(PHASE, len(found), len(job.workloads), workload.devices))
-        found.append(measure(job.training.replace(workload=workload), rows))
-        log.info(
-            "%s: loss %.6f after %d steps, %.4g s per step",
-            *(workload.devices, found[-1].losses[-1], len(found[-1].losses)),
-            found[-1].step_seconds,
-        )
+            pulses(Pulse(PHASE, len(found), len(tasks), workload.devices))
+        found.append(task())
         if stop():
             break
-    if len(found) == len(job.workloads):
-        _finish(job, Measurements(found=tuple(found)))
-    elif zero.rank() == 0:
+    if len(found) == len(tasks):
+        return found
+    if zero.rank() == 0:
         message = "the laboratory was stopped; the same command repeats it"
         EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
+    return None
 
 
 def _finish(job: LabJob, found: Measurements) -> None:

@@ -63,8 +63,11 @@ class ZeroStage(Config):
 
     @property
     def name(self) -> str:
-        groups = f", groups of {self.shard_group}" if self.shard_group else ""
-        return f"{self.stage}{groups}"
+        return _name(self.stage, self.shard_group)
+
+
+def _name(stage: Stage, shard_group: int | None) -> str:
+    return f"{stage}, groups of {shard_group}" if shard_group else f"{stage}"
 
 
 class StageOverLink(Config):
@@ -101,6 +104,56 @@ class Crossover(Config):
     predicted_gbps: float | None
 
 
+class Largest(Config):
+    """The largest micro-batch, or the largest model, of a stage under the cap."""
+
+    micro_batch_rows: int
+    blocks: int
+    """Number of decoder blocks."""
+
+    parameters: int
+    peak: Amount
+    """Bytes of a rank's tensors at the peak of a step."""
+
+    peak_above: Amount
+    """The same with one more row or block."""
+
+    tokens_per_second: float
+    """Of all ranks together."""
+
+    def is_largest(self, cap: int) -> bool:
+        """Return True if its measured peak is within the cap, and one more row or block is not."""
+        return self.peak.measured <= cap < self.peak_above.measured
+
+
+class StageFit(Config):
+    """The largest micro-batch and the largest model of a stage under the cap."""
+
+    stage: Stage
+    shard_group: int | None = omitted()
+    """Ranks over which the state is sharded; None for all ranks."""
+
+    micro_batch: Largest | None
+    """With the model of the run; None if not even one row fits."""
+
+    model: Largest | None
+    """With the micro-batch of the run, the model with the largest number of blocks; None if not
+    even one block fits."""
+
+    @property
+    def name(self) -> str:
+        return _name(self.stage, self.shard_group)
+
+
+class MemoryFit(Config):
+    """The largest micro-batches and models under a cap of memory."""
+
+    cap_bytes: int
+    """Cap on the tensors of a rank."""
+
+    stages: tuple[StageFit, ...]
+
+
 class ZeroLab(Record):
     """Results of the laboratory: contents of zero_lab.json."""
 
@@ -131,6 +184,8 @@ class ZeroLab(Record):
     """Speed by bandwidth, if --bandwidth-gbps was given."""
 
     crossovers: tuple[Crossover, ...] = ()
+    fit: MemoryFit | None = omitted()
+    """Largest micro-batches and models under a cap, if --memory-gb was given."""
 
     def volume(self, one: ZeroStage) -> float:
         """Return the values that a rank moves in a step, in parameters, as the paper counts.

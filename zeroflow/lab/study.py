@@ -8,18 +8,20 @@ from typing import Any
 from pydantic import PositiveFloat, ValidationInfo, field_validator
 
 from zeroflow.config import Config, flag
-from zeroflow.lab import collectives, memory, timeline
+from zeroflow.device import find_device
+from zeroflow.lab import collectives, fit, memory, timeline
 from zeroflow.lab.collectives import Traffic
 from zeroflow.lab.measure import LabJob, Measurement, Measurements
 from zeroflow.lab.network import network
 from zeroflow.lab.prediction import crossovers, linked
-from zeroflow.lab.record import Amount, Collective, Link, ZeroLab, ZeroStage
+from zeroflow.lab.record import Amount, Collective, Link, MemoryFit, ZeroLab, ZeroStage
 from zeroflow.training.events import Event
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.launch import launch
 from zeroflow.training.pulse import Pulse
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import STAGES, Stage
+from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ class LabConfig(Config):
     """Bandwidths of a rank, in 10⁹ bits per second, at which steps are also measured. The ranks
     then run in network namespaces, which needs root."""
 
+    memory_gb: PositiveFloat | None = None
+    """Cap on the memory of a rank, in 10⁹ bytes of tensors. The largest micro-batch and the model
+    with the most blocks that fit at each stage are then also measured."""
+
     @field_validator("zero_stages", "bandwidth_gbps")
     @classmethod
     def _each_once(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
@@ -48,6 +54,11 @@ class LabConfig(Config):
     @property
     def stages(self) -> tuple[Stage, ...]:
         return self.zero_stages or STAGES
+
+    @property
+    def cap_bytes(self) -> int | None:
+        """The cap on the memory of a rank."""
+        return None if self.memory_gb is None else round(self.memory_gb * 1e9)
 
 
 class Study(Config):
@@ -87,6 +98,7 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
         stages=tuple(_stage(one, reference) for one in found),
         links=over_links,
         crossovers=crossovers(over_links),
+        fit=config.cap_bytes and _under_cap(job, config, config.cap_bytes, on_event),
     )
     return Study(lab=lab, one_rank=reference, measurements=found)
 
@@ -121,6 +133,18 @@ def _over_links(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> tuple
     with network(work.ranks) as joined:
         found = _launched(job, workloads, on_event, bandwidths=bandwidths, network=joined).links
     return linked(found, workloads)
+
+
+def _under_cap(job: TrainingJob, config: LabConfig, cap: int, on_event: OnEvent) -> MemoryFit:
+    """Find the largest micro-batches and models under a cap, and measure them."""
+    work = job.training.workload
+    device = find_device(work.device)
+    workloads = _workloads(work, config.stages)
+    sizes = [fit.largest(one, device, cap) for one in workloads]
+    fits = [one for stage in sizes for one in stage.fits]
+    log.info("measuring what fits into %s per rank", decimal(cap))
+    found = _launched(job, workloads, on_event, fits=tuple(fits)).fits if fits else ()
+    return fit.record(sizes, found, device, cap)
 
 
 def _measured(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from zeroflow.lab.record import Collective, ZeroLab, ZeroStage
+from zeroflow.lab.record import Amount, Collective, Largest, MemoryFit, ZeroLab, ZeroStage
 from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import PARTS
 from zeroflow.report import zero_pictures
@@ -11,7 +11,7 @@ from zeroflow.report.pages import Page, Part, Picture, Table
 from zeroflow.text.markup import Markdown, bold, escaped
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
-from zeroflow.units import count, parameter_count
+from zeroflow.units import count, decimal, parameter_count
 
 _PAPER = "[Rajbhandari et al. 2020](https://arxiv.org/abs/1910.02054)"
 
@@ -95,6 +95,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             _speeds(lab),
             Picture(folder.zero_timeline_picture, "time lines of a step"),
             *_over_links(job, lab),
+            *_under_cap(lab),
             Markdown("## Agreement"),
             Markdown(_agreement(lab)),
             Picture(folder.zero_losses_picture, "differences of the losses"),
@@ -252,6 +253,66 @@ def _over_links(job: TrainingJob, lab: ZeroLab) -> tuple[Part, ...]:
     ]
     head = ("faster", "measured at Gbit/s", "predicted")
     return (*parts, Table(head, crossings, " rr"))
+
+
+_FIT_REASONS = {
+    "row": "A row takes the same at every stage, because activations are not sharded. What a stage "
+    "saves of the state is left for rows.",
+    "block": "A block takes its activations, which are not sharded, and its weights, gradients and "
+    "moments, of which a stage shards some.",
+}
+"""Reasons why more rows and more blocks fit at a higher stage."""
+
+
+def _under_cap(lab: ZeroLab) -> tuple[Part, ...]:
+    if lab.fit is None:
+        return ()
+    intro = (
+        f"The tensors of a rank may take {decimal(lab.fit.cap_bytes)}. At the same work, a lower "
+        "stage is often as fast; under a cap, a higher stage fits more. The formula chooses the "
+        "sizes, and ranks measure them: the peak must be within the cap, and that with one more "
+        "row or block above it. In brackets is the error of the prediction."
+    )
+    return (
+        Markdown("## Fit to memory"),
+        Markdown(intro),
+        Markdown("### Largest micro-batch"),
+        _largest(lab.fit, [one.micro_batch for one in lab.fit.stages], "row"),
+        Markdown(_FIT_REASONS["row"]),
+        Markdown("### Largest model\n\nThe model of the run with another number of blocks:"),
+        _largest(lab.fit, [one.model for one in lab.fit.stages], "block"),
+        Markdown(_FIT_REASONS["block"]),
+    )
+
+
+def _largest(fit: MemoryFit, found: list[Largest | None], unit: str) -> Table:
+    """
+    Args:
+        found: the largest of each stage.
+        unit: what there is more of, "row" or "block".
+    """
+    head = ("stage", f"{unit}s", "parameters", "peak (MB)", f"with one more {unit}", "tokens/s")
+    rows = []
+    for stage, one in zip(fit.stages, found, strict=True):
+        if one is None:
+            rows.append((stage.name, "none", "", "", "", ""))
+            continue
+        above = _megabytes(one.peak_above)
+        rows.append(
+            (
+                stage.name,
+                f"{one.micro_batch_rows if unit == 'row' else one.blocks:,}",
+                parameter_count(one.parameters),
+                _megabytes(one.peak),
+                above if one.is_largest(fit.cap_bytes) else bold(f"{above}: not the largest"),
+                f"{one.tokens_per_second:,.0f}",
+            )
+        )
+    return Table(head, rows, " " + "r" * (len(head) - 1))
+
+
+def _megabytes(amount: Amount) -> str:
+    return f"{amount.measured / 1e6:,.2f} ({100 * amount.error:+.1f} %)"
 
 
 def _agreement(lab: ZeroLab) -> str:

@@ -7,7 +7,8 @@ from zeroflow.checks.overfit import OverfitConfig
 from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import TokenizerConfig
-from zeroflow.device import find_device
+from zeroflow.device import Device, find_device
+from zeroflow.estimate.memory import USABLE
 from zeroflow.lab import network
 from zeroflow.lab.study import LabConfig
 from zeroflow.reuse import flat
@@ -62,7 +63,9 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
     """
     run = asked.run
     _refuse(run)
-    on_cpu = find_device(run.device).kind == "cpu"
+    device = find_device(run.device)
+    on_cpu = device.kind == "cpu"
+    _refuse_large_cap(asked, device)
     if asked.lab.bandwidth_gbps:
         if not on_cpu:
             raise ValueError(
@@ -90,6 +93,22 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
         del identity["cache_dir"]
         run = run.replace(run_name=f"zero-lab-{artifacts.fingerprint(identity)[:6]}")
     return run
+
+
+def _refuse_large_cap(asked: ZeroLabRun, device: Device) -> None:
+    """
+    Raises:
+        ValueError: the cap on the memory of a rank is more than the memory of the machine.
+    """
+    if (cap := asked.lab.cap_bytes) is None:
+        return
+    ranks = asked.run.training.ranks if device.kind == "cpu" else 1  # they share the memory
+    usable = int(USABLE * device.memory_bytes / ranks)
+    if cap > usable:
+        raise ValueError(
+            f"--memory-gb is {asked.lab.memory_gb:g}, but a rank can use {usable / 1e9:.3g} of the "
+            f"{device.memory_bytes / 1e9:.3g} GB of {device.name}: lower it"
+        )
 
 
 def _refuse(run: RunConfig) -> None:
