@@ -22,7 +22,9 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import validation_rows
 from zeroflow.report import plan_page
 from zeroflow.report.model_card import model_card
+from zeroflow.settings import resuming
 from zeroflow.settings.settle import foresee, settle
+from zeroflow.training import initial
 from zeroflow.training.__main__ import work
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, ValidationRecord
@@ -181,6 +183,49 @@ def test_plan_report_and_description_say_where_the_run_began(folder, base):
     assert named.run.run_name.startswith("base-6-")
 
 
+def test_card_names_the_start_its_digest_and_no_licence_where_there_is_none(folder, base, started):
+    for run, start in (
+        (asked(folder, "from-6", model={"init_from": "run:base"}), "run:base@6"),
+        (started, f"m, digest {settle(started).run.initial.digest}"),
+    ):
+        card = model_card(settle(run).run.folder, step=6, format="hf").replace("\\", "")
+        assert f"| Start | the weights of {start} |" in card
+        assert "| Licence of the start | not recorded; it also" in card
+        assert "random weights" not in card
+    assert str(folder) not in card
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "expected"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\ntext", {}, "mit"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n", {}, "llama3"),
+        ("---\ntags: [a]\n---\n", {"license": "cc-by-4.0"}, "cc-by-4.0"),
+        ("---\nlicense: [mit]\n---\n", {}, None),
+        ("---\nlicense: {\n---\n", {}, None),
+        ("# license: mit", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_licence_is_read_from_the_card_or_the_configuration(card, config, expected, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert initial._licence(tmp_path) == expected
+
+
+def test_licence_passes_on_to_runs_and_does_not_change_what_is_the_same(folder, hub, tmp_path):
+    first = asked(folder, "licensed", model={"init_from": "somebody/small"})
+    train(first)
+    found = settle(asked(folder, "second", model={"init_from": "run:licensed"})).run.initial
+    assert found.licence == "apache-2.0"
+    run = settle(first).run
+    other = run.replace(initial=run.initial.replace(licence=None))
+    assert resuming.default_name(run) == resuming.default_name(other)
+    folders = {initial.directory("a", each.initial, folder) for each in (run, other)}
+    assert len(folders) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -231,7 +276,9 @@ def test_file_with_other_tensors_is_refused_by_their_names(folder, tmp_path):
 
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path) -> Iterator[Hub]:
-    repo = Repo("model", "somebody/small", llama(tmp_path / "m", torch.bfloat16))
+    model = llama(tmp_path / "m", torch.bfloat16)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Small\n")
+    repo = Repo("model", "somebody/small", model)
     with Hub([repo]) as hub, asking(hub.url):
         yield hub
 
@@ -247,6 +294,8 @@ def test_model_of_the_hub_is_pinned_and_read_once(folder, hub, tmp_path):
     card = model_card(job.folder, step=6, format="hf")
     assert "base_model: somebody/small\n" in card
     assert f"trained from the weights of somebody/small@{repo.sha}" in card.replace("\\", "")
+    assert f"| Start | the weights of somebody/small@{repo.sha} |" in card.replace("\\", "")
+    assert "| Licence of the start | apache-2.0; it also applies to this model |" in card
     [command] = [line for line in card.splitlines() if line.startswith("zeroflow pretrain")]
     assert f"--init-from=somebody/small@{repo.sha}" in command
     assert "--hidden-size" not in command and "--tokenizer-name" not in command

@@ -93,6 +93,14 @@ def test_cpu_trains_for_minutes_with_a_lower_rate_for_its_small_batches():
     assert (choice.validate_every, choice.checkpoint_every, choice.log_interval) == (100, 40, 5)
 
 
+def test_trained_model_continues_at_a_tenth_of_the_rate_for_random_weights():
+    for device in (CPU, H200):
+        continued = fill(RunConfig(model={"init_from": "run:mine"}), device)
+        assert continued.learning_rate == pytest.approx(filled(device).learning_rate / 10)
+    given = {"model": {"init_from": "run:mine"}, "training": {"learning_rate": 0.5}}
+    assert fill(RunConfig.model_validate(given), CPU).learning_rate == 0.5
+
+
 @pytest.mark.parametrize(
     ("steps", "warmup"), [(5, 0), (20, 2), (100, 10), (200, 10), (500, 10), (5000, 100)]
 )

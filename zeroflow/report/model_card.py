@@ -21,6 +21,7 @@ from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
 from zeroflow.text.markup import Markdown, escaped, shell_command
 from zeroflow.training import goodput
+from zeroflow.training.initial import RUN
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.metrics import METRICS, TABLE, MetricsRecord
 from zeroflow.units import count, parameter_count
@@ -85,6 +86,17 @@ def _start(run: Settled) -> str:
     return f"the weights of {_named(('init_from',), source)}" if source else "random weights"
 
 
+def _source(run: Settled) -> dict[str, str]:
+    """Return the facts about the model that the run started from; empty for random weights."""
+    name, initial = run.model.init_from, run.initial
+    if not name or not initial:
+        return {}
+    pinned = name.startswith(RUN) or _base_on_hub(run)
+    start = _start(run) if pinned else f"{_start(run)}, digest {initial.digest}"
+    licence = initial.licence or "not recorded"
+    return {"Start": start, "Licence of the start": f"{licence}; it also applies to this model"}
+
+
 def _base_on_hub(run: Settled) -> str | None:
     """Return the name on the Hub of the model that the run started from."""
     name, _, revision = (run.model.init_from or "").rpartition("@")
@@ -121,7 +133,7 @@ def _data(run: Settled, job: TrainingJob) -> dict[str, str]:
     data, shards = run.data, job.shards
     repeated = job.order.coverage(job.training.steps)
     facts = {
-        **({"Start": f"{_start(run)}, whose licence also applies"} if run.initial else {}),
+        **_source(run),
         "Text": _text(data),
         "Revision": data.data_revision or "none",
         "Licence of the text": _licence(data),

@@ -15,6 +15,11 @@ from zeroflow.units import count
 TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter, as in Hoffmann et al. 2022: https://arxiv.org/abs/2203.15556"""
 
+CONTINUED = 0.1
+"""Factor of the peak learning rate of a run that starts from a trained model. Continued
+pre-training begins at about the lowest rate of the first one, usually a tenth of its peak: Parmar
+et al. 2024, https://arxiv.org/abs/2407.07263. A higher rate loses what the model has learned."""
+
 _CPU_BATCH_TOKENS = 512
 """Tokens of a step on a CPU, few because a CPU is slow."""
 
@@ -70,6 +75,8 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
     # A third on a CPU, because batches are small: after 200 steps of 512 tokens on the sample, tiny
     # had a loss of 7.65 at 3e-3, and of 7.14 at 1e-3
     peak = size.learning_rate / (1 if gpu else 3)
+    if run.model.init_from:
+        peak *= CONTINUED
     warmup = max(round(0.02 * steps), min(10, steps // 10))
     prompt = "def " if run.data.data_mode == "sample" else "The "
     filled = {

@@ -48,7 +48,7 @@ def default_name(run: Settled) -> str:
 
 def compared(settings: Fields) -> Fields:
     """Return those of `settings`, as in run.json, that distinguish runs."""
-    named = {"run_name", *FREE}
+    named = {"run_name", "initial.licence", *FREE}
     return {
         name: value
         for name, value in reuse.flat(settings).items()

@@ -186,7 +186,7 @@ class TrainingChoice(Config):
         None,
         description="Peak learning rate. Default: "
         f"{by_size(lambda size: f'{size.learning_rate:g}')}; a third of that on a CPU, where "
-        "batches are small.",
+        "batches are small; a tenth with --init-from.",
     )
 
     warmup_steps: NonNegativeInt | None = None

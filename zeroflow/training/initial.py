@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import yaml
+from pydantic import Field
 from torch import Tensor
 
 from zeroflow import artifacts
@@ -29,7 +31,8 @@ from zeroflow.data.tokenizer import (
 )
 from zeroflow.model.hugging_face import model_config
 from zeroflow.model.llama import Llama, ModelConfig
-from zeroflow.run_folder import Cache
+from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.text.markup import one_line
 from zeroflow.training import checkpoint, zero
 from zeroflow.training.checkpoint import Which
 from zeroflow.training.job import read_job
@@ -37,11 +40,17 @@ from zeroflow.training.tensor_files import SUFFIX, BadTensorFile, TensorFiles
 
 log = logging.getLogger(__name__)
 
-_RUN = "run:"
+RUN = "run:"
 """Prefix of a source that is a run."""
 
 _PART_BYTES = 2**30
 """Bytes of weights that are in memory at once while they are copied."""
+
+_CARD = "README.md"
+"""Model card of a folder in the format of Hugging Face."""
+
+_LONGEST_LICENCE = 100
+"""Maximum number of characters of a licence's name."""
 
 _TIED_HEAD = "lm_head.weight"
 _ANGLES = "rotary_emb.inv_freq"
@@ -55,6 +64,8 @@ class Initial(Config):
     """Digest of the source: of the files of a folder, of a checkpoint, or the commit on the hub."""
 
     model: ModelConfig
+    licence: str | None = Field(None, exclude_if=lambda licence: licence is None)
+    """Licence that the source names; None if it names none."""
 
 
 class InitialSource(NamedTuple):
@@ -70,7 +81,7 @@ class InitialSource(NamedTuple):
 
 def is_on_hub(name: str) -> bool:
     """Return True if the source `name` is neither a run nor a folder of this machine."""
-    return not name.startswith(_RUN) and _folder(name) is None
+    return not name.startswith(RUN) and _folder(name) is None
 
 
 def anywhere(name: str) -> str:
@@ -81,8 +92,8 @@ def anywhere(name: str) -> str:
 
 def short_name(name: str) -> str:
     """Return a short form of the source `name` for the names of folders."""
-    last = name.removeprefix(_RUN).rstrip("/").rsplit("/", 1)[-1]
-    last = last if name.startswith(_RUN) else last.partition("@")[0]
+    last = name.removeprefix(RUN).rstrip("/").rsplit("/", 1)[-1]
+    last = last if name.startswith(RUN) else last.partition("@")[0]
     return re.sub(r"[^A-Za-z0-9.]+", "-", last).strip("-.").lower()[:40] or "model"
 
 
@@ -97,7 +108,7 @@ def look_up(name: str, cache: Path) -> InitialSource:
         ValueError: there is no such model, or this decoder cannot express it.
         HubError: the hub refused or could not be reached.
     """
-    if name.startswith(_RUN):
+    if name.startswith(RUN):
         return _of_run(name, cache)
     try:
         folder = _folder(name)
@@ -143,7 +154,7 @@ def fetch(name: str, initial: Initial, cache: Path) -> Path:
 
 def directory(name: str, initial: Initial, cache: Path) -> Path:
     """Return the directory of the copied weights."""
-    fingerprint = artifacts.fingerprint(initial.model_dump(mode="json"))
+    fingerprint = artifacts.fingerprint(initial.model_dump(mode="json", exclude={"licence"}))
     return Cache(cache).models / f"{short_name(name)}-{fingerprint}"
 
 
@@ -160,7 +171,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _of_run(name: str, cache: Path) -> InitialSource:
-    run, _, which = name.removeprefix(_RUN).partition("@")
+    run, _, which = name.removeprefix(RUN).partition("@")
     folder = Cache(cache).run(run)
     if not folder.job.exists():
         runs = ", ".join(f.name for f in Cache(cache).existing_runs() if f.job.exists())
@@ -174,8 +185,17 @@ def _of_run(name: str, cache: Path) -> InitialSource:
     facts, tokenizer = checkpoint.read_facts(path), read_job(folder).tokenizer
     checkpoint.require_same(path, facts.model, tokenizer=tokenizer.fingerprint)
     require_copy(tokenizer)
-    initial = Initial(digest=_digest_of_checkpoint(path), model=facts.model)
-    return InitialSource(f"{_RUN}{run}@{facts.step}", initial, _choice(tokenizer))
+    initial = Initial(
+        digest=_digest_of_checkpoint(path), model=facts.model, licence=_licence_of_run(folder)
+    )
+    return InitialSource(f"{RUN}{run}@{facts.step}", initial, _choice(tokenizer))
+
+
+def _licence_of_run(folder: RunFolder) -> str | None:
+    """Return the licence of the model that a run started from, which holds for what comes of it."""
+    found = artifacts.read_json(folder.settings).get("initial") or {}
+    licence: str | None = found.get("licence")
+    return licence
 
 
 def _choice(tokenizer: Tokenizer) -> TokenizerConfig:
@@ -192,7 +212,7 @@ def _of_folder(name: str, folder: Path, cache: Path) -> InitialSource:
     if not _files(folder):
         raise ValueError(f"the folder has no model*{SUFFIX}; other files of weights are not read")
     model = model_config(artifacts.read_json(folder / "config.json"))
-    initial = Initial(digest=_digest(folder, cache), model=model)
+    initial = Initial(digest=_digest(folder, cache), model=model, licence=_licence(folder))
     return InitialSource(name, initial, TokenizerConfig(tokenizer_name=str(folder.absolute())))
 
 
@@ -201,13 +221,37 @@ def _of_hub(name: str) -> InitialSource:
     if name.startswith((".", "/", "~")):
         raise ValueError("no such folder")
     commit = hub.model_revision(repository, revision or None, probe="config.json")
-    with TemporaryDirectory() as folder:
-        hub.download(
-            repository, commit, lambda file: file == "config.json", Path(folder), patience=QUESTION
-        )
-        model = model_config(artifacts.read_json(Path(folder) / "config.json"))
+    with TemporaryDirectory() as place:
+        folder, wanted = Path(place), ("config.json", _CARD)
+        hub.download(repository, commit, wanted.__contains__, folder, patience=QUESTION)
+        model = model_config(artifacts.read_json(folder / "config.json"))
+        initial = Initial(digest=commit, model=model, licence=_licence(folder))
     tokenizer = TokenizerConfig(tokenizer_name=repository, tokenizer_revision=commit)
-    return InitialSource(f"{repository}@{commit}", Initial(digest=commit, model=model), tokenizer)
+    return InitialSource(f"{repository}@{commit}", initial, tokenizer)
+
+
+def _licence(folder: Path) -> str | None:
+    """Return the licence that the model card or the configuration in `folder` names."""
+    found = _card_metadata(folder / _CARD)
+    named = found.get("license_name") or found.get("license")
+    if not named:
+        config = artifacts.read_json(folder / "config.json")
+        named = config.get("license") if isinstance(config, dict) else None
+    return one_line(named)[:_LONGEST_LICENCE] if isinstance(named, str) and named else None
+
+
+def _card_metadata(card: Path) -> dict[str, Any]:
+    """Return the YAML metadata at the beginning of a model card; empty if there is none."""
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if (block := re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)) is None:
+        return {}
+    try:
+        found = yaml.safe_load(block[1])
+    except yaml.YAMLError:  # somebody else's text, of which a run needs nothing
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -238,8 +282,8 @@ def _weights(
     Raises:
         ValueError: the source has changed, or its tensors are not those of the decoder.
     """
-    if name.startswith(_RUN):
-        run, _, step = name.removeprefix(_RUN).partition("@")
+    if name.startswith(RUN):
+        run, _, step = name.removeprefix(RUN).partition("@")
         path = checkpoint.find(Cache(cache).run(run).checkpoints, int(step))
         if _digest_of_checkpoint(path) != initial.digest:
             raise ValueError(f"--init-from {name}: the checkpoint has changed since the run began")
