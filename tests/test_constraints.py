@@ -31,6 +31,7 @@ COME_ALONG = {
     "httpx",  # with Prefect, whose client it is
     "gguf",  # of zeroflow[gguf], which pins it
     "lm_eval",  # of zeroflow[eval], which pins it
+    "tensorboard",  # of zeroflow[tensorboard]
     "flash_attn",  # of zeroflow[hopper], whose requirements are versions that ran together
     "quack",
 }

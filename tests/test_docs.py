@@ -67,15 +67,16 @@ FOREIGN = {
     "--no-deps",
     "--ntasks-per-node",
     "--local-addr",
+    "--logdir",
     "--mem",
     "--fqdn",
     "--gres",
     "--partition",
 }
-"""The beginning of `--no-...`, and flags of pip, Slurm, torchrun and hostname."""
+"""The beginning of `--no-...`, and flags of pip, Slurm, torchrun, TensorBoard and hostname."""
 
 OTHER_PROGRAMS = {".", "cd", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
-OTHER_PROGRAMS |= {"vllm"}
+OTHER_PROGRAMS |= {"tensorboard", "vllm"}
 
 
 def name(page: Path) -> str:

@@ -183,9 +183,12 @@ class Tail(Generic[R]):
     def __init__(self, kind: JsonLines[R], path: Path, position: int) -> None:
         self._kind, self._path, self._position = kind, path, position
         self._file = path.stat().st_ino if path.exists() else None
+        self.from_start = False
+        """True if the last call of `new_records` read the file from its beginning."""
 
     def new_records(self) -> list[R]:
         """Return the records of the lines that were completed since the last call."""
+        self.from_start = False
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -193,6 +196,7 @@ class Tail(Generic[R]):
             if self._file not in (None, found):
                 self._position = 0
             self._file = found
+            self.from_start = self._position == 0
             file.seek(self._position)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._position += len(complete) + len(newline)

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or orphaned resumes and ends like an undisturbed one."""
 
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from endings import assert_same_end, wait_until_gone
+from event_files import curves
 from patience import HANG_SECONDS
 from pipeline import (
     ROOT,
@@ -30,6 +32,9 @@ STEPS = 800  # enough that none is at its end when it is stopped
 RUN = [*SMALL_SHAPE, "--data-mode=synthetic", f"--max-steps={STEPS}", "--log-interval=10"]
 RUN += ["--checkpoint-every=100", "--validate-every=150", "--skip-preflight"]
 
+HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+RUN += ["--log-to=tensorboard"] if HAS_TENSORBOARD else []
+
 
 def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_run(
     flow: Flow, tmp_path: Path
@@ -43,6 +48,8 @@ def test_run_stopped_in_every_way_ends_with_the_bits_of_an_undisturbed_run(
     assert_same_end(flow.folder("run"), trained_undisturbed(flow, tmp_path / "undisturbed"))
     assert_time_is_accounted_for(flow)
     assert_one_mlflow_run_has_every_line_once(flow)
+    if HAS_TENSORBOARD:
+        assert_event_file_has_every_line_once(flow)
 
 
 def trained_undisturbed(flow: Flow, folder: Path) -> Path:
@@ -138,3 +145,11 @@ def assert_one_mlflow_run_has_every_line_once(flow: Flow) -> None:
         lines = [(line["step"], line[field]) for line in flow.metrics("run") if field in line]
         points = client.get_metric_history(run.info.run_id, key)
         assert sorted((point.step, point.value) for point in points) == lines, key
+
+
+def assert_event_file_has_every_line_once(flow: Flow) -> None:
+    found = curves(flow.folder("run"))
+    for key, field in (("loss/train", "loss"), ("loss/val", "val_loss")):
+        lines = [(line["step"], line[field]) for line in flow.metrics("run") if field in line]
+        # TensorBoard keeps 32 bits of a value
+        assert found[key] == [(step, pytest.approx(value, rel=1e-6)) for step, value in lines]

@@ -1,9 +1,10 @@
+import sys
 from contextlib import nullcontext
 
 import pytest
 
 from zeroflow.device import find_device, known_gpu
-from zeroflow.settings import refusals
+from zeroflow.settings import refusals, settle
 from zeroflow.settings.run_config import RunConfig
 
 
@@ -13,6 +14,13 @@ def run(**settings) -> RunConfig:
 
 def refused(message: str | None):
     return pytest.raises(ValueError, match=message) if message else nullcontext()
+
+
+def test_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
+    asked = run(log_to=("tensorboard",))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with refused(r"--log-to tensorboard needs TensorBoard: pip install 'zeroflow\[tensorboard\]'"):
+        settle.require_possible(asked)
 
 
 @pytest.mark.parametrize(

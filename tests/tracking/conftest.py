@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from mlflow_runs import begun
 
-from zeroflow.tracking import tracker
+from zeroflow.tracking import delivery
 from zeroflow.tracking.config import TrackingConfig, database, location
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """Wait for as long as a busy machine needs, and no longer than it must."""
-    monkeypatch.setattr(tracker, "CLOSE_SECONDS", 300.0)
-    monkeypatch.setattr(tracker, "FLUSH_SECONDS", 0.05)
-    monkeypatch.setattr(tracker, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "CLOSE_SECONDS", 300.0)
+    monkeypatch.setattr(delivery, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.05)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 

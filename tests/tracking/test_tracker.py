@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from pipeline import free_port
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking import store, tracker
 from zeroflow.tracking.config import TrackingConfig, database, location
+from zeroflow.tracking.delivery import Delivery
 from zeroflow.tracking.store import run_ids
-from zeroflow.tracking.tracker import Tracker
 from zeroflow.tracking.viewer import links, viewer
-from zeroflow.training.metrics import METRICS, StepRecord, points
+from zeroflow.training.metrics import METRICS, StepRecord, follow_points, points
 from zeroflow.training.recovery import LEDGER, Entry
 
 BEGAN = 1_700_000_000.0
@@ -110,9 +111,8 @@ def validate(folder: RunFolder, steps: range, loss: float) -> None:
         METRICS.append(folder.metrics, validation_record(step, loss, time=BEGAN + 100))
 
 
-def follow(config: TrackingConfig, folder: RunFolder, *files: Path) -> Tracker:
-    records = METRICS.follow(folder.metrics)
-    return Tracker(config, folder, lambda: points(records.new_records()), files)
+def follow(config: TrackingConfig, folder: RunFolder, *files: Path) -> Delivery:
+    return tracker.follow(config, folder, partial(follow_points, folder.metrics), files)
 
 
 def finish(config: TrackingConfig, folder: RunFolder, *, succeeded: bool, files=()) -> str | None:
@@ -178,11 +178,11 @@ def test_resumed_run_is_one_run_with_every_step_once(config, mine, tmp_path):
 
     # the killed process was ahead of its checkpoint, and its steps come again later
     METRICS.keep(mine.metrics, lambda record: record.step <= 1)
-    tracker = follow(config, mine)
+    delivery = follow(config, mine)
     wait_until(lambda: the_run(config, mine).info.status == "RUNNING")
     record(mine, range(2, 6), time=BEGAN + 100)
     validate(mine, range(2, 6), 2.0)
-    tracker.close("FINISHED")
+    delivery.close("FINISHED")
 
     assert run_ids(mine) == first
     run = the_run(config, mine)
@@ -227,14 +227,14 @@ def test_files_are_attached_during_training_and_updated(config, mine):
         return Path(client(config).download_artifacts(run.run_id, name)).read_text()
 
     mine.settings.write_text("{}")
-    tracker = follow(config, mine, mine.settings, mine.loss_picture)
+    delivery = follow(config, mine, mine.settings, mine.loss_picture)
     wait_until(lambda: attached("run.json") == "{}")
     assert attached("loss.png") is None
     for drawn in ("first", "second, and longer"):
         mine.loss_picture.write_text(drawn)
         wait_until(lambda drawn=drawn: attached("loss.png") == drawn)
     assert the_run(config, mine).info.status == "RUNNING"
-    tracker.close("FINISHED")
+    delivery.close("FINISHED")
 
 
 def test_server_that_was_lost_gets_everything_when_it_is_back(

@@ -6,7 +6,7 @@ import sys
 import pytest
 from logged import step_record, validation_record
 
-from zeroflow.tracking.tracker import Point
+from zeroflow.tracking.points import Point
 from zeroflow.training import metrics
 from zeroflow.training.metrics import METRICS, TABLE, StepRecord, ValidationRecord, latest, points
 
@@ -60,10 +60,11 @@ def test_keys_of_mlflow_are_those_of_all_versions():
 
 def test_points_are_at_steps_tokens_and_gflops_and_none_is_skipped():
     found = list(points([step_record(3, 4.5, tokens=300, flops=7_999_999_999, time=1.5)]))
+    meaning = "training loss in nats per token"
     assert found[:3] == [
-        Point("loss/train", 4.5, 3, 1.5),
-        Point("loss/train_by_tokens", 4.5, 300, 1.5),
-        Point("loss/train_by_gflops", 4.5, 7, 1.5),
+        Point("loss/train", 4.5, 3, 1.5, "steps", meaning),
+        Point("loss/train_by_tokens", 4.5, 300, 1.5, "tokens", meaning),
+        Point("loss/train_by_gflops", 4.5, 7, 1.5, "gflops", meaning),
     ]
     assert {point.key for point in found[3:]} == {
         "optim/learning_rate",
@@ -86,7 +87,7 @@ def test_metric_that_is_added_is_drawn(monkeypatch):
     added = metrics.Metric("optim/weight_norm", "weight norm")
     monkeypatch.setitem(TABLE, "weight_norm", added)
     record = Wider(**step_record(4).model_dump(), weight_norm=12.0)
-    assert Point("optim/weight_norm", 12.0, 4, 4.0) in points([record])
+    assert Point("optim/weight_norm", 12.0, 4, 4.0, label="weight norm") in points([record])
     assert latest([record])["optim/weight_norm"] == 12.0
 
 

@@ -34,7 +34,7 @@ from zeroflow.report.records import (
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings import settle
 from zeroflow.settings.settled import Settled
-from zeroflow.tracking import tracker
+from zeroflow.tracking import others, tracker
 from zeroflow.tracking.store import RunIds, run_ids
 from zeroflow.tracking.tracker import Point
 from zeroflow.tracking.viewer import links
@@ -332,6 +332,7 @@ def _record(run: Finished, report: RunReport, logs: Logs) -> str | None:
             measured=logs.measured,
         )
         history.append(run.settings.cache_dir, past)
+    others.finish(tracking, folder, metrics.points(logs.metrics))
     points = metrics.points(logs.metrics)
     tags = tracking.tags | {"expected_loss": report.expected_loss.verdict}
     return tracker.finish(tracking.replace(tags=tags), folder, points, ending)

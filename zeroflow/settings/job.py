@@ -99,7 +99,13 @@ def training_job(
     }
     uri, folder = location(run.cache_dir)
     tracked = TrackingConfig(
-        uri=uri, folder=folder, run_name=run.run_name, tags=all_tags, params=params, dataset=dataset
+        uri=uri,
+        folder=folder,
+        run_name=run.run_name,
+        tags=all_tags,
+        params=params,
+        dataset=dataset,
+        log_to=run.log_to,
     )
     training = run.training_config(model, settled.device)
     bf16, peak = run.training.precision == "bf16", settled.device.peak_flops

@@ -83,6 +83,6 @@ def settings(asked: RunConfig) -> RunConfig:
     run = asked.replace(training=type(asked.training)(**training | given))
     if run.run_name is None:
         identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
-        del identity["cache_dir"]
+        del identity["cache_dir"], identity["log_to"]
         run = run.replace(run_name=f"proof-{artifacts.fingerprint(identity)[:6]}")
     return run

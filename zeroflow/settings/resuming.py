@@ -21,7 +21,7 @@ from zeroflow.settings.settled import Settled
 from zeroflow.training import initial
 
 # Settings that may change when a run is resumed, because they do not affect the weights
-FREE = {"cache_dir", "device", "sweep"}
+FREE = {"cache_dir", "device", "log_to", "sweep"}
 FREE |= {f"training.{name}" for name in TrainingChoice.free}
 FREE |= {f"build.{name}" for name in BuildChoice.model_fields}
 FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}

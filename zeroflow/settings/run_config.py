@@ -29,6 +29,7 @@ from zeroflow.model.llama import ActivationCheckpointing, ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.tracking.config import TrackerName
 from zeroflow.training import initial
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
@@ -364,6 +365,10 @@ class RunConfig(Config):
 
     cache_dir: Path = DEFAULT_CACHE
     """Folder for all output: tokenizers, shards, runs, mlflow."""
+
+    log_to: tuple[TrackerName, ...] = ()
+    """Trackers that also receive the metrics, beside MLflow. TensorBoard needs
+    zeroflow[tensorboard]."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""

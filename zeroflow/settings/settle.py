@@ -41,6 +41,7 @@ from zeroflow.settings.refusals import (
 )
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled, Settlement
+from zeroflow.tracking import others
 from zeroflow.tracking.store import forget
 from zeroflow.training import checkpoint
 from zeroflow.training import initial as initials
@@ -351,6 +352,7 @@ def _anywhere(asked: RunConfig) -> RunConfig:
     """
     refuse_what_does_nothing(asked)
     refuse_an_impossible_evaluation(asked)
+    others.require_installed(asked.log_to)
     data, model, evaluation = asked.data.anywhere, asked.model.anywhere, asked.evaluation.anywhere
     if (data, model, evaluation) == (asked.data, asked.model, asked.evaluation):
         return asked

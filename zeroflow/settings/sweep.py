@@ -64,7 +64,9 @@ class SweepConfig(Config):
     def name(self) -> str:
         # Defaults are left out, so that adding a setting does not rename existing sweeps
         given = self.model_dump(
-            mode="json", exclude={"sweep_name": True, "run": {"cache_dir"}}, exclude_defaults=True
+            mode="json",
+            exclude={"sweep_name": True, "run": {"cache_dir", "log_to"}},
+            exclude_defaults=True,
         )
         return self.sweep_name or f"sweep-{artifacts.fingerprint(given)[:6]}"
 

@@ -42,6 +42,7 @@ class ZeroLabRun(Config):
     no_flags: ClassVar[tuple[str, ...]] = (
         "run.sweep",
         "run.skip_preflight",
+        "run.log_to",
         "run.training.zero_stage",
         "run.training.reshard_group",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
@@ -90,7 +91,7 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
     run = run.replace(training=type(run.training)(**small | given))
     if run.run_name is None:
         identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
-        del identity["cache_dir"]
+        del identity["cache_dir"], identity["log_to"]
         run = run.replace(run_name=f"zero-lab-{artifacts.fingerprint(identity)[:6]}")
     return run
 
@@ -128,6 +129,8 @@ def _refuse(run: RunConfig) -> None:
         raise ValueError(
             "the laboratory has no evaluation: drop --evaluate-path and --evaluate-tasks"
         )
+    if run.log_to:
+        raise ValueError("the laboratory has no curves of training: drop --log-to")
     if run.run_name and run.folder.checkpoints.exists():
         raise ValueError(
             f"{run.run_name} is a training run: give the laboratory another --run-name"

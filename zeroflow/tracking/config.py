@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 from zeroflow.config import Config
 from zeroflow.records import Record
 from zeroflow.run_folder import Cache
 from zeroflow.text.redaction import redacted
+
+TrackerName = Literal["tensorboard"]
+"""Trackers that a run may use beside MLflow, by their packages."""
 
 EXPERIMENT = "zeroflow"
 """Name of the MLflow experiment of all runs."""
@@ -44,6 +48,9 @@ class TrackingConfig(Record):
     params: dict[str, str]
     dataset: Dataset | None
     """The rows that the run trains on; None for a sweep."""
+
+    log_to: tuple[TrackerName, ...] = ()
+    """Trackers beside MLflow."""
 
 
 def location(cache: Path) -> tuple[str, Path | None]:

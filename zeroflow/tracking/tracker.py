@@ -9,9 +9,7 @@ at its end, with the report, or when the same command runs again. MLflow cannot 
 keeps the first values of steps that are trained again after a roll-back.
 """
 
-import contextvars
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,115 +17,44 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from zeroflow.run_folder import RunFolder, SweepFolder, TrackedFolder
-from zeroflow.text.redaction import redacted
 from zeroflow.tracking.config import TrackingConfig, address
+from zeroflow.tracking.delivery import Delivery, reason
+from zeroflow.tracking.points import Look, NewPoints, Point
 from zeroflow.tracking.store import open_run
 
 log = logging.getLogger(__name__)
-
-FLUSH_SECONDS = 5.0
-"""Time between deliveries."""
-
-RETRY_SECONDS = 10.0
-"""Time between deliveries while MLflow fails."""
-
-CLOSE_SECONDS = 30.0
-"""Maximum time to wait for the last delivery at the end of training."""
 
 _BATCH_METRICS = 1000
 """Maximum number of points that MLflow accepts in one request."""
 
 
-class Point(NamedTuple):
-    """A point of a curve."""
-
-    key: str
-    value: float
-    step: int
-    time: float
-    """Seconds since the epoch."""
-
-
-class Tracker:
-    """Delivers the points of a run to MLflow in a separate thread.
-
-    If MLflow fails, training continues, and waits at most `CLOSE_SECONDS` at its end.
-    """
+class Following:
+    """The MLflow run of a run in training: the destination of its points."""
 
     def __init__(
-        self,
-        config: TrackingConfig,
-        folder: RunFolder,
-        new_points: Callable[[], Iterable[Point]],
-        files: Sequence[Path] = (),
+        self, config: TrackingConfig, folder: RunFolder, files: Sequence[Path] = ()
     ) -> None:
         """
         Args:
-            new_points: returns the points that were added since the last call.
             files: attached to the run once they exist, and again whenever they change.
         """
-        self._config, self._folder, self._new_points = config, folder, new_points
-        self._files = files
-        self._closing = threading.Event()
-        self._status = "KILLED"
-        self._delivered = self._failing = False
-        # In a copy of this context, from which Prefect knows which flow run a log line belongs to
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(
-            target=context.run, args=(self._deliver,), name="mlflow", daemon=True
-        )
-        self._thread.start()
+        self._run, self._files = MlflowRun(config, folder), files
+        self._run.begin()
 
-    def close(self, status: str) -> None:
-        """Send the remaining points and end the MLflow run as FINISHED, FAILED or KILLED."""
-        self._status = status
-        self._closing.set()
-        self._thread.join(CLOSE_SECONDS)
-        if not self._delivered:
-            log.log(
-                # Not a second warning: the failure itself has been logged as one
-                logging.INFO if self._failing else logging.WARNING,
-                "MLflow at %s did not accept the last metrics; they are in %s, and are delivered "
-                "with the report or when the same command runs again",
-                self._config.uri,
-                self._folder.path,
-            )
+    def send(self, new: NewPoints) -> None:
+        self._run.send(new.points)
+        self._run.show(self._files)
+        self._run.measure_machine()
 
-    def _deliver(self) -> None:
-        waiting: list[Point] = []
-        run: MlflowRun | None = None
-        seconds = 0.0  # MLflow takes seconds to import, better now than at the end of a short run
-        while True:
-            closing = self._closing.wait(seconds)
-            try:
-                waiting += self._new_points()
-                if run is None:
-                    run = MlflowRun(self._config, self._folder)
-                    run.begin()
-                run.send(waiting)
-                waiting.clear()
-                run.show(self._files)
-                if closing:
-                    run.end(self._status)
-                    self._delivered = True
-                else:
-                    run.measure_machine()
-                if self._failing:
-                    log.info("MLflow at %s is back and has all metrics", self._config.uri)
-                self._failing = False
-            except Exception as error:  # any failure of MLflow, its store or its server
-                run = None  # opening the run again reads which points have arrived
-                if not self._failing:
-                    log.warning(
-                        "MLflow at %s failed; training continues, and the missing data is sent "
-                        "when MLflow works again: %s",
-                        self._config.uri,
-                        _reason(error),
-                    )
-                self._failing = True
-            if closing:
-                return
-            seconds = RETRY_SECONDS if self._failing else FLUSH_SECONDS
+    def end(self, status: str) -> None:
+        self._run.end(status)
+
+
+def follow(
+    config: TrackingConfig, folder: RunFolder, look: Callable[[], Look], files: Sequence[Path] = ()
+) -> Delivery:
+    """Start to deliver the points of a run in training to MLflow, see `Following`."""
+    return Delivery(f"MLflow at {config.uri}", lambda: Following(config, folder, files), look)
 
 
 class RunEnd(NamedTuple):
@@ -167,7 +94,7 @@ def finish(
         log.warning(
             "the report could not be added to MLflow at %s; the same command tries again: %s",
             config.uri,
-            _reason(error),
+            reason(error),
         )
         return None
 
@@ -180,7 +107,7 @@ def open_group(config: TrackingConfig, folder: SweepFolder) -> None:
         client.update_run(run_id, "RUNNING")  # it may have ended before
     except Exception as error:  # the comparison of its runs does not need it
         log.warning(
-            "MLflow at %s does not show the runs as one sweep: %s", config.uri, _reason(error)
+            "MLflow at %s does not show the runs as one sweep: %s", config.uri, reason(error)
         )
 
 
@@ -205,7 +132,7 @@ def close_group(
         run.add(files, pages)
         run.end(status)
     except Exception as error:  # the comparison is on disk
-        log.warning("the comparison could not be added to MLflow: %s", _reason(error))
+        log.warning("the comparison could not be added to MLflow: %s", reason(error))
 
 
 def add_evaluation(
@@ -221,12 +148,7 @@ def add_evaluation(
         run.send_again(points)
         run.add([file], pages)
     except Exception as error:  # the evaluation is on disk
-        log.warning("the evaluation could not be added to MLflow: %s", _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line without passwords; further lines may be a query or an HTML page."""
-    return redacted((str(error) or type(error).__name__).splitlines()[0])
+        log.warning("the evaluation could not be added to MLflow: %s", reason(error))
 
 
 class MlflowRun:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Discriminator, Tag
 
 from zeroflow.records import JsonLines, Record, omitted
-from zeroflow.tracking.tracker import Point
+from zeroflow.tracking.points import Axis, Look, NewPoints, Point
 from zeroflow.training import zero
 from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob
@@ -110,7 +110,7 @@ class Metric:
     """Presentation of a field of a record."""
 
     key: str
-    """Name of the curve in MLflow; a prefix of the names for a field with several values."""
+    """Name of the curve in trackers; a prefix of the names for a field with several values."""
 
     label: str
     unit: str = ""
@@ -122,6 +122,11 @@ class Metric:
 
     compared: bool = False
     """True to add a column to the table that compares the runs of a sweep."""
+
+    @property
+    def meaning(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} in {self.unit}" if self.unit else self.label
 
     def text(self, value: float) -> str:
         return f"{value:{self.form}} {self.unit}".rstrip()
@@ -147,15 +152,28 @@ TABLE = {
 
 
 def points(records: Iterable[MetricsRecord]) -> Iterator[Point]:
-    """Yield the MLflow points of `records` in order, skipping None."""
+    """Yield the points of `records` for trackers in order, skipping None."""
     for record in records:
         for key, metric, value in _values(record):
-            yield Point(key, value, record.step, record.time)
-            if metric.by_compute:
-                yield Point(f"{key}_by_tokens", value, record.tokens, record.time)
-                if record.flops is not None:  # in GFLOPs, because FLOPs overflow MLflow's 64 bits
-                    gflops = record.flops // 10**9
-                    yield Point(f"{key}_by_gflops", value, gflops, record.time)
+            yield Point(key, value, record.step, record.time, "steps", metric.meaning)
+            if not metric.by_compute:
+                continue
+            axes: dict[Axis, int] = {"tokens": record.tokens}
+            if record.flops is not None:  # in GFLOPs, because FLOPs overflow MLflow's 64 bits
+                axes["gflops"] = record.flops // 10**9
+            for axis, position in axes.items():
+                yield Point(f"{key}_by_{axis}", value, position, record.time, axis, metric.meaning)
+
+
+def follow_points(file: Path) -> Look:
+    """Return a look at the points of metrics.jsonl, which begins with all of them."""
+    records = METRICS.follow(file)
+
+    def look() -> NewPoints:
+        found = records.new_records()
+        return NewPoints(points(found), records.from_start)
+
+    return look
 
 
 def latest(records: Iterable[MetricsRecord]) -> dict[str, float]:

@@ -1,15 +1,17 @@
-"""Training in ranks, with logging to MLflow."""
+"""Training in ranks, with logging to the trackers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from zeroflow.tracking.tracker import Tracker
+from zeroflow.tracking import others, tracker
+from zeroflow.tracking.delivery import Delivery
 from zeroflow.training import checkpoint, hosts
 from zeroflow.training.events import Event, Failed
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob, TrainResult, finished
 from zeroflow.training.launch import launch
-from zeroflow.training.metrics import METRICS, points
+from zeroflow.training.metrics import follow_points
 from zeroflow.training.pulse import Pulse
 
 
@@ -20,7 +22,7 @@ def train(
     launcher: hosts.Launcher = hosts.by_hand,
     on_restart: Callable[[TrainingFailed], None] = lambda failure: None,
 ) -> TrainResult:
-    """Train the job in its own ranks from its newest checkpoint, and log to MLflow.
+    """Train the job in its own ranks from its newest checkpoint, and log to the trackers.
 
     Args:
         on_event: called in this process with every new event and pulse.
@@ -73,22 +75,21 @@ def train(
 
 @contextmanager
 def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
-    """Yield a function that starts logging to MLflow until the block ends.
+    """Yield a function that starts logging to the trackers until the block ends.
 
     Call it when the ranks have started: at their start, they drop the lines of metrics.jsonl whose
     steps will be trained again.
     """
-    tracker: Tracker | None = None
+    deliveries: list[Delivery] = []
     status = "KILLED"
 
     def begin() -> None:
-        nonlocal tracker
-        if tracker:
+        if deliveries:
             return
-        metrics = METRICS.follow(job.folder.metrics)
-        folder = job.folder
+        folder, look = job.folder, partial(follow_points, job.folder.metrics)
         files = (folder.settings, folder.lengths_picture, folder.loss_picture)
-        tracker = Tracker(job.tracking, folder, lambda: points(metrics.new_records()), files)
+        deliveries.append(tracker.follow(job.tracking, folder, look, files))
+        deliveries.extend(others.follow(job.tracking, folder, look))
 
     try:
         yield begin
@@ -97,5 +98,5 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
         status = "FAILED"
         raise
     finally:
-        if tracker:
-            tracker.close(status)
+        for delivery in deliveries:
+            delivery.close(status)
