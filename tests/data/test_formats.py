@@ -99,7 +99,12 @@ def test_text_may_be_in_another_column(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl"),
+        (
+            "a.jsonl",
+            b'\xef\xbb\xbf{"text": "x"}\n {"text": "\xe9"}\n',
+            r"a\.jsonl, line 2 is not UTF-8: byte 28 is 0xe9: convert the file.*iconv -f ISO-8859",
+        ),
+        ("a.jsonl", '{"text": 1}\n'.encode("utf-16"), r"line 1 is not UTF-8.*iconv -f UTF-16"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl, line 1 has no text.*'body'.*--text-column"),
         (
             "a.jsonl",
@@ -115,7 +120,10 @@ def test_text_may_be_in_another_column(tmp_path):
         ),
         ("a.json", b'\n [\n {"text": "x"}\n]', r"a\.json begins with a JSON array"),
         *((f"a.{k}{c}", b"", rf"a\.{k}\{c} cannot be read") for k in KINDS for c in COMPRESS if c),
-        ("a.txt", b"\xff\xfe", r"a\.txt cannot be read: .*utf-8"),
+        ("a.txt", "é".encode("utf-16-le"), r"a\.txt is not UTF-8: byte 0 is 0xe9: convert"),
+        ("a.txt", b"\xef\xbb\xbfa\xe9 b", r"a\.txt is not UTF-8: byte 4 is 0xe9: convert"),
+        ("a.txt", "a".encode("utf-16"), r"a\.txt is not UTF-8: byte 0 .*`iconv -f UTF-16 -t UTF-8"),
+        ("a.txt.gz", gzip.compress(b"\x80"), r"a\.txt\.gz is not UTF-8: byte 0 is 0x80"),
         ("a.txt.gz", b"this is no gzip", r"a\.txt\.gz"),
         ("a.jsonl.xz", b"this is no xz", r"a\.jsonl\.xz"),
         ("a.txt.zst", COMPRESS[".zst"](b"text" * 999)[:-9], r"a\.txt\.zst"),
@@ -154,7 +162,7 @@ def test_bad_lines_are_left_out_counted_and_reported_up_to_a_limit(tmp_path):
     ):
         assert f"a.jsonl, line {reason}" in place
     strict = config.replace(bad_lines_limit=2)
-    with pytest.raises(ValueError, match=r"line 6 is not JSON.*3 bad lines, --bad-lines-limit 2"):
+    with pytest.raises(ValueError, match=r"line 6 is not UTF-8.*3 bad lines, --bad-lines-limit 2"):
         list(read_slice(strict, piece, Tally()))
 
 

@@ -17,6 +17,7 @@ from zeroflow.config import Config
 from zeroflow.data.corpus import CorpusConfig, document_file, list_files
 from zeroflow.data.documents import Document, Tally, TextBatch, regroup
 from zeroflow.data.formats.file import UNREADABLE, CorpusFile, DocumentFile, is_compressed
+from zeroflow.data.formats.utf8 import NotUtf8
 
 SLICE_BYTES = 2**25
 """Approximate bytes of text of a slice. A killed build loses the slices in progress, some seconds
@@ -153,11 +154,11 @@ def _read_files(corpus: CorpusConfig, piece: Slice, tally: Tally) -> Iterator[Te
             source.require_unchanged(listed)
             yield from source.format_of(file.name).read(file, piece.start, piece.stop, tally)
         except UNREADABLE as error:
-            if isinstance(error, UnicodeDecodeError) and source.skips_undecodable:
-                continue
             source.require_unchanged(listed)  # raises a better explanation if the file changed
             raise _unreadable(file, error) from error
-        except ValueError:
+        except ValueError as error:
+            if isinstance(error, NotUtf8) and source.skips_undecodable:
+                continue
             source.require_unchanged(listed)
             raise
         source.require_unchanged(listed)

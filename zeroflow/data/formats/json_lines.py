@@ -9,6 +9,7 @@ from zeroflow.data import documents
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
 from zeroflow.data.formats.format import Format
+from zeroflow.data.formats.utf8 import NotUtf8, decode
 
 
 class JsonLinesFormat(Format):
@@ -61,7 +62,7 @@ def _documents(
                 )
             seen = True
             try:
-                yield _document(file, content, begin)
+                yield _document(file, line, begin)
             except (ValueError, RecursionError) as error:
                 where = f"line {number}" if not start else f"the line at byte {begin}"
                 _count_bad_line(file, tally, f"{file.place}, {where} {error}")
@@ -71,7 +72,10 @@ def _document(file: DocumentFile, line: bytes, position: int) -> Document:
     """The document of a line; if it has no id, the position of the line's first byte is its id."""
     column = file.text_column
     try:
-        fields = json.loads(line)
+        # A surrogate on its own is allowed, as in an escape sequence of JSON
+        fields = json.loads(decode(line, position=position, errors="surrogatepass"))
+    except NotUtf8:
+        raise
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
     if isinstance(fields, dict) and fields.get(column, "") is None:

@@ -7,6 +7,7 @@ from typing import IO
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
 from zeroflow.data.formats.format import COMPRESSED_BYTES, Format, Opened, Sample
+from zeroflow.data.formats.utf8 import NotUtf8, decode
 
 
 class TextFormat(Format):
@@ -17,7 +18,11 @@ class TextFormat(Format):
         self, file: DocumentFile, start: int, stop: int | None, tally: Tally
     ) -> Iterator[TextBatch]:
         with file.open_decompressed() as stream:
-            document = Document(file.name, stream.read().decode("utf-8-sig"))
+            content = stream.read()
+        try:
+            document = Document(file.name, decode(content))
+        except NotUtf8 as error:
+            raise NotUtf8(f"{file.place} {error}") from error
         if document.text:
             yield TextBatch.from_documents([document])
         else:
