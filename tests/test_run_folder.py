@@ -1,6 +1,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 from zeroflow.run_folder import Cache, RunFolder
 
 ROOT = Path(__file__).parents[1] / "zeroflow"
@@ -60,3 +62,10 @@ def test_run_is_found_from_its_cache_and_its_cache_from_the_run(tmp_path):
     assert [run.name for run in runs] == ["a", "b"]
     assert runs[0] == RunFolder(tmp_path / "runs" / "a") and runs[0].cache == cache
     assert cache.run("a").metrics == tmp_path / "runs" / "a" / "metrics.jsonl"
+
+
+@pytest.mark.parametrize("name", ["../runs/a", "/a", "a/b", "..", ".hidden", "", "a\n"])
+def test_path_is_not_the_name_of_a_run_or_sweep(tmp_path, name):
+    for find in (Cache(tmp_path).run, Cache(tmp_path).sweep):
+        with pytest.raises(ValueError, match=r"cannot be the name of a (run|sweep): a name may"):
+            find(name)

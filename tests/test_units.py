@@ -2,7 +2,7 @@
 
 import pytest
 
-from zeroflow.units import binary, count, decimal, duration, parameter_count, speed
+from zeroflow.units import binary, change, count, decimal, duration, parameter_count, speed
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,11 @@ def test_speed_that_was_not_measured_is_unknown():
 def test_counts_of_one_are_singular():
     assert [count(n, "row") for n in (0, 1, 2048)] == ["0 rows", "1 row", "2,048 rows"]
     assert [count(n, "try", "tries") for n in (1, 2)] == ["1 try", "2 tries"]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(-0.663, "-66.3%"), (0, "+0.0%"), (1.376, "+137.6%"), (2, "3.0 times"), (87.2, "88 times")],
+)
+def test_large_change_is_a_number_of_times(share, text):
+    assert change(share) == text

@@ -96,6 +96,21 @@ def explained(error: OSError) -> str:
     return message  # our own messages already say what to change
 
 
+def require_possible_folder(folder: Path, flag: str) -> None:
+    """Check that `folder`, which need not exist, is not a file or below one.
+
+    Args:
+        flag: the setting that names the folder, for the message.
+
+    Raises:
+        ValueError: the path has a file where a folder is needed.
+    """
+    path = folder.absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {folder}: {there} is a file, not a folder: name another folder")
+
+
 def fingerprint(identity: Any) -> str:
     """Return 12 hex digits that identify a JSON value, independent of its key order."""
     return _sha256(identity)[:12]

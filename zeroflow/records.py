@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from zeroflow import artifacts
 from zeroflow.artifacts import JsonObject
-from zeroflow.config import Config
+from zeroflow.config import Config, in_words
 
 
 class Record(Config):
@@ -235,5 +235,6 @@ def _reason(error: ValidationError) -> str:
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         where = ".".join(map(str, problem["loc"]))
-        problems.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+        message = in_words(problem)
+        problems.append(f"{where}: {message}" if where else message)
     return "; ".join(problems)

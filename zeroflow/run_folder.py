@@ -4,10 +4,13 @@ Layout: `<cache>/runs/<name>/` holds the files of a run, `<cache>/sweeps/<name>/
 sweep. The code that writes a file documents its type.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from zeroflow.config import NAME, NAME_IN_WORDS
 
 
 class _Named:
@@ -220,11 +223,26 @@ class Cache(_Folder):
     """Logs of the servers and the worker that `zeroflow ui` starts."""
 
     def run(self, name: str) -> RunFolder:
+        """
+        Raises:
+            ValueError: `name` is not a name, but for example a path.
+        """
+        _require_name(name, "run")
         return RunFolder(self.runs / name)
 
     def sweep(self, name: str) -> SweepFolder:
+        """
+        Raises:
+            ValueError: as `run` does.
+        """
+        _require_name(name, "sweep")
         return SweepFolder(self.sweeps / name)
 
     def existing_runs(self) -> Iterator[RunFolder]:
         """Return all runs, sorted by name; a run that has just begun may have no files yet."""
         return (RunFolder(path) for path in sorted(self.runs.glob("*")) if path.is_dir())
+
+
+def _require_name(name: str, kind: str) -> None:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"{name!r} cannot be the name of a {kind}: {NAME_IN_WORDS}")

@@ -37,3 +37,11 @@ def speed(tokens_per_second: float | None) -> str:
 def count(number: int, noun: str, plural: str = "") -> str:
     """Return a number with a noun, such as 1 row or 1,024 rows; the default plural adds an s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def change(share: float) -> str:
+    """Return a relative change as text, such as +3.2%; from three times on, as 88 times."""
+    times = 1 + share
+    if times < 3:
+        return f"{share:+.1%}"
+    return f"{times:.1f} times" if times < 10 else f"{times:,.0f} times"

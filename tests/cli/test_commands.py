@@ -24,7 +24,9 @@ def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
         ([], "arguments are required: COMMAND"),
         (["ponder"], "choose from 'pretrain', 'sweep', "),
         (["export"], "arguments are required: --out, --run"),
-        (["generate", "--samples=0"], "argument --samples: invalid"),
+        (["generate", "--samples=0"], "--samples: must be at least 1 (found '0')"),
+        (["generate", "--step=last"], "--step: must be a whole number (found 'last')"),
+        (["plan", "--memory-gb=much"], "--memory-gb: must be a number (found 'much')"),
         (["generate", "--prompt=a", "--interactive"], "not allowed with argument --prompt"),
         (["plan", "--max-stepps=9"], "there is no --max-stepps: did you mean --max-steps?"),
         (["pretrain", "--max_steps", "9"], "no --max_steps: did you mean --max-steps?"),
@@ -88,6 +90,35 @@ def test_wrong_setting_is_refused_by_its_flag(console, capsys, tmp_path):
     assert commands.main(["plan", f"--cache-dir={tmp_path / 'cache'}", "--batch-size=0"]) == 1
     assert capsys.readouterr().err.startswith("error: --batch-size: ")
     assert not (tmp_path / "cache").exists()
+
+
+PATHS = ("../runs/mine", "/tmp/mine", "runs/mine", "..", "")
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--run"],
+        ["export", "--out=out", "--run"],
+        ["evaluate", "--run"],
+        ["data", "--run"],
+        ["documents", "--step=1", "--run"],
+        ["plan", "--run-name"],
+    ],
+)
+def test_path_instead_of_the_name_of_a_run_is_refused(console, capsys, tmp_path, command, name):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").touch()
+    assert commands.main([*command, name, "--cache-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "a name may contain only letters, digits, dots," in said and repr(name) in said
+
+
+def test_plan_for_a_cache_below_a_file_is_refused_as_the_run_would_be(console, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert commands.main(["plan", f"--cache-dir={tmp_path}/file/x", "--data-mode=synthetic"]) == 1
+    assert f"--cache-dir {tmp_path}/file/x: {tmp_path}/file is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

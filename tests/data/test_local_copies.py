@@ -59,3 +59,11 @@ def test_no_files_are_copied_to_a_nearly_full_disk(shards, tmp_path, monkeypatch
     for file in shards.path.glob("*/train-*.arrow"):
         assert copies.of(file) == file
     assert not copied and caplog.text.count("its disk is nearly full") == 1
+
+
+def test_original_is_read_if_the_copies_lie_below_a_file(shards, tmp_path, caplog):
+    (tmp_path / "disk").touch()
+    copies = LocalCopies(shards.path, tmp_path / "disk")
+    file = next(shards.path.glob("*/train-*.arrow"))
+    assert copies.of(file) == file
+    assert f"no more shards are copied to {tmp_path}/disk/{shards.path.name}: " in caplog.text

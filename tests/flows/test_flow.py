@@ -388,7 +388,7 @@ def test_closed_output_does_not_end_a_run(sample: tuple[Flow, str]) -> None:
     [
         (["--data-mode=files"], "needs --data-path"),
         (["--hidden-size=32"], "needs --num-hidden-layers"),
-        (["--seq-len=1"], "--seq-len: Input should be greater than or equal to 2"),
+        (["--seq-len=1"], "--seq-len: must be at least 2"),
         (["--max-steps=ten"], "--max-steps"),
         (["--data-mode=synthetic", "--tokenizer-name=gpt2"], "needs no tokenizer"),
     ],

@@ -176,3 +176,13 @@ def test_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
     with pytest.raises(ValueError, match="is not empty: name a new folder for --out"):
         export(lively_model(MODEL_512), ids, tmp_path, context=64)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("below", ["", "/deep/er"])
+def test_folder_below_a_file_is_refused_by_the_names_that_were_given(tmp_path, below):
+    ids = Tokenizer(name="ids", path=None, vocab_size=500, end_of_text=499, fingerprint="")
+    (tmp_path / "mine").write_text("x")
+    out = Path(f"{tmp_path}/mine{below}")
+    with pytest.raises(ValueError, match=f"^--out {out}: {tmp_path}/mine is a file, not a folder"):
+        export(lively_model(MODEL_512), ids, out, context=64)
+    assert (tmp_path / "mine").read_text() == "x"

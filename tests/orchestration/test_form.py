@@ -154,10 +154,10 @@ def test_form_refuses_a_value_out_of_bounds_by_its_name(values: dict[str, Any], 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"max_step": 5}, "--max-step: Extra inputs are not permitted"),
-        ({"training": {"what": 5}}, "--what: Extra inputs are not permitted"),
+        ({"max_step": 5}, "--max-step: there is no such setting"),
+        ({"training": {"what": 5}}, "--what: there is no such setting"),
         ({"size": "tiny", "model": {"hidden_size": 8}}, "size tiny and a custom shape"),
-        ([], "should be a valid dictionary"),
+        ([], "must be a group of named values"),
     ],
 )
 def test_contradictions_that_a_form_allows_are_refused_when_it_is_read(values: Any, words: str):

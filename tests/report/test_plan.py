@@ -181,7 +181,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
         (["--memory-gb=48"], "--memory-gb 48 is that of a GPU: name it with --gpu"),
         (["--gpu=RTX 9090", "--memory-gb=0"], "--memory-gb 0: give the memory of the GPU in GB"),
         (["--max-steps=5", "--warmup-steps=9"], "--warmup-steps 9 leaves none of 5 steps"),
-        (["--gpus=0"], "--gpus: Input should be greater than 0"),
+        (["--gpus=0"], "--gpus: must be greater than 0"),
         (["--gpus=2"], "this machine has none: name one with --gpu"),
         (["--zero-stage=2"], "--zero-stage 2 shards state across several GPUs, but the run"),
         (["--gpu=NVIDIA L4", "--device=cpu"], "--gpu and --device cpu: drop one of them"),

@@ -71,6 +71,21 @@ def test_facts_about_the_data_fit_into_the_width_of_prefects_page(report):
     assert max(len(text) for name, text in facts.items() if name != "Checkpoint") <= 90
 
 
+@pytest.mark.parametrize(
+    ("rows", "covered", "repeated", "text"),
+    [
+        (1, 1.0, 1.0, "12.34: the only training row was read more than once"),
+        (1, 1.0, 0.0, "12.34: the only training row was read"),
+        (2048, 1.0, 0.25, "12.34: all 2,048 training rows were read, 25.0% more than once"),
+        (2048, 0.5, 0.0, "12.34: 50.0% of 2,048 training rows were read, 0.0% more than once"),
+    ],
+)
+def test_coverage_of_the_data_is_a_sentence(report, rows, covered, repeated, text):
+    figures = {"covered": covered, "repeated": repeated, "train_rows": rows, "epochs": 12.34}
+    known = report.replace(data=report.data.replace(**figures))
+    assert run_page._facts(known, training_config().workload, {})["Epochs"] == text
+
+
 def test_page_shows_the_metrics_of_the_table(report):
     values = {"loss/train": 6.2251, "optim/grad_norm": 0.695336, "perf/tokens_per_second": 25938.4}
     section = Page(run_page.metrics_section(values)).linked

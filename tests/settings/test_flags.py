@@ -4,11 +4,13 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipeline import ROOT
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from zeroflow.config import in_words
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
@@ -22,8 +24,15 @@ from zeroflow.training.sampling import SamplingConfig
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"training": {"batch_size": "0"}}, "--batch-size: .* greater than 0 .found '0'"),
-        ({"training": {"seq_len": 1}}, "--seq-len: .* greater than or equal to 2"),
+        ({"training": {"batch_size": "0"}}, "--batch-size: must be greater than 0 .found '0'"),
+        ({"training": {"seq_len": 1}}, "--seq-len: must be at least 2 .found 1"),
+        ({"training": {"seq_len": "x"}}, "--seq-len: must be a whole number .found 'x'"),
+        ({"training": {"seq_len": 1.5}}, "--seq-len: must be a whole number .found 1.5"),
+        ({"training": {"fp8": "maybe"}}, "--fp8: must be true or false .found 'maybe'"),
+        ({"training": {"validation_fraction": 2}}, "--validation-fraction: must be less than 1 .f"),
+        ({"training": {"learning_rat": 1}}, "--learning-rat: there is no such setting"),
+        ({"model": {"size": "huge"}}, "--size: must be 'tiny', 'small' or 'medium' .found 'huge'"),
+        ({"model": 3}, "--model: must be a group of named values .found 3"),
         (
             {"run_name": "../../x"},
             "--run-name: a name may contain only letters, .* .found '../../x'",
@@ -51,6 +60,27 @@ def test_help_names_settings_by_their_flags(config):
     for setting in flags.settings(config):
         words = re.findall(r"(?<!-)\b[a-z]+(?:_[a-z]+)+\b", flags.help_text(setting.field))
         assert not names & {*words}, setting.flag
+
+
+def constraints(config: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    """The errors that values of several types cause in each setting of `config`."""
+    for setting in flags.settings(config):
+        for value in ("", "?", "x" * 999, -1, 10**40, 1.5, [], {}, [{}], b"", None, object()):
+            given: dict[str, Any] = {setting.path[-1]: value}
+            for group in reversed(setting.path[:-1]):
+                given = {group: given}
+            try:
+                config.model_validate(given)
+            except ValidationError as refused:
+                yield from refused.errors()
+
+
+@pytest.mark.parametrize("config", [RunConfig, SweepConfig, ProofRun, UiConfig, SamplingConfig])
+def test_no_message_is_in_the_words_of_pydantic(config):
+    found = {problem["type"]: in_words(problem) for problem in constraints(config)}
+    found.pop("value_error", None)  # ours
+    raw = {kind: text for kind, text in found.items() if re.search("should|valid|unable", text)}
+    assert not raw
 
 
 def test_message_about_a_long_value_is_short():

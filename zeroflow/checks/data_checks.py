@@ -113,7 +113,7 @@ def text(rows: Rows, tokenizer: Tokenizer) -> Check:
             f": {tokenizer.name} did not make the other ids or cannot decode them; look at "
             "`zeroflow data`, and remove the shards if another tokenizer made them"
         )
-    figure = f"{share:.1%} of {total:,} ids"
+    figure = f"{share:.1%} of {count(total, 'id')}"
     return Check(name="text", passed=passed, figure=figure, sentence=sentence)
 
 
@@ -126,7 +126,7 @@ def lost_text(shards: ShardSet, tokenizer: Tokenizer) -> Check:
     manifests = map(PartManifest.read, _some_parts(shards, _SAMPLED_MANIFESTS))
     samples = [manifest.returned for manifest in manifests if manifest.returned]
     lost, characters = mean_lost_share(samples), sum(sample.characters for sample in samples)
-    figure = f"{unknown:.2%} of {ids.size:,} tokens unknown"
+    figure = f"{unknown:.2%} of {count(ids.size, 'token')} unknown"
     if samples:
         figure += f", {lost:.2%} of {characters:,} sampled characters lost"
         sentence = (

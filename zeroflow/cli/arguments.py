@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from zeroflow.settings.flags import Setting, help_text, settings
 from zeroflow.text.markup import is_utf8, visible
 
-Settings = TypeVar("Settings", bound=BaseModel)
+N = TypeVar("N", int, float)
 
 _MOST_VALUES = 1000
 """Maximum number of values of a setting. Prefect accepts at most 512 KB of parameters, and its
@@ -56,6 +56,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
         self.exit(2, f"error: {message}\n`{self.prog} --help` shows what it takes\n")
 
     def _shorten_usage(self) -> None:
@@ -83,6 +84,30 @@ class Parser(argparse.ArgumentParser):
         several = [flag for flag in flags if flag == f"{before[-1]}s"]
         meant = f": did you mean {several[0]}?" if several else ""
         return f"{unknown!r} is one value too many for {before[-1]}{meant}"
+
+
+def whole_number(text: str) -> int:
+    """The whole number that `text` is, for a flag."""
+    return _of_type(int, text, "must be a whole number")
+
+
+def positive_number(text: str) -> int:
+    """The positive whole number that `text` is, for a flag."""
+    if (number := whole_number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 (found {text!r})")
+    return number
+
+
+def any_number(text: str) -> float:
+    """The number that `text` is, for a flag."""
+    return _of_type(float, text, "must be a number")
+
+
+def _of_type(kind: Callable[[str], N], text: str, rule: str) -> N:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{rule} (found {text!r})") from error
 
 
 def _initials(flag: str) -> str:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zeroflow.cli import flow
-from zeroflow.cli.arguments import Parser, add_settings, read_settings
+from zeroflow.cli.arguments import (
+    Parser,
+    add_settings,
+    any_number,
+    positive_number,
+    read_settings,
+    whole_number,
+)
 from zeroflow.cli.console import (
     Terminated,
     fail,
@@ -106,7 +113,10 @@ def _of_a_checkpoint(parser: Parser, *, required: bool = True) -> None:
     _of_a_run(parser, required=required)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint. Default: the newest."
+        "--step",
+        type=whole_number,
+        metavar="N",
+        help="step of the checkpoint. Default: the newest.",
     )
     which.add_argument(
         "--best", action="store_true", help="use the checkpoint with the lowest validation loss"
@@ -134,7 +144,7 @@ def _generate_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=_positive,
+        type=positive_number,
         default=1,
         help="number of texts; each has the seed of the one before, plus 1. Default: 1.",
         metavar="N",
@@ -148,12 +158,6 @@ def _generate_arguments(parser: Parser) -> None:
     )
     add_settings(parser, SamplingConfig, "sampling")
     _of_a_checkpoint(parser, required=False)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def _generate(arguments: Arguments) -> None:
@@ -212,10 +216,11 @@ def _export_arguments(parser: Parser) -> None:
 def _export(arguments: Arguments) -> None:
     from zeroflow.inference import push
     from zeroflow.inference import trained as models
-    from zeroflow.inference.export import export
+    from zeroflow.inference.export import export, require_new
     from zeroflow.report.model_card import model_card
     from zeroflow.run_folder import Cache
 
+    require_new(arguments.out)
     if arguments.push:
         push.require_name(arguments.push)
         push.require_login()
@@ -271,7 +276,9 @@ def _data(arguments: Arguments) -> None:
 
 
 def _documents_arguments(parser: Parser) -> None:
-    parser.add_argument("--step", type=int, required=True, help="as logged, from 1", metavar="N")
+    parser.add_argument(
+        "--step", type=whole_number, required=True, help="as logged, from 1", metavar="N"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     _of_a_run(parser)
 
@@ -323,16 +330,18 @@ def _plan_arguments(parser: Parser) -> None:
         metavar="NAME",
     )
     parser.add_argument(
-        "--memory-gb", type=float, help="memory of a GPU that is not a known one", metavar="GB"
+        "--memory-gb", type=any_number, help="memory of a GPU that is not a known one", metavar="GB"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings(parser, RunConfig, "run")
 
 
 def _plan(arguments: Arguments) -> None:
+    from zeroflow import artifacts
     from zeroflow.report import plan, plan_page
 
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
+    artifacts.require_possible_folder(asked.cache_dir, "--cache-dir")
     planned = plan.forecast(asked, gpu=arguments.gpu, memory_gb=arguments.memory_gb)
     shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
     show(shown)

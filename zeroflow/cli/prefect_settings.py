@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from zeroflow.config import in_words
 from zeroflow.text.markup import shortened
 
 _SECRET = re.compile(r"key|auth|password|secret|token|url|headers", re.IGNORECASE)
@@ -62,7 +63,7 @@ def _problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"a file is not TOML ({error})"
     [first, *_] = error.errors()  # one wrong value causes several errors
-    name, found = ".".join(map(str, first["loc"])), first["input"]
+    name, found, why = ".".join(map(str, first["loc"])), first["input"], in_words(first)
     if _SECRET.search(name) or not isinstance(found, str | int | float):
-        return f"{name} of {error.title}: {first['msg']}"
-    return f"{name} of {error.title}: {first['msg']} (found {shortened(repr(found), _LONGEST)})"
+        return f"{name} of {error.title}: {why}"
+    return f"{name} of {error.title}: {why} (found {shortened(repr(found), _LONGEST)})"

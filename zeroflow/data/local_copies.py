@@ -60,6 +60,6 @@ def _is_copy(copy: Path, file: Path) -> bool:
     """Return True if `copy` exists and `file` has not been rebuilt since."""
     try:
         there, here = file.stat(), copy.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)

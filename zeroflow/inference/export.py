@@ -54,11 +54,10 @@ def export(
         card: content of README.md, the model card.
 
     Raises:
-        ValueError: `folder` exists and is not empty, or the programs that open the format would
-            encode a text to other ids than those that the model was trained on.
+        ValueError: as `require_new` does, or the programs that open the format would encode a text
+            to other ids than those that the model was trained on.
     """
-    if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: name a new folder for --out")
+    require_new(folder)
     with _all_or_nothing(folder) as partial:
         if format == "gguf":
             file = partial / f"{name}.gguf"
@@ -73,13 +72,29 @@ def export(
     log.info("exported to %s", folder)
 
 
+def require_new(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: `folder` exists and is not empty, is a file or below one, or nothing can be
+            written there.
+    """
+    artifacts.require_possible_folder(folder, "--out")
+    if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder for --out")
+
+
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
     """Yield a folder whose files move into `folder` when the block ends without an error."""
     partial = folder / _PARTIAL  # not beside `folder`, which may be on another disk than its parent
     shutil.rmtree(partial, ignore_errors=True)
     existed = folder.exists()
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder} ({error.strerror}): name another --out"
+        ) from error
     try:
         yield partial
         for file in partial.iterdir():

@@ -8,7 +8,7 @@ from zeroflow.report.pages import Part, Table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
 from zeroflow.text.markup import Markdown, escaped
-from zeroflow.units import binary, count, decimal, duration, parameter_count
+from zeroflow.units import binary, change, count, decimal, duration, parameter_count
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
@@ -17,7 +17,7 @@ def cells(row: Compared) -> tuple[str, str, str, str]:
     predicted, measured = (
         "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
     )
-    return name, predicted, measured, "" if row.miss is None else f"{row.miss:+.1%}"
+    return name, predicted, measured, "" if row.miss is None else change(row.miss)
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {

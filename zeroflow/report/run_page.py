@@ -115,10 +115,11 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
 def _coverage(data: CorpusFigures) -> str:
     if data.covered is None or data.repeated is None:
         return ""
-    return (
-        f": {data.covered:.1%} of {count(data.train_rows, 'training row')} were read, "
-        f"{data.repeated:.1%} more than once"
-    )
+    if data.train_rows == 1:
+        return f": the only training row was read{' more than once' if data.repeated else ''}"
+    rows = count(data.train_rows, "training row")
+    read = f"all {rows}" if data.covered == 1 else f"{data.covered:.1%} of {rows}"
+    return f": {read} were read, {data.repeated:.1%} more than once"
 
 
 def _extended(extensions: Iterable[Extension]) -> dict[str, str]:

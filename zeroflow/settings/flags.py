@@ -9,19 +9,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from zeroflow import artifacts
-from zeroflow.config import flag
+from zeroflow.config import flag, in_words
 from zeroflow.text.markup import shortened
 from zeroflow.text.redaction import redacted
 
 _LONGEST = 200
 """Maximum number of characters of a value in an error message."""
-
-
-_IN_WORDS = {
-    "string_pattern_mismatch": "a name may contain only letters, digits, dots, dashes and "
-    "underscores, and must begin with a letter or a digit",
-}
-"""Messages by the kind of error."""
 
 
 class Setting(NamedTuple):
@@ -112,10 +105,9 @@ def error_message(error: Exception) -> str:
     lines = []
     for problem in error.errors():
         names = [part for part in problem["loc"] if isinstance(part, str)]  # not a place in a list
-        message = problem["msg"].removeprefix("Value error, ")
+        message = in_words(problem)
         if names and problem["type"] != "value_error":
             found = shortened(repr(problem["input"]), _LONGEST)
-            message = _IN_WORDS.get(problem["type"], message)
             message = f"{flag(names[-1])}: {message} (found {found})"
         lines.append(message)
     return redacted("\n".join(lines))

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from zeroflow.checks.overfit import OverfitConfig
-from zeroflow.config import Config, flag
+from zeroflow.config import NAME, Config, flag
 from zeroflow.data.corpus import CorpusConfig, absolute
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
@@ -356,11 +356,11 @@ class EvaluationChoice(Config):
 class RunConfig(Config):
     """All settings that define a run."""
 
-    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    run_name: str | None = Field(None, pattern=NAME, max_length=100)
     """Name of the run. An existing run of this name is resumed. Default: made from the settings, so
     that the same command resumes the run."""
 
-    sweep: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    sweep: str | None = Field(None, pattern=NAME, max_length=60)
     """Sweep that the run belongs to; MLflow groups the runs of a sweep."""
 
     cache_dir: Path = DEFAULT_CACHE

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from zeroflow import artifacts
-from zeroflow.config import Config, flag
+from zeroflow.config import NAME, Config, flag
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.refusals import refuse_one_rank
@@ -17,7 +17,7 @@ from zeroflow.training.zero import Stage
 class SweepConfig(Config):
     """Axes of a sweep. Every combination of values is one run."""
 
-    sweep_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    sweep_name: str | None = Field(None, pattern=NAME, max_length=60)
     """Name of the sweep. An existing sweep of this name is resumed, and values can be added to it.
     Default: made from the settings."""
 
