@@ -1,7 +1,8 @@
-"""Measure tokens per second and memory of each ZeRO stage, compared with one GPU.
+"""Measure tokens per second and memory of each ZeRO stage, compared with one GPU and with peers.
 
 Every rank trains as many rows per step as the single GPU, so two GPUs reach twice the tokens per
-second if communication takes no time. The stages run one after another in the same processes.
+second if communication takes no time. All ranks train the same rows, so losses are those of one
+GPU up to rounding. Each contender runs in processes of its own, one after another.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import os
 import statistics
 import tempfile
 import time
+from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from train_speed import Figures, Task, peak_bytes, training_config, wait
+from zero_peers import PEERS, Step
 
 from zeroflow import artifacts
 from zeroflow.device import Device, find_device
@@ -25,6 +29,7 @@ from zeroflow.estimate.memory import memory
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.model.sizes import NOMINAL_VOCABULARY, SIZES, with_vocabulary
 from zeroflow.training import zero
+from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
@@ -40,100 +45,135 @@ log = logging.getLogger("zeroflow.benchmarks")
 
 _FOUND = "found.json"
 
+_LOSSES = 8
+"""Steps whose losses are compared with those of one GPU. They are also the warm-up."""
+
+
+def ours(config: TrainingConfig, stage: Stage) -> Step:
+    state = new_state(config)
+    return lambda micro_batches: train_step(state, micro_batches, config).loss
+
+
+TRAINERS = {"ours": ours} | PEERS
+
+
+class Contender(NamedTuple):
+    trainer: str
+    stage: Stage
+
+    @property
+    def name(self) -> str:
+        if self.trainer == "ddp":
+            return "DDP"
+        prefix = "DeepSpeed " if self.trainer == "deepspeed" else ""
+        return f"{prefix}stage {self.stage}"
+
 
 class StagesJob(RankJob):
     task: Task
     """Task of each rank."""
 
-    stages: tuple[Stage, ...]
+    contender: Contender
 
 
-def measure(job: StagesJob, stage: Stage) -> Figures:
-    """Speed and memory of a stage, measured in windows of `seconds`."""
+def measure(job: StagesJob) -> Figures:
+    """Losses, speed and memory of a contender; the speed is measured in windows of `seconds`."""
     [rows] = job.task.rows
+    trainer, stage = job.contender
     work = job.training.workload.replace(zero_stage=stage)
-    config = job.training.replace(workload=work)
     batches = job.task.batches(rows)
-    gc.collect()
-    torch.compiler.reset()  # otherwise differently sharded blocks are compiled as dynamic ones
-    state = new_state(config)
+    step = TRAINERS[trainer](job.training.replace(workload=work), stage)
     if work.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    turns = cycle(batches)
 
     def seconds_of(steps: int) -> float:
         wait(work.device)
         began = time.perf_counter()
         for _ in range(steps):
-            train_step(state, batches[state.step % len(batches)], config)
+            step(next(turns))
         wait(work.device)
         return time.perf_counter() - began
 
-    seconds_of(3)
+    losses = [step(next(turns)).item() for _ in range(_LOSSES)]
     steps = zero.max_over_ranks(max(1, round(job.task.seconds / seconds_of(1))))
     windows = [seconds_of(steps) / steps for _ in range(job.task.windows)]
     seconds = statistics.median(windows)
-    loss = train_step(state, batches[0], config).loss.item()
+    loss = step(batches[0]).item()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     return {
         "ranks": work.ranks,
+        "trainer": trainer,
         "stage": stage,
         "seconds_per_step": seconds,
         "spread": (max(windows) - min(windows)) / seconds,
         "tokens_per_second": work.batch_tokens / seconds,
         "memory": zero.max_over_ranks(peak_bytes(work.device)),
+        "losses": losses,
         "loss": loss,
     }
 
 
 def work(job: StagesJob, stop: Stop) -> None:
-    found = []
-    for stage in job.stages:
-        found.append(measure(job, stage))
-        log.info("%s", found[-1])
-        if stop():
-            break
+    found = measure(job)
     if zero.rank() == 0:
-        artifacts.write_json(job.run_dir / _FOUND, {"found": found})
+        artifacts.write_json(job.run_dir / _FOUND, found)
         EVENTS.append(job.folder.events, Done())
 
 
-def of_ranks(task: Task, ranks: int, stages: tuple[Stage, ...], folder: Path) -> Figures:
+def of_ranks(task: Task, ranks: int, contender: Contender) -> Figures:
+    """Figures of a contender in processes of its own."""
     [rows] = task.rows
     training = training_config(task, rows)
     training = training.replace(workload=training.workload.replace(ranks=ranks))
-    job = StagesJob(run_dir=folder, training=training, task=task, stages=stages)
-    job.write(job.folder.job)
-    launch("zero_stages", job.folder.job, lambda event: None, ranks=ranks)
-    found: Figures = artifacts.read_json(folder / _FOUND)
+    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
+        job = StagesJob(run_dir=Path(folder), training=training, task=task, contender=contender)
+        job.write(job.folder.job)
+        launch("zero_stages", job.folder.job, lambda event: None, ranks=ranks)
+        found: Figures = artifacts.read_json(job.run_dir / _FOUND)
+        return found
+
+
+def contenders(arguments: argparse.Namespace) -> list[Contender]:
+    """Contenders on several ranks, in the order of the table."""
+    stages = tuple(arguments.stages or STAGES)
+    found = [Contender("ours", stage) for stage in stages]
+    if "ddp" in arguments.peers:
+        found.append(Contender("ddp", 0))
+    if "deepspeed" in arguments.peers:
+        found += [Contender("deepspeed", stage) for stage in stages if stage]
     return found
 
 
 def compared(task: Task, arguments: argparse.Namespace, device: Device) -> list[Figures]:
-    """Figures of one GPU and of each stage on several, with predicted memory and scaling."""
-    stages = tuple(arguments.stages or STAGES)
-    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-        [alone] = of_ranks(task, 1, (0,), Path(folder))["found"]
-    with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
-        several = of_ranks(task, arguments.gpus, stages, Path(folder))["found"]
-    for figures in (alone, *several):
+    """Figures of one GPU and of each contender on several, with scaling and difference of losses,
+    and for ours with predicted memory."""
+    alone = of_ranks(task, 1, Contender("ours", 0))
+    several = [(one, of_ranks(task, arguments.gpus, one)) for one in contenders(arguments)]
+    for what, figures in (("one GPU", alone), *((one.name, found) for one, found in several)):
         how = {"ranks": figures["ranks"], "zero_stage": figures["stage"]}
         planned = memory(task.workload.replace(**how), device)
-        figures |= {"size": task.size, "rows": task.rows[0], "planned": planned._asdict()}
+        figures |= {"size": task.size, "rows": task.rows[0]}
+        if figures["trainer"] == "ours":
+            figures["planned"] = planned._asdict()
         figures["scaling"] = figures["tokens_per_second"] / (
             figures["ranks"] * alone["tokens_per_second"]
         )
-        what = f"stage {figures['stage']}" if figures["ranks"] > 1 else "one GPU"
+        pairs = zip(figures["losses"], alone["losses"], strict=True)
+        figures["loss_difference"] = max(abs(mine - one) for mine, one in pairs)
         log.info(
-            "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s, predicted %s",
+            "%s, %d x %s, %s: %s tokens/s (%.0f %%), %s%s, losses differ by %.1e",
             *(task.size, figures["ranks"], device.name, what),
             f"{figures['tokens_per_second']:,.0f}",
             100 * figures["scaling"],
             binary(figures["memory"]),
-            binary(planned.total),
+            f", predicted {binary(planned.total)}" if "planned" in figures else "",
+            figures["loss_difference"],
         )
-    return [alone, *several]
+    return [alone, *(found for _, found in several)]
 
 
 def asked_task(arguments: argparse.Namespace, number: int, device: Device) -> Task:
@@ -169,6 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=[])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="trainers to compare")
     parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument(
@@ -187,10 +228,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
+    if "deepspeed" in arguments.peers and find_spec("deepspeed") is None:
+        parser.error(
+            "--peers deepspeed: install it with DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     device = find_device(arguments.device or "auto")
+    if device.kind == "cpu":  # also the threads of one rank alone, as in the laboratory
+        threads = max(1, (os.cpu_count() or 1) // arguments.gpus)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     results = []
     for number in range(len(arguments.sizes)):
         results += compared(asked_task(arguments, number, device), arguments, device)

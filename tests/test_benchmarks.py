@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import checkpoint_stall
 import data_path
@@ -140,11 +142,34 @@ def test_all_data_paths_give_the_same_tokens(text, tmp_path):
 
 def test_stage_of_one_rank_is_a_plain_training(tmp_path):
     training = train_speed.training_config(TASK, 2)
-    job = zero_stages.StagesJob(run_dir=tmp_path, training=training, task=TASK, stages=(0,))
-    found = zero_stages.measure(job, 0)
+    contender = zero_stages.Contender("ours", 0)
+    job = zero_stages.StagesJob(run_dir=tmp_path, training=training, task=TASK, contender=contender)
+    found = zero_stages.measure(job)
     assert (found["ranks"], found["stage"]) == (1, 0)
     assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds_per_step"])
     assert found["loss"] < math.log(TASK.vocab_size) < found["memory"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("peer", "stage"), [("ddp", 0), *(("deepspeed", n) for n in (1, 2, 3))])
+def test_peers_of_the_stages_train_the_same_steps(peer, stage, monkeypatch):
+    if peer == "deepspeed":
+        pytest.importorskip("deepspeed")
+    monkeypatch.setenv("PYTHONPATH", str(Path(zero_stages.__file__).parent), prepend=os.pathsep)
+    two_micro_batches = WORKLOAD.replace(micro_batch_rows=4)
+    task = TASK.replace(workload=two_micro_batches)
+    alone = zero_stages.of_ranks(task, 1, zero_stages.Contender("ours", 0))
+    found = zero_stages.of_ranks(task, 2, zero_stages.Contender(peer, stage))
+    assert found["losses"] == pytest.approx(alone["losses"], abs=2e-6), "they differ by rounding"
+    assert alone["losses"][-1] < alone["losses"][0] - 1e-3, "weights are updated"
+
+
+def test_peer_that_is_not_installed_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(zero_stages, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["zero_stages.py", "--peers", "deepspeed"])
+    with pytest.raises(SystemExit):
+        zero_stages.main()
+    assert "pip install deepspeed==0.19.8" in capsys.readouterr().err
 
 
 def test_contender_that_takes_too_long_is_ended_with_its_reason():
