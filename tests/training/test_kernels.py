@@ -1,6 +1,7 @@
 """The choice of kernels."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def test_choice_is_read_back_as_it_was_written(tmp_path):
     assert KernelChoice.read(tmp_path / "kernels.json") == choice
 
 
+def test_difference_is_that_of_the_worst_result_and_infinite_if_one_is_nan():
+    good, off = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.5])
+    assert kernels.largest_difference([good, off], [good, good]) == pytest.approx(0.25)
+    assert kernels.largest_difference([good, good * math.nan], [good, good]) == math.inf
+
+
 def test_determinism_is_not_free_where_its_kernels_are_missing(monkeypatch):
     hopper, ampere = known_gpu("H200"), known_gpu("L4")
     small = WORKLOAD.replace(model=with_vocabulary(SIZES["small"], 256), precision="bf16")
@@ -66,3 +73,15 @@ def test_second_choice_for_a_shape_is_read_instead_of_measured(tmp_path, caplog)
     assert len(list(tmp_path.iterdir())) == 1
     kernels.choose(work.replace(deterministic=True), tmp_path, z_loss=0.0)
     assert len(list(tmp_path.iterdir())) == 2, "a deterministic run has its own choice"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernel_with_wrong_gradients_is_not_chosen(caplog):
+    x = torch.ones(8, device="cuda", requires_grad=True)
+    slow = {"separate": lambda: x.sin().cos().sin().cos().sin()}
+    wrong = {"fused": lambda: slow["separate"]().detach() + 0 * x}
+    chosen = kernels.measure([kernels.Contest("feed_forward", slow | wrong, (x,))])
+    assert chosen.kernels.feed_forward == "separate"
+    assert chosen.milliseconds["feed_forward"]["fused"] is None
+    assert "its results differ from the default's by 1" in caplog.text

@@ -13,6 +13,13 @@ from torch import Tensor
 _TOKENS, _FEATURES = 32, 128
 """Tile of the backward kernel, the fastest of 18 on an H200."""
 
+_FOUR_TO_E5M2: tl.constexpr = tl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
+cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}""")
+
 
 @triton.jit
 def _forward(
@@ -66,6 +73,20 @@ def _clipped(x, limit: tl.constexpr):
 
 
 @triton.jit
+def _store_transposed(at, x, mask):
+    """Round `x` to e5m2, and store its transpose.
+
+    The rounding differs in its instructions only from a cast. With Triton 3.6 on an H200, if one
+    result of a cast was stored both as it was and transposed, every fourth row of the transpose was
+    wrong.
+    """
+    x8 = tl.inline_asm_elementwise(
+        _FOUR_TO_E5M2, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
+    )
+    tl.store(at.to(tl.pointer_type(tl.uint8), bitcast=True), tl.trans(x8), mask=mask)
+
+
+@triton.jit
 def _backward(
     products,
     s,
@@ -86,16 +107,16 @@ def _backward(
     rows, columns = token[:, None], m[None, :]
     h, d_gate, d_up = _gradients(products, s, dh, h_scales, rows, columns, count, size)
     divisor = tl.load(scale)
-    d_gate = _clipped(d_gate / divisor, limit).to(p.dtype.element_ty)
-    d_up = _clipped(d_up / divisor, limit).to(p.dtype.element_ty)
+    d_gate = _clipped(d_gate / divisor, limit)
+    d_up = _clipped(d_up / divisor, limit)
     inside = (rows < count) & (columns < size)
     at = p + rows * 2 * size + columns
-    tl.store(at, d_gate, mask=inside)
-    tl.store(at + size, d_up, mask=inside)
+    tl.store(at, d_gate.to(p.dtype.element_ty), mask=inside)
+    tl.store(at + size, d_up.to(p.dtype.element_ty), mask=inside)
     inside_t = (m[:, None] < size) & (token[None, :] < count)
     at_t = m[:, None] * count + token[None, :]
-    tl.store(p_t + at_t, tl.trans(d_gate), mask=inside_t)
-    tl.store(p_t + (m[:, None] + size) * count + token[None, :], tl.trans(d_up), mask=inside_t)
+    _store_transposed(p_t + at_t, d_gate, inside_t)
+    _store_transposed(p_t + (m[:, None] + size) * count + token[None, :], d_up, inside_t)
     tl.store(h_t + at_t, tl.trans(h.to(h_t.dtype.element_ty)), mask=inside_t)
 
 

@@ -8,9 +8,10 @@ processes of the run use the same kernels: another kernel would change the last 
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -45,11 +46,15 @@ _MAX_LOSS_TOKENS = 32_768
 """Maximum number of tokens in the timing of the loss. It works in chunks, so more tokens take
 proportionally longer with every kernel."""
 
-_CANDIDATES = 2
-"""Version of the candidates, so that a choice without the newer ones is made again."""
+_CANDIDATES = 3
+"""Version of the candidates and of their comparison, so that an older choice is made again."""
 
 _GAIN = 1.01
 """Minimum speed-up over the default kernel; smaller differences are noise."""
+
+_DIFFERENCE = 0.25
+"""Maximum difference of a result from that of the default kernel, relative to its norm. Rounding to
+8 bits explains about half of it, and a kernel that computes something else exceeds it."""
 
 FeedForwardKernel = Literal["separate", "fused"]
 """SwiGLU in separate passes over memory, or as in `Workload.fused_feed_forward`."""
@@ -69,7 +74,7 @@ class KernelChoice(Record):
     kernels: Kernels
     milliseconds: dict[str, dict[str, float | None]]
     """Time of forward and backward pass for each part of the model and each kernel. None if the
-    kernel failed."""
+    kernel failed, or if its results were wrong."""
 
 
 class Contest(NamedTuple):
@@ -163,13 +168,21 @@ def fastest(milliseconds: dict[str, float | None]) -> str:
 
 
 def _times(contest: Contest) -> dict[str, float | None]:
-    """Return the median time of each candidate in milliseconds; None if the kernel failed.
+    """Return the median time of each candidate in milliseconds; None if the kernel cannot be used.
 
-    The candidates take turns, so that changes of the GPU's clock rate affect all of them equally.
+    A kernel can be used if it does not fail, and if its results are those of the default kernel up
+    to rounding. The candidates take turns, so that changes of the GPU's clock rate affect all of
+    them equally.
     """
     samples: dict[str, list[float]] = {}
+    expected: list[Tensor] = []
     for name, run in contest.candidates.items():
         try:
+            results = _results(run, contest.inputs)
+            expected = expected or results
+            if (difference := largest_difference(results, expected)) > _DIFFERENCE:
+                raise ValueError(f"its results differ from the default's by {difference:.2g}")
+            del results
             for _ in range(_WARM_UP):
                 _milliseconds(run, contest.inputs)
             samples[name] = []
@@ -178,11 +191,29 @@ def _times(contest: Contest) -> dict[str, float | None]:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             log.warning("the kernel %s of %s cannot be used: %s", name, contest.part, reason)
+    del expected
     for _ in range(_ROUNDS):
         for name, taken in samples.items():
             taken.append(_milliseconds(contest.candidates[name], contest.inputs))
     medians = {name: statistics.median(taken) for name, taken in samples.items()}
     return {name: medians.get(name) for name in contest.candidates}
+
+
+def _results(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the result of a kernel, and its gradients for a random gradient of the result."""
+    y = run()
+    generator = torch.Generator(y.device).manual_seed(1)
+    dy = torch.randn(y.shape, device=y.device, dtype=torch.float32, generator=generator)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+
+
+def largest_difference(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of a result from the expected one, relative to its norm."""
+    differences = [
+        ((mine.float() - theirs.float()).norm() / theirs.float().norm()).nan_to_num(nan=math.inf)
+        for mine, theirs in zip(results, expected, strict=True)
+    ]
+    return torch.stack(differences).max().item()
 
 
 def _milliseconds(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:
