@@ -5,7 +5,7 @@ import sys
 from zeroflow.cli.early import begin
 
 if __name__ == "__main__":
-    begin(sys.argv[1:])
+    begin("prove-resume", sys.argv[1:])
 
 from zeroflow.cli.flow import main
 from zeroflow.orchestration.names import PROVE_RESUME

@@ -6,7 +6,8 @@ from zeroflow import pipeline
 from zeroflow.inference import trained
 from zeroflow.inference.trained import Trained
 from zeroflow.report.records import RunReport
-from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
+from zeroflow.run_folder import DEFAULT_CACHE
+from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.checkpoint import Which
 
 

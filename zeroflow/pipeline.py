@@ -76,7 +76,7 @@ from zeroflow.training.job import (
     why_trained,
 )
 from zeroflow.training.ownership import ownership
-from zeroflow.training.processes import KeptRanks, kept_ranks
+from zeroflow.training.processes import RUN_MODULES, KeptRanks, kept_ranks
 from zeroflow.training.pulse import Pulse
 from zeroflow.units import count
 
@@ -117,15 +117,6 @@ def may_succeed(error: Exception) -> bool:
             return error.reason not in ("out of memory", "diverged")
     return True
 
-
-_RANK_MODULES = (
-    preflight.__name__,
-    "zeroflow.training",
-    overfit.__name__,
-    "torch._dynamo",  # PyTorch's optimisers import it
-    "pyarrow.dataset",  # imports pandas if it is installed, as PyArrow's first array would
-)
-"""Modules that ranks import before their first job."""
 
 Acquire = Callable[[Path], None]
 """Acquires the directory of a run for this process, or raises `RunIsBusy`."""
@@ -546,7 +537,7 @@ def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:
         return  # probably complete
     number = asked.training.ranks
     places = [Place(rank, number, cache.compiled) for rank in range(number)]
-    ranks.start(places, cache.path, *_RANK_MODULES)
+    ranks.start(places, cache.path, *RUN_MODULES)
 
 
 def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:

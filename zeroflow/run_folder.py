@@ -12,6 +12,8 @@ from typing import Self
 
 from zeroflow.config import NAME, NAME_IN_WORDS
 
+DEFAULT_CACHE = Path("data_cache")
+
 
 class _Named:
     """Path of a file in a folder."""

@@ -103,6 +103,7 @@ RUNS = [
         },
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
         evaluation={"evaluate_path": ("a.txt", "b/*.jsonl"), "evaluate_tasks": ("piqa",)},
+        log_to=("tensorboard",),
         skip_preflight=True,
     ),
     RunConfig(

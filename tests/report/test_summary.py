@@ -15,8 +15,7 @@ from zeroflow.report.records import (
     TokenizerFigures,
 )
 from zeroflow.report.summary import summary
-from zeroflow.run_folder import RunFolder
-from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.run_folder import DEFAULT_CACHE, RunFolder
 from zeroflow.training.goodput import PHASES
 
 SECONDS = dict.fromkeys(PHASES, 0.0) | {"forward_backward": 90.0, "start": 10.0}

@@ -3,13 +3,14 @@
 import py_compile
 import subprocess
 import sys
+from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
 from zeroflow.training import environment as environments
-from zeroflow.training import zero
-from zeroflow.training.environment import rank_environment
+from zeroflow.training.environment import place_environment, rank_environment
 
 
 def test_compiled_code_is_kept_in_the_cache_unless_the_user_names_a_folder(monkeypatch):
@@ -26,7 +27,9 @@ def test_bytecode_is_kept_in_the_cache_if_the_interpreter_writes_none(tmp_path, 
     monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
     source = tmp_path / "torch.py"
     source.write_text("")
-    monkeypatch.setattr(environments.torch, "__file__", str(source))
+    monkeypatch.setattr(
+        environments, "find_spec", partial(PathFinder.find_spec, path=[str(tmp_path)])
+    )
     environment = rank_environment(tmp_path / "compile")
     command = [sys.executable, "-c", "import torch"]
     environment["PYTHONPATH"] = str(tmp_path)
@@ -43,7 +46,7 @@ def test_single_rank_is_rank_0_under_any_launcher_of_the_flow(monkeypatch):
     given = {"RANK": "3", "WORLD_SIZE": "4"}
     for name, number in given.items():
         monkeypatch.setenv(name, number)
-    environment = rank_environment(None) | zero.environment(0, 1)
+    environment = rank_environment(None) | place_environment(0, 1)
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
 
 
@@ -55,5 +58,5 @@ def test_each_rank_sees_one_of_the_gpus_that_the_user_makes_visible(visible, see
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    given = [zero.environment(rank, 2) for rank in range(2)]
+    given = [place_environment(rank, 2) for rank in range(2)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == seen

@@ -32,8 +32,9 @@ from zeroflow.cli.prefect_settings import importing_prefect
 from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.orchestration.names import PRETRAIN, SWEEP, ZERO_LAB
 from zeroflow.orchestration.ui import UiConfig
+from zeroflow.run_folder import DEFAULT_CACHE
 from zeroflow.settings.proof import ProofRun
-from zeroflow.settings.run_config import DEFAULT_CACHE, RunConfig
+from zeroflow.settings.run_config import RunConfig
 from zeroflow.text.markup import one_line, shortened, visible
 from zeroflow.tracking import loopback
 from zeroflow.training.sampling import SamplingConfig

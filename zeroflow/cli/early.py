@@ -1,23 +1,54 @@
 """Work of a flow's command that begins before its libraries are imported, which takes seconds."""
 
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from zeroflow.cli.first_line import announce
 
 
-def begin(arguments: Sequence[str]) -> None:
-    """Print the first line, and start Prefect's server if the command will need its own.
+def begin(flow: str, arguments: Sequence[str]) -> None:
+    """Print the first line, and start the rank and the Prefect server that the command will need.
 
-    The server takes as long to start as the libraries to import. If the settings turn out to be
-    wrong, it ends with the command.
+    They take as long to start as the libraries to import. If the settings turn out to be wrong,
+    they end with the command.
 
     Args:
+        flow: name of the flow.
         arguments: arguments of the command.
     """
     announce(arguments)
     if {"-h", "--help"} & {*arguments}:
         return
+    if flow == "pretrain":
+        with suppress(ArgumentError, ValueError):  # the command reports them later
+            _start_ranks(arguments)
+    _start_server()
+
+
+def _start_ranks(arguments: Sequence[str]) -> None:
+    """Start the ranks that the flags ask for. If other settings ask for others, these are ended."""
+    from zeroflow.run_folder import DEFAULT_CACHE, Cache
+    from zeroflow.training.environment import Place
+    from zeroflow.training.processes import RUN_MODULES, keep_from_now
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--run-name")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
+    asked, _ = parser.parse_known_args(arguments)
+    cache = Cache(asked.cache_dir.resolve())
+    if asked.nodes > 1:
+        return  # the ranks of several machines are started in another way
+    if asked.run_name and cache.run(asked.run_name).training.exists():
+        return  # probably complete
+    places = [Place(rank, asked.gpus, cache.compiled) for rank in range(asked.gpus)]
+    keep_from_now().start(places, cache.path, *RUN_MODULES)
+
+
+def _start_server() -> None:
     from zeroflow.cli.prefect_settings import importing_prefect
 
     with suppress(RuntimeError, ValueError), importing_prefect():  # the command reports them later

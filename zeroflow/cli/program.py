@@ -19,7 +19,7 @@ SHORT = ("generate", "export", "evaluate", "data", "documents", "plan", "shards"
 def entry() -> None:
     [name] = sys.argv[1:2] or [""]
     if name in FLOWS:
-        begin(sys.argv[2:])
+        begin(name, sys.argv[2:])
     elif name in LONG:
         announce(sys.argv[2:])
     elif name in SHORT and sys.stderr.isatty():

@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 
 from zeroflow.config import Config
 from zeroflow.orchestration.programs import Program
-from zeroflow.run_folder import Cache
-from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.run_folder import DEFAULT_CACHE, Cache
 from zeroflow.tracking import loopback
 from zeroflow.tracking.config import PORT, is_server, location
 from zeroflow.tracking.viewer import Viewer, viewer

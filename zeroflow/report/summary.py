@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from zeroflow.report.records import RunReport
-from zeroflow.run_folder import RunFolder
-from zeroflow.settings.run_config import DEFAULT_CACHE
+from zeroflow.run_folder import DEFAULT_CACHE, RunFolder
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput
 from zeroflow.units import count, speed

@@ -28,7 +28,7 @@ from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ActivationCheckpointing, ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.reuse import Fields
-from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.run_folder import DEFAULT_CACHE, Cache, RunFolder
 from zeroflow.tracking.config import TrackerName
 from zeroflow.training import initial
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
@@ -36,8 +36,6 @@ from zeroflow.training.schedule import ScheduleName, decays
 from zeroflow.training.workload import SETTING_NAMES, Workload
 from zeroflow.training.zero import Stage
 from zeroflow.units import parameter_count
-
-DEFAULT_CACHE = Path("data_cache")
 
 T = TypeVar("T")
 

@@ -1,5 +1,6 @@
 """Monitoring of torch.compile during training: compile time and recompilations."""
 
+import importlib
 import logging
 from collections.abc import Callable
 
@@ -35,6 +36,11 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
     torch._dynamo.on_compile_end(lambda _: clock.enter(before))
     torch._logging.set_logs(recompiles=True)
     _REASONS.addHandler(_Warnings(is_settled))
+
+
+def import_compiler() -> None:
+    """Import what torch.compile needs at its first use, which takes seconds."""
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def end_watch() -> None:

@@ -1,13 +1,12 @@
-"""Environment variables of the ranks: allocator, caches of compiled code, launch time."""
+"""Environment variables of the ranks: place, allocator, caches of compiled code, launch time.
+
+PyTorch is not imported, so that a command can start ranks before its own imports.
+"""
 
 import os
-from importlib.util import cache_from_source
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
-
-from zeroflow.training import zero
 
 LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the launch time, at which the start-up of a rank begins."""
@@ -23,7 +22,7 @@ class Place(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables of the process."""
-        return rank_environment(self.compile_cache) | zero.environment(self.rank, self.ranks)
+        return rank_environment(self.compile_cache) | place_environment(self.rank, self.ranks)
 
 
 def rank_environment(compile_cache: Path | None) -> dict[str, str]:
@@ -51,9 +50,31 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
         }
         defaults |= {name: str(compile_cache / folder) for name, folder in names.items()}
         defaults["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
-        if not Path(cache_from_source(torch.__file__)).exists():
+        if not _has_bytecode("torch"):
             # A container image may contain no bytecode and forbid writing it. Then every rank would
             # compile PyTorch's Python sources whenever it starts
             user.pop("PYTHONDONTWRITEBYTECODE", None)
             defaults["PYTHONPYCACHEPREFIX"] = str(compile_cache / "python")
     return defaults | user | {"PYTHONUNBUFFERED": "1"}
+
+
+def _has_bytecode(package: str) -> bool:
+    found = find_spec(package)
+    assert found is not None and found.origin is not None
+    return Path(cache_from_source(found.origin)).exists()
+
+
+def place_environment(rank: int, ranks: int) -> dict[str, str]:
+    """Return the environment variables of the process that is `rank` of `ranks`."""
+    if ranks == 1:  # replaces variables that a launcher such as Slurm may have set for the flow
+        return {"RANK": "0", "WORLD_SIZE": "1"}
+    # Each rank sees only its own GPU, so that code can use the default device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
+    devices = [number.strip() for number in visible.split(",")]
+    cores = max(1, (os.cpu_count() or 1) // ranks)
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
+    }

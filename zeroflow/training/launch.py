@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zeroflow.run_folder import RunFolder
-from zeroflow.training import ownership, zero
+from zeroflow.training import checkpoint, ownership, zero
 from zeroflow.training.environment import LAUNCHED, Place
 from zeroflow.training.events import Done, Event, Failed, Stopped
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
@@ -93,7 +93,9 @@ def _run(
                     f"{module} made no progress for {hang_seconds} s and was killed", "hang"
                 )
             if any(codes):  # a rank has failed, and the others wait for it
-                codes = ranks.end_after_failure(folder.checkpoints)
+                codes = ranks.end_after_failure(
+                    lambda: bool(checkpoint.unfinished(folder.checkpoints))
+                )
                 break
             time.sleep(_POLL_SECONDS)
     progress.follow()

@@ -2,10 +2,11 @@
 
 A process is `python -m zeroflow.training.serving`, and works on one job after another, so that the
 libraries are imported, and the device is opened, only once for the stages of a run. `kept_ranks`
-keeps processes between two jobs. A process whose job has failed ends, and the next job gets a new
-one.
+keeps processes between two jobs; a command starts them ahead of the first. A process whose job has
+failed ends, and the next job gets a new one.
 """
 
+import atexit
 import contextvars
 import logging
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,7 +23,6 @@ import psutil
 from pydantic import Field
 
 from zeroflow.config import Config
-from zeroflow.training import checkpoint
 from zeroflow.training.environment import Place
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,16 @@ _POLL_SECONDS = 0.2
 
 _LAST_LINES = 20
 """Number of output lines in an error message."""
+
+
+RUN_MODULES = (
+    "zeroflow.checks.preflight",
+    "zeroflow.training",
+    "zeroflow.checks.overfit",
+    "torch._dynamo",  # PyTorch's optimisers import it
+    "pyarrow.dataset",  # imports pandas if it is installed, as PyArrow's first array would
+)
+"""Modules that the ranks of a run import before their first job."""
 
 
 class Task(Config):
@@ -164,19 +174,22 @@ class RankProcesses:
         for process in self._processes:
             process.read_to_end()
 
-    def end_after_failure(self, checkpoints: Path) -> list[int | None]:
+    def end_after_failure(self, is_writing: Callable[[], bool]) -> list[int | None]:
         """Kill the ranks that do not exit by themselves after one has failed.
 
         They get some time first: all may be reporting the same failure, and a checkpoint that is
         being written is the one to resume from.
+
+        Args:
+            is_writing: returns True while a checkpoint is being written.
 
         Returns:
             The exit code of every rank; None for ranks killed here.
         """
         began = time.monotonic()
         while None in (codes := self.exit_codes()):
-            writing = checkpoint.unfinished(checkpoints)
-            if time.monotonic() - began > (_STOP_SECONDS if writing else GRACE_SECONDS):
+            patience = _STOP_SECONDS if is_writing() else GRACE_SECONDS
+            if time.monotonic() - began > patience:
                 break
             time.sleep(_POLL_SECONDS)
         self.kill()
@@ -266,6 +279,14 @@ def kept_ranks() -> Iterator[KeptRanks]:
     finally:
         _kept.reset(token)
         kept.end()
+
+
+def keep_from_now() -> KeptRanks:
+    """Keep processes until the end of the next block of `kept_ranks`, or of the program."""
+    kept = KeptRanks()
+    _kept.set(kept)
+    atexit.register(kept.end)
+    return kept
 
 
 @contextmanager

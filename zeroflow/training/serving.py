@@ -37,6 +37,8 @@ def main() -> None:
     for task in map(Task.model_validate_json, parent.lines()):
         module = importlib.import_module(_program_module(task.module))
         if task.job_file is None:
+            if torch.cuda.is_available():
+                compiling.import_compiler()
             continue
         os.environ.update(task.environment)
         parent.working = True

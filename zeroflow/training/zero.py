@@ -57,22 +57,6 @@ def remove_stale_rendezvous(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def environment(rank: int, ranks: int) -> dict[str, str]:
-    """Return the environment variables of the process that is `rank` of `ranks`."""
-    if ranks == 1:  # replaces variables that a launcher such as Slurm may have set for the flow
-        return {"RANK": "0", "WORLD_SIZE": "1"}
-    # Each rank sees only its own GPU, so that code can use the default device
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
-    devices = [number.strip() for number in visible.split(",")]
-    cores = max(1, (os.cpu_count() or 1) // ranks)
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
-    }
-
-
 def take_place() -> None:
     """Set this rank's number and GPU from the environment that torchrun, or srun alone, provides.
 
