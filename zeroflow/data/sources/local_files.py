@@ -308,11 +308,14 @@ class StandardLibrary(LocalSource):
 
     def find(self) -> dict[str, Path]:
         library = Path(sysconfig.get_path("stdlib"))
-        found = (
-            (path.relative_to(library).as_posix(), path)
-            for path in library.rglob("*.py")
-            if not {"site-packages", "dist-packages"}.intersection(path.parts)
-        )
+        found = ((path.relative_to(library).as_posix(), path) for path in _modules(library))
         # Sorted by a hash: files with similar names have similar content, and a short run should
         # see a mixture
         return dict(sorted(found, key=lambda item: hashlib.sha256(item[0].encode()).digest()))
+
+
+def _modules(library: Path) -> Iterator[Path]:
+    """Yield the Python files in `library` and its folders, except those of installed packages."""
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
