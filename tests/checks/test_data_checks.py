@@ -6,16 +6,15 @@ import re
 import pytest
 from checked import SHARDS, assert_failed, checked_job
 from hub import english
-from public_tokenizers import of_bytes, of_words, save
+from public_tokenizers import like_bert, like_clip, of_bytes, of_words, save
 from tiny import jsonl_corpus
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, normalizers
 
 from zeroflow import artifacts
 from zeroflow.checks import data_checks
 from zeroflow.checks.check import Check
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
 
 
@@ -34,10 +33,37 @@ def test_ids_of_another_tokenizer_fail_the_text_check(text, tmp_path):
     numbers = [f"{n * n} {n**3} fünf" for n in range(999)]
     config = TokenizerConfig(tokenizer_name="train", vocab_size=400)
     other = fetch_tokenizer(config, jsonl_corpus(tmp_path / "numbers.jsonl", numbers), tmp_path)
-    rows = Rows(shards, "train")
-    sound = data_checks.text(rows, text.tokenizer)
+    sound = data_checks.text(shards, text.tokenizer)
     assert sound.passed and float(sound.figure.partition("%")[0]) > 95
-    assert_failed(data_checks.text(rows, other), "survive", "zeroflow data")
+    assert_failed(data_checks.text(shards, other), "survive", "did not make the other ids", "data")
+
+
+def pieces_without_marks() -> Tokenizer:
+    """Decodes into pieces of words that it does not know."""
+    tokenizer = like_bert()
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def spaced_pieces() -> Tokenizer:
+    tokenizer = like_clip()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "end"), [(pieces_without_marks, "[SEP]"), (spaced_pieces, "<|endoftext|>")]
+)
+def test_text_check_names_the_tokenizer_if_that_loses_the_text(tmp_path, make, end):
+    documents = [english(random.Random(seed)) for seed in range(60)]
+    corpus = jsonl_corpus(tmp_path / "english.jsonl", documents)
+    folder = save(tmp_path / "tokenizer", make(), {"eos_token": end})
+    fetched = fetch_tokenizer(TokenizerConfig(tokenizer_name=str(folder)), corpus, tmp_path)
+    shards = build_shards(SHARDS, corpus, fetched, tmp_path)
+    found = data_checks.text(shards, fetched)
+    assert_failed(found, f"When {folder} made the ids", "lost or changed: use another tokenizer")
+    assert "remove the shards" not in found.sentence
 
 
 @pytest.fixture

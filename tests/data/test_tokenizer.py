@@ -256,6 +256,29 @@ def test_settings_that_cannot_be_read_are_named(name, content, message, fetched,
     assert name in str(refusal.value) and str(folder) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no tokenizer.json, and no tokenizer.model, vocab.txt or vocab.json with merges"),
+        (
+            {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "has no tokenizer.json",
+        ),
+        ({"vocab.json": '{"a": 0}'}, "has vocab.json without merges.txt, and no tokenizer.json"),
+        ({"merges.txt": ""}, "has merges.txt without vocab.json, and no tokenizer.json"),
+    ],
+)
+def test_folder_without_the_files_of_a_tokenizer_is_refused_by_what_is_missing(
+    files, message, fetched, tmp_path
+):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, content in {"config.json": '{"model_type": "llama"}', **files}.items():
+        (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{folder} {message}"):
+        fetched(folder)
+
+
 def test_tokenizer_with_a_byte_order_mark_is_refused_with_what_to_do(fetched, tmp_path):
     folder = save(tmp_path / "mine", like_qwen())
     file = folder / "tokenizer.json"

@@ -9,7 +9,7 @@ from tiny import MODEL, lively_model
 
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.inference import generate
-from zeroflow.inference.generate import TextGenerator, of_model
+from zeroflow.inference.generate import TextGenerator, of_folder, of_model
 from zeroflow.model.hugging_face import as_hugging_face
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
@@ -128,3 +128,18 @@ def test_sampled_text_is_that_of_training_with_the_same_seed():
     for config in (SamplingConfig(tokens=30, seed=3), SamplingConfig(tokens=30, top_p=0.5, seed=4)):
         ids = sampling.generate_ids(model, IDS, config, context=64)
         assert of_model(model, IDS, context=64).generate("", config) == " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["tokenizer.json"], r"has no weights \(model\.safetensors\)"),
+        (["model.safetensors"], r"has no tokenizer\.json, and no tokenizer\.model"),
+        (["model.safetensors", "vocab.json"], r"has vocab\.json without merges\.txt"),
+    ],
+)
+def test_folder_that_lacks_files_of_a_model_is_refused_by_what_is_missing(files, message, tmp_path):
+    for name in ("config.json", *files):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"^{tmp_path} {message}"):
+        of_folder(tmp_path)

@@ -187,8 +187,11 @@ def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
     """Write tokenizer.json for a tokenizer that comes in another form.
 
     Raises:
-        ValueError: transformers cannot convert it, or would need Python code that comes with it.
+        ValueError: files are missing, or transformers cannot convert them or would need Python code
+            that comes with them.
     """
+    if "auto_map" not in config:
+        require_vocabulary(folder, name)
     from transformers import AutoTokenizer  # slow to import, and rarely needed
 
     try:
@@ -205,6 +208,34 @@ def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
         raise ValueError(
             f"{name} has no tokenizer.json, and its files cannot be converted: {error}"
         ) from error
+
+
+def require_vocabulary(folder: Path, name: str) -> None:
+    """Check that `folder` has the files of a tokenizer, before a library opens it.
+
+    transformers names other causes if they are missing, or makes an empty tokenizer.
+
+    Args:
+        name: name of the tokenizer or model, for the message.
+
+    Raises:
+        ValueError: files are missing.
+    """
+    names = {path.name for path in folder.iterdir()}
+    pair = {"vocab.json", "merges.txt"}
+    whole = {"tokenizer.json", "vocab.txt"} & names or pair <= names
+    if whole or any(file.endswith((".model", ".tiktoken")) for file in names):
+        return
+    if half := pair & names:
+        missing = f"{min(half)} without {min(pair - half)}, and no tokenizer.json"
+    else:
+        missing = (
+            "no tokenizer.json, and no tokenizer.model, vocab.txt or vocab.json with merges.txt"
+        )
+    raise ValueError(
+        f"{name} has {missing}: save the tokenizer there with its save_pretrained(), or name "
+        "another folder"
+    )
 
 
 def _declared_end(settings: dict[str, dict[str, Any]], name: str) -> str | None:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from zeroflow.data.tokenizer import Tokenizer
+from zeroflow.data.tokenizer_files import require_vocabulary
 from zeroflow.model.hugging_face import as_hugging_face
 from zeroflow.model.llama import Llama
 from zeroflow.text.markup import is_utf8, visible
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
+
+_WEIGHTS = (".safetensors", ".bin")
+"""Suffixes of files of weights."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of a character whose last bytes are in the next tokens."""
@@ -158,6 +162,9 @@ def of_folder(folder: Path) -> TextGenerator:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model that transformers opens: it has no config.json")
+    if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
+        raise ValueError(f"{folder} has no weights (model.safetensors): name another folder")
+    require_vocabulary(folder, str(folder))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
