@@ -8,7 +8,7 @@ from shard_sets import ALL, SMALL, rows_of, table_of
 from tiny import files_corpus, jsonl_corpus
 
 from zeroflow import artifacts
-from zeroflow.data import build, holdout, part_plan
+from zeroflow.data import build, holdout, part_counts, part_plan
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig, list_files, resolve_corpus
 from zeroflow.data.documents import Tally
@@ -50,7 +50,7 @@ def test_part_of_a_corpus_of_a_few_documents_is_held_out(text, tmp_path, count, 
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts[:count])
     config = SMALL.replace(validation_fraction=fraction)
     shards = build_shards(config, few, text.tokenizer, tmp_path / "cache")
-    assert shards.documents in (count, count + 1)  # the end of one may be held out
+    assert shards.documents == count
     assert shards.train.rows and shards.validation.rows
 
 
@@ -73,9 +73,37 @@ def test_part_of_a_few_repeated_documents_is_held_out(text, tmp_path):
     texts = [text.texts[i % 3] for i in range(60)]
     same = jsonl_corpus(tmp_path / "same.jsonl", texts).replace(deduplicate=True)
     shards = build_shards(ALL.replace(validation_fraction=0.02), same, text.tokenizer, tmp_path)
-    # Each of 20 copies of the document that is cut has a beginning and an end
     assert (shards.train.documents, shards.validation.documents) == (3, 1)
-    assert shards.duplicates == 60 + 20 - 4
+    assert (shards.documents, shards.duplicates) == (3, 57), "a copy of the one that is cut is one"
+
+
+def test_document_whose_end_is_held_out_counts_once(text, tmp_path, caplog):
+    caplog.set_level("INFO", logger="zeroflow")
+    book = jsonl_corpus(tmp_path / "book.jsonl", [prose(text, 400), "a note"])
+    shards = build_shards(ALL, book, text.tokenizer, tmp_path)
+    assert (shards.documents, shards.held_out_ends) == (2, 1)
+    assert (shards.train.documents, shards.validation.documents) == (2, 1)
+    assert ", from 2 documents: " in caplog.text
+    for part in shards.part_paths:  # as an earlier version wrote it
+        manifest = artifacts.read_signed(part / artifacts.MANIFEST)
+        assert manifest["facts"].pop("held_out_ends") == 1
+        artifacts.write_signed(part / artifacts.MANIFEST, manifest)
+    again = build_shards(ALL, book, text.tokenizer, tmp_path)
+    assert again.reused and again.documents == 2
+
+
+def test_documents_whose_ends_are_held_out_count_once(small_pieces, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(part_counts, "PAGE_PARTS", 2)
+    texts = [
+        f"{i} " + prose(text, 40 if i % 120 == 5 else 1)[: 9000 if i % 120 == 5 else 12]
+        for i in range(1200)
+    ]
+    corpus = jsonl_corpus(tmp_path / "giants.jsonl", texts)
+    for name in ("cut", "pages"):  # once from the parts, and once from the pages of their counts
+        shards = build_shards(ALL, corpus, text.tokenizer, tmp_path)
+        assert (shards.documents, shards.held_out_ends) == (1200, 10), name
+        assert shards.train.documents + shards.validation.documents == 1210
+    assert list(shards.path.glob("counts-*.arrow"))
 
 
 def held_out_share(shards):
@@ -137,7 +165,7 @@ def test_a_fair_share_of_notes_beside_a_novel_is_held_out(text, tmp_path):
 def divided(corpus, rule):
     """Return the texts that are trained on, and those that are held out."""
     found = [], []
-    for batch, held_out in map(rule.apply, read_slice(corpus, all_of(corpus), Tally())):
+    for batch, held_out, _ in map(rule.apply, read_slice(corpus, all_of(corpus), Tally())):
         for one, out in zip(batch.texts, held_out, strict=True):
             found[int(out)].append(one)
     return found
@@ -198,7 +226,7 @@ def test_document_longer_than_the_whole_share_is_never_held_out_as_a_whole(text,
         corpus = jsonl_corpus(tmp_path / f"{seed}.jsonl", texts)
         rule = choose_holdout(corpus, fraction=0.1, row_tokens=33)
         batches = [rule.apply(batch) for batch in read_slice(corpus, all_of(corpus), Tally())]
-        for batch, held_out in batches:
+        for batch, held_out, _ in batches:
             lengths = np.array([len(t) for t in batch.texts])
             books += int(held_out[lengths > len(texts[600]) / 2].sum())
     assert not books and rule.longest < len(texts[600])
@@ -323,7 +351,8 @@ def test_reason_for_another_share_is_logged(text, tmp_path, caplog, monkeypatch)
     config = ALL.replace(validation_fraction=0.001, seq_len=64)
     few = jsonl_corpus(tmp_path / "few.jsonl", text.texts)
     build_shards(config, few, text.tokenizer, tmp_path / "cache")
-    assert "asks for 0.1 %: less would not fill 4 rows" in caplog.text
+    why = "at least 4 rows are held out, or 20% of a shorter text"
+    assert f"asks for 0.1 %: {why}" in caplog.text
     caplog.clear()
 
     texts = [f"{i} {text.texts[i % 60]}" for i in range(1200)]
@@ -336,6 +365,15 @@ def test_reason_for_another_share_is_logged(text, tmp_path, caplog, monkeypatch)
     monkeypatch.undo()
     build_shards(ALL.replace(validation_fraction=0.05), many, text.tokenizer, tmp_path)
     assert f"an earlier version built {shards.path.name}; delete it" in caplog.text
+
+
+@pytest.mark.parametrize("sizes", [(500, 500), (20, 5000), (3, 3)])
+def test_share_of_two_short_documents_is_not_put_down_to_a_hash(text, tmp_path, caplog, sizes):
+    book = prose(text, 9)
+    two = jsonl_corpus(tmp_path / "two.jsonl", [book[: sizes[0]], book[-sizes[1] :]])
+    config = ALL.replace(validation_fraction=0.02, seq_len=64)
+    build_shards(config, two, text.tokenizer, tmp_path)
+    assert "2.0 %: at least 4 rows are held out, or 20% of a shorter text" in caplog.text
 
 
 def test_validation_rows_are_not_searched_for_if_there_are_validation_files(

@@ -124,8 +124,8 @@ def _why_other_ids(shards: ShardSet, tokenizer: Tokenizer) -> str:
     samples = _returned(shards)
     if (lost := mean_lost_share(samples)) >= _LOSSY:
         return (
-            f". When {tokenizer.name} made the ids, {min(lost, 1):.0%} of the characters were lost or "
-            "changed: use another tokenizer, such as --tokenizer-name train"
+            f". When {tokenizer.name} made the ids, {min(lost, 1):.0%} of the characters were "
+            "lost or changed: use another tokenizer, such as --tokenizer-name train"
         )
     cause = "did not make the other ids" if samples else "did not make the other ids or loses text"
     return (

@@ -15,7 +15,7 @@ from zeroflow.data import known_parts, slices, synthetic
 from zeroflow.data.build_times import note_build
 from zeroflow.data.builders import Builders, Ending, in_threads
 from zeroflow.data.corpus import CorpusConfig, CorpusIdentity, corpus_identity
-from zeroflow.data.holdout import SOME_ROWS
+from zeroflow.data.holdout import MOST_OF_A_SMALL_CORPUS, SOME_ROWS
 from zeroflow.data.known_parts import KnownParts
 from zeroflow.data.needed import Needed
 from zeroflow.data.part_counts import PartCounts
@@ -77,14 +77,13 @@ def build_shards(
     with nullcontext(builders) if builders else in_threads(1) as chosen:
         build = _Build(planner, config, chosen, show)
         build.run()
-    shards = _describe(planner.path, build.counts, tokenizer, config)
+    shards = _describe(planner, build.counts, config)
     shards = shards.replace(reused=not build.built, why=build.why)
     if build.built:  # a corpus that ended early has not reported 100 %
         show(1.0, f"{count(shards.parts, 'part')}, {count(shards.train.rows, 'row')} to train on")
     _log(shards, config, build.built)
     if not corpus.validation:
-        older = planner.plan.identity.format < FORMAT
-        _log_share(shards, config.validation_fraction, older=older)
+        _log_share(shards, config.validation_fraction, planner.plan)
     return shards
 
 
@@ -281,9 +280,8 @@ def refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> No
         )
 
 
-def _describe(
-    path: Path, counts: PartCounts, tokenizer: Tokenizer, config: ShardConfig
-) -> ShardSet:
+def _describe(planner: PartPlanner, counts: PartCounts, config: ShardConfig) -> ShardSet:
+    tokenizer = planner.tokenizer
     train, validation = (counts.split(split) for split in SPLITS)
     for split, found in (("train", train), ("validation", validation)):
         if not found.rows:
@@ -293,7 +291,7 @@ def _describe(
                 "or set text for validation with --validation-path"
             )
     shards = ShardSet(
-        path=path,
+        path=planner.path,
         parts=len(counts),
         row_tokens=config.layout.row_tokens,
         end_of_text=tokenizer.end_of_text,
@@ -302,6 +300,7 @@ def _describe(
         empty_documents=counts.total("empty_documents"),
         duplicates=counts.total("duplicates"),
         bad_lines=counts.total("bad_lines"),
+        held_out_ends=_held_out_ends(planner, counts),
         entropy=None,
     )
     if tokenizer.path is not None:
@@ -310,6 +309,13 @@ def _describe(
     some = min(len(rows), max(1, _ENTROPY_TOKENS // rows.row_tokens))
     spread = rows[np.linspace(0, len(rows), some, endpoint=False).astype(np.int64)]
     return shards.replace(entropy=synthetic.chain_loss(spread, tokenizer.vocab_size))
+
+
+def _held_out_ends(planner: PartPlanner, counts: PartCounts) -> int:
+    found = counts.total("held_out_ends")
+    # Earlier versions did not count them. If one document was cut, it is in one of all parts
+    is_whole = planner.plan.holdout.tail is not None and planner.job(len(counts)) is None
+    return found or int(is_whole)
 
 
 def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
@@ -346,27 +352,24 @@ def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
         )
 
 
-def _log_share(shards: ShardSet, fraction: float, *, older: bool) -> None:
-    """If the share of held-out tokens differs from the setting, log it with the reason.
-
-    Args:
-        older: True if the set has an older format.
-    """
+def _log_share(shards: ShardSet, fraction: float, plan: ShardPlan) -> None:
+    """If the share of held-out tokens differs from the setting, log it with the reason."""
     train, held_out = shards.train, shards.validation
     share = held_out.document_tokens / (train.document_tokens + held_out.document_tokens)
     if 1 / 2 < share / fraction < 2:
         return
     of_bytes = held_out.text_bytes / max(train.text_bytes + held_out.text_bytes, 1)
-    if older:
+    if plan.identity.format < FORMAT:
         why = f"an earlier version built {shards.path.name}; delete it to hold out text again"
-    elif share > fraction and held_out.rows <= 2 * SOME_ROWS:
-        why = f"less would not fill {SOME_ROWS} rows"
     elif 1 / 2 < of_bytes / fraction < 2:
         each = (split.text_bytes / split.document_tokens for split in (held_out, train))
         why = (
             "the setting counts bytes; there are {:.1f} per token in this text, {:.1f} in the rest"
         )
         why = why.format(*each)
+    elif plan.holdout.longest is not None and of_bytes > fraction:  # the text was measured
+        why = f"at least {SOME_ROWS} rows are held out, or {MOST_OF_A_SMALL_CORPUS:.0%} of a "
+        why += "shorter text"
     else:
         why = (
             f"a hash chose {held_out.documents:,} of {count(shards.documents, 'document')}, "

@@ -35,9 +35,9 @@ characters is exact. In a larger corpus, about this fraction of the documents is
 
 SOME_ROWS = 4
 """Minimum number of held-out rows, because the loss of fewer is too noisy. Fewer are held out if
-these would be more than `_MOST_OF_A_SMALL_CORPUS` of the text."""
+these would be more than `MOST_OF_A_SMALL_CORPUS` of the text."""
 
-_MOST_OF_A_SMALL_CORPUS = 0.2
+MOST_OF_A_SMALL_CORPUS = 0.2
 """Maximum share of the text that is held out to reach the minimum number of rows."""
 
 _MEASURED_BYTES = 2**28
@@ -62,6 +62,17 @@ class HeldOutTail(Config):
     characters: PositiveInt
 
 
+class Divided(NamedTuple):
+    """Documents of a batch, some of which are held out."""
+
+    batch: TextBatch
+    """A document whose end is held out is two documents here: its beginning and its end."""
+
+    held_out: BoolArray
+    ends: BoolArray
+    """True for each held-out end of a document whose beginning is not held out."""
+
+
 class Holdout(Config):
     """The rule by which documents are held out."""
 
@@ -80,11 +91,8 @@ class Holdout(Config):
 
     tail: HeldOutTail | None = None
 
-    def apply(self, batch: TextBatch) -> tuple[TextBatch, BoolArray]:
-        """Return the documents and a mask of those that are held out.
-
-        A document whose end is held out is returned as two documents.
-        """
+    def apply(self, batch: TextBatch) -> Divided:
+        """Divide a batch into the documents to train on and those that are held out."""
         positions = self.positions(batch.ids.to_pylist(), batch.texts)
         held_out = positions < self.below
         ends: dict[int, int] = {}
@@ -97,7 +105,7 @@ class Holdout(Config):
         if self.tail is not None:
             cut = np.flatnonzero(_text_positions(batch.texts) == self.tail.text_position).tolist()
             ends = dict.fromkeys(cut, self.tail.characters)
-        return _cut(batch, held_out, ends) if ends else (batch, held_out)
+        return _cut(batch, held_out, ends)
 
     def positions(self, ids: Sequence[bytes], texts: Sequence[str]) -> npt.NDArray[np.float64]:
         return holdout_positions(ids) if self.by == "id" else _text_positions(texts)
@@ -166,7 +174,7 @@ def _measured(corpus: CorpusConfig) -> Iterator[_Measured]:
 def _wanted(total: int, fraction: float, row_tokens: int) -> int:
     """Return the number of characters to hold out of `total`."""
     rows = SOME_ROWS * row_tokens * CHARACTERS_PER_TOKEN
-    return int(max(fraction * total, min(rows, _MOST_OF_A_SMALL_CORPUS * total)))
+    return int(max(fraction * total, min(rows, MOST_OF_A_SMALL_CORPUS * total)))
 
 
 def _place(document: _Measured, rule: Holdout) -> float:
@@ -222,23 +230,25 @@ def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdo
     return rule.replace(tail=HeldOutTail(text_position=longest.by_text, characters=characters))
 
 
-def _cut(
-    batch: TextBatch, held_out: BoolArray, ends: dict[int, int]
-) -> tuple[TextBatch, BoolArray]:
+def _cut(batch: TextBatch, held_out: BoolArray, ends: dict[int, int]) -> Divided:
     """Return the batch with some documents split into a beginning and a held-out end.
 
     Args:
         ends: number of characters of the end, by the place of the document in the batch.
     """
+    if not ends:
+        return Divided(batch, held_out, np.zeros(len(held_out), dtype=bool))
     documents: list[Document] = []
-    chosen: list[bool] = []
+    chosen, is_end = list[bool](), list[bool]()
     for place, document in enumerate(batch.documents()):
         texts = [document.text]
         if place in ends:
             texts = list(_halves(document.text, len(document.text) - ends[place]))
         documents += [document._replace(text=text) for text in texts]
         chosen += [bool(held_out[place])] if len(texts) == 1 else [False, True]
-    return TextBatch.from_documents(documents), np.array(chosen, dtype=bool)
+        is_end += [False] if len(texts) == 1 else [False, True]
+    batch = TextBatch.from_documents(documents)
+    return Divided(batch, np.array(chosen, dtype=bool), np.array(is_end, dtype=bool))
 
 
 def _halves(text: str, at: int) -> tuple[str, str]:

@@ -36,8 +36,9 @@ PAGE_PARTS = 512
 """Number of parts of a page. After a killed build, up to this many parts, some 17 GB, are verified
 again."""
 
-_FORMAT = "1"
-"""Version of the file's format. Pages of another version count as damaged."""
+_FORMAT, _WITHOUT_ENDS = "2", "1"
+"""Versions of the file's format; the second, of earlier versions, lacks the last column. Pages of
+other versions count as damaged."""
 
 _LEFT_OUT = ("empty_documents", "duplicates", "bad_lines")
 _STORED = ("train_file_rows", "validation_file_rows", "row_bytes")
@@ -47,6 +48,7 @@ COLUMNS = (
     *(f"{split}_{name}" for split in SPLITS for name in SplitCounts.model_fields),
     *_LEFT_OUT,
     *_STORED,
+    "held_out_ends",
 )
 _PLACE = {name: place for place, name in enumerate(COLUMNS)}
 
@@ -165,6 +167,7 @@ def _line(facts: PartFacts) -> Int64Array:
         *(getattr(getattr(facts, s), name) for s in SPLITS for name in SplitCounts.model_fields),
         *(getattr(facts, name) for name in _LEFT_OUT),
         *(0 for _ in _STORED),
+        facts.held_out_ends,
     ]
     return np.array(counts, np.int64)
 
@@ -177,13 +180,15 @@ def _read(page: Path) -> Int64Array:
     """
     with pa.ipc.open_file(pa.py_buffer(page.read_bytes())) as reader:
         batch, facts = reader.get_batch(0), reader.schema.metadata or {}
-    if facts.get(b"format") != _FORMAT.encode():
+    older = facts.get(b"format") == _WITHOUT_ENDS.encode()
+    if not older and facts.get(b"format") != _FORMAT.encode():
         raise DamagedArtifact("it has another format")
-    lines = np.stack([batch.column(name).to_numpy() for name in COLUMNS], axis=1)
+    names = COLUMNS[:-1] if older else COLUMNS
+    lines = np.stack([batch.column(name).to_numpy() for name in names], axis=1)
     sha256 = hashlib.sha256(np.ascontiguousarray(lines).tobytes()).hexdigest()
     if len(lines) != PAGE_PARTS or facts.get(b"sha256") != sha256.encode():
         raise DamagedArtifact("its content was changed")
-    return lines
+    return np.pad(lines, ((0, 0), (0, 1))) if older else lines
 
 
 def _page_path(path: Path, number: int) -> Path:

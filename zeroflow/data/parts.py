@@ -96,7 +96,7 @@ def _warn_of_loss(returned: ReturnedText, tokenizer: str) -> None:
 
 def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileRecord]]:
     """Write the part's files; return its manifest, and the entries of the files with rows."""
-    tally, duplicates = Tally(), 0
+    tally, duplicates, held_out_ends = Tally(), 0, 0
     seen = SeenTexts(job.earlier) if job.corpus.is_text and job.corpus.deduplicate else None
     with FileWriter() as writer, DocumentTable.create(folder) as table:
         splits: dict[Split, SplitWriter] = {
@@ -113,9 +113,10 @@ def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileReco
         for batch in tokenize(job, tally):
             if seen:
                 new = seen.add(batch.documents.hashes)
-                duplicates += len(new) - int(new.sum())
+                duplicates += int((~new & ~batch.documents.ends).sum())
                 batch = batch.choose(new)
             held_out = batch.documents.held_out
+            held_out_ends += int(batch.documents.ends.sum())
             splits["train"].add(batch.choose(~held_out))
             # A copy, because these few documents wait long for a full window, and a view would keep
             # the whole batch in memory
@@ -127,5 +128,6 @@ def _write(folder: Path, job: PartJob) -> tuple[PartManifest, dict[str, FileReco
             duplicates=duplicates,
             bad_lines=tally.bad_lines,
             bad_places=tuple(tally.bad_places),
+            held_out_ends=held_out_ends,
         )
     return PartManifest(facts=facts, returned=tally.returned), writer.records()

@@ -118,6 +118,10 @@ class PartFacts(Config):
     bad_places: tuple[str, ...]
     """Places of the first bad lines, each with the fault."""
 
+    held_out_ends: NonNegativeInt = Field(0, exclude_if=lambda ends: ends == 0)
+    """Number of held-out documents that are the end of one to train on. Parts of earlier versions
+    do not record it."""
+
 
 class PartManifest(Config):
     """manifest.json of a part."""
@@ -153,13 +157,16 @@ class ShardSet(StageResult):
     empty_documents: NonNegativeInt
     duplicates: NonNegativeInt
     bad_lines: NonNegativeInt
+    held_out_ends: NonNegativeInt = 0
+    """Number of held-out documents that are the end of one to train on."""
+
     entropy: float | None
     """Mean loss of the known source of synthetic data on the training rows, in nats per token."""
 
     @property
     def documents(self) -> int:
-        """Number of documents; one whose end is held out counts in both splits."""
-        return self.train.documents + self.validation.documents
+        """Number of documents; one whose end is held out is in both splits, and counts once."""
+        return self.train.documents + self.validation.documents - self.held_out_ends
 
     @property
     def part_paths(self) -> list[Path]:

@@ -27,6 +27,9 @@ class DocumentColumns(NamedTuple):
     held_out: npt.NDArray[np.bool_]
     """True for a document that is held out for validation."""
 
+    ends: npt.NDArray[np.bool_]
+    """True for the held-out end of a document whose beginning is not held out."""
+
     hashes: npt.NDArray[np.uint64]
     """Hash of each text if duplicates are left out; otherwise 0."""
 
@@ -38,6 +41,7 @@ class DocumentColumns(NamedTuple):
             places=self.places[chosen],
             text_bytes=self.text_bytes[chosen],
             held_out=self.held_out[chosen],
+            ends=self.ends[chosen],
             hashes=self.hashes[chosen],
             lengths=self.lengths[chosen],
         )

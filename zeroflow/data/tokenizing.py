@@ -32,7 +32,7 @@ def tokenize(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
 def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
     encoder, excerpts = job.tokenizer.load_encoder(), Excerpts()
     split = map(job.holdout.apply, read_slice(job.corpus, job.piece, tally))
-    for read, held_out in read_ahead(split):
+    for read, held_out, ends in read_ahead(split):
         ids, lengths = encoder.encode(read.texts)
         excerpts.add(read.texts)
         _require_valid(job, ids, lengths, read.ids)
@@ -43,12 +43,13 @@ def _from_text(job: PartJob, tally: Tally) -> Iterator[TokenBatch]:
             np.arange(count),
             read.text_bytes,
             held_out,
+            ends,
             hash_texts(read.texts) if job.corpus.deduplicate else np.zeros(count, np.uint64),
             lengths + 1,
         )
         batch = TokenBatch(documents, ids, np.cumsum(lengths) - lengths)
         if not lengths.all():  # a tokenizer may encode a text to no tokens
-            tally.empty += int((lengths == 0).sum())
+            tally.empty += int(((lengths == 0) & ~ends).sum())
             batch = batch.choose(lengths > 0)
         yield batch
     tally.returned = excerpts.measure(encoder)
@@ -92,6 +93,7 @@ def _synthetic(job: PartJob) -> Iterator[TokenBatch]:
             np.arange(len(lengths)),
             np.zeros(len(lengths), dtype=np.int64),
             job.holdout.positions(ids, ()) < job.holdout.below,
+            np.zeros(len(lengths), dtype=bool),
             np.zeros(len(lengths), dtype=np.uint64),
             lengths,
         )
