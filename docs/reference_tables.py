@@ -24,6 +24,7 @@ from zeroflow.lab.record import ZeroLab
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.report.records import RunReport
 from zeroflow.settings import flags, resuming
+from zeroflow.settings.alerts import AlertConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
@@ -40,6 +41,8 @@ PAGES = Path(__file__).parent / "reference"
 _TABLE = re.compile(r"(<!-- table: ([\w .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _SETTINGS = ("flag", "type", "default", "meaning")
+_PATHS = {"path": "folder", "file-path": "file"}
+
 _FIELDS = ("field", "type", "meaning")
 
 
@@ -121,8 +124,8 @@ def _type(field: dict[str, Any]) -> str:
     if choices := kind.get("enum"):
         *others, last = [f"`{choice}`" for choice in choices]
         return f"{', '.join(others)} or {last}"
-    if kind.get("format") == "path":
-        return "folder"
+    if kind.get("format") in _PATHS:
+        return _PATHS[kind["format"]]
     if "pattern" in kind:
         return f"name of up to {kind['maxLength']} characters: letters, digits, `.`, `_`, `-`"
     limits = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -201,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "proof": lambda: _settings(ProofRun, "The proof", but="run"),
     "zero-lab": lambda: _settings(ZeroLabRun, "The laboratory", but="run"),
     "ui": lambda: _settings(UiConfig, "The user interfaces"),
+    "alerts": lambda: _settings(AlertConfig, "Alerts"),
     "sampling": lambda: _settings(SamplingConfig, "Sampling"),
     "evaluation": lambda: _settings(EvaluationConfig, "Evaluation"),
     "evaluation.json": lambda: _records(Evaluations),

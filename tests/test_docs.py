@@ -27,6 +27,7 @@ from zeroflow.cli import arguments, commands
 from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.launchers import slurm
 from zeroflow.orchestration.ui import UiConfig
+from zeroflow.settings.alerts import AlertConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
@@ -50,7 +51,7 @@ COMMANDS = {
     "documents": None,
     "export": None,
     "evaluate": EvaluationConfig,
-    "prefect-setup": None,
+    "prefect-setup": AlertConfig,
 }
 """Subcommands of `zeroflow`, and the settings that each takes as flags."""
 

@@ -51,6 +51,10 @@ class Broken(pipeline.View):
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.alerts: list[tuple[str, str]] = []
+
+    def alert(self, occasion: str, message: str) -> None:
+        self.alerts.append((occasion, message))
 
     def page(self, page: Page, subject: str) -> None:
         assert page.embedded
@@ -107,6 +111,15 @@ def test_run_on_documents_that_quote_markup_shows_them_as_text(run: RunConfig) -
 def test_page_that_cannot_be_shown_does_not_end_a_run(run: RunConfig, view: Broken) -> None:
     assert view.asked == ["data", "overfit", "report", "evaluation"]
     assert (run.run_dir / "report.md").exists()
+
+
+def test_people_are_told_once_that_a_run_is_complete(run: RunConfig, view: Broken) -> None:
+    [(occasion, message)] = view.alerts
+    assert occasion == "done" and message.startswith("validation loss ")
+    assert message.endswith(" bits per byte after 12 steps")
+    again = Broken()
+    pipeline.pretrain(run, view=again)
+    assert again.asked and not again.alerts
 
 
 def test_finished_run_returns_at_once_with_its_report(

@@ -52,9 +52,11 @@ from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status, outcome
 from zeroflow.report.pages import Page, Picture, never_fatal
-from zeroflow.report.progress import CheckProgress, LossWatch, Show, TrainingProgress
+from zeroflow.report.progress import CheckProgress, LossWatch, Show, SpikeWatch, TrainingProgress
 from zeroflow.report.run_report import Finished
+from zeroflow.report.summary import in_one_line
 from zeroflow.run_folder import Cache
+from zeroflow.settings.alerts import Noticed
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
@@ -148,6 +150,9 @@ class View:
     def live_picture(self, subject: str) -> Callable[[Path], None]:
         """Return a function to call with each new version of a PNG file."""
         return lambda picture: None
+
+    def alert(self, occasion: Noticed, message: str) -> None:
+        """Called on an occasion of which people may want to be notified."""
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         """Return `build`, or a function that also shows each part that it builds."""
@@ -294,14 +299,16 @@ def train(
     """
     if trained:
         return trained
-    watch = LossWatch(job, view.live_picture("loss"))
+    band = LossWatch(job, view.live_picture("loss"), partial(view.alert, "out-of-band"))
+    spikes = SpikeWatch(partial(view.alert, "spike"))
     why = why_trained(job, partial(unlike_others, run))
     log.info("training the model: %s", why)
     with TrainingProgress(view.progress("training")) as progress:
 
         def follow(event: Event | Pulse) -> None:
             progress(event)
-            watch(event)
+            band(event)
+            spikes(event)
 
         return recovery.train(job, follow, launcher(run)).replace(why=why)
 
@@ -522,6 +529,8 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             if run.evaluation.is_asked_for:
                 ranks.end()  # another process evaluates, and needs the memory of the GPU
                 stages.evaluate(run, view)
+        if before is None:
+            view.alert("done", in_one_line(page))
         return page
 
 
@@ -611,6 +620,7 @@ def sweep(
     # The errors of an array are in the logs of its runs, and some may not come again
     worth_a_retry = asked.in_array or any(map(may_succeed, errors))
     _require_no_failure(ended, page, may_succeed=worth_a_retry)
+    view.alert("done", f"comparison of its runs: {page}")
     return page
 
 

@@ -28,6 +28,7 @@ RUNS = [
     RunConfig(),
     RunConfig(
         sweep="ours",
+        log_to=("tensorboard",),
         run_name="mine.1",
         cache_dir="/some/where",
         device="cpu",

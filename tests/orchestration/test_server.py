@@ -232,6 +232,7 @@ def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monke
     assert first.login != second.login and len(str(first.login)) > 30
     environment = access.protected(first)
     assert environment["PREFECT_SERVER_API_AUTH_STRING"] == first.login
+    assert environment["PREFECT_UI_URL"] == "http://127.0.0.1:4321", "for links in alerts"
     [file] = (home / "zeroflow").iterdir()
     assert file.read_text().strip() == first.login and file.stat().st_mode & 0o077 == 0
     assert first.shown_login == f"in {file}", "as this is no terminal"

@@ -19,7 +19,7 @@ from zeroflow.report import band
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
 from zeroflow.run_folder import RunFolder
-from zeroflow.training.events import EVENTS, Metrics, Started
+from zeroflow.training.events import EVENTS, Done, Metrics, Started
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.metrics import METRICS, MetricsRecord, StepRecord
 
@@ -330,7 +330,8 @@ def test_warning_that_the_loss_left_the_band_is_logged_once(job, monkeypatch, ca
     minutes = itertools.count(1)
     monkeypatch.setattr(time, "monotonic", lambda: 61.0 * next(minutes))
     shown: list[Path] = []
-    watch = LossWatch(job, shown.append)
+    told: list[str] = []
+    watch = LossWatch(job, shown.append, told.append)
     for record in losses(1.0, since=60):
         METRICS.append(job.folder.metrics, record)
         if record.step % 30 == 0:
@@ -338,8 +339,21 @@ def test_warning_that_the_loss_left_the_band_is_logged_once(job, monkeypatch, ca
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1
     assert said[0].startswith("loss is out of band from 3,840 tokens: up to 0.35")
+    assert told == said
     assert shown == [job.run_dir / "loss.png"] * 7
     assert shown[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_of_less_than_a_minute_is_compared_at_its_end(job):
+    told: list[str] = []
+    watch = LossWatch(job, lambda picture: None, told.append)
+    for record in losses(1.0, since=60):
+        METRICS.append(job.folder.metrics, record)
+        watch(Metrics(record=record))
+    assert not told
+    watch(Done())
+    watch(Done())
+    assert [text.split(":")[0] for text in told] == ["loss is out of band from 3,840 tokens"]
 
 
 def test_picture_without_a_band_is_drawn_as_well(make):

@@ -9,8 +9,8 @@ from logged import step_record, validation_record
 from rich.console import Console
 
 from zeroflow.report import progress as progress_module
-from zeroflow.report.progress import CheckProgress, TrainingProgress
-from zeroflow.training.events import Done, Metrics, Saved, Started
+from zeroflow.report.progress import CheckProgress, SpikeWatch, TrainingProgress
+from zeroflow.training.events import Done, Metrics, Saved, Spike, Started
 from zeroflow.training.pulse import Pulse
 
 
@@ -122,3 +122,17 @@ def test_log_has_occasional_lines_and_always_the_last_step(passed, caplog):
             progress(logged(step, at=float(step)))
     steps = [int(r.getMessage().split()[1].split("/")[0]) for r in caplog.records]
     assert steps == [1, 17, 33, 49, 65, 81, 97, 100], "not within 15 s of the one before"
+
+
+def test_spikes_are_told_at_most_once_an_hour(passed):
+    told: list[str] = []
+    watch = SpikeWatch(told.append)
+    for step in range(1000, 1200, 10):
+        watch(logged(step, at=0.0))
+        watch(Spike(time=0.0, step=step, alarms=["loss 9", "gradient norm 8"]))
+        passed[0] += 400.0
+    assert told == [
+        "step 1,000: loss 9; gradient norm 8",
+        "step 1,090: loss 9; gradient norm 8",
+        "step 1,180: loss 9; gradient norm 8",
+    ]

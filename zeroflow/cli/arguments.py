@@ -186,11 +186,11 @@ def _add_flag(group: Any, setting: Setting) -> None:
     elif choices := [value for kind in kinds if isinstance(kind, list) for value in kind]:
         options["choices"] = choices
     else:
-        options["metavar"] = _metavar(kinds[0])
+        options["metavar"] = _METAVARS.get(setting.path[-1], _metavar(kinds[0]))
     group.add_argument(*flags, **options)
 
 
-_METAVARS = {"data_path": "GLOB"}
+_METAVARS = {"data_path": "GLOB", "alert_to": "FILE"}
 
 
 def _metavar(kind: Any) -> str:

@@ -33,6 +33,7 @@ from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.orchestration.names import PRETRAIN, SWEEP, ZERO_LAB
 from zeroflow.orchestration.ui import UiConfig
 from zeroflow.run_folder import DEFAULT_CACHE
+from zeroflow.settings.alerts import AlertConfig
 from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.text.markup import one_line, shortened, visible
@@ -378,11 +379,16 @@ def _prove(arguments: Arguments) -> None:
     show(f"{page_text(page.read_text(encoding='utf-8'))}\n\n{page}")
 
 
+def _prefect_setup_arguments(parser: Parser) -> None:
+    add_settings(parser, AlertConfig, "alerts")
+
+
 def _prefect_setup(arguments: Arguments) -> None:
+    alerts = AlertConfig.model_validate(read_settings(AlertConfig, arguments))
     with importing_prefect():
         from zeroflow.orchestration import deployments
 
-    deployments.set_up()
+    deployments.set_up(alerts=alerts)
     show(f"command that creates the deployments there: {deployments.DEPLOY}")
 
 
@@ -455,9 +461,12 @@ _COMMANDS = (
     ),
     _Command(
         "prefect-setup",
-        "set up a Prefect server's work pool and crash detection",
-        lambda parser: None,
+        "set up a Prefect server's work pool, crash detection and alerts",
+        _prefect_setup_arguments,
         _prefect_setup,
+        "Create the work pool, the limit of one GPU job at a time and the crash detection on a "
+        "Prefect server. With --alert-to, the server also sends messages about runs. Without flags "
+        "for alerts, existing alerts stay as they are.",
     ),
     _Command(
         "ui",

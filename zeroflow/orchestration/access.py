@@ -110,6 +110,7 @@ def protected(api: Api) -> dict[str, str]:
     ours = {
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins),
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_UI_URL": api.page,  # for links in alerts
     }
     users = get_current_settings().to_environment_variables(exclude_unset=True)
     return ours | users | os.environ | {"PREFECT_SERVER_API_AUTH_STRING": api.login}

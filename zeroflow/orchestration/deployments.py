@@ -1,4 +1,4 @@
-"""Set-up of a Prefect server for our deployments: work pool, limit, crash detection."""
+"""Set-up of a Prefect server: work pool, limit, crash detection, alerts."""
 
 import logging
 import shlex
@@ -14,8 +14,10 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import temporary_settings
 
+from zeroflow.orchestration.alerts import addresses, set_alerts
 from zeroflow.orchestration.names import AUTOMATION, GPU_LIMIT, PRETRAIN, WORK_POOL
 from zeroflow.orchestration.server import USUAL_PORT, api_in_use
+from zeroflow.settings.alerts import AlertConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,11 @@ _POOL = (
 # 120 s marked live runs as crashed
 SILENCE = timedelta(minutes=15)
 
+_UNCHANGED = AlertConfig()
 
-def set_up(silence: timedelta = SILENCE) -> None:
-    """Create the work pool, the limit of one GPU job at a time, and an automation.
+
+def set_up(silence: timedelta = SILENCE, alerts: AlertConfig = _UNCHANGED) -> None:
+    """Create the work pool, the limit of one GPU job at a time, an automation, and alerts.
 
     The automation marks a flow run as crashed if its process has ended without a final state, so
     that the run can be retried. An existing work pool or limit is not changed.
@@ -46,18 +50,23 @@ def set_up(silence: timedelta = SILENCE) -> None:
     Args:
         silence: time without a heartbeat after which a process is considered dead. After a server
             outage of that length, live runs are shown as crashed until they end.
+        alerts: alerts to create, change or remove.
 
     Raises:
         RuntimeError: no server answers.
+        ValueError: the addresses of the alerts cannot be used.
     """
     from prefect.workers.process import ProcessWorker  # its import sets up logging
 
+    found = addresses(alerts.alert_to) if alerts.alert_to else []
     if (api := api_in_use()) is None:
         raise RuntimeError(
             f"no Prefect server answers on port {USUAL_PORT}: start one with `prefect server "
             "start`, or set PREFECT_API_URL to one"
         )
     with temporary_settings(api.settings), get_client(sync_client=True) as client:
+        # First, because it may be refused, which must leave the server as it was
+        occasions = set_alerts(alerts, found, client) if alerts.are_asked_for else []
         template = ProcessWorker.get_default_base_job_template()
         pool = WorkPoolCreate(
             name=WORK_POOL,
@@ -81,6 +90,8 @@ def set_up(silence: timedelta = SILENCE) -> None:
     log.info("  work pool   %s", WORK_POOL)
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
+    if alerts.are_asked_for:
+        log.info("  alerts      %s", ", ".join(occasions) or "none")
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:

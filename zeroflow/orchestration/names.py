@@ -9,6 +9,9 @@ PROVE_RESUME = "prove-resume"
 ZERO_LAB = "zero-lab"
 """Flows."""
 
+FLOW_NAMES = (PRETRAIN, SWEEP, PROVE_RESUME, ZERO_LAB)
+"""Names of all flows."""
+
 SWEEP_DEPLOYMENT = "sizes"
 """Deployment of sweeps that are started on the command line."""
 

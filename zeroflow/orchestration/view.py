@@ -5,13 +5,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from zeroflow.data.builders import BuildPart
-from zeroflow.orchestration import flow_context, pages
+from zeroflow.orchestration import alerts, flow_context, pages
 from zeroflow.orchestration.gpu_slot import gpu_slot
 from zeroflow.orchestration.stages import part_task
 from zeroflow.pipeline import View
 from zeroflow.report.pages import Page
 from zeroflow.report.progress import Show
 from zeroflow.run_folder import RunFolder
+from zeroflow.settings.alerts import Noticed
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled
 from zeroflow.settings.sweep import SweepConfig
@@ -44,6 +45,9 @@ class PrefectView(View):
 
     def live_picture(self, subject: str) -> Callable[[Path], None]:
         return pages.LivePicture(subject, self._name)
+
+    def alert(self, occasion: Noticed, message: str) -> None:
+        alerts.emit(occasion, self._name, message)
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         return part_task(build)

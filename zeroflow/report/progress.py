@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from zeroflow.report import band, pictures
 from zeroflow.report.pages import never_fatal
-from zeroflow.training.events import Done, Event, Metrics, Started
+from zeroflow.training.events import Done, Event, Metrics, Spike, Started
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, StepRecord
 from zeroflow.training.pulse import Pulse
@@ -24,6 +24,9 @@ _LOG_SECONDS = 15.0
 
 _PICTURE_SECONDS = 60.0
 """Minimum time between two drawings of the loss curve."""
+
+_SPIKE_SECONDS = 3600.0
+"""Minimum time between two reports of a spike."""
 
 _ALMOST = 0.999
 """Fraction shown while the last step is validated."""
@@ -149,15 +152,21 @@ class CheckProgress(_Display):
 class LossWatch:
     """Draws the training loss over that of earlier runs, once a minute.
 
-    It logs a warning when the run first leaves the band of those runs.
+    It warns when the run first leaves the band of those runs.
     """
 
-    def __init__(self, job: TrainingJob, show: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        job: TrainingJob,
+        show: Callable[[Path], None],
+        tell: Callable[[str], None] = lambda warning: None,
+    ) -> None:
         """
         Args:
             show: called with every new picture.
+            tell: called with the warning.
         """
-        self._job, self._show = job, show
+        self._job, self._show, self._tell = job, show, tell
         self._expected = band.find(job)
         if self._expected:
             log.info("comparing the loss with earlier runs: %s", ", ".join(self._expected.runs))
@@ -165,14 +174,34 @@ class LossWatch:
         self._warned = False
 
     def __call__(self, event: Event | Pulse) -> None:
-        if not isinstance(event, Metrics) or time.monotonic() < self._next:
+        is_due = isinstance(event, Metrics) and time.monotonic() >= self._next
+        if not (is_due or isinstance(event, Done)):  # a short run ends before it is due
             return
         records = METRICS.read(self._job.folder.metrics)
         if self._expected and not self._warned:
             verdict = self._expected.verdict(records)
             if verdict.since is not None:
                 log.warning("loss is %s", verdict)
+                self._tell(f"loss is {verdict}")
                 self._warned = True
+        if isinstance(event, Done):  # the report draws the last picture
+            return
         with never_fatal("picture of the loss"):
             self._show(pictures.loss_curve(self._job, records, self._expected))
         self._next = time.monotonic() + _PICTURE_SECONDS
+
+
+class SpikeWatch:
+    """Reports steps that are unusual, at most once an hour: of a run that diverges, all are."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """
+        Args:
+            tell: called with the description of a step.
+        """
+        self._tell, self._next = tell, time.monotonic()
+
+    def __call__(self, event: Event | Pulse) -> None:
+        if isinstance(event, Spike) and time.monotonic() >= self._next:
+            self._tell(f"step {event.step:,}: {'; '.join(event.alarms)}")
+            self._next = time.monotonic() + _SPIKE_SECONDS

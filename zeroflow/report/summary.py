@@ -44,6 +44,18 @@ def summary(report_file: Path, cache: Path) -> str:
     return "\n".join(lines)
 
 
+def in_one_line(report_file: Path) -> str:
+    """Return the result of a run on one line, for a message."""
+    report = RunReport.read(report_file)
+    bpb = f", {report.val_bpb:.3f} bits per byte" if report.val_bpb else ""
+    expected = report.expected_loss
+    band = f"; expected loss: {expected.verdict}" if expected.runs else ""
+    return (
+        f"validation loss {report.first_val_loss:.4f} -> {report.val_loss:.4f}{bpb} after "
+        f"{count(report.steps, 'step')}{band}"
+    )
+
+
 def _flag(cache: Path) -> str:
     return "" if cache == DEFAULT_CACHE else f" --cache-dir {shlex.quote(str(cache))}"
 
