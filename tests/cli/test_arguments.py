@@ -28,7 +28,6 @@ RUNS = [
     RunConfig(),
     RunConfig(
         sweep="ours",
-        log_to=("tensorboard",),
         run_name="mine.1",
         cache_dir="/some/where",
         device="cpu",
