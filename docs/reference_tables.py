@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from zeroflow.config import flag
 from zeroflow.estimate.history import Past
 from zeroflow.inference.evaluation import EvaluationConfig, Evaluations
 from zeroflow.lab.record import ZeroLab
@@ -73,7 +74,7 @@ def _settings(config: type[BaseModel], title: str, *, but: str = "") -> str:
     for path, group in _groups(schema, schema, ()):
         if but not in path:
             rows = [
-                (f"`--{(path[-1] if name == 'name' else name).replace('_', '-')}`", *_cells(field))
+                (f"`{flag('.'.join((*path, name)))}`", *_cells(field))
                 for name, field in group["properties"].items()
                 if "$ref" not in str(field)
             ]

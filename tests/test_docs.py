@@ -73,11 +73,16 @@ FOREIGN = {
     "--fqdn",
     "--gres",
     "--partition",
+    "--model-uri",
+    "--port",
+    "--env-manager",
+    "--json",
 }
-"""The beginning of `--no-...`, and flags of pip, Slurm, torchrun, TensorBoard and hostname."""
+"""The beginning of `--no-...`, and flags of pip, Slurm, torchrun, TensorBoard, hostname, MLflow and
+curl."""
 
 OTHER_PROGRAMS = {".", "cd", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
-OTHER_PROGRAMS |= {"tensorboard", "vllm"}
+OTHER_PROGRAMS |= {"curl", "mlflow", "tensorboard", "vllm"}
 
 
 def name(page: Path) -> str:

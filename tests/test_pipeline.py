@@ -1,6 +1,7 @@
 """The pipeline as a notebook calls it, without Prefect."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from io import StringIO
@@ -23,8 +24,9 @@ from zeroflow.inference import evaluation, trained
 from zeroflow.inference.export import export
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
-from zeroflow.training import tracked
+from zeroflow.training import checkpoint, tracked
 from zeroflow.training.failures import TrainingFailed
+from zeroflow.training.metrics import METRICS, ValidationRecord
 
 TRAINING = {"seq_len": 32, "batch_size": 4, "grad_accum_steps": 1, "max_steps": 12}
 TRAINING |= {"validation_tokens": 512, "learning_rate": 1e-2, "sample_tokens": 8}
@@ -87,6 +89,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, view: Broken) -> RunConfig:
         model=SHAPE.model_dump(),
         training=TRAINING,
         evaluation={"evaluate_path": [str(folder / "judged.jsonl")]},
+        register_="texts",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -373,3 +376,63 @@ def test_export_command_writes_a_model_with_its_card_and_uploads_it(
         assert hub.created["me/mine"]["visibility"] == "private"
     assert (tmp_path / "b" / "README.md").read_text().count("\n# mine\n") == 1
     assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
+
+
+def test_run_registers_its_models_with_their_losses_and_scores(
+    run: RunConfig, capsys: pytest.CaptureFixture[str], console: None
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    store = MlflowClient(f"sqlite:///{run.cache_dir / 'mlflow' / 'mlflow.db'}")
+    best = checkpoint.best(run.folder.checkpoints)
+    assert best is not None
+    steps = {12, checkpoint.step_of(best)}
+    [experiment] = store.search_experiments(filter_string="name = 'zeroflow'")
+    found = store.search_logged_models([experiment.experiment_id])
+    models = {model.params["step"]: model for model in found}
+    assert models.keys() == {str(step) for step in steps}
+    records = METRICS.read(run.folder.metrics)
+    last = [record for record in records if isinstance(record, ValidationRecord)][-1]
+    [score] = evaluation.read(run.folder).steps[0].texts
+    figures = {(metric.key, metric.dataset_name): metric.value for metric in models["12"].metrics}
+    assert figures["loss/val_bpb", "files"] == last.val_bpb
+    key = re.sub(r"[^\w.-]+", "_", score.text)
+    assert figures[f"eval/{key}/bpb", score.text] == score.bpb
+    again = pipeline.register(settle(run).run)
+    assert again.reused and len(again.versions) == len(steps)
+    assert [version.is_best for version in again.versions].count(True) == 1
+
+    argv = ["export", "--run=mine", f"--cache-dir={run.cache_dir}", "--register=other"]
+    assert commands.main(argv) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "registered as models:/other/1, which is also other@best"
+
+
+def test_mlflow_that_fails_does_not_end_a_run_whose_model_is_registered(
+    run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run.cache_dir, tmp_path / "cache")
+    (tmp_path / "cache" / "mlflow" / "mlflow.db").write_text("not a database")
+    settled = settle(run.replace(cache_dir=tmp_path / "cache")).run
+    found = pipeline.register(settled)
+    assert found.versions == () and not found.reused
+    [warning] = [each for each in caplog.messages if "did not register the model" in each]
+    assert "the same command tries again" in warning
+
+
+def test_runs_are_compared_only_on_the_same_text_for_validation(run: RunConfig) -> None:
+    settled = settle(run).run
+    same = settled.replace(data=settled.data.replace(data_path=("elsewhere.jsonl",)), seed=5)
+    assert same.held_out == settled.held_out
+    own = {"validation_path": ("v.jsonl",), "validation_revision": "v"}
+    with_own = settled.replace(data=settled.data.replace(**own))
+    other = {
+        "text": settled.replace(data=settled.data.replace(data_revision="0")),
+        "fraction": settled.replace(training=settled.training.replace(validation_fraction=0.1)),
+        "tokens": settled.replace(training=settled.training.replace(validation_tokens=1024)),
+        "own": with_own,
+    }
+    assert len({settled.held_out, *(each.held_out for each in other.values())}) == 5
+    # The text to train on does not matter if validation has its own
+    trained_on_more = with_own.replace(data=with_own.data.replace(data_revision="1"))
+    assert trained_on_more.held_out == with_own.held_out

@@ -48,8 +48,11 @@ _IN_WORDS = {
 
 
 def flag(setting: str) -> str:
-    """Return the flag of a setting, such as --learning-rate for `training.learning_rate`."""
-    *groups, name = setting.split(".")
+    """Return the flag of a setting, such as --learning-rate for `training.learning_rate`.
+
+    A name that Python or pydantic uses otherwise ends with an underscore, which is no part of it.
+    """
+    *groups, name = setting.rstrip("_").split(".")
     if name == "name" and groups:  # the name of an optimiser is chosen by --optimizer
         name = groups[-1]
     return "--" + name.replace("_", "-")

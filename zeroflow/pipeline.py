@@ -44,6 +44,7 @@ from zeroflow.report import (
     pictures,
     plan_page,
     proof,
+    registration,
     run_page,
     run_report,
     zero_lab,
@@ -53,6 +54,7 @@ from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status, outcome
 from zeroflow.report.pages import Page, Picture, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, Show, SpikeWatch, TrainingProgress
+from zeroflow.report.registration import Registrations
 from zeroflow.report.run_report import Finished
 from zeroflow.report.summary import in_one_line
 from zeroflow.run_folder import Cache
@@ -65,6 +67,7 @@ from zeroflow.settings.settle import look_up, settle, unlike_others
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
+from zeroflow.tracking.models import RegistrationFailed
 from zeroflow.training import checkpoint, initial, recovery
 from zeroflow.training.environment import Place
 from zeroflow.training.events import Event
@@ -410,6 +413,25 @@ def evaluate(run: Settled, view: View = LOG_ONLY) -> Evaluated:
     return Evaluated(found, reused)
 
 
+def register(run: Settled) -> Registrations:
+    """Register the models of a trained run in MLflow under the name `--register`.
+
+    A failure of MLflow is a warning, because the run is complete.
+
+    Raises:
+        ValueError: a model cannot be exported.
+    """
+    assert run.register_ is not None, "called only if it is asked for"
+    try:
+        found = registration.register_run(run.folder, run.register_)
+    except RegistrationFailed as error:
+        log.warning("%s", error)
+        return Registrations(())
+    for version in found.versions:
+        log.info("%s", version)
+    return found
+
+
 def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
     """Train `job` undisturbed and with kills, compare every bit, and write and show the result.
 
@@ -481,6 +503,7 @@ class Stages(NamedTuple):
         [Prepared, PreflightResult | None, TrainResult, OverfitResult, View], Path
     ] = write_report
     evaluate: Callable[[Settled, View], Evaluated] = evaluate
+    register: Callable[[Settled], Registrations] = register
     prove: Callable[[TrainingJob, ProofConfig, View], Path] = prove
     measure_stages: Callable[[TrainingJob, LabConfig, View], Path] = measure_stages
     compare: Callable[[SweepConfig, Mapping[str, Status], View], Path] = compare
@@ -529,6 +552,8 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             if run.evaluation.is_asked_for:
                 ranks.end()  # another process evaluates, and needs the memory of the GPU
                 stages.evaluate(run, view)
+        if run.register_:
+            stages.register(run)
         if before is None:
             view.alert("done", in_one_line(page))
         return page

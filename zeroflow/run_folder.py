@@ -112,6 +112,9 @@ class RunFolder(TrackedFolder):
     evaluation = _Named("evaluation.json")
     """Scores of checkpoints on texts and tasks."""
 
+    registering = _Named("registering")
+    """Files of a model while it is sent to MLflow."""
+
     # The proof that resume is exact
     proof = _Named("proof.json")
     proof_page = _Named("proof.md")

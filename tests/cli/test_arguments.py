@@ -105,6 +105,7 @@ RUNS = [
         evaluation={"evaluate_path": ("a.txt", "b/*.jsonl"), "evaluate_tasks": ("piqa",)},
         log_to=("tensorboard",),
         skip_preflight=True,
+        register_="texts",
     ),
     RunConfig(
         model={"init_from": "run:ours@20"},

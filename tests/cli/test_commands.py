@@ -9,7 +9,9 @@ from zeroflow.cli import commands
 from zeroflow.data.provenance import Piece
 
 
-@pytest.mark.parametrize("command", [["generate"], ["export", "--out", "out"]])
+@pytest.mark.parametrize(
+    "command", [["generate"], ["export", "--out", "out"], ["export", "--register", "mine"]]
+)
 def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
     argv = [*command, "--run", "mine", "--cache-dir", str(tmp_path)]
     assert commands.main(argv) == 1
@@ -23,7 +25,7 @@ def test_command_for_a_missing_run_says_so(console, capsys, tmp_path, command):
     [
         ([], "arguments are required: COMMAND"),
         (["ponder"], "choose from 'pretrain', 'sweep', "),
-        (["export"], "arguments are required: --out, --run"),
+        (["export"], "arguments are required: --run"),
         (["generate", "--samples=0"], "--samples: must be at least 1 (found '0')"),
         (["generate", "--step=last"], "--step: must be a whole number (found 'last')"),
         (["plan", "--memory-gb=much"], "--memory-gb: must be a number (found 'much')"),
@@ -57,6 +59,22 @@ def test_json_is_alone_on_standard_output(console, capsys, tmp_path):
     said = capsys.readouterr()
     assert "2 files left out of training" in said.err
     assert json.loads(said.out)["data"]["name"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name a new folder with --out"),
+        (["--register=a", "--push=me/a"], "name a new folder with --out"),
+        (["--register=a", "--format=gguf"], "--register needs --format hf, not gguf"),
+        (["--register=a/b"], "--register: a name may contain only letters, digits"),
+    ],
+)
+def test_export_that_has_no_effect_or_no_folder_is_refused(
+    console, capsys, tmp_path, flags, message
+):
+    assert commands.main(["export", "--run=mine", f"--cache-dir={tmp_path}", *flags]) == 1
+    assert message in capsys.readouterr().err
 
 
 COMMANDS = ["pretrain", "sweep", "zero-lab", "plan", "prove-resume", "ui", "export"]

@@ -71,6 +71,8 @@ def test_settings_that_do_not_apply_to_a_proof_are_refused(tmp_path) -> None:
         settings(RunConfig(overfit={"overfit_steps": 3}))
     with pytest.raises(ValueError, match="no pre-flight"):
         settings(RunConfig(skip_preflight=True))
+    with pytest.raises(ValueError, match="no model to register"):
+        settings(RunConfig(register_="mine"))
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"mine is a training run: .* another --run-name"):
         settings(RunConfig(run_name="mine", cache_dir=tmp_path))

@@ -40,6 +40,11 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
         refusals.refuse_what_does_nothing(run(tokenizer=tokenizer))
 
 
+def test_model_without_text_is_not_registered():
+    with refused("a registered model writes text, .*: drop --register"):
+        refusals.refuse_what_does_nothing(run(register_="a", data={"data_mode": "synthetic"}))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -49,6 +49,13 @@ def test_other_settings_are_those_of_the_run():
     assert cell == RunConfig(model={"size": "small"}, sweep="s", run_name="s-small")
 
 
+def test_models_of_an_existing_sweep_can_be_registered():
+    sweep = SweepConfig(sizes=("tiny",))
+    registered = SweepConfig(sizes=("tiny",), run={"register_": "mine"})
+    assert registered.name == sweep.name
+    assert [cell.register_ for cell in cells(registered)] == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -34,6 +34,7 @@ def test_open_settings_become_small_on_a_cpu_and_given_ones_are_kept():
         ({"training": {"gpus": 4, "shard_group": 4, "reshard_group": 2}}, "drop it"),
         ({"skip_preflight": True}, "no pre-flight"),
         ({"evaluation": {"evaluate_tasks": ["piqa"]}}, "no evaluation"),
+        ({"register_": "mine"}, "no model to register"),
     ],
 )
 def test_settings_that_do_not_apply_are_refused(run, message):

@@ -199,7 +199,9 @@ def _prompts() -> Iterator[str]:
 
 
 def _export_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="new folder", metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, help="new folder; may be left out with --register", metavar="DIR"
+    )
     parser.add_argument(
         "--format",
         choices=("hf", "gguf"),
@@ -212,21 +214,53 @@ def _export_arguments(parser: Parser) -> None:
         "as a private one",
         metavar="OWNER/NAME",
     )
+    parser.add_argument(
+        "--register",
+        help="also register the model in MLflow, as a version of the model with this name",
+        metavar="NAME",
+    )
     _of_a_checkpoint(parser)
 
 
 def _export(arguments: Arguments) -> None:
     from zeroflow.inference import push
-    from zeroflow.inference import trained as models
-    from zeroflow.inference.export import export, require_new
-    from zeroflow.report.model_card import model_card
+    from zeroflow.inference.export import require_new
     from zeroflow.run_folder import Cache
 
-    require_new(arguments.out)
+    if arguments.register:
+        # As in a run, whose settings have the rules for names
+        RunConfig.model_validate({"register_": arguments.register})
+        if arguments.format != "hf":
+            raise ValueError(f"--register needs --format hf, not {arguments.format}: drop one")
+    if arguments.out is None and (arguments.push or not arguments.register):
+        raise ValueError("name a new folder with --out")
+    if arguments.out is not None:
+        require_new(arguments.out)
     if arguments.push:
         push.require_name(arguments.push)
         push.require_login()
-    trained = models.load(arguments.cache_dir, arguments.run, _which(arguments))
+    which = _which(arguments)
+    if arguments.out is not None:
+        which = _export_to_folder(arguments, which)
+        show(f"{arguments.out}")
+    if arguments.push:
+        show(push.push(arguments.out, arguments.push))
+    if arguments.register:
+        from zeroflow.report import registration
+
+        folder = Cache(arguments.cache_dir).run(arguments.run)
+        found = registration.register(folder, arguments.register, which, exported=arguments.out)
+        show(f"{found}")
+
+
+def _export_to_folder(arguments: Arguments, which: "Which") -> int:
+    """Write the model and its card, and return the step of its checkpoint."""
+    from zeroflow.inference import trained as models
+    from zeroflow.inference.export import export
+    from zeroflow.report.model_card import model_card
+    from zeroflow.run_folder import Cache
+
+    trained = models.load(arguments.cache_dir, arguments.run, which)
     folder = Cache(arguments.cache_dir).run(trained.run)
     export(
         trained.model,
@@ -237,9 +271,7 @@ def _export(arguments: Arguments) -> None:
         format=arguments.format,
         card=model_card(folder, step=trained.step, format=arguments.format),
     )
-    show(f"{arguments.out}")
-    if arguments.push:
-        show(push.push(arguments.out, arguments.push))
+    return trained.step
 
 
 def _evaluate_arguments(parser: Parser) -> None:

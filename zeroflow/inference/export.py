@@ -107,7 +107,9 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
 
 def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int) -> None:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     end = tokenizer.end_of_text
     config = LlamaConfig.from_dict(llama_config(model.config, context=context, end_of_text=end))
     network = LlamaForCausalLM(config)

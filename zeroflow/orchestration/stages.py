@@ -144,6 +144,7 @@ STAGES = Stages(
     check_overfit=as_task("overfit check", pipeline.check_overfit, _CHECK),
     write_report=as_task("report", pipeline.write_report),
     evaluate=as_task("evaluate", pipeline.evaluate),
+    register=as_task("register", pipeline.register),
     prove=as_task("prove resume", pipeline.prove),
     measure_stages=as_task("measure stages", pipeline.measure_stages),
     compare=as_task("compare", pipeline.compare),

@@ -26,8 +26,8 @@ from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.metrics import METRICS, TABLE, MetricsRecord
 from zeroflow.units import count, parameter_count
 
-_PLACES = ("run_name", "cache_dir", "sweep")
-"""Settings that name a run, which a reader chooses for themselves."""
+_PLACES = ("run_name", "cache_dir", "sweep", "register_")
+"""Settings that name a run or its model, which a reader chooses for themselves."""
 
 _INIT = "init_from"
 """Name of the setting of the model that a run starts from."""

@@ -1,7 +1,6 @@
 """Writes the report of a finished run: report.json, report.md and pictures, also to MLflow."""
 
 import logging
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,11 @@ from zeroflow.report.records import (
     TokenizerFigures,
     WorkloadFigures,
 )
+from zeroflow.report.registration import evaluation_scores, tracking_of
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings import settle
 from zeroflow.settings.settled import Settled
-from zeroflow.tracking import others, tracker
+from zeroflow.tracking import models, others, tracker
 from zeroflow.tracking.store import RunIds, run_ids
 from zeroflow.tracking.tracker import Point
 from zeroflow.tracking.viewer import links
@@ -132,16 +132,10 @@ def add_evaluation(folder: RunFolder, found: Evaluation) -> None:
                 pages=links(folder),
                 evaluations=evaluation.read(folder),
             ).write(folder.report_page)
-    tracking = job.tracking
-    if tracking.folder is not None:  # the cache may have moved
-        tracking = tracking.replace(folder=folder.cache.mlflow.resolve())
-    points = [
-        Point(f"eval/{_KEY.sub('_', figure.of)}/{name}", value, found.step, found.time)
-        for figure in found.figures()
-        for name, value in ((figure.name, figure.value), (f"{figure.name}_stderr", figure.error))
-        if value is not None
-    ]
-    tracker.add_evaluation(tracking, folder, points, folder.evaluation, _html(folder))
+    tracking, scores = tracking_of(job), list(evaluation_scores(found, job))
+    points = [Point(score.key, score.value, found.step, score.time) for score in scores]
+    if tracker.add_evaluation(tracking, folder, points, folder.evaluation, _html(folder)):
+        models.add_scores(tracking, folder, found.step, scores)
 
 
 def _html(folder: RunFolder) -> dict[str, str]:
@@ -151,10 +145,6 @@ def _html(folder: RunFolder) -> dict[str, str]:
         for page in (folder.report_page, folder.data_page)
         if page.exists()
     }
-
-
-_KEY = re.compile(r"[^\w.-]+", re.ASCII)
-"""Characters that names of metrics in MLflow may not contain; a slash makes a folder there."""
 
 
 def _read(run: Finished) -> Logs:

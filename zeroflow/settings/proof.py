@@ -39,6 +39,7 @@ class ProofRun(Config):
     no_flags: ClassVar[tuple[str, ...]] = (
         "run.sweep",
         "run.skip_preflight",
+        "run.register_",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
         *(f"run.evaluation.{name}" for name in EvaluationChoice.model_fields),
     )
@@ -60,6 +61,8 @@ def settings(asked: RunConfig) -> RunConfig:
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
     if asked.evaluation.is_asked_for:
         raise ValueError("a proof has no evaluation: drop --evaluate-path and --evaluate-tasks")
+    if asked.register_:
+        raise ValueError("a proof has no model to register: drop --register")
     if asked.skip_preflight:
         raise ValueError("a proof has no pre-flight: drop --skip-preflight")
     if asked.run_name and asked.folder.checkpoints.exists():
@@ -83,6 +86,6 @@ def settings(asked: RunConfig) -> RunConfig:
     run = asked.replace(training=type(asked.training)(**training | given))
     if run.run_name is None:
         identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
-        del identity["cache_dir"], identity["log_to"]
+        del identity["cache_dir"], identity["log_to"], identity["register_"]
         run = run.replace(run_name=f"proof-{artifacts.fingerprint(identity)[:6]}")
     return run

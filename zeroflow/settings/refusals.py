@@ -33,6 +33,11 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
             "--validation-fraction has no effect with --validation-path, which sets the text for "
             "validation: drop one of them"
         )
+    if asked.register_ and not asked.data.is_text:
+        raise ValueError(
+            "a registered model writes text, and a model of synthetic data does not: drop "
+            "--register"
+        )
     tokenizer = asked.tokenizer
     trained = tokenizer.tokenizer_name in ("auto", TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER)
     if not trained and tokenizer.vocab_size != TokenizerConfig.model_fields["vocab_size"].default:

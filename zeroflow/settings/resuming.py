@@ -28,6 +28,7 @@ FREE |= {f"hosts.{name}" for name in HostsChoice.model_fields}
 FREE |= {f"data.{name}" for name in CorpusConfig.free}
 FREE |= {f"evaluation.{name}" for name in EvaluationChoice.model_fields}
 FREE |= {"overfit.overfit_steps", "overfit.overfit_loss", "skip_preflight"}
+FREE |= {"register_"}
 
 ADDED = {"data.validation_revision": None, "model.init_from": None}
 """Settings that were added later, with their defaults. They are part of a run's default name only
@@ -109,7 +110,8 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
         base["optimizer"] = {}
     for name, value in asked_now.items():
         base[name] = base[name] | value if isinstance(value, dict) else value
-    base["skip_preflight"] = asked.skip_preflight  # a setting of the command, not of the run
+    for name in ("skip_preflight", "register_"):  # settings of the command, not of the run
+        base[name] = getattr(asked, name)
     return RunConfig.model_validate(base)
 
 

@@ -377,6 +377,11 @@ class RunConfig(Config):
     skip_preflight: bool = False
     """Train without the pre-flight checks."""
 
+    register_: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Register the trained model in MLflow as a version of the model with this name, and also the
+    checkpoint with the lowest validation loss if that is another. MLflow then stores a copy of the
+    weights."""
+
     model: ModelChoice = ModelChoice()
     data: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

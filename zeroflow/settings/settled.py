@@ -4,6 +4,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from zeroflow import artifacts
+from zeroflow.data.corpus import corpus_identity
 from zeroflow.data.shards import ShardConfig
 from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
@@ -117,6 +119,19 @@ class Settled(RunConfig):
     def train_tokens(self) -> int:
         """Number of tokens that the run trains on."""
         return self.training.max_steps * self.batch_rows * self.training.seq_len
+
+    @property
+    def held_out(self) -> str:
+        """Fingerprint of the text for validation; losses of runs with the same one compare."""
+        data = self.data.validation or self.data
+        text: dict[str, object] = {
+            **corpus_identity(data),
+            "deduplicate": data.deduplicate,
+            "tokens": self.training.validation_tokens,
+        }
+        if not self.data.validation:
+            text["fraction"] = self.training.validation_fraction
+        return artifacts.fingerprint(text)
 
     @property
     def shard_config(self) -> ShardConfig:

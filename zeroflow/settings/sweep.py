@@ -63,7 +63,8 @@ class SweepConfig(Config):
     @property
     def name(self) -> str:
         # Defaults are left out, so that adding a setting does not rename existing sweeps
-        given = self.model_dump(
+        run = self.run.model_copy(update={"register_": None})
+        given = self.model_copy(update={"run": run}).model_dump(
             mode="json",
             exclude={"sweep_name": True, "run": {"cache_dir", "log_to"}},
             exclude_defaults=True,

@@ -43,6 +43,7 @@ class ZeroLabRun(Config):
         "run.sweep",
         "run.skip_preflight",
         "run.log_to",
+        "run.register_",
         "run.training.zero_stage",
         "run.training.reshard_group",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
@@ -91,7 +92,7 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
     run = run.replace(training=type(run.training)(**small | given))
     if run.run_name is None:
         identity = {name: str(value) for name, value in flat(run.model_dump()).items()}
-        del identity["cache_dir"], identity["log_to"]
+        del identity["cache_dir"], identity["log_to"], identity["register_"]
         run = run.replace(run_name=f"zero-lab-{artifacts.fingerprint(identity)[:6]}")
     return run
 
@@ -131,6 +132,8 @@ def _refuse(run: RunConfig) -> None:
         )
     if run.log_to:
         raise ValueError("the laboratory has no curves of training: drop --log-to")
+    if run.register_:
+        raise ValueError("the laboratory has no model to register: drop --register")
     if run.run_name and run.folder.checkpoints.exists():
         raise ValueError(
             f"{run.run_name} is a training run: give the laboratory another --run-name"

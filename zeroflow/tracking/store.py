@@ -73,6 +73,8 @@ def _opened(folder: Path | None) -> tuple[Any, str]:
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # Otherwise MLflow prints the address of each ended run, which contains the server's password
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    # Standard error has the log
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # By default MLflow retries an unreachable server for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -141,6 +143,15 @@ def _artifacts_address(folder: Path) -> str:
     return (folder / "artifacts").as_uri()
 
 
+_ADDRESSES = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables of the store and their columns with absolute addresses of artifacts."""
+
+
 def _follow_move(folder: Path, experiment: Any) -> None:
     """Correct the absolute addresses of artifacts in the store if `folder` has moved."""
     before, now, id = (
@@ -154,11 +165,12 @@ def _follow_move(folder: Path, experiment: Any) -> None:
         store.execute(
             "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (now, id)
         )
-        store.execute(
-            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
-            " WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-            (now, len(before) + 1, id, len(before) + 1, f"{before}/"),
-        )
+        for table, column in _ADDRESSES:
+            store.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                f" WHERE substr({column}, 1, ?) = ?",
+                (now, len(before) + 1, len(before) + 1, f"{before}/"),
+            )
     log.info("MLflow's artifacts have moved with the cache, from %s to %s", before, now)
 
 

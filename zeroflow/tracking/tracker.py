@@ -141,14 +141,20 @@ def add_evaluation(
     points: Iterable[Point],
     file: Path,
     pages: Mapping[str, str],
-) -> None:
-    """Add the figures of an evaluation, its file and pages to the MLflow run of a run."""
+) -> bool:
+    """Add the figures of an evaluation, its file and pages to the MLflow run of a run.
+
+    Returns:
+        False, after a warning, if MLflow cannot be written.
+    """
     try:
         run = MlflowRun(config, folder)
         run.send_again(points)
         run.add([file], pages)
+        return True
     except Exception as error:  # the evaluation is on disk
         log.warning("the evaluation could not be added to MLflow: %s", reason(error))
+        return False
 
 
 class MlflowRun:
