@@ -9,7 +9,7 @@ import pytest
 from tiny import WORKLOAD
 
 from zeroflow.lab import collectives
-from zeroflow.lab.links import LinkMeasurement, SingleCollective
+from zeroflow.lab.links import LinkMeasurement, SingleCollective, middle_mean
 from zeroflow.lab.network import network
 from zeroflow.lab.prediction import crossovers, linked
 
@@ -66,6 +66,25 @@ def test_times_that_cross_several_times_have_no_crossover():
     swapped = noisy[-1].replace(step_seconds=noisy[-1].step_seconds[::-1])
     [crossing] = crossovers(linked([*noisy[:-1], swapped], WORK))
     assert crossing.gbps is None and crossing.predicted_gbps is not None
+
+
+def test_stages_that_differ_by_noise_and_only_without_a_limit_have_no_crossover():
+    def crossing(*ratios: float) -> object:
+        """Return the crossover for these times of the second stage, relative to the first."""
+        found = [
+            measured(gbps).replace(step_seconds=(1.0, ratio))
+            for gbps, ratio in zip((None, 10.0, 1.0, 0.1), ratios, strict=True)
+        ]
+        return next((one.gbps for one in crossovers(linked(found, WORK)) if one.gbps), None)
+
+    assert crossing(0.9, 0.9, 1.0001, 1.1)
+    assert not crossing(0.9, 0.99, 1.0001, 1.1), "1 % is noise"
+    assert not crossing(0.9, 1.1, 1.2, 1.3), "the bandwidth without a limit is unknown"
+
+
+def test_mean_of_the_middle_half_ignores_disturbed_steps():
+    assert middle_mean([1.0]) == 1.0
+    assert middle_mean([9.0, 1.0, 2.0, 3.0, 0.0, 2.0, 100.0, 1.0]) == pytest.approx(2.0)
 
 
 def test_network_without_root_is_refused_with_the_reason(monkeypatch):

@@ -1,9 +1,17 @@
-"""Steps over slow links: their time at each bandwidth, and that of single collectives."""
+"""Steps over slow links: their time at each bandwidth, and that of single collectives.
 
+On a busy machine, ranks wait for a core that another program uses. Linux counts this time, and it
+is subtracted. What is left of the disturbance affects all times alike: a step of many collectives
+is never as lucky as the shortest time of each, so all times are means of the middle half.
+"""
+
+import os
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +30,7 @@ _WARM_UP = 2
 
 
 class SingleCollective(Record):
-    """Shortest time of one call of a collective, with nothing else to do."""
+    """Mean time of a call of a collective right after another call, with nothing else to do."""
 
     name: str
     bytes: int
@@ -36,7 +44,7 @@ class LinkMeasurement(Record):
     """10⁹ bits per second that a rank can send; None without a limit."""
 
     step_seconds: tuple[float, ...]
-    """Shortest time of a step, for each workload."""
+    """Mean time of a step, for each workload."""
 
     collectives: tuple[SingleCollective, ...]
 
@@ -49,7 +57,7 @@ def measure(
     """Measure steps of all `configs` and their collectives without a limit and at each bandwidth.
 
     Every round has one step of each workload at each bandwidth, so that a change of the machine's
-    load affects all alike. Other load only makes steps longer, so the shortest times are kept.
+    load affects all alike.
     """
     runs = [(new_state(config), source(config), config) for config in configs]
     calls = sorted({call for config in configs for call in collectives.calls(config.workload)})
@@ -60,7 +68,10 @@ def measure(
         for gbps in limits:
             network.limit(gbps)
             for name, size in calls:
-                single[gbps, name, size].append(_seconds(_collective(name, size)))
+                call = _collective(name, size)
+                # An idle link lets a burst pass without a limit; in a step the link is never idle
+                # for long, so a first call uses up the burst
+                single[gbps, name, size].append(_seconds(call, first=call))
             for number, (state, batches, config) in enumerate(runs):
                 step = partial(
                     train_step, state, batches.micro_batches(turn % config.steps), config
@@ -70,10 +81,10 @@ def measure(
     return [
         LinkMeasurement(
             gbps=gbps,
-            step_seconds=tuple(min(steps[gbps, n][_WARM_UP:]) for n in range(len(runs))),
+            step_seconds=tuple(middle_mean(steps[gbps, n][_WARM_UP:]) for n in range(len(runs))),
             collectives=tuple(
                 SingleCollective(
-                    name=name, bytes=size, seconds=min(single[gbps, name, size][_WARM_UP:])
+                    name=name, bytes=size, seconds=middle_mean(single[gbps, name, size][_WARM_UP:])
                 )
                 for name, size in calls
             ),
@@ -82,11 +93,35 @@ def measure(
     ]
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def middle_mean(seconds: Sequence[float]) -> float:
+    """Return the mean of the middle half."""
+    left_out = len(seconds) // 4
+    return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
+
+
+def _seconds(function: Callable[[], object], first: Callable[[], object] = lambda: None) -> float:
+    """Return the time of `function`, called after `first`, without waits for a core."""
     zero.is_any(False)  # a barrier
-    began = time.perf_counter()
+    first()
+    waited, began = _waited_for_a_core(), time.perf_counter()
     function()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    # The slowest rank determines the time, and the others wait for it
+    lost = zero.max_over_ranks(_waited_for_a_core() - waited)
+    return seconds - lost / 1e9
+
+
+def _waited_for_a_core() -> int:
+    """Return the nanoseconds for which this thread was ready to run, but had no core.
+
+    If there are more ranks than cores, ranks wait for each other, which belongs to their step.
+
+    Source: https://docs.kernel.org/scheduler/sched-stats.html
+    """
+    counted = Path("/proc/thread-self/schedstat")
+    if zero.ranks() > (os.cpu_count() or 1) or not counted.exists():
+        return 0
+    return int(counted.read_text(encoding="ascii").split()[1])
 
 
 def _collective(name: str, size: int) -> Callable[[], object]:

@@ -9,6 +9,9 @@ from zeroflow.lab.record import Crossover, Link, StageOverLink
 from zeroflow.training.workload import Workload
 from zeroflow.training.zero import Stage
 
+_NOISE = 0.02
+"""Smallest difference of two stages, relative to their time, that is not noise."""
+
 
 def linked(found: Sequence[LinkMeasurement], workloads: Sequence[Workload]) -> tuple[Link, ...]:
     """Return measured and predicted times of a step at each bandwidth.
@@ -46,7 +49,8 @@ def communication(work: Workload, found: LinkMeasurement) -> float:
 def crossovers(links: Sequence[Link]) -> tuple[Crossover, ...]:
     """Return the bandwidths at which one stage becomes faster than another, for each such pair.
 
-    Between two bandwidths, times are interpolated linearly in the time of a bit.
+    Between two bandwidths, times are interpolated linearly in the time of a bit. Times without a
+    limit are left out, because the bandwidth of that link is unknown.
     """
     found = []
     stages = [one.stage for one in links[0].stages] if links else []
@@ -73,12 +77,17 @@ def _crossing(
     """Return the stage that is faster below a bandwidth, and this bandwidth in Gbit/s."""
     points = []
     for link in links:
-        times = {one.stage: time(one) for one in link.stages}
-        seconds_per_gigabit = 0.0 if link.gbps is None else 1 / link.gbps
-        points.append((seconds_per_gigabit, times[ours] - times[theirs]))
-    crossed = [(one, next_) for one, next_ in pairwise(sorted(points)) if one[1] * next_[1] < 0]
+        if link.gbps is not None:
+            times = {one.stage: time(one) for one in link.stages}
+            points.append((1 / link.gbps, times[ours] - times[theirs], times[ours]))
+    points.sort()
+    crossed = [(one, next_) for one, next_ in pairwise(points) if one[1] * next_[1] < 0]
     if len(crossed) != 1:  # times that cross several times differ by noise only
         return None
-    [((x, before), (y, after))] = crossed
+    if any(
+        abs(difference) < _NOISE * seconds for _, difference, seconds in (points[0], points[-1])
+    ):
+        return None
+    [((x, before, _), (y, after, _))] = crossed
     at = x + (y - x) * before / (before - after)
     return (ours if after < 0 else theirs), 1 / at

@@ -234,8 +234,9 @@ def _over_links(job: TrainingJob, lab: ZeroLab) -> tuple[Part, ...]:
     parts: list[Part] = [
         Markdown("### Over slow links"),
         Markdown(
-            "Shortest time of a step in milliseconds, and in brackets the prediction: the time "
-            "without a limit, plus what the collectives take longer when each is measured alone."
+            "Time of a step in milliseconds, and in brackets the prediction: the time without a "
+            "limit, plus what the collectives take longer when each is measured alone. Times are "
+            "means of the middle half, without the time in which a rank waited for a core."
         ),
         Table(head, rows, "r" * len(head)),
         Picture(job.folder.zero_bandwidth_picture, "time of a step by bandwidth"),
