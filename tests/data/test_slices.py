@@ -8,9 +8,15 @@ import pytest
 from tiny import as_jsonl, files_corpus
 
 from zeroflow.data import documents, slices
-from zeroflow.data.corpus import CorpusConfig, list_files
+from zeroflow.data.corpus import CorpusConfig, list_files, resolve_corpus
 from zeroflow.data.documents import Tally
-from zeroflow.data.slices import Slice, plan_slices, read_documents, read_slice
+from zeroflow.data.slices import (
+    Slice,
+    plan_slices,
+    read_documents,
+    read_slice,
+    require_readable,
+)
 
 
 def write_large(folder: Path) -> Path:
@@ -67,6 +73,22 @@ def test_file_that_has_changed_since_its_digest_is_not_read(tmp_path):
     [piece] = plan_slices(corpus, listed, 0).slices
     with pytest.raises(ValueError, match=r"a\.jsonl has changed since the run began"):
         list(read_slice(corpus, piece, Tally()))
+
+
+def test_files_that_changed_after_a_run_are_read_by_the_next_run_of_the_process(tmp_path):
+    """As with two calls of `zeroflow.pretrain` in a notebook."""
+    asked = CorpusConfig(data_mode="files", data_path=(str(tmp_path / "*.txt"),))
+    found = []
+    for names in (("a", "b"), ("a", "c")):  # a is changed, b removed and c added
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for name in names:
+            (tmp_path / f"{name}.txt").write_text(f"{name} of {names}")
+        require_readable(asked)
+        corpus = resolve_corpus(asked).corpus
+        found.append([document.text for document in read_documents(corpus)])
+        assert found[-1] == [f"{name} of {names}" for name in names]
+    assert found[0] != found[1]
 
 
 def test_file_that_is_gone_before_it_is_cut_is_refused_by_name(tmp_path, monkeypatch):

@@ -621,12 +621,12 @@ def test_record_is_readable_json(ask):
 
 
 def test_new_run_names_its_differences_from_the_most_similar_run(ask):
-    first = settle(ask(seed=1)).run
+    first = trained(ask(seed=1))
     assert unlike_others(first) == "none exists yet"
-    far = settle(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5})).run
+    far = trained(ask(seed=2, training={"max_steps": 9, "learning_rate": 0.5}))
     assert "--max-steps 200 instead of 9" in unlike_others(far)
     assert "--learning-rate 0.001 instead of 0.5" in unlike_others(far)
-    third = settle(ask(seed=3)).run
+    third = trained(ask(seed=3))
     told = f"the most similar of 2, {first.run_name}, has --seed 1 instead of 3"
     assert unlike_others(third) == told
     twin = settle(ask(seed=3, run_name="twin")).run
@@ -634,6 +634,24 @@ def test_new_run_names_its_differences_from_the_most_similar_run(ask):
     for run in (first, far, third):
         (run.run_dir / "run.json").write_text("[]")
     assert "are unknown" in unlike_others(twin)
+
+
+def test_new_run_is_not_compared_with_what_it_could_not_use(ask, tmp_path, caplog):
+    caplog.set_level("INFO", logger="zeroflow")
+    useful = trained(ask(seed=2, training={"max_steps": 9}))
+    settle(ask(seed=1, run_name="untrained"))  # no checkpoint, but more similar
+    files = {"data_mode": "files", "data_path": (str(tmp_path / "a.txt"),)}
+    (tmp_path / "a.txt").write_text("a text\n" * 99)
+    on_text = ask(seed=1, data=files, tokenizer={"tokenizer_name": "train"})
+    assert unlike_others(settle(on_text).run) == "none exists yet for this text"
+    trained(on_text)
+    new = settle(ask(seed=1)).run
+    assert unlike_others(new).startswith(f"the most similar of 2, {useful.run_name}, has --seed 2")
+    assert "starts over" not in caplog.text
+
+    assert not settle(ask(seed=3, run_name="untrained")).resumes
+    told = "run untrained has no checkpoint yet and starts over: it was begun with "
+    assert f"{told}--seed 1, now it is 3" in caplog.text
 
 
 def test_ranks_are_those_of_all_machines_and_a_check_runs_on_those_of_one(ask, rows):

@@ -129,6 +129,7 @@ def require_readable(corpus: CorpusConfig) -> None:
     if corpus.data_mode != "files":
         return
     unread = corpus.replace(data_revision=corpus.data_revision or "unread")
+    unread.source.look_again()
     files = list_files(unread)
     filled = [file for file in files if file.size or is_compressed(file.name)]
     if not filled:

@@ -77,6 +77,11 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
     acquire(run.run_dir)
     # Nothing is written before this line, so a refusal leaves the run as it was
     if found.discarded:
+        log.info(
+            "run %s has no checkpoint yet and starts over: it was begun with %s",
+            run.run_name,
+            found.difference,
+        )
         _discard_settings(found.discarded)
     if not settlement.resumes:
         # Only now is the default name known. If a run of this name exists, because the command is
@@ -162,6 +167,9 @@ class _Found(NamedTuple):
     discarded: RunFolder | None
     """Folder of a run that has not trained yet, and whose settings are replaced."""
 
+    difference: str
+    """The first setting that differs from the recorded ones; "" if none."""
+
     initial: Initial | None
     """The model to start from; None for random weights, and for a model on the hub that is not
     looked up yet."""
@@ -207,7 +215,7 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     tokenizer = trained_tokenizer(recorded.folder) if recorded else None
     if not is_complete:
         _require_usable(wanted, device, tokenizer, needs_text=needs_text)
-    return _Found(wanted, recorded, discarded, initial, tokenizer, needs_text, device)
+    return _Found(wanted, recorded, discarded, different, initial, tokenizer, needs_text, device)
 
 
 def _with_initial(found: _Found) -> _Found:
@@ -448,17 +456,27 @@ def load(cache: Path, name: str) -> Settled:
 
 
 def unlike_others(run: Settled) -> str:
-    """Return how `run` differs from the most similar run of the cache, in words."""
+    """Return how `run` differs from the most similar run of the cache, in words.
+
+    Runs without a checkpoint and runs on another text do not count.
+    """
 
     def read(folder: Path) -> Fields:
         return by_flag(artifacts.read_json(RunFolder(folder).settings))
 
     def by_flag(settings: Fields) -> Fields:
         compared = resuming.compared(settings).items()
-        return {flag(name): value for name, value in compared if not name.startswith("initial.")}
+        fields = {flag(name): value for name, value in compared if not name.startswith("initial.")}
+        data = settings["data"]
+        return fields | {"source": [data[name] for name in ("data_mode", "data_path", "dataset")]}
 
     others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
-    return reuse.nearest(by_flag(run.model_dump(mode="json")), others)
+    trained = {
+        name: fields
+        for name, fields in others.items()
+        if checkpoint.newest_step(RunFolder(run.run_dir.with_name(name)).checkpoints)
+    }
+    return reuse.nearest(by_flag(run.model_dump(mode="json")), trained)
 
 
 def size_of(asked: RunConfig) -> str:

@@ -128,6 +128,11 @@ class LocalSource(Source):
             f"the same text: {', '.join(names[:_NAMED])}{more}"
         )
 
+    def look_again(self) -> None:
+        _paths.cache_clear()
+        for path in _paths(self).values():
+            _pinned.pop(path, None)
+
     def require_revision(self, revision: str) -> None:
         if _revisions.get(self) != revision:
             self.pin(revision)
@@ -159,7 +164,7 @@ class LocalSource(Source):
         path = self.path(file)
         now, pinned = stamp(path), _pinned.get(path)
         if now.size != file.size or (pinned and now[:2] != pinned.stamp[:2]):
-            raise ValueError(f"{path} has changed since the run began: run the same command again")
+            raise ValueError(f"{path} has changed since the run began: start the run again")
 
 
 @lru_cache(maxsize=4)

@@ -72,6 +72,9 @@ class Source(Storage, ABC):
         """The digest of each file by name, if the revision is computed from them."""
         return {}
 
+    def look_again(self) -> None:
+        """Forget what an earlier run of this process found, as files may have changed since."""
+
     def require_revision(self, revision: str) -> None:
         """Check that the content of all files is that of `revision`, unless `pin` did so before.
 
