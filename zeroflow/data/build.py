@@ -23,6 +23,7 @@ from zeroflow.data.part_plan import PLAN, PartPlanner, ShardIdentity, ShardPlan
 from zeroflow.data.parts import existing_part
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import SPLITS, PartFacts, PartManifest, ShardConfig, ShardSet, part_path
+from zeroflow.data.sufficient import too_small
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache
@@ -283,13 +284,9 @@ def refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> No
 def _describe(planner: PartPlanner, counts: PartCounts, config: ShardConfig) -> ShardSet:
     tokenizer = planner.tokenizer
     train, validation = (counts.split(split) for split in SPLITS)
-    for split, found in (("train", train), ("validation", validation)):
+    for split, found in zip(SPLITS, (train, validation), strict=True):
         if not found.rows:
-            raise ValueError(
-                f"the corpus is too small: of its {train.text_bytes + validation.text_bytes:,} "
-                f"bytes of text, none is left for {split}: add text, change --validation-fraction, "
-                "or set text for validation with --validation-path"
-            )
+            raise too_small(train.text_bytes + validation.text_bytes, split)
     shards = ShardSet(
         path=planner.path,
         parts=len(counts),

@@ -8,6 +8,7 @@ from pydantic import computed_field
 from zeroflow.config import Config
 from zeroflow.data.part_counts import row_bytes
 from zeroflow.data.shards import expected_bytes
+from zeroflow.data.sufficient import require_both_splits
 from zeroflow.data.tokenizer import (
     SYNTHETIC_TOKENIZER,
     TRAINED_TOKENIZER,
@@ -156,8 +157,8 @@ def forecast(asked: RunConfig, *, gpu: str | None = None, memory_gb: float | Non
         memory_gb: memory of a GPU that is not known.
 
     Raises:
-        ValueError: settings contradict each other, the device or the number of GPUs, or there are
-            no such files.
+        ValueError: settings contradict each other, the device or the number of GPUs, there are no
+            such files, or a small text does not suffice for training and validation.
     """
     if memory_gb is not None and not gpu:
         raise ValueError(f"--memory-gb {memory_gb:g} is that of a GPU: name it with --gpu")
@@ -315,6 +316,7 @@ def _look_up(run: Settled, device: Device) -> _Facts:
         vocabulary = Vocabulary(tokenizer.vocab_size, True, "of the run's tokenizer", load=load)
     else:
         vocabulary = expected_vocabulary(run.tokenizer, run.data, run.cache_dir)
+        require_both_splits(run.data, run.shard_config.layout, vocabulary.load)
     text = density(run.tokenizer, run.data, vocabulary)
     return _Facts(
         runs=runs,
