@@ -163,7 +163,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     for expected in (
         "plan of medium on 4 x NVIDIA H100 80GB HBM3, ZeRO stage 0, with 80.00 GiB each",
         "--gpu H100 is planned as NVIDIA H100 80GB HBM3; also known: NVIDIA H100 NVL, ",
-        " on each of 4 (sum of its parts)",
+        " on each of 4 (computed, sum of its parts)",
         "feed-forward    830,472,192  61.7%",
         "assuming 52% MFU",
         "stage 3",
@@ -235,6 +235,32 @@ def finish(ask, shards):
     return make
 
 
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"checkpoint_every": 500}, "--checkpoint-every 500 (only the last step is saved)"),
+        ({"validate_every": 11}, "--validate-every 11 (the model is validated only at the begin"),
+        ({"log_interval": 99}, "--log-interval 99 (losses are logged only at the first and the"),
+        ({"keep_every": 99}, "--keep-every 99 (no further checkpoints are kept)"),
+        ({"checkpoint_every": 10, "validate_every": 10, "log_interval": 10}, ""),
+        ({"max_steps": 3}, ""),
+    ],
+)
+def test_interval_that_is_longer_than_the_run_is_remarked(ask, caplog, training, told):
+    caplog.set_level("INFO", logger="zeroflow")
+    asked = ask(training={"max_steps": 10, **training})
+    page = plan_page.text(plans.forecast(asked))
+    assert page.count("longer than the run of 10 steps: ") == bool(told) and told in page
+    pipeline.plan(asked)
+    assert caplog.text.count("longer than the run of 10 steps: ") == bool(told)
+    assert told in caplog.text
+
+
+def test_default_interval_that_is_longer_than_the_run_is_not_remarked(ask):
+    plan = plans.forecast(ask(device="auto", training={"max_steps": 5}), gpu=H100)
+    assert plan.notes == ()
+
+
 def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     first = {row.name: row for row in finish("one", rate=1000.0)}
     assert first["checkpoint_bytes"].miss == pytest.approx(0)
@@ -242,7 +268,10 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert first["seconds"].measured == pytest.approx(5.12)
 
     planned = plans.forecast(ask(run_name="two", seed=1))
-    assert planned.memory_source == "from 1 earlier run here"
+    assert planned.memory_source == "measured, from 1 earlier run here"
+    page = plan_page.text(planned)
+    assert page.count("was measured in earlier runs") == 1 and "computed memory by part" in page
+    assert planned.predicted.memory_bytes != planned.stage.total, "both are on the page"
     assert planned.rate_source.startswith("from 1 earlier run here; "), "and a measurement now"
     assert planned.rate.low < 1000 < planned.rate.high
     second = {row.name: row for row in finish("two", rate=1000.0)}
@@ -254,7 +283,8 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     larger = ask(run_name="three", model=SHAPE.replace(num_hidden_layers=4).model_dump())
     planned = plans.forecast(larger)
     assert "TFLOP/s, as in 2 earlier runs here" in planned.rate_source
-    assert planned.memory_source == "sum of its parts"
+    assert planned.memory_source == "computed, sum of its parts"
+    assert "was measured in earlier runs" not in plan_page.text(planned)
 
 
 def test_plan_says_when_a_checkpoint_takes_longer_than_the_training_between_two(ask, finish):

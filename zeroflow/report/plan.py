@@ -10,9 +10,6 @@ from zeroflow.data.part_counts import row_bytes
 from zeroflow.data.shards import expected_bytes
 from zeroflow.data.sufficient import require_both_splits
 from zeroflow.data.tokenizer import (
-    SYNTHETIC_TOKENIZER,
-    TRAINED_TOKENIZER,
-    TokenizerConfig,
     Vocabulary,
     density,
     expected_vocabulary,
@@ -41,6 +38,7 @@ from zeroflow.estimate.speed import Rate
 from zeroflow.model.llama import ActivationCheckpointing
 from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
+from zeroflow.settings.remarks import remarks
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import foresee
 from zeroflow.settings.settled import Settled, Settlement
@@ -84,7 +82,7 @@ class Plan(Record):
 
     device: Device
     notes: tuple[str, ...] = ()
-    """Assumptions about the device, and settings without effect."""
+    """Assumptions about the device, settings without effect, and intervals longer than the run."""
 
     load: Load | None = omitted()
     """Other programs on the cores when the plan was made; None on a GPU."""
@@ -177,18 +175,6 @@ def _notes(gpu: str) -> tuple[str, ...]:
     return (f"--gpu {gpu} is planned as {taken}; also known: {', '.join(others)}",)
 
 
-def _without_effect(run: Settled) -> tuple[str, ...]:
-    """Return a sentence about --vocab-size if `auto` has chosen a tokenizer with its own size."""
-    name, asked = run.tokenizer.tokenizer_name, run.tokenizer.vocab_size
-    default = TokenizerConfig.model_fields["vocab_size"].default
-    if asked == default or name in (TRAINED_TOKENIZER, SYNTHETIC_TOKENIZER):
-        return ()
-    return (
-        f"--vocab-size {asked} has no effect, because {name} has its own vocabulary: "
-        "--tokenizer-name train trains one of this size",
-    )
-
-
 def load(folder: RunFolder) -> Plan | None:
     """Load the plan of a run; None if there is no plan that this version can read."""
     try:
@@ -261,7 +247,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         size=run.model.name,
         init_from=run.model.init_from,
         device=device,
-        notes=(*notes, *_without_effect(run)),
+        notes=(*notes, *remarks(run)),
         load=facts.load,
         workload=work,
         data=Choice(name=run.data.name, reason=settlement.corpus_reason),
@@ -301,9 +287,9 @@ def _memory(
 ) -> tuple[int | None, str]:
     """Return the predicted memory in bytes, if it can be predicted, and its source."""
     if known and known.memory_bytes:
-        return known.memory_bytes, known.source
+        return known.memory_bytes, f"measured, {known.source}"
     if is_measured(work):
-        return stages[work.zero_stage].total, "sum of its parts"
+        return stages[work.zero_stage].total, "computed, sum of its parts"
     return None, "unknown for such code on a CPU until a run here has been measured"
 
 

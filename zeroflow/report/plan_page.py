@@ -175,7 +175,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
         escaped(sources),
         Markdown(
             f"- Parameters: {_bound(plan)}{parts}; {flops}\n"
-            f"- Memory by part: {memory}\n"
+            f"- Computed memory by part: {memory}; in total {binary(plan.stage.total)}\n"
             f"- Disk: {disk_line(plan)}\n"
             f"- Checkpoints: {checkpoints_line(plan)}"
         ),
@@ -225,8 +225,12 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.device.kind == "cuda":
         rows.append(("default rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("recomputation", *(s.activation_checkpointing for s in stages)))
-    title = "memory per rank" if plan.workload.ranks > 1 else "memory by part"
+    title = "computed memory per rank" if plan.workload.ranks > 1 else "computed memory by part"
     yield from _table((title, *heads), rows)
+    if plan.predicted.memory_bytes is None:
+        yield "What such code needs in addition on a CPU is not known."
+    elif plan.predicted.memory_bytes != plan.stage.total:
+        yield "This is computed from the settings; the memory above was measured in earlier runs."
     if plan.workload.ranks > 1:
         yield "From stage 1 on, each rank keeps its shard of the fp32 weights. Gathered weights"
         yield "(all, or at stage 3 those of two blocks) count as communication."

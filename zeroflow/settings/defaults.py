@@ -56,6 +56,10 @@ def checkpoint_every(steps: int) -> int:
     return max(1, min(250, steps // 5))
 
 
+def log_interval(*, gpu: bool) -> int:
+    return 10 if gpu else 5
+
+
 def fill(run: RunConfig, device: Device) -> SettledTraining:
     """Return the training settings of `run`, with a default for every value that is None.
 
@@ -88,7 +92,7 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
         "validation_tokens": choice.validation_tokens or (2**20 if gpu else 2**13),
         "validate_every": choice.validate_every or validate_every(steps, gpu=gpu),
         "checkpoint_every": choice.checkpoint_every or checkpoint_every(steps),
-        "log_interval": choice.log_interval or (10 if gpu else 5),
+        "log_interval": choice.log_interval or log_interval(gpu=gpu),
         "sample_prompt": prompt if choice.sample_prompt is None else choice.sample_prompt,
     }
     given = {name: getattr(choice, name) for name in TrainingChoice.model_fields}
