@@ -251,6 +251,15 @@ def test_paths_in_the_text_exist(page):
         assert what in (ROOT / path).read_text(encoding="utf-8"), f"{what} is not in {path}"
 
 
+def test_lines_of_the_stages_are_those_of_the_code():
+    page = (DOCS / "explanation/zero.md").read_text(encoding="utf-8")
+    section = page.split("## Where each stage is in the code")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(lines) > 10
+    code = (ROOT / "zeroflow/training/zero.py").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in code] == []
+
+
 def test_every_page_is_in_the_navigation_of_the_site():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = [
