@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import DESCRIPTION, Dataset, TrackingConfig
 from zeroflow.tracking.delivery import reason
@@ -107,12 +108,16 @@ def register(
     """
     with _explained(config):
         client, run_id = open_run(config, folder)
-        logged = _logged(client, run_id, model.step)
-    if logged is None:
-        with _new_folder(folder.registering) as place:
-            exported = export(place / "model")
-            with _explained(config):
-                logged = _log(client, run_id, model, exported, place / "saved")
+    waiting_for = "another process is registering a model of this run"
+    with artifacts.exclusive(folder.registering, waiting_for=waiting_for):
+        with _explained(config):
+            logged = _logged(client, run_id, model.step)
+        if logged is None:
+            with _new_folder(folder.registering) as place:
+                exported = export(place / "model")
+                with _explained(config):
+                    _delete_incomplete(client, run_id, model.step)
+                    logged = _log(client, run_id, model, exported, place / "saved")
     with _explained(config):
         version, reused = _version(client, name, model, logged, config.tags.get(DESCRIPTION, ""))
         is_best = _choose_best(client, name, version) == str(version.version)
@@ -159,18 +164,23 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 
 def _logged(client: Any, run_id: str, step: int) -> Any | None:
-    """Return the complete logged model of a step of a run; incomplete ones are deleted."""
+    """Return the complete logged model of a step of a run."""
+    return next((one for one in _attempts(client, run_id, step) if one.status == "READY"), None)
+
+
+def _delete_incomplete(client: Any, run_id: str, step: int) -> None:
+    """Delete what killed processes left; nobody else delivers this model at the moment."""
+    for left in _attempts(client, run_id, step):
+        if left.status != "READY":
+            client.delete_logged_model(left.model_id)
+
+
+def _attempts(client: Any, run_id: str, step: int) -> list[Any]:
     run = client.get_run(run_id)
-    complete = None
-    for found in client.search_logged_models(
+    found = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
-    ):
-        if found.params.get(_STEP) == str(step):
-            if str(found.status) == "READY":
-                complete = found
-            else:
-                client.delete_logged_model(found.model_id)
-    return complete
+    )
+    return [one for one in found if one.params.get(_STEP) == str(step)]
 
 
 def _log(client: Any, run_id: str, model: Candidate, exported: Path, saved: Path) -> Any:
