@@ -33,6 +33,7 @@ COME_ALONG = {
     "gguf",  # of zeroflow[gguf], which pins it
     "lm_eval",  # of zeroflow[eval], which pins it
     "tensorboard",  # of zeroflow[tensorboard]
+    "wandb",  # of zeroflow[wandb]
     "flash_attn",  # of zeroflow[hopper], whose requirements are versions that ran together
     "quack",
 }

@@ -82,7 +82,7 @@ FOREIGN = {
 curl."""
 
 OTHER_PROGRAMS = {".", "cd", "git", "hf", "llama-server", "ollama", "pip", "printf", "srun"}
-OTHER_PROGRAMS |= {"curl", "mlflow", "tensorboard", "vllm"}
+OTHER_PROGRAMS |= {"curl", "mlflow", "tensorboard", "vllm", "wandb"}
 
 
 def name(page: Path) -> str:

@@ -44,6 +44,9 @@ class TrackedFolder(_Folder):
 class RunFolder(TrackedFolder):
     """The folder of a run."""
 
+    wandb = _Named("wandb.json")
+    """Id of the run in Weights & Biases."""
+
     # Written before anything is built
     settings = _Named("run.json")
     asked = _Named("asked.json")

@@ -16,11 +16,22 @@ def refused(message: str | None):
     return pytest.raises(ValueError, match=message) if message else nullcontext()
 
 
-def test_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(monkeypatch):
-    asked = run(log_to=("tensorboard",))
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with refused(r"--log-to tensorboard needs TensorBoard: pip install 'zeroflow\[tensorboard\]'"):
-        settle.require_possible(asked)
+@pytest.mark.parametrize(
+    ("name", "title"), [("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")]
+)
+def test_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    name, title, monkeypatch, tmp_path
+):
+    message = rf"--log-to {name} needs {title}: pip install 'zeroflow\[{name}\]'"
+    monkeypatch.setitem(sys.modules, name, None)
+    with refused(message):
+        settle.require_possible(run(log_to=(name,)))
+    # A folder of this name, such as the one that wandb writes, is a package without content
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / name).mkdir()
+    with refused(message):
+        settle.require_possible(run(log_to=(name,)))
 
 
 @pytest.mark.parametrize(

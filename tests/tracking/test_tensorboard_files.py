@@ -38,7 +38,7 @@ def add(folder: RunFolder, *records: MetricsRecord) -> None:
 
 
 def finish(config: TrackingConfig, folder: RunFolder) -> None:
-    others.finish(config, folder, points(METRICS.read(folder.metrics)))
+    others.finish(config, folder, [*points(METRICS.read(folder.metrics))])
 
 
 def expected(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:

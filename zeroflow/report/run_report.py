@@ -322,7 +322,7 @@ def _record(run: Finished, report: RunReport, logs: Logs) -> str | None:
             measured=logs.measured,
         )
         history.append(run.settings.cache_dir, past)
-    others.finish(tracking, folder, metrics.points(logs.metrics))
-    points = metrics.points(logs.metrics)
+    points = list(metrics.points(logs.metrics))
+    others.finish(tracking, folder, points)
     tags = tracking.tags | {"expected_loss": report.expected_loss.verdict}
     return tracker.finish(tracking.replace(tags=tags), folder, points, ending)

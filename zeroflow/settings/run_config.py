@@ -365,8 +365,8 @@ class RunConfig(Config):
     """Folder for all output: tokenizers, shards, runs, mlflow."""
 
     log_to: tuple[TrackerName, ...] = ()
-    """Trackers that also receive the metrics, beside MLflow. TensorBoard needs
-    zeroflow[tensorboard]."""
+    """Trackers that also receive the metrics, beside MLflow: TensorBoard, which needs
+    zeroflow[tensorboard], and Weights & Biases, which needs zeroflow[wandb]."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""

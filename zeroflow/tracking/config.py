@@ -10,7 +10,7 @@ from zeroflow.records import Record
 from zeroflow.run_folder import Cache
 from zeroflow.text.redaction import redacted
 
-TrackerName = Literal["tensorboard"]
+TrackerName = Literal["tensorboard", "wandb"]
 """Trackers that a run may use beside MLflow, by their packages."""
 
 EXPERIMENT = "zeroflow"

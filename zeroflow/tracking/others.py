@@ -3,30 +3,45 @@
 import importlib.util
 import logging
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from zeroflow.run_folder import RunFolder
+from zeroflow.tracking import wandb_run
 from zeroflow.tracking.config import TrackerName, TrackingConfig
 from zeroflow.tracking.delivery import Delivery, Destination, reason
 from zeroflow.tracking.points import Look, NewPoints, Point
 from zeroflow.tracking.tensorboard_files import EventFile
+from zeroflow.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
 
 class _Tracker(NamedTuple):
     title: str
-    open: Callable[[RunFolder], Destination]
+    open: Callable[[TrackingConfig, RunFolder], Destination]
     advice: Callable[[RunFolder], str]
-    """Returns the command that shows the curves."""
+    """Returns the place or the command that shows the curves."""
+
+    is_complete: Callable[[RunFolder, int], bool]
+    """True if all points up to a step were delivered, so that nothing has to be opened."""
 
 
 _TRACKERS: dict[TrackerName, _Tracker] = {
     "tensorboard": _Tracker(
         "TensorBoard",
-        lambda folder: EventFile(folder.path),
+        lambda config, folder: EventFile(folder.path),
         lambda folder: shlex.join(["tensorboard", "--logdir", str(folder.path.parent)]),
+        lambda folder, last_step: False,  # what is there is compared with what is due
+    ),
+    "wandb": _Tracker(
+        "Weights & Biases",
+        WandbRun,
+        lambda folder: (
+            "in your account; without one, upload them with wandb sync "
+            f"{shlex.quote(str(folder.path))}/wandb/offline-run-*"
+        ),
+        wandb_run.is_complete,
     ),
 }
 
@@ -37,7 +52,8 @@ def require_installed(names: Iterable[TrackerName]) -> None:
         ValueError: the library of a tracker is not installed.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of this name in the current one
             raise ValueError(
                 f"--log-to {name} needs {_TRACKERS[name].title}: pip install 'zeroflow[{name}]'"
             )
@@ -50,17 +66,20 @@ def follow(config: TrackingConfig, folder: RunFolder, look: Callable[[], Look]) 
         log.info("curves in %s: %s", tracker.title, tracker.advice(folder))
 
         def opened(tracker: _Tracker = tracker) -> Destination:
-            return tracker.open(folder)
+            return tracker.open(config, folder)
 
         deliveries.append(Delivery(tracker.title, opened, look))
     return deliveries
 
 
-def finish(config: TrackingConfig, folder: RunFolder, points: Iterable[Point]) -> None:
+def finish(config: TrackingConfig, folder: RunFolder, points: Sequence[Point]) -> None:
     """Give the trackers of `--log-to` those of all `points` of a finished run that they lack."""
+    last_step = max((point.step for point in points if point.axis == "steps"), default=-1)
     for tracker in (_TRACKERS[name] for name in config.log_to):
         try:
-            destination = tracker.open(folder)
+            if tracker.is_complete(folder, last_step):
+                continue
+            destination = tracker.open(config, folder)
             destination.send(NewPoints(points, from_start=True))
             destination.end("FINISHED")
         except Exception as error:  # the run itself is complete and on disk
