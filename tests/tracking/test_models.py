@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_runs import HARD, begun, client, the_run
+from mlflow_server import Server
 from tiny import MODEL, lively_model
 
 from zeroflow.inference.export import export
@@ -207,3 +208,31 @@ def test_registered_models_follow_a_cache_that_moves(config, tmp_path):
         client(at(new)).get_model_version_download_uri("texts", "1"),
     ):
         assert (local_file_uri_to_path(address) / Path("artifacts/model/config.json")).exists()
+
+
+@pytest.mark.slow
+def test_model_arrives_when_the_server_that_was_lost_is_back(config, mine, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = Server(tmp_path / HARD)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    uri, folder = location(tmp_path)
+    served = config.replace(uri=uri, folder=folder)
+    with pytest.raises(RegistrationFailed, match=r"MLflow at http://\*\*\*@127") as lost:
+        register(served, mine, candidate(3, 1.5), "texts", pytest.fail)
+    assert "s3cret" not in str(lost.value)
+    try:
+        server.start()
+        found = register(served, mine, candidate(3, 1.5), "texts", exported)
+        assert found == ("texts", "1", True, False)
+        assert register(served, mine, candidate(4, 1.2), "texts", exported).is_best
+        store = MlflowClient(server.uri)
+        version = store.get_model_version_by_alias("texts", "best")
+        model = store.get_logged_model(version.tags["model_id"])
+        assert str(version.version) == "2" and model.params["step"] == "4"
+        assert {metric.value for metric in model.metrics} == {1.2}
+        files = store.list_logged_model_artifacts(model.model_id, "artifacts/model")
+        assert [file.path for file in files] == ["artifacts/model/config.json"]
+    finally:
+        server.kill()
