@@ -1,7 +1,9 @@
 """The `zeroflow` command."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
 
@@ -151,6 +153,13 @@ def test_plan_for_a_cache_below_a_file_is_refused_as_the_run_would_be(console, c
 def test_generate_without_one_model_is_refused(console, capsys, argv, message):
     assert commands.main(["generate", *argv]) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_prompt_on_standard_input_that_is_not_utf8_is_refused_after_those_before_it(monkeypatch):
+    content = io.BytesIO("one\ncafé\n".encode("latin-1"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, "utf-8", line_buffering=True))
+    with pytest.raises(ValueError, match="a prompt is not UTF-8: encode the input as UTF-8"):
+        list(commands._prompts())
 
 
 def test_table_of_documents_has_one_line_for_each_document_with_any_id():

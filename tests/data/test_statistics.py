@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import jsonl_corpus
 
 from zeroflow.data import build_times, document_table, statistics
 from zeroflow.data.build import build_shards
@@ -56,6 +57,17 @@ def test_page_describes_the_data_and_its_rows(shards, text):
     assert "![histogram of document lengths](lengths.png)" in page
     assert "MB of text/s" in page
     assert any(sample[:20] in document for sample in seen.samples for document in text.texts)
+
+
+def test_page_says_which_documents_are_in_both_splits(text, tmp_path):
+    book = jsonl_corpus(tmp_path / "book.jsonl", ["\n".join(text.texts)])
+    shards = build_shards(CONFIG, book, text.tokenizer, tmp_path)
+    seen = statistics.gather(shards, text.tokenizer)
+    page = data_page.page(shards, seen, text.tokenizer, picture=Path("x")).linked
+    assert "| In both splits | 1 document: its end is held out |" in page
+    many = shards.replace(held_out_ends=2)
+    page = data_page.page(many, seen, text.tokenizer, picture=Path("x")).linked
+    assert "| In both splits | 2 documents: their ends are held out |" in page
 
 
 def test_speed_is_that_of_parts_that_were_built_here(shards, text):

@@ -238,9 +238,12 @@ def finish(ask, shards):
 @pytest.mark.parametrize(
     ("training", "told"),
     [
-        ({"checkpoint_every": 500}, "--checkpoint-every 500 (only the last step is saved)"),
+        (
+            {"checkpoint_every": 500},
+            "--checkpoint-every 500 (saved are only the last step and those",
+        ),
         ({"validate_every": 11}, "--validate-every 11 (the model is validated only at the begin"),
-        ({"log_interval": 99}, "--log-interval 99 (losses are logged only at the first and the"),
+        ({"log_interval": 99}, "--log-interval 99 (training losses are logged only at the first"),
         ({"keep_every": 99}, "--keep-every 99 (no further checkpoints are kept)"),
         ({"checkpoint_every": 10, "validate_every": 10, "log_interval": 10}, ""),
         ({"max_steps": 3}, ""),

@@ -195,7 +195,11 @@ def _prompts() -> Iterator[str]:
     mark = "> " if sys.stdin.isatty() else ""
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            yield input(mark)
+            try:
+                line = input(mark)
+            except UnicodeDecodeError as error:
+                raise ValueError("a prompt is not UTF-8: encode the input as UTF-8") from error
+            yield line
 
 
 def _export_arguments(parser: Parser) -> None:

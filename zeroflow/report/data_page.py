@@ -60,6 +60,9 @@ def page(
         "Document length": _quantiles(gathered.lengths)
         + (f" (in {gathered.parts} of the parts)" if gathered.parts < shards.parts else ""),
     }
+    if ends := shards.held_out_ends:
+        cut = "its end is" if ends == 1 else "their ends are"
+        rows["In both splits"] = f"{count(ends, 'document')}: {cut} held out"
     if gathered.tokens_per_second and gathered.text_bytes_per_second:
         rows["Build speed"] = (
             f"{gathered.tokens_per_second / 1e6:,.2f}M tokens/s, "

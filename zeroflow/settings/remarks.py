@@ -27,9 +27,9 @@ def _vocabulary(run: Settled) -> Iterator[str]:
 
 
 _IF_LONGER = {
-    "checkpoint_every": "only the last step is saved",
+    "checkpoint_every": "saved are only the last step and those with the lowest validation loss",
     "validate_every": "the model is validated only at the beginning and the end",
-    "log_interval": "losses are logged only at the first and the last step",
+    "log_interval": "training losses are logged only at the first and the last step",
     "keep_every": "no further checkpoints are kept",
 }
 """Consequence of an interval that is longer than the run."""
