@@ -32,7 +32,7 @@ class Density(NamedTuple):
     source: str
 
 
-class _Piece(NamedTuple):
+class _Weighted(NamedTuple):
     texts: list[str]
     text_bytes: float
     """Bytes of text that a piece of this size is assumed to have, as for whole files."""
@@ -76,7 +76,7 @@ def _count(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> int:
     return sum(len(one.ids) for one in encoded)
 
 
-def _sample(corpus: CorpusConfig) -> list[_Piece]:
+def _sample(corpus: CorpusConfig) -> list[_Weighted]:
     """Read text at places that are evenly spaced over all files; none is read twice."""
     files = list_files(corpus)
     ends = list(accumulate(file.size for file in files))
@@ -93,5 +93,5 @@ def _sample(corpus: CorpusConfig) -> list[_Piece]:
         piece = corpus.source.format_of(file.name).sample(opened, offset, _PLACE_BYTES)
         seen.add((number, offset))
         share = piece.stored / file.size
-        pieces.append(_Piece(piece.texts, share * text_bytes(corpus, file), piece.documents))
+        pieces.append(_Weighted(piece.texts, share * text_bytes(corpus, file), piece.documents))
     return pieces

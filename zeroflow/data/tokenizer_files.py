@@ -5,13 +5,13 @@ import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import tokenizers
 from pydantic import Field
 
 from zeroflow import artifacts
-from zeroflow.artifacts import FileRecord
+from zeroflow.artifacts import FileRecord, JsonObject
 from zeroflow.config import Config
 from zeroflow.data import bpe, encoding
 from zeroflow.data.corpus import CorpusIdentity
@@ -160,7 +160,7 @@ def _has_mark(file: Path) -> bool:
         )
 
 
-def _settings(file: Path, name: str) -> dict[str, Any]:
+def _settings(file: Path, name: str) -> JsonObject:
     """The contents of a JSON file of settings; nothing if it does not exist.
 
     Raises:
@@ -183,7 +183,7 @@ def _settings(file: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _convert(folder: Path, name: str, config: dict[str, Any]) -> None:
+def _convert(folder: Path, name: str, config: JsonObject) -> None:
     """Write tokenizer.json for a tokenizer that comes in another form.
 
     Raises:
@@ -238,7 +238,7 @@ def require_vocabulary(folder: Path, name: str) -> None:
     )
 
 
-def _declared_end(settings: dict[str, dict[str, Any]], name: str) -> str | None:
+def _declared_end(settings: dict[str, JsonObject], name: str) -> str | None:
     """The token that the tokenizer's own files name as its end; None if they name none.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from zeroflow import artifacts
+from zeroflow.artifacts import JsonObject
 from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.inference import gguf_file
@@ -161,17 +162,17 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     artifacts.write_json(folder / "tokenizer_config.json", settings)
 
 
-def _begin_with(end: int, token: str) -> dict[str, Any]:
+def _begin_with(end: int, token: str) -> JsonObject:
     """Return the post-processor that adds an end-of-text token before a text, or each of a pair."""
     # The template has its own name for the token, whose text may contain characters of its syntax
     name = "end_of_text"
+    token_first: JsonObject = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = (
-        [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": which, "type_id": 0}}]
-        for which in "AB"
+        [token_first, JsonObject(Sequence={"id": which, "type_id": 0})] for which in "AB"
     )
     return {
         "type": "TemplateProcessing",
-        "single": first,
+        "single": [*first],
         "pair": [*first, *second],
         "special_tokens": {name: {"id": name, "ids": [end], "tokens": [token]}},
     }
@@ -192,9 +193,10 @@ def _with_first_space(decoder: Any) -> Any:
                 _replace(rf"{_START}(?!{re.escape(prefix)})", " "), _replace(inner, ""), *clean
             )
         case {"type": "BPEDecoder", "suffix": suffix}:  # a space after each word but the last
-            end = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
-            fused = (_replace(re.escape(suffix), " "), {"type": "Fuse"}, end)
-            return _sequence(*fused, _replace(_START, " "))
+            end: JsonObject = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
+            fuse: JsonObject = {"type": "Fuse"}
+            spaces = _replace(re.escape(suffix), " ")
+            return _sequence(spaces, fuse, end, _replace(_START, " "))
         case {"type": "Metaspace"}:
             return decoder | {"prepend_scheme": "never"}
         case {"type": "Strip"}:
@@ -217,11 +219,11 @@ Source: https://github.com/huggingface/tokenizers, decoders/wordpiece.rs
 """
 
 
-def _replace(pattern: str, content: str) -> dict[str, Any]:
+def _replace(pattern: str, content: str) -> JsonObject:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-def _sequence(*decoders: dict[str, Any]) -> dict[str, Any]:
+def _sequence(*decoders: JsonObject) -> JsonObject:
     return {"type": "Sequence", "decoders": list(decoders)}
 
 

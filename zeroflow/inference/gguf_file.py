@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import tokenizers
 from torch import Tensor
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 log = logging.getLogger(__name__)
+
+TokenizerJson: TypeAlias = dict[str, Any]
+"""The content of a tokenizer.json, whose parts have many forms."""
 
 
 class _PreTokenizer(NamedTuple):
@@ -84,7 +87,7 @@ def write(model: Llama, tokenizer: Tokenizer, file: Path, *, name: str, context:
 
     if tokenizer.path is None:
         raise ValueError("a GGUF file needs a tokenizer, and synthetic data has none: export to hf")
-    content: dict[str, Any] = json.loads(tokenizer.load().to_str())
+    content: TokenizerJson = json.loads(tokenizer.load().to_str())
     pre = pre_tokenizer(content)
     writer = GGUFWriter(file, "llama")
     writer.add_name(name)
@@ -99,7 +102,7 @@ def write(model: Llama, tokenizer: Tokenizer, file: Path, *, name: str, context:
     log.info("llama.cpp's pre-tokenizer is %s", pre)
 
 
-def pre_tokenizer(content: dict[str, Any]) -> str:
+def pre_tokenizer(content: TokenizerJson) -> str:
     """Return the name of llama.cpp's pre-tokenizer that gives the same ids as a tokenizer.json.
 
     Args:
@@ -156,7 +159,7 @@ def _patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:
     return tuple(found) if byte_level else None
 
 
-def _merges_make_every_token(content: dict[str, Any]) -> bool:
+def _merges_make_every_token(content: TokenizerJson) -> bool:
     """Return True if it makes no difference whether words of the vocabulary ignore the merges."""
     added = {token["content"] for token in content["added_tokens"]}
     model = tokenizers.models.BPE(
@@ -185,7 +188,7 @@ def _add_shape(writer: "GGUFWriter", shape: ModelConfig, context: int, vocab_siz
 
 
 def _add_tokenizer(
-    writer: "GGUFWriter", content: dict[str, Any], tokenizer: Tokenizer, pre: str
+    writer: "GGUFWriter", content: TokenizerJson, tokenizer: Tokenizer, pre: str
 ) -> None:
     from gguf import TokenType
 

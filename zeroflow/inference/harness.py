@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from zeroflow.inference import scoring
 from zeroflow.inference.evaluation import TaskMetric, TaskScore
 from zeroflow.inference.trained import Trained
+
+Results: TypeAlias = dict[str, Any]
+"""What the harness returns for a task or an example."""
 
 _RESAMPLES = 1000
 """Bootstrap resamples for standard errors that have no formula, such as that of a perplexity."""
@@ -91,7 +94,7 @@ def score_tasks(
     return [_score(name, found) for name in found["results"] if name not in inner]
 
 
-def _score(name: str, found: dict[str, Any]) -> TaskScore:
+def _score(name: str, found: Results) -> TaskScore:
     """Return the figures of a task, or of a group of tasks."""
     tasks = _tasks_of(name, found)
     figures = found["results"][name]
@@ -116,13 +119,13 @@ def _score(name: str, found: dict[str, Any]) -> TaskScore:
     )
 
 
-def _tasks_of(name: str, found: dict[str, Any]) -> list[str]:
+def _tasks_of(name: str, found: Results) -> list[str]:
     """Return the tasks of a group, at any depth; a task is its own group."""
     inner = found["group_subtasks"].get(name)
     return [task for each in inner for task in _tasks_of(each, found)] if inner else [name]
 
 
-def _answer_bpb(samples: Iterable[dict[str, Any]]) -> TaskMetric | None:
+def _answer_bpb(samples: Iterable[Results]) -> TaskMetric | None:
     """Return the bits per byte of the right answers; None for a task without given answers."""
     nats, sizes = [], []
     for sample in samples:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from zeroflow.artifacts import JsonObject
 from zeroflow.data.corpus import FINEWEB_EDU, CorpusConfig
 from zeroflow.data.tokenizer import LLAMA_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.inference import evaluation
@@ -68,7 +69,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
     return f"---\n{metadata}---\n\n{Page(tuple(parts)).linked}\n"
 
 
-def _metadata(run: Settled, format: Format) -> dict[str, Any]:
+def _metadata(run: Settled, format: Format) -> JsonObject:
     """Return the metadata that the Hub reads from a card."""
     dataset = _dataset(run.data)
     return {

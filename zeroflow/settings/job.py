@@ -81,32 +81,6 @@ def training_job(
         tags: additional tags of the MLflow run.
     """
     run = settled.run
-    params = {name: str(value) for name, value in leaves(run)} | _shape(model)
-    all_tags = {
-        **run.tags,
-        "tokenizer": tokenizer.name,
-        "device": settled.device.name,
-        "parameters": str(model.parameters),
-        **_version_tags(),
-        DESCRIPTION: _description(run, model),
-        **_group_tags(run),
-        **tags,
-    }
-    dataset = {
-        "name": run.data.name,
-        "digest": shards.path.name.rsplit("-", 1)[-1],
-        "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
-    }
-    uri, folder = location(run.cache_dir)
-    tracked = TrackingConfig(
-        uri=uri,
-        folder=folder,
-        run_name=run.run_name,
-        tags=all_tags,
-        params=params,
-        dataset=dataset,
-        log_to=run.log_to,
-    )
     training = run.training_config(model, settled.device)
     bf16, peak = run.training.precision == "bf16", settled.device.peak_flops
     job = TrainingJob(
@@ -124,8 +98,45 @@ def training_job(
         initial=initial_weights(run),
         prompt=run.training.sample_prompt,
         sampling=run.sampling,
-        tracking=tracked,
+        tracking=_tracking(settled, model, shards, tokenizer, tags),
         compile_cache=Cache(run.cache_dir.resolve()).compiled,
         peak_flops=training.workload.ranks * peak if bf16 and peak else None,
     )
     return extended(job)
+
+
+def _tracking(
+    settled: Settlement,
+    model: ModelConfig,
+    shards: ShardSet,
+    tokenizer: Tokenizer,
+    tags: dict[str, str],
+) -> TrackingConfig:
+    """Return what the trackers show of a run besides its metrics."""
+    run = settled.run
+    params = {name: str(value) for name, value in leaves(run)} | _shape(model)
+    all_tags = {
+        **run.tags,
+        "tokenizer": tokenizer.name,
+        "device": settled.device.name,
+        "parameters": str(model.parameters),
+        **_version_tags(),
+        DESCRIPTION: _description(run, model),
+        **_group_tags(run),
+        **tags,
+    }
+    dataset = {
+        "name": run.data.name,
+        "digest": shards.path.name.rsplit("-", 1)[-1],
+        "source": f"{run.data.name}@{run.data.data_revision or run.seed}",
+    }
+    uri, folder = location(run.cache_dir)
+    return TrackingConfig(
+        uri=uri,
+        folder=folder,
+        run_name=run.run_name,
+        tags=all_tags,
+        params=params,
+        dataset=dataset,
+        log_to=run.log_to,
+    )

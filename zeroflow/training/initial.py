@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zeroflow import artifacts
+from zeroflow.artifacts import JsonObject
 from zeroflow.config import Config
 from zeroflow.data import hub
 from zeroflow.data.hub_errors import HubError
@@ -240,7 +241,7 @@ def _licence(folder: Path) -> str | None:
     return one_line(named)[:_LONGEST_LICENCE] if isinstance(named, str) and named else None
 
 
-def _card_metadata(card: Path) -> dict[str, Any]:
+def _card_metadata(card: Path) -> JsonObject:
     """Return the YAML metadata at the beginning of a model card; empty if there is none."""
     if not card.is_file():
         return {}

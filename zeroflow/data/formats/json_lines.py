@@ -3,8 +3,8 @@
 import codecs
 import json
 from collections.abc import Iterator
-from typing import Any
 
+from zeroflow.artifacts import JsonObject
 from zeroflow.data import documents
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
@@ -106,7 +106,7 @@ def _count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
         raise ValueError(place + (allowed if file.bad_lines_limit else ""))
 
 
-def _no_text(fields: dict[str, Any], column: str) -> str:
+def _no_text(fields: JsonObject, column: str) -> str:
     texts = sorted(name for name, value in fields.items() if isinstance(value, str))
     kind = f", but a value of type {type(fields[column]).__name__}" if column in fields else ""
     remedy = "set --text-column to one of them" if texts else "no field has text"
