@@ -2,7 +2,9 @@
 
 import pytest
 
+from zeroflow.device import find_device
 from zeroflow.lab.study import LabConfig
+from zeroflow.settings.refusals import refuse_what_the_device_cannot
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 
@@ -23,6 +25,15 @@ def test_open_settings_become_small_on_a_cpu_and_given_ones_are_kept():
     assert given.training.batch_tokens == 1024 and given.training.max_steps == 7
     assert given.training.grad_accum_steps is None, "it follows from the batch"
     assert given.run_name != small.run_name
+
+
+def test_groups_are_planned_at_a_stage_that_shards():
+    grouped = lab_run(asked(training={"gpus": 4, "shard_group": 2}))
+    refuse_what_the_device_cannot(grouped, find_device("cpu"))
+    assert (grouped.training.zero_stage, grouped.training.shard_group) == (3, 2)
+    odd = lab_run(asked(training={"gpus": 4, "shard_group": 3}))
+    with pytest.raises(ValueError, match="--shard-group 3 does not divide the 4 GPUs"):
+        refuse_what_the_device_cannot(odd, find_device("cpu"))
 
 
 @pytest.mark.parametrize(

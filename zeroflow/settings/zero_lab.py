@@ -75,6 +75,8 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
             )
         network.require_tools()
     small: dict[str, object] = {"max_steps": _STEPS}
+    if run.training.shard_group is not None:
+        small["zero_stage"] = max(asked.lab.stages)  # the plan is of a stage that has groups
     if on_cpu and run.model == ModelChoice():
         chosen = run.training.model_fields_set
         has_batch = any(getattr(run.training, name) for name in _BATCH if name in chosen)
