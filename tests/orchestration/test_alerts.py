@@ -10,6 +10,7 @@ from pipeline import api
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 from pydantic import ValidationError
 from receivers import Received, receivers
 
@@ -129,16 +130,18 @@ def test_server_sends_messages_to_every_address_until_alerts_are_removed(
         watched()
         with pytest.raises(ValueError, match="not ours"):
             other()
+        gone = client.create_flow_run(watched, name="gone").id
+        client.set_flow_run_state(gone, Crashed(message="No heartbeat."), force=True)
         server.deliver()
-        wait_until(lambda: len(received.posts) >= 4 and len(received.mails) >= 4)
+        wait_until(lambda: len(received.posts) >= 5 and len(received.mails) >= 5)
         assert_told(received)
 
         set_up("--alert-on", "done")
         assert automations(client) == [alerts.automation_name("done")]
         watched()
         server.deliver()
-        wait_until(lambda: len(received.posts) >= 5)
-        assert received.posts[4][0] == "zeroflow: mine is complete"
+        wait_until(lambda: len(received.posts) >= 6)
+        assert received.posts[5][0] == "zeroflow: mine is complete"
 
     set_up("--no-alerts")
     assert automations(client) == [] and "s3cret" not in str(capfd.readouterr())
@@ -147,9 +150,10 @@ def test_server_sends_messages_to_every_address_until_alerts_are_removed(
 
 def assert_told(received: Received) -> None:
     told = dict(sorted(received.posts))
-    assert len(received.posts) == len(received.mails) == 4, "one message for each occasion"
+    assert len(received.posts) == len(received.mails) == 5, "one message for each occasion"
     assert {subject for subject, _ in received.mails} == told.keys()
     assert told["zeroflow: pretrain · refused failed"].startswith("--seed: ")
+    assert told["zeroflow: gone crashed"].startswith("No heartbeat.")
     for occasion, words in (("spike", "has a spike"), ("out-of-band", "is out of band")):
         assert told[f"zeroflow: mine {words}"].startswith(f"{occasion} at step 7")
     page = told["zeroflow: mine is complete"].splitlines()[-1]
