@@ -233,8 +233,8 @@ def require_vocabulary(folder: Path, name: str) -> None:
             "no tokenizer.json, and no tokenizer.model, vocab.txt or vocab.json with merges.txt"
         )
     raise ValueError(
-        f"{name} has {missing}: save the tokenizer there with its save_pretrained(), or name "
-        "another folder"
+        f"{name} has {missing}: name another one, or write these files with the tokenizer's "
+        "save_pretrained()"
     )
 
 
