@@ -71,9 +71,8 @@ def test_rank_that_writes_a_checkpoint_is_waited_for(
     """It ends when a file is there, long after the others would have been killed."""
     monkeypatch.setattr(processes_module, "GRACE_SECONDS", 0.2)
     if writing:
-        (script_folder / "checkpoints" / ".step-00000001.partial").mkdir(parents=True)
         threading.Timer(1.0, (script_folder / "end").touch).start()
     ranks = started(ENDS_WITH_A_FILE, script_folder, Place(0, 2, None), Place(1, 2, None))
     wait_until(lambda: ranks.exit_codes()[1] is not None)
-    assert ranks.end_after_failure(lambda: False) == [code, 1]
+    assert ranks.end_after_failure(lambda: writing) == [code, 1]
     assert None not in ranks.exit_codes()
