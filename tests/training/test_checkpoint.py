@@ -136,7 +136,10 @@ WARMING_UP = Schedule(name="cosine", peak=1e-2, warmup_steps=5, steps=6)
             with_workload(CONFIG, compile=True),
             BATCHES,
             id="compiled",
-            marks=pytest.mark.skipif(not shutil.which("g++"), reason="compiles with g++"),
+            marks=[
+                pytest.mark.slow,  # the compilations take twenty seconds
+                pytest.mark.skipif(not shutil.which("g++"), reason="compiles with g++"),
+            ],
         ),
     ],
 )
