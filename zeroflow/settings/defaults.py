@@ -18,7 +18,8 @@ TOKENS_PER_PARAMETER = 20
 CONTINUED = 0.1
 """Factor of the peak learning rate of a run that starts from a trained model. Continued
 pre-training begins at about the lowest rate of the first one, usually a tenth of its peak: Parmar
-et al. 2024, https://arxiv.org/abs/2407.07263. A higher rate loses what the model has learned."""
+et al. 2024, https://arxiv.org/abs/2407.07263. At a higher rate, a model learns the new text faster
+and loses more of the old: docs/how-to/continue.md has an example."""
 
 _CPU_BATCH_TOKENS = 512
 """Tokens of a step on a CPU, few because a CPU is slow."""
