@@ -81,6 +81,7 @@ def steps(server: WandbServer) -> list[int]:
 
 
 def test_run_that_was_killed_and_resumed_has_every_step_once(ours, mine, server, capfd, caplog):
+    caplog.set_level("INFO", logger="zeroflow.tracking")
     add(mine, validation_record(0, 6.0), *map(step_record, (1, 2, 3)), validation_record(3, 5.5))
     deliver(ours, mine, "KILLED")
     METRICS.keep(mine.metrics, lambda record: record.step <= 2)
@@ -96,6 +97,7 @@ def test_run_that_was_killed_and_resumed_has_every_step_once(ours, mine, server,
     assert config["seed"] == {"value": "7"} and config["options"] == {"value": "--token=***"}
     assert (mine.path / "wandb").stat().st_mode & 0o077 == 0, "it contains settings"
     said = f"{capfd.readouterr()}{caplog.text}"
+    assert f"curves in Weights & Biases: {server.url}/me/zeroflow/runs/" in said
     assert "s3cret" not in said and "wandb:" not in said
 
 
@@ -128,7 +130,10 @@ def test_upload_that_does_not_end_is_repeated_by_the_next_command(ours, mine, se
     assert steps(server) == [1, 2, 3]
 
 
-def test_without_an_account_the_run_is_in_files_that_can_be_uploaded(ours, mine, away, capfd):
+def test_without_an_account_the_run_is_in_files_that_can_be_uploaded(
+    ours, mine, away, capfd, caplog
+):
+    caplog.set_level("INFO", logger="zeroflow.tracking")
     add(mine, *map(step_record, (1, 2, 3)))
     deliver(ours, mine, "KILLED")
     METRICS.keep(mine.metrics, lambda record: record.step <= 2)
@@ -138,6 +143,7 @@ def test_without_an_account_the_run_is_in_files_that_can_be_uploaded(ours, mine,
     wandb.teardown()
     assert away.requests == [], "nothing leaves the machine"
     assert capfd.readouterr() == ("", "")
+    assert "wandb sync" in caplog.text and "offline-run-" in caplog.text
     sync(mine, away)
     assert away.curve("loss/train") == [(1, 5.0), (2, 5.0), (3, 4.0), (4, 4.0)]
 

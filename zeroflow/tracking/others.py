@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from zeroflow.run_folder import RunFolder
@@ -20,9 +21,6 @@ log = logging.getLogger(__name__)
 class _Tracker(NamedTuple):
     title: str
     open: Callable[[TrackingConfig, RunFolder], Destination]
-    advice: Callable[[RunFolder], str]
-    """Returns the place or the command that shows the curves."""
-
     is_complete: Callable[[RunFolder, int], bool]
     """True if all points up to a step were delivered, so that nothing has to be opened."""
 
@@ -31,18 +29,9 @@ _TRACKERS: dict[TrackerName, _Tracker] = {
     "tensorboard": _Tracker(
         "TensorBoard",
         lambda config, folder: EventFile(folder.path),
-        lambda folder: shlex.join(["tensorboard", "--logdir", str(folder.path.parent)]),
         lambda folder, last_step: False,  # what is there is compared with what is due
     ),
-    "wandb": _Tracker(
-        "Weights & Biases",
-        WandbRun,
-        lambda folder: (
-            "in your account; without one, upload them with wandb sync "
-            f"{shlex.quote(str(folder.path))}/wandb/offline-run-*"
-        ),
-        wandb_run.is_complete,
-    ),
+    "wandb": _Tracker("Weights & Biases", WandbRun, wandb_run.is_complete),
 }
 
 
@@ -61,15 +50,13 @@ def require_installed(names: Iterable[TrackerName]) -> None:
 
 def follow(config: TrackingConfig, folder: RunFolder, look: Callable[[], Look]) -> list[Delivery]:
     """Start to deliver the points of a run in training to the trackers of `--log-to`."""
-    deliveries = []
-    for tracker in (_TRACKERS[name] for name in config.log_to):
-        log.info("curves in %s: %s", tracker.title, tracker.advice(folder))
-
-        def opened(tracker: _Tracker = tracker) -> Destination:
-            return tracker.open(config, folder)
-
-        deliveries.append(Delivery(tracker.title, opened, look))
-    return deliveries
+    if "tensorboard" in config.log_to:
+        logs = shlex.quote(str(folder.path.parent))
+        log.info("curves in TensorBoard: tensorboard --logdir %s", logs)
+    return [
+        Delivery(tracker.title, partial(tracker.open, config, folder), look)
+        for tracker in (_TRACKERS[name] for name in config.log_to)
+    ]
 
 
 def finish(config: TrackingConfig, folder: RunFolder, points: Sequence[Point]) -> None:

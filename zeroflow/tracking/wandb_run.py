@@ -8,6 +8,7 @@ uploaded steps that are trained again keep their first values.
 
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,8 @@ from zeroflow.text.redaction import redacted
 from zeroflow.tracking import loopback
 from zeroflow.tracking.config import DESCRIPTION, EXPERIMENT, TrackingConfig
 from zeroflow.tracking.points import NewPoints, Point
+
+log = logging.getLogger(__name__)
 
 OPEN_SECONDS = 10.0
 """Time in which the server must answer."""
@@ -93,6 +96,7 @@ class WandbRun:
         self._note()
         try:
             self._run = self._opened()
+            self._log_place()
             self._step = max(self._run.step, uploaded + 1)
         except Exception:
             # Otherwise wandb refuses another attempt, because the id is in use
@@ -119,6 +123,13 @@ class WandbRun:
             config={name: redacted(value) for name, value in config.params.items()},
             settings=_settings(self._wandb),
         )
+
+    def _log_place(self) -> None:
+        if self._run.offline:
+            files = shlex.quote(str(Path(self._run.dir).parent))
+            log.info("curves for Weights & Biases are in files: wandb sync %s uploads them", files)
+        else:
+            log.info("curves in Weights & Biases: %s", self._run.url)
 
     def _note(self, **changes: object) -> None:
         self._record = self._record.replace(**changes)
