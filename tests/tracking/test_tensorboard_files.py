@@ -120,6 +120,14 @@ def test_folder_that_cannot_be_written_is_a_warning_and_the_next_command_writes(
     assert curves(mine.path) == expected(mine)
 
 
+def test_tracker_that_is_named_twice_is_used_once(ours, mine):
+    add(mine, step_record(1))
+    twice = ours.replace(log_to=("tensorboard", "tensorboard"))
+    [delivery] = others.follow(twice, mine, partial(follow_points, mine.metrics))
+    delivery.close("FINISHED")
+    assert curves(mine.path) == expected(mine)
+
+
 def test_steps_of_less_than_a_gflop_are_one_point(mine):
     add(mine, *(step_record(step, flops=step * 4 * 10**8) for step in range(1, 9)))
     file, look = EventFile(mine.path), follow_points(mine.metrics)

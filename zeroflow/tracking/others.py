@@ -55,14 +55,19 @@ def follow(config: TrackingConfig, folder: RunFolder, look: Callable[[], Look]) 
         log.info("curves in TensorBoard: tensorboard --logdir %s", logs)
     return [
         Delivery(tracker.title, partial(tracker.open, config, folder), look)
-        for tracker in (_TRACKERS[name] for name in config.log_to)
+        for tracker in _trackers(config)
     ]
+
+
+def _trackers(config: TrackingConfig) -> list[_Tracker]:
+    """Return each tracker of `--log-to` once: two deliveries would write everything twice."""
+    return [_TRACKERS[name] for name in dict.fromkeys(config.log_to)]
 
 
 def finish(config: TrackingConfig, folder: RunFolder, points: Sequence[Point]) -> None:
     """Give the trackers of `--log-to` those of all `points` of a finished run that they lack."""
     last_step = max((point.step for point in points if point.axis == "steps"), default=-1)
-    for tracker in (_TRACKERS[name] for name in config.log_to):
+    for tracker in _trackers(config):
         try:
             if tracker.is_complete(folder, last_step):
                 continue
