@@ -1,9 +1,13 @@
 """Base of every settings class."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AllowInfNan, BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
 from pydantic_core import ErrorDetails
+
+FinitePositive = Annotated[PositiveFloat, AllowInfNan(False)]
+FiniteNonNegative = Annotated[NonNegativeFloat, AllowInfNan(False)]
+"""Numbers of settings. pydantic's own types take infinity."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of the names of runs and sweeps."""

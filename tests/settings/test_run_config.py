@@ -1,5 +1,7 @@
 """Requested settings, before they are settled."""
 
+import math
+
 import pytest
 from pydantic import ValidationError
 from tiny import SHAPE
@@ -12,6 +14,16 @@ from zeroflow.settings.run_config import ModelChoice, RunConfig, TrainingChoice,
 def test_name_that_is_not_a_plain_folder_name_is_refused(name):
     with pytest.raises(ValidationError, match="run_name"):
         RunConfig(run_name=name)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("group", "setting"),
+    [("training", "learning_rate"), ("training", "z_loss"), ("optimizer", "weight_decay")],
+)
+def test_number_that_is_not_finite_is_refused(group, setting, value):
+    with pytest.raises(ValidationError, match=setting):
+        RunConfig.model_validate({group: {setting: value}})
 
 
 def test_custom_shape_must_be_complete():

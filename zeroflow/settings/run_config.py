@@ -12,15 +12,13 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import (
     BaseModel,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from zeroflow.checks.overfit import OverfitConfig
-from zeroflow.config import NAME, Config, flag
+from zeroflow.config import NAME, Config, FiniteNonNegative, FinitePositive, flag
 from zeroflow.data.corpus import CorpusConfig, absolute
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
@@ -181,7 +179,7 @@ class TrainingChoice(Config):
     """Optimiser steps. Default: 200 on a CPU, which takes some minutes for tiny; 20 tokens per
     parameter on a GPU."""
 
-    learning_rate: PositiveFloat | None = Field(
+    learning_rate: FinitePositive | None = Field(
         None,
         description="Peak learning rate. Default: "
         f"{by_size(lambda size: f'{size.learning_rate:g}')}; a third of that on a CPU, where "
@@ -207,7 +205,7 @@ class TrainingChoice(Config):
     document_mask: bool = False
     """Restrict attention to the token's own document, and restart positions with each document."""
 
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: FiniteNonNegative = 0.0
     """Weight of the squared log of the softmax's denominator in the loss, which keeps logits from
     drifting; 1e-5 is a common value. Validation losses do not include it."""
 

@@ -3,10 +3,10 @@
 from itertools import product
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from zeroflow import artifacts
-from zeroflow.config import NAME, Config, flag
+from zeroflow.config import NAME, Config, FinitePositive, flag
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.refusals import refuse_one_rank
@@ -27,7 +27,7 @@ class SweepConfig(Config):
     seeds: tuple[NonNegativeInt, ...] = ()
     """Seeds. Default: the seed of the run."""
 
-    learning_rates: tuple[PositiveFloat, ...] = ()
+    learning_rates: tuple[FinitePositive, ...] = ()
     """Peak learning rates. Default: the learning rate of the run, or that of each size."""
 
     zero_stages: tuple[Stage, ...] = ()

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Container, Iterator
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from zeroflow.config import Config
+from zeroflow.config import Config, FiniteNonNegative
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama, linear
 
@@ -17,7 +17,7 @@ class SamplingConfig(Config):
     tokens: PositiveInt = 64
     """Maximum number of tokens to add; an end-of-text token stops earlier."""
 
-    temperature: NonNegativeFloat = 0.8
+    temperature: FiniteNonNegative = 0.8
     """Sampling temperature; 0 always takes the most likely token."""
 
     top_k: NonNegativeInt = 50

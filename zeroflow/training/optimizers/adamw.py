@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zeroflow.config import FiniteNonNegative, FinitePositive
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import zero
 from zeroflow.training.optimizers.base import OptimizerConfig, by_decay
@@ -26,10 +27,10 @@ class AdamW(OptimizerConfig):
     beta2: float = Field(0.95, ge=0, lt=1)
     """Decay rate of the second moment."""
 
-    epsilon: PositiveFloat = 1e-8
+    epsilon: FinitePositive = 1e-8
     """Added to the square root of the second moment."""
 
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: FiniteNonNegative = 0.1
     """Weight decay; not applied to norms and embeddings."""
 
     def state_bytes(self, model: ModelConfig) -> int:
