@@ -397,7 +397,7 @@ def test_run_registers_its_models_with_their_losses_and_scores(
     figures = {(metric.key, metric.dataset_name): metric.value for metric in models["12"].metrics}
     assert figures["loss/val_bpb", "files"] == last.val_bpb
     key = re.sub(r"[^\w.-]+", "_", score.text)
-    assert figures[f"eval/{key}/bpb", score.text] == score.bpb
+    assert figures[f"scores/{key}/bpb", score.text] == score.bpb
     again = pipeline.register(settle(run).run)
     assert again.reused and len(again.versions) == len(steps)
     assert [version.is_best for version in again.versions].count(True) == 1

@@ -17,9 +17,11 @@ IMPORTED = "raise SystemExit('torch is imported')"
 NO_SERVER = {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
 
 
-def said(tmp_path: Path, environment: dict[str, str], *command: str) -> tuple[str, str]:
+def said(
+    tmp_path: Path, environment: dict[str, str], *command: str, torch: str = IMPORTED
+) -> tuple[str, str]:
     """What a command prints to its two outputs before it imports PyTorch, at which it ends."""
-    (tmp_path / "torch.py").write_text(IMPORTED)
+    (tmp_path / "torch.py").write_text(torch)
     path = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
     ended = subprocess.run(
         [sys.executable, *command],
@@ -49,6 +51,12 @@ def test_command_prints_a_line_before_it_imports_anything_large(
     output, errors = said(tmp_path, base_environment | NO_SERVER, *command)
     assert errors.endswith("torch is imported\n")
     assert output[8:] == "  starting: importing PyTorch and Prefect\n"
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, base_environment):
+    environment = base_environment | NO_SERVER
+    _, errors = said(tmp_path, environment, "flows/pretrain.py", torch="raise KeyboardInterrupt")
+    assert errors == "stopped\n"
 
 
 def test_server_that_is_started_meanwhile_ends_with_a_command_that_fails(

@@ -128,6 +128,17 @@ def test_each_path_has_a_score_of_its_first_tokens(job, text, tmp_path):
     assert both.revision != last.revision
 
 
+def test_score_is_kept_if_the_next_text_is_empty(job, text, tmp_path):
+    sound, empty = tmp_path / "sound.txt", tmp_path / "empty.txt"
+    sound.write_text(text.texts[5])
+    empty.write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty\.txt"):
+        evaluate(asked(job, data_path=(str(sound), str(empty))))
+    step = trained.load(job.folder.cache.path, job.folder.name).step
+    kept = evaluation.read(job.folder).of(step)
+    assert kept and [score.text for score in kept.texts].count(str(sound)) == 1
+
+
 def test_scores_do_not_depend_on_the_other_texts_of_a_batch():
     model = lively_model()
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from zeroflow.report import model_card as cards
 from zeroflow.report.model_card import model_card
 from zeroflow.settings import settle
 from zeroflow.settings.run_config import RunConfig
+from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
 
 
@@ -50,6 +51,20 @@ def test_card_has_metadata_for_the_hub_and_the_losses_of_its_step(job):
     assert "| validation loss | 5.0000 nats per token |" in before
     assert "2 steps, 1,024 tokens" in last and "1 step, 512 tokens" in before
     assert str(job.run_dir) not in last, "a path of this machine"
+
+
+def test_card_of_an_extended_run_says_how_it_was_extended(job):
+    card = model_card(job.folder, step=2, format="hf")
+    assert "This command trains on the same rows" in card
+    for step, steps in ((0, 1), (1, 2)):
+        started = Started(time=0.0, step=step, steps=steps, parts=1)
+        EVENTS.append(job.folder.events, started)
+    try:
+        card = model_card(job.folder, step=2, format="hf")
+    finally:
+        job.folder.events.unlink()
+    assert "The run was extended: from 1 to 2 steps, at step 1." in card
+    assert "This command trains on the same rows" not in card
 
 
 def test_command_in_the_card_has_the_settings_of_the_run(job):

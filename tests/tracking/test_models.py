@@ -114,11 +114,13 @@ def test_model_is_linked_to_its_run_and_its_figures_to_their_data(config, mine):
     judged = Dataset(name="news.jsonl", digest="d1", source="news.jsonl")
     for _ in range(2):  # as when the command is repeated
         add_scores(
-            config, mine, 3, [ModelScore("eval/news.jsonl/loss", 4.5, 1_700_000_001.0, judged)]
+            config, mine, 3, [ModelScore("scores/news.jsonl/loss", 4.5, 1_700_000_001.0, judged)]
         )
-    add_scores(config, mine, 2, [ModelScore("eval/news.jsonl/loss", 9.0, 1_700_000_001.0, judged)])
+    add_scores(
+        config, mine, 2, [ModelScore("scores/news.jsonl/loss", 9.0, 1_700_000_001.0, judged)]
+    )
     [model] = logged_models(config, mine)
-    [added] = [each for each in model.metrics if each.key == "eval/news.jsonl/loss"]
+    [added] = [each for each in model.metrics if each.key == "scores/news.jsonl/loss"]
     assert (added.value, added.dataset_name, added.dataset_digest) == (4.5, "news.jsonl", "d1")
 
 
@@ -183,7 +185,7 @@ def test_store_that_cannot_be_opened_fails_before_the_export(config, mine):
     database(config.folder).write_text("not a database")
     with pytest.raises(RegistrationFailed, match=r"MLflow at sqlite:.* did not register the model"):
         register(config, mine, candidate(3, 1.5), "texts", pytest.fail)
-    add_scores(config, mine, 3, [ModelScore("eval/a/loss", 1.0, 1.0, HELD_OUT)])
+    add_scores(config, mine, 3, [ModelScore("scores/a/loss", 1.0, 1.0, HELD_OUT)])
 
 
 def test_registered_models_follow_a_cache_that_moves(config, tmp_path):

@@ -33,7 +33,7 @@ class EvaluationJob(Record):
 
 
 def evaluate(job: EvaluationJob) -> Evaluation:
-    """Score a checkpoint on texts and tasks, and record the scores in the folder of its run.
+    """Score a checkpoint on texts and tasks, and record each score in the folder of its run.
 
     Without texts and tasks, the held-out rows of the run are scored.
 
@@ -55,18 +55,20 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     index = harness.open_tasks(names, config.task_path) if names else None
     texts = text_scores.corpora(config)
     model = found.model.to(find_device(config.device).kind)
-    scores = []
+    folder, new = Cache(job.cache).run(job.run), evaluation.begun(found.step)
     for name, corpus in texts.items():
         log.info("scoring %s", name)
-        scores.append(text_scores.score_text(found, name, corpus, most=config.text_tokens))
+        score = text_scores.score_text(found, name, corpus, most=config.text_tokens)
+        new = new.replace(texts=[*new.texts, score])
+        evaluation.add(folder, new)  # at once: the next text may be unreadable
     if not texts and not names:
-        scores.append(text_scores.score_held_out(model, trained.job(job.cache, job.run)))
-    new = evaluation.begun(found.step).replace(texts=scores)
+        score = text_scores.score_held_out(model, trained.job(job.cache, job.run))
+        new = new.replace(texts=[score])
     if names:
         log.info("scoring tasks: %s", ", ".join(names))
         tasks = harness.score_tasks(found, names, index, examples=config.task_examples)
         new = new.replace(tasks=tasks, harness=harness.version())
-    evaluation.add(Cache(job.cache).run(job.run), new)
+    evaluation.add(folder, new)
     return new
 
 

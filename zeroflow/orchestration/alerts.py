@@ -95,7 +95,7 @@ def addresses(file: Path) -> list[str]:
     from apprise import Apprise
 
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs what it does not know
-    lines = enumerate(map(str.strip, file.read_text(encoding="utf-8").splitlines()), 1)
+    lines = enumerate(map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()), 1)
     found = {number: line for number, line in lines if line and not line.startswith("#")}
     for number, address in found.items():
         if not Apprise().add(address):

@@ -1,6 +1,7 @@
 """README.md of an exported model: its data, training, results, and how to use and reproduce it."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
 from zeroflow.text.markup import Markdown, escaped, shell_command
 from zeroflow.training import goodput
+from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.initial import RUN
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.metrics import METRICS, TABLE, MetricsRecord
@@ -63,7 +65,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         *_time(folder, report if report and report.steps == step else None),
         Markdown("## Training"),
         Table(("setting", "value"), _training(job).items()),
-        *_reproduce(run),
+        *_reproduce(run, job),
     ]
     metadata = yaml.safe_dump(_metadata(run, format), sort_keys=False)
     return f"---\n{metadata}---\n\n{Page(tuple(parts)).linked}\n"
@@ -258,12 +260,26 @@ def _training(job: TrainingJob) -> dict[str, str]:
     }
 
 
-def _reproduce(run: Settled) -> Iterator[Part]:
+def _reproduce(run: Settled, job: TrainingJob) -> Iterator[Part]:
     yield Markdown("## Reproduce")
-    yield Markdown(
-        "This command trains on the same rows in the same order, from the same initial weights:"
-    )
+    if extensions := list(_extensions(job)):
+        yield Markdown(
+            f"The run was extended: {'; '.join(extensions)}. To repeat it, give this command a "
+            "--run-name, run it first with the earlier --max-steps, and stop it at the steps named:"
+        )
+    else:
+        yield Markdown(
+            "This command trains on the same rows in the same order, from the same initial weights:"
+        )
     yield _shell(shell_command(["zeroflow", "pretrain", *_flags(run)]))
+
+
+def _extensions(job: TrainingJob) -> Iterator[str]:
+    """Yield a sentence for each time that the run continued with more steps."""
+    starts = [event for event in EVENTS.read(job.folder.events) if isinstance(event, Started)]
+    for before, after in pairwise(starts):
+        if after.steps > before.steps:
+            yield f"from {before.steps:,} to {after.steps:,} steps, at step {after.step:,}"
 
 
 def _flags(run: Settled) -> Iterator[str]:

@@ -91,7 +91,8 @@ def evaluation_scores(found: Evaluation, job: TrainingJob) -> Iterator[ModelScor
     data |= {task.task: _dataset(task.task, f"version {task.version}") for task in found.tasks}
     data[HELD_OUT] = _held_out_rows(job)
     for figure in found.figures():
-        key = f"eval/{_KEY.sub('_', figure.of)}/{figure.name}"
+        # MLflow sorts its charts: those of the training come first
+        key = f"scores/{_KEY.sub('_', figure.of)}/{figure.name}"
         yield ModelScore(key, figure.value, found.time, data[figure.of])
         if figure.error is not None:
             yield ModelScore(f"{key}_stderr", figure.error, found.time, data[figure.of])
