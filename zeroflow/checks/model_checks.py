@@ -63,18 +63,18 @@ def random_batch(workload: Workload, *, seed: int) -> MicroBatch:
 def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
     """Compare the loss of fresh weights with its expected value.
 
-    After the last norm a hidden state has D features of size 1, so logits have variance s² = D ·
-    std². Their exponentials are log-normal, which adds s²/2 to ln V. The logit of the input token
-    is an exception: the head is tied, so the part of the token's embedding that remains in the
-    hidden state raises it, up to D · std. In a wide model of one block this adds a nat or more.
-    Therefore this logit is measured, and limited to what fresh weights can give.
+    After the last norm, the D features of a hidden state have a mean square of 1, so logits have a
+    variance of s² = D · std². Their exponentials are log-normal, which adds s²/2 to ln V. The logit
+    of the input token is an exception: the head is tied, so the part of the token's embedding that
+    remains in the hidden state raises it, up to D · std. In a wide model of one block this adds a
+    nat or more. Therefore this logit is measured, and limited to what fresh weights can give.
 
     The mean loss of N tokens with a vocabulary of V has a standard error of at most s/√N + s/√V.
     The tolerance is five standard errors, plus 0.05 for rounding and approximation.
     """
     D, V = state.model.config.hidden_size, state.model.config.vocab_size
     variance = D * INITIAL_STD**2
-    # A norm of D normal numbers deviates by 1/√(2D) of itself
+    # The norm of D normal numbers has a relative standard deviation of 1/√(2D)
     largest = D * INITIAL_STD * (1 + 5 / math.sqrt(2 * D))
     own = _own_logits(state, batch).clamp(max=largest)
     others = torch.full_like(own, math.log(V - 1) + variance / 2)

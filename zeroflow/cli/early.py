@@ -1,4 +1,4 @@
-"""Work of a flow's command that begins before its libraries are imported, which takes seconds."""
+"""Work that a flow's command starts before it imports its libraries, which takes seconds."""
 
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from zeroflow.cli.first_line import announce
 def begin(flow: str, arguments: Sequence[str]) -> None:
     """Print the first line, and start the rank and the Prefect server that the command will need.
 
-    They take as long to start as the libraries to import. If the settings turn out to be wrong,
-    they end with the command.
+    Both start while the libraries are imported, which takes as long. If the settings turn out to be
+    wrong, they end with the command.
 
     Args:
         flow: name of the flow.
@@ -28,7 +28,7 @@ def begin(flow: str, arguments: Sequence[str]) -> None:
 
 
 def _start_ranks(arguments: Sequence[str]) -> None:
-    """Start the ranks that the flags ask for. If other settings ask for others, these are ended."""
+    """Start the ranks that the flags ask for; they are ended if the run needs different ones."""
     from zeroflow.run_folder import DEFAULT_CACHE, Cache
     from zeroflow.training.environment import Place
     from zeroflow.training.processes import RUN_MODULES, keep_from_now

@@ -1,4 +1,4 @@
-"""Limits on the memory that the C library keeps after it was freed; only glibc has these calls.
+"""Limits on the freed memory that the C library keeps; only glibc has these calls.
 
 Without these limits, a process keeps much of the memory that it has freed: glibc returns memory to
 the system from the end of a pool only, and many threads have a pool of their own.

@@ -97,13 +97,13 @@ def explain_silence(error: BaseException, subject: str, url: str, limit: float) 
     if found(ssl.SSLCertVerificationError):
         return HubError(subject, f"the certificate of {host} is not trusted", transient=False)
     if found(socket.gaierror):
-        cause = f"the hub cannot be reached (the name {host} is not resolved)"
+        cause = f"the hub cannot be reached (the name {host} could not be resolved)"
     elif found(ConnectionRefusedError):
         cause = f"the hub cannot be reached ({host} refuses connections)"
     elif isinstance(error, TimeoutError):  # from `within`, without the address
         cause = f"no answer came within {limit:.1f} s"
     elif found(TimeoutError) or "Timeout" in names:
-        cause = f"no byte came from {host} for {limit:.1f} s"
+        cause = f"no data arrived from {host} for {limit:.1f} s"
     elif found(ConnectionError) or "Protocol" in names or "ReadError" in names:
         cause = f"the connection to {host} was lost"
     else:
@@ -130,7 +130,7 @@ def from_status(status: int, headers: Any, subject: str, storage: str = "") -> H
         cause = f"{storage}, where the hub keeps its files, answers {status}"
         return HubError(subject, cause, transient=False)
     if code == "GatedRepo" or status == 403:
-        cause = f"gated: the hub asks for an accepted licence and a login ({status})"
+        cause = f"gated: the hub requires an accepted licence and a login ({status})"
         return HubError(subject, cause, transient=False)
     if status == 401 and "credentials" in said:
         return HubError(subject, "the hub does not accept the token (401)", transient=False)

@@ -1,7 +1,7 @@
-"""The largest micro-batch and the largest model whose step fits under a cap of memory per rank.
+"""The largest micro-batch and the largest model that fit under a cap on the memory of a rank.
 
-Models of a family differ in the number of blocks. The formula chooses the sizes. Ranks then measure
-them, and the same with one more row or block, which should exceed the cap.
+The models differ only in the number of blocks. A formula chooses the sizes. Ranks then measure a
+step at each size, and with one more row or block, which should exceed the cap.
 """
 
 from bisect import bisect_left
@@ -66,8 +66,8 @@ def _with_blocks(work: Workload, blocks: int) -> Workload:
 def predicted_peak(work: Workload, device: Device) -> int:
     """Return the predicted bytes of a rank's tensors at the peak of a step.
 
-    On a GPU it is the figure of the plan. On a CPU the plan predicts the memory of the process,
-    which a cap on tensors cannot limit, so it is the peak of the laboratory's own formula.
+    On a GPU the plan predicts it. On a CPU the plan predicts the memory of the process instead, to
+    which a cap on tensors does not apply, so the laboratory's own formula is used.
     """
     if device.kind == "cuda":
         return plan.memory(work, device).total

@@ -201,15 +201,15 @@ def _like_forward(products: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(
     products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients over the products, and SwiGLU once more.
+    """Return the gradients w.r.t. the products, and SwiGLU, recomputed.
 
     Args:
         products, s: as for `_forward`.
-        dh: gradient over SwiGLU times `h_scale`, (T, M).
+        dh: gradient w.r.t. SwiGLU times `h_scale`, (T, M).
         h_scale: scales of SwiGLU, (T, 1).
 
     Returns:
-        the gradient over the products times `s` in e5m2, (T, 2M); its transpose; the transpose of
+        the gradient w.r.t. the products times `s` in e5m2, (T, 2M); its transpose; the transpose of
         SwiGLU in e4m3, (M, T); the scale of the gradient.
     """
     every = SAMPLED if len(products) >= SAMPLED * _MIN_SAMPLE else 1

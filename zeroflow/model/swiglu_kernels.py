@@ -1,4 +1,4 @@
-"""Triton kernels for SwiGLU and its gradient, from bf16 to 8 bits in one pass.
+"""Triton kernels that compute SwiGLU and its gradient from bf16 inputs, and convert them to fp8.
 
 Imported only for GPUs: Triton comes with PyTorch's GPU builds.
 """
@@ -43,7 +43,7 @@ def _forward(
 
 @triton.jit
 def _gradients(products, s, dh, h_scales, token, m, count, size):
-    """Return SwiGLU over its scale, and the gradients over gate and up times `s`."""
+    """Return SwiGLU divided by its scale, and the gradients w.r.t. gate and up, times `s`."""
     inside = (token < count) & (m < size)
     factor = tl.load(s + token, mask=token < count, other=1.0)
     h_scale = tl.load(h_scales + token, mask=token < count, other=1.0)
@@ -61,7 +61,7 @@ def _gradients(products, s, dh, h_scales, token, m, count, size):
 def _largest(products, s, dh, h_scales, largest, count, size, every, block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64) * every
     _, d_gate, d_up = _gradients(products, s, dh, h_scales, token, tl.arange(0, block), count, size)
-    # The maximum does not depend on the order
+    # Deterministic, because a maximum does not depend on the order
     tl.atomic_max(largest, tl.max(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), 0))
 
 
@@ -76,9 +76,9 @@ def _clipped(x, limit: tl.constexpr):
 def _store_transposed(at, x, mask):
     """Round `x` to e5m2, and store its transpose.
 
-    The rounding differs in its instructions only from a cast. With Triton 3.6 on an H200, if one
-    result of a cast was stored both as it was and transposed, every fourth row of the transpose was
-    wrong.
+    The result is that of a cast, but the instructions differ. With Triton 3.6 on an H200, when the
+    result of one cast was stored both directly and transposed, every fourth row of the transpose
+    was wrong.
     """
     x8 = tl.inline_asm_elementwise(
         _FOUR_TO_E5M2, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
@@ -137,7 +137,7 @@ def forward(products: Tensor, s: Tensor, h: Tensor, scales: Tensor, *, smallest:
 def largest_gradient(
     products: Tensor, s: Tensor, dh: Tensor, h_scale: Tensor, every: int
 ) -> Tensor:
-    """Return the largest absolute gradient of every `every`-th token, times `s`; a scalar."""
+    """Return the largest absolute gradient, times `s`, over every `every`-th token; a scalar."""
     N, M = dh.shape
     largest = s.new_zeros(())
     block = triton.next_power_of_2(M)
@@ -150,10 +150,11 @@ def largest_gradient(
 def backward(
     inputs: tuple[Tensor, ...], scale: Tensor, p: Tensor, p_t: Tensor, h_t: Tensor
 ) -> None:
-    """Write the gradient over the products to `p` (N, 2M) and `p_t` (2M, N), SwiGLU to `h_t`.
+    """Write the gradient w.r.t. `products` to `p` (N, 2M) and `p_t` (2M, N), SwiGLU to `h_t`.
 
     Args:
-        inputs: products, their scales, gradient over SwiGLU times its scales, and these scales.
+        inputs: products; their scales `s`; the gradient w.r.t. SwiGLU, times SwiGLU's scales;
+            SwiGLU's scales.
         scale: scale of `p`, a scalar.
         h_t: (M, N).
     """

@@ -1,8 +1,8 @@
 """Alerts about runs: automations of a Prefect server, which send messages to Slack or by mail.
 
 The server sends the messages, so it must keep running after the run. It stores the addresses
-encrypted, in a block. `zeroflow prefect-setup` creates block and automations, and finds them again
-by their names.
+encrypted, in a block. `zeroflow prefect-setup` creates the block and the automations, and
+finds them again by their names.
 """
 
 import logging
@@ -87,14 +87,15 @@ def set_alerts(config: AlertConfig, found: list[str], client: SyncPrefectClient)
 
 
 def addresses(file: Path) -> list[str]:
-    """Return the lines of `file` without empty lines and those that begin with #.
+    """Return the addresses in `file`: its lines, except empty ones and those that begin with #.
 
     Raises:
-        ValueError: there are none, or Apprise does not know one. The message does not contain it.
+        ValueError: there is no address, or Apprise does not recognise one. The message does not
+            contain the address, which is a secret.
     """
     from apprise import Apprise
 
-    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs what it does not know
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs bad addresses
     lines = enumerate(map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()), 1)
     found = {number: line for number, line in lines if line and not line.startswith("#")}
     for number, address in found.items():

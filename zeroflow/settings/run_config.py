@@ -192,12 +192,12 @@ class TrainingChoice(Config):
     schedule: ScheduleName = Field("cosine", description=decays())
 
     precision: Precision | None = None
-    """Precision of products and activations; bf16 keeps fp32 master weights. Default: bf16 on a
-    GPU, fp32 on a CPU."""
+    """Precision of matrix multiplications and activations; bf16 keeps fp32 master weights. Default:
+    bf16 on a GPU, fp32 on a CPU."""
 
     fp8: bool = False
     """Compute the matrix products of the decoder blocks in fp8, on Ada, Hopper and newer GPUs. On
-    an H200, medium became 25 % faster; on an H100, small became 1 % faster and tiny 5 % slower."""
+    an H200, medium became 24 % faster; on an H100, small became 1 % faster and tiny 5 % slower."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: yes on a GPU."""
@@ -363,7 +363,7 @@ class RunConfig(Config):
     """Folder for all output: tokenizers, shards, runs, mlflow."""
 
     log_to: tuple[TrackerName, ...] = ()
-    """Trackers that also receive the metrics, beside MLflow: TensorBoard, which needs
+    """Trackers that receive the metrics in addition to MLflow: TensorBoard, which needs
     zeroflow[tensorboard], and Weights & Biases, which needs zeroflow[wandb]."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

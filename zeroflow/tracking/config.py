@@ -11,7 +11,7 @@ from zeroflow.run_folder import Cache
 from zeroflow.text.redaction import redacted
 
 TrackerName = Literal["tensorboard", "wandb"]
-"""Trackers that a run may use beside MLflow, by their packages."""
+"""Trackers that a run may use in addition to MLflow, by their packages."""
 
 EXPERIMENT = "zeroflow"
 """Name of the MLflow experiment of all runs."""
@@ -50,7 +50,7 @@ class TrackingConfig(Record):
     """The rows that the run trains on; None for a sweep."""
 
     log_to: tuple[TrackerName, ...] = ()
-    """Trackers beside MLflow."""
+    """Trackers used in addition to MLflow."""
 
 
 def location(cache: Path) -> tuple[str, Path | None]:

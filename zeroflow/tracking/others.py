@@ -1,4 +1,4 @@
-"""The trackers of `--log-to`, which a run uses beside MLflow."""
+"""The trackers of `--log-to`, which a run uses in addition to MLflow."""
 
 import importlib.util
 import logging
@@ -29,20 +29,21 @@ _TRACKERS: dict[TrackerName, _Tracker] = {
     "tensorboard": _Tracker(
         "TensorBoard",
         lambda config, folder: EventFile(folder.path),
-        lambda folder, last_step: False,  # what is there is compared with what is due
+        lambda folder, last_step: False,  # `EventFile` compares the existing file itself
     ),
     "wandb": _Tracker("Weights & Biases", WandbRun, wandb_run.is_complete),
 }
 
 
 def require_installed(names: Iterable[TrackerName]) -> None:
-    """
+    """Check that the libraries of the trackers are installed.
+
     Raises:
-        ValueError: the library of a tracker is not installed.
+        ValueError: one is not.
     """
     for name in names:
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of this name in the current one
+        if found is None or found.origin is None:  # a folder of this name, not a package
             raise ValueError(
                 f"--log-to {name} needs {_TRACKERS[name].title}: pip install 'zeroflow[{name}]'"
             )
@@ -65,7 +66,7 @@ def _trackers(config: TrackingConfig) -> list[_Tracker]:
 
 
 def finish(config: TrackingConfig, folder: RunFolder, points: Sequence[Point]) -> None:
-    """Give the trackers of `--log-to` those of all `points` of a finished run that they lack."""
+    """Send the trackers of `--log-to` the `points` of a finished run that they do not have yet."""
     last_step = max((point.step for point in points if point.axis == "steps"), default=-1)
     for tracker in _trackers(config):
         try:

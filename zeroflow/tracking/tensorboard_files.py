@@ -1,8 +1,8 @@
 """TensorBoard's event file of a run, next to its metrics.jsonl.
 
-The bytes of the file depend on metrics.jsonl only, so a file that is a part of what is due is
-continued. If steps were dropped because the run was resumed, a new file begins: a TensorBoard that
-is running would continue to read a file of the same name where it was.
+The bytes of the file depend on metrics.jsonl only. An existing file is continued if its content is
+a prefix of the expected content. If steps were dropped because the run was resumed, a new file
+begins: a running TensorBoard would continue to read a file of the same name at its old position.
 """
 
 import io
@@ -81,8 +81,8 @@ def event_files(folder: Path) -> list[Path]:
 def _discard(file: Path) -> None:
     """Empty a file, or delete it if it is empty.
 
-    A TensorBoard that is running without its data server goes on from an empty file to the next,
-    but not from a deleted one.
+    A running TensorBoard without its data server continues with the next file after an empty one,
+    but not after a deleted one.
     """
     if file.stat().st_size:
         os.truncate(file, 0)

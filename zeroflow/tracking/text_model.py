@@ -1,4 +1,4 @@
-"""The program of a model in MLflow, which opens an exported folder with transformers.
+"""Code of a registered model in MLflow: opens an exported folder with transformers.
 
 MLflow copies this file into each logged model and executes it where the model is loaded, so it
 imports nothing of zeroflow.
@@ -10,8 +10,8 @@ from typing import Any
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-# Recorded instead of shown: MLflow asks for the type of the prompts. With a type, it would accept
-# no parameters
+# Not shown: MLflow warns that `predict` has no type hint for its input. With one, MLflow would
+# accept no `params`
 with warnings.catch_warnings(record=True):
 
     class TextModel(PythonModel):
@@ -28,8 +28,8 @@ with warnings.catch_warnings(record=True):
             """Return each prompt with its continuation.
 
             Args:
-                model_input: a table whose first column has the prompts, as MLflow makes it of a
-                    text, of several, and of a request to its server.
+                model_input: a DataFrame with the prompts in its first column; MLflow converts a
+                    string, a list of strings or a request to its server to this form.
                 params: settings of transformers' text generation.
             """
             prompts = model_input.iloc[:, 0].tolist()
@@ -37,7 +37,7 @@ with warnings.catch_warnings(record=True):
             if not given.get("temperature", 1):  # zero, which transformers refuses
                 given["do_sample"] = False
             if not given.get("do_sample", True):
-                given |= {"temperature": None, "top_k": None, "top_p": None}  # have no effect then
+                given |= {"temperature": None, "top_k": None, "top_p": None}  # not used then
             return [found[0]["generated_text"] for found in self._pipeline(prompts, **given)]
 
 

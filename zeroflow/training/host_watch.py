@@ -95,7 +95,7 @@ def _watch(folder: RunFolder, end: Callable[[str], None]) -> None:
         if folder.pause.exists():
             end("the run's command ends the ranks after a failure")
         if neighbours and (silent := neighbours.silent()):
-            end(f"no sign of life from {silent[0]} for {SILENT_SECONDS:.0f} s")
+            end(f"no heartbeat from {silent[0]} for {SILENT_SECONDS:.0f} s")
 
 
 class Neighbours:

@@ -98,7 +98,7 @@ class _CrossEntropySum(torch.autograd.Function):
 def _chunks(
     hidden: Tensor, matrix: Tensor, targets: Tensor, losses: Tensor, differentiate: _Differentiate
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Write the losses (n,), and yield each chunk's tokens and gradients over its logits."""
+    """Write the losses (n,), and yield each chunk's tokens and gradients w.r.t. its logits."""
     chunk = min(len(hidden), max(1, _held_at_once(hidden) // len(matrix)))
     logits = hidden.new_empty(chunk, len(matrix))
     for begin in range(0, len(hidden), chunk):
@@ -112,7 +112,7 @@ def _chunks(
 def _to_losses_and_gradients(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float
 ) -> None:
-    """Write the losses to `losses` (n,), and the gradients of their sum over `logits` (n, V)."""
+    """Write the losses to `losses` (n,), and overwrite `logits` (n, V) with their gradients."""
     if logits.is_cuda and has_kernel(logits.device):
         from zeroflow.training import loss_kernel
 

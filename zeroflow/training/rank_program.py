@@ -143,8 +143,8 @@ def _require_ranks(wanted: int, job_file: Path) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != wanted:
         raise ValueError(
-            f"{job_file} is of {count(wanted, 'rank')}, not of {started}: start {wanted}, or run "
-            "the command of the run again with other numbers of machines and ranks"
+            f"{job_file} needs {count(wanted, 'rank')}, not {started}: start {wanted}, or repeat "
+            "the command of the run with other numbers of machines and ranks"
         )
 
 

@@ -18,7 +18,7 @@ def decode(content: bytes, *, position: int = 0, errors: str = "strict") -> str:
         errors: as in `bytes.decode`.
 
     Raises:
-        NotUtf8: the message goes on after the name of the file or line.
+        NotUtf8: the message continues a sentence that begins with the name of the file or line.
     """
     body = content.removeprefix(codecs.BOM_UTF8)
     try:
