@@ -203,6 +203,15 @@ def test_means_over_seeds_are_in_the_table_and_the_pictures(tmp_path, figures):
     assert "Means over seeds" not in text("s", compare([alone, *seeds(1)]), **NOTHING_ELSE)
 
 
+def test_extended_runs_are_named_and_are_not_in_one_mean_with_others():
+    runs = [outcome("tiny", loss=3.0 + seed / 10, seed=seed) for seed in range(4)]
+    assert "extended" not in text("s", compare(runs), **NOTHING_ELSE).split("## Means")[0]
+    early = [one.replace(extended="20") for one in runs[:2]]
+    found = compare([*early, *runs[2:]])
+    assert [len(group.runs) for group in found.groups] == [2, 2]
+    assert "| extended at step |" in text("s", found, **NOTHING_ELSE)
+
+
 def test_mean_over_seeds_covers_steps_at_which_all_were_validated():
     first, second = seeds(2)
     second = second.replace(curve=tuple((t, x) for t, x in second.curve if t in (0, second.tokens)))

@@ -14,8 +14,8 @@ from zeroflow.report import model_card as cards
 from zeroflow.report.model_card import model_card
 from zeroflow.settings import settle
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.training.events import EVENTS, Started
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.schedule import Earlier
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,16 @@ def test_card_has_metadata_for_the_hub_and_the_losses_of_its_step(job):
 def test_card_of_an_extended_run_says_how_it_was_extended(job):
     card = model_card(job.folder, step=2, format="hf")
     assert "This command trains on the same rows" in card
-    for step, steps in ((0, 1), (1, 2)):
-        started = Started(time=0.0, step=step, steps=steps, parts=1)
-        EVENTS.append(job.folder.events, started)
+    extended = job.training.schedule.replace(
+        before=Earlier(steps=1, schedule=job.training.schedule.replace(steps=1))
+    )
+    training = job.training.replace(schedule=extended)
+    job.replace(training=training).write(job.folder.job)
     try:
         card = model_card(job.folder, step=2, format="hf")
     finally:
-        job.folder.events.unlink()
-    assert "The run was extended: from 1 to 2 steps, at step 1." in card
+        job.write(job.folder.job)
+    assert "The run was extended at step 1 from 1 to 2 steps: " in card
     assert "This command trains on the same rows" not in card
 
 

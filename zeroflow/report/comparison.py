@@ -84,7 +84,7 @@ class Comparison(Record):
         """The runs in their order, grouped with those that differ only in their seeds."""
         together: dict[tuple[str, ...], list[Outcome]] = {}
         for one in self.runs:
-            key = (one.setting, one.shape) if one.setting else (one.run,)
+            key = (one.setting, one.shape, one.extended) if one.setting else (one.run,)
             together.setdefault(key, []).append(one)
         return [Group(_name(runs), tuple(runs)) for runs in together.values()]
 

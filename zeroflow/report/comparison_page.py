@@ -83,6 +83,7 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
         "status": [one.status for one in found.runs],
         "size": [one.size for one in found.runs],
         **{metric.label: [_cell(metric, one) for one in found.runs] for metric in COMPARED},
+        "extended at step": [one.extended or "never" for one in found.runs],
         "seed": [str(one.seed) for one in found.runs],
         "GPUs": [str(one.ranks) for one in found.runs],
         "ZeRO": [one.zero for one in found.runs],
@@ -97,6 +98,8 @@ def _runs_section(sweep: str, found: Comparison) -> Iterator[Part]:
     }
     if all(one.ranks == 1 for one in found.runs):
         columns = {name: cells for name, cells in columns.items() if name not in _OF_GPUS}
+    if not any(one.extended for one in found.runs):
+        del columns["extended at step"]
     if columns["run"] == columns["size"]:
         del columns["size"]
     # Columns with equal values become a sentence: Prefect's page is too narrow for all columns
@@ -134,7 +137,10 @@ def _seeds_section(sweep: str, groups: Sequence[Group]) -> Iterator[Part]:
     ]
     head = ("runs", "seeds", *(TABLE[measure].label for measure in measures))
     yield Table(head, rows, right=" rrr")
-    yield escaped("± is the standard deviation of a single run; only completed runs count.")
+    yield escaped(
+        "± is the standard deviation of a single run. A mean is over completed runs with the same "
+        "settings and extensions."
+    )
 
 
 def _evaluation_section(sweep: str, runs: Sequence[Outcome]) -> Iterator[Part]:

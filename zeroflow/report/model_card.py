@@ -1,7 +1,6 @@
 """README.md of an exported model: its data, training, results, and how to use and reproduce it."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
 from zeroflow.text.markup import Markdown, escaped, shell_command
 from zeroflow.training import goodput
-from zeroflow.training.events import EVENTS, Started
+from zeroflow.training.extension import extensions
 from zeroflow.training.initial import RUN
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.metrics import METRICS, TABLE, MetricsRecord
@@ -262,9 +261,9 @@ def _training(job: TrainingJob) -> dict[str, str]:
 
 def _reproduce(run: Settled, job: TrainingJob) -> Iterator[Part]:
     yield Markdown("## Reproduce")
-    if extensions := list(_extensions(job)):
-        yield Markdown(
-            f"The run was extended: {'; '.join(extensions)}. To repeat it, give this command a "
+    if found := "; ".join(map(str, extensions(job.training.schedule))):
+        yield escaped(
+            f"The run was {found}. To repeat it, give this command a "
             "--run-name, run it first with the earlier --max-steps, and stop it at the steps named:"
         )
     else:
@@ -272,14 +271,6 @@ def _reproduce(run: Settled, job: TrainingJob) -> Iterator[Part]:
             "This command trains on the same rows in the same order, from the same initial weights:"
         )
     yield _shell(shell_command(["zeroflow", "pretrain", *_flags(run)]))
-
-
-def _extensions(job: TrainingJob) -> Iterator[str]:
-    """Yield a sentence for each time that the run continued with more steps."""
-    starts = [event for event in EVENTS.read(job.folder.events) if isinstance(event, Started)]
-    for before, after in pairwise(starts):
-        if after.steps > before.steps:
-            yield f"from {before.steps:,} to {after.steps:,} steps, at step {after.step:,}"
 
 
 def _flags(run: Settled) -> Iterator[str]:

@@ -15,6 +15,7 @@ from zeroflow.settings.settle import load
 from zeroflow.settings.settled import Settled
 from zeroflow.training import goodput, metrics, ownership
 from zeroflow.training.events import EVENTS, Failed
+from zeroflow.training.extension import extensions
 from zeroflow.training.failures import RunIsBusy
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, TABLE, ValidationRecord
@@ -40,6 +41,9 @@ class Outcome(Sharding):
     seed: int
     setting: str = ""
     """Fingerprint of all settings except the seed."""
+
+    extended: str = ""
+    """Steps at which the run was extended, as text; empty for other runs."""
 
     learning_rate: float
     parameters: int
@@ -121,6 +125,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
         size=settings.model.name,
         seed=settings.seed,
         setting=_all_but_the_seed(settings),
+        extended=", ".join(f"{e.step:,}" for e in extensions(job.training.schedule)),
         learning_rate=settings.schedule.peak,
         parameters=job.model.parameters,
         tokenizer=job.tokenizer.fingerprint,
