@@ -123,6 +123,14 @@ def test_text_ends_before_a_stop_text_and_no_part_of_it_is_shown(stop, expected)
         scripted("go").stream("", GREEDY, ["a", ""])
 
 
+def test_space_at_the_end_of_a_prompt_is_remarked(caplog):
+    list(scripted("go").stream("we ", GREEDY))
+    assert "the prompt ends in a space" in caplog.text
+    caplog.clear()
+    list(scripted("go").stream("we", GREEDY))
+    assert not caplog.text
+
+
 def test_sampled_text_is_that_of_training_with_the_same_seed():
     model = lively_model()
     for config in (SamplingConfig(tokens=30, seed=3), SamplingConfig(tokens=30, top_p=0.5, seed=4)):

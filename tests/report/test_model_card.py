@@ -12,6 +12,7 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.tokenizer import LLAMA_TOKENIZER, TokenizerConfig
 from zeroflow.report import model_card as cards
 from zeroflow.report.model_card import model_card
+from zeroflow.report.records import RunReport
 from zeroflow.settings import settle
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.job import TrainingJob
@@ -67,6 +68,17 @@ def test_card_of_an_extended_run_says_how_it_was_extended(job):
         job.write(job.folder.job)
     assert "The run was extended at step 1 from 1 to 2 steps: " in card
     assert "This command trains on the same rows" not in card
+
+
+def test_card_says_that_the_overfit_check_failed(job):
+    assert "overfit check of the run failed" not in model_card(job.folder, step=2, format="hf")
+    report = RunReport.read(job.folder.report)
+    report.replace(status="failed").write(job.folder.report)
+    try:
+        card = model_card(job.folder, step=2, format="hf")
+    finally:
+        report.write(job.folder.report)
+    assert "**The overfit check of the run failed**, at a loss of 0.1000" in card
 
 
 def test_command_in_the_card_has_the_settings_of_the_run(job):

@@ -128,5 +128,5 @@ def test_custom_shape_has_the_defaults_of_the_nearest_size():
 
 
 def test_prompt_fits_the_text():
-    assert filled(CPU, corpus=SAMPLE).sample_prompt == "def ", "which is Python"
-    assert filled(CPU).sample_prompt == "The "
+    assert filled(CPU, corpus=SAMPLE).sample_prompt == "def", "which is Python"
+    assert filled(CPU).sample_prompt == "The"

@@ -1,5 +1,6 @@
 """Text generation with a key/value cache, from a model in the format of transformers."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from zeroflow.model.llama import Llama
 from zeroflow.text.markup import is_utf8, visible
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".bin")
 """Suffixes of files of weights."""
@@ -62,6 +65,11 @@ class TextGenerator:
                 raise ValueError(f"the {what} {visible(text)} is not UTF-8: encode it as UTF-8")
         if not all(stop):
             raise ValueError("a text to stop at is empty: drop it, or write what should end a text")
+        if prompt.endswith(" "):
+            log.warning(
+                "the prompt ends in a space, which most tokenizers join to the word after it: "
+                "without the space, the text is usually better"
+            )
         return self._pieces(self.encode(prompt), config, stop)
 
     def _pieces(self, ids: list[int], config: SamplingConfig, stop: Sequence[str]) -> Iterator[str]:

@@ -60,6 +60,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         Table(("", ""), _data(run, job).items()),
         Markdown("## Results"),
         Table(("", ""), _results(records).items()),
+        *_failed_check(report),
         *_scores(evaluation.read(folder).of(step)),
         *_time(folder, report if report and report.steps == step else None),
         Markdown("## Training"),
@@ -211,6 +212,14 @@ def _results(records: list[MetricsRecord]) -> dict[str, str]:
         if found:
             latest[metric.label] = metric.text(found[-1])
     return latest
+
+
+def _failed_check(report: RunReport | None) -> Iterator[Part]:
+    if report and report.status == "failed":
+        yield Markdown(
+            f"**The overfit check of the run failed**, at a loss of {report.overfit.loss:.4f}: its "
+            "optimiser or its gradients may be wrong."
+        )
 
 
 def _scores(found: Evaluation | None) -> Iterator[Part]:

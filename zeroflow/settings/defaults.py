@@ -83,7 +83,7 @@ def fill(run: RunConfig, device: Device) -> SettledTraining:
     if run.model.init_from:
         peak *= CONTINUED
     warmup = max(round(0.02 * steps), min(10, steps // 10))
-    prompt = "def " if run.data.data_mode == "sample" else "The "
+    prompt = "def" if run.data.data_mode == "sample" else "The"
     filled = {
         **of_workload(work),
         "batch_tokens": work.batch_tokens,
