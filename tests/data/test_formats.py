@@ -133,7 +133,18 @@ def test_text_may_be_in_another_column(tmp_path):
             as_parquet([{"body": "x"}]),
             r"a\.parquet must have exactly one column 'text', but has .*'body'",
         ),
-        *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("text", "id", "url")),
+        *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("id", "url")),
+        ("a.parquet", not_utf8("text"), r"a\.parquet has a text in row 1 .* its byte 0 is 0xff"),
+        (
+            "a.parquet",
+            as_parquet([{"text": b"good"}, {"text": b"b\xe9d"}]),
+            r"a\.parquet has a text in row 2 .* its byte 1 is 0xe9: correct or remove the row",
+        ),
+        (
+            "a.parquet",
+            as_parquet([{"text": {"body": "x"}}]),
+            r"a\.parquet has struct.* fields in nested columns are not read",
+        ),
         (
             "a.parquet",
             as_parquet([{"text": 1}]),
@@ -147,6 +158,13 @@ def test_file_whose_content_does_not_match_its_name_is_refused_by_name(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_files(tmp_path / name)
+
+
+def test_text_of_a_parquet_file_may_be_in_a_binary_column(tmp_path):
+    texts = pa.array([b"one", None, "twö".encode()])
+    for column in (texts, texts.cast(pa.large_binary()), texts.dictionary_encode()):
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        assert [found.text for found in read_files(tmp_path / "a.parquet")] == ["one", "twö"]
 
 
 def test_bad_lines_are_left_out_counted_and_reported_up_to_a_limit(tmp_path):

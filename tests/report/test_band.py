@@ -19,7 +19,7 @@ from zeroflow.report import band
 from zeroflow.report.pictures import loss_curve
 from zeroflow.report.progress import LossWatch
 from zeroflow.run_folder import RunFolder
-from zeroflow.training.events import EVENTS, Done, Metrics, Started
+from zeroflow.training.events import EVENTS, Done, Failed, Metrics, Started
 from zeroflow.training.job import Cadence, TrainingJob
 from zeroflow.training.metrics import METRICS, MetricsRecord, StepRecord
 
@@ -309,6 +309,13 @@ def test_run_that_was_extended_has_another_schedule(job, make):
     train(extended, 5.0)
     assert found(job).runs == ("high", "low", "usual")
     assert band.find(extended) is None
+
+
+def test_run_that_diverged_is_not_used(job):
+    bad = job.folder.cache.run("low")
+    assert found(job).runs == ("high", "low", "usual")
+    EVENTS.append(bad.events, Failed(message="step 9 has loss nan", reason="diverged"))
+    assert found(job).runs == ("high", "usual")
 
 
 def test_damaged_run_is_ignored(job, make):

@@ -71,14 +71,14 @@ def test_card_of_an_extended_run_says_how_it_was_extended(job):
 
 
 def test_card_says_that_the_overfit_check_failed(job):
-    assert "overfit check of the run failed" not in model_card(job.folder, step=2, format="hf")
+    assert "The run failed" not in model_card(job.folder, step=2, format="hf")
     report = RunReport.read(job.folder.report)
     report.replace(status="failed").write(job.folder.report)
     try:
         card = model_card(job.folder, step=2, format="hf")
     finally:
         report.write(job.folder.report)
-    assert "**The overfit check of the run failed**, at a loss of 0.1000" in card
+    assert "**The run failed:** the overfit check reached a loss of only 0.1000: " in card
 
 
 def test_command_in_the_card_has_the_settings_of_the_run(job):

@@ -88,7 +88,7 @@ def test_extended_run_reads_what_it_has_not_read_and_warms_up_again(make, caplog
     said = "\n".join(record.getMessage() for record in caplog.records)
     rise = f"rises within 3 steps from {extension.last:.3g} to {extension.next:.3g}"
     assert f"extended at step 8 from 8 to 20 steps: the learning rate {rise}" in said
-    assert "extended before its decay" in said
+    assert "stopped before its decay" in said
     assert f"{more:,} training rows instead of {rows:,}: rows that this epoch has not" in said
     again = make(LONG)
     assert (again.training, again.segments) == (longer.training, longer.segments)

@@ -1,6 +1,7 @@
 """The `zeroflow` command: train, plan a run, use its results, start the user interfaces."""
 
 import json
+import logging
 import signal
 import sys
 from argparse import Namespace as Arguments
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 60
 """Maximum number of characters of a text in a table."""
+
+log = logging.getLogger(__name__)
 
 
 class _Command(NamedTuple):
@@ -262,6 +265,7 @@ def _export_to_folder(arguments: Arguments, which: "Which") -> int:
     from zeroflow.inference import trained as models
     from zeroflow.inference.export import export
     from zeroflow.report.model_card import model_card
+    from zeroflow.report.outcome import failures
     from zeroflow.run_folder import Cache
 
     trained = models.load(arguments.cache_dir, arguments.run, which)
@@ -275,6 +279,8 @@ def _export_to_folder(arguments: Arguments, which: "Which") -> int:
         format=arguments.format,
         card=model_card(folder, step=trained.step, format=arguments.format),
     )
+    for why in failures(folder):
+        log.warning("the run failed: %s", why)
     return trained.step
 
 

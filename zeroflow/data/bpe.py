@@ -1,6 +1,7 @@
 """Training of a byte-level BPE tokenizer with the structure of Llama 3's."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -15,7 +16,13 @@ _SPLIT = (
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Return a tokenizer of at most `vocab_size` tokens; fewer if the text has too few pairs."""
+    """Return a tokenizer of at most `vocab_size` tokens; fewer if the text has too few pairs.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if (first := next(texts, None)) is None:
+        raise ValueError("there is no text to train a tokenizer on: name files with text")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -30,5 +37,5 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(chain([first], texts), trainer)
     return tokenizer

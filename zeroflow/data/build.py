@@ -31,6 +31,9 @@ from zeroflow.units import count
 
 log = logging.getLogger(__name__)
 
+_MANY_EMPTY = 0.1
+"""Fraction of empty documents above which their number is a warning."""
+
 FORMAT = 5
 """Version of the format of the files. It is part of the fingerprint: a new version has new sets."""
 
@@ -333,7 +336,9 @@ def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
         "bad line": shards.bad_lines,
     }
     if some := ", ".join(count(number, what) for what, number in left_out.items() if number):
-        log.info("left out: %s", some)
+        empty = shards.empty_documents
+        much = empty > _MANY_EMPTY * (empty + shards.documents)
+        log.log(logging.WARNING if much else logging.INFO, "left out: %s", some)
     if shards.train.rows < config.train_rows:
         log.warning(
             "the corpus has %s of the %s rows that the run trains on: it is repeated %.1f times",

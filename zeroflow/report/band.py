@@ -30,7 +30,8 @@ import numpy.typing as npt
 from zeroflow.records import Record
 from zeroflow.report.intervals import student
 from zeroflow.run_folder import RunFolder
-from zeroflow.training.events import EVENTS, Started
+from zeroflow.training import recovery
+from zeroflow.training.events import EVENTS, Failed, Started
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, MetricsRecord, StepRecord
 from zeroflow.units import count
@@ -184,7 +185,7 @@ def find(job: TrainingJob) -> Band | None:
     Earlier runs started before this one and have the same model, data, batch, schedule and
     optimiser. Unfinished runs count up to their last complete window. Of several runs with the same
     seed, the longest counts, or the newest of those with equal length. An extended run is not
-    compared, because its schedule changed.
+    compared, because its schedule changed, nor is one that diverged or left out data.
     """
     before = _began(job)
     if before is None:
@@ -212,12 +213,18 @@ def _earlier(folder: RunFolder, job: TrainingJob, before: float) -> EarlierRun |
     if _decisive(past) != _decisive(job):
         return None
     began = _began(past)
-    if began is None or began >= before:
+    if began is None or began >= before or _diverged(folder):
         return None
     losses = _complete(past, METRICS.read(folder.metrics))
     if np.isnan(losses).all():
         return None
     return EarlierRun(folder.name, past.training.seed, began, losses)
+
+
+def _diverged(folder: RunFolder) -> bool:
+    last = EVENTS.read(folder.events)[-1:]
+    ended = bool(last) and isinstance(last[0], Failed) and last[0].reason == "diverged"
+    return ended or any(entry.skip for entry in recovery.read(folder))
 
 
 def _decisive(job: TrainingJob) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def page(
 
 
 def _how_to_resume(unfinished: Mapping[str, str]) -> str:
-    advice = "Repeat the command, or retry in Prefect, to resume them."
+    advice = "To resume them, repeat the command, or retry the flow run of a worker in Prefect."
     if "failed" in unfinished.values():
         advice += " A failed run fails again if its reason asks for other settings."
     return advice

@@ -13,6 +13,7 @@ from zeroflow.inference import evaluation
 from zeroflow.inference.evaluation import Evaluation
 from zeroflow.inference.export import Format
 from zeroflow.report import plan_page
+from zeroflow.report.outcome import failures
 from zeroflow.report.pages import Page, Part, Table
 from zeroflow.report.records import RunReport
 from zeroflow.run_folder import RunFolder
@@ -60,7 +61,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         Table(("", ""), _data(run, job).items()),
         Markdown("## Results"),
         Table(("", ""), _results(records).items()),
-        *_failed_check(report),
+        *(Markdown(f"**The run failed:** {escaped(why)}.") for why in failures(folder)),
         *_scores(evaluation.read(folder).of(step)),
         *_time(folder, report if report and report.steps == step else None),
         Markdown("## Training"),
@@ -212,14 +213,6 @@ def _results(records: list[MetricsRecord]) -> dict[str, str]:
         if found:
             latest[metric.label] = metric.text(found[-1])
     return latest
-
-
-def _failed_check(report: RunReport | None) -> Iterator[Part]:
-    if report and report.status == "failed":
-        yield Markdown(
-            f"**The overfit check of the run failed**, at a loss of {report.overfit.loss:.4f}: its "
-            "optimiser or its gradients may be wrong."
-        )
 
 
 def _scores(found: Evaluation | None) -> Iterator[Part]:

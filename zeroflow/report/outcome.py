@@ -1,5 +1,6 @@
 """Outcome of a run of a sweep, completed or not, for the comparison."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -163,6 +164,18 @@ def failure(folder: RunFolder) -> str | None:
     """Return the message of the failure that ended a run; None if it recorded none."""
     last = EVENTS.read(folder.events)[-1:]
     return last[0].message if last and isinstance(last[0], Failed) else None
+
+
+def failures(folder: RunFolder) -> Iterator[str]:
+    """Yield why a run failed: its training, or the overfit check after it."""
+    if why := failure(folder):
+        yield why
+    report = RunReport.read_if_exists(folder.report)
+    if report and report.status == "failed":
+        yield (
+            f"the overfit check reached a loss of only {report.overfit.loss:.4f}: the optimiser or "
+            "the gradients may be wrong"
+        )
 
 
 def _is_running(folder: RunFolder) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from zeroflow import artifacts
 from zeroflow.report import comparison, comparison_page, pictures
 from zeroflow.report.comparison import Comparison
-from zeroflow.report.outcome import Status, failure, outcome
+from zeroflow.report.outcome import Status, failures, outcome
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
 from zeroflow.run_folder import Cache, RunFolder
@@ -122,8 +122,8 @@ def _reasons(sweep: SweepConfig, unfinished: Mapping[str, str]) -> dict[str, str
     """Return why the failed runs failed, as far as they recorded it."""
     cache = Cache(sweep.run.cache_dir)
     failed = [name for name, status in unfinished.items() if status == "failed"]
-    found = {name: failure(cache.run(name)) for name in failed}
-    return {name: why for name, why in found.items() if why is not None}
+    found = {name: "; ".join(failures(cache.run(name))) for name in failed}
+    return {name: why for name, why in found.items() if why}
 
 
 def _figures(found: Comparison) -> dict[str, float]:

@@ -112,8 +112,8 @@ def _log(before: TrainingJob, planned: TrainingJob, schedule: Schedule) -> None:
     if extension.next > _JUMP * extension.last:
         log.warning(
             "the learning rate had decayed to %.3g, so the loss may rise before it falls again; "
-            "with --schedule wsd the rate stays the same if a run is extended before its decay, "
-            "the last 20 %% of the steps",
+            "with --schedule wsd the rate stays the same if a run is stopped before its decay, the "
+            "last 20 %% of the steps, and then gets more --max-steps",
             extension.last,
         )
     if (rows := planned.shards.train.rows) > before.shards.train.rows:

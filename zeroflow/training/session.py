@@ -48,9 +48,9 @@ def require_healthy(step: int, metrics: StepMetrics, skipped: Tensor, *, most: i
     """
     if (in_a_row := int(skipped)) > most:
         raise Diverged(
-            f"step {step} has loss {metrics.loss.item()} and gradient norm "
-            f"{metrics.grad_norm.item()}; consecutive steps with a non-finite loss or gradient: "
-            f"{in_a_row}",
+            f"step {step} has loss {metrics.loss.item():.4f} and gradient norm "
+            f"{metrics.grad_norm.item():.4g}; consecutive steps with a non-finite loss or "
+            f"gradient: {in_a_row}",
             step,
         )
 
@@ -233,7 +233,7 @@ class Session:
         if zero.rank() == 0:
             log.warning(
                 "step %d: no checkpoint, because the one before is still being written; training "
-                "does not wait for it. --checkpoint-every %d is too often for this disk",
+                "does not wait for it. --checkpoint-every %d is a short interval for this disk",
                 *(step, self.job.cadence.checkpoint),
             )
 

@@ -14,6 +14,8 @@ from zeroflow.data.formats.file import DocumentFile
 from zeroflow.data.formats.format import Format, Sample
 
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
+"""Types of text columns that a writer has not marked as text, as Spark and Impala do by default."""
 
 
 class ParquetFormat(Format):
@@ -38,11 +40,12 @@ class ParquetFormat(Format):
                 use_threads=False,  # several parts are built at once, each in its own thread
             )
             for batch in batches:
-                texts, ids, urls = (
+                texts = _texts(file, batch.column(column), number)
+                ids, urls = (
                     _as_strings(batch.column(name))
                     if name in columns
                     else arrays.strings([""] * len(batch))
-                    for name in (column, "id", "url")
+                    for name in ("id", "url")
                 )
                 if not arrays.byte_lengths(ids).all():
                     numbered = enumerate(ids.to_pylist(), start=number + 1)
@@ -79,6 +82,9 @@ class ParquetFormat(Format):
         return cuts
 
 
+_NESTED = "fields in nested columns are not read: write the text to a column of its own"
+
+
 def _open(file: DocumentFile) -> pq.ParquetFile:
     content: Any
     footer, remote = None, file.path is None
@@ -113,16 +119,18 @@ def _text_column(file: DocumentFile, opened: pq.ParquetFile) -> str:
     """
     present = opened.schema_arrow.names
     if present.count(file.text_column) != 1:
+        nested = file.text_column.partition(".")[0] in present
         raise ValueError(
             f"{file.place} must have exactly one column {file.text_column!r}, but has {present}: "
-            "set --text-column"
+            + (_NESTED if nested else "set --text-column")
         )
     kind = opened.schema_arrow.field(file.text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if kind not in _STRINGS:
+    if kind not in (*_STRINGS, *_BYTES):
         raise ValueError(
-            f"{file.place} has {kind} in column {file.text_column!r}, not text: set --text-column"
+            f"{file.place} has {kind} in column {file.text_column!r}, not text: "
+            + (_NESTED if pa.types.is_nested(kind) else "set --text-column")
         )
     return file.text_column
 
@@ -148,6 +156,31 @@ def _rows_at_once(footer: pq.FileMetaData, groups: range, column: str) -> int:
 def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
     columns = (group.column(number) for number in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+
+
+def _texts(file: DocumentFile, values: pa.Array, row: int) -> pa.StringArray:
+    """Return the texts of rows from `row` on.
+
+    Raises:
+        ValueError: one is not UTF-8. The Parquet reader does not check that.
+    """
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    as_bytes = values.type in _BYTES
+    try:
+        texts = _as_strings(values.cast(pa.string()) if as_bytes else values)
+        texts.validate(full=True)
+        return texts
+    except pa.ArrowInvalid:
+        for number, text in enumerate(values.cast(pa.binary()).to_pylist(), row + 1):
+            try:
+                (text or b"").decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file.place} has a text in row {number:,} that is not UTF-8: its byte "
+                    f"{error.start:,} is 0x{text[error.start]:02x}: correct or remove the row"
+                ) from error
+        raise
 
 
 def _as_strings(values: pa.Array) -> pa.StringArray:
