@@ -115,6 +115,7 @@ def test_export_gives_the_ids_of_the_shards_and_continues_a_prompt_like_generate
     assert opened(texts, add_special_tokens=False)["input_ids"] == shards
     assert opened(texts)["input_ids"] == [[tokenizer.end_of_text, *ids] for ids in shards]
 
+    assert opened.decode([tokenizer.end_of_text], skip_special_tokens=True) == ""
     pipe = pipeline("text-generation", str(out))
     greedy = SamplingConfig(temperature=0, tokens=9)
     for prompt in PROMPTS:

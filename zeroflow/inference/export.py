@@ -193,10 +193,10 @@ def _with_first_space(decoder: Any) -> Any:
                 _replace(rf"{_START}(?!{re.escape(prefix)})", " "), _replace(inner, ""), *clean
             )
         case {"type": "BPEDecoder", "suffix": suffix}:  # a space after each word but the last
-            end: JsonObject = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
             fuse: JsonObject = {"type": "Fuse"}
             spaces = _replace(re.escape(suffix), " ")
-            return _sequence(spaces, fuse, end, _replace(_START, " "))
+            # Not a Strip decoder, which panics on an empty text
+            return _sequence(spaces, fuse, _replace(r" \z", ""), _replace(_START, " "))
         case {"type": "Metaspace"}:
             return decoder | {"prepend_scheme": "never"}
         case {"type": "Strip"}:
