@@ -84,6 +84,7 @@ def test_ours_in_fp8_is_another_contender_if_the_device_supports_it(quick_fp8):
     train_speed.check(in_fp8.replace(workload=workload), H100)
 
 
+@pytest.mark.slow
 def test_ours_with_document_mask_is_another_contender():
     name, settings = train_speed.parse_contender("ours:document_mask=true,precision=fp32")
     shape = {"device": "cpu", "precision": "fp32", "vocab_size": 256, "seq_len": 256}
@@ -250,6 +251,7 @@ def trained(tmp_path) -> loss_curves.Work:
     )
 
 
+@pytest.mark.slow
 def test_all_variants_train_from_the_same_weights_and_rows(trained, quick_fp8):
     plain, fast, in_fp8 = (
         loss_curves.measure(way, trained)["losses"] for way in ("plain", "fast", "fp8")
@@ -270,6 +272,7 @@ def test_plain_attention_equals_that_of_training():
     torch.testing.assert_close(loss_curves.attention(q, k, v, None), ours, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_curves_are_printed_and_drawn_next_to_the_first(trained, tmp_path):
     settings = {"size": "tiny", "tokens_per_step": 128, "context": 32}
     results = loss_curves.compare(["plain", "fast", "fp8"], trained, DEVICE, settings)

@@ -125,8 +125,11 @@ def loss_in_transformers(model: Path, job: TrainingJob) -> float:
 
 @pytest.mark.parametrize(
     ("dtype", "tied"),
-    [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)],
-    ids=["fp32", "bf16-untied", "fp16"],
+    [
+        pytest.param(torch.float32, True, id="fp32", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, id="bf16-untied"),
+        pytest.param(torch.float16, True, id="fp16"),
+    ],
 )
 def test_run_starts_at_the_loss_of_a_model_of_hugging_face_on_its_own_text(folder, dtype, tied):
     kind = str(dtype).rsplit(".", 1)[-1]
