@@ -69,7 +69,6 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.tracking.models import RegistrationFailed
 from zeroflow.training import checkpoint, initial, recovery
-from zeroflow.training.environment import Place
 from zeroflow.training.events import Event
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
 from zeroflow.training.hosts import Launcher, by_hand
@@ -81,7 +80,7 @@ from zeroflow.training.job import (
     why_trained,
 )
 from zeroflow.training.ownership import ownership
-from zeroflow.training.processes import RUN_MODULES, KeptRanks, kept_ranks
+from zeroflow.training.processes import KeptRanks, kept_ranks
 from zeroflow.training.pulse import Pulse
 from zeroflow.units import count
 
@@ -564,14 +563,9 @@ def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:
 
     Ranks that wait already are used.
     """
-    cache = Cache(asked.cache_dir.resolve())
     if asked.training.nodes > 1:
         return  # the ranks of several machines are started in another way
-    if asked.run_name and cache.run(asked.run_name).training.exists():
-        return  # probably complete
-    number = asked.training.ranks
-    places = [Place(rank, number, cache.compiled) for rank in range(number)]
-    ranks.start(places, cache.path, *RUN_MODULES)
+    ranks.start_for_run(Cache(asked.cache_dir.resolve()), asked.run_name, asked.training.ranks)
 
 
 def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:

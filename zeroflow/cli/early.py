@@ -30,8 +30,7 @@ def begin(flow: str, arguments: Sequence[str]) -> None:
 def _start_ranks(arguments: Sequence[str]) -> None:
     """Start the ranks that the flags ask for; they are ended if the run needs different ones."""
     from zeroflow.run_folder import DEFAULT_CACHE, Cache
-    from zeroflow.training.environment import Place
-    from zeroflow.training.processes import RUN_MODULES, keep_from_now
+    from zeroflow.training.processes import keep_from_now
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
@@ -39,13 +38,10 @@ def _start_ranks(arguments: Sequence[str]) -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     asked, _ = parser.parse_known_args(arguments)
-    cache = Cache(asked.cache_dir.resolve())
     if asked.nodes > 1:
         return  # the ranks of several machines are started in another way
-    if asked.run_name and cache.run(asked.run_name).training.exists():
-        return  # probably complete
-    places = [Place(rank, asked.gpus, cache.compiled) for rank in range(asked.gpus)]
-    keep_from_now().start(places, cache.path, *RUN_MODULES)
+    cache = Cache(asked.cache_dir.resolve())
+    keep_from_now().start_for_run(cache, asked.run_name, asked.gpus)
 
 
 def _start_server() -> None:

@@ -23,6 +23,7 @@ import psutil
 from pydantic import Field
 
 from zeroflow.config import Config
+from zeroflow.run_folder import Cache
 from zeroflow.training.environment import Place
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ _LAST_LINES = 20
 """Number of output lines in an error message."""
 
 
-RUN_MODULES = (
+_RUN_MODULES = (
     "zeroflow.checks.preflight",
     "zeroflow.training",
     "zeroflow.checks.overfit",
@@ -240,6 +241,18 @@ class KeptRanks:
             self._waiting.append(process)
             for module in modules:
                 process.prepare(module)
+
+    def start_for_run(self, cache: Cache, run: str | None, ranks: int) -> None:
+        """Start the ranks of a run ahead of its first job, with the modules that it needs.
+
+        Args:
+            run: its name, if it is known. A run that was trained is probably complete, and then
+                nothing is started.
+        """
+        if run and cache.run(run).training.exists():
+            return
+        places = [Place(rank, ranks, cache.compiled) for rank in range(ranks)]
+        self.start(places, cache.path, *_RUN_MODULES)
 
     def take(self, places: Sequence[Place], label: Path) -> list[RankProcess]:
         """Return a process for each place: one that waits, or a new one.

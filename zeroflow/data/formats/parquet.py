@@ -40,7 +40,7 @@ class ParquetFormat(Format):
                 use_threads=False,  # several parts are built at once, each in its own thread
             )
             for batch in batches:
-                texts = _texts(file, batch.column(column), number)
+                values = batch.column(column)
                 ids, urls = (
                     _as_strings(batch.column(name))
                     if name in columns
@@ -50,8 +50,13 @@ class ParquetFormat(Format):
                 if not arrays.byte_lengths(ids).all():
                     numbered = enumerate(ids.to_pylist(), start=number + 1)
                     ids = arrays.strings(id_ or f"{file.name}:{row}" for row, id_ in numbered)
+                try:
+                    found = _without_empty(_texts(values), ids, urls, tally)
+                except (UnicodeDecodeError, pa.ArrowInvalid):
+                    _require_utf8(file, values, number)
+                    raise
                 number += len(batch)
-                yield _without_empty(texts, ids, urls, tally)
+                yield found
 
     def sample(self, file: DocumentFile, offset: int, most_bytes: int) -> Sample:
         with _open(file) as opened:
@@ -158,29 +163,31 @@ def _column_bytes(group: pq.RowGroupMetaData, name: str) -> int:
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
 
 
-def _texts(file: DocumentFile, values: pa.Array, row: int) -> pa.StringArray:
-    """Return the texts of rows from `row` on.
+def _texts(values: pa.Array) -> pa.StringArray:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    return _as_strings(values.cast(pa.string()) if values.type in _BYTES else values)
+
+
+def _require_utf8(file: DocumentFile, values: pa.Array, rows: int) -> None:
+    """Check the texts of a batch that could not be decoded.
+
+    Args:
+        rows: number of rows before the batch.
 
     Raises:
         ValueError: one is not UTF-8. The Parquet reader does not check that.
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    as_bytes = values.type in _BYTES
-    try:
-        texts = _as_strings(values.cast(pa.string()) if as_bytes else values)
-        texts.validate(full=True)
-        return texts
-    except pa.ArrowInvalid:
-        for number, text in enumerate(values.cast(pa.binary()).to_pylist(), row + 1):
-            try:
-                (text or b"").decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file.place} has a text in row {number:,} that is not UTF-8: its byte "
-                    f"{error.start:,} is 0x{text[error.start]:02x}: correct or remove the row"
-                ) from error
-        raise
+    for row, text in enumerate(values.cast(pa.binary()).to_pylist(), start=rows + 1):
+        try:
+            (text or b"").decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file.place} has a text in row {row:,} that is not UTF-8: its byte "
+                f"{error.start:,} is 0x{text[error.start]:02x}: correct or remove the row"
+            ) from error
 
 
 def _as_strings(values: pa.Array) -> pa.StringArray:
