@@ -145,7 +145,7 @@ def read(path: Path) -> None:
     os.close(file)
 
 
-def thinned(bench: Bench, *, every: int, steps: int) -> Figures:
+def frequent(bench: Bench, *, every: int, steps: int) -> Figures:
     """Train `steps` steps without checkpoints, then with one due `every` few steps, as in a run."""
     without = seconds(lambda: [bench.step() for _ in range(steps)])
     stalls, saved = list[float](), 0
@@ -218,7 +218,7 @@ def main() -> None:
         found = measure(task, Path(folder) / "saves", arguments.saves)
         if arguments.steps:
             bench = Bench(task, Path(folder) / "due")
-            found["due"] = thinned(bench, every=arguments.every, steps=arguments.steps)
+            found["due"] = frequent(bench, every=arguments.every, steps=arguments.steps)
     found |= {"device": device.name, "size": arguments.size, "torch": torch.__version__}
     if arguments.json:
         artifacts.write_json(arguments.json, found)

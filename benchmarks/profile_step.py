@@ -89,7 +89,7 @@ def profile_steps(step: Step, task: Task, steps: int) -> tuple[list[Kernel], flo
 
 
 def _gpu_kernels(trace: profile) -> Iterator[Kernel]:
-    """Kernels of the exported trace, where they differ from annotations on the GPU's time line."""
+    """Kernels of the exported trace, where they differ from annotations on the GPU's timeline."""
     with tempfile.TemporaryDirectory(prefix="zeroflow-bench-") as folder:
         file = Path(folder, "trace.json")
         trace.export_chrome_trace(str(file))

@@ -154,7 +154,7 @@ def _records(*kinds: type[BaseModel]) -> str:
     sections = []
     for kind in kinds:
         schema = kind.model_json_schema(mode="serialization")
-        event = schema["properties"].get("event", {}).get("const")
+        event = schema["properties"].get("event", {}).get("default")
         title = f"`{event}`: {_line(schema)}" if event else _line(schema)
         sections.append(f"{title}\n\n{_table(_FIELDS, list(_fields(schema, schema)))}")
     return "\n\n".join(sections)
@@ -212,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": _metrics,
     "metrics.jsonl": lambda: _records(metrics.StepRecord, metrics.ValidationRecord),
     "events.jsonl": lambda: _records(
-        *(events.Started, events.Saved, events.Thinned, events.Skipped, events.Spike),
+        *(events.Started, events.Saved, events.CheckpointSkipped, events.Skipped, events.Spike),
         *(events.Stopped, events.Failed, events.Done),
     ),
     "ledger.jsonl": lambda: _records(Entry),

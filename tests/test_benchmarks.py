@@ -109,7 +109,7 @@ def test_checkpoints_are_saved_in_both_ways_and_compared_with_the_disk(tmp_path,
     assert found["gb"] * 1e9 == pytest.approx(expected, rel=0.1), "the newest one stays"
     assert found["steps_beside"] > 0
     bench = checkpoint_stall.Bench(TASK, tmp_path / "due")
-    found["due"] = checkpoint_stall.thinned(bench, every=2, steps=6)
+    found["due"] = checkpoint_stall.frequent(bench, every=2, steps=6)
     assert found["due"]["due"] == 3 and 1 <= found["due"]["saved"] <= 3
     assert [path.name for path in (tmp_path / "due").iterdir()] == ["step-00000012"]
     checkpoint_stall.report(found | {"device": "a CPU", "size": "tiny"}, predicted=expected)

@@ -55,8 +55,8 @@ class Broken(pipeline.View):
         self.asked: list[str] = []
         self.alerts: list[tuple[str, str]] = []
 
-    def alert(self, occasion: str, message: str) -> None:
-        self.alerts.append((occasion, message))
+    def alert(self, condition: str, message: str) -> None:
+        self.alerts.append((condition, message))
 
     def page(self, page: Page, subject: str) -> None:
         assert page.embedded
@@ -107,8 +107,8 @@ def test_run_on_documents_that_quote_markup_shows_them_as_text(run: RunConfig) -
     tokens = MarkdownIt("commonmark").enable("table").parse(data)
     samples = [token.content for token in tokens if token.type == "fence"]
     assert len(samples) == 3 and any("![logo](logo.png)" in sample for sample in samples)
-    pictures = [c.attrs["src"] for t in tokens for c in t.children or () if c.type == "image"]
-    assert pictures == ["lengths.png"]
+    plots = [c.attrs["src"] for t in tokens for c in t.children or () if c.type == "image"]
+    assert plots == ["lengths.png"]
 
 
 def test_page_that_cannot_be_shown_does_not_end_a_run(run: RunConfig, view: Broken) -> None:
@@ -117,8 +117,8 @@ def test_page_that_cannot_be_shown_does_not_end_a_run(run: RunConfig, view: Brok
 
 
 def test_people_are_told_once_that_a_run_is_complete(run: RunConfig, view: Broken) -> None:
-    [(occasion, message)] = view.alerts
-    assert occasion == "done" and message.startswith("validation loss ")
+    [(condition, message)] = view.alerts
+    assert condition == "done" and message.startswith("validation loss ")
     assert message.endswith(" bits per byte after 12 steps")
     again = Broken()
     pipeline.pretrain(run, view=again)

@@ -41,8 +41,8 @@ from zeroflow.model.llama import ModelConfig
 from zeroflow.report import (
     data_page,
     evaluation_page,
-    pictures,
     plan_page,
+    plots,
     proof,
     registration,
     run_page,
@@ -52,7 +52,7 @@ from zeroflow.report import (
 from zeroflow.report import plan as plans
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status, outcome
-from zeroflow.report.pages import Page, Picture, never_fatal
+from zeroflow.report.pages import Page, Plot, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, Show, SpikeWatch, TrainingProgress
 from zeroflow.report.registration import Registrations
 from zeroflow.report.run_report import Finished
@@ -149,12 +149,12 @@ class View:
     def page(self, page: Page, subject: str) -> None:
         """Show a finished page."""
 
-    def live_picture(self, subject: str) -> Callable[[Path], None]:
+    def live_plot(self, subject: str) -> Callable[[Path], None]:
         """Return a function to call with each new version of a PNG file."""
-        return lambda picture: None
+        return lambda plot: None
 
-    def alert(self, occasion: Noticed, message: str) -> None:
-        """Called on an occasion of which people may want to be notified."""
+    def alert(self, condition: Noticed, message: str) -> None:
+        """Called when an alert condition holds."""
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         """Return `build`, or a function that also shows each part that it builds."""
@@ -301,7 +301,7 @@ def train(
     """
     if trained:
         return trained
-    band = LossWatch(job, view.live_picture("loss"), partial(view.alert, "out-of-band"))
+    band = LossWatch(job, view.live_plot("loss"), partial(view.alert, "out-of-band"))
     spikes = SpikeWatch(partial(view.alert, "spike"))
     why = why_trained(job, partial(unlike_others, run))
     log.info("training the model: %s", why)
@@ -342,11 +342,11 @@ def check_overfit(job: TrainingJob, limits: OverfitConfig, view: View = LOG_ONLY
     )
     with CheckProgress("overfit check", view.progress("overfit check")) as shown:
         result = overfit.check(check, shown)
-    with never_fatal("picture of the overfit check"):
-        drawn, least = job.folder.overfit_picture, result.least_loss
+    with never_fatal("plot of the overfit check"):
+        drawn, least = job.folder.overfit_plot, result.least_loss
         limit = limits.overfit_loss + least
-        pictures.overfit_curve(result.curve, drawn, limit=limit, least=least)
-        view.page(Page((Picture(drawn, "overfit"),)), "overfit")
+        plots.overfit_curve(result.curve, drawn, limit=limit, least=least)
+        view.page(Page((Plot(drawn, "overfit"),)), "overfit")
     if not result.passed:
         raise OverfitFailed(result)
     return result

@@ -56,7 +56,7 @@ class RunFolder(TrackedFolder):
 
     # Written by the stages
     data_page = _Named("data.md")
-    lengths_picture = _Named("lengths.png")
+    lengths_plot = _Named("lengths.png")
     model = _Named("model.json")
     job = _Named("job.json")
     preflight = _Named("preflight.json")
@@ -73,7 +73,7 @@ class RunFolder(TrackedFolder):
 
     overfit = _Named("overfit.json")
     overfit_job = _Named("overfit-job.json")
-    overfit_picture = _Named("overfit.png")
+    overfit_plot = _Named("overfit.png")
 
     # Written while ranks are running
     metrics = _Named("metrics.jsonl")
@@ -109,8 +109,8 @@ class RunFolder(TrackedFolder):
     # The report
     report = _Named("report.json")
     report_page = _Named("report.md")
-    loss_picture = _Named("loss.png")
-    time_picture = _Named("time.png")
+    loss_plot = _Named("loss.png")
+    time_plot = _Named("time.png")
 
     evaluation = _Named("evaluation.json")
     """Scores of checkpoints on texts and tasks."""
@@ -121,16 +121,16 @@ class RunFolder(TrackedFolder):
     # The proof that resume is exact
     proof = _Named("proof.json")
     proof_page = _Named("proof.md")
-    proof_picture = _Named("proof.png")
+    proof_plot = _Named("proof.png")
 
     # The ZeRO laboratory
     zero_lab = _Named("zero_lab.json")
     zero_lab_page = _Named("zero_lab.md")
-    zero_memory_picture = _Named("zero-memory.png")
-    zero_traffic_picture = _Named("zero-traffic.png")
-    zero_timeline_picture = _Named("zero-timeline.png")
-    zero_losses_picture = _Named("zero-losses.png")
-    zero_bandwidth_picture = _Named("zero-bandwidth.png")
+    zero_memory_plot = _Named("zero-memory.png")
+    zero_traffic_plot = _Named("zero-traffic.png")
+    zero_timeline_plot = _Named("zero-timeline.png")
+    zero_losses_plot = _Named("zero-losses.png")
+    zero_bandwidth_plot = _Named("zero-bandwidth.png")
 
     # Locks, for `artifacts.exclusive`
     owner_lock = _Named("owner")
@@ -176,8 +176,8 @@ class SweepFolder(TrackedFolder):
     def array(self) -> "ArrayFolder":
         return ArrayFolder(self.path / "array")
 
-    def loss_picture(self, axis: str) -> Path:
-        """Return the picture of the losses of all runs against `axis`."""
+    def loss_plot(self, axis: str) -> Path:
+        """Return the plot of the losses of all runs against `axis`."""
         return self.path / f"loss-by-{axis}.png"
 
 

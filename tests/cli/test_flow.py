@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "circle.txt").symlink_to("circle.txt")
-    (tmp_path / "picture.png").touch()
+    (tmp_path / "image.png").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     (tmp_path / "endless").mkdir()
@@ -45,7 +45,7 @@ SYNTHETIC = {"data_mode": "synthetic"}
 
 REFUSED = [
     ("pretrain", [FILES, "--data-path=none.txt"], "none.txt matches no file in "),
-    ("pretrain", [FILES, "--data-path=picture.png"], "picture.png: unknown kind of file"),
+    ("pretrain", [FILES, "--data-path=image.png"], "image.png: unknown kind of file"),
     ("pretrain", [FILES, "--data-path=array.json"], "array.json begins with a JSON array"),
     ("pretrain", [FILES, "--data-path=other.jsonl"], "line 1 has no text in field 'text'"),
     ("pretrain", [FILES, "--data-path=empty.txt.gz"], "empty.txt.gz cannot be read: it is empty"),

@@ -41,13 +41,13 @@ def test_tables_and_build_times_of_some_parts_are_enough(small_pieces, text, tmp
         (shards.part(number) / document_table.FILE).unlink()
     seen = statistics.gather(shards, text.tokenizer)
     assert seen.parts == 3 and 0 < len(seen.lengths) < shards.train.documents
-    page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
+    page = data_page.page(shards, seen, text.tokenizer, plot=Path("lengths.png")).linked
     assert "(in 3 of the parts)" in page
 
 
 def test_page_describes_the_data_and_its_rows(shards, text):
     seen = statistics.gather(shards, text.tokenizer)
-    page = data_page.page(shards, seen, text.tokenizer, picture=Path("lengths.png")).linked
+    page = data_page.page(shards, seen, text.tokenizer, plot=Path("lengths.png")).linked
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
     padding = shards.train.padding_tokens
@@ -63,10 +63,10 @@ def test_page_says_which_documents_are_in_both_splits(text, tmp_path):
     book = jsonl_corpus(tmp_path / "book.jsonl", ["\n".join(text.texts)])
     shards = build_shards(CONFIG, book, text.tokenizer, tmp_path)
     seen = statistics.gather(shards, text.tokenizer)
-    page = data_page.page(shards, seen, text.tokenizer, picture=Path("x")).linked
+    page = data_page.page(shards, seen, text.tokenizer, plot=Path("x")).linked
     assert "| In both splits | 1 document: its end is held out |" in page
     many = shards.replace(held_out_ends=2)
-    page = data_page.page(many, seen, text.tokenizer, picture=Path("x")).linked
+    page = data_page.page(many, seen, text.tokenizer, plot=Path("x")).linked
     assert "| In both splits | 2 documents: their ends are held out |" in page
 
 
@@ -77,9 +77,7 @@ def test_speed_is_that_of_parts_that_were_built_here(shards, text):
     (shards.path / build_times.FILE).unlink()
     seen = statistics.gather(shards, text.tokenizer)
     assert seen.tokens_per_second is None
-    assert (
-        "Built here" not in data_page.page(shards, seen, text.tokenizer, picture=Path("x")).linked
-    )
+    assert "Built here" not in data_page.page(shards, seen, text.tokenizer, plot=Path("x")).linked
 
 
 def test_synthetic_data_is_shown_as_ids(tmp_path):
@@ -95,5 +93,5 @@ def test_synthetic_data_is_shown_as_ids(tmp_path):
     assert ids.min() >= 0 and ids.max() < 300
     assert (
         "| bytes per token | none | none |"
-        in data_page.page(shards, seen, tokenizer, picture=Path("lengths.png")).linked
+        in data_page.page(shards, seen, tokenizer, plot=Path("lengths.png")).linked
     )

@@ -136,8 +136,8 @@ def test_mlflow_has_settings_curves_dataset_and_report(sample: tuple[Flow, str])
     ).items()
     assert run.data.tags["version.torch"] == torch.__version__
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    pictures = {"loss.png", "time.png", "overfit.png", "lengths.png"}
-    assert pictures | {"report.html", "data.html", "run.json"} <= files
+    plots = {"loss.png", "time.png", "overfit.png", "lengths.png"}
+    assert plots | {"report.html", "data.html", "run.json"} <= files
     for name, count in (("report.html", 3), ("data.html", 1)):
         page = Path(client.download_artifacts(run.info.run_id, name)).read_text()
         assert page.count('src="data:image/png;base64,') == count, name

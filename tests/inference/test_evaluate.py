@@ -191,7 +191,7 @@ def test_evaluation_is_shown_by_the_command_in_the_report_the_card_mlflow_and_a_
     assert f"| a.jsonl | bpb | {shown} |" in card and str(tmp_path) not in card
     found = outcome(cache.path, "mine")
     assert found is not None
-    compared = page("s", compare([found]), pictures=[], unfinished={}, reasons={}).linked
+    compared = page("s", compare([found]), plots=[], unfinished={}, reasons={}).linked
     assert "## Evaluation" in compared and shown in compared
 
     from mlflow.tracking import MlflowClient

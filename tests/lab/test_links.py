@@ -9,7 +9,7 @@ import pytest
 from tiny import WORKLOAD
 
 from zeroflow.lab import collectives
-from zeroflow.lab.links import LinkMeasurement, SingleCollective, middle_mean
+from zeroflow.lab.links import LinkMeasurement, SingleCollective, interquartile_mean
 from zeroflow.lab.network import network
 from zeroflow.lab.prediction import crossovers, linked
 
@@ -83,8 +83,8 @@ def test_stages_that_differ_by_noise_and_only_without_a_limit_have_no_crossover(
 
 
 def test_mean_of_the_middle_half_ignores_disturbed_steps():
-    assert middle_mean([1.0]) == 1.0
-    assert middle_mean([9.0, 1.0, 2.0, 3.0, 0.0, 2.0, 100.0, 1.0]) == pytest.approx(2.0)
+    assert interquartile_mean([1.0]) == 1.0
+    assert interquartile_mean([9.0, 1.0, 2.0, 3.0, 0.0, 2.0, 100.0, 1.0]) == pytest.approx(2.0)
 
 
 def test_network_without_root_is_refused_with_the_reason(monkeypatch):

@@ -95,13 +95,13 @@ def test_speed_and_time_lines_are_measured(found, lab):
         assert ("gather" in lanes) == (one.stage > 0)
 
 
-def test_page_and_pictures_show_the_record(job, found, lab):
+def test_page_and_plots_show_the_record(job, found, lab):
     page = zero_lab.write(job, found).linked
     folder = RunFolder(job.run_dir)
     assert ZeroLab.read(folder.zero_lab) == lab
     assert "number and bytes as predicted" in page and "**" not in page
-    for picture in folder.path.glob("*.png"):
-        assert f"({picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")
+    for plot in folder.path.glob("*.png"):
+        assert f"({plot.name})" in page and plot.read_bytes().startswith(b"\x89PNG")
     assert len([*folder.path.glob("*.png")]) == 4
 
 

@@ -18,7 +18,7 @@ from zeroflow.cli import commands
 from zeroflow.orchestration import alerts, server
 from zeroflow.orchestration.flows import FLOWS
 from zeroflow.orchestration.names import FLOW_NAMES, PRETRAIN
-from zeroflow.settings.alerts import OCCASIONS, AlertConfig
+from zeroflow.settings.alerts import CONDITIONS, AlertConfig
 from zeroflow.settings.flags import error_message
 
 SLACK = "https://hooks.slack.com/services/T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ"
@@ -69,8 +69,8 @@ def test_removing_and_setting_alerts_at_once_is_refused():
 
 
 def test_automations_wait_for_failed_and_crashed_runs_of_our_flows_and_for_our_events():
-    made = {occasion: alerts.automation_of(occasion, uuid4()) for occasion in OCCASIONS}
-    assert len({automation.name for automation in made.values()}) == len(OCCASIONS)
+    made = {condition: alerts.automation_of(condition, uuid4()) for condition in CONDITIONS}
+    assert len({automation.name for automation in made.values()}) == len(CONDITIONS)
     events = [event for automation in made.values() for event in automation.trigger.expect]
     assert events == [
         "prefect.flow-run.Failed",
@@ -79,8 +79,8 @@ def test_automations_wait_for_failed_and_crashed_runs_of_our_flows_and_for_our_e
         "zeroflow.out-of-band",
         "zeroflow.done",
     ]
-    for occasion in ("failed", "crashed"):
-        related = made[occasion].trigger.match_related
+    for condition in ("failed", "crashed"):
+        related = made[condition].trigger.match_related
         assert related["prefect.resource.name"] == [*FLOWS] == [*FLOW_NAMES]
     [sent] = made["done"].actions
     assert "{{ event.payload.message }}" in sent.body
@@ -103,8 +103,8 @@ def set_up(*flags: object, code: int = 0) -> None:
 
 @flow(name=PRETRAIN)
 def watched() -> None:
-    for occasion in ("spike", "out-of-band", "done"):
-        alerts.emit(occasion, "mine", f"{occasion} at step 7")
+    for condition in ("spike", "out-of-band", "done"):
+        alerts.emit(condition, "mine", f"{condition} at step 7")
 
 
 @flow(name="of somebody else")
@@ -121,7 +121,7 @@ def test_server_sends_messages_to_every_address_until_alerts_are_removed(
         file.write_text("\n".join(received.addresses))
         for _ in range(2):
             set_up("--alert-to", file)
-            assert automations(client) == sorted(map(alerts.automation_name, OCCASIONS))
+            assert automations(client) == sorted(map(alerts.automation_name, CONDITIONS))
         blocks = api(prefect_api, "/block_documents/filter", include_secrets=False)
         [block] = [block for block in blocks if block["name"] == alerts.BLOCK]
         assert "s3cret" not in str(block)
@@ -150,11 +150,11 @@ def test_server_sends_messages_to_every_address_until_alerts_are_removed(
 
 def assert_told(received: Received) -> None:
     told = dict(sorted(received.posts))
-    assert len(received.posts) == len(received.mails) == 5, "one message for each occasion"
+    assert len(received.posts) == len(received.mails) == 5, "one message for each condition"
     assert {subject for subject, _ in received.mails} == told.keys()
     assert told["zeroflow: pretrain · refused failed"].startswith("--seed: ")
     assert told["zeroflow: gone crashed"].startswith("No heartbeat.")
-    for occasion, words in (("spike", "has a spike"), ("out-of-band", "is out of band")):
-        assert told[f"zeroflow: mine {words}"].startswith(f"{occasion} at step 7")
+    for condition, words in (("spike", "has a spike"), ("out-of-band", "is out of band")):
+        assert told[f"zeroflow: mine {words}"].startswith(f"{condition} at step 7")
     page = told["zeroflow: mine is complete"].splitlines()[-1]
     assert page.startswith("http://127.0.0.1:") and "/runs/flow-run/" in page

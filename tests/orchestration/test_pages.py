@@ -57,7 +57,7 @@ def test_progress_is_updated_every_few_seconds_at_most(prefect_api):
         shows()
 
 
-def test_live_picture_replaces_the_previous_one(prefect_api, tmp_path):
+def test_live_plot_replaces_the_previous_one(prefect_api, tmp_path):
     from prefect import flow
     from prefect.settings import temporary_settings
 
@@ -67,14 +67,14 @@ def test_live_picture_replaces_the_previous_one(prefect_api, tmp_path):
         )
         return [page["data"] for page in kept]
 
-    picture = tmp_path / "loss.png"
+    plot = tmp_path / "loss.png"
 
     @flow(name="draws")
     def draws() -> None:
-        show = pages.LivePicture("loss", "drawn")
+        show = pages.LivePlot("loss", "drawn")
         for content in (b"first", b"second"):
-            picture.write_bytes(content)
-            show(picture)
+            plot.write_bytes(content)
+            show(plot)
             data = base64.b64encode(content).decode()
             assert shown() == [f"![loss](data:image/png;base64,{data})"]
 

@@ -16,7 +16,7 @@ from zeroflow import artifacts
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.report import band
-from zeroflow.report.pictures import loss_curve
+from zeroflow.report.plots import loss_curve
 from zeroflow.report.progress import LossWatch
 from zeroflow.run_folder import RunFolder
 from zeroflow.training.events import EVENTS, Done, Failed, Metrics, Started
@@ -353,7 +353,7 @@ def test_warning_that_the_loss_left_the_band_is_logged_once(job, monkeypatch, ca
 
 def test_run_of_less_than_a_minute_is_compared_at_its_end(job):
     told: list[str] = []
-    watch = LossWatch(job, lambda picture: None, told.append)
+    watch = LossWatch(job, lambda plot: None, told.append)
     for record in losses(1.0, since=60):
         METRICS.append(job.folder.metrics, record)
         watch(Metrics(record=record))
@@ -363,13 +363,13 @@ def test_run_of_less_than_a_minute_is_compared_at_its_end(job):
     assert [text.split(":")[0] for text in told] == ["loss is out of band from 3,840 tokens"]
 
 
-def test_picture_without_a_band_is_drawn_as_well(make):
+def test_plot_without_a_band_is_drawn_as_well(make):
     train(make("other", seed=1), 1.0)
     mine = make("mine")
     for expected in (None, found(mine)):
-        picture = loss_curve(mine, list(losses(to=3)), expected)
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        assert imread(picture)[..., 3].min() == 1, "on a dark page it brings its own background"
+        plot = loss_curve(mine, list(losses(to=3)), expected)
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert imread(plot)[..., 3].min() == 1, "on a dark page it brings its own background"
 
 
 def test_band_of_runs_too_short_for_each_window_is_drawn_in_one_piece(job, figures):

@@ -9,11 +9,11 @@ from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.report.comparison import Comparison, compare
 from zeroflow.report.comparison_page import page
 from zeroflow.report.outcome import Outcome
-from zeroflow.report.pictures import losses_compared
+from zeroflow.report.plots import losses_compared
 from zeroflow.run_folder import SweepFolder
 
 EXPONENT, FACTOR = 0.05, 20.0
-NOTHING_ELSE: dict[str, Any] = {"pictures": [], "unfinished": {}, "reasons": {}}
+NOTHING_ELSE: dict[str, Any] = {"plots": [], "unfinished": {}, "reasons": {}}
 
 
 def text(sweep: str, found: Comparison, **more: Any) -> str:
@@ -132,12 +132,12 @@ def test_one_size_has_no_law():
     assert "Power law" not in text("s", found, **NOTHING_ELSE)
 
 
-def test_page_and_pictures_show_the_whole_comparison(tmp_path):
+def test_page_and_plots_show_the_whole_comparison(tmp_path):
     found = compare([outcome("tiny"), outcome("small"), outcome("medium")])
     drawn = losses_compared(found, SweepFolder(tmp_path))
     why = "loss is nan at step 3: lower --learning-rate"
     failed = {"unfinished": {"s-tiny-seed7": "failed"}, "reasons": {"s-tiny-seed7": why}}
-    shown = text("s", found, pictures=drawn, **failed)
+    shown = text("s", found, plots=drawn, **failed)
     assert f"`s-tiny-seed7` failed: {why}" in shown.replace("\\", "")
     assert "fails again if its reason asks for other settings" in shown
     assert "| small-0 | small | " in shown and "**Not completed: s-tiny-seed7 (failed)**" in shown
@@ -185,7 +185,7 @@ def seeds(count: int, **more: Any) -> list[Outcome]:
     ]
 
 
-def test_means_over_seeds_are_in_the_table_and_the_pictures(tmp_path, figures):
+def test_means_over_seeds_are_in_the_table_and_the_plots(tmp_path, figures):
     alone, other = outcome("small"), seeds(4)[3].replace(status="cancelled")
     found = compare([*seeds(3), alone, other])
     shown = text("s", found, **NOTHING_ELSE)

@@ -3,7 +3,7 @@
 import base64
 
 from zeroflow.report.page_text import as_html, as_text
-from zeroflow.report.pages import Page, Picture
+from zeroflow.report.pages import Page, Plot
 from zeroflow.text.markup import Markdown, block, bold, code, escaped, link, table
 
 HEAD = ("run", "loss", "what was found")
@@ -60,7 +60,7 @@ def test_html_needs_no_other_file_and_runs_nothing(tmp_path):
     (tmp_path / "loss.png").write_bytes(b"\x89PNG loss")
     parts = (
         Markdown("# first"),
-        Picture(tmp_path / "loss.png", "loss"),
+        Plot(tmp_path / "loss.png", "loss"),
         table(HEAD, ROWS),
         escaped("![x](http://elsewhere/x.png) <script>alert(1)</script>"),
     )

@@ -61,6 +61,12 @@ def test_report_before_plans_stages_and_bands_is_read(tmp_path):
     assert report.expected_loss.verdict.startswith("unknown")
 
 
+def test_older_name_of_the_skipped_checkpoints_is_read(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(json.loads(OLD) | {"thinned_checkpoints": 3}))
+    assert RunReport.read(path).skipped_checkpoints == 3
+
+
 def test_facts_about_the_data_fit_into_the_width_of_prefects_page(report):
     figures = {"name": "fineweb-edu-CC-MAIN-2024-10", "revision": 40 * "f", "documents": 9_876_543}
     figures |= {"covered": 0.986, "repeated": 0.321, "train_rows": 123_456_789, "epochs": 12.34}

@@ -124,7 +124,7 @@ def test_sweep_without_a_completed_run_is_compared_and_ended(make, begin):
         pipeline.sweep(sweep, run_one)
     assert statuses(sweep) == {"seed0": "failed", "seed1": "failed"}
     assert mlflow_status(sweep) == "FAILED"
-    assert sweep.folder.loss_picture("tokens").exists()
+    assert sweep.folder.loss_plot("tokens").exists()
 
     nothing = make(7)
     nothing.folder.comparison_page.unlink()
@@ -185,7 +185,7 @@ def test_comparison_that_fails_leaves_no_sweep_running(make, begin):
 
     def run_one(cell: RunConfig) -> None:
         completed(begin(cell), LOSSES)
-        sweep.folder.loss_picture("flops").mkdir()
+        sweep.folder.loss_plot("flops").mkdir()
 
     with pytest.raises(OSError, match=r"loss-by-flops\.png"):
         pipeline.sweep(sweep, run_one)

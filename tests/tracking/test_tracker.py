@@ -168,11 +168,11 @@ def test_files_are_attached_during_training_and_updated(config, mine):
         return Path(client(config).download_artifacts(run.run_id, name)).read_text()
 
     mine.settings.write_text("{}")
-    delivery = follow(config, mine, mine.settings, mine.loss_picture)
+    delivery = follow(config, mine, mine.settings, mine.loss_plot)
     wait_until(lambda: attached("run.json") == "{}")
     assert attached("loss.png") is None
     for drawn in ("first", "second, and longer"):
-        mine.loss_picture.write_text(drawn)
+        mine.loss_plot.write_text(drawn)
         wait_until(lambda drawn=drawn: attached("loss.png") == drawn)
     assert the_run(config, mine).info.status == "RUNNING"
     delivery.close("FINISHED")

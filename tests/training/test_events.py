@@ -5,6 +5,7 @@ from logged import step_record, validation_record
 
 from zeroflow.training.events import (
     EVENTS,
+    CheckpointSkipped,
     Done,
     Event,
     Failed,
@@ -14,7 +15,6 @@ from zeroflow.training.events import (
     Spike,
     Started,
     Stopped,
-    Thinned,
 )
 
 OLD = [
@@ -31,6 +31,7 @@ OLD = [
     '{"event": "failed", "message": "CUDA out of memory", "reason": "out of memory", "rank": 1, '
     '"step": null}',
     '{"event": "stopped", "message": "the pre-flight was stopped"}',
+    '{"event": "thinned", "time": 1796053524.2, "step": 300}',
 ]
 """Lines that versions without a format wrote."""
 
@@ -52,7 +53,7 @@ def test_line_of_an_older_version_is_read_and_written_with_the_same_fields(line,
         Metrics(record=step_record(3, 4.5)),
         Metrics(record=validation_record(3, 4.5)),
         Saved(time=1.0, step=3, path="step-00000003", seconds=0.5),
-        Thinned(time=1.0, step=4),
+        CheckpointSkipped(time=1.0, step=4),
         Skipped(time=1.0, step=3, skipped=2),
         Spike(time=1.0, step=3, alarms=["loss 9"]),
         Stopped(message="asked to"),

@@ -164,7 +164,7 @@ def test_state_with_the_lowest_validation_loss_is_saved_and_stays(job, monkeypat
     assert saved(job) == [5, STEPS], "not step 10, whose loss is not the lowest, nor untrained ones"
 
 
-def test_checkpoints_due_during_a_write_are_left_out_and_the_last_step_is_saved(
+def test_checkpoints_due_during_a_write_are_skipped_and_the_last_step_is_saved(
     job, monkeypatch, caplog
 ):
     written, write = threading.Event(), chunked_files.write
@@ -183,10 +183,10 @@ def test_checkpoints_due_during_a_write_are_left_out_and_the_last_step_is_saved(
     monkeypatch.setattr(chunked_files, "write", late)
     cadence = Cadence(log=2, validate_=12, checkpoint=2)
     train(job.replace(cadence=cadence), release_at_step_9)
-    thinned = [event["step"] for event in events(job, "thinned")]
-    assert {2, STEPS} <= set(saved(job)) and thinned[:3] == [4, 6, 8]
-    assert sorted(saved(job) + thinned) == [2, 4, 6, 8, 10, 12]
-    assert "step 8: no checkpoint, because the one before is still being written" in caplog.text
+    skipped = [event["step"] for event in events(job, "checkpoint-skipped")]
+    assert {2, STEPS} <= set(saved(job)) and skipped[:3] == [4, 6, 8]
+    assert sorted(saved(job) + skipped) == [2, 4, 6, 8, 10, 12]
+    assert "step 8: checkpoint skipped, because the one before is still being" in caplog.text
     assert finished(job) is not None
     assert all(event["seconds"] > 0 for event in events(job, "saved"))
 
@@ -204,7 +204,7 @@ def test_promised_checkpoints_wait_for_a_slow_disk(job, monkeypatch):
     assert saved(job) == [4, 5, 7], "a multiple of keep_every, the best one, that of the stop"
     train(slow)
     assert saved(job) == [4, 5, 7, 8, STEPS]
-    assert [event["step"] for event in events(job, "thinned")] == [1, 2, 3, 6, 9, 10, 11]
+    assert [event["step"] for event in events(job, "checkpoint-skipped")] == [1, 2, 3, 6, 9, 10, 11]
 
 
 def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, *, to: int = STEPS) -> None:

@@ -2,7 +2,7 @@
 
 On a busy machine, ranks wait for a core that another program uses. Linux counts this time, and it
 is subtracted. What is left of the disturbance affects all times alike: a step of many collectives
-is never as lucky as the shortest time of each, so all times are means of the middle half.
+is never as lucky as the shortest time of each, so all times are interquartile means.
 """
 
 import os
@@ -81,10 +81,14 @@ def measure(
     return [
         LinkMeasurement(
             gbps=gbps,
-            step_seconds=tuple(middle_mean(steps[gbps, n][_WARM_UP:]) for n in range(len(runs))),
+            step_seconds=tuple(
+                interquartile_mean(steps[gbps, n][_WARM_UP:]) for n in range(len(runs))
+            ),
             collectives=tuple(
                 SingleCollective(
-                    name=name, bytes=size, seconds=middle_mean(single[gbps, name, size][_WARM_UP:])
+                    name=name,
+                    bytes=size,
+                    seconds=interquartile_mean(single[gbps, name, size][_WARM_UP:]),
                 )
                 for name, size in calls
             ),
@@ -93,8 +97,7 @@ def measure(
     ]
 
 
-def middle_mean(seconds: Sequence[float]) -> float:
-    """Return the mean of the middle half."""
+def interquartile_mean(seconds: Sequence[float]) -> float:
     left_out = len(seconds) // 4
     return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
 

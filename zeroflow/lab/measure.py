@@ -107,7 +107,7 @@ class Measurement(Record):
     """Collectives of a step of rank 0."""
 
     spans: tuple[Span, ...]
-    """Time line of a step of rank 0; empty for a single rank."""
+    """Timeline of a step of rank 0; empty for a single rank."""
 
 
 class FitMeasurement(Record):
@@ -173,7 +173,7 @@ def record_step(
 
 
 def train(config: TrainingConfig, source: Batches) -> tuple[list[float], float, list[Span]]:
-    """Train all steps; return their losses, the median time of a step, and a time line of one."""
+    """Train all steps; return their losses, the median time of a step, and a timeline of one."""
     work = config.workload
     state = new_state(config)
     losses, step_seconds = _timed(state, config, source, config.steps)

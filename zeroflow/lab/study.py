@@ -62,7 +62,7 @@ class LabConfig(Config):
 
 
 class Study(Config):
-    """Results of the laboratory, and the measurements that its pictures show."""
+    """Results of the laboratory, and the measurements that its plots show."""
 
     lab: ZeroLab
     one_rank: Measurement

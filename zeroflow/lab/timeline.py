@@ -1,4 +1,4 @@
-"""The time line of a step: when a rank computes and when it communicates, from PyTorch's profiler.
+"""The timeline of a step: when a rank computes and when it communicates, from PyTorch's profiler.
 
 On a GPU the marks are those of the kernels on the device. On a CPU they are those of PyTorch's
 operators in the main thread, and of Gloo's collectives in its own threads.

@@ -17,7 +17,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectNotFound
 
 from zeroflow.orchestration.names import FLOW_NAMES
-from zeroflow.settings.alerts import OCCASIONS, AlertConfig, Noticed, Occasion
+from zeroflow.settings.alerts import CONDITIONS, AlertConfig, Condition, Noticed
 from zeroflow.text.redaction import redacted
 
 BLOCK = "zeroflow-alerts"
@@ -37,7 +37,7 @@ class _Message(NamedTuple):
     """True if Prefect emits the event for each flow run; otherwise a run emits it."""
 
 
-_MESSAGES: dict[Occasion, _Message] = {
+_MESSAGES: dict[Condition, _Message] = {
     "failed": _Message("prefect.flow-run.Failed", "failed", by_prefect=True),
     "crashed": _Message("prefect.flow-run.Crashed", "crashed", by_prefect=True),
     "spike": _Message("zeroflow.spike", "has a spike"),
@@ -46,23 +46,23 @@ _MESSAGES: dict[Occasion, _Message] = {
 }
 
 
-def emit(occasion: Noticed, name: str, message: str) -> None:
-    """Emit the event of an occasion that the run or sweep `name` has noticed."""
+def emit(condition: Noticed, name: str, message: str) -> None:
+    """Emit the event of a condition that the run or sweep `name` has detected."""
     emit_event(
-        _MESSAGES[occasion].event,
+        _MESSAGES[condition].event,
         resource={"prefect.resource.id": f"zeroflow.run.{name}", "prefect.resource.name": name},
         payload={"message": redacted(message)},
     )
 
 
-def set_alerts(config: AlertConfig, found: list[str], client: SyncPrefectClient) -> list[Occasion]:
+def set_alerts(config: AlertConfig, found: list[str], client: SyncPrefectClient) -> list[Condition]:
     """Create, change or remove block and automations on the server of `client`.
 
     Args:
         found: addresses of the file in `config`; empty to keep those that the server has.
 
     Returns:
-        the occasions for which messages are sent from now on.
+        the alert conditions that are active from now on.
 
     Raises:
         ValueError: the server has no addresses.
@@ -70,17 +70,17 @@ def set_alerts(config: AlertConfig, found: list[str], client: SyncPrefectClient)
     block = _saved(found) if found else _existing(client)
     if config.alert_on and block is None:
         raise ValueError("the server has no addresses for alerts: add --alert-to")
-    chosen = () if config.no_alerts else config.alert_on or OCCASIONS
-    wanted = [occasion for occasion in OCCASIONS if occasion in chosen]
-    for occasion in OCCASIONS:
-        there = client.read_automations_by_name(automation_name(occasion))
-        if occasion not in wanted:
+    chosen = () if config.no_alerts else config.alert_on or CONDITIONS
+    wanted = [condition for condition in CONDITIONS if condition in chosen]
+    for condition in CONDITIONS:
+        there = client.read_automations_by_name(automation_name(condition))
+        if condition not in wanted:
             for automation in there:
                 client.delete_automation(automation.id)
         elif block is not None and there:
-            client.update_automation(there[0].id, automation_of(occasion, block))
+            client.update_automation(there[0].id, automation_of(condition, block))
         elif block is not None:
-            client.create_automation(automation_of(occasion, block))
+            client.create_automation(automation_of(condition, block))
     if config.no_alerts and block is not None:
         client.delete_block_document(block)
     return wanted
@@ -109,13 +109,13 @@ def addresses(file: Path) -> list[str]:
     return list(found.values())
 
 
-def automation_name(occasion: Occasion) -> str:
-    return f"zeroflow: alert if a run {_MESSAGES[occasion].words}"
+def automation_name(condition: Condition) -> str:
+    return f"zeroflow: alert if a run {_MESSAGES[condition].words}"
 
 
-def automation_of(occasion: Occasion, block: UUID) -> AutomationCore:
-    """Return the automation that sends the messages of `occasion` to the addresses in `block`."""
-    event, words, by_prefect = _MESSAGES[occasion]
+def automation_of(condition: Condition, block: UUID) -> AutomationCore:
+    """Return the automation that sends the messages of `condition` to the addresses in `block`."""
+    event, words, by_prefect = _MESSAGES[condition]
     name, text = "{{ event.resource.name }}", "{{ event.payload.message }}"
     of_our_flows: dict[str, Any] = {}
     if by_prefect:
@@ -127,7 +127,7 @@ def automation_of(occasion: Occasion, block: UUID) -> AutomationCore:
         }
     page = "{% if flow_run and flow_run|ui_url %}\n{{ flow_run|ui_url }}{% endif %}"
     return AutomationCore(
-        name=automation_name(occasion),
+        name=automation_name(condition),
         description="Created by `zeroflow prefect-setup`.",
         trigger=EventTrigger(expect={event}, posture=Posture.Reactive, **of_our_flows),
         actions=[

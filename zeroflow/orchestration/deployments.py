@@ -66,7 +66,7 @@ def set_up(silence: timedelta = SILENCE, alerts: AlertConfig = _UNCHANGED) -> No
         )
     with temporary_settings(api.settings), get_client(sync_client=True) as client:
         # First, because it may be refused, which must leave the server as it was
-        occasions = set_alerts(alerts, found, client) if alerts.are_asked_for else []
+        conditions = set_alerts(alerts, found, client) if alerts.are_asked_for else []
         template = ProcessWorker.get_default_base_job_template()
         pool = WorkPoolCreate(
             name=WORK_POOL,
@@ -91,7 +91,7 @@ def set_up(silence: timedelta = SILENCE, alerts: AlertConfig = _UNCHANGED) -> No
     log.info("  limit       %s, concurrent jobs on GPUs", GPU_LIMIT)
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
     if alerts.are_asked_for:
-        log.info("  alerts      %s", ", ".join(occasions) or "none")
+        log.info("  alerts      %s", ", ".join(conditions) or "none")
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:

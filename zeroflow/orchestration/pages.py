@@ -1,4 +1,4 @@
-"""Pages, pictures and progress bars on the page of a flow run."""
+"""Pages, plots and progress bars on the page of a flow run."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import (
 )
 
 from zeroflow.orchestration.flow_context import reachable
-from zeroflow.report.pages import Page, Picture
+from zeroflow.report.pages import Page, Plot
 from zeroflow.text.markup import escaped
 
 log = logging.getLogger(__name__)
@@ -73,16 +73,16 @@ class _Live:
         return not self._failing
 
 
-class LivePicture:
-    """A picture on the page of the flow run; each new version replaces it."""
+class LivePlot:
+    """A plot on the page of the flow run; each new version replaces it."""
 
     def __init__(self, subject: str, run_name: str) -> None:
         self._subject, self._run_name = subject, run_name
-        self._live = _Live(f"the picture of {subject}")
+        self._live = _Live(f"the plot of {subject}")
 
-    def __call__(self, picture: Path) -> None:
+    def __call__(self, plot: Path) -> None:
         # As Markdown, because for an image artifact, Prefect also prints the whole data URI
-        page = Page((Picture(picture, self._subject),))
+        page = Page((Plot(plot, self._subject),))
         self._live.put(
             lambda: create_markdown_artifact(
                 page.embedded,

@@ -43,11 +43,11 @@ class PrefectView(View):
     def page(self, page: Page, subject: str) -> None:
         pages.publish(page, subject, self._name)
 
-    def live_picture(self, subject: str) -> Callable[[Path], None]:
-        return pages.LivePicture(subject, self._name)
+    def live_plot(self, subject: str) -> Callable[[Path], None]:
+        return pages.LivePlot(subject, self._name)
 
-    def alert(self, occasion: Noticed, message: str) -> None:
-        alerts.emit(occasion, self._name, message)
+    def alert(self, condition: Noticed, message: str) -> None:
+        alerts.emit(condition, self._name, message)
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         return part_task(build)

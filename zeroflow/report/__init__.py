@@ -1,1 +1,1 @@
-"""Output of a run: records, pages, pictures and comparisons."""
+"""Output of a run: records, pages, plots and comparisons."""

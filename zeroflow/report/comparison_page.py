@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zeroflow.report.comparison import Comparison, Group, Mean, Prediction
 from zeroflow.report.outcome import COMPARED, Measure, Outcome
-from zeroflow.report.pages import Page, Part, Picture, Table
+from zeroflow.report.pages import Page, Part, Plot, Table
 from zeroflow.report.power_law import PowerLaw
 from zeroflow.text.markup import Markdown, bold, code, escaped
 from zeroflow.training.metrics import TABLE, Metric
@@ -26,7 +26,7 @@ def page(
     sweep: str,
     found: Comparison,
     *,
-    pictures: Sequence[Path],
+    plots: Sequence[Path],
     unfinished: Mapping[str, str],
     reasons: Mapping[str, str],
 ) -> Page:
@@ -50,7 +50,7 @@ def page(
         parts.append(
             escaped(
                 "The runs have different tokenizers, so their losses are not comparable: "
-                "pictures and power law show bits per byte."
+                "plots and the power law show bits per byte."
             )
         )
     if unfinished:
@@ -60,7 +60,7 @@ def page(
         parts += [Markdown(f"{code(run)} failed: {escaped(why)}") for run, why in reasons.items()]
     parts += _seeds_section(sweep, found.groups)
     parts += _evaluation_section(sweep, found.runs)
-    parts += [Picture(picture, picture.name) for picture in pictures]
+    parts += [Plot(plot, plot.name) for plot in plots]
     if found.law:
         sentences = _sentences(found, found.law)
         parts += [Markdown("## Power law"), *map(escaped, sentences)]

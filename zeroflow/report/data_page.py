@@ -10,8 +10,8 @@ from zeroflow.data.arrays import Int64Array
 from zeroflow.data.shards import ShardSet, SplitCounts
 from zeroflow.data.statistics import ShardStatistics
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.report import pictures
-from zeroflow.report.pages import Page, Picture, Table, TextBlock
+from zeroflow.report import plots
+from zeroflow.report.pages import Page, Plot, Table, TextBlock
 from zeroflow.run_folder import RunFolder
 from zeroflow.text.markup import Markdown, code, escaped
 from zeroflow.units import count
@@ -22,29 +22,25 @@ log = logging.getLogger(__name__)
 def write_data(
     shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, folder: RunFolder
 ) -> Page:
-    """Write data.md, the page about a run's data, and its picture into the run's folder.
+    """Write data.md, the page about a run's data, and its plot into the run's folder.
 
     If the folder is read-only, the page is only returned.
     """
-    made = page(shards, gathered, tokenizer, picture=folder.lengths_picture)
+    made = page(shards, gathered, tokenizer, plot=folder.lengths_plot)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        pictures.document_lengths(
-            gathered.lengths, folder.lengths_picture, row_tokens=shards.row_tokens
-        )
+        plots.document_lengths(gathered.lengths, folder.lengths_plot, row_tokens=shards.row_tokens)
         made.write(folder.data_page)
     except OSError as error:
         log.warning("cannot write the page of the data: %s", artifacts.explained(error))
     return made
 
 
-def page(
-    shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, picture: Path
-) -> Page:
+def page(shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, plot: Path) -> Page:
     """Return the page.
 
     Args:
-        picture: file of the picture of document lengths.
+        plot: file of the plot of document lengths.
     """
     source = ", ".join(f"{name} {value}" for name, value in gathered.source.items() if value)
     rows = {
@@ -74,7 +70,7 @@ def page(
             Markdown(f"# Data: {escaped(shards.path.name)}"),
             Table(("", ""), rows.items()),
             Table(("", "training", "validation"), list(zip(_COUNTS, *splits, strict=True))),
-            Picture(picture, "histogram of document lengths"),
+            Plot(plot, "histogram of document lengths"),
             Markdown("## Beginnings of rows"),
             *map(TextBlock, gathered.samples),
         )

@@ -12,10 +12,10 @@ from zeroflow.report.pages import data_uri
 
 _BULLET = "- "
 
-_OWN_PICTURE = re.compile(r"[\w-]+\.png")
-"""Address of a picture beside the page."""
+_OWN_PLOT = re.compile(r"[\w-]+\.png")
+"""Address of a plot beside the page."""
 
-# The policy allows only embedded pictures, so that text of documents cannot load anything
+# The policy allows only embedded images, so that text of documents cannot load anything
 _HTML = """<!doctype html>
 <html lang="en">
 <head>
@@ -42,22 +42,22 @@ img {{ max-width: 100%; }}
 def as_html(page: Path, title: str) -> str:
     """Return a page as a single HTML file, which needs no other file and no network.
 
-    Pictures beside the page are embedded. Text of documents is escaped when the page is written,
-    so it cannot refer to a picture.
+    Plots beside the page are embedded. Text of documents is escaped when the page is written,
+    so it cannot refer to an image.
     """
     parser = _parser()
     tokens = parser.parse(page.read_text(encoding="utf-8"))
     for child in (child for token in tokens for child in token.children or ()):
         name = str(child.attrGet("src"))
-        is_ours = child.type == "image" and _OWN_PICTURE.fullmatch(name)
-        if is_ours and (picture := page.parent / name).exists():
-            child.attrSet("src", data_uri(picture))
+        is_ours = child.type == "image" and _OWN_PLOT.fullmatch(name)
+        if is_ours and (plot := page.parent / name).exists():
+            child.attrSet("src", data_uri(plot))
     body = parser.renderer.render(tokens, parser.options, {})
     return _HTML.format(title=escape(title), body=body)
 
 
 def as_text(markdown: str, width: int | None = None) -> str:
-    """Return a page as plain text, without its pictures.
+    """Return a page as plain text, without its images.
 
     Args:
         width: columns of the terminal. A wider table is split into several, each with the first
@@ -87,7 +87,7 @@ def as_text(markdown: str, width: int | None = None) -> str:
                 text = before + _inline(token).strip()
                 if before and blocks and blocks[-1].startswith(before):
                     blocks[-1] += f"\n{text}"
-                elif text:  # empty for a picture
+                elif text:  # empty for an image
                     blocks.append(text)
                 before = ""
             case "heading_close" if blocks:

@@ -1,4 +1,4 @@
-"""Pages about a run: Markdown with pictures."""
+"""Pages about a run: Markdown with plots."""
 
 import base64
 import logging
@@ -12,7 +12,7 @@ from zeroflow.text.markup import Markdown, block, table
 log = logging.getLogger(__name__)
 
 
-class Picture(NamedTuple):
+class Plot(NamedTuple):
     """A PNG file on a page."""
 
     path: Path
@@ -34,35 +34,35 @@ class TextBlock(NamedTuple):
     text: str
 
 
-Part = Markdown | Table | TextBlock | Picture
+Part = Markdown | Table | TextBlock | Plot
 
 
 class Page(NamedTuple):
-    """Parts of a page, which become Markdown when it is written; its pictures are next to it."""
+    """Parts of a page, which become Markdown when it is written; its plots are next to it."""
 
     parts: tuple[Part, ...]
 
     def write(self, path: Path) -> None:
-        """Write the page into the folder of its pictures."""
+        """Write the page into the folder of its plots."""
         path.write_text(f"{self.linked}\n", encoding="utf-8")
 
     @property
     def linked(self) -> Markdown:
-        """The page with links to the files of its pictures."""
-        return self._joined(lambda picture: picture.path.name)
+        """The page with links to the files of its plots."""
+        return self._joined(lambda plot: plot.path.name)
 
     @property
     def embedded(self) -> Markdown:
-        """The page with embedded pictures, for readers without access to the files."""
-        return self._joined(lambda picture: data_uri(picture.path))
+        """The page with embedded plots, for readers without access to the files."""
+        return self._joined(lambda plot: data_uri(plot.path))
 
-    def _joined(self, address: Callable[[Picture], str]) -> Markdown:
+    def _joined(self, address: Callable[[Plot], str]) -> Markdown:
         return Markdown("\n\n".join(_markdown(part, address) for part in self.parts))
 
 
-def _markdown(part: Part, address: Callable[[Picture], str]) -> str:
+def _markdown(part: Part, address: Callable[[Plot], str]) -> str:
     match part:
-        case Picture():
+        case Plot():
             return f"![{part.subject}]({address(part)})"
         case Table():
             return table(part.head, part.rows, right=part.right)
@@ -72,9 +72,9 @@ def _markdown(part: Part, address: Callable[[Picture], str]) -> str:
             return part.strip()
 
 
-def data_uri(picture: Path) -> str:
+def data_uri(plot: Path) -> str:
     """Return an address that contains the whole PNG file."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from zeroflow.report import band, pictures
+from zeroflow.report import band, plots
 from zeroflow.report.pages import never_fatal
 from zeroflow.training.events import Done, Event, Metrics, Spike, Started
 from zeroflow.training.job import TrainingJob
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _LOG_SECONDS = 15.0
 """Minimum time between progress lines in the log."""
 
-_PICTURE_SECONDS = 60.0
+_PLOT_SECONDS = 60.0
 """Minimum time between two drawings of the loss curve."""
 
 _SPIKE_SECONDS = 3600.0
@@ -163,14 +163,14 @@ class LossWatch:
     ) -> None:
         """
         Args:
-            show: called with every new picture.
+            show: called with every new plot.
             tell: called with the warning.
         """
         self._job, self._show, self._tell = job, show, tell
         self._expected = band.find(job)
         if self._expected:
             log.info("comparing the loss with earlier runs: %s", ", ".join(self._expected.runs))
-        self._next = time.monotonic() + _PICTURE_SECONDS
+        self._next = time.monotonic() + _PLOT_SECONDS
         self._warned = False
 
     def __call__(self, event: Event | Pulse) -> None:
@@ -184,11 +184,11 @@ class LossWatch:
                 log.warning("loss is %s", verdict)
                 self._tell(f"loss is {verdict}")
                 self._warned = True
-        if isinstance(event, Done):  # the report draws the last picture
+        if isinstance(event, Done):  # the report draws the last plot
             return
-        with never_fatal("picture of the loss"):
-            self._show(pictures.loss_curve(self._job, records, self._expected))
-        self._next = time.monotonic() + _PICTURE_SECONDS
+        with never_fatal("plot of the loss"):
+            self._show(plots.loss_curve(self._job, records, self._expected))
+        self._next = time.monotonic() + _PLOT_SECONDS
 
 
 class SpikeWatch:

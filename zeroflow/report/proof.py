@@ -2,9 +2,9 @@
 
 from zeroflow.checks import resume
 from zeroflow.checks.resume import Proof
-from zeroflow.report import pictures
+from zeroflow.report import plots
 from zeroflow.report.page_text import as_html
-from zeroflow.report.pages import Page, Picture, Table
+from zeroflow.report.pages import Page, Plot, Table
 from zeroflow.text.markup import Markdown, bold, code, escaped
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
@@ -13,18 +13,18 @@ from zeroflow.units import count
 
 
 def write(job: TrainingJob, proof: Proof) -> Page:
-    """Write proof.json and proof.md with a picture, and add them to MLflow."""
+    """Write proof.json and proof.md with a plot, and add them to MLflow."""
     folder = job.folder
     undisturbed, killed = (
         METRICS.read(folder.inner(name).metrics) for name in (resume.UNDISTURBED, resume.KILLED)
     )
     kills = [kill.step for kill in proof.kills]
-    picture = pictures.resume_curves(undisturbed, killed, folder.proof_picture, kills=kills)
+    plot = plots.resume_curves(undisturbed, killed, folder.proof_plot, kills=kills)
     proof.write(folder.proof)
     made = page(job, proof)
     made.write(folder.proof_page)
     ending = tracker.RunEnd(
-        files=[picture, folder.proof],
+        files=[plot, folder.proof],
         pages={"proof.html": as_html(folder.proof_page, f"proof of {folder.name}")},
         series={},
         succeeded=proof.passed,
@@ -61,7 +61,7 @@ def page(job: TrainingJob, proof: Proof) -> Page:
         (
             Markdown(f"# Proof that resume is exact: {escaped(job.run_dir.name)}"),
             Table(("", ""), rows.items()),
-            Picture(job.folder.proof_picture, "losses of both runs"),
+            Plot(job.folder.proof_plot, "losses of both runs"),
             Markdown("## Kills"),
             Table(("", "aimed at", "killed", "last logged step", "resumed from step"), kills),
         )

@@ -1,7 +1,9 @@
 """report.json: results of a finished run, for people and for other programs."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
@@ -157,6 +159,13 @@ class WorkloadFigures(Sharding):
 class RunReport(WorkloadFigures):
     """A finished run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_older_fields(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "thinned_checkpoints" in content:
+            return {"skipped_checkpoints": content["thinned_checkpoints"]} | content
+        return content
+
     status: Literal["completed", "failed"]
     """failed: the overfit check did not pass."""
 
@@ -218,8 +227,8 @@ class RunReport(WorkloadFigures):
     checkpoint: Path
     """Folder of the checkpoint of the last step."""
 
-    thinned_checkpoints: int | None = omitted()
-    """Number of due checkpoints that were left out, because the one before was still being written.
+    skipped_checkpoints: int | None = omitted()
+    """Number of due checkpoints that were skipped, because the one before was still being written.
     None in files of older versions."""
 
     sample: str

@@ -8,7 +8,7 @@ from zeroflow.checks.preflight import PreflightResult
 from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.inference.evaluation import Evaluations
 from zeroflow.report import evaluation_page, plan_page
-from zeroflow.report.pages import Page, Part, Picture, Table, TextBlock
+from zeroflow.report.pages import Page, Part, Plot, Table, TextBlock
 from zeroflow.report.plan import Plan
 from zeroflow.report.records import CorpusFigures, RunReport, StageFigures, TimeFigures
 from zeroflow.settings.run_config import leaves
@@ -45,8 +45,8 @@ def page(
         parts.append(Markdown("> **Synthetic data replaced FineWeb-Edu.**"))
     parts += [
         Table(("", ""), _facts(report, workload, pages).items()),
-        Picture(folder.loss_picture, "loss against tokens"),
-        Picture(folder.overfit_picture, "loss of the overfit check"),
+        Plot(folder.loss_plot, "loss against tokens"),
+        Plot(folder.overfit_plot, "loss of the overfit check"),
         *metrics_section(report.metrics),
         *evaluation_page.section(evaluations),
         *_stages_section(report.stages),
@@ -55,7 +55,7 @@ def page(
         parts += preflight_section(report.preflight)
     parts += [
         *_time_section(report.time),
-        Picture(folder.time_picture, "share of the wall time by phase"),
+        Plot(folder.time_plot, "share of the wall time by phase"),
     ]
     if plan:
         parts += plan_page.section(plan, report.plan)
@@ -99,7 +99,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
         **_extended(report.extensions or ()),
         "Resume": report.resume,
         "Checkpoint": code(str(report.checkpoint)),
-        **_thinned(report.thinned_checkpoints),
+        **_skipped_checkpoints(report.skipped_checkpoints),
     }
     if pages:
         facts["MLflow"] = Markdown(", ".join(link(*item) for item in pages.items()))
@@ -127,11 +127,10 @@ def _extended(extensions: Iterable[Extension]) -> dict[str, str]:
     return {"Extension": found} if found else {}
 
 
-def _thinned(thinned: int | None) -> dict[str, str]:
-    if not thinned:
+def _skipped_checkpoints(number: int | None) -> dict[str, str]:
+    if not number:
         return {}
-    found = f"{count(thinned, 'due checkpoint')}, while the one before was still being written"
-    return {"Left out": found}
+    return {"Skipped checkpoints": f"{number}, while the one before was still being written"}
 
 
 def _outcome(check: Check) -> Markdown | str:

@@ -1,4 +1,4 @@
-"""Writes the report of a finished run: report.json, report.md and pictures, also to MLflow."""
+"""Writes the report of a finished run: report.json, report.md and plots, also to MLflow."""
 
 import logging
 import statistics
@@ -14,7 +14,7 @@ from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
 from zeroflow.inference import evaluation
 from zeroflow.inference.evaluation import Evaluation
-from zeroflow.report import band, pictures, plan_page, run_page
+from zeroflow.report import band, plan_page, plots, run_page
 from zeroflow.report import plan as plans
 from zeroflow.report.band import Band
 from zeroflow.report.page_text import as_html
@@ -39,7 +39,7 @@ from zeroflow.tracking.store import RunIds, run_ids
 from zeroflow.tracking.tracker import Point
 from zeroflow.tracking.viewer import links
 from zeroflow.training import goodput, metrics, recovery
-from zeroflow.training.events import EVENTS, Saved, Thinned
+from zeroflow.training.events import EVENTS, CheckpointSkipped, Saved
 from zeroflow.training.extension import extensions
 from zeroflow.training.goodput import Account
 from zeroflow.training.job import TrainingJob, TrainResult, read_job
@@ -77,8 +77,8 @@ class Logs(NamedTuple):
     last_metrics: Mapping[str, float]
     """Last logged value of every metric, by its key in MLflow."""
 
-    thinned: int
-    """Number of due checkpoints that were left out and not saved later."""
+    skipped_checkpoints: int
+    """Number of due checkpoints that were skipped and not saved later."""
 
     time: Account
     measured: Figures
@@ -152,6 +152,7 @@ def _read(run: Finished) -> Logs:
     plan, records, time = plans.load(folder), METRICS.read(folder.metrics), goodput.read(folder)
     events = EVENTS.read(folder.events)
     saved = {event.step: event.seconds for event in events if isinstance(event, Saved)}
+    skipped = {event.step for event in events if isinstance(event, CheckpointSkipped)}
     seconds = [each for each in saved.values() if each is not None]
     return Logs(
         plan=plan,
@@ -159,7 +160,7 @@ def _read(run: Finished) -> Logs:
         recoveries=recovery.read(folder),
         metrics=records,
         last_metrics=metrics.latest(records),
-        thinned=len({event.step for event in events if isinstance(event, Thinned)} - saved.keys()),
+        skipped_checkpoints=len(skipped - saved.keys()),
         time=time,
         mlflow=run_ids(folder),
         pages=links(folder),
@@ -211,7 +212,7 @@ def _gather(run: Finished, logs: Logs, expected: Band | None) -> RunReport:
             fingerprint=job.tokenizer.fingerprint,
         ),
         checkpoint=trained.checkpoint,
-        thinned_checkpoints=logs.thinned,
+        skipped_checkpoints=logs.skipped_checkpoints,
         sample=trained.sample,
         time=_time(logs.time),
         expected_loss=_expected_loss(expected, logs.metrics),
@@ -287,11 +288,11 @@ def _log(report: RunReport) -> None:
 def _draw(
     run: Finished, report: RunReport, records: Sequence[MetricsRecord], expected: Band | None
 ) -> None:
-    pictures.loss_curve(run.job, records, expected)
+    plots.loss_curve(run.job, records, expected)
     time = report.time
-    pictures.time_shares(
+    plots.time_shares(
         {goodput.label(phase): share for phase, share in time.shares.items()},
-        run.settings.folder.time_picture,
+        run.settings.folder.time_plot,
         title=f"{duration(time.wall_seconds)} of training by phase",
         good={goodput.label(phase) for phase in goodput.GOOD},
     )
@@ -306,8 +307,8 @@ def _record(run: Finished, report: RunReport, logs: Logs) -> str | None:
     folder, tracking = run.settings.folder, run.job.tracking
     ending = tracker.RunEnd(
         files=[
-            *(folder.loss_picture, folder.time_picture, folder.overfit_picture),
-            *(folder.settings, folder.lengths_picture),
+            *(folder.loss_plot, folder.time_plot, folder.overfit_plot),
+            *(folder.settings, folder.lengths_plot),
         ],
         pages=_html(folder),
         series={"overfit/loss": run.overfit.curve},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zeroflow import artifacts
-from zeroflow.report import comparison, comparison_page, pictures
+from zeroflow.report import comparison, comparison_page, plots
 from zeroflow.report.comparison import Comparison
 from zeroflow.report.outcome import Status, failures, outcome
 from zeroflow.report.page_text import as_html
@@ -69,11 +69,11 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
     where = sweep.folder
     try:
         found, unfinished = _gather(sweep, ended)
-        drawn = pictures.losses_compared(found, where) if found.runs else []
+        drawn = plots.losses_compared(found, where) if found.runs else []
         page = comparison_page.page(
             sweep.name,
             found,
-            pictures=drawn,
+            plots=drawn,
             unfinished=unfinished,
             reasons=_reasons(sweep, unfinished),
         )

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from zeroflow.lab.record import Amount, Collective, Largest, MemoryFit, ZeroLab, ZeroStage
 from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import PARTS
-from zeroflow.report import zero_pictures
+from zeroflow.report import zero_plots
 from zeroflow.report.page_text import as_html
-from zeroflow.report.pages import Page, Part, Picture, Table
+from zeroflow.report.pages import Page, Part, Plot, Table
 from zeroflow.text.markup import Markdown, bold, escaped
 from zeroflow.tracking import tracker
 from zeroflow.training.job import TrainingJob
@@ -20,28 +20,30 @@ _MEMORY_REASONS = {
     "(12). Here, weights and gradients are fp32 (4 + 4), and moments take 8: also 16. FSDP2 adds a "
     "copy of the weights for use.",
     1: "Weights and moments are sharded, also the fp32 weights, which the paper counts with the "
-    "moments. With several micro-batches per step, gradients are whole and fp32: 4 bytes instead "
-    "of 2. With one, they are reduced block by block, as at stage 2.",
-    2: "The shard of the gradients is fp32: 4/N bytes instead of 2/N. The whole weights are "
+    "moments. With several micro-batches per step, gradients are unsharded and fp32: 4 bytes "
+    "instead of 2. With one, they are reduce-scattered block by block, as at stage 2.",
+    2: "The shard of the gradients is fp32: 4/N bytes instead of 2/N. The gathered weights are "
     "copies, which exist from the forward pass to the end of the backward pass.",
-    3: "Weights are whole for one block at a time. The embedding is also the output head, so it is "
-    "whole from the forward pass to the end of the backward pass.",
+    3: "Weights are gathered one block at a time. The embedding is also the output head, so it "
+    "stays gathered from the forward pass to the end of the backward pass.",
 }
 
 _TRAFFIC_REASONS = {
-    0: "Gradients are summed once per step, in fp32. A sum over all ranks moves as much as a "
-    "scatter and a gather.",
-    1: "Weights are gathered once per step, and gradients are scattered once: as much as a sum.",
-    2: "Weights are gathered once per step, and gradients are scattered after each micro-batch.",
-    3: "In each micro-batch, blocks are gathered twice, the embedding once, and gradients are "
-    "scattered once.",
+    0: "One all-reduce of the gradients per step, in fp32. It moves as many bytes as a "
+    "reduce-scatter followed by an all-gather.",
+    1: "One all-gather of the weights and one reduce-scatter of the gradients per step: the volume "
+    "of an all-reduce.",
+    2: "One all-gather of the weights per step, and one reduce-scatter of the gradients per "
+    "micro-batch.",
+    3: "Per micro-batch, two all-gathers of each block, one of the embedding, and one "
+    "reduce-scatter of the gradients.",
 }
 
 
 def write(job: TrainingJob, study: Study) -> Page:
-    """Write zero_lab.json and zero_lab.md with pictures, and add them to MLflow."""
+    """Write zero_lab.json and zero_lab.md with plots, and add them to MLflow."""
     folder, lab = job.folder, study.lab
-    drawn = zero_pictures.draw(study, folder)
+    drawn = zero_plots.draw(study, folder)
     lab.write(folder.zero_lab)
     made = page(job, lab)
     made.write(folder.zero_lab_page)
@@ -61,7 +63,7 @@ def write(job: TrainingJob, study: Study) -> Page:
 
 
 def page(job: TrainingJob, lab: ZeroLab) -> Page:
-    """Return the page of a study, whose pictures exist."""
+    """Return the page of a study, whose plots exist."""
     folder = job.folder
     return Page(
         (
@@ -75,7 +77,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
                 "Python itself, are not included."
             ),
             _by_part(lab),
-            Picture(folder.zero_memory_picture, "memory by part"),
+            Plot(folder.zero_memory_plot, "memory by part"),
             Markdown(f"### Beside the paper\n\nModel state in bytes per parameter; see {_PAPER}."),
             _beside_the_paper(lab),
             Markdown("## Communication"),
@@ -85,7 +87,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
                 "reduce-scatter or an all-reduce."
             ),
             _by_collective(lab),
-            Picture(folder.zero_traffic_picture, "bytes by collective"),
+            Plot(folder.zero_traffic_plot, "bytes by collective"),
             Markdown(
                 "### Beside the paper\n\nValues that a rank moves, in parameters Ψ; an all-reduce "
                 "counts twice:"
@@ -93,12 +95,12 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             _volumes(lab),
             Markdown("## Speed"),
             _speeds(lab),
-            Picture(folder.zero_timeline_picture, "time lines of a step"),
+            Plot(folder.zero_timeline_plot, "timelines of a step"),
             *_over_links(job, lab),
             *_under_cap(lab),
             Markdown("## Agreement"),
             Markdown(_agreement(lab)),
-            Picture(folder.zero_losses_picture, "differences of the losses"),
+            Plot(folder.zero_losses_plot, "differences of the losses"),
         )
     )
 
@@ -235,11 +237,11 @@ def _over_links(job: TrainingJob, lab: ZeroLab) -> tuple[Part, ...]:
         Markdown("### Over slow links"),
         Markdown(
             "Time of a step in milliseconds, and in brackets the prediction: the time without a "
-            "limit, plus what the collectives take longer when each is measured alone. Times are "
-            "means of the middle half, without the time in which a rank waited for a core."
+            "limit, plus the extra time of the collectives, each measured alone. Times are "
+            "interquartile means, without the time in which a rank waited for a core."
         ),
         Table(head, rows, "r" * len(head)),
-        Picture(job.folder.zero_bandwidth_picture, "time of a step by bandwidth"),
+        Plot(job.folder.zero_bandwidth_plot, "time of a step by bandwidth"),
     ]
     if not lab.crossovers:
         parts.append(Markdown("No stage becomes faster than another between these bandwidths."))

@@ -8,12 +8,12 @@ from pydantic import WithJsonSchema, field_validator, model_validator
 from zeroflow.config import Config
 
 Noticed = Literal["spike", "out-of-band", "done"]
-"""Occasions for an alert that a run notices itself."""
+"""Alert conditions that a run detects itself."""
 
-Occasion = Literal["failed", "crashed", "spike", "out-of-band", "done"]
-"""Occasions for an alert."""
+Condition = Literal["failed", "crashed", "spike", "out-of-band", "done"]
+"""Alert conditions."""
 
-OCCASIONS: tuple[Occasion, ...] = ("failed", "crashed", "spike", "out-of-band", "done")
+CONDITIONS: tuple[Condition, ...] = ("failed", "crashed", "spike", "out-of-band", "done")
 
 _File = Annotated[Path, WithJsonSchema({"type": "string", "format": "file-path"})]
 
@@ -26,8 +26,8 @@ class AlertConfig(Config):
     through an SMTP server, or any other address of Apprise. Default: the addresses that the server
     already has."""
 
-    alert_on: tuple[Occasion, ...] = ()
-    """Occasions for a message. failed: a flow run failed. crashed: its process is gone. spike: an
+    alert_on: tuple[Condition, ...] = ()
+    """Alert conditions. failed: a flow run failed. crashed: its process is gone. spike: an
     unusual loss, gradient norm or update. out-of-band: the loss left the band of earlier runs.
     done: a run or a sweep is complete. Default: all, if --alert-to is given."""
 

@@ -1,4 +1,4 @@
-"""Colours of curves, in pictures and in MLflow."""
+"""Colours of curves, in plots and in MLflow."""
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 """Palette of Okabe and Ito, which colour-blind readers can distinguish."""

@@ -62,7 +62,7 @@ class RunEnd(NamedTuple):
 
     files: Sequence[Path]
     pages: Mapping[str, str]
-    """HTML by file name: MLflow shows no pictures in Markdown."""
+    """HTML by file name: MLflow shows no images in Markdown."""
 
     series: dict[str, list[float]]
     """Values over steps 1, 2, ..., by key."""
@@ -222,7 +222,7 @@ class MlflowRun:
             self._client.log_text(self.run_id, html, name)
 
     def attach(self, file: Path) -> None:
-        """Attach a file if it exists: a picture that could not be drawn is left out."""
+        """Attach a file if it exists: a plot that could not be drawn is left out."""
         if file.exists():
             self._client.log_artifact(self.run_id, str(file))
 

@@ -35,10 +35,12 @@ class Saved(Record):
     """Duration of the copy and the write; None in files of older versions."""
 
 
-class Thinned(Record):
-    """A checkpoint was left out, because the one before was still being written."""
+class CheckpointSkipped(Record):
+    """A checkpoint was skipped, because the one before was still being written."""
 
-    event: Literal["thinned"] = "thinned"
+    event: Literal["checkpoint-skipped", "thinned"] = "checkpoint-skipped"
+    """thinned in files of older versions."""
+
     time: float
     step: int
 
@@ -120,7 +122,7 @@ class Done(Record):
 
 
 Event = Annotated[
-    Started | Metrics | Saved | Thinned | Skipped | Spike | Stopped | Failed | Done,
+    Started | Metrics | Saved | CheckpointSkipped | Skipped | Spike | Stopped | Failed | Done,
     Field(discriminator="event"),
 ]
 

@@ -16,7 +16,7 @@ from zeroflow.data.validation_sample import count_sample, validation_rows
 from zeroflow.model.hugging_face import llama_config
 from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
 from zeroflow.training.checkpoint import Saver
-from zeroflow.training.events import Saved, Started, Thinned
+from zeroflow.training.events import CheckpointSkipped, Saved, Started
 from zeroflow.training.failures import Diverged
 from zeroflow.training.goodput import Clock, PhaseLedger
 from zeroflow.training.job import TrainingJob, TrainResult
@@ -223,17 +223,17 @@ class Session:
             promised=promised or self.job.retention.keeps_forever(self.state.step),
         )
         if not saved:
-            self.thinned()
+            self.checkpoint_skipped()
         self.ledger.book(self.state.step)
 
-    def thinned(self) -> None:
-        """Report a checkpoint that was left out because the disk is slower than training."""
+    def checkpoint_skipped(self) -> None:
+        """Report a checkpoint that was skipped because the disk is slower than training."""
         step = self.state.step
-        self.recorder.event(Thinned(time=time.time(), step=step))
+        self.recorder.event(CheckpointSkipped(time=time.time(), step=step))
         if zero.rank() == 0:
             log.warning(
-                "step %d: no checkpoint, because the one before is still being written; training "
-                "does not wait for it. --checkpoint-every %d is a short interval for this disk",
+                "step %d: checkpoint skipped, because the one before is still being written; "
+                "training does not wait for it. --checkpoint-every %d is short for this disk",
                 *(step, self.job.cadence.checkpoint),
             )
 

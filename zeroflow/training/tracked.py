@@ -87,7 +87,7 @@ def _tracked(job: TrainingJob) -> Iterator[Callable[[], None]]:
         if deliveries:
             return
         folder, look = job.folder, partial(follow_points, job.folder.metrics)
-        files = (folder.settings, folder.lengths_picture, folder.loss_picture)
+        files = (folder.settings, folder.lengths_plot, folder.loss_plot)
         deliveries.append(tracker.follow(job.tracking, folder, look, files))
         deliveries.extend(others.follow(job.tracking, folder, look))
 

@@ -1,4 +1,4 @@
-"""Pictures of the ZeRO laboratory."""
+"""Plots of the ZeRO laboratory."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from zeroflow.lab.record import ZeroLab
 from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import PARTS
 from zeroflow.lab.timeline import LANES, Lane
-from zeroflow.report.pictures import new_figure, save
+from zeroflow.report.plots import new_figure, save
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.colours import DISTINCT, OKABE_ITO
 
@@ -26,15 +26,15 @@ _LANES: dict[Lane, str] = {
 
 
 def draw(study: Study, folder: RunFolder) -> list[Path]:
-    """Draw all pictures of a study."""
+    """Draw all plots of a study."""
     lab = study.lab
-    over_links = [bandwidth(lab, folder.zero_bandwidth_picture)] if lab.links else []
+    over_links = [bandwidth(lab, folder.zero_bandwidth_plot)] if lab.links else []
     return [
         *over_links,
-        memory(lab, folder.zero_memory_picture),
-        traffic(lab, folder.zero_traffic_picture),
-        timelines(study, folder.zero_timeline_picture),
-        losses(study, folder.zero_losses_picture),
+        memory(lab, folder.zero_memory_plot),
+        traffic(lab, folder.zero_traffic_plot),
+        timelines(study, folder.zero_timeline_plot),
+        losses(study, folder.zero_losses_plot),
     ]
 
 

@@ -25,7 +25,7 @@ _DARK = "#444444"
 """Colour that is readable on grey."""
 
 _STYLES = ("-", "--", "-.", ":")
-"""Line styles, used in turn when the colours of a picture repeat."""
+"""Line styles, used in turn when the colours of a plot repeat."""
 
 _MARKERS = (".", "s", "^", "x")
 """Markers of runs with the same colour."""
@@ -52,7 +52,7 @@ def loss_curve(job: TrainingJob, records: Sequence[MetricsRecord], expected: Ban
     if entropy is not None:
         axes.axhline(entropy, color=_GREY, linestyle=":", label=f"entropy {entropy:.3f}")
     axes.legend()
-    return save(figure, job.folder.loss_picture)
+    return save(figure, job.folder.loss_plot)
 
 
 def _draw_band(axes: Any, records: Sequence[MetricsRecord], band: Band) -> None:
@@ -104,7 +104,7 @@ def losses_compared(found: Comparison, folder: SweepFolder) -> list[Path]:
             figure.legend(loc="outside right upper", fontsize="small")
         elif lines:
             axes.legend(fontsize="small")
-        drawn.append(save(figure, folder.loss_picture(name)))
+        drawn.append(save(figure, folder.loss_plot(name)))
     return drawn
 
 
@@ -118,7 +118,7 @@ def _draw_group(
     """Draw runs that differ only in their seeds, in the same colour and style.
 
     Args:
-        number: number of the group in the picture.
+        number: number of the group in the plot.
         after: points up to this number of tokens are not drawn.
     """
     style, colour = divmod(number, len(DISTINCT))
@@ -230,7 +230,7 @@ def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Pat
 
 
 def import_matplotlib() -> None:
-    """Import the library ahead of the first picture: it takes a second."""
+    """Import the library ahead of the first plot: it takes a second."""
     import matplotlib.figure
     import matplotlib.layout_engine  # noqa: F401
 
@@ -247,7 +247,7 @@ def new_figure(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # With a margin, because on a dark page the picture is a white box
+    # With a margin, because on a dark page the plot is a white box
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=size, dpi=110, layout=layout, facecolor="white")
     if rows > 1:
@@ -262,7 +262,7 @@ def new_figure(
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the picture atomically: a reader finds either the old or the new one."""
+    """Write the plot atomically: a reader finds either the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png")
     return partial.replace(path)
