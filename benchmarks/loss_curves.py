@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -37,6 +37,7 @@ from zeroflow.model.attention import AttentionKernel
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import batching, kernels
 from zeroflow.training.config import TrainingConfig
+from zeroflow.training.kernels import FeedForwardKernel, Kernels
 from zeroflow.training.loop import train
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
@@ -76,6 +77,11 @@ class Work(NamedTuple):
     """Default settings of a run on the device."""
 
     shards: ShardSet
+    fp8_feed_forward: FeedForwardKernel | None = None
+    """Kernel of SwiGLU in fp8; None for the fastest, as in a run."""
+
+    tf32: bool = False
+    """Compute the products of `plain` in TF32."""
 
     @property
     def batches(self) -> Batches:
@@ -85,10 +91,24 @@ class Work(NamedTuple):
         return self.training.replace(workload=self.training.workload.replace(**how))
 
 
+class Curve(NamedTuple):
+    """A training run in one of the ways."""
+
+    losses: Iterator[Tensor]
+    """Loss of each step, on the device."""
+
+    kernels: Kernels | None = None
+    """None if everything is written out."""
+
+
 # The ways to compute it
 
 
-def plain(work: Work) -> Iterator[Tensor]:
+def plain(work: Work) -> Curve:
+    return Curve(_plain_losses(work))
+
+
+def _plain_losses(work: Work) -> Iterator[Tensor]:
     config = work.computed(precision="fp32", compile=False)
     state, batches = new_state(config), work.batches
     with patch.object(llama, "attend", attention):
@@ -126,29 +146,38 @@ def attention(
     return scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
 
 
-def fast(work: Work) -> Iterator[Tensor]:
+def fast(work: Work, feed_forward: FeedForwardKernel | None = None) -> Curve:
     config = work.training
     with tempfile.TemporaryDirectory(prefix="zeroflow-kernels-") as folder:
         chosen = kernels.choose(config.workload, Path(folder), z_loss=config.z_loss)
+    if feed_forward:
+        chosen = chosen.replace(feed_forward=feed_forward)
     config = config.replace(kernels=chosen)
-    for metrics in train(new_state(config), work.batches, config):
-        yield metrics.loss
+    steps = train(new_state(config), work.batches, config)
+    return Curve((metrics.loss for metrics in steps), chosen)
 
 
-def fp8(work: Work) -> Iterator[Tensor]:
-    return fast(work._replace(training=work.computed(precision="bf16", fp8=True)))
+def fp8(work: Work) -> Curve:
+    training = work.computed(precision="bf16", fp8=True)
+    return fast(work._replace(training=training), work.fp8_feed_forward)
 
 
-WAYS: dict[str, Callable[[Work], Iterator[Tensor]]] = {"plain": plain, "fast": fast, "fp8": fp8}
+WAYS: dict[str, Callable[[Work], Curve]] = {"plain": plain, "fast": fast, "fp8": fp8}
 
 
 def measure(way: str, work: Work) -> Figures:
     """Loss of every step, and the seconds of all steps, compilation included."""
     gc.collect()
     torch.compiler.reset()
+    torch.set_float32_matmul_precision("high" if work.tf32 and way == "plain" else "highest")
+    curve = WAYS[way](work)
     started = time.perf_counter()
-    losses = torch.stack(list(WAYS[way](work))).tolist()  # waits for the device only once
-    return {"losses": losses, "seconds": time.perf_counter() - started}
+    losses = torch.stack(list(curve.losses)).tolist()  # waits for the device only once
+    return {
+        "losses": losses,
+        "seconds": time.perf_counter() - started,
+        "kernels": curve.kernels and curve.kernels.model_dump(),
+    }
 
 
 def obstacle(way: str, work: Work, device: Device) -> str | None:
@@ -197,27 +226,31 @@ def prepare(
 # Comparison
 
 
-def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Figures:
-    """Train in every way that the device supports; `absent` has the reasons for the others."""
+def compare(ways: list[str], trained: Work, device: Device, settings: Figures) -> Iterator[Figures]:
+    """Train in every way that the device supports; `absent` has the reasons for the others.
+
+    Yields:
+        The results so far, after each way.
+    """
     absent = {way: why for way in ways if (why := obstacle(way, trained, device))}
     if ways[0] in absent:
         raise ValueError(
             f"{ways[0]}, the reference of the comparison, cannot run: {absent[ways[0]]}"
         )
-    runs = {}
+    runs: dict[str, Figures] = {}
     for way in ways:
         if way not in absent:
             runs[way] = measure(way, trained)
             log.info("%s: loss %.4f", way, runs[way]["losses"][-1])
-    return {
-        "device": device.model_dump(),
-        "torch": torch.__version__,
-        "settings": settings,
-        "parameters": trained.training.workload.model.parameters,
-        "absent": absent,
-        "differences": differences(runs),
-        "runs": runs,
-    }
+            yield {
+                "device": device.model_dump(),
+                "torch": torch.__version__,
+                "settings": settings,
+                "parameters": trained.training.workload.model.parameters,
+                "absent": absent,
+                "differences": differences(runs),
+                "runs": runs,
+            }
 
 
 def smoothed(losses: list[float]) -> npt.NDArray[np.float64]:
@@ -261,7 +294,13 @@ def report(results: Figures) -> str:
             row += [f"{apart['mean']:+.5f}", f"{apart['largest']:+.5f}", f"{apart['at_step']:,}"]
         rows.append([*row, f"{facts['seconds']:.1f}"])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
-    notes = "".join(f"{way}: {reason}\n" for way, reason in results["absent"].items())
+    notes = "".join(
+        f"{way}: {', '.join(f'{part} {kernel}' for part, kernel in facts['kernels'].items())}\n"
+        for way, facts in runs.items()
+        if facts["kernels"]
+    )
+    notes += "plain: products in TF32\n" if settings["tf32"] else ""
+    notes += "".join(f"{way}: {reason}\n" for way, reason in results["absent"].items())
     return (
         f"{device['name']}, torch {results['torch']}; {settings['size']}, "
         f"{results['parameters']:,} parameters, {ends:,} steps of {settings['tokens_per_step']:,} "
@@ -269,6 +308,15 @@ def report(results: Figures) -> str:
         f"steps; differences from {first}\n\n"
         f"{table}\n{notes}"
     )
+
+
+def write(results: Figures, folder: Path) -> None:
+    """Write the losses, the table and the picture to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, default=str) + "\n"
+    (folder / "loss_curves.json").write_text(text, encoding="utf-8")
+    (folder / "loss_curves.md").write_text(report(results), encoding="utf-8")
+    draw(results, folder / "loss_curves.png")
 
 
 def draw(results: Figures, file: Path) -> None:
@@ -293,7 +341,7 @@ def draw(results: Figures, file: Path) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the reference"
@@ -309,10 +357,23 @@ def main() -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=32_768, help="vocabulary of the tokenizer (32768)"
     )
+    parser.add_argument(
+        "--tf32", action="store_true", help="products of plain in TF32, for larger models"
+    )
+    parser.add_argument(
+        "--fp8-feed-forward",
+        choices=get_args(FeedForwardKernel),
+        help="kernel of SwiGLU in fp8 (the fastest)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cache-dir", type=Path, default=Path("data_cache"))
     parser.add_argument("--out", type=Path, default=Path("data_cache/benchmarks/loss_curves"))
+    return parser
+
+
+def main() -> None:
+    parser = flags()
     arguments = parser.parse_args()
     step_rows, rest = divmod(arguments.tokens_per_step, arguments.context)
     rows = arguments.rows or step_rows
@@ -342,15 +403,12 @@ def main() -> None:
             steps=arguments.steps,
         ),
     )
+    trained = trained._replace(fp8_feed_forward=arguments.fp8_feed_forward, tf32=arguments.tf32)
     try:
-        results = compare(arguments.ways, trained, device, vars(arguments))
+        for results in compare(arguments.ways, trained, device, vars(arguments)):
+            write(results, arguments.out)  # after each way, so that an interruption loses only one
     except ValueError as error:
         parser.error(str(error))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2, default=str) + "\n"
-    (arguments.out / "loss_curves.json").write_text(text, encoding="utf-8")
-    (arguments.out / "loss_curves.md").write_text(report(results), encoding="utf-8")
-    draw(results, arguments.out / "loss_curves.png")
     sys.stdout.write(report(results))
 
 

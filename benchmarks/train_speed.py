@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -73,7 +73,8 @@ class Task(Config):
     """Workload with the whole batch in one micro-batch; the benchmark replaces that by `rows`."""
 
     rows: tuple[PositiveInt, ...]
-    """Numbers of rows of a micro-batch to try, in this order."""
+    """Numbers of rows of a micro-batch to try, in this order. A number that is smaller than the one
+    before it is tried only if memory ran out with that one."""
 
     windows: PositiveInt
     seconds: PositiveFloat
@@ -306,23 +307,24 @@ CONTENDERS = {
 def measure(contender: str, task: Task) -> Iterator[Figures]:
     """Yield figures for every micro-batch, until memory runs out or the gain is noise."""
     fastest = 0.0
-    for rows in task.rows:
-        if fastest:
-            gc.collect()
-            torch.compiler.reset()  # otherwise the next shape is compiled as a dynamic one
-            if task.workload.device == "cuda":
-                torch.cuda.empty_cache()
+    for rows, following in zip_longest(task.rows, task.rows[1:]):
         try:
             figures = _measure_rows(CONTENDERS[contender].build, task, rows)
         except Exception as error:  # compilers wrap out-of-memory errors in their own
             if "out of memory" not in str(error).lower():
                 raise
-            yield {"rows": rows, "failed": "out of memory"}
-            return
+            figures = {"rows": rows, "failed": "out of memory"}
         yield figures
-        if figures["tokens_per_second"] < _GAIN * fastest:
+        out_of_memory = "failed" in figures
+        if following is None or (following < rows) != out_of_memory:
             return
-        fastest = max(fastest, figures["tokens_per_second"])
+        if not out_of_memory and figures["tokens_per_second"] < _GAIN * fastest:
+            return
+        fastest = max(fastest, figures.get("tokens_per_second", 0.0))
+        gc.collect()
+        torch.compiler.reset()  # otherwise the next shape is compiled as a dynamic one
+        if task.workload.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _measure_rows(build: Callable[[Task, int], Step], task: Task, rows: int) -> Figures:
@@ -427,20 +429,27 @@ def run(contender: str, given: str, file: str) -> None:
 # Comparison
 
 
-def compare(arguments: argparse.Namespace, device: Device) -> Figures:
-    """Measure the requested contenders; if one cannot run, `absent` has the reason."""
-    anchor = asked_task(arguments, arguments.sizes[0], {})
-    anchors = [try_in_process("matmul", anchor, arguments.limit)]
-    runs: list[Figures] = [
-        {"size": size, "contender": asked} | _presence(parse_contender(asked)[0], device)
-        for size, asked in product(arguments.sizes, arguments.contenders)
-    ]
+def compare(arguments: argparse.Namespace, device: Device, save: Callable[[Figures], None]) -> None:
+    """Measure the requested contenders; if one cannot run, `absent` has the reason.
+
+    Args:
+        save: called with the results after each contender, so that an interruption loses only one.
+    """
+    results = _empty(arguments, device)
+    anchor, runs = asked_task(arguments, arguments.sizes[0], {}), results["runs"]
+    results["matmul"] += try_in_process("matmul", anchor, arguments.limit)["trials"]
     # Rounds outermost, so that a slow minute does not affect one contender only
     for _, facts in product(range(arguments.rounds), runs):
         if "absent" not in facts and "failed" not in facts:
             _try_once_more(facts, arguments, device)
             log.info("%s, %s: %s", facts["size"], facts["contender"], _outcome(facts))
-    anchors.append(try_in_process("matmul", anchor, arguments.limit))
+            save(results)
+    results["matmul"] += try_in_process("matmul", anchor, arguments.limit)["trials"]
+    save(results)
+
+
+def _empty(arguments: argparse.Namespace, device: Device) -> Figures:
+    """The results before the first measurement."""
     return {
         "device": device.model_dump(),
         "machine": {
@@ -451,8 +460,11 @@ def compare(arguments: argparse.Namespace, device: Device) -> Figures:
         },
         "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
         "mfu": "(6 N + 6 L D T) FLOPs per token / dense bf16 peak, N with the tied head once",
-        "matmul": [anchor["trials"][0] for anchor in anchors if anchor["trials"]],
-        "runs": runs,
+        "matmul": [],
+        "runs": [
+            {"size": size, "contender": asked} | _presence(parse_contender(asked)[0], device)
+            for size, asked in product(arguments.sizes, arguments.contenders)
+        ],
     }
 
 
@@ -609,7 +621,7 @@ def _outcome(facts: Figures) -> str:
     if best := facts.get("best"):
         ended = f"; then {facts['failed']}" if "failed" in facts else ""
         return f"{best['tokens_per_second']:,.0f} tokens/s, {best['rows']} rows{ended}"
-    return str(facts.get("absent") or facts["failed"])
+    return str(facts.get("absent") or facts.get("failed") or "not measured yet")
 
 
 # Reporting
@@ -641,7 +653,7 @@ def report(results: Figures) -> str:
             row += [f"{100 * best['spread']:.1f}", "{:.2f} → {:.2f}".format(*best["losses"])]
             row += [f"{best['busy_elsewhere']:.1f}", f"{best['cpu_seconds_a_step']:.3f}"]
         else:
-            row += ["-"] * 12
+            row += ["-", _state(facts), *["-"] * 10]
         rows.append(row)
     rule = ["---", "---", "---", *["---:"] * (len(head) - 3)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
@@ -650,6 +662,7 @@ def report(results: Figures) -> str:
         for facts in results["runs"]
         if "absent" in facts or "failed" in facts
     ]
+    notes = [*_leads(results), *notes]
     anchors = ", ".join(
         f"{anchor['burst_tflops']:.3g} / {anchor['sustained_tflops']:.3g}"
         for anchor in results["matmul"]
@@ -665,6 +678,36 @@ def report(results: Figures) -> str:
         f"{anchors}\n\n"
         f"MFU = {results['mfu']}: {_peak(device)}\n\n" + "\n".join(notes)
     )
+
+
+def _state(facts: Figures) -> str:
+    """The reason in a word why a contender has no figures."""
+    if "absent" in facts:
+        return "absent"
+    if "out of memory" in facts.get("failed", ""):
+        return "out of memory"
+    return "failed" if "failed" in facts else "not measured yet"
+
+
+def _leads(results: Figures) -> list[str]:
+    """Our speed relative to the fastest other trainer, for each size."""
+    lines = []
+    for size in results["settings"]["sizes"]:
+        runs = [run for run in results["runs"] if run["size"] == size and "best" in run]
+        peers = [run for run in runs if not run["contender"].startswith("ours")]
+        if peers:
+            peer = max(peers, key=_speed)
+            lines += [
+                f"{size}: {run['contender']} / {peer['contender']}, the fastest other trainer: "
+                f"{_speed(run) / _speed(peer):.2f}\n"
+                for run in runs
+                if run not in peers
+            ]
+    return lines
+
+
+def _speed(facts: Figures) -> float:
+    return float(facts["best"]["tokens_per_second"])
 
 
 def _peak(device: Figures) -> str:
@@ -712,6 +755,15 @@ def draw(results: Figures, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def write(results: Figures, folder: Path) -> None:
+    """Write the figures, the table and the picture to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2) + "\n"
+    (folder / "train_speed.json").write_text(text, encoding="utf-8")
+    (folder / "train_speed.md").write_text(report(results), encoding="utf-8")
+    draw(results, folder / "train_speed.png")
+
+
 def add_shape(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the shape; the defaults depend on the device."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -752,7 +804,11 @@ def main() -> None:
     add_shape(parser)
     parser.add_argument("--batch-rows", type=int, help="rows of a step (48; 4 on a CPU)")
     parser.add_argument(
-        "--rows", type=int, nargs="+", help="rows of a micro-batch to try (doublings)"
+        "--rows",
+        type=int,
+        nargs="+",
+        help="rows of a micro-batch to try (doublings); in descending order, each is tried only if "
+        "memory ran out with the one before it",
     )
     parser.add_argument("--windows", type=int, default=3, help="windows; the median counts (3)")
     parser.add_argument("--rounds", type=int, default=1, help="repetitions of all contenders (1)")
@@ -773,14 +829,16 @@ def main() -> None:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its cleanup ends the contender
-    results = compare(arguments, device)
-    if not any("best" in facts for facts in results["runs"]):
+    results: Figures = {}
+
+    def save(newest: Figures) -> None:
+        if any("best" in facts for facts in newest["runs"]):
+            results.update(newest)
+            write(results, arguments.out)
+
+    compare(arguments, device, save)
+    if not results:
         sys.exit("nothing was measured, so earlier figures are kept")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    (arguments.out / "train_speed.json").write_text(text, encoding="utf-8")
-    (arguments.out / "train_speed.md").write_text(report(results), encoding="utf-8")
-    draw(results, arguments.out / "train_speed.png")
     sys.stdout.write(report(results))
     return None
 

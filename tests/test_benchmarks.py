@@ -199,6 +199,61 @@ def test_impossible_profile_is_refused_with_a_reason(monkeypatch, capsys, flags,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("asked", "fitting", "tried"),
+    [
+        ((4, 2, 1), 2, [(4, False), (2, True)]),
+        ((1, 2, 4), 1, [(1, True), (2, False)]),
+        ((2, 1), 0, [(2, False), (1, False)]),
+    ],
+)
+def test_smaller_micro_batch_is_tried_only_after_memory_ran_out(monkeypatch, asked, fitting, tried):
+    def limited(task: train_speed.Task, rows: int) -> train_speed.Step:
+        if rows > fitting:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return train_speed.ours(task, rows)
+
+    monkeypatch.setitem(train_speed.CONTENDERS, "ours", train_speed.Contender(limited, ()))
+    task = TASK.replace(workload=WORKLOAD.replace(micro_batch_rows=4), rows=asked)
+    found = list(train_speed.measure("ours", task))
+    assert [(figures["rows"], "failed" not in figures) for figures in found] == tried
+
+
+def test_table_has_the_reasons_of_contenders_that_cannot_run_and_the_lead_over_the_fastest():
+    [trial] = train_speed.measure("ours", TASK)
+    best = trial | {"spread": 0.0, "tflops": 1.0}
+    faster = best | {"tokens_per_second": 1.5 * best["tokens_per_second"]}
+    outcomes = {
+        "torchtitan": {"failed": "ImportError: cannot import name X"},
+        "litgpt": {"absent": "not installed: litgpt (pip install litgpt)"},
+        "hf_eager": {"failed": "out of memory at 2 rows"},
+        "hf_compiled": {"best": best},
+        "ours": {"best": faster},
+        "liger": {},
+    }
+    runs = [
+        {"size": "tiny", "contender": name, "version": ""} | facts
+        for name, facts in outcomes.items()
+    ]
+    settings = {"sizes": ["tiny"], "precision": "fp32", "seq_len": 16, "vocab_size": 256}
+    table = train_speed.report(
+        {
+            "device": DEVICE.model_dump() | {"peak_flops": None},
+            "machine": {"torch": "2"},
+            "settings": settings | {"batch_rows": 2, "rounds": 1, "windows": 1},
+            "mfu": "",
+            "matmul": [],
+            "runs": runs,
+        }
+    )
+    states = ["failed", "absent", "out of memory", "not measured yet"]
+    names = ["torchtitan", "litgpt", "hf_eager", "liger"]
+    for name, state in zip(names, states, strict=True):
+        assert f"| tiny | {name} |  | - | {state} | - |" in table
+    assert "tiny, torchtitan: ImportError: cannot import name X" in table
+    assert "tiny: ours / hf_compiled, the fastest other trainer: 1.50" in table
+
+
 def test_results_are_not_overwritten_without_a_measurement(monkeypatch, tmp_path):
     (tmp_path / "train_speed.json").write_text("of before")
     asked = ["--device", "cpu", "--contenders", "ours", "--limit", "0.1", "--out", str(tmp_path)]
@@ -274,18 +329,20 @@ def test_plain_attention_equals_that_of_training():
 
 @pytest.mark.slow
 def test_curves_are_printed_and_drawn_next_to_the_first(trained, tmp_path):
-    settings = {"size": "tiny", "tokens_per_step": 128, "context": 32}
-    results = loss_curves.compare(["plain", "fast", "fp8"], trained, DEVICE, settings)
+    settings = {"size": "tiny", "tokens_per_step": 128, "context": 32, "tf32": True}
+    trained = trained._replace(tf32=True)
+    [_, results] = loss_curves.compare(["plain", "fast", "fp8"], trained, DEVICE, settings)
     assert list(results["runs"]) == ["plain", "fast"]
     table = loss_curves.report(results)
     assert f"| plain | {results['runs']['plain']['losses'][0]:.4f} |" in table
     assert "fp8: --fp8 needs a GPU of compute capability 8.9" in table
-    loss_curves.draw(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "fast: attention cudnn, feed_forward separate, loss chunks\nplain: products in" in table
+    loss_curves.write(results, tmp_path / "out")
+    assert (tmp_path / "out" / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(
         ValueError, match="fp8, the reference of the comparison, cannot run: --fp8 needs"
     ):
-        loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings)
+        next(loss_curves.compare(["fp8", "fast"], trained, DEVICE, settings))
     assert loss_curves.obstacle("fp8", trained, H100) is None
 
 

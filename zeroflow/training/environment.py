@@ -11,6 +11,10 @@ from typing import NamedTuple
 LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the launch time, at which the start-up of a rank begins."""
 
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""Environment variable, and the value with which cuBLAS is deterministic. It is read at the first
+call of cuBLAS. On Hopper, this is PyTorch's default."""
+
 
 class Place(NamedTuple):
     """The place of a rank's process: it can work on every job that has a rank there."""
@@ -35,9 +39,7 @@ def rank_environment(compile_cache: Path | None) -> dict[str, str]:
     # one page by page. This takes a fifth of a step on a CPU, and less with huge pages
     defaults = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        # PyTorch reads it once. A process may work on deterministic jobs, which need it, after
-        # others; on Hopper, this is PyTorch's default
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **dict([CUBLAS_WORKSPACE]),  # a process may work on a deterministic job after others
     }
     user = dict(os.environ)
     if compile_cache is not None:

@@ -15,6 +15,7 @@ import torch
 from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import failures, host_watch, kernels, zero
+from zeroflow.training.environment import CUBLAS_WORKSPACE
 from zeroflow.training.events import EVENTS, Failed
 from zeroflow.training.failures import Diverged
 from zeroflow.training.job import RankJob, TrainingJob
@@ -173,7 +174,7 @@ def log_to_parent(rank: int) -> None:
 
 def make_deterministic() -> None:
     """Make PyTorch use only kernels that give the same results in every run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
     torch.use_deterministic_algorithms(True)
     # Filling new tensors costs time, and only helps to find reads of uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
