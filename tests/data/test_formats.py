@@ -133,12 +133,14 @@ def test_text_may_be_in_another_column(tmp_path):
             as_parquet([{"body": "x"}]),
             r"a\.parquet must have exactly one column 'text', but has .*'body'",
         ),
-        *(("a.parquet", not_utf8(c), r"a\.parquet cannot be read") for c in ("id", "url")),
-        ("a.parquet", not_utf8("text"), r"a\.parquet has a text in row 1 .* its byte 0 is 0xff"),
+        *(
+            ("a.parquet", not_utf8(c), rf"a\.parquet, row 1 .* byte 0 of its '{c}' is 0xff")
+            for c in ("id", "url", "text")
+        ),
         (
             "a.parquet",
             as_parquet([{"text": b"good"}, {"text": b"b\xe9d"}]),
-            r"a\.parquet has a text in row 2 .* its byte 1 is 0xe9: correct or remove the row",
+            r"a\.parquet, row 2 \(in row group 0, .*\) is not UTF-8: byte 1 of its 'text' is 0xe9",
         ),
         (
             "a.parquet",
@@ -182,6 +184,38 @@ def test_bad_lines_are_left_out_counted_and_reported_up_to_a_limit(tmp_path):
     strict = config.replace(bad_lines_limit=2)
     with pytest.raises(ValueError, match=r"line 6 is not UTF-8.*3 bad lines, --bad-lines-limit 2"):
         list(read_slice(strict, piece, Tally()))
+
+
+@pytest.mark.parametrize("name", ["text", "id", "url"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_rows_that_are_not_utf8_are_bad_lines(tmp_path, kind, name):
+    rows = [b"one", b"", b"b\xe9d", "twö".encode(), b"\xff", b"three"]
+    columns = {"text": pa.array([b"0", b"1", b"2", b"3", b"4", b"5"]), name: pa.array(rows)}
+    # Only a view, as a cast would check the strings; a writer of another language does not
+    table = pa.table(
+        {each: values.view(pa.string()).cast(kind, safe=False) for each, values in columns.items()}
+    )
+    file = tmp_path / "a.parquet"
+    pq.write_table(table, file, row_group_size=2, use_dictionary=name == "url")
+    config = files_corpus(str(file), bad_lines_limit=2)
+    tally = Tally()
+    [piece] = plan_slices(config, list_files(config), 0).slices
+    [batch] = read_slice(config, piece, tally)
+    known = {"text": ["one", "twö", "three"]}.get(name, ["0", "1", "3", "5"])
+    assert batch.texts == known
+    ids = [document.id for document in batch.documents()]
+    unnamed = [1, 4, 6] if name == "text" else [1, 2, 4, 6]
+    assert ids == (
+        ["one", "a.parquet:2", "twö", "three"]
+        if name == "id"
+        else [f"a.parquet:{row}" for row in unnamed]
+    )
+    assert tally.bad_lines == 2 and tally.empty == (name == "text")
+    third, fifth = tally.bad_places
+    assert "a.parquet, row 3 (in row group 1, counted from 0) is not UTF-8: byte 1 of its " in third
+    assert "a.parquet, row 5 (in row group 2, counted from 0) is not UTF-8: byte 0 of its " in fifth
+    with pytest.raises(ValueError, match=r"row 5 .*2 bad lines, --bad-lines-limit 1"):
+        list(read_slice(config.replace(bad_lines_limit=1), piece, Tally()))
 
 
 def test_damaged_page_of_a_parquet_file_is_detected_if_the_file_has_checksums(tmp_path):

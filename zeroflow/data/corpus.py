@@ -54,8 +54,8 @@ class CorpusConfig(Config):
     """Field of .jsonl lines or column of .parquet files that contains the text."""
 
     bad_lines_limit: NonNegativeInt = 0
-    """Number of .jsonl lines without valid JSON or text that may be skipped; they are counted and
-    reported. One more ends the run."""
+    """Number of .jsonl lines without valid JSON or text, and of .parquet rows that are not UTF-8,
+    that may be skipped; they are counted and reported. One more ends the run."""
 
     deduplicate: bool = False
     """Leave out documents whose text is byte for byte the same as that of an earlier document."""

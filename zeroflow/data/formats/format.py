@@ -108,3 +108,15 @@ class Format(ABC):
         The unit of a position depends on the format.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be cut")
+
+
+def count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
+    """Count a line, or a row of a table, that cannot be read.
+
+    Raises:
+        ValueError: it exceeds `bad_lines_limit`.
+    """
+    tally.add_bad_line(place)
+    if tally.bad_lines > file.bad_lines_limit:
+        allowed = f" ({tally.bad_lines} bad lines, --bad-lines-limit {file.bad_lines_limit})"
+        raise ValueError(place + (allowed if file.bad_lines_limit else ""))

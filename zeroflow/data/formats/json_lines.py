@@ -8,7 +8,7 @@ from zeroflow.artifacts import JsonObject
 from zeroflow.data import documents
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
-from zeroflow.data.formats.format import Format
+from zeroflow.data.formats.format import Format, count_bad_line
 from zeroflow.data.formats.utf8 import NotUtf8, decode
 
 
@@ -65,7 +65,7 @@ def _documents(
                 yield _document(file, line, begin)
             except (ValueError, RecursionError) as error:
                 where = f"line {number}" if not start else f"the line at byte {begin}"
-                _count_bad_line(file, tally, f"{file.place}, {where} {error}")
+                count_bad_line(file, tally, f"{file.place}, {where} {error}")
 
 
 def _document(file: DocumentFile, line: bytes, position: int) -> Document:
@@ -92,18 +92,6 @@ def _document(file: DocumentFile, line: bytes, position: int) -> Document:
         fields[column],
         url if isinstance(url, str) else "",
     )
-
-
-def _count_bad_line(file: DocumentFile, tally: Tally, place: str) -> None:
-    """Count a bad line.
-
-    Raises:
-        ValueError: it exceeds `bad_lines_limit`.
-    """
-    tally.add_bad_line(place)
-    if tally.bad_lines > file.bad_lines_limit:
-        allowed = f" ({tally.bad_lines} bad lines, --bad-lines-limit {file.bad_lines_limit})"
-        raise ValueError(place + (allowed if file.bad_lines_limit else ""))
 
 
 def _no_text(fields: JsonObject, column: str) -> str:
