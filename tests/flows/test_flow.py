@@ -317,6 +317,9 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     assert why.startswith("it was trained to step 12, and more steps are requested")
     assert f"training the model: {why}" in caplog.text
     assert flow.report("longer")["steps"] == 16
+    assert "plan of training of steps 13 to 16: " in caplog.text
+    [seconds] = [row for row in flow.report("longer")["plan"] if row["name"] == "seconds"]
+    assert seconds["measured"] < flow.report("longer")["time"]["training_seconds"]
     page = (flow.folder("longer") / "report.md").read_text()
     number = len(flow.report("longer")["preflight"]["checks"])
     assert f"| Pre-flight | passed: {number} checks |" in page, "by the command before"

@@ -207,3 +207,20 @@ def test_lines_of_an_older_version_are_read_and_written_with_the_same_fields(tmp
         BOOKINGS.append(path, booking)
     again = [json.loads(line) for line in path.read_text().splitlines()[2:]]
     assert again == [{"format": 1} | json.loads(line) for line in old]
+
+
+def test_account_of_an_extension_has_its_own_steps_only(tmp_path):
+    folder = RunFolder(tmp_path)
+    for each in (
+        booking(0, 101.0, began=100.0, start=1.0),
+        booking(20, 160.0, ended=True, forward_backward=59.0),
+        booking(20, 201.0, began=200.0, start=1.0),  # extended here, and killed
+        booking(24, 205.0, forward_backward=4.0),
+        booking(20, 211.0, began=210.0, start=1.0),
+        booking(40, 231.0, ended=True, forward_backward=20.0),
+        booking(40, 301.0, began=300.0, start=1.0, ended=True),
+    ):
+        BOOKINGS.append(folder.goodput, each)
+    whole, own = goodput.read(folder), goodput.read(folder, after=20)
+    assert (whole.steps, whole.training) == (19 + 19, 79)
+    assert (own.steps, own.training) == (19, 20), "one step is the first of its process"

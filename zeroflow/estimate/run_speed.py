@@ -6,7 +6,7 @@ from typing import NamedTuple
 from zeroflow.device import Device, Load
 from zeroflow.estimate import history
 from zeroflow.estimate.history import SAME_MARGINS, Experience, Past
-from zeroflow.estimate.speed import Rate, Speed, expected_speed
+from zeroflow.estimate.speed import Rate, Speed, expected_speed, fastest_on_cpu
 from zeroflow.run_folder import RunFolder
 from zeroflow.training import goodput
 from zeroflow.training.goodput import Account
@@ -33,16 +33,15 @@ def already_trained(folder: RunFolder) -> PastTraining | None:
         return None
 
 
-def own_speed(trained: PastTraining | None, work: Workload) -> Speed | None:
+def own_speed(trained: PastTraining | None, work: Workload, load: Load | None) -> Speed | None:
     """Return the speed of a run's own steps, if they were trained on the same devices."""
     if trained is None or not trained.workload.costs_as_much_as(work):
         return None
     time = trained.time
     if not time.steps or not time.training:
         return None
-    rate = time.steps * work.batch_tokens / time.training
-    steps = count(time.steps, "step")
-    return Speed(Rate.around([rate], SAME_MARGINS[work.device]), f"as in {steps} of this run")
+    rate = Rate.around([time.steps * work.batch_tokens / time.training], SAME_MARGINS[work.device])
+    return Speed(_under(load, rate, work), f"as in {count(time.steps, 'step')} of this run")
 
 
 def speed(
@@ -73,15 +72,18 @@ def speed(
 
 
 def _with_load(known: Experience, work: Workload, device: Device, load: Load | None) -> Speed:
-    """Widen the range of earlier runs on a CPU, which may be busier or less busy than before."""
-    rate, source = known.rate, known.source
-    if load is None:
-        return Speed(rate, source)
-    rate = rate.replace(low=load.share * rate.low)
-    if known.runs < _ENOUGH_RUNS:
+    rate, source = _under(load, known.rate, work), known.source
+    if load and known.runs < _ENOUGH_RUNS:
         now = expected_speed(work, device)
         assert now.rate is not None, "every CPU can be measured"
-        usual = now.rate.expected
-        rate = rate.replace(low=min(rate.low, usual), high=max(rate.high, usual))
+        rate = rate.replace(low=min(rate.low, now.rate.expected))
         source += f"; {now.source}"
     return Speed(rate, source)
+
+
+def _under(load: Load | None, measured: Rate, work: Workload) -> Rate:
+    """Widen a measured range on a CPU, which may be busier than before, or idle."""
+    if load is None:
+        return measured
+    high = max(measured.high, fastest_on_cpu(work))
+    return measured.replace(low=load.share * measured.low, high=high)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple, Self
 
@@ -24,9 +25,14 @@ _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 # 15M parameters, on idle cores
 _MEASURED_CPU_SHARE = {35e3: 0.02, 164e3: 0.08, 1e6: 0.2, 5.2e6: 0.5, 15e6: 0.75}
 
-_CPU_RANGE = (0.25, 1.3)
-"""Range of the speed on a CPU, relative to the expected speed. Other programs slowed training to a
-quarter, and the matrix product that it was compared with by less."""
+_IDLE_CPU_SHARE = {35e3: 0.09, 164e3: 0.2, 1e6: 0.35, 5.2e6: 0.6, 15e6: 0.75}
+"""Highest share of the FLOP/s of idle cores, by number of parameters: the fastest steps of
+micro-batches of 64 to 16,384 tokens, measured with torch 2.13 on two cores. Small models reach it
+with some micro-batches only."""
+
+_CPU_SLOWEST, _CPU_FASTEST = 0.25, 1.3
+"""Range of the speed on a CPU: from the expected speed to that of idle cores. Other programs slowed
+training to a quarter, and the matrix product that it was compared with by less."""
 
 _CROWDED = 0.4
 """Factor of the low end if more programs than cores are running, as the threads of a step wait for
@@ -84,17 +90,18 @@ def expected_speed(work: Workload, device: Device, load: Load | None = None) -> 
     """Return the expected speed of one rank, without earlier runs.
 
     Args:
-        load: other programs on the cores of a CPU; they slow down the measurement made now.
+        load: other programs on the cores of a CPU; they slow down the measurement made now, and
+            may end.
     """
     flops = work.flops_per_token * (1 + _recomputed_share(work))
     if device.kind == "cpu":
-        measured, alone = _measure_cpu_flops()
+        measured = _measure_cpu_flops()
         share = _between(_MEASURED_CPU_SHARE, work.model.parameters)
-        rate = Rate.around([share * measured / flops], _CPU_RANGE)
-        if load:  # the other programs may end
-            high = max(rate.high / load.share, _CPU_RANGE[1] * share * alone / flops)
-            crowded = load.average > load.cores
-            rate = rate.replace(high=high, low=_CROWDED * rate.low if crowded else rate.low)
+        usual = share * measured / flops
+        low = _CPU_SLOWEST * usual
+        if load and load.average > load.cores:
+            low *= _CROWDED
+        rate = Rate(low=low, expected=usual, high=max(_CPU_FASTEST * usual, fastest_on_cpu(work)))
         return Speed(rate, f"{share:.0%} of {measured / 1e9:.0f} GFLOP/s measured now")
     if device.peak_flops is None:
         return Speed(None, f"the peak of {device.name} is not known")
@@ -125,23 +132,40 @@ def _recomputed_share(work: Workload) -> float:
     return recomputed / work.model.parameters / 3  # the backward pass takes two thirds
 
 
-class _CpuFlops(NamedTuple):
-    """FLOP/s of fp32 matrix products with the threads of this process."""
-
-    now: float
-    alone: float
-    """The same by the time that this process had the cores. Unlike the load average, this also
-    shows programs that have just started."""
+def fastest_on_cpu(work: Workload) -> float:
+    """Return the highest tokens per second to expect if this machine has nothing else to do."""
+    share = _CPU_FASTEST * _between(_IDLE_CPU_SHARE, work.model.parameters)
+    return share * _measure_idle_flops() / (work.flops_per_token * (1 + _recomputed_share(work)))
 
 
-def _measure_cpu_flops(seconds: float = 0.2) -> _CpuFlops:
+def _measure_cpu_flops(seconds: float = 0.2) -> float:
+    """Return the FLOP/s of fp32 matrix products with the threads of this process now."""
     n = 768
     a, b = torch.rand(n, n), torch.rand(n, n)
     a @ b  # the first one also allocates
-    start, cpu, products = time.perf_counter(), time.process_time(), 0
+    start, products = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         a @ b
         products += 1
-    flops = 2 * n**3 * products
-    had = (time.process_time() - cpu) / torch.get_num_threads()
-    return _CpuFlops(flops / elapsed, max(flops / elapsed, flops / had))
+    return 2 * n**3 * products / elapsed
+
+
+def _measure_idle_flops(seconds: float = 0.05) -> float:
+    """Return the FLOP/s that the threads of this process would reach on idle cores.
+
+    It is that of the fastest product of one thread, times the number of threads. Such a product
+    takes a millisecond, so that some are not interrupted on a busy machine. Products of several
+    threads are: each thread waits for the others.
+    """
+    n, threads = 384, torch.get_num_threads()
+    a, b = torch.rand(n, n), torch.rand(n, n)
+    torch.set_num_threads(1)
+    try:
+        a @ b
+        times = [time.perf_counter()]
+        while times[-1] - times[0] < seconds:
+            a @ b
+            times.append(time.perf_counter())
+    finally:
+        torch.set_num_threads(threads)
+    return threads * 2 * n**3 / min(end - begin for begin, end in pairwise(times))

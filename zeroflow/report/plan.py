@@ -107,7 +107,7 @@ class Plan(Record):
     batch_tokens: int
     stages: tuple[StagePlan, ...]
     predicted: Figures
-    """Predicted figures, for all steps; memory is per GPU."""
+    """Predicted figures; the seconds are those of the steps that remained. Memory is per GPU."""
 
     rate: Rate | None = omitted()
     """Range of the predicted tokens per second; None if unknown, and in files of older versions."""
@@ -231,11 +231,12 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     run, device = settlement.run, settlement.device
     facts = _look_up(run, device)
     vocabulary, steps = facts.vocabulary, run.schedule.steps
+    done = min(facts.steps_done, steps)
     model = run.network(vocabulary.size)
     work = run.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
     known = history.known(facts.runs, work, planned=(run.run_name, steps))
-    rate, source = own_speed(facts.trained, work) or speed(
+    rate, source = own_speed(facts.trained, work, facts.load) or speed(
         work, device, facts.load, known, facts.runs
     )
     held, memory_source = _memory(work, stages, known)
@@ -259,12 +260,12 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         flops_per_token=work.flops_per_token,
         tokens=run.train_tokens,
         steps=steps,
-        steps_done=min(facts.steps_done, steps),
+        steps_done=done,
         batch_tokens=work.batch_tokens,
         stages=stages,
         predicted=Figures(
             tokens_per_second=rate.expected if rate else None,
-            seconds=run.train_tokens / rate.expected if rate else None,
+            seconds=_remaining(run.train_tokens, steps, done) / rate.expected if rate else None,
             memory_bytes=held,
             shard_bytes=facts.shard_bytes,
             checkpoint_bytes=one,
@@ -280,6 +281,11 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         checkpoint_every=run.cadence.checkpoint,
         disk_source=disk.source,
     )
+
+
+def _remaining(tokens: int, steps: int, done: int) -> float:
+    """Return the tokens of the steps that remain; those of all steps if none remains."""
+    return tokens * ((steps - done) or steps) / steps
 
 
 def _memory(

@@ -30,6 +30,24 @@ _FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+def compared_lines(rows: Sequence[Compared], plan: Plan | None) -> Iterator[str]:
+    """Yield the log lines that compare a plan with the finished run."""
+    for row in rows:
+        name, predicted, measured, miss = cells(row)
+        steps = _own_steps(plan) if plan and row.name in _OF_STEPS else ""
+        difference = f" ({miss})" if miss else ""
+        yield f"plan of {name}{steps}: {predicted} predicted, {measured} measured{difference}"
+
+
+_OF_STEPS = ("tokens_per_second", "seconds")
+
+
+def _own_steps(plan: Plan) -> str:
+    """Return which steps an extension is compared by; empty for all."""
+    done = plan.steps_done
+    return f" of steps {done + 1:,} to {plan.steps:,}" if 0 < done < plan.steps else ""
+
+
 def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     run, device, work = settled.run, settled.device, plan.workload
     choice = run.training
@@ -97,7 +115,9 @@ def time_line(plan: Plan) -> str:
 
 
 def _rests_on(plan: Plan) -> str:
-    return f"{plan.rate_source}; {plan.load}" if plan.load else plan.rate_source
+    if plan.load is None:
+        return plan.rate_source
+    return f"{plan.rate_source}; {plan.load}; the highest speed is that of an idle machine"
 
 
 def memory_line(plan: Plan) -> str:
@@ -168,11 +188,11 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
     low_to_high = f" {plan.rate.low:,.0f} to {plan.rate.high:,.0f} tokens/s," if plan.rate else ""
     flops = f"{plan.flops_per_token / 1e6:,.1f} MFLOPs per token"
-    sources = f"Speed and time:{low_to_high} {_rests_on(plan)}. Memory: {plan.memory_source}."
+    speed = f"Speed and time{_own_steps(plan)}:{low_to_high} {_rests_on(plan)}."
     return (
         Markdown("## Predicted and measured"),
         Table(("", "predicted", "measured", "miss"), list(map(cells, compared)), right=" rrr"),
-        escaped(sources),
+        escaped(f"{speed} Memory: {plan.memory_source}."),
         Markdown(
             f"- Parameters: {_bound(plan)}{parts}; {flops}\n"
             f"- Computed memory by part: {memory}; in total {binary(plan.stage.total)}\n"

@@ -99,7 +99,7 @@ def write(run: Finished, show: Callable[[Page], None]) -> Path:
     expected = band.find(run.job)
     logs = _read(run)
     report = _gather(run, logs, expected)
-    _log(report)
+    _log(report, logs.plan)
     # Before the pages, which may fail, and before MLflow, which may be slow or unreachable
     report.write(folder.report)
     with never_fatal("report"):
@@ -154,6 +154,9 @@ def _read(run: Finished) -> Logs:
     saved = {event.step: event.seconds for event in events if isinstance(event, Saved)}
     skipped = {event.step for event in events if isinstance(event, CheckpointSkipped)}
     seconds = [each for each in saved.values() if each is not None]
+    # The plan of an extension is for its own steps. If it has only one step, its speed is unknown
+    own = goodput.read(folder, after=plan.steps_done if plan else 0)
+    own = own if own.steps else time
     return Logs(
         plan=plan,
         job=recovery.current(run.job),
@@ -165,8 +168,12 @@ def _read(run: Finished) -> Logs:
         mlflow=run_ids(folder),
         pages=links(folder),
         measured=Figures(
-            tokens_per_second=trained.tokens_per_second,
-            seconds=time.training,
+            tokens_per_second=(
+                own.steps * run.job.training.workload.batch_tokens / own.training
+                if own.steps
+                else trained.tokens_per_second
+            ),
+            seconds=own.training,
             memory_bytes=trained.peak_memory_bytes,
             shard_bytes=row_bytes(run.shards),
             checkpoint_bytes=sum(file.stat().st_size for file in trained.checkpoint.glob("*")),
@@ -276,11 +283,9 @@ def _stages(run: Finished) -> dict[str, StageFigures]:
     }
 
 
-def _log(report: RunReport) -> None:
-    for row in report.plan:
-        name, predicted, measured, miss = plan_page.cells(row)
-        difference = f" ({miss})" if miss else ""
-        log.info("plan of %s: %s predicted, %s measured%s", name, predicted, measured, difference)
+def _log(report: RunReport, plan: Plan | None) -> None:
+    for line in plan_page.compared_lines(report.plan, plan):
+        log.info("%s", line)
     if report.expected_loss.runs:
         log.info("expected loss: %s", report.expected_loss.verdict)
 

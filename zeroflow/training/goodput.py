@@ -256,9 +256,18 @@ class PhaseLedger:
         return self.account
 
 
-def read(folder: RunFolder) -> Account:
-    """Return the account of a run so far."""
-    return Account(BOOKINGS.read(folder.goodput))
+def read(folder: RunFolder, *, after: int = 0) -> Account:
+    """Return the account of a run so far.
+
+    Args:
+        after: steps that the run had when the last process to count was launched; earlier ones are
+            left out.
+    """
+    bookings = BOOKINGS.read(folder.goodput)
+    if after:
+        launches = (n for n, one in enumerate(bookings) if one.began and one.step <= after)
+        bookings = bookings[max(launches, default=0) :]
+    return Account(bookings)
 
 
 def summary(shares: Mapping[Name, float], wall_seconds: float) -> str:
