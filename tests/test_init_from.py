@@ -90,17 +90,20 @@ def test_run_starts_at_the_exact_loss_of_a_checkpoint_and_keeps_its_step(folder,
 
 def llama(folder: Path, dtype: torch.dtype, **changes: Any) -> Path:
     """Save a small model with a tokenizer as transformers does, in several files."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 520}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     rope = {"rope_type": "default", "rope_theta": 9000.0}
-    config = LlamaConfig(
-        **{**shape, **heads, "rms_norm_eps": 2e-4, "initializer_range": 0.3} | changes,
-        rope_parameters=rope,
-    )
+    settings = {**shape, **heads, "rms_norm_eps": 2e-4, "initializer_range": 0.3}
+    settings |= {"model_type": "llama", "rope_parameters": rope} | changes
+    config = AutoConfig.for_model(**settings)
     torch.manual_seed(1)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="30KB")
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(weight, 0.5, 2.0)
+    model.to(dtype).save_pretrained(folder, max_shard_size="30KB")
     for name, content in llama_tokenizer_repo(vocab_size=512).contents.items():
         if name.startswith("tokenizer"):
             (folder / name).write_bytes(content)
@@ -141,6 +144,17 @@ def test_run_starts_at_the_loss_of_a_model_of_hugging_face_on_its_own_text(folde
     model = job.model
     assert model.tie_word_embeddings == tied
     assert (model.vocab_size, model.rms_norm_eps, model.rope_theta) == (520, 2e-4, 9000.0)
+
+
+def test_run_starts_at_the_loss_of_a_qwen3_model(folder):
+    changes = {"model_type": "qwen3", "head_dim": 12, "layer_types": ["full_attention"] * 2}
+    source = llama(folder / "qwen3", torch.bfloat16, **changes)
+    job = train(asked(folder, "qwen3", "second", model={"init_from": str(source)}))
+    expected = loss_in_transformers(source, job)
+    # the same sums in another order: fp32 rounding at a loss of about 10
+    assert losses(job)[0] == pytest.approx(expected, abs=1e-5) and expected > 6
+    assert job.model.qk_norm and job.model.head_dim == 12
+    assert losses(job)[6] < losses(job)[0], "it is trained further"
 
 
 @pytest.fixture

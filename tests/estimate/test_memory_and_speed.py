@@ -181,12 +181,23 @@ def test_memory_is_that_of_an_h100(size, rows, kind, gigabytes):
     assert held.total / 2**30 == pytest.approx(gigabytes, rel=0.01)
 
 
+QWEN3 = {"qk_norm": True, "features_per_head": 64}
+
+
 @pytest.mark.parametrize(
-    ("size", "rows", "context", "vocabulary"),
-    [("tiny", 4, 1024, 32_768), ("tiny", 4, 512, 128_256), ("small", 2, 1024, 32_768)],
+    ("size", "rows", "context", "vocabulary", "changes"),
+    [
+        ("tiny", 4, 1024, 32_768, {}),
+        ("tiny", 4, 1024, 32_768, QWEN3),
+        ("tiny", 4, 512, 128_256, {}),
+        ("small", 2, 1024, 32_768, {}),
+    ],
 )
-def test_memory_on_a_cpu_is_what_pytorch_counts_in_a_fake_step(size, rows, context, vocabulary):
+def test_memory_on_a_cpu_is_what_pytorch_counts_in_a_fake_step(
+    size, rows, context, vocabulary, changes
+):
     model = llama(size, vocabulary).replace(num_hidden_layers=4)  # a fake step takes seconds too
+    model = model.replace(**changes)
     held = planned(model, CPU, seq_len=context, micro_batch_rows=rows, accumulate=1)
     # The tracker does not see what the allocator takes for itself
     seen = held.weights + held.activations / heap(accumulates=False) + held.loss

@@ -37,6 +37,9 @@ SHAPE = Shape(
     intermediate_size=64,
 )
 MODEL = ModelConfig(**SHAPE.model_dump(), vocab_size=256)
+QWEN3 = MODEL.replace(qk_norm=True, features_per_head=12)
+"""With norms of queries and keys, and heads that are together larger than the hidden size."""
+
 NO_END = -1
 """An end-of-text id that does not occur in rows of random ids."""
 
@@ -115,9 +118,12 @@ def lively_model(config: ModelConfig = MODEL, *, seed: int = 0) -> Llama:
     model = Llama(config)
     initialize(model, seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(10)
+            elif "self_attn" in name:  # so that norms cannot be exchanged
+                slope = 1 if "q_norm" in name else -1
+                parameter.add_(slope * torch.linspace(-0.5, 0.5, len(parameter)))
     return model.eval()
 
 

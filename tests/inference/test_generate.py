@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from public_tokenizers import of_bytes
-from tiny import MODEL, lively_model
+from tiny import MODEL, QWEN3, lively_model
 
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.inference import generate
@@ -17,8 +17,9 @@ from zeroflow.training.sampling import SamplingConfig
 IDS = Tokenizer(name="ids", path=None, vocab_size=250, end_of_text=249, fingerprint="")
 
 
-def test_model_of_hugging_face_shares_the_weights():
-    model = lively_model()
+@pytest.mark.parametrize("config", [MODEL, QWEN3], ids=["llama", "qwen3"])
+def test_model_of_hugging_face_shares_the_weights(config):
+    model = lively_model(config)
     theirs = as_hugging_face(model, context=64, end_of_text=0)
     ours = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     ours["lm_head.weight"] = ours["model.embed_tokens.weight"]

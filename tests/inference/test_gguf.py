@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from public_tokenizers import like_bert, like_llama_2, like_qwen, of_bytes, save
-from tiny import MODEL, jsonl_corpus, lively_model
+from tiny import MODEL, QWEN3, jsonl_corpus, lively_model
 from tokenizers import Regex, pre_tokenizers
 
 from zeroflow.data import encoding
@@ -88,6 +88,20 @@ def test_file_has_the_weights_the_tokens_and_one_end_of_text_id(tmp_path):
     assert torch.equal(torch.tensor(tensors["blk.0.attn_q.weight"][[0, 1, 2]]), query[[0, 4, 1]])
 
 
+def test_model_with_norms_of_queries_and_keys_is_a_qwen3(tmp_path):
+    model = lively_model(QWEN3.replace(vocab_size=512))
+    export(model, fetched(tmp_path), tmp_path / "out", context=64, name="mine", format="gguf")
+    found = fields(tmp_path / "out" / "mine.gguf")
+    assert found["general.architecture"] == "qwen3" and found["qwen3.attention.key_length"] == 12
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out" / "mine.gguf").tensors}
+    weights = model.state_dict()
+    assert len(tensors) == len(weights)
+    for theirs, ours in (("attn_q", "q_proj"), ("attn_k_norm", "k_norm")):
+        np.testing.assert_array_equal(
+            tensors[f"blk.1.{theirs}.weight"], weights[f"model.layers.1.self_attn.{ours}.weight"]
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -162,6 +176,7 @@ for prompt in asked["prompts"]:
     model.reset()
     tokens = model.tokenize(prompt.encode(), add_bos=True, special=False)
     new = [token for token, _ in zip(model.generate(tokens, temp=0), range(9))]
+    new = new[: new.index(model.token_eos())] if model.token_eos() in new else new
     written.append(model.detokenize(new).decode(errors="replace"))
 json.dump({"ids": ids, "logits": logits, "written": written}, sys.stdout)
 """
@@ -183,8 +198,18 @@ def opened_in_llama_cpp(folder: Path, **asked: object) -> dict[str, list]:
 
 
 @NEEDS_LLAMA_CPP
-@pytest.mark.parametrize("kind", ["trained", "gpt-2", "qwen2", "smollm"])
-def test_llama_cpp_gives_the_ids_the_logits_and_the_greedy_text(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("trained", MODEL_512),
+        ("trained", QWEN3.replace(vocab_size=512)),
+        ("trained", MODEL_512.replace(features_per_head=12)),
+        ("gpt-2", MODEL_512),
+        ("qwen2", MODEL_512),
+        ("smollm", MODEL_512),
+    ],
+)
+def test_llama_cpp_gives_the_ids_the_logits_and_the_greedy_text(kind, config, tmp_path):
     makes = {
         "trained": lambda: None,
         "gpt-2": lambda: splitting(pre_tokenizers.ByteLevel(add_prefix_space=False)),
@@ -194,7 +219,7 @@ def test_llama_cpp_gives_the_ids_the_logits_and_the_greedy_text(kind, tmp_path):
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ),
     }
-    tokenizer, model = fetched(tmp_path, makes[kind]()), lively_model(MODEL_512)
+    tokenizer, model = fetched(tmp_path, makes[kind]()), lively_model(config)
     export(model, tokenizer, tmp_path / "out", context=64, name="mine", format="gguf")
     end = tokenizer.end_of_text
     texts = encoding.hard_strings(["<|endoftext|>", "<|x|>"])

@@ -1,9 +1,9 @@
 import pytest
-from tiny import MODEL
+from tiny import MODEL, QWEN3
 
-from zeroflow.model.hugging_face import llama_config, model_config
+from zeroflow.model.hugging_face import config_json, model_config
 
-CONFIG = llama_config(MODEL, context=64, end_of_text=0)
+CONFIG = config_json(MODEL, context=64, end_of_text=0)
 
 
 def test_own_configuration_is_read_as_it_was_written():
@@ -12,10 +12,27 @@ def test_own_configuration_is_read_as_it_was_written():
 
 def test_head_of_its_own_is_read_and_written():
     untied = MODEL.replace(tie_word_embeddings=False)
-    config = llama_config(untied, context=64, end_of_text=0)
+    config = config_json(untied, context=64, end_of_text=0)
     assert config["tie_word_embeddings"] is False and model_config(config) == untied
     del config["tie_word_embeddings"]  # the default of transformers
     assert model_config(config) == untied
+
+
+def test_norms_of_queries_and_keys_are_read_and_written_as_qwen3():
+    config = config_json(QWEN3, context=64, end_of_text=0)
+    assert (config["model_type"], config["head_dim"]) == ("qwen3", 12)
+    assert model_config(config) == QWEN3
+    del config["head_dim"]  # the default of transformers
+    assert model_config(config).head_dim == 128
+    usual = QWEN3.replace(features_per_head=None)
+    assert model_config(config_json(usual, context=64, end_of_text=0)) == usual
+
+
+def test_heads_of_another_size_are_read_and_written():
+    config = CONFIG | {"head_dim": 16}
+    read = model_config(config)
+    assert (read.head_dim, read.query_size, read.qkv_size) == (16, 64, 128)
+    assert config_json(read, context=64, end_of_text=0) == config
 
 
 def test_configuration_of_earlier_versions_of_transformers_is_read():
@@ -28,10 +45,10 @@ def test_configuration_of_earlier_versions_of_transformers_is_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "this decoder has no model_type gpt2, only llama"),
+        ({"model_type": "gpt2"}, "this decoder has no model_type gpt2, only llama and qwen3"),
         ({"hidden_act": "gelu"}, "no hidden_act gelu"),
         ({"attention_bias": True, "mlp_bias": True}, "biases .attention_bias.*mlp_bias"),
-        ({"head_dim": 16}, "no head_dim 16 other than hidden_size / num_attention_heads"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "no sliding windows"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "rope_scaling of type llama3"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "no rope_parameters of type yarn"),
         ({"quantization_config": {"bits": 4}}, "no quantized weights"),

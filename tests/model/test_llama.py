@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from tiny import MODEL, SHAPE, lively_model
+from tiny import MODEL, QWEN3, SHAPE, lively_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from zeroflow.model.llama import Llama, Shape, initialize, rotary_angles, rotate
@@ -120,19 +120,28 @@ def test_logits_equal_those_of_hugging_face_on_the_same_weights(hugging_face):
     assert (hugging_face(tokens).logits - ours).abs().max() > 1e-2
 
 
-def test_flops_equal_those_that_pytorch_counts():
-    model, rows, context = Llama(MODEL), 2, 16
+@pytest.mark.parametrize("config", [MODEL, QWEN3], ids=["llama", "qwen3"])
+def test_flops_equal_those_that_pytorch_counts(config):
+    model, rows, context = Llama(config), 2, 16
     with FlopCounterMode(display=False) as counter:
         model(random_tokens(rows, context)).sum().backward()
     matrices = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert matrices == rows * context * (MODEL.flops_per_token(0) - 6 * norms)
+    assert matrices == rows * context * (config.flops_per_token(0) - 6 * norms)
 
 
-def test_attention_flops_are_half_of_the_full_square():
-    C, L, D = 512, MODEL.num_hidden_layers, MODEL.hidden_size
-    square = 3 * 2 * (2 * C * C * D)  # forward, and twice that backward; scores and values
-    assert MODEL.flops_per_token(C) - MODEL.flops_per_token(0) == L * square // 2 // C
+@pytest.mark.parametrize(("config", "features"), [(MODEL, 32), (QWEN3, 48)], ids=["llama", "qwen3"])
+def test_attention_flops_are_half_of_the_full_square(config, features):
+    C, L = 512, config.num_hidden_layers
+    square = 3 * 2 * (2 * C * C * features)  # forward, and twice that backward; scores and values
+    assert config.flops_per_token(C) - config.flops_per_token(0) == L * square // 2 // C
+
+
+def test_closed_form_counts_the_norms_of_queries_and_keys():
+    model = Llama(QWEN3)
+    assert sum(p.numel() for p in model.parameters()) == QWEN3.parameters
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert block == QWEN3.block_parameters
 
 
 def test_initial_weights_have_the_promised_deviation():

@@ -40,7 +40,7 @@ from transformers import LlamaForCausalLM
 
 from zeroflow import artifacts
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.model.hugging_face import llama_config
+from zeroflow.model.hugging_face import config_json
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint, chunked_files, sampling, tensor_files
 from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
@@ -489,7 +489,7 @@ def test_pickle_planted_in_a_checkpoint_is_never_loaded(tmp_path):
 
 def test_checkpoint_opens_as_a_model_of_hugging_face(tmp_path):
     state = trained(2)
-    config = llama_config(MODEL, context=12, end_of_text=0)
+    config = config_json(MODEL, context=12, end_of_text=0)
     saver = Saver(tmp_path, Retention(keep=1), tokenizer=TOKENIZER, config=config)
     saver.save(state)
     saver.wait()

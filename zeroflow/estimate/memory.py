@@ -131,15 +131,16 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     tokens = work.micro_batch_rows * work.seq_len
-    qkv, rotated = model.qkv_size, D + model.num_key_value_heads * model.head_dim
+    Q, qkv = model.query_size, model.qkv_size
+    rotated = Q + model.num_key_value_heads * model.head_dim
     if work.fp8:
         feed_forward = tokens * (D + width * 2 * M)
-        others = tokens * (2 * D + width * (3 * D + qkv))
+        others = tokens * (D + Q + width * (2 * D + Q + qkv))
     else:
         cast = width == 2 and work.ranks == 1  # gathered weights are already bf16
         feed_forward = tokens * width * (D + 3 * M) + width * D * (3 if cast else 2) * M
-        others = tokens * width * (4 * D + qkv + rotated)
-        others += width * D * (qkv + (D if cast else 0))
+        others = tokens * width * (3 * D + Q + qkv + rotated)
+        others += width * D * (qkv + (Q if cast else 0))
     stream = tokens * width * D
     kept, recomputed = {
         "none": (L * (others + feed_forward), 0),
@@ -154,10 +155,10 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
 
     A norm also keeps its input, and its result before the scale, in fp32. The feed-forward network
     also keeps the output of silu. Every product keeps the matrices that were copied for it by a
-    cast or concatenation. Attention keeps queries and keys after rotation, and the whole
-    projection, because the values are a view of it; in fp32 on a GPU it keeps keys and values
-    repeated for every query head instead. The gradient of the last hidden state exists during the
-    loss.
+    cast or concatenation. Attention keeps queries and keys after rotation, what their norms keep
+    except the result, and the whole projection, because the values are a view of it; in fp32 on a
+    GPU it keeps keys and values repeated for every query head instead. The gradient of the last
+    hidden state exists during the loss.
     """
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -167,7 +168,9 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
     norm = (4 + 4 + width) * D
     heads = 3 * H if work.device == "cuda" and width == 4 else 2 * H + 3 * K
     others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
-    others += width * D * (model.qkv_size + (D if cast else 0))
+    if model.qk_norm:  # in fp32, the input is a part of the projection
+        others += tokens * (H + K) * (4 if width == 4 else 4 + 4) * E
+    others += width * D * (model.qkv_size + (H * E if cast else 0))
     feed_forward = width * (tokens * 4 * M + D * (3 if cast else 2) * M)
     kept, recomputed = {
         "none": (L * (others + feed_forward), 0),

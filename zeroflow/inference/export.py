@@ -21,7 +21,7 @@ from zeroflow.artifacts import JsonObject
 from zeroflow.data import encoding
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.inference import gguf_file
-from zeroflow.model.hugging_face import llama_config
+from zeroflow.model.hugging_face import as_hugging_face
 from zeroflow.model.llama import Llama
 from zeroflow.training.sampling import SamplingConfig
 
@@ -107,16 +107,12 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
 
 
 def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     end = tokenizer.end_of_text
-    config = LlamaConfig.from_dict(llama_config(model.config, context=context, end_of_text=end))
-    network = LlamaForCausalLM(config)
-    weights = dict(model.state_dict())
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    network.load_state_dict(weights, strict=True)
+    network = as_hugging_face(model, context=context, end_of_text=end)
     sampling = SamplingConfig()  # as `zeroflow generate` samples by default
     network.generation_config = GenerationConfig(
         bos_token_id=end,

@@ -21,7 +21,7 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama, ModelConfig
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH, GGUFWriter
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,13 @@ def write(model: Llama, tokenizer: Tokenizer, file: Path, *, name: str, context:
             or there is no tokenizer.
     """
     require_gguf()
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH_NAMES, GGUFWriter
 
     if tokenizer.path is None:
         raise ValueError("a GGUF file needs a tokenizer, and synthetic data has none: export to hf")
     content: TokenizerJson = json.loads(tokenizer.load().to_str())
     pre = pre_tokenizer(content)
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, MODEL_ARCH_NAMES[_architecture(model.config)])
     writer.add_name(name)
     _add_shape(writer, model.config, context, tokenizer.vocab_size)
     _add_tokenizer(writer, content, tokenizer, pre)
@@ -171,6 +171,12 @@ def _merges_make_every_token(content: TokenizerJson) -> bool:
     )
 
 
+def _architecture(shape: ModelConfig) -> "MODEL_ARCH":
+    from gguf import MODEL_ARCH
+
+    return MODEL_ARCH.QWEN3 if shape.qk_norm else MODEL_ARCH.LLAMA
+
+
 def _add_shape(writer: "GGUFWriter", shape: ModelConfig, context: int, vocab_size: int) -> None:
     from gguf import LlamaFileType
 
@@ -182,6 +188,8 @@ def _add_shape(writer: "GGUFWriter", shape: ModelConfig, context: int, vocab_siz
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_head_count(shape.num_attention_heads)
     writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
@@ -218,11 +226,13 @@ def _add_tokenizer(
 
 def _tensors(model: Llama, vocab_size: int) -> Iterable[tuple[str, Tensor]]:
     """Yield the weights by their names in GGUF; a tied output matrix is the token embedding."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
+    from gguf import get_tensor_name_map
 
     shape = model.config
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    names = get_tensor_name_map(_architecture(shape), shape.num_hidden_layers)
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
+    if shape.qk_norm:
+        heads = {}  # for Qwen3, llama.cpp rotates halves as this decoder does
     for name, weight in model.state_dict().items():
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, f"GGUF has no name for {name}"
@@ -235,5 +245,5 @@ def _tensors(model: Llama, vocab_size: int) -> Iterable[tuple[str, Tensor]]:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head: llama.cpp rotates neighbouring features, not halves."""
+    """Reorder the rows of each head: for LLaMA, llama.cpp rotates neighbouring features."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)

@@ -1,8 +1,8 @@
 """The LLaMA decoder, with Hugging Face's parameter names and rotary convention.
 
-A state dict of `Llama` is also one of `transformers.LlamaForCausalLM`, apart from a tied head, so
-export copies tensors without conversion. The model has no buffers, which sharding would have to
-handle: `forward` computes the rotary angles.
+A state dict of `Llama` is also one of `transformers.LlamaForCausalLM`, or with `qk_norm` of
+`Qwen3ForCausalLM`, apart from a tied head, so export copies tensors without conversion. The model
+has no buffers, which sharding would have to handle: `forward` computes the rotary angles.
 """
 
 import hashlib
@@ -50,15 +50,6 @@ class Shape(Config):
     intermediate_size: PositiveInt
     """Features inside the SwiGLU feed-forward network."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def qkv_size(self) -> int:
-        """Total features of queries, keys and values."""
-        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
@@ -66,10 +57,10 @@ class Shape(Config):
                 f"--hidden-size {self.hidden_size} cannot be divided among "
                 f"{self.num_attention_heads} query heads"
             )
-        if self.head_dim % 2:
+        if (features := self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"--hidden-size {self.hidden_size} / {count(self.num_attention_heads, 'head')} = "
-                f"{count(self.head_dim, 'feature')} per head: rotary embeddings need an even number"
+                f"{count(features, 'feature')} per head: rotary embeddings need an even number"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -93,6 +84,27 @@ class ModelConfig(Shape):
     tie_word_embeddings: bool = Field(True, exclude_if=lambda tied: tied)
     """True if the output head is the embedding. Some other models have a separate head."""
 
+    features_per_head: PositiveInt | None = Field(None, exclude_if=lambda size: size is None)
+    """Features of a head, of a model where they are not `hidden_size / num_attention_heads`."""
+
+    qk_norm: bool = Field(False, exclude_if=lambda normed: not normed)
+    """True if every query and key has a norm, as in Qwen3."""
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.features_per_head or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Total features of queries, and of the output of attention."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Total features of queries, keys and values."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
     @property
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
@@ -112,7 +124,7 @@ class ModelConfig(Shape):
             **head,
             "attention": L * 2 * D * (self.num_attention_heads + self.num_key_value_heads) * E,
             "feed-forward": L * 3 * D * M,
-            "norms": (2 * L + 1) * D,
+            "norms": (2 * L + 1) * D + L * self._head_norms,
         }
 
     @property
@@ -123,18 +135,24 @@ class ModelConfig(Shape):
     def block_parameters(self) -> int:
         """Number of parameters of one decoder block."""
         parts, D = self.parameters_by_part, self.hidden_size
-        return (parts["attention"] + parts["feed-forward"]) // self.num_hidden_layers + 2 * D
+        matrices = (parts["attention"] + parts["feed-forward"]) // self.num_hidden_layers
+        return matrices + 2 * D + self._head_norms
+
+    @property
+    def _head_norms(self) -> int:
+        """Number of parameters of the norms of queries and keys of a block."""
+        return 2 * self.head_dim if self.qk_norm else 0
 
     def flops_per_token(self, context: int) -> int:
         """Return the FLOPs of one token's forward and backward pass at `context` tokens.
 
-        6·N for the matrices, where N counts the embedding once, as the output head, and 6·L·D·T for
-        causal attention, half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
+        6·N for the matrices, where N counts the embedding once, as the output head, and 6·L·H·E·T
+        for causal attention, half of the full square: https://arxiv.org/abs/2204.02311, appendix B.
         """
         looked_up = 0 if self.tie_word_embeddings else self.embedding_parameters
         return (
             6 * (self.parameters - looked_up)
-            + 6 * self.num_hidden_layers * self.hidden_size * context
+            + 6 * self.num_hidden_layers * self.query_size * context
         )
 
 
@@ -244,7 +262,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped-query: https://arxiv.org/abs/2305.13245"""
+    """Causal self-attention, grouped-query: https://arxiv.org/abs/2305.13245
+
+    With `qk_norm`, the features of each query and key are normed: https://arxiv.org/abs/2302.05442
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -257,12 +278,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         qkv = self.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, E)
         q, k, v = heads.split(self.heads, dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         y = attend(q, k, v, mask, self.kernel)  # (B, H, T, E)
         return self.linear(y.transpose(1, 2).flatten(2), self.o_proj.weight)  # (B, T, D)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import count_sample, validation_rows
-from zeroflow.model.hugging_face import llama_config
+from zeroflow.model.hugging_face import config_json
 from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
 from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import CheckpointSkipped, Saved, Started
@@ -86,7 +86,7 @@ class Session:
             job.folder.checkpoints,
             job.retention,
             tokenizer=job.tokenizer.fingerprint,
-            config=llama_config(
+            config=config_json(
                 job.model, context=self.context, end_of_text=job.tokenizer.end_of_text
             ),
             on_saved=self.saved,

@@ -254,6 +254,7 @@ class Workload(Config):
         sides = {
             "--hidden-size": self.model.hidden_size,
             "--intermediate-size": self.model.intermediate_size,
+            "the size of all queries": self.model.query_size,
             "the joined size of queries, keys and values": self.model.qkv_size,
             "--seq-len": self.seq_len,
         }
