@@ -60,13 +60,19 @@ TRAINERS = {"ours": ours} | PEERS
 class Contender(NamedTuple):
     trainer: str
     stage: Stage
+    shard_group: int | None = None
 
     @property
     def name(self) -> str:
         if self.trainer == "ddp":
             return "DDP"
         prefix = "DeepSpeed " if self.trainer == "deepspeed" else ""
-        return f"{prefix}stage {self.stage}"
+        groups = f" in groups of {self.shard_group}" if self.shard_group else ""
+        return f"{prefix}stage {self.stage}{groups}"
+
+    def of(self, work: Workload) -> Workload:
+        """Return `work` with its stage and groups."""
+        return work.replace(zero_stage=self.stage, shard_group=self.shard_group)
 
 
 class StagesJob(RankJob):
@@ -79,8 +85,8 @@ class StagesJob(RankJob):
 def measure(job: StagesJob) -> Figures:
     """Losses, speed and memory of a contender; the speed is measured in windows of `seconds`."""
     [rows] = job.task.rows
-    trainer, stage = job.contender
-    work = job.training.workload.replace(zero_stage=stage)
+    trainer, stage, shard_group = job.contender
+    work = job.contender.of(job.training.workload)
     batches = job.task.batches(rows)
     step = TRAINERS[trainer](job.training.replace(workload=work), stage)
     if work.device == "cuda":
@@ -108,6 +114,7 @@ def measure(job: StagesJob) -> Figures:
         "ranks": work.ranks,
         "trainer": trainer,
         "stage": stage,
+        "shard_group": shard_group,
         "seconds_per_step": seconds,
         "spread": (max(windows) - min(windows)) / seconds,
         "tokens_per_second": work.batch_tokens / seconds,
@@ -141,6 +148,12 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
     """Contenders on several ranks, in the order of the table."""
     stages = tuple(arguments.stages or STAGES)
     found = [Contender("ours", stage) for stage in stages]
+    found += [
+        Contender("ours", stage, group)
+        for group in arguments.shard_groups
+        for stage in stages
+        if stage
+    ]
     if "ddp" in arguments.peers:
         found.append(Contender("ddp", 0))
     if "deepspeed" in arguments.peers:
@@ -153,9 +166,9 @@ def compared(task: Task, arguments: argparse.Namespace, device: Device) -> list[
     and for ours with predicted memory."""
     alone = of_ranks(task, 1, Contender("ours", 0))
     several = [(one, of_ranks(task, arguments.gpus, one)) for one in contenders(arguments)]
-    for what, figures in (("one GPU", alone), *((one.name, found) for one, found in several)):
-        how = {"ranks": figures["ranks"], "zero_stage": figures["stage"]}
-        planned = memory(task.workload.replace(**how), device)
+    for one, figures in ((Contender("ours", 0), alone), *several):
+        what = one.name if figures["ranks"] > 1 else "one GPU"
+        planned = memory(one.of(task.workload.replace(ranks=figures["ranks"])), device)
         figures |= {"size": task.size, "rows": task.rows[0]}
         if figures["trainer"] == "ours":
             figures["planned"] = planned._asdict()
@@ -209,6 +222,13 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=[])
+    parser.add_argument(
+        "--shard-groups",
+        nargs="+",
+        type=int,
+        default=[],
+        help="sizes of groups within which stages 1 to 3 shard, in addition to all GPUs",
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="trainers to compare")
     parser.add_argument("--vocab-size", type=int, default=NOMINAL_VOCABULARY)
     parser.add_argument("--seq-len", type=int, default=2048)

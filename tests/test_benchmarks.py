@@ -1,5 +1,6 @@
 """The benchmarks, with shapes that take almost no time."""
 
+import argparse
 import logging
 import math
 import os
@@ -149,6 +150,15 @@ def test_stage_of_one_rank_is_a_plain_training(tmp_path):
     assert (found["ranks"], found["stage"]) == (1, 0)
     assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds_per_step"])
     assert found["loss"] < math.log(TASK.vocab_size) < found["memory"]
+
+
+def test_stages_are_also_measured_in_groups():
+    asked = argparse.Namespace(stages=[0, 3], shard_groups=[2, 4], peers=["ddp"])
+    found = zero_stages.contenders(asked)
+    names = ["stage 0", "stage 3", "stage 3 in groups of 2", "stage 3 in groups of 4", "DDP"]
+    assert [one.name for one in found] == names
+    work = found[2].of(WORKLOAD.replace(ranks=8))
+    assert (work.zero_stage, work.shards) == (3, 2)
 
 
 @pytest.mark.slow
