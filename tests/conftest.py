@@ -18,12 +18,21 @@ from pipeline import LOGINS, Flow, free_port
 from tiny import Text, jsonl_corpus
 
 from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.estimate import speed
 
 # A shell without job control starts background commands with SIGINT ignored, which children inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("any machine", deadline=None)  # timings never decide a test
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Measure the CPU for less than 0.2 s, because many tests make a plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "CPU_MEASUREMENT_SECONDS", 0.02)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,9 @@ def work(job: RankJob, stop: Stop) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
     make_deterministic()
     gc.disable()
-    torch.ones(_MEGABYTES, 2**18)
+    cycle: list[object] = [torch.ones(_MEGABYTES, 2**18)]
+    cycle.append(cycle)
+    gc.freeze()
     EVENTS.append(job.folder.events, Done())
 
 

@@ -1,7 +1,10 @@
 """Tiny real objects for all tests: models, corpora, rows, jobs."""
 
 import json
+import shutil
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -173,6 +176,19 @@ def as_jsonl(rows: list[dict[str, str]]) -> bytes:
 
 def synthetic_rows(cache: Path) -> tuple[ShardSet, Tokenizer]:
     """Return a few rows of synthetic data and their tokenizer."""
+    shutil.copytree(_built_synthetic_rows().name, cache, dirs_exist_ok=True)
+    return _synthetic_rows(cache)
+
+
+@lru_cache(maxsize=1)
+def _built_synthetic_rows() -> TemporaryDirectory[str]:
+    """A cache folder with the rows, which are built once for all tests of a process."""
+    folder = TemporaryDirectory()
+    _synthetic_rows(Path(folder.name))
+    return folder
+
+
+def _synthetic_rows(cache: Path) -> tuple[ShardSet, Tokenizer]:
     corpus = CorpusConfig(data_mode="synthetic")
     config = TokenizerConfig(tokenizer_name="synthetic", vocab_size=300)
     tokenizer = fetch_tokenizer(config, corpus, cache)

@@ -28,17 +28,21 @@ class Rows:
         """
         counts = part_counts.of(shards)
         rows, each = counts.column(f"{split}_rows"), counts.column(f"{split}_file_rows")
-        self._shards, self._split = shards, split
         self._ends = np.cumsum(rows)
         self._starts, self._file_rows = self._ends - rows, each
         if not len(self):
             raise FileNotFoundError(f"{shards.path} has no shard of split {split}")
         self.end_of_text = shards.end_of_text
         copies = LocalCopies(shards.path, local) if local else None
-        self._open = lru_cache(_OPEN_FILES)(
-            lambda path: ShardFile(copies.of(path) if copies else path)
-        )
-        first = self._open(self._file(int(np.argmax(rows > 0)), 0))
+
+        # Not a method: it would keep the files open until the next garbage collection
+        @lru_cache(_OPEN_FILES)
+        def file(part: int, number: int) -> ShardFile:
+            path = rows_path(shards.part(part), split, number)
+            return ShardFile(copies.of(path) if copies else path)
+
+        self._file = file
+        first = self._file(int(np.argmax(rows > 0)), 0)
         self.row_tokens, self._type = first.row_tokens, first.dtype
 
     def __len__(self) -> int:
@@ -54,8 +58,5 @@ class Rows:
         out = np.empty((len(ids), self.row_tokens), dtype=self._type)
         found = zip(parts.tolist(), files.tolist(), places.tolist(), out, strict=True)
         for part, file, place, row in found:
-            self._open(self._file(part, file)).read_into(place, row)
+            self._file(part, file).read_into(place, row)
         return out
-
-    def _file(self, part: int, number: int) -> Path:
-        return rows_path(self._shards.part(part), self._split, number)

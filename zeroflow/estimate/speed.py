@@ -42,6 +42,9 @@ load average of 13 to 19."""
 _GPU_RANGE = (0.6, 1.2)
 """The same for a GPU, assuming the utilisation of an H100."""
 
+CPU_MEASUREMENT_SECONDS = 0.2
+"""Duration of the measurement of matrix products."""
+
 
 class Rate(Config):
     """Tokens per second, and the range to expect."""
@@ -138,13 +141,13 @@ def fastest_on_cpu(work: Workload) -> float:
     return share * _measure_idle_flops() / (work.flops_per_token * (1 + _recomputed_share(work)))
 
 
-def _measure_cpu_flops(seconds: float = 0.2) -> float:
+def _measure_cpu_flops() -> float:
     """Return the FLOP/s of fp32 matrix products with the threads of this process now."""
     n = 768
     a, b = torch.rand(n, n), torch.rand(n, n)
     a @ b  # the first one also allocates
     start, products = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
+    while (elapsed := time.perf_counter() - start) < CPU_MEASUREMENT_SECONDS:
         a @ b
         products += 1
     return 2 * n**3 * products / elapsed

@@ -67,6 +67,7 @@ def _give_back() -> bool:
     torch.use_deterministic_algorithms(False)
     compiling.end_watch()
     gc.enable()
+    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

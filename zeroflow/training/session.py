@@ -128,8 +128,11 @@ class Session:
         cadence, steps = self.job.cadence, self.job.training.steps
         # An automatic garbage collection stalls the host in the middle of a step, and each rank at
         # a different step, so that all wait for each in turn. `validate` collects on all ranks at
-        # the same time instead
+        # the same time instead. That is fast, because it skips the frozen objects: modules and
+        # state, which exist until the end
         gc.disable()
+        gc.collect()
+        gc.freeze()
         if self.state.step == 0:
             self.validate()
         for metrics in train(self.state, self.batches, self.job.training, self.clock.enter):
