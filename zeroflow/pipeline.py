@@ -5,12 +5,14 @@ resumes where it stopped. The caller decides how each stage is called (`Stages`)
 and pages are shown (`View`). In the package's flows, stages are Prefect tasks.
 """
 
+import contextvars
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from zeroflow import reuse
@@ -202,9 +204,9 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
 
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
-    """Build the shards that the run needs, and write and show the page about them."""
+    """Build the shards that the run needs."""
     with part_builders(run.build, view) as builders:
-        shards = builds.build_shards(
+        return builds.build_shards(
             run.shard_config,
             run.data,
             tokenizer,
@@ -213,11 +215,6 @@ def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> S
             builders=builders,
             show=view.progress("shards"),
         )
-    with never_fatal("page of the data"):
-        gathered = statistics.gather(shards, tokenizer)
-        page = data_page.write_data(shards, gathered, tokenizer, run.folder)
-        view.page(page, "data")
-    return shards
 
 
 def build_together(asked: RunConfig, *, gpu: str | None = None) -> Shared:
@@ -356,8 +353,34 @@ class Prepared(NamedTuple):
     """A run that is ready for training."""
 
     settlement: Settlement
+    tokenizer: Tokenizer
     shards: ShardSet
     job: TrainingJob
+
+
+def show_data(prepared: Prepared, view: View = LOG_ONLY) -> None:
+    """Write and show the page about the data of a run."""
+    settlement, tokenizer, shards, _ = prepared
+    with never_fatal("page of the data"):
+        gathered = statistics.gather(shards, tokenizer)
+        page = data_page.write_data(shards, gathered, tokenizer, settlement.run.folder)
+        view.page(page, "data")
+
+
+@contextmanager
+def in_background(work: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Do `work` in a thread while the block runs.
+
+    Yields:
+        A function that waits until the work is done.
+    """
+    # In a copy of this context, from which Prefect knows the flow run
+    thread = Thread(target=contextvars.copy_context().run, args=(work,))
+    thread.start()
+    try:
+        yield thread.join
+    finally:
+        thread.join()
 
 
 def write_report(
@@ -372,7 +395,7 @@ def write_report(
     Returns:
         the path of report.json
     """
-    settlement, shards, job = prepared
+    settlement, _, shards, job = prepared
     return run_report.write(
         Finished(settlement.run, job, shards, checked, trained, learned),
         lambda page: view.page(page, "report"),
@@ -533,7 +556,11 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
         busy = run.device == "cuda" and (before is None or run.evaluation.is_asked_for)
         # The inner block of ranks ends them before another run gets the GPU
-        with view.gpu_slot() if busy else nullcontext(), kept_ranks():
+        with (
+            in_background(partial(show_data, prepared, view)) as data_shown,
+            view.gpu_slot() if busy else nullcontext(),
+            kept_ranks(),
+        ):
             # If the pre-flight is skipped now, an earlier command may still have run it
             skipped = run.skip_preflight
             checked = (
@@ -541,6 +568,7 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             )
             if job.training.workload.nodes > 1:
                 ranks.end()  # torchrun starts others, which need the memory of the GPUs
+            data_shown()  # the training records the plot of the data in MLflow
             trained = stages.train(job, run, before, view)
             try:
                 learned = stages.check_overfit(job, run.overfit, view)
@@ -579,6 +607,7 @@ def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY)
     """
     with ownership() as acquire:
         prepared = prepare(settings(asked.run), acquire, stages, view)
+        show_data(prepared, view)
         return stages.prove(prepared.job, asked.proof, view)
 
 
@@ -595,6 +624,7 @@ def zero_laboratory(asked: ZeroLabRun, stages: Stages = PLAIN, view: View = LOG_
     """
     with ownership() as acquire:
         prepared = prepare(lab_run(asked), acquire, stages, view)
+        show_data(prepared, view)
         on_gpus = prepared.settlement.run.device == "cuda"
         with view.gpu_slot() if on_gpus else nullcontext():
             return stages.measure_stages(prepared.job, asked.lab, view)
@@ -699,7 +729,7 @@ def prepare(asked: RunConfig, acquire: Acquire, stages: Stages, view: View) -> P
     shards = stages.build_shards(run, tokenizer, view)
     model = stages.build_model(run, tokenizer)
     job = training_job(settlement, model, shards, tokenizer, tags=view.tags())
-    return Prepared(settlement, shards, job)
+    return Prepared(settlement, tokenizer, shards, job)
 
 
 def _trained_before(job: TrainingJob) -> TrainResult | None:

@@ -186,9 +186,6 @@ def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
             from zeroflow.orchestration.flow_runs import run_here
             from zeroflow.orchestration.flows import FLOWS
             from zeroflow.pipeline import may_succeed
-            from zeroflow.report import plots
-
-        plots.import_matplotlib()  # while the server starts
     except ValueError as error:
         raise SystemExit(fail(error, verbose=verbose, code=2)) from None
 

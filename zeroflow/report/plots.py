@@ -229,12 +229,6 @@ def document_lengths(lengths: Int64Array, path: Path, *, row_tokens: int) -> Pat
     return save(figure, path)
 
 
-def import_matplotlib() -> None:
-    """Import the library ahead of the first plot: it takes a second."""
-    import matplotlib.figure
-    import matplotlib.layout_engine  # noqa: F401
-
-
 def new_figure(
     title: str, x: str, y: str, size: tuple[float, float] = (7, 4), rows: int = 1
 ) -> tuple[Any, Any]:
