@@ -2,13 +2,17 @@
 
 import base64
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
+from patience import HANG_SECONDS
 from pipeline import free_port
 from prefect.context import use_profile
 from prefect.settings import (
@@ -20,8 +24,9 @@ from prefect.settings import (
 )
 
 from zeroflow import artifacts
-from zeroflow.orchestration import access, server
+from zeroflow.orchestration import access, early_server, server
 from zeroflow.orchestration.access import Api
+from zeroflow.orchestration.early_server import EarlyServer
 from zeroflow.orchestration.programs import Program
 
 Answering = Callable[..., str]
@@ -189,6 +194,57 @@ def test_block_starts_a_server_of_its_own_if_there_is_none_and_stops_it(answerin
         program.require_running()
 
 
+def early(*command: str) -> EarlyServer:
+    program = Program("a program", command, environment=os.environ)
+    return EarlyServer(program, free_port(), "me:random")
+
+
+def test_early_server_is_taken_if_it_runs(home, monkeypatch):
+    running = early("sleep", "600")
+    monkeypatch.setattr(early_server, "_started", [running])
+    program, api = server._started()
+    assert (program, api.login) == (running.program, "me:random")
+    assert (home / "zeroflow" / f"login-{running.port}").exists(), "for other processes"
+    program.stop(0)
+    assert early_server.take() is None
+
+
+def test_another_server_is_started_if_the_early_one_has_ended(monkeypatch):
+    ended = early("true")
+    ended.program.wait_for_end(HANG_SECONDS)
+    monkeypatch.setattr(early_server, "_started", [ended])
+    monkeypatch.setattr(server, "start_server", lambda api: "another")
+    program, api = server._started()
+    assert program == "another" and api.login != "me:random"
+
+
+def test_early_server_is_ended_if_another_server_is_in_use(answering, monkeypatch):
+    running = early("sleep", "600")
+    monkeypatch.setattr(early_server, "_started", [running])
+    with named(answering(200)), server.server():
+        assert not running.program.running
+
+
+def test_early_server_finds_out_that_another_server_is_in_use(answering, base_environment):
+    variables = {"PREFECT_API_URL": answering(200), early_server.LOGIN: "me:random"}
+    command = [sys.executable, "-m", "zeroflow.orchestration.server", str(free_port())]
+    ended = subprocess.run(
+        command, env=base_environment | variables, capture_output=True, timeout=HANG_SECONDS
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"")
+
+
+def test_no_server_is_started_early_if_one_is_named_or_listens(answering, monkeypatch):
+    monkeypatch.setattr(early_server, "_started", [])
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    early_server.start()
+    monkeypatch.delenv("PREFECT_API_URL")
+    port = urlsplit(answering(200)).port
+    monkeypatch.setattr(early_server, "USUAL_PORT", port)
+    early_server.start()
+    assert early_server.take() is None
+
+
 @pytest.mark.parametrize("url", ["http://host:4200/api", "http://host:4200/api/"])
 def test_user_interface_is_next_to_the_api(url):
     assert Api(url).page == "http://host:4200"
@@ -232,6 +288,7 @@ def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monke
     assert first.login != second.login and len(str(first.login)) > 30
     environment = access.protected(first)
     assert environment["PREFECT_SERVER_API_AUTH_STRING"] == first.login
+    access.remember(first)
     assert environment["PREFECT_UI_URL"] == "http://127.0.0.1:4321", "for links in alerts"
     [file] = (home / "zeroflow").iterdir()
     assert file.read_text().strip() == first.login and file.stat().st_mode & 0o077 == 0
@@ -242,7 +299,7 @@ def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monke
     monkeypatch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "https://mine.example")
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:chosen")
     with temporary_settings():  # reads the environment again
-        assert server.own_api(4321).login == "me:chosen"
+        assert server.own_api(4321, "zeroflow:random").login == "me:chosen"
         environment = access.protected(server.own_api(4321))
     assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "https://mine.example"
     assert environment["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] == "https://mine.example"
@@ -251,4 +308,4 @@ def test_login_is_new_for_every_start_and_only_this_user_can_read_it(home, monke
 def test_unwritable_home_is_named(home):
     (home / "zeroflow").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot write to .*: set PREFECT_HOME"):
-        access.protected(server.own_api(4321))
+        access.remember(server.own_api(4321))

@@ -45,9 +45,9 @@ def _start_ranks(arguments: Sequence[str]) -> None:
 
 
 def _start_server() -> None:
-    from zeroflow.cli.prefect_settings import importing_prefect
+    from zeroflow.cli.prefect_settings import make_home_private
+    from zeroflow.orchestration import early_server
 
-    with suppress(RuntimeError, ValueError), importing_prefect():  # the command reports them later
-        from zeroflow.orchestration import server
-
-        server.start_early()
+    with suppress(ValueError):  # the command reports it later
+        make_home_private()
+        early_server.start()

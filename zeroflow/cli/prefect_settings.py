@@ -29,8 +29,7 @@ def importing_prefect() -> Iterator[None]:
         ValueError: Prefect's settings are wrong, or its folder cannot be created.
     """
     said = io.StringIO()
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
-    _make_private(home)
+    home = make_home_private()
     try:
         with redirect_stderr(said):  # Prefect prints pages about an error that is explained below
             from zeroflow.orchestration import access
@@ -46,17 +45,23 @@ def importing_prefect() -> Iterator[None]:
         ) from error
 
 
-def _make_private(home: Path) -> None:
-    """Create Prefect's folder, readable only by this user: its files may contain secrets."""
+def make_home_private() -> Path:
+    """Create Prefect's folder, readable only by this user: its files may contain secrets.
+
+    Raises:
+        ValueError: the folder cannot be created.
+    """
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         if "PREFECT_API_URL" in os.environ:  # another server is used, so the folder is not needed
-            return
+            return home
         raise ValueError(
             f"cannot create Prefect's folder {home} ({error.strerror}): set PREFECT_HOME to a "
             "writable folder"
         ) from error
+    return home
 
 
 def _problem(error: Exception) -> str:

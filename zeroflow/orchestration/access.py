@@ -7,7 +7,6 @@ for each start, answer requests of their own pages only, and require a token for
 
 import base64
 import os
-import secrets
 import sys
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from prefect.settings import (
 )
 
 from zeroflow import artifacts
+from zeroflow.orchestration.early_server import random_login
 from zeroflow.text.redaction import without_login
 from zeroflow.tracking import loopback
 
@@ -82,21 +82,23 @@ def login_file(url: str) -> Path | None:
     return Path(PREFECT_HOME.value()) / "zeroflow" / f"login-{parts.port}"
 
 
-def new_login() -> str:
-    """Return a login for a server that we start: the user's own if it is set, else a random one."""
+def new_login(given: str | None = None) -> str:
+    """Return the login of a server that we start: the user's own if it is set.
+
+    Args:
+        given: login otherwise; a random one by default.
+    """
     chosen: str | None = PREFECT_SERVER_API_AUTH_STRING.value()
-    return chosen or f"zeroflow:{secrets.token_urlsafe(24)}"
+    return chosen or given or random_login()
 
 
-def protected(api: Api) -> dict[str, str]:
-    """Return the environment of a server for `api`, and write its login for other processes.
-
-    Settings of the user for Prefect's servers take precedence.
+def remember(api: Api) -> None:
+    """Write the login of a server that we start, for other processes of this user.
 
     Raises:
         ValueError: PREFECT_HOME is not writable.
     """
-    file, page = login_file(api.url), urlsplit(api.page)
+    file = login_file(api.url)
     assert file is not None and api.login is not None, "our servers are on this machine"
     try:
         with artifacts.create_private(file) as output:
@@ -106,6 +108,15 @@ def protected(api: Api) -> dict[str, str]:
             f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a writable "
             "folder"
         ) from error
+
+
+def protected(api: Api) -> dict[str, str]:
+    """Return the environment of a server for `api`.
+
+    Settings of the user for Prefect's servers take precedence.
+    """
+    assert api.login is not None, "our servers ask for a login"
+    page = urlsplit(api.page)
     origins = (f"{page.scheme}://{host}:{page.port}" for host in ("127.0.0.1", "localhost"))
     ours = {
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(origins),

@@ -15,8 +15,9 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import temporary_settings
 
 from zeroflow.orchestration.alerts import addresses, set_alerts
+from zeroflow.orchestration.early_server import USUAL_PORT
 from zeroflow.orchestration.names import AUTOMATION, GPU_LIMIT, PRETRAIN, WORK_POOL
-from zeroflow.orchestration.server import USUAL_PORT, api_in_use
+from zeroflow.orchestration.server import api_in_use
 from zeroflow.settings.alerts import AlertConfig
 
 log = logging.getLogger(__name__)

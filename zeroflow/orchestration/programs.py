@@ -58,6 +58,10 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def require_running(self) -> None:
         """
         Raises:

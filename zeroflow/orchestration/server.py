@@ -1,9 +1,11 @@
-"""The Prefect server of a run: an existing server, or one that is started for the run."""
+"""The Prefect server of a run: an existing server, or one that is started for the run.
 
-import atexit
+`-m zeroflow.orchestration.server PORT` is the process of `early_server`.
+"""
+
 import logging
 import os
-import socket
+import runpy
 import sys
 import urllib.error
 from collections.abc import Iterator
@@ -12,21 +14,19 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from prefect.context import get_settings_context
+from prefect.context import get_settings_context, refresh_global_settings_context
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from zeroflow.orchestration import access
+from zeroflow.orchestration import access, early_server
 from zeroflow.orchestration.access import Api
+from zeroflow.orchestration.early_server import USUAL_PORT, free_port
 from zeroflow.orchestration.programs import Program
 from zeroflow.text.redaction import redacted, without_login
 from zeroflow.tracking import loopback
 
 log = logging.getLogger(__name__)
-
-USUAL_PORT = 4200
-"""Prefect's default port."""
 
 START_SECONDS = 120.0
 """Maximum time for a program to start."""
@@ -37,37 +37,8 @@ STOP_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 """Time between two looks at a server that starts."""
 
-_early: list[tuple[Program, Api]] = []
-"""The server of `start_early`, until `server` yields it."""
-
 _started_here: set[str] = set()
 """APIs of servers that this process started for a run and stops at its end."""
-
-
-def start_early() -> None:
-    """Start the server that `server` would start, while this process imports its libraries.
-
-    A server that is not used ends with this process.
-
-    Raises:
-        RuntimeError, ValueError: as in `server`.
-    """
-    if api_in_use() is None:
-        _early.append(_start())
-        atexit.register(_end_unused)
-
-
-def _start() -> tuple[Program, Api]:
-    api = own_api(_free_port())
-    return start_server(api), api
-
-
-def _end_unused() -> None:
-    """End the early server. It cannot lose anything, because no client knows it."""
-    while _early:
-        program, api = _early.pop()
-        access.forget(api)
-        program.stop(0)
 
 
 @contextmanager
@@ -85,13 +56,24 @@ def server() -> Iterator[str]:
     Raises:
         RuntimeError: the server at PREFECT_API_URL, or the started one, does not answer.
     """
-    if not _early and (api := api_in_use()):
+    if api := api_in_use():
+        early_server.end_unused()
         with temporary_settings(api.settings):
             yield api.page
         return
-    program, api = _early.pop() if _early else _start()
+    program, api = _started()
     with _running(program, api), temporary_settings(api.settings):
         yield api.page
+
+
+def _started() -> tuple[Program, Api]:
+    """Return the early server, or start one."""
+    if early := early_server.take():
+        api = own_api(early.port, early.login)
+        access.remember(api)
+        return early.program, api
+    api = own_api(free_port())
+    return start_server(api), api
 
 
 def deliver() -> None:
@@ -102,20 +84,46 @@ def deliver() -> None:
 
 def start_server(api: Api, log_file: Path | None = None) -> Program:
     """Start the server of `api`, see `own_api`, on this machine's loopback."""
-    port = str(urlsplit(api.url).port)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    environment = access.protected(api) | {
-        "PREFECT_SERVER_API_PORT": port,  # where the UI looks for its server
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
+    access.remember(api)
     return Program(
         "Prefect's server",
-        [*command, "--port", port],
-        environment=environment,
+        [sys.executable, "-m", "prefect", *_arguments(api)],
+        environment=_environment(api),
         log=log_file,
         umask=0o077,  # its database may hold secrets
     )
+
+
+def main() -> None:
+    """Be the server of `early_server`, unless another server is in use.
+
+    Prefect is imported only once, because this process becomes the server.
+    """
+    [port] = sys.argv[1:]
+    if api_in_use():
+        return
+    api = own_api(int(port), os.environ.pop(early_server.LOGIN))
+    os.environ.update(_environment(api))
+    refresh_global_settings_context()  # reads the environment again
+    sys.argv[1:] = _arguments(api)
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+
+
+def _arguments(api: Api) -> list[str]:
+    """Return the arguments with which Prefect's command runs the server of `api`."""
+    return ["server", "start", "--host", "127.0.0.1", "--port", _port(api)]
+
+
+def _environment(api: Api) -> dict[str, str]:
+    return access.protected(api) | {
+        "PREFECT_SERVER_API_PORT": _port(api),  # where the UI looks for its server
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _port(api: Api) -> str:
+    return str(urlsplit(api.url).port)
 
 
 def stop_server(server: Program, api: Api) -> None:
@@ -178,9 +186,13 @@ def outlives_the_run() -> bool:
     return PREFECT_API_URL.value() not in _started_here
 
 
-def own_api(port: int) -> Api:
-    """Return the API of a server to start on this machine, with its own login."""
-    return Api(local_api(port), access.new_login())
+def own_api(port: int, login: str | None = None) -> Api:
+    """Return the API of a server to start on this machine, with its own login.
+
+    Args:
+        login: login unless the user has chosen one; a random one by default.
+    """
+    return Api(local_api(port), access.new_login(login))
 
 
 def local_api(port: int) -> str:
@@ -216,15 +228,9 @@ def _health(api_url: str) -> str:
     return f"{without_login(api_url).rstrip('/')}/health"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _running(server: Program, api: Api) -> Iterator[None]:
-    log.info("starting a Prefect server for this run on port %d", urlsplit(api.url).port)
+    log.info("starting a Prefect server for this run on port %s", _port(api))
     _started_here.add(api.url)
     try:
         _wait_for(server, api.url)
@@ -250,3 +256,7 @@ def _wait_for(server: Program, url: str) -> None:
     except RuntimeError as error:
         error.add_note("to use another server, set PREFECT_API_URL")
         raise
+
+
+if __name__ == "__main__":
+    main()

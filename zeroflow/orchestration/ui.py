@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from zeroflow.config import Config
+from zeroflow.orchestration.early_server import USUAL_PORT
 from zeroflow.orchestration.programs import Program
 from zeroflow.run_folder import DEFAULT_CACHE, Cache
 from zeroflow.tracking import loopback
@@ -31,7 +32,7 @@ _POLL_SECONDS = 0.5
 class UiConfig(Config):
     """User interfaces. Both servers listen on the loopback interface only."""
 
-    prefect_port: int = Field(4200, ge=1, le=65535)
+    prefect_port: int = Field(USUAL_PORT, ge=1, le=65535)
     """Port of Prefect's server. If a server already runs there or at PREFECT_API_URL, it is used,
     and keeps running afterwards."""
 
@@ -60,7 +61,6 @@ def serve(config: UiConfig) -> None:
         RuntimeError: a program ended or did not start, and the message has its last lines; or the
             store at MLFLOW_TRACKING_URI cannot be opened.
     """
-    from zeroflow.orchestration import server
     from zeroflow.orchestration.worker import Prefect  # slow to import
 
     logs = Cache(config.cache_dir).logs
@@ -83,7 +83,7 @@ def serve(config: UiConfig) -> None:
             if mlflow.command:
                 log.info("  it answers to   %s, without a login", mlflow.hosts)
             log.info("loss of all runs  %s", mlflow.charts)
-            if prefect.to_be_started and config.prefect_port != server.USUAL_PORT:
+            if prefect.to_be_started and config.prefect_port != USUAL_PORT:
                 log.info("for runs from a shell, set PREFECT_API_URL=%s", prefect.api.url)
             log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
             while True:
