@@ -568,8 +568,8 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
             )
             if job.training.workload.nodes > 1:
                 ranks.end()  # torchrun starts others, which need the memory of the GPUs
-            data_shown()  # the training records the plot of the data in MLflow
             trained = stages.train(job, run, before, view)
+            data_shown()
             try:
                 learned = stages.check_overfit(job, run.overfit, view)
             except OverfitFailed as failure:
