@@ -35,7 +35,7 @@ PHASES = (
     Phase("imports and flags", r"a Prefect server for this run"),
     Phase("rest of the server's start", r"Prefect UI: "),
     Phase("settings and plan", r"tokenizer(:| reused)"),
-    Phase("tokenizer, shards and their page", r"running the pre-flight"),
+    Phase("tokenizer, shards", r"running the pre-flight"),
     Phase("pre-flight", r"pre-flight passed"),
     Phase("start of the training, first validation", r"step 0: validation loss"),
     Phase("first step", r"step 1/"),

@@ -3,7 +3,10 @@
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from contextvars import ContextVar
 from io import StringIO
 from pathlib import Path
 
@@ -95,6 +98,25 @@ def run(tmp_path_factory: pytest.TempPathFactory, view: Broken) -> RunConfig:
         patch.setenv("OMP_NUM_THREADS", "1")
         pipeline.pretrain(run, view=view)
     return run
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_work_in_the_background_ends_with_its_block_and_has_its_context(error) -> None:
+    name, begun, seen = ContextVar("name", default=""), threading.Event(), list[str]()
+
+    def work() -> None:
+        begun.wait()
+        seen.append(name.get())
+
+    name.set("a flow run")
+    with suppress(KeyboardInterrupt), pipeline.in_background(work) as wait:
+        assert seen == []
+        begun.set()
+        if error:
+            raise error
+        wait()
+        assert seen == ["a flow run"]
+    assert seen == ["a flow run"]
 
 
 def test_run_on_documents_that_quote_markup_shows_them_as_text(run: RunConfig) -> None:
