@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.data.order import Skip
@@ -171,9 +172,20 @@ def remedy(planned: TrainingJob, failure: TrainingFailed) -> Entry | None:
                 return entry.replace(action=action, activation_checkpointing=True)
         case "diverged" if failure.step is not None and _rollbacks(ledger) < _ROLLBACKS:
             skip = Skip(step=newest, batches=max(1, failure.step - newest))
-            action = f"skips the data of steps {newest + 1} to {failure.step}; {resumes}"
+            action = f"skips {_window(planned, skip)}; {resumes}"
             return entry.replace(action=action, skip=skip)
     return None
+
+
+def _window(planned: TrainingJob, skip: Skip) -> str:
+    """Describe the data of a window. After an earlier roll-back, the same steps read other data."""
+    ends = np.array([skip.step, skip.step + skip.batches - 1])
+    (first, last), steps = current(planned).order.batches(ends) + 1, ends + 1
+    if first == last:
+        return f"batch {first:,} of the data, which step {steps[0]:,} read"
+    return (
+        f"batches {first:,} to {last:,} of the data, which steps {steps[0]:,} to {steps[1]:,} read"
+    )
 
 
 def advice(planned: TrainingJob, failure: TrainingFailed) -> str:
