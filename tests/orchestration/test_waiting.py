@@ -106,16 +106,22 @@ def test_contradictory_settings_of_a_queued_run_are_refused_while_the_worker_is_
     runs = Runs(client)
     runs.new("taken", Pending())
     ago = datetime.now(UTC) - timedelta(minutes=1)
-    wrong = [
-        ({"run": {"data_mode": "files"}}, "--data-mode files needs --data-path"),
-        ({"run": {"warmup_steps": 500, "max_steps": 9}}, "--warmup-steps 500 leaves none of 9"),
-        ({"sweep": {"seeds": [0, 1], "data_mode": "hub"}}, "--data-mode hub needs --dataset"),
+    mine = {"data_mode": "files", "run_name": "mine"}
+    tiny = {"data_mode": None, "size": "tiny", "model": {"hidden_size": 8}}
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({"run": mine}, "--data-mode files needs --data-path", "pretrain · mine · refused"),
+        ({"run": {"warmup_steps": 500, "max_steps": 9}}, "--warmup-steps 500 leaves none of 9", ""),
+        ({"sweep": {"seeds": [0, 1], "data_mode": "hub"}}, "--data-mode hub needs --data", "sweep"),
+        ({"run": mine | tiny}, "size tiny and a custom shape", "pretrain · mine · refused"),
+        ({"lab": {"training": {"nodes": 2, "gpus": 2}}}, "drop --nodes", "ZeRO laboratory"),
     ]
-    queued = [runs.new("wrong", Late(scheduled_time=ago), parameters=given) for given, _ in wrong]
+    given = [parameters for parameters, _, _ in wrong]
+    queued = [runs.new("wrong", Late(scheduled_time=ago), parameters=each) for each in given]
     waiting.explain({})
-    for run, (_, message) in zip(queued, wrong, strict=True):
+    for run, (_, message, name) in zip(queued, wrong, strict=True):
         assert runs.state(run).is_failed() and message in str(runs.message(run))
         assert runs.logs(run) == [runs.message(run)]
+        assert name in client.read_flow_run(run).name != "wrong"
 
 
 def test_worker_gets_no_run_from_a_pool_that_is_paused_for_its_end(client):

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 from uuid import UUID
@@ -125,12 +125,27 @@ def name_at_start(flow: str, config: type[Config]) -> Callable[[], str]:
 
     def name() -> str:
         [given] = runtime.flow_run.parameters.values()
-        try:
-            return first_name(form.read(config, given))
-        except ValidationError:
-            return f"{flow} · refused"
+        return name_of(flow, config, given)
 
     return name
+
+
+def name_of(flow: str, config: type[Config], given: object) -> str:
+    """Return the name of a flow run from its parameter, which may be invalid."""
+    try:
+        return first_name(form.read(config, given))
+    except ValidationError:
+        return " · ".join((flow, *_given_names(given), "refused"))
+
+
+def _given_names(given: object) -> Iterator[str]:
+    """Yield the name of a run or sweep in a form, also within a group."""
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            if key in ("run_name", "sweep_name") and isinstance(value, str):
+                yield value
+            else:
+                yield from _given_names(value)
 
 
 def name_flow_run(asked: RunConfig, run: Settled) -> None:

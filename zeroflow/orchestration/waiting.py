@@ -4,7 +4,7 @@ Prefect shows the state and its message at the top of a flow run's page.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -31,13 +31,15 @@ from prefect.client.schemas.objects import (
 )
 from prefect.states import Cancelled, Failed, Late, Running, State
 
+from zeroflow.config import Config
 from zeroflow.orchestration import form
-from zeroflow.orchestration.flow_context import reachable
-from zeroflow.orchestration.names import FROM_A_COMMAND, WORK_POOL
+from zeroflow.orchestration.flow_context import name_of, reachable
+from zeroflow.orchestration.names import FROM_A_COMMAND, PRETRAIN, SWEEP, WORK_POOL, ZERO_LAB
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import require_possible
 from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ def _show_running(state: State[Any]) -> None:
 def explain(told: dict[UUID, str]) -> None:
     """Write the reasons into the states of the runs of our work pool, and log new reasons.
 
-    A run whose settings are refused fails at once, although no worker has started it.
+    A run whose settings are refused fails at once, although no worker has started it. Each run is
+    named after its settings, as by its flow.
 
     Args:
         told: the last logged reason of each run; updated by this function.
@@ -93,6 +96,9 @@ def explain(told: dict[UUID, str]) -> None:
     with get_client(sync_client=True) as client:
         pool = client.read_work_pool(WORK_POOL)
         for run in _runs(client, [StateType.SCHEDULED], expected_start_time=_until(_DUE)):
+            if run.id not in told and (name := _name(run)) and name != run.name:
+                client.update_flow_run(run.id, name=name)
+                run.name = name
             if run.id not in told and (refusal := _refusal(run)):
                 told[run.id] = refusal
                 client.set_flow_run_state(run.id, Failed(message=refusal))
@@ -154,14 +160,30 @@ def _is_of_the_worker(run: FlowRun) -> bool:
     return own and run.parent_task_run_id is None
 
 
+_FORMS: dict[str, tuple[str, type[Config], Callable[[Any], list[RunConfig]]]] = {
+    "run": (PRETRAIN, RunConfig, lambda run: [run]),
+    "sweep": (SWEEP, SweepConfig, cells),
+    "lab": (ZERO_LAB, ZeroLabRun, lambda lab: [lab_run(lab)]),
+}
+"""By the name of a flow's parameter: the flow, the settings, and the runs that they ask for."""
+
+
+def _name(run: FlowRun) -> str | None:
+    """Return the name of a run by its settings; None for a run of another flow."""
+    for parameter, given in run.parameters.items():
+        if parameter in _FORMS:
+            flow, config, _ = _FORMS[parameter]
+            return name_of(flow, config, given)
+    return None
+
+
 def _refusal(run: FlowRun) -> str | None:
     """Return why the settings of a run cannot work; None if no reason is found in a moment."""
     try:
-        for name, given in run.parameters.items():
-            if name == "run":
-                require_possible(form.read(RunConfig, given))
-            elif name == "sweep":
-                for each in cells(form.read(SweepConfig, given)):
+        for parameter, given in run.parameters.items():
+            if parameter in _FORMS:
+                _, config, runs_of = _FORMS[parameter]
+                for each in runs_of(form.read(config, given)):
                     require_possible(each)
     except ValueError as error:
         return error_message(error)
