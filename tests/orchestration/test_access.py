@@ -1,12 +1,18 @@
 """Requests that a Prefect server started by zeroflow refuses."""
 
 import json
+import os
+import socket
 import urllib.error
 import urllib.request
 from typing import Any
 
 import psutil
 from pipeline import LOGINS, api, headers
+from prefect.settings import PREFECT_HOME, temporary_settings
+
+from zeroflow.orchestration import access
+from zeroflow.orchestration.server import own_api
 
 PAGE = "http://evil.example"
 
@@ -62,3 +68,23 @@ def test_login_is_not_in_any_command_line(prefect_api):
             continue
     assert any("prefect" in word for word in shown)
     assert not any(LOGINS[prefect_api] in word for word in shown)
+
+
+def test_login_of_a_killed_server_is_removed_when_another_server_starts(tmp_path):
+    with temporary_settings({PREFECT_HOME: tmp_path}), socket.create_server(("127.0.0.1", 0)) as it:
+        running, closed = it.getsockname()[1], unused_port()
+        old, starting, living = (f"login-{port}" for port in (closed, closed + 1, running))
+        (tmp_path / "zeroflow").mkdir()
+        for name in (old, starting, living, "notes"):
+            (tmp_path / "zeroflow" / name).write_text("zeroflow:secret")
+        for name in (old, living, "notes"):
+            os.utime(tmp_path / "zeroflow" / name, (0, 0))
+        new = own_api(closed + 2)
+        access.remember(new)
+        left = {file.name for file in (tmp_path / "zeroflow").iterdir()}
+    assert left == {starting, living, "notes", f"login-{closed + 2}"}
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

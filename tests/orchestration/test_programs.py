@@ -57,6 +57,22 @@ def test_program_receives_sigint_like_one_started_by_hand(tmp_path):
     assert program.stop(HANG_SECONDS)
 
 
+def test_program_receives_sigint_even_if_its_owner_ignores_it(tmp_path):
+    """As a shell makes every program ignore it that is started in the background."""
+    log = tmp_path / "log"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        program = start(WAITS, log)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        program.wait_until(lambda: there(log), HANG_SECONDS)
+        os.kill(program.pid, signal.SIGINT)
+        with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+            program.wait_until(lambda: False, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert program.stop(HANG_SECONDS)
+
+
 def test_end_of_a_program_is_reported_with_its_last_lines(tmp_path):
     program = start("print('a'); raise SystemExit(3)", tmp_path / "log")
     with pytest.raises(

@@ -7,9 +7,12 @@ for each start, answer requests of their own pages only, and require a token for
 
 import base64
 import os
+import socket
 import sys
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +35,10 @@ from zeroflow.tracking import loopback
 
 REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 """HTTP statuses with which a server asks for a login."""
+
+
+_STARTED_SECONDS = 600
+"""Time after which a server that was started listens, or was killed."""
 
 
 def read_settings() -> None:
@@ -79,7 +86,11 @@ def login_file(url: str) -> Path | None:
     parts = urlsplit(url)
     if parts.hostname not in loopback.NAMES:
         return None
-    return Path(PREFECT_HOME.value()) / "zeroflow" / f"login-{parts.port}"
+    return Path(PREFECT_HOME.value()) / "zeroflow" / _login_name(parts.port)
+
+
+def _login_name(port: object) -> str:
+    return f"login-{port}"
 
 
 def new_login(given: str | None = None) -> str:
@@ -103,6 +114,7 @@ def remember(api: Api) -> None:
     try:
         with artifacts.create_private(file) as output:
             output.write(f"{api.login}\n".encode())
+        _forget_killed(file.parent)
     except OSError as error:
         raise ValueError(
             f"cannot write to {file.parent} ({error.strerror}): set PREFECT_HOME to a writable "
@@ -131,6 +143,21 @@ def forget(api: Api) -> None:
     """Remove the login of a server that has ended."""
     if file := login_file(api.url):
         file.unlink(missing_ok=True)
+
+
+def _forget_killed(folder: Path) -> None:
+    """Remove the logins of servers that were killed and could not do it themselves."""
+    for file in folder.glob(_login_name("*")):
+        with suppress(OSError, ValueError):  # another process has just removed it
+            is_old = time.time() - file.stat().st_mtime > _STARTED_SECONDS
+            if is_old and not _listens(int(file.name.rpartition("-")[2])):
+                file.unlink()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def with_login(url: str) -> Api | None:

@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zeroflow.artifacts import create_private
@@ -44,15 +45,16 @@ class Program:
     ) -> None:
         self.name, self._log = name, log
         self._output = create_private(log) if log else tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            ["sh", "-c", _KEPT, "kept", *command],
-            stdin=subprocess.PIPE,
-            stdout=self._output,
-            stderr=self._output,
-            start_new_session=True,
-            env=environment,
-            umask=umask,
-        )
+        with _interruptible():
+            self._process = subprocess.Popen(
+                ["sh", "-c", _KEPT, "kept", *command],
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
+                start_new_session=True,
+                env=environment,
+                umask=umask,
+            )
 
     @property
     def pid(self) -> int:
@@ -125,3 +127,21 @@ class Program:
         content = os.pread(self._output.fileno(), size, 0).decode(errors="replace")
         source = f"Last lines of {self._log}" if self._log else "Its last lines"
         return "\n".join([f". {source}:", *redacted(content).splitlines()[-_LAST_LINES:]])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let programs that are started in the block receive SIGINT, even if this process ignores it.
+
+    A shell's background process, as in `nohup zeroflow ui &`, ignores SIGINT, and would pass that
+    on. Prefect's worker sends itself SIGINT when it has to stop.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *received: None)  # a handler is not inherited
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
