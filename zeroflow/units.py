@@ -45,3 +45,8 @@ def change(share: float) -> str:
     if times < 3:
         return f"{share:+.1%}"
     return f"{times:.1f} times" if times < 10 else f"{times:,.0f} times"
+
+
+def vocabulary(tokens: int, padded: int) -> str:
+    """Return the tokens of a tokenizer, and the size of a model's vocabulary if it is larger."""
+    return f"{tokens:,}" if tokens == padded else f"{tokens:,} padded to {padded:,}"

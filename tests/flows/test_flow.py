@@ -324,7 +324,9 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     number = len(flow.report("longer")["preflight"]["checks"])
     assert f"| Pre-flight | passed: {number} checks |" in page, "by the command before"
     assert flow.report("longer")["status"] == "failed"
-    assert mlflow_run(flow, "longer").info.status == "FAILED"
+    tracked = mlflow_run(flow, "longer")
+    assert tracked.info.status == "FAILED"
+    assert "; extended at step 12 from 12 to 16 steps: " in tracked.data.tags["mlflow.note.content"]
 
 
 def test_generate_prints_text_and_export_opens_in_transformers(

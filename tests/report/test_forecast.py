@@ -94,6 +94,7 @@ def test_vocabulary_of_a_tokenizer_that_is_trained_is_planned_as_the_text_gives_
     planned = agree(ask(data=text.corpus.model_dump(), tokenizer=trained))
     size = planned.workload.model.vocab_size
     assert (size < vocab_size) == (vocab_size > 400), "of sixty documents"
+    assert f"{planned.vocabulary_tokens} padded to {size}, " in plan_page.text(planned)
 
 
 def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a_limit(

@@ -284,12 +284,21 @@ def refuse_bad_lines(path: Path, counts: PartCounts, corpus: CorpusConfig) -> No
         )
 
 
+def require_rows(counts: PartCounts) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to train on, or nothing to validate on.
+    """
+    found = {split: counts.split(split) for split in SPLITS}
+    for split, facts in found.items():
+        if not facts.rows:
+            raise too_small(sum(each.text_bytes for each in found.values()), split)
+
+
 def _describe(planner: PartPlanner, counts: PartCounts, config: ShardConfig) -> ShardSet:
     tokenizer = planner.tokenizer
+    require_rows(counts)
     train, validation = (counts.split(split) for split in SPLITS)
-    for split, found in zip(SPLITS, (train, validation), strict=True):
-        if not found.rows:
-            raise too_small(train.text_bytes + validation.text_bytes, split)
     shards = ShardSet(
         path=planner.path,
         parts=len(counts),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from zeroflow import artifacts
 from zeroflow.artifacts import DamagedArtifact
 from zeroflow.data import known_parts
-from zeroflow.data.build import refuse_bad_lines
+from zeroflow.data.build import refuse_bad_lines, require_rows
 from zeroflow.data.builders import Builders, Ending
 from zeroflow.data.claims import Claim, Claims
 from zeroflow.data.known_parts import KnownParts
@@ -55,7 +55,7 @@ def build_together(planner: PartPlanner, config: ShardConfig, builders: Builders
     reads them does so in `build_shards`.
 
     Raises:
-        ValueError: the content of the corpus is not valid.
+        ValueError: the content of the corpus is not valid, or it has too little text.
         hub.HubError: the hub failed.
     """
     planner.require_text()
@@ -90,6 +90,7 @@ class _SharedBuild:
                 built += bool(done.seconds)
             elif not lost:
                 raise done
+        require_rows(self._needed.counts)
         return Shared(self._planner.path, built, len(self._needed.counts))
 
     def _is_complete(self) -> bool:

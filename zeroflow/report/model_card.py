@@ -27,7 +27,7 @@ from zeroflow.training.extension import extensions
 from zeroflow.training.initial import RUN
 from zeroflow.training.job import TrainingJob, read_job
 from zeroflow.training.metrics import METRICS, TABLE, MetricsRecord
-from zeroflow.units import count, parameter_count
+from zeroflow.units import count, parameter_count, vocabulary
 
 _PLACES = ("run_name", "cache_dir", "sweep", "register_")
 """Settings that name a run or its model, which a reader chooses for themselves."""
@@ -247,8 +247,8 @@ def _training(job: TrainingJob) -> dict[str, str]:
         "hidden size": f"{model.hidden_size:,}, feed-forward {model.intermediate_size:,}",
         "heads": f"{model.num_attention_heads} for queries, {model.num_key_value_heads} for keys "
         "and values",
-        "vocabulary": f"{model.vocab_size:,}, input and output embeddings "
-        f"{'tied' if model.tie_word_embeddings else 'not tied'}",
+        "vocabulary": f"{vocabulary(job.tokenizer.vocab_size, model.vocab_size)}, input and output "
+        f"embeddings {'tied' if model.tie_word_embeddings else 'not tied'}",
         "context": f"{work.seq_len:,} tokens",
         "batch": f"{work.batch_tokens:,} tokens",
         "optimiser": ", ".join(f"{name} {value}" for name, value in leaves(work.optimizer)),

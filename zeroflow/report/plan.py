@@ -97,6 +97,10 @@ class Plan(Record):
     """True if the vocabulary, and therefore the model, may be smaller."""
 
     vocabulary_source: str = ""
+    vocabulary_tokens: int | None = omitted()
+    """Tokens of the tokenizer. The model's vocabulary is padded to a multiple of 128. None in files
+    of older versions."""
+
     parameters: dict[str, int]
     flops_per_token: int
     tokens: int
@@ -256,6 +260,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         vocabulary_is_certain=vocabulary.is_certain,
         vocabulary_is_limit=vocabulary.is_limit,
         vocabulary_source=vocabulary.source,
+        vocabulary_tokens=vocabulary.size,
         parameters=model.parameters_by_part,
         flops_per_token=work.flops_per_token,
         tokens=run.train_tokens,

@@ -8,7 +8,15 @@ from zeroflow.report.pages import Part, Table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
 from zeroflow.text.markup import Markdown, escaped
-from zeroflow.units import binary, change, count, decimal, duration, parameter_count
+from zeroflow.units import (
+    binary,
+    change,
+    count,
+    decimal,
+    duration,
+    parameter_count,
+    vocabulary,
+)
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
@@ -94,7 +102,8 @@ def _bound(plan: Plan) -> str:
 
 
 def _vocabulary(plan: Plan) -> str:
-    size = f"{_bound(plan)}{plan.workload.model.vocab_size:,}"
+    tokens, padded = plan.vocabulary_tokens, plan.workload.model.vocab_size
+    size = f"{_bound(plan)}{vocabulary(tokens or padded, padded)}"
     return f"{size}, {plan.vocabulary_source}" if plan.vocabulary_source else size
 
 

@@ -20,7 +20,7 @@ from zeroflow.tracking.config import (
 )
 from zeroflow.tracking.store import run_ids
 from zeroflow.training import initial
-from zeroflow.training.extension import extended
+from zeroflow.training.extension import extended, extensions
 from zeroflow.training.job import TrainingJob
 from zeroflow.units import count, parameter_count
 
@@ -102,7 +102,16 @@ def training_job(
         compile_cache=Cache(run.cache_dir.resolve()).compiled,
         peak_flops=training.workload.ranks * peak if bf16 and peak else None,
     )
-    return extended(job)
+    return _with_extensions(extended(job))
+
+
+def _with_extensions(job: TrainingJob) -> TrainingJob:
+    """Return the job with its extensions in the description of the run."""
+    found = "; ".join(map(str, extensions(job.training.schedule)))
+    if not found:
+        return job
+    tags = job.tracking.tags | {DESCRIPTION: f"{job.tracking.tags[DESCRIPTION]}; {found}"}
+    return job.replace(tracking=job.tracking.replace(tags=tags))
 
 
 def _tracking(
