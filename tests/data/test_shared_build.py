@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shard_sets import ALL, SMALL, digests
-from tiny import apart_from_reuse, jsonl_corpus
+from tiny import apart_from_reuse, files_corpus, jsonl_corpus
 
 from zeroflow.data import build, claims, parts, shared_build, slices
 from zeroflow.data.build import build_shards
@@ -150,6 +152,21 @@ def test_failure_of_a_part_ends_the_process_and_releases_its_claim(quick, text, 
     with pytest.raises(ValueError, match="bad text"):
         build_together(planner, ALL, Builders(failing, 2))
     assert not list(planner.path.glob(".*claim*"))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_files_without_text_are_refused_also_if_the_tokenizer_exists(quick, text, tmp_path, rows):
+    table = pa.table({"text": pa.array([None] * rows, pa.string())})
+    pq.write_table(table, tmp_path / "empty.parquet")
+    corpus = files_corpus(str(tmp_path / "empty.parquet"))
+    planner = build.planned(ALL, corpus, text.tokenizer, tmp_path, seed=0)
+    with (
+        in_threads(1) as builders,
+        pytest.raises(ValueError, match="of its 0 bytes of text, none is left"),
+    ):
+        build_together(planner, ALL, builders)
+    with pytest.raises(ValueError, match="of its 0 bytes of text, none is left"):
+        build_shards(ALL, corpus, text.tokenizer, tmp_path)
 
 
 def test_parts_that_end_before_an_earlier_one_are_counted(quick, text, tmp_path):

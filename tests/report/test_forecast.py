@@ -94,7 +94,7 @@ def test_vocabulary_of_a_tokenizer_that_is_trained_is_planned_as_the_text_gives_
     planned = agree(ask(data=text.corpus.model_dump(), tokenizer=trained))
     size = planned.workload.model.vocab_size
     assert (size < vocab_size) == (vocab_size > 400), "of sixty documents"
-    assert f"{planned.vocabulary_tokens} padded to {size}, " in plan_page.text(planned)
+    assert f"{planned.vocabulary_tokens:,} padded to {size:,}, " in plan_page.text(planned)
 
 
 def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a_limit(
@@ -106,7 +106,7 @@ def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a
     asked = ask(data=data, tokenizer={"tokenizer_name": "train", "vocab_size": 2000})
     shown = plan_page.text(plans.forecast(asked))
     assert re.search(r"parameters +at most [\d,]+", shown)
-    assert "at most 2,048, as asked for: the tokenizer is trained first, and repetitive" in shown
+    assert "at most 2,000 padded to 2,048, as asked for: the tokenizer is trained first" in shown
 
 
 def test_vocabulary_size_without_effect_is_named_in_the_plan(ask):

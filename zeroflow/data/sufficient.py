@@ -19,8 +19,6 @@ _BEGINNING = 1000
 
 def too_small(text_bytes: int, split: Split) -> ValueError:
     """Return the error for a corpus without a row for `split`."""
-    if not text_bytes:
-        return ValueError("the corpus contains no text: name files with text")
     return ValueError(
         f"the corpus is too small: of its {text_bytes:,} bytes of text, none is left for {split}: "
         "add text, change --validation-fraction, or set text for validation with --validation-path"
