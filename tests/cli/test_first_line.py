@@ -38,10 +38,15 @@ def said(
     "command",
     [
         ["flows/pretrain.py", "--size", "tiny"],
-        ["flows/sweep.py"],
-        ["flows/prove_resume.py"],
-        ["flows/zero_lab.py"],
-        ["-m", "zeroflow.cli", "pretrain"],
+        *(
+            pytest.param(command, marks=pytest.mark.slow)
+            for command in (
+                ["flows/sweep.py"],
+                ["flows/prove_resume.py"],
+                ["flows/zero_lab.py"],
+                ["-m", "zeroflow.cli", "pretrain"],
+            )
+        ),
         ["-m", "zeroflow.cli", "ui"],
     ],
 )

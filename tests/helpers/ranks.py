@@ -1,4 +1,7 @@
-"""RankProgram of ranks that run every ZeRO stage in one start; `test_zero` reads their results."""
+"""RankProgram of ranks that run every ZeRO stage in one start; `test_zero` reads their results.
+
+With groups, they run the stage of the job; `test_shard_groups` reads their results.
+"""
 
 import math
 import os
@@ -209,15 +212,16 @@ def figures(job: RankJob) -> list[dict[str, Any]]:
 
 def work(job: RankJob, stop: Stop) -> None:
     make_deterministic()
+    work = job.training.workload
     found = {
         stage: at_stage(
             with_workload(job.training, zero_stage=stage),
             job.run_dir / f"stage{stage}",
             job.run_dir / "one",
         )
-        for stage in (STAGES[1:] if job.training.workload.shard_group else STAGES)
+        for stage in ([work.zero_stage] if work.shard_group else STAGES)
     }
-    if group := job.training.workload.shard_group:
+    if work.zero_stage == 3 and (group := work.shard_group):
         found |= {"over all": resharded(job.training, None)}
         found |= {"resharded": resharded(job.training, group)}
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)

@@ -185,7 +185,9 @@ def save_and_be_killed(folder: Path, moment: str) -> None:
     save(trained(3), folder, keep=2)
 
 
-@pytest.mark.parametrize("moment", ["between chunks", "before the manifest"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("between chunks", marks=pytest.mark.slow), "before the manifest"]
+)
 def test_training_killed_during_a_save_ends_like_uninterrupted_training(tmp_path, moment):
     before = save(trained(2), tmp_path, keep=2)
     process = multiprocessing.get_context("spawn").Process(
