@@ -9,7 +9,7 @@ from pydantic import computed_field
 from zeroflow import artifacts
 from zeroflow.inference import evaluation
 from zeroflow.model.sizes import SIZES
-from zeroflow.report.records import RunReport, Sharding
+from zeroflow.report.records import RunReport
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import resuming
 from zeroflow.settings.settle import load
@@ -20,6 +20,7 @@ from zeroflow.training.extension import extensions
 from zeroflow.training.failures import RunIsBusy
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS, TABLE, ValidationRecord
+from zeroflow.training.workload import Sharding
 from zeroflow.units import parameter_count
 
 Status = Literal["completed", "failed", "cancelled", "stopped", "running"]
@@ -120,7 +121,7 @@ def outcome(cache: Path, name: str) -> Outcome | None:
     # Files of older versions have their peak memory in the report only
     peak = latest.get(TABLE["peak_memory_mib"].key, 0) * 2**20
     return Outcome(
-        **Sharding.of_ranks(work).model_dump(),
+        **work.sharding.model_dump(),
         run=name,
         status=_status(job, report),
         size=settings.model.name,

@@ -13,8 +13,7 @@ from zeroflow.report.band import Verdict
 from zeroflow.report.plan import Compared
 from zeroflow.training.extension import Extension
 from zeroflow.training.recovery import Entry
-from zeroflow.training.workload import Workload
-from zeroflow.training.zero import Stage
+from zeroflow.training.workload import Sharding, Workload
 
 
 class OverfitFigures(Record):
@@ -94,49 +93,6 @@ class StageFigures(Record):
     why: str
 
 
-class Sharding(Record):
-    """Number of ranks of a run, and their ZeRO stage."""
-
-    gpus: int = 1
-    """Number of ranks. Each has its own GPU, or all share the cores of a CPU."""
-
-    zero_stage: Stage = 0
-    shard_group: int | None = omitted()
-    """Number of ranks over which the state is sharded; None for all."""
-
-    reshard_group: int | None = omitted()
-    """Number of ranks over which weights of blocks are sharded between the forward and the backward
-    pass; None for those that share the state."""
-
-    @property
-    def ranks(self) -> int:
-        return self.gpus
-
-    @classmethod
-    def of_ranks(cls, workload: Workload) -> "Sharding":
-        """Return the sharding of a workload."""
-        return Sharding(
-            gpus=workload.ranks,
-            zero_stage=workload.zero_stage,
-            shard_group=workload.shard_group,
-            reshard_group=workload.reshard_group,
-        )
-
-    @property
-    def zero(self) -> str:
-        """The stage as text, with the numbers of ranks of its groups, if any."""
-        if self.ranks == 1:
-            return "none"
-        groups = f" x {self.shard_group}" if self.shard_group else ""
-        groups += f", reshard {self.reshard_group}" if self.reshard_group else ""
-        return str(self.zero_stage) + groups
-
-    @property
-    def sharding(self) -> "Sharding":
-        """The fields of this class, without those of a subclass."""
-        return Sharding(**{name: getattr(self, name) for name in Sharding.model_fields})
-
-
 class WorkloadFigures(Sharding):
     """Device, number formats and kernels of a run."""
 
@@ -149,7 +105,7 @@ class WorkloadFigures(Sharding):
     @classmethod
     def of(cls, workload: Workload) -> Self:
         return cls(
-            **Sharding.of_ranks(workload).model_dump(),
+            **workload.sharding.model_dump(),
             device=workload.device_name,
             precision=workload.precision,
             fp8=workload.fp8,

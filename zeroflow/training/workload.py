@@ -15,6 +15,7 @@ from zeroflow.model.llama import (
     Linear,
     ModelConfig,
 )
+from zeroflow.records import Record, omitted
 from zeroflow.reuse import Identity
 from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
@@ -26,6 +27,34 @@ SETTING_NAMES = {
     "accumulate": "grad_accum_steps",
 }
 """Settings of a run that determine fields of the workload with other names, by field."""
+
+
+class Sharding(Record):
+    """Number of ranks of a run, and their ZeRO stage."""
+
+    gpus: int = 1
+    """Number of ranks. Each has its own GPU, or all share the cores of a CPU."""
+
+    zero_stage: Stage = 0
+    shard_group: int | None = omitted()
+    """Number of ranks over which the state is sharded; None for all."""
+
+    reshard_group: int | None = omitted()
+    """Number of ranks over which weights of blocks are sharded between the forward and the backward
+    pass; None for those that share the state."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus
+
+    @property
+    def zero(self) -> str:
+        """The stage as text, with the numbers of ranks of its groups, if any."""
+        if self.ranks == 1:
+            return "none"
+        groups = f" x {self.shard_group}" if self.shard_group else ""
+        groups += f", reshard {self.reshard_group}" if self.reshard_group else ""
+        return str(self.zero_stage) + groups
 
 
 class Workload(Config):
@@ -168,6 +197,15 @@ class Workload(Config):
     def peak(self) -> str:
         """The peak of the device to which utilisation is relative, as text."""
         return "dense bf16 peak" + (" (that of fp8 is twice as high)" if self.fp8 else "")
+
+    @property
+    def sharding(self) -> Sharding:
+        return Sharding(
+            gpus=self.ranks,
+            zero_stage=self.zero_stage,
+            shard_group=self.shard_group,
+            reshard_group=self.reshard_group,
+        )
 
     @property
     def devices(self) -> str:
