@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import fetch_tokenizer
 from zeroflow.data.validation_sample import validation_rows
-from zeroflow.inference import evaluation, scoring, trained
+from zeroflow.inference import core_tasks, evaluation, scoring, trained
 from zeroflow.inference.evaluate import (
     EvaluationFailed,
     EvaluationJob,
@@ -362,3 +363,152 @@ def test_tasks_without_the_harness_are_refused_with_the_command_that_installs_it
     command = ["evaluate", "--run=mine", f"--cache-dir={job.folder.cache.path}", "--tasks=piqa"]
     assert commands.main(command) == 1
     assert "pip install 'zeroflow[eval]'" in capsys.readouterr().err
+
+
+GUESSED = {"choices": 50.0, "schema": 50.0, "words": 0.0}
+"""Accuracy of guesses on the tasks of `bundle`, in percent."""
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """A folder like `eval_bundle`, with one task of each kind."""
+    chance = random.Random(1)
+
+    def words(count: int) -> str:
+        return " ".join(
+            chance.choice(["stone", "bridge", "é🙂", "don't", "12"]) for _ in range(count)
+        )
+
+    makes = {
+        "choices": lambda: {"query": words(2), "choices": [words(1), words(3)]},
+        "schema": lambda: {"context_options": [words(2), words(3)], "continuation": words(2)},
+        "words": lambda: {"context": f"{words(3)}  ", "continuation": chance.choice("abe.")},
+    }
+    kinds = {"choices": "multiple_choice", "schema": "schema", "words": "language_modeling"}
+    (tmp_path / "eval_data").mkdir()
+    asked = []
+    for name, make in makes.items():
+        lines = [json.dumps(make() | {"gold": chance.randrange(2)}) for _ in range(12)]
+        (tmp_path / "eval_data" / f"{name}.jsonl").write_text("\n".join(lines))
+        task = {"label": name, "icl_task_type": kinds[name], "dataset_uri": f"{name}.jsonl"}
+        asked.append(task | {"num_fewshot": [1]})
+    asked[0]["continuation_delimiter"] = "\nAnswer: "
+    (tmp_path / "core.yaml").write_text(json.dumps({"icl_tasks": asked}))  # JSON is YAML
+    guesses = "".join(f"{name},{guess}\n" for name, guess in GUESSED.items())
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + guesses)
+    return tmp_path
+
+
+def items(bundle: Path, name: str) -> list[tuple[dict, dict]]:
+    """Return the questions of a task in their order, each with its solved example."""
+    lines = (bundle / "eval_data" / f"{name}.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    random.Random(1337).shuffle(found)
+    others = [[one for one in found if one is not item] for item in found]
+    pairs = enumerate(zip(found, others, strict=True))
+    return [(item, random.Random(1234 + n).sample(rest, 1)[0]) for n, (item, rest) in pairs]
+
+
+class Oracle:
+    """Choices and texts of the model, from one forward pass for each text, as in nanochat."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.trained = trained.load(job.folder.cache.path, "mine")
+        self.encoder = self.trained.tokenizer.load()
+
+    def ids(self, text: str) -> list[int]:
+        return [
+            self.trained.tokenizer.end_of_text,
+            *self.encoder.encode(text, add_special_tokens=False).ids,
+        ]
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Return the logits of each id after the first."""
+        with torch.no_grad():
+            return self.trained.model(torch.tensor([ids[-self.trained.context - 1 : -1]]))[0]
+
+    def mean_nats(self, ids: list[int], scored: int) -> float:
+        logits = self.logits(ids)[-scored:]
+        return float(cross_entropy(logits, torch.tensor(ids[-len(logits) :])))
+
+    def chooses(self, texts: list[str], *, same_end: bool) -> int:
+        """Return the place of the text whose answer, or whose common end, has the lowest loss."""
+        rows = [self.ids(text) for text in texts]
+        if same_end:
+            shared = common([row[::-1] for row in rows])
+            losses = [self.mean_nats(row, shared) for row in rows]
+        else:
+            shared = common(rows)
+            losses = [self.mean_nats(row, max(1, len(row) - shared)) for row in rows]
+        return losses.index(min(losses))
+
+    def writes(self, context: str, text: str) -> bool:
+        """Return True if `text` continues `context` with the most likely tokens."""
+        ids = self.ids(text)
+        wanted = ids[common([self.ids(context), ids]) :]
+        return self.logits(ids).argmax(-1)[-len(wanted) :].tolist() == wanted
+
+
+def common(rows: list[list[int]]) -> int:
+    """Return the number of ids with which all rows begin."""
+    return next(
+        n
+        for n in range(min(map(len, rows)), -1, -1)
+        if len({*map(tuple, (r[:n] for r in rows))}) == 1
+    )
+
+
+def right_answers(job: TrainingJob, bundle: Path) -> dict[str, list[bool]]:
+    oracle, right = Oracle(job), {name: [] for name in GUESSED}
+    for item, solved in items(bundle, "choices"):
+        before = f"{solved['query']}\nAnswer: {solved['choices'][solved['gold']]}\n\n"
+        texts = [f"{before}{item['query']}\nAnswer: {choice}" for choice in item["choices"]]
+        right["choices"].append(oracle.chooses(texts, same_end=False) == item["gold"])
+    for item, solved in items(bundle, "schema"):
+        before = f"{solved['context_options'][solved['gold']]} {solved['continuation']}\n\n"
+        texts = [f"{before}{one} {item['continuation']}" for one in item["context_options"]]
+        right["schema"].append(oracle.chooses(texts, same_end=True) == item["gold"])
+    for item, solved in items(bundle, "words"):
+        before = f"{solved['context'].strip()} {solved['continuation']}\n\n"
+        asked_text = before + item["context"].strip()
+        right["words"].append(oracle.writes(asked_text, f"{asked_text} {item['continuation']}"))
+    return right
+
+
+def test_core_is_the_accuracy_of_the_most_likely_answers_relative_to_guesses(job, bundle):
+    right = right_answers(job, bundle)
+    assert 0 < sum(right["choices"]) < 12 and 0 < sum(right["schema"]) < 12
+    found = evaluate(asked(job, core_path=bundle))
+    core, *scores = found.tasks
+    assert {score.task: score.metrics["acc"].value for score in scores} == {
+        f"CORE {name}": sum(answers) / 12 for name, answers in right.items()
+    }
+    gains = [
+        (sum(right[name]) / 12 - guess / 100) / (1 - guess / 100) for name, guess in GUESSED.items()
+    ]
+    assert core.metrics["centered_acc"].value == pytest.approx(sum(gains) / 3)
+    assert core.examples == 36 and found.harness is None and not found.texts
+    error = np.std(right["choices"], ddof=1) / 12**0.5
+    assert scores[0].metrics["acc"].error == pytest.approx(error)
+
+
+def test_core_of_a_few_questions_takes_solved_examples_from_them(job, bundle):
+    found = evaluate(asked(job, core_path=bundle, task_examples=1))
+    assert [score.examples for score in found.tasks] == [6, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "core.yaml").unlink(), "core.yaml cannot be read .*eval_bundle"),
+        (lambda folder: (folder / "core.yaml").write_text("a: 1"), "do not describe .*icl_tasks"),
+        (
+            lambda folder: (folder / "eval_data" / "words.jsonl").unlink(),
+            "the data of words is not in .*words.jsonl",
+        ),
+    ],
+)
+def test_folder_without_core_is_refused_by_what_is_missing(change, message, bundle):
+    change(bundle)
+    with pytest.raises(ValueError, match=f"--core-path .*{message}"):
+        core_tasks.open_tasks(bundle)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from zeroflow.device import find_device
-from zeroflow.inference import evaluation, harness, text_scores, trained
+from zeroflow.inference import core_tasks, evaluation, harness, text_scores, trained
 from zeroflow.inference.evaluation import Evaluation, EvaluationConfig
 from zeroflow.inference.text_scores import HELD_OUT
 from zeroflow.records import Record
@@ -45,7 +45,8 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     """
     config = job.config
     found = trained.load(job.cache, job.run, job.which)
-    if (config.data_path or config.dataset or config.tasks) and found.tokenizer.path is None:
+    asked = config.data_path or config.dataset or config.tasks or config.core_path
+    if asked and found.tokenizer.path is None:
         raise ValueError(
             f"run {job.run} was trained on token ids, so it has no loss on texts and tasks: name "
             "none, to score its held-out rows"
@@ -53,6 +54,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     # Before any score, because a text or a task may not exist
     names = config.task_names
     index = harness.open_tasks(names, config.task_path) if names else None
+    core = core_tasks.open_tasks(config.core_path) if config.core_path else None
     texts = text_scores.corpora(config)
     model = found.model.to(find_device(config.device).kind)
     folder, new = Cache(job.cache).run(job.run), evaluation.begun(found.step)
@@ -61,13 +63,17 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         score = text_scores.score_text(found, name, corpus, most=config.text_tokens)
         new = new.replace(texts=[*new.texts, score])
         evaluation.add(folder, new)  # at once: the next text may be unreadable
-    if not texts and not names:
+    if not asked:
         score = text_scores.score_held_out(model, trained.job(job.cache, job.run))
         new = new.replace(texts=[score])
     if names:
         log.info("scoring tasks: %s", ", ".join(names))
         tasks = harness.score_tasks(found, names, index, examples=config.task_examples)
         new = new.replace(tasks=tasks, harness=harness.version())
+    if core:
+        evaluation.add(folder, new)
+        scores = core_tasks.score_tasks(found, core, examples=config.task_examples)
+        new = new.replace(tasks=[*new.tasks, *scores])
     evaluation.add(folder, new)
     return new
 

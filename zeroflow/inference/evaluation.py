@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, computed_field
@@ -46,6 +47,9 @@ class EvaluationConfig(Config):
 
     task_path: str | None = None
     """Folder with YAML files of your own tasks."""
+
+    core_path: Path | None = None
+    """Folder `eval_bundle` with the data of the 22 tasks of CORE."""
 
     task_examples: PositiveInt | None = None
     """Maximum number of examples of each task. Default: all."""
@@ -150,7 +154,7 @@ class Evaluation(Record):
     """Seconds since the epoch."""
 
     harness: str | None = None
-    """Version of lm-evaluation-harness; None if there are no tasks."""
+    """Version of lm-evaluation-harness; None if none of its tasks was scored."""
 
     texts: list[TextScore] = []  # noqa: RUF012, pydantic copies it
     tasks: list[TaskScore] = []  # noqa: RUF012

@@ -27,7 +27,8 @@ def tables(one: Evaluation) -> Iterator[Part]:
             for name, metric in task.metrics.items()
         ]
         yield Table(("task", "figure", "value", "examples"), rows, right="  rr")
-        yield escaped(f"Tasks of lm-evaluation-harness {one.harness}.")
+        if one.harness:
+            yield escaped(f"Tasks of lm-evaluation-harness {one.harness}.")
 
 
 def _text_cells(score: TextScore) -> tuple[str, ...]:
