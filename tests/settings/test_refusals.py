@@ -88,6 +88,25 @@ def test_settings_that_a_cpu_does_not_support_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(
+    ("device", "settings", "message"),
+    [
+        ("H100", {}, None),
+        ("H100", {"zero_stage": 3}, None),
+        ("H100", {"fp8": True}, None),
+        ("H100", {"gpus": 4, "zero_stage": 3, "reshard_group": 2}, None),
+        ("H100", {"gpus": 2, "zero_stage": 0}, "needs ZeRO stage 1, 2 or 3: .*--zero-stage 2"),
+        ("cpu", {}, "moves state from the memory of a GPU .*, but the device is a CPU"),
+        ("cpu", {"gpus": 2, "zero_stage": 2}, "but the device is a CPU"),
+    ],
+)
+def test_offload_is_refused_where_it_makes_no_sense(device, settings, message):
+    there = find_device("cpu") if device == "cpu" else known_gpu(device)
+    asked = run(training={"offload": "optimizer", **settings})
+    with refused(message):
+        refusals.refuse_what_the_device_cannot(asked, there)
+
+
+@pytest.mark.parametrize(
     ("there", "asked", "message"),
     [
         (4, 1, None),

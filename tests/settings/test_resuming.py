@@ -75,6 +75,25 @@ def test_run_on_one_gpu_drops_the_zero_stage():
 
 
 @pytest.mark.parametrize(
+    ("recorded", "asked", "stage"),
+    [
+        ({"offload": "optimizer", "zero_stage": 3}, {}, 3),
+        ({"offload": "optimizer", "zero_stage": 2}, {"offload": "none"}, None),
+        ({"zero_stage": 0}, {"offload": "optimizer"}, None),
+        ({"zero_stage": 0}, {"offload": "optimizer", "zero_stage": 3}, 3),
+        ({"gpus": 2, "zero_stage": 0}, {"offload": "optimizer"}, None),
+        ({"gpus": 2, "zero_stage": 3}, {"offload": "optimizer"}, 3),
+        ({"gpus": 2, "zero_stage": 3, "offload": "optimizer"}, {"offload": "none"}, 3),
+        ({"gpus": 2, "zero_stage": 3, "offload": "optimizer"}, {"gpus": 1}, 3),
+    ],
+)
+def test_state_may_move_to_the_host_or_back(recorded, asked, stage):
+    merged = resuming.merged(run(training=recorded), run(training=asked), {}).training
+    assert merged.zero_stage == stage
+    assert merged.offload == asked.get("offload", recorded.get("offload", "none"))
+
+
+@pytest.mark.parametrize(
     ("asked", "group"),
     [
         ({}, 4),

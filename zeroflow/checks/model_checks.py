@@ -94,7 +94,7 @@ def initial_loss(state: TrainState, batch: MicroBatch) -> Check:
 
 def _own_logits(state: TrainState, batch: MicroBatch) -> Tensor:
     """Return the logit of each input token at its own position, (B, T)."""
-    device = state.model.model.embed_tokens.weight.device
+    device = zero.device_of(state.model)
     ids = batch.inputs.to(device)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _change(state: TrainState, batch: MicroBatch, changed: Tensor, place: int) -
 
 def _logits(state: TrainState, inputs: Tensor, numbers: Tensor | None, places: slice) -> Tensor:
     """Return the first row's logits at `places`, (places, V), with the run's kernels."""
-    device = state.model.model.embed_tokens.weight.device
+    device = zero.device_of(state.model)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear(hidden[0, places], weight)

@@ -17,6 +17,18 @@ USABLE = 0.85
 fragments that the caching allocator cannot use."""
 
 
+class HostMemory(NamedTuple):
+    """State of one rank that is in host memory instead of that of its GPU, in bytes."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
 class Memory(NamedTuple):
     """Memory of one rank at the peak of a step, in bytes."""
 
@@ -70,7 +82,7 @@ def memory(work: Workload, device: Device) -> Memory:
     gpu, width = device.kind == "cuda", work.dtype.itemsize
     logits = width * work.micro_batch_rows * work.seq_len * V
     chunk = min(logits, logits_bytes(device.memory_bytes if gpu else None))
-    cast = 0 if width == 4 or work.ranks > 1 else 2 * E  # gathered weights are already bf16
+    cast = 0 if width == 4 or work.is_sharded else 2 * E  # gathered weights are already bf16
     loss = chunk + cast + 4 * E
     kept, recomputed = kept_activations(work)
     # Blocks are recomputed after the loss, in the memory that the loss has freed
@@ -79,6 +91,8 @@ def memory(work: Workload, device: Device) -> Memory:
         kept += width * work.micro_batch_rows * work.seq_len**2  # the mask, written out
     if not gpu:
         kept = int(heap(accumulates=work.accumulates) * kept)
+    if work.offload != "none" and gpu:
+        return _offloaded(work, kept, loss)
     shards = work.shards
     gradients = 4 * P // (shards if work.zero_stage >= 2 else 1)
     return Memory(
@@ -91,6 +105,59 @@ def memory(work: Workload, device: Device) -> Memory:
         communication=_communication(work) if work.ranks > 1 else 0,
         checkpoint=0 if gpu else checkpoint_bytes(work),
         program=0 if gpu else _PROGRAM_BYTES,
+    )
+
+
+def _offloaded(work: Workload, kept: int, loss: int) -> Memory:
+    """Return the memory on the GPU if the state of the optimiser is in host memory.
+
+    The GPU then has gathered weights, and gradients until they are reduced. The peak is in the
+    loss; at the beginning of the backward pass, when the gradient of the embedding is cast, or when
+    the last block is reduced; or at its end, when the gradient of the embedding exists three times:
+    that of the loss, that of the first layer, and their sum.
+
+    Args:
+        kept: bytes of activations.
+        loss: bytes of the loss, with the fp32 gradient of the embedding.
+    """
+    P, block, width = work.model.parameters, work.model.block_parameters, work.dtype.itemsize
+    E = P - work.model.num_hidden_layers * block
+    whole = work.accumulates and work.zero_stage == 1
+    partial = work.accumulates and work.zero_stage >= 2 and work.shards < work.ranks
+    gradients = 4 * P if whole else 4 * P // work.shards if partial else 0
+    # The buffer of the embedding's gradient is kept until the next micro-batch reduces a block
+    left = 4 * E if work.accumulates and work.zero_stage >= 2 else 0
+    in_use = _gathered(work)
+    reduced = max(width + 4, 4 + 4 // work.shards) * block  # a copy in fp32, and then its sum
+    in_block = kept // work.model.num_hidden_layers
+    in_loss = in_use + kept + loss + left
+    after_loss = in_use + kept + (4 + width) * E + left
+    in_backward = in_use + kept - in_block + width * E + reduced + left
+    stays = in_use if work.accumulates and work.zero_stage < 3 else width * E
+    at_end = stays + 3 * width * E
+    return Memory(
+        weights=0,
+        gradients=gradients,
+        moments=0,
+        activations=kept,
+        loss=loss,
+        communication=max(in_loss, after_loss, in_backward, at_end) - kept - loss,
+    )
+
+
+def host_memory(work: Workload) -> HostMemory | None:
+    """Return the state in host memory; None if it is on the device.
+
+    Weights and gradients are in pinned memory, of which PyTorch may allocate up to twice as much,
+    because it rounds every tensor up to a power of two.
+    """
+    if work.offload == "none":
+        return None
+    shard = 4 * work.model.parameters // work.shards
+    return HostMemory(
+        weights=shard,
+        gradients=shard,
+        moments=work.optimizer.state_bytes(work.model) // work.shards,
     )
 
 
@@ -137,7 +204,7 @@ def _kept_compiled(work: Workload) -> tuple[int, int]:
         feed_forward = tokens * (D + width * 2 * M)
         others = tokens * (D + Q + width * (2 * D + Q + qkv))
     else:
-        cast = width == 2 and work.ranks == 1  # gathered weights are already bf16
+        cast = width == 2 and not work.is_sharded  # gathered weights are already bf16
         feed_forward = tokens * width * (D + 3 * M) + width * D * (3 if cast else 2) * M
         others = tokens * width * (3 * D + Q + qkv + rotated)
         others += width * D * (qkv + (Q if cast else 0))
@@ -164,7 +231,7 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     H, K, E = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     tokens = work.micro_batch_rows * work.seq_len
-    cast = width == 2 and work.ranks == 1  # gathered weights are already bf16
+    cast = width == 2 and not work.is_sharded  # gathered weights are already bf16
     norm = (4 + 4 + width) * D
     heads = 3 * H if work.device == "cuda" and width == 4 else 2 * H + 3 * K
     others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
@@ -194,18 +261,30 @@ def heap(*, accumulates: bool) -> float:
 def _communication(work: Workload) -> int:
     """Return the bytes of gathered weights and of gradients in transit.
 
+    Gradients in transit are those of a block, or of what is outside the blocks after every
+    micro-batch except the last.
+    """
+    block = work.model.block_parameters
+    E = work.model.parameters - work.model.num_hidden_layers * block
+    sent = E if work.zero_stage >= 2 and work.accumulates else block
+    return _gathered(work) + 4 * sent
+
+
+def _gathered(work: Workload) -> int:
+    """Return the bytes of gathered weights.
+
     Stages 0 to 2 gather all weights, stage 3 those of two blocks and all outside the blocks, such
-    as the embedding. With a reshard group, stage 3 also keeps this rank's shard of the gathered
-    weights of all blocks. Gradients in transit are those of a block, or of what is outside the
-    blocks after every micro-batch except the last.
+    as the embedding; a single rank prefetches no block. With a reshard group, stage 3 also keeps
+    this rank's shard of the gathered weights of all blocks.
     """
     P, block = work.model.parameters, work.model.block_parameters
     E = P - work.model.num_hidden_layers * block
-    gathered = E + 2 * block if work.zero_stage == 3 else P
+    gathered = P
+    if work.zero_stage == 3:
+        gathered = E + (2 if work.ranks > 1 else 1) * block
     if type(work.reshard) is int:  # kept between the forward and the backward pass
         gathered += (P - E) // work.reshard
-    sent = E if work.zero_stage >= 2 and work.accumulates else block
-    return work.dtype.itemsize * gathered + 4 * sent
+    return work.dtype.itemsize * gathered
 
 
 def largest_micro_batch(

@@ -60,6 +60,8 @@ def speed(
     """
     if known:
         return _with_load(known, work, device, load)
+    if work.offload != "none":
+        return Speed(None, "unknown until offloaded steps have been measured here; they are slower")
     alone = work.replace(ranks=1, nodes=1, zero_stage=0, shard_group=None, reshard_group=None)
     if work.ranks > 1 and (one := history.known(runs, alone)):
         found = _with_load(one, alone, device, load)

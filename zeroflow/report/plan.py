@@ -29,6 +29,7 @@ from zeroflow.estimate.history import Experience, Figures, Past
 from zeroflow.estimate.memory import (
     Room,
     checkpoint_bytes,
+    host_memory,
     is_measured,
     largest_micro_batch,
     memory,
@@ -54,6 +55,9 @@ class StagePlan(Config):
     stage: Stage
     memory: dict[str, int]
     """Bytes by part, with the plan's micro-batch."""
+
+    host: dict[str, int] | None = omitted()
+    """Bytes by part of the state in host memory; None if it is on the GPU."""
 
     total: int
     fits: Room
@@ -340,12 +344,15 @@ def _there(folder: RunFolder) -> int:
 
 
 def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
+    if stage == 0:
+        work = work.replace(offload="none")  # there is no offloaded stage 0
     work = work.replace(zero_stage=stage)
-    held = memory(work, device)
+    held, host = memory(work, device), host_memory(work)
     most, kind = largest_micro_batch(work, device)
     return StagePlan(
         stage=stage,
         memory={name: size for name, size in held._asdict().items() if size},
+        host=host and host._asdict(),
         total=held.total,
         fits=held.room(device, work.ranks),
         micro_batch_rows=work.split(most).micro_batch_rows,

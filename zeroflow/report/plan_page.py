@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from zeroflow.estimate.memory import Memory
 from zeroflow.report.pages import Part, Table
 from zeroflow.report.plan import Compared, Plan
 from zeroflow.settings.settled import Settlement
@@ -195,6 +196,9 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
     """Predicted and measured figures."""
     parts = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items())
     memory = ", ".join(f"{_label(name)} {binary(size)}" for name, size in plan.stage.memory.items())
+    if plan.stage.host:
+        on_host = ", ".join(f"{name} {binary(size)}" for name, size in plan.stage.host.items())
+        memory += f"; in host memory: {on_host}"
     low_to_high = f" {plan.rate.low:,.0f} to {plan.rate.high:,.0f} tokens/s," if plan.rate else ""
     flops = f"{plan.flops_per_token / 1e6:,.1f} MFLOPs per token"
     speed = f"Speed and time{_own_steps(plan)}:{low_to_high} {_rests_on(plan)}."
@@ -245,22 +249,30 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     """Yield the table of memory by part for each ZeRO stage; on one device, all are the same."""
-    stages = plan.stages if plan.workload.ranks > 1 else plan.stages[:1]
-    names = list(plan.stages[0].memory)
-    heads = [f"stage {s.stage}" for s in stages] if plan.workload.ranks > 1 else [""]
+    sharded = plan.workload.is_sharded
+    stages = plan.stages if sharded else plan.stages[:1]
+    names = [name for name in Memory._fields if any(name in s.memory for s in stages)]
+    heads = [f"stage {s.stage}" for s in stages] if sharded else [""]
     rows = [(_label(name), *(binary(s.memory.get(name, 0)) for s in stages)) for name in names]
     rows.append(("total", *(binary(s.total) for s in stages)))
     rows.append(("fits", *("NO" if s.fits == "no" else s.fits for s in stages)))
     if plan.device.kind == "cuda":
         rows.append(("default rows", *(str(s.micro_batch_rows) for s in stages)))
         rows.append(("recomputation", *(s.activation_checkpointing for s in stages)))
+    rows += [
+        (f"host: {name}", *(binary((s.host or {}).get(name, 0)) for s in stages))
+        for name in plan.stage.host or ()
+    ]
     title = "computed memory per rank" if plan.workload.ranks > 1 else "computed memory by part"
     yield from _table((title, *heads), rows)
     if plan.predicted.memory_bytes is None:
         yield "What such code needs in addition on a CPU is not known."
     elif plan.predicted.memory_bytes != plan.stage.total:
         yield "This is computed from the settings; the memory above was measured in earlier runs."
-    if plan.workload.ranks > 1:
+    if plan.stage.host:
+        yield "From stage 1 on, weights, gradients and moments of this plan are in host memory, and"
+        yield "the CPU updates them. Gathered weights on the GPU count as communication."
+    elif plan.workload.ranks > 1:
         yield "From stage 1 on, each rank keeps its shard of the fp32 weights. Gathered weights"
         yield "(all, or at stage 3 those of two blocks) count as communication."
 

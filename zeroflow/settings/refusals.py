@@ -84,13 +84,30 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
     """
     nominal = nominal_workload(run, device)
     nominal.require_fp8(device)
-    if nominal.zero_stage and nominal.ranks == 1:
+    _refuse_offload(nominal)
+    if nominal.zero_stage and not nominal.is_sharded:
         raise ValueError(
             f"--zero-stage {nominal.zero_stage} shards state across several GPUs, but the run has "
-            "one: add --gpus, or drop it"
+            "one: add --gpus or --offload optimizer, or drop it"
         )
     _refuse_shard_group(nominal.ranks, nominal.zero_stage, nominal.shard_group)
     _refuse_reshard_group(nominal)
+
+
+def _refuse_offload(nominal: Workload) -> None:
+    if nominal.offload == "none":
+        return
+    if nominal.device == "cpu":
+        raise ValueError(
+            f"--offload {nominal.offload} moves state from the memory of a GPU to that of the "
+            f"host, but the device is a CPU ({nominal.device_name}): drop it"
+        )
+    if nominal.zero_stage == 0:
+        raise ValueError(
+            f"--offload {nominal.offload} needs ZeRO stage 1, 2 or 3: at stage 0, every rank would "
+            "keep the whole state in host memory and update it there. Use --zero-stage 2, or drop "
+            "one of them"
+        )
 
 
 def _refuse_shard_group(ranks: int, stage: int, group: int | None) -> None:

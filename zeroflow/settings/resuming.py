@@ -99,8 +99,9 @@ def merged(recorded: RunConfig, asked: RunConfig, at_start: dict[str, object]) -
     # The global batch is fixed, so a change of one factor reopens the others
     if split or ranks != recorded.training.ranks:
         base["training"] |= {"batch_size": None, "grad_accum_steps": None}
-    if ranks == 1:
-        base["training"]["zero_stage"] = None
+    offloads = training.get("offload", recorded.training.offload) != "none"
+    if (ranks == 1 and not offloads) or (offloads and not recorded.training.zero_stage):
+        base["training"]["zero_stage"] = None  # the default of one GPU, or that with --offload
     _drop_groups(base["training"], training, ranks)
     source = recorded.model.init_from
     if {"size", "hidden_size"} & set(model) or model.get("init_from", source) != source:

@@ -32,7 +32,7 @@ from zeroflow.training import initial
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
 from zeroflow.training.schedule import ScheduleName, decays
 from zeroflow.training.workload import SETTING_NAMES, Workload
-from zeroflow.training.zero import Stage
+from zeroflow.training.zero import Offload, Stage
 from zeroflow.units import parameter_count
 
 T = TypeVar("T")
@@ -123,6 +123,7 @@ class TrainingChoice(Config):
         "zero_stage",
         "shard_group",
         "reshard_group",
+        "offload",
         "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -147,7 +148,7 @@ class TrainingChoice(Config):
 
     zero_stage: Stage | None = None
     """ZeRO stage: what is sharded across GPUs. 0: nothing. 1: optimiser state and weights. 2: also
-    gradients. 3: weights also while they are in use. Default: 0."""
+    gradients. 3: weights also while they are in use. Default: 0; 2 with --offload."""
 
     shard_group: int | None = Field(None, ge=2)
     """Number of GPUs over which the state is sharded at ZeRO stages 1 to 3, such as the GPUs of one
@@ -158,6 +159,11 @@ class TrainingChoice(Config):
     backward pass at ZeRO stage 3, such as the GPUs of one machine. The backward pass then gathers
     weights within such a group only, which takes more memory. Default: all GPUs of a shard
     group."""
+
+    offload: Offload = "none"
+    """State to keep in host memory, on one GPU or several. optimizer: the fp32 weights, the sums of
+    gradients and the moments, which the CPU updates. The GPU has weights in the precision of the
+    matrix multiplications. This saves up to 16 bytes per parameter, and steps are slower."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
@@ -435,10 +441,15 @@ class RunConfig(Config):
             if (value := getattr(self.training, name)) is not None
         }
         given["ranks"] = self.training.ranks
+        if self.training.offload != "none":
+            given.setdefault("zero_stage", _OFFLOADED_STAGE)
         place = {"device": device.kind, "device_name": device.name}
         whole = {"model": model, "optimizer": self.optimizer, **place, **given, **settled}
         return Workload.model_validate(whole)
 
+
+_OFFLOADED_STAGE = 2
+"""Default stage of offloaded state, as in ZeRO-Offload: https://arxiv.org/abs/2101.06840"""
 
 _OF_WORKLOAD = {
     field: setting

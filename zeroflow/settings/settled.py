@@ -46,11 +46,13 @@ class SettledTraining(TrainingChoice):
     @property
     def sharding(self) -> tuple[str, ...]:
         """Words that describe how several ranks share the state; none for one rank."""
-        if self.ranks == 1:
+        if self.ranks == 1 and self.offload == "none":
             return ()
+        gpus = (f"{self.ranks}gpus",) if self.ranks > 1 else ()
+        offload = () if self.offload == "none" else ("offload",)
         group = (f"group{self.shard_group}",) if self.shard_group else ()
         reshard = (f"reshard{self.reshard_group}",) if self.reshard_group else ()
-        return (f"{self.ranks}gpus", f"zero{self.zero_stage}", *group, *reshard)
+        return (*gpus, f"zero{self.zero_stage}", *group, *reshard, *offload)
 
 
 class Settled(RunConfig):

@@ -181,10 +181,14 @@ class Saver:
         files = _own_files(tensors)
         began = time.perf_counter()
         if zero.ranks() == 1 and not self._may_copy(tensors):
-            streams = {name: FileStream(FileLayout.of(own), own) for name, own in files.items()}
+            whole = {
+                file: {name: zero.full_tensor(tensor) for name, tensor in own.items()}
+                for file, own in files.items()
+            }
+            streams = {name: FileStream(FileLayout.of(own), own) for name, own in whole.items()}
             self._write(path, streams, facts, began)
             return True
-        on_gpu = state.skipped.is_cuda
+        on_gpu = any(t.is_cuda for name, t in tensors.items() if name.startswith(_MODEL))
         self._prepare(files, pinned=on_gpu)
         thread = threading.Thread(
             target=self._write_aside,

@@ -22,7 +22,7 @@ class StepMetrics(NamedTuple):
     """Mean over the valid targets of the step, on the device."""
 
     grad_norm: Tensor
-    """Global norm before clipping, on the device."""
+    """Global norm before clipping, on the device, or on the CPU if gradients are offloaded."""
 
     learning_rate: float
 
@@ -42,7 +42,7 @@ def loss_sum(
 
 def forward(model: Llama, batch: MicroBatch, loss_of: Callable[..., Tensor]) -> Tensor:
     """Run the model on `batch`, and return `loss_of(hidden states, output matrix, targets)`."""
-    device = model.model.embed_tokens.weight.device
+    device = zero.device_of(model)
     on_device = partial(Tensor.to, device=device, non_blocking=True)
     head = partial(loss_of, targets=on_device(batch.targets))
     documents = None if batch.documents is None else on_device(batch.documents)
@@ -63,7 +63,8 @@ def train_step(
     """Advance `state` by one optimiser step on the mean loss of all valid targets.
 
     If the loss or a gradient is non-finite, the update is skipped and counted in `state.skipped`.
-    The decision is made on the device, so the host does not wait.
+    The decision is made where the optimiser's state is: on the device, so that the host does not
+    wait, or on the host if the state is offloaded.
 
     Args:
         micro_batches: this rank's share of the global batch.
@@ -89,10 +90,11 @@ def train_step(
     enter("optimizer")
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimizer.max_grad_norm)
     grad_norm = zero.full_tensor(norm)
-    # The norm is non-finite if any gradient is
-    non_finite = ~torch.isfinite(loss + grad_norm)
+    # The norm is non-finite if any gradient is. It is where the optimiser's state is
+    non_finite = ~torch.isfinite(loss.to(grad_norm.device) + grad_norm)
     optimizer.step(state.optimizer, skip=non_finite)
     state.optimizer.zero_grad()
+    non_finite = non_finite.to(state.skipped.device)
     state.skipped += non_finite
     state.skipped[0] *= non_finite  # the current sequence ends with a finite step
     state.step += 1

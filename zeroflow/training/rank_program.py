@@ -70,7 +70,8 @@ class RankProgram(Generic[Job]):
             with artifacts.exclusive(folder.worker_lock(rank), waiting_for=waiting_for):
                 if rank == 0:
                     zero.remove_stale_rendezvous(folder.path)
-                with zero.process_group(job.training.workload.device):
+                work = job.training.workload
+                with zero.process_group(work.device, alone=work.is_sharded):
                     self.work(_with_kernels(job, folder), stop)
         except Exception as error:
             failure = Failed(

@@ -9,6 +9,7 @@ from torch import Tensor
 from zeroflow.config import Config, FiniteNonNegative
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama, linear
+from zeroflow.training import zero
 
 
 class SamplingConfig(Config):
@@ -105,7 +106,7 @@ def _sample(
     context: int,
     agree: Callable[[int], int],
 ) -> list[int]:
-    device = next(model.parameters()).device
+    device = zero.device_of(model)
 
     # Not inference_mode: it would turn gathered weights into inference tensors, which training
     # cannot use afterwards

@@ -35,7 +35,7 @@ def new_state(config: TrainingConfig) -> TrainState:
     work = config.workload
     # A model that will be sharded starts on the CPU, because the whole model may not fit on the
     # device: `zero.shard` moves it block by block
-    with torch.device(work.device if work.ranks == 1 else "cpu"):
+    with torch.device("cpu" if work.is_sharded else work.device):
         model = Llama(work.model, work.dtype)
     initialize(model, config.seed)
     for block in model.model.layers:
@@ -54,8 +54,10 @@ def new_state(config: TrainingConfig) -> TrainState:
         model.model.norm.compile(dynamic=False)
         if work.device == "cuda":
             model.model.mask_for = block_mask
-    if work.ranks > 1:
-        zero.shard(model, work.device, group=work.shards, reshard=work.reshard)
+    if work.is_sharded:
+        zero.shard(
+            model, work.device, group=work.shards, reshard=work.reshard, offload=work.offload
+        )
     optimizer = work.optimizer.build(model, config.schedule.peak)
     torch.manual_seed(config.seed)
     skipped = torch.zeros(2, dtype=torch.int64, device=work.device)

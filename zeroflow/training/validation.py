@@ -41,7 +41,7 @@ def validation_loss(
         on_batch: called after each batch with the number of finished rows and of all rows.
     """
     size = workload.micro_batch_rows
-    device = model.model.embed_tokens.weight.device
+    device = zero.device_of(model)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     # Every rank does the same number of forward passes, because a pass of a sharded model gathers
     # weights from all ranks

@@ -19,7 +19,7 @@ from zeroflow.records import Record, omitted
 from zeroflow.reuse import Identity
 from zeroflow.training.optimizers.base import OptimizerConfig
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
-from zeroflow.training.zero import Stage
+from zeroflow.training.zero import Offload, Stage
 
 SETTING_NAMES = {
     "ranks": "gpus",
@@ -84,6 +84,9 @@ class Workload(Config):
     """Number of ranks over which gathered weights of blocks stay sharded between the forward and
     the backward pass at stage 3; None for all ranks of a shard group."""
 
+    offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
+    """State that is in host memory instead of that of the GPU."""
+
     model: ModelConfig
 
     seq_len: PositiveInt
@@ -134,6 +137,11 @@ class Workload(Config):
     @property
     def batch_shape(self) -> BatchShape:
         return BatchShape(self.accumulate, self.ranks, self.micro_batch_rows)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if FSDP2 shards the model: over several ranks, or to offload the state of one."""
+        return self.ranks > 1 or self.offload != "none"
 
     @property
     def shards(self) -> int:
@@ -210,13 +218,15 @@ class Workload(Config):
     @property
     def devices(self) -> str:
         """Devices as text, for example 2 x NVIDIA H200, ZeRO stage 3."""
+        offloaded = "" if self.offload == "none" else ", offloaded"
         if self.ranks == 1:
-            return self.device_name
+            stage = f", ZeRO stage {self.zero_stage}{offloaded}" if offloaded else ""
+            return f"{self.device_name}{stage}"
         times = "processes on one" if self.device == "cpu" else "x"
         machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
         groups = f" in groups of {self.shards}" if 1 < self.shards < self.ranks else ""
         kept = f", resharded to {self.reshard}" if type(self.reshard) is int else ""
-        stage = f"ZeRO stage {self.zero_stage}{groups}{kept}"
+        stage = f"ZeRO stage {self.zero_stage}{groups}{kept}{offloaded}"
         return f"{self.ranks} {times} {self.device_name}{machines}, {stage}"
 
     @property

@@ -2,7 +2,8 @@
 
 This is the only module that knows about sharding. The stages of ZeRO
 (https://arxiv.org/abs/1910.02054) are settings of PyTorch's FSDP2, which `shard` applies to the
-blocks of a model from outside. With one rank, the functions here do nothing and return their input.
+blocks of a model from outside. With one rank, the functions here do nothing and return their input,
+unless its state is offloaded: then FSDP2 shards the model over this one rank.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,10 @@ gradients. 3: also weights while they are in use."""
 # Not a Literal, because Prefect's form shows a choice of 0 as empty
 Stage = Annotated[int, Field(ge=min(STAGES), le=max(STAGES))]
 """One of `STAGES`."""
+
+Offload = Literal["none", "optimizer"]
+"""State in host memory. optimizer: all that the optimiser reads and writes, which are the fp32
+weights, the sums of gradients and the moments."""
 
 T = TypeVar("T")
 
@@ -86,23 +91,29 @@ def take_place() -> None:
 
 
 @contextmanager
-def process_group(device: DeviceKind) -> Iterator[None]:
+def process_group(device: DeviceKind, *, alone: bool = False) -> Iterator[None]:
     """Join the process group that the environment describes, until all ranks leave the block.
 
     Ranks that our launcher started find each other through a file, ranks of torchrun or Slurm at
     the address in the environment.
+
+    Args:
+        alone: one rank also makes a group, which `shard` needs.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if world_size == 1 and not alone:
         yield
         return
     file = os.environ.get(RENDEZVOUS)
+    store: dist.Store | None = dist.FileStore(file, world_size) if file else None
+    if world_size == 1:
+        store = dist.HashStore()
     # Also Gloo if there are GPUs: ranks exchange numbers and objects in host memory, which NCCL
     # cannot send, and for which no rank should wait for its GPU
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.FileStore(file, world_size) if file else None,
-        rank=int(os.environ["RANK"]),
+        store=store,
+        rank=int(os.environ["RANK"]) if world_size > 1 else 0,
         world_size=world_size,
         timeout=_TIMEOUT,
     )
@@ -194,7 +205,14 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shard(model: Llama, device: DeviceKind, *, group: int, reshard: bool | int) -> None:
+def shard(
+    model: Llama,
+    device: DeviceKind,
+    *,
+    group: int,
+    reshard: bool | int,
+    offload: Offload = "none",
+) -> None:
     """Shard `model` across the ranks' devices, and average its gradients over the ranks.
 
     The state is sharded over each `group` of consecutive ranks, and the groups are replicas.
@@ -208,6 +226,10 @@ def shard(model: Llama, device: DeviceKind, *, group: int, reshard: bool | int) 
     a shard of them. Stages 0 to 2 keep gathered weights from the forward pass to the end of the
     backward pass; stage 3 keeps only those of one or two blocks, and of the embedding.
 
+    Offloaded shards of weights and gradients are in pinned host memory. So the moments of an
+    optimiser that is built for them are in host memory too, and the CPU updates. FSDP2 copies
+    shards of weights to the device before it gathers them, and shards of gradients to the host.
+
     Args:
         reshard: FSDP2's `reshard_after_forward` for the blocks: False up to stage 2, True at stage
             3, or a number of consecutive ranks over which the gathered weights of a block are
@@ -215,7 +237,12 @@ def shard(model: Llama, device: DeviceKind, *, group: int, reshard: bool | int) 
     """
     # Importing these takes seconds, and a single rank does not need them
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     if group == ranks():
         mesh = init_device_mesh(device, (group,), mesh_dim_names=(_SHARDS,))
@@ -226,18 +253,22 @@ def shard(model: Llama, device: DeviceKind, *, group: int, reshard: bool | int) 
     policy = MixedPrecisionPolicy(
         param_dtype=model.model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    place = OffloadPolicy()
+    if offload == "optimizer":
+        place = CPUOffloadPolicy(pin_memory=device == "cuda")
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": place}
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, **settings, reshard_after_forward=reshard)
     # The embedding stays in the root module, because the output head uses its weight outside the
     # embedding's own forward pass, when FSDP2 would have resharded it
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, **settings, reshard_after_forward=False)
     for part in dist.distributed_c10d._world.pg_map:  # 10 minutes are too short for compilation
         dist.distributed_c10d._set_pg_timeout(_TIMEOUT, part)
 
 
 def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
     """Prepare FSDP2 for the next backward pass, which may be the `last` of the step."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return
     sharded: Any = model
     sharded.set_is_last_backward(last)
@@ -251,13 +282,19 @@ def before_backward(model: Llama, stage: Stage, *, last: bool) -> None:
 
 def named_parameters(model: Llama) -> Iterator[tuple[str, nn.Parameter]]:
     """Return the sharded parameters, which are trained; not the gathered ones."""
-    if ranks() > 1:
+    if dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
     return model.named_parameters()
+
+
+def device_of(model: Llama) -> torch.device:
+    """Return the device that computes. Offloaded weights are there only while they are gathered."""
+    weight: Any = model.model.embed_tokens.weight
+    return torch.device(weight.device_mesh.device_type) if _is_sharded(weight) else weight.device
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -301,7 +338,7 @@ def norms_of_full(norms: Tensor, of: Tensor) -> Tensor:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    if ranks() == 1:
+    if not dist.is_initialized():  # the import takes seconds, and a single rank does not need it
         return False
     from torch.distributed.tensor import DTensor
 

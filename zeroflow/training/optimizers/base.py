@@ -61,9 +61,9 @@ class OptimizerConfig(Config, ABC):
         """Update weights and state from the gradients, unless `skip` is true.
 
         Args:
-            skip: a bool on the device. The host must not read it, because that would stall the
-                device. If true, gradients may be non-finite, and no bit of weights or state may
-                change.
+            skip: a bool on the device of the state. The host must not read it, because that would
+                stall the device. If true, gradients may be non-finite, and no bit of weights or
+                state may change.
         """
 
     @abstractmethod
