@@ -13,6 +13,7 @@ from zeroflow.estimate.memory import (
     Memory,
     checkpoint_bytes,
     heap,
+    host_memory,
     is_measured,
     largest_micro_batch,
     memory,
@@ -357,6 +358,27 @@ def test_resharding_within_a_group_keeps_a_shard_of_the_gathered_blocks():
         assert kept == pytest.approx(2 * blocks / group, abs=group), "in bf16"
     assert plan(reshard_group=8) == plan()
     assert plan(reshard_group=2, zero_stage=2) == plan(zero_stage=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_offloaded_state_is_on_the_host_and_only_copies_are_on_the_gpu(ranks):
+    model = llama("medium")
+    P = model.parameters
+    blocks = P - model.embedding_parameters - model.hidden_size
+    plan = partial(workload, model, ranks=ranks, accumulate=2, offload="optimizer")
+    held = {stage: memory(plan(zero_stage=stage), H100) for stage in (1, 2, 3)}
+    for stage, on_gpu in held.items():
+        assert (on_gpu.weights, on_gpu.moments) == (0, 0)
+        assert on_gpu.gradients == (4 * P if stage == 1 else 0)
+        assert on_gpu.activations == held[1].activations
+        on_host = host_memory(plan(zero_stage=stage))
+        assert on_host == (4 * P // ranks, 4 * P // ranks, 8 * P // ranks)
+    kept = (1 if ranks == 1 else 2) * blocks // model.num_hidden_layers
+    left = 4 * (P - blocks)  # the buffer of the embedding's gradient of an earlier micro-batch
+    copies = {1: 2 * P, 2: 2 * P + left, 3: 2 * (P - blocks + kept) + left}
+    for stage, copied in copies.items():  # the peak is in the loss, or as high just after it
+        assert held[stage].communication == pytest.approx(copied, rel=1e-4)
+    assert host_memory(workload(model)) is None
 
 
 def test_ranks_shard_more_from_stage_to_stage():

@@ -43,6 +43,7 @@ def test_groups_are_planned_at_a_stage_that_shards():
         ({"training": {"gpus": 2, "nodes": 2}}, "drop --nodes"),
         ({"training": {"gpus": 2, "zero_stage": 1}}, "use --zero-stages"),
         ({"training": {"gpus": 4, "shard_group": 4, "reshard_group": 2}}, "drop it"),
+        ({"training": {"gpus": 2, "offload": "optimizer"}}, "does not measure --offload: drop it"),
         ({"skip_preflight": True}, "no pre-flight"),
         ({"evaluation": {"evaluate_tasks": ["piqa"]}}, "no evaluation"),
         ({"register_": "mine"}, "no model to register"),

@@ -46,6 +46,7 @@ class ZeroLabRun(Config):
         "run.register_",
         "run.training.zero_stage",
         "run.training.reshard_group",
+        "run.training.offload",
         *(f"run.overfit.{name}" for name in OverfitConfig.model_fields),
         *(f"run.evaluation.{name}" for name in EvaluationChoice.model_fields),
     )
@@ -123,6 +124,8 @@ def _refuse(run: RunConfig) -> None:
         raise ValueError("the laboratory sets --zero-stage itself: use --zero-stages")
     if run.training.reshard_group is not None:
         raise ValueError("the laboratory does not measure --reshard-group: drop it")
+    if run.training.offload != "none":
+        raise ValueError("the laboratory does not measure --offload: drop it")
     if run.overfit != OverfitConfig() or run.skip_preflight:
         raise ValueError(
             "the laboratory has no pre-flight and no overfit check: drop --skip-preflight, "
