@@ -54,6 +54,7 @@ RUNS = [
             "zero_stage": 3,
             "shard_group": 4,
             "reshard_group": 2,
+            "offload": "optimizer",
             "seq_len": 64,
             "batch_size": 2,
             "grad_accum_steps": 3,
