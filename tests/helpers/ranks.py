@@ -34,6 +34,9 @@ from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss
 
 STAGES = (0, 1, 2, 3)
+OFFLOADED = "2 offloaded"
+"""Stage 2 with the state of the optimiser in host memory, with all ranks in one group."""
+
 STEPS, SAVED = 5, 3
 TOKENIZER = "0123456789ab"
 END = 0
@@ -213,7 +216,7 @@ def figures(job: RankJob) -> list[dict[str, Any]]:
 def work(job: RankJob, stop: Stop) -> None:
     make_deterministic()
     work = job.training.workload
-    found = {
+    found: dict[int | str, Any] = {
         stage: at_stage(
             with_workload(job.training, zero_stage=stage),
             job.run_dir / f"stage{stage}",
@@ -224,6 +227,10 @@ def work(job: RankJob, stop: Stop) -> None:
     if work.zero_stage == 3 and (group := work.shard_group):
         found |= {"over all": resharded(job.training, None)}
         found |= {"resharded": resharded(job.training, group)}
+    if not work.shard_group:
+        offloaded = with_workload(job.training, zero_stage=2, offload="optimizer")
+        folder = job.run_dir / f"stage{OFFLOADED}"
+        found |= {OFFLOADED: at_stage(offloaded, folder, job.run_dir / "one")}
     artifacts.write_json(job.run_dir / f"rank{zero.rank()}.json", found)
     if zero.rank() == 0:
         EVENTS.append(job.folder.events, Done())

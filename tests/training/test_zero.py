@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 from like_one_process import TrainsLikeOneProcess
-from ranks import SAVED, STAGES, STEPS, close
+from ranks import OFFLOADED, SAVED, STAGES, STEPS, close
 from safetensors import safe_open
 from tiny import MODEL, training_config, with_workload
 
@@ -60,7 +60,7 @@ def together(alone: dict[str, Any], config: TrainingConfig, folder: Path) -> lis
     return ranks.figures(RankJob(run_dir=folder, training=training))
 
 
-@pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
+@pytest.mark.parametrize("stage", [*map(str, STAGES), OFFLOADED])
 class TestStage(TrainsLikeOneProcess):
     def test_validation_and_samples_match_one_process(self, alone, together, stage):
         assert together[0][stage]["validation"] == close(alone["validation"])
@@ -84,6 +84,7 @@ class TestStage(TrainsLikeOneProcess):
             "0": (0, 0),  # gradients are summed instead
             "1": (3, 3),
             "2": (3, 6),
+            OFFLOADED: (3, 6),
             "3": (10, 6),  # blocks for the forward and the backward pass, the rest for both
         }[stage]
         for rank in together:
