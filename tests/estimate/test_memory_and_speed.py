@@ -13,7 +13,7 @@ from zeroflow.estimate.memory import (
     Memory,
     checkpoint_bytes,
     heap,
-    host_memory,
+    host_state,
     is_measured,
     largest_micro_batch,
     memory,
@@ -371,14 +371,14 @@ def test_offloaded_state_is_on_the_host_and_only_copies_are_on_the_gpu(ranks):
         assert (on_gpu.weights, on_gpu.moments) == (0, 0)
         assert on_gpu.gradients == (4 * P if stage == 1 else 0)
         assert on_gpu.activations == held[1].activations
-        on_host = host_memory(plan(zero_stage=stage))
+        on_host = host_state(plan(zero_stage=stage))
         assert on_host == (4 * P // ranks, 4 * P // ranks, 8 * P // ranks)
     kept = (1 if ranks == 1 else 2) * blocks // model.num_hidden_layers
     left = 4 * (P - blocks)  # the buffer of the embedding's gradient of an earlier micro-batch
     copies = {1: 2 * P, 2: 2 * P + left, 3: 2 * (P - blocks + kept) + left}
     for stage, copied in copies.items():  # the peak is in the loss, or as high just after it
         assert held[stage].communication == pytest.approx(copied, rel=1e-4)
-    assert host_memory(workload(model)) is None
+    assert host_state(workload(model)) is None
 
 
 def test_ranks_shard_more_from_stage_to_stage():

@@ -23,7 +23,7 @@ from zeroflow.checks import model_checks, overfit, step_checks
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig
 from zeroflow.data.batches import to_micro_batch
 from zeroflow.device import find_device
-from zeroflow.estimate.memory import host_memory, memory
+from zeroflow.estimate.memory import host_state, memory
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
@@ -231,7 +231,7 @@ def footprint(config: TrainingConfig) -> Footprint:
 )
 def test_peak_on_the_gpu_and_state_on_the_host_are_as_planned(stage, compile, accumulate):
     config = wide(stage, compile=compile, accumulate=accumulate)
-    found, on_host = footprint(config), host_memory(config.workload)
+    found, on_host = footprint(config), host_state(config.workload)
     planned = memory(config.workload, find_device("cuda"))
     assert planned.total == pytest.approx(found.peak, rel=0.03), planned
     assert on_host is not None and on_host.weights == found.weights

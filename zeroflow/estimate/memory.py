@@ -17,7 +17,7 @@ USABLE = 0.85
 fragments that the caching allocator cannot use."""
 
 
-class HostMemory(NamedTuple):
+class HostState(NamedTuple):
     """State of one rank that is in host memory instead of that of its GPU, in bytes."""
 
     weights: int
@@ -145,7 +145,7 @@ def _offloaded(work: Workload, kept: int, loss: int) -> Memory:
     )
 
 
-def host_memory(work: Workload) -> HostMemory | None:
+def host_state(work: Workload) -> HostState | None:
     """Return the state in host memory; None if it is on the device.
 
     Weights and gradients are in pinned memory, of which PyTorch may allocate up to twice as much,
@@ -154,7 +154,7 @@ def host_memory(work: Workload) -> HostMemory | None:
     if work.offload == "none":
         return None
     shard = 4 * work.model.parameters // work.shards
-    return HostMemory(
+    return HostState(
         weights=shard,
         gradients=shard,
         moments=work.optimizer.state_bytes(work.model) // work.shards,

@@ -29,7 +29,7 @@ from zeroflow.estimate.history import Experience, Figures, Past
 from zeroflow.estimate.memory import (
     Room,
     checkpoint_bytes,
-    host_memory,
+    host_state,
     is_measured,
     largest_micro_batch,
     memory,
@@ -347,7 +347,7 @@ def _stage(work: Workload, device: Device, stage: Stage) -> StagePlan:
     if stage == 0:
         work = work.replace(offload="none")  # there is no offloaded stage 0
     work = work.replace(zero_stage=stage)
-    held, host = memory(work, device), host_memory(work)
+    held, host = memory(work, device), host_state(work)
     most, kind = largest_micro_batch(work, device)
     return StagePlan(
         stage=stage,
