@@ -61,11 +61,12 @@ from zeroflow.report.run_report import Finished
 from zeroflow.report.summary import in_one_line
 from zeroflow.run_folder import Cache
 from zeroflow.settings.alerts import Noticed
+from zeroflow.settings.existing import unlike_others
 from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import BuildChoice, RunConfig
-from zeroflow.settings.settle import look_up, settle, unlike_others
+from zeroflow.settings.settle import look_up, settle
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run

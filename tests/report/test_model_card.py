@@ -13,7 +13,7 @@ from zeroflow.data.tokenizer import LLAMA_TOKENIZER, TokenizerConfig
 from zeroflow.report import model_card as cards
 from zeroflow.report.model_card import model_card
 from zeroflow.report.records import RunReport
-from zeroflow.settings import settle
+from zeroflow.settings import existing, settle
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.schedule import Earlier
@@ -90,7 +90,7 @@ def test_command_in_the_card_has_the_settings_of_the_run(job):
     again = RunConfig.model_validate(read_settings(RunConfig, arguments))
     cache = job.folder.cache.path
     settled = settle.look_up(again.replace(run_name="again", cache_dir=cache)).run
-    first = settle.load(cache, "mine")
+    first = existing.load(cache, "mine")
     assert settled.replace(run_name="mine", cache_dir=first.cache_dir) == first
 
 

@@ -14,9 +14,10 @@ from zeroflow.device import Device, known_gpu
 from zeroflow.estimate.memory import largest_micro_batch
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.settings import settle as settle_module
+from zeroflow.settings.existing import load, size_of, unlike_others
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig, leaves
-from zeroflow.settings.settle import foresee, load, settle, size_of, unlike_others
+from zeroflow.settings.settle import foresee, settle
 from zeroflow.training.failures import RunIsBusy
 
 SYNTHETIC = {"data_mode": "synthetic"}

@@ -31,9 +31,10 @@ from zeroflow.orchestration.names import (
 from zeroflow.report.progress import console
 from zeroflow.report.summary import summary
 from zeroflow.report.sweep import require_as_started
+from zeroflow.settings.existing import size_of
 from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import require_possible, size_of
+from zeroflow.settings.settle import require_possible
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.text.markup import shell_command

@@ -10,7 +10,7 @@ from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
 from zeroflow.inference.generate import TextGenerator, of_model
 from zeroflow.model.llama import Llama
-from zeroflow.settings import settle
+from zeroflow.settings import existing
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Which
 from zeroflow.training.job import TrainingJob, read_job
@@ -64,7 +64,7 @@ def load(cache: Path, name: str, which: Which = "newest") -> Trained:
     Raises:
         ValueError: there is no such run, or it has no such checkpoint.
     """
-    settings = settle.load(cache, name)
+    settings = existing.load(cache, name)
     path = checkpoint.find(settings.folder.checkpoints, which)
     found = job(cache, name)
     checkpoint.require_same(path, found.model, tokenizer=found.tokenizer.fingerprint)
@@ -78,7 +78,7 @@ def job(cache: Path, name: str) -> TrainingJob:
     Raises:
         ValueError: there is no such run, it has no shards yet, or its tokenizer is missing.
     """
-    settings = settle.load(cache, name)
+    settings = existing.load(cache, name)
     if not settings.folder.job.exists():
         raise ValueError(f"run {name} has no data yet in {settings.run_dir}")
     found = read_job(settings.folder)

@@ -34,8 +34,8 @@ from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
 from zeroflow.orchestration.names import FROM_A_COMMAND
 from zeroflow.pipeline import RunCancelled, may_succeed
+from zeroflow.settings.existing import size_of
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import size_of
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from zeroflow.report.outcome import failures
 from zeroflow.report.pages import Page, Part, Table
 from zeroflow.report.records import RunReport
 from zeroflow.run_folder import RunFolder
-from zeroflow.settings import settle
+from zeroflow.settings import existing
 from zeroflow.settings.flags import settings
 from zeroflow.settings.run_config import leaves
 from zeroflow.settings.settled import Settled
@@ -44,7 +44,7 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
     Args:
         step: step of the checkpoint.
     """
-    run = settle.load(folder.cache.path, folder.name)
+    run = existing.load(folder.cache.path, folder.name)
     job = read_job(folder)
     report = RunReport.read_if_exists(folder.report)
     records = [record for record in METRICS.read(folder.metrics) if record.step <= step]

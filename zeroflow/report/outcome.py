@@ -12,7 +12,7 @@ from zeroflow.model.sizes import SIZES
 from zeroflow.report.records import RunReport
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import resuming
-from zeroflow.settings.settle import load
+from zeroflow.settings.existing import load
 from zeroflow.settings.settled import Settled
 from zeroflow.training import goodput, metrics, ownership
 from zeroflow.training.events import EVENTS, Failed

@@ -12,7 +12,7 @@ from zeroflow.inference.export import export
 from zeroflow.inference.text_scores import HELD_OUT
 from zeroflow.report.model_card import model_card
 from zeroflow.run_folder import RunFolder
-from zeroflow.settings import settle
+from zeroflow.settings import existing
 from zeroflow.tracking import models
 from zeroflow.tracking.config import Dataset, TrackingConfig
 from zeroflow.tracking.models import Candidate, ModelScore, Registered
@@ -130,7 +130,7 @@ def _candidate(folder: RunFolder, job: TrainingJob, step: int) -> Candidate:
         step=step,
         params={"tokens": str(tokens), "parameters": str(job.model.parameters)},
         scores=tuple(score for score in scores if math.isfinite(score.value)),
-        held_out=settle.load(folder.cache.path, folder.name).held_out,
+        held_out=existing.load(folder.cache.path, folder.name).held_out,
         bpb=bpb if bpb is not None and math.isfinite(bpb) else None,
         sampling={
             "max_new_tokens": sampling.tokens,

@@ -32,7 +32,7 @@ from zeroflow.report.records import (
 )
 from zeroflow.report.registration import evaluation_scores, tracking_of
 from zeroflow.run_folder import RunFolder
-from zeroflow.settings import settle
+from zeroflow.settings import existing
 from zeroflow.settings.settled import Settled
 from zeroflow.tracking import models, others, tracker
 from zeroflow.tracking.store import RunIds, run_ids
@@ -126,7 +126,7 @@ def add_evaluation(folder: RunFolder, found: Evaluation) -> None:
         if (report := RunReport.read_if_exists(folder.report)) is not None:
             run_page.page(
                 report,
-                settle.load(folder.cache.path, folder.name),
+                existing.load(folder.cache.path, folder.name),
                 job.training.workload,
                 plan=plans.load(folder),
                 pages=links(folder),

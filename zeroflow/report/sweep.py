@@ -12,8 +12,8 @@ from zeroflow.report.outcome import Status, failures, outcome
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, never_fatal
 from zeroflow.run_folder import Cache, RunFolder
+from zeroflow.settings.existing import started_otherwise
 from zeroflow.settings.run_config import RunConfig
-from zeroflow.settings.settle import started_otherwise
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.tracking import tracker
 from zeroflow.tracking.config import DESCRIPTION, TrackingConfig, location

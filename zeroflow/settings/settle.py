@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow import artifacts, reuse
-from zeroflow.checks.overfit import OverfitResult
+from zeroflow import artifacts
 from zeroflow.config import flag
 from zeroflow.data import slices
 from zeroflow.data.corpus import CorpusConfig, ResolvedCorpus, resolve_corpus
@@ -20,16 +19,14 @@ from zeroflow.data.tokenizer import (
     ResolvedTokenizer,
     Tokenizer,
     TokenizerConfig,
-    changed_since,
     require_restorable,
     resolve_tokenizer,
     without_hub,
 )
-from zeroflow.device import Device, find_device, gpu_elsewhere
+from zeroflow.device import Device, find_device
 from zeroflow.model.llama import Shape
-from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
-from zeroflow.settings import defaults, resuming
+from zeroflow.settings import defaults, existing, resuming
 from zeroflow.settings.refusals import (
     refuse_a_plan_for_no_gpu,
     refuse_an_impossible_evaluation,
@@ -39,14 +36,12 @@ from zeroflow.settings.refusals import (
     refuse_what_does_nothing,
     refuse_what_the_device_cannot,
 )
-from zeroflow.settings.run_config import RunConfig, TrainingChoice
+from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking import others
-from zeroflow.tracking.store import forget
-from zeroflow.training import checkpoint
 from zeroflow.training import initial as initials
 from zeroflow.training.initial import Initial, InitialSource
-from zeroflow.training.job import TrainResult, read_job, trained_tokenizer
+from zeroflow.training.job import trained_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +63,7 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
         hub.HubError: the hub is needed, but refused the request or could not be reached.
     """
     asked = _anywhere(asked)
-    if before := _recorded(asked):
+    if before := existing.find(asked):
         acquire(before.run_dir)
     # Read again under the lock: before it, another process may have changed or discarded them
     found = _with_initial(_looked_up(asked, _own_device))
@@ -82,12 +77,12 @@ def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: N
             run.run_name,
             found.difference,
         )
-        _discard_settings(found.discarded)
+        existing.discard_settings(found.discarded)
     if not settlement.resumes:
         # Only now is the default name known. If a run of this name exists, because the command is
         # repeated or runs twice, its recorded settings take precedence
         named = asked.model_copy(update={"run_name": run.run_name})
-        if _recorded(named):
+        if existing.find(named):
             return settle(named, acquire)
         # What the user asked for is kept beside the settled value, so that repeating the same
         # request, such as a branch that has moved since, does not count as a change
@@ -142,7 +137,7 @@ def _unrecorded(
     asked = _anywhere(asked)
     settlement = decide(asked)
     named = asked.model_copy(update={"run_name": settlement.run.run_name})
-    return decide(named) if not asked.run_name and _recorded(named) else settlement
+    return decide(named) if not asked.run_name and existing.find(named) else settlement
 
 
 def require_possible(asked: RunConfig) -> None:
@@ -191,10 +186,10 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     Raises:
         ValueError: as `require_possible` does.
     """
-    recorded, new = _recorded(asked), asked.replace(model=asked.model.settled)
-    wanted = _merged(recorded, asked) if recorded else new
-    different = _difference(recorded, wanted, asked) if recorded else ""
-    if recorded and (refused := _trained_otherwise(recorded, different, asked)):
+    recorded, new = existing.find(asked), asked.replace(model=asked.model.settled)
+    wanted = existing.merged(recorded, asked) if recorded else new
+    different = existing.difference(recorded, wanted, asked) if recorded else ""
+    if recorded and (refused := existing.trained_otherwise(recorded, different, asked)):
         raise ValueError(
             f"run {wanted.run_name} was trained with {refused}: use another --run-name, or the "
             "earlier setting"
@@ -208,10 +203,10 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     name = wanted.model.init_from
     if recorded is None and name and not initials.is_on_hub(name):
         wanted, initial = _started_from(wanted, initials.look_up(name, wanted.cache_dir))
-    needs_text = recorded is None or wanted.data != recorded.data or not _is_trained(wanted)
+    needs_text = recorded is None or wanted.data != recorded.data or not existing.is_trained(wanted)
     # Any machine can show the result of a complete run
-    is_complete = recorded is not None and _is_complete(recorded, wanted)
-    device = _device_of(recorded) if recorded and is_complete else device_of(wanted)
+    is_complete = recorded is not None and existing.is_complete(recorded, wanted)
+    device = existing.device_of(recorded) if recorded and is_complete else device_of(wanted)
     tokenizer = trained_tokenizer(recorded.folder) if recorded else None
     if not is_complete:
         _require_usable(wanted, device, tokenizer, needs_text=needs_text)
@@ -383,107 +378,6 @@ def _resolved(found: _Found) -> ResolvedCorpus:
         return ResolvedCorpus(wanted.data, "as the run was started")
 
 
-def _is_trained(wanted: RunConfig) -> bool:
-    result = TrainResult.read_if_exists(wanted.folder.training)
-    return result is not None and result.steps == wanted.training.max_steps
-
-
-def _is_complete(recorded: Settled, wanted: RunConfig) -> bool:
-    """True if the run is trained and checked as requested, so that its device is not needed."""
-    learned = OverfitResult.read_if_exists(wanted.folder.overfit)
-    return (
-        _is_trained(wanted)
-        and wanted.folder.job.exists()
-        and learned is not None
-        and learned.passed
-        and wanted.overfit == recorded.overfit
-    )
-
-
-def _device_of(recorded: Settled) -> Device:
-    """Return the device that a run was trained on, which this machine need not have."""
-    work = read_job(recorded.folder).training.workload
-    return find_device("cpu") if work.device == "cpu" else gpu_elsewhere(work.device_name)
-
-
-def _difference(recorded: Settled, wanted: RunConfig, asked: RunConfig) -> str:
-    """Return the first setting that differs and may not change, or ""."""
-    name, initial = asked.model.init_from, recorded.initial
-    different = resuming.difference(recorded, wanted)
-    if different or name is None or initial is None:
-        return different
-    changed = initials.has_changed(name, initial, recorded.cache_dir)
-    return f"other files in --init-from {name}" if changed else ""
-
-
-def started_otherwise(asked: RunConfig) -> str:
-    """Return the first requested setting that the trained run does not allow, or ""."""
-    if (recorded := _recorded(asked)) is None:
-        return ""
-    different = _difference(recorded, _merged(recorded, asked), asked)
-    return _trained_otherwise(recorded, different, asked)
-
-
-def _trained_otherwise(recorded: Settled, different: str, asked: RunConfig) -> str:
-    """
-    Args:
-        different: the first setting that differs.
-    """
-    if not checkpoint.newest_step(recorded.folder.checkpoints):
-        return ""
-    if different:
-        return different
-    name = recorded.tokenizer.tokenizer_name
-    trained = trained_tokenizer(recorded.folder)
-    if trained is None or asked.tokenizer.tokenizer_name != name:
-        return ""
-    changed = changed_since(recorded.tokenizer, trained)  # of a local tokenizer
-    return f"other files in the tokenizer {name} ({changed})" if changed else ""
-
-
-def load(cache: Path, name: str) -> Settled:
-    """Load the settings of an existing run.
-
-    Raises:
-        ValueError: there is no run of this name; the message lists the existing ones.
-    """
-    path = Cache(cache).run(name).settings
-    if not path.exists():
-        runs = Cache(cache).existing_runs()
-        there = ", ".join(run.name for run in runs if run.settings.exists())
-        raise ValueError(f"no run {name} in {cache}/runs; existing runs: {there or 'none'}")
-    return Settled.model_validate(artifacts.read_json(path)).replace(cache_dir=cache)
-
-
-def unlike_others(run: Settled) -> str:
-    """Return how `run` differs from the most similar run of the cache, in words.
-
-    Runs without a checkpoint and runs on another text do not count.
-    """
-
-    def read(folder: Path) -> Fields:
-        return by_flag(artifacts.read_json(RunFolder(folder).settings))
-
-    def by_flag(settings: Fields) -> Fields:
-        compared = resuming.compared(settings).items()
-        fields = {flag(name): value for name, value in compared if not name.startswith("initial.")}
-        data = settings["data"]
-        return fields | {"source": [data[name] for name in ("data_mode", "data_path", "dataset")]}
-
-    others = reuse.existing(run.run_dir.parent, read, but=run.run_dir)
-    trained = {
-        name: fields
-        for name, fields in others.items()
-        if checkpoint.newest_step(RunFolder(run.run_dir.with_name(name)).checkpoints)
-    }
-    return reuse.nearest(by_flag(run.model_dump(mode="json")), trained)
-
-
-def size_of(asked: RunConfig) -> str:
-    """Return the name of the model's size, from the existing run of this name if there is one."""
-    return (_recorded(asked) or asked).model.name
-
-
 def _tokenizer(found: _Found, corpus: CorpusConfig) -> ResolvedTokenizer:
     """Resolve the tokenizer; a trained run keeps its copy.
 
@@ -501,47 +395,6 @@ def _tokenizer(found: _Found, corpus: CorpusConfig) -> ResolvedTokenizer:
     return resolved._replace(reason="that of --init-from") if found.initial else resolved
 
 
-def _recorded(asked: RunConfig) -> Settled | None:
-    if asked.run_name is None or not asked.folder.settings.exists():
-        return None
-    return load(asked.cache_dir, asked.run_name)
-
-
-def _merged(recorded: Settled, asked: RunConfig) -> RunConfig:
-    """Merge `asked` over the recorded settings of the run."""
-    wanted = resuming.merged(recorded, asked, _asked_at_start(recorded))
-    wanted = wanted.replace(training=_with_intervals_for_more_steps(recorded, asked, wanted))
-    return wanted.replace(model=wanted.model.settled)
-
-
-def _with_intervals_for_more_steps(
-    recorded: Settled, asked: RunConfig, wanted: RunConfig
-) -> TrainingChoice:
-    """Reopen the intervals that had the default for the recorded number of steps.
-
-    They then get the default for the larger number of steps.
-    """
-    before, training = recorded.training, wanted.training
-    if (training.max_steps or 0) <= before.max_steps:
-        return training
-    gpu = recorded.device == "cuda"
-    usual = {
-        "validate_every": defaults.validate_every(before.max_steps, gpu=gpu),
-        "checkpoint_every": defaults.checkpoint_every(before.max_steps),
-    }
-    unasked = {
-        name: None
-        for name, steps in usual.items()
-        if getattr(asked.training, name) is None and getattr(before, name) == steps
-    }
-    return training.replace(**unasked)
-
-
-def _asked_at_start(recorded: Settled) -> dict[str, object]:
-    file = recorded.folder.asked
-    return artifacts.read_json(file) if file.exists() else {}
-
-
 def _filled(wanted: RunConfig, device: Device) -> Settled:
     """Return `wanted` with all defaults that depend on device and size filled in.
 
@@ -555,10 +408,3 @@ def _filled(wanted: RunConfig, device: Device) -> Settled:
     )
     refuse_machines_that_cannot_share(run)
     return run
-
-
-def _discard_settings(folder: RunFolder) -> None:
-    """Delete the settings of a run that has not trained anything."""
-    for file in (folder.settings, folder.asked, folder.ledger):
-        file.unlink(missing_ok=True)
-    forget(folder)
