@@ -1,10 +1,14 @@
 """Parts built by Dask workers: the same bytes, and the same failures."""
 
+import subprocess
+import sys
+
 import pytest
+from patience import HANG_SECONDS
 from pipeline import free_port
 from tiny import apart_from_reuse, contents
 
-from zeroflow.data.build import build_shards
+from zeroflow.data.build import build_shards, planned
 from zeroflow.data.builders import in_threads
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.on_dask import on_dask
@@ -48,3 +52,32 @@ def test_missing_scheduler_is_named(text, tmp_path, monkeypatch):
         pytest.raises(ValueError, match=f"--dask-address {address}: no Dask scheduler answers"),
     ):
         build_shards(ROWS, *text[:2], tmp_path, builders=builders)
+
+
+LEAVES = """
+import os, sys, threading, time
+from zeroflow.data.builders import in_threads
+from zeroflow.data.on_dask import on_dask
+from zeroflow.data.part_job import PartJob
+
+if __name__ == "__main__":  # Dask's workers import this program again
+    job = PartJob.model_validate_json(sys.argv[1])
+    try:
+        with on_dask(2, None) as build, in_threads(1, build) as builders:
+            builders.start(job)
+            time.sleep(0.5)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        os._exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_interrupt_while_workers_start_leaves_no_message(text, tmp_path):
+    """Python warned of leaked semaphores, and Dask of workers without a scheduler."""
+    planner = planned(ROWS, *text[:2], tmp_path, seed=0)
+    program = tmp_path / "leaves.py"
+    program.write_text(LEAVES)
+    command = [sys.executable, str(program), planner.job(0).model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

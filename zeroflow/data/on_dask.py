@@ -1,5 +1,6 @@
 """Dask workers that build the parts of a shard set."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from zeroflow.data.parts import build_part, log_part
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+_START_SECONDS = 60.0
+"""Maximum time for workers to start, on a busy machine."""
 
 
 @contextmanager
@@ -39,7 +44,13 @@ def on_dask(workers: int, address: str | None) -> Iterator[Callable[[PartJob], B
             log_part(job, built)
             return built
 
-        yield build_on_dask
+        try:
+            yield build_on_dask
+        finally:
+            # After Ctrl-C a thread may still be starting the workers. If this process ended
+            # meanwhile, they would print tracebacks, and Python would warn of leaked semaphores
+            if starting.acquire(timeout=_START_SECONDS):
+                starting.release()
 
 
 @contextmanager
@@ -60,9 +71,17 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
     # it
     with ExitStack() as stack:
         if address is None:
-            address = stack.enter_context(
-                LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+            # Failures of a part arrive as exceptions. Dask's own lines and tracebacks about workers
+            # that end while they build, as after Ctrl-C, would look like failures. Without a memory
+            # limit, no worker pauses at 80 % of it, which only such a line would say
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=None,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
             )
+            address = stack.enter_context(cluster)
         try:
             client = Client(address, set_as_default=False)
         except (OSError, ValueError) as error:
