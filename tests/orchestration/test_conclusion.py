@@ -23,6 +23,7 @@ from zeroflow.orchestration.stages import as_task
 from zeroflow.orchestration.view import PrefectView
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.run_config import RunConfig
+from zeroflow.text.markup import is_for_now
 from zeroflow.training.failures import TrainingStopped
 
 WRONG = {"data": {"data_mode": "synthetic"}, "tokenizer": {"tokenizer_name": "gpt2"}}
@@ -94,7 +95,7 @@ def test_stop_before_the_first_checkpoint_names_no_checkpoint(server, tmp_path):
     assert "Ctrl-C: finished work is kept; the same command" in run["state"]["message"]
 
 
-def test_failure_of_a_setting_is_one_paragraph_without_a_traceback(server, tmp_path):
+def test_failure_of_a_setting_is_one_paragraph_without_a_traceback(server, tmp_path, caplog):
     def refuses() -> Path:
         error = ValueError("2 parts hold 3 rows, fewer than a batch: lower --batch-size")
         error.add_note("retry: the same command")
@@ -107,6 +108,8 @@ def test_failure_of_a_setting_is_one_paragraph_without_a_traceback(server, tmp_p
     assert run["name"] == "small · auto · mine"
     assert (run["state_type"], run["state"]["message"]) == ("FAILED", paragraph)
     assert errors(run) == [paragraph]
+    shown = [record for record in caplog.records if record.getMessage() == paragraph]
+    assert shown and not any(map(is_for_now, shown)), "the terminal has it once, at the end"
 
 
 def raise_as_ours(error: Exception) -> None:

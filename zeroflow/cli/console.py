@@ -13,7 +13,7 @@ from typing import (
 from zeroflow.cli.first_line import TIME
 from zeroflow.report.progress import console
 from zeroflow.settings.flags import error_message
-from zeroflow.text.markup import LineFormatter, visible
+from zeroflow.text.markup import LineFormatter, is_for_now, visible
 
 
 class Terminated(SystemExit):
@@ -89,6 +89,7 @@ def log_to_console(*, verbose: bool, output: TextIO | None = None) -> None:
         else _LineHandler(output or sys.stdout)
     )
     handler.setFormatter(LineFormatter("%(asctime)s  %(message)s", TIME))
+    handler.addFilter(is_for_now)
     logger = logging.getLogger("zeroflow")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -20,6 +20,7 @@ from zeroflow.orchestration import form
 from zeroflow.orchestration.flow_context import logs_delivered
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.flags import error_message
+from zeroflow.text.markup import SHOWN_AT_THE_END
 from zeroflow.training import checkpoint
 from zeroflow.training.failures import TrainingStopped
 
@@ -84,7 +85,10 @@ def conclude(
         except Exception as error:
             conclusion.error = error
             message = paragraph(error)
-            log.error("%s", message, exc_info=None if is_foreseen(error) else error)
+            if not is_foreseen(error):
+                log.error("%s", message, exc_info=error)
+            else:  # a command prints the error itself
+                log.error("%s", message, extra=SHOWN_AT_THE_END if _current.get() else None)
             return Failed(message=message)
 
 

@@ -118,6 +118,15 @@ def _longest_run(text: str, character: str) -> int:
     return max(map(len, re.findall(f"{re.escape(character)}+", text)), default=0)
 
 
+SHOWN_AT_THE_END = {"shown_at_the_end": True}
+"""`extra` of a log record that the terminal leaves out: the command prints it at its end."""
+
+
+def is_for_now(record: logging.LogRecord) -> bool:
+    """Return False for a record with `SHOWN_AT_THE_END`."""
+    return not getattr(record, "shown_at_the_end", False)
+
+
 class LineFormatter(logging.Formatter):
     """Formats log lines with control characters escaped and passwords hidden."""
 
