@@ -9,7 +9,7 @@ from tiny import MODEL, QWEN3, lively_model
 
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.inference import generate
-from zeroflow.inference.generate import TextGenerator, of_folder, of_model
+from zeroflow.inference.generate import TextGenerator, of_folder, of_model, remark_on
 from zeroflow.model.hugging_face import as_hugging_face
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
@@ -125,10 +125,11 @@ def test_text_ends_before_a_stop_text_and_no_part_of_it_is_shown(stop, expected)
 
 
 def test_space_at_the_end_of_a_prompt_is_remarked(caplog):
-    list(scripted("go").stream("we ", GREEDY))
+    remark_on("we ")
     assert "the prompt ends in a space" in caplog.text
     caplog.clear()
-    list(scripted("go").stream("we", GREEDY))
+    remark_on("we")
+    list(scripted("go").stream("we ", GREEDY))  # of several texts, or of a task
     assert not caplog.text
 
 

@@ -166,10 +166,13 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _generate(arguments: Arguments) -> None:
+    from zeroflow.inference.generate import remark_on
+
     config = SamplingConfig.model_validate(read_settings(SamplingConfig, arguments))
     generator = _generator(arguments)
     texts = [config.replace(seed=config.seed + number) for number in range(arguments.samples)]
     for prompt in _prompts() if arguments.interactive else [arguments.prompt]:
+        remark_on(prompt)
         for number, each in enumerate(texts, 1):
             if len(texts) > 1:
                 show_piece(f"--- text {number} of {len(texts)}, seed {each.seed}\n")

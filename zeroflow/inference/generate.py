@@ -65,11 +65,6 @@ class TextGenerator:
                 raise ValueError(f"the {what} {visible(text)} is not UTF-8: encode it as UTF-8")
         if not all(stop):
             raise ValueError("a text to stop at is empty: drop it, or write what should end a text")
-        if prompt.endswith(" "):
-            log.warning(
-                "the prompt ends in a space, which most tokenizers join to the word after it: "
-                "without the space, the text is usually better"
-            )
         return self._pieces(self.encode(prompt), config, stop)
 
     def _pieces(self, ids: list[int], config: SamplingConfig, stop: Sequence[str]) -> Iterator[str]:
@@ -129,6 +124,15 @@ class _Cached:
         self._cache, self._done = given.past_key_values, len(ids)
         logits: Tensor = given.logits[0, -1, : self._vocab_size]
         return logits.float().cpu()
+
+
+def remark_on(prompt: str) -> None:
+    """Log a warning if the text would usually be better without the end of `prompt`."""
+    if prompt.endswith(" "):
+        log.warning(
+            "the prompt ends in a space, which most tokenizers join to the word after it: without "
+            "the space, the text is usually better"
+        )
 
 
 def of_model(model: Llama, tokenizer: Tokenizer, *, context: int) -> TextGenerator:

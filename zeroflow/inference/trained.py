@@ -8,7 +8,7 @@ from typing import Any
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
-from zeroflow.inference.generate import TextGenerator, of_model
+from zeroflow.inference.generate import TextGenerator, of_model, remark_on
 from zeroflow.model.llama import Llama
 from zeroflow.settings import existing
 from zeroflow.training import checkpoint
@@ -55,6 +55,7 @@ class Trained:
             ValueError: a setting is wrong, or the model was trained on ids and there is a prompt.
         """
         config = SamplingConfig.model_validate(settings)
+        remark_on(prompt)
         return prompt + self.generator.generate(prompt, config)
 
 
