@@ -31,7 +31,12 @@ from zeroflow.data.shared_build import Shared
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import find_device, known_gpu
 from zeroflow.inference import evaluation
-from zeroflow.inference.evaluate import EvaluationJob, evaluate_apart, is_known
+from zeroflow.inference.evaluate import (
+    EvaluationJob,
+    evaluate_apart,
+    is_known,
+    require_tasks,
+)
 from zeroflow.inference.evaluation import Evaluation, EvaluationConfig
 from zeroflow.lab import measure
 from zeroflow.lab.study import LabConfig, study
@@ -417,13 +422,8 @@ def evaluate(run: Settled, view: View = LOG_ONLY) -> Evaluated:
     Raises:
         EvaluationFailed, ValueError, hub.HubError: the model could not be scored.
     """
-    choice, step = run.evaluation, run.training.max_steps
-    config = EvaluationConfig(
-        data_path=choice.evaluate_path,
-        tasks=choice.evaluate_tasks,
-        # A machine without a GPU may evaluate what another has trained
-        device="cpu" if run.device == "cpu" else "auto",
-    )
+    step = run.training.max_steps
+    config = _evaluation_config(run)
     job = EvaluationJob(cache=run.cache_dir, run=run.run_name, which=step, config=config)
     if not (reused := is_known(job, step)):
         log.info("evaluating the model of step %d", step)
@@ -434,6 +434,18 @@ def evaluate(run: Settled, view: View = LOG_ONLY) -> Evaluated:
     with never_fatal("evaluation"):
         view.page(Page(tuple(evaluation_page.tables(found))), "evaluation")
     return Evaluated(found, reused)
+
+
+def _evaluation_config(run: Settled) -> EvaluationConfig:
+    choice = run.evaluation
+    return EvaluationConfig(
+        data_path=choice.evaluate_path,
+        tasks=choice.evaluate_tasks,
+        task_path=choice.evaluate_task_path,
+        core_path=choice.evaluate_core_path,
+        # A machine without a GPU may evaluate what another has trained
+        device="cpu" if run.device == "cpu" else "auto",
+    )
 
 
 def register(run: Settled) -> Registrations:
@@ -555,6 +567,7 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         before = _trained_before(job)
         if before is None:
             find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
+            require_tasks(_evaluation_config(run))  # a misspelled name would fail after training
         busy = run.device == "cuda" and (before is None or run.evaluation.is_asked_for)
         # The inner block of ranks ends them before another run gets the GPU
         with (

@@ -103,7 +103,12 @@ RUNS = [
             "namespace": "d",
         },
         overfit={"overfit_steps": 33, "overfit_loss": 0.2},
-        evaluation={"evaluate_path": ("a.txt", "b/*.jsonl"), "evaluate_tasks": ("piqa",)},
+        evaluation={
+            "evaluate_path": ("a.txt", "b/*.jsonl"),
+            "evaluate_tasks": ("piqa",),
+            "evaluate_task_path": "own",
+            "evaluate_core_path": Path("bundle"),
+        },
         log_to=("tensorboard",),
         skip_preflight=True,
         register_="texts",

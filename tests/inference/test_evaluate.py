@@ -24,6 +24,7 @@ from zeroflow.inference.evaluate import (
     evaluate,
     evaluate_apart,
     is_known,
+    require_tasks,
 )
 from zeroflow.inference.evaluation import (
     DEFAULT_TASKS,
@@ -352,7 +353,7 @@ def test_task_that_does_not_exist_is_refused_with_a_similar_one(tasks):
     pytest.importorskip("lm_eval")
     from zeroflow.inference import harness
 
-    with pytest.raises(ValueError, match=r"--tasks hellaswog: .* did you mean hellaswag\?"):
+    with pytest.raises(ValueError, match=r"no task hellaswog: did you mean hellaswag\?"):
         harness.open_tasks(["hellaswog"], str(tasks))
 
 
@@ -492,6 +493,17 @@ def test_core_is_the_accuracy_of_the_most_likely_answers_relative_to_guesses(job
     assert scores[0].metrics["acc"].error == pytest.approx(error)
 
 
+def test_core_is_scored_as_the_last_stage_and_then_known(job, bundle):
+    work = asked(job, core_path=bundle)
+    evaluate(work)
+    assert is_known(work, STEP)
+    assert not is_known(asked(job, core_path=bundle, tasks=("none",)), STEP)
+    require_tasks(work.config)
+    (bundle / "eval_data" / "words.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"the data of CORE in .*: words has no .*words\.jsonl"):
+        require_tasks(work.config)
+
+
 def test_core_of_a_few_questions_takes_solved_examples_from_them(job, bundle):
     found = evaluate(asked(job, core_path=bundle, task_examples=1))
     assert [score.examples for score in found.tasks] == [6, 2, 2, 2]
@@ -504,11 +516,11 @@ def test_core_of_a_few_questions_takes_solved_examples_from_them(job, bundle):
         (lambda folder: (folder / "core.yaml").write_text("a: 1"), "do not describe .*icl_tasks"),
         (
             lambda folder: (folder / "eval_data" / "words.jsonl").unlink(),
-            "the data of words is not in .*words.jsonl",
+            "words has no .*words.jsonl",
         ),
     ],
 )
 def test_folder_without_core_is_refused_by_what_is_missing(change, message, bundle):
     change(bundle)
-    with pytest.raises(ValueError, match=f"--core-path .*{message}"):
+    with pytest.raises(ValueError, match=f"the data of CORE in .*{message}"):
         core_tasks.open_tasks(bundle)

@@ -81,19 +81,21 @@ def open_tasks(folder: Path) -> list[CoreTask]:
         ]
     except OSError as error:
         raise ValueError(
-            f"--core-path {folder}: {Path(error.filename).name} cannot be read "
+            f"the data of CORE in {folder}: {Path(error.filename).name} cannot be read "
             f"({error.strerror}): name the unpacked folder eval_bundle"
         ) from error
     except (KeyError, TypeError, IndexError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"--core-path {folder}: core.yaml and eval_meta_data.csv do not describe tasks of CORE "
-            f"({type(error).__name__}: {error})"
+            f"the data of CORE in {folder}: core.yaml and eval_meta_data.csv do not describe its "
+            f"tasks ({type(error).__name__}: {error})"
         ) from error
     for task in tasks:
         if task.kind not in _KINDS:
-            raise ValueError(f"--core-path {folder}: {task.name} is of unknown kind {task.kind}")
+            raise ValueError(
+                f"the data of CORE in {folder}: {task.name} is of unknown kind {task.kind}"
+            )
         if not task.file.is_file():
-            raise ValueError(f"--core-path {folder}: the data of {task.name} is not in {task.file}")
+            raise ValueError(f"the data of CORE in {folder}: {task.name} has no {task.file}")
     return tasks
 
 

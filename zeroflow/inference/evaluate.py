@@ -78,6 +78,18 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     return new
 
 
+def require_tasks(config: EvaluationConfig) -> None:
+    """Check that the tasks of `config` exist.
+
+    Raises:
+        ValueError: one does not, or the harness or the data of CORE is missing.
+    """
+    if config.tasks:
+        harness.open_tasks(config.task_names, config.task_path)
+    if config.core_path:
+        core_tasks.open_tasks(config.core_path)
+
+
 def evaluate_apart(job: EvaluationJob) -> None:
     """Like `evaluate`, but in a process of its own, whose end frees the memory of a GPU.
 
@@ -112,10 +124,11 @@ def is_known(job: EvaluationJob, step: int) -> bool:
     texts = {score.text: score.revision for score in known.texts}
     tasks = {score.task for score in known.tasks}
     corpora = text_scores.corpora(job.config)
-    if not corpora and not job.config.tasks:
+    wanted = [*job.config.task_names, *([core_tasks.CORE] if job.config.core_path else [])]
+    if not corpora and not wanted:
         return HELD_OUT in texts
     same = all(texts.get(name) == corpus.data_revision for name, corpus in corpora.items())
-    return same and tasks.issuperset(job.config.task_names)
+    return same and tasks.issuperset(wanted)
 
 
 def _main() -> None:

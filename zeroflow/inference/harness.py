@@ -41,7 +41,7 @@ def open_tasks(names: Sequence[str], folder: str | None) -> Any:
         ValueError: the harness is not installed, or has no such task.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'zeroflow[eval]'")
+        raise ValueError("tasks need lm-evaluation-harness: pip install 'zeroflow[eval]'")
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
@@ -54,7 +54,7 @@ def open_tasks(names: Sequence[str], folder: str | None) -> Any:
         if name not in index.all_tasks:
             near = get_close_matches(name, index.all_tasks, n=1)
             meant = f": did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--tasks {name}: lm-evaluation-harness has no such task{meant}")
+            raise ValueError(f"lm-evaluation-harness has no task {name}{meant}")
     return index
 
 

@@ -60,7 +60,10 @@ def settings(asked: RunConfig) -> RunConfig:
     if asked.overfit != OverfitConfig():
         raise ValueError("a proof has no overfit check: drop --overfit-steps and --overfit-loss")
     if asked.evaluation.is_asked_for:
-        raise ValueError("a proof has no evaluation: drop --evaluate-path and --evaluate-tasks")
+        raise ValueError(
+            "a proof has no evaluation: drop --evaluate-path, --evaluate-tasks and "
+            "--evaluate-core-path"
+        )
     if asked.register_:
         raise ValueError("a proof has no model to register: drop --register")
     if asked.skip_preflight:

@@ -60,8 +60,8 @@ def refuse_an_impossible_evaluation(asked: RunConfig) -> None:
     choice = asked.evaluation
     if choice.is_asked_for and not asked.data.is_text:
         raise ValueError(
-            "a model of synthetic data has no loss on texts and tasks: drop --evaluate-path and "
-            "--evaluate-tasks"
+            "a model of synthetic data has no loss on texts and tasks: drop --evaluate-path, "
+            "--evaluate-tasks and --evaluate-core-path"
         )
     if choice.evaluate_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(

@@ -345,14 +345,27 @@ class EvaluationChoice(Config):
     """Tasks of lm-evaluation-harness on which the trained model is scored; default for those that
     suit small models. They need zeroflow[eval]."""
 
+    evaluate_task_path: str | None = None
+    """Folder with YAML files of your own tasks."""
+
+    evaluate_core_path: Path | None = None
+    """Folder `eval_bundle` with the data of CORE, on which the trained model is scored."""
+
     @property
     def is_asked_for(self) -> bool:
-        return bool(self.evaluate_path or self.evaluate_tasks)
+        return bool(self.evaluate_path or self.evaluate_tasks or self.evaluate_core_path)
 
     @property
     def anywhere(self) -> Self:
         """A copy with absolute paths."""
-        return self.model_copy(update={"evaluate_path": tuple(map(absolute, self.evaluate_path))})
+        tasks, core = self.evaluate_task_path, self.evaluate_core_path
+        return self.model_copy(
+            update={
+                "evaluate_path": tuple(map(absolute, self.evaluate_path)),
+                "evaluate_task_path": tasks and absolute(tasks),
+                "evaluate_core_path": core and core.absolute(),
+            }
+        )
 
 
 class RunConfig(Config):

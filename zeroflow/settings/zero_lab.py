@@ -133,7 +133,8 @@ def _refuse(run: RunConfig) -> None:
         )
     if run.evaluation.is_asked_for:
         raise ValueError(
-            "the laboratory has no evaluation: drop --evaluate-path and --evaluate-tasks"
+            "the laboratory has no evaluation: drop --evaluate-path, --evaluate-tasks and "
+            "--evaluate-core-path"
         )
     if run.log_to:
         raise ValueError("the laboratory has no curves of training: drop --log-to")
