@@ -20,6 +20,7 @@ from zeroflow.data.batches import IGNORED, to_micro_batch
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import validation_rows
+from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
 from zeroflow.report.model_card import model_card
 from zeroflow.settings import resuming
@@ -192,7 +193,7 @@ def test_resume_with_other_weights_in_the_source_is_refused_and_changes_nothing(
 
 def test_plan_report_and_description_say_where_the_run_began(folder, base):
     settlement = foresee(asked(folder, "planned", model={"init_from": "run:base"}))
-    planned = pipeline.plans.predict(settlement)
+    planned = plans.predict(settlement)
     assert "start: the weights of run:base@6" in list(plan_page.log_lines(settlement, planned))
     assert "the weights of run:base@6" in plan_page.text(planned)
     assert settlement.tokenizer_reason == "that of --init-from"

@@ -27,6 +27,7 @@ from zeroflow.inference import evaluation, trained
 from zeroflow.inference.export import export
 from zeroflow.report.pages import Page
 from zeroflow.settings.settle import settle
+from zeroflow.stages.prepare import build_together
 from zeroflow.training import checkpoint, tracked
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.metrics import METRICS, ValidationRecord
@@ -361,14 +362,14 @@ def test_run_reads_the_shards_that_the_shards_command_built(run, tmp_path):
     """Also for a GPU that this machine does not have."""
     there = load("mine", run.cache_dir).shards
     elsewhere = run.replace(cache_dir=tmp_path)
-    done = pipeline.build_together(elsewhere)
+    done = build_together(elsewhere)
     assert (done.path.name, done.built, done.parts) == (there.path.name, there.parts, there.parts)
     for number in range(there.parts):
         assert contents(done.path / f"part-{number:05d}") == contents(there.part(number))
     assert not (tmp_path / "runs").exists(), "nothing of the run is recorded"
-    assert pipeline.build_together(elsewhere).built == 0
+    assert build_together(elsewhere).built == 0
     for_gpu = elsewhere.replace(device="auto", data=run.data, run_name=None)
-    assert pipeline.build_together(for_gpu, gpu="H100").path == done.path
+    assert build_together(for_gpu, gpu="H100").path == done.path
 
 
 def test_run_is_evaluated_in_the_end_as_asked_for(run: RunConfig) -> None:

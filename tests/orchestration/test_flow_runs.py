@@ -27,7 +27,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from zeroflow import pipeline
+from zeroflow.stages.prepare import part_builders
 from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
@@ -41,7 +41,7 @@ slices.SLICE_BYTES = 15_000
 
 @flow(name="parts")
 def build(config, text, tokenizer, cache, choice):
-    with pipeline.part_builders(choice, PrefectView()) as builders:
+    with part_builders(choice, PrefectView()) as builders:
         return build_shards(config, text, tokenizer, cache, builders=builders)
 
 

@@ -66,7 +66,7 @@ def on_gpus(count: int, size: str, tmp_path: Path, **training) -> Plan:
 
 def test_plan_shows_data_run_model_time_memory_and_disk(ask, caplog):
     asked = ask(tokenizer={"vocab_size": 32_768})
-    with caplog.at_level("INFO", logger="zeroflow.pipeline"):
+    with caplog.at_level("INFO", logger="zeroflow.stages.prepare"):
         run = pipeline.plan(asked).run
     lines = {line.split(":")[0]: line for line in caplog.messages}
     assert list(lines) == [

@@ -402,12 +402,12 @@ def _shards_arguments(parser: Parser) -> None:
 
 
 def _shards(arguments: Arguments) -> None:
-    from zeroflow import pipeline
+    from zeroflow.stages.prepare import build_together
 
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
     require_writable(asked.cache_dir)
     signal.signal(signal.SIGTERM, terminate)  # releases the claims, so that others continue at once
-    done = pipeline.build_together(asked, gpu=arguments.gpu)
+    done = build_together(asked, gpu=arguments.gpu)
     show(f"{done.built} of {count(done.parts, 'part')} built here: {done.path}")
 
 
