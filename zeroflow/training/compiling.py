@@ -39,15 +39,7 @@ def watch(clock: Clock, is_settled: Callable[[], bool]) -> None:
 
 
 def import_compiler() -> None:
-    """Import what torch.compile needs at its first use, and start its processes: it takes seconds.
-
-    PyTorch would start the processes at the first compilation, and compile one kernel after the
-    other until they are ready.
-    """
-    processes = importlib.import_module("torch._inductor.async_compile")
-    # Not a public function: another version of PyTorch may lack it
-    if start := getattr(processes, "maybe_warm_pool", None):
-        start()
+    """Import what torch.compile needs at its first use, which takes seconds."""
     importlib.import_module("torch._inductor.compile_fx")
 
 
