@@ -130,6 +130,14 @@ def test_each_path_has_a_score_of_its_first_tokens(job, text, tmp_path):
     assert both.revision != last.revision
 
 
+@pytest.mark.parametrize("blank", [" \n\t" * 200, "\u00a0\u3000\n"])
+def test_text_of_only_white_space_is_refused(job, tmp_path, blank):
+    file = tmp_path / "blank.txt"
+    file.write_text(blank, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"blank\.txt contains only white space: name files with"):
+        evaluate(asked(job, data_path=(str(file),)))
+
+
 def test_score_is_kept_if_the_next_text_is_empty(job, text, tmp_path):
     sound, empty = tmp_path / "sound.txt", tmp_path / "empty.txt"
     sound.write_text(text.texts[5])

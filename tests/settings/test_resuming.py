@@ -43,6 +43,16 @@ def test_given_settings_replace_recorded_ones():
     assert merged == run(seed=3, training={"seq_len": 64, "max_steps": 40})
 
 
+def test_trackers_of_a_run_are_kept_until_none_is_requested():
+    recorded = run(log_to=["tensorboard"])
+    assert resuming.merged(recorded, run(), {}).trackers == ("tensorboard",)
+    without = resuming.merged(recorded, run(log_to=["none"]), {})
+    assert without.trackers == () == resuming.merged(without, run(), {}).trackers
+    assert resuming.merged(without, run(log_to=["wandb"]), {}).trackers == ("wandb",)
+    with pytest.raises(ValueError, match="--log-to none contradicts wandb: drop one of them"):
+        run(log_to=["none", "wandb"])
+
+
 def test_branch_that_is_requested_again_stays_at_its_commit():
     recorded = run(data={"data_mode": "fineweb", "data_revision": "4f5e"})
     again = run(data={"data_mode": "fineweb", "data_revision": "main"})

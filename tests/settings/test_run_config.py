@@ -12,8 +12,33 @@ from zeroflow.settings.run_config import ModelChoice, RunConfig, TrainingChoice,
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "x" * 101, "a b"])
 def test_name_that_is_not_a_plain_folder_name_is_refused(name):
-    with pytest.raises(ValidationError, match="run_name"):
+    with pytest.raises(ValueError, match=r"^run_name: "):
         RunConfig(run_name=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"training": {"seq_len": 1}}, "training.seq_len: must be at least 2 (found 1)"),
+        ({"training": {"seq_len": "x", "gpus": 0}}, None),
+        ({"seed": "a"}, "seed: must be a whole number (found 'a')"),
+        (
+            {"learning_rate": 0.1},
+            "learning_rate: there is no such setting (found 0.1): set it in the group training",
+        ),
+        ({"model": {"layers": 3}}, "model.layers: there is no such setting (found 3)"),
+        ({"data": {"data_mode": "files"}}, "--data-mode files needs --data-path: name files or gl"),
+    ],
+)
+def test_message_about_settings_in_python_names_them_by_their_path(given, message):
+    with pytest.raises(ValueError) as error:
+        RunConfig(**given)
+    assert not isinstance(error.value, ValidationError)
+    lines = sorted(str(error.value).splitlines())
+    assert len(lines) == (1 if message else 2)
+    assert lines[-1].startswith(message or "training.seq_len: must be a whole number (found 'x')")
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate(given)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -40,7 +65,7 @@ def test_custom_shape_must_be_complete():
 
 
 def test_synthetic_data_with_a_tokenizer_is_refused():
-    with pytest.raises(ValidationError, match="needs no tokenizer: drop --tokenizer-name"):
+    with pytest.raises(ValueError, match="needs no tokenizer: drop --tokenizer-name"):
         RunConfig(data={"data_mode": "synthetic"}, tokenizer={"tokenizer_name": "train"})
 
 

@@ -91,20 +91,23 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
         most: maximum number of tokens to score.
 
     Raises:
-        ValueError: the corpus has no text, or a file cannot be read.
+        ValueError: the corpus has no text but white space, or a file cannot be read.
     """
-    documents, left = 0, most
+    documents, left, is_blank = 0, most, True
     windows: list[_Window] = []
     tokenizer = trained.tokenizer
-    for ids in _documents(corpus, tokenizer):
+    for text, ids in _documents(corpus, tokenizer):
         if left <= 0:
             break
         documents += 1
+        is_blank = is_blank and not text.strip()
         found = list(_windows(ids, tokenizer, trained.context, left))
         windows += found
         left -= sum(window.request.scored for window in found)
     if not windows:
         raise ValueError(f"{name} contains no text: name files with text")
+    if is_blank:
+        raise ValueError(f"{name} contains only white space: name files with text")
     scores = scoring.score(trained.model, [window.request for window in windows])
     nats = np.array([score.nats for score in scores])
     tokens = np.array([window.request.scored for window in windows], dtype=np.int64)
@@ -125,13 +128,14 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
     )
 
 
-def _documents(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[Int64Array]:
-    """Yield the ids of each document of a resolved corpus."""
+def _documents(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, Int64Array]]:
+    """Yield each document of a resolved corpus, and its ids."""
     encoder = tokenizer.load_encoder()
     for piece in all_slices(corpus):
         for batch in read_slice(corpus, piece, Tally()):
             ids, lengths = encoder.encode(batch.texts)
-            yield from np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+            found = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+            yield from zip(batch.texts, found, strict=True)
 
 
 def _windows(ids: Int64Array, tokenizer: Tokenizer, context: int, most: int) -> Iterator[_Window]:

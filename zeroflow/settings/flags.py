@@ -111,3 +111,20 @@ def error_message(error: Exception) -> str:
             message = f"{flag(names[-1])}: {message} (found {found})"
         lines.append(message)
     return redacted("\n".join(lines))
+
+
+def refused(config: type[BaseModel], error: ValidationError) -> ValueError:
+    """Return the error for a `config` that is made in Python, with settings named by their path."""
+    paths = {setting.path[-1]: setting.path for setting in settings(config)}
+    lines = []
+    for problem in error.errors():
+        path = [part for part in problem["loc"] if isinstance(part, str)]
+        message = in_words(problem)
+        if path and problem["type"] != "value_error":
+            found = shortened(repr(problem["input"]), _LONGEST)
+            message = f"{'.'.join(path)}: {message} (found {found})"
+            groups = paths.get(path[-1], ())[:-1]
+            if problem["type"] == "extra_forbidden" and groups:
+                message += f": set it in the group {'.'.join(groups)}"
+        lines.append(message)
+    return ValueError(redacted("\n".join(lines)))

@@ -147,5 +147,5 @@ def _tracking(
         tags=all_tags,
         params=params,
         dataset=dataset,
-        log_to=run.log_to,
+        log_to=run.trackers,
     )

@@ -7,13 +7,14 @@ another type, `settled.Settled`, in which every setting has a value.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     Field,
     NonNegativeInt,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
@@ -27,6 +28,7 @@ from zeroflow.model.llama import ActivationCheckpointing, ModelConfig, Shape
 from zeroflow.model.sizes import SIZES, SizeName, by_size
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import DEFAULT_CACHE, Cache, RunFolder
+from zeroflow.settings.flags import refused
 from zeroflow.tracking.config import TrackerName
 from zeroflow.training import initial
 from zeroflow.training.optimizers.choice import DEFAULT, AnyOptimizer
@@ -381,9 +383,10 @@ class RunConfig(Config):
     cache_dir: Path = DEFAULT_CACHE
     """Folder for all output: tokenizers, shards, runs, mlflow."""
 
-    log_to: tuple[TrackerName, ...] = ()
+    log_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ()
     """Trackers that receive the metrics in addition to MLflow: TensorBoard, which needs
-    zeroflow[tensorboard], and Weights & Biases, which needs zeroflow[wandb]."""
+    zeroflow[tensorboard], and Weights & Biases, which needs zeroflow[wandb]. A run that is resumed
+    keeps its trackers; none takes them away."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""
@@ -409,6 +412,21 @@ class RunConfig(Config):
     overfit: OverfitConfig = OverfitConfig()
     evaluation: EvaluationChoice = EvaluationChoice()
 
+    if not TYPE_CHECKING:  # for a type checker, the parameters are the settings
+
+        def __init__(self, **given: Any) -> None:
+            """
+            Raises:
+                ValueError: settings are wrong; pydantic's own message is not written for users.
+            """
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise refused(type(self), error) from None
+
+        # As in pydantic's own classes: `model_validate` does not call it
+        __init__.__pydantic_base_init__ = True
+
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         if self.data.data_mode == "synthetic" and self.tokenizer.tokenizer_name not in (
@@ -420,6 +438,17 @@ class RunConfig(Config):
                 "--vocab-size sets the size of the vocabulary"
             )
         return self
+
+    @model_validator(mode="after")
+    def _logs_to_none_alone(self) -> Self:
+        if "none" in self.log_to and self.trackers:
+            raise ValueError(f"--log-to none contradicts {self.trackers[0]}: drop one of them")
+        return self
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """Trackers besides MLflow."""
+        return tuple(name for name in self.log_to if name != "none")
 
     @property
     def folder(self) -> RunFolder:

@@ -355,7 +355,7 @@ def _anywhere(asked: RunConfig) -> RunConfig:
     """
     refuse_what_does_nothing(asked)
     refuse_an_impossible_evaluation(asked)
-    others.require_installed(asked.log_to)
+    others.require_installed(asked.trackers)
     data, model, evaluation = asked.data.anywhere, asked.model.anywhere, asked.evaluation.anywhere
     if (data, model, evaluation) == (asked.data, asked.model, asked.evaluation):
         return asked

@@ -136,7 +136,7 @@ def _refuse(run: RunConfig) -> None:
             "the laboratory has no evaluation: drop --evaluate-path, --evaluate-tasks and "
             "--evaluate-core-path"
         )
-    if run.log_to:
+    if run.trackers:
         raise ValueError("the laboratory has no curves of training: drop --log-to")
     if run.register_:
         raise ValueError("the laboratory has no model to register: drop --register")
