@@ -104,6 +104,20 @@ def test_checkpoints_that_are_kept_need_disk_space(ask):
     assert many - few == size, "that of step 60: a run of 100 steps saves every 20"
 
 
+def test_models_that_a_run_registers_need_disk_space(ask, text, monkeypatch):
+    def asked(**more) -> RunConfig:
+        return ask(data=text.corpus.model_dump(), tokenizer=TRAINED, **more)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    plain, registered = plans.forecast(asked()), plans.forecast(asked(register_="mine"))
+    two = 2 * 4 * sum(plain.parameters.values())
+    assert registered.disk_bytes - plain.disk_bytes == two
+    assert "of models in MLflow; " in plan_page.disk_line(registered)
+    assert "MLflow" not in plan_page.disk_line(plain)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    assert plans.forecast(asked(register_="mine")).disk_bytes == plain.disk_bytes
+
+
 def test_plan_in_fp32_on_a_gpu_does_not_use_the_speed_of_bf16(tmp_path):
     assert on_gpus(1, "small", tmp_path, precision="fp32").predicted.tokens_per_second is None
 

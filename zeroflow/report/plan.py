@@ -43,6 +43,7 @@ from zeroflow.settings.remarks import remarks
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import foresee
 from zeroflow.settings.settled import Settled, Settlement
+from zeroflow.tracking.config import is_server, location
 from zeroflow.training import checkpoint
 from zeroflow.training.job import TrainingJob, trained_tokenizer
 from zeroflow.training.workload import Workload
@@ -127,8 +128,12 @@ class Plan(Record):
     synthetic data."""
 
     disk_bytes: int
-    """Approximate bytes of the shards, and of the maximum number of checkpoints that exist at the
-    same time."""
+    """Approximate bytes of the shards, of the maximum number of checkpoints that exist at the same
+    time, and of registered models."""
+
+    registered_bytes: int = 0
+    """Bytes of them of models in MLflow: the last and the best one, if the run registers them and
+    MLflow is on this machine."""
 
     there_bytes: int
     """Bytes of them that already exist, for a resumed run."""
@@ -251,6 +256,8 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     one = checkpoint_bytes(work)
     disk = disk_speed(run.cache_dir, one, facts.runs) if here else _DISK_ELSEWHERE
     checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
+    # The last and the best model, each in fp32
+    registered = 2 * 4 * model.parameters if run.register_ and _has_own_mlflow(run) else 0
     return Plan(
         run=run.run_name,
         size=run.model.name,
@@ -284,12 +291,18 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         rate_source=source,
         memory_source=memory_source,
         shard_source=facts.shard_source,
-        disk_bytes=facts.shard_bytes + checkpoints * one,
+        disk_bytes=facts.shard_bytes + checkpoints * one + registered,
+        registered_bytes=registered,
         there_bytes=facts.there_bytes,
         free_bytes=facts.free_bytes,
         checkpoint_every=run.cadence.checkpoint,
         disk_source=disk.source,
     )
+
+
+def _has_own_mlflow(run: Settled) -> bool:
+    """Return False if models are stored by a server."""
+    return not is_server(location(run.cache_dir)[0])
 
 
 def _remaining(tokens: int, steps: int, done: int) -> float:

@@ -143,13 +143,14 @@ def memory_line(plan: Plan) -> str:
 
 def disk_line(plan: Plan) -> str:
     shard_bytes = plan.predicted.shard_bytes or 0
-    checkpoints = decimal(plan.disk_bytes - shard_bytes)
+    checkpoints = decimal(plan.disk_bytes - shard_bytes - plan.registered_bytes)
+    models = plan.registered_bytes and f" and {decimal(plan.registered_bytes)} of models in MLflow"
     room = "" if plan.disk_bytes - plan.there_bytes <= plan.free_bytes else ": NOT ENOUGH"
     there = f", of which {decimal(plan.there_bytes)} exist" if plan.there_bytes else ""
     rests_on = f" ({plan.shard_source})" if plan.shard_source else ""
     return (
         f"about {decimal(shard_bytes)} of shards{rests_on} and up to {checkpoints} of "
-        f"checkpoints{there}; {decimal(plan.free_bytes)} are free{room}"
+        f"checkpoints{models or ''}{there}; {decimal(plan.free_bytes)} are free{room}"
     )
 
 
