@@ -155,6 +155,8 @@ def test_run_starts_at_the_loss_of_a_qwen3_model(folder):
     # the same sums in another order: fp32 rounding at a loss of about 10
     assert losses(job)[0] == pytest.approx(expected, abs=1e-5) and expected > 6
     assert job.model.qk_norm and job.model.head_dim == 12
+    card = model_card(job.folder, step=6, format="hf")
+    assert "parameters of the Qwen3 architecture" in card and "and values, 12 features each" in card
     assert losses(job)[6] < losses(job)[0], "it is trained further"
 
 

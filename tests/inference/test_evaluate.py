@@ -497,6 +497,7 @@ def test_core_is_the_accuracy_of_the_most_likely_answers_relative_to_guesses(job
     ]
     assert core.metrics["centered_acc"].value == pytest.approx(sum(gains) / 3)
     assert core.examples == 36 and found.harness is None and not found.texts
+    assert [figure.of for figure in found.main_figures()] == ["CORE"], "columns of a comparison"
     error = np.std(right["choices"], ddof=1) / 12**0.5
     assert scores[0].metrics["acc"].error == pytest.approx(error)
 

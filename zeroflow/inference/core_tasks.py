@@ -18,7 +18,7 @@ import yaml
 from tokenizers import Tokenizer as Encoder
 
 from zeroflow.inference import scoring
-from zeroflow.inference.evaluation import TaskMetric, TaskScore
+from zeroflow.inference.evaluation import CORE, TaskMetric, TaskScore
 from zeroflow.inference.scoring import Request, Score
 from zeroflow.inference.trained import Trained
 
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 Item: TypeAlias = dict[str, Any]
 """A line of a task's data, whose fields depend on the kind of the task."""
-
-CORE = "CORE"
 
 _KINDS = ("multiple_choice", "schema", "language_modeling")
 _ORDER_SEED = 1337

@@ -124,7 +124,7 @@ def is_known(job: EvaluationJob, step: int) -> bool:
     texts = {score.text: score.revision for score in known.texts}
     tasks = {score.task for score in known.tasks}
     corpora = text_scores.corpora(job.config)
-    wanted = [*job.config.task_names, *([core_tasks.CORE] if job.config.core_path else [])]
+    wanted = [*job.config.task_names, *([evaluation.CORE] if job.config.core_path else [])]
     if not corpora and not wanted:
         return HELD_OUT in texts
     same = all(texts.get(name) == corpus.data_revision for name, corpus in corpora.items())

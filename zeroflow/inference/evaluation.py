@@ -16,6 +16,9 @@ from zeroflow.run_folder import RunFolder
 DEFAULT_TASKS = ("lambada_openai", "blimp", "piqa", "hellaswag", "arc_easy", "sciq")
 """Tasks on which models below a billion parameters differ."""
 
+CORE = "CORE"
+"""Name of the score on CORE. Those of its tasks begin with it and a space."""
+
 _DEFAULT = "default"
 
 
@@ -172,8 +175,9 @@ class Evaluation(Record):
     def main_figures(self) -> Iterator[Figure]:
         """Yield the figure of each text and task by which models are compared."""
         mains = {text.text: "loss" if text.bpb is None else "bpb" for text in self.texts}
-        mains |= {task.task: task.main for task in self.tasks}
-        yield from (figure for figure in self.figures() if mains[figure.of] == figure.name)
+        compared = (task for task in self.tasks if not task.task.startswith(f"{CORE} "))
+        mains |= {task.task: task.main for task in compared}
+        yield from (figure for figure in self.figures() if mains.get(figure.of) == figure.name)
 
     def updated(self, newer: "Evaluation") -> Self:
         """Return this evaluation with the scores of a `newer` one of the same checkpoint."""

@@ -52,9 +52,10 @@ def model_card(folder: RunFolder, *, step: int, format: Format) -> str:
         Markdown(f"# {escaped(folder.name)}"),
         escaped(
             f"A language model with {parameter_count(job.model.parameters)} parameters of the "
-            f"LLaMA architecture, trained from {_start(run)} with zeroflow for "
-            f"{count(step, 'step')}, {step * job.training.workload.batch_tokens:,} tokens. It "
-            "continues texts; it was not trained to answer questions or follow instructions."
+            f"{'Qwen3' if job.model.qk_norm else 'LLaMA'} architecture, trained from "
+            f"{_start(run)} with zeroflow for {count(step, 'step')}, "
+            f"{step * job.training.workload.batch_tokens:,} tokens. It continues texts; it was not "
+            "trained to answer questions or follow instructions."
         ),
         *_use(folder.name, format, has_tokenizer=job.tokenizer.path is not None),
         Markdown("## Data"),
@@ -246,7 +247,7 @@ def _training(job: TrainingJob) -> dict[str, str]:
         "layers": f"{model.num_hidden_layers}",
         "hidden size": f"{model.hidden_size:,}, feed-forward {model.intermediate_size:,}",
         "heads": f"{model.num_attention_heads} for queries, {model.num_key_value_heads} for keys "
-        "and values",
+        f"and values, {model.head_dim} features each",
         "vocabulary": f"{vocabulary(job.tokenizer.vocab_size, model.vocab_size)}, input and output "
         f"embeddings {'tied' if model.tie_word_embeddings else 'not tied'}",
         "context": f"{work.seq_len:,} tokens",
