@@ -3,20 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import SHAPE, synthetic_rows, training_config, training_job
 
 from zeroflow.device import find_device
 from zeroflow.lab import fit
 from zeroflow.lab.measure import FitMeasurement
-from zeroflow.lab.record import ZeroLab
+from zeroflow.lab.record import Amount, ZeroLab
 from zeroflow.lab.study import LabConfig, Study, study
-from zeroflow.lab.tensors import PARTS
+from zeroflow.lab.tensors import HOST_PARTS, PARTS
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import zero_lab
 from zeroflow.run_folder import RunFolder
 from zeroflow.training.job import TrainingJob
 
 STEPS, RANKS, ACCUMULATE = 3, 2, 2
+SHARDED = ("1", "2", "3")
 CAP = 10**6
 """Bytes of a rank."""
 
@@ -70,14 +72,60 @@ def test_memory_is_predicted_within_three_percent_in_every_part(lab):
 
 def test_stages_shard_what_the_paper_says(lab):
     whole = 4 * lab.parameters
-    parts = {one.stage: {p: a.measured for p, a in one.memory.items()} for one in lab.stages}
-    assert parts[0]["parameters"] == whole
-    for stage in (1, 2, 3):
+    parts = {one.name: {p: a.measured for p, a in one.memory.items()} for one in lab.stages}
+    assert parts["0"]["parameters"] == whole
+    for stage in SHARDED:
         assert parts[stage]["parameters"] == pytest.approx(whole / RANKS, rel=0.01)
         assert parts[stage]["moments"] == pytest.approx(2 * whole / RANKS, rel=0.01)
-    assert parts[1]["gradients"] > max(whole, parts[2]["gradients"])
-    assert parts[2]["gradients"] > whole / RANKS
-    assert parts[3]["gathered"] < parts[2]["gathered"]
+    assert parts["1"]["gradients"] > max(whole, parts["2"]["gradients"])
+    assert parts["2"]["gradients"] > whole / RANKS
+    assert parts["3"]["gathered"] < parts["2"]["gathered"]
+
+
+@pytest.mark.slow
+def test_offload_changes_nothing_if_device_and_host_are_the_same_memory(job):
+    found = study(job, LabConfig(offload="optimizer"), lambda event: None)
+    names = ["0", *SHARDED, *(f"{stage}, offloaded" for stage in SHARDED)]
+    assert [one.name for one in found.lab.stages] == names
+    assert found.lab.agrees
+    on_device, offloaded = found.lab.stages[1:4], found.lab.stages[4:]
+    for without, one in zip(on_device, offloaded, strict=True):
+        assert one.offload == "optimizer" and one.host is None
+        assert (one.memory, one.collectives) == (without.memory, without.collectives)
+    losses = [measured.losses for measured in found.measurements]
+    assert losses[4:] == losses[1:4]
+    page = zero_lab.write(job, found).linked
+    rows = len(offloaded[-1].collectives) + 1
+    assert page.count("| 3, offloaded |") == rows, "collectives and volume, not the paper's memory"
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+@pytest.mark.parametrize(
+    ("precision", "accumulate"), [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
+)
+def test_offloaded_state_is_in_host_memory_on_two_gpus(tmp_path, precision, accumulate):
+    shards, tokenizer = synthetic_rows(tmp_path)
+    (tmp_path / "runs").mkdir()
+    settings = {"ranks": RANKS, "accumulate": accumulate, "precision": precision}
+    training = training_config(steps=STEPS, model=MODEL, device="cuda", **settings)
+    job = training_job(tmp_path / "runs" / "lab", shards, tokenizer, training)
+    config = LabConfig(zero_stages=(1, 2, 3), offload="optimizer")
+    lab = study(job, config, lambda event: None).lab
+    assert lab.agrees
+    wrong = []
+    for one in lab.stages[3:]:
+        assert one.host is not None
+        assert one.memory["parameters"].measured == one.memory["moments"].measured == 0
+        assert all(collective.as_predicted for collective in one.collectives.values())
+        for place in (one.memory, one.host):
+            for part, amount in place.items():
+                if abs(amount.error) > 0.03:
+                    wrong.append((one.name, "host" if place is one.host else "GPU", part, amount))
+    assert not wrong
 
 
 def test_losses_are_those_of_one_rank_up_to_rounding(found, lab):
@@ -103,6 +151,18 @@ def test_page_and_plots_show_the_record(job, found, lab):
     for plot in folder.path.glob("*.png"):
         assert f"({plot.name})" in page and plot.read_bytes().startswith(b"\x89PNG")
     assert len([*folder.path.glob("*.png")]) == 4
+
+
+def test_page_shows_offloaded_state_in_host_memory_by_part(job, lab):
+    assert "Offloaded state" not in zero_lab.page(job, lab).linked
+    *others, last = lab.stages
+    host = dict.fromkeys(HOST_PARTS, Amount(predicted=3 * 2**20, measured=2 * 2**20))
+    page = zero_lab.page(job, lab.replace(stages=(*others, last.replace(host=host)))).linked
+    assert "predicted within 50.0 % in every part" in page
+    table = page[page.index("Offloaded state") :]
+    assert [line for line in table.splitlines() if "(+50.0 %)" in line] == [
+        f"| {part} | 2.00 (+50.0 %) |" for part in HOST_PARTS
+    ]
 
 
 def test_page_shows_what_fits_and_what_was_predicted_wrongly(job, lab):

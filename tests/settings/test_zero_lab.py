@@ -43,7 +43,7 @@ def test_groups_are_planned_at_a_stage_that_shards():
         ({"training": {"gpus": 2, "nodes": 2}}, "drop --nodes"),
         ({"training": {"gpus": 2, "zero_stage": 1}}, "use --zero-stages"),
         ({"training": {"gpus": 4, "shard_group": 4, "reshard_group": 2}}, "drop it"),
-        ({"training": {"gpus": 2, "offload": "optimizer"}}, "does not measure --offload: drop it"),
+        ({"training": {"gpus": 2, "offload": "optimizer"}}, "set offload in lab, not in"),
         ({"skip_preflight": True}, "no pre-flight"),
         ({"evaluation": {"evaluate_tasks": ["piqa"]}}, "no evaluation"),
         ({"register_": "mine"}, "no model to register"),
@@ -59,6 +59,13 @@ def test_slow_links_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda tool: None)
     with pytest.raises(ValueError, match="needs ip and tc of iproute2"):
         lab_run(slow)
+
+
+def test_offload_is_refused_on_a_cpu_and_without_a_stage_that_shards():
+    with pytest.raises(ValueError, match=r"--offload optimizer .* but the device is a CPU"):
+        lab_run(asked().replace(lab=LabConfig(offload="optimizer")))
+    with pytest.raises(ValueError, match="needs ZeRO stage 1, 2 or 3, but --zero-stages is 0"):
+        LabConfig(zero_stages=(0,), offload="optimizer")
 
 
 def test_cap_above_the_memory_of_the_machine_is_refused():

@@ -93,6 +93,7 @@ def record(
             StageFit(
                 stage=one.work.zero_stage,
                 shard_group=one.work.shard_group,
+                offload=one.work.offload,
                 micro_batch=with_figures(one.rows),
                 model=with_figures(one.blocks),
             )

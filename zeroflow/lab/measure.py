@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -103,6 +103,9 @@ class Measurement(Record):
     memory: dict[str, int]
     """Largest bytes of each part on any rank; empty for a single rank."""
 
+    host: dict[str, int]
+    """The same of the state in host memory; empty if there is none."""
+
     traffic: dict[str, Traffic]
     """Collectives of a step of rank 0."""
 
@@ -137,11 +140,9 @@ class Measurements(Record):
 def measure(config: TrainingConfig, rows: Rows) -> Measurement:
     """Measure the workload of `config` on this rank, together with the other ranks."""
     source, work = batches(rows, config), config.workload
-    memory: dict[str, int] = {}
-    traffic: dict[str, Traffic] = {}
+    step = RecordedStep({}, {}, {})
     if work.ranks > 1:
-        eager = config.replace(workload=work.replace(compile=False))
-        memory, traffic = record_step(eager, source)
+        step = record_step(config.replace(workload=work.replace(compile=False)), source)
         _clear(work)
     losses, seconds, spans = train(config, source)
     _clear(work)
@@ -153,23 +154,34 @@ def measure(config: TrainingConfig, rows: Rows) -> Measurement:
         workload=work,
         losses=tuple(losses),
         step_seconds=seconds,
-        memory={part: zero.max_over_ranks(size) for part, size in memory.items()},
-        traffic=traffic,
+        memory={part: zero.max_over_ranks(size) for part, size in step.memory.items()},
+        host={part: zero.max_over_ranks(size) for part, size in step.host.items()},
+        traffic=step.traffic,
         spans=tuple(spans),
     )
 
 
-def record_step(
-    config: TrainingConfig, source: Batches
-) -> tuple[dict[str, int], dict[str, Traffic]]:
-    """Return the memory of the second step by part, and its collectives."""
+class RecordedStep(NamedTuple):
+    """Tensors and collectives of a step."""
+
+    memory: dict[str, int]
+    """Largest bytes of each part."""
+
+    host: dict[str, int]
+    """Largest bytes of each part of the state in host memory; empty if there is none."""
+
+    traffic: dict[str, Traffic]
+
+
+def record_step(config: TrainingConfig, source: Batches) -> RecordedStep:
+    """Return the memory of the second step, and its collectives."""
     state = new_state(config)
     train_step(state, source.micro_batches(0), config)
     tensors, collectives = TensorRecorder(state), CollectiveCounter()
     micro_batches = source.micro_batches(1)
     with collectives, tensors:
         train_step(state, micro_batches, config)
-    return tensors.peaks(), collectives.traffic
+    return RecordedStep(tensors.peaks(), tensors.host_peaks(), collectives.traffic)
 
 
 def train(config: TrainingConfig, source: Batches) -> tuple[list[float], float, list[Span]]:
@@ -234,8 +246,8 @@ def peak_and_speed(config: TrainingConfig, rows: Rows, steps: int) -> tuple[int,
         _, seconds = _timed(state, config, source, _WARM_UP + steps)
         peak = torch.cuda.max_memory_allocated()
     else:
-        memory, _ = record_step(config.replace(workload=work.replace(compile=False)), source)
-        state, peak = new_state(config), memory["peak"]
+        step = record_step(config.replace(workload=work.replace(compile=False)), source)
+        state, peak = new_state(config), step.memory["peak"]
         seconds = _timed(state, config, source, _WARM_UP + steps)[1] if steps else 0.0
     del state
     _clear(work)

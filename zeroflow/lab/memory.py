@@ -73,9 +73,10 @@ def predicted(work: Workload) -> dict[str, int]:
     """
     size = _sizes(work)
     in_loss, in_backward = _activations(work)
+    on_host = _is_on_host(work)
     return {
-        "parameters": size.weights,
-        "moments": _moments(work, size),
+        "parameters": 0 if on_host else size.weights,
+        "moments": 0 if on_host else _moments(work, size),
         "gradients": _gradients(work, size),
         "gathered": _gathered(work, size),
         "logits": _logits(work),
@@ -83,6 +84,26 @@ def predicted(work: Workload) -> dict[str, int]:
         "activations": max(in_loss, in_backward),
         "peak": _peak(work, size, in_loss, in_backward),
     }
+
+
+def predicted_on_host(work: Workload) -> dict[str, int]:
+    """Return the largest number of bytes of each part of the offloaded state, in host memory.
+
+    A later micro-batch copies the gradient of one tensor at a time to the host, where it is added.
+    """
+    size = _sizes(work)
+    rows = -(-work.model.vocab_size // work.shards)
+    added = 4 * rows * work.model.hidden_size if work.accumulate > 1 and work.zero_stage > 1 else 0
+    return {
+        "parameters": size.weights,
+        "gradients": size.weights + added,
+        "moments": _moments(work, size),
+    }
+
+
+def _is_on_host(work: Workload) -> bool:
+    """Return True if state is in another memory than what is computed."""
+    return work.offload != "none" and work.device == "cuda"
 
 
 def _moments(work: Workload, size: _Sizes) -> int:
@@ -99,7 +120,7 @@ def _gathered(work: Workload, size: _Sizes) -> int:
 
 def _accumulated(work: Workload, size: _Sizes) -> int:
     """Return the bytes of gradients that earlier micro-batches of a step have left."""
-    if not work.accumulates:
+    if not work.accumulates or (work.zero_stage > 1 and _is_on_host(work)):
         return 0
     return size.whole if work.zero_stage < 2 else size.weights
 
@@ -120,7 +141,7 @@ def _gradients(work: Workload, size: _Sizes) -> int:
         reducing = size.embedding + size.block // work.shards + size.last
         if work.shards > 1:
             in_block = max(in_block, reducing)
-        if sums:
+        if sums or _is_on_host(work):
             return sums + max(in_block, embedding, first)
         one = size.block // work.shards
         return max(size.blocks - one + in_block, size.blocks + embedding, first)
@@ -128,7 +149,7 @@ def _gradients(work: Workload, size: _Sizes) -> int:
     adding = size.largest if size.block_copy == size.block else size.block_copy
     at_end = embedding if work.zero_stage == 0 or work.accumulate > 2 else 0
     # At the end of the last micro-batch, blocks have been reduced, and the root has not
-    last = size.blocks + size.root + embedding
+    last = (0 if _is_on_host(work) else size.blocks) + size.root + embedding
     return max(sums + max(size.embedding + adding, first, at_end), last)
 
 
@@ -144,7 +165,10 @@ def _buffers(work: Workload, size: _Sizes) -> int:
     reduced = max(size.block, size.root)
     if work.shards == 1:
         return reduced
-    cast = size.block_copy // work.shards if size.block_copy != size.block else 0
+    # A shard is copied if it is cast, or if it comes from the host
+    cast = 0
+    if size.block_copy != size.block or _is_on_host(work):
+        cast = size.block_copy // work.shards
     next_block = size.block_copy + cast
     forward = max(
         max(size.root_copy, size.block_copy) + next_block,
@@ -196,7 +220,7 @@ def _activations(work: Workload) -> tuple[int, int]:
 
 def _peak(work: Workload, size: _Sizes, in_loss: int, in_backward: int) -> int:
     """Return the largest sum of all parts at one moment."""
-    constant = size.weights + _moments(work, size)
+    constant = 0 if _is_on_host(work) else size.weights + _moments(work, size)
     gathered, sums = _gathered(work, size), _accumulated(work, size)
     in_fp32 = 4 * work.model.embedding_parameters
     left = size.root if work.accumulates and work.zero_stage >= 2 else 0
@@ -204,12 +228,29 @@ def _peak(work: Workload, size: _Sizes, in_loss: int, in_backward: int) -> int:
     in_use = size.root_copy if work.zero_stage == 3 else gathered
     last_buffer = size.block_copy if work.shards > 1 else 0
     later = sums + left + prefetched
-    moments = (
+    moments = [
         # In the loss: of the micro-batch that gathers the weights, and of a later one
         in_use + in_loss + _logits(work) + in_fp32 + max(last_buffer, later),
         # In the backward pass of the last block
         gathered + in_backward + size.embedding + size.last + later,
         # At the end of the backward pass
         size.root_copy + _gradients(work, size) + size.block,
-    )
+    ]
+    if _is_on_host(work):  # without the state, other moments may be the peak
+        moments += _moments_without_state(work, size, in_loss, later)
     return constant + max(moments)
+
+
+def _moments_without_state(
+    work: Workload, size: _Sizes, in_loss: int, later: int
+) -> tuple[int, int]:
+    """Return the bytes when the last block is reduced, and at the end of a micro-batch that keeps
+    the gathered weights."""
+    gathered = _gathered(work, size)
+    in_block = kept_activations(work)[0] // work.model.num_hidden_layers
+    reduced = max(size.block + size.block_copy, size.block + size.block // work.shards)
+    stays = gathered if work.accumulates and work.zero_stage < 3 else size.root_copy
+    return (
+        gathered + in_loss - in_block + size.embedding + reduced + later,
+        stays + _accumulated(work, size) + 3 * size.embedding,
+    )

@@ -1,9 +1,11 @@
 """Record of the laboratory: contents of zero_lab.json."""
 
+from pydantic import Field
+
 from zeroflow.config import Config
 from zeroflow.device import Precision
 from zeroflow.records import Record, omitted
-from zeroflow.training.zero import Stage
+from zeroflow.training.zero import Offload, Stage
 
 
 class Amount(Config):
@@ -40,8 +42,15 @@ class ZeroStage(Config):
     shard_group: int | None = omitted()
     """Ranks over which the state is sharded; None for all ranks."""
 
+    offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
+    """State that is in host memory instead of that of the GPU."""
+
     memory: dict[str, Amount]
-    """Largest bytes of each part of the memory in a step, and "peak", the largest of their sum."""
+    """Largest bytes of each part of the memory in a step, and "peak", the largest of their sum; of
+    the GPU if state is offloaded."""
+
+    host: dict[str, Amount] | None = omitted()
+    """Largest bytes of each part of the state in host memory; None if all is on the device."""
 
     collectives: dict[str, Collective]
     """By name, in a step."""
@@ -63,11 +72,12 @@ class ZeroStage(Config):
 
     @property
     def name(self) -> str:
-        return _name(self.stage, self.shard_group)
+        return _name(self.stage, self.shard_group, self.offload)
 
 
-def _name(stage: Stage, shard_group: int | None) -> str:
-    return f"{stage}, groups of {shard_group}" if shard_group else f"{stage}"
+def _name(stage: Stage, shard_group: int | None, offload: Offload) -> str:
+    groups = f", groups of {shard_group}" if shard_group else ""
+    return f"{stage}{groups}{'' if offload == 'none' else ', offloaded'}"
 
 
 class StageOverLink(Config):
@@ -133,6 +143,9 @@ class StageFit(Config):
     shard_group: int | None = omitted()
     """Ranks over which the state is sharded; None for all ranks."""
 
+    offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
+    """State that is in host memory instead of that of the GPU."""
+
     micro_batch: Largest | None
     """With the model of the run; None if not even one row fits."""
 
@@ -142,7 +155,7 @@ class StageFit(Config):
 
     @property
     def name(self) -> str:
-        return _name(self.stage, self.shard_group)
+        return _name(self.stage, self.shard_group, self.offload)
 
 
 class MemoryFit(Config):

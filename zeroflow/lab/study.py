@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
-from pydantic import PositiveFloat, ValidationInfo, field_validator
+from pydantic import PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from zeroflow.config import Config, flag
 from zeroflow.device import find_device
@@ -20,7 +20,7 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.launch import launch
 from zeroflow.training.pulse import Pulse
 from zeroflow.training.workload import Workload
-from zeroflow.training.zero import STAGES, Stage
+from zeroflow.training.zero import STAGES, Offload, Stage
 from zeroflow.units import decimal
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ class LabConfig(Config):
     """Cap on the memory of a rank, in 10⁹ bytes of tensors. The largest micro-batch and the model
     with the most blocks that fit at each stage are then also measured."""
 
+    offload: Offload = "none"
+    """State to keep in host memory: stages 1 to 3 are then measured both without and with it. See
+    zeroflow pretrain."""
+
     @field_validator("zero_stages", "bandwidth_gbps")
     @classmethod
     def _each_once(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
@@ -50,6 +54,15 @@ class LabConfig(Config):
             listed = ", ".join(map(str, values))
             raise ValueError(f"{flag(str(info.field_name))} lists a value twice: {listed}")
         return values
+
+    @model_validator(mode="after")
+    def _offload_needs_a_sharded_stage(self) -> Self:
+        if self.offload != "none" and not any(self.stages):
+            raise ValueError(
+                f"--offload {self.offload} needs ZeRO stage 1, 2 or 3, but --zero-stages is 0: add "
+                "one of them, or drop it"
+            )
+        return self
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -82,7 +95,7 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
     log.info("training on one rank, with two splits of a step into micro-batches")
     reference, other = _measured(job, (alone, split_otherwise), on_event)
     log.info("measuring %s", ", ".join(f"stage {stage}" for stage in config.stages))
-    found = _measured(job, _workloads(work, config.stages), on_event)
+    found = _measured(job, _workloads(work, config), on_event)
     over_links = _over_links(job, config, on_event) if config.bandwidth_gbps else ()
     lab = ZeroLab(
         device=work.device_name,
@@ -115,18 +128,21 @@ def _of_one_rank(work: Workload) -> tuple[Workload, Workload]:
     return alone, alone.replace(**larger)
 
 
-def _workloads(work: Workload, stages: Iterable[Stage]) -> tuple[Workload, ...]:
-    whole = [work.replace(zero_stage=stage, shard_group=None) for stage in stages]
-    if work.shard_group is None:
-        return tuple(whole)
-    groups = [work.replace(zero_stage=stage) for stage in stages if stage > 0]
-    return (*whole, *groups)
+def _workloads(work: Workload, config: LabConfig) -> tuple[Workload, ...]:
+    found = [work.replace(zero_stage=stage, shard_group=None) for stage in config.stages]
+    sharded = [stage for stage in config.stages if stage > 0]
+    if work.shard_group is not None:
+        found += [work.replace(zero_stage=stage) for stage in sharded]
+    if config.offload != "none":
+        offloaded = work.replace(shard_group=None, offload=config.offload)
+        found += [offloaded.replace(zero_stage=stage) for stage in sharded]
+    return tuple(found)
 
 
 def _over_links(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> tuple[Link, ...]:
     """Measure steps over slow links, and predict them from those without a limit."""
     work = job.training.workload
-    workloads = _workloads(work.replace(shard_group=None), config.stages)
+    workloads = _workloads(work.replace(shard_group=None), config.replace(offload="none"))
     bandwidths = tuple(sorted(config.bandwidth_gbps, reverse=True))
     listed = ", ".join(f"{gbps:g}" for gbps in bandwidths)
     log.info("measuring steps over links of %s Gbit/s", listed)
@@ -139,7 +155,7 @@ def _under_cap(job: TrainingJob, config: LabConfig, cap: int, on_event: OnEvent)
     """Find the largest micro-batches and models under a cap, and measure them."""
     work = job.training.workload
     device = find_device(work.device)
-    workloads = _workloads(work, config.stages)
+    workloads = _workloads(work, config)
     sizes = [fit.largest(one, device, cap) for one in workloads]
     fits = [one for stage in sizes for one in stage.fits]
     log.info("measuring what fits into %s per rank", decimal(cap))
@@ -185,10 +201,12 @@ def _stage(found: Measurement, reference: Measurement) -> ZeroStage:
     return ZeroStage(
         stage=work.zero_stage,
         shard_group=work.shard_group,
+        offload=work.offload,
         memory={
             part: Amount(predicted=predicted[part], measured=measured)
             for part, measured in found.memory.items()
         },
+        host=_on_host(found),
         collectives=_compared(found.traffic, collectives.predicted(work)),
         tokens_per_second=work.batch_tokens / found.step_seconds,
         step_seconds=found.step_seconds,
@@ -196,6 +214,15 @@ def _stage(found: Measurement, reference: Measurement) -> ZeroStage:
         exposed_seconds=timeline.exposed(found.spans),
         max_loss_difference=_difference(found, reference),
     )
+
+
+def _on_host(found: Measurement) -> dict[str, Amount] | None:
+    predicted = memory.predicted_on_host(found.workload)
+    amounts = {
+        part: Amount(predicted=predicted[part], measured=measured)
+        for part, measured in found.host.items()
+    }
+    return amounts or None
 
 
 def _compared(measured: dict[str, Traffic], predicted: dict[str, Traffic]) -> dict[str, Collective]:

@@ -28,6 +28,9 @@ activations: everything else that the forward and backward pass compute.
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
+HOST_PARTS: tuple[Part, ...] = ("parameters", "gradients", "moments")
+"""Parts that are in host memory if the state of the optimiser is offloaded. On the GPU, there are
+then only gradients that have not been reduced."""
 
 _MAKE_GRADIENTS = {
     "aten::mm",
@@ -58,6 +61,12 @@ class TensorRecorder(TorchDispatchMode):
         """Number of each storage that exists, by its address."""
 
         self._sizes: dict[int, int] = {}
+        self._on_host: set[int] = set()
+        """Numbers of the storages in host memory, if state is offloaded."""
+
+        device = zero.device_of(state.model).type
+        weights = (zero.local_shard(p) for _, p in zero.named_parameters(state.model))
+        self._offloaded = any(weight.device.type != device for weight in weights)
         for _, parameter in zero.named_parameters(state.model):
             self._assign([zero.local_shard(parameter.detach())], "parameters")
             moments = state.optimizer.state[parameter].values()
@@ -105,7 +114,16 @@ class TensorRecorder(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor)
         self._assign_parts(function.name(), arguments, options or {}, tensors)
+        if self._offloaded and function.name() == "aten::_to_copy":
+            self._assign_copy(arguments[0], *tensors)
         return result
+
+    def _assign_copy(self, source: Tensor, copy: Tensor) -> None:
+        """Assign copies between host and device: those of gradients to the host, and of weights."""
+        if source.device.type != "cpu" and copy.device.type == "cpu":
+            self._assign([copy], "gradients")
+        elif self._parts.get(self._see(source)) == "parameters":
+            self._assign([copy], "buffers")
 
     def _assign_parts(
         self, name: str, arguments: tuple[Any, ...], options: dict[str, Any], results: list[Tensor]
@@ -148,6 +166,8 @@ class TensorRecorder(TorchDispatchMode):
         if address not in self._numbers:
             self._numbers[address] = len(self._sizes)
             self._sizes[self._numbers[address]] = 0
+            if self._offloaded and storage.device.type == "cpu":
+                self._on_host.add(self._numbers[address])
             weakref.finalize(storage, self._free, address)
             self._update(storage)
         return self._numbers[address]
@@ -164,10 +184,26 @@ class TensorRecorder(TorchDispatchMode):
         self._sizes[number] = size
 
     def peaks(self) -> dict[str, int]:
-        """Return the largest number of bytes of each part, and of all parts together ("peak")."""
+        """Return the largest number of bytes of each part, and of all parts together ("peak").
+
+        Storages in host memory are left out if state is offloaded.
+        """
+        return self._largest(on_host=False)
+
+    def host_peaks(self) -> dict[str, int]:
+        """Return the largest number of bytes of each of `HOST_PARTS` in host memory; empty if no
+        state is offloaded."""
+        if not self._offloaded:
+            return {}
+        found = self._largest(on_host=True)
+        return {part: found[part] for part in HOST_PARTS}
+
+    def _largest(self, *, on_host: bool) -> dict[str, int]:
         now: Counter[str] = Counter()
         most: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
         for number, growth in self._changes:
+            if (number in self._on_host) != on_host:
+                continue
             for name in (self._parts.get(number, "activations"), "peak"):
                 now[name] += growth
                 most[name] = max(most[name], now[name])

@@ -63,6 +63,8 @@ def _of_gpu(events: Iterable[Any]) -> _Found:
         if event.device_type != DeviceType.CUDA or event.is_user_annotation:
             continue
         name, lane = event.name.lower(), "compute"
+        if name.startswith(("memcpy htod", "memcpy dtoh")):
+            continue  # a copy, as of offloaded state, beside which nothing may be computed
         if "nccl" in name:
             lane = "gather" if "allgather" in name else "reduce"
         yield lane, event.time_range.start, event.time_range.end  # type: ignore[misc]

@@ -1,10 +1,10 @@
 """The page of the ZeRO laboratory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zeroflow.lab.record import Amount, Collective, Largest, MemoryFit, ZeroLab, ZeroStage
 from zeroflow.lab.study import Study
-from zeroflow.lab.tensors import PARTS
+from zeroflow.lab.tensors import HOST_PARTS, PARTS
 from zeroflow.report import zero_plots
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, Part, Plot, Table
@@ -77,6 +77,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
                 "Python itself, are not included."
             ),
             _by_part(lab),
+            *_on_host(lab),
             Plot(folder.zero_memory_plot, "memory by part"),
             Markdown(f"### Beside the paper\n\nModel state in bytes per parameter; see {_PAPER}."),
             _beside_the_paper(lab),
@@ -107,7 +108,10 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
 
 def _summary(lab: ZeroLab) -> dict[str, str]:
     equal = all(c.as_predicted for one in lab.stages for c in one.collectives.values())
-    worst = max(abs(one.memory[part].error) for one in lab.stages for part in one.memory)
+    amounts = [
+        a for one in lab.stages for part in (one.memory, one.host or {}) for a in part.values()
+    ]
+    worst = max(abs(amount.error) for amount in amounts)
     return {
         "Ranks": f"{lab.ranks} on {lab.device}",
         "Model": f"{parameter_count(lab.parameters)} parameters, {lab.precision}"
@@ -121,25 +125,44 @@ def _summary(lab: ZeroLab) -> dict[str, str]:
 
 
 def _columns(
-    lab: ZeroLab, rows: list[tuple[str, Callable[[ZeroStage], str]]], corner: str
+    stages: Sequence[ZeroStage], rows: list[tuple[str, Callable[[ZeroStage], str]]], corner: str
 ) -> Table:
     """Return a table with a column for each stage."""
-    head = (corner, *(f"stage {one.name}" for one in lab.stages))
-    cells = [(name, *(cell(one) for one in lab.stages)) for name, cell in rows]
-    return Table(head, cells, " " + "r" * len(lab.stages))
+    head = (corner, *(f"stage {one.name}" for one in stages))
+    cells = [(name, *(cell(one) for one in stages)) for name, cell in rows]
+    return Table(head, cells, " " + "r" * len(stages))
 
 
 def _by_part(lab: ZeroLab) -> Table:
     def row(part: str) -> tuple[str, Callable[[ZeroStage], str]]:
-        def cell(one: ZeroStage) -> str:
-            amount = one.memory[part]
-            if not amount.measured and not amount.predicted:
-                return "0"
-            return f"{amount.measured / 2**20:,.2f} ({100 * amount.error:+.1f} %)"
+        return part, lambda one: _mebibytes(one.memory[part])
 
-        return part, cell
+    return _columns(lab.stages, [row(part) for part in (*PARTS, "peak")], "MiB")
 
-    return _columns(lab, [row(part) for part in (*PARTS, "peak")], "MiB")
+
+def _mebibytes(amount: Amount) -> str:
+    if not amount.measured and not amount.predicted:
+        return "0"
+    return f"{amount.measured / 2**20:,.2f} ({100 * amount.error:+.1f} %)"
+
+
+def _on_host(lab: ZeroLab) -> tuple[Part, ...]:
+    """Return the table of the state in host memory, if there is any."""
+
+    def row(part: str) -> tuple[str, Callable[[ZeroStage], str]]:
+        return part, lambda one: _mebibytes((one.host or {})[part])
+
+    stages = [one for one in lab.stages if one.host]
+    if not stages:
+        return ()
+    return (
+        Markdown(
+            "Offloaded state of a rank in host memory. The table above is then that of the GPU. "
+            "The allocator of pinned memory may take up to twice these bytes for parameters and "
+            "gradients:"
+        ),
+        _columns(stages, [row(part) for part in HOST_PARTS], "MiB"),
+    )
 
 
 def _beside_the_paper(lab: ZeroLab) -> Table:
@@ -152,6 +175,8 @@ def _beside_the_paper(lab: ZeroLab) -> Table:
     state = ("parameters", "gradients", "moments", "gathered")
     rows = []
     for one in lab.stages:
+        if one.offload != "none":
+            continue  # the paper keeps all state on the GPU
         each = [one.memory[part].measured / lab.parameters for part in state]
         here = " + ".join(f"{size:.2f}" for size in each)
         expected = paper(one.stage, one.shard_group or n)
@@ -203,7 +228,7 @@ def _speeds(lab: ZeroLab) -> Table:
         return f"{1000 * seconds:,.1f}"
 
     return _columns(
-        lab,
+        lab.stages,
         [
             ("tokens/s", lambda one: f"{one.tokens_per_second:,.0f}"),
             (

@@ -109,7 +109,7 @@ def losses(study: Study, path: Path) -> Path:
     figure, axes = new_figure(
         f"difference of the loss from one rank, {lab.precision}", "step", "nats per token"
     )
-    for stage, found, colour in zip(lab.stages, study.measurements, OKABE_ITO, strict=False):
+    for stage, found, colour in zip(lab.stages, study.measurements, DISTINCT, strict=False):
         pairs = zip(found.losses, study.one_rank.losses, strict=True)
         off = [abs(ours - theirs) for ours, theirs in pairs]
         axes.plot(

@@ -69,6 +69,7 @@ def lab_run(asked: ZeroLabRun) -> RunConfig:
     device = find_device(run.device)
     on_cpu = device.kind == "cpu"
     _refuse_large_cap(asked, device)
+    _refuse_offload(asked, device)
     if asked.lab.bandwidth_gbps:
         if not on_cpu:
             raise ValueError(
@@ -116,6 +117,16 @@ def _refuse_large_cap(asked: ZeroLabRun, device: Device) -> None:
         )
 
 
+def _refuse_offload(asked: ZeroLabRun, device: Device) -> None:
+    if asked.lab.offload == "none":
+        return
+    if device.kind == "cpu":
+        raise ValueError(
+            f"--offload {asked.lab.offload} moves state from the memory of a GPU to that of the "
+            f"host, but the device is a CPU ({device.name}): drop it"
+        )
+
+
 def _refuse(run: RunConfig) -> None:
     refuse_one_rank(run, "the laboratory")
     if run.training.nodes > 1:
@@ -125,7 +136,10 @@ def _refuse(run: RunConfig) -> None:
     if run.training.reshard_group is not None:
         raise ValueError("the laboratory does not measure --reshard-group: drop it")
     if run.training.offload != "none":
-        raise ValueError("the laboratory does not measure --offload: drop it")
+        raise ValueError(
+            "the laboratory measures its stages both without and with offloaded state: set offload "
+            "in lab, not in run.training"
+        )
     if run.overfit != OverfitConfig() or run.skip_preflight:
         raise ValueError(
             "the laboratory has no pre-flight and no overfit check: drop --skip-preflight, "
