@@ -205,7 +205,7 @@ class TrainingChoice(Config):
 
     fp8: bool = False
     """Compute the matrix products of the decoder blocks in fp8, on Ada, Hopper and newer GPUs. On
-    an H200, medium became 24 % faster; on an H100, small became 1 % faster and tiny 5 % slower."""
+    an H200, medium became 22 % faster; on an H100, small became 1 % faster and tiny 5 % slower."""
 
     compile: bool | None = None
     """Compile the decoder blocks with torch.compile. Default: yes on a GPU."""
