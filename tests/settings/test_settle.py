@@ -73,7 +73,8 @@ def test_synthetic_run_has_nothing_left_open(ask):
         "tokenizer.tokenizer_revision",
         "tokenizer.end_of_text",
     }
-    open_ones |= {"sweep", "register_"}
+    open_ones |= {"sweep", "register_", "evaluation.evaluate_task_path"}
+    open_ones |= {"evaluation.evaluate_core_path"}
     assert unset(run) == SHAPE_NAMES | open_ones
     assert run.model.shape == SIZES["tiny"] and run.tokenizer.tokenizer_name == "synthetic"
     assert run.device == settled.device.kind == "cpu"
