@@ -126,7 +126,7 @@ def test_text_ends_before_a_stop_text_and_no_part_of_it_is_shown(stop, expected)
 
 def test_space_at_the_end_of_a_prompt_is_remarked(caplog):
     remark_on("we ")
-    assert "the prompt ends in a space" in caplog.text
+    assert "the prompt ends with a space" in caplog.text
     caplog.clear()
     remark_on("we")
     list(scripted("go").stream("we ", GREEDY))  # of several texts, or of a task

@@ -1,4 +1,4 @@
-"""Scores on CORE, the average over 22 tasks in the paper about DCLM: https://arxiv.org/abs/2406.11794
+"""Scores on CORE, the mean over 22 tasks of the DCLM paper: https://arxiv.org/abs/2406.11794
 
 The prompts, the solved examples before them and the rules are those of nanochat, so that scores can
 be compared with those of its models: https://github.com/karpathy/nanochat, nanochat/core_eval.py
@@ -50,17 +50,17 @@ class CoreTask(NamedTuple):
 
 class _Question(NamedTuple):
     requests: list[Request]
-    """One for each possible answer; of the answer itself in a task of language modelling."""
+    """One for each possible answer; in a language modelling task, only one, for the answer."""
 
     gold: int | None
-    """Place of the right answer; None if the model must produce it."""
+    """Index of the right answer; None if the model must produce it."""
 
 
 def open_tasks(folder: Path) -> list[CoreTask]:
     """Return the tasks of an unpacked `eval_bundle`.
 
     Raises:
-        ValueError: a file is missing, or is not one of CORE.
+        ValueError: a file is missing or has another format.
     """
     try:
         asked = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
@@ -80,7 +80,7 @@ def open_tasks(folder: Path) -> list[CoreTask]:
     except OSError as error:
         raise ValueError(
             f"the data of CORE in {folder}: {Path(error.filename).name} cannot be read "
-            f"({error.strerror}): name the unpacked folder eval_bundle"
+            f"({error.strerror}): give the path of the unpacked eval_bundle"
         ) from error
     except (KeyError, TypeError, IndexError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
@@ -90,7 +90,7 @@ def open_tasks(folder: Path) -> list[CoreTask]:
     for task in tasks:
         if task.kind not in _KINDS:
             raise ValueError(
-                f"the data of CORE in {folder}: {task.name} is of unknown kind {task.kind}"
+                f"the data of CORE in {folder}: {task.name} has the unknown kind {task.kind}"
             )
         if not task.file.is_file():
             raise ValueError(f"the data of CORE in {folder}: {task.name} has no {task.file}")
@@ -100,10 +100,10 @@ def open_tasks(folder: Path) -> list[CoreTask]:
 def score_tasks(
     trained: Trained, tasks: Sequence[CoreTask], *, examples: int | None
 ) -> list[TaskScore]:
-    """Return the accuracy of a checkpoint on each task, and its CORE.
+    """Return the CORE score of a checkpoint, and its accuracy on each task.
 
-    CORE is the mean over the tasks of how much more is right than by guessing, relative to what
-    guessing leaves: 0 for guesses, 1 if all is right.
+    CORE is the mean of the centred accuracies of the tasks. If guesses have accuracy g, an accuracy
+    of a is centred to (a - g) / (1 - g): 0 for guesses, and 1 if all answers are right.
 
     Args:
         examples: maximum number of questions of each task; None for all.
@@ -146,7 +146,10 @@ def _items(task: CoreTask, content: bytes, most: int | None) -> list[Item]:
     except ValueError as error:
         raise ValueError(f"{task.file}: {error}") from error
     if len(items) <= task.few_shot:
-        raise ValueError(f"{task.file} has {len(items)} lines, too few for {task.few_shot} solved")
+        raise ValueError(
+            f"{task.file} has too few lines ({len(items)}): a question needs {task.few_shot} others "
+            "as solved examples"
+        )
     random.Random(_ORDER_SEED).shuffle(items)
     # Solved examples are taken from the same questions
     return items[: None if most is None else max(most, task.few_shot + 1)]
@@ -189,7 +192,7 @@ def _question(
     most = trained.context + 1
     requests = []
     for row in rows:
-        # At least one token, also of an answer with which another one begins
+        # At least one token, even if another answer begins with this one
         wanted = shared if task.kind == "schema" else max(1, len(row) - shared)
         kept = row[-most:]
         requests.append(Request(kept, min(wanted, len(kept) - 1)))
@@ -222,7 +225,7 @@ def _prompts(task: CoreTask, item: Item, solved: Sequence[Item]) -> list[str]:
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
-    """Return the number of ids with which all rows begin."""
+    """Return the number of ids at the beginning that all rows share."""
     for place, ids in enumerate(zip(*rows, strict=False)):
         if len(set(ids)) > 1:
             return place

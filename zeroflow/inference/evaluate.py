@@ -82,7 +82,7 @@ def require_tasks(config: EvaluationConfig) -> None:
     """Check that the tasks of `config` exist.
 
     Raises:
-        ValueError: one does not, or the harness or the data of CORE is missing.
+        ValueError: a task does not exist, or the harness or the data of CORE is missing.
     """
     if config.tasks:
         harness.open_tasks(config.task_names, config.task_path)
@@ -91,7 +91,7 @@ def require_tasks(config: EvaluationConfig) -> None:
 
 
 def evaluate_apart(job: EvaluationJob) -> None:
-    """Like `evaluate`, but in a process of its own, whose end frees the memory of a GPU.
+    """Evaluate in a separate process, whose end frees the memory of a GPU.
 
     Raises:
         EvaluationFailed: the process ended with an error.

@@ -130,8 +130,8 @@ def remark_on(prompt: str) -> None:
     """Log a warning if the text would usually be better without the end of `prompt`."""
     if prompt.endswith(" "):
         log.warning(
-            "the prompt ends in a space, which most tokenizers join to the word after it: without "
-            "the space, the text is usually better"
+            "the prompt ends with a space, which most tokenizers join to the next word: the text "
+            "is usually better without it"
         )
 
 

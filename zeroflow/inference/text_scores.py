@@ -91,7 +91,7 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
         most: maximum number of tokens to score.
 
     Raises:
-        ValueError: the corpus has no text but white space, or a file cannot be read.
+        ValueError: the corpus contains at most white space, or a file cannot be read.
     """
     documents, left, is_blank = 0, most, True
     windows: list[_Window] = []

@@ -44,7 +44,7 @@ class LabConfig(Config):
     with the most blocks that fit at each stage are then also measured."""
 
     offload: Offload = "none"
-    """State to keep in host memory: stages 1 to 3 are then measured both without and with it. See
+    """State to keep in host memory: stages 1 to 3 are then measured with and without it. See
     zeroflow pretrain."""
 
     @field_validator("zero_stages", "bandwidth_gbps")
@@ -60,7 +60,7 @@ class LabConfig(Config):
         if self.offload != "none" and not any(self.stages):
             raise ValueError(
                 f"--offload {self.offload} needs ZeRO stage 1, 2 or 3, but --zero-stages is 0: add "
-                "one of them, or drop it"
+                "one of these stages, or drop --offload"
             )
         return self
 

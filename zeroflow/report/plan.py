@@ -132,8 +132,8 @@ class Plan(Record):
     time, and of registered models."""
 
     registered_bytes: int = 0
-    """Bytes of them of models in MLflow: the last and the best one, if the run registers them and
-    MLflow is on this machine."""
+    """Bytes of models in MLflow, a part of `disk_bytes`: the last and the best one, if the run
+    registers them and MLflow is on this machine."""
 
     there_bytes: int
     """Bytes of them that already exist, for a resumed run."""

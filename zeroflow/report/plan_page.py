@@ -21,7 +21,7 @@ from zeroflow.units import (
 
 
 def cells(row: Compared) -> tuple[str, str, str, str]:
-    """Return name, predicted value, measured value and miss of a figure, as text."""
+    """Return name, predicted value, measured value and difference of a figure, as text."""
     name, text = _FORMS[row.name]
     predicted, measured = (
         "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
@@ -42,17 +42,17 @@ _FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {
 def compared_lines(rows: Sequence[Compared], plan: Plan | None) -> Iterator[str]:
     """Yield the log lines that compare a plan with the finished run."""
     for row in rows:
-        name, predicted, measured, miss = cells(row)
+        name, predicted, measured, difference = cells(row)
         steps = _own_steps(plan) if plan and row.name in _OF_STEPS else ""
-        difference = f" ({miss})" if miss else ""
-        yield f"plan of {name}{steps}: {predicted} predicted, {measured} measured{difference}"
+        by = f" ({difference})" if difference else ""
+        yield f"plan of {name}{steps}: {predicted} predicted, {measured} measured{by}"
 
 
 _OF_STEPS = ("tokens_per_second", "seconds")
 
 
 def _own_steps(plan: Plan) -> str:
-    """Return which steps an extension is compared by; empty for all."""
+    """Return the steps by which an extension is compared, as text; empty for all steps."""
     done = plan.steps_done
     return f" of steps {done + 1:,} to {plan.steps:,}" if 0 < done < plan.steps else ""
 
@@ -205,7 +205,9 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
     speed = f"Speed and time{_own_steps(plan)}:{low_to_high} {_rests_on(plan)}."
     return (
         Markdown("## Predicted and measured"),
-        Table(("", "predicted", "measured", "miss"), list(map(cells, compared)), right=" rrr"),
+        Table(
+            ("", "predicted", "measured", "difference"), list(map(cells, compared)), right=" rrr"
+        ),
         escaped(f"{speed} Memory: {plan.memory_source}."),
         Markdown(
             f"- Parameters: {_bound(plan)}{parts}; {flops}\n"

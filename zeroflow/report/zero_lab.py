@@ -79,7 +79,9 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             _by_part(lab),
             *_on_host(lab),
             Plot(folder.zero_memory_plot, "memory by part"),
-            Markdown(f"### Beside the paper\n\nModel state in bytes per parameter; see {_PAPER}."),
+            Markdown(
+                f"### Compared with the paper\n\nModel state in bytes per parameter; see {_PAPER}."
+            ),
             _beside_the_paper(lab),
             Markdown("## Communication"),
             Markdown(
@@ -90,8 +92,8 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             _by_collective(lab),
             Plot(folder.zero_traffic_plot, "bytes by collective"),
             Markdown(
-                "### Beside the paper\n\nValues that a rank moves, in parameters Ψ; an all-reduce "
-                "counts twice:"
+                "### Compared with the paper\n\nValues that a rank moves, in parameters Ψ; an "
+                "all-reduce counts twice:"
             ),
             _volumes(lab),
             Markdown("## Speed"),

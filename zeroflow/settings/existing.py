@@ -54,7 +54,7 @@ def merged(recorded: Settled, asked: RunConfig) -> RunConfig:
 def _with_intervals_for_more_steps(
     recorded: Settled, asked: RunConfig, wanted: RunConfig
 ) -> TrainingChoice:
-    """Reopen the intervals that had the default for the recorded number of steps.
+    """Reset the intervals that had the default for the recorded number of steps.
 
     They then get the default for the larger number of steps.
     """
@@ -116,13 +116,13 @@ def trained_otherwise(recorded: Settled, different: str, asked: RunConfig) -> st
 
 
 def is_trained(wanted: RunConfig) -> bool:
-    """True if the run has been trained to the last step that is requested."""
+    """Return True if the run has been trained to the last step that is requested."""
     result = TrainResult.read_if_exists(wanted.folder.training)
     return result is not None and result.steps == wanted.training.max_steps
 
 
 def is_complete(recorded: Settled, wanted: RunConfig) -> bool:
-    """True if the run is trained and checked as requested, so that its device is not needed."""
+    """Return True if the run is trained and checked as requested: it does not need its device."""
     learned = OverfitResult.read_if_exists(wanted.folder.overfit)
     return (
         is_trained(wanted)

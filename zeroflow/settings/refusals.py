@@ -88,7 +88,7 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
     if nominal.zero_stage and not nominal.is_sharded:
         raise ValueError(
             f"--zero-stage {nominal.zero_stage} shards state across several GPUs, but the run has "
-            "one: add --gpus or --offload optimizer, or drop it"
+            "one: add --gpus or --offload optimizer, or drop --zero-stage"
         )
     _refuse_shard_group(nominal.ranks, nominal.zero_stage, nominal.shard_group)
     _refuse_reshard_group(nominal)
@@ -106,7 +106,7 @@ def _refuse_offload(nominal: Workload) -> None:
         raise ValueError(
             f"--offload {nominal.offload} needs ZeRO stage 1, 2 or 3: at stage 0, every rank would "
             "keep the whole state in host memory and update it there. Use --zero-stage 2, or drop "
-            "one of them"
+            "--offload"
         )
 
 

@@ -165,7 +165,7 @@ class TrainingChoice(Config):
     offload: Offload = "none"
     """State to keep in host memory, on one GPU or several. optimizer: the fp32 weights, the sums of
     gradients and the moments, which the CPU updates. The GPU has weights in the precision of the
-    matrix multiplications. This saves up to 16 bytes per parameter, and steps are slower."""
+    matrix multiplications. This saves up to 16 bytes per parameter and makes steps slower."""
 
     seq_len: int | None = Field(None, ge=2)
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
@@ -386,7 +386,7 @@ class RunConfig(Config):
     log_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ()
     """Trackers that receive the metrics in addition to MLflow: TensorBoard, which needs
     zeroflow[tensorboard], and Weights & Biases, which needs zeroflow[wandb]. A run that is resumed
-    keeps its trackers; none takes them away."""
+    keeps its trackers; none removes them."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""
@@ -417,7 +417,7 @@ class RunConfig(Config):
         def __init__(self, **given: Any) -> None:
             """
             Raises:
-                ValueError: settings are wrong; pydantic's own message is not written for users.
+                ValueError: a setting is wrong. pydantic's own message is not written for users.
             """
             try:
                 super().__init__(**given)

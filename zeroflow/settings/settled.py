@@ -45,7 +45,7 @@ class SettledTraining(TrainingChoice):
 
     @property
     def sharding(self) -> tuple[str, ...]:
-        """Words that describe how several ranks share the state; none for one rank."""
+        """Words that describe how the state is sharded and offloaded; none if it is neither."""
         if self.ranks == 1 and self.offload == "none":
             return ()
         gpus = (f"{self.ranks}gpus",) if self.ranks > 1 else ()

@@ -137,7 +137,7 @@ def _refuse(run: RunConfig) -> None:
         raise ValueError("the laboratory does not measure --reshard-group: drop it")
     if run.training.offload != "none":
         raise ValueError(
-            "the laboratory measures its stages both without and with offloaded state: set offload "
+            "the laboratory measures its stages with and without offloaded state: set offload "
             "in lab, not in run.training"
         )
     if run.overfit != OverfitConfig() or run.skip_preflight:

@@ -236,7 +236,7 @@ class Session:
         if zero.rank() == 0:
             log.warning(
                 "step %d: checkpoint skipped, because the one before is still being written; "
-                "training does not wait for it. --checkpoint-every %d is short for this disk",
+                "training does not wait for it. --checkpoint-every %d is too short for this disk",
                 *(step, self.job.cadence.checkpoint),
             )
 

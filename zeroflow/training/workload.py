@@ -41,7 +41,7 @@ class Sharding(Record):
 
     reshard_group: int | None = omitted()
     """Number of ranks over which weights of blocks are sharded between the forward and the backward
-    pass; None for those that share the state."""
+    pass; None for all ranks of a shard group."""
 
     @property
     def ranks(self) -> int:
@@ -85,7 +85,7 @@ class Workload(Config):
     the backward pass at stage 3; None for all ranks of a shard group."""
 
     offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
-    """State that is in host memory instead of that of the GPU."""
+    """State that is in host memory instead of GPU memory."""
 
     model: ModelConfig
 
@@ -302,7 +302,7 @@ class Workload(Config):
         sides = {
             "--hidden-size": self.model.hidden_size,
             "--intermediate-size": self.model.intermediate_size,
-            "the size of all queries": self.model.query_size,
+            "the joined size of the queries": self.model.query_size,
             "the joined size of queries, keys and values": self.model.qkv_size,
             "--seq-len": self.seq_len,
         }
