@@ -166,10 +166,10 @@ def pretrain(asked: RunConfig, stages: Stages = PLAIN, view: View = LOG_ONLY) ->
         run, job = prepared.settlement.run, prepared.job
         before = _trained_before(job)
         if before is None:
-            find_device(run.device)  # raises if a complete run lost its checkpoint on the way here
+            find_device(run.device)  # raises for a complete run whose checkpoint was lost just now
             require_tasks(evaluation_config(run))  # a misspelled name would fail after training
         busy = run.device == "cuda" and (before is None or run.evaluation.is_asked_for)
-        # The inner block of ranks ends them before another run gets the GPU
+        # `kept_ranks` is inside, so that ranks end before another run gets the GPU
         with (
             in_background(partial(show_data, prepared, view)) as data_shown,
             view.gpu_slot() if busy else nullcontext(),

@@ -48,5 +48,5 @@ def change(share: float) -> str:
 
 
 def vocabulary(tokens: int, padded: int) -> str:
-    """Return the tokens of a tokenizer, and the size of a model's vocabulary if it is larger."""
+    """Return the number of tokens of a tokenizer, and of a model's padded vocabulary, as text."""
     return f"{tokens:,}" if tokens == padded else f"{tokens:,} padded to {padded:,}"

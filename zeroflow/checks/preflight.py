@@ -1,7 +1,7 @@
 """Checks before training. They take seconds and can save hours of a broken run.
 
 They use the run's own model, data, device, precision and compile settings, and call the functions
-of training. A check that fails ends the run before its first step. A micro-batch that does not fit
+of training. If a check fails, the run ends before its first step. A micro-batch that does not fit
 in memory is halved first, as during training. The checks are a job of the ranks.
 
 The checks are in `data_checks`, `model_checks` and `step_checks`; the check of the overfit check's
@@ -86,7 +86,7 @@ def check(job: TrainingJob, *, trained: bool = False) -> PreflightResult | None:
         None if the job is finished and was never checked.
 
     Raises:
-        TrainingFailed: a rank failed for another reason than running out of memory.
+        TrainingFailed: a rank failed for a reason other than running out of memory.
     """
     identity, before = _identity(job), read(job.folder)
     if before and before.passed and before.job == _fingerprint(identity):

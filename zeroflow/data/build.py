@@ -39,9 +39,9 @@ FORMAT = 5
 
 _OLDER_FORMATS = (4, 3)
 """Formats that are read, but no longer written. Their sets are used unchanged, so that their runs
-can be resumed. Format 4 could hold out too little of a corpus with many documents, or all the notes
-beside a novel. Format 3 only held out whole documents. In all other cases, the rows are those of
-format 5."""
+can be resumed. Format 4 could hold out too little of a corpus with many documents, or all short
+documents of a corpus with one long document. Format 3 only held out whole documents. In all other
+cases, the rows are those of format 5."""
 
 _ENTROPY_TOKENS = 2**22
 """Number of tokens of synthetic data whose entropy is computed."""

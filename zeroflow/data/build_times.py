@@ -11,7 +11,7 @@ from zeroflow.records import JsonLines, Record
 FILE = "builds.jsonl"
 
 _MOST_BYTES = 2**18
-"""Number of bytes at the end of the file that are read: some thousand lines."""
+"""Number of bytes at the end of the file that are read: a few thousand lines."""
 
 
 class BuildTime(Record):

@@ -206,9 +206,9 @@ def _of_few(documents: list[_Measured], rule: Holdout, row_tokens: int) -> Holdo
     """Return the rule that holds out the fraction of the characters, and at least a few rows.
 
     Documents longer than the wanted text are not held out. Of the others, the wanted share is held
-    out in order of position, until the next document would exceed it. So most notes beside a novel
-    are trained on. If this is less than half of the wanted text, the end of the longest remaining
-    document is also held out.
+    out in order of position, until the next document would exceed it. So if there is one long
+    document, most of the short ones are trained on. If the held-out documents are less than half of
+    the wanted text, the end of the longest remaining document is also held out.
     """
     total = sum(document.characters for document in documents)
     wanted = _wanted(total, rule.below, row_tokens)

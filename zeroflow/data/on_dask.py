@@ -71,9 +71,9 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
     # it
     with ExitStack() as stack:
         if address is None:
-            # Failures of a part arrive as exceptions. Dask's own lines and tracebacks about workers
-            # that end while they build, as after Ctrl-C, would look like failures. Without a memory
-            # limit, no worker pauses at 80 % of it, which only such a line would say
+            # If a part fails, an exception arrives here. Dask's own log lines and tracebacks about
+            # workers that end while they build, as after Ctrl-C, would look like failures. There is
+            # no memory limit, because at 80 % of it a worker would pause without a visible message
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,

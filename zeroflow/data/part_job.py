@@ -35,4 +35,4 @@ class PartJob(Config):
 class BuiltPart(Config):
     facts: PartFacts
     seconds: float
-    """0 for a part that existed already."""
+    """Build time; 0 for a part that existed already."""

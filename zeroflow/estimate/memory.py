@@ -18,7 +18,7 @@ fragments that the caching allocator cannot use."""
 
 
 class HostState(NamedTuple):
-    """State of one rank that is in host memory instead of that of its GPU, in bytes."""
+    """State of one rank that is in host memory instead of GPU memory, in bytes."""
 
     weights: int
     gradients: int
@@ -111,10 +111,10 @@ def memory(work: Workload, device: Device) -> Memory:
 def _offloaded(work: Workload, kept: int, loss: int) -> Memory:
     """Return the memory on the GPU if the state of the optimiser is in host memory.
 
-    The GPU then has gathered weights, and gradients until they are reduced. The peak is in the
-    loss; at the beginning of the backward pass, when the gradient of the embedding is cast, or when
-    the last block is reduced; or at its end, when the gradient of the embedding exists three times:
-    that of the loss, that of the first layer, and their sum.
+    The GPU then has gathered weights, and gradients until they are reduced. The peak is the largest
+    of four moments: the loss; the cast of the embedding's gradient after it; the reduction of the
+    last block, which comes first in the backward pass; and the end of that pass, when the gradient
+    of the embedding exists three times: that of the loss, that of the lookup, and their sum.
 
     Args:
         kept: bytes of activations.
@@ -222,10 +222,10 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
 
     A norm also keeps its input, and its result before the scale, in fp32. The feed-forward network
     also keeps the output of silu. Every product keeps the matrices that were copied for it by a
-    cast or concatenation. Attention keeps queries and keys after rotation, what their norms keep
-    except the result, and the whole projection, because the values are a view of it; in fp32 on a
-    GPU it keeps keys and values repeated for every query head instead. The gradient of the last
-    hidden state exists during the loss.
+    cast or concatenation. Attention keeps queries and keys after rotation, what a norm of them
+    keeps except its result, and the whole projection, because the values are a view of it; in fp32
+    on a GPU it keeps keys and values repeated for every query head instead. The gradient of the
+    last hidden state exists during the loss.
     """
     model, width = work.model, work.dtype.itemsize
     D, M, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -235,7 +235,7 @@ def _kept_eager(work: Workload) -> tuple[int, int]:
     norm = (4 + 4 + width) * D
     heads = 3 * H if work.device == "cuda" and width == 4 else 2 * H + 3 * K
     others = tokens * (2 * norm + width * (D + heads * E) + 4 * (H + 2))
-    if model.qk_norm:  # in fp32, the input is a part of the projection
+    if model.qk_norm:  # in fp32, the norm's input is a view of the projection
         others += tokens * (H + K) * (4 if width == 4 else 4 + 4) * E
     others += width * D * (model.qkv_size + (H * E if cast else 0))
     feed_forward = width * (tokens * 4 * M + D * (3 if cast else 2) * M)

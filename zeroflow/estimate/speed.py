@@ -31,8 +31,9 @@ micro-batches of 64 to 16,384 tokens, measured with torch 2.13 on two cores. Sma
 with some micro-batches only."""
 
 _CPU_SLOWEST, _CPU_FASTEST = 0.25, 1.3
-"""Range of the speed on a CPU: from the expected speed to that of idle cores. Other programs slowed
-training to a quarter, and the matrix product that it was compared with by less."""
+"""Factors of the range of speeds on a CPU. The low end is relative to the expected speed, the high
+end to that speed or to the speed on idle cores, whichever is higher. Other programs slowed training
+to a quarter, but slowed the matrix product, on which the expected speed is based, by less."""
 
 _CROWDED = 0.4
 """Factor of the low end if more programs than cores are running, as the threads of a step wait for
@@ -136,7 +137,7 @@ def _recomputed_share(work: Workload) -> float:
 
 
 def fastest_on_cpu(work: Workload) -> float:
-    """Return the highest tokens per second to expect if this machine has nothing else to do."""
+    """Return the highest speed to expect, in tokens per second, if this machine is idle."""
     share = _CPU_FASTEST * _between(_IDLE_CPU_SHARE, work.model.parameters)
     return share * _measure_idle_flops() / (work.flops_per_token * (1 + _recomputed_share(work)))
 
@@ -156,9 +157,9 @@ def _measure_cpu_flops() -> float:
 def _measure_idle_flops(seconds: float = 0.05) -> float:
     """Return the FLOP/s that the threads of this process would reach on idle cores.
 
-    It is that of the fastest product of one thread, times the number of threads. Such a product
-    takes a millisecond, so that some are not interrupted on a busy machine. Products of several
-    threads are: each thread waits for the others.
+    They are those of the fastest product of one thread, times the number of threads. Such a product
+    takes a millisecond, so some of them run without interruption, even on a busy machine. A product
+    of several threads rarely does, because each thread waits for the others.
     """
     n, threads = 384, torch.get_num_threads()
     a, b = torch.rand(n, n), torch.rand(n, n)

@@ -1,8 +1,9 @@
 """Steps over slow links: their time at each bandwidth, and that of single collectives.
 
 On a busy machine, ranks wait for a core that another program uses. Linux counts this time, and it
-is subtracted. What is left of the disturbance affects all times alike: a step of many collectives
-is never as lucky as the shortest time of each, so all times are interquartile means.
+is subtracted. The rest of the disturbance should affect all times alike, so they are interquartile
+means: the shortest times of single collectives would add up to less than any step takes, in which
+some collectives are always disturbed.
 """
 
 import os

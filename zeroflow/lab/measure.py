@@ -104,7 +104,7 @@ class Measurement(Record):
     """Largest bytes of each part on any rank; empty for a single rank."""
 
     host: dict[str, int]
-    """The same of the state in host memory; empty if there is none."""
+    """Largest bytes of each part of the state in host memory; empty if there is none."""
 
     traffic: dict[str, Traffic]
     """Collectives of a step of rank 0."""

@@ -102,7 +102,7 @@ def predicted_on_host(work: Workload) -> dict[str, int]:
 
 
 def _is_on_host(work: Workload) -> bool:
-    """Return True if state is in another memory than what is computed."""
+    """Return True if state is in host memory instead of GPU memory."""
     return work.offload != "none" and work.device == "cuda"
 
 
@@ -236,7 +236,7 @@ def _peak(work: Workload, size: _Sizes, in_loss: int, in_backward: int) -> int:
         # At the end of the backward pass
         size.root_copy + _gradients(work, size) + size.block,
     ]
-    if _is_on_host(work):  # without the state, other moments may be the peak
+    if _is_on_host(work):  # without the state, the peak may be at other points of a step
         moments += _moments_without_state(work, size, in_loss, later)
     return constant + max(moments)
 

@@ -43,7 +43,7 @@ class ZeroStage(Config):
     """Ranks over which the state is sharded; None for all ranks."""
 
     offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
-    """State that is in host memory instead of that of the GPU."""
+    """State that is in host memory instead of GPU memory."""
 
     memory: dict[str, Amount]
     """Largest bytes of each part of the memory in a step, and "peak", the largest of their sum; of
@@ -144,7 +144,7 @@ class StageFit(Config):
     """Ranks over which the state is sharded; None for all ranks."""
 
     offload: Offload = Field("none", exclude_if=lambda offload: offload == "none")
-    """State that is in host memory instead of that of the GPU."""
+    """State that is in host memory instead of GPU memory."""
 
     micro_batch: Largest | None
     """With the model of the run; None if not even one row fits."""

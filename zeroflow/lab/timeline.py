@@ -64,7 +64,7 @@ def _of_gpu(events: Iterable[Any]) -> _Found:
             continue
         name, lane = event.name.lower(), "compute"
         if name.startswith(("memcpy htod", "memcpy dtoh")):
-            continue  # a copy, as of offloaded state, beside which nothing may be computed
+            continue  # a copy, as of offloaded state, during which the GPU may compute nothing
         if "nccl" in name:
             lane = "gather" if "allgather" in name else "reduce"
         yield lane, event.time_range.start, event.time_range.end  # type: ignore[misc]

@@ -95,7 +95,7 @@ _QWEN3_HEAD_DIM = 128
 
 
 def _differences(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a model has and this decoder does not, by names and values in config.json.
+    """Yield the features of a model that this decoder lacks, as named in config.json.
 
     A value that is missing there has the default of `LlamaConfig` or `Qwen3Config`.
     """

@@ -85,10 +85,10 @@ class ModelConfig(Shape):
     """True if the output head is the embedding. Some other models have a separate head."""
 
     features_per_head: PositiveInt | None = Field(None, exclude_if=lambda size: size is None)
-    """Features of a head, of a model where they are not `hidden_size / num_attention_heads`."""
+    """Features of a head; None if they are `hidden_size / num_attention_heads`."""
 
     qk_norm: bool = Field(False, exclude_if=lambda normed: not normed)
-    """True if every query and key has a norm, as in Qwen3."""
+    """True if every query and key is normalised, as in Qwen3."""
 
     @property
     def head_dim(self) -> int:
@@ -264,7 +264,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention, grouped-query: https://arxiv.org/abs/2305.13245
 
-    With `qk_norm`, the features of each query and key are normed: https://arxiv.org/abs/2302.05442
+    With `qk_norm`, each query and key is normalised: https://arxiv.org/abs/2302.05442
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -38,7 +38,7 @@ REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
 _STARTED_SECONDS = 600
-"""Time after which a server that was started listens, or was killed."""
+"""Time after which a server that was started and does not listen must have been killed."""
 
 
 def read_settings() -> None:
@@ -97,7 +97,7 @@ def new_login(given: str | None = None) -> str:
     """Return the login of a server that we start: the user's own if it is set.
 
     Args:
-        given: login otherwise; a random one by default.
+        given: login if the user has not set one; a random one by default.
     """
     chosen: str | None = PREFECT_SERVER_API_AUTH_STRING.value()
     return chosen or given or random_login()
@@ -146,7 +146,7 @@ def forget(api: Api) -> None:
 
 
 def _forget_killed(folder: Path) -> None:
-    """Remove the logins of servers that were killed and could not do it themselves."""
+    """Remove the logins of servers that were killed, and so did not remove them themselves."""
     for file in folder.glob(_login_name("*")):
         with suppress(OSError, ValueError):  # another process has just removed it
             is_old = time.time() - file.stat().st_mtime > _STARTED_SECONDS

@@ -1,4 +1,4 @@
-"""Start of a run's Prefect server while the command imports its libraries, which takes seconds.
+"""Starts a run's Prefect server while the command imports its libraries, which takes seconds.
 
 This module does not import Prefect. The process of the server does, and finds out whether another
 server is in use; see `server.main`.
@@ -22,7 +22,7 @@ LOGIN = "ZEROFLOW_SERVER_LOGIN"
 
 
 class EarlyServer(NamedTuple):
-    """A server that starts; until it answers, another server may turn out to be in use."""
+    """A server that is starting. It ends by itself if another server turns out to be in use."""
 
     program: Program
     port: int
@@ -58,7 +58,7 @@ def take() -> EarlyServer | None:
 
 
 def end_unused() -> None:
-    """End the server that was started. It cannot lose anything, because no client knows it."""
+    """End the server that was started. Nothing is lost, because no client knows it."""
     while _started:
         _started.pop().program.stop(0)
 

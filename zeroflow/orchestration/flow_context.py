@@ -139,7 +139,7 @@ def name_of(flow: str, config: type[Config], given: object) -> str:
 
 
 def _given_names(given: object) -> Iterator[str]:
-    """Yield the name of a run or sweep in a form, also within a group."""
+    """Yield the names of runs and sweeps in a form, also those within groups."""
     if isinstance(given, Mapping):
         for key, value in given.items():
             if key in ("run_name", "sweep_name") and isinstance(value, str):

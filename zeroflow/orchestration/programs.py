@@ -133,8 +133,8 @@ class Program:
 def _interruptible() -> Iterator[None]:
     """Let programs that are started in the block receive SIGINT, even if this process ignores it.
 
-    A shell's background process, as in `nohup zeroflow ui &`, ignores SIGINT, and would pass that
-    on. Prefect's worker sends itself SIGINT when it has to stop.
+    A shell's background process, as in `nohup zeroflow ui &`, ignores SIGINT, and its children
+    would inherit that. Prefect's worker sends itself SIGINT when it has to stop.
     """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if not ignored or threading.current_thread() is not threading.main_thread():

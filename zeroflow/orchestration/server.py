@@ -1,6 +1,6 @@
 """The Prefect server of a run: an existing server, or one that is started for the run.
 
-`-m zeroflow.orchestration.server PORT` is the process of `early_server`.
+`python -m zeroflow.orchestration.server PORT` is the command that `early_server` starts.
 """
 
 import logging
@@ -35,7 +35,7 @@ STOP_SECONDS = 20.0
 """Maximum time for a program to stop by itself."""
 
 _POLL_SECONDS = 0.05
-"""Time between two looks at a server that starts."""
+"""Time between two checks of a server that is starting."""
 
 _started_here: set[str] = set()
 """APIs of servers that this process started for a run and stops at its end."""
@@ -95,7 +95,7 @@ def start_server(api: Api, log_file: Path | None = None) -> Program:
 
 
 def main() -> None:
-    """Be the server of `early_server`, unless another server is in use.
+    """Run the server that `early_server` has started this process for, unless another is in use.
 
     Prefect is imported only once, because this process becomes the server.
     """

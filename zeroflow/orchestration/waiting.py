@@ -165,7 +165,7 @@ _FORMS: dict[str, tuple[str, type[Config], Callable[[Any], list[RunConfig]]]] = 
     "sweep": (SWEEP, SweepConfig, cells),
     "lab": (ZERO_LAB, ZeroLabRun, lambda lab: [lab_run(lab)]),
 }
-"""By the name of a flow's parameter: the flow, the settings, and the runs that they ask for."""
+"""The flow, its settings and the runs that they ask for, by the name of the flow's parameter."""
 
 
 def _name(run: FlowRun) -> str | None:
@@ -178,7 +178,7 @@ def _name(run: FlowRun) -> str | None:
 
 
 def _refusal(run: FlowRun) -> str | None:
-    """Return why the settings of a run cannot work; None if no reason is found in a moment."""
+    """Return why the settings of a run cannot work; None if quick checks find no reason."""
     try:
         for parameter, given in run.parameters.items():
             if parameter in _FORMS:

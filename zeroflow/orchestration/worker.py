@@ -117,7 +117,7 @@ class Prefect:
         try:
             with temporary_settings(self.api.settings):
                 waiting.explain(self._told)
-        except Exception as error:  # of a server that is busy or gone; the runs do not need it
+        except Exception as error:  # the server is busy or gone; the runs do not need it
             log.debug("cannot explain the states of flow runs: %s", error)
 
     def _write_deployments(self) -> Path:
@@ -164,7 +164,7 @@ class Prefect:
 
 @contextmanager
 def paused_pool() -> Iterator[None]:
-    """Pause the work pool in the block, so that workers take no runs; a paused pool stays so."""
+    """Pause the work pool in the block, so that workers take no runs; it may be paused already."""
     was_paused = True
     with get_client(sync_client=True) as client:
         try:
@@ -187,7 +187,7 @@ def _stop_runs(program: Program) -> list[UUID]:
     """
     stopped: list[UUID] = []
     deadline = time.monotonic() + _SAVE_SECONDS
-    # A second time for a run that the worker took just before its pool was paused
+    # Repeated for a run that the worker took just before its pool was paused
     while (runs := _flow_runs(program.pid)) and (left := deadline - time.monotonic()) > 0:
         for run in runs:
             if id := _flow_run_id(run):
@@ -200,7 +200,7 @@ def _stop_runs(program: Program) -> list[UUID]:
 
 
 def mark_stopped(flow_runs: Sequence[UUID]) -> None:
-    """Mark flow runs as cancelled that were stopped before their own code could report it.
+    """Mark flow runs as cancelled if they were stopped before their own code could report it.
 
     Their worker has reported them as crashed.
     """

@@ -44,8 +44,8 @@ Acquire = Callable[[Path], None]
 def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
     """Settle `asked` and log the plan of the run, before anything is built.
 
-    The plan is saved in the run's directory. The log has the time that remains, at the speed that
-    is expected now.
+    The plan is saved in the run's directory. The log has the remaining time at the speed that is
+    expected now.
 
     Raises:
         ValueError, hub.HubError: as `settle` does.

@@ -68,7 +68,7 @@ class Evaluated(NamedTuple):
 
     found: Evaluation
     reused: bool
-    """True if it had been scored before."""
+    """True if the checkpoint had been scored before."""
 
 
 def evaluate(run: Settled, view: View = LOG_ONLY) -> Evaluated:

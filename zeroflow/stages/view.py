@@ -41,7 +41,7 @@ class View:
         return lambda plot: None
 
     def alert(self, condition: Noticed, message: str) -> None:
-        """Called when an alert condition holds."""
+        """Called when an alert condition is met."""
 
     def part_builder(self, build: BuildPart) -> BuildPart:
         """Return `build`, or a function that also shows each part that it builds."""

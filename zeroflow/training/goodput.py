@@ -260,8 +260,8 @@ def read(folder: RunFolder, *, after: int = 0) -> Account:
     """Return the account of a run so far.
 
     Args:
-        after: steps that the run had when the last process to count was launched; earlier ones are
-            left out.
+        after: number of steps. Processes before the last one that was launched with at most this
+            many steps are left out.
     """
     bookings = BOOKINGS.read(folder.goodput)
     if after:

@@ -90,7 +90,7 @@ def train_step(
     enter("optimizer")
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), optimizer.max_grad_norm)
     grad_norm = zero.full_tensor(norm)
-    # The norm is non-finite if any gradient is. It is where the optimiser's state is
+    # The norm is non-finite if any gradient is. Its device is that of the optimiser's state
     non_finite = ~torch.isfinite(loss.to(grad_norm.device) + grad_norm)
     optimizer.step(state.optimizer, skip=non_finite)
     state.optimizer.zero_grad()

@@ -98,7 +98,7 @@ def process_group(device: DeviceKind, *, alone: bool = False) -> Iterator[None]:
     the address in the environment.
 
     Args:
-        alone: one rank also makes a group, which `shard` needs.
+        alone: also make a group of a single rank, which `shard` needs.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 and not alone:
@@ -227,7 +227,7 @@ def shard(
     backward pass; stage 3 keeps only those of one or two blocks, and of the embedding.
 
     Offloaded shards of weights and gradients are in pinned host memory. So the moments of an
-    optimiser that is built for them are in host memory too, and the CPU updates. FSDP2 copies
+    optimiser that is built for them are in host memory too, and the CPU updates all. FSDP2 copies
     shards of weights to the device before it gathers them, and shards of gradients to the host.
 
     Args:

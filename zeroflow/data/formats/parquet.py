@@ -84,7 +84,7 @@ class ParquetFormat(Format):
 
 
 _NAMED = ("id", "url")
-"""Columns besides the text."""
+"""Columns that are read besides the text."""
 
 _NESTED = "fields in nested columns are not read: write the text to a column of its own"
 
@@ -242,7 +242,7 @@ def _good_rows(
 
 
 def _taken(batch: pa.RecordBatch, places: Int64Array) -> pa.RecordBatch:
-    """Return some rows of a batch. Arrow itself cannot take all kinds of strings."""
+    """Return some rows of a batch. Arrow's `take` does not support all types of strings."""
     columns = {}
     for name in batch.schema.names:
         values = batch.column(name)
