@@ -147,8 +147,8 @@ def _items(task: CoreTask, content: bytes, most: int | None) -> list[Item]:
         raise ValueError(f"{task.file}: {error}") from error
     if len(items) <= task.few_shot:
         raise ValueError(
-            f"{task.file} has too few lines ({len(items)}): a question needs {task.few_shot} others "
-            "as solved examples"
+            f"{task.file} has too few lines ({len(items)}): a question needs "
+            f"{task.few_shot} others as solved examples"
         )
     random.Random(_ORDER_SEED).shuffle(items)
     # Solved examples are taken from the same questions
