@@ -1,4 +1,8 @@
-"""A text and its tokenizer, a Prefect server, and the flow with a cache of its own."""
+"""A text and its tokenizer, a Prefect server, and the flow with a cache of its own.
+
+The process that distributes the tests also imports this file, before it starts those that run them.
+Fixtures therefore import what takes seconds.
+"""
 
 import logging
 import os
@@ -8,17 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from hub import english
 from hypothesis import settings
 from patience import HANG_SECONDS
-from pipeline import LOGINS, Flow, free_port
-from tiny import Text, jsonl_corpus
 
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
-from zeroflow.estimate import speed
+if TYPE_CHECKING:
+    from pipeline import Flow
+    from tiny import Text
 
 # A shell without job control starts background commands with SIGINT ignored, which children inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,16 +31,28 @@ settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import tiny  # noqa: F401, sets it
+
+
+@pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
     """Measure the CPU for less than 0.2 s, because many tests make a plan."""
+    from zeroflow.estimate import speed
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "CPU_MEASUREMENT_SECONDS", 0.02)
         yield
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+def text(tmp_path_factory: pytest.TempPathFactory) -> "Text":
     """Sixty documents, each with a word of its own, and a tokenizer trained on them."""
+    from hub import english
+    from tiny import Text, jsonl_corpus
+
+    from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+
     folder: Path = tmp_path_factory.mktemp("text")
     rng = random.Random(0)
     texts = [f"Marker{number:03}. {english(rng)}" for number in range(60)]
@@ -49,6 +64,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
 @pytest.fixture(scope="session")
 def base_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """No account, no network, no settings of the person who runs the tests."""
+    from pipeline import free_port
+
     home = tmp_path_factory.mktemp("home")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "HF_"))}
     return kept | {
@@ -80,6 +97,7 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
     This process has its login as a setting of Prefect, and the flows that tests start find it in
     the home that they share with the server.
     """
+    from pipeline import LOGINS, free_port
     from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
     port = free_port()
@@ -104,7 +122,9 @@ def prefect_api(base_environment: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.fixture
-def flow(tmp_path: Path, base_environment: dict[str, str], prefect_api: str) -> Flow:
+def flow(tmp_path: Path, base_environment: dict[str, str], prefect_api: str) -> "Flow":
+    from pipeline import Flow
+
     return Flow(tmp_path / "cache", base_environment | {"PREFECT_API_URL": prefect_api})
 
 
