@@ -54,7 +54,7 @@ _IN_WORDS = {
 def flag(setting: str) -> str:
     """Return the flag of a setting, such as --learning-rate for `training.learning_rate`.
 
-    A name that Python or pydantic uses otherwise ends with an underscore, which is no part of it.
+    An underscore at the end of a name that Python or pydantic already uses is not part of the flag.
     """
     *groups, name = setting.rstrip("_").split(".")
     if name == "name" and groups:  # the name of an optimiser is chosen by --optimizer

@@ -72,7 +72,7 @@ class Record(Config):
 
     @classmethod
     def read_if_exists(cls, path: Path) -> Self | None:
-        """Like `read`, but None if there is no such file."""
+        """Return what `read` does, or None if there is no such file."""
         return cls.read(path) if path.exists() else None
 
 
@@ -123,7 +123,7 @@ class JsonLines(Generic[R]):
         return self.follow(path).new_records()
 
     def readable(self, path: Path, *, most_bytes: int | None = None) -> list[R]:
-        """Like `read`, but without the lines that cannot be read.
+        """Return the records of all lines that can be read.
 
         Args:
             most_bytes: read only so many bytes at the end of the file, and no half line there.

@@ -104,7 +104,7 @@ def nearest(wanted: Fields, there: Mapping[str, Fields | None]) -> str:
 
 
 def by_flag(fields: Fields, settings: Iterable[str]) -> Fields:
-    """The same fields; those that are called like one of the `settings` are named by its flag."""
+    """Return `fields`; those with the name of one of the `settings` are named by its flag."""
     names = {*settings}
     return {flag(name) if name in names else name: value for name, value in fields.items()}
 

@@ -17,7 +17,7 @@ from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import ValidationRecord
 
 Target = Literal["start-up", "training", "saving", "validation"]
-"""What training is doing when it is killed."""
+"""Activity of training at the time of a kill."""
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 

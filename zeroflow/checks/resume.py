@@ -91,7 +91,7 @@ class Proof(Record):
 
 
 class ResumeInexact(RuntimeError):
-    """The killed run ended with other bits than the undisturbed run."""
+    """The killed and the undisturbed run ended with different bits."""
 
 
 def prove(
@@ -108,7 +108,7 @@ def prove(
 
     Raises:
         ValueError: losses are not logged at every step, or there are too few steps.
-        TrainingFailed: training failed for another reason than a kill, or another proof is running
+        TrainingFailed: training failed for a reason other than a kill, or another proof is running
             in this directory.
     """
     if job.cadence.log != 1:

@@ -87,19 +87,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """The whole number that `text` is, for a flag."""
+    """Return the value of a flag as a whole number."""
     return _of_type(int, text, "must be a whole number")
 
 
 def positive_number(text: str) -> int:
-    """The positive whole number that `text` is, for a flag."""
+    """Return the value of a flag as a positive whole number."""
     if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 (found {text!r})")
     return number
 
 
 def any_number(text: str) -> float:
-    """The number that `text` is, for a flag."""
+    """Return the value of a flag as a number."""
     return _of_type(float, text, "must be a number")
 
 
@@ -130,7 +130,7 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
     """Return the settings given on the command line, nested like `config`.
 
     Raises:
-        ValueError: a value is not UTF-8, or there are thousands.
+        ValueError: a value is not UTF-8, or a setting has thousands of values.
     """
     values: dict[str, Any] = {}
     for setting in settings(config):

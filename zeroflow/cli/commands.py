@@ -377,7 +377,7 @@ def _plan_arguments(parser: Parser) -> None:
         metavar="NAME",
     )
     parser.add_argument(
-        "--memory-gb", type=any_number, help="memory of a GPU that is not a known one", metavar="GB"
+        "--memory-gb", type=any_number, help="memory of a GPU that is not known", metavar="GB"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings(parser, RunConfig, "run")
@@ -472,8 +472,8 @@ _COMMANDS = (
         "score a run's model on texts and tasks",
         _evaluate_arguments,
         _evaluate,
-        "Score a checkpoint: loss, bits per byte and perplexity on texts, and tasks of "
-        "lm-evaluation-harness. Without texts and tasks, the held-out rows of the run are scored.",
+        "Score a checkpoint: loss, bits per byte and perplexity on texts, and accuracy on tasks of "
+        "lm-evaluation-harness and on CORE. Without any, the held-out rows of the run are scored.",
     ),
     _Command("data", "show the contents of a run's rows", _of_a_run, _data),
     _Command(
@@ -485,7 +485,7 @@ _COMMANDS = (
         _plan_arguments,
         _plan,
         "Predict parameters, FLOPs, memory, time and disk space of the run that the same flags "
-        "would start. The command may ask the Hub, and builds and records nothing.",
+        "would start. The command may send requests to the Hub. It builds and records nothing.",
     ),
     _Command(
         "shards",

@@ -106,7 +106,7 @@ _COMMANDS = {
         ZeroLabRun,
         "lab",
         "Measure each stage of ZeRO on several ranks: memory by part, collectives, speed, and the\n"
-        "difference of the losses from one rank, beside the formulas.\n\n"
+        "difference of the losses from one rank, next to the formulas.\n\n"
         "  zeroflow zero-lab --gpus 2 --device cpu        two processes on a laptop\n"
         "  zeroflow zero-lab --gpus 8 --size medium\n\n"
         "All other settings are those of a run. On a CPU, the defaults are small.",

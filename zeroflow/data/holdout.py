@@ -77,7 +77,7 @@ class Holdout(Config):
     """The rule by which documents are held out."""
 
     by: Literal["id", "text"] = "id"
-    """Whether the position of a document is a hash of its id or of its text."""
+    """Field of a document whose hash is its position."""
 
     below: float
     """Documents with a lower position are held out."""

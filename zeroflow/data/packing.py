@@ -2,7 +2,7 @@
 
 Documents are packed window by window; the rows of a window depend on its documents only. No token
 is lost, and a short row is padded with end-of-text ids. Because documents are never empty, an
-end-of-text id is padding exactly if it follows another one. So the ids alone show where the
+end-of-text id is padding if and only if it follows another one. So the ids alone show where the
 documents of a row begin, and no mask needs to be stored.
 """
 

@@ -33,7 +33,7 @@ from zeroflow.data.shards import (
 log = logging.getLogger(__name__)
 
 PAGE_PARTS = 512
-"""Number of parts of a page. After a killed build, up to this many parts, some 17 GB, are verified
+"""Number of parts of a page. After a killed build, up to this many parts, about 17 GB, are verified
 again."""
 
 _FORMAT, _WITHOUT_ENDS = "2", "1"

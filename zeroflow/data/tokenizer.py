@@ -191,7 +191,7 @@ class Vocabulary(NamedTuple):
     size: int
     is_certain: bool
     source: str
-    """Where the size comes from."""
+    """Source of the size, as text."""
 
     is_limit: bool = False
     """True if the size is a limit, because training on repetitive text gives fewer tokens."""

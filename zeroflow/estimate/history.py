@@ -26,7 +26,7 @@ SAME_MARGINS: dict[DeviceKind, tuple[float, float]] = {"cuda": (0.9, 1.1), "cpu"
 have been busy with other programs."""
 
 _OTHER_MARGINS: dict[DeviceKind, tuple[float, float]] = {"cuda": (0.6, 1.6), "cpu": (0.3, 3.0)}
-"""The same for runs of another model, at equal FLOP/s."""
+"""Range of the speed relative to that of runs of another model, at equal FLOP/s."""
 
 
 class Figures(Config):

@@ -10,7 +10,7 @@ from zeroflow.training.loss import logits_bytes
 from zeroflow.training.workload import Workload
 
 Room = Literal["yes", "tight", "no"]
-"""Whether a step fits in memory."""
+"""Fit of a step in memory."""
 
 USABLE = 0.85
 """Fraction of a device's memory that a plan may use. The rest is for the CUDA context and for

@@ -41,7 +41,7 @@ each other. Three small models reached 16 %, 29 % and 36 % of the expected speed
 load average of 13 to 19."""
 
 _GPU_RANGE = (0.6, 1.2)
-"""The same for a GPU, assuming the utilisation of an H100."""
+"""Range of the speed on a GPU, relative to the speed at the utilisation of an H100."""
 
 CPU_MEASUREMENT_SECONDS = 0.2
 """Duration of the measurement of matrix products."""
@@ -73,7 +73,7 @@ class Speed(NamedTuple):
     """None if nothing similar has been measured."""
 
     source: str
-    """What the figure is based on, or why there is none."""
+    """Basis of the figure, or the reason why there is none."""
 
 
 def assumed_mfu(work: Workload) -> float:

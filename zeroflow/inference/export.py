@@ -208,8 +208,8 @@ _CLEANUP = (
     *((rf"{_START} {re.escape(mark)}", mark) for mark in (".", "?", "!", ",")),
     *((rf"{_START} {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
 )
-"""What the WordPiece decoder replaces in each token, which here begins with its space. Its other
-replacements need more than one word in a token.
+"""Strings that the WordPiece decoder replaces in each token, which here begins with its space. Its
+other replacements need more than one word in a token.
 
 Source: https://github.com/huggingface/tokenizers, decoders/wordpiece.rs
 """

@@ -15,7 +15,7 @@ from zeroflow.inference.evaluation import TaskMetric, TaskScore
 from zeroflow.inference.trained import Trained
 
 Results: TypeAlias = dict[str, Any]
-"""What the harness returns for a task or an example."""
+"""Results of the harness for a task or an example."""
 
 _RESAMPLES = 1000
 """Bootstrap resamples for standard errors that have no formula, such as that of a perplexity."""

@@ -63,7 +63,7 @@ class Fit(Config):
 
     workload: Workload
     above: Workload
-    """The same with one more row in a micro-batch, or one more block in the model."""
+    """The workload with one more row in a micro-batch, or one more block in the model."""
 
 
 class LabJob(RankJob):
@@ -81,7 +81,7 @@ class LabJob(RankJob):
     """Network of the ranks; None for that of this machine."""
 
     fits: tuple[Fit, ...] = ()
-    """If there are any, only these are measured."""
+    """Workloads under a cap of memory. If there are any, only these are measured."""
 
     threads: PositiveInt
     """Threads of each rank on a CPU."""
@@ -120,7 +120,7 @@ class FitMeasurement(Record):
     """Largest bytes of the tensors of any rank."""
 
     peak_above: int
-    """The same of the larger workload."""
+    """Peak of the larger workload."""
 
     step_seconds: float
     """Median."""

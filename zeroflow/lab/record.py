@@ -53,10 +53,10 @@ class ZeroStage(Config):
     """Largest bytes of each part of the state in host memory; None if all is on the device."""
 
     collectives: dict[str, Collective]
-    """By name, in a step."""
+    """Collectives of a step, by name."""
 
     tokens_per_second: float
-    """Of all ranks together."""
+    """Speed of all ranks together."""
 
     step_seconds: float
     """Median time of a step."""
@@ -126,10 +126,10 @@ class Largest(Config):
     """Bytes of a rank's tensors at the peak of a step."""
 
     peak_above: Amount
-    """The same with one more row or block."""
+    """Bytes at the peak with one more row or block."""
 
     tokens_per_second: float
-    """Of all ranks together."""
+    """Speed of all ranks together."""
 
     def is_largest(self, cap: int) -> bool:
         """Return True if its measured peak is within the cap, and one more row or block is not."""

@@ -64,7 +64,7 @@ class Api(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The same as environment variables of a program; `ps` would show arguments to everyone."""
+        """These settings as environment variables; `ps` would show arguments to everyone."""
         return {setting.name: value for setting, value in self.settings.items()}
 
     @property

@@ -98,7 +98,7 @@ def prove_resume(asked: ProofRun) -> Path | State:
     validate_parameters=False,
 )
 def zero_lab(lab: ZeroLabForm) -> Path | State:
-    """Measure each stage of ZeRO: memory, collectives, speed and losses, beside the formulas.
+    """Measure each stage of ZeRO: memory, collectives, speed and losses, next to the formulas.
 
     Returns:
         The path of zero_lab.md.

@@ -27,7 +27,7 @@ _BAR_SECONDS = 5.0
 """Minimum time between two updates of a progress bar."""
 
 _BAR_RETRY_SECONDS = 60.0
-"""The same after a failed update."""
+"""Minimum time between a failed update and the next."""
 
 
 def publish(page: Page, subject: str, run_name: str) -> None:
@@ -119,6 +119,6 @@ class ProgressBar:
 
 
 def _key(subject: str, run_name: str) -> str:
-    """Return the key of an artifact, which has lower-case letters, digits and dashes."""
+    """Return the key of an artifact, which consists of lower-case letters, digits and dashes."""
     lower = f"{subject}-{run_name}".lower()
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in lower).strip("-")

@@ -124,7 +124,7 @@ class Plan(Record):
     rate_source: str
     memory_source: str
     shard_source: str = ""
-    """What the predicted size of the shards is based on; empty in files of older versions, and for
+    """Basis of the predicted size of the shards; empty in files of older versions, and for
     synthetic data."""
 
     disk_bytes: int

@@ -128,7 +128,7 @@ def by_hand(gang: Gang, ended: Ended) -> Iterator[Held]:
 
 @contextmanager
 def asked_to_stop(folder: RunFolder, ended: Ended) -> Iterator[None]:
-    """If the block is left early, ask the ranks to save and stop, and wait until they have.
+    """Ask the ranks to save and stop if the block is left early, and wait until they have.
 
     After a failure the ranks end at once, and the ranks that torchrun starts then wait for the next
     job.

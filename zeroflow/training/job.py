@@ -140,7 +140,7 @@ class TrainResult(StageResult):
     """Validation loss after the last step, in nats per token."""
 
     val_bpb: float | None
-    """The same loss in bits per byte of text; None for data that is not text."""
+    """Validation loss in bits per byte of text; None for data that is not text."""
 
     val_error: float | None = omitted()
     """Standard error of val_loss; None for one row, and in files of older versions."""

@@ -83,7 +83,7 @@ class ValidationRecord(_Logged):
     """Standard error of val_loss over samples of held-out rows; None in files of older versions."""
 
     val_bpb: float | None
-    """The same loss in bits per byte of text; None for data that is not text."""
+    """Validation loss in bits per byte of text; None for data that is not text."""
 
     sample: str
     """Text that the model generated."""

@@ -217,7 +217,7 @@ class RankProcesses:
         """Kill the ranks and all their children.
 
         Args:
-            known: children found earlier, because those of an ended rank cannot be found any more.
+            known: children found earlier, because those of an ended rank can no longer be found.
         """
         for member in [*known, *self._families()]:
             with suppress(psutil.NoSuchProcess):
