@@ -278,7 +278,7 @@ def sweep(
                     errors.append(error)
         page = stages.compare(asked, ended, view)
     except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
-        sweeps.abandon(asked, ended)
+        sweeps.abandon(asked, ended, lambda page: view.page(page, "comparison"))
         raise
     # The errors of an array are in the logs of its runs, and some may not come again
     worth_a_retry = asked.in_array or any(map(may_succeed, errors))

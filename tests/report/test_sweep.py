@@ -12,10 +12,12 @@ from zeroflow import pipeline
 from zeroflow.pipeline import RunCancelled, SweepFailed
 from zeroflow.report import sweep as sweep_report
 from zeroflow.report.comparison import Comparison
+from zeroflow.report.pages import Page
 from zeroflow.run_folder import Cache
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
 from zeroflow.settings.sweep import SweepConfig, cells
+from zeroflow.stages.view import View
 from zeroflow.tracking.config import address
 from zeroflow.tracking.store import open_store, run_ids
 from zeroflow.training.events import Failed, Stopped
@@ -173,8 +175,15 @@ def test_interrupted_sweep_is_compared_so_far_and_ended(make, begin, stop):
             raise stop
         completed(begin(cell), LOSSES)
 
+    shown: list[str] = []
+
+    class Shown(View):
+        def page(self, page: Page, subject: str) -> None:
+            shown.append(subject)
+
     with pytest.raises(stop):
-        pipeline.sweep(sweep, run_one)
+        pipeline.sweep(sweep, run_one, view=Shown())
+    assert shown == ["comparison"], "also in Prefect"
     assert statuses(sweep) == {"seed0": "completed", "seed1": "stopped"}
     assert "s-custom-seed2 (without a loss)" in sweep.folder.comparison_page.read_text()
     assert mlflow_status(sweep) == "KILLED"

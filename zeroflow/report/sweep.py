@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zeroflow import artifacts
@@ -93,10 +93,10 @@ def compare(sweep: SweepConfig, ended: Mapping[str, Status]) -> Page:
     return page
 
 
-def abandon(sweep: SweepConfig, ended: Mapping[str, Status]) -> None:
-    """Compare the runs of an interrupted sweep with the steps that they did."""
+def abandon(sweep: SweepConfig, ended: Mapping[str, Status], show: Callable[[Page], None]) -> None:
+    """Compare the runs of an interrupted sweep with the steps that they did, and show the page."""
     with never_fatal("comparison"):
-        compare(sweep, ended)
+        show(compare(sweep, ended))
 
 
 def _gather(sweep: SweepConfig, ended: Mapping[str, Status]) -> tuple[Comparison, dict[str, str]]:
