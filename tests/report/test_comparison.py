@@ -139,7 +139,7 @@ def test_page_and_plots_show_the_whole_comparison(tmp_path):
     failed = {"unfinished": {"s-tiny-seed7": "failed"}, "reasons": {"s-tiny-seed7": why}}
     shown = text("s", found, plots=drawn, **failed)
     assert f"`s-tiny-seed7` failed: {why}" in shown.replace("\\", "")
-    assert "fails again if its reason asks for other settings" in shown
+    assert "fails again if its settings are the reason" in shown
     assert "| small-0 | small | " in shown and "**Not completed: s-tiny-seed7 (failed)**" in shown
     assert "Common to all runs: status completed, " in shown
     assert f"C^-{EXPONENT:.4f}" in shown and "Test of the law" in shown and "+0.00%" in shown

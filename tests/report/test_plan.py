@@ -176,7 +176,7 @@ def test_command_prints_a_plan_and_starts_nothing(tmp_path, capsys, console):
     page = capsys.readouterr().out
     for expected in (
         "plan of medium on 4 x NVIDIA H100 80GB HBM3, ZeRO stage 0, with 80.00 GiB each",
-        "--gpu H100 is planned as NVIDIA H100 80GB HBM3; also known: NVIDIA H100 NVL, ",
+        "--gpu H100 means NVIDIA H100 80GB HBM3; other known GPUs: NVIDIA H100 NVL, ",
         " on each of 4 (computed, sum of its parts)",
         "feed-forward    830,472,192  61.7%",
         "assuming 52% MFU",
@@ -323,7 +323,7 @@ def test_plan_says_when_a_checkpoint_takes_longer_than_the_training_between_two(
 
 def test_plan_for_another_machine_gives_the_disk_speed_that_it_needs(tmp_path):
     line = plan_page.checkpoints_line(on_gpus(1, "small", tmp_path, checkpoint_every=10))
-    assert re.search(r"plan is for another machine: below \d+ MB/s, some are left out\)$", line)
+    assert re.search(r"plan is for another machine: below \d+ MB/s, some are skipped\)$", line)
 
 
 def test_plan_is_unchanged_when_a_run_resumes(ask, finish):

@@ -32,7 +32,7 @@ _PIECE_BYTES = 64 * 2**20
 _PEEK_BYTES = 8192
 """Number of bytes that `readline` looks at in advance."""
 
-# Files from which the `datasets` library reads which files of a repository make up a subset
+# Files in which the `datasets` library finds the files of each subset
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
@@ -213,7 +213,7 @@ def _train_split(folder: Path, dataset: str, subset: str | None) -> list[str]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """See `open_file`."""
+    """A file of a dataset on the hub, see `open_file`."""
 
     def __init__(
         self, kind: str, repository: str, file: HubFile, revision: str, patience: Patience

@@ -13,7 +13,7 @@ t is the quantile of Student's t at 1 - 5 %/20.
 
 The windows of a run are not independent: a run that is above the others stays above them. In 32
 runs of 400 steps, and 24 of 200, with different seeds, windows correlated at 0.6 to 0.7, and
-distant windows at hardly less. So five pooled windows count with half of their degrees of freedom.
+distant windows hardly less. So five pooled windows count with half of their degrees of freedom.
 The band of 3, 4, 5 or 8 of these runs contained 93 to 99 % of the others, and so did the band of
 simulated runs with a correlation of up to 0.97. A band of two earlier runs would be three times as
 wide, so at least three are needed.

@@ -70,7 +70,7 @@ def page(
 def _how_to_resume(unfinished: Mapping[str, str]) -> str:
     advice = "To resume them, repeat the command, or retry the flow run of a worker in Prefect."
     if "failed" in unfinished.values():
-        advice += " A failed run fails again if its reason asks for other settings."
+        advice += " A failed run fails again if its settings are the reason."
     return advice
 
 

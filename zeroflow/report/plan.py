@@ -185,7 +185,7 @@ def _notes(gpu: str) -> tuple[str, ...]:
         return (f"{gpu} is not a known GPU: compute capability {capability} is assumed",)
     if not others:
         return ()
-    return (f"--gpu {gpu} is planned as {taken}; also known: {', '.join(others)}",)
+    return (f"--gpu {gpu} means {taken}; other known GPUs: {', '.join(others)}",)
 
 
 def load(folder: RunFolder) -> Plan | None:

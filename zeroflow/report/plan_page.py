@@ -164,7 +164,7 @@ def checkpoints_line(plan: Plan) -> str:
     if interval:
         line += f", about {_brief(interval)} of training"
     if takes is None:
-        limit = f": below {decimal(int(size / interval))}/s, some are left out" if interval else ""
+        limit = f": below {decimal(int(size / interval))}/s, some are skipped" if interval else ""
         return f"{line} ({plan.disk_source}{limit})"
     line += f"; a write takes about {_brief(takes)} ({decimal(int(size / takes))}/s, "
     line += f"{plan.disk_source})"

@@ -237,7 +237,7 @@ class TrainingChoice(Config):
 
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints. One that is due while the one before is still being written is
-    left out. Default: a fifth of the run, at most 250."""
+    skipped. Default: a fifth of the run, at most 250."""
 
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep. The one with the lowest validation loss is always

@@ -249,7 +249,7 @@ def _started_from(wanted: RunConfig, source: InitialSource) -> tuple[RunConfig, 
         kind = "text" if is_text else "token ids"
         raise ValueError(
             f"--init-from {source.name} was trained on {kind}, but --data-mode is "
-            f"{wanted.data.data_mode}: use another one"
+            f"{wanted.data.data_mode}: use another model or --data-mode"
         )
     model = wanted.model.replace(init_from=source.name, **shape)
     return wanted.replace(model=model, tokenizer=source.tokenizer), source.initial

@@ -156,7 +156,7 @@ class Saver:
 
         Args:
             val_loss: validation loss of this state, if it was measured.
-            promised: wait for the previous write to end; otherwise nothing is saved meanwhile.
+            promised: wait for the previous write to end; otherwise nothing is saved before it ends.
 
         Returns:
             False if nothing was saved because the previous write has not ended.

@@ -22,7 +22,7 @@ from zeroflow.training.processes import Task, rank_processes
 from zeroflow.training.pulse import Pulse
 
 _POLL_SECONDS = 0.1
-"""Time between two looks at the ranks."""
+"""Time between two checks of the ranks."""
 
 _KILLED = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
 """Exit codes of a killed rank. A rank that loses its connection to another rank aborts instead."""
