@@ -11,8 +11,8 @@ from zeroflow.cli.first_line import announce
 def begin(flow: str, arguments: Sequence[str]) -> None:
     """Print the first line, and start the rank and the Prefect server that the command will need.
 
-    Both start while the libraries are imported, which takes about as long. If the settings turn out to be
-    wrong, they end with the command.
+    Both start while the libraries are imported, which takes about as long. If the settings turn out
+    to be wrong, they end with the command.
 
     Args:
         flow: name of the flow.
