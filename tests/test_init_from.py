@@ -251,7 +251,7 @@ def test_licence_passes_on_to_runs_and_does_not_change_what_is_the_same(folder, 
     [
         ({"model": {"init_from": "run:nobody"}}, "no run nobody in .*; existing runs: base"),
         ({"model": {"init_from": "run:base@5"}}, "no checkpoint of step 5, only of steps 2, 4, 6"),
-        ({"model": {"init_from": "run:base@x"}}, "after @ comes the number of a step, or best"),
+        ({"model": {"init_from": "run:base@x"}}, "@ must be followed by a step or best"),
         ({"model": {"init_from": "./nowhere"}}, "--init-from ./nowhere: no such folder"),
         ({"model": {"init_from": "tests"}}, "the folder has no config.json"),
         ({"model": {"init_from": "run:base", "size": "tiny"}}, "--size tiny and --init-from run"),

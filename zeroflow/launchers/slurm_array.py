@@ -84,7 +84,7 @@ def script(folder: ArrayFolder, runs: Sequence[str], options: Sequence[str]) -> 
 
 
 def finish_earlier(folder: ArrayFolder) -> None:
-    """Wait until the runs of an array that an earlier command has left have ended."""
+    """Wait for the end of the runs of an array that an earlier command submitted."""
     if (job := waiting_or_running(folder.slurm_job)) is not None:
         _watch(folder, job)
 

@@ -136,7 +136,7 @@ class Plan(Record):
     registers them and MLflow is on this machine."""
 
     there_bytes: int
-    """Bytes of them that already exist, for a resumed run."""
+    """Part of `disk_bytes` that already exists, for a resumed run."""
 
     free_bytes: int
     checkpoint_every: int | None = omitted()

@@ -49,7 +49,7 @@ class WandbRun:
 
     def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
         loopback.bypass_proxies()
-        # Both are read at the import; wandb would also report its own errors to its makers
+        # Both are read at the import; wandb would also report its own errors to its developers
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -59,7 +59,7 @@ class WandbRun:
         self._record = WandbRecord.read_if_exists(folder.wandb) or WandbRecord(id=uuid4().hex[:8])
         self._run: Any = None
         self._step = 0
-        """Last step in the run, and until there is one, the first to send."""
+        """Step of the last point in the run; 0 if there is none."""
 
         self._has_points = False
         self._begin()
@@ -145,7 +145,7 @@ def is_complete(folder: RunFolder, last_step: int) -> bool:
 
 
 def _settings(wandb: Any) -> Any:
-    """Return settings without what MLflow has already, or nobody has asked for."""
+    """Return settings that disable what MLflow already has and what nobody has asked for."""
     return wandb.Settings(
         init_timeout=OPEN_SECONDS,
         finish_timeout=UPLOAD_SECONDS,

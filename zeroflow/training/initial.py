@@ -180,7 +180,7 @@ def _of_run(name: str, cache: Path) -> InitialSource:
             f"--init-from {name}: no run {run} in {cache}/runs; existing runs: {runs or 'none'}"
         )
     if which and which != "best" and not which.isdecimal():
-        raise ValueError(f"--init-from {name}: after @ comes the number of a step, or best")
+        raise ValueError(f"--init-from {name}: @ must be followed by a step or best")
     chosen: Which = "newest" if not which else "best" if which == "best" else int(which)
     path = checkpoint.find(folder.checkpoints, chosen)
     facts, tokenizer = checkpoint.read_facts(path), read_job(folder).tokenizer
@@ -193,7 +193,7 @@ def _of_run(name: str, cache: Path) -> InitialSource:
 
 
 def _licence_of_run(folder: RunFolder) -> str | None:
-    """Return the licence of the model that a run started from, which holds for what comes of it."""
+    """Return the licence of the model that a run started from; it also applies to the new model."""
     found = artifacts.read_json(folder.settings).get("initial") or {}
     licence: str | None = found.get("licence")
     return licence
@@ -250,7 +250,7 @@ def _card_metadata(card: Path) -> JsonObject:
         return {}
     try:
         found = yaml.safe_load(block[1])
-    except yaml.YAMLError:  # somebody else's text, of which a run needs nothing
+    except yaml.YAMLError:  # text by others, which a run does not need
         return {}
     return found if isinstance(found, dict) else {}
 
