@@ -169,7 +169,7 @@ def _logged(client: Any, run_id: str, step: int) -> Any | None:
 
 
 def _delete_incomplete(client: Any, run_id: str, step: int) -> None:
-    """Delete what killed processes left; nobody else delivers this model at the moment."""
+    """Delete what killed processes left; no other process delivers this model now."""
     for left in _attempts(client, run_id, step):
         if left.status != "READY":
             client.delete_logged_model(left.model_id)

@@ -59,7 +59,7 @@ class WandbRun:
         self._record = WandbRecord.read_if_exists(folder.wandb) or WandbRecord(id=uuid4().hex[:8])
         self._run: Any = None
         self._step = 0
-        """Step of the last point in the run; 0 if there is none."""
+        """Last step that was sent; until one is sent, the first step to send."""
 
         self._has_points = False
         self._begin()
