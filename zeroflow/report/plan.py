@@ -36,7 +36,7 @@ from zeroflow.estimate.memory import (
 )
 from zeroflow.estimate.run_speed import PastTraining, already_trained, own_speed, speed
 from zeroflow.estimate.speed import Rate
-from zeroflow.model.llama import ActivationCheckpointing
+from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
 from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.remarks import remarks
@@ -256,8 +256,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     one = checkpoint_bytes(work)
     disk = disk_speed(run.cache_dir, one, facts.runs) if here else _DISK_ELSEWHERE
     checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
-    # The last and the best model, each in fp32
-    registered = 2 * 4 * model.parameters if run.register_ and _has_own_mlflow(run) else 0
+    registered = _registered_bytes(run, model)
     return Plan(
         run=run.run_name,
         size=run.model.name,
@@ -300,9 +299,13 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     )
 
 
-def _has_own_mlflow(run: Settled) -> bool:
-    """Return False if models are stored by a server."""
-    return not is_server(location(run.cache_dir)[0])
+def _registered_bytes(run: Settled, model: ModelConfig) -> int:
+    """Return the bytes of the last and the best model, each in fp32, if this machine stores them.
+
+    An MLflow server stores them elsewhere.
+    """
+    stored = run.register_ and not is_server(location(run.cache_dir)[0])
+    return 2 * 4 * model.parameters if stored else 0
 
 
 def _remaining(tokens: int, steps: int, done: int) -> float:
