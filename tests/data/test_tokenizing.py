@@ -7,7 +7,7 @@ from shard_sets import (
     SMALL,
 )
 from tiny import jsonl_corpus
-from tokenizers import models, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
@@ -38,6 +38,19 @@ def test_document_that_spells_out_the_end_of_text_is_refused_if_it_is_encoded_as
     bad = jsonl_corpus(tmp_path / "bad.jsonl", [*text.texts[:3], "a </s> b"])
     with pytest.raises(ValueError, match="document d3 spells out the token that ends documents"):
         build_shards(SMALL, bad, tokenizer, tmp_path)
+
+
+def test_unknown_token_that_also_ends_documents_is_named_as_the_cause(text, tmp_path):
+    vocabulary = {"</s>": 0, "known": 1}
+    words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["</s>"])
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    config = TokenizerConfig(tokenizer_name=str(tmp_path / "words"), end_of_text="</s>")
+    tokenizer = fetch_tokenizer(config, text.corpus, tmp_path)
+    with pytest.raises(ValueError, match="document d0 contains text that the tokenizer does not k"):
+        build_shards(SMALL, text.corpus, tokenizer, tmp_path)
 
 
 def test_empty_documents_and_bad_lines_are_counted(text, tmp_path):

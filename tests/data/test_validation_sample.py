@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import pytest
 from public_tokenizers import of_bytes, save
 from shard_sets import ALL, SMALL, SYNTHETIC, rows_of, synthetic_tokenizer, table_of
@@ -5,7 +7,7 @@ from tiny import jsonl_corpus
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from zeroflow.data.build import build_shards
-from zeroflow.data.validation_sample import count_sample, validation_rows
+from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
 
 
 def test_sample_does_not_depend_on_the_number_of_parts_that_a_run_reads(
@@ -36,6 +38,26 @@ def test_sample_has_many_documents_although_one_fills_the_first_rows(text, tmp_p
         if set(line) & set(rows.tolist())
     }
     assert counts.documents == len(own)
+
+
+def test_rows_that_share_a_document_are_one_sampled_unit(text, tmp_path):
+    shards = build_shards(ALL.replace(validation_fraction=0.5), *text[:2], tmp_path)
+    rows = validation_rows(shards, 20)
+    units = sampled_units(shards, rows).tolist()
+    joined = {
+        (a, b)
+        for line in documents_of_validation(shards)
+        for a, b in combinations(sorted({*line} & {*rows.tolist()}), 2)
+    }
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    assert joined and all(units[place[a]] == units[place[b]] for a, b in joined)
+    # As many units as the graph of these pairs has components
+    groups = {row: {row} for row in place}
+    for a, b in joined:
+        both = groups[a] | groups[b]
+        groups |= dict.fromkeys(both, both)
+    assert len({*units}) == len({frozenset(group) for group in groups.values()}) > 1
+    assert sorted({*units}) == list(range(len({*units})))
 
 
 def documents_of_validation(shards):

@@ -16,7 +16,7 @@ from zeroflow.cli import commands
 from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer import fetch_tokenizer
-from zeroflow.data.validation_sample import validation_rows
+from zeroflow.data.validation_sample import sampled_units, validation_rows
 from zeroflow.inference import core_tasks, evaluation, scoring, trained
 from zeroflow.inference.evaluate import (
     EvaluationFailed,
@@ -87,7 +87,8 @@ def test_held_out_rows_are_scored_as_in_training(job):
     [score] = evaluate(asked(job)).texts
     rows = Rows(job.shards, "validation")
     chosen = validation_rows(job.shards, job.validation_rows)
-    expected = validation_loss(lively_model(job.model), rows, chosen, job.training.workload)
+    units = sampled_units(job.shards, chosen)
+    expected = validation_loss(lively_model(job.model), rows, chosen, job.training.workload, units)
     assert (score.loss, score.loss_error) == expected
     assert score.bpb == bits_per_byte(score.loss, score.text_bytes / score.tokens)
     assert score.perplexity == math.exp(score.loss)
@@ -98,17 +99,16 @@ def test_text_is_scored_document_by_document_with_its_end(job, text, tmp_path):
     jsonl_corpus(tmp_path / "a.jsonl", texts)
     [score] = evaluate(asked(job, data_path=(str(tmp_path / "a.jsonl"),))).texts
     model, end = lively_model(job.model), job.tokenizer.end_of_text
-    nats: list[float] = []
-    tokens: list[int] = []
-    for one in texts:
+    nats, tokens = [0.0] * len(texts), [0] * len(texts)
+    for number, one in enumerate(texts):
         ids = job.tokenizer.load().encode(one, add_special_tokens=False).ids
         whole = torch.tensor([end, *ids, end])
         for start in range(0, len(whole) - 1, 32):  # the context
             window = whole[None, start : start + 33]
             with torch.no_grad():
                 logits = model(window[:, :-1])[0]
-            nats.append(cross_entropy(logits, window[0, 1:], reduction="sum").item())
-            tokens.append(window.shape[1] - 1)
+            nats[number] += cross_entropy(logits, window[0, 1:], reduction="sum").item()
+            tokens[number] += window.shape[1] - 1
     assert score.tokens == sum(tokens) and score.documents == len(texts)
     assert score.text_bytes == sum(len(one.encode()) for one in texts)
     # the same sums in fp32, in another order

@@ -14,9 +14,11 @@ import psutil
 import pytest
 from patience import HANG_SECONDS, wait_until
 from pipeline import Ui, api, free_port
+from prefect.settings import PREFECT_HOME
 from tiny import SHAPE
 from wheel import build_wheel, install
 
+from zeroflow import artifacts
 from zeroflow.orchestration import ui
 from zeroflow.orchestration.names import GPU_LIMIT
 from zeroflow.orchestration.ui import UiConfig
@@ -191,6 +193,18 @@ def test_port_that_is_in_use_is_refused(tmp_path, monkeypatch):
         config = UiConfig(prefect_port=port, cache_dir=tmp_path)
         with pytest.raises(ValueError, match=f"port {port} is taken .* another --prefect-port"):
             ui.serve(config)
+
+
+def test_second_worker_for_the_same_database_of_prefect_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    config = UiConfig(prefect_port=free_port(), mlflow_port=free_port(), cache_dir=tmp_path)
+    home = Path(PREFECT_HOME.value())
+    with (
+        artifacts.exclusive(home / "zeroflow" / "ui", waiting_for=None),
+        pytest.raises(ValueError, match=r"another `zeroflow ui` with PREFECT_HOME .* is running"),
+    ):
+        ui.serve(config)
+    assert not list((tmp_path / "ui").iterdir()), "no program has a log"
 
 
 def test_both_servers_need_different_ports():

@@ -49,6 +49,18 @@ def test_standard_error_predicts_the_spread_over_samples_of_padded_rows():
     assert np.mean([loss.standard_error for loss in losses]) == pytest.approx(expected, rel=0.15)
 
 
+def test_standard_error_counts_rows_of_one_document_once():
+    each = np.array([loss_of(row) for row in ROWS])
+    units = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
+    loss = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, units)
+    sizes, sums = np.bincount(units), np.bincount(units, each)
+    spread = ((sums - each.mean() * sizes) ** 2).sum() * 4 / 3  # of four units
+    assert loss.mean == pytest.approx(each.mean(), abs=1e-5)  # fp32 sums in another order
+    assert loss.standard_error == pytest.approx(math.sqrt(spread) / 10, rel=1e-3)
+    one = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, np.zeros(10, np.int64))
+    assert one.standard_error is None
+
+
 def loss_of_sample(rows, sample):
     return validation_loss(lively_model(), rows.view(EndsAt0), np.array(sample), WORKLOAD)
 

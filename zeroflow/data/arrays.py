@@ -19,7 +19,15 @@ RowArray = npt.NDArray[np.integer[Any]]
 Int64Array = npt.NDArray[np.int64]
 """Lengths, offsets, or indices of documents and rows."""
 
+Float64Array = npt.NDArray[np.float64]
+"""Sums over rows or documents."""
+
 BoolArray = npt.NDArray[np.bool_]
+
+
+def sums(groups: Int64Array, values: npt.ArrayLike) -> Float64Array:
+    """Return the sum of the `values` of each group, from group 0."""
+    return np.bincount(groups, np.asarray(values)).astype(np.float64)
 
 
 def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:

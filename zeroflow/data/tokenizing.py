@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from zeroflow.data import arrays, synthetic
+from zeroflow.data import arrays, encoding, synthetic
 from zeroflow.data.arrays import Int64Array, TokenArray
 from zeroflow.data.documents import Tally
 from zeroflow.data.duplicates import hash_texts
@@ -69,6 +69,12 @@ def _require_valid(
     place = int(((ids >= vocab_size) | (ids == end_of_text)).argmax())
     number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
     document = arrays.well_formed_strings(documents[number : number + 1])[0].as_py()
+    if ids[place] == end_of_text == encoding.unknown_id(job.tokenizer.load()):
+        raise ValueError(
+            f"document {document} contains text that the tokenizer does not know, and its unknown "
+            "token is also the token that ends documents: set another with --end-of-text, or use "
+            "another tokenizer"
+        )
     if ids[place] == end_of_text:
         raise ValueError(
             f"document {document} spells out the token that ends documents, and this "

@@ -5,6 +5,7 @@ The sample is drawn with a fixed key from the first parts that have enough rows.
 for every run and model with this set, even if a run reads more parts.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,30 @@ def count_sample(shards: ShardSet, tokenizer: Tokenizer, count: int) -> SampleCo
     )
 
 
+def sampled_units(shards: ShardSet, chosen: Int64Array) -> Int64Array:
+    """Return the number of the sampled unit of each of the `chosen` rows, from 0.
+
+    Rows that share a document are one unit, because the losses of its pieces are correlated.
+    """
+    unit = np.arange(len(chosen), dtype=np.int64)
+    pieces = [
+        (documents, np.searchsorted(chosen, rows))
+        for documents, rows in _pieces(shards, chosen, _pool(shards, len(chosen)).parts)
+    ]
+    if not pieces:
+        return unit
+    names, places = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+    _, document = np.unique(names, return_inverse=True)
+    while True:  # the smallest number spreads over rows and documents
+        smallest = np.full(document.max(initial=-1) + 1, len(chosen))
+        np.minimum.at(smallest, document, unit[places])
+        spread = unit.copy()
+        np.minimum.at(spread, places, smallest[document])
+        if (spread == unit).all():
+            return np.unique(unit, return_inverse=True)[1].astype(np.int64)
+        unit = spread
+
+
 def _pool(shards: ShardSet, count: int) -> _Pool:
     rows = 0
     for number in range(shards.parts):
@@ -107,13 +132,24 @@ def _pool(shards: ShardSet, count: int) -> _Pool:
 
 def _documents(shards: ShardSet, chosen: Int64Array, parts: int) -> int:
     """Return the number of documents in the `chosen` validation rows of the first `parts` parts."""
-    first, found = 0, 0
+    return sum(len(np.unique(documents)) for documents, _ in _pieces(shards, chosen, parts))
+
+
+def _pieces(
+    shards: ShardSet, chosen: Int64Array, parts: int
+) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """Yield, for each of the first `parts` parts, the pieces of documents in the `chosen` rows.
+
+    A piece is a number of its document, which no other document of the set has, and its row.
+    """
+    first, before = 0, 0
     for path in map(shards.part, range(parts)):
         table = document_table.read(path, ["split", "row", "start"])
         held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
         rows = table["row"].to_numpy()[held_out] + first
         # The pieces of a document follow each other, and its first starts at 0
-        document = np.cumsum(table["start"].to_numpy()[held_out] == 0)
-        found += len(np.unique(document[np.isin(rows, chosen)]))
+        document = before + np.cumsum(table["start"].to_numpy()[held_out] == 0)
+        in_sample = np.isin(rows, chosen)
+        yield document[in_sample], rows[in_sample]
         first += PartManifest.read(path).facts.validation.rows
-    return found
+        before = document.max(initial=before)

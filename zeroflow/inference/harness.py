@@ -140,4 +140,4 @@ def _answer_bpb(samples: Iterable[Results]) -> TaskMetric | None:
     if not sum(sizes):
         return None
     bits = np.array(nats) / math.log(2)
-    return TaskMetric(**scoring.ratio(bits, np.array(sizes, dtype=np.int64))._asdict())
+    return TaskMetric(**scoring.ratio(bits, np.array(sizes, dtype=np.float64))._asdict())

@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from zeroflow.data.arrays import Int64Array
+from zeroflow.data.arrays import Float64Array
 from zeroflow.data.batches import IGNORED
 from zeroflow.model.llama import Llama, linear
 from zeroflow.training import validation
@@ -107,8 +105,7 @@ class Ratio(NamedTuple):
     """Standard error; None for a single sampled unit."""
 
 
-def ratio(values: npt.NDArray[np.float64], sizes: Int64Array) -> Ratio:
+def ratio(values: Float64Array, sizes: Float64Array) -> Ratio:
     """Return the sum of `values` divided by that of `sizes`; each pair is a sampled unit."""
-    sums = [values.sum(), sizes.sum(), (values**2).sum(), (values * sizes).sum(), (sizes**2).sum()]
-    found = validation.estimate(torch.tensor(sums, dtype=torch.float64), len(values))
+    found = validation.estimate(values, sizes)
     return Ratio(found.mean, found.standard_error)

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zeroflow.data import encoding
+from zeroflow.data import arrays, encoding
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.documents import Tally
+from zeroflow.data.hub_errors import HubError
 from zeroflow.data.rows import Rows
 from zeroflow.data.slices import all_slices, read_slice
 from zeroflow.data.token_bytes import token_bytes
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.data.validation_sample import count_sample, validation_rows
+from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
 from zeroflow.inference import scoring
 from zeroflow.inference.evaluation import EvaluationConfig, TextScore
 from zeroflow.inference.scoring import Request
@@ -30,6 +31,7 @@ HELD_OUT = "held-out rows"
 class _Window(NamedTuple):
     """A piece of a document that is scored at once."""
 
+    document: int
     request: Request
     text_bytes: int
     unknown: int
@@ -53,9 +55,14 @@ def corpora(config: EvaluationConfig) -> dict[str, CorpusConfig]:
             dataset_config=config.dataset_config,
             text_column=config.text_column,
         )
-        found["/".join(filter(None, (config.dataset, config.dataset_config)))] = resolve_corpus(
-            hub
-        ).corpus
+        name = "/".join(filter(None, (config.dataset, config.dataset_config)))
+        try:
+            found[name] = resolve_corpus(hub).corpus
+        except HubError as error:
+            raise error.with_remedies(
+                "`hf auth login` if it asks for an account",
+                "`--data-path FILES` to score texts that you have",
+            ) from error
     return found
 
 
@@ -63,7 +70,8 @@ def score_held_out(model: Llama, job: TrainingJob) -> TextScore:
     """Score the rows on which the run validates, in the same way as in training."""
     rows = Rows(job.shards, "validation")
     chosen = validation_rows(job.shards, job.validation_rows)
-    loss = validation_loss(model, rows, chosen, job.training.workload)
+    units = sampled_units(job.shards, chosen)
+    loss = validation_loss(model, rows, chosen, job.training.workload, units)
     error = loss.standard_error
     counts = count_sample(job.shards, job.tokenizer, job.validation_rows)
     in_bytes = counts.bytes_per_token
@@ -101,7 +109,10 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
             break
         documents += 1
         is_blank = is_blank and not text.strip()
-        found = list(_windows(ids, tokenizer, trained.context, left))
+        found = [
+            _Window(documents - 1, *window)
+            for window in _windows(ids, tokenizer, trained.context, left)
+        ]
         windows += found
         left -= sum(window.request.scored for window in found)
     if not windows:
@@ -109,9 +120,11 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
     if is_blank:
         raise ValueError(f"{name} contains only white space: name files with text")
     scores = scoring.score(trained.model, [window.request for window in windows])
-    nats = np.array([score.nats for score in scores])
-    tokens = np.array([window.request.scored for window in windows], dtype=np.int64)
-    text_bytes = np.array([window.text_bytes for window in windows], dtype=np.int64)
+    # Documents are the sampled units, because the losses of the windows of one are correlated
+    document = np.array([window.document for window in windows])
+    nats = arrays.sums(document, [score.nats for score in scores])
+    tokens = arrays.sums(document, [window.request.scored for window in windows])
+    text_bytes = arrays.sums(document, [window.text_bytes for window in windows])
     loss = scoring.ratio(nats, tokens)
     bits = scoring.ratio(nats / math.log(2), text_bytes) if text_bytes.sum() else None
     return TextScore(
@@ -138,8 +151,14 @@ def _documents(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[str
             yield from zip(batch.texts, found, strict=True)
 
 
-def _windows(ids: Int64Array, tokenizer: Tokenizer, context: int, most: int) -> Iterator[_Window]:
-    """Yield the windows of a document, with at most `most` scored tokens."""
+def _windows(
+    ids: Int64Array, tokenizer: Tokenizer, context: int, most: int
+) -> Iterator[tuple[Request, int, int]]:
+    """Yield the request, the bytes and the unknown tokens of each window of a document.
+
+    Args:
+        most: maximum number of tokens to score.
+    """
     end, loaded = tokenizer.end_of_text, tokenizer.load()
     sequence = np.concatenate([[end], ids, [end]])[: most + 1]
     targets = sequence[1:]
@@ -149,4 +168,4 @@ def _windows(ids: Int64Array, tokenizer: Tokenizer, context: int, most: int) -> 
     for start in range(0, len(targets), context):
         part = slice(start, start + context)
         request = Request(sequence[start : start + context + 1].tolist(), len(targets[part]))
-        yield _Window(request, int(sizes[part].sum()), int(np.sum(unknown[part])))
+        yield request, int(sizes[part].sum()), int(np.sum(unknown[part]))

@@ -112,7 +112,8 @@ def is_foreseen(error: BaseException) -> bool:
 def _stopped(stop: BaseException, folder: RunFolder | None) -> str:
     step = checkpoint.newest_step(folder.checkpoints) if folder else 0
     kept = f"saved at step {step:,}" if step else "finished work is kept"
-    again = "Retry" if runtime.deployment.id else "the same command"
+    by_a_worker = runtime.deployment.id and _current.get() is None
+    again = "Retry" if by_a_worker else "the same command"
     return f"Stopped by {_cause(stop)}: {kept}; {again} resumes from there."
 
 

@@ -4,12 +4,13 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
+from zeroflow import artifacts
 from zeroflow.config import Config
 from zeroflow.orchestration.early_server import USUAL_PORT
 from zeroflow.orchestration.programs import Program
@@ -57,7 +58,7 @@ def serve(config: UiConfig) -> None:
     """Run both servers until one of them ends or this process is interrupted.
 
     Raises:
-        ValueError: a port is taken.
+        ValueError: a port is taken, or another process runs a server for the same database.
         RuntimeError: a program ended or did not start, and the message has its last lines; or the
             store at MLFLOW_TRACKING_URI cannot be opened.
     """
@@ -72,28 +73,53 @@ def serve(config: UiConfig) -> None:
         _require_free(config.mlflow_port, "--mlflow-port")
     log.info("starting the servers; their logs are in %s", logs)
     mlflow = viewer(config.cache_dir, config.mlflow_port)
-    try:
+    with ExitStack() as ends:
+        if prefect.to_be_started:
+            ends.enter_context(_only_one())
+        ends.callback(prefect.stop)
         prefect.start_server()
-        with _shown(mlflow, logs) as programs:
-            prefect.start_worker()
-            log.info("Prefect UI        %s/deployments", prefect.api.page)
-            if prefect.api.login:
-                log.info("  its login       %s", prefect.api.shown_login)
-            log.info("MLflow UI         %s", mlflow.runs)
-            if mlflow.command:
-                log.info("  it answers to   %s, without a login", mlflow.hosts)
-            log.info("loss of all runs  %s", mlflow.charts)
-            if prefect.to_be_started and config.prefect_port != USUAL_PORT:
-                log.info("for runs from a shell, set PREFECT_API_URL=%s", prefect.api.url)
-            log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
-            while True:
-                prefect.require_running()
-                prefect.explain_states()
-                for program in programs:
-                    program.require_running()
-                time.sleep(_POLL_SECONDS)
-    finally:
-        prefect.stop()
+        programs = ends.enter_context(_shown(mlflow, logs))
+        prefect.start_worker()
+        log.info("Prefect UI        %s/deployments", prefect.api.page)
+        if prefect.api.login:
+            log.info("  its login       %s", prefect.api.shown_login)
+        log.info("MLflow UI         %s", mlflow.runs)
+        if mlflow.command:
+            log.info("  it answers to   %s, without a login", mlflow.hosts)
+        log.info("loss of all runs  %s", mlflow.charts)
+        if prefect.to_be_started and config.prefect_port != USUAL_PORT:
+            log.info("for runs from a shell, set PREFECT_API_URL=%s", prefect.api.url)
+        log.info("Ctrl-C stops everything; a run in progress writes a checkpoint first")
+        while True:
+            prefect.require_running()
+            prefect.explain_states()
+            for program in programs:
+                program.require_running()
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _only_one() -> Iterator[None]:
+    """Refuse a second server with a worker for the same database of Prefect.
+
+    The worker of one server would take runs of the other's forms, and would not hear of their
+    cancellation: a server tells only its own worker.
+
+    Raises:
+        ValueError: there is another one.
+    """
+    from prefect.settings import PREFECT_HOME  # slow to import
+
+    home = Path(PREFECT_HOME.value())
+    with ExitStack() as held:
+        try:
+            held.enter_context(artifacts.exclusive(home / "zeroflow" / "ui", waiting_for=None))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another `zeroflow ui` with PREFECT_HOME {home} is running: use its pages, whose "
+                "forms take any cache folder; stop it; or set another PREFECT_HOME for this one"
+            ) from error
+        yield
 
 
 @contextmanager

@@ -31,7 +31,7 @@ _HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 
 _CHECKED = {_HOSTS: "127.0.0.1,127.0.0.1:*,localhost,localhost:*"}
 """Host names that requests may use, unless the user has set others: MLflow's default also admits
-private networks. By default, a page of another origin may not change anything."""
+private networks. By default, only pages of this machine may change anything."""
 
 
 class _Address(Record):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
-from zeroflow.data.validation_sample import count_sample, validation_rows
+from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
 from zeroflow.model.hugging_face import config_json
 from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
 from zeroflow.training.checkpoint import Saver
@@ -63,6 +63,7 @@ class Session:
         self.train_rows = Rows(job.shards, "train", local=job.local_cache)
         self.held_out = Rows(job.shards, "validation")
         self.held_out_ids = validation_rows(job.shards, job.validation_rows)
+        self.held_out_units = sampled_units(job.shards, self.held_out_ids)
         self.held_out_counts = zero.on_rank0(  # on one rank only: it loads the tokenizer
             partial(count_sample, job.shards, job.tokenizer, job.validation_rows)
         )
@@ -173,6 +174,7 @@ class Session:
             self.held_out,
             self.held_out_ids,
             self.job.training.workload,
+            self.held_out_units,
             partial(self.recorder.progress, "validation"),
         )
         gc.collect()

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from zeroflow.data.arrays import Int64Array
+from zeroflow.data import arrays
+from zeroflow.data.arrays import Float64Array, Int64Array
 from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.model.llama import Llama
@@ -24,7 +24,7 @@ class ValidationLoss(NamedTuple):
     """Mean over all valid targets, in nats per token."""
 
     standard_error: float | None
-    """Standard error of the mean, with rows as sampled units; None for one row."""
+    """Standard error of the mean; None for a single sampled unit."""
 
 
 @torch.no_grad()
@@ -33,16 +33,19 @@ def validation_loss(
     rows: Rows,
     chosen: Int64Array,
     workload: Workload,
+    units: Int64Array | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationLoss:
     """Return the loss over the `chosen` rows. All ranks take part.
 
     Args:
+        units: number of the sampled unit of each of these rows, see `sampled_units`; by default,
+            each row is one.
         on_batch: called after each batch with the number of finished rows and of all rows.
     """
     size = workload.micro_batch_rows
     device = zero.device_of(model)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    found = torch.zeros(len(chosen), 2, dtype=torch.float64, device=device)
     # Every rank does the same number of forward passes, because a pass of a sharded model gathers
     # weights from all ranks
     for start in range(0, len(chosen), size * zero.ranks()):
@@ -52,28 +55,30 @@ def validation_loss(
         padded = _padded(batch, size)
         losses = forward(model, padded, token_losses).double().sum(dim=1)
         valid = (padded.targets != IGNORED).sum(dim=1).to(device)
-        row_sums = (losses, valid, losses**2, losses * valid, valid**2)
-        sums += torch.stack([row_sum.sum() for row_sum in row_sums])
+        of_rows = found[mine : mine + size]
+        of_rows += torch.stack((losses, valid), dim=1)[: len(of_rows)]
         on_batch(min(start + size * zero.ranks(), len(chosen)), len(chosen))
-    return estimate(zero.mean(sums) * zero.ranks(), len(chosen))
+    losses_of_rows, targets_of_rows = (zero.mean(found) * zero.ranks()).cpu().numpy().T
+    if units is None:
+        return estimate(losses_of_rows, targets_of_rows)
+    return estimate(arrays.sums(units, losses_of_rows), arrays.sums(units, targets_of_rows))
 
 
-def estimate(sums: Tensor, rows: int) -> ValidationLoss:
-    """Estimate the mean loss per target and its standard error: a ratio of sums over rows.
-
-    The targets may also be other units, such as the bytes of the text.
+def estimate(losses: Float64Array, sizes: Float64Array) -> ValidationLoss:
+    """Estimate a mean loss and its standard error from sampled units: a ratio of two sums.
 
     Args:
-        sums: over rows, of the loss l, the targets n, l², l·n and n².
+        losses: sum over each unit, in nats.
+        sizes: size of each unit, in targets or in what else the loss is divided by.
 
     Source: Cochran 1977, Sampling Techniques, section 6.4
     """
-    loss, valid, squared, product, valid_squared = sums.tolist()
-    mean = loss / valid
-    if rows < 2:
+    size, number = sizes.sum(), len(sizes)
+    mean = float(losses.sum() / size)
+    if number < 2:
         return ValidationLoss(mean, None)
-    spread = max(0.0, squared - 2 * mean * product + mean**2 * valid_squared)
-    return ValidationLoss(mean, math.sqrt(spread * rows / (rows - 1)) / valid)
+    spread = ((losses - mean * sizes) ** 2).sum() * number / (number - 1)
+    return ValidationLoss(mean, math.sqrt(spread) / float(size))
 
 
 def _padded(batch: MicroBatch, rows: int) -> MicroBatch:
