@@ -102,6 +102,15 @@ def saved(state: TrainState, folder: Path) -> None:
     zero.on_rank0(saver.wait)
 
 
+def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
+    """Train in this process, save in the middle, and return the figures."""
+    state = new_state(config)
+    found: dict[str, Any] = {"before": trained(state, config, SAVED)}
+    found |= looked_at(state)
+    saved(state, folder / "one")
+    return found | {"continued": trained(state, config, STEPS - SAVED)}
+
+
 def loaded(config: TrainingConfig, folder: Path) -> TrainState:
     state = new_state(config.replace(seed=9))
     newest = zero.on_rank0(lambda: checkpoint.latest(folder))

@@ -59,12 +59,7 @@ def folder(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(device: str, folder: Path) -> dict[str, Any]:
     """Figures of a rank whose state is on the device."""
-    config = settings(device)
-    state = new_state(config)
-    found: dict[str, Any] = {"before": ranks.trained(state, config, SAVED)}
-    found |= ranks.looked_at(state)
-    ranks.saved(state, folder / "one")
-    return found | {"continued": ranks.trained(state, config, STEPS - SAVED)}
+    return ranks.alone(settings(device), folder)
 
 
 @pytest.fixture(scope="module", params=OFFLOADED_STAGES)

@@ -20,7 +20,6 @@ from zeroflow import artifacts
 from zeroflow.training import checkpoint
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import RankJob
-from zeroflow.training.state import new_state
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
@@ -46,11 +45,7 @@ def folder(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def alone(config: TrainingConfig, folder: Path) -> dict[str, Any]:
     """Figures of one process."""
-    state = new_state(config)
-    found: dict[str, Any] = {"before": ranks.trained(state, config, SAVED)}
-    found |= ranks.looked_at(state)
-    ranks.saved(state, folder / "one")
-    return found | {"continued": ranks.trained(state, config, STEPS - SAVED)}
+    return ranks.alone(config, folder)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from zeroflow.estimate.memory import (
     memory,
 )
 from zeroflow.estimate.run_speed import PastTraining, already_trained, own_speed, speed
-from zeroflow.estimate.speed import Rate
+from zeroflow.estimate.speed import Rate, Speed
 from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
 from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
@@ -249,13 +249,10 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     work = run.workload(model, device)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
     known = history.known(facts.runs, work, planned=(run.run_name, steps))
-    rate, source = own_speed(facts.trained, work, facts.load) or speed(
-        work, device, facts.load, known, facts.runs
-    )
+    rate, source = _rate(facts, work, device, known)
     held, memory_source = _memory(work, stages, known)
     one = checkpoint_bytes(work)
     disk = disk_speed(run.cache_dir, one, facts.runs) if here else _DISK_ELSEWHERE
-    checkpoints = run.retention.most_at_once(steps, every=run.cadence.checkpoint)
     registered = _registered_bytes(run, model)
     return Plan(
         run=run.run_name,
@@ -290,13 +287,24 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         rate_source=source,
         memory_source=memory_source,
         shard_source=facts.shard_source,
-        disk_bytes=facts.shard_bytes + checkpoints * one + registered,
+        disk_bytes=facts.shard_bytes + _checkpoints(run) * one + registered,
         registered_bytes=registered,
         there_bytes=facts.there_bytes,
         free_bytes=facts.free_bytes,
         checkpoint_every=run.cadence.checkpoint,
         disk_source=disk.source,
     )
+
+
+def _rate(facts: _Facts, work: Workload, device: Device, known: Experience | None) -> Speed:
+    """Return the speed of the run's own steps, or else a predicted one."""
+    own = own_speed(facts.trained, work, facts.load)
+    return own or speed(work, device, facts.load, known, facts.runs)
+
+
+def _checkpoints(run: Settled) -> int:
+    """Return the maximum number of checkpoints that exist at once."""
+    return run.retention.most_at_once(run.schedule.steps, every=run.cadence.checkpoint)
 
 
 def _registered_bytes(run: Settled, model: ModelConfig) -> int:
