@@ -20,11 +20,11 @@ from zeroflow.data.batches import IGNORED, to_micro_batch
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import validation_rows
-from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
 from zeroflow.report.model_card import model_card
 from zeroflow.settings import resuming
 from zeroflow.settings.settle import foresee, settle
+from zeroflow.stages.plan import predict
 from zeroflow.training import initial
 from zeroflow.training.__main__ import work
 from zeroflow.training.job import TrainingJob
@@ -195,7 +195,7 @@ def test_resume_with_other_weights_in_the_source_is_refused_and_changes_nothing(
 
 def test_plan_report_and_description_say_where_the_run_began(folder, base):
     settlement = foresee(asked(folder, "planned", model={"init_from": "run:base"}))
-    planned = plans.predict(settlement)
+    planned = predict(settlement)
     assert "start: the weights of run:base@6" in list(plan_page.log_lines(settlement, planned))
     assert "the weights of run:base@6" in plan_page.text(planned)
     assert settlement.tokenizer_reason == "that of --init-from"

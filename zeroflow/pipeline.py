@@ -37,16 +37,16 @@ from zeroflow.settings.flags import error_message
 from zeroflow.settings.job import training_job
 from zeroflow.settings.proof import ProofRun, settings
 from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import Acquire
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
+from zeroflow.stages.plan import plan
 from zeroflow.stages.prepare import (
-    Acquire,
     Prepared,
     build_model,
     build_shards,
     fetch_tokenizer,
-    plan,
     show_data,
 )
 from zeroflow.stages.results import (

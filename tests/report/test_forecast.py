@@ -11,12 +11,12 @@ from tiny import SHAPE, contents
 
 from zeroflow.data.tokenizer import LLAMA_TOKENIZER, fetch_tokenizer
 from zeroflow.model.sizes import with_vocabulary
-from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Plan
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
 from zeroflow.settings.settled import Settled
+from zeroflow.stages.plan import forecast, predict
 from zeroflow.training.workload import Workload
 
 SYNTHETIC = {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 512}}
@@ -59,11 +59,11 @@ def differs(planned: Plan, run: Settled, work: Workload) -> dict[str, tuple[obje
 def agree(asked: RunConfig) -> Plan:
     """Check that a plan leaves no trace, and is that of the run, also once the run has started."""
     before = contents(asked.cache_dir)
-    planned = plans.forecast(asked)
+    planned = forecast(asked)
     assert contents(asked.cache_dir) == before, "a plan writes nothing"
     run, work = trains(asked)
     assert not differs(planned, run, work)
-    assert not differs(plans.forecast(asked), run, work)
+    assert not differs(forecast(asked), run, work)
     return planned
 
 
@@ -104,7 +104,7 @@ def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a
     templates.write_text("Question: 1 + 2? Answer: 3\n" * 10_000)
     data = {"data_mode": "files", "data_path": (str(templates),)}
     asked = ask(data=data, tokenizer={"tokenizer_name": "train", "vocab_size": 2000})
-    shown = plan_page.text(plans.forecast(asked))
+    shown = plan_page.text(forecast(asked))
     assert re.search(r"parameters +at most [\d,]+", shown)
     assert "at most 2,000 padded to 2,048, as asked for: the tokenizer is trained first" in shown
 
@@ -112,7 +112,7 @@ def test_size_of_a_vocabulary_that_repetitive_text_may_not_reach_is_planned_as_a
 def test_vocabulary_size_without_effect_is_named_in_the_plan(ask):
     with Hub([fineweb_edu_repo(40), llama_tokenizer_repo()]) as hub, asking(hub.url) as patch:
         patch.setenv("HF_TOKEN", "hf_test")
-        planned = plans.forecast(ask(tokenizer={"vocab_size": 5000}))
+        planned = forecast(ask(tokenizer={"vocab_size": 5000}))
     [note] = planned.notes
     assert note.startswith(
         f"--vocab-size 5000 has no effect, because {LLAMA_TOKENIZER} has its own"
@@ -130,14 +130,14 @@ def test_local_tokenizer_is_read(ask, text, tmp_path):
         assert planned.vocabulary_is_certain and planned.vocabulary_source == f"as in {name}"
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"any-name.json: tokenizer.json is not a valid tokenizer"):
-        plans.forecast(ask(data=text.corpus.model_dump(), tokenizer={"tokenizer_name": str(file)}))
+        forecast(ask(data=text.corpus.model_dump(), tokenizer={"tokenizer_name": str(file)}))
 
 
 def test_offline_plan_is_that_of_the_sample(ask):
     """As the sample's tokenizer takes long to train, its vocabulary is compared as it is asked."""
     with asking(NOBODY):
         asked = ask(tokenizer={"vocab_size": 5000})
-        planned = plans.forecast(asked)
+        planned = forecast(asked)
         run = settle(asked).run
     assert run.data.data_mode == "sample" and planned.data.name == "sample"
     assert "cannot be reached" in planned.data.reason
@@ -159,7 +159,7 @@ def test_tokenizer_that_a_plan_has_read_is_not_downloaded_again(ask):
     with Hub([fineweb_edu_repo(40), llama_tokenizer_repo()]) as hub, asking(hub.url) as patch:
         patch.setenv("HF_TOKEN", "hf_test")
         settlement = settle(ask(run_name="mine"))
-        planned, run = plans.predict(settlement), settlement.run
+        planned, run = predict(settlement), settlement.run
         tokenizer = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
     asked = [path for _, path in hub.requests if path.endswith("/tokenizer_config.json")]
     assert len(asked) == 1
@@ -169,11 +169,11 @@ def test_tokenizer_that_a_plan_has_read_is_not_downloaded_again(ask):
 def test_plan_assumes_what_the_hub_does_not_answer_and_says_why(ask):
     with asking(NOBODY):
         dataset = {"data_mode": "hub", "dataset": "someone/texts"}
-        planned = plans.forecast(ask(data=dataset, tokenizer={"tokenizer_name": "some/tokenizer"}))
+        planned = forecast(ask(data=dataset, tokenizer={"tokenizer_name": "some/tokenizer"}))
         for choice in (planned.data, planned.tokenizer):
             assert "assumed to be available; here, the hub cannot be reached" in choice.reason
         assert not planned.vocabulary_is_certain and planned.workload.model.vocab_size == 128_256
-        elsewhere = plans.forecast(ask(device="auto"), gpu="H100")
+        elsewhere = forecast(ask(device="auto"), gpu="H100")
         assert elsewhere.data.name.startswith("fineweb-edu")
         assert elsewhere.tokenizer.name == LLAMA_TOKENIZER
         for choice in (elsewhere.data, elsewhere.tokenizer):
@@ -188,22 +188,22 @@ def test_plan_of_an_existing_run_accepts_and_refuses_the_same_settings(ask):
     checkpoints.mkdir(parents=True)
     same = [asked, RunConfig(run_name=run.run_name, cache_dir=run.cache_dir)]
     for again in same:
-        planned = plans.forecast(again)
+        planned = forecast(again)
         assert (planned.run, planned.workload.seq_len, planned.steps_done) == (run.run_name, 64, 6)
         assert " for steps 7 to 10, " in plan_page.time_line(planned)
     other = asked.replace(run_name=run.run_name, seed=5)
-    for decide in (plans.forecast, settle):
+    for decide in (forecast, settle):
         with pytest.raises(ValueError, match="was trained with --seed 0, now it is 5"):
             decide(other)
     checkpoints.rename(checkpoints.with_name("step-00000010"))
-    assert plan_page.time_line(plans.forecast(asked)) == "none, because all 10 steps are trained"
+    assert plan_page.time_line(forecast(asked)) == "none, because all 10 steps are trained"
 
 
 def test_gpu_that_is_not_known_is_planned_with_its_memory(ask):
     asked = ask(device="auto", **SYNTHETIC | {"model": {"size": "small"}})
-    few, many = (plans.forecast(asked, gpu="RTX 9090", memory_gb=gb) for gb in (24, 48))
+    few, many = (forecast(asked, gpu="RTX 9090", memory_gb=gb) for gb in (24, 48))
     assert few.workload.micro_batch_rows < many.workload.micro_batch_rows
     assert many.notes == ("RTX 9090 is not a known GPU: compute capability 9.0 is assumed",)
     assert plan_page.time_line(many) == "unknown, the peak of RTX 9090 is not known"
-    small = plans.forecast(asked, gpu="L4", memory_gb=12)
+    small = forecast(asked, gpu="L4", memory_gb=12)
     assert small.device.memory_bytes == 12 * 2**30 and not small.notes

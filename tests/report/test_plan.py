@@ -26,6 +26,8 @@ from zeroflow.settings import settle as settles
 from zeroflow.settings.job import training_job
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
+from zeroflow.stages import plan as stages_plan
+from zeroflow.stages.plan import forecast
 
 H100 = "NVIDIA H100 80GB HBM3"
 AS_LLAMA = {"data": {"data_mode": "synthetic"}, "tokenizer": {"vocab_size": 128_256}}
@@ -61,12 +63,12 @@ def on_gpus(count: int, size: str, tmp_path: Path, **training) -> Plan:
             **AS_LLAMA,
         }
     )
-    return plans.forecast(asked, gpu=H100)
+    return forecast(asked, gpu=H100)
 
 
 def test_plan_shows_data_run_model_time_memory_and_disk(ask, caplog):
     asked = ask(tokenizer={"vocab_size": 32_768})
-    with caplog.at_level("INFO", logger="zeroflow.stages.prepare"):
+    with caplog.at_level("INFO", logger="zeroflow.stages.plan"):
         run = pipeline.plan(asked).run
     lines = {line.split(":")[0]: line for line in caplog.messages}
     assert list(lines) == [
@@ -91,16 +93,16 @@ def test_plan_shows_data_run_model_time_memory_and_disk(ask, caplog):
 
 
 def test_lack_of_disk_space_is_reported(ask, monkeypatch):
-    monkeypatch.setattr(plans, "free_bytes", lambda folder: 10**6)
-    assert "NOT ENOUGH" in plan_page.disk_line(plans.forecast(ask()))
+    monkeypatch.setattr(stages_plan, "free_bytes", lambda folder: 10**6)
+    assert "NOT ENOUGH" in plan_page.disk_line(forecast(ask()))
 
 
 def test_checkpoints_that_are_kept_need_disk_space(ask):
     few, many = (
-        plans.forecast(ask(training=training)).disk_bytes
+        forecast(ask(training=training)).disk_bytes
         for training in ({"max_steps": 100}, {"max_steps": 100, "keep_every": 30})
     )
-    size = plans.forecast(ask()).predicted.checkpoint_bytes
+    size = forecast(ask()).predicted.checkpoint_bytes
     assert many - few == size, "that of step 60: a run of 100 steps saves every 20"
 
 
@@ -109,13 +111,13 @@ def test_models_that_a_run_registers_need_disk_space(ask, text, monkeypatch):
         return ask(data=text.corpus.model_dump(), tokenizer=TRAINED, **more)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    plain, registered = plans.forecast(asked()), plans.forecast(asked(register_="mine"))
+    plain, registered = forecast(asked()), forecast(asked(register_="mine"))
     two = 2 * 4 * sum(plain.parameters.values())
     assert registered.disk_bytes - plain.disk_bytes == two
     assert "of models in MLflow; " in plan_page.disk_line(registered)
     assert "MLflow" not in plan_page.disk_line(plain)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    assert plans.forecast(asked(register_="mine")).disk_bytes == plain.disk_bytes
+    assert forecast(asked(register_="mine")).disk_bytes == plain.disk_bytes
 
 
 def test_plan_in_fp32_on_a_gpu_does_not_use_the_speed_of_bf16(tmp_path):
@@ -158,7 +160,7 @@ def test_what_does_not_fit_on_one_gpu_fits_on_eight(tmp_path):
             **AS_LLAMA,
         }
     )
-    planned = plans.forecast(asked, gpu=H100)
+    planned = forecast(asked, gpu=H100)
     fits = [stage.fits for stage in planned.stages]
     assert fits[0] == "no" and fits[3] == "yes", "Llama-3.1's 8B"
 
@@ -266,7 +268,7 @@ def finish(ask, shards):
 def test_interval_that_is_longer_than_the_run_is_remarked(ask, caplog, training, told):
     caplog.set_level("INFO", logger="zeroflow")
     asked = ask(training={"max_steps": 10, **training})
-    page = plan_page.text(plans.forecast(asked))
+    page = plan_page.text(forecast(asked))
     assert page.count("longer than the run of 10 steps: ") == bool(told) and told in page
     pipeline.plan(asked)
     assert caplog.text.count("longer than the run of 10 steps: ") == bool(told)
@@ -274,7 +276,7 @@ def test_interval_that_is_longer_than_the_run_is_remarked(ask, caplog, training,
 
 
 def test_default_interval_that_is_longer_than_the_run_is_not_remarked(ask):
-    plan = plans.forecast(ask(device="auto", training={"max_steps": 5}), gpu=H100)
+    plan = forecast(ask(device="auto", training={"max_steps": 5}), gpu=H100)
     assert plan.notes == ()
 
 
@@ -284,7 +286,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert first["shard_bytes"].miss == pytest.approx(0, abs=0.1)
     assert first["seconds"].measured == pytest.approx(5.12)
 
-    planned = plans.forecast(ask(run_name="two", seed=1))
+    planned = forecast(ask(run_name="two", seed=1))
     assert planned.memory_source == "measured, from 1 earlier run here"
     page = plan_page.text(planned)
     assert page.count("was measured in earlier runs") == 1 and "computed memory by part" in page
@@ -298,7 +300,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert "(from 1 earlier run here; " in line and "; load average now " in line
 
     larger = ask(run_name="three", model=SHAPE.replace(num_hidden_layers=4).model_dump())
-    planned = plans.forecast(larger)
+    planned = forecast(larger)
     assert "TFLOP/s, as in 2 earlier runs here" in planned.rate_source
     assert planned.memory_source == "computed, sum of its parts"
     assert "was measured in earlier runs" not in plan_page.text(planned)
@@ -306,11 +308,11 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
 
 def test_plan_says_when_a_checkpoint_takes_longer_than_the_training_between_two(ask, finish):
     finish("one", rate=1000.0)
-    line = plan_page.checkpoints_line(plans.forecast(ask(run_name="two")))
+    line = plan_page.checkpoints_line(forecast(ask(run_name="two")))
     assert re.search(r"a write takes about 0\.0 s \(.*/s, as in 1 earlier run here\)$", line)
 
     finish("slow", rate=1000.0, save_seconds=60.0)
-    planned = plans.forecast(ask(run_name="two"))
+    planned = forecast(ask(run_name="two"))
     interval = planned.checkpoint_interval_seconds
     assert interval == pytest.approx(2 * 512 / planned.rate.expected)
     line = plan_page.checkpoints_line(planned)
@@ -380,7 +382,7 @@ def test_miss_is_known_only_if_both_figures_are():
 
 
 def test_memory_is_unknown_for_code_that_was_not_measured(ask):
-    planned = plans.forecast(ask(training={"max_steps": 10, "document_mask": True}))
+    planned = forecast(ask(training={"max_steps": 10, "document_mask": True}))
     assert planned.predicted.memory_bytes is None
     assert plan_page.memory_line(planned).startswith("unknown for such code on a CPU")
 
@@ -388,14 +390,14 @@ def test_memory_is_unknown_for_code_that_was_not_measured(ask):
 def test_unknown_gpu_gives_no_time(ask, monkeypatch):
     unknown = Device(kind="cuda", name="Some New GPU", memory_bytes=2**36)
     monkeypatch.setattr(settles, "find_device", lambda wanted: unknown)
-    planned = plans.forecast(ask(device="auto"))
+    planned = forecast(ask(device="auto"))
     assert plan_page.time_line(planned) == "unknown, the peak of Some New GPU is not known"
     assert "unknown" in plan_page.text(planned)
 
 
 def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     asked = ask(device="auto", training={"fp8": True}, model={"size": "medium"}, **AS_LLAMA)
-    planned = plans.forecast(asked, gpu="H100 80GB")
+    planned = forecast(asked, gpu="H100 80GB")
     assert "bf16 with products in fp8, compiled" in plan_page.text(planned)
     assert "with fp8 and 52% without; " in planned.rate_source
     work = planned.workload.replace(fp8=False)
@@ -405,9 +407,9 @@ def test_plan_in_fp8_says_so_and_is_predicted_from_others_in_fp8_only(ask):
     )
     asked.cache_dir.mkdir()
     history.append(asked.cache_dir, past)
-    assert plans.forecast(asked, gpu="H100 80GB").predicted == planned.predicted
+    assert forecast(asked, gpu="H100 80GB").predicted == planned.predicted
     history.append(asked.cache_dir, past.replace(run="fp8", workload=planned.workload))
-    again = plans.forecast(asked, gpu="H100 80GB")
+    again = forecast(asked, gpu="H100 80GB")
     assert again.predicted.tokens_per_second == 123.0
 
 
@@ -417,13 +419,13 @@ def test_plan_of_shards_is_near_those_that_are_built(ask, vocab_size, usual):
     files = {"data_mode": "files", "data_path": [f"{sysconfig.get_path('stdlib')}/*.py"]}
     tokenizer = {"tokenizer_name": "train", "vocab_size": vocab_size}
     asked = ask(data=files, tokenizer=tokenizer, training={"max_steps": 5000})
-    planned = plans.forecast(asked)
+    planned = forecast(asked)
     run = settle(asked).run
     trained = fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
     shards = build_shards(run.shard_config, run.data, trained, run.cache_dir)
     facts = shards.train + shards.validation
     assert facts.text_bytes / facts.document_tokens == pytest.approx(usual, rel=0.1)
-    assert planned.predicted.shard_bytes == pytest.approx(plans.row_bytes(shards), rel=0.15)
+    assert planned.predicted.shard_bytes == pytest.approx(row_bytes(shards), rel=0.15)
     line = plan_page.disk_line(planned)
     assert re.search(r"about .* of shards \(from a sample of the text at 16 places\) and", line)
 
@@ -433,7 +435,7 @@ def test_validation_files_are_part_of_the_planned_shards(ask, text, tmp_path):
     held_out.write_text("\n".join(text.texts) * 10)
     data = text.corpus.model_dump()
     alone, both = (
-        plans.forecast(ask(data=data | more, tokenizer=TRAINED)).predicted.shard_bytes
+        forecast(ask(data=data | more, tokenizer=TRAINED)).predicted.shard_bytes
         for more in ({}, {"validation_path": [str(held_out)]})
     )
     assert both - alone == pytest.approx(10 * alone, rel=0.1)
@@ -441,12 +443,12 @@ def test_validation_files_are_part_of_the_planned_shards(ask, text, tmp_path):
 
 def test_existing_files_of_a_run_need_no_more_space(ask, finish, monkeypatch):
     finish("one", rate=1000.0)
-    planned = plans.forecast(ask(run_name="one"))
+    planned = forecast(ask(run_name="one"))
     rows, checkpoint = (planned.predicted.shard_bytes, planned.predicted.checkpoint_bytes)
     assert planned.there_bytes == pytest.approx(rows + checkpoint, rel=0.1)
     lacking = planned.disk_bytes - planned.there_bytes
     for free, enough in ((lacking, True), (lacking - 1, False)):
-        monkeypatch.setattr(plans, "free_bytes", lambda folder, free=free: free)
-        line = plan_page.disk_line(plans.forecast(ask(run_name="one")))
+        monkeypatch.setattr(stages_plan, "free_bytes", lambda folder, free=free: free)
+        line = plan_page.disk_line(forecast(ask(run_name="one")))
         assert ("NOT ENOUGH" not in line) is enough and " exist" in line
-    assert plans.forecast(ask(run_name="two")).there_bytes == 0
+    assert forecast(ask(run_name="two")).there_bytes == 0

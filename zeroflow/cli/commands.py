@@ -385,11 +385,12 @@ def _plan_arguments(parser: Parser) -> None:
 
 def _plan(arguments: Arguments) -> None:
     from zeroflow import artifacts
-    from zeroflow.report import plan, plan_page
+    from zeroflow.report import plan_page
+    from zeroflow.stages.plan import forecast
 
     asked = RunConfig.model_validate(read_settings(RunConfig, arguments))
     artifacts.require_possible_folder(asked.cache_dir, "--cache-dir")
-    planned = plan.forecast(asked, gpu=arguments.gpu, memory_gb=arguments.memory_gb)
+    planned = forecast(asked, gpu=arguments.gpu, memory_gb=arguments.memory_gb)
     shown = planned.model_dump_json(indent=2) if arguments.json else plan_page.text(planned)
     show(shown)
 

@@ -45,8 +45,11 @@ from zeroflow.training.job import trained_tokenizer
 
 log = logging.getLogger(__name__)
 
+Acquire = Callable[[Path], None]
+"""Acquires the directory of a run for this process, or raises `RunIsBusy`."""
 
-def settle(asked: RunConfig, acquire: Callable[[Path], None] = lambda run_dir: None) -> Settlement:
+
+def settle(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
     """Give every open setting of `asked` a value, name the run, and record all in its run.json.
 
     Recorded settings of a run of the same name take precedence over defaults.

@@ -181,6 +181,11 @@ class Settled(RunConfig):
         return Retention(keep=self.training.keep_checkpoints, keep_every=self.training.keep_every)
 
     @property
+    def most_checkpoints(self) -> int:
+        """Maximum number of checkpoints that exist at once."""
+        return self.retention.most_at_once(self.training.max_steps, every=self.cadence.checkpoint)
+
+    @property
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(tokens=self.training.sample_tokens)
 

@@ -1,9 +1,8 @@
-"""Stages before the training: plan, tokenizer, shards and model."""
+"""Stages between plan and training: tokenizer, shards and model."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 from zeroflow.data import build as builds
@@ -18,14 +17,10 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.device import known_gpu
 from zeroflow.model import build as models
 from zeroflow.model.llama import ModelConfig
-from zeroflow.report import (
-    data_page,
-    plan_page,
-)
-from zeroflow.report import plan as plans
+from zeroflow.report import data_page
 from zeroflow.report.pages import never_fatal
 from zeroflow.settings.run_config import BuildChoice, RunConfig
-from zeroflow.settings.settle import look_up, settle
+from zeroflow.settings.settle import look_up
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.stages.view import LOG_ONLY, View
 from zeroflow.training import checkpoint, initial
@@ -35,27 +30,6 @@ from zeroflow.training.job import (
 )
 
 log = logging.getLogger(__name__)
-
-
-Acquire = Callable[[Path], None]
-"""Acquires the directory of a run for this process, or raises `RunIsBusy`."""
-
-
-def plan(asked: RunConfig, acquire: Acquire = lambda run_dir: None) -> Settlement:
-    """Settle `asked` and log the plan of the run, before anything is built.
-
-    The plan is saved in the run's directory. The log has the remaining time at the speed that is
-    expected now.
-
-    Raises:
-        ValueError, hub.HubError: as `settle` does.
-    """
-    settlement = settle(asked, acquire)
-    now = plans.predict(settlement)
-    plans.save(now, settlement.run.folder)
-    for line in plan_page.log_lines(settlement, now):
-        log.info("%s", line)
-    return settlement
 
 
 def fetch_tokenizer(run: Settled) -> Tokenizer:
