@@ -1,11 +1,12 @@
 """The existing run of a name: its recorded settings, and what a request would change."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks.overfit import OverfitResult
 from zeroflow.config import flag
-from zeroflow.data.tokenizer import changed_since
+from zeroflow.data.tokenizer import Tokenizer, changed_since
 from zeroflow.device import Device, find_device, gpu_elsewhere
 from zeroflow.reuse import Fields
 from zeroflow.run_folder import Cache, RunFolder
@@ -44,11 +45,92 @@ def size_of(asked: RunConfig) -> str:
     return (find(asked) or asked).model.name
 
 
-def merged(recorded: Settled, asked: RunConfig) -> RunConfig:
-    """Merge `asked` over the recorded settings of the run."""
-    wanted = resuming.merged(recorded, asked, _asked_at_start(recorded))
-    training = _with_intervals_for_more_steps(recorded, asked, wanted)
-    return wanted.replace(training=training, model=wanted.model.settled)
+class Existing(NamedTuple):
+    """The run of a name: its settings, and how far it got, as its folder shows."""
+
+    settings: Settled
+    asked: dict[str, object]
+    """Settings that were asked for at the start, where settling changed them."""
+
+    step: int
+    """Step of the newest checkpoint; 0 without one."""
+
+    tokenizer: Tokenizer | None
+    """The tokenizer that the run was trained with; None without a checkpoint."""
+
+    result: TrainResult | None
+    learned: OverfitResult | None
+
+    def merged(self, asked: RunConfig) -> RunConfig:
+        """Merge `asked` over the recorded settings of the run."""
+        wanted = resuming.merged(self.settings, asked, self.asked)
+        training = _with_intervals_for_more_steps(self.settings, asked, wanted)
+        return wanted.replace(training=training, model=wanted.model.settled)
+
+    def difference(self, wanted: RunConfig, asked: RunConfig) -> str:
+        """Return the first setting that differs and may not change, or ""."""
+        name, initial = asked.model.init_from, self.settings.initial
+        different = resuming.difference(self.settings, wanted)
+        if different or name is None or initial is None:
+            return different
+        changed = initials.has_changed(name, initial, self.settings.cache_dir)
+        return f"other files in --init-from {name}" if changed else ""
+
+    def trained_otherwise(self, different: str, asked: RunConfig) -> str:
+        """Return what differs from the settings of the training; "" before a checkpoint.
+
+        Args:
+            different: the first setting that differs.
+        """
+        if not self.step:
+            return ""
+        if different:
+            return different
+        name = self.settings.tokenizer.tokenizer_name
+        if self.tokenizer is None or asked.tokenizer.tokenizer_name != name:
+            return ""
+        changed = changed_since(self.settings.tokenizer, self.tokenizer)  # of a local tokenizer
+        return f"other files in the tokenizer {name} ({changed})" if changed else ""
+
+    def is_trained(self, wanted: RunConfig) -> bool:
+        """Return True if the run has been trained to the last step that is requested."""
+        return self.result is not None and self.result.steps == wanted.training.max_steps
+
+    def is_complete(self, wanted: RunConfig) -> bool:
+        """Return True if the run is trained and checked as requested; it needs no device."""
+        return (
+            self.is_trained(wanted)
+            and self.settings.folder.job.exists()
+            and self.learned is not None
+            and self.learned.passed
+            and wanted.overfit == self.settings.overfit
+        )
+
+
+def open_run(asked: RunConfig) -> Existing | None:
+    """Return the run with the name in `asked`, if there is one.
+
+    Raises:
+        CheckpointError: its checkpoints belong to another version of zeroflow.
+    """
+    if (settings := find(asked)) is None:
+        return None
+    folder = settings.folder
+    return Existing(
+        settings=settings,
+        asked=artifacts.read_json(folder.asked) if folder.asked.exists() else {},
+        step=checkpoint.newest_step(folder.checkpoints),
+        tokenizer=trained_tokenizer(folder),
+        result=TrainResult.read_if_exists(folder.training),
+        learned=OverfitResult.read_if_exists(folder.overfit),
+    )
+
+
+def started_otherwise(asked: RunConfig) -> str:
+    """Return the first requested setting that the trained run does not allow, or ""."""
+    if (run := open_run(asked)) is None:
+        return ""
+    return run.trained_otherwise(run.difference(run.merged(asked), asked), asked)
 
 
 def _with_intervals_for_more_steps(
@@ -72,65 +154,6 @@ def _with_intervals_for_more_steps(
         if getattr(asked.training, name) is None and getattr(before, name) == steps
     }
     return training.replace(**unasked)
-
-
-def _asked_at_start(recorded: Settled) -> dict[str, object]:
-    file = recorded.folder.asked
-    return artifacts.read_json(file) if file.exists() else {}
-
-
-def difference(recorded: Settled, wanted: RunConfig, asked: RunConfig) -> str:
-    """Return the first setting that differs and may not change, or ""."""
-    name, initial = asked.model.init_from, recorded.initial
-    different = resuming.difference(recorded, wanted)
-    if different or name is None or initial is None:
-        return different
-    changed = initials.has_changed(name, initial, recorded.cache_dir)
-    return f"other files in --init-from {name}" if changed else ""
-
-
-def started_otherwise(asked: RunConfig) -> str:
-    """Return the first requested setting that the trained run does not allow, or ""."""
-    if (recorded := find(asked)) is None:
-        return ""
-    different = difference(recorded, merged(recorded, asked), asked)
-    return trained_otherwise(recorded, different, asked)
-
-
-def trained_otherwise(recorded: Settled, different: str, asked: RunConfig) -> str:
-    """Return what differs from the settings that the run was trained with; "" before a checkpoint.
-
-    Args:
-        different: the first setting that differs.
-    """
-    if not checkpoint.newest_step(recorded.folder.checkpoints):
-        return ""
-    if different:
-        return different
-    name = recorded.tokenizer.tokenizer_name
-    trained = trained_tokenizer(recorded.folder)
-    if trained is None or asked.tokenizer.tokenizer_name != name:
-        return ""
-    changed = changed_since(recorded.tokenizer, trained)  # of a local tokenizer
-    return f"other files in the tokenizer {name} ({changed})" if changed else ""
-
-
-def is_trained(wanted: RunConfig) -> bool:
-    """Return True if the run has been trained to the last step that is requested."""
-    result = TrainResult.read_if_exists(wanted.folder.training)
-    return result is not None and result.steps == wanted.training.max_steps
-
-
-def is_complete(recorded: Settled, wanted: RunConfig) -> bool:
-    """Return True if the run is trained and checked as requested: it does not need its device."""
-    learned = OverfitResult.read_if_exists(wanted.folder.overfit)
-    return (
-        is_trained(wanted)
-        and wanted.folder.job.exists()
-        and learned is not None
-        and learned.passed
-        and wanted.overfit == recorded.overfit
-    )
 
 
 def device_of(recorded: Settled) -> Device:

@@ -27,6 +27,7 @@ from zeroflow.device import Device, find_device
 from zeroflow.model.llama import Shape
 from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.settings import defaults, existing, resuming
+from zeroflow.settings.existing import Existing
 from zeroflow.settings.refusals import (
     refuse_a_plan_for_no_gpu,
     refuse_an_impossible_evaluation,
@@ -41,7 +42,6 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.tracking import others
 from zeroflow.training import initial as initials
 from zeroflow.training.initial import Initial, InitialSource
-from zeroflow.training.job import trained_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -161,24 +161,23 @@ class _Found(NamedTuple):
     wanted: RunConfig
     """The requested settings, merged over the recorded ones."""
 
-    recorded: Settled | None
-    discarded: RunFolder | None
-    """Folder of a run that has not trained yet, and whose settings are replaced."""
-
-    difference: str
-    """The first setting that differs from the recorded ones; "" if none."""
-
-    initial: Initial | None
+    device: Device
+    recorded: Settled | None = None
+    initial: Initial | None = None
     """The model to start from; None for random weights, and for a model on the hub that is not
     looked up yet."""
 
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
     """The tokenizer that the run was trained with; None if it has no checkpoint."""
 
-    needs_text: bool
+    needs_text: bool = True
     """False if the run has already been trained to its last step on the same text."""
 
-    device: Device
+    discarded: RunFolder | None = None
+    """Folder of a run that has not trained yet, and whose settings are replaced."""
+
+    difference: str = ""
+    """The first setting that differs from the discarded ones; "" if none."""
 
 
 def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _Found:
@@ -189,31 +188,45 @@ def _looked_up(asked: RunConfig, device_of: Callable[[RunConfig], Device]) -> _F
     Raises:
         ValueError: as `require_possible` does.
     """
-    recorded, new = existing.find(asked), asked.replace(model=asked.model.settled)
-    wanted = existing.merged(recorded, asked) if recorded else new
-    different = existing.difference(recorded, wanted, asked) if recorded else ""
-    if recorded and (refused := existing.trained_otherwise(recorded, different, asked)):
+    known, new = existing.open_run(asked), asked.replace(model=asked.model.settled)
+    if known is None:
+        return _new(new, device_of)
+    wanted = known.merged(asked)
+    different = known.difference(wanted, asked)
+    if refused := known.trained_otherwise(different, asked):
         raise ValueError(
             f"run {wanted.run_name} was trained with {refused}: use another --run-name, or the "
             "earlier setting"
         )
-    discarded: RunFolder | None = None
-    if recorded and different:
+    if different:
         # The run has no checkpoint yet, so it may start over with other settings
-        discarded = recorded.folder
-        recorded, wanted = None, new
-    initial = recorded.initial if recorded else None
-    name = wanted.model.init_from
-    if recorded is None and name and not initials.is_on_hub(name):
+        found = _new(new, device_of)
+        return found._replace(discarded=known.settings.folder, difference=different)
+    return _resumed(known, wanted, device_of)
+
+
+def _new(wanted: RunConfig, device_of: Callable[[RunConfig], Device]) -> _Found:
+    """Look up a run that starts at its first step."""
+    initial, name = None, wanted.model.init_from
+    if name and not initials.is_on_hub(name):
         wanted, initial = _started_from(wanted, initials.look_up(name, wanted.cache_dir))
-    needs_text = recorded is None or wanted.data != recorded.data or not existing.is_trained(wanted)
-    # Any machine can show the result of a complete run
-    is_complete = recorded is not None and existing.is_complete(recorded, wanted)
-    device = existing.device_of(recorded) if recorded and is_complete else device_of(wanted)
-    tokenizer = trained_tokenizer(recorded.folder) if recorded else None
-    if not is_complete:
-        _require_usable(wanted, device, tokenizer, needs_text=needs_text)
-    return _Found(wanted, recorded, discarded, different, initial, tokenizer, needs_text, device)
+    device = device_of(wanted)
+    _require_usable(wanted, device, None, needs_text=True)
+    return _Found(wanted, device, initial=initial)
+
+
+def _resumed(
+    known: Existing, wanted: RunConfig, device_of: Callable[[RunConfig], Device]
+) -> _Found:
+    """Look up a run that goes on, or is complete, with the settings `wanted`."""
+    recorded = known.settings
+    needs_text = wanted.data != recorded.data or not known.is_trained(wanted)
+    if known.is_complete(wanted):  # any machine can show the result
+        device = existing.device_of(recorded)
+    else:
+        device = device_of(wanted)
+        _require_usable(wanted, device, known.tokenizer, needs_text=needs_text)
+    return _Found(wanted, device, recorded, recorded.initial, known.tokenizer, needs_text)
 
 
 def _with_initial(found: _Found) -> _Found:
