@@ -8,7 +8,6 @@ from zeroflow.config import Config
 from zeroflow.device import Device, Load, find_load
 from zeroflow.estimate import history
 from zeroflow.estimate.disk import DiskSpeed, disk_speed
-from zeroflow.estimate.earlier import Earlier
 from zeroflow.estimate.history import Experience, Figures
 from zeroflow.estimate.memory import (
     Room,
@@ -18,6 +17,7 @@ from zeroflow.estimate.memory import (
     largest_micro_batch,
     memory,
 )
+from zeroflow.estimate.run_records import RunRecords
 from zeroflow.estimate.run_speed import own_speed, speed
 from zeroflow.estimate.speed import Speed
 from zeroflow.model.llama import ActivationCheckpointing
@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 def cost(
     work: Workload,
     device: Device,
-    earlier: Earlier,
+    records: RunRecords,
     *,
     planned: tuple[str | None, int],
     folder: Path | None,
@@ -98,17 +98,17 @@ def cost(
             another machine.
     """
     load = find_load() if device.kind == "cpu" else None
-    known = history.known(earlier.runs, work, planned=planned)
-    own = own_speed(earlier.trained, work, load)
+    known = history.known(records.runs, work, planned=planned)
+    own = own_speed(records.trained, work, load)
     stages = tuple(_stage(work, device, stage) for stage in STAGES)
     size = checkpoint_bytes(work)
     return Cost(
         load=load,
         stages=stages,
         memory=_memory(work, stages, known),
-        speed=own or speed(work, device, load, known, earlier.runs),
+        speed=own or speed(work, device, load, known, records.runs),
         checkpoint_bytes=size,
-        disk=disk_speed(folder, size, earlier.runs) if folder else _DISK_ELSEWHERE,
+        disk=disk_speed(folder, size, records.runs) if folder else _DISK_ELSEWHERE,
     )
 
 

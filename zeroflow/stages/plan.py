@@ -5,7 +5,7 @@ import logging
 from zeroflow.data.expected_text import expected_text
 from zeroflow.device import ASSUMED_CAPABILITY, free_bytes, gpus_named, known_gpu
 from zeroflow.estimate.cost import cost
-from zeroflow.estimate.earlier import earlier
+from zeroflow.estimate.run_records import read_records
 from zeroflow.model.llama import ModelConfig
 from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
@@ -77,15 +77,15 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     run, device = settlement.run, settlement.device
     steps = run.schedule.steps
     notes += remarks(run)
-    before = earlier(run.folder)
+    records = read_records(run.folder)
     trained = trained_tokenizer(run.folder)
     text = expected_text(run.tokenizer, run.data, run.shard_config, trained, run.cache_dir)
     vocabulary = text.vocabulary
     model = run.network(vocabulary.size)
     work = run.workload(model, device)
     disk = run.cache_dir if here else None
-    costs = cost(work, device, before, planned=(run.run_name, steps), folder=disk)
-    done = min(before.steps_done, steps)
+    costs = cost(work, device, records, planned=(run.run_name, steps), folder=disk)
+    done = min(records.steps_done, steps)
     registered = _registered_bytes(run, model)
     return Plan(
         run=run.run_name,
@@ -115,7 +115,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         shard_source=text.source,
         disk_bytes=text.shard_bytes + run.most_checkpoints * costs.checkpoint_bytes + registered,
         registered_bytes=registered,
-        there_bytes=before.there_bytes,
+        there_bytes=records.there_bytes,
         free_bytes=free_bytes(run.cache_dir),
         checkpoint_every=run.cadence.checkpoint,
         disk_source=costs.disk.source,

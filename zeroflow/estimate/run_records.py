@@ -11,7 +11,7 @@ from zeroflow.training import checkpoint
 from zeroflow.training.job import TrainingJob
 
 
-class Earlier(NamedTuple):
+class RunRecords(NamedTuple):
     """Earlier runs in the cache, and the part of the planned run that exists."""
 
     runs: list[Past]
@@ -23,9 +23,9 @@ class Earlier(NamedTuple):
     """Bytes of shards and checkpoints that the planned run already has."""
 
 
-def earlier(folder: RunFolder) -> Earlier:
+def read_records(folder: RunFolder) -> RunRecords:
     """Read the records for the prediction of the run in `folder`, which need not exist yet."""
-    return Earlier(
+    return RunRecords(
         runs=history.read(folder.cache.path),
         trained=already_trained(folder),
         steps_done=checkpoint.newest_step(folder.checkpoints),
