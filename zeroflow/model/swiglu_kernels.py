@@ -1,4 +1,4 @@
-"""Triton kernels that compute SwiGLU and its gradient from bf16 inputs, and convert them to fp8.
+"""Triton kernels that compute SwiGLU and its gradient from bf16 inputs, and convert them to 8 bits.
 
 Imported only for GPUs: Triton comes with PyTorch's GPU builds.
 """
