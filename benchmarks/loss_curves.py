@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -37,7 +37,7 @@ from zeroflow.model.attention import AttentionKernel
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import batching, kernels
 from zeroflow.training.config import TrainingConfig
-from zeroflow.training.kernels import FeedForwardKernel, Kernels
+from zeroflow.training.kernels import Kernels
 from zeroflow.training.loop import train
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.state import new_state
@@ -77,8 +77,8 @@ class Work(NamedTuple):
     """Default settings of a run on the device."""
 
     shards: ShardSet
-    fp8_feed_forward: FeedForwardKernel | None = None
-    """Kernel of SwiGLU in fp8; None for the fastest, as in a run."""
+    all_in_fp8: bool = False
+    """If True, `fp8` uses all kernels for fp8, and not only those that are the fastest."""
 
     tf32: bool = False
     """Compute the products of `plain` in TF32."""
@@ -146,12 +146,11 @@ def attention(
     return scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
 
 
-def fast(work: Work, feed_forward: FeedForwardKernel | None = None) -> Curve:
+def fast(work: Work, **prescribed: str) -> Curve:
     config = work.training
     with tempfile.TemporaryDirectory(prefix="zeroflow-kernels-") as folder:
         chosen = kernels.choose(config.workload, Path(folder), z_loss=config.z_loss)
-    if feed_forward:
-        chosen = chosen.replace(feed_forward=feed_forward)
+    chosen = chosen.replace(**prescribed)
     config = config.replace(kernels=chosen)
     steps = train(new_state(config), work.batches, config)
     return Curve((metrics.loss for metrics in steps), chosen)
@@ -159,7 +158,8 @@ def fast(work: Work, feed_forward: FeedForwardKernel | None = None) -> Curve:
 
 def fp8(work: Work) -> Curve:
     training = work.computed(precision="bf16", fp8=True)
-    return fast(work._replace(training=training), work.fp8_feed_forward)
+    prescribed = {"feed_forward": "fused", "loss": "rounded"} if work.all_in_fp8 else {}
+    return fast(work._replace(training=training), **prescribed)
 
 
 WAYS: dict[str, Callable[[Work], Curve]] = {"plain": plain, "fast": fast, "fp8": fp8}
@@ -184,7 +184,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     """Reason why the device cannot compute this way; None if it can."""
     if way == "fp8":
         try:
-            work.computed(precision="bf16", fp8=True).workload.require_possible_on(device)
+            work.computed(precision="bf16", fp8=True).workload.require_fp8(device)
         except ValueError as error:
             return str(error)
     return None
@@ -361,9 +361,9 @@ def flags() -> argparse.ArgumentParser:
         "--tf32", action="store_true", help="products of plain in TF32, for larger models"
     )
     parser.add_argument(
-        "--fp8-feed-forward",
-        choices=get_args(FeedForwardKernel),
-        help="kernel of SwiGLU in fp8 (the fastest)",
+        "--all-in-fp8",
+        action="store_true",
+        help="fp8 uses all kernels for fp8, also if others are faster",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -403,7 +403,7 @@ def main() -> None:
             steps=arguments.steps,
         ),
     )
-    trained = trained._replace(fp8_feed_forward=arguments.fp8_feed_forward, tf32=arguments.tf32)
+    trained = trained._replace(all_in_fp8=arguments.all_in_fp8, tf32=arguments.tf32)
     try:
         for results in compare(arguments.ways, trained, device, vars(arguments)):
             write(results, arguments.out)  # after each way, so that an interruption loses only one

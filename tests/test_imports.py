@@ -13,7 +13,7 @@ import zeroflow
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "zeroflow").rglob("*.py"), *(ROOT / "flows").rglob("*.py")])
 
-NEED_A_GPU = {"loss_kernel.py", "swiglu_kernels.py"}
+NEED_A_GPU = {"loss_kernel.py", "fp8_kernels.py"}
 """Import Triton, which comes with PyTorch's builds for GPUs only."""
 
 NEED_AN_EXTRA = {"harness_model.py"}

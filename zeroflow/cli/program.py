@@ -1,12 +1,10 @@
 """Entry point of the program `zeroflow`: prints the first line, then runs the command."""
 
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
 
 from zeroflow.cli.early import begin
 from zeroflow.cli.first_line import announce
-from zeroflow.training.interpreter import with_room, without_collections
 
 FLOWS = ("pretrain", "sweep", "zero-lab")
 """Commands of flows."""
@@ -19,17 +17,6 @@ SHORT = ("generate", "export", "evaluate", "data", "documents", "plan", "shards"
 
 
 def entry() -> None:
-    with_room(_entry)
-
-
-def _entry() -> None:
-    with without_collections():
-        main = _imported_command()
-    raise SystemExit(main())
-
-
-def _imported_command() -> Callable[[], int]:
-    """Begin the command, and return its main function."""
     [name] = sys.argv[1:2] or [""]
     if name in FLOWS:
         begin(name, sys.argv[2:])
@@ -42,4 +29,4 @@ def _imported_command() -> Callable[[], int]:
         raise SystemExit(2)
     from zeroflow.cli.commands import main
 
-    return main
+    raise SystemExit(main())

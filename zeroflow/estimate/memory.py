@@ -82,7 +82,8 @@ def memory(work: Workload, device: Device) -> Memory:
     gpu, width = device.kind == "cuda", work.dtype.itemsize
     logits = width * work.micro_batch_rows * work.seq_len * V
     chunk = min(logits, logits_bytes(device.memory_bytes if gpu else None))
-    cast = 0 if width == 4 or work.is_sharded else 2 * E  # gathered weights are already bf16
+    # Gathered weights are already bf16. In 8 bits, the matrix is kept in two orders
+    cast = 0 if width == 4 or (work.is_sharded and not work.can_round_loss) else 2 * E
     loss = chunk + cast + 4 * E
     kept, recomputed = kept_activations(work)
     # Blocks are recomputed after the loss, in the memory that the loss has freed

@@ -15,9 +15,10 @@ from zeroflow.device import Device, Load
 from zeroflow.training.workload import Workload
 
 # Utilisation by parameters, measured on an H100: tiny with a vocabulary of 32,768, then tiny, small
-# and medium with Llama-3.1's. benchmarks/RESULTS.md has the figures
+# and medium with Llama-3.1's. In fp8, small and medium were measured on an H200.
+# benchmarks/RESULTS.md has the figures
 _MEASURED_MFU = {15e6: 0.28, 46e6: 0.35, 318e6: 0.48, 1.345e9: 0.52}
-_MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.49, 1.345e9: 0.59}
+_MEASURED_MFU_FP8 = {46e6: 0.33, 318e6: 0.61, 1.345e9: 0.70}
 _MEASURED_MFU_EAGER = {15e6: 0.17, 46e6: 0.26, 318e6: 0.29, 1.345e9: 0.33}
 
 # FLOP/s of training on a CPU, relative to those of a matrix product, by number of parameters: the
@@ -114,7 +115,7 @@ def expected_speed(work: Workload, device: Device, load: Load | None = None) -> 
     if work.fp8 and not work.compile:
         return Speed(None, "fp8 was measured only with compiled code")
     mfu, usual = assumed_mfu(work), assumed_mfu(work.replace(fp8=False, compile=True))
-    source = f"assuming {mfu:.0%} MFU, as measured on an H100 at this size"
+    source = f"assuming {mfu:.0%} MFU, as measured on an H100 or H200 at this size"
     if not work.compile:
         source += f" without torch.compile, and {usual:.0%} with it"
     if work.fp8:

@@ -1,4 +1,5 @@
-"""`llama.linear` and `llama.swiglu` with matrix products in fp8, for GPUs that support them.
+"""`llama.linear` and `llama.swiglu` with matrix products in fp8, for GPUs that support them, and
+what other products in fp8 need.
 
 Activations and weights are rounded to e4m3, gradients to e5m2, as in
 https://arxiv.org/abs/2209.05433. Scales follow from the largest absolute value of the current
@@ -18,14 +19,14 @@ MULTIPLE = 16
 """Every dimension of a product must be a multiple of this."""
 
 # e4m3 has more precision, e5m2 more range, which gradients need
-_VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, _GRADIENTS)}
+_VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (_VALUES, GRADIENTS)}
 _SMALLEST_SCALE = 2.0**-100
 """Scale of a tensor of zeros. Values are divided by scales and must stay finite in fp32."""
 
 # Fast accumulation has about 14 bits on Hopper: https://arxiv.org/abs/2412.19437, section 3.3.2.
 # Gradients are accumulated in fp32, as in torchao's tensor-wise recipe
-_FAST_OUTPUT, _FAST_GRADIENTS = True, False
+FAST_OUTPUT, FAST_GRADIENTS = True, False
 
 WEIGHT_GRADIENT = True
 """If True, the gradient of the weights is computed in fp8 too, from transposed copies of both
@@ -70,27 +71,26 @@ class _ScaledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)  # (T, 1)
+        x8, s = rounded_tokens(x)
         largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
         w_scale = _scale(largest, _VALUES)
-        x8 = (x / s).to(_VALUES)
         ctx.save_for_backward(x8, s, w_scale, *weights)
         w8 = _rounded(weights, w_scale)
-        y = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
+        y = product(x8, w8.t(), one(x), w_scale, x.dtype, fast=FAST_OUTPUT)
         return (y * s).to(x.dtype)  # torch.compile fuses this into the next kernel
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         x8, s, w_scale, *weights = ctx.saved_tensors
-        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * s).amax(), _GRADIENTS)
-        g8 = (dy * (s / scale)).to(_GRADIENTS)
+        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * s).amax(), GRADIENTS)
+        g8 = (dy * (s / scale)).to(GRADIENTS)
         w8 = _rounded(weights, w_scale)
-        dx = product(g8, _by_columns(w8), scale, w_scale, dy.dtype, fast=_FAST_GRADIENTS)
+        dx = product(g8, by_columns(w8), scale, w_scale, dy.dtype, fast=FAST_GRADIENTS)
         dx = (dx / s).to(dy.dtype)
         if WEIGHT_GRADIENT:
             dw = product(
-                *(g8.t().contiguous(), _by_columns(x8), scale, _one(dy), torch.float32),
-                fast=_FAST_GRADIENTS,
+                *(g8.t().contiguous(), by_columns(x8), scale, one(dy), torch.float32),
+                fast=FAST_GRADIENTS,
             )
         else:
             dw = torch.mm(dy.t(), (x8.float() * s).to(dy.dtype)).float()
@@ -105,18 +105,49 @@ def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return (largest.float() / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
 
 
+def rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `x` (T, D), and return the result and the scale of every token, (T, 1)."""
+    s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)
+    return (x / s).to(_VALUES), s
+
+
+def rounded_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `weight`, and return the result and its scale, a scalar."""
+    # Unlike abs().amax(), this makes no copy if it is not compiled
+    scale = _scale(torch.linalg.vector_norm(weight, float("inf")), _VALUES)
+    return _rounded((weight,), scale), scale
+
+
+def gradient_scale(largest: Tensor) -> Tensor:
+    """Return the scale with which gradients up to `largest`, a scalar, fit in their type."""
+    return _scale(largest, GRADIENTS)
+
+
 def _rounded(weights: Sequence[Tensor], scale: Tensor) -> Tensor:
     """Round `weights` and concatenate them along their rows."""
     parts = [(weight / scale).to(_VALUES) for weight in weights]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _by_columns(matrix: Tensor) -> Tensor:
+def by_columns(matrix: Tensor) -> Tensor:
     """Return the matrix in column-major order, as the kernels require for the second factor."""
     return matrix.t().contiguous().t()
 
 
-def _one(like: Tensor) -> Tensor:
+def transposed(matrix: Tensor) -> Tensor:
+    """Return a contiguous transpose of `matrix`, as `matrix.t().contiguous()`, which took ten times
+    as long on an H200.
+    """
+    if not matrix.is_cuda:
+        return matrix.t().contiguous()
+    from zeroflow.model import fp8_kernels
+
+    out = matrix.new_empty(matrix.shape[::-1])
+    fp8_kernels.transpose(matrix, out)
+    return out
+
+
+def one(like: Tensor) -> Tensor:
     return torch.ones((), device=like.device)
 
 
@@ -147,31 +178,30 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        s = _scale(x.abs().amax(dim=1, keepdim=True), _VALUES)  # (T, 1)
-        x8 = (x / s).to(_VALUES)
+        x8, s = rounded_tokens(x)
         w_scale = _scale(torch.maximum(gate.abs().amax(), up.abs().amax()), _VALUES)
         d_scale = _scale(down.abs().amax(), _VALUES)
         w8, d8 = _rounded((gate, up), w_scale), _rounded((down,), d_scale)
-        products = product(x8, w8.t(), _one(x), w_scale, x.dtype, fast=_FAST_OUTPUT)
+        products = product(x8, w8.t(), one(x), w_scale, x.dtype, fast=FAST_OUTPUT)
         h8, h_scale = torch.ops.zeroflow.fp8_swiglu(products, s)
-        y = product(h8, d8.t(), _one(x), d_scale, x.dtype, fast=_FAST_OUTPUT)
+        y = product(h8, d8.t(), one(x), d_scale, x.dtype, fast=FAST_OUTPUT)
         ctx.save_for_backward(x8, s, products, h_scale, w_scale, d_scale, gate, up, down)
         return (y * h_scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         x8, s, products, h_scale, w_scale, d_scale, gate, up, down = ctx.saved_tensors
-        fast = _FAST_GRADIENTS
-        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * h_scale).amax(), _GRADIENTS)
-        g8 = (dy * (h_scale / scale)).to(_GRADIENTS)
-        d8 = _by_columns(_rounded((down,), d_scale))
+        fast = FAST_GRADIENTS
+        scale = _scale((dy.abs().amax(dim=1, keepdim=True) * h_scale).amax(), GRADIENTS)
+        g8 = (dy * (h_scale / scale)).to(GRADIENTS)
+        d8 = by_columns(_rounded((down,), d_scale))
         dh = product(g8, d8, scale, d_scale, dy.dtype, fast=fast)  # times h_scale
         p8, p8_t, h8_t, p_scale = torch.ops.zeroflow.fp8_swiglu_backward(products, s, dh, h_scale)
         g8_t = g8.t().contiguous()
-        d_down = product(g8_t, h8_t.t(), scale, _one(dy), torch.float32, fast=fast)
-        w8 = _by_columns(_rounded((gate, up), w_scale))
+        d_down = product(g8_t, h8_t.t(), scale, one(dy), torch.float32, fast=fast)
+        w8 = by_columns(_rounded((gate, up), w_scale))
         dx = product(p8, w8, p_scale, w_scale, dy.dtype, fast=fast)
-        dw = product(p8_t, _by_columns(x8), p_scale, _one(dy), torch.float32, fast=fast)
+        dw = product(p8_t, by_columns(x8), p_scale, one(dy), torch.float32, fast=fast)
         d_gate, d_up = dw.chunk(2)
         return (dx / s).to(dy.dtype), d_gate, d_up, d_down
 
@@ -181,9 +211,9 @@ def _forward(products: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return SwiGLU of `products` (T, 2M) times `s` (T, 1): e4m3 (T, M) and its scales (T, 1)."""
     h8, scale = _like_forward(products, s)
     if products.is_cuda:
-        from zeroflow.model import swiglu_kernels
+        from zeroflow.model import fp8_kernels
 
-        swiglu_kernels.forward(products, s, h8, scale, smallest=_SMALLEST_SCALE)
+        fp8_kernels.forward(products, s, h8, scale, smallest=_SMALLEST_SCALE)
         return h8, scale
     gate, up = (products.float() * s).chunk(2, dim=1)
     h = F.silu(gate) * up
@@ -214,12 +244,12 @@ def _backward(
     """
     every = SAMPLED if len(products) >= SAMPLED * _MIN_SAMPLE else 1
     if products.is_cuda:
-        from zeroflow.model import swiglu_kernels
+        from zeroflow.model import fp8_kernels
 
         inputs = (products, s, dh, h_scale)
-        scale = _scale(swiglu_kernels.largest_gradient(*inputs, every) * HEADROOM, _GRADIENTS)
+        scale = _scale(fp8_kernels.largest_gradient(*inputs, every) * HEADROOM, GRADIENTS)
         *outputs, _ = _like_backward(*inputs)
-        swiglu_kernels.backward(inputs, scale, *outputs)
+        fp8_kernels.backward(inputs, scale, *outputs)
         return *outputs, scale
     gate, up = (products.float() * s).chunk(2, dim=1)
     d = dh.float() / h_scale
@@ -227,9 +257,9 @@ def _backward(
     silu = gate * sigmoid
     d_gate = d * up * (sigmoid + silu * (1 - sigmoid))
     gradients = torch.cat((d_gate, d * silu), dim=1) * s
-    scale = _scale(gradients[::every].abs().amax() * HEADROOM, _GRADIENTS)
-    limit = _LARGEST[_GRADIENTS]
-    g8 = (gradients / scale).clamp(-limit, limit).to(_GRADIENTS)
+    scale = _scale(gradients[::every].abs().amax() * HEADROOM, GRADIENTS)
+    limit = _LARGEST[GRADIENTS]
+    g8 = (gradients / scale).clamp(-limit, limit).to(GRADIENTS)
     h8 = (silu * up / h_scale).to(_VALUES)
     return g8, g8.t().contiguous(), h8.t().contiguous(), scale
 
@@ -240,6 +270,6 @@ def _like_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, M = dh.shape
     gradients, transposed = (
-        products.new_empty(*shape, dtype=_GRADIENTS) for shape in ((T, 2 * M), (2 * M, T))
+        products.new_empty(*shape, dtype=GRADIENTS) for shape in ((T, 2 * M), (2 * M, T))
     )
     return gradients, transposed, products.new_empty(M, T, dtype=_VALUES), s.new_empty(())

@@ -46,7 +46,7 @@ _MAX_LOSS_TOKENS = 32_768
 """Maximum number of tokens in the timing of the loss. It works in chunks, so more tokens take
 proportionally longer with every kernel."""
 
-_CANDIDATES = 3
+_CANDIDATES = 4
 """Version of the candidates and of their comparison, so that an older choice is made again."""
 
 _GAIN = 1.01
@@ -235,8 +235,8 @@ def _contests(work: Workload, *, extra: bool, z_loss: float) -> Iterator[Contest
         yield _attention(work, extra=extra)
     if work.can_fuse_feed_forward or (extra and work.linear is linear):
         yield _feed_forward(work)
-    if extra and not z_loss and hopper.supports_loss(work.model.vocab_size, work.model.hidden_size):
-        yield _loss(work)
+    if len(candidates := _loss_kernels(work, extra=extra, z_loss=z_loss)) > 1:
+        yield _loss(work, candidates, z_loss)
 
 
 def _attention(work: Workload, *, extra: bool) -> Contest:
@@ -268,20 +268,23 @@ def _feed_forward(work: Workload) -> Contest:
     return Contest("feed_forward", candidates, (x, *weights))
 
 
-def _loss(work: Workload) -> Contest:
+def _loss_kernels(work: Workload, *, extra: bool, z_loss: float) -> list[LossKernel]:
+    model = work.model
+    found: list[LossKernel] = ["chunks"]
+    if extra and not z_loss and hopper.supports_loss(model.vocab_size, model.hidden_size):
+        found += ["one_read", "scaled_exp"]
+    if work.can_round_loss:
+        found += ["rounded"]
+    return found
+
+
+def _loss(work: Workload, kernels: Sequence[LossKernel], z_loss: float) -> Contest:
     tokens = min(_MAX_LOSS_TOKENS, work.micro_batch_rows * work.seq_len)
     hidden = _random(work, 1, tokens, work.model.hidden_size)
     matrix = _random(work, work.model.vocab_size, work.model.hidden_size, dtype=torch.float32)
     targets = torch.zeros(1, tokens, dtype=torch.int64, device=work.device)
-    kernels: tuple[LossKernel, ...] = ("chunks", "one_read", "scaled_exp")
-    return Contest(
-        "loss",
-        {
-            name: partial(cross_entropy_sum, hidden, matrix, targets, kernel=name)
-            for name in kernels
-        },
-        (hidden, matrix),
-    )
+    loss = partial(cross_entropy_sum, hidden, matrix, targets, z_loss)
+    return Contest("loss", {name: partial(loss, name) for name in kernels}, (hidden, matrix))
 
 
 def _random(work: Workload, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

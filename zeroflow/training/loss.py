@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from zeroflow.data.batches import IGNORED
 from zeroflow.device import BF16_CAPABILITY
 
-LossKernel = Literal["chunks", "one_read", "scaled_exp"]
-"""Ways to compute the loss: by this module alone, and with one or both of the kernels of
-`hopper_loss.py`."""
+LossKernel = Literal["chunks", "one_read", "scaled_exp", "rounded"]
+"""Ways to compute the loss: by this module alone, with one or both of the kernels of
+`hopper_loss.py`, and by `rounded_loss.py`."""
 
 _Differentiate = Callable[[Tensor, Tensor, Tensor], None]
 """Replaces logits (n, V) for targets (n,) by the gradients of the losses, which it writes (n,)."""
@@ -41,8 +41,16 @@ def cross_entropy_sum(
         targets: ids, (B, T); `IGNORED` targets do not count.
         z_loss: keeps Z, the softmax's denominator, near 1: https://arxiv.org/abs/2204.02311,
             section 5.
-        kernel: those of `hopper_loss.py` cannot add a z-loss, and need bf16.
+        kernel: those of `hopper_loss.py` cannot add a z-loss; they and that of `rounded_loss.py`
+            need bf16.
     """
+    if kernel == "rounded":
+        from zeroflow.training.rounded_loss import RoundedCrossEntropySum
+
+        rounded: Tensor = RoundedCrossEntropySum.apply(
+            hidden.flatten(0, 1), weight, targets.flatten(), z_loss, _held_at_once(hidden)
+        )
+        return rounded
     if kernel == "scaled_exp":
         from zeroflow.training.hopper_loss import ScaledExpCrossEntropySum
 

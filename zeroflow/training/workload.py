@@ -102,7 +102,8 @@ class Workload(Config):
     """bf16: products and activations are bf16; weights, moments and gradients stay fp32."""
 
     fp8: bool = False
-    """Compute products of the decoder blocks in 8 bits. The output head stays in `precision`."""
+    """Compute products in 8 bits: those of the decoder blocks, and those of the loss if
+    `can_round_loss` and if this was measured to be faster."""
 
     compile: bool
     """Compile the decoder blocks and the last norm with torch.compile."""
@@ -185,6 +186,11 @@ class Workload(Config):
     def can_fuse_feed_forward(self) -> bool:
         """True if a GPU with Triton can compute `fused_feed_forward` without another package."""
         return self.fp8 and self.model.intermediate_size <= fp8.MAX_INTERMEDIATE_SIZE
+
+    @property
+    def can_round_loss(self) -> bool:
+        """True if the products of the output head and of its gradients may be in 8 bits too."""
+        return self.fp8 and self.model.vocab_size % fp8.MULTIPLE == 0
 
     @property
     def attends_to_rows(self) -> bool:
@@ -277,8 +283,8 @@ class Workload(Config):
         rows = largest_divisor(self.rank_rows, limit)
         return self.replace(micro_batch_rows=rows, accumulate=self.rank_rows // rows)
 
-    def require_possible_on(self, device: Device) -> None:
-        """Check that `device` can compute this step in its number formats.
+    def require_fp8(self, device: Device) -> None:
+        """Check that `device` can compute products in fp8, if fp8 is set.
 
         Raises:
             ValueError: the device cannot.

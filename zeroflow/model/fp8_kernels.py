@@ -1,4 +1,4 @@
-"""Triton kernels that compute SwiGLU and its gradient from bf16 inputs, and convert them to 8 bits.
+"""Triton kernels for fp8: SwiGLU and its gradient from bf16 inputs, and a transpose.
 
 Imported only for GPUs: Triton comes with PyTorch's GPU builds.
 """
@@ -12,6 +12,9 @@ from torch import Tensor
 
 _TOKENS, _FEATURES = 32, 128
 """Tile of the backward kernel, the fastest of 18 on an H200."""
+
+_SIDE = 128
+"""Tile of the transpose, the fastest of 8 on an H200."""
 
 _FOUR_TO_E5M2: tl.constexpr = tl.constexpr("""{
 .reg .b16 low, high;
@@ -73,6 +76,14 @@ def _clipped(x, limit: tl.constexpr):
 
 
 @triton.jit
+def bits_of_e5m2(x):
+    """Round `x` to e5m2, and return its bits. Values that are too large become the largest one."""
+    return tl.inline_asm_elementwise(
+        _FOUR_TO_E5M2, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
+    )
+
+
+@triton.jit
 def _store_transposed(at, x, mask):
     """Round `x` to e5m2, and store its transpose.
 
@@ -80,10 +91,8 @@ def _store_transposed(at, x, mask):
     result of one cast was stored both directly and transposed, every fourth row of the transpose
     was wrong.
     """
-    x8 = tl.inline_asm_elementwise(
-        _FOUR_TO_E5M2, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
-    )
-    tl.store(at.to(tl.pointer_type(tl.uint8), bitcast=True), tl.trans(x8), mask=mask)
+    at = at.to(tl.pointer_type(tl.uint8), bitcast=True)
+    tl.store(at, tl.trans(bits_of_e5m2(x)), mask=mask)
 
 
 @triton.jit
@@ -163,6 +172,27 @@ def backward(
         *(*inputs, scale, p, p_t, h_t, N, M),
         *(torch.finfo(p.dtype).max, _TOKENS, _FEATURES),
         num_warps=8,
+    )
+
+
+@triton.jit
+def _transpose(x, y, rows, columns, side: tl.constexpr):
+    i = tl.program_id(1).to(tl.int64) * side + tl.arange(0, side)
+    j = tl.program_id(0).to(tl.int64) * side + tl.arange(0, side)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    tile = tl.load(x + i[:, None] * columns + j[None, :], mask=inside, other=0)
+    tl.store(y + j[:, None] * rows + i[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def transpose(matrix: Tensor, out: Tensor) -> None:
+    """Write the transpose of `matrix` to `out`; both have one byte per element."""
+    rows, columns = matrix.shape
+    tiles = (
+        triton.cdiv(columns, _SIDE),
+        triton.cdiv(rows, _SIDE),
+    )  # the second is limited to 65,535
+    _transpose[tiles](
+        *(matrix.view(torch.uint8), out.view(torch.uint8), rows, columns, _SIDE), num_warps=8
     )
 
 
