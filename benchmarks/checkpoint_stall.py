@@ -23,9 +23,10 @@ from zeroflow.device import find_device
 from zeroflow.estimate.memory import checkpoint_bytes
 from zeroflow.model.sizes import SIZES, with_vocabulary
 from zeroflow.training import checkpoint
-from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.host_memory import HostMemory
 from zeroflow.training.loop import train_step
+from zeroflow.training.retention import Retention
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.workload import Workload
 

@@ -15,11 +15,12 @@ from zeroflow.checks.resume import Kill, Proof, ResumeInexact
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.proof import ProofRun
 from zeroflow.training import checkpoint
-from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.events import EVENTS, Done, Event, Failed, Started, Stopped
 from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.launch import launch
 from zeroflow.training.metrics import METRICS, StepRecord
+from zeroflow.training.retention import Retention
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import new_state
 
 STEPS = 24

@@ -21,14 +21,15 @@ from zeroflow import artifacts
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.training import checkpoint, sampling, zero
-from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.events import EVENTS, Done
 from zeroflow.training.job import RankJob
 from zeroflow.training.launch import launch
 from zeroflow.training.loop import train, train_step
 from zeroflow.training.rank_program import RankProgram, make_deterministic
+from zeroflow.training.retention import Retention
 from zeroflow.training.sampling import SamplingConfig
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import TrainState, new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss

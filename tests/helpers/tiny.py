@@ -21,9 +21,9 @@ from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.reuse import StageResult
 from zeroflow.tracking.config import TrackingConfig
-from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.job import Cadence, TrainingJob
+from zeroflow.training.retention import Retention
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.workload import Workload

@@ -41,8 +41,9 @@ from zeroflow.report.model_card import model_card
 from zeroflow.report.outcome import outcome
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import settle
-from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.job import TrainingJob
+from zeroflow.training.retention import Retention
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import new_state
 from zeroflow.training.validation import bits_per_byte, validation_loss
 

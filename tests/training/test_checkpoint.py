@@ -43,11 +43,13 @@ from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.hugging_face import config_json
 from zeroflow.model.llama import ModelConfig
 from zeroflow.training import checkpoint, chunked_files, sampling, tensor_files
-from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.checkpoint import CheckpointError
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.goodput import Clock
 from zeroflow.training.loop import train
+from zeroflow.training.retention import Retention
 from zeroflow.training.sampling import SamplingConfig
+from zeroflow.training.saver import Saver
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.session import Session
 from zeroflow.training.state import TrainState, new_state

@@ -15,10 +15,10 @@ from zeroflow.data.order import Coverage, Segment
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.training import checkpoint, recovery
 from zeroflow.training.__main__ import work
-from zeroflow.training.checkpoint import Retention
 from zeroflow.training.extension import extended, extensions
 from zeroflow.training.job import Cadence, TrainingJob, read_job
 from zeroflow.training.recovery import LEDGER
+from zeroflow.training.retention import Retention
 from zeroflow.training.schedule import Schedule
 
 SHORT, LONG = 8, 20

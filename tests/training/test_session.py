@@ -17,10 +17,11 @@ from zeroflow.data.batches import Batches, MicroBatch
 from zeroflow.data.order import Skip
 from zeroflow.training import checkpoint, chunked_files, session
 from zeroflow.training.__main__ import work
-from zeroflow.training.checkpoint import Retention, Saver
 from zeroflow.training.failures import Diverged
 from zeroflow.training.health import Monitor, Reading
 from zeroflow.training.job import Cadence, TrainingJob, finished
+from zeroflow.training.retention import Retention
+from zeroflow.training.saver import Saver
 from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import ValidationLoss
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from zeroflow.checks.check import Check
 from zeroflow.data.rows import Rows
 from zeroflow.training import batching, checkpoint, zero
-from zeroflow.training.checkpoint import CheckpointError, Retention, Saver
+from zeroflow.training.checkpoint import CheckpointError
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
+from zeroflow.training.retention import Retention
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import TrainState
 from zeroflow.units import count
 

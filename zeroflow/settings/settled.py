@@ -12,10 +12,10 @@ from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.training import kernels
-from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.initial import Initial
 from zeroflow.training.job import Cadence
+from zeroflow.training.retention import Retention
 from zeroflow.training.sampling import SamplingConfig
 from zeroflow.training.schedule import Schedule
 from zeroflow.training.zero import Stage

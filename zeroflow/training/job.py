@@ -17,8 +17,8 @@ from zeroflow.reuse import StageResult
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.config import TrackingConfig
 from zeroflow.training import checkpoint
-from zeroflow.training.checkpoint import Retention
 from zeroflow.training.config import TrainingConfig
+from zeroflow.training.retention import Retention
 from zeroflow.training.sampling import SamplingConfig
 
 

@@ -15,7 +15,6 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
 from zeroflow.model.hugging_face import config_json
 from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
-from zeroflow.training.checkpoint import Saver
 from zeroflow.training.events import CheckpointSkipped, Saved, Started
 from zeroflow.training.failures import Diverged
 from zeroflow.training.goodput import Clock, PhaseLedger
@@ -23,6 +22,7 @@ from zeroflow.training.job import TrainingJob, TrainResult
 from zeroflow.training.loop import StepMetrics, train
 from zeroflow.training.metrics import StepRecord, ValidationRecord, peak_memory_bytes
 from zeroflow.training.recorder import Recorder
+from zeroflow.training.saver import Saver
 from zeroflow.training.state import new_state
 from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import validation_loss
