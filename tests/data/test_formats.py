@@ -111,7 +111,7 @@ def test_text_may_be_in_another_column(tmp_path):
             b'{"text": {}, "body": "x"}',
             r"line 1 has no text in field 'text', but a value of type dict.*\['body'\]",
         ),
-        ("a.jsonl", b'{"text": 1}', r"line 1 has no text.* type int; fields with text: none"),
+        ("a.jsonl", b'{"text": 1}', r"line 1 has no text.* type int, and no other field has text"),
         ("a.jsonl", b'{"text": "x"}\n[1]', r"a\.jsonl, line 2 is JSON of type list, not an object"),
         (
             "a.json",

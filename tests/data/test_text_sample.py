@@ -14,6 +14,7 @@ from public_tokenizers import of_bytes
 from tiny import files_corpus
 
 from zeroflow.data import bpe, text_sample
+from zeroflow.data.formats import json_lines
 from zeroflow.data.slices import local_text_bytes, read_documents
 
 
@@ -81,6 +82,47 @@ def test_tokens_of_many_small_files_are_predicted_from_a_few(tmp_path, tokenizer
         (tmp_path / f"{number}.txt").write_text(text[:300])
     files = tmp_path / "*.txt"
     assert predicted(files, tokenizer) == pytest.approx(exact(files, tokenizer), rel=0.2)
+
+
+def test_tokens_of_thousands_of_notes_are_predicted_before_their_tokenizer_is_trained(
+    tmp_path, texts
+):
+    notes = [text[start : start + 60] for text in texts for start in range(0, 360, 60)]
+    for number, note in enumerate(notes):
+        (tmp_path / f"{number}.txt").write_text(note)
+    files = tmp_path / "*.txt"
+    trained = bpe.train_bpe(iter(notes), vocab_size=400)
+    assert predicted(files) == pytest.approx(exact(files, trained), rel=0.2)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_tokens_of_lines_longer_than_a_place_are_predicted(tmp_path, tokenizer, texts, times):
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(json.dumps({"text": " ".join(texts[:90])}) for _ in range(times)))
+    assert predicted(file, tokenizer) == pytest.approx(exact(file, tokenizer), rel=0.2)
+
+
+def test_lines_too_long_for_a_sample_are_not_read(tmp_path, tokenizer, texts, monkeypatch):
+    monkeypatch.setattr(json_lines, "_LONGEST_LINE", 2**18)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": " ".join(texts)}))
+    corpus = files_corpus(str(tmp_path / "long.jsonl"))
+    assert text_sample.measure(corpus, tokenizer, train=lambda texts: tokenizer) is None
+
+
+def test_prediction_says_that_duplicates_are_included(tmp_path, tokenizer, texts):
+    (tmp_path / "twice.jsonl").write_bytes(lines(texts[:20] * 2))
+    for deduplicate, said in ((False, False), (True, True)):
+        corpus = files_corpus(str(tmp_path / "twice.jsonl")).replace(deduplicate=deduplicate)
+        found = text_sample.measure(corpus, tokenizer, train=lambda texts: tokenizer)
+        assert found is not None
+        assert found.source.endswith("duplicates included") is said
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_tokens_of_a_small_compressed_file_are_predicted(tmp_path, tokenizer, texts, members):
+    file = tmp_path / "small.jsonl.gz"
+    file.write_bytes(gzip.compress(lines(texts[:50])) * members)
+    assert predicted(file, tokenizer) == pytest.approx(exact(file, tokenizer), rel=0.05)
 
 
 def test_tokenizer_that_is_not_trained_yet_is_trained_on_half_of_the_sample(tmp_path, texts):

@@ -1,7 +1,7 @@
 """Bytes of text per token of a corpus, measured on a sample before anything is built."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from zeroflow.data.corpus import CorpusConfig, document_file, list_files
-from zeroflow.data.formats.file import UNREADABLE, is_compressed
+from zeroflow.data.formats.file import UNREADABLE, CorpusFile, is_compressed
 from zeroflow.data.slices import text_bytes
 from zeroflow.units import count
 
@@ -18,6 +18,9 @@ _PLACES = 16
 
 _PLACE_BYTES = 2**16
 """Approximate bytes to read at a place."""
+
+_PLACE_FILES = 64
+"""Maximum number of files to open at a place; small files are read together."""
 
 _ENCODED_CHARACTERS = 2**21
 """Maximum number of characters to encode, which takes about a second."""
@@ -68,7 +71,8 @@ def measure(
     tokens = _count(tokenizer, texts) / share
     tokens += sum(piece.documents for piece in pieces)  # each is followed by an end of text
     found = sum(piece.text_bytes for piece in pieces) / tokens
-    return Density(found, f"from a sample of the text at {count(len(pieces), 'place')}")
+    duplicates = ", duplicates included" if corpus.deduplicate else ""
+    return Density(found, f"from a sample of the text at {count(len(pieces), 'place')}{duplicates}")
 
 
 def _count(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> int:
@@ -77,21 +81,38 @@ def _count(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> int:
 
 
 def _sample(corpus: CorpusConfig) -> list[_Weighted]:
-    """Read text at places that are evenly spaced over all files; none is read twice."""
+    """Read text at places that are evenly spaced over all files; none is counted twice."""
     files = list_files(corpus)
-    ends = list(accumulate(file.size for file in files))
-    total = ends[-1]
-    pieces, seen = [], set()
-    for position in (np.arange(_PLACES) + 0.5) / _PLACES * total:
-        number = int(np.searchsorted(ends, position, side="right"))
+    pieces = dict[tuple[int, int], _Weighted]()
+    for number, offset in _places(files):
         file = files[number]
-        is_whole = file.size <= _PLACE_BYTES or is_compressed(file.name)
-        offset = 0 if is_whole else int(position - ends[number] + file.size)
-        if (number, offset) in seen:
-            continue
         opened = document_file(corpus, file)
         piece = corpus.source.format_of(file.name).sample(opened, offset, _PLACE_BYTES)
-        seen.add((number, offset))
         share = piece.stored / file.size
-        pieces.append(_Weighted(piece.texts, share * text_bytes(corpus, file), piece.documents))
-    return pieces
+        weighted = _Weighted(piece.texts, share * text_bytes(corpus, file), piece.documents)
+        pieces[number, piece.start] = weighted  # places in one long line or row group are the same
+    return list(pieces.values())
+
+
+def _places(files: Sequence[CorpusFile]) -> list[tuple[int, int]]:
+    """Return numbers of files, each with the byte at which to read.
+
+    Files that are smaller than a place are read together with those that follow: a few sentences
+    would say little about thousands of files.
+    """
+    ends = list(accumulate(file.size for file in files))
+    places = dict[tuple[int, int], None]()  # in order, and each once
+    for position in (np.arange(_PLACES) + 0.5) / _PLACES * ends[-1]:
+        first = int(np.searchsorted(ends, position, side="right"))
+        size = 0
+        for number, file in enumerate(files[first : first + _PLACE_FILES], first):
+            if size >= _PLACE_BYTES:
+                break
+            is_whole = file.size <= _PLACE_BYTES or is_compressed(file.name)
+            if number > first and not is_whole:
+                break
+            offset = 0 if is_whole else int(position - ends[number] + file.size)
+            if file.size:
+                places[number, offset] = None
+            size += file.size
+    return list(places)

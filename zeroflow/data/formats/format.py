@@ -45,9 +45,11 @@ class Opened:
     def path(self, file: CorpusFile) -> Path | None:
         return self._storage.path(file)
 
-    @property
-    def position(self) -> int:
-        return self._stream.tell() if self._stream else 0
+    def position(self, file: CorpusFile) -> int:
+        """Return the position in the stream; its end if the reader has closed it."""
+        if self._stream is None:
+            return 0
+        return file.size if self._stream.closed else self._stream.tell()
 
 
 class Format(ABC):
@@ -95,11 +97,12 @@ class Format(ABC):
         size, before, begin = 0, 0, 0
         for batch in self.read(replace(file, storage=opened), 0, None, Tally()):
             if not before:
-                before, begin = opened.position, len(batch.texts)
+                before, begin = opened.position(file.file), len(batch.texts)
             texts += batch.texts
             size += int(batch.text_bytes.sum())
-            if size >= COMPRESSED_BYTES and opened.position > before:
-                return Sample(texts[begin:], len(texts) - begin, 0, opened.position - before)
+            position = opened.position(file.file)
+            if size >= COMPRESSED_BYTES and position > before:
+                return Sample(texts[begin:], len(texts) - begin, 0, position - before)
         return Sample(texts, len(texts), 0, file.file.size)
 
     def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:

@@ -3,13 +3,17 @@
 import codecs
 import json
 from collections.abc import Iterator
+from typing import IO
 
 from zeroflow.artifacts import JsonObject
 from zeroflow.data import documents
 from zeroflow.data.documents import Document, Tally, TextBatch
 from zeroflow.data.formats.file import DocumentFile
-from zeroflow.data.formats.format import Format, count_bad_line
+from zeroflow.data.formats.format import Format, Sample, count_bad_line
 from zeroflow.data.formats.utf8 import NotUtf8, decode
+
+_LONGEST_LINE = 2**24
+"""Maximum bytes of a line in a sample of a file."""
 
 
 class JsonLinesFormat(Format):
@@ -34,8 +38,31 @@ class JsonLinesFormat(Format):
         if batch:
             yield TextBatch.from_documents(batch)
 
+    def sample(self, file: DocumentFile, offset: int, most_bytes: int) -> Sample:
+        if file.is_compressed:
+            return super().sample(file, offset, most_bytes)
+        # Whole lines, because a line may be longer than `most_bytes`
+        with file.open() as stream:
+            begin = _next_line(stream, offset, file.file.size)
+            if begin == file.file.size:
+                begin = 0
+            stop = _next_line(stream, begin + most_bytes, file.file.size)
+        if stop - begin > most_bytes + _LONGEST_LINE:
+            return Sample([], 0, begin, 0)
+        return super().sample(file, begin, stop - begin)
+
     def cuts(self, file: DocumentFile, part_bytes: int) -> list[int]:
         return [*range(0, file.file.size, part_bytes), file.file.size]
+
+
+def _next_line(stream: IO[bytes], position: int, size: int) -> int:
+    """Return the first byte of a line at `position` or later; `size` if there is none nearby."""
+    if position:
+        stream.seek(position - 1)
+        if not stream.readline(_LONGEST_LINE).endswith(b"\n"):
+            return size
+        position = stream.tell()
+    return position
 
 
 def _documents(
@@ -97,5 +124,9 @@ def _document(file: DocumentFile, line: bytes, position: int) -> Document:
 def _no_text(fields: JsonObject, column: str) -> str:
     texts = sorted(name for name, value in fields.items() if isinstance(value, str))
     kind = f", but a value of type {type(fields[column]).__name__}" if column in fields else ""
-    remedy = "set --text-column to one of them" if texts else "no field has text"
-    return f"has no text in field {column!r}{kind}; fields with text: {texts or 'none'}: {remedy}"
+    if not texts:
+        return f"has no text in field {column!r}{kind}, and no other field has text"
+    return (
+        f"has no text in field {column!r}{kind}; fields with text: {texts}: "
+        "set --text-column to one of them"
+    )

@@ -42,10 +42,11 @@ class TextFormat(Format):
 
 def _sample_compressed(stream: IO[bytes], opened: Opened, file: DocumentFile) -> Sample:
     first = stream.read(2**20)
-    before = opened.position
+    before = opened.position(file.file)
     content = stream.read(COMPRESSED_BYTES)
-    if stream.read(1) and opened.position > before:
-        return Sample([_text(content)], 0, 0, opened.position - before)
+    position = opened.position(file.file)
+    if stream.read(1) and position > before:
+        return Sample([_text(content)], 0, 0, position - before)
     return Sample([_text(first + content)], 1, 0, file.file.size)
 
 
