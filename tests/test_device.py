@@ -1,9 +1,11 @@
 """The device that a run computes on."""
 
+import os
+
 import pytest
 import torch
 
-from zeroflow.device import find_device, gpus_named, known_gpu
+from zeroflow.device import cores, find_device, gpus_named, known_gpu
 
 
 def test_cpu_is_found_without_a_peak():
@@ -43,3 +45,14 @@ def test_tables_of_gpus_match_their_generation():
     assert known_gpu("H200").has_bf16 and known_gpu("H200").compiles
     assert known_gpu("RTX 3090").capability < (8, 9), "no products in fp8"
     assert not find_device("cpu").has_bf16 and not find_device("cpu").compiles
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_cores_are_those_that_this_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    assert cores() == len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

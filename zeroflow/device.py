@@ -99,6 +99,13 @@ def find_load() -> Load:
     return Load(average=os.getloadavg()[0], cores=torch.get_num_threads())
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux, where taskset or Slurm may allow only some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def gpu_count() -> int:
     """Return the number of GPUs that PyTorch sees, using only NVML and CUDA_VISIBLE_DEVICES."""
     return torch.cuda.device_count()

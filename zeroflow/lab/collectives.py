@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zeroflow.config import Config
+from zeroflow.device import DeviceKind
 from zeroflow.lab import layout
 from zeroflow.training.workload import Workload
 
@@ -119,3 +120,16 @@ def calls(work: Workload) -> Counter[tuple[str, int]]:
         for group in (root, *blocks):
             found[SUM, 4 * group.padded(shards) // shards] += 1
     return found
+
+
+def sent_bytes(name: str, size: int, ranks: int, device: DeviceKind) -> float:
+    """Return the bytes that a rank sends in a collective of `size` bytes over all ranks.
+
+    NCCL and Gloo send around a ring, and an all-reduce is a reduce-scatter and an all-gather. On
+    CPUs, PyTorch implements a reduce-scatter as an all-reduce of the whole buffer by Gloo.
+
+    Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+    """
+    once = size * (ranks - 1) / ranks
+    is_reduced_everywhere = name in (SUM, SCALARS) or (name == SCATTER and device == "cpu")
+    return 2 * once if is_reduced_everywhere else once

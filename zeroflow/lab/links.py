@@ -1,12 +1,11 @@
-"""Steps over slow links: their time at each bandwidth, and that of single collectives.
+"""Measurement of links: single collectives without a limit, and steps at each bandwidth.
 
 On a busy machine, ranks wait for a core that another program uses. Linux counts this time, and it
-is subtracted. The rest of the disturbance should affect all times alike, so they are interquartile
-means: the shortest times of single collectives would add up to less than any step takes, in which
-some collectives are always disturbed.
+is subtracted. The rest of the disturbance should affect all times alike, so a time is the mean of
+the middle half of the rounds: the shortest times of single collectives would add up to less than
+any step takes, in which some collectives are always disturbed.
 """
 
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -18,20 +17,27 @@ import torch
 import torch.distributed as dist
 
 from zeroflow.data.batches import Batches
+from zeroflow.device import DeviceKind, cores
 from zeroflow.lab import collectives, network
-from zeroflow.lab.collectives import GATHER, SCATTER
+from zeroflow.lab.collectives import GATHER, SCALARS, SCATTER
 from zeroflow.records import Record
 from zeroflow.training import zero
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.loop import train_step
-from zeroflow.training.state import new_state
+from zeroflow.training.state import TrainState, new_state
 
 _WARM_UP = 2
 """Rounds before the first timed one."""
 
+_UNLIMITED_STEPS = 3
+"""Steps of a round without a limit. They are short, and all predictions start from them."""
+
+Call = tuple[str, int]
+"""Name and bytes of a collective."""
+
 
 class SingleCollective(Record):
-    """Mean time of a call of a collective right after another call, with nothing else to do."""
+    """Time of a collective right after another one, with nothing else to do, without a limit."""
 
     name: str
     bytes: int
@@ -39,68 +45,106 @@ class SingleCollective(Record):
 
 
 class LinkMeasurement(Record):
-    """Figures of one bandwidth."""
+    """Times of steps at one bandwidth."""
 
     gbps: float | None
     """10⁹ bits per second that a rank can send; None without a limit."""
 
-    step_seconds: tuple[float, ...]
-    """Mean time of a step, for each workload."""
+    step_seconds: tuple[tuple[float, ...], ...]
+    """Time of every step, for each workload. Steps of the same number are of the same round."""
 
+
+class LinkMeasurements(Record):
     collectives: tuple[SingleCollective, ...]
+    steps: tuple[LinkMeasurement, ...]
+    """The first is without a limit. Empty if no bandwidth was to be measured."""
 
 
 def measure(
     configs: Sequence[TrainingConfig],
     source: Callable[[TrainingConfig], Batches],
     bandwidths: Sequence[float],
-) -> list[LinkMeasurement]:
-    """Measure steps of all `configs` and their collectives without a limit and at each bandwidth.
+) -> LinkMeasurements:
+    """Measure the collectives of all `configs`, and steps without a limit and at each bandwidth.
 
-    Every round has one step of each workload at each bandwidth, so that a change of the machine's
-    load affects all alike.
+    Every round has each collective, and steps of each workload at each bandwidth, so that a change
+    of the machine's load affects all alike.
     """
-    runs = [(new_state(config), source(config), config) for config in configs]
-    calls = sorted({call for config in configs for call in collectives.calls(config.workload)})
-    limits = (None, *bandwidths)
+    works = [config.workload for config in configs]
+    calls = sorted({call for work in works for call in with_small(collectives.calls(work))})
+    limits = (None, *bandwidths) if bandwidths else ()
+    runs = [(new_state(config), source(config), config) for config in configs if limits]
+    single: defaultdict[Call, list[float]] = defaultdict(list)
     steps: defaultdict[tuple[float | None, int], list[float]] = defaultdict(list)
-    single: defaultdict[tuple[float | None, str, int], list[float]] = defaultdict(list)
     for turn in range(_WARM_UP + configs[0].steps):
+        if turn == _WARM_UP:
+            single.clear()
+            steps.clear()
+        for call in calls:
+            single[call].append(_single(*call, works[0].device))
         for gbps in limits:
             network.limit(gbps)
-            for name, size in calls:
-                call = _collective(name, size)
-                # An idle link lets a burst pass without a limit; in a step the link is never idle
-                # for long, so a first call uses up the burst
-                single[gbps, name, size].append(_seconds(call, first=call))
-            for number, (state, batches, config) in enumerate(runs):
-                step = partial(
-                    train_step, state, batches.micro_batches(turn % config.steps), config
-                )
-                steps[gbps, number].append(_seconds(step))
-    network.limit(None)
-    return [
-        LinkMeasurement(
-            gbps=gbps,
-            step_seconds=tuple(
-                interquartile_mean(steps[gbps, n][_WARM_UP:]) for n in range(len(runs))
-            ),
-            collectives=tuple(
-                SingleCollective(
-                    name=name,
-                    bytes=size,
-                    seconds=interquartile_mean(single[gbps, name, size][_WARM_UP:]),
-                )
-                for name, size in calls
-            ),
-        )
-        for gbps in limits
-    ]
+            for number, seconds in _round(runs, turn, 1 if gbps else _UNLIMITED_STEPS):
+                steps[gbps, number].append(seconds)
+        if limits:
+            network.limit(None)
+    return LinkMeasurements(
+        collectives=tuple(
+            SingleCollective(name=name, bytes=size, seconds=middle_mean(seconds))
+            for (name, size), seconds in single.items()
+        ),
+        steps=tuple(
+            LinkMeasurement(
+                gbps=gbps, step_seconds=tuple(tuple(steps[gbps, n]) for n in range(len(runs)))
+            )
+            for gbps in limits
+        ),
+    )
 
 
-def interquartile_mean(seconds: Sequence[float]) -> float:
+def with_small(calls: Sequence[Call] | dict[Call, int]) -> set[Call]:
+    """Return `calls`, and a small one of each kind, whose time is the latency."""
+    sizes: dict[str, int] = {}
+    for name, size in calls:
+        sizes[name] = min(size, sizes.get(name, size))
+    small = {(name, min(size, 4 * zero.ranks())) for name, size in sizes.items() if name != SCALARS}
+    return {*calls, *small}
+
+
+def middle_mean(seconds: Sequence[float]) -> float:
+    """Return the mean of the middle half."""
     left_out = len(seconds) // 4
     return statistics.fmean(sorted(seconds)[left_out : len(seconds) - left_out])
+
+
+def _round(
+    runs: Sequence[tuple[TrainState, Batches, TrainingConfig]], turn: int, repeats: int
+) -> list[tuple[int, float]]:
+    """Return the times of steps of each workload, by its number."""
+    found = []
+    # Workloads take turns in being the first after a change of the limit
+    order = sorted(enumerate(runs), key=lambda run: run[0] if turn % 2 else -run[0])
+    for _ in range(repeats):
+        for number, (state, batches, config) in order:
+            micro_batches = batches.micro_batches(turn % config.steps)
+            step = partial(train_step, state, micro_batches, config)
+            found.append((number, _seconds(step)))
+    return found
+
+
+def _single(name: str, size: int, device: DeviceKind) -> float:
+    """Return the time of a collective, which ranks enter together, as they leave another one."""
+    on_gpu = device == "cuda" and name != SCALARS  # ranks exchange numbers in host memory
+    call = _collective(name, size, "cuda" if on_gpu else "cpu")
+    if not on_gpu:
+        return _seconds(call, first=call)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _seconds(function: Callable[[], object], first: Callable[[], object] = lambda: None) -> float:
@@ -123,15 +167,15 @@ def _waited_for_a_core() -> int:
     Source: https://docs.kernel.org/scheduler/sched-stats.html
     """
     counted = Path("/proc/thread-self/schedstat")
-    if zero.ranks() > (os.cpu_count() or 1) or not counted.exists():
+    if zero.ranks() > cores() or not counted.exists():
         return 0
     return int(counted.read_text(encoding="ascii").split()[1])
 
 
-def _collective(name: str, size: int) -> Callable[[], object]:
+def _collective(name: str, size: int, device: DeviceKind) -> Callable[[], object]:
     """Return a call of a collective of `size` bytes over all ranks."""
-    whole = torch.zeros(max(1, size // 4))
-    part = whole[: max(1, len(whole) // zero.ranks())].clone()
+    part = torch.zeros(max(1, size // 4 // zero.ranks()), device=device)
+    whole = part.repeat(zero.ranks())
     # PyTorch 2.13 has renamed the first two
     if name == GATHER:
         return partial(_named("all_gather_single", "all_gather_into_tensor"), whole, part)

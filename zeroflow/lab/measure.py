@@ -24,7 +24,7 @@ from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
 from zeroflow.lab import links, network, timeline
 from zeroflow.lab.collectives import CollectiveCounter, Traffic
-from zeroflow.lab.links import LinkMeasurement
+from zeroflow.lab.links import LinkMeasurements
 from zeroflow.lab.network import Network
 from zeroflow.lab.tensors import TensorRecorder
 from zeroflow.lab.timeline import Span
@@ -73,9 +73,11 @@ class LabJob(RankJob):
     workloads: tuple[Workload, ...]
     """Workloads with the same number of ranks and the same global batch."""
 
+    links: bool = False
+    """If True, only single collectives are measured, and steps at `bandwidths`."""
+
     bandwidths: tuple[PositiveFloat, ...] = ()
-    """Limits of what a rank sends, in 10⁹ bits per second. If there are any, only the steps over
-    these links are measured."""
+    """Limits of what a rank sends, in 10⁹ bits per second."""
 
     network: Network | None = None
     """Network of the ranks; None for that of this machine."""
@@ -97,8 +99,8 @@ class Measurement(Record):
     losses: tuple[float, ...]
     """Loss of every step."""
 
-    step_seconds: float
-    """Median."""
+    seconds: tuple[float, ...]
+    """Times of the steps after the first two."""
 
     memory: dict[str, int]
     """Largest bytes of each part on any rank; empty for a single rank."""
@@ -111,6 +113,11 @@ class Measurement(Record):
 
     spans: tuple[Span, ...]
     """Timeline of a step of rank 0; empty for a single rank."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step."""
+        return statistics.median(self.seconds)
 
 
 class FitMeasurement(Record):
@@ -133,7 +140,7 @@ class Measurements(Record):
     """Figures of all workloads of a job."""
 
     found: tuple[Measurement, ...] = ()
-    links: tuple[LinkMeasurement, ...] = ()
+    links: LinkMeasurements | None = None
     fits: tuple[FitMeasurement, ...] = ()
 
 
@@ -148,12 +155,12 @@ def measure(config: TrainingConfig, rows: Rows) -> Measurement:
     _clear(work)
     log.info(
         "%s: loss %.6f after %d steps, %.4g s per step",
-        *(work.devices, losses[-1], len(losses), seconds),
+        *(work.devices, losses[-1], len(losses), statistics.median(seconds)),
     )
     return Measurement(
         workload=work,
         losses=tuple(losses),
-        step_seconds=seconds,
+        seconds=tuple(seconds),
         memory={part: zero.max_over_ranks(size) for part, size in step.memory.items()},
         host={part: zero.max_over_ranks(size) for part, size in step.host.items()},
         traffic=step.traffic,
@@ -184,26 +191,26 @@ def record_step(config: TrainingConfig, source: Batches) -> RecordedStep:
     return RecordedStep(tensors.peaks(), tensors.host_peaks(), collectives.traffic)
 
 
-def train(config: TrainingConfig, source: Batches) -> tuple[list[float], float, list[Span]]:
-    """Train all steps; return their losses, the median time of a step, and a timeline of one."""
+def train(config: TrainingConfig, source: Batches) -> tuple[list[float], list[float], list[Span]]:
+    """Train all steps; return their losses, the times of steps, and the timeline of one."""
     work = config.workload
     state = new_state(config)
-    losses, step_seconds = _timed(state, config, source, config.steps)
+    losses, seconds = _timed(state, config, source, config.steps)
 
     def spans(step: int) -> list[Span]:
         batch = source.micro_batches(step)
         return timeline.recorded(lambda: train_step(state, batch, config).loss.item(), work.device)
 
     if work.ranks == 1:
-        return losses, step_seconds, []
+        return losses, seconds, []
     profiled = sorted(map(spans, range(_PROFILED)), key=timeline.exposed)
-    return losses, step_seconds, profiled[_PROFILED // 2]
+    return losses, seconds, profiled[_PROFILED // 2]
 
 
 def _timed(
     state: TrainState, config: TrainingConfig, source: Batches, steps: int
-) -> tuple[list[float], float]:
-    """Train `steps` steps, and return their losses and the median time of a step."""
+) -> tuple[list[float], list[float]]:
+    """Train `steps` steps; return their losses, and the times of those after the warm-up."""
     losses, seconds = [], []
     for step in range(steps):
         micro_batches = source.micro_batches(step)
@@ -211,7 +218,7 @@ def _timed(
         loss = train_step(state, micro_batches, config).loss.item()  # waits for the device
         losses.append(loss)
         seconds.append(time.perf_counter() - began)
-    return losses, statistics.median(seconds[_WARM_UP:] or seconds)
+    return losses, seconds[_WARM_UP:] or seconds
 
 
 def measure_fit(fit: Fit, config: TrainingConfig, rows: Rows) -> FitMeasurement:
@@ -243,12 +250,14 @@ def peak_and_speed(config: TrainingConfig, rows: Rows, steps: int) -> tuple[int,
     if work.device == "cuda":
         state = new_state(config)
         torch.cuda.reset_peak_memory_stats()
-        _, seconds = _timed(state, config, source, _WARM_UP + steps)
+        seconds = statistics.median(_timed(state, config, source, _WARM_UP + steps)[1])
         peak = torch.cuda.max_memory_allocated()
     else:
         step = record_step(config.replace(workload=work.replace(compile=False)), source)
         state, peak = new_state(config), step.memory["peak"]
-        seconds = _timed(state, config, source, _WARM_UP + steps)[1] if steps else 0.0
+        seconds = 0.0
+        if steps:
+            seconds = statistics.median(_timed(state, config, source, _WARM_UP + steps)[1])
     del state
     _clear(work)
     return peak, seconds
@@ -267,10 +276,10 @@ def work(job: LabJob, stop: Stop) -> None:
         make_deterministic()
     torch.set_num_threads(job.threads)
     rows = Rows(job.shards, "train")
-    if job.bandwidths:
+    if job.links:
         configs = [job.training.replace(workload=workload) for workload in job.workloads]
         found_links = links.measure(configs, lambda config: batches(rows, config), job.bandwidths)
-        _finish(job, Measurements(links=tuple(found_links)))
+        _finish(job, Measurements(links=found_links))
         return
     if job.fits:
         tasks = [(fit.workload, partial(measure_fit, fit, job.training, rows)) for fit in job.fits]

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zeroflow.config import Config
@@ -24,6 +24,12 @@ _CLONE_NEWNET = 0x40000000
 _BURST_BYTES = 2**17
 """Bytes that may pass at once: two of the largest packets, so that small collectives are limited as
 well."""
+
+HEADERS = 1514 / 1448
+"""Bytes on the link for each byte of data: an Ethernet frame carries 1,448 bytes over TCP."""
+
+_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+"""That of the namespace of the process that writes it."""
 
 
 class Network(Config):
@@ -100,6 +106,9 @@ def enter(network: Network, rank: int) -> None:
         if libc.setns(file.fileno(), _CLONE_NEWNET):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), file.name)
+    # BBR, the default of some systems, stops for 0.2 s every 10 s to measure an empty link
+    with suppress(OSError):  # some containers cannot change settings of the kernel
+        _CONGESTION_CONTROL.write_text("reno", encoding="ascii")
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
 
 

@@ -1,5 +1,7 @@
 """Record of the laboratory: contents of zero_lab.json."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from zeroflow.config import Config
@@ -84,10 +86,11 @@ class StageOverLink(Config):
     """A step of a stage over links of a limited bandwidth."""
 
     stage: Stage
-    step_seconds: float
+    step_seconds: float | None
+    """Mean of the middle half of the measured times; None if the link cannot be limited."""
+
     predicted_step_seconds: float
-    """The time without a limit, and the difference of the times of its collectives, each measured
-    alone."""
+    """The time without a limit, and the additional time of its collectives."""
 
 
 class Link(Config):
@@ -99,19 +102,78 @@ class Link(Config):
     stages: tuple[StageOverLink, ...]
 
 
-class Crossover(Config):
-    """The bandwidth at which two stages are equally fast."""
+class Estimate(Config):
+    """A number with its 95 % interval."""
 
-    slow_link: Stage
-    """The faster stage below this bandwidth."""
+    value: float
+    low: float
+    high: float
 
-    fast_link: Stage
-    """The faster stage above it."""
+    @property
+    def sign(self) -> int:
+        """1 if the interval is above 0, -1 if it is below, 0 if it includes 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
-    gbps: float | None
-    """None if the measured times do not cross between the bandwidths."""
 
-    predicted_gbps: float | None
+class StageDifference(Config):
+    """Time by which a step of one stage is slower than that of another: a line over 1/bandwidth."""
+
+    computed_seconds: Estimate
+    """Value of the line at 0: the difference if bytes took no time."""
+
+    moved_bytes: Estimate
+    """Bytes, with headers of packets, that a rank sends more, from the slope of the line."""
+
+    on_slowest: Estimate
+    """Value of the line at the lowest bandwidth, in seconds."""
+
+    on_fastest: Estimate
+    """Value of the line at the highest bandwidth, in seconds."""
+
+    crossover_gbps: Estimate | None
+    """The bandwidth at which both are equally fast; None unless the intervals of the line at the
+    lowest and the highest bandwidth say that different stages are faster there."""
+
+    points: tuple[Estimate, ...]
+    """Seconds at each bandwidth, which the line should explain."""
+
+
+class StagePair(Config):
+    """Two stages over bandwidths."""
+
+    stage: Stage
+    other: Stage
+    """The stage of which `StageDifference` says how much slower it is."""
+
+    measured: StageDifference | None
+    """None if the link cannot be limited."""
+
+    predicted: StageDifference
+
+
+class SlowLinks(Config):
+    """Steps over links of limited bandwidth."""
+
+    own_gbps: float
+    """Bandwidth of the link without a limit, in its largest collective."""
+
+    compared_gbps: tuple[float, ...]
+    """The bandwidths at which stages are compared: at most half of `own_gbps`."""
+
+    links: tuple[Link, ...]
+    pairs: tuple[StagePair, ...]
+    """All pairs of stages; empty with fewer than two bandwidths to compare, or five steps."""
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative errors of the predicted times of steps."""
+        return [
+            one.predicted_step_seconds / one.step_seconds - 1
+            for link in self.links
+            if link.gbps is not None
+            for one in link.stages
+            if one.step_seconds is not None
+        ]
 
 
 class Largest(Config):
@@ -170,6 +232,10 @@ class MemoryFit(Config):
 class ZeroLab(Record):
     """Results of the laboratory: contents of zero_lab.json."""
 
+    FORMAT: ClassVar[int] = 2
+    """Format 1 had measured speed by bandwidth in `links`, and bandwidths at which measured times
+    happened to cross in `crossovers`, which are no longer read."""
+
     device: str
     ranks: int
     parameters: int
@@ -193,10 +259,9 @@ class ZeroLab(Record):
     """Speed of one rank with the same batches; on a CPU with as many threads as each of several."""
 
     stages: tuple[ZeroStage, ...]
-    links: tuple[Link, ...] = ()
+    slow_links: SlowLinks | None = omitted()
     """Speed by bandwidth, if --bandwidth-gbps was given."""
 
-    crossovers: tuple[Crossover, ...] = ()
     fit: MemoryFit | None = omitted()
     """Largest micro-batches and models under a cap, if --memory-gb was given."""
 

@@ -1,20 +1,19 @@
 """The study: launch the ranks that measure, and compare their figures with the formulas."""
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from pydantic import PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from zeroflow.config import Config, flag
-from zeroflow.device import find_device
+from zeroflow.device import cores, find_device
 from zeroflow.lab import collectives, fit, memory, timeline
 from zeroflow.lab.collectives import Traffic
 from zeroflow.lab.measure import LabJob, Measurement, Measurements
 from zeroflow.lab.network import network
-from zeroflow.lab.prediction import crossovers, linked
-from zeroflow.lab.record import Amount, Collective, Link, MemoryFit, ZeroLab, ZeroStage
+from zeroflow.lab.prediction import StageSteps, slow_links
+from zeroflow.lab.record import Amount, Collective, MemoryFit, SlowLinks, ZeroLab, ZeroStage
 from zeroflow.training.events import Event
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.launch import launch
@@ -36,8 +35,8 @@ class LabConfig(Config):
     groups."""
 
     bandwidth_gbps: tuple[PositiveFloat, ...] = ()
-    """Bandwidths of a rank, in 10⁹ bits per second, at which steps are also measured. The ranks
-    then run in network namespaces, which needs root."""
+    """Bandwidths of a rank, in 10⁹ bits per second, for which the time of a step is also predicted.
+    On a CPU it is measured too: the ranks then run in network namespaces, which needs root."""
 
     memory_gb: PositiveFloat | None = None
     """Cap on the memory of a rank, in 10⁹ bytes of tensors. The largest micro-batch and the model
@@ -96,7 +95,6 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
     reference, other = _measured(job, (alone, split_otherwise), on_event)
     log.info("measuring %s", ", ".join(f"stage {stage}" for stage in config.stages))
     found = _measured(job, _workloads(work, config), on_event)
-    over_links = _over_links(job, config, on_event) if config.bandwidth_gbps else ()
     lab = ZeroLab(
         device=work.device_name,
         ranks=work.ranks,
@@ -109,8 +107,7 @@ def study(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> Study:
         noise_floor=_difference(reference, other),
         one_rank_tokens_per_second=work.batch_tokens / reference.step_seconds,
         stages=tuple(_stage(one, reference) for one in found),
-        links=over_links,
-        crossovers=crossovers(over_links),
+        slow_links=_over_links(job, config, found, on_event) if config.bandwidth_gbps else None,
         fit=config.cap_bytes and _under_cap(job, config, config.cap_bytes, on_event),
     )
     return Study(lab=lab, one_rank=reference, measurements=found)
@@ -139,16 +136,35 @@ def _workloads(work: Workload, config: LabConfig) -> tuple[Workload, ...]:
     return tuple(found)
 
 
-def _over_links(job: TrainingJob, config: LabConfig, on_event: OnEvent) -> tuple[Link, ...]:
-    """Measure steps over slow links, and predict them from those without a limit."""
-    work = job.training.workload
-    workloads = _workloads(work.replace(shard_group=None), config.replace(offload="none"))
+def _over_links(
+    job: TrainingJob, config: LabConfig, found: Sequence[Measurement], on_event: OnEvent
+) -> SlowLinks:
+    """Predict steps over slow links, and measure them if the links can be limited.
+
+    Args:
+        found: measurements of all stages, of which those over all ranks come first.
+    """
+    over_all_ranks = found[: len(config.stages)]
+    workloads = tuple(one.workload for one in over_all_ranks)
     bandwidths = tuple(sorted(config.bandwidth_gbps, reverse=True))
     listed = ", ".join(f"{gbps:g}" for gbps in bandwidths)
-    log.info("measuring steps over links of %s Gbit/s", listed)
-    with network(work.ranks) as joined:
-        found = _launched(job, workloads, on_event, bandwidths=bandwidths, network=joined).links
-    return linked(found, workloads)
+    seconds: Sequence[Sequence[float]] = [one.seconds for one in over_all_ranks]
+    if workloads[0].device == "cpu":
+        log.info("measuring steps over links of %s Gbit/s", listed)
+        with network(workloads[0].ranks) as joined:
+            settings = {"bandwidths": bandwidths, "network": joined}
+            links = _launched(job, workloads, on_event, links=True, **settings).links
+        assert links is not None
+        seconds = links.steps[0].step_seconds
+    else:
+        log.info("measuring collectives, to predict steps over links of %s Gbit/s", listed)
+        links = _launched(job, workloads, on_event, links=True).links
+        assert links is not None
+    stages = [
+        StageSteps(one.workload, steps, one.spans)
+        for one, steps in zip(over_all_ranks, seconds, strict=True)
+    ]
+    return slow_links(links.collectives, stages, bandwidths, links.steps)
 
 
 def _under_cap(job: TrainingJob, config: LabConfig, cap: int, on_event: OnEvent) -> MemoryFit:
@@ -178,7 +194,7 @@ def _launched(
         training=job.training.replace(workload=workloads[0]),
         shards=job.shards,
         workloads=workloads,
-        threads=max(1, (os.cpu_count() or 1) // job.training.workload.ranks),
+        threads=max(1, cores() // job.training.workload.ranks),
         result=folder.lab_measurements(ranks),
         **settings,
     )

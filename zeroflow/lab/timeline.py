@@ -20,7 +20,7 @@ ranks, also of scattered gradients."""
 
 LANES: tuple[Lane, ...] = get_args(Lane)
 
-_COMMUNICATION: tuple[Lane, ...] = ("gather", "reduce")
+COMMUNICATION: tuple[Lane, ...] = ("gather", "reduce")
 
 
 _STEP = "zeroflow: step"
@@ -99,22 +99,35 @@ def _of_cpu(events: Sequence[Any]) -> _Found:
 
 def communication(spans: Iterable[Span]) -> float:
     """Return the seconds in which a collective is in progress."""
-    return _length(_union(span for span in spans if span.lane in _COMMUNICATION))
+    return _length(_union(span for span in spans if span.lane in COMMUNICATION))
 
 
 def exposed(spans: Iterable[Span]) -> float:
     """Return the seconds in which a collective is in progress and nothing is computed."""
+    return _length(waits(spans))
+
+
+Interval = tuple[float, float]
+
+
+def waits(spans: Iterable[Span]) -> list[Interval]:
+    """Return the intervals in which a collective is in progress and nothing is computed."""
     everything = list(spans)
-    computed = _union(span for span in everything if span.lane not in _COMMUNICATION)
-    beside = _length(_union(everything)) - _length(computed)
-    return min(beside, communication(everything))  # equal up to rounding if nothing is hidden
+    computed = _union(span for span in everything if span.lane not in COMMUNICATION)
+    found = []
+    for begin, end in _union(span for span in everything if span.lane in COMMUNICATION):
+        for start, stop in computed:
+            if begin < stop and start < end:
+                if begin < start:
+                    found.append((begin, start))
+                begin = max(begin, stop)
+        if begin < end:
+            found.append((begin, end))
+    return found
 
 
-_Interval = tuple[float, float]
-
-
-def _union(spans: Iterable[Span]) -> list[_Interval]:
-    merged: list[_Interval] = []
+def _union(spans: Iterable[Span]) -> list[Interval]:
+    merged: list[Interval] = []
     for begin, end in sorted((span.begin, span.end) for span in spans):
         if merged and begin <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(merged[-1][1], end)
@@ -123,5 +136,5 @@ def _union(spans: Iterable[Span]) -> list[_Interval]:
     return merged
 
 
-def _length(intervals: Iterable[_Interval]) -> float:
+def _length(intervals: Iterable[Interval]) -> float:
     return sum(end - begin for begin, end in intervals)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from zeroflow.lab.record import Amount, Collective, Largest, MemoryFit, ZeroLab, ZeroStage
 from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import HOST_PARTS, PARTS
-from zeroflow.report import zero_plots
+from zeroflow.report import zero_links, zero_plots
 from zeroflow.report.page_text import as_html
 from zeroflow.report.pages import Page, Part, Plot, Table
 from zeroflow.text.markup import Markdown, bold, escaped
@@ -99,7 +99,7 @@ def page(job: TrainingJob, lab: ZeroLab) -> Page:
             Markdown("## Speed"),
             _speeds(lab),
             Plot(folder.zero_timeline_plot, "timelines of a step"),
-            *_over_links(job, lab),
+            *zero_links.parts(lab.slow_links, folder),
             *_under_cap(lab),
             Markdown("## Agreement"),
             Markdown(_agreement(lab)),
@@ -247,42 +247,6 @@ def _speeds(lab: ZeroLab) -> Table:
         ],
         "",
     )
-
-
-def _over_links(job: TrainingJob, lab: ZeroLab) -> tuple[Part, ...]:
-    if not lab.links:
-        return ()
-    head = ("Gbit/s", *(f"stage {one.stage}" for one in lab.links[0].stages))
-    rows = []
-    for link in lab.links:
-        cells = [
-            f"{1000 * one.step_seconds:,.1f} ({1000 * one.predicted_step_seconds:,.1f})"
-            for one in link.stages
-        ]
-        rows.append(("no limit" if link.gbps is None else f"{link.gbps:g}", *cells))
-    parts: list[Part] = [
-        Markdown("### Over slow links"),
-        Markdown(
-            "Time of a step in milliseconds, and in brackets the prediction: the time without a "
-            "limit, plus the extra time of the collectives, each measured alone. Times are "
-            "interquartile means, without the time in which a rank waited for a core."
-        ),
-        Table(head, rows, "r" * len(head)),
-        Plot(job.folder.zero_bandwidth_plot, "time of a step by bandwidth"),
-    ]
-    if not lab.crossovers:
-        parts.append(Markdown("No stage becomes faster than another between these bandwidths."))
-        return tuple(parts)
-    crossings = [
-        (
-            f"stage {one.slow_link} below, stage {one.fast_link} above",
-            f"{one.gbps:.2f}" if one.gbps else "none",
-            f"{one.predicted_gbps:.2f}" if one.predicted_gbps else "none",
-        )
-        for one in lab.crossovers
-    ]
-    head = ("faster", "measured at Gbit/s", "predicted")
-    return (*parts, Table(head, crossings, " rr"))
 
 
 _FIT_REASONS = {

@@ -1,10 +1,13 @@
 """Plots of the ZeRO laboratory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zeroflow.lab.collectives import GATHER, SCATTER, SUM
-from zeroflow.lab.record import ZeroLab
+from zeroflow.lab.record import SlowLinks, StagePair, ZeroLab
 from zeroflow.lab.study import Study
 from zeroflow.lab.tensors import PARTS
 from zeroflow.lab.timeline import LANES, Lane
@@ -28,7 +31,8 @@ _LANES: dict[Lane, str] = {
 def draw(study: Study, folder: RunFolder) -> list[Path]:
     """Draw all plots of a study."""
     lab = study.lab
-    over_links = [bandwidth(lab, folder.zero_bandwidth_plot)] if lab.links else []
+    slow = lab.slow_links
+    over_links = [bandwidth(slow, lab.ranks, folder.zero_bandwidth_plot)] if slow else []
     return [
         *over_links,
         memory(lab, folder.zero_memory_plot),
@@ -121,28 +125,72 @@ def losses(study: Study, path: Path) -> Path:
     return save(figure, path)
 
 
-def bandwidth(lab: ZeroLab, path: Path) -> Path:
-    """Draw measured and predicted times of a step against the bandwidth of a rank."""
-    figure, axes = new_figure(
-        f"a step over links of limited bandwidth, {lab.ranks} ranks", "Gbit/s", "milliseconds"
-    )
-    limited = sorted((link for link in lab.links if link.gbps), key=lambda link: link.gbps or 0)
+def bandwidth(found: SlowLinks, ranks: int, path: Path) -> Path:
+    """Draw measured and predicted times of a step against the bandwidth of a rank.
+
+    Below, if stages were compared: how much slower the others are than the first, the lines through
+    these differences, and the interval in which two stages are equally fast.
+    """
+    from matplotlib.ticker import LogLocator  # it takes a second
+
+    first = found.links[0].stages[0].stage
+    pairs = [pair for pair in found.pairs if pair.stage == first]
+    rows = 2 if pairs else 1
+    title = f"a step over links of limited bandwidth, {ranks} ranks"
+    figure, drawn = new_figure(title, "Gbit/s", "milliseconds", size=(8, 1 + 3 * rows), rows=rows)
+    upper, *lower = _listed(drawn)
+    limited = sorted((link for link in found.links if link.gbps), key=lambda link: link.gbps or 0)
     x = [link.gbps for link in limited]
-    for number, colour in zip(range(len(lab.links[0].stages)), OKABE_ITO, strict=False):
-        found = [link.stages[number] for link in limited]
-        measured = [1000 * one.step_seconds for one in found]
-        predicted = [1000 * one.predicted_step_seconds for one in found]
-        label = f"stage {found[0].stage}"
-        axes.plot(x, measured, color=colour, marker="o", linestyle="none", label=label)
-        axes.plot(x, predicted, color=colour, linestyle="--", label=f"{label}, predicted")
-    for crossing in lab.crossovers:
-        if crossing.gbps:
-            axes.axvline(crossing.gbps, color="#888888", linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xticks(x, [f"{gbps:g}" for gbps in x])
-    axes.minorticks_off()
-    _legend_outside(figure, axes)
+    colours = dict(zip([one.stage for one in limited[0].stages], DISTINCT, strict=False))
+    for number, (stage, colour) in enumerate(colours.items()):
+        times = [link.stages[number] for link in limited]
+        measured = [
+            (link.gbps, 1000 * one.step_seconds)
+            for link, one in zip(limited, times, strict=True)
+            if one.step_seconds
+        ]
+        if measured:
+            upper.plot(
+                *zip(*measured, strict=True),
+                color=colour,
+                marker="o",
+                linestyle="none",
+                label=f"stage {stage}",
+            )
+        predicted = [1000 * one.predicted_step_seconds for one in times]
+        upper.plot(x, predicted, color=colour, linestyle="--", label=f"stage {stage}, predicted")
+    upper.set_yscale("log")
+    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    upper.yaxis.set_major_formatter("{x:,g}")
+    for axes in lower:
+        for pair in pairs:
+            _draw_pair(axes, pair, found.compared_gbps, colours[pair.other])
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.set_ylabel(f"slower than stage {first} (ms)")
+    upper.set(ylabel="milliseconds", xscale="log")
+    upper.set_xticks(x, [f"{gbps:g}" for gbps in x])
+    upper.minorticks_off()
+    _legend_outside(figure, upper)
     return save(figure, path)
+
+
+def _draw_pair(axes: Any, pair: StagePair, gbps: Sequence[float], colour: str) -> None:
+    x = np.geomspace(min(gbps), max(gbps), 100)
+    for line, style in ((pair.measured, "-"), (pair.predicted, "--")):
+        if line is not None:
+            slope = 8 * line.moved_bytes.value / 1e9
+            y = 1000 * (line.computed_seconds.value + slope / x)
+            axes.plot(x, y, color=colour, linestyle=style)
+    if pair.measured is None:
+        return
+    values, low, high = (
+        1000 * np.array([getattr(point, bound) for point in pair.measured.points])
+        for bound in ("value", "low", "high")
+    )
+    errors = np.abs([values - low, high - values])
+    axes.errorbar(gbps, values, errors, color=colour, marker="o", linestyle="none", capsize=3)
+    if crossover := pair.measured.crossover_gbps:
+        axes.axvspan(crossover.low, crossover.high, color=colour, alpha=0.15)
 
 
 def _unit(most: int) -> tuple[int, str]:

@@ -8,6 +8,8 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from zeroflow.device import cores
+
 LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the launch time, at which the start-up of a rank begins."""
 
@@ -73,10 +75,9 @@ def place_environment(rank: int, ranks: int) -> dict[str, str]:
     # Each rank sees only its own GPU, so that code can use the default device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
     devices = [number.strip() for number in visible.split(",")]
-    cores = max(1, (os.cpu_count() or 1) // ranks)
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // ranks))),
     }
