@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import random
+import socket
 import stat
 import threading
 import time
@@ -135,11 +136,30 @@ def test_failed_builder_leaves_no_files_and_no_lock(tmp_path, error):
 
 
 def test_leftovers_of_a_killed_builder_are_not_used(tmp_path):
-    (tmp_path / ".thing.partial").mkdir()
-    (tmp_path / ".thing.partial" / "left over").write_text("x")
+    partial = artifacts.partial_path(tmp_path / "thing", socket.gethostname())
+    partial.mkdir()
+    (partial / "left over").write_text("x")
     artifacts.build_once(tmp_path / "thing", write_files)
     assert "left over" not in contents(tmp_path / "thing")
-    assert not (tmp_path / ".thing.partial").exists()
+    assert not partial.exists()
+
+
+def test_machines_without_shared_locks_build_beside_each_other_and_the_first_result_is_kept(
+    tmp_path, monkeypatch
+):
+    path, mine = tmp_path / "thing", socket.gethostname()
+
+    def write_beside_another_machine(partial):
+        (partial / "of").write_text("this machine")
+        (path.parent / f".{path.name}.lock").unlink()  # a lock that the other does not see
+        monkeypatch.setattr(socket, "gethostname", lambda: "another machine")
+        assert not artifacts.build_once(path, write_files)
+        assert (partial / "of").read_text() == "this machine"
+        artifacts.seal(partial, {})
+
+    assert artifacts.build_once(path, write_beside_another_machine), "the other was faster"
+    assert "of" not in contents(path)
+    assert not artifacts.partial_path(path, mine).exists()
 
 
 def test_all_damaged_directories_are_kept(tmp_path):

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -342,7 +343,9 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
     """Ensure that the directory `path` exists and verifies.
 
     Two processes that need the same directory wait for each other; the kernel frees the lock of a
-    process that dies. A damaged directory is set aside and built again.
+    process that dies. On a file system that does not share locks between machines, several machines
+    may build it at the same time, and the first complete directory is kept. A damaged directory is
+    set aside and built again.
 
     Args:
         build: called with a temporary directory if `path` has to be built.
@@ -357,7 +360,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> bool:
                 return True
             except DamagedArtifact as damage:
                 set_aside(path, damage)
-        return build_first(path, build)  # a process with a claim may be faster
+        return build_first(path, build, mark=socket.gethostname())
 
 
 def build_first(path: Path, build: Callable[[Path], None], *, mark: str = "") -> bool:
@@ -368,7 +371,8 @@ def build_first(path: Path, build: Callable[[Path], None], *, mark: str = "") ->
 
     Args:
         build: called with the temporary directory of this call.
-        mark: a part of the temporary name that is unique to this process; empty under a lock.
+        mark: a part of the temporary name that is unique to this process, or to the processes that
+            share a lock.
 
     Returns:
         True if the directory exists already, or another process was faster.

@@ -17,6 +17,7 @@ import two_ranks
 from agents import Agents, Trouble
 from endings import read_tensors
 from patience import wait_until
+from remote_folder import remote_folder
 from two_hosts import Host, two_hosts
 
 from zeroflow.run_folder import RunFolder
@@ -230,6 +231,37 @@ def test_two_hosts_end_with_the_bits_of_one_although_ranks_agents_and_hosts_die(
     assert [entry.step >= least for entry, least in zip(ledger, (20, 60, 100), strict=True)]
     names = {path.name.partition("-rank-")[0] for path in job.folder.logs.glob("*-rank-?.log")}
     assert names == {host.name for host in hosts}
+    losses, tensors = end_of(job)
+    expected, expected_tensors = end_of(alone)
+    assert losses == expected
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(tensors[name].equal(value) for name, value in expected_tensors.items())
+
+
+@pytest.mark.slow
+def test_second_host_may_reach_the_cache_over_a_network_file_system(tmp_path, hosts):
+    alone = job_of_two(tmp_path / "alone", tmp_path / "local", nodes=1)
+    tracked.train(alone)
+
+    shared, keys = tmp_path / "shared", tmp_path / "keys"
+    shared.mkdir()
+    keys.mkdir()
+    job = job_of_two(shared / "two", shared / "cache", nodes=2)
+    with remote_folder(shared, keys, hosts) as remote:
+        trouble = Trouble(job, (hosts[0], remote))
+
+        def script(started: Agents) -> None:
+            for step, lose in ((25, lose_torchrun), (65, lose_rank)):
+                trouble.wait_for(step)
+                lose(started)
+                if 1 not in started.running:
+                    started.start(1)
+            assert [agent.wait(300) for agent in started.running.values()] == [0, 0]
+
+        done = trouble.do(script)
+        recovery.train(job, trouble)
+        done.result(60)
+    assert [entry.reason for entry in recovery.read(job.folder)] == ["killed"] * 2
     losses, tensors = end_of(job)
     expected, expected_tensors = end_of(alone)
     assert losses == expected
