@@ -72,7 +72,8 @@ def fetch(job: Job) -> Figures:
 
 def _fetched(job: Job) -> tuple[Any, Any]:
     from zeroflow.data.corpus import CorpusConfig, resolve_corpus
-    from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+    from zeroflow.data.tokenizer import TokenizerConfig
+    from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
     files = CorpusConfig(data_mode="files", data_path=(str(job.text / "*.parquet"),))
     corpus = resolve_corpus(files).corpus

@@ -30,7 +30,8 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer, resolve_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig, resolve_tokenizer
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.device import Device, find_device
 from zeroflow.model import llama
 from zeroflow.model.attention import AttentionKernel

@@ -30,7 +30,8 @@ from zeroflow.data.order import Order, Segment  # noqa: E402
 from zeroflow.data.rows import Rows  # noqa: E402
 from zeroflow.data.shards import ShardConfig, ShardSet, part_path  # noqa: E402
 from zeroflow.data.slice_pages import PAGE_SLICES, SlicePage, SlicePages  # noqa: E402
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer  # noqa: E402
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+from zeroflow.data.tokenizer_origins import fetch_tokenizer  # noqa: E402
 
 PARTS = (10**4, 10**5, 10**6)
 SYNTHETIC = CorpusConfig(data_mode="synthetic")

@@ -51,7 +51,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> "Text":
     from hub import english
     from tiny import Text, jsonl_corpus
 
-    from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+    from zeroflow.data.tokenizer import TokenizerConfig
+    from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
     folder: Path = tmp_path_factory.mktemp("text")
     rng = random.Random(0)

@@ -42,13 +42,7 @@ from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.stages.plan import plan
-from zeroflow.stages.prepare import (
-    Prepared,
-    build_model,
-    build_shards,
-    fetch_tokenizer,
-    show_data,
-)
+from zeroflow.stages.prepare import Prepared, build_model, build_shards, fetch_tokenizer, show_data
 from zeroflow.stages.results import (
     Evaluated,
     compare,
@@ -63,11 +57,7 @@ from zeroflow.stages.train import check_before, check_overfit, train
 from zeroflow.stages.view import LOG_ONLY, View
 from zeroflow.training import checkpoint
 from zeroflow.training.failures import TrainingFailed, TrainingStopped
-from zeroflow.training.job import (
-    TrainingJob,
-    TrainResult,
-    finished,
-)
+from zeroflow.training.job import TrainingJob, TrainResult, finished
 from zeroflow.training.ownership import ownership
 from zeroflow.training.processes import KeptRanks, kept_ranks
 from zeroflow.units import count

@@ -15,7 +15,8 @@ from zeroflow.checks import data_checks
 from zeroflow.checks.check import Check
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 
 def test_synthetic_data_has_no_text_to_check(tmp_path):

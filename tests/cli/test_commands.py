@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from zeroflow.cli import commands
+from zeroflow.cli import commands, model_commands, run_commands
 from zeroflow.data.provenance import Piece
 
 
@@ -159,12 +159,12 @@ def test_prompt_on_standard_input_that_is_not_utf8_is_refused_after_those_before
     content = io.BytesIO("one\ncafé\n".encode("latin-1"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, "utf-8", line_buffering=True))
     with pytest.raises(ValueError, match="a prompt is not UTF-8: encode the input as UTF-8"):
-        list(commands._prompts())
+        list(model_commands._prompts())
 
 
 def test_table_of_documents_has_one_line_for_each_document_with_any_id():
     piece = Piece(row=0, part=0, offset=0, document="", url="", start=0, tokens=9, words="words")
     ids = ("a\nb", "\x1b[2J", "\udc80", "d3")
-    _, *lines = commands.pieces_table([piece._replace(document=name) for name in ids])
+    _, *lines = run_commands.pieces_table([piece._replace(document=name) for name in ids])
     assert len(lines) == len(ids) and len({line.index("words") for line in lines}) == 1
     assert "a b" in lines[0] and "\\u001b[2J" in lines[1] and "\\udc80" in lines[2]

@@ -29,12 +29,8 @@ from zeroflow.data.corpus import (
 )
 from zeroflow.data.slices import plan_slices, read_documents, read_slice
 from zeroflow.data.documents import Tally
-from zeroflow.data.tokenizer import (
-    LLAMA_TOKENIZER,
-    TokenizerConfig,
-    fetch_tokenizer,
-    resolve_tokenizer,
-)
+from zeroflow.data.tokenizer import LLAMA_TOKENIZER, TokenizerConfig, resolve_tokenizer
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 cache = Path(sys.argv[1])
 text = CorpusConfig(data_mode="fineweb", data_revision="any")

@@ -21,7 +21,8 @@ from zeroflow.data import document_table
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 RECORDED = {
     "best-fit": {

@@ -9,7 +9,8 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.build_times import last_build_times
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.report import data_page
 
 CONFIG = ShardConfig(seq_len=32, train_rows=10**6, validation_rows=10**6, validation_fraction=0.1)

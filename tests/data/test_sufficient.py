@@ -6,7 +6,8 @@ from tiny import files_corpus, jsonl_corpus
 from zeroflow.data import sufficient
 from zeroflow.data.build import build_shards
 from zeroflow.data.sufficient import require_both_splits
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 
 @pytest.fixture

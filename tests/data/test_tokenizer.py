@@ -15,13 +15,8 @@ from zeroflow import artifacts, reuse
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.documents import Document
 from zeroflow.data.slices import read_documents
-from zeroflow.data.tokenizer import (
-    TokenizerConfig,
-    describe_tokenizer,
-    fetch_tokenizer,
-    first_bytes,
-    resolve_tokenizer,
-)
+from zeroflow.data.tokenizer import TokenizerConfig, describe_tokenizer, resolve_tokenizer
+from zeroflow.data.tokenizer_origins import fetch_tokenizer, first_bytes
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
 
@@ -166,6 +161,7 @@ def test_changed_version_is_named_in_the_reason(text, tmp_path, monkeypatch):
         f"the encoders were compared again, because fastokens is 99.0 instead of {installed}"
     )
     monkeypatch.setattr("zeroflow.data.tokenizer.FORMAT", 3)
+    monkeypatch.setattr("zeroflow.data.tokenizer_origins.FORMAT", 3)
     newer = fetch_tokenizer(config, text.corpus, tmp_path)
     assert newer.why == f"{first.path.name} has format 2 instead of 3"
 

@@ -11,7 +11,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig, resolve_corpus
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 
 def test_id_outside_the_vocabulary_leaves_no_part(text, tmp_path):

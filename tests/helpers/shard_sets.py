@@ -10,7 +10,8 @@ from tiny import contents
 from zeroflow.data import document_table
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import SPLITS, ShardConfig, ShardSet
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 
 SYNTHETIC = CorpusConfig(data_mode="synthetic")
 

@@ -17,7 +17,8 @@ from zeroflow.data.corpus import CorpusConfig, resolve_corpus
 from zeroflow.data.documents import Document
 from zeroflow.data.shards import ShardConfig, ShardSet
 from zeroflow.data.slices import read_documents
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.model.llama import Llama, ModelConfig, Shape, initialize
 from zeroflow.reuse import StageResult
 from zeroflow.tracking.config import TrackingConfig

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from zeroflow.cli import commands
 from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
-from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.data.validation_sample import sampled_units, validation_rows
 from zeroflow.inference import core_tasks, evaluation, scoring, trained
 from zeroflow.inference.evaluate import (

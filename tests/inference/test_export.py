@@ -18,7 +18,8 @@ from public_tokenizers import (
 from tiny import MODEL, jsonl_corpus, lively_model
 
 from zeroflow.data import encoding
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.inference import export as exports
 from zeroflow.inference.export import export
 from zeroflow.inference.generate import of_folder, of_model

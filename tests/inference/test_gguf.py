@@ -15,7 +15,8 @@ from tiny import MODEL, QWEN3, jsonl_corpus, lively_model
 from tokenizers import Regex, pre_tokenizers
 
 from zeroflow.data import encoding
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.inference import gguf_file
 from zeroflow.inference.export import export
 from zeroflow.training import sampling

@@ -9,7 +9,8 @@ from faults import NOBODY, asking
 from hub import Hub, fineweb_edu_repo, llama_tokenizer_repo
 from tiny import SHAPE, contents
 
-from zeroflow.data.tokenizer import LLAMA_TOKENIZER, fetch_tokenizer
+from zeroflow.data.tokenizer import LLAMA_TOKENIZER
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Plan

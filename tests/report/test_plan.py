@@ -13,7 +13,8 @@ from zeroflow.data.build import build_shards
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.part_counts import row_bytes
 from zeroflow.data.shards import ShardConfig, ShardSet
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.device import Device
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past

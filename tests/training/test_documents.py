@@ -15,7 +15,7 @@ from zeroflow.data import slices
 from zeroflow.data.build import build_shards
 from zeroflow.data.order import Skip
 from zeroflow.data.rows import Rows
-from zeroflow.data.tokenizer import fetch_tokenizer
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.inference.trained import job as load_job
 from zeroflow.model.build import build_model
 from zeroflow.settings.job import training_job

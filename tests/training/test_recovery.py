@@ -15,7 +15,8 @@ from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.order import Order, Segment, Skip
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardConfig
-from zeroflow.data.tokenizer import TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.tracking.config import TrackingConfig, location
 from zeroflow.tracking.store import run_ids
 from zeroflow.training import batching, recovery

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import MODEL, jsonl_corpus, lively_model
 
-from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig, fetch_tokenizer
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.model.llama import Llama
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig

@@ -6,13 +6,8 @@ from typing import NamedTuple
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.shards import ShardConfig, expected_bytes
 from zeroflow.data.sufficient import require_both_splits
-from zeroflow.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    Vocabulary,
-    density,
-    expected_vocabulary,
-)
+from zeroflow.data.tokenizer import Tokenizer, TokenizerConfig
+from zeroflow.data.vocabulary import Vocabulary, density, expected_vocabulary
 
 
 class ExpectedText(NamedTuple):

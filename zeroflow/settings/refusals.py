@@ -8,12 +8,8 @@ import numpy as np
 
 from zeroflow.data.corpus import CorpusConfig
 from zeroflow.data.slices import require_readable
-from zeroflow.data.tokenizer import (
-    SYNTHETIC_TOKENIZER,
-    TRAINED_TOKENIZER,
-    TokenizerConfig,
-    known_vocab_size,
-)
+from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
+from zeroflow.data.vocabulary import known_vocab_size
 from zeroflow.device import Device, gpu_count
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig, TrainingChoice

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from zeroflow.data import build as builds
-from zeroflow.data import shared_build, statistics
+from zeroflow.data import shared_build, statistics, tokenizer_origins
 from zeroflow.data import tokenizer as tokenizers
 from zeroflow.data.builders import Builders, BuildPart, in_threads
 from zeroflow.data.on_dask import on_dask
@@ -24,10 +24,7 @@ from zeroflow.settings.settle import look_up
 from zeroflow.settings.settled import Settled, Settlement
 from zeroflow.stages.view import LOG_ONLY, View
 from zeroflow.training import checkpoint, initial
-from zeroflow.training.job import (
-    TrainingJob,
-    trained_tokenizer,
-)
+from zeroflow.training.job import TrainingJob, trained_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ def fetch_tokenizer(run: Settled) -> Tokenizer:
             log.warning("%s has changed (%s): the run uses its own copy", name, changed)
         log.info("tokenizer reused: %s", copy.path)
         return copy
-    return tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    return tokenizer_origins.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
 
 
 def build_shards(run: Settled, tokenizer: Tokenizer, view: View = LOG_ONLY) -> ShardSet:
@@ -74,7 +71,7 @@ def build_together(asked: RunConfig, *, gpu: str | None = None) -> Shared:
         ValueError, hub.HubError: the settings or the input cannot be used.
     """
     run = look_up(asked, known_gpu(gpu) if gpu else None).run
-    tokenizer = tokenizers.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
+    tokenizer = tokenizer_origins.fetch_tokenizer(run.tokenizer, run.data, run.cache_dir)
     planner = builds.planned(run.shard_config, run.data, tokenizer, run.cache_dir, seed=run.seed)
     with part_builders(run.build, LOG_ONLY) as builders:
         return shared_build.build_together(planner, run.shard_config, builders)

@@ -14,13 +14,7 @@ from zeroflow.inference.evaluate import EvaluationJob, evaluate_apart, is_known
 from zeroflow.inference.evaluation import Evaluation, EvaluationConfig
 from zeroflow.lab import measure
 from zeroflow.lab.study import LabConfig, study
-from zeroflow.report import (
-    evaluation_page,
-    proof,
-    registration,
-    run_report,
-    zero_lab,
-)
+from zeroflow.report import evaluation_page, proof, registration, run_report, zero_lab
 from zeroflow.report import sweep as sweeps
 from zeroflow.report.outcome import Status
 from zeroflow.report.pages import Page, never_fatal
@@ -32,10 +26,7 @@ from zeroflow.settings.sweep import SweepConfig
 from zeroflow.stages.prepare import Prepared
 from zeroflow.stages.view import LOG_ONLY, View
 from zeroflow.tracking.models import RegistrationFailed
-from zeroflow.training.job import (
-    TrainingJob,
-    TrainResult,
-)
+from zeroflow.training.job import TrainingJob, TrainResult
 
 log = logging.getLogger(__name__)
 

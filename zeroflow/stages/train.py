@@ -8,10 +8,7 @@ from zeroflow.checks.overfit import OverfitConfig, OverfitFailed, OverfitJob, Ov
 from zeroflow.checks.preflight import PreflightFailed, PreflightResult
 from zeroflow.launchers import kubernetes, slurm
 from zeroflow.launchers.kubernetes import Cluster
-from zeroflow.report import (
-    plots,
-    run_page,
-)
+from zeroflow.report import plots, run_page
 from zeroflow.report.pages import Page, Plot, never_fatal
 from zeroflow.report.progress import CheckProgress, LossWatch, SpikeWatch, TrainingProgress
 from zeroflow.settings.existing import unlike_others
@@ -20,11 +17,7 @@ from zeroflow.stages.view import LOG_ONLY, View
 from zeroflow.training import recovery
 from zeroflow.training.events import Event
 from zeroflow.training.hosts import Launcher, by_hand
-from zeroflow.training.job import (
-    TrainingJob,
-    TrainResult,
-    why_trained,
-)
+from zeroflow.training.job import TrainingJob, TrainResult, why_trained
 from zeroflow.training.pulse import Pulse
 
 log = logging.getLogger(__name__)

@@ -29,10 +29,7 @@ from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.records import Record
 from zeroflow.training import older_checkpoints, tensor_files, zero
 from zeroflow.training.state import TrainState
-from zeroflow.training.tensor_files import (
-    BadTensorFile,
-    TensorFiles,
-)
+from zeroflow.training.tensor_files import BadTensorFile, TensorFiles
 
 log = logging.getLogger(__name__)
 

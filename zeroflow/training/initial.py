@@ -24,12 +24,7 @@ from zeroflow.data import hub
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.hub_requests import QUESTION
 from zeroflow.data.sources.known_digests import KnownDigests, stamp
-from zeroflow.data.tokenizer import (
-    SYNTHETIC_TOKENIZER,
-    Tokenizer,
-    TokenizerConfig,
-    require_copy,
-)
+from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, Tokenizer, TokenizerConfig, require_copy
 from zeroflow.model.hugging_face import model_config
 from zeroflow.model.llama import Llama, ModelConfig
 from zeroflow.run_folder import Cache, RunFolder

@@ -19,13 +19,7 @@ from zeroflow.training import checkpoint, chunked_files, zero
 from zeroflow.training.checkpoint import MODEL, CheckpointFacts
 from zeroflow.training.retention import Retention, retire
 from zeroflow.training.state import TrainState
-from zeroflow.training.tensor_files import (
-    SUFFIX,
-    FileImage,
-    FileLayout,
-    FileStream,
-    TensorFile,
-)
+from zeroflow.training.tensor_files import SUFFIX, FileImage, FileLayout, FileStream, TensorFile
 from zeroflow.units import decimal
 
 _OVERHEAD_BYTES = 2**20
