@@ -1,4 +1,4 @@
-"""Tokenizer and shards of a run as they will be, before they are fetched and built."""
+"""Predicted vocabulary and shards of a run, before they are fetched and built."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from zeroflow.data.vocabulary import Vocabulary, density, expected_vocabulary
 
 
 class ExpectedText(NamedTuple):
-    """Expected vocabulary and shards."""
+    """Predicted vocabulary and shards."""
 
     vocabulary: Vocabulary
     shard_bytes: int
@@ -28,7 +28,9 @@ def expected_text(
     trained: Tokenizer | None,
     cache: Path,
 ) -> ExpectedText:
-    """Return what a resolved corpus and tokenizer will give. Nothing is added to the cache.
+    """Predict the vocabulary and the shards of a resolved corpus and tokenizer.
+
+    Nothing is added to the cache.
 
     Args:
         trained: the tokenizer that the run was trained with; None if it has no checkpoint.

@@ -98,7 +98,7 @@ def _places(files: Sequence[CorpusFile]) -> list[tuple[int, int]]:
     """Return numbers of files, each with the byte at which to read.
 
     Files that are smaller than a place are read together with those that follow: a few sentences
-    would say little about thousands of files.
+    are not representative of thousands of files.
     """
     ends = list(accumulate(file.size for file in files))
     places = dict[tuple[int, int], None]()  # in order, and each once

@@ -38,7 +38,7 @@ REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
 _STARTED_SECONDS = 600
-"""Time after which a server that was started and does not listen must have been killed."""
+"""Time after which a started server that does not listen is assumed to have been killed."""
 
 
 def read_settings() -> None:
@@ -146,7 +146,7 @@ def forget(api: Api) -> None:
 
 
 def _forget_killed(folder: Path) -> None:
-    """Remove the logins of servers that were killed, and so did not remove them themselves."""
+    """Remove the logins that killed servers have left."""
     for file in folder.glob(_login_name("*")):
         with suppress(OSError, ValueError):  # another process has just removed it
             is_old = time.time() - file.stat().st_mtime > _STARTED_SECONDS

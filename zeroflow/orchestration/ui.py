@@ -102,8 +102,8 @@ def serve(config: UiConfig) -> None:
 def _only_one() -> Iterator[None]:
     """Refuse a second server with a worker for the same database of Prefect.
 
-    The worker of one server would take runs of the other's forms, and would not hear of their
-    cancellation: a server tells only its own worker.
+    The worker of one server would take runs of the other's forms, and these could not be
+    cancelled: a server notifies only its own worker.
 
     Raises:
         ValueError: there is another one.

@@ -46,11 +46,11 @@ def size_of(asked: RunConfig) -> str:
 
 
 class Existing(NamedTuple):
-    """The run of a name: its settings, and how far it got, as its folder shows."""
+    """An existing run: its settings, its progress and its results, as recorded in its folder."""
 
     settings: Settled
     asked: dict[str, object]
-    """Settings that were asked for at the start, where settling changed them."""
+    """Settings that were asked for at the start, if settling changed them."""
 
     step: int
     """Step of the newest checkpoint; 0 without one."""

@@ -218,7 +218,7 @@ def _new(wanted: RunConfig, device_of: Callable[[RunConfig], Device]) -> _Found:
 def _resumed(
     known: Existing, wanted: RunConfig, device_of: Callable[[RunConfig], Device]
 ) -> _Found:
-    """Look up a run that goes on, or is complete, with the settings `wanted`."""
+    """Look up a run that is resumed, or complete, with the settings `wanted`."""
     recorded = known.settings
     needs_text = wanted.data != recorded.data or not known.is_trained(wanted)
     if known.is_complete(wanted):  # any machine can show the result

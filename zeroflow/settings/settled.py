@@ -11,6 +11,7 @@ from zeroflow.device import Device, Precision
 from zeroflow.model.llama import ActivationCheckpointing, ModelConfig
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
+from zeroflow.tracking.config import is_server, location
 from zeroflow.training import kernels
 from zeroflow.training.config import TrainingConfig
 from zeroflow.training.initial import Initial
@@ -184,6 +185,11 @@ class Settled(RunConfig):
     def most_checkpoints(self) -> int:
         """Maximum number of checkpoints that exist at once."""
         return self.retention.most_at_once(self.training.max_steps, every=self.cadence.checkpoint)
+
+    @property
+    def stores_models(self) -> bool:
+        """True if this machine stores registered models; an MLflow server stores them elsewhere."""
+        return self.register_ is not None and not is_server(location(self.cache_dir)[0])
 
     @property
     def sampling(self) -> SamplingConfig:

@@ -6,15 +6,13 @@ from zeroflow.data.expected_text import expected_text
 from zeroflow.device import ASSUMED_CAPABILITY, free_bytes, gpus_named, known_gpu
 from zeroflow.estimate.cost import cost
 from zeroflow.estimate.run_records import read_records
-from zeroflow.model.llama import ModelConfig
 from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
 from zeroflow.report.plan import Choice, Plan
 from zeroflow.settings.remarks import remarks
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import Acquire, foresee, settle
-from zeroflow.settings.settled import Settled, Settlement
-from zeroflow.tracking.config import is_server, location
+from zeroflow.settings.settled import Settlement
 from zeroflow.training.job import trained_tokenizer
 
 log = logging.getLogger(__name__)
@@ -86,7 +84,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     disk = run.cache_dir if here else None
     costs = cost(work, device, records, planned=(run.run_name, steps), folder=disk)
     done = min(records.steps_done, steps)
-    registered = _registered_bytes(run, model)
+    registered = 2 * 4 * model.parameters if run.stores_models else 0  # last and best, in fp32
     return Plan(
         run=run.run_name,
         size=run.model.name,
@@ -120,15 +118,6 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         checkpoint_every=run.cadence.checkpoint,
         disk_source=costs.disk.source,
     )
-
-
-def _registered_bytes(run: Settled, model: ModelConfig) -> int:
-    """Return the bytes of the last and the best model, each in fp32, if this machine stores them.
-
-    An MLflow server stores them elsewhere.
-    """
-    stored = run.register_ and not is_server(location(run.cache_dir)[0])
-    return 2 * 4 * model.parameters if stored else 0
 
 
 def _remaining(tokens: int, steps: int, done: int) -> float:

@@ -104,11 +104,11 @@ def latest(folder: Path) -> Path | None:
     """
     for path in reversed(complete(folder)):
         try:
-            _require_signed_format(path)
             if (step := artifacts.verify(path)["step"]) != step_of(path):
                 raise artifacts.DamagedArtifact(f"{path} has the state of step {step}")
             return path
         except artifacts.DamagedArtifact as damage:
+            _refuse_unsigned_format(path)
             artifacts.set_aside(path, damage)
     return None
 
@@ -133,10 +133,10 @@ def find(folder: Path, which: Which = "newest") -> Path:
         wanted = "with a validation loss" if which == "best" else f"of step {which}"
         raise CheckpointError(f"{folder} has no checkpoint {wanted}, only of steps {steps}")
     if which != "newest":  # `latest` has verified the newest one
-        _require_signed_format(path)
         try:
             artifacts.verify(path)
         except artifacts.DamagedArtifact as damage:
+            _refuse_unsigned_format(path)
             raise CheckpointError(f"this checkpoint is damaged: {damage}") from damage
     return path
 
@@ -178,10 +178,10 @@ def require_same(path: Path, model: ModelConfig, *, tokenizer: str) -> None:
 
 def _newest_readable(folder: Path) -> tuple[Path, CheckpointFacts] | None:
     for path in reversed(complete(folder)):
-        _require_signed_format(path)
         try:
             manifest = artifacts.read_signed(path / artifacts.MANIFEST)
         except artifacts.DamagedArtifact:
+            _refuse_unsigned_format(path)
             continue  # `latest` sets it aside
         _require_known_format(path, manifest)
         return path, CheckpointFacts.model_validate(manifest)
@@ -305,8 +305,8 @@ def _require_known_format(path: Path, manifest: JsonObject) -> None:
         )
 
 
-def _require_signed_format(path: Path) -> None:
-    """Refuse a manifest of format 1. It has no checksum, so it would be set aside as damaged."""
+def _refuse_unsigned_format(path: Path) -> None:
+    """Refuse a manifest of format 1, which has no checksum, and is therefore not damaged."""
     try:
         manifest = artifacts.read_json(path / artifacts.MANIFEST)
     except (OSError, ValueError):

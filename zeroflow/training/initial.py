@@ -207,8 +207,12 @@ def _of_folder(name: str, folder: Path, cache: Path) -> InitialSource:
         raise ValueError("the folder has no config.json, so it is not a model of Hugging Face")
     if not _files(folder):
         raise ValueError(f"the folder has no model*{SUFFIX}; other files of weights are not read")
-    model = model_config(artifacts.read_json(folder / "config.json"))
-    initial = Initial(digest=_digest(folder, cache), model=model, licence=_licence(folder))
+    config = artifacts.read_json(folder / "config.json")
+    initial = Initial(
+        digest=_digest(folder, cache),
+        model=model_config(config),
+        licence=_licence(folder / _CARD, config),
+    )
     return InitialSource(name, initial, TokenizerConfig(tokenizer_name=str(folder.absolute())))
 
 
@@ -220,19 +224,17 @@ def _of_hub(name: str) -> InitialSource:
     with TemporaryDirectory() as place:
         folder, wanted = Path(place), ("config.json", _CARD)
         hub.download(repository, commit, wanted.__contains__, folder, patience=QUESTION)
-        model = model_config(artifacts.read_json(folder / "config.json"))
-        initial = Initial(digest=commit, model=model, licence=_licence(folder))
+        config = artifacts.read_json(folder / "config.json")
+        model = model_config(config)
+        initial = Initial(digest=commit, model=model, licence=_licence(folder / _CARD, config))
     tokenizer = TokenizerConfig(tokenizer_name=repository, tokenizer_revision=commit)
     return InitialSource(f"{repository}@{commit}", initial, tokenizer)
 
 
-def _licence(folder: Path) -> str | None:
-    """Return the licence that the model card or the configuration in `folder` names."""
-    found = _card_metadata(folder / _CARD)
-    named = found.get("license_name") or found.get("license")
-    if not named:
-        config = artifacts.read_json(folder / "config.json")
-        named = config.get("license") if isinstance(config, dict) else None
+def _licence(card: Path, config: JsonObject) -> str | None:
+    """Return the licence that the model card or the configuration names."""
+    found = _card_metadata(card)
+    named = found.get("license_name") or found.get("license") or config.get("license")
     return one_line(named)[:_LONGEST_LICENCE] if isinstance(named, str) and named else None
 
 
