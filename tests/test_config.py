@@ -1,7 +1,7 @@
 import pytest
 from pydantic import PositiveInt, ValidationError
 
-from zeroflow.config import Config
+from zeroflow.config import Config, described
 
 
 class Settings(Config):
@@ -43,4 +43,18 @@ def test_replacing_checks_the_new_value_and_leaves_the_old_settings():
 
 
 def test_docstring_under_a_field_describes_it():
-    assert Settings.model_fields["rows"].description == "Rows of something."
+    assert described(Settings)["rows"].description == "Rows of something."
+    shown = Settings.model_json_schema()["properties"]
+    assert shown["rows"]["description"] == "Rows of something."
+
+
+def test_inherited_fields_keep_their_docstrings_until_they_are_defined_again():
+    class Inner(Settings):
+        name: str = "inner"
+        """Name of the inner settings."""
+
+        rows: int = 5
+
+    found = described(Inner)
+    assert found["name"].description == "Name of the inner settings."
+    assert found["rows"].description is None

@@ -1,9 +1,22 @@
 """Base of every settings class."""
 
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Self
 
-from pydantic import AllowInfNan, BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    NonNegativeFloat,
+    PositiveFloat,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, ErrorDetails
 
 FinitePositive = Annotated[PositiveFloat, AllowInfNan(False)]
 FiniteNonNegative = Annotated[NonNegativeFloat, AllowInfNan(False)]
@@ -72,12 +85,14 @@ def in_words(problem: ErrorDetails) -> str:
 
 
 class Config(BaseModel):
-    """Frozen, typed settings that reject unknown names."""
+    """Frozen, typed settings that reject unknown names.
+
+    The docstring under a field is its description; see `described`.
+    """
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
     )
@@ -87,3 +102,68 @@ class Config(BaseModel):
         return type(self).model_validate(
             {name: getattr(self, name) for name in type(self).model_fields} | changes
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the JSON schema with the descriptions of the fields."""
+        schema = handler(core_schema)
+        shown = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, field in described(cls).items():
+            if field.description and name in shown:
+                shown[name].setdefault("description", field.description)
+        return schema
+
+
+def described(config: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of `config`, with the docstrings under them as their descriptions.
+
+    pydantic's `use_attribute_docstrings` would look for the source of every class when it is
+    defined, which takes a tenth of the time of our imports, and most classes are not described.
+    """
+    sources = [_docstrings(kind.__module__).get(kind.__qualname__, {}) for kind in _own(config)]
+    for name, field in config.model_fields.items():
+        if field.description is None:
+            field.description = next((found[name] for found in sources if name in found), None)
+    return config.model_fields
+
+
+def _own(config: type[BaseModel]) -> list[type]:
+    """Return the classes that may define fields of `config`, the most specific first."""
+    return [kind for kind in config.__mro__ if issubclass(kind, Config) and kind is not Config]
+
+
+@cache
+def _docstrings(module: str) -> dict[str, dict[str, str | None]]:
+    """Return the docstrings under the fields of each class of `module`, by name."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # not in a file
+        return {}
+    return dict(_classes(ast.parse(source), ""))
+
+
+def _classes(node: ast.AST, within: str) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield the qualified name of each class in `node`, and the docstrings under its fields."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.ClassDef):
+            name = f"{within}{inner.name}"
+            yield name, dict(_fields(inner))
+            yield from _classes(inner, f"{name}.")
+        elif isinstance(inner, ast.FunctionDef):
+            yield from _classes(inner, f"{within}{inner.name}.<locals>.")
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str | None]]:
+    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            yield statement.target.id, _text(following)
+
+
+def _text(statement: ast.stmt | None) -> str | None:
+    """Return the text of a statement that is only a text."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        text = statement.value.value
+        return inspect.cleandoc(text) if isinstance(text, str) else None
+    return None

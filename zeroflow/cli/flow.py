@@ -39,6 +39,7 @@ from zeroflow.settings.sweep import SweepConfig, cells
 from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.text.markup import shell_command
 from zeroflow.tracking import loopback
+from zeroflow.training.interpreter import without_collections
 from zeroflow.training.processes import kept_ranks
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
 def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
     # Imported only now, because it is slow: --help and errors in flags do not need it
     try:
-        with importing_prefect():
+        with without_collections(), importing_prefect():
             from zeroflow.orchestration import server
             from zeroflow.orchestration.flow_context import silence_console
             from zeroflow.orchestration.flow_runs import run_here

@@ -1,10 +1,12 @@
 """Entry point of the program `zeroflow`: prints the first line, then runs the command."""
 
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 
 from zeroflow.cli.early import begin
 from zeroflow.cli.first_line import announce
+from zeroflow.training.interpreter import with_room, without_collections
 
 FLOWS = ("pretrain", "sweep", "zero-lab")
 """Commands of flows."""
@@ -17,6 +19,17 @@ SHORT = ("generate", "export", "evaluate", "data", "documents", "plan", "shards"
 
 
 def entry() -> None:
+    with_room(_entry)
+
+
+def _entry() -> None:
+    with without_collections():
+        main = _imported_command()
+    raise SystemExit(main())
+
+
+def _imported_command() -> Callable[[], int]:
+    """Begin the command, and return its main function."""
     [name] = sys.argv[1:2] or [""]
     if name in FLOWS:
         begin(name, sys.argv[2:])
@@ -29,4 +42,4 @@ def entry() -> None:
         raise SystemExit(2)
     from zeroflow.cli.commands import main
 
-    raise SystemExit(main())
+    return main

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from zeroflow.orchestration.programs import Program
+from zeroflow.training import interpreter
 
 USUAL_PORT = 4200
 """Prefect's default port."""
@@ -43,7 +44,7 @@ def start() -> None:
     port, login = free_port(), random_login()
     program = Program(
         "Prefect's server",
-        [sys.executable, "-m", "zeroflow.orchestration.server", str(port)],
+        [sys.executable, "-m", interpreter.__name__, "zeroflow.orchestration.server", str(port)],
         environment=os.environ | {LOGIN: login},
         umask=0o077,  # its database may hold secrets
     )

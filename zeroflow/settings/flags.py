@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from zeroflow import artifacts
-from zeroflow.config import flag, in_words
+from zeroflow.config import described, flag, in_words
 from zeroflow.text.markup import shortened
 from zeroflow.text.redaction import redacted
 
@@ -47,7 +47,7 @@ def _leaves(config: type[BaseModel], path: tuple[str, ...]) -> Iterator[Setting]
 def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return the fields of `config`, or those of all its subclasses if it is abstract."""
     if not isabstract(config):
-        return config.model_fields
+        return described(config)
     kinds = config.__subclasses__()
     names = dict.fromkeys(name for kind in kinds for name in kind.model_fields)
     return {name: _merged(name, config, kinds) for name in names}
@@ -56,12 +56,12 @@ def _fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
 def _merged(name: str, config: type[BaseModel], kinds: list[type[BaseModel]]) -> FieldInfo:
     """Merge the field `name` of several `kinds` of `config` into one that has all help texts."""
     fields = {
-        kind.model_fields["name"].default: kind.model_fields[name]
+        kind.model_fields["name"].default: described(kind)[name]
         for kind in kinds
         if name in kind.model_fields
     }
     annotation: Any = Union[tuple(field.annotation for field in fields.values())]  # noqa: UP007
-    if (common := config.model_fields.get(name)) is not None:
+    if (common := described(config).get(name)) is not None:
         return FieldInfo(
             annotation=annotation, default=common.default, description=common.description
         )

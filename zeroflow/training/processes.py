@@ -24,6 +24,7 @@ from pydantic import Field
 
 from zeroflow.config import Config
 from zeroflow.run_folder import Cache
+from zeroflow.training import interpreter
 from zeroflow.training.environment import Place
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class RankProcess:
         # In a copy of this context, from which Prefect knows which flow run a log line belongs to
         self._context = contextvars.copy_context()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "zeroflow.training.serving", str(label)],
+            [sys.executable, "-m", interpreter.__name__, "zeroflow.training.serving", str(label)],
             # The kernel closes it when this process dies, also after SIGKILL, and the rank notices
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -41,11 +41,13 @@ def main() -> None:
                 compiling.import_compiler()
             continue
         os.environ.update(task.environment)
+        _collect_again()
+        frozen = gc.get_freeze_count()
         parent.working = True
         program: RankProgram[Any] = module.PROGRAM
         program.run(task.job_file, parent)
         parent.working = False
-        if not _give_back():
+        if not _give_back(frozen):
             break
         with suppress(OSError):  # the parent has died
             sys.stdout.write(f"{DONE}\n")
@@ -60,14 +62,26 @@ def _program_module(name: str) -> str:
     return f"{name}.__main__" if is_package and find_spec(f"{name}.__main__") else name
 
 
-def _give_back() -> bool:
-    """Give back what a job has left; return False if that fails."""
+def _collect_again() -> None:
+    """Enable garbage collections, which skip what was imported before the first job."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+def _give_back(frozen: int) -> bool:
+    """Give back what a job has left; return False if that fails.
+
+    Args:
+        frozen: number of objects that garbage collections skipped when the job began.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.use_deterministic_algorithms(False)
     compiling.end_watch()
     gc.enable()
-    gc.unfreeze()
+    if gc.get_freeze_count() > frozen:  # the job may have frozen what it must give back
+        gc.unfreeze()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
