@@ -185,7 +185,7 @@ def obstacle(way: str, work: Work, device: Device) -> str | None:
     """Reason why the device cannot compute this way; None if it can."""
     if way == "fp8":
         try:
-            work.computed(precision="bf16", fp8=True).workload.require_fp8(device)
+            work.computed(precision="bf16", fp8=True).workload.require_possible_on(device)
         except ValueError as error:
             return str(error)
     return None

@@ -206,12 +206,14 @@ def test_run_within_the_band_is_in_band(job):
 def test_run_that_leaves_the_band_is_reported_with_place_and_distance(job):
     verdict = found(job).verdict(losses(WIDTH + 0.31, since=60))
     assert (verdict.since, verdict.until) == (6 * WINDOW, None)
-    assert verdict.miss == pytest.approx(0.31, abs=1e-3)
-    miss = f"{verdict.miss:.4f}"
-    assert str(verdict) == f"out of band from 3,840 tokens: up to {miss} above it (3 earlier runs)"
+    assert verdict.distance == pytest.approx(0.31, abs=1e-3)
+    distance = f"{verdict.distance:.4f}"
+    assert (
+        str(verdict) == f"out of band from 3,840 tokens: up to {distance} above it (3 earlier runs)"
+    )
     verdict = found(job).verdict(losses(-WIDTH - 0.05, since=60, until=100))
     assert (verdict.since, verdict.until) == (6 * WINDOW, 10 * WINDOW)
-    assert verdict.miss == pytest.approx(-0.05, abs=1e-3)
+    assert verdict.distance == pytest.approx(-0.05, abs=1e-3)
     assert "from 3,840 to 6,400 tokens: up to 0.0" in str(verdict) and "below it" in str(verdict)
 
 

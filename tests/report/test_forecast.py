@@ -178,7 +178,7 @@ def test_plan_assumes_what_the_hub_does_not_answer_and_says_why(ask):
         assert elsewhere.data.name.startswith("fineweb-edu")
         assert elsewhere.tokenizer.name == LLAMA_TOKENIZER
         for choice in (elsewhere.data, elsewhere.tokenizer):
-            assert "assumed for another machine; here, " in choice.reason
+            assert "assumed for another machine" in choice.reason
         assert "assumed, as Llama-3.1's" in plan_page.text(elsewhere)
 
 

@@ -283,8 +283,8 @@ def test_default_interval_that_is_longer_than_the_run_is_not_remarked(ask):
 
 def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     first = {row.name: row for row in finish("one", rate=1000.0)}
-    assert first["checkpoint_bytes"].miss == pytest.approx(0)
-    assert first["shard_bytes"].miss == pytest.approx(0, abs=0.1)
+    assert first["checkpoint_bytes"].difference == pytest.approx(0)
+    assert first["shard_bytes"].difference == pytest.approx(0, abs=0.1)
     assert first["seconds"].measured == pytest.approx(5.12)
 
     planned = forecast(ask(run_name="two", seed=1))
@@ -296,7 +296,7 @@ def test_next_run_is_predicted_from_what_was_measured(ask, finish):
     assert planned.rate.low < 1000 < planned.rate.high
     second = {row.name: row for row in finish("two", rate=1000.0)}
     for name in ("tokens_per_second", "seconds", "memory_bytes"):
-        assert second[name].miss == pytest.approx(0)
+        assert second[name].difference == pytest.approx(0)
     line = plan_page.time_line(planned)
     assert "(from 1 earlier run here; " in line and "; load average now " in line
 
@@ -376,8 +376,8 @@ def test_report_has_what_was_predicted_and_measured(ask, finish):
 
 def test_miss_is_known_only_if_both_figures_are():
     seconds = Compared(name="seconds", predicted=10.0, measured=11.0)
-    assert seconds.miss == pytest.approx(0.1)
-    assert seconds.replace(predicted=None).miss is None
+    assert seconds.difference == pytest.approx(0.1)
+    assert seconds.replace(predicted=None).difference is None
     memory = Compared(name="memory_bytes", predicted=None, measured=2**30)
     assert plan_page.cells(memory)[1:] == ("unknown", "1.00 GiB", "")
 
@@ -428,7 +428,7 @@ def test_plan_of_shards_is_near_those_that_are_built(ask, vocab_size, usual):
     assert facts.text_bytes / facts.document_tokens == pytest.approx(usual, rel=0.1)
     assert planned.predicted.shard_bytes == pytest.approx(row_bytes(shards), rel=0.15)
     line = plan_page.disk_line(planned)
-    assert re.search(r"about .* of shards \(from a sample of the text at 16 places\) and", line)
+    assert re.search(r"about .* of shards \(from a sample of the text at \d+ places\) and", line)
 
 
 def test_validation_files_are_part_of_the_planned_shards(ask, text, tmp_path):

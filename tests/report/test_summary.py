@@ -104,7 +104,7 @@ def test_optional_figures_are_shown_if_they_are_known(tmp_path):
         judged=True,
         since=None,
         until=None,
-        miss=0.0,
+        distance=0.0,
         verdict="in band (2 earlier runs)",
         runs=("a", "b"),
     )

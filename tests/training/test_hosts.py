@@ -85,7 +85,7 @@ def test_rank_number_comes_from_torchrun_or_slurm(monkeypatch, given, expected):
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
     try:
-        zero.take_place()
+        zero.set_rank_environment()
         assert {name: os.environ.get(name) for name in expected} == expected
     finally:
         os.environ.clear()

@@ -71,13 +71,13 @@ def test_rounding_and_devices_are_not_mathematics():
 
 def test_fp8_is_checked_only_if_it_is_requested():
     cpu = H100.replace(kind="cpu", capability=None)
-    WORKLOAD.require_fp8(cpu)
+    WORKLOAD.require_possible_on(cpu)
     in_fp8 = WORKLOAD.replace(precision="bf16", fp8=True, seq_len=32)
-    in_fp8.require_fp8(H100)
+    in_fp8.require_possible_on(H100)
     with pytest.raises(ValueError, match="the device is a CPU"):
-        in_fp8.require_fp8(cpu)
+        in_fp8.require_possible_on(cpu)
     with pytest.raises(ValueError, match="multiples of 16, but --seq-len is 12"):
-        in_fp8.replace(seq_len=12).require_fp8(H100)
+        in_fp8.replace(seq_len=12).require_possible_on(H100)
 
 
 def test_workload_of_format_1_is_read():

@@ -255,7 +255,7 @@ def _fall_back(corpus: CorpusConfig, error: hub.HubError, known: Path | None) ->
             validation_path=corpus.validation_path,
             validation_revision=corpus.validation_revision,
         )
-        return ResolvedCorpus(_pin(sample, known), f"FineWeb-Edu cannot be reached: {error.cause}")
+        return ResolvedCorpus(_pin(sample, known), f"instead of FineWeb-Edu: {error.cause}")
     if corpus.allow_synthetic_fallback:
         synthetic = CorpusConfig(data_mode="synthetic", allow_synthetic_fallback=True)
         return ResolvedCorpus(synthetic, f"SYNTHETIC FALLBACK, no real text: {error}")

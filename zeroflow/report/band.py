@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import model_validator
 
 from zeroflow.records import Record
 from zeroflow.report.intervals import student
@@ -57,6 +58,13 @@ Losses = npt.NDArray[np.float64]
 class Verdict(Record):
     """Comparison of a run's training loss with that of earlier runs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_older_fields(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "miss" in content:
+            return {"distance": content["miss"]} | content
+        return content
+
     earlier: int = 0
     """Number of earlier runs."""
 
@@ -75,7 +83,7 @@ class Verdict(Record):
     until: int | None = None
     """Tokens at which the run returns to the band; None if it never does."""
 
-    miss: float = 0.0
+    distance: float = 0.0
     """Largest distance from the nearest edge of the band; positive is above."""
 
     def __str__(self) -> str:
@@ -86,7 +94,9 @@ class Verdict(Record):
         if self.since is None:
             return f"in band ({runs})"
         end = f" to {self.until:,}" if self.until else ""
-        return f"out of band from {self.since:,}{end} tokens: up to {_side(self.miss)} it ({runs})"
+        return (
+            f"out of band from {self.since:,}{end} tokens: up to {_side(self.distance)} it ({runs})"
+        )
 
 
 def _side(apart: float) -> str:
@@ -175,7 +185,7 @@ class Band(NamedTuple):
         return found.replace(
             since=round(self.ends[out[0]] - self.ends[0]),
             until=None if out[-1] == judged[-1] else round(self.ends[out[-1]]),
-            miss=float(max(beyond[out], key=abs)),
+            distance=float(max(beyond[out], key=abs)),
         )
 
 

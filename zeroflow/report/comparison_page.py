@@ -184,10 +184,10 @@ def _sentences(found: Comparison, law: PowerLaw) -> Iterator[str]:
         sentence = f"Next size: {_described(found.next_size)}"
         yield f"{sentence}, with the same number of tokens per parameter as the largest size."
     if found.largest and found.largest.measured is not None:
-        miss = found.largest.measured / found.largest.loss - 1
+        difference = found.largest.measured / found.largest.loss - 1
         yield (
             f"Test of the law: the smaller sizes alone predict {_described(found.largest)}. The "
-            f"measured loss was {found.largest.measured:.4f}, a difference of {miss:+.2%}."
+            f"measured loss was {found.largest.measured:.4f}, a difference of {difference:+.2%}."
         )
 
 

@@ -136,7 +136,7 @@ class Compared(Record):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def miss(self) -> float | None:
+    def difference(self) -> float | None:
         """Fraction by which the measured value exceeds the predicted one; None if unknown."""
         if not self.predicted or self.measured is None:
             return None

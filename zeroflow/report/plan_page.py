@@ -26,7 +26,7 @@ def cells(row: Compared) -> tuple[str, str, str, str]:
     predicted, measured = (
         "unknown" if value is None else text(value) for value in (row.predicted, row.measured)
     )
-    return name, predicted, measured, "" if row.miss is None else change(row.miss)
+    return name, predicted, measured, "" if row.difference is None else change(row.difference)
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -65,10 +65,9 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     state = "resumed" if settled.resumes else "new"
     yield f"run: {run.run_name} ({state}) in {run.run_dir}"
     each = f" on each of {work.ranks}" if work.ranks > 1 else ""
-    yield (
-        f"model: {run.model.name}, {_bound(plan)}{parameter_count(work.model.parameters)} "
-        f"parameters (vocabulary {_vocabulary(plan)})"
-    )
+    about = "" if plan.vocabulary_is_certain or plan.vocabulary_is_limit else "about "
+    parameters = f"{_limit(plan)}{about}{parameter_count(work.model.parameters)} parameters"
+    yield f"model: {run.model.name}, {parameters} (vocabulary {_vocabulary(plan)})"
     if plan.init_from:
         yield f"start: the weights of {plan.init_from}"
     yield from plan.notes
@@ -95,16 +94,14 @@ def log_lines(settled: Settlement, plan: Plan) -> Iterator[str]:
     yield f"checkpoints: {checkpoints_line(plan)}"
 
 
-def _bound(plan: Plan) -> str:
-    """Return the words before a figure that depends on the vocabulary."""
-    if plan.vocabulary_is_limit:
-        return "at most "
-    return "" if plan.vocabulary_is_certain else "about "
+def _limit(plan: Plan) -> str:
+    """Return the words before a figure that grows with the vocabulary."""
+    return "at most " if plan.vocabulary_is_limit else ""
 
 
 def _vocabulary(plan: Plan) -> str:
     tokens, padded = plan.vocabulary_tokens, plan.workload.model.vocab_size
-    size = f"{_bound(plan)}{vocabulary(tokens or padded, padded)}"
+    size = f"{_limit(plan)}{vocabulary(tokens or padded, padded)}"
     return f"{size}, {plan.vocabulary_source}" if plan.vocabulary_source else size
 
 
@@ -210,7 +207,7 @@ def section(plan: Plan, compared: Sequence[Compared]) -> tuple[Part, ...]:
         ),
         escaped(f"{speed} Memory: {plan.memory_source}."),
         Markdown(
-            f"- Parameters: {_bound(plan)}{parts}; {flops}\n"
+            f"- Parameters: {_limit(plan)}{parts}; {flops}\n"
             f"- Computed memory by part: {memory}; in total {binary(plan.stage.total)}\n"
             f"- Disk: {disk_line(plan)}\n"
             f"- Checkpoints: {checkpoints_line(plan)}"
@@ -226,7 +223,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     total = sum(plan.parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in plan.parameters.items()]
-    yield from _table(("parameters", f"{_bound(plan)}{total:,}", ""), rows)
+    yield from _table(("parameters", f"{_limit(plan)}{total:,}", ""), rows)
     yield ""
     on_each = " on each" if work.ranks > 1 else ""
     choices = {"data": plan.data, "tokenizer": plan.tokenizer}

@@ -79,7 +79,7 @@ def refuse_what_the_device_cannot(run: RunConfig, device: Device) -> None:
         ValueError: the device lacks what a setting needs.
     """
     nominal = nominal_workload(run, device)
-    nominal.require_fp8(device)
+    nominal.require_possible_on(device)
     _refuse_offload(nominal)
     if nominal.zero_stage and not nominal.is_sharded:
         raise ValueError(

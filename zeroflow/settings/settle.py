@@ -45,6 +45,8 @@ from zeroflow.training.initial import Initial, InitialSource
 
 log = logging.getLogger(__name__)
 
+_ASSUMED_ELSEWHERE = "assumed for another machine, because it is not available here"
+
 Acquire = Callable[[Path], None]
 """Acquires the directory of a run for this process, or raises `RunIsBusy`."""
 
@@ -350,16 +352,14 @@ def _assume(found: _Found, *, elsewhere: bool) -> _Text:
         corpus = ResolvedCorpus(data, f"assumed to be available; here, {error.cause}")
     fell_back = data.data_mode in ("auto", "fineweb") and corpus.corpus.data_mode != "fineweb"
     if elsewhere and fell_back:
-        reason = f"assumed for another machine; here, {corpus.reason}"
-        corpus = ResolvedCorpus(data.replace(data_mode="fineweb"), reason)
+        corpus = ResolvedCorpus(data.replace(data_mode="fineweb"), _ASSUMED_ELSEWHERE)
     try:
         tokenizer = _tokenizer(found, corpus.corpus)
     except HubError as error:
         tokenizer = ResolvedTokenizer(tokens, f"assumed to be available; here, {error.cause}")
     usual = without_hub(corpus.corpus)
     if elsewhere and tokens.tokenizer_name == "auto" and tokenizer[0].tokenizer_name != usual:
-        reason = f"assumed for another machine; here, {tokenizer.reason}"
-        tokenizer = ResolvedTokenizer(tokens.replace(tokenizer_name=usual), reason)
+        tokenizer = ResolvedTokenizer(tokens.replace(tokenizer_name=usual), _ASSUMED_ELSEWHERE)
     return _Text(corpus, tokenizer)
 
 

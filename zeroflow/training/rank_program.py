@@ -41,7 +41,7 @@ class RankProgram(Generic[Job]):
 
     def main(self) -> None:
         """Run the program as one rank of torchrun or Slurm, on the job file in the command line."""
-        zero.take_place()
+        zero.set_rank_environment()
         log_to_terminal(_rank())
         self.run(Path(sys.argv[1]))
 

@@ -283,8 +283,8 @@ class Workload(Config):
         rows = largest_divisor(self.rank_rows, limit)
         return self.replace(micro_batch_rows=rows, accumulate=self.rank_rows // rows)
 
-    def require_fp8(self, device: Device) -> None:
-        """Check that `device` can compute products in fp8, if fp8 is set.
+    def require_possible_on(self, device: Device) -> None:
+        """Check that `device` can compute this step in its number formats.
 
         Raises:
             ValueError: the device cannot.

@@ -62,7 +62,7 @@ def remove_stale_rendezvous(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def take_place() -> None:
+def set_rank_environment() -> None:
     """Set this rank's number and GPU from the environment that torchrun, or srun alone, provides.
 
     Call it before anything uses a GPU.
@@ -70,24 +70,24 @@ def take_place() -> None:
     Sources: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables and
         https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
     """
-    place = os.environ
-    if "RANK" not in place and "SLURM_STEP_ID" in place and "SLURM_LAUNCH_NODE_IPADDR" in place:
-        place |= {
-            "RANK": place["SLURM_PROCID"],
-            "WORLD_SIZE": place["SLURM_NTASKS"],
-            "LOCAL_RANK": place["SLURM_LOCALID"],
-            "MASTER_ADDR": place.get("MASTER_ADDR", place["SLURM_LAUNCH_NODE_IPADDR"]),
+    given = os.environ
+    if "RANK" not in given and "SLURM_STEP_ID" in given and "SLURM_LAUNCH_NODE_IPADDR" in given:
+        given |= {
+            "RANK": given["SLURM_PROCID"],
+            "WORLD_SIZE": given["SLURM_NTASKS"],
+            "LOCAL_RANK": given["SLURM_LOCALID"],
+            "MASTER_ADDR": given.get("MASTER_ADDR", given["SLURM_LAUNCH_NODE_IPADDR"]),
             # Each job has its own port, because several jobs may share a host
-            "MASTER_PORT": place.get("MASTER_PORT", str(20000 + int(place["SLURM_JOB_ID"]) % 9973)),
+            "MASTER_PORT": given.get("MASTER_PORT", str(20000 + int(given["SLURM_JOB_ID"]) % 9973)),
         }
-    if RENDEZVOUS in place or "LOCAL_RANK" not in place:
+    if RENDEZVOUS in given or "LOCAL_RANK" not in given:
         return
-    local = int(place["LOCAL_RANK"])
-    visible = place.get("CUDA_VISIBLE_DEVICES")
+    local = int(given["LOCAL_RANK"])
+    visible = given.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        place["CUDA_VISIBLE_DEVICES"] = str(local)
+        given["CUDA_VISIBLE_DEVICES"] = str(local)
     elif local < len(devices := visible.split(",")) > 1:  # with one, srun has chosen it already
-        place["CUDA_VISIBLE_DEVICES"] = devices[local].strip()
+        given["CUDA_VISIBLE_DEVICES"] = devices[local].strip()
 
 
 @contextmanager
