@@ -230,8 +230,7 @@ def test_card_names_the_start_its_digest_and_no_licence_where_there_is_none(fold
 def test_licence_is_read_from_the_card_or_the_configuration(card, config, expected, tmp_path):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert initial._licence(tmp_path) == expected
+    assert initial._licence(tmp_path / "README.md", config) == expected
 
 
 def test_licence_passes_on_to_runs_and_does_not_change_what_is_the_same(folder, hub, tmp_path):

@@ -8,8 +8,6 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from zeroflow.device import cores
-
 LAUNCHED = "ZEROFLOW_LAUNCHED"
 """Environment variable with the launch time, at which the start-up of a rank begins."""
 
@@ -79,5 +77,12 @@ def place_environment(rank: int, ranks: int) -> dict[str, str]:
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "CUDA_VISIBLE_DEVICES": devices[rank] if rank < len(devices) else "",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // ranks))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // ranks))),
     }
+
+
+def _cores() -> int:
+    """Return what `device.cores` does, whose module imports PyTorch."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
