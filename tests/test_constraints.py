@@ -29,6 +29,7 @@ COME_ALONG = {
     "pydantic_core",  # with Pydantic, which pins it
     "_typeshed",  # with mypy
     "httpx",  # with Prefect, whose client it is
+    "uvicorn",  # with Prefect, whose server it runs
     "apprise",  # with Prefect, whose notifications it sends
     "gguf",  # of zeroflow[gguf], which pins it
     "lm_eval",  # of zeroflow[eval], which pins it

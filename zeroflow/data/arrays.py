@@ -1,6 +1,7 @@
-"""Array types of the data path, and functions that create Arrow arrays without pandas.
+"""Array types of the data path, and functions that create and read Arrow arrays without pandas.
 
-`pa.array` would create the same arrays, but it imports pandas, which takes a third of a second.
+`pa.array`, `pa.scalar` and `to_numpy` would return the same values, but they import pandas, which
+takes a third of a second.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 TokenArray = npt.NDArray[np.int32]
 """Token ids of documents, end to end."""
@@ -34,6 +36,23 @@ def numbers(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     """Return an Arrow array of integers; nothing is copied if `values` already have the type."""
     buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=str(kind)))
     return pa.Array.from_buffers(kind, len(values), [None, buffer])
+
+
+def whole_numbers(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Return the integers of a column without nulls, in their own type."""
+    kind = np.dtype(str(column.type))
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], kind, len(chunk), kind.itemsize * chunk.offset)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate(chunks) if chunks else np.empty(0, kind)
+
+
+def equals(column: pa.ChunkedArray, text: str) -> BoolArray:
+    """Return for each string of a column without nulls whether it is `text`."""
+    found = pc.is_in(column, value_set=strings([text]))
+    return whole_numbers(found.cast(pa.uint8())).astype(bool)
 
 
 def binary(values: Sequence[bytes]) -> pa.BinaryArray:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
-from zeroflow.data import document_table
+from zeroflow.data import arrays, document_table
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.build_times import last_build_times
 from zeroflow.data.corpus import CorpusIdentity
@@ -64,9 +63,9 @@ def gather(shards: ShardSet, tokenizer: Tokenizer) -> ShardStatistics:
 
 def _document_lengths(part: Path) -> Int64Array:
     table = document_table.read(part, ["split", "start", "tokens"])
-    table = table.filter(pc.equal(table["split"], "train"))
-    starts = table["start"].to_numpy()
-    tokens = table["tokens"].to_numpy().astype(np.int64)
+    trained = arrays.equals(table["split"], "train")
+    starts = arrays.whole_numbers(table["start"])[trained]
+    tokens = arrays.whole_numbers(table["tokens"])[trained].astype(np.int64)
     # the pieces of a document are consecutive, and the first one starts at 0
     return np.add.reduceat(tokens, np.flatnonzero(starts == 0)) if len(tokens) else tokens
 

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from zeroflow.config import Config
-from zeroflow.data import document_table, encoding
+from zeroflow.data import arrays, document_table, encoding
 from zeroflow.data.arrays import Int64Array
 from zeroflow.data.batches import IGNORED, to_micro_batch
 from zeroflow.data.order import permute
@@ -145,10 +145,10 @@ def _pieces(
     first, before = 0, 0
     for path in map(shards.part, range(parts)):
         table = document_table.read(path, ["split", "row", "start"])
-        held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
-        rows = table["row"].to_numpy()[held_out] + first
+        held_out = arrays.equals(table["split"], "validation")
+        rows = arrays.whole_numbers(table["row"])[held_out] + first
         # The pieces of a document follow each other, and its first starts at 0
-        document = before + np.cumsum(table["start"].to_numpy()[held_out] == 0)
+        document = before + np.cumsum(arrays.whole_numbers(table["start"])[held_out] == 0)
         in_sample = np.isin(rows, chosen)
         yield document[in_sample], rows[in_sample]
         first += PartManifest.read(path).facts.validation.rows

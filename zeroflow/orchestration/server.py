@@ -3,10 +3,8 @@
 `python -m zeroflow.orchestration.server PORT` is the command that `early_server` starts.
 """
 
-import gc
 import logging
 import os
-import runpy
 import sys
 import urllib.error
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from urllib.parse import urlsplit
 from prefect.context import get_settings_context, refresh_global_settings_context
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from zeroflow.orchestration import access, early_server
 from zeroflow.orchestration.access import Api
@@ -26,6 +24,7 @@ from zeroflow.orchestration.early_server import USUAL_PORT, free_port
 from zeroflow.orchestration.programs import Program
 from zeroflow.text.redaction import redacted, without_login
 from zeroflow.tracking import loopback
+from zeroflow.training import interpreter
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +36,6 @@ STOP_SECONDS = 20.0
 
 _POLL_SECONDS = 0.05
 """Time between two checks of a server that is starting."""
-
-_OBJECTS_PER_COLLECTION = 50_000
-"""New objects before a garbage collection in a server. With Python's default, collections take a
-third of the time of its imports."""
 
 _started_here: set[str] = set()
 """APIs of servers that this process started for a run and stops at its end."""
@@ -105,15 +100,33 @@ def main() -> None:
     Prefect is imported only once, because this process becomes the server.
     """
     [port] = sys.argv[1:]
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
-    gc.enable()
     if api_in_use():
         return
     api = own_api(int(port), os.environ.pop(early_server.LOGIN))
     os.environ.update(_environment(api))
     refresh_global_settings_context()  # reads the environment again
-    sys.argv[1:] = _arguments(api)
-    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+    _serve(int(port))
+
+
+def _serve(port: int) -> None:
+    """Run a server in this process, as `prefect server start --background` runs one in another.
+
+    The command `prefect` itself is not used, because its own imports would delay the server.
+    """
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    interpreter.collect_again()
+    server = get_current_settings().server
+    uvicorn.run(
+        create_app(final=True),
+        host="127.0.0.1",
+        port=port,
+        timeout_keep_alive=server.api.keepalive_timeout,
+        ws_ping_interval=server.api.websocket_ping_interval,
+        ws_ping_timeout=server.api.websocket_ping_timeout,
+        log_level=server.logging_level.lower(),
+    )
 
 
 def _arguments(api: Api) -> list[str]:

@@ -53,7 +53,6 @@ _RUN_MODULES = (
     "zeroflow.training",
     "zeroflow.checks.overfit",
     "torch._dynamo",  # PyTorch's optimisers import it
-    "pyarrow.dataset",  # imports pandas if it is installed, as PyArrow's first array would
 )
 """Modules that the ranks of a run import before their first job."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from zeroflow.training import compiling
+from zeroflow.training import compiling, interpreter
 from zeroflow.training.processes import DONE, Task
 from zeroflow.training.rank_program import RankProgram, log_to_parent
 from zeroflow.training.stopping import Parent
@@ -41,7 +41,7 @@ def main() -> None:
                 compiling.import_compiler()
             continue
         os.environ.update(task.environment)
-        _collect_again()
+        interpreter.collect_again()
         frozen = gc.get_freeze_count()
         parent.working = True
         program: RankProgram[Any] = module.PROGRAM
@@ -60,13 +60,6 @@ def _program_module(name: str) -> str:
     spec = find_spec(name)
     is_package = spec is not None and spec.submodule_search_locations is not None
     return f"{name}.__main__" if is_package and find_spec(f"{name}.__main__") else name
-
-
-def _collect_again() -> None:
-    """Enable garbage collections, which skip what was imported before the first job."""
-    if not gc.isenabled():
-        gc.freeze()
-        gc.enable()
 
 
 def _give_back(frozen: int) -> bool:
