@@ -266,6 +266,9 @@ def sweep(
                 except Exception as error:  # the sweep continues with the next run
                     ended[str(cell.run_name)] = _ended(cell, error)
                     errors.append(error)
+                except BaseException:  # the whole sweep is stopped
+                    ended[str(cell.run_name)] = "cancelled"
+                    raise
         page = stages.compare(asked, ended, view)
     except BaseException:  # also Ctrl-C and a cancellation of the whole sweep
         sweeps.abandon(asked, ended, lambda page: view.page(page, "comparison"))

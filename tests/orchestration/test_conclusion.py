@@ -1,22 +1,27 @@
 """The end of a flow run: a stop is Cancelled, a failure is one paragraph, on a real server."""
 
 import logging
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
+from patience import HANG_SECONDS
 from pipeline import api
-from prefect import flow
+from prefect import flow, runtime
 from prefect.client.orchestration import get_client
-from prefect.exceptions import CancelledRun, FailedRun, TerminationSignal
+from prefect.exceptions import CancelledRun, FailedRun, Pause, TerminationSignal
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Completed, Crashed, Pending, Running
+from prefect.states import Cancelled, Completed, Crashed, Paused, Pending, Running
+from pydantic import BaseModel, model_serializer
 
-from zeroflow.orchestration import conclusion, worker
+from zeroflow.orchestration import buttons, conclusion, worker
 from zeroflow.orchestration.conclusion import conclude, is_foreseen
 from zeroflow.orchestration.flow_context import name_at_start
 from zeroflow.orchestration.stages import as_task
@@ -49,7 +54,7 @@ def ended(server: str, given: Any, stage: Callable[[], Path], folder: Path) -> d
     def concluded(run: Any) -> Any:
         return conclude(RunConfig, run, lambda asked: as_task("only stage", stage)(), view)
 
-    with conclusion.observed() as outcome, suppress(FailedRun, CancelledRun):
+    with conclusion.observed() as outcome, suppress(FailedRun, CancelledRun, Pause):
         concluded(given)
     APILogWorker.drain_all()
     newest = {"flows": {"name": {"any_": ["concluded"]}}, "sort": "START_TIME_DESC", "limit": 1}
@@ -93,6 +98,50 @@ def test_stop_before_the_first_checkpoint_names_no_checkpoint(server, tmp_path):
 
     run = ended(server, {}, stopped, tmp_path)
     assert "Ctrl-C: finished work is kept; the same command" in run["state"]["message"]
+
+
+def test_stop_whose_exception_a_library_has_replaced_is_cancelled(server, tmp_path):
+    class Settings(BaseModel):
+        @model_serializer
+        def shown(self) -> dict[str, int]:
+            signal.raise_signal(signal.SIGINT)
+            return {}
+
+    run = ended(server, {}, lambda: tmp_path / str(Settings().model_dump()), tmp_path)
+    message = "Stopped by Ctrl-C: finished work is kept; the same command resumes from there."
+    assert (run["state_type"], run["state"]["message"]) == ("CANCELLED", message)
+    assert isinstance(run["outcome"].error, KeyboardInterrupt)
+
+
+def test_stop_of_a_suspended_run_leaves_it_suspended(server, tmp_path):
+    def suspended() -> Path:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(runtime.flow_run.id), Paused(timeout_seconds=60))
+        raise TerminationSignal(15)
+
+    run = ended(server, {}, suspended, tmp_path)
+    assert run["state_type"] == "PAUSED"
+    assert isinstance(run["outcome"].error, TerminationSignal)
+    assert any("Resume resumes from there" in line["message"] for line in run["lines"])
+
+
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_process_of_a_suspended_run_is_signalled(server, monkeypatch, by_worker):
+    @flow(name="watched")
+    def empty() -> None: ...
+
+    monkeypatch.setattr(buttons, "_POLL_SECONDS", 0.01)
+    arrived = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *received: arrived.set())
+    try:
+        with get_client(sync_client=True) as client:
+            id = client.create_flow_run(empty, state=Running()).id
+            with buttons.watched(id, by_worker=by_worker, stopped=lambda: False) as cancelled:
+                client.set_flow_run_state(id, Paused(timeout_seconds=60))
+                assert arrived.wait(HANG_SECONDS)
+        assert not cancelled.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_failure_of_a_setting_is_one_paragraph_without_a_traceback(server, tmp_path, caplog):

@@ -184,7 +184,7 @@ def test_interrupted_sweep_is_compared_so_far_and_ended(make, begin, stop):
     with pytest.raises(stop):
         pipeline.sweep(sweep, run_one, view=Shown())
     assert shown == ["comparison"], "also in Prefect"
-    assert statuses(sweep) == {"seed0": "completed", "seed1": "stopped"}
+    assert statuses(sweep) == {"seed0": "completed", "seed1": "cancelled"}
     assert "s-custom-seed2 (without a loss)" in sweep.folder.comparison_page.read_text()
     assert mlflow_status(sweep) == "KILLED"
 

@@ -40,6 +40,7 @@ from zeroflow.settings.zero_lab import ZeroLabRun, lab_run
 from zeroflow.text.markup import shell_command
 from zeroflow.tracking import loopback
 from zeroflow.training.interpreter import without_collections
+from zeroflow.training.interruption import insistent
 from zeroflow.training.processes import kept_ranks
 
 log = logging.getLogger(__name__)
@@ -180,34 +181,57 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
 
 
 def _run(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
-    # Imported only now, because it is slow: --help and errors in flags do not need it
+    _import_flows(verbose=verbose)
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        with without_collections(), importing_prefect():
-            from zeroflow.orchestration import server
-            from zeroflow.orchestration.flow_context import silence_console
-            from zeroflow.orchestration.flow_runs import run_here
-            from zeroflow.orchestration.flows import FLOWS
-            from zeroflow.pipeline import may_succeed
-    except ValueError as error:
-        raise SystemExit(fail(error, verbose=verbose, code=2)) from None
+        with insistent(signal.SIGINT, signal.SIGTERM) as stops:
+            try:
+                return _run_flow(flow, command, asked, verbose=verbose)
+            except Exception as error:
+                if stops.received:
+                    return _stopped(128 + stops.received)
+                return fail(error, verbose=verbose)
+    except (KeyboardInterrupt, Terminated) as stop:
+        return _stopped(143 if isinstance(stop, Terminated) else 130)
+
+
+def _import_flows(*, verbose: bool) -> None:
+    """Import the flows, which is slow: --help and errors in flags do not need them."""
+    with insistent(signal.SIGINT) as stops:
+        try:
+            with without_collections(), importing_prefect():
+                import zeroflow.orchestration.flows  # noqa: F401
+        except ValueError as error:
+            if stops.received:
+                raise KeyboardInterrupt from None
+            raise SystemExit(fail(error, verbose=verbose, code=2)) from None
+
+
+def _run_flow(flow: str, command: _FlowCommand, asked: Any, *, verbose: bool) -> int:
+    from zeroflow.orchestration import server
+    from zeroflow.orchestration.flow_context import silence_console
+    from zeroflow.orchestration.flow_runs import run_here
+    from zeroflow.orchestration.flows import FLOWS
+    from zeroflow.pipeline import may_succeed
 
     if not verbose:
         silence_console()
-    signal.signal(signal.SIGTERM, terminate)
     try:
         with server.server() as address:
             log.info("Prefect UI: %s", address)
             made = run_here(FLOWS[flow], asked, deployment=command.deployment_of(asked))
             ending = command.ending(made, command.run_of(asked))
-        show(ending)
-        return 0
-    except (KeyboardInterrupt, Terminated) as stop:
-        console.print("stopped; finished work is kept, and the same command resumes from there")
-        return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
         if may_succeed(error):
             error.add_note(f"retry: {shell_command(_own_command())}")
-        return fail(error, verbose=verbose)
+        raise
+    show(ending)
+    return 0
+
+
+def _stopped(code: int) -> int:
+    console.print("stopped; finished work is kept, and the same command resumes from there")
+    return code
 
 
 def _own_command() -> list[str]:

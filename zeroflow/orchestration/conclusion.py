@@ -1,8 +1,9 @@
 """The end of a flow's own code as Prefect shows it: a result, a stop, or a failure."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,20 @@ from uuid import UUID
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.exceptions import TerminationSignal
+from prefect.context import FlowRunContext
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Cancelled, Failed, State
 
 from zeroflow.config import Config
 from zeroflow.orchestration import form
+from zeroflow.orchestration.buttons import is_suspended, watched
 from zeroflow.orchestration.flow_context import logs_delivered
 from zeroflow.run_folder import RunFolder
 from zeroflow.settings.flags import error_message
 from zeroflow.text.markup import SHOWN_AT_THE_END
 from zeroflow.training import checkpoint
 from zeroflow.training.failures import TrainingStopped
+from zeroflow.training.interruption import StopSignals, insistent
 
 if TYPE_CHECKING:
     from zeroflow.orchestration.view import PrefectView
@@ -41,6 +45,8 @@ class Conclusion:
 
     result: Path | None = None
     error: BaseException | None = None
+    in_worker: bool = False
+    """True if a worker executes the flow run, or its parent."""
 
 
 _current: ContextVar[Conclusion | None] = ContextVar("conclusion", default=None)
@@ -49,7 +55,9 @@ _current: ContextVar[Conclusion | None] = ContextVar("conclusion", default=None)
 @contextmanager
 def observed() -> Iterator[Conclusion]:
     """Yield the conclusion of the flow that runs in the block."""
-    token = _current.set(conclusion := Conclusion())
+    outer, within_a_flow = _current.get(), FlowRunContext.get() is not None
+    in_worker = outer.in_worker if outer else within_a_flow
+    token = _current.set(conclusion := Conclusion(in_worker=in_worker))
     try:
         yield conclusion
     finally:
@@ -69,20 +77,23 @@ def conclude(
         given: the parameter, which may be invalid.
         view: view of the run, which has its folder when `work` has settled the run.
     """
-    conclusion = _current.get() or Conclusion()
+    conclusion = _current.get() or Conclusion(in_worker=runtime.deployment.id is not None)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_TOLD_ONCE)
-    with logs_delivered():
+    with (
+        logs_delivered(),
+        insistent(signal.SIGINT, signal.SIGTERM) as stops,
+        _stopped_by_buttons(stops),
+    ):
         try:
             asked = form.read(config, given)
             conclusion.result = work(asked)
             return conclusion.result
-        except (*STOPS, TrainingStopped) as stop:
-            conclusion.error = stop
-            message = _stopped(stop, view.folder)
-            log.info("%s", message)
-            return Cancelled(message=message)
+        except (*STOPS, TrainingStopped, Pause) as stop:  # a task of a suspended run raises Pause
+            return _concluded(conclusion, stop, view.folder)
         except Exception as error:
+            if stops.received:
+                return _concluded(conclusion, _exception_of(stops.received), view.folder)
             conclusion.error = error
             message = paragraph(error)
             if not is_foreseen(error):
@@ -109,19 +120,50 @@ def is_foreseen(error: BaseException) -> bool:
     return by_us and isinstance(error, ValueError | RuntimeError)
 
 
-def _stopped(stop: BaseException, folder: RunFolder | None) -> str:
+def _exception_of(number: int) -> BaseException:
+    """Return the exception of a signal, of which a library has left only an error of its own."""
+    return KeyboardInterrupt() if number == signal.SIGINT else TerminationSignal(number)
+
+
+def _stopped_by_buttons(stops: StopSignals) -> AbstractContextManager[object]:
+    """Let a worker's flow run be suspended; `run_here` watches the runs of a shell."""
+    if _current.get() is not None or not runtime.flow_run.id:
+        return nullcontext()
+    run = UUID(runtime.flow_run.id)
+    return watched(run, by_worker=True, stopped=lambda: stops.received is not None)
+
+
+def _concluded(conclusion: Conclusion, stop: BaseException, folder: RunFolder | None) -> State:
+    """Return the final state of a flow run that was stopped.
+
+    Raises:
+        Pause: it was suspended, and remains so.
+    """
+    conclusion.error = stop
     step = checkpoint.newest_step(folder.checkpoints) if folder else 0
     kept = f"saved at step {step:,}" if step else "finished work is kept"
-    by_a_worker = runtime.deployment.id and _current.get() is None
-    again = "Retry" if by_a_worker else "the same command"
-    return f"Stopped by {_cause(stop)}: {kept}; {again} resumes from there."
+    if is_suspended(state := _own_state()):
+        log.info("Suspended in Prefect: %s; Resume resumes from there.", kept)
+        raise Pause(state=state)
+    again = "Retry" if conclusion.in_worker else "the same command"
+    message = f"Stopped by {_cause(stop)}: {kept}; {again} resumes from there."
+    log.info("%s", message)
+    return Cancelled(message=message)
+
+
+def _own_state() -> State | None:
+    with suppress(Exception), get_client(sync_client=True) as client:  # it may be unreachable
+        return client.read_flow_run(UUID(runtime.flow_run.id)).state
+    return None
 
 
 def _cause(stop: BaseException) -> str:
+    run = runtime.flow_run
     with suppress(Exception), get_client(sync_client=True) as client:  # it may be unreachable
-        state = client.read_flow_run(UUID(runtime.flow_run.id)).state
-        if state and (state.is_cancelling() or state.is_cancelled()):
-            return "Cancel in Prefect"
+        for id in (run.id, run.root_flow_run_id):
+            state = client.read_flow_run(UUID(id)).state
+            if state and (state.is_cancelling() or state.is_cancelled()):
+                return "Cancel in Prefect"
     return "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "a signal"
 
 

@@ -1,12 +1,7 @@
 """Flow runs that this process executes itself: creation, cancellation, retry and children."""
 
-import contextvars
 import logging
-import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from prefect.exceptions import (
     CancelledRun,
     FailedRun,
     ObjectNotFound,
+    Pause,
     PrefectHTTPStatusError,
     TerminationSignal,
 )
@@ -29,7 +25,8 @@ from prefect.states import Cancelled, Pending, State
 from prefect.tasks import Task
 
 from zeroflow.orchestration import server
-from zeroflow.orchestration.conclusion import STOPS, Conclusion, observed
+from zeroflow.orchestration.buttons import watched
+from zeroflow.orchestration.conclusion import STOPS, observed
 from zeroflow.orchestration.deployments import DEPLOY
 from zeroflow.orchestration.flow_context import Asked, first_name, given_settings
 from zeroflow.orchestration.names import FROM_A_COMMAND
@@ -43,15 +40,12 @@ RunFlow = Flow[[Any], Path | State[Any]]
 
 _ENDED_EARLY = {StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 
-_POLL_SECONDS = 3.0
-"""Time between two looks for a cancellation in Prefect."""
-
 
 def run_here(flow: RunFlow, asked: Asked, *, deployment: str | None) -> Path:
     """Run `flow` in this process, with the same buttons in Prefect as for the runs of a worker.
 
-    When the run is cancelled in Prefect, this process gets SIGTERM, and a second one when the flow
-    has ended.
+    When the run is cancelled or suspended in Prefect, this process gets SIGTERM, and a second one
+    when the flow has ended.
 
     Args:
         deployment: deployment that the run belongs to, if it exists: Prefect can retry only runs of
@@ -117,9 +111,14 @@ class _CancelledHere(RunCancelled):
 def _run_here(client: SyncPrefectClient, flow: RunFlow, asked: Asked, flow_run: FlowRun) -> Path:
     from prefect.flow_engine import run_flow  # its import sets up logging
 
-    with observed() as ended, _cancelled_by_button(client, flow_run.id, ended) as cancelled:
+    with (
+        observed() as ended,
+        watched(flow_run.id, by_worker=False, stopped=lambda: ended.error is not None) as cancelled,
+    ):
         try:
             run_flow(flow, flow_run=flow_run, parameters={_parameter(flow): asked})
+        except Pause:  # the run was suspended, and remains so
+            assert ended.error is not None
         except STOPS as stop:  # raised outside the flow's own code
             ended.error = ended.error or stop
             _mark_cancelled(client, flow_run.id)
@@ -178,37 +177,6 @@ def _parameter(flow: RunFlow) -> str:
     """Return the name of the flow's only parameter."""
     [name] = flow.parameters.properties
     return name
-
-
-@contextmanager
-def _cancelled_by_button(
-    client: SyncPrefectClient, flow_run_id: UUID, conclusion: Conclusion
-) -> Iterator[threading.Event]:
-    """Send this process SIGTERM when the flow run is being cancelled in Prefect, and set the event.
-
-    Prefect itself signals only processes that its workers have started.
-    """
-    cancelled, ended = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            with suppress(Exception):  # the server is unreachable
-                state = client.read_flow_run(flow_run_id).state
-                if (
-                    conclusion.error is not None
-                ):  # stopped already, which is also shown as Cancelled
-                    return
-                if state and (state.is_cancelling() or state.is_cancelled()):
-                    cancelled.set()
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-
-    context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(watch,), daemon=True).start()
-    try:
-        yield cancelled
-    finally:
-        ended.set()
 
 
 def _mark_cancelled(client: SyncPrefectClient, flow_run_id: UUID) -> None:

@@ -1,8 +1,9 @@
 """How training stops: on SIGTERM, on Ctrl-C, or after the death of the parent process.
 
 1. The flow's process turns SIGTERM into an exception, as Python does with SIGINT for Ctrl-C
-   (`cli.console.terminate`). The exception reaches `launch`, which closes the standard input of the
-   ranks and waits at most two minutes for them to end (`processes`).
+   (`cli.console.terminate`). The signal is repeated if a library drops the exception
+   (`interruption`). The exception reaches `launch`, which closes the standard input of the ranks
+   and waits at most two minutes for them to end (`processes`).
 2. Each rank has a `Parent`, which reads jobs from standard input, and for each job a `StopRequest`.
    The request is true when standard input has ended, which also happens if the flow's process is
    killed, and after SIGTERM and SIGINT, which a scheduler may send to ranks too.
