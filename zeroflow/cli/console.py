@@ -6,9 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import (
-    TextIO,
-)
+from typing import TextIO
 
 from zeroflow.cli.first_line import TIME
 from zeroflow.report.progress import console

@@ -3,8 +3,8 @@
 The first page is part of plan.json, unless the corpus has many files: plan.json lists them, so
 writing it again and again would be slow. The name of a page contains the number of its first slice.
 Each page is planned from the one before, so all processes find the same slices, and any of them may
-write the page. A page is rewritten only until it is full. Of a large set, only the pages of
-missing parts are read.
+write the page. A page is rewritten only until it is full. Only the pages of missing parts
+are read.
 """
 
 from collections.abc import Callable, Sequence

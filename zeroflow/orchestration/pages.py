@@ -13,9 +13,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import (
-    ArtifactUpdate,
-)
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from zeroflow.orchestration.flow_context import reachable
 from zeroflow.report.pages import Page, Plot

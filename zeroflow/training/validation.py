@@ -69,7 +69,7 @@ def estimate(losses: Float64Array, sizes: Float64Array) -> ValidationLoss:
 
     Args:
         losses: sum over each unit, in nats.
-        sizes: size of each unit, in targets or in what else the loss is divided by.
+        sizes: size of each unit: its targets, or another quantity by which the loss is divided.
 
     Source: Cochran 1977, Sampling Techniques, section 6.4
     """
