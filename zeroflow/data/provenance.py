@@ -1,7 +1,7 @@
 """Provenance of rows: the documents that given rows contain."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -79,16 +79,29 @@ def pieces(shards: ShardSet, tokenizer: Tokenizer, rows: Int64Array) -> list[Pie
     return [piece for row in rows.tolist() for piece in sorted(found[row])]
 
 
-def _lines(part: Path, rows: Int64Array) -> list[dict[str, Any]]:
+class _TableLine(TypedDict):
+    """A piece of a document in the table of a part."""
+
+    id: str
+    url: str
+    row: int
+    offset: int
+    start: int
+    tokens: int
+
+
+def _lines(part: Path, rows: Int64Array) -> list[_TableLine]:
     """The table's lines for some training rows of a part.
 
     Raises:
         DamagedArtifact: the table cannot be read.
     """
     chosen = (pc.field("split") == "train") & pc.field("row").isin(rows.tolist())
-    columns = ["id", "url", "row", "offset", "start", "tokens"]
     try:
-        return document_table.read(part, columns, chosen).to_pylist()
+        lines: list[_TableLine] = document_table.read(
+            part, [*_TableLine.__annotations__], chosen
+        ).to_pylist()
+        return lines
     except (OSError, pa.ArrowException) as error:
         table = part / document_table.FILE
         why = f"cannot be read ({error})" if table.exists() else "is missing"

@@ -141,7 +141,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     loaded = tokenizer.load()
     end, token = tokenizer.end_of_text, loaded.id_to_token(tokenizer.end_of_text)
     assert token is not None, "its id was looked up by its text"
-    content: dict[str, Any] = json.loads(loaded.to_str())
+    content: dict[str, object] = json.loads(loaded.to_str())
     content["post_processor"] = _begin_with(end, token)
     content["decoder"] = _with_first_space(content["decoder"])
     artifacts.write_json(folder / "tokenizer.json", content)

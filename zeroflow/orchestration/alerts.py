@@ -117,7 +117,7 @@ def automation_of(condition: Condition, block: UUID) -> AutomationCore:
     """Return the automation that sends the messages of `condition` to the addresses in `block`."""
     event, words, by_prefect = _MESSAGES[condition]
     name, text = "{{ event.resource.name }}", "{{ event.payload.message }}"
-    of_our_flows: dict[str, Any] = {}
+    of_our_flows: dict[str, object] = {}
     if by_prefect:
         name, text = "{{ flow_run.name }}", "{{ flow_run.state.message }}"
         flows = {"prefect.resource.role": "flow", "prefect.resource.name": [*FLOW_NAMES]}

@@ -98,7 +98,7 @@ def tags() -> dict[str, str]:
     return {"prefect.flow_run_id": str(flow_run_id)} if flow_run_id else {}
 
 
-def given_settings(asked: Asked) -> dict[str, Any]:
+def given_settings(asked: Asked) -> dict[str, object]:
     """Return only the settings that were given explicitly: a retry settles the defaults itself."""
     return form.filled(asked.anywhere)
 

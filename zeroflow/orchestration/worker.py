@@ -217,7 +217,7 @@ def mark_stopped(flow_runs: Sequence[UUID]) -> None:
                 log.warning("cannot report to Prefect that a flow run was stopped: %s", error)
 
 
-def _with_every_size(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_every_size(deployments: list[dict[str, object]]) -> list[dict[str, object]]:
     """Return `deployments`, plus one like `custom` for each size that has none."""
     named = {deployment["name"]: deployment for deployment in deployments}
     sizes = {

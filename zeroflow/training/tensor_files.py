@@ -52,10 +52,11 @@ class FileLayout(NamedTuple):
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "FileLayout":
         """Return the layout of a file with `tensors`, which may be sharded."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
-        end = 0
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # required by transformers
+        places, end = {}, 0
         for name, tensor in tensors.items():
             begin, end = end, end + tensor.nbytes
+            places[name] = (begin, end)
             entries[name] = {
                 "dtype": _NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
@@ -64,11 +65,11 @@ class FileLayout(NamedTuple):
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
-        spans = {}
-        for name in tensors:
-            begin, end = entries[name]["data_offsets"]
-            spans[name] = slice(len(header) + begin, len(header) + end)
-        return cls(header, spans, max((s.stop for s in spans.values()), default=len(header)))
+        spans = {
+            name: slice(len(header) + begin, len(header) + end)
+            for name, (begin, end) in places.items()
+        }
+        return cls(header, spans, len(header) + end)
 
 
 class FileImage:
