@@ -1,13 +1,12 @@
-from itertools import combinations
-
+import numpy as np
 import pytest
 from public_tokenizers import of_bytes, save
 from shard_sets import ALL, SMALL, SYNTHETIC, rows_of, synthetic_tokenizer, table_of
 from tiny import jsonl_corpus
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from zeroflow.data.build import build_shards
-from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
+from zeroflow.data.validation_sample import count_sample, draw_sample, validation_rows
 
 
 def test_sample_does_not_depend_on_the_number_of_parts_that_a_run_reads(
@@ -29,7 +28,7 @@ def test_sample_has_many_documents_although_one_fills_the_first_rows(text, tmp_p
     held_out = ALL.replace(validation_fraction=0.5)
     shards = build_shards(held_out, corpus, text.tokenizer, tmp_path)
     first = [line["id"] for line in table_of(shards) if line["split"] == "validation"]
-    counts = count_sample(shards, text.tokenizer, 20)
+    counts = count_sample(shards, text.tokenizer, draw_sample(shards, 20))
     assert counts.rows == 20 and counts.documents <= len(set(first))
     rows = validation_rows(shards, 20)
     own = {
@@ -40,24 +39,24 @@ def test_sample_has_many_documents_although_one_fills_the_first_rows(text, tmp_p
     assert counts.documents == len(own)
 
 
-def test_rows_that_share_a_document_are_one_sampled_unit(text, tmp_path):
-    shards = build_shards(ALL.replace(validation_fraction=0.5), *text[:2], tmp_path)
-    rows = validation_rows(shards, 20)
-    units = sampled_units(shards, rows).tolist()
-    joined = {
-        (a, b)
-        for line in documents_of_validation(shards)
-        for a, b in combinations(sorted({*line} & {*rows.tolist()}), 2)
-    }
-    place = {row: number for number, row in enumerate(rows.tolist())}
-    assert joined and all(units[place[a]] == units[place[b]] for a, b in joined)
-    # As many units as the graph of these pairs has components
-    groups = {row: {row} for row in place}
-    for a, b in joined:
-        both = groups[a] | groups[b]
-        groups |= dict.fromkeys(both, both)
-    assert len({*units}) == len({frozenset(group) for group in groups.values()}) > 1
-    assert sorted({*units}) == list(range(len({*units})))
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_sample_knows_the_document_of_each_token(text, tmp_path, packing):
+    config = ALL.replace(validation_fraction=0.5, packing=packing)
+    shards = build_shards(config, *text[:2], tmp_path)
+    sample = draw_sample(shards, 20)
+    place = {row: number for number, row in enumerate(sample.rows.tolist())}
+    expected = np.full_like(sample.documents, -1)
+    number = -1
+    for line in table_of(shards):
+        if line["split"] == "validation":
+            number += line["start"] == 0
+            if line["row"] in place:
+                positions = slice(line["offset"], line["offset"] + line["tokens"])
+                expected[place[line["row"]], positions] = number
+    found = sorted({*expected.flatten().tolist()} - {-1})
+    renamed = {-1: -1, **{name: i for i, name in enumerate(found)}}
+    assert sample.documents.tolist() == [[renamed[i] for i in row] for row in expected.tolist()]
+    assert sample.sampled_documents == len(found) > 10
 
 
 def documents_of_validation(shards):
@@ -73,7 +72,7 @@ def documents_of_validation(shards):
 
 def test_bytes_are_those_of_exactly_the_tokens_that_are_scored(text, tmp_path):
     shards = build_shards(ALL, *text[:2], tmp_path)
-    counts = count_sample(shards, text.tokenizer, 10**6)
+    counts = count_sample(shards, text.tokenizer, draw_sample(shards, 10**6))
     [part] = shards.part_paths
     rows = rows_of(part, "validation")
     decode, end = text.tokenizer.decoder(), shards.end_of_text
@@ -93,6 +92,19 @@ def test_space_that_a_tokenizer_adds_before_a_document_has_no_bytes(text, tmp_pa
     letters = sum(tokenizer.id_to_token(token).endswith("x") for token in scored)
     assert counts.text_bytes == letters > 50
     assert counts.unknown == 0 and counts.without_unknown == ""
+
+
+def test_spaces_that_decoding_adds_have_no_bytes(text, tmp_path):
+    """BERT's tokenizers split Chinese into characters, and decode them with spaces."""
+    words = ["<|endoftext|>", "[UNK]", *"天地玄黄宇宙洪荒"]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.decoder = decoders.WordPiece()
+    counts, scored = counted(tokenizer, ["天地玄黄宇宙洪荒"] * 400, text, tmp_path)
+    assert counts.text_bytes == pytest.approx(3 * sum(token > 1 for token in scored), rel=0.01)
+    assert counts.text_bytes > 1000
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", "�"])
@@ -116,12 +128,12 @@ def counted(tokenizer, texts, text, tmp_path):
     shards = build_shards(ALL.replace(validation_fraction=0.5), corpus, described, tmp_path)
     [part] = shards.part_paths
     scored = rows_of(part, "validation")[:, 1:].flatten().tolist()
-    return count_sample(shards, described, 10**6), scored
+    return count_sample(shards, described, draw_sample(shards, 10**6)), scored
 
 
 def test_synthetic_data_has_no_bytes(tmp_path):
     tokenizer = synthetic_tokenizer(300)
     shards = build_shards(SMALL, SYNTHETIC, tokenizer, tmp_path)
-    counts = count_sample(shards, tokenizer, 4)
+    counts = count_sample(shards, tokenizer, draw_sample(shards, 4))
     assert counts.text_bytes is None and counts.bytes_per_token is None and counts.unknown is None
     assert counts.rows == 4 and counts.documents

@@ -136,6 +136,10 @@ class ArrayRows(np.ndarray):
 
     end_of_text = NO_END
 
+    @property
+    def row_tokens(self) -> int:
+        return int(self.shape[1])
+
 
 class RandomBatches:
     """Micro-batches of random ids that depend only on the step, like the real ones."""

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from left import begun, completed
+from public_tokenizers import save
 from tiny import SHAPE, jsonl_corpus, lively_model
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
 
 from zeroflow.cli import commands
 from zeroflow.data.build import build_shards
 from zeroflow.data.rows import Rows
 from zeroflow.data.tokenizer_origins import fetch_tokenizer
-from zeroflow.data.validation_sample import sampled_units, validation_rows
+from zeroflow.data.validation_sample import draw_sample, target_bytes
 from zeroflow.inference import core_tasks, evaluation, scoring, trained
 from zeroflow.inference.evaluate import (
     EvaluationFailed,
@@ -35,6 +38,7 @@ from zeroflow.inference.evaluation import (
 )
 from zeroflow.inference.export import export
 from zeroflow.inference.scoring import Request
+from zeroflow.inference.text_scores import _windows
 from zeroflow.report.comparison import compare
 from zeroflow.report.comparison_page import page
 from zeroflow.report.model_card import model_card
@@ -63,7 +67,12 @@ def job(text, tmp_path_factory) -> TrainingJob:
             data={"data_mode": "files", "data_path": text.corpus.data_path},
             tokenizer={"tokenizer_name": "train", "vocab_size": 400},
             model=SHAPE.model_dump(),
-            training={"max_steps": STEP, "seq_len": 32, "batch_size": 1},
+            training={
+                "max_steps": STEP,
+                "seq_len": 32,
+                "batch_size": 1,
+                "validation_fraction": 0.3,
+            },
         )
         settled = settle(run).run
         tokenizer = fetch_tokenizer(settled.tokenizer, settled.data, cache)
@@ -87,12 +96,35 @@ def asked(job: TrainingJob, **config: object) -> EvaluationJob:
 def test_held_out_rows_are_scored_as_in_training(job):
     [score] = evaluate(asked(job)).texts
     rows = Rows(job.shards, "validation")
-    chosen = validation_rows(job.shards, job.validation_rows)
-    units = sampled_units(job.shards, chosen)
-    expected = validation_loss(lively_model(job.model), rows, chosen, job.training.workload, units)
-    assert (score.loss, score.loss_error) == expected
+    sample = draw_sample(job.shards, job.validation_rows)
+    documents, workload = sample.documents[:, 1:], job.training.workload
+    expected = validation_loss(lively_model(job.model), rows, sample.rows, workload, documents)
+    assert (score.loss, score.loss_error) == (expected.mean, expected.standard_error)
+    # Bytes per token differ between documents, so the errors are not proportional
+    sizes = target_bytes(job.shards, job.tokenizer, sample)
+    scored = documents >= 0
+    in_bytes = np.bincount(documents[scored], sizes[scored])
+    residuals = expected.nats / math.log(2) - score.bpb * in_bytes
+    units = len(residuals)
+    spread = math.sqrt((residuals**2).sum() * units / (units - 1)) / in_bytes.sum()
+    assert score.bpb_error == pytest.approx(spread, rel=1e-6)
     assert score.bpb == bits_per_byte(score.loss, score.text_bytes / score.tokens)
     assert score.perplexity == math.exp(score.loss)
+
+
+def test_spaces_that_decoding_adds_are_not_bytes_of_a_text(text, tmp_path):
+    words = ["<|endoftext|>", "[UNK]", *"天地玄黄"]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    wordpiece = tokenizers.Tokenizer(model)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.decoder = decoders.WordPiece()
+    folder = save(tmp_path / "tokenizer", wordpiece)
+    tokenizer = text.tokenizer.replace(path=folder, end_of_text=0, encoder="tokenizers")
+    for line in ("天地玄黄", "天 地"):
+        ids = np.array(wordpiece.encode(line).ids)
+        windows = _windows(line, ids, tokenizer, context=3, most=100)
+        assert sum(size for _, size, _ in windows) == pytest.approx(len(line.encode()))
 
 
 def test_text_is_scored_document_by_document_with_its_end(job, text, tmp_path):

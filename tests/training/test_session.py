@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import MODEL, synthetic_rows, training_config, training_job
 
@@ -26,6 +27,7 @@ from zeroflow.training.stopping import Stop
 from zeroflow.training.validation import ValidationLoss
 
 STEPS = 12
+NO_NATS = np.empty(0)
 
 IS_WRITING = Saver._is_writing
 
@@ -154,7 +156,7 @@ def test_steps_after_the_newest_checkpoint_are_logged_again_but_only_once(job):
 def test_state_with_the_lowest_validation_loss_is_saved_and_stays(job, monkeypatch):
     losses = iter([2.0, 3.0, 3.5, 4.0])  # at steps 0, 5, 10 and the last
     monkeypatch.setattr(
-        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None)
+        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None, NO_NATS)
     )
     every_5 = job.replace(
         cadence=Cadence(log=2, validate_=5, checkpoint=4), retention=Retention(keep=1)
@@ -196,7 +198,7 @@ def test_promised_checkpoints_wait_for_a_slow_disk(job, monkeypatch):
     monkeypatch.setattr(Saver, "_is_writing", lambda saver: True)
     losses = iter([2.0, 3.0, 3.5, 4.0])  # at steps 0, 5, 10 and the last
     monkeypatch.setattr(
-        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None)
+        session, "validation_loss", lambda *inputs: ValidationLoss(next(losses), None, NO_NATS)
     )
     cadence = Cadence(log=2, validate_=5, checkpoint=1)
     retention = Retention(keep=9, keep_every=4)

@@ -18,9 +18,14 @@ class EndsAt0(ArrayRows):
 
 
 def loss_of(row: np.ndarray) -> float:
+    return losses_of(row).mean()
+
+
+def losses_of(row: np.ndarray) -> np.ndarray:
     tokens = torch.from_numpy(row.astype(np.int64))
     with torch.no_grad():
-        return float(F.cross_entropy(lively_model()(tokens[None, :-1])[0], tokens[1:]))
+        logits = lively_model()(tokens[None, :-1])[0]
+        return F.cross_entropy(logits, tokens[1:], reduction="none").double().numpy()
 
 
 # fewer rows than the micro-batch, as many, and a last micro-batch that is not full
@@ -49,15 +54,19 @@ def test_standard_error_predicts_the_spread_over_samples_of_padded_rows():
     assert np.mean([loss.standard_error for loss in losses]) == pytest.approx(expected, rel=0.15)
 
 
-def test_standard_error_counts_rows_of_one_document_once():
-    each = np.array([loss_of(row) for row in ROWS])
-    units = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
-    loss = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, units)
-    sizes, sums = np.bincount(units), np.bincount(units, each)
-    spread = ((sums - each.mean() * sizes) ** 2).sum() * 4 / 3  # of four units
-    assert loss.mean == pytest.approx(each.mean(), abs=1e-5)  # fp32 sums in another order
-    assert loss.standard_error == pytest.approx(math.sqrt(spread) / 10, rel=1e-3)
-    one = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, np.zeros(10, np.int64))
+def test_sampled_units_of_the_standard_error_are_documents():
+    tokens = np.array([losses_of(row) for row in ROWS])  # (10, 8)
+    documents = np.repeat([0, 0, 0, 1, 1, 2, 3, 3, 3, 3], 8).reshape(10, 8)
+    documents[2, 5:] = 4  # three documents in two rows: rows alone could not tell them apart
+    documents[3, :2] = 4
+    loss = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, documents)
+    sizes = np.bincount(documents.flat)
+    sums = np.bincount(documents.flat, tokens.flat)
+    spread = ((sums - tokens.mean() * sizes) ** 2).sum() * 5 / 4  # of five units
+    assert loss.mean == pytest.approx(tokens.mean(), abs=1e-5)  # fp32 sums in another order
+    assert loss.nats == pytest.approx(sums, rel=1e-4)
+    assert loss.standard_error == pytest.approx(math.sqrt(spread) / 80, rel=1e-3)
+    one = validation_loss(lively_model(), ROWS, np.arange(10), WORKLOAD, 0 * documents)
     assert one.standard_error is None
 
 

@@ -17,8 +17,8 @@ def token_bytes(
 ) -> Int64Array:
     """Return the number of UTF-8 bytes of text that each id represents.
 
-    If the tokenizer loses no text, the sum over a document is the size of its text. Unknown tokens
-    count as 0 bytes, because the ids do not show the text that they replace.
+    If the tokenizer neither loses nor adds text, the sum over a document is the size of its text.
+    Unknown tokens count as 0 bytes, because the ids do not show the text that they replace.
 
     Args:
         begins: True for the first id of a document. The space that a tokenizer adds before every
@@ -33,6 +33,15 @@ def token_bytes(
     return sizes[places.reshape(ids.shape), begins.astype(np.int64)]
 
 
+def may_add_text(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Return True if decoding may add text, such as spaces between words and punctuation."""
+    return not _is_byte_level(tokenizer)
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    return "ByteLevel" in str(tokenizer.decoder)
+
+
 def _sizes(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> list[tuple[int, int]]:
     """Return the bytes of each id in two cases: after other text, and at the start of a text."""
 
@@ -42,7 +51,7 @@ def _sizes(tokenizer: tokenizers.Tokenizer, ids: list[int]) -> list[tuple[int, i
     [probe] = decode([tokenizer.encode("a", add_special_tokens=False).ids])
     keeps_added_space = probe.startswith(" ")
     added = tokenizer.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in str(tokenizer.decoder)
+    byte_level = _is_byte_level(tokenizer)
     sizes = []
     # Most decoders remove the added space from the first token, and some join tokens with spaces
     for token, once, twice in zip(

@@ -107,5 +107,4 @@ class Ratio(NamedTuple):
 
 def ratio(values: Float64Array, sizes: Float64Array) -> Ratio:
     """Return the sum of `values` divided by that of `sizes`; each pair is a sampled unit."""
-    found = validation.estimate(values, sizes)
-    return Ratio(found.mean, found.standard_error)
+    return Ratio(*validation.estimate(values, sizes))

@@ -13,9 +13,9 @@ from zeroflow.data.documents import Tally
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.rows import Rows
 from zeroflow.data.slices import all_slices, read_slice
-from zeroflow.data.token_bytes import token_bytes
+from zeroflow.data.token_bytes import may_add_text, token_bytes
 from zeroflow.data.tokenizer import Tokenizer
-from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
+from zeroflow.data.validation_sample import count_sample, draw_sample, target_bytes
 from zeroflow.inference import scoring
 from zeroflow.inference.evaluation import EvaluationConfig, TextScore
 from zeroflow.inference.scoring import Request
@@ -33,7 +33,7 @@ class _Window(NamedTuple):
 
     document: int
     request: Request
-    text_bytes: int
+    text_bytes: float
     unknown: int
 
 
@@ -68,13 +68,18 @@ def corpora(config: EvaluationConfig) -> dict[str, CorpusConfig]:
 
 def score_held_out(model: Llama, job: TrainingJob) -> TextScore:
     """Score the rows on which the run validates, in the same way as in training."""
-    rows = Rows(job.shards, "validation")
-    chosen = validation_rows(job.shards, job.validation_rows)
-    units = sampled_units(job.shards, chosen)
-    loss = validation_loss(model, rows, chosen, job.training.workload, units)
-    error = loss.standard_error
-    counts = count_sample(job.shards, job.tokenizer, job.validation_rows)
-    in_bytes = counts.bytes_per_token
+    sample = draw_sample(job.shards, job.validation_rows)
+    counts = count_sample(job.shards, job.tokenizer, sample)
+    documents = sample.documents[:, 1:]
+    rows, workload = Rows(job.shards, "validation"), job.training.workload
+    loss = validation_loss(model, rows, sample.rows, workload, documents)
+    bits = None
+    if counts.text_bytes:
+        sizes = target_bytes(job.shards, job.tokenizer, sample)
+        assert sizes is not None
+        scored = documents >= 0
+        text_bytes = arrays.sums(documents[scored], sizes[scored])
+        bits = scoring.ratio(loss.nats / math.log(2), text_bytes)
     return TextScore(
         text=HELD_OUT,
         revision=None,
@@ -83,9 +88,10 @@ def score_held_out(model: Llama, job: TrainingJob) -> TextScore:
         text_bytes=counts.text_bytes or 0,
         unknown=counts.unknown or 0,
         loss=loss.mean,
-        loss_error=error,
-        bpb=bits_per_byte(loss.mean, in_bytes) if in_bytes else None,
-        bpb_error=bits_per_byte(error, in_bytes) if in_bytes and error is not None else None,
+        loss_error=loss.standard_error,
+        # Exactly as in training
+        bpb=bits_per_byte(loss.mean, counts.bytes_per_token) if counts.bytes_per_token else None,
+        bpb_error=bits and bits.error,
     )
 
 
@@ -111,7 +117,7 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
         is_blank = is_blank and not text.strip()
         found = [
             _Window(documents - 1, *window)
-            for window in _windows(ids, tokenizer, trained.context, left)
+            for window in _windows(text, ids, tokenizer, context=trained.context, most=left)
         ]
         windows += found
         left -= sum(window.request.scored for window in found)
@@ -132,7 +138,7 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
         revision=corpus.data_revision,
         documents=documents,
         tokens=int(tokens.sum()),
-        text_bytes=int(text_bytes.sum()),
+        text_bytes=round(text_bytes.sum()),
         unknown=sum(window.unknown for window in windows),
         loss=loss.value,
         loss_error=loss.error,
@@ -152,20 +158,22 @@ def _documents(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[str
 
 
 def _windows(
-    ids: Int64Array, tokenizer: Tokenizer, context: int, most: int
-) -> Iterator[tuple[Request, int, int]]:
+    text: str, ids: Int64Array, tokenizer: Tokenizer, *, context: int, most: int
+) -> Iterator[tuple[Request, float, int]]:
     """Yield the request, the bytes and the unknown tokens of each window of a document.
 
     Args:
         most: maximum number of tokens to score.
     """
     end, loaded = tokenizer.end_of_text, tokenizer.load()
-    sequence = np.concatenate([[end], ids, [end]])[: most + 1]
-    targets = sequence[1:]
-    begins = np.arange(len(targets)) == 0
-    sizes = token_bytes(loaded, targets, begins, end_of_text=end)
-    unknown = targets == encoding.unknown_id(loaded)
-    for start in range(0, len(targets), context):
+    sequence = np.concatenate([[end], ids, [end]])
+    begins = np.arange(len(ids) + 1) == 0
+    sizes = token_bytes(loaded, sequence[1:], begins, end_of_text=end).astype(np.float64)
+    if may_add_text(loaded):
+        sizes *= min(1.0, arrays.well_formed(text)[1] / max(1.0, sizes.sum()))
+    sequence, sizes = sequence[: most + 1], sizes[:most]
+    unknown = sequence[1:] == encoding.unknown_id(loaded)
+    for start in range(0, len(sizes), context):
         part = slice(start, start + context)
-        request = Request(sequence[start : start + context + 1].tolist(), len(targets[part]))
-        yield request, int(sizes[part].sum()), int(np.sum(unknown[part]))
+        request = Request(sequence[start : start + context + 1].tolist(), len(sizes[part]))
+        yield request, float(sizes[part].sum()), int(np.sum(unknown[part]))

@@ -153,7 +153,7 @@ class RunReport(WorkloadFigures):
     """Validation loss after the last step, in nats per token."""
 
     val_error: float | None = omitted()
-    """Standard error of val_loss over held-out rows; None in files of older versions."""
+    """Standard error of val_loss over held-out documents; None in files of older versions."""
 
     validated: SampleCounts | None = omitted()
     """Contents of the held-out rows; None in files of older versions."""

@@ -80,7 +80,7 @@ class ValidationRecord(_Logged):
     """Mean over the held-out targets, in nats per token."""
 
     val_error: float | None = omitted()
-    """Standard error of val_loss over samples of held-out rows; None in files of older versions."""
+    """Standard error of val_loss over held-out documents; None in files of older versions."""
 
     val_bpb: float | None
     """Validation loss in bits per byte of text; None for data that is not text."""

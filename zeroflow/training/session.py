@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zeroflow.data.batches import Prefetcher
 from zeroflow.data.rows import Rows
-from zeroflow.data.validation_sample import count_sample, sampled_units, validation_rows
+from zeroflow.data.validation_sample import count_sample, draw_sample
 from zeroflow.model.hugging_face import config_json
 from zeroflow.training import batching, checkpoint, compiling, initial, sampling, zero
 from zeroflow.training.events import CheckpointSkipped, Saved, Started
@@ -62,10 +62,9 @@ class Session:
         self.job, self.clock = job, clock
         self.train_rows = Rows(job.shards, "train", local=job.local_cache)
         self.held_out = Rows(job.shards, "validation")
-        self.held_out_ids = validation_rows(job.shards, job.validation_rows)
-        self.held_out_units = sampled_units(job.shards, self.held_out_ids)
+        self.held_out_sample = draw_sample(job.shards, job.validation_rows)
         self.held_out_counts = zero.on_rank0(  # on one rank only: it loads the tokenizer
-            partial(count_sample, job.shards, job.tokenizer, job.validation_rows)
+            partial(count_sample, job.shards, job.tokenizer, self.held_out_sample)
         )
         self.state = new_state(job.training)
         zero.on_rank0(partial(checkpoint.clear_unfinished, job.folder.checkpoints))
@@ -172,9 +171,9 @@ class Session:
         loss = validation_loss(
             self.state.model,
             self.held_out,
-            self.held_out_ids,
+            self.held_out_sample.rows,
             self.job.training.workload,
-            self.held_out_units,
+            self.held_out_sample.documents[:, 1:],
             partial(self.recorder.progress, "validation"),
         )
         gc.collect()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +27,9 @@ class ValidationLoss(NamedTuple):
     standard_error: float | None
     """Standard error of the mean; None for a single sampled unit."""
 
+    nats: Float64Array
+    """Sum over the targets of each sampled unit."""
+
 
 @torch.no_grad()
 def validation_loss(
@@ -33,19 +37,20 @@ def validation_loss(
     rows: Rows,
     chosen: Int64Array,
     workload: Workload,
-    units: Int64Array | None = None,
+    documents: Int64Array | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationLoss:
     """Return the loss over the `chosen` rows. All ranks take part.
 
     Args:
-        units: number of the sampled unit of each of these rows, see `sampled_units`; by default,
-            each row is one.
+        documents: (rows, T), number of the document of each target. Documents are the sampled
+            units of the standard error, because the losses of their tokens are correlated. By
+            default, rows are.
         on_batch: called after each batch with the number of finished rows and of all rows.
     """
     size = workload.micro_batch_rows
     device = zero.device_of(model)
-    found = torch.zeros(len(chosen), 2, dtype=torch.float64, device=device)
+    found = torch.zeros(len(chosen), rows.row_tokens - 1, 2, dtype=torch.float64, device=device)
     # Every rank does the same number of forward passes, because a pass of a sharded model gathers
     # weights from all ranks
     for start in range(0, len(chosen), size * zero.ranks()):
@@ -53,19 +58,24 @@ def validation_loss(
         batch = micro_batch(rows[chosen[mine : mine + size]], rows, workload)
         # The last batch is padded to the same shape: a compiled model would be recompiled for it
         padded = _padded(batch, size)
-        losses = forward(model, padded, token_losses).double().sum(dim=1)
-        valid = (padded.targets != IGNORED).sum(dim=1).to(device)
+        losses = forward(model, padded, token_losses).double()
+        valid = (padded.targets != IGNORED).to(device)
         of_rows = found[mine : mine + size]
-        of_rows += torch.stack((losses, valid), dim=1)[: len(of_rows)]
+        of_rows += torch.stack((losses, valid), dim=2)[: len(of_rows)]
         on_batch(min(start + size * zero.ranks(), len(chosen)), len(chosen))
-    losses_of_rows, targets_of_rows = (zero.mean(found) * zero.ranks()).cpu().numpy().T
-    if units is None:
-        return estimate(losses_of_rows, targets_of_rows)
-    return estimate(arrays.sums(units, losses_of_rows), arrays.sums(units, targets_of_rows))
+    losses, valid = (zero.mean(found) * zero.ranks()).cpu().numpy().transpose(2, 0, 1)
+    if documents is None:
+        documents = np.broadcast_to(np.arange(len(chosen))[:, None], valid.shape)
+    scored = valid > 0
+    nats = arrays.sums(documents[scored], losses[scored])
+    mean, error = estimate(nats, arrays.sums(documents[scored], valid[scored]))
+    return ValidationLoss(mean, error, nats)
 
 
-def estimate(losses: Float64Array, sizes: Float64Array) -> ValidationLoss:
+def estimate(losses: Float64Array, sizes: Float64Array) -> tuple[float, float | None]:
     """Estimate a mean loss and its standard error from sampled units: a ratio of two sums.
+
+    Empty units do not count. A single unit has no standard error.
 
     Args:
         losses: sum over each unit, in nats.
@@ -73,12 +83,12 @@ def estimate(losses: Float64Array, sizes: Float64Array) -> ValidationLoss:
 
     Source: Cochran 1977, Sampling Techniques, section 6.4
     """
-    size, number = sizes.sum(), len(sizes)
+    size, number = sizes.sum(), np.count_nonzero((losses != 0) | (sizes != 0))
     mean = float(losses.sum() / size)
     if number < 2:
-        return ValidationLoss(mean, None)
+        return mean, None
     spread = ((losses - mean * sizes) ** 2).sum() * number / (number - 1)
-    return ValidationLoss(mean, math.sqrt(spread) / float(size))
+    return mean, math.sqrt(spread) / float(size)
 
 
 def _padded(batch: MicroBatch, rows: int) -> MicroBatch:
