@@ -46,7 +46,7 @@ def test_handled_signal_is_not_repeated():
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt as stop:
             arrived.append(stop)
-            time.sleep(0.1)  # longer than several looks
+            time.sleep(0.1)  # longer than several polls
     assert arrived and stops.over.is_set()
 
 

@@ -17,7 +17,7 @@ SLACK = 1.15
 
 def example(device: str, vocabulary: int = V) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    # as large as a trained model's: hidden states of about 1, logits of some units
+    # as large as a trained model's: hidden states of about 1, logits of a few units
     hidden = torch.randn(2, T // 2, D, generator=generator)
     weight = torch.randn(vocabulary, D, generator=generator) * 2 / D**0.5
     targets = torch.randint(vocabulary, (2, T // 2), generator=generator)

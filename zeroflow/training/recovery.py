@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MOST_RETRIES = 20
 """Maximum retries of one command. Each failure reason has its own lower limit."""
 
-_IN_VAIN = 3
+_MOST_STARTS = 3
 """Maximum number of consecutive starts that are killed or hang without a newer checkpoint."""
 
 _ROLLBACKS = 3
@@ -154,7 +154,7 @@ def remedy(planned: TrainingJob, failure: TrainingFailed) -> Entry | None:
     )
     resumes = f"resumes from step {newest}"
     match failure.reason:
-        case "killed" | "hang" if _in_vain(ledger, newest) + 1 < _IN_VAIN:
+        case "killed" | "hang" if _starts_without_progress(ledger, newest) + 1 < _MOST_STARTS:
             # Ranks whose parent was killed may still be writing a checkpoint
             return entry.replace(action=f"{resumes}, or a later one that is being saved")
         case "out of memory":
@@ -206,11 +206,11 @@ def advice(planned: TrainingJob, failure: TrainingFailed) -> str:
                 "--learning-rate or lengthen --warmup-steps, under another --run-name"
             )
         case "killed" | "hang":
-            return f"Training was started {_IN_VAIN} times without reaching a newer checkpoint"
+            return f"Training was started {_MOST_STARTS} times without reaching a newer checkpoint"
     return ""
 
 
-def _in_vain(ledger: list[Entry], step: int) -> int:
+def _starts_without_progress(ledger: list[Entry], step: int) -> int:
     """Count this process's latest consecutive failed starts without a newer checkpoint."""
     count = 0
     for entry in reversed(ledger):
@@ -229,7 +229,7 @@ def _back_off(ledger: list[Entry]) -> None:
     """Wait before the next start if the machine may need time to recover."""
     if not ledger:
         return
-    times = _in_vain(ledger, ledger[-1].step)
+    times = _starts_without_progress(ledger, ledger[-1].step)
     if times:
         seconds = _FIRST_WAIT_SECONDS * 4 ** (times - 1)
         log.info("waiting %.0f s before the next start", seconds)
