@@ -58,9 +58,10 @@ def test_command_prints_a_line_before_it_imports_anything_large(
     assert output[8:] == "  starting: importing PyTorch and Prefect\n"
 
 
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path, base_environment):
+@pytest.mark.parametrize("command", [["flows/pretrain.py"], ["-m", "zeroflow.cli", "plan"]])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, base_environment, command):
     environment = base_environment | NO_SERVER
-    _, errors = said(tmp_path, environment, "flows/pretrain.py", torch="raise KeyboardInterrupt")
+    _, errors = said(tmp_path, environment, *command, torch="raise KeyboardInterrupt")
     assert errors == "stopped\n"
 
 

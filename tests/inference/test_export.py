@@ -1,4 +1,5 @@
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +189,19 @@ def test_folder_below_a_file_is_refused_by_the_names_that_were_given(tmp_path, b
     with pytest.raises(ValueError, match=f"^--out {out}: {tmp_path}/mine is a file, not a folder"):
         export(lively_model(MODEL_512), ids, out, context=64)
     assert (tmp_path / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "format"), [("trained", "hf"), ("trained", "gguf")], indirect=["tokenizer"]
+)
+def test_lack_of_room_names_the_folder_and_leaves_nothing(tokenizer, tmp_path, format):
+    """Each format is written by another library, with its own error."""
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=rf"no room .* in {out} .* another --out"):
+            export(lively_model(MODEL_512), tokenizer, out, context=64, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not out.exists()

@@ -50,7 +50,7 @@ def test_progress_is_updated_every_few_seconds_at_most(prefect_api):
         show(0.123, "first")
         show(0.5, "too soon")
         assert shown() == (12.3, "shards: first")
-        show(1.0, "last")
+        show(1.0, "shards: last")  # text of a terminal, which shows no subject beside it
         assert shown() == (100, "shards: last")
 
     with temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,8 +184,10 @@ def test_error_of_the_export_is_not_one_of_mlflow(config, mine):
 
 def test_store_that_cannot_be_opened_fails_before_the_export(config, mine):
     database(config.folder).write_text("not a database")
-    with pytest.raises(RegistrationFailed, match=r"MLflow at sqlite:.* did not register the model"):
-        register(config, mine, candidate(3, 1.5), "texts", pytest.fail)
+    moved = config.replace(uri="sqlite:////before/it/moved/mlflow.db")
+    place = re.escape(str(database(config.folder)))
+    with pytest.raises(RegistrationFailed, match=rf"MLflow at sqlite:.*{place} did not register"):
+        register(moved, mine, candidate(3, 1.5), "texts", pytest.fail)
     add_scores(config, mine, 3, [ModelScore("scores/a/loss", 1.0, 1.0, HELD_OUT)])
 
 

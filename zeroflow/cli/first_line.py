@@ -10,10 +10,14 @@ TIME = "%H:%M:%S"
 """Format of the time that begins a line."""
 
 
+def handle_ctrl_c() -> None:
+    """Report Ctrl-C in one line; until the libraries are imported, nothing else handles it."""
+    sys.excepthook = _one_line_for_ctrl_c
+
+
 def _one_line_for_ctrl_c(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Report Ctrl-C in one line; until the libraries are imported, nothing handles it."""
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("stopped\n")
     else:
@@ -27,7 +31,7 @@ def announce(arguments: Sequence[str], output: TextIO | None = None) -> None:
         arguments: arguments of the command.
         output: standard output by default.
     """
-    sys.excepthook = _one_line_for_ctrl_c
+    handle_ctrl_c()
     if not {"-h", "--help"} & {*arguments}:
         output, libraries = output or sys.stdout, "PyTorch" if output else "PyTorch and Prefect"
         output.write(f"{time.strftime(TIME)}  starting: importing {libraries}\n")

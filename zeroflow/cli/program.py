@@ -5,7 +5,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from zeroflow.cli.early import begin
-from zeroflow.cli.first_line import announce
+from zeroflow.cli.first_line import announce, handle_ctrl_c
 from zeroflow.training.interpreter import with_room, without_collections
 
 FLOWS = ("pretrain", "sweep", "zero-lab")
@@ -30,6 +30,7 @@ def _entry() -> None:
 
 def _imported_command() -> Callable[[], int]:
     """Begin the command, and return its main function."""
+    handle_ctrl_c()
     [name] = sys.argv[1:2] or [""]
     if name in FLOWS:
         begin(name, sys.argv[2:])

@@ -101,9 +101,24 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
         for file in partial.iterdir():
             file.replace(folder / file.name)
         partial.rmdir()
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial if existed else folder, ignore_errors=True)
+        if _is_lack_of_room(error):
+            raise ValueError(
+                f"there is no room for the exported model in {folder} ({error}): free some space, "
+                "or name another --out. Nothing of it is left there"
+            ) from error
         raise
+
+
+def _is_lack_of_room(error: BaseException) -> bool:
+    """Return True for a full disk, an exhausted quota or a limit, as each library reports it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is None:
+        return "requested and" in text and "written" in text  # NumPy
+    number = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    found = int(number[1]) if number else getattr(error, "errno", None)
+    return found in artifacts.NO_ROOM
 
 
 def _write_model(model: Llama, tokenizer: Tokenizer, folder: Path, context: int) -> None:

@@ -108,7 +108,10 @@ class ProgressBar:
         """Show the fraction done, from 0 to 1, and a line of text."""
         if time.monotonic() < self._next and share < 1:
             return
-        percent, text = round(100 * share, 1), f"{self._subject}: {text}"
+        percent, text = (
+            round(100 * share, 1),
+            f"{self._subject}: {text.removeprefix(f'{self._subject}: ')}",
+        )
         shown = self._live.put(
             lambda: create_progress_artifact(percent, self._key, text),
             lambda bar: update_progress_artifact(bar, percent, text),

@@ -42,7 +42,8 @@ def page(
         Markdown(f"# Sweep {escaped(sweep)}"),
         Markdown(
             f"{count(len(found.runs), 'run')}, {spent} of training. "
-            f"Their names begin with {code(f'{sweep}-')}."
+            f"{'Their names begin' if len(found.runs) != 1 else 'Its name begins'} with "
+            f"{code(f'{sweep}-')}."
         ),
         *_runs_section(sweep, found),
     ]

@@ -106,5 +106,8 @@ class Delivery:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line without passwords; further lines may be a query or an HTML page."""
-    return redacted((str(error) or type(error).__name__).splitlines()[0])
+    """Return the line with the cause, without passwords; others may be a query or an HTML page."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    # SQLAlchemy puts advice to programmers before the message of the database
+    caused = (line for line in lines if not line.startswith("(raised as a result of"))
+    return redacted(next(caused, lines[0]))

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from zeroflow import artifacts
 from zeroflow.run_folder import RunFolder
-from zeroflow.tracking.config import DESCRIPTION, Dataset, TrackingConfig
+from zeroflow.text.redaction import redacted
+from zeroflow.tracking.config import DESCRIPTION, Dataset, TrackingConfig, address
 from zeroflow.tracking.delivery import reason
 from zeroflow.tracking.store import open_run, run_ids
 
@@ -144,9 +145,14 @@ def _explained(config: TrackingConfig) -> Iterator[None]:
         yield
     except Exception as error:  # any failure of MLflow, its store or its server
         raise RegistrationFailed(
-            f"MLflow at {config.uri} did not register the model ({reason(error)}): the same "
+            f"MLflow at {_place(config)} did not register the model ({reason(error)}): the same "
             "command tries again"
         ) from error
+
+
+def _place(config: TrackingConfig) -> str:
+    """Return the address of the store, also for a run of a cache that was moved since."""
+    return redacted(address(config.folder)) if config.folder else config.uri
 
 
 @contextmanager
