@@ -208,6 +208,7 @@ def test_card_names_the_start_its_digest_and_no_licence_where_there_is_none(fold
         (asked(folder, "from-6", model={"init_from": "run:base"}), "run:base@6"),
         (started, f"m, digest {settle(started).run.initial.digest}"),
     ):
+        train(run)  # at once, if a test before this one has trained it
         card = model_card(settle(run).run.folder, step=6, format="hf").replace("\\", "")
         assert f"| Start | the weights of {start} |" in card
         assert "| Licence of the start | not recorded; it also" in card

@@ -259,6 +259,27 @@ def test_evaluation_in_its_own_process_is_recorded_and_then_known(job, text, tmp
         evaluate_apart(work)
 
 
+def test_score_of_a_part_is_not_known_for_the_whole(job, text, tmp_path):
+    jsonl_corpus(tmp_path / "b.jsonl", text.texts[:3])
+    name = str(tmp_path / "b.jsonl")
+    [part] = evaluate(asked(job, data_path=(name,), text_tokens=9)).texts
+    assert part.tokens == 9
+    assert is_known(asked(job, data_path=(name,), text_tokens=9), STEP)
+    assert not is_known(asked(job, data_path=(name,)), STEP)
+    [whole] = evaluate(asked(job, data_path=(name,), text_tokens=10_000)).texts
+    assert 9 < whole.tokens < 10_000
+    assert is_known(asked(job, data_path=(name,)), STEP), "the text has fewer tokens than both"
+    assert not is_known(asked(job, data_path=(name,), text_tokens=9), STEP)
+
+
+def test_text_has_one_name_wherever_the_command_runs(job, text, tmp_path, monkeypatch):
+    jsonl_corpus(tmp_path / "c.jsonl", text.texts[:1])
+    monkeypatch.chdir(tmp_path)
+    [score] = evaluate(asked(job, data_path=("c.jsonl",), text_tokens=9)).texts
+    assert score.text == str(tmp_path / "c.jsonl")
+    assert is_known(asked(job, data_path=(str(tmp_path / "c.jsonl"),), text_tokens=9), STEP)
+
+
 def test_default_stands_for_tasks_that_suit_small_models():
     assert EvaluationConfig(tasks=("mine", "default", "piqa")).task_names == [
         "mine",
@@ -547,8 +568,10 @@ def test_core_is_scored_as_the_last_stage_and_then_known(job, bundle):
 
 
 def test_core_of_a_few_questions_takes_solved_examples_from_them(job, bundle):
-    found = evaluate(asked(job, core_path=bundle, task_examples=1))
+    work = asked(job, core_path=bundle, task_examples=1)
+    found = evaluate(work)
     assert [score.examples for score in found.tasks] == [6, 2, 2, 2]
+    assert is_known(work, STEP) and not is_known(asked(job, core_path=bundle), STEP)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.device import Device
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Figures, Past
+from zeroflow.estimate.run_records import RunRecords
 from zeroflow.model.sizes import with_vocabulary
 from zeroflow.report import plan as plans
 from zeroflow.report import plan_page
@@ -119,6 +120,19 @@ def test_models_that_a_run_registers_need_disk_space(ask, text, monkeypatch):
     assert "MLflow" not in plan_page.disk_line(plain)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     assert forecast(asked(register_="mine")).disk_bytes == plain.disk_bytes
+
+
+def test_registered_models_of_a_complete_run_exist(ask, text, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = ask(data=text.corpus.model_dump(), tokenizer=TRAINED, register_="mine")
+    steps, two = forecast(run).steps, 2 * 4 * sum(forecast(run).parameters.values())
+    for stored, there in ((two, two), (two // 2, two // 2), (9 * two, two)):
+        found = RunRecords([], None, steps, there_bytes=7, registered_bytes=stored)
+        monkeypatch.setattr(stages_plan, "read_records", lambda folder, found=found: found)
+        assert forecast(run).there_bytes == 7 + there
+    found = RunRecords([], None, steps - 1, there_bytes=7, registered_bytes=two)
+    monkeypatch.setattr(stages_plan, "read_records", lambda folder: found)
+    assert forecast(run).there_bytes == 7, "the models of its last step are new ones"
 
 
 def test_plan_in_fp32_on_a_gpu_does_not_use_the_speed_of_bf16(tmp_path):

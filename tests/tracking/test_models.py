@@ -14,9 +14,16 @@ from mlflow_server import Server
 from tiny import MODEL, lively_model
 
 from zeroflow.inference.export import export
-from zeroflow.run_folder import Cache
+from zeroflow.run_folder import Cache, RunFolder
 from zeroflow.tracking.config import Dataset, TrackingConfig, database, location
-from zeroflow.tracking.models import Candidate, ModelScore, RegistrationFailed, add_scores, register
+from zeroflow.tracking.models import (
+    Candidate,
+    ModelScore,
+    RegistrationFailed,
+    add_scores,
+    register,
+    stored_bytes,
+)
 from zeroflow.training import sampling
 from zeroflow.training.sampling import SamplingConfig
 
@@ -133,6 +140,20 @@ def test_weights_are_stored_once_for_all_names_and_repeated_commands(config, min
     assert other.version == "1" and not other.reused
     [model] = logged_models(config, mine)
     assert len(json.loads(model.tags["mlflow.modelVersions"])) == 2
+
+
+def test_stored_weights_of_a_run_are_measured_without_asking_mlflow(config, mine):
+    def write(target: Path) -> Path:
+        exported(target)
+        (target / "model.safetensors").write_bytes(b"x" * 1000)
+        return target
+
+    assert stored_bytes(mine) == 0
+    for step in (3, 4):
+        register(config, mine, candidate(step, 1.5), "texts", write)
+    other = RunFolder(mine.path.with_name("other"))
+    other.path.mkdir()
+    assert (stored_bytes(mine), stored_bytes(other)) == (2000, 0)
 
 
 def test_alias_names_the_version_with_the_lowest_bits_per_byte_on_the_same_text(

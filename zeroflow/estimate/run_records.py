@@ -7,6 +7,7 @@ from zeroflow.estimate import history
 from zeroflow.estimate.history import Past
 from zeroflow.estimate.run_speed import PastTraining, already_trained
 from zeroflow.run_folder import RunFolder
+from zeroflow.tracking.models import stored_bytes
 from zeroflow.training import checkpoint
 from zeroflow.training.job import TrainingJob
 
@@ -22,6 +23,9 @@ class RunRecords(NamedTuple):
     there_bytes: int
     """Bytes of shards and checkpoints that the planned run already has."""
 
+    registered_bytes: int
+    """Bytes of weights of the planned run that MLflow's store in the cache already has."""
+
 
 def read_records(folder: RunFolder) -> RunRecords:
     """Read the records for the prediction of the run in `folder`, which need not exist yet."""
@@ -30,6 +34,7 @@ def read_records(folder: RunFolder) -> RunRecords:
         trained=already_trained(folder),
         steps_done=checkpoint.newest_step(folder.checkpoints),
         there_bytes=_there(folder),
+        registered_bytes=_registered(folder),
     )
 
 
@@ -40,4 +45,11 @@ def _there(folder: RunFolder) -> int:
         saved = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
         return saved + row_bytes(TrainingJob.read(folder.job).shards)
     except (OSError, ValueError):  # a checkpoint was just removed, or is of another version
+        return 0
+
+
+def _registered(folder: RunFolder) -> int:
+    try:
+        return stored_bytes(folder)
+    except (OSError, ValueError):  # a model was just deleted, or is being written
         return 0

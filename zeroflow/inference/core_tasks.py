@@ -136,7 +136,7 @@ def score_tasks(
     whole = TaskScore(
         task=CORE, version=version, examples=asked, few_shot=0, metrics={"centered_acc": core}
     )
-    return [whole, *scores]
+    return [score.replace(most=examples) for score in (whole, *scores)]
 
 
 def _items(task: CoreTask, content: bytes, most: int | None) -> list[Item]:

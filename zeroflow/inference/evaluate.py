@@ -115,19 +115,26 @@ def evaluate_apart(job: EvaluationJob) -> None:
 def is_known(job: EvaluationJob, step: int) -> bool:
     """Return True if the checkpoint of `step` has been scored on the texts and tasks of `job`.
 
+    A score on fewer tokens or examples does not count.
+
     Raises:
         ValueError, hub.HubError: there is no such text.
     """
     known = evaluation.read(Cache(job.cache).run(job.run)).of(step)
     if known is None:
         return False
-    texts = {score.text: score.revision for score in known.texts}
-    tasks = {score.task for score in known.tasks}
+    texts = {score.text: score for score in known.texts}
+    tasks = {score.task for score in known.tasks if score.most == job.config.task_examples}
     corpora = text_scores.corpora(job.config)
     wanted = [*job.config.task_names, *([evaluation.CORE] if job.config.core_path else [])]
     if not corpora and not wanted:
         return HELD_OUT in texts
-    same = all(texts.get(name) == corpus.data_revision for name, corpus in corpora.items())
+    same = all(
+        (score := texts.get(name)) is not None
+        and score.revision == corpus.data_revision
+        and score.covers(job.config.text_tokens)
+        for name, corpus in corpora.items()
+    )
     return same and tasks.issuperset(wanted)
 
 

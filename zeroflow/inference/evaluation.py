@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, computed_field
 
 from zeroflow.config import Config
 from zeroflow.data.formats import registry
-from zeroflow.records import Record
+from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
 
 DEFAULT_TASKS = ("lambada_openai", "blimp", "piqa", "hellaswag", "arc_easy", "sciq")
@@ -71,7 +71,7 @@ class TextScore(Record):
     """Loss on a text."""
 
     text: str
-    """Name of the text: file, glob or dataset."""
+    """Name of the text: absolute path of a file or glob, or name of a dataset."""
 
     revision: str | None
     """Digest of the files, or commit of the dataset."""
@@ -96,6 +96,14 @@ class TextScore(Record):
     """The loss in bits per byte; None if there are no bytes."""
 
     bpb_error: float | None
+
+    most: PositiveInt | None = omitted()
+    """Maximum number of tokens that was asked for; None for held-out rows, and in files of older
+    versions."""
+
+    def covers(self, most: int) -> bool:
+        """Return True if a score of at most `most` tokens would be the same."""
+        return self.most in (None, most) or self.tokens < min(most, self.most or 0)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -123,6 +131,9 @@ class TaskScore(Record):
     """Number of solved examples before each question."""
 
     metrics: dict[str, TaskMetric]
+
+    most: PositiveInt | None = omitted()
+    """Maximum number of examples of each task; None for all, and in files of older versions."""
 
     @property
     def main(self) -> str:

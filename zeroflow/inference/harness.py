@@ -91,7 +91,8 @@ def score_tasks(
             f"Hub or from local files: {reason}"
         ) from error
     inner = {name for names in found["group_subtasks"].values() for name in names}
-    return [_score(name, found) for name in found["results"] if name not in inner]
+    scores = [_score(name, found) for name in found["results"] if name not in inner]
+    return [score.replace(most=examples) for score in scores]
 
 
 def _score(name: str, found: Results) -> TaskScore:

@@ -8,7 +8,7 @@ import numpy as np
 
 from zeroflow.data import arrays, encoding
 from zeroflow.data.arrays import Int64Array
-from zeroflow.data.corpus import CorpusConfig, resolve_corpus
+from zeroflow.data.corpus import CorpusConfig, absolute, resolve_corpus
 from zeroflow.data.documents import Tally
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.rows import Rows
@@ -47,7 +47,8 @@ def corpora(config: EvaluationConfig) -> dict[str, CorpusConfig]:
     found = {}
     for path in config.data_path:
         own = CorpusConfig(data_mode="files", data_path=(path,), text_column=config.text_column)
-        found[path] = resolve_corpus(own).corpus
+        # As for --evaluate-path, so that a text has one score wherever the command runs
+        found[absolute(path)] = resolve_corpus(own).corpus
     if config.dataset:
         hub = CorpusConfig(
             data_mode="hub",
@@ -144,6 +145,7 @@ def score_text(trained: Trained, name: str, corpus: CorpusConfig, *, most: int) 
         loss_error=loss.error,
         bpb=bits and bits.value,
         bpb_error=bits and bits.error,
+        most=most,
     )
 
 

@@ -85,6 +85,8 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     costs = cost(work, device, records, planned=(run.run_name, steps), folder=disk)
     done = min(records.steps_done, steps)
     registered = 2 * 4 * model.parameters if run.stores_models else 0  # last and best, in fp32
+    # An extended run registers the models of its new steps
+    stored = min(registered, records.registered_bytes) if done == steps else 0
     return Plan(
         run=run.run_name,
         size=run.model.name,
@@ -113,7 +115,7 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
         shard_source=text.source,
         disk_bytes=text.shard_bytes + run.most_checkpoints * costs.checkpoint_bytes + registered,
         registered_bytes=registered,
-        there_bytes=records.there_bytes,
+        there_bytes=records.there_bytes + stored,
         free_bytes=free_bytes(run.cache_dir),
         checkpoint_every=run.cadence.checkpoint,
         disk_source=costs.disk.source,

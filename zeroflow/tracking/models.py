@@ -20,7 +20,7 @@ from zeroflow.run_folder import RunFolder
 from zeroflow.text.redaction import redacted
 from zeroflow.tracking.config import DESCRIPTION, Dataset, TrackingConfig, address
 from zeroflow.tracking.delivery import reason
-from zeroflow.tracking.store import open_run, run_ids
+from zeroflow.tracking.store import RunIds, open_run, run_ids
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,15 @@ def register(
         version, reused = _version(client, name, model, logged, config.tags.get(DESCRIPTION, ""))
         is_best = _choose_best(client, name, version) == str(version.version)
     return Registered(name, str(version.version), is_best, reused)
+
+
+def stored_bytes(folder: RunFolder) -> int:
+    """Return the bytes of weights of the run that a store in its cache has; MLflow is not asked."""
+    if not (ids := RunIds.read_if_exists(folder.mlflow)):
+        return 0
+    models = (folder.cache.mlflow / "artifacts" / "models").glob("*/artifacts/MLmodel")
+    own = [file.parent for file in models if f"run_id: {ids.run_id}\n" in file.read_text()]
+    return sum(file.stat().st_size for path in own for file in path.rglob("*.safetensors"))
 
 
 def add_scores(
