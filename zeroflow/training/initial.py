@@ -23,7 +23,7 @@ from zeroflow.config import Config
 from zeroflow.data import hub
 from zeroflow.data.hub_errors import HubError
 from zeroflow.data.hub_requests import QUESTION
-from zeroflow.data.sources.known_digests import KnownDigests, stamp
+from zeroflow.data.sources.known_digests import digest_files
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, Tokenizer, TokenizerConfig, require_copy
 from zeroflow.model.hugging_face import model_config
 from zeroflow.model.llama import Llama, ModelConfig
@@ -258,11 +258,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _digest(folder: Path, cache: Path) -> str:
     """Return a digest of the configuration and the weights in a folder."""
-    known = KnownDigests(Cache(cache).digests / f"model-{artifacts.fingerprint(str(folder))}.json")
-    files = [(path, stamp(path)) for path in (folder / "config.json", *_files(folder))]
-    found = [(path, now, known.sha256(path, now)) for path, now in files]
-    known.keep(found)
-    return artifacts.fingerprint({path.name: digest for path, _, digest in found})
+    store = Cache(cache).digests / f"model-{artifacts.fingerprint(str(folder))}.json"
+    found = digest_files([folder / "config.json", *_files(folder)], store)
+    return artifacts.fingerprint({path.name: each.sha256 for path, each in found.items()})
 
 
 def _digest_of_checkpoint(path: Path) -> str:

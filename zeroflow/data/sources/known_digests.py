@@ -7,7 +7,7 @@ if its modification time was set back after a change.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,45 +42,55 @@ def stamp(path: Path) -> Stamp:
     return Stamp(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
 
 
-class KnownDigests:
-    """The sha256 of files by path, in a file of the cache."""
+class FileDigest(NamedTuple):
+    """Digest of a file, and the state in which it was computed."""
 
-    def __init__(self, file: Path | None) -> None:
-        """
-        Args:
-            file: None to store nothing.
-        """
-        self._file = file
-        self._known: JsonObject = {}
-        if file is not None and file.exists():
-            try:
-                content = artifacts.read_signed(file)
-                files = content["files"]
-                if content["format"] == _FORMAT and isinstance(files, dict):
-                    self._known = files
-            except (DamagedArtifact, KeyError) as error:
-                log.info("reading all files of the corpus: %s", error)
+    sha256: str
+    stamp: Stamp
 
-    def sha256(self, path: Path, now: Stamp) -> str:
-        """Return the digest of the file at `path`, whose stamp is `now`."""
-        match self._known.get(str(path)):
-            case [str(digest), *found] if found == list(now):
-                return digest
-        return artifacts.file_sha256(path)
 
-    def keep(self, files: Sequence[tuple[Path, Stamp, str]]) -> None:
-        """Replace the stored digests by those of `files`, if the corpus is large enough."""
-        if self._file is None or sum(now.size for _, now, _ in files) < _WORTH_BYTES:
-            return
-        limit = time.time_ns() - _SETTLED_SECONDS * 10**9
-        known: JsonObject = {
-            str(path): [digest, *now]
-            for path, now, digest in files
-            if max(now.modified, now.changed) < limit
-        }
-        if known == self._known:
-            return
-        try:
-            artifacts.write_signed(self._file, {"format": _FORMAT, "files": known})
-        except OSError as error:  # the next start reads the files again
-            log.warning("cannot store the digests of the corpus: %s", artifacts.explained(error))
+def digest_files(paths: Iterable[Path], store: Path | None) -> dict[Path, FileDigest]:
+    """Return the digest of each file, which is read only if no digest of its state is stored.
+
+    Args:
+        store: file of the cache with digests, which is replaced; None to store nothing.
+    """
+    known = _stored(store) if store is not None and store.exists() else {}
+    found = {}
+    for path in paths:
+        now = stamp(path)
+        match known.get(str(path)):
+            case [str(digest), *state] if state == list(now):
+                found[path] = FileDigest(digest, now)
+            case _:
+                found[path] = FileDigest(artifacts.file_sha256(path), now)
+    if store is not None and sum(each.stamp.size for each in found.values()) >= _WORTH_BYTES:
+        _keep(store, found, known)
+    return found
+
+
+def _stored(store: Path) -> JsonObject:
+    try:
+        content = artifacts.read_signed(store)
+        files = content["files"]
+        if content["format"] == _FORMAT and isinstance(files, dict):
+            return files
+    except (DamagedArtifact, KeyError) as error:
+        log.info("reading all files of the corpus: %s", error)
+    return {}
+
+
+def _keep(store: Path, found: Mapping[Path, FileDigest], known: JsonObject) -> None:
+    """Replace the stored digests, if any has changed. Those of new files are left out."""
+    limit = time.time_ns() - _SETTLED_SECONDS * 10**9
+    kept: JsonObject = {
+        str(path): [digest, *now]
+        for path, (digest, now) in found.items()
+        if max(now.modified, now.changed) < limit
+    }
+    if kept == known:
+        return
+    try:
+        artifacts.write_signed(store, {"format": _FORMAT, "files": kept})
+    except OSError as error:  # the next start reads the files again
+        log.warning("cannot store the digests of the corpus: %s", artifacts.explained(error))

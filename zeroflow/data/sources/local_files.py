@@ -15,12 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from zeroflow import artifacts
 from zeroflow.data.formats.file import CorpusFile
 from zeroflow.data.formats.registry import described, is_known
-from zeroflow.data.sources.known_digests import KnownDigests, Stamp, stamp
+from zeroflow.data.sources.known_digests import FileDigest, digest_files, stamp
 from zeroflow.data.sources.source import Source
 from zeroflow.text.markup import is_utf8
 from zeroflow.units import count, decimal
@@ -35,13 +35,8 @@ _SILENT_SECONDS = 2.0
 """Time after which a log line says that files are being read."""
 
 
-class _PinnedFile(NamedTuple):
-    sha256: str
-    stamp: Stamp
-
-
-_pinned: dict[Path, _PinnedFile] = {}
-"""Digest, size and time of modification of each file when this process last pinned a revision."""
+_pinned: dict[Path, FileDigest] = {}
+"""Digest and state of each file when this process last pinned a revision."""
 
 
 _revisions: dict["LocalSource", str] = {}
@@ -89,15 +84,11 @@ class LocalSource(Source):
     def pin(self, revision: str | None, known: Path | None = None) -> str:
         _paths.cache_clear()  # files may have been added since the last call
         earlier = _revisions.pop(self, None)
-        digest, digests = hashlib.sha256(), KnownDigests(known and known / self._file_of_digests)
-        paths = _paths(self)
+        digest, paths = hashlib.sha256(), _paths(self)
         with _logged_if_slow(paths.values()):
-            for name, path in paths.items():
-                before = stamp(path)
-                content = digests.sha256(path, before)
-                digest.update(f"{name}\n{content}\n".encode())
-                _pinned[path] = _PinnedFile(content, before)
-        digests.keep([(path, _pinned[path].stamp, _pinned[path].sha256) for path in paths.values()])
+            _pinned.update(digest_files(paths.values(), known and known / self._file_of_digests))
+        for name, path in paths.items():
+            digest.update(f"{name}\n{_pinned[path].sha256}\n".encode())
         found = digest.hexdigest()[:16]
         left_out = self._left_out() if found != earlier else ""
         if left_out:
