@@ -67,9 +67,26 @@ def test_learning_rate_of_zero_is_caught(monkeypatch):
     monkeypatch.setattr(AdamW, "set_learning_rate", still)
     result = run()
     assert not result.passed and result.steps == LIMITS.overfit_steps
-    assert "in 80 steps, not below 0.1: if it was still falling" in result.reason
-    assert "otherwise gradients, optimiser or labels" in result.reason
+    assert "in 80 steps, not below 0.1; it was hardly falling any more" in result.reason
+    assert "gradients, optimiser or labels are broken, or the model is too small" in result.reason
     assert result.curve == [result.curve[0]] * 80
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.8, True), (0.5, False)])
+def test_loss_that_is_still_falling_has_half_as_many_steps_more(share, passed):
+    needed = run().steps
+    limits = LIMITS.replace(overfit_steps=int(share * needed))
+    result = checks.overfit(new_state(CONFIG), BATCH, CONFIG, limits)
+    assert result is not None and result.passed is passed
+    assert result.steps == (needed if passed else int(1.5 * limits.overfit_steps))
+    raised = f"; it was still falling: raise --overfit-steps, now {limits.overfit_steps}"
+    assert result.reason.endswith(raised) is not passed
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_said_to_be_too_few(steps):
+    result = checks.overfit(new_state(CONFIG), BATCH, CONFIG, LIMITS.replace(overfit_steps=steps))
+    assert result is not None and not result.passed and result.steps <= 1.5 * steps
 
 
 def test_labels_that_change_at_every_step_are_caught():
@@ -157,7 +174,7 @@ def test_settings_are_those_of_the_run_except_batch_and_schedule():
     assert settings == run_settings.replace(**own)
     batch = {"micro_batch_rows": 4, "accumulate": 1}
     assert settings.workload == run_settings.workload.replace(**batch)
-    rates = [settings.schedule.learning_rate(step) for step in range(150)]
+    rates = [settings.schedule.learning_rate(step) for step in range(int(1.5 * 150))]
     assert set(rates[10:]) == {max(rates)}, "no decay within the check"
     wider = with_workload(run_settings, model=MODEL.replace(hidden_size=2048))
     wide = checks.settings(wider, limits)

@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny import training_config
 
+from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.report import run_page
 from zeroflow.report.pages import Page
 from zeroflow.report.records import RunReport
@@ -102,3 +103,18 @@ def test_page_shows_the_metrics_of_the_table(report):
         "| gradient norm | 0.6953 |",
         "| speed | 25,938 tokens/s |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "why"),
+    [
+        (3, "none: all scored tokens are unknown or end a document"),
+        (0, "none: all scored tokens end a document"),
+    ],
+)
+def test_report_says_why_there_are_no_bits_per_byte(report, unknown, why):
+    counts = SampleCounts(rows=1, documents=1, tokens=1, text_bytes=0, unknown=unknown)
+    found = report.replace(val_bpb=None, validated=counts)
+    facts = run_page._facts(found, training_config().workload, {})
+    assert facts["Bits per byte"] == why
+    assert facts["Validated on"] == "1 token of 1 held-out document, in 1 row"

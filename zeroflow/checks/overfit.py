@@ -57,11 +57,19 @@ _WARMUP_STEPS = 5
 """Steps of linear warm-up to the peak learning rate."""
 
 
+_MORE = 1.5
+"""Maximum number of steps, relative to `overfit_steps`, if the loss is still falling then. The
+learning rate is constant for more steps than that."""
+
+_RECENT = 20
+"""Number of steps in which a loss that is falling becomes a fifth lower."""
+
+
 class OverfitConfig(Config):
     """Check after training that the model can overfit one fixed batch."""
 
     overfit_steps: PositiveInt = 150
-    """Maximum number of steps."""
+    """Maximum number of steps, and half as many more if the loss is still falling then."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Loss that the check must reach, in nats per token above the lowest possible loss."""
@@ -154,12 +162,12 @@ def overfit(
     limit = limits.overfit_loss + least
     before = {name: parameter.detach().clone() for name, parameter in _parameters(state)}
     curve: list[float] = []
-    for metrics in islice(train(state, batches, config), limits.overfit_steps):
+    for metrics in islice(train(state, batches, config), int(_MORE * limits.overfit_steps)):
         if stop():
             return None
         curve.append(metrics.loss.item())
         on_step(len(curve), curve[-1])
-        if curve[-1] < limit:
+        if curve[-1] < limit or (len(curve) >= limits.overfit_steps and not _is_falling(curve)):
             break
     optimizer = config.workload.optimizer
     idle = [
@@ -170,11 +178,15 @@ def overfit(
     reached = min(curve) < limit
     if not reached:
         of_which = f" (the lowest possible is {least:.4f})" if least else ""
+        why = (
+            f"it was still falling: raise --overfit-steps, now {limits.overfit_steps}"
+            if _is_falling(curve)
+            else "it was hardly falling any more: gradients, optimiser or labels are broken, or "
+            f"the model is too small for {limits.overfit_steps} steps (--overfit-steps)"
+        )
         reason = (
             f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
-            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}: if it was still "
-            f"falling, raise --overfit-steps, now {limits.overfit_steps}; otherwise gradients, "
-            "optimiser or labels are broken"
+            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}; {why}"
         )
     elif idle:
         reason = (
@@ -191,6 +203,12 @@ def overfit(
         curve=curve,
         least_loss=least,
     )
+
+
+def _is_falling(curve: list[float]) -> bool:
+    number = max(1, min(_RECENT, len(curve) // 2))
+    before, recent = curve[:-number], curve[-number:]
+    return not before or min(recent) < 0.8 * min(before)
 
 
 def beyond(least: float | None) -> str:
@@ -306,7 +324,7 @@ def work(job: OverfitJob, stop: Stop) -> None:
 
     def show(step: int, loss: float) -> None:
         if zero.rank() == 0:
-            total = job.limits.overfit_steps
+            total = max(step, job.limits.overfit_steps)
             pulses(Pulse("overfit check", step, total, f"loss {loss:.4f}"))
 
     result = overfit(state, batches, config, job.limits, stop, show, least=least)

@@ -149,7 +149,10 @@ def _bits_per_byte(report: RunReport) -> str:
         return f"{report.val_bpb:.4f}{remark}"
     if report.data.mode == "synthetic":
         return "none: synthetic data has no bytes"
-    return "none: all held-out tokens are unknown"
+    counts = report.validated
+    if counts and counts.unknown:
+        return "none: all scored tokens are unknown or end a document"
+    return "none: all scored tokens end a document"
 
 
 def _validated(counts: SampleCounts | None) -> dict[str, str]:
@@ -157,7 +160,7 @@ def _validated(counts: SampleCounts | None) -> dict[str, str]:
         return {}
     documents = count(counts.documents, "held-out document")
     rows = count(counts.rows, "row")
-    return {"Validated on": f"{counts.tokens:,} tokens of {documents}, in {rows}"}
+    return {"Validated on": f"{count(counts.tokens, 'token')} of {documents}, in {rows}"}
 
 
 def _preflight(result: PreflightResult | None) -> str:
