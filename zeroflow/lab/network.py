@@ -21,9 +21,16 @@ INTERFACE = "link0"
 _NAMESPACES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 
-_BURST_BYTES = 2**17
-"""Bytes that may pass at once: two of the largest packets, so that small collectives are limited as
-well."""
+_PACKET_BYTES = 2**14
+"""Largest packet. Linux would send up to 64 KiB at once, which is a long burst on a slow link."""
+
+_BURST_SECONDS = 0.0025
+"""After a pause, a link sends the bytes of this time at once. A step has many pauses, so a larger
+burst would let many bytes pass without a limit. With a smaller one, the link would be idle if a
+busy core is late in sending."""
+
+_BURST_BYTES = (2 * _PACKET_BYTES, 2**17)
+"""Smallest and largest burst."""
 
 HEADERS = 1514 / 1448
 """Bytes on the link for each byte of data: an Ethernet frame carries 1,448 bytes over TCP."""
@@ -68,6 +75,7 @@ def _connect(name: str, rank: int, switch: str) -> None:
     peer = ("peer", "name", port, "netns", switch)
     _ip("-n", name, "link", "add", INTERFACE, "type", "veth", *peer)
     _ip("-n", name, "address", "add", f"10.78.0.{rank + 1}/24", "dev", INTERFACE)
+    _ip("-n", name, "link", "set", INTERFACE, "gso_max_size", str(_PACKET_BYTES))
     for device in ("lo", INTERFACE):
         _ip("-n", name, "link", "set", device, "up")
     _ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
@@ -121,7 +129,9 @@ def limit(gbps: float | None) -> None:
     subprocess.run(["tc", "qdisc", "delete", "dev", INTERFACE, "root"], capture_output=True)
     if gbps is None:
         return
-    rate = ("rate", f"{round(gbps * 1e6)}kbit", "burst", str(_BURST_BYTES), "latency", "1s")
+    smallest, largest = _BURST_BYTES
+    burst = min(max(round(gbps * 1e9 / 8 * _BURST_SECONDS), smallest), largest)
+    rate = ("rate", f"{round(gbps * 1e6)}kbit", "burst", str(burst), "latency", "1s")
     words = ["tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *rate]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
