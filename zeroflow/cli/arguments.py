@@ -126,13 +126,13 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
         _add_flag(groups[where], setting)
 
 
-def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
+def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings given on the command line, nested like `config`.
 
     Raises:
         ValueError: a value is not UTF-8, or a setting has thousands of values.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for setting in settings(config):
         given = getattr(arguments, _destination(setting))
         if given is None:
@@ -148,11 +148,18 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
                 f"{setting.flag} has {len(given):,} files, because the shell expanded a pattern: "
                 f"quote it, as in {setting.flag} '{first.parent / ('*' + first.suffix)}'"
             )
-        target = values
-        for name in setting.path[:-1]:
-            target = target.setdefault(name, {})
-        target[setting.path[-1]] = given
+        _put(values, setting.path, given)
     return values
+
+
+def _put(values: dict[str, object], path: tuple[str, ...], given: object) -> None:
+    name, *inner = path
+    if not inner:
+        values[name] = given
+        return
+    group = values.setdefault(name, {})
+    assert isinstance(group, dict)
+    _put(group, tuple(inner), given)
 
 
 def _owner(config: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 _INDEX = ".metadata"
 
@@ -33,7 +34,7 @@ _CLASSES |= {
 }
 
 
-def stored(path: Path) -> dict[str, Any]:
+def stored(path: Path) -> "dict[str, TensorStorageMetadata]":
     """Return the metadata of a checkpoint's tensors, by name.
 
     Raises:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from zeroflow.training import zero
 from zeroflow.training.chunked_files import CHUNK_BYTES
 from zeroflow.training.host_memory import HostMemory
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 SUFFIX = ".safetensors"
 
@@ -174,7 +177,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
+        self._file_of: dict[str, safe_open] = {}
 
     def __enter__(self) -> "TensorFiles":
         """
@@ -229,7 +232,7 @@ class TensorFiles:
             )
         local.copy_(found)
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> "safe_open":
         if name not in self._file_of:
             raise BadTensorFile(f"{self._folder} has no tensor {name}")
         return self._file_of[name]
