@@ -35,7 +35,7 @@ class MicroBatch(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """How the rows of a global batch are split."""
+    """Division of the rows of a global batch."""
 
     accumulate: int
     """Number of micro-batches of each rank."""

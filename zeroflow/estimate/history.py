@@ -56,6 +56,13 @@ class Past(Record):
     predicted: Figures
     measured: Figures
 
+    @property
+    def rate(self) -> float:
+        """Measured tokens per second."""
+        rate = self.measured.tokens_per_second
+        assert rate is not None, "runs without a rate are left out"
+        return rate
+
 
 PLANS: JsonLines[Past] = JsonLines(Past)
 """plans.jsonl."""
@@ -105,7 +112,7 @@ def known(
     if same := [past for past in runs if past.workload.costs_as_much_as(workload)][-NEWEST:]:
         memory = [past.measured.memory_bytes for past in same if past.measured.memory_bytes]
         return Experience(
-            Rate.around(list(map(_rate, same)), SAME_MARGINS[workload.device]),
+            Rate.around([past.rate for past in same], SAME_MARGINS[workload.device]),
             max(memory, default=None),
             f"from {_count(same)} here",
             len(same),
@@ -123,7 +130,7 @@ def known(
     near = [
         past for past in alike if (past.workload.model, past.workload.seq_len) == _shape(nearest)
     ][-NEWEST:]
-    reached = [_rate(past) * past.workload.flops_per_token for past in near]
+    reached = [past.rate * past.workload.flops_per_token for past in near]
     flops = Rate.around(reached, _OTHER_MARGINS[workload.device])
     size = f"{parameter_count(nearest.model.parameters)} parameters"
     return Experience(
@@ -136,12 +143,6 @@ def known(
 
 def _shape(workload: Workload) -> tuple[ModelConfig, int]:
     return workload.model, workload.seq_len
-
-
-def _rate(past: Past) -> float:
-    rate = past.measured.tokens_per_second
-    assert rate is not None, "runs without a rate are left out"
-    return rate
 
 
 def _count(runs: list[Past]) -> str:

@@ -3,13 +3,14 @@
 from typing import NamedTuple
 
 from zeroflow.data.part_counts import row_bytes
+from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.estimate import history
 from zeroflow.estimate.history import Past
 from zeroflow.estimate.run_speed import PastTraining, already_trained
 from zeroflow.run_folder import RunFolder
 from zeroflow.tracking.models import stored_bytes
 from zeroflow.training import checkpoint
-from zeroflow.training.job import TrainingJob
+from zeroflow.training.job import TrainingJob, trained_tokenizer
 
 
 class RunRecords(NamedTuple):
@@ -17,6 +18,9 @@ class RunRecords(NamedTuple):
 
     runs: list[Past]
     trained: PastTraining | None
+    tokenizer: Tokenizer | None
+    """The tokenizer that the planned run was trained with; None without a checkpoint."""
+
     steps_done: int
     """Step of the newest checkpoint of the planned run."""
 
@@ -28,10 +32,15 @@ class RunRecords(NamedTuple):
 
 
 def read_records(folder: RunFolder) -> RunRecords:
-    """Read the records for the prediction of the run in `folder`, which need not exist yet."""
+    """Read the records for the prediction of the run in `folder`, which need not exist yet.
+
+    Raises:
+        CheckpointError: the checkpoints belong to another version of zeroflow.
+    """
     return RunRecords(
         runs=history.read(folder.cache.path),
         trained=already_trained(folder),
+        tokenizer=trained_tokenizer(folder),
         steps_done=checkpoint.newest_step(folder.checkpoints),
         there_bytes=_there(folder),
         registered_bytes=_registered(folder),

@@ -13,7 +13,6 @@ from zeroflow.settings.remarks import remarks
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.settle import Acquire, foresee, settle
 from zeroflow.settings.settled import Settlement
-from zeroflow.training.job import trained_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,9 @@ def predict(settlement: Settlement, *, notes: tuple[str, ...] = (), here: bool =
     steps = run.schedule.steps
     notes += remarks(run)
     records = read_records(run.folder)
-    trained = trained_tokenizer(run.folder)
-    text = expected_text(run.tokenizer, run.data, run.shard_config, trained, run.cache_dir)
+    text = expected_text(
+        run.tokenizer, run.data, run.shard_config, records.tokenizer, run.cache_dir
+    )
     vocabulary = text.vocabulary
     model = run.network(vocabulary.size)
     work = run.workload(model, device)
