@@ -364,7 +364,7 @@ def _log(shards: ShardSet, config: ShardConfig, built: int) -> None:
 
 
 def _log_share(shards: ShardSet, fraction: float, plan: ShardPlan) -> None:
-    """If the share of held-out tokens differs from the setting, log it with the reason."""
+    """Log the share of held-out tokens, with the reason, if it differs from the setting."""
     train, held_out = shards.train, shards.validation
     share = held_out.document_tokens / (train.document_tokens + held_out.document_tokens)
     if 1 / 2 < share / fraction < 2:

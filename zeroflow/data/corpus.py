@@ -27,7 +27,7 @@ source."""
 
 
 class CorpusConfig(Config):
-    """Where the text comes from."""
+    """Source of the text."""
 
     data_mode: Literal["auto", "fineweb", "hub", "files", "sample", "synthetic"] = "auto"
     """fineweb: FineWeb-Edu from the Hugging Face Hub. hub: another dataset there, see --dataset.

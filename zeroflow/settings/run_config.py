@@ -312,7 +312,7 @@ class HostsChoice(Config):
     rows are read from the cache folder."""
 
     launcher: Literal["by-hand", "slurm", "kubernetes"] = "by-hand"
-    """How the ranks of each machine are started: by-hand logs the command to run on each; slurm
+    """Method of starting the ranks of each machine: by-hand logs the command to run on each; slurm
     submits a job with sbatch, or a job array for the runs of a sweep; kubernetes creates a Job with
     kubectl."""
 
