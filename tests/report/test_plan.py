@@ -127,10 +127,10 @@ def test_registered_models_of_a_complete_run_exist(ask, text, monkeypatch):
     run = ask(data=text.corpus.model_dump(), tokenizer=TRAINED, register_="mine")
     steps, two = forecast(run).steps, 2 * 4 * sum(forecast(run).parameters.values())
     for stored, there in ((two, two), (two // 2, two // 2), (9 * two, two)):
-        found = RunRecords([], None, steps, there_bytes=7, registered_bytes=stored)
+        found = RunRecords([], None, None, steps, there_bytes=7, registered_bytes=stored)
         monkeypatch.setattr(stages_plan, "read_records", lambda folder, found=found: found)
         assert forecast(run).there_bytes == 7 + there
-    found = RunRecords([], None, steps - 1, there_bytes=7, registered_bytes=two)
+    found = RunRecords([], None, None, steps - 1, there_bytes=7, registered_bytes=two)
     monkeypatch.setattr(stages_plan, "read_records", lambda folder: found)
     assert forecast(run).there_bytes == 7, "the models of its last step are new ones"
 
