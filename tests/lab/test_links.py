@@ -266,3 +266,23 @@ def test_ranks_send_the_bytes_of_the_model_no_faster_than_the_limit(tmp_path):
                 bits = 8 * collectives.sent_bytes(name, 2**22, 2, "cpu")
                 assert float(taken) > 0.9 * bits / 0.2e9, name
     assert not [name for name in joined.namespaces if Path("/run/netns", name).exists()]
+
+
+ON_ONE_GPU = """
+import torch.distributed as dist
+from zeroflow.lab import links
+from zeroflow.lab.collectives import GATHER, SCALARS, SCATTER, SUM
+settings = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+dist.init_process_group("cpu:gloo,cuda:nccl", **settings)
+for name in (GATHER, SCATTER, SUM, SCALARS):
+    print(links._single(name, 2**20, "cuda"))
+"""
+
+
+@pytest.mark.gpu
+def test_single_collectives_of_a_gpu_are_timed():
+    said = subprocess.run(
+        [sys.executable, "-c", ON_ONE_GPU], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    times = [float(line) for line in said.splitlines()]
+    assert len(times) == 4 and all(0 < seconds < 1 for seconds in times)

@@ -1,5 +1,6 @@
 """The laboratory's formulas are those of the engine that runs, on two processes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from tiny import SHAPE, synthetic_rows, training_config, training_job
 
 from zeroflow.device import find_device
-from zeroflow.lab import fit
+from zeroflow.lab import collectives, fit
+from zeroflow.lab.comparison import FEWEST_ROUNDS
 from zeroflow.lab.measure import FitMeasurement
+from zeroflow.lab.network import network
 from zeroflow.lab.record import Amount, ZeroLab
 from zeroflow.lab.study import LabConfig, Study, study
 from zeroflow.lab.tensors import HOST_PARTS, PARTS
@@ -99,7 +102,57 @@ def test_offload_changes_nothing_if_device_and_host_are_the_same_memory(job):
     assert page.count("| 3, offloaded |") == rows, "collectives and volume, not the paper's memory"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_steps_over_slow_links_are_measured_and_predicted(job):
+    try:
+        with network(RANKS):
+            pass
+    except ValueError as error:
+        pytest.skip(str(error))
+    schedule = job.training.schedule.replace(steps=FEWEST_ROUNDS)
+    rounds = job.replace(training=job.training.replace(schedule=schedule))
+    bandwidths = (0.005, 0.01)  # so slow that a busy machine sends as fast
+    result = study(rounds, LabConfig(zero_stages=(0, 2), bandwidth_gbps=bandwidths), print)
+    found = result.lab.slow_links
+    assert found is not None and found.compared_gbps == bandwidths[::-1]
+    assert [link.gbps for link in found.links] == [None, *found.compared_gbps]
+    work = job.training.workload
+    for link in found.links[1:]:
+        assert link.gbps is not None
+        for one in link.stages:
+            calls = collectives.calls(work.replace(zero_stage=one.stage)).items()
+            sent = sum(times * collectives.sent_bytes(*c, RANKS, "cpu") for c, times in calls)
+            assert one.step_seconds is not None
+            # A link may send a burst after each pause, and there are fewer pauses than calls
+            burst = 2**15 * sum(times for _, times in calls)
+            assert one.step_seconds > 8 * (sent - burst) / link.gbps / 1e9
+    [pair] = found.pairs
+    assert pair.measured is not None and (pair.stage, pair.other) == (0, 2)
+    assert pair.measured.on_slowest.sign == pair.predicted.on_slowest.sign == 1, (
+        "stage 2 sends more"
+    )
+    page = zero_lab.write(rounds, result).linked
+    assert "Over slow links" in page and "(zero-bandwidth.png)" in page
+
+
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+def test_steps_over_slow_links_are_predicted_on_two_gpus(tmp_path):
+    shards, tokenizer = synthetic_rows(tmp_path)
+    (tmp_path / "runs").mkdir()
+    settings = {"ranks": RANKS, "accumulate": ACCUMULATE, "precision": "bf16"}
+    training = training_config(steps=8, model=MODEL, device="cuda", **settings)
+    job = training_job(tmp_path / "runs" / "lab", shards, tokenizer, training)
+    config = LabConfig(zero_stages=(0, 2), bandwidth_gbps=(0.1, 0.2))
+    found = study(job, config, lambda event: None).lab.slow_links
+    assert found is not None and found.own_gbps > 0.4 and len(found.pairs) == 1
+    for one, two in zip(*(link.stages for link in found.links[1:]), strict=True):
+        assert one.step_seconds is None
+        assert two.predicted_step_seconds > one.predicted_step_seconds, "0.1 is slower than 0.2"
 
 
 @pytest.mark.gpu

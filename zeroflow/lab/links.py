@@ -64,11 +64,16 @@ def measure(
     configs: Sequence[TrainingConfig],
     source: Callable[[TrainingConfig], Batches],
     bandwidths: Sequence[float],
-) -> LinkMeasurements:
+    goes_on: Callable[[int, int], bool],
+) -> LinkMeasurements | None:
     """Measure the collectives of all `configs`, and steps without a limit and at each bandwidth.
 
     Every round has each collective, and steps of each workload at each bandwidth, so that a change
     of the machine's load affects all alike.
+
+    Args:
+        goes_on: called with the number of finished rounds and of all; if it returns False, the
+            measurement ends without a result.
     """
     works = [config.workload for config in configs]
     calls = sorted({call for work in works for call in with_small(collectives.calls(work))})
@@ -76,7 +81,10 @@ def measure(
     runs = [(new_state(config), source(config), config) for config in configs if limits]
     single: defaultdict[Call, list[float]] = defaultdict(list)
     steps: defaultdict[tuple[float | None, int], list[float]] = defaultdict(list)
-    for turn in range(_WARM_UP + configs[0].steps):
+    rounds = _WARM_UP + configs[0].steps
+    for turn in range(rounds):
+        if not goes_on(turn, rounds):
+            return None
         if turn == _WARM_UP:
             single.clear()
             steps.clear()

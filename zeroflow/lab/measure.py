@@ -277,9 +277,8 @@ def work(job: LabJob, stop: Stop) -> None:
     torch.set_num_threads(job.threads)
     rows = Rows(job.shards, "train")
     if job.links:
-        configs = [job.training.replace(workload=workload) for workload in job.workloads]
-        found_links = links.measure(configs, lambda config: batches(rows, config), job.bandwidths)
-        _finish(job, Measurements(links=found_links))
+        if (found_links := _over_links(job, rows, stop)) is not None:
+            _finish(job, Measurements(links=found_links))
         return
     if job.fits:
         tasks = [(fit.workload, partial(measure_fit, fit, job.training, rows)) for fit in job.fits]
@@ -292,6 +291,22 @@ def work(job: LabJob, stop: Stop) -> None:
     ]
     if (found := _in_turn(job, steps, stop)) is not None:
         _finish(job, Measurements(found=tuple(found)))
+
+
+def _over_links(job: LabJob, rows: Rows, stop: Stop) -> LinkMeasurements | None:
+    """Return the measurement of the links, or None if this job was stopped."""
+    pulses = PulseWriter(job.folder.alive)
+
+    def goes_on(done: int, rounds: int) -> bool:
+        if zero.rank() == 0:
+            pulses(Pulse(PHASE, done, rounds, "steps over links"))
+        return not stop()
+
+    configs = [job.training.replace(workload=workload) for workload in job.workloads]
+    found = links.measure(configs, lambda config: batches(rows, config), job.bandwidths, goes_on)
+    if found is None:
+        _say_stopped(job)
+    return found
 
 
 def _in_turn(
@@ -308,10 +323,14 @@ def _in_turn(
             break
     if len(found) == len(tasks):
         return found
+    _say_stopped(job)
+    return None
+
+
+def _say_stopped(job: LabJob) -> None:
     if zero.rank() == 0:
         message = "the laboratory was stopped; the same command repeats it"
         EVENTS.append(job.folder.events, Stopped(time=time.time(), message=message))
-    return None
 
 
 def _finish(job: LabJob, found: Measurements) -> None:
