@@ -1,8 +1,12 @@
 """Parts built by Dask workers: the same bytes, and the same failures."""
 
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 from patience import HANG_SECONDS
 from pipeline import free_port
@@ -25,12 +29,26 @@ def test_dask_worker_builds_the_same_shards_as_a_thread_and_its_failures_arrive_
     bad = CorpusConfig(data_mode="files", data_path=(str(tmp_path / "bad.jsonl"),))
     with on_dask(1, None) as build, in_threads(1, build) as builders:
         by_dask = build_shards(ROWS, *text[:2], tmp_path / "dask", builders=builders)
+        assert all(map(ignores_ctrl_c, workers())), "they would print tracebacks"
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 2"):
             corpus = resolve_corpus(bad).corpus
             build_shards(ROWS, corpus, text.tokenizer, tmp_path / "bad", builders=builders)
     assert apart_from_reuse(by_dask) == apart_from_reuse(alone).replace(path=by_dask.path)
     for mine, theirs in zip(by_dask.part_paths, alone.part_paths, strict=True):
         assert contents(mine) == contents(theirs)
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    found = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert found
+    return found
+
+
+def ignores_ctrl_c(process: psutil.Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    [mask] = re.findall(r"SigIgn:\t(\w+)", status)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
 
 
 def test_no_worker_is_started_if_there_is_nothing_to_build(text, tmp_path):

@@ -1,10 +1,13 @@
 """Training of a byte-level BPE tokenizer with the structure of Llama 3's."""
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import takewhile
+from threading import Event
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from zeroflow.data.time_limit import interruptible
 
 END_OF_TEXT = "<|end_of_text|>"
 
@@ -37,5 +40,14 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(chain([first], texts), trainer)
+    ended = Event()
+
+    def read() -> Iterator[str]:
+        yield first
+        yield from takewhile(lambda text: not ended.is_set(), texts)
+
+    try:
+        interruptible(lambda: tokenizer.train_from_iterator(read(), trainer))
+    finally:
+        ended.set()
     return tokenizer

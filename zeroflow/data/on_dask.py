@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -80,6 +81,7 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
                 memory_limit=None,
                 dashboard_address=None,
                 silence_logs=logging.CRITICAL,
+                preload=[__name__],  # calls dask_setup
             )
             address = stack.enter_context(cluster)
         try:
@@ -89,3 +91,12 @@ def _client(workers: int, address: Any) -> Iterator["Client"]:
                 f"--dask-address {address}: no Dask scheduler answers there ({error})"
             ) from error
         yield stack.enter_context(closing(client))
+
+
+def dask_setup(worker: object) -> None:
+    """Ignore Ctrl-C in a worker on this machine, which Dask calls at its start.
+
+    A terminal sends SIGINT to all processes of a command. Workers would print tracebacks, and the
+    command stops them anyway.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

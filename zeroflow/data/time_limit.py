@@ -1,4 +1,4 @@
-"""Time limit for calls that have none, such as those of a resolver or a database driver."""
+"""Calls that return late, such as those of a resolver, or cannot be interrupted by a signal."""
 
 import contextvars
 from collections.abc import Callable
@@ -9,12 +9,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def interruptible(call: Callable[[], T]) -> T:
+    """Return the result of `call`; a signal ends the wait for it, also within compiled code.
+
+    After a signal, `call` goes on in its thread until it returns or the process ends.
+    """
+    return within(None, call)
+
+
 def within(
-    seconds: float, call: Callable[[], T], *, late: Callable[[T], object] = lambda result: None
+    seconds: float | None,
+    call: Callable[[], T],
+    *,
+    late: Callable[[T], object] = lambda result: None,
 ) -> T:
     """Return the result of `call` if it returns in time.
 
     Args:
+        seconds: None for no limit.
         late: called with a result that comes after the time limit.
 
     Raises:

@@ -7,7 +7,6 @@ would only change the state.
 
 import contextvars
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.states import State
+
+from zeroflow.training.interruption import signal_main_thread
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def watched(
                     cancelled.set()
                 elif not is_suspended(state):
                     continue
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal_main_thread(signal.SIGTERM)
                 return
 
     context = contextvars.copy_context()

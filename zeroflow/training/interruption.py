@@ -5,7 +5,6 @@ has for its settings, pydantic replaces the exception with an ordinary error, an
 errors continues.
 """
 
-import os
 import signal
 import threading
 import weakref
@@ -54,7 +53,18 @@ class StopSignals:
             if self.over.wait(_LOOK_SECONDS):
                 return
         if not self.over.is_set():
-            os.kill(os.getpid(), number)
+            signal_main_thread(number)
+
+
+def signal_main_thread(number: int) -> None:
+    """Send a signal to this process so that it ends a wait of the main thread.
+
+    The system may give a signal of `os.kill` to any thread, and then Python's handler runs only
+    when the main thread executes Python code again.
+    """
+    main = threading.main_thread().ident
+    assert main is not None, "the main thread runs"
+    signal.pthread_kill(main, number)
 
 
 @contextmanager
