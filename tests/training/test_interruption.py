@@ -1,4 +1,4 @@
-"""Signals whose exception a library drops, in a process of their own handlers."""
+"""Signals whose exception a library drops, in a process with handlers of its own."""
 
 import os
 import signal

@@ -21,7 +21,7 @@ from zeroflow.training.interruption import signal_main_thread
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 3.0
-"""Time between two looks at the state of a flow run."""
+"""Time between two requests for the state of a flow run."""
 
 
 def is_suspended(state: State | None) -> bool:

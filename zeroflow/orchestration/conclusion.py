@@ -121,7 +121,7 @@ def is_foreseen(error: BaseException) -> bool:
 
 
 def _exception_of(number: int) -> BaseException:
-    """Return the exception of a signal, of which a library has left only an error of its own."""
+    """Return the exception of a signal that a library has replaced with an error of its own."""
     return KeyboardInterrupt() if number == signal.SIGINT else TerminationSignal(number)
 
 

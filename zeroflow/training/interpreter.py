@@ -35,7 +35,7 @@ def without_collections() -> Iterator[None]:
 
 
 def collect_again() -> None:
-    """End what `main` began: enable garbage collections, which skip what exists by now."""
+    """Enable garbage collections again after `main`; they skip the objects that exist by now."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
