@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -127,31 +127,16 @@ def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
     return _first_gpu()
 
 
-def memory_in_use() -> float:
-    """Return the share of the first GPU's memory that programs use."""
-    import pynvml
-
-    memory = pynvml.nvmlDeviceGetMemoryInfo(_first_handle())
-    return float(memory.used / memory.total)
-
-
-def _first_handle() -> Any:
-    """Return NVML's handle of the first GPU that PyTorch sees."""
+def _first_gpu() -> Device:
     import pynvml  # needed only with a GPU
 
     pynvml.nvmlInit()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    return (
+    handle = (
         pynvml.nvmlDeviceGetHandleByIndex(int(first))
         if first.isdigit()
         else pynvml.nvmlDeviceGetHandleByUUID(first)
     )
-
-
-def _first_gpu() -> Device:
-    import pynvml
-
-    handle = _first_handle()
     name = pynvml.nvmlDeviceGetName(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
     return Device(

@@ -197,8 +197,7 @@ def start_ranks(asked: RunConfig, ranks: KeptRanks) -> None:
     """
     if asked.training.nodes > 1:
         return  # the ranks of several machines are started in another way
-    cache = Cache(asked.cache_dir.resolve())
-    ranks.start_for_run(cache, asked.run_name, asked.training.ranks, asked.device)
+    ranks.start_for_run(Cache(asked.cache_dir.resolve()), asked.run_name, asked.training.ranks)
 
 
 def prove_resume(asked: ProofRun, stages: Stages = PLAIN, view: View = LOG_ONLY) -> Path:

@@ -37,12 +37,11 @@ def _start_ranks(arguments: Sequence[str]) -> None:
     parser.add_argument("--run-name")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--device", default="auto")
     asked, _ = parser.parse_known_args(arguments)
     if asked.nodes > 1:
         return  # the ranks of several machines are started in another way
     cache = Cache(asked.cache_dir.resolve())
-    keep_from_now().start_for_run(cache, asked.run_name, asked.gpus, asked.device)
+    keep_from_now().start_for_run(cache, asked.run_name, asked.gpus)
 
 
 def _start_server() -> None:

@@ -64,9 +64,6 @@ class Task(Config):
     job_file: Path | None = None
     """None to only import the module, ahead of a job."""
 
-    opens_gpu: bool = False
-    """True to open the GPU meanwhile; see `early_gpu`."""
-
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the job."""
 
@@ -102,9 +99,9 @@ class RankProcess:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def prepare(self, task: Task) -> None:
-        """Import the module of `task`, ahead of a job."""
-        self._send(task)
+    def prepare(self, module: str) -> None:
+        """Import `module` ahead of a job."""
+        self._send(Task(module=module))
 
     def begin(self, task: Task, output: deque[str]) -> None:
         """Begin a job; its last lines of output go to `output`."""
@@ -238,34 +235,24 @@ class KeptRanks:
     def __init__(self) -> None:
         self._waiting: list[RankProcess] = []
 
-    def start(
-        self, places: Sequence[Place], label: Path, *modules: str, opens_gpu: bool = False
-    ) -> None:
-        """Start the processes for `places` that do not wait yet, and import `modules` in them.
-
-        Args:
-            opens_gpu: also open the GPU, while the modules are imported.
-        """
-        waiting = {process.place for process in self._waiting if process.alive}
+    def start(self, places: Sequence[Place], label: Path, *modules: str) -> None:
+        """Start the processes for `places` that do not wait yet, and import `modules` in all."""
         for process in self.take(places, label):
             self._waiting.append(process)
-            if process.place not in waiting:
-                for module in modules:
-                    process.prepare(Task(module=module, opens_gpu=opens_gpu))
+            for module in modules:
+                process.prepare(module)
 
-    def start_for_run(self, cache: Cache, run: str | None, ranks: int, device: str) -> None:
+    def start_for_run(self, cache: Cache, run: str | None, ranks: int) -> None:
         """Start the ranks of a run ahead of its first job, with the modules that it needs.
 
         Args:
             run: its name, if it is known. A run that was trained is probably complete, and then
                 nothing is started.
-            device: the setting --device. A single rank opens the GPU ahead, unless it is "cpu".
         """
         if run and cache.run(run).training.exists():
             return
         places = [Place(rank, ranks, cache.compiled) for rank in range(ranks)]
-        opens_gpu = ranks == 1 and device != "cpu"
-        self.start(places, cache.path, *_RUN_MODULES, opens_gpu=opens_gpu)
+        self.start(places, cache.path, *_RUN_MODULES)
 
     def take(self, places: Sequence[Place], label: Path) -> list[RankProcess]:
         """Return a process for each place: one that waits, or a new one.

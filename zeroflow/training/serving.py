@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from zeroflow.training import compiling, interpreter
-from zeroflow.training.early_gpu import EarlyGpu
 from zeroflow.training.processes import DONE, Task
 from zeroflow.training.rank_program import RankProgram, log_to_parent
 from zeroflow.training.stopping import Parent
@@ -35,16 +34,12 @@ _MOST_LEFT_BYTES = 2**26
 def main() -> None:
     parent = Parent()
     log_to_parent(int(os.environ.get("RANK", "0")))
-    gpu = EarlyGpu()
     for task in map(Task.model_validate_json, parent.lines()):
-        if task.opens_gpu and torch.cuda.is_available():
-            gpu.open()
         module = importlib.import_module(_program_module(task.module))
         if task.job_file is None:
             if torch.cuda.is_available():
                 compiling.import_compiler()
             continue
-        gpu.keep()
         os.environ.update(task.environment)
         interpreter.collect_again()
         frozen = gc.get_freeze_count()
