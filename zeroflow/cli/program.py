@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from zeroflow.cli.early import begin
 from zeroflow.cli.first_line import announce, handle_ctrl_c
-from zeroflow.training.interpreter import with_room, without_collections
+from zeroflow.training.interpreter import without_collections
 
 FLOWS = ("pretrain", "sweep", "zero-lab")
 """Commands of flows."""
@@ -19,10 +19,6 @@ SHORT = ("generate", "export", "evaluate", "data", "documents", "plan", "shards"
 
 
 def entry() -> None:
-    with_room(_entry)
-
-
-def _entry() -> None:
     with without_collections():
         main = _imported_command()
     raise SystemExit(main())
