@@ -322,6 +322,18 @@ def test_code_that_comes_with_a_tokenizer_is_neither_copied_nor_run(fetched, tmp
     assert not (tmp_path / "ran").exists()
 
 
+def test_vocabulary_and_merges_need_the_name_of_their_class(fetched, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    of_bytes().model.save(str(folder))
+    with pytest.raises(ValueError, match=r"mine has no tokenizer.json, .* does not name their cla"):
+        fetched(folder)
+    named = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    plain = fetched(save(tmp_path / "plain", of_bytes()))
+    assert encode(fetched(folder), "The old bridge") == encode(plain, "The old bridge")
+
+
 def test_synthetic_data_needs_no_tokenizer(tmp_path):
     config = TokenizerConfig(vocab_size=500)
     resolved = resolve_tokenizer(config, SYNTHETIC, tmp_path).tokenizer

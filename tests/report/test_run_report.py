@@ -7,6 +7,8 @@ from zeroflow.data.validation_sample import SampleCounts
 from zeroflow.report import run_page
 from zeroflow.report.pages import Page
 from zeroflow.report.records import RunReport
+from zeroflow.settings.run_config import RunConfig
+from zeroflow.settings.settle import settle
 
 OLD = """{
   "status": "completed", "run": "done", "size": "custom", "parameters": 139584, "steps": 60,
@@ -118,3 +120,12 @@ def test_report_says_why_there_are_no_bits_per_byte(report, unknown, why):
     facts = run_page._facts(found, training_config().workload, {})
     assert facts["Bits per byte"] == why
     assert facts["Validated on"] == "1 token of 1 held-out document, in 1 row"
+
+
+def test_settings_are_named_like_their_flags(tmp_path):
+    synthetic = {"data_mode": "synthetic"}
+    run = settle(RunConfig(run_name="x", cache_dir=tmp_path, device="cpu", data=synthetic)).run
+    _, table = run_page._settings_section(run)
+    names = [name for name, _ in table.rows]
+    assert {"register", "training.seq_len"} <= {*names}
+    assert not any(name.endswith("_") for name in names)

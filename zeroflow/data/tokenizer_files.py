@@ -205,8 +205,14 @@ def _convert(folder: Path, name: str, config: JsonObject) -> None:
                 "(auto_map), is not run: if you trust that code, use it to save a tokenizer.json, "
                 "and name the folder of that file"
             ) from error
+        why = " ".join(str(error).split())
+        if "tokenizer_class" not in config:
+            why = (
+                f'{_CONFIG} does not name their class: add it, as in {{"tokenizer_class": '
+                '"GPT2Tokenizer"}'
+            )
         raise ValueError(
-            f"{name} has no tokenizer.json, and its files cannot be converted: {error}"
+            f"{name} has no tokenizer.json, and its files cannot be converted: {why}"
         ) from error
 
 

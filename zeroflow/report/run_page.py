@@ -108,7 +108,7 @@ def _facts(report: RunReport, workload: Workload, pages: Mapping[str, str]) -> d
             f"{report.entropy:.4f} nats per token, the loss of a model that knows the source"
         )
     if report.mfu is not None:
-        facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·D·T) FLOPs per token"
+        facts["MFU"] = f"{report.mfu:.1%} of the {workload.peak}, (6N + 6·L·H·E·T) FLOPs per token"
     return facts
 
 
@@ -215,5 +215,6 @@ def _recoveries_section(recoveries: Iterable[Entry]) -> tuple[Part, ...]:
 
 
 def _settings_section(settings: Settled) -> tuple[Part, ...]:
-    rows = [(name, shortened(str(value), _LONGEST)) for name, value in leaves(settings)]
+    # The field of --register has another name, which pydantic does not reserve
+    rows = [(name.rstrip("_"), shortened(str(value), _LONGEST)) for name, value in leaves(settings)]
     return Markdown("## Settings"), Table(("setting", "value"), rows)
