@@ -8,19 +8,39 @@ from functools import cache
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     AllowInfNan,
     BaseModel,
     ConfigDict,
     GetJsonSchemaHandler,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 FinitePositive = Annotated[PositiveFloat, AllowInfNan(False)]
 FiniteNonNegative = Annotated[NonNegativeFloat, AllowInfNan(False)]
 """Numbers of settings. pydantic's own types take infinity."""
+
+LARGEST = 2**63 - 1
+"""Largest whole number of a setting. Seeds of PyTorch and sizes of arrays have 64 bits."""
+
+
+def _in_64_bits(number: int) -> int:
+    if number > LARGEST:
+        raise PydanticCustomError("less_than_equal", "{le}", {"le": LARGEST})
+    return number
+
+
+# Not a constraint of pydantic's, which the tables of settings would show for every number
+IN_64_BITS = AfterValidator(_in_64_bits)
+
+WholePositive = Annotated[PositiveInt, IN_64_BITS]
+WholeNonNegative = Annotated[NonNegativeInt, IN_64_BITS]
+"""Whole numbers of settings. pydantic's own types take integers of any size."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of the names of runs and sweeps."""

@@ -38,6 +38,9 @@ _GPUS = {
     "NVIDIA GeForce RTX 3090": _Gpu(71e12, 24, (8, 6)),
 }
 
+_MOST_GIGABYTES = 1e6
+"""Above the memory of any GPU; a larger number is a mistake, such as one in bytes."""
+
 DeviceKind = Literal["cpu", "cuda"]
 
 Precision = Literal["bf16", "fp32"]
@@ -165,7 +168,7 @@ def known_gpu(wanted: str, memory_gb: float | None = None) -> Device:
     Raises:
         ValueError: the GPU is not known, and its memory is not given; or it has no memory.
     """
-    if memory_gb is not None and memory_gb <= 0:
+    if memory_gb is not None and not 0 < memory_gb < _MOST_GIGABYTES:
         raise ValueError(f"--memory-gb {memory_gb:g}: give the memory of the GPU in GB, as in 48")
     memory = None if memory_gb is None else int(memory_gb * 2**30)
     if found := gpus_named(wanted):

@@ -9,9 +9,14 @@ from pydantic import ValidationError
 from tiny import SHAPE
 
 from zeroflow.cli import arguments
+from zeroflow.inference.evaluation import EvaluationConfig
 from zeroflow.settings import flags
 from zeroflow.settings.flags import error_message
+from zeroflow.settings.proof import ProofRun
 from zeroflow.settings.run_config import RunConfig, leaves
+from zeroflow.settings.sweep import SweepConfig
+from zeroflow.settings.zero_lab import ZeroLabRun
+from zeroflow.training.sampling import SamplingConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,3 +211,40 @@ def test_help_lists_every_setting_with_its_default(capsys):
     for setting in flags.settings(RunConfig):
         assert setting.flag in text
     assert "Default: 0.95." in text
+
+
+CONFIGS = (RunConfig, SweepConfig, ProofRun, ZeroLabRun, SamplingConfig, EvaluationConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_whole_numbers_beyond_64_bits_are_refused_for_every_flag(config):
+    whole = [one for one in flags.settings(config) if int in arguments._kinds(one.field.annotation)]
+    seeds = [one for one in flags.settings(config) if one.path[-1] == "seeds"]
+    assert whole
+    for setting in [*whole, *seeds]:
+        value = str(2**63)
+        nested: dict[str, object] = {}
+        arguments._put(nested, setting.path, [value] if setting in seeds else value)
+        with pytest.raises(ValidationError) as refused:
+            config.model_validate(nested)
+        found = error_message(refused.value)
+        assert found.startswith(f"{setting.flag}: must be at most "), found
+
+
+def test_value_that_begins_with_a_dash_is_refused_with_the_way_to_write_it(capsys):
+    made = arguments.Parser(prog="program")
+    arguments.add_settings(made, RunConfig, "run")
+    with pytest.raises(SystemExit):
+        made.parse_args(["--seed=1", "--sbatch-options", "--time=1"])
+    assert (
+        "error: --sbatch-options: expected one argument. Write a value that begins with a dash as "
+        "--sbatch-options=--time=1\n"
+    ) in capsys.readouterr().err
+    assert made.parse_args(["--sbatch-options=--time=1"]).setting_hosts_sbatch_options == "--time=1"
+
+
+@pytest.mark.parametrize("flag", ["--cache-dir", "--data-path", "--end-of-text", "--dataset"])
+def test_value_of_a_variable_that_is_not_set_is_refused(flag):
+    with pytest.raises(ValueError, match=f"^{flag} is empty: give a value, or drop it$"):
+        read(flag, "")
+    assert read("--sample-prompt", "").training.sample_prompt == ""

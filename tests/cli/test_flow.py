@@ -95,7 +95,9 @@ def test_wrong_settings_and_files_are_refused_before_prefect_starts(
     with pytest.raises(SystemExit) as ended:
         commands.main([command, "--cache-dir=cache", *flags])
     said = capsys.readouterr()
-    assert ended.value.code == 1 and message in said.err
+    # Another --cache-dir may help, but the command line of the others has to be corrected
+    assert ended.value.code == (1 if "good.txt" in flags[-1] and "cache" in flags[-1] else 2)
+    assert message in said.err
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert said.out == "", "nothing was started"
     assert sorted(folder.rglob("*")) == before

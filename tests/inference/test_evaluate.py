@@ -280,6 +280,22 @@ def test_text_has_one_name_wherever_the_command_runs(job, text, tmp_path, monkey
     assert is_known(asked(job, data_path=(str(tmp_path / "c.jsonl"),), text_tokens=9), STEP)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_tokens": 50}, "--text-tokens has no effect without --data-path or --dataset"),
+        ({"text_column": "body"}, "--text-column has no effect without --data-path or --dataset"),
+        ({"dataset_config": "en"}, "--dataset-config has no effect without --dataset: add it"),
+        ({"task_path": "mine"}, "--task-path has no effect without --tasks: add it"),
+        ({"task_examples": 3}, "--task-examples has no effect without --tasks or --core-path"),
+    ],
+    ids=str,
+)
+def test_settings_of_texts_and_tasks_that_are_not_named_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**settings).refuse_what_does_nothing()
+
+
 def test_default_stands_for_tasks_that_suit_small_models():
     assert EvaluationConfig(tasks=("mine", "default", "piqa")).task_names == [
         "mine",

@@ -51,6 +51,14 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
         refusals.refuse_what_does_nothing(run(tokenizer=tokenizer))
 
 
+def test_prompt_without_text_and_tasks_folder_without_tasks_are_refused():
+    ids = run(data={"data_mode": "synthetic"}, training={"sample_prompt": "The"})
+    with refused("--sample-prompt has no effect with synthetic data"):
+        refusals.refuse_what_does_nothing(ids)
+    with refused("--evaluate-task-path has no effect without --evaluate-tasks"):
+        refusals.refuse_an_impossible_evaluation(run(evaluation={"evaluate_task_path": "mine"}))
+
+
 def test_model_without_text_is_not_registered():
     with refused("a registered model writes text, .*: drop --register"):
         refusals.refuse_what_does_nothing(run(register_="a", data={"data_mode": "synthetic"}))
@@ -124,6 +132,10 @@ def test_ranks_on_a_cpu_need_no_gpus():
     refusals.refuse_more_gpus_than_there_are(
         run(device="cpu", training={"gpus": 8}), find_device("cpu")
     )
+    with refused("starts 100,000 processes, and this machine has memory for .*: use fewer"):
+        refusals.refuse_more_gpus_than_there_are(
+            run(device="cpu", training={"gpus": 100_000}), find_device("cpu")
+        )
     with refused("sees none: --device cpu uses 8 processes"):
         refusals.refuse_more_gpus_than_there_are(run(training={"gpus": 8}), find_device("cpu"))
 

@@ -60,7 +60,9 @@ def test_models_of_an_existing_sweep_can_be_registered():
     ("settings", "message"),
     [
         ({"run": {"run_name": "mine"}}, "drop it"),
-        ({"sizes": ["tiny"], "run": {"model": {"size": "small"}}}, "--size"),
+        ({"sizes": ["tiny"], "run": {"model": {"size": "small"}}}, "--sizes and --size both set"),
+        ({"sizes": ["tiny"], "run": {"model": {"init_from": "run:a"}}}, "--sizes and --init-from"),
+        ({"seeds": [1], "run": {"seed": 2}}, "a sweep sets --seed of its runs: drop it"),
         ({"learning_rates": [1e-3], "run": {"training": {"learning_rate": 1}}}, "--learning-rate"),
         ({"seeds": [1, 1]}, "a value twice"),
         ({"zero_stages": [0, 1]}, "--zero-stages needs several GPUs: add --gpus"),
@@ -74,6 +76,15 @@ def test_models_of_an_existing_sweep_can_be_registered():
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         SweepConfig(**settings)
+
+
+def test_learning_rates_that_differ_in_a_late_digit_are_different_runs():
+    sweep = SweepConfig(sweep_name="s", learning_rates=(1e-3, 1.000_000_1e-3, 3e-5))
+    assert [cell.run_name for cell in cells(sweep)] == [
+        "s-tiny-lr0.001",
+        "s-tiny-lr0.0010000001",
+        "s-tiny-lr3e-05",
+    ]
 
 
 def test_name_follows_from_what_is_varied():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from patience import wait_until
 
+from zeroflow.run_folder import Cache
 from zeroflow.training import processes as processes_module
 from zeroflow.training.environment import Place
 from zeroflow.training.processes import KeptRanks, RankProcesses, Task
@@ -76,3 +77,9 @@ def test_rank_that_writes_a_checkpoint_is_waited_for(
     wait_until(lambda: ranks.exit_codes()[1] is not None)
     assert ranks.end_after_failure(lambda: writing) == [code, 1]
     assert None not in ranks.exit_codes()
+
+
+def test_ranks_are_not_started_ahead_if_no_machine_has_as_many_gpus(tmp_path):
+    kept = KeptRanks()
+    kept.start_for_run(Cache(tmp_path), None, 100_000, "cpu")
+    assert kept.take([], tmp_path) == [] and kept._waiting == []

@@ -59,6 +59,13 @@ def test_only_the_newest_tokens_within_the_context_are_used(model):
     assert short != likeliest(model, [299], count=24, context=99, stop=299)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-31, 1e-29])
+def test_temperature_near_zero_is_like_zero(model, temperature):
+    cold = GREEDY.replace(temperature=temperature)
+    expected = sampling.generate_ids(model, IDS, GREEDY, context=99)
+    assert sampling.generate_ids(model, IDS, cold, context=99) == expected
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_padding_of_the_vocabulary_is_never_chosen(model, temperature):
     with torch.no_grad():

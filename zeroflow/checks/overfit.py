@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks.check import Check, named
-from zeroflow.config import Config
+from zeroflow.config import Config, WholePositive
 from zeroflow.data.batches import IGNORED, MicroBatch
 from zeroflow.data.rows import Rows
 from zeroflow.data.shards import ShardSet
@@ -68,7 +68,7 @@ _RECENT = 20
 class OverfitConfig(Config):
     """Check after training that the model can overfit one fixed batch."""
 
-    overfit_steps: PositiveInt = 150
+    overfit_steps: WholePositive = 150
     """Maximum number of steps, and half as many more if the loss is still falling then."""
 
     overfit_loss: float = Field(0.1, gt=0, allow_inf_nan=False)

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Callable
 from random import Random
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
 from zeroflow.checks import kills
 from zeroflow.checks.kills import EventInterval, Target
-from zeroflow.config import Config
+from zeroflow.config import Config, WholeNonNegative, WholePositive
 from zeroflow.records import Record
 from zeroflow.training import checkpoint
 from zeroflow.training.events import EVENTS, Event, Started
@@ -39,10 +39,10 @@ _QUANTITIES = ("loss", "grad_norm", "val_loss")
 class ProofConfig(Config):
     """Settings of the proof that resume is exact."""
 
-    kills: PositiveInt = 5
+    kills: WholePositive = 5
     """Number of times to kill training with SIGKILL."""
 
-    kill_seed: NonNegativeInt = 0
+    kill_seed: WholeNonNegative = 0
     """Seed of the random moments of the kills."""
 
 

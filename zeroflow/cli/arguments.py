@@ -1,6 +1,7 @@
 """Command-line arguments made from the settings classes."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)  # a misspelt flag is an error
+        self._given: list[str] = []
 
     def format_usage(self) -> str:
         self._shorten_usage()
@@ -50,13 +52,14 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse `args`; unlike argparse's own method, exit with an error if one is unknown."""
         given = list(sys.argv[1:] if args is None else args)
+        self._given = given
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
             self.error(self._meant(unknown[0], given))
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
+        message = message.removeprefix("argument ") + self._dash(message)
         self.exit(2, f"error: {message}\n`{self.prog} --help` shows what it takes\n")
 
     def _shorten_usage(self) -> None:
@@ -68,6 +71,14 @@ class Parser(argparse.ArgumentParser):
                 if action.required
             ]
             self.usage = f"%(prog)s {''.join(needed)}[settings]"
+
+    def _dash(self, message: str) -> str:
+        """Return how to give a value that begins with a dash, if one seems to be meant."""
+        head, missing, _ = message.removeprefix("argument ").partition(": expected ")
+        for flag, value in zip(self._given, self._given[1:], strict=False):
+            if missing and flag in head.split("/") and value.startswith("-"):
+                return f". Write a value that begins with a dash as {flag}={shlex.quote(value)}"
+        return ""
 
     def _meant(self, unknown: str, given: Sequence[str]) -> str:
         """Return the error message for an argument that no flag takes."""
@@ -126,11 +137,15 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
         _add_flag(groups[where], setting)
 
 
+_MAY_BE_EMPTY = {"sample_prompt", "run_name"}
+"""A model writes without a prompt; an empty name is refused with what a name may contain."""
+
+
 def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings given on the command line, nested like `config`.
 
     Raises:
-        ValueError: a value is not UTF-8, or a setting has thousands of values.
+        ValueError: a value is empty or not UTF-8, or a setting has thousands of values.
     """
     values: dict[str, object] = {}
     for setting in settings(config):
@@ -138,6 +153,8 @@ def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dic
         if given is None:
             continue
         for value in given if isinstance(given, list) else [given]:
+            if value == "" and setting.path[-1] not in _MAY_BE_EMPTY:  # as of an unset variable
+                raise ValueError(f"{setting.flag} is empty: give a value, or drop it")
             if isinstance(value, str) and not is_utf8(value):
                 raise ValueError(
                     f"{setting.flag} {visible(value)} is not UTF-8: encode or rename it as UTF-8"

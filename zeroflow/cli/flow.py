@@ -164,10 +164,15 @@ def run(flow: str, arguments: Namespace) -> NoReturn:
     log_to_console(verbose=verbose)
     try:
         require_writable(command.run_of(asked).cache_dir)
+    except ValueError as error:
+        raise SystemExit(fail(error, verbose=verbose)) from None
+    try:
         for each in command.runs_of(asked):
             require_possible(each)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SystemExit(fail(error, verbose=verbose)) from None
+    except ValueError as error:
+        raise SystemExit(fail(error, verbose=verbose, code=2)) from None
     with kept_ranks() as ranks:
         if isinstance(asked, RunConfig):
             from zeroflow.pipeline import start_ranks

@@ -188,6 +188,7 @@ def _evaluate(arguments: Arguments) -> None:
     from zeroflow.run_folder import Cache
 
     config = EvaluationConfig.model_validate(read_settings(EvaluationConfig, arguments))
+    config.refuse_what_does_nothing()
     cache, run = arguments.cache_dir, arguments.run
     found = evaluate(EvaluationJob(cache=cache, run=run, which=which(arguments), config=config))
     run_report.add_evaluation(Cache(cache).run(run), found)

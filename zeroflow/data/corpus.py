@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from zeroflow.config import Config, flag
+from zeroflow.config import Config, WholeNonNegative, flag
 from zeroflow.data import hub
 from zeroflow.data.formats import registry
 from zeroflow.data.formats.file import CorpusFile, DocumentFile
@@ -53,7 +53,7 @@ class CorpusConfig(Config):
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that contains the text."""
 
-    bad_lines_limit: NonNegativeInt = 0
+    bad_lines_limit: WholeNonNegative = 0
     """Number of .jsonl lines without valid JSON or text, and of .parquet rows that are not UTF-8,
     that may be skipped; they are counted and reported. One more ends the run."""
 

@@ -105,7 +105,7 @@ def memory(work: Workload, device: Device) -> Memory:
         loss=loss,
         communication=_communication(work) if work.ranks > 1 else 0,
         checkpoint=0 if gpu else checkpoint_bytes(work),
-        program=0 if gpu else _PROGRAM_BYTES,
+        program=0 if gpu else PROGRAM_BYTES,
     )
 
 
@@ -162,7 +162,7 @@ def host_state(work: Workload) -> HostState | None:
     )
 
 
-_PROGRAM_BYTES = 460 * 2**20
+PROGRAM_BYTES = 460 * 2**20
 """Resident memory of a training process without tensors, measured with PyTorch 2.13 on Linux."""
 
 

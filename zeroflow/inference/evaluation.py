@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, computed_field
 
-from zeroflow.config import Config
+from zeroflow.config import Config, WholePositive, flag
 from zeroflow.data.formats import registry
 from zeroflow.records import Record, omitted
 from zeroflow.run_folder import RunFolder
@@ -40,7 +40,7 @@ class EvaluationConfig(Config):
     text_column: str = "text"
     """Field of .jsonl lines or column of .parquet files that contains the text."""
 
-    text_tokens: PositiveInt = 100_000
+    text_tokens: WholePositive = 100_000
     """Maximum number of tokens to score of each text."""
 
     tasks: tuple[str, ...] = Field(
@@ -54,11 +54,28 @@ class EvaluationConfig(Config):
     core_path: Path | None = None
     """Folder `eval_bundle` with the data of the 22 tasks of CORE."""
 
-    task_examples: PositiveInt | None = None
+    task_examples: WholePositive | None = None
     """Maximum number of examples of each task. Default: all."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to evaluate on; auto uses a GPU if there is one."""
+
+    def refuse_what_does_nothing(self) -> None:
+        """
+        Raises:
+            ValueError: a setting of texts or tasks is given without a text or a task.
+        """
+        needed = {
+            "dataset_config": (self.dataset, "--dataset"),
+            "text_column": (self.data_path or self.dataset, "--data-path or --dataset"),
+            "text_tokens": (self.data_path or self.dataset, "--data-path or --dataset"),
+            "task_path": (self.tasks, "--tasks"),
+            "task_examples": (self.tasks or self.core_path, "--tasks or --core-path"),
+        }
+        for name, (given, others) in needed.items():
+            default = type(self).model_fields[name].default
+            if not given and getattr(self, name) != default:
+                raise ValueError(f"{flag(name)} has no effect without {others}: add it, or drop it")
 
     @property
     def task_names(self) -> list[str]:

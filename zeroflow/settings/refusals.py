@@ -11,6 +11,7 @@ from zeroflow.data.slices import require_readable
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TRAINED_TOKENIZER, TokenizerConfig
 from zeroflow.data.vocabulary import known_vocab_size
 from zeroflow.device import Device, gpu_count
+from zeroflow.estimate.memory import PROGRAM_BYTES
 from zeroflow.settings.defaults import nominal_workload
 from zeroflow.settings.run_config import RunConfig, TrainingChoice
 from zeroflow.settings.settled import Settled
@@ -28,6 +29,10 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
         raise ValueError(
             "--validation-fraction has no effect with --validation-path, which sets the text for "
             "validation: drop one of them"
+        )
+    if asked.training.sample_prompt and asked.data.data_mode == "synthetic":
+        raise ValueError(
+            "--sample-prompt has no effect with synthetic data, which is no text: drop it"
         )
     if asked.register_ and not asked.data.is_text:
         raise ValueError(
@@ -62,6 +67,10 @@ def refuse_an_impossible_evaluation(asked: RunConfig) -> None:
     if choice.evaluate_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             "--evaluate-tasks needs lm-evaluation-harness: pip install 'zeroflow[eval]'"
+        )
+    if choice.evaluate_task_path and not choice.evaluate_tasks:
+        raise ValueError(
+            "--evaluate-task-path has no effect without --evaluate-tasks: name tasks, or drop it"
         )
     for path in choice.evaluate_path:
         require_readable(_EvaluationText(data_mode="files", data_path=(path,)))
@@ -194,15 +203,28 @@ def refuse_machines_that_cannot_share(run: Settled) -> None:
 def refuse_more_gpus_than_there_are(run: RunConfig, device: Device) -> None:
     """
     Raises:
-        ValueError: this machine has fewer GPUs than the run asks for.
+        ValueError: this machine has fewer GPUs than the run asks for, or less memory than the
+            processes need that stand in for GPUs on a CPU.
     """
     count = run.training.gpus or 1
-    if count == 1 or run.device == "cpu":  # processes on a CPU stand in for GPUs
+    if count == 1:
+        return
+    if run.device == "cpu":
+        _refuse_more_processes_than_memory_holds(count, device)
         return
     there = gpu_count() if device.kind == "cuda" else 0
     if there < count:
         remedy = "use fewer" if there else f"--device cpu uses {count} processes on a CPU instead"
         raise ValueError(f"--gpus {count}, but PyTorch sees {there or 'none'}: {remedy}")
+
+
+def _refuse_more_processes_than_memory_holds(count: int, device: Device) -> None:
+    most = device.memory_bytes // PROGRAM_BYTES
+    if count > most:
+        raise ValueError(
+            f"--gpus {count} with --device cpu starts {count:,} processes, and this machine has "
+            f"memory for Python and its libraries in {most}: use fewer"
+        )
 
 
 def refuse_a_plan_for_no_gpu(run: RunConfig, device: Device) -> None:

@@ -7,19 +7,26 @@ another type, `settled.Settled`, in which every setting has a value.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from zeroflow.checks.overfit import OverfitConfig
-from zeroflow.config import NAME, Config, FiniteNonNegative, FinitePositive, flag
+from zeroflow.config import (
+    IN_64_BITS,
+    NAME,
+    Config,
+    FiniteNonNegative,
+    FinitePositive,
+    WholeNonNegative,
+    WholePositive,
+    flag,
+)
 from zeroflow.data.corpus import CorpusConfig, absolute
 from zeroflow.data.packing import PackingName
 from zeroflow.data.tokenizer import SYNTHETIC_TOKENIZER, TokenizerConfig
@@ -55,19 +62,19 @@ class ModelChoice(Config):
     lowest validation loss), a folder in the format of Hugging Face, or a name on its Hub, with an
     optional @REVISION. Default: random weights."""
 
-    hidden_size: PositiveInt | None = None
+    hidden_size: WholePositive | None = None
     """Features per token. For a custom shape."""
 
-    num_hidden_layers: PositiveInt | None = None
+    num_hidden_layers: WholePositive | None = None
     """Decoder blocks. For a custom shape."""
 
-    num_attention_heads: PositiveInt | None = None
+    num_attention_heads: WholePositive | None = None
     """Query heads. For a custom shape."""
 
-    num_key_value_heads: PositiveInt | None = None
+    num_key_value_heads: WholePositive | None = None
     """Key/value heads. For a custom shape."""
 
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: WholePositive | None = None
     """Features inside the feed-forward network. For a custom shape."""
 
     @model_validator(mode="after")
@@ -139,11 +146,11 @@ class TrainingChoice(Config):
     )
     """Settings that may change when a run is resumed, because they do not affect the weights."""
 
-    gpus: PositiveInt | None = None
+    gpus: WholePositive | None = None
     """Number of GPUs of each machine to train on; with device cpu, number of processes that share
     its cores. Default: 1."""
 
-    nodes: PositiveInt = 1
+    nodes: WholePositive = 1
     """Number of machines to train on. Each has the same number of GPUs, and all share the cache
     folder. The log has the command that starts the ranks on each machine; see the guide to several
     machines."""
@@ -152,11 +159,11 @@ class TrainingChoice(Config):
     """ZeRO stage: what is sharded across GPUs. 0: nothing. 1: optimiser state and weights. 2: also
     gradients. 3: weights also while they are in use. Default: 0; 2 with --offload."""
 
-    shard_group: int | None = Field(None, ge=2)
+    shard_group: Annotated[int, Field(ge=2), IN_64_BITS] | None = None
     """Number of GPUs over which the state is sharded at ZeRO stages 1 to 3, such as the GPUs of one
     machine. The groups are replicas of each other. Default: all GPUs."""
 
-    reshard_group: int | None = Field(None, ge=2)
+    reshard_group: Annotated[int, Field(ge=2), IN_64_BITS] | None = None
     """Number of GPUs over which the weights of a block stay sharded between the forward and the
     backward pass at ZeRO stage 3, such as the GPUs of one machine. The backward pass then gathers
     weights within such a group only, which takes more memory. Default: all GPUs of a shard
@@ -167,23 +174,23 @@ class TrainingChoice(Config):
     gradients and the moments, which the CPU updates. The GPU has weights in the precision of the
     matrix multiplications. This saves up to 16 bytes per parameter and makes steps slower."""
 
-    seq_len: int | None = Field(None, ge=2)
+    seq_len: Annotated[int, Field(ge=2), IN_64_BITS] | None = None
     """Tokens of context. Default: 256 on a CPU, 2048 on a GPU."""
 
-    batch_size: PositiveInt | None = None
+    batch_size: WholePositive | None = None
     """Rows in a micro-batch on each GPU. Default: as many as fit in its memory."""
 
-    grad_accum_steps: PositiveInt | None = None
+    grad_accum_steps: WholePositive | None = None
     """Micro-batches in a step on each GPU. Default: --batch-tokens / (--batch-size x --seq-len x
     gpus)."""
 
-    batch_tokens: PositiveInt | None = Field(
+    batch_tokens: WholePositive | None = Field(
         None,
         description="Tokens in a step. Default: 512 on a CPU; on a GPU "
         f"{by_size(lambda size: f'{size.batch_tokens / 2**20:g}M')}.",
     )
 
-    max_steps: PositiveInt | None = None
+    max_steps: WholePositive | None = None
     """Optimiser steps. Default: 200 on a CPU, which takes some minutes for tiny; 20 tokens per
     parameter on a GPU."""
 
@@ -194,7 +201,7 @@ class TrainingChoice(Config):
         "batches are small; a tenth with --init-from.",
     )
 
-    warmup_steps: NonNegativeInt | None = None
+    warmup_steps: WholeNonNegative | None = None
     """Steps of linear warm-up. Default: 2 % of --max-steps; 10 % of a short run."""
 
     schedule: ScheduleName = Field("cosine", description=decays())
@@ -217,7 +224,7 @@ class TrainingChoice(Config):
     """Weight of the squared log of the softmax's denominator in the loss, which keeps logits from
     drifting; 1e-5 is a common value. Validation losses do not include it."""
 
-    validation_tokens: PositiveInt | None = None
+    validation_tokens: WholePositive | None = None
     """Held-out tokens per validation. Default: 8K on a CPU, 1M on a GPU."""
 
     validation_fraction: float = Field(0.02, gt=0, lt=1)
@@ -232,18 +239,18 @@ class TrainingChoice(Config):
     pads short rows; the loss ignores padding. concat joins documents end to end and cuts them
     wherever a row is full."""
 
-    validate_every: PositiveInt | None = None
+    validate_every: WholePositive | None = None
     """Steps between validations. Default: half of the run on a CPU, 250 on a GPU."""
 
-    checkpoint_every: PositiveInt | None = None
+    checkpoint_every: WholePositive | None = None
     """Steps between checkpoints. One that is due while the one before is still being written is
     skipped. Default: a fifth of the run, at most 250."""
 
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: WholePositive = 2
     """Number of newest checkpoints to keep. The one with the lowest validation loss is always
     kept too."""
 
-    keep_every: PositiveInt | None = None
+    keep_every: WholePositive | None = None
     """Also keep checkpoints at multiples of this many steps. Default: none."""
 
     deterministic: bool | None = None
@@ -261,16 +268,16 @@ class TrainingChoice(Config):
     """Reaction to an unusual loss, gradient norm or update: log a warning, or roll back to the
     newest checkpoint and skip the data since."""
 
-    hang_seconds: PositiveInt = 3600
+    hang_seconds: WholePositive = 3600
     """Seconds without a finished step after which training is considered hung and is restarted."""
 
-    log_interval: PositiveInt | None = None
+    log_interval: WholePositive | None = None
     """Steps between logged losses. Default: 5 on a CPU, 10 on a GPU."""
 
     sample_prompt: str | None = None
     """Prompt of the text sample at each validation. Default: a prompt that suits the data."""
 
-    sample_tokens: PositiveInt = 48
+    sample_tokens: WholePositive = 48
     """Length of the text sample in tokens."""
 
     @property
@@ -282,7 +289,7 @@ class TrainingChoice(Config):
 class BuildChoice(Config):
     """Building of shards. These settings change the build time, but no byte of the result."""
 
-    data_workers: PositiveInt = 2
+    data_workers: WholePositive = 2
     """Number of parts to build at once. Two keep two cores busy; more help with more cores, or if
     reading is slow."""
 
@@ -303,7 +310,7 @@ class BuildChoice(Config):
 class HostsChoice(Config):
     """Machines of a run with --nodes. These settings do not change the result."""
 
-    min_nodes: PositiveInt | None = None
+    min_nodes: WholePositive | None = None
     """Minimum number of machines with which training continues if others fail. Each step still has
     the same rows. Default: all of --nodes."""
 
@@ -391,7 +398,7 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto uses a GPU if there is one."""
 
-    seed: NonNegativeInt = 0
+    seed: WholeNonNegative = 0
     """Seed of the weights, the data order and synthetic data."""
 
     skip_preflight: bool = False

@@ -3,10 +3,10 @@
 from itertools import product
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from zeroflow import artifacts
-from zeroflow.config import NAME, Config, FinitePositive, flag
+from zeroflow.config import NAME, Config, FinitePositive, WholeNonNegative, flag
 from zeroflow.model.sizes import SizeName
 from zeroflow.run_folder import Cache, SweepFolder
 from zeroflow.settings.refusals import refuse_one_rank
@@ -24,7 +24,7 @@ class SweepConfig(Config):
     sizes: tuple[SizeName, ...] = ()
     """Model sizes. Default: the size of the run."""
 
-    seeds: tuple[NonNegativeInt, ...] = ()
+    seeds: tuple[WholeNonNegative, ...] = ()
     """Seeds. Default: the seed of the run."""
 
     learning_rates: tuple[FinitePositive, ...] = ()
@@ -44,13 +44,18 @@ class SweepConfig(Config):
         fixed = {
             "run_name": run.run_name is not None,
             "sweep": run.sweep is not None,
-            "size": bool(self.sizes) and run.model.settled == run.model,
+            "seed": bool(self.seeds) and run.seed != RunConfig.model_fields["seed"].default,
             "learning_rate": bool(self.learning_rates) and run.training.learning_rate is not None,
             "zero_stage": bool(self.zero_stages) and run.training.zero_stage is not None,
         }
         for name, given in fixed.items():
             if given:
                 raise ValueError(f"a sweep sets {flag(name)} of its runs: drop it")
+        if self.sizes and run.model.settled == run.model:
+            shape = next(name for name, given in run.model if given is not None)
+            raise ValueError(
+                f"--sizes and {flag(shape)} both set the shape of the models: drop one of them"
+            )
         if self.zero_stages:
             refuse_one_rank(run, "--zero-stages")
         for name in ("sizes", "seeds", "learning_rates", "zero_stages"):
@@ -86,6 +91,12 @@ class SweepConfig(Config):
         return Cache(self.run.cache_dir).sweep(self.name)
 
 
+def _digits(rate: float) -> str:
+    """Return a learning rate as text that no other rate has."""
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(rate)
+
+
 def cells(sweep: SweepConfig) -> list[RunConfig]:
     """Return the settings of the runs of a sweep, ordered by size; names contain the values."""
     found = []
@@ -102,7 +113,7 @@ def cells(sweep: SweepConfig) -> list[RunConfig]:
             name.append(f"seed{seed}")
         if rate is not None:
             given["training"] = given.get("training", {}) | {"learning_rate": rate}
-            name.append(f"lr{rate:g}".replace("+", ""))
+            name.append(f"lr{_digits(float(rate))}".replace("+", ""))
         if stage is not None:
             given["training"] = given.get("training", {}) | {"zero_stage": stage}
             if stage == 0:  # it shards nothing, so it has no groups

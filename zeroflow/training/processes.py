@@ -48,6 +48,9 @@ _LAST_LINES = 20
 """Number of output lines in an error message."""
 
 
+_MOST_AHEAD = 16
+"""Most ranks that are started before their number is checked. A machine has up to 16 GPUs."""
+
 _RUN_MODULES = (
     "zeroflow.checks.preflight",
     "zeroflow.training",
@@ -249,7 +252,7 @@ class KeptRanks:
             run: its name, if it is known. A run that was trained is probably complete, and then
                 nothing is started.
         """
-        if run and cache.run(run).training.exists():
+        if ranks > _MOST_AHEAD or (run and cache.run(run).training.exists()):
             return
         places = [Place(rank, ranks, cache.compiled) for rank in range(ranks)]
         self.start(places, cache.path, *_RUN_MODULES)

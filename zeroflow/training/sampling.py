@@ -3,10 +3,10 @@
 from collections.abc import Callable, Container, Iterator
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
-from zeroflow.config import Config, FiniteNonNegative
+from zeroflow.config import Config, FiniteNonNegative, WholeNonNegative, WholePositive
 from zeroflow.data.tokenizer import Tokenizer
 from zeroflow.model.llama import Llama, linear
 from zeroflow.training import zero
@@ -15,20 +15,20 @@ from zeroflow.training import zero
 class SamplingConfig(Config):
     """Settings of text generation."""
 
-    tokens: PositiveInt = 64
+    tokens: WholePositive = 64
     """Maximum number of tokens to add; an end-of-text token stops earlier."""
 
     temperature: FiniteNonNegative = 0.8
     """Sampling temperature; 0 always takes the most likely token."""
 
-    top_k: NonNegativeInt = 50
+    top_k: WholeNonNegative = 50
     """Sample from this many most likely tokens; 0 samples from all."""
 
     top_p: float = Field(1.0, gt=0, le=1, exclude_if=lambda share: share == 1)
     """Sample from the most likely tokens that together have this probability; 1 samples from
     all."""
 
-    seed: NonNegativeInt = 0
+    seed: WholeNonNegative = 0
 
 
 NextLogits = Callable[[list[int]], Tensor]
@@ -126,8 +126,12 @@ def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return linear(hidden[:, -1], weight)  # (B, V)
 
 
+_COLDEST = 1e-30
+"""Logits divided by a lower temperature exceed fp32. Already here, one token has all chances."""
+
+
 def _choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
-    if config.temperature == 0:
+    if config.temperature < _COLDEST:
         return int(logits.argmax())
     logits = logits / config.temperature
     if 0 < config.top_k < len(logits):
