@@ -4,11 +4,13 @@ that are stopped.
 
 import os
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from patience import HANG_SECONDS
 from public_tokenizers import of_bytes, save
 
 from zeroflow.cli import commands
@@ -120,3 +122,21 @@ def test_stopped_command_says_how_to_resume_and_has_the_exit_code_of_its_signal(
     said = capsys.readouterr()
     assert (ended.value.code, said.err) == (code, "")
     assert "stopped; finished work is kept, and the same command resumes from there" in said.out
+
+
+def test_ctrl_c_while_prefect_is_imported_ends_like_a_program_that_the_signal_ended(
+    tmp_path, base_environment
+):
+    arrives = "import signal\nsignal.raise_signal(signal.SIGINT)\n"
+    (tmp_path / "prefect.py").write_text(arrives)
+    program = "from zeroflow.cli import flow\nflow._import_flows(verbose=False)"
+    path = f"{tmp_path}:{base_environment.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=base_environment | {"PYTHONPATH": path, "PREFECT_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == -signal.SIGINT, done.stderr

@@ -206,6 +206,9 @@ def _import_flows(*, verbose: bool) -> None:
         try:
             with without_collections(), importing_prefect():
                 import zeroflow.orchestration.flows  # noqa: F401
+        except KeyboardInterrupt:
+            # Python ends like a program that SIGINT ended only for the exact class
+            raise KeyboardInterrupt from None
         except ValueError as error:
             if stops.received:
                 raise KeyboardInterrupt from None
