@@ -177,17 +177,7 @@ def overfit(
     ]
     reached = min(curve) < limit
     if not reached:
-        of_which = f" (the lowest possible is {least:.4f})" if least else ""
-        why = (
-            f"it was still falling: raise --overfit-steps, now {limits.overfit_steps}"
-            if _is_falling(curve)
-            else "it was hardly falling any more: gradients, optimiser or labels are broken, or "
-            f"the model is too small for {limits.overfit_steps} steps (--overfit-steps)"
-        )
-        reason = (
-            f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
-            f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}; {why}"
-        )
+        reason = _not_reached(curve, limits, least)
     elif idle:
         reason = (
             f"gradients did not change {count(len(idle), 'parameter')}, for example {idle[0]}: "
@@ -202,6 +192,22 @@ def overfit(
         reason=reason,
         curve=curve,
         least_loss=least,
+    )
+
+
+def _not_reached(curve: list[float], limits: OverfitConfig, least: float) -> str:
+    """Return the reason for a loss that stays above the limit."""
+    limit = limits.overfit_loss + least
+    of_which = f" (the lowest possible is {least:.4f})" if least else ""
+    why = (
+        f"it was still falling: raise --overfit-steps, now {limits.overfit_steps}"
+        if _is_falling(curve)
+        else "it was hardly falling any more: gradients, optimiser or labels are broken, or "
+        f"the model is too small for {limits.overfit_steps} steps (--overfit-steps)"
+    )
+    return (
+        f"the loss of one fixed batch went from {curve[0]:.4f} to {min(curve):.4f} in "
+        f"{count(len(curve), 'step')}, not below {limit:.4g}{of_which}; {why}"
     )
 
 
