@@ -269,7 +269,29 @@ def test_score_of_a_part_is_not_known_for_the_whole(job, text, tmp_path):
     [whole] = evaluate(asked(job, data_path=(name,), text_tokens=10_000)).texts
     assert 9 < whole.tokens < 10_000
     assert is_known(asked(job, data_path=(name,)), STEP), "the text has fewer tokens than both"
-    assert not is_known(asked(job, data_path=(name,), text_tokens=9), STEP)
+    assert is_known(asked(job, data_path=(name,), text_tokens=9), STEP), "the part is kept"
+    newest = evaluation.read(job.folder).newest
+    assert newest is not None
+    kept = {f.of: f.value for f in newest.main_figures() if f.of.startswith(name)}
+    assert kept == {name: whole.bpb, f"{name}, first 9 tokens": part.bpb}, "compared apart"
+
+
+def test_part_of_a_task_has_a_name_of_its_own():
+    whole = TaskScore(
+        task="a",
+        version="1",
+        examples=10,
+        few_shot=0,
+        metrics={"acc": TaskMetric(value=0.5, error=0.1)},
+    )
+    part, all_ = whole.replace(examples=3, most=3), whole.replace(most=20)
+    assert [one.title for one in (whole, part, all_)] == ["a", "a, 3 examples", "a"]
+    both = (
+        evaluation.begun(1)
+        .replace(tasks=[whole])
+        .updated(evaluation.begun(1).replace(tasks=[part]))
+    )
+    assert [figure.of for figure in both.main_figures()] == ["a", "a, 3 examples"]
 
 
 def test_text_has_one_name_wherever_the_command_runs(job, text, tmp_path, monkeypatch):
@@ -584,6 +606,7 @@ def test_core_is_scored_as_the_last_stage_and_then_known(job, bundle):
 
 
 def test_core_of_a_few_questions_takes_solved_examples_from_them(job, bundle):
+    job.folder.evaluation.unlink(missing_ok=True)
     work = asked(job, core_path=bundle, task_examples=1)
     found = evaluate(work)
     assert [score.examples for score in found.tasks] == [6, 2, 2, 2]

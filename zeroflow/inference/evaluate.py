@@ -123,18 +123,17 @@ def is_known(job: EvaluationJob, step: int) -> bool:
     known = evaluation.read(Cache(job.cache).run(job.run)).of(step)
     if known is None:
         return False
-    texts = {score.text: score for score in known.texts}
     tasks = {score.task for score in known.tasks if score.most == job.config.task_examples}
     corpora = text_scores.corpora(job.config)
     wanted = [*job.config.task_names, *([evaluation.CORE] if job.config.core_path else [])]
     if not corpora and not wanted:
-        return HELD_OUT in texts
-    same = all(
-        (score := texts.get(name)) is not None
-        and score.revision == corpus.data_revision
-        and score.covers(job.config.text_tokens)
-        for name, corpus in corpora.items()
-    )
+        return any(score.text == HELD_OUT for score in known.texts)
+    texts = {
+        (score.text, score.revision)
+        for score in known.texts
+        if score.covers(job.config.text_tokens)
+    }
+    same = texts.issuperset((name, corpus.data_revision) for name, corpus in corpora.items())
     return same and tasks.issuperset(wanted)
 
 

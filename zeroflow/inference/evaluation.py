@@ -118,6 +118,12 @@ class TextScore(Record):
     """Maximum number of tokens that was asked for; None for held-out rows, and in files of older
     versions."""
 
+    @property
+    def title(self) -> str:
+        """Name of what was scored: that of the text, and of a part also its length."""
+        whole = self.most is None or self.tokens < self.most
+        return self.text if whole else f"{self.text}, first {self.tokens:,} tokens"
+
     def covers(self, most: int) -> bool:
         """Return True if a score of at most `most` tokens would be the same."""
         return self.most in (None, most) or self.tokens < min(most, self.most or 0)
@@ -153,6 +159,12 @@ class TaskScore(Record):
     """Maximum number of examples of each task; None for all, and in files of older versions."""
 
     @property
+    def title(self) -> str:
+        """Name of what was scored: that of the task, and of a part also its number of examples."""
+        whole = self.most is None or self.examples < self.most
+        return self.task if whole else f"{self.task}, {self.examples:,} examples"
+
+    @property
     def main(self) -> str:
         """Name of the metric to compare: accuracy normalised by length, if there is one."""
         return next((name for name in _MAIN if name in self.metrics), next(iter(self.metrics)))
@@ -165,7 +177,7 @@ class Figure(NamedTuple):
     """A figure of a text or a task."""
 
     of: str
-    """Name of the text or the task."""
+    """Title of the score on a text or a task."""
 
     name: str
     value: float
@@ -193,24 +205,24 @@ class Evaluation(Record):
     def figures(self) -> Iterator[Figure]:
         """Yield every figure."""
         for text in self.texts:
-            yield Figure(text.text, "loss", text.loss, text.loss_error)
+            yield Figure(text.title, "loss", text.loss, text.loss_error)
             if text.bpb is not None:
-                yield Figure(text.text, "bpb", text.bpb, text.bpb_error)
+                yield Figure(text.title, "bpb", text.bpb, text.bpb_error)
         for task in self.tasks:
             for name, metric in task.metrics.items():
-                yield Figure(task.task, name, metric.value, metric.error)
+                yield Figure(task.title, name, metric.value, metric.error)
 
     def main_figures(self) -> Iterator[Figure]:
         """Yield the figure of each text and task by which models are compared."""
-        mains = {text.text: "loss" if text.bpb is None else "bpb" for text in self.texts}
+        mains = {text.title: "loss" if text.bpb is None else "bpb" for text in self.texts}
         compared = (task for task in self.tasks if not task.task.startswith(f"{CORE} "))
-        mains |= {task.task: task.main for task in compared}
+        mains |= {task.title: task.main for task in compared}
         yield from (figure for figure in self.figures() if mains.get(figure.of) == figure.name)
 
     def updated(self, newer: "Evaluation") -> Self:
         """Return this evaluation with the scores of a `newer` one of the same checkpoint."""
-        texts = {score.text: score for score in (*self.texts, *newer.texts)}
-        tasks = {score.task: score for score in (*self.tasks, *newer.tasks)}
+        texts = {score.title: score for score in (*self.texts, *newer.texts)}
+        tasks = {score.title: score for score in (*self.tasks, *newer.tasks)}
         return self.replace(
             time=newer.time,
             harness=newer.harness or self.harness,

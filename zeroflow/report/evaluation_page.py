@@ -22,7 +22,7 @@ def tables(one: Evaluation) -> Iterator[Part]:
         yield Table(head, [_text_cells(score) for score in one.texts], right=" rrrrr")
     if one.tasks:
         rows = [
-            (task.task, name, with_error(metric.value, metric.error), f"{task.examples:,}")
+            (task.title, name, with_error(metric.value, metric.error), f"{task.examples:,}")
             for task in one.tasks
             for name, metric in task.metrics.items()
         ]
@@ -33,7 +33,7 @@ def tables(one: Evaluation) -> Iterator[Part]:
 
 def _text_cells(score: TextScore) -> tuple[str, ...]:
     return (
-        score.text,
+        score.title,
         with_error(score.loss, score.loss_error),
         "none" if score.bpb is None else with_error(score.bpb, score.bpb_error),
         f"{score.perplexity:,.2f}",

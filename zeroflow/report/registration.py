@@ -87,8 +87,8 @@ def tracking_of(job: TrainingJob) -> TrackingConfig:
 
 def evaluation_scores(found: Evaluation, job: TrainingJob) -> Iterator[ModelScore]:
     """Yield the figures of an evaluation, and their standard errors, as MLflow shows them."""
-    data = {text.text: _dataset(text.text, text.revision or "") for text in found.texts}
-    data |= {task.task: _dataset(task.task, f"version {task.version}") for task in found.tasks}
+    data = {text.title: _dataset(text.text, text.revision or "") for text in found.texts}
+    data |= {task.title: _dataset(task.task, f"version {task.version}") for task in found.tasks}
     data[HELD_OUT] = _held_out_rows(job)
     for figure in found.figures():
         # MLflow sorts its charts: those of the training come first
