@@ -248,3 +248,4 @@ def test_value_of_a_variable_that_is_not_set_is_refused(flag):
     with pytest.raises(ValueError, match=f"^{flag} is empty: give a value, or drop it$"):
         read(flag, "")
     assert read("--sample-prompt", "").training.sample_prompt == ""
+    assert read("--sbatch-options", "").hosts.sbatch_options == ""

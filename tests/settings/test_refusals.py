@@ -51,10 +51,7 @@ def test_settings_of_a_tokenizer_that_has_its_own_are_refused(tokenizer, message
         refusals.refuse_what_does_nothing(run(tokenizer=tokenizer))
 
 
-def test_prompt_without_text_and_tasks_folder_without_tasks_are_refused():
-    ids = run(data={"data_mode": "synthetic"}, training={"sample_prompt": "The"})
-    with refused("--sample-prompt has no effect with synthetic data"):
-        refusals.refuse_what_does_nothing(ids)
+def test_folder_of_tasks_without_tasks_is_refused():
     with refused("--evaluate-task-path has no effect without --evaluate-tasks"):
         refusals.refuse_an_impossible_evaluation(run(evaluation={"evaluate_task_path": "mine"}))
 

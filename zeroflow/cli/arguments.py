@@ -137,8 +137,9 @@ def add_settings(parser: argparse.ArgumentParser, config: type[BaseModel], title
         _add_flag(groups[where], setting)
 
 
-_MAY_BE_EMPTY = {"sample_prompt", "run_name"}
-"""A model writes without a prompt; an empty name is refused with what a name may contain."""
+_MAY_BE_EMPTY = {"sample_prompt", "sbatch_options", "run_name"}
+"""A model writes without a prompt, and options of an earlier command are dropped by empty ones. An
+empty name is refused with what a name may contain."""
 
 
 def read_settings(config: type[BaseModel], arguments: argparse.Namespace) -> dict[str, object]:

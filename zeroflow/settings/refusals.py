@@ -30,10 +30,6 @@ def refuse_what_does_nothing(asked: RunConfig) -> None:
             "--validation-fraction has no effect with --validation-path, which sets the text for "
             "validation: drop one of them"
         )
-    if asked.training.sample_prompt and asked.data.data_mode == "synthetic":
-        raise ValueError(
-            "--sample-prompt has no effect with synthetic data, which is no text: drop it"
-        )
     if asked.register_ and not asked.data.is_text:
         raise ValueError(
             "a registered model writes text, and a model of synthetic data does not: drop "
