@@ -312,7 +312,7 @@ def test_run_is_extended_by_more_steps_and_a_failed_check_fails_it(
     with pytest.raises(OverfitFailed, match="the loss of one fixed batch went from") as failed:
         pretrain(RunConfig(run_name="longer", cache_dir=flow.cache, **more))
     assert "loss by step:" in str(failed.value)
-    assert "raise --overfit-steps, now 3;" in str(failed.value) and not may_succeed(failed.value)
+    assert "for 3 steps (--overfit-steps)" in str(failed.value) and not may_succeed(failed.value)
     assert "resumed at step 12" in caplog.text
     why = flow.report("longer")["stages"]["training"]["why"]
     assert why.startswith("it was trained to step 12, and more steps are requested")
