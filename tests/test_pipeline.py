@@ -167,6 +167,27 @@ def test_loaded_model_writes_text_and_its_rows_can_be_read(run: RunConfig) -> No
     assert isinstance(rows, Rows) and len(rows) > 0
     assert rows[[0, 1]].shape == (2, 33)
     assert loaded.step == 12
+    for wrong, message in (
+        ([0, len(rows)], f"there is no row {len(rows)}: rows are numbered from 0 to "),
+        ([0, -1], "there is no row -1: "),
+        (0, "rows are read by a list of their numbers"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            rows[wrong]
+
+
+def test_wrong_uses_in_python_are_refused_in_a_sentence(run: RunConfig) -> None:
+    loaded = load("mine", run.cache_dir)
+    with pytest.raises(ValueError, match=r"^tokens: must be greater than 0 \(found -1\)$"):
+        loaded.generate("a", tokens=-1)
+    with pytest.raises(ValueError, match=r"^foo: there is no such setting \(found 1\)$"):
+        loaded.generate("a", foo=1)
+    with pytest.raises(ValueError, match="a prompt is a text, not None"):
+        loaded.generate(None)
+    with pytest.raises(ValueError, match="there is no split 'test': use train or validation"):
+        loaded.rows("test")
+    with pytest.raises(ValueError, match=r"settings are a RunConfig, not {.*}: use"):
+        pretrain({"run_name": "mine"})
     with pytest.raises(ValueError, match=r"has no checkpoint of step 7, only of steps (\d+, )*12"):
         load("mine", run.cache_dir, step=7)
     with pytest.raises(ValueError, match=r"no run other in .*; existing runs: mine"):

@@ -26,6 +26,8 @@ def pretrain(run: RunConfig = RunConfig()) -> RunReport:  # noqa: B008, it is fr
         PreflightFailed, TrainingFailed, OverfitFailed: the stage failed; finished work is kept.
         TrainingStopped: training was stopped from outside after writing a checkpoint.
     """
+    if not isinstance(run, RunConfig):
+        raise ValueError(f"settings are a RunConfig, not {run!r}: use pretrain(RunConfig(...))")
     return RunReport.read(pipeline.pretrain(run))
 
 

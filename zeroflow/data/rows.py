@@ -51,8 +51,17 @@ class Rows:
     def __getitem__(self, ids: Int64Array) -> RowArray:
         """
         Raises:
+            IndexError: there is no such row.
             DamagedArtifact: a file is missing or damaged.
         """
+        if np.ndim(ids) != 1:
+            raise IndexError("rows are read by a list of their numbers, such as rows[np.arange(3)]")
+        ids = np.asarray(ids)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise IndexError(
+                f"there is no row {ids.min() if ids.min() < 0 else ids.max()}: rows are numbered "
+                f"from 0 to {len(self) - 1:,}"
+            )
         parts = np.searchsorted(self._ends, ids, side="right")
         files, places = np.divmod(ids - self._starts[parts], self._file_rows[parts])
         out = np.empty((len(ids), self.row_tokens), dtype=self._type)

@@ -5,12 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from zeroflow.data.rows import Rows
-from zeroflow.data.shards import ShardSet, Split
+from zeroflow.data.shards import SPLITS, ShardSet, Split
 from zeroflow.data.tokenizer import Tokenizer, require_copy
 from zeroflow.inference.generate import TextGenerator, of_model, remark_on
 from zeroflow.model.llama import Llama
 from zeroflow.settings import existing
+from zeroflow.settings.flags import refused
 from zeroflow.training import checkpoint
 from zeroflow.training.checkpoint import Which
 from zeroflow.training.job import TrainingJob, read_job
@@ -37,7 +40,13 @@ class Trained:
         return self.shards.row_tokens - 1
 
     def rows(self, split: Split) -> Rows:
-        """Return the rows of a split. `rows[ids]` reads rows, of shape (len(ids), T + 1)."""
+        """Return the rows of a split. `rows[ids]` reads rows, of shape (len(ids), T + 1).
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}: use {' or '.join(SPLITS)}")
         return Rows(self.shards, split)
 
     @cached_property
@@ -54,7 +63,12 @@ class Trained:
         Raises:
             ValueError: a setting is wrong, or the model was trained on ids and there is a prompt.
         """
-        config = SamplingConfig.model_validate(settings)
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is a text, not {prompt!r}")
+        try:
+            config = SamplingConfig.model_validate(settings)
+        except ValidationError as error:
+            raise refused(SamplingConfig, error) from None
         remark_on(prompt)
         return prompt + self.generator.generate(prompt, config)
 
