@@ -1,14 +1,19 @@
 """The deployments of the package."""
 
 import importlib
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import yaml
-from pipeline import ROOT
+from pipeline import LOGINS, ROOT, api
 from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import temporary_settings
 
 from zeroflow.orchestration import form
-from zeroflow.orchestration.deployments import DEPLOYMENTS, WAITS
+from zeroflow.orchestration.access import Api
+from zeroflow.orchestration.deployments import DEPLOYMENTS, WAITS, set_up
+from zeroflow.orchestration.names import AUTOMATION
 from zeroflow.settings.run_config import RunConfig
 from zeroflow.settings.sweep import SweepConfig
 from zeroflow.settings.zero_lab import ZeroLabRun
@@ -36,3 +41,23 @@ def test_file_at_the_root_equals_that_of_the_package():
 def test_deployments_of_earlier_versions_find_their_flow(name):
     """They name a file of the working tree."""
     assert load_flow_from_entrypoint(f"{ROOT}/flows/{name}.py:{name}").name == name
+
+
+def test_crash_detection_keeps_what_it_waits_for_when_it_is_set_up_again(prefect_api):
+    """The server files heartbeats by the id of the trigger, which an update replaces."""
+
+    def trigger() -> dict[str, Any]:
+        found = api(
+            prefect_api, "/automations/filter", automations={"name": {"any_": [AUTOMATION]}}
+        )
+        [automation] = found
+        return automation["trigger"]
+
+    with temporary_settings(Api(prefect_api, LOGINS[prefect_api]).settings):
+        set_up()
+        first = trigger()
+        set_up()
+        assert trigger()["id"] == first["id"]
+        set_up(timedelta(minutes=1))
+        assert trigger()["within"] == 60, "another time is a change"
+        set_up()

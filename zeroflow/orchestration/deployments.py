@@ -82,10 +82,12 @@ def set_up(silence: timedelta = SILENCE, alerts: AlertConfig = _UNCHANGED) -> No
                 GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1)
             )
         automation = _crash_detection(silence)
-        if there := client.read_automations_by_name(AUTOMATION):
-            client.update_automation(there[0].id, automation)
-        else:
+        there = client.read_automations_by_name(AUTOMATION)
+        if not there:
             client.create_automation(automation)
+        elif _content(there[0]) != _content(automation):
+            # The server gives the trigger a new id, and then misses the end of earlier heartbeats
+            client.update_automation(there[0].id, automation)
     minutes = silence / timedelta(minutes=1)
     log.info("Prefect at %s has", api.page)
     log.info("  work pool   %s", WORK_POOL)
@@ -93,6 +95,11 @@ def set_up(silence: timedelta = SILENCE, alerts: AlertConfig = _UNCHANGED) -> No
     log.info("  automation  %s, after %g minutes without a heartbeat", AUTOMATION, minutes)
     if alerts.are_asked_for:
         log.info("  alerts      %s", ", ".join(conditions) or "none")
+
+
+def _content(automation: AutomationCore) -> dict[str, object]:
+    """Return what the automation does, without its id."""
+    return automation.model_dump(include=set(AutomationCore.model_fields))
 
 
 def _crash_detection(silence: timedelta) -> AutomationCore:
