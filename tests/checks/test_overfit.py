@@ -7,6 +7,7 @@ from tiny import MODEL, NO_END, ArrayRows, synthetic_rows, training_config, with
 
 from zeroflow import artifacts, reuse
 from zeroflow.checks import overfit as checks
+from zeroflow.checks.check import named
 from zeroflow.checks.overfit import FixedBatch, OverfitConfig, OverfitJob, OverfitResult
 from zeroflow.data.batches import MicroBatch, to_micro_batch
 from zeroflow.training.config import TrainingConfig
@@ -257,3 +258,13 @@ def test_check_that_passed_in_format_1_is_not_repeated(tmp_path):
     passed = {"passed": True, "job": format1.OVERFIT, "loss": 0.09, "steps": 44, "curve": [7.0]}
     artifacts.write_json(same.folder.overfit, passed | {"reason": "loss 0.09 after 44 steps"})
     assert checks.check(same).reused
+
+
+def test_reason_to_repeat_the_check_names_no_inner_setting():
+    then = {"training": {"schedule": {"steps": 45, "warmup_steps": 5}}, "limits": {}}
+    now = {"training": {"schedule": {"steps": 305, "warmup_steps": 9}}, "limits": {}}
+    before = OverfitResult.model_construct(passed=True, identity=then)
+    assert reuse.since(now, before, named) == (
+        "the earlier one has steps of the check 45 instead of 305, "
+        "warmup steps of the check 5 instead of 9"
+    )

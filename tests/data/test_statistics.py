@@ -49,6 +49,8 @@ def test_tables_and_build_times_of_some_parts_are_enough(small_pieces, text, tmp
 def test_page_describes_the_data_and_its_rows(shards, text):
     seen = statistics.gather(shards, text.tokenizer)
     page = data_page.page(shards, seen, text.tokenizer, plot=Path("lengths.png")).linked
+    source = seen.source["source"]
+    assert f"| Source | {source}" in page
     assert f"revision {text.corpus.data_revision}" in page
     assert "train, 400 tokens, encoded by fastokens" in page
     padding = shards.train.padding_tokens

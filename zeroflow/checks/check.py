@@ -23,8 +23,10 @@ def named(field: str) -> str:
     *groups, name = field.split(".")
     if groups[-1:] == ["optimizer"]:
         return flag(f"optimizer.{name}")
-    if (not groups and name not in ("learning_rate", "seed")) or "schedule" in groups:
-        return field  # of the check, not of the run
+    if "schedule" in groups:
+        return f"{name.replace('_', ' ')} of the check"  # not of the run
+    if not groups and name not in ("learning_rate", "seed"):
+        return field
     name = SETTING_NAMES.get(name, name)
     return flag(name) if name in _SETTINGS | {*SETTING_NAMES.values()} else field
 

@@ -42,7 +42,10 @@ def page(shards: ShardSet, gathered: ShardStatistics, tokenizer: Tokenizer, *, p
     Args:
         plot: file of the plot of document lengths.
     """
-    source = ", ".join(f"{name} {value}" for name, value in gathered.source.items() if value)
+    facts = {name: value for name, value in gathered.source.items() if value}
+    source = ", ".join(
+        str(value) if name == "source" else f"{name} {value}" for name, value in facts.items()
+    )
     rows = {
         "Source": source,
         "Tokenizer": f"{gathered.tokenizer}, {tokenizer.vocab_size:,} tokens, "
