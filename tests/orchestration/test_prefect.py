@@ -363,7 +363,7 @@ def test_run_of_the_shell_is_cancelled_with_a_checkpoint(
     assert "stopped; finished work is kept, and the same command resumes" in output
     assert "Traceback" not in output
     assert server.states_of("here")[-2:] == ["Cancelling", "Cancelled"], "and no Crashed"
-    saved = f"saved at step {newest_step(flow, 'here'):,}; Retry resumes from there"
+    saved = f"saved at step {newest_step(flow, 'here'):,}; the same command resumes from there"
     assert saved in server.run_named("here")["state"]["message"]
     assert saved in server.log_of("here") and "Crash" not in server.log_of("here")
     assert newest_step(flow, "here") >= 10
