@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import WORKLOAD
 
 from zeroflow.lab import collectives, comparison, network
@@ -280,6 +281,7 @@ for name in (GATHER, SCATTER, SUM, SCALARS):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_single_collectives_of_a_gpu_are_timed():
     said = subprocess.run(
         [sys.executable, "-c", ON_ONE_GPU], stdout=subprocess.PIPE, text=True, check=True

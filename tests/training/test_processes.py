@@ -81,5 +81,5 @@ def test_rank_that_writes_a_checkpoint_is_waited_for(
 
 def test_ranks_are_not_started_ahead_if_no_machine_has_as_many_gpus(tmp_path):
     kept = KeptRanks()
-    kept.start_for_run(Cache(tmp_path), None, 100_000, "cpu")
+    kept.start_for_run(Cache(tmp_path), None, 100_000)
     assert kept.take([], tmp_path) == [] and kept._waiting == []
