@@ -19,8 +19,7 @@ from zeroflow.data.tokenizer import TokenizerConfig
 from zeroflow.data.tokenizer_origins import fetch_tokenizer
 from zeroflow.tracking.config import TrackingConfig, location
 from zeroflow.tracking.store import run_ids
-from zeroflow.training import batching, recovery
-from zeroflow.training import launch as launch_module
+from zeroflow.training import batching, recovery, tracked
 from zeroflow.training.events import EVENTS, Skipped, Started
 from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import Cadence, TrainingJob, TrainResult
@@ -120,7 +119,7 @@ def test_wrong_settings_and_errors_in_the_code_are_never_retried(job):
     assert recovery.read(job.folder) == []
 
 
-STEPS, SPIKE = 90, 73
+STEPS, SPIKE = 88, 73
 
 
 @pytest.fixture
@@ -178,9 +177,9 @@ def test_diverged_training_rolls_back_skips_the_data_and_finishes(noisy_job, mon
 
     Meanwhile the clock is set to and fro by days.
     """
-    launch = launch_module.launch
+    launch = tracked.launch
     monkeypatch.setattr(
-        launch_module, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more)
+        tracked, "launch", lambda _, *rest, **more: launch("corrupted", *rest, **more)
     )
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

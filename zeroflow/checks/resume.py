@@ -24,6 +24,7 @@ from zeroflow.training.failures import TrainingFailed
 from zeroflow.training.job import TrainingJob
 from zeroflow.training.metrics import METRICS
 from zeroflow.training.ownership import exclusive
+from zeroflow.training.processes import new_ranks
 from zeroflow.training.pulse import Pulse
 from zeroflow.training.tracked import train
 from zeroflow.units import count
@@ -154,7 +155,8 @@ def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event | Pulse], Non
             start_up = event.time - ranks[0].create_time()
         on_event(event)
 
-    train(job, follow)
+    with new_ranks():
+        train(job, follow)
     return start_up
 
 
@@ -177,7 +179,8 @@ def _train_killed(
         tail, seconds = kills.follow(job), random.uniform(0, interval.seconds)
         with kills.killer(job, interval, seconds, turn=len(done)) as killed:
             try:
-                train(job, on_event)
+                with new_ranks():  # a kept process would not start up, and has another label
+                    train(job, on_event)
                 break  # training ended before the interval began
             except TrainingFailed:
                 if not killed.is_set():
@@ -192,7 +195,8 @@ def _train_killed(
         log.info("kill %d of %d: %s", len(done) + 1, len(chosen), kill.moment)
         done.append(kill)
     else:
-        train(job, on_event)
+        with new_ranks():
+            train(job, on_event)
     return done
 
 

@@ -121,7 +121,7 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
         the path of proof.md
 
     Raises:
-        ResumeInexact: the two runs differ; the page shows where.
+        ResumeInexact: the two runs differ, and the page shows where; or training was not killed.
     """
     with TrainingProgress() as progress:
         found: Proof = resume.prove(job, config, progress)
@@ -130,7 +130,8 @@ def prove(job: TrainingJob, config: ProofConfig, view: View = LOG_ONLY) -> Path:
         view.page(page, "proof")
     file = job.folder.proof_page
     if not found.passed:
-        raise ResumeInexact(f"resume is not exact here: {found.reason}\nreport: {file}")
+        finding = "resume is not exact here" if found.difference else "resume was not tested"
+        raise ResumeInexact(f"{finding}: {found.reason}\nreport: {file}")
     return file
 
 

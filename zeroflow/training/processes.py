@@ -297,6 +297,16 @@ def kept_ranks() -> Iterator[KeptRanks]:
         kept.end()
 
 
+@contextmanager
+def new_ranks() -> Iterator[None]:
+    """Start new processes for each launch in the block, and keep none of them."""
+    token = _kept.set(None)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def keep_from_now() -> KeptRanks:
     """Keep processes until the end of the next block of `kept_ranks`, or of the program."""
     kept = KeptRanks()
