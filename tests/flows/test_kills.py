@@ -14,7 +14,7 @@ from endings import assert_same_end, wait_until_gone
 from pipeline import SMALL_SHAPE, Flow, processes_of
 from tiny import contents
 
-STEPS = 600
+STEPS = 2000
 RUN = [*SMALL_SHAPE, "--run-name=run", "--data-mode=files", "--tokenizer-name=train"]
 RUN += [f"--max-steps={STEPS}", "--log-interval=10", "--checkpoint-every=50"]
 RUN += ["--validate-every=75", "--vocab-size=2000"]
