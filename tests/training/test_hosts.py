@@ -168,6 +168,14 @@ def end_of(job: TrainingJob) -> tuple[list[float], dict]:
     return losses, read_tensors(checkpoint)
 
 
+def assert_same_end(job: TrainingJob, alone: TrainingJob) -> None:
+    losses, tensors = end_of(job)
+    expected, expected_tensors = end_of(alone)
+    assert losses == expected
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(tensors[name].equal(value) for name, value in expected_tensors.items())
+
+
 def lose_torchrun(started: Agents) -> None:
     """Kill an agent only; its rank has to end by itself."""
     [_, *ranks] = started.processes(1)
@@ -231,11 +239,7 @@ def test_two_hosts_end_with_the_bits_of_one_although_ranks_agents_and_hosts_die(
     assert [entry.step >= least for entry, least in zip(ledger, (20, 60, 100), strict=True)]
     names = {path.name.partition("-rank-")[0] for path in job.folder.logs.glob("*-rank-?.log")}
     assert names == {host.name for host in hosts}
-    losses, tensors = end_of(job)
-    expected, expected_tensors = end_of(alone)
-    assert losses == expected
-    assert tensors.keys() == expected_tensors.keys()
-    assert all(tensors[name].equal(value) for name, value in expected_tensors.items())
+    assert_same_end(job, alone)
 
 
 @pytest.mark.slow
@@ -262,11 +266,7 @@ def test_second_host_may_reach_the_cache_over_a_network_file_system(tmp_path, ho
         recovery.train(job, trouble)
         done.result(60)
     assert [entry.reason for entry in recovery.read(job.folder)] == ["killed"] * 2
-    losses, tensors = end_of(job)
-    expected, expected_tensors = end_of(alone)
-    assert losses == expected
-    assert tensors.keys() == expected_tensors.keys()
-    assert all(tensors[name].equal(value) for name, value in expected_tensors.items())
+    assert_same_end(job, alone)
 
 
 @pytest.mark.slow

@@ -123,7 +123,9 @@ def prove(
             "--max-steps or lower --kills"
         )
     undisturbed, killed = _side(job, UNDISTURBED), _side(job, KILLED)
-    with exclusive(job.folder.proof_lock, f"another proof is running in {job.folder.name}"):
+    busy = f"another proof is running in {job.folder.name}"
+    # A kept process would not start up again, and has the label of another folder
+    with exclusive(job.folder.proof_lock, busy), new_ranks():
         for side in (undisturbed, killed):
             shutil.rmtree(side.run_dir, ignore_errors=True)
             side.run_dir.mkdir(parents=True)
@@ -155,8 +157,7 @@ def _train_undisturbed(job: TrainingJob, on_event: Callable[[Event | Pulse], Non
             start_up = event.time - ranks[0].create_time()
         on_event(event)
 
-    with new_ranks():
-        train(job, follow)
+    train(job, follow)
     return start_up
 
 
@@ -179,8 +180,7 @@ def _train_killed(
         tail, seconds = kills.follow(job), random.uniform(0, interval.seconds)
         with kills.killer(job, interval, seconds, turn=len(done)) as killed:
             try:
-                with new_ranks():  # a kept process would not start up, and has another label
-                    train(job, on_event)
+                train(job, on_event)
                 break  # training ended before the interval began
             except TrainingFailed:
                 if not killed.is_set():
@@ -195,8 +195,7 @@ def _train_killed(
         log.info("kill %d of %d: %s", len(done) + 1, len(chosen), kill.moment)
         done.append(kill)
     else:
-        with new_ranks():
-            train(job, on_event)
+        train(job, on_event)
     return done
 
 
